@@ -1,0 +1,68 @@
+"""What the GenEval judge needs from an object detector and a colour classifier.
+
+Two implementations share these interfaces: the shapes world's analytic detector
+(`geneval.shapes_detector`) and Mask2Former with CLIP for photographs.
+
+Shapes: n detections of one class, H x W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detections of one class, in the detector's own order.
+
+    boxes: float32 [n, 4], pixels (x0, y0, x1, y1); x1 and y1 are one past the last pixel, as in
+        mmdet's `mask2bbox`. scores: float32 [n] in (0, 1]. masks: bool [n, H, W], or None from a
+        detector without masks.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    masks: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        # Scores must be float32: a double 0.3 would fall on the other side of the threshold.
+        for name in ("boxes", "scores"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
+        n = len(self.scores)
+        assert self.scores.shape == (n,), self.scores.shape
+        object.__setattr__(self, "boxes", self.boxes.reshape(n, 4))
+        assert self.masks is None or (len(self.masks) == n and self.masks.dtype == bool)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def take(self, indices: Sequence[int]) -> Detections:
+        """The detections at `indices`, in that order."""
+        chosen = list(indices)
+        masks = None if self.masks is None else self.masks[chosen]
+        return Detections(self.boxes[chosen], self.scores[chosen], masks)
+
+
+class Detector(Protocol):
+    """Finds objects and names their colours.
+
+    classes: what `detect` can find. colors: what `classify_colors` can answer.
+    """
+
+    classes: Sequence[str]
+    colors: Sequence[str]
+
+    def detect(self, image: Image.Image) -> Mapping[str, Detections]:
+        """Class name -> detections, classes without any may be left out."""
+        ...
+
+    def classify_colors(
+        self, image: Image.Image, class_name: str, detections: Detections
+    ) -> list[str]:
+        """One of GenEval's colour names for each detection."""
+        ...

@@ -1,0 +1,122 @@
+"""From GenEval verdicts to GenEval's numbers, with standard errors.
+
+Reference: `evaluation/summary_scores.py` of djghosh13/geneval. A task's score is the mean over its
+images; the overall score is the unweighted mean of the task scores, not the mean over images.
+A prompt is correct when any of its images is; images belong together when their `metadata` strings
+are equal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from geneval.judge import Verdict
+from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
+
+
+@dataclass(frozen=True)
+class TagScore:
+    """One task: correct images of all images, and the bootstrap standard error of the mean.
+
+    stderr is None where a single prompt gives no idea of the spread.
+    """
+
+    correct: int
+    total: int
+    prompts: int
+    mean: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """GenEval's numbers; `tags` in order of first appearance. Fractions are in 0..1."""
+
+    overall: float
+    overall_stderr: float | None
+    tags: dict[str, TagScore]
+    total_images: int
+    correct_images: int
+    total_prompts: int
+    prompts_with_any_correct: int
+
+    @property
+    def fraction_correct_images(self) -> float:
+        return self.correct_images / self.total_images
+
+    @property
+    def fraction_correct_prompts(self) -> float:
+        return self.prompts_with_any_correct / self.total_prompts
+
+
+def result_row(filename: str, metadata: Mapping, verdict: Verdict) -> dict:
+    """One line of the official results file: metadata and details are JSON strings in it."""
+    return {
+        "filename": filename,
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "metadata": json.dumps(metadata),
+        "details": json.dumps(verdict.details),
+    }
+
+
+def summarize(rows: Iterable[Mapping], seed: int = 0, resamples: int = RESAMPLES) -> Summary:
+    """Summarise result rows (tag, correct, metadata are read; one row per image, any order).
+
+    The standard errors come from redrawing prompts within each tag. They depend on `seed` and on
+    the set of rows, not on their order.
+    """
+    by_tag: dict[str, dict[str, list[bool]]] = {}
+    for row in rows:
+        prompts = by_tag.setdefault(row["tag"], {})
+        prompts.setdefault(row["metadata"], []).append(bool(row["correct"]))
+    if not by_tag:
+        raise ValueError("no verdicts to summarise: judge at least one image first")
+    tags: dict[str, TagScore] = {}
+    for tag, prompts in by_tag.items():
+        images = [prompts[key] for key in sorted(prompts)]
+        totals, counts = np.array([sum(i) for i in images]), np.array([len(i) for i in images])
+        rng = np.random.default_rng([seed, zlib.crc32(tag.encode())])
+        means = resampled_means(totals, counts, rng, resamples)
+        correct, total = int(totals.sum()), int(counts.sum())
+        stderr = float(means.std(ddof=1)) if len(images) > 1 else None
+        tags[tag] = TagScore(correct, total, len(images), correct / total, stderr)
+    # Tags are redrawn independently: the variance of their mean is the sum of theirs over n^2
+    # (sorted, so that the sum's rounding does not depend on the order of the rows).
+    stderrs = [score.stderr for score in tags.values()]
+    overall_stderr = None if None in stderrs else math.hypot(*sorted(stderrs)) / len(tags)
+    return Summary(
+        overall=math.fsum(score.mean for score in tags.values()) / len(tags),
+        overall_stderr=overall_stderr,
+        tags=tags,
+        total_images=sum(score.total for score in tags.values()),
+        correct_images=sum(score.correct for score in tags.values()),
+        total_prompts=sum(score.prompts for score in tags.values()),
+        prompts_with_any_correct=sum(any(i) for p in by_tag.values() for i in p.values()),
+    )
+
+
+def format_summary(summary: Summary) -> str:
+    """The text that the official script prints, character for character (no trailing newline)."""
+    lines = [
+        "Summary",
+        "=======",
+        f"Total images: {summary.total_images}",
+        f"Total prompts: {summary.total_prompts}",
+        f"% correct images: {summary.fraction_correct_images:.2%}",
+        f"% correct prompts: {summary.fraction_correct_prompts:.2%}",
+        "",
+        "Task breakdown",
+        "==============",
+    ]
+    for tag, score in summary.tags.items():
+        lines.append(f"{tag:<16} = {score.mean:.2%} ({score.correct} / {score.total})")
+    return "\n".join([*lines, "", f"Overall score (avg. over tasks): {summary.overall:.5f}"])

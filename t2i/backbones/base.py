@@ -1,0 +1,217 @@
+"""What TensorAR needs of an autoregressive image generator: `head(trunk(embed(token) + position, condition))`.
+
+A backbone predicts codes in raster order with a causal transformer. The method (`t2i.tensorar`) talks to this interface only,
+so a new family is one file here. Positions and cache indices are separate things: position P + p belongs to image token p
+(with stride s, window i sits at position P + i*s), the cache index counts the inputs seen so far.
+
+Shapes: B batch, L inputs, P prefix length, D model width, T image tokens, S sub-tokens of a code, V vocabulary, H heads,
+K width of a head.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How the base model was sampled by its authors."""
+
+    cfg_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The facts about a backbone that the rest of the kit may ask for."""
+
+    family: str
+    dim: int
+    """Width D of the trunk."""
+    num_heads: int
+    """Attention heads of the trunk; the codec uses the same number."""
+    grid: tuple[int, int]
+    """Height and width of the image in codes."""
+    subvocabs: tuple[int, ...]
+    """Vocabulary of each sub-token of a code."""
+    cond_kind: Literal["class", "text"]
+    prefix_tokens: int
+    """Length P of the condition prefix (the longest one where it varies)."""
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes per image, T."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass
+class Condition:
+    """An encoded condition: what precedes the image in the trunk's input."""
+
+    prefix: Tensor
+    """Embeddings [B, P, D]; the output at the last one predicts the first image token."""
+    mask: Tensor | None = None
+    """Which prefix entries may be attended to, bool [B, P]; None means all."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Whatever else a family's trunk needs, batch first."""
+
+    @staticmethod
+    def cat(parts: Sequence["Condition"]) -> "Condition":
+        """Stack along the batch."""
+        first = parts[0]
+        return Condition(
+            torch.cat([p.prefix for p in parts]),
+            None if first.mask is None else torch.cat([p.mask for p in parts]),
+            {k: torch.cat([p.extras[k] for p in parts]) for k in first.extras},
+        )
+
+
+class Tokenizer(Protocol):
+    """Images <-> codes; see `t2i.tokenizers`."""
+
+    downsample: int
+    codebook_size: int
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+    def decode(self, codes: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Frozen:
+    """Frozen helpers of a backbone. A plain object and not a submodule, so that they are never trained, cast or sharded."""
+
+    tokenizer: Tokenizer | None = None
+    text_encoder: object | None = None
+
+
+class KVCache:
+    """Preallocated keys and values, [B, H, length, K] per layer.
+
+    `at(start, count)` says which entries the next trunk call writes. `extent` is how many leading entries attention reads: the
+    loop may fix it to a bucket so that every step has one shape; a mask made from `index` hides what is not filled yet.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, dtype, device
+    ):
+        shape = (layers, batch, heads, length, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = length
+        self.index = torch.empty(0, dtype=torch.long, device=device)
+        self.extent = 0
+
+    def at(self, start: int, count: int) -> "KVCache":
+        assert start >= 0 and start + count <= self.length, (start, count, self.length)
+        self.index = torch.arange(start, start + count, device=self.keys.device)
+        self.extent = start + count
+        return self
+
+    def update(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new entries and return the filled part."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.index, k_BHLK.to(keys.dtype))
+        values.index_copy_(2, self.index, v_BHLK.to(values.dtype))
+        return keys[:, :, : self.extent], values[:, :, : self.extent]
+
+
+def causal_mask(index_L: Tensor, extent: int, prefix_mask_BP: Tensor | None) -> Tensor:
+    """Which of `extent` entries the inputs at `index` may attend to, bool [B or 1, 1, L, extent].
+
+    Every entry sees itself, also a masked-out prefix entry: a row without any key would give NaN.
+    """
+    columns = torch.arange(extent, device=index_L.device)
+    allowed = (columns <= index_L[:, None])[None]
+    if prefix_mask_BP is not None:
+        visible = torch.ones(
+            prefix_mask_BP.shape[0], extent, dtype=torch.bool, device=index_L.device
+        )
+        visible[:, : prefix_mask_BP.shape[1]] = prefix_mask_BP[:, :extent]
+        allowed = (allowed & visible[:, None]) | (columns == index_L[:, None])
+    return allowed[:, None]
+
+
+class Backbone(nn.Module, ABC):
+    """A pre-trained generator; its parameters are what fine-tuning may change."""
+
+    spec: BackboneSpec
+    lora_targets: str
+    """Regular expression of the linear layers that LoRA may adapt."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = Frozen()
+
+    # -- the condition ----------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def prepare(self, conditions: Sequence) -> dict[str, Tensor]:
+        """Turn class ids or prompts into batched tensors by frozen means only (cached with a data set)."""
+
+    @abstractmethod
+    def encode_condition(
+        self, prepared: dict[str, Tensor], drop: Tensor | None = None
+    ) -> Condition:
+        """Embed prepared conditions. `drop` [B] bool puts the unconditional form in their place, exactly as the base was trained."""
+
+    # -- the model --------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def embed_tokens(self, codes: Tensor) -> Tensor:
+        """Content embeddings [..., D] of codes int64 [..., S]: no position, no dropout."""
+
+    @abstractmethod
+    def trunk(
+        self, x_BLD: Tensor, positions_L: Tensor, condition: Condition, cache: KVCache | None = None
+    ) -> Tensor:
+        """Causal transformer on embeddings: positions 0..P-1 are the prefix, P + p image token p. Returns what the head reads."""
+
+    @abstractmethod
+    def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
+        """fp32 logits [..., V_s] of sub-token s = earlier.shape[-1], given hidden [..., D] and sub-tokens 0..s-1 [..., s]."""
+
+    def all_logits(self, h: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
+        """Teacher-forced logits of every sub-token, given the true codes [..., S]; one pass where the family can."""
+        return tuple(self.next_logits(h, codes[..., :s]) for s in range(len(self.spec.subvocabs)))
+
+    @abstractmethod
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The weights under their official names, as the family's `load` reads them."""
+
+    @abstractmethod
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `length` inputs, with the dtype and device of the parameters."""
+
+    def guidance(self, scale: float, step: int, steps: int) -> tuple[float, ...]:
+        """CFG scale of each sub-token at a step; constant unless the family says otherwise."""
+        return (scale,) * len(self.spec.subvocabs)
+
+    # -- pixels -----------------------------------------------------------------------------------------------------------
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self.frozen.tokenizer is None:
+            raise ValueError(
+                f"this {self.spec.family} backbone has no image tokenizer; pass tokenizer=PATH to load_backbone"
+            )
+        return self.frozen.tokenizer
+
+    @abstractmethod
+    def code_vectors(self) -> tuple[Tensor, ...]:
+        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def decode_images(self, codes: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] of codes [B, T, S], rounded as the family's authors do."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

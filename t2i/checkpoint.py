@@ -1,0 +1,143 @@
+"""Checkpoint folders: everything a model needs to be loaded again, and a manifest that is written last.
+
+    config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit version, training facts
+    codec.safetensors      TensorAR's own weights (absent for k = 1)
+    adapter/               a PEFT folder, when LoRA was used
+    backbone.safetensors   the backbone under its official names, when it was fine-tuned as a whole
+    manifest.json          name and size of every file above: a folder without it is incomplete
+
+The training state for resume lives beside it and is none of this file's business.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from t2i import __version__
+from t2i.loading import BackboneSource, load_source, with_hash
+from t2i.lora import load_adapter, save_adapter
+from t2i.tensorar.model import TensorAR, TensorARConfig
+from t2i.tensorar.sampler import SamplingConfig
+from t2i.weights import load_strict, write_json
+
+Tuning = Literal["full", "codec", "lora"]
+MANIFEST = "manifest.json"
+
+
+def save_pretrained(
+    model: TensorAR,
+    folder: str | Path,
+    *,
+    tuning: Tuning,
+    sampling: SamplingConfig | None = None,
+    training: dict | None = None,
+) -> Path:
+    """Write a checkpoint folder under a temporary name and rename it; the manifest marks it complete.
+
+    Args:
+        tuning: which weights differ from the base: all of the backbone, none ("codec"), or the adapters.
+        sampling: what `generate` uses by default; the backbone's own settings if None.
+        training: facts about the run, stored as they are.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    backbone = model.backbone
+    if model.codec is not None:
+        save_file(_portable(model.codec.state_dict()), partial / "codec.safetensors")
+    if tuning == "lora":
+        save_adapter(backbone, partial / "adapter")
+    if tuning == "full":
+        save_file(_portable(backbone.official_state_dict()), partial / "backbone.safetensors")
+    write_json(
+        partial / "config.json",
+        {
+            "kit_version": __version__,
+            "tuning": tuning,
+            "method": asdict(model.config),
+            "backbone": asdict(with_hash(backbone.source)),
+            "sampling": asdict(sampling or SamplingConfig.of(backbone.spec.sampling)),
+            "training": training or {},
+        },
+    )
+    files = {
+        str(p.relative_to(partial)): p.stat().st_size
+        for p in sorted(partial.rglob("*"))
+        if p.is_file()
+    }
+    write_json(partial / MANIFEST, {"files": files})
+    _replace_folder(partial, folder)
+    return folder
+
+
+def _portable(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_config(folder: str | Path) -> dict:
+    """The config.json of a complete checkpoint folder.
+
+    Raises:
+        ValueError: no such folder, not a checkpoint, incomplete, or a file is cut short.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint folder {folder} does not exist")
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} is not a complete checkpoint folder: {Path(error.filename).name} is missing "
+            "(a run that was stopped while saving leaves none; take an earlier step)"
+        ) from error
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(
+                f"{path} is missing or has not the {size} bytes that the manifest says; copy the folder again"
+            )
+    return config
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TensorAR:
+    """Load a checkpoint folder, in eval mode. `base` says where the base weights are now, if they moved."""
+    folder = Path(folder)
+    config = read_config(folder)
+    source = BackboneSource(**config["backbone"])
+    if base is not None:
+        source = replace(source, weights=str(base))
+    tuned = folder / "backbone.safetensors" if config["tuning"] == "full" else None
+    backbone = load_source(source, weights=tuned, dtype=dtype, device=device)
+    if config["tuning"] == "lora":
+        load_adapter(backbone, folder / "adapter")
+    method = {**config["method"], "slot_weights": tuple(config["method"]["slot_weights"])}
+    model = TensorAR(backbone, TensorARConfig(**method))
+    if model.codec is not None:
+        load_strict(
+            model.codec, load_file(folder / "codec.safetensors"), folder / "codec.safetensors"
+        )
+    model.sampling = SamplingConfig(**config["sampling"])
+    return model.eval()

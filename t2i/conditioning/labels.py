@@ -1,0 +1,47 @@
+"""Class conditions: ImageNet-style labels for class-conditional models."""
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def class_ids(values: Iterable[int] | Tensor, num_classes: int) -> Tensor:
+    """Check class labels and return them as an int64 tensor [n] on the CPU.
+
+    Labels are integers (Python, numpy or torch) in 0 .. num_classes - 1. The null class that
+    guidance uses is no label: dropping a condition is the backbone's business.
+
+    Raises:
+        ValueError: names the first value that is not an integer or out of range, and its place.
+    """
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"class labels must be a list of integers, got {values!r}")
+    return torch.tensor(
+        [_class_id(value, place, num_classes) for place, value in enumerate(values)],
+        dtype=torch.long,
+    )
+
+
+def _class_id(value: object, place: int, num_classes: int) -> int:
+    try:
+        label = operator.index(value)
+    except TypeError:
+        label = None
+    if label is None or isinstance(value, bool) or not 0 <= label < num_classes:
+        raise ValueError(
+            f"class label {value!r} at position {place} is not an integer "
+            f"between 0 and {num_classes - 1}"
+        )
+    return label
+
+
+def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
+    """Labels int64 [num_samples] that go round the classes: sample i has class i mod num_classes.
+
+    Class counts differ by one at most, and a sample's label depends on its index alone.
+    """
+    return torch.arange(num_samples) % num_classes

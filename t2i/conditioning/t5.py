@@ -1,0 +1,214 @@
+"""Captions as flan-t5 features: what LlamaGen's text-to-image models are conditioned on.
+
+The encoder is frozen. A caption is cleaned (`captions.py`), cut to P tokens including the
+end-of-sequence token, encoded, and later LEFT padded to P entries, so that the caption's last
+token stands right before the first image token (LlamaGen's `language/t5.py` and `sample_t2i.py`).
+
+Shapes: B captions, P caption tokens of the image model, C feature width, n_i tokens of caption i.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from t2i.conditioning.captions import clean_caption
+from t2i.conditioning.t5_files import find_folder, load_encoder, load_tokenizer, weights_hash
+
+_PAD_MULTIPLE = 8
+_ROWS_PER_PASS = 64
+_MAX_EXAMPLES = 10
+
+
+@dataclass
+class Tally:
+    """How many captions something happened to, with the first few of them as examples."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, caption: str) -> None:
+        self.count += 1
+        if len(self.examples) < _MAX_EXAMPLES:
+            self.examples.append(caption)
+
+
+@dataclass
+class CaptionReport:
+    """What `T5Captions.encode` has done to captions so far that their authors did not intend."""
+
+    max_tokens: int
+    encoded: int = 0
+    truncated: Tally = field(default_factory=Tally)
+    emptied: Tally = field(default_factory=Tally)
+    unknown: Tally = field(default_factory=Tally)
+
+    def lines(self) -> list[str]:
+        """One sentence for each thing that happened, for a log; empty if nothing did."""
+        fates = (
+            (self.truncated, f"were longer than {self.max_tokens} tokens and were cut"),
+            (self.emptied, "became empty in cleaning"),
+            (self.unknown, "hold words or characters that the text encoder does not know"),
+        )
+        return [
+            f"{tally.count} of {self.encoded} captions {fate} (first: {tally.examples[0]!r})"
+            for tally, fate in fates
+            if tally.count
+        ]
+
+
+class T5Captions:
+    """A frozen T5 encoder with its tokenizer. Not a module: it is never trained or sharded.
+
+    `report` counts the captions that were cut, became empty or hold unknown words.
+    """
+
+    def __init__(
+        self,
+        model: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        max_tokens: int = 120,
+    ):
+        if max_tokens < 2:
+            raise ValueError(f"max_tokens is {max_tokens}; a word and its end need at least 2")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.max_tokens = max_tokens
+        self.report = CaptionReport(max_tokens)
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        max_tokens: int = 120,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "T5Captions":
+        """Load google/flan-t5-xl (the official encoder) or a local folder of the same layout.
+
+        LlamaGen was trained on features computed in bfloat16. See `t5_files` for the layout.
+
+        Raises:
+            ValueError: a file is missing, unreadable or not a T5's, or weights do not fit (named).
+        """
+        folder = find_folder(path_or_hub_id)
+        model = load_encoder(folder, dtype)
+        tokenizer = load_tokenizer(folder, model.config.vocab_size)
+        return cls(model.to(device), tokenizer, folder, max_tokens)
+
+    @property
+    def dim(self) -> int:
+        """Feature width C."""
+        return self.model.config.d_model
+
+    def to(self, device: str | torch.device) -> "T5Captions":
+        """Move the encoder to another device."""
+        self.model.to(device)
+        return self
+
+    def encode(self, captions: Sequence[str], clean: bool = True) -> list[Tensor]:
+        """Features [n_i, C] of each caption: its valid tokens, the last one being the end token.
+
+        n_i is at most `max_tokens`; what was cut is counted in `report`. Dtype and device are the
+        encoder's. An empty caption is the end token alone.
+
+        A caption's features do not depend on its companions: padding is hidden exactly, and a
+        caption is padded to the next multiple of 8 of its own length whatever stands beside it.
+        What remains is rounding, since the number of captions in a matrix product may change the
+        order of its sums: none seen on CPUs (bit-identical), the last bits on GPUs.
+
+        Raises:
+            ValueError: `captions` is a single string or holds something else than strings, or the
+                features are not finite (float16 is too narrow for flan-t5).
+        """
+        token_ids = self._tokenize(captions, clean)
+        groups: dict[int, list[int]] = {}
+        for index, ids in enumerate(token_ids):
+            length = math.ceil(len(ids) / _PAD_MULTIPLE) * _PAD_MULTIPLE
+            groups.setdefault(length, []).append(index)
+        features: dict[int, Tensor] = {}
+        for length, members in groups.items():
+            for start in range(0, len(members), _ROWS_PER_PASS):
+                rows = members[start : start + _ROWS_PER_PASS]
+                encoded = self._encode_rows([token_ids[i] for i in rows], length)
+                features.update(zip(rows, encoded, strict=True))
+        return [features[index] for index in range(len(token_ids))]
+
+    def _tokenize(self, captions: Sequence[str], clean: bool) -> list[list[int]]:
+        if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
+            raise ValueError(f"captions must be a list of strings, got {captions!r:.200}")
+        if not captions:
+            return []
+        texts = [clean_caption(c) for c in captions] if clean else list(captions)
+        all_ids = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        unknown = self.tokenizer.unk_token_id
+        for index, (caption, text, ids) in enumerate(zip(captions, texts, all_ids, strict=True)):
+            if len(ids) > self.max_tokens:
+                self.report.truncated.add(caption)
+                all_ids[index] = [*ids[: self.max_tokens - 1], ids[-1]]
+            if caption.strip() and not text.strip():
+                self.report.emptied.add(caption)
+            if unknown in ids:
+                self.report.unknown.add(caption)
+        self.report.encoded += len(captions)
+        return all_ids
+
+    # Not inference_mode: such tensors cannot take part in a later backward pass.
+    @torch.no_grad()
+    def _encode_rows(self, token_ids: list[list[int]], length: int) -> list[Tensor]:
+        ids = torch.full((len(token_ids), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, values in enumerate(token_ids):
+            ids[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = 1
+        device = self.model.device
+        mask = mask.to(device)
+        hidden = self.model(input_ids=ids.to(device), attention_mask=mask)[0]
+        valid = hidden[mask.bool()]
+        if not torch.isfinite(valid).all():
+            raise ValueError(
+                f"the text encoder returned values that are not finite in {self.model.dtype}; "
+                "load it in bfloat16 or float32"
+            )
+        # Copies, because a view would keep (and save) the features of all its companions.
+        return [f.clone() for f in valid.split([len(values) for values in token_ids])]
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the encoder's files; see the function `weights_hash`."""
+        return weights_hash(self.folder)
+
+
+def left_pad(features: Sequence[Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Batch caption features [n_i, C] as LlamaGen reads them.
+
+    Returns:
+        features [B, P, C] with P = max_tokens, zero in the padding, which comes first, and
+        mask [B, P] bool, True for the caption's own entries.
+
+    Raises:
+        ValueError: there is no caption, one is longer than `max_tokens`, or widths differ.
+    """
+    widths = {tuple(f.shape[1:]) for f in features}
+    if len(widths) != 1 or any(f.ndim != 2 for f in features):
+        shapes = [tuple(f.shape) for f in features][:8]
+        raise ValueError(f"expected caption features [n_i, C] with one width C, got {shapes}")
+    longest = max(len(f) for f in features)
+    if longest > max_tokens:
+        raise ValueError(
+            f"a caption has {longest} features but the model takes {max_tokens}; "
+            f"encode with max_tokens={max_tokens}"
+        )
+    first = features[0]
+    features_BPC = first.new_zeros(len(features), max_tokens, first.shape[1])
+    mask_BP = torch.zeros(features_BPC.shape[:2], dtype=torch.bool, device=first.device)
+    for row, caption in enumerate(features):
+        features_BPC[row, max_tokens - len(caption) :] = caption
+        mask_BP[row, max_tokens - len(caption) :] = True
+    return features_BPC, mask_BP

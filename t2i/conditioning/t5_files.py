@@ -1,0 +1,154 @@
+"""The files of a T5 encoder: finding them, hashing them for cache keys, loading them strictly.
+
+A T5 folder holds config.json, weights (model*.safetensors or pytorch_model*.bin, whole or in
+shards; a full T5 with its decoder will do) and tokenizer.json or spiece.model, as
+google/flan-t5-xl does.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from t2i.weights import file_sha256
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference
+_OTHER_HALF = ("decoder.", "lm_head.")  # of a full T5; an encoder has no use for it
+
+
+def find_folder(path_or_hub_id: str | Path) -> Path:
+    """A local folder as it is; anything else is a hub id, fetched (or found in the hub's cache).
+
+    Raises:
+        ValueError: it is neither, or there are no weights in it.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        for weights in _WEIGHT_PATTERNS:
+            wanted = ["config.json", *_TOKENIZER_FILES, weights, f"{weights}.index.json"]
+            found = Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
+            if _weight_files(found):
+                return found
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{path_or_hub_id} is neither a folder here nor a model that the hub could give "
+            f"({reason}); official: google/flan-t5-xl"
+        ) from error
+    raise ValueError(f"the hub's {path_or_hub_id} holds none of {', '.join(_WEIGHT_PATTERNS)}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for pattern in _WEIGHT_PATTERNS:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+def weights_hash(path_or_hub_id: str | Path) -> str:
+    """SHA-256 over names and contents of config, weights and tokenizer files of a T5 folder.
+
+    For cache keys; needs no model in memory. Token limit, dtype and CAPTION_CLEANING_VERSION are
+    not covered. Files are read once per process, and not at all in the hub's cache, which names
+    large files by their hash.
+    """
+    folder = find_folder(path_or_hub_id)
+    small = [folder / name for name in ("config.json", *_TOKENIZER_FILES)]
+    digest = hashlib.sha256()
+    for path in [*(p for p in small if p.is_file()), *_weight_files(folder)]:
+        digest.update(f"{path.name} {_content_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _content_hash(path: Path) -> str:
+    target = path.resolve()
+    if target.parent.name == "blobs" and len(target.name) == 64:
+        return target.name
+    status = target.stat()
+    return _hash_once(str(target), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_once(path: str, size: int, mtime_ns: int) -> str:
+    return file_sha256(path)
+
+
+def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
+    """The encoder of a T5 folder, on the CPU.
+
+    Raises:
+        ValueError: a file is missing or unreadable, the model is not a T5, or weights are missing,
+            unexpected or mis-shaped (each is named).
+    """
+    if not (folder / "config.json").is_file() or not _weight_files(folder):
+        held = ", ".join(sorted(os.listdir(folder))[:20]) or "nothing"
+        raise ValueError(
+            f"{folder} is not a T5 folder: it needs config.json and "
+            f"{' or '.join(_WEIGHT_PATTERNS)}, and holds {held}"
+        )
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "t5":
+        raise ValueError(f"{folder}/config.json describes a {kind!r} model, not 't5'")
+    try:
+        model, info = T5EncoderModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
+        )
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(k for k in info["unexpected_keys"] if not k.startswith(_OTHER_HALF)),
+        "mis-shaped": sorted(key for key, *_ in info["mismatched_keys"]),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {listed}")
+    return model
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a T5 folder, for an encoder with `vocab_size` embeddings.
+
+    Raises:
+        ValueError: it is missing or unreadable, too large for the encoder, or adds no end token.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise ValueError(f"{folder} has no tokenizer: put tokenizer.json or spiece.model there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read; spiece.model also needs the packages "
+            f"sentencepiece and protobuf ({error})"
+        ) from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens but the encoder {vocab_size}; "
+            "they belong to different models"
+        )
+    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+        raise ValueError(
+            f"the tokenizer in {folder} does not end a caption with {tokenizer.eos_token!r} as "
+            "T5's does; use the files of the encoder's own repository"
+        )
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Data sets: caption-image sources, the code cache, the offline shapes world."""

@@ -1,0 +1,316 @@
+"""The code cache: every image tokenized and every caption encoded once, before training.
+
+    <cache_dir>/<key>/shard_00000.safetensors, shard_00000.jsonl, ...   see shards.py
+                      report.json, skipped.jsonl                        what was left out, and why
+                      manifest.json                                     written last: complete
+
+The key is a hash of everything that the content depends on (encoder weights, resolution, crop,
+source files, caption cleaning, ...), so a cache is never stale: other input, other folder.
+
+Shard i covers the samples i * shard_size ... of the source, whoever builds it. So any number of
+processes can share the work without talking to each other, a killed run goes on at the first
+shard that is missing, and the result does not depend on either.
+
+Shape legend: B = batch, T = positions, S = sub-tokens, P = caption tokens, C = text feature width.
+"""
+
+import bisect
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate, groupby, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i.data.images import PIXELS_VERSION, SkipSample, check_small_policy
+from t2i.data.report import Report
+from t2i.data.samples import Sample, Source, load_sample
+from t2i.data.shards import ShardReader, ShardWriter, replacing, shard_path
+
+_FORMAT = 1  # part of the key: change it whenever the files change
+_DECODE_THREADS = 4  # Pillow decodes outside Python's lock
+_POLL_SECONDS = 0.5
+
+EncodeImages = Callable[[Tensor], Tensor]
+EncodeCaptions = Callable[[list[str]], Sequence[Tensor]]
+
+
+def build_cache(
+    source: Source,
+    cache_dir: str | Path,
+    *,
+    encode_images: EncodeImages,
+    encode_captions: EncodeCaptions | None,
+    key_parts: dict,
+    resolution: int,
+    batch_size: int = 32,
+    shard_size: int = 1024,
+    max_samples: int | None = None,
+    small_images: str = "skip",
+    max_megapixels: float = 100.0,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+    patience: float = 3600.0,
+) -> Path:
+    """Build the cache of a source, or find it complete; returns its folder.
+
+    Args:
+        encode_images: pixels float32 [B, 3, resolution, resolution] in [-1, 1] -> int64 [B, T, S].
+        encode_captions: captions -> one float [n_i, C] each, valid tokens only; bfloat16 is kept,
+            other types are stored as float16. None for a cache without text features.
+        key_parts: JSON-able, whatever else the content depends on: hashes of the tokenizer's and
+            the text encoder's weights, the version of the caption cleaning.
+        batch_size: images, and captions, per call of an encoder. Does not change the content.
+        shard_size: samples of the source per shard.
+        max_samples: use only the first samples of the source (counted before any is skipped).
+        small_images: "skip" or "upscale" images with a short side below the resolution.
+        max_megapixels: skip larger images.
+        rank: builds the shards i with i % world_size == rank and waits for the others. Rank 0
+            writes the report and the manifest.
+        patience: seconds to wait for other ranks without a new shard before giving up.
+
+    Raises:
+        ValueError: no usable sample (the message counts the reasons), or bad arguments.
+        TimeoutError: another rank stopped building.
+    """
+    check_small_policy(small_images)
+    if min(batch_size, shard_size) < 1 or (max_samples is not None and max_samples < 1):
+        raise ValueError("batch_size, shard_size and max_samples must be at least 1")
+    key = {
+        "format": _FORMAT,
+        "source": source.identity,
+        "resolution": resolution,
+        "pixels": PIXELS_VERSION,
+        "small_images": small_images,
+        "max_megapixels": max_megapixels,
+        "max_samples": max_samples,
+        "shard_size": shard_size,
+        "with_text": encode_captions is not None,
+        "encoders": key_parts,
+    }
+    folder = Path(cache_dir) / cache_key(key)
+    if (folder / "manifest.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+
+    load = partial(load_sample, size=resolution, small=small_images, max_megapixels=max_megapixels)
+    todo = partial(_is_mine_to_do, folder=folder, rank=rank, world_size=world_size)
+    shards = _Shards(source, shard_size, max_samples)
+    bar = tqdm(total=shards.length, desc="cache", unit=" images", disable=not progress or rank != 0)
+    with bar, ThreadPoolExecutor(_DECODE_THREADS) as pool:
+        for shard, samples in shards.samples(todo):
+            writer = ShardWriter(folder, shard)
+            chunks = iter(lambda samples=samples: list(islice(samples, batch_size)), [])
+            for chunk, loaded in _one_ahead((chunk, pool.map(load, chunk)) for chunk in chunks):
+                _encode(chunk, loaded, writer, encode_images, encode_captions)
+                bar.update(len(chunk))
+            writer.close()
+
+    paths = [shard_path(folder, shard) for shard in range(shards.count)]
+    _wait_for(paths, patience)
+    readers = [ShardReader(path) for path in paths]
+    if not any(reader.codes_shape[0] for reader in readers):
+        report = _report(source, readers)
+        raise ValueError(
+            f"no usable sample among the {report.seen} of {source.name}: {report.describe()}"
+        )
+    if rank == 0:
+        _finish(folder, key, source, readers)
+    _wait_for([folder / "manifest.json"], patience)
+    return folder
+
+
+def cache_key(parts: dict) -> str:
+    """Folder name for a key: 20 hexadecimal digits of the SHA-256 of its canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+class CodeCache:
+    """Random access to a finished cache. Shards are memory-mapped, so opening it costs nothing.
+
+    Raises:
+        ValueError: the folder holds no finished cache.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            raise ValueError(
+                f"{folder} is no finished code cache (it has no manifest.json). "
+                "Run the cache step again: it goes on where it stopped"
+            )
+        self.manifest = json.loads(path.read_text())
+        shards = self.manifest["shards"]
+        self._shards = [ShardReader(self.folder / shard["name"]) for shard in shards]
+        self._starts = [0, *accumulate(shard["samples"] for shard in shards)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def codes(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """int64 [B, T, S]."""
+        located = map(self._locate, _as_list(indices))
+        return torch.stack([shard.codes(row) for shard, row in located])
+
+    def text(
+        self,
+        indices: Sequence[int] | Tensor,
+        max_tokens: int,
+        choice: Sequence[int] | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Text features, padded on the left: float32 [B, P, C] and bool [B, P], P = max_tokens.
+
+        A caption keeps its first max_tokens tokens; padding is zero, and False in the mask.
+
+        Args:
+            choice: one integer per sample that picks among its captions (modulo their number);
+                the first caption by default.
+        """
+        if self.manifest["text_dim"] is None:
+            raise ValueError(f"{self.folder} was built without text features")
+        indices = _as_list(indices)
+        choices = [0] * len(indices) if choice is None else _as_list(choice)
+        features_BPC = torch.zeros(len(indices), max_tokens, self.manifest["text_dim"])
+        mask_BP = torch.zeros(len(indices), max_tokens, dtype=torch.bool)
+        for b, (index, chosen) in enumerate(zip(indices, choices, strict=True)):
+            shard, row = self._locate(index)
+            feature = shard.text(row, chosen, max_tokens)
+            features_BPC[b, max_tokens - len(feature) :] = feature
+            mask_BP[b, max_tokens - len(feature) :] = True
+        return features_BPC, mask_BP
+
+    def caption(self, index: int, choice: int = 0) -> str:
+        """The caption that `text` gives for the same choice."""
+        shard, row = self._locate(index)
+        captions = shard.samples[row]["captions"]
+        return captions[choice % len(captions)]
+
+    def key(self, index: int) -> str:
+        """The sample's name in its source."""
+        shard, row = self._locate(index)
+        return shard.samples[row]["key"]
+
+    def _locate(self, index: int) -> tuple[ShardReader, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a cache of {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return self._shards[shard], index - self._starts[shard]
+
+
+class _Shards:
+    """Cuts a source into shards; `count` is known once `samples` is exhausted."""
+
+    def __init__(self, source: Source, shard_size: int, max_samples: int | None):
+        self._source = source
+        self._size = shard_size
+        self._max_samples = max_samples
+        self.length = source.length
+        if self.length is not None and max_samples is not None:
+            self.length = min(self.length, max_samples)
+        self.count = 0 if self.length is None else -(-self.length // shard_size)
+
+    def samples(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Iterator[Sample]]]:
+        """(shard, its samples) of the wanted shards. A stream is read through in any case."""
+        if self.length is not None:
+            for shard in filter(wanted, range(self.count)):
+                stop = min((shard + 1) * self._size, self.length)
+                yield shard, (self._source[index] for index in range(shard * self._size, stop))
+            return
+        stream = islice(self._source, self._max_samples)
+        for shard, samples in groupby(stream, lambda sample: sample.index // self._size):
+            self.count = shard + 1
+            if wanted(shard):
+                yield shard, samples
+
+
+def _is_mine_to_do(shard: int, folder: Path, rank: int, world_size: int) -> bool:
+    return shard % world_size == rank and not shard_path(folder, shard).exists()
+
+
+def _one_ahead(items: Iterator) -> Iterator:
+    """The same items, each fetched while its predecessor is in use: threads decode meanwhile."""
+    current = next(items, None)
+    while current is not None:
+        following = next(items, None)
+        yield current
+        current = following
+
+
+def _encode(
+    chunk: list[Sample],
+    loaded: Iterator[Tensor | SkipSample],
+    writer: ShardWriter,
+    encode_images: EncodeImages,
+    encode_captions: EncodeCaptions | None,
+) -> None:
+    usable, pixels = [], []
+    for sample, result in zip(chunk, loaded, strict=True):
+        if isinstance(result, SkipSample):
+            writer.skip(sample, result)
+        else:
+            usable.append(sample)
+            pixels.append(result)
+    if not usable:
+        return
+    features = None
+    if encode_captions is not None:
+        captions = [caption for sample in usable for caption in sample.captions]
+        features = []
+        for start in range(0, len(captions), len(chunk)):
+            features += encode_captions(captions[start : start + len(chunk)])
+    writer.add(usable, encode_images(torch.stack(pixels)), features)
+
+
+def _wait_for(paths: Sequence[Path], patience: float) -> None:
+    missing, deadline = list(paths), time.monotonic() + patience
+    while True:
+        still = [path for path in missing if not path.exists()]
+        if not still:
+            return
+        if len(still) < len(missing):
+            deadline = time.monotonic() + patience
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"waited {patience:g} s for {still[0].name} ({len(still)} missing) in "
+                f"{still[0].parent}: the rank that builds it has stopped. Start again to go on"
+            )
+        missing = still
+        time.sleep(_POLL_SECONDS)
+
+
+def _report(source: Source, readers: Sequence[ShardReader]) -> Report:
+    lines = (line for reader in readers for line in reader.lines())
+    return Report.collect(lines, source.left_out)
+
+
+def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardReader]) -> None:
+    report = _report(source, readers)
+    report.write(folder)
+    filled = [reader for reader in readers if reader.codes_shape[0]]
+    shapes = {(*reader.codes_shape[1:], reader.text_dim) for reader in filled}
+    assert len(shapes) == 1, f"shards of different shapes: {shapes}"
+    positions, subtokens, text_dim = shapes.pop()
+    manifest = {
+        "key": key,
+        "source": source.name,
+        "samples": sum(reader.codes_shape[0] for reader in filled),
+        "code_shape": [positions, subtokens],
+        "text_dim": text_dim,
+        "shards": [{"name": r.path.name, "samples": r.codes_shape[0]} for r in filled],
+        "report": report.summary(),
+    }
+    with replacing(folder / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
+
+
+def _as_list(indices: Sequence[int] | Tensor) -> list[int]:
+    return indices.tolist() if hasattr(indices, "tolist") else list(indices)

@@ -1,0 +1,60 @@
+"""The data order, without state: what a rank sees at a step is a function of the step alone.
+
+Position p of a run is sample permutation(seed, p // n)[p % n], and step s covers the positions
+s * global_batch ... So resuming is "start at step s", and every world size sees the same global
+batches in the same order.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from t2i.rng import integers, make_keys
+
+_SPLIT_EPOCH = -1  # the key of the held-out split, which no epoch uses
+
+
+def sample_index(position: int, n: int, seed: int) -> int:
+    """The sample at a position of the run: each epoch of n positions visits every sample once."""
+    return int(_permutation(n, seed, position // n)[position % n])
+
+
+def batch_indices(
+    step: int, global_batch: int, n: int, seed: int, rank: int = 0, world_size: int = 1
+) -> Tensor:
+    """What a rank sees at an optimizer step: int64 [global_batch / world_size] in [0, n).
+
+    Rank r takes the r-th contiguous slice of the global batch. A batch may cross into the next
+    epoch, so no sample is ever dropped.
+
+    Raises:
+        ValueError: no samples, or a global batch that the ranks cannot share equally.
+    """
+    if n < 1:
+        raise ValueError("there are no samples to order")
+    if global_batch < 1 or global_batch % world_size:
+        raise ValueError(
+            f"a global batch of {global_batch} cannot be shared equally by {world_size} ranks; "
+            f"use a multiple of {world_size}"
+        )
+    share = global_batch // world_size
+    start = step * global_batch + rank * share
+    return torch.tensor([sample_index(p, n, seed) for p in range(start, start + share)])
+
+
+def split_indices(n: int, n_validation: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A fixed held-out split: sorted int64 indices of the training and of the validation samples.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    if not 0 <= n_validation < n:
+        raise ValueError(f"cannot hold out {n_validation} of {n} samples and train on the rest")
+    order = _permutation(n, seed, _SPLIT_EPOCH)
+    return order[n_validation:].sort().values, order[:n_validation].sort().values
+
+
+@lru_cache(maxsize=4)  # a batch touches two epochs at most; shared with validation data sets
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return integers(make_keys(seed, epoch), 1 << 62, n).argsort(stable=True)

@@ -1,0 +1,214 @@
+"""Parquet files and hub data sets, streaming or not, through the `datasets` library.
+
+Image columns are cast with `decode=False`: the library then hands out bytes, and a bad image is
+one skipped sample of ours rather than an exception in the middle of its iteration. Without
+streaming, the library keeps an Arrow copy of the data in its own cache folder.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from t2i.data.images import ImageRef, RemoteFile
+from t2i.data.samples import (
+    CAPTION_COLUMNS,
+    Sample,
+    Source,
+    choose_column,
+    fingerprint_files,
+    usable_captions,
+)
+
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+
+
+def open_parquet(
+    root: Path, files: Sequence[Path], split: str, streaming: bool, **columns: str | None
+) -> Source:
+    """Local parquet files, all of one split; image paths in them are relative to the folder."""
+    data_files = {split: [str(path) for path in files]}
+    loaded = _Loaded(str(root), "parquet", {"data_files": data_files}, split, streaming)
+    identity = {
+        "kind": "parquet",
+        "path": str(root),
+        "files": fingerprint_files(root, files),
+    }
+    folder = root if root.is_dir() else root.parent
+    return _as_source(loaded, identity, folder, columns)
+
+
+def open_hub(
+    repository: str,
+    split: str,
+    streaming: bool,
+    config_name: str | None,
+    revision: str | None,
+    **columns: str | None,
+) -> Source:
+    """A data set of the Hugging Face hub (or its local cache, when offline)."""
+    where = {"name": config_name, "revision": revision}
+    loaded = _Loaded(repository, repository, where, split, streaming)
+    identity = {
+        "kind": "hub",
+        "id": repository,
+        "config": config_name,
+        "split": split,
+        "revision": revision,
+        "content": loaded.hash,  # a moving branch gives a new identity
+    }
+    return _as_source(loaded, identity, Path(), columns)
+
+
+class TableSource(Source):
+    """Rows of a loaded (map-style) data set."""
+
+    def __init__(self, name: str, identity: dict, data: datasets.Dataset, reader: "_RowReader"):
+        super().__init__(name, identity, len(data))
+        self._data = data
+        self._reader = reader
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._reader(index, self._data[index])
+
+
+class StreamSource(Source):
+    """Rows of a streaming data set: iteration only, the length is unknown."""
+
+    def __init__(
+        self, name: str, identity: dict, data: datasets.IterableDataset, reader: "_RowReader"
+    ):
+        super().__init__(name, identity, None)
+        self._data = data
+        self._reader = reader
+
+    def __iter__(self) -> Iterator[Sample]:
+        rows = iter(self._data)
+        for index in count():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # network, damaged file: readers raise nearly anything
+                raise ValueError(
+                    f"{self.name}: the stream broke after {index} samples "
+                    f"({type(error).__name__}: {error}). Start again to go on from there"
+                ) from error
+            yield self._reader(index, row)
+
+
+class _RowReader:
+    """Turns a row into a Sample; a caption column may be a field of a struct ("json.caption")."""
+
+    def __init__(self, image_column: str, caption_column: str, folder: Path):
+        self.image_column = image_column
+        self.caption_column = caption_column
+        self._folder = folder
+
+    def __call__(self, index: int, row: dict[str, Any]) -> Sample:
+        value = row[self.image_column]
+        key = f"row {index}"
+        if row.get("__key__"):  # a webdataset on the hub
+            key = f"{Path(row.get('__url__') or '').name}:{row['__key__']}"
+        elif isinstance(value, dict) and value.get("path"):
+            key = f"row {index} ({Path(value['path']).name})"
+        captions = usable_captions(_field(row, self.caption_column))
+        return Sample(index, key, _image_ref(value, self._folder), captions)
+
+
+class _Loaded:
+    """One split of a data set, its images not decoded, with its first row.
+
+    Raises:
+        ValueError: whatever goes wrong in opening it, with the cause.
+    """
+
+    def __init__(self, name: str, path: str, where: dict[str, Any], split: str, streaming: bool):
+        self.name = name
+        self.streaming = streaming
+        try:
+            builder = datasets.load_dataset_builder(path, **where)
+            if streaming:
+                data = builder.as_streaming_dataset(split)
+            else:
+                builder.download_and_prepare()
+                data = builder.as_dataset(split)
+            self.hash = builder.hash  # of a hub data set: follows the commit
+            self.image_columns = [
+                column
+                for column, kind in (data.features or {}).items()
+                if isinstance(kind, datasets.Image)
+            ]
+            self.data = _undecoded(data)
+            first = next(iter(islice(self.data, 1)), None)
+        except Exception as error:  # the library's loaders raise nearly anything
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"{name}: the datasets library could not open split {split!r} "
+                f"({type(cause).__name__}: {cause})"
+            ) from error
+        if first is None:
+            raise ValueError(f"{name} holds no rows")
+        self.first: dict[str, Any] = first
+
+
+def _as_source(
+    loaded: _Loaded, identity: dict, folder: Path, columns: dict[str, str | None]
+) -> Source:
+    name, first = loaded.name, loaded.first
+    candidates = loaded.image_columns if len(loaded.image_columns) == 1 else _IMAGE_COLUMNS
+    image = choose_column(first, columns["image_column"], candidates, "image", name)
+    caption = _choose_caption(name, first, columns["caption_column"], image)
+    if isinstance(first[image], str) and first[image].startswith(("http://", "https://")):
+        raise ValueError(
+            f"{name}: column {image!r} holds web addresses. Download the images first; img2dataset "
+            "writes tars that this kit reads"
+        )
+    wanted = {image, caption, caption.partition(".")[0], "__key__", "__url__"}
+    data = loaded.data.select_columns([column for column in first if column in wanted])
+    identity = {**identity, "streaming": loaded.streaming, "columns": [image, caption]}
+    reader = _RowReader(image, caption, folder)
+    return (StreamSource if loaded.streaming else TableSource)(name, identity, data, reader)
+
+
+def _choose_caption(name: str, first: dict[str, Any], given: str | None, image: str) -> str:
+    fields = [
+        f"{column}.{key}"
+        for column, value in first.items()
+        if isinstance(value, dict) and column != image
+        for key in value
+    ]
+    candidates: Sequence[str] = ("txt", *CAPTION_COLUMNS)
+    if given is None and not set(candidates) & set(first):
+        candidates = [path for path in fields if path.rpartition(".")[2] in CAPTION_COLUMNS]
+        candidates = candidates or CAPTION_COLUMNS
+    return choose_column([*first, *fields], given, candidates, "caption", name)
+
+
+def _undecoded(
+    data: datasets.Dataset | datasets.IterableDataset,
+) -> datasets.Dataset | datasets.IterableDataset:
+    for column, kind in (data.features or {}).items():
+        if getattr(kind, "decode", False):  # images, and audio or video in columns we do not want
+            data = data.cast_column(column, replace(kind, decode=False))
+    return data
+
+
+def _field(row: dict[str, Any], column: str) -> Any:
+    value: Any = row
+    if column in row:
+        return row[column]
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _image_ref(value: Any, folder: Path) -> ImageRef:
+    if isinstance(value, dict):  # the {bytes, path} struct of the datasets library
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        return RemoteFile(value) if "://" in value else folder / value
+    return value

@@ -1,0 +1,150 @@
+"""WebDataset tars on local disk: consecutive members with one base name are one sample.
+
+    000.tar:  00017.jpg  00017.txt  00017.json  00018.jpg ...
+
+The member headers are read once into an index; images and captions are then read by offset, so a
+tar has random access and costs no second copy on disk. (The `datasets` builder copies the data
+unless it streams, refuses a tar whose first samples lack a caption, and silently stops at the end
+of a truncated tar.) Tars of a hub data set go through `datasets` all the same, see tables.py.
+"""
+
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from t2i.data.images import FileSlice, SkipSample, read_bytes
+from t2i.data.samples import (
+    CAPTION_COLUMNS,
+    IMAGE_SUFFIXES,
+    Sample,
+    Source,
+    choose_column,
+    fingerprint_files,
+    usable_captions,
+)
+
+TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)
+
+
+@dataclass
+class _Entry:
+    """One sample: the extension of each member and where its bytes are."""
+
+    key: str
+    parts: dict[str, FileSlice] = field(default_factory=dict)
+
+    @property
+    def images(self) -> list[str]:
+        return [extension for extension in self.parts if f".{extension}" in IMAGE_SUFFIXES]
+
+
+class TarSource(Source):
+    """Samples of one or more tars, in the order of the files and of their members.
+
+    The caption is a text member (`txt`, `text`, `caption`, `prompt`) or, named "json.caption", a
+    field of the json member; the image is the only member with an image extension.
+
+    Raises:
+        ValueError: a file is not a tar, nothing in it is an image, captions are absent or
+            ambiguous, or a sample holds two images and `image_column` does not say which.
+    """
+
+    def __init__(
+        self, root: Path, tars: Sequence[Path], image_column: str | None, caption_column: str | None
+    ):
+        self._entries: list[_Entry] = []
+        truncated = [path.name for path in tars if not _index(path, self._entries)]
+        name = str(root)
+        columns = {extension for entry in self._entries for extension in entry.parts}
+        self._image = self._choose_image(name, columns, image_column)
+        self._caption = self._choose_caption(name, columns, caption_column)
+        identity = {
+            "kind": "webdataset",
+            "path": str(root),
+            "files": fingerprint_files(root, tars),
+            "columns": [self._image, self._caption],
+        }
+        super().__init__(name, identity, len(self._entries))
+        self.left_out = [(tar, "truncated archive") for tar in truncated]
+
+    def _choose_image(self, name: str, columns: set[str], given: str | None) -> str | None:
+        if given is not None:
+            return choose_column(sorted(columns), given, (), "image", name)
+        counts = [len(entry.images) for entry in self._entries]
+        if not any(counts):
+            listing = ", ".join(sorted(columns)) or "none"
+            raise ValueError(f"{name} holds no images; the members have the extensions: {listing}")
+        if max(counts) > 1:
+            entry = self._entries[counts.index(max(counts))]
+            raise ValueError(
+                f"{name}: sample {entry.key} holds several images ({', '.join(entry.images)}). "
+                "Name one with image_column"
+            )
+        return None  # one a sample, whatever its extension
+
+    def _choose_caption(self, name: str, columns: set[str], given: str | None) -> str:
+        fields = set()
+        with_json = next((entry for entry in self._entries if "json" in entry.parts), None)
+        if with_json is not None:
+            document = _read_json(with_json.parts["json"])
+            fields = {f"json.{key}" for key in document if isinstance(key, str)}
+        if given is None and not columns & set(TEXT_COLUMNS):
+            candidates: Sequence[str] = [f"json.{column}" for column in CAPTION_COLUMNS]
+        else:
+            candidates = TEXT_COLUMNS
+        return choose_column(sorted(columns | fields), given, candidates, "caption", name)
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self._entries[index]
+        image = self._image or next(iter(entry.images), "")
+        return Sample(index, entry.key, entry.parts.get(image), self._captions(entry))
+
+    def _captions(self, entry: _Entry) -> list[str]:
+        extension, _, name = self._caption.partition(".")
+        if extension not in entry.parts:
+            return []
+        if name:
+            return usable_captions(_read_json(entry.parts[extension]).get(name))
+        try:
+            return usable_captions(read_bytes(entry.parts[extension]).decode("utf-8-sig"))
+        except (SkipSample, UnicodeDecodeError):  # no captions: the sample is skipped as such
+            return []
+
+
+def _index(path: Path, entries: list[_Entry]) -> bool:
+    """Append the samples of one tar; False if the archive ends early."""
+    previous = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                base, _, extension = name.partition(".")
+                if not member.isfile() or not base:  # folders, links, hidden files
+                    continue
+                if (folder, base) != previous:
+                    previous = (folder, base)
+                    key = f"{folder}/{base}" if folder else base
+                    entries.append(_Entry(f"{path.name}:{key}"))
+                where = FileSlice(path, member.offset_data, member.size)
+                entries[-1].parts[extension.lower()] = where
+            # A complete archive ends with blocks of zeros, which tarfile stops at.
+            with open(path, "rb") as file:
+                file.seek(tar.offset)
+                return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except tarfile.TarError as error:
+        if previous is None:
+            raise ValueError(
+                f"{path} is not an uncompressed tar ({error}). Unpack .tar.gz with gunzip first"
+            ) from error
+        return False
+
+
+def _read_json(where: FileSlice) -> dict[str, Any]:
+    try:
+        document = json.loads(read_bytes(where))
+    except (SkipSample, ValueError):  # no captions: the sample is skipped as such
+        return {}
+    return document if isinstance(document, dict) else {}

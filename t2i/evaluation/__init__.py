@@ -1,0 +1,1 @@
+"""What GenEval, DPG-Bench and FID share."""

@@ -1,0 +1,101 @@
+"""Prompts to images: batching, per-image random numbers, decoding to pixels."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from t2i.rng import make_keys
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import SamplingConfig, sample_windows
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One sampled image."""
+
+    prompt_index: int
+    sample_index: int
+    prompt: str | int
+    image: Image.Image
+    windows: Tensor
+    """All sampled windows, int64 [N, k, S]."""
+    stages: tuple[Image.Image, ...] = ()
+    """The image at refinement stage 1 .. last, if asked for."""
+
+
+def iterate_images(
+    model: TensorAR,
+    prompts: Sequence[str | int],
+    *,
+    seed: int = 0,
+    samples_per_prompt: int = 1,
+    sampling: SamplingConfig | None = None,
+    batch_size: int = 16,
+    stages: bool = False,
+    progress: bool = True,
+    jobs: Sequence[tuple[int, int]] | None = None,
+) -> Iterator[Generated]:
+    """Sample images one batch at a time, in the order of `jobs`.
+
+    An image's random numbers depend on (seed, prompt index, sample index) only. Every batch has `batch_size` rows, the last one
+    filled up, so that an image is also computed in the same matrix shapes whatever else is asked for.
+
+    Args:
+        prompts: captions, or class ids for a class-conditional backbone.
+        jobs: (prompt index, sample index) pairs; all of them if None.
+    """
+    from tqdm import tqdm
+
+    if samples_per_prompt < 1 or batch_size < 1:
+        raise ValueError(
+            f"samples_per_prompt={samples_per_prompt} and batch_size={batch_size} must be at least 1"
+        )
+    sampling = sampling or default_sampling(model)
+    jobs = list(
+        jobs
+        if jobs is not None
+        else [(p, s) for p in range(len(prompts)) for s in range(samples_per_prompt)]
+    )
+    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+    bar = tqdm(
+        total=len(batches) * model.windows.count, unit="step", desc="sampling", disable=not progress
+    )
+    with bar:
+        for batch in batches:
+            rows = batch + [batch[-1]] * (batch_size - len(batch))
+            prepared = model.backbone.prepare([prompts[p] for p, _ in rows])
+            keys = make_keys(seed, *torch.tensor(rows).T)
+            windows = sample_windows(model, prepared, keys, sampling, on_step=bar.update)[
+                : len(batch)
+            ]
+            images = to_images(model, model.windows.final_codes(windows))
+            staged = stage_images(model, windows) if stages else [()] * len(batch)
+            for i, (p, s) in enumerate(batch):
+                yield Generated(p, s, prompts[p], images[i], windows[i].cpu(), tuple(staged[i]))
+
+
+def generate(model: TensorAR, prompts: Sequence[str | int], **options) -> list[Image.Image]:
+    """Sample images for prompts, prompt by prompt; options as in `iterate_images`. Returns PIL images."""
+    return [generated.image for generated in iterate_images(model, prompts, **options)]
+
+
+def default_sampling(model: TensorAR) -> SamplingConfig:
+    """What the checkpoint says, or else how the base model's authors sampled it."""
+    return getattr(model, "sampling", None) or SamplingConfig.of(model.backbone.spec.sampling)
+
+
+def to_images(model: TensorAR, codes: Tensor) -> list[Image.Image]:
+    """Codes [B, T, S] -> PIL images."""
+    return [Image.fromarray(array) for array in model.backbone.decode_images(codes).cpu().numpy()]
+
+
+def stage_images(model: TensorAR, windows: Tensor) -> list[list[Image.Image]]:
+    """Windows [B, N, k, S] -> per image, the picture at every refinement stage."""
+    per_stage = [
+        to_images(model, model.windows.stage_codes(windows, r + 1))
+        for r in range(model.windows.stages)
+    ]
+    return [list(images) for images in zip(*per_stage, strict=True)]

@@ -1,0 +1,176 @@
+"""From names to models: where weights come from, and the two calls that build a TensorAR.
+
+A source is a file, a folder with a config.json (the layout of `t2i/assets/shapes`), the word "shapes" for the shipped offline
+base, or a file on the hub as "owner/repo:file".
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from t2i.backbones.base import Backbone, SamplingDefaults
+from t2i.tensorar.model import TensorAR, TensorARConfig
+from t2i.weights import file_sha256
+
+FAMILIES = {"llamagen": "t2i.backbones.llamagen"}
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """Everything needed to load the same backbone again; stored in every checkpoint folder."""
+
+    family: str
+    weights: str
+    tokenizer: str | None = None
+    text_encoder: str | None = None
+    config: dict | None = None
+    """Shape of the backbone, as its family's config dataclass has it."""
+    sampling: dict = field(default_factory=dict)
+    sha256: str | None = None
+    """Hash of the weight file."""
+
+
+def resolve(source: str | Path) -> Path:
+    """The local path of a source; downloads "owner/repo:file" into the hub's cache.
+
+    Raises:
+        ValueError: there is no such file, folder, shipped base or hub file.
+    """
+    text = str(source)
+    if Path(text).exists():
+        return Path(text)
+    repo, _, filename = text.partition(":")
+    if filename and repo.count("/") == 1:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(repo, filename))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(
+                f"cannot download {filename} of {repo}: {str(error).splitlines()[0]}"
+            ) from error
+    raise ValueError(
+        f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
+        "or a hub file written owner/repo:file"
+    )
+
+
+def load_backbone(
+    family: str,
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    config: object | None = None,
+    grid: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Backbone:
+    """Load a pre-trained backbone, strictly, in eval mode.
+
+    Args:
+        family: one of `FAMILIES`.
+        source: official weight file, folder with config.json, "shapes", or "owner/repo:file".
+        tokenizer: image tokenizer weights; needed for pixels and for codebook noise.
+        text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image: google/flan-t5-xl).
+        config: the family's config dataclass, for shapes that were never published.
+        grid: height and width in codes, where the file's name does not tell.
+
+    Raises:
+        ValueError: what is wrong with the name, file or keys, and what is allowed.
+    """
+    spec = BackboneSource(
+        family=family,
+        weights=str(source),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        text_encoder=None if text_encoder is None else str(text_encoder),
+        config=None if config is None else asdict(config),
+    )
+    return load_source(spec, grid=grid, dtype=dtype, device=device)
+
+
+def load_source(
+    source: BackboneSource,
+    *,
+    weights: Path | None = None,
+    grid: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Backbone:
+    """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a checkpoint folder)."""
+    if source.family not in FAMILIES:
+        raise ValueError(
+            f"unknown backbone family {source.family!r}; choose one of {', '.join(FAMILIES)}"
+        )
+    module = import_module(FAMILIES[source.family])
+    files = _expand_folder(source)
+    path = weights or resolve(files.weights)
+    if weights is None and source.sha256 is not None and file_sha256(path) != source.sha256:
+        raise ValueError(
+            f"{path} is not the weight file that the checkpoint was trained on (its SHA-256 differs)"
+        )
+    config = None if files.config is None else module.config_from_dict(files.config)
+    backbone = module.load(path, config=config, grid=grid, dtype=dtype)
+    backbone.source = replace(source, config=asdict(backbone.config))
+    if files.sampling:
+        backbone.spec = replace(backbone.spec, sampling=SamplingDefaults(**files.sampling))
+    if files.tokenizer is not None:
+        backbone.frozen.tokenizer = module.load_tokenizer(resolve(files.tokenizer)).to(device)
+    if files.text_encoder is not None:
+        from t2i.conditioning.t5 import T5Captions
+
+        backbone.frozen.text_encoder = T5Captions.load(
+            files.text_encoder, max_tokens=backbone.spec.prefix_tokens, dtype=dtype, device=device
+        )
+    return backbone.to(device)
+
+
+def with_hash(source: BackboneSource) -> BackboneSource:
+    """The source with the SHA-256 of its weight file, so that a checkpoint can refuse another base."""
+    return replace(
+        source, sha256=source.sha256 or file_sha256(resolve(_expand_folder(source).weights))
+    )
+
+
+def _expand_folder(source: BackboneSource) -> BackboneSource:
+    """Fill in what a backbone folder's config.json says; what the caller gave wins."""
+    path = ASSETS / source.weights if source.weights in shipped_bases() else Path(source.weights)
+    if not path.is_dir():
+        return source
+    try:
+        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        files = {
+            key: str(path / stored[key])
+            for key in ("weights", "tokenizer", "text_encoder")
+            if key in stored
+        }
+        family, weights, config = stored["family"], files["weights"], stored["config"]
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a backbone folder: config.json is missing or incomplete ({error})"
+        ) from error
+    if family != source.family:
+        raise ValueError(f"{path} holds a {family} backbone, not {source.family}")
+    return replace(
+        source,
+        weights=weights,
+        tokenizer=source.tokenizer or files.get("tokenizer"),
+        text_encoder=source.text_encoder or files.get("text_encoder"),
+        config=source.config or config,
+        sampling=source.sampling or stored.get("sampling", {}),
+    )
+
+
+def shipped_bases() -> list[str]:
+    """Names of the base models in the package."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+
+
+def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
+    """Put a fresh codec around a backbone; equal to the base model, bit for bit, until it is trained."""
+    return TensorAR(backbone, config, seed=seed).eval()

@@ -1,0 +1,87 @@
+"""LoRA on the backbone with PEFT: injected into the trunk's linear layers, stored as a standard PEFT adapter folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from t2i.backbones.base import Backbone
+from t2i.weights import read_state_dict
+
+_PEFT_PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on the backbone's attention and feed-forward layers."""
+
+    rank: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+
+
+def add_lora(backbone: Backbone, config: LoRAConfig) -> None:
+    """Freeze the backbone and inject trainable adapters (identity until trained)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    backbone.requires_grad_(False)
+    # Anchored at the end: PEFT wants the whole module name to match.
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=rf".*{backbone.lora_targets}",
+        bias="none",
+    )
+    inject_adapter_in_model(peft_config, backbone)
+    backbone.lora = peft_config
+    adapted = [name for name, _ in backbone.named_parameters() if "lora_A" in name]
+    if not adapted:
+        raise ValueError(
+            f"LoRA found no layer that matches {backbone.lora_targets!r} in {type(backbone).__name__}"
+        )
+    backbone.to(backbone.device)
+
+
+def adapter_state_dict(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """Adapter weights under PEFT's file names."""
+    return {
+        _PEFT_PREFIX + name.replace(".default.", "."): value
+        for name, value in backbone.state_dict().items()
+        if "lora_" in name
+    }
+
+
+def save_adapter(
+    backbone: Backbone, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone.lora.save_pretrained(folder)
+    weights = adapter_state_dict(backbone) if state_dict is None else state_dict
+    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / _WEIGHTS)
+
+
+def load_adapter(backbone: Backbone, folder: Path) -> None:
+    """Inject the adapters of a folder written by `save_adapter` into a fresh backbone, strictly."""
+    from peft import LoraConfig
+
+    stored = LoraConfig.from_pretrained(folder)
+    add_lora(
+        backbone, LoRAConfig(rank=stored.r, alpha=stored.lora_alpha, dropout=stored.lora_dropout)
+    )
+    weights = read_state_dict(folder / _WEIGHTS)
+    expected = adapter_state_dict(backbone)
+    wrong = sorted(set(weights) ^ set(expected)) + [
+        k for k in weights.keys() & expected.keys() if weights[k].shape != expected[k].shape
+    ]
+    if wrong:
+        raise ValueError(f"adapter {folder} does not fit this backbone: {', '.join(wrong[:20])}")
+    with torch.no_grad():
+        for name, value in expected.items():
+            value.copy_(weights[name])

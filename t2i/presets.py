@@ -1,0 +1,35 @@
+"""Named settings of the method."""
+
+from dataclasses import replace
+
+from t2i.tensorar.model import TensorARConfig
+
+
+def iclr2026(**overrides) -> TensorARConfig:
+    """The ICLR 2026 version: one attention block on each side, exponential schedule, categorical noise."""
+    return replace(
+        TensorARConfig(k=4, depth=1, mlp=False, schedule="exponential", noise="categorical"),
+        **overrides,
+    )
+
+
+def arxiv2505(**overrides) -> TensorARConfig:
+    """arXiv 2505.16324 v1: two full transformer blocks on each side, sine schedule, codebook noise."""
+    return replace(
+        TensorARConfig(k=4, depth=2, mlp=True, schedule="sine", noise="codebook"), **overrides
+    )
+
+
+def base(**overrides) -> TensorARConfig:
+    """No TensorAR: the backbone as it is (k = 1), for controls that go through the same code."""
+    return replace(TensorARConfig(k=1), **overrides)
+
+
+METHODS = {"iclr2026": iclr2026, "arxiv2505": arxiv2505, "base": base}
+
+
+def method(name: str, **overrides) -> TensorARConfig:
+    """A preset by name; ValueError lists the names."""
+    if name not in METHODS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name](**overrides)

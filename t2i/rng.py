@@ -1,0 +1,64 @@
+"""Random numbers that are a pure function of their key: no state, so no order, batch or device can change them.
+
+A counter-based generator: the key (seed, sample, ...) and the position of a number in its array are mixed by the finaliser of
+SplitMix64 (Steele et al., OOPSLA 2014), vectorised on int64 tensors. Training noise is keyed by (seed, epoch, sample), images
+by (seed, prompt index, sample index): the same on any batch split, process count or device.
+"""
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & (
+        (1 << (64 - bits)) - 1
+    )  # int64 shifts carry the sign; the mask makes the shift logical
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def fold(keys: Tensor, *values: int | Tensor) -> Tensor:
+    """Derive new keys int64 from keys int64 and further integers (each broadcast against the keys)."""
+    for value in values:
+        keys = _mix(
+            (keys ^ _mix(torch.as_tensor(value, device=keys.device) * _GOLDEN + 1)) + _GOLDEN
+        )
+    return keys
+
+
+def make_keys(seed: int, *values: int | Tensor) -> Tensor:
+    """Keys int64 of a stream: `make_keys(seed, epoch, sample_indices)` gives one per sample."""
+    shape = torch.broadcast_shapes(*(torch.as_tensor(v).shape for v in values)) if values else ()
+    return fold(torch.full(shape, seed, dtype=torch.long), *values)
+
+
+def uniforms(keys: Tensor, *shape: int) -> Tensor:
+    """fp32 numbers in [0, 1), [*keys.shape, *shape]; 24 random bits each."""
+    return _shift_right(_bits(keys, shape), 40).float() * 2.0**-24
+
+
+def integers(keys: Tensor, high: int, *shape: int) -> Tensor:
+    """int64 numbers in [0, high), [*keys.shape, *shape]."""
+    return _shift_right(_bits(keys, shape), 1) % high
+
+
+def normals(keys: Tensor, *shape: int) -> Tensor:
+    """fp32 standard normal numbers, [*keys.shape, *shape] (Box-Muller)."""
+    radius = (-2 * torch.log1p(-uniforms(fold(keys, 1), *shape))).sqrt()
+    return radius * torch.cos(2 * torch.pi * uniforms(fold(keys, 2), *shape))
+
+
+def _bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    counters = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
+    return _mix(_mix(keys[..., None] + counters)).view(*keys.shape, *shape)

@@ -1,0 +1,134 @@
+"""Input encoder (k -> 1) and output decoder (1 -> k): the plug-in around an unchanged trunk (arXiv 2505.16324, section 3.2).
+
+Both are query transformers: learned queries read a short memory. The queries attend to the memory and to each other, so that one
+hidden state can answer every slot's query differently.
+
+    E(w)    = e(w[0]) + z_in * QT_in(e(w[0]) .. e(w[k-1]))
+    D(h)[0] = h       + z_out * QT_out(h)[0]
+    D(h)[j] =                   QT_out(h)[j]          for drafts j >= 1
+
+z_in and z_out are zero at initialisation, so an attached model is the base model bit for bit. Drafts do not get h itself by
+default: if they do (`residual="all"`), all slots pull on one h and the base's own prediction suffers.
+
+Shapes: M rows (batch x windows), m memory entries, q queries, k slots, D width, H heads.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Residual = Literal["first", "all", "none"]
+
+
+class CodecBlock(nn.Module):
+    """Queries attend to [memory; queries], then an optional SwiGLU of 8 D^2 parameters; pre-norm."""
+
+    def __init__(self, dim: int, heads: int, mlp: bool):
+        super().__init__()
+        self.heads = heads
+        self.norm_query, self.norm_memory = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.wq, self.wo = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.wkv = nn.Linear(dim, 2 * dim, bias=False)
+        self.mlp = SwiGLU(dim) if mlp else None
+
+    def forward(self, x_MqD: Tensor, memory_MmD: Tensor, valid_Mm: Tensor | None) -> Tensor:
+        x = self.norm_query(x_MqD)
+        k, v = self.wkv(torch.cat([self.norm_memory(memory_MmD), x], dim=1)).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.wq(x), k, v))
+        mask = None
+        if valid_Mm is not None:
+            mask = F.pad(valid_Mm, (0, x.shape[1]), value=True)[:, None, None]
+        x = x_MqD + self.wo(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        )
+        return x if self.mlp is None else x + self.mlp(x)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = 8 * round(dim / 3)  # a multiple of 8, as tensor cores want
+        self.norm = nn.RMSNorm(dim)
+        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class QueryTransformer(nn.Module):
+    """`queries` learned vectors read a memory through `depth` blocks: [M, m, D] -> [M, q, D]."""
+
+    def __init__(self, queries: int, dim: int, heads: int, depth: int, mlp: bool):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(queries, dim))
+        self.blocks = nn.ModuleList(CodecBlock(dim, heads, mlp) for _ in range(depth))
+
+    def forward(self, memory_MmD: Tensor, valid_Mm: Tensor | None = None) -> Tensor:
+        x = self.queries.expand(memory_MmD.shape[0], -1, -1)
+        for block in self.blocks:
+            x = block(x, memory_MmD, valid_Mm)
+        return x
+
+
+class InputEncoder(nn.Module):
+    """One input embedding per window: E(w)."""
+
+    def __init__(self, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual):
+        super().__init__()
+        self.residual = residual != "none"
+        self.slots = nn.Parameter(torch.empty(k, dim))
+        self.transformer = QueryTransformer(1, dim, heads, depth, mlp)
+        self.z_in = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, e_MkD: Tensor, valid_Mk: Tensor) -> Tensor:
+        """Embeddings of a window's slots [M, k, D] and which of them exist [M, k] -> [M, D]."""
+        memory = F.rms_norm(e_MkD, e_MkD.shape[-1:]) + self.slots[: e_MkD.shape[1]]
+        read = self.transformer(memory.type_as(e_MkD), valid_Mk)[:, 0]
+        return e_MkD[:, 0] + self.z_in * read if self.residual else read
+
+
+class OutputDecoder(nn.Module):
+    """One hidden state per slot of the predicted window: D(h)."""
+
+    def __init__(self, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual):
+        super().__init__()
+        self.residual = residual
+        self.transformer = QueryTransformer(k, dim, heads, depth, mlp)
+        self.z_out = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, h_MD: Tensor) -> Tensor:
+        """Hidden states [M, D] -> [M, k, D]."""
+        read = self.transformer(h_MD[:, None])
+        if self.residual == "none":
+            return read
+        first = h_MD[:, None] + self.z_out * read[:, :1]
+        drafts = read[:, 1:]
+        return torch.cat(
+            [first, h_MD[:, None] + drafts if self.residual == "all" else drafts], dim=1
+        )
+
+
+class Codec(nn.Module):
+    """Input encoder and output decoder; all that TensorAR adds to a backbone."""
+
+    def __init__(self, *, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual):
+        super().__init__()
+        self.encoder = InputEncoder(k, dim, heads, depth, mlp, residual)
+        self.decoder = OutputDecoder(k, dim, heads, depth, mlp, residual)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one for the norms."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and name.endswith(".weight"):
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+            elif name.endswith(("queries", "slots")):
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+            elif name.endswith(("z_in", "z_out")):
+                nn.init.zeros_(parameter)
+            else:
+                assert "norm" in name, name
+                nn.init.ones_(parameter)

@@ -1,0 +1,238 @@
+"""TensorAR = a backbone + a codec: the training loss, and the pieces that the sampler is made of (arXiv 2505.16324).
+
+Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens, P prefix, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.backbones.base import Backbone, Condition
+from t2i.rng import fold, integers, normals, uniforms
+from t2i.tensorar.codec import Codec, Residual
+from t2i.tensorar.noise import (
+    GAUSSIAN_VARIANCE,
+    NoiseKind,
+    Schedule,
+    corrupt_categorical,
+    corrupt_codebook,
+    schedule_strengths,
+)
+from t2i.tensorar.windows import Windows
+
+
+@dataclass(frozen=True)
+class TensorARConfig:
+    """The method's own settings; `t2i.presets` has the published ones."""
+
+    k: int = 4
+    """Window size: how many codes a step predicts. 1 is the base model."""
+    stride: int = 1
+    """Positions between windows; each is predicted ceil(k / stride) times."""
+    depth: int = 1
+    """Blocks in each of the two query transformers."""
+    mlp: bool = False
+    """Give each block a SwiGLU of 8 D^2 parameters."""
+    residual: Residual = "first"
+    """Which output slots get the trunk's hidden state added: slot 0 only, all, or none (then neither does the input encoder)."""
+    noise: NoiseKind = "categorical"
+    """How drafts in the input windows are corrupted in training."""
+    schedule: Schedule = "exponential"
+    """How the corruption grows from slot to slot."""
+    slot_weights: tuple[float, ...] = (1.0,)
+    """Loss weight of slot 0, 1, ...; the last entry holds for all further slots."""
+
+    def __post_init__(self):
+        for name, given, kind in (
+            ("noise", self.noise, NoiseKind),
+            ("schedule", self.schedule, Schedule),
+            ("residual", self.residual, Residual),
+        ):
+            if given not in get_args(kind):
+                raise ValueError(
+                    f"unknown {name} {given!r}; choose one of {', '.join(get_args(kind))}"
+                )
+        if not self.slot_weights or min(self.slot_weights) < 0 or self.slot_weights[0] == 0:
+            raise ValueError(
+                f"slot_weights={self.slot_weights}: give weights >= 0, that of slot 0 above 0"
+            )
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} must be at least 1")
+
+    def weights(self) -> list[float]:
+        """Loss weight of every slot."""
+        return [self.slot_weights[min(j, len(self.slot_weights) - 1)] for j in range(self.k)]
+
+
+@dataclass
+class SlotLosses:
+    """Cross entropy in nats per code, summed by slot; sums may be added over batches."""
+
+    sums: Tensor
+    """fp32 [k]"""
+    counts: Tensor
+    """fp32 [k]"""
+
+    def means(self) -> Tensor:
+        return self.sums / self.counts.clamp(min=1)
+
+    def weighted(self, weights: list[float]) -> Tensor:
+        """sum_j w_j sums_j / sum_j w_j counts_j, the training loss."""
+        w = torch.tensor(weights, device=self.sums.device)
+        return (w * self.sums).sum() / (w * self.counts).sum()
+
+
+class TensorAR(nn.Module):
+    """A backbone that predicts windows. With `config.k == 1` there is no codec and this is the base model.
+
+    Raises:
+        ValueError: k does not fit the image, or codebook noise is asked for without an image tokenizer.
+    """
+
+    def __init__(self, backbone: Backbone, config: TensorARConfig, *, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.windows = Windows(backbone.spec.num_tokens, config.k, config.stride)
+        self.backbone = backbone
+        self.codec: Codec | None = None
+        if config.k > 1:
+            if config.noise == "codebook":
+                backbone.code_vectors()  # raises where the codebook is not there
+            first = next(backbone.parameters())
+            with torch.device("meta"):
+                codec = Codec(
+                    k=config.k,
+                    dim=backbone.spec.dim,
+                    heads=backbone.spec.num_heads,
+                    depth=config.depth,
+                    mlp=config.mlp,
+                    residual=config.residual,
+                )
+            if first.device.type != "meta":
+                codec.to_empty(device="cpu").initialize(torch.Generator().manual_seed(seed))
+                codec.to(device=first.device, dtype=first.dtype)
+            self.codec = codec
+
+    # -- inputs -----------------------------------------------------------------------------------------------------------
+    def noised_windows(self, codes: Tensor, keys: Tensor) -> Tensor:
+        """Input windows int64 [B, N, k, S] of codes [B, T, S], drafts corrupted by the configured noise; keys int64 [B]."""
+        clean = self.windows.gather(codes)
+        b_k = torch.tensor(
+            schedule_strengths(self.config.schedule, self.config.k), device=codes.device
+        )
+        if self.config.k == 1 or self.config.noise == "gaussian":
+            return clean
+        if self.config.noise == "codebook":
+            vectors = tuple(v.to(codes.device) for v in self.backbone.code_vectors())
+            return corrupt_codebook(clean, b_k, vectors, keys)
+        return corrupt_categorical(clean, b_k, self.backbone.spec.subvocabs, keys)
+
+    def embed_windows(
+        self, windows: Tensor, first: int = 0, gaussian_keys: Tensor | None = None
+    ) -> Tensor:
+        """E(w): windows [B, n, k, S], of which the first has index `first`, -> embeddings [B, n, D]."""
+        e_BnkD = self.backbone.embed_tokens(windows)
+        if self.codec is None:
+            return e_BnkD[:, :, 0]
+        if gaussian_keys is not None:
+            noise = normals(gaussian_keys, *e_BnkD.shape[1:]) * GAUSSIAN_VARIANCE**0.5
+            noise[:, :, 0] = 0
+            e_BnkD = e_BnkD + noise.type_as(e_BnkD)
+        n = windows.shape[1]
+        valid_nk = self.windows.valid(windows.device)[first : first + n]
+        valid = valid_nk.expand(len(windows), -1, -1).flatten(0, 1)
+        return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (-1, n))
+
+    # -- teacher forcing --------------------------------------------------------------------------------------------------
+    def hidden(
+        self, condition: Condition, windows: Tensor, gaussian_keys: Tensor | None = None
+    ) -> Tensor:
+        """Trunk outputs [B, N, D] that predict windows 0..N-1, from input windows 0..N-2 (the last one given is not read)."""
+        prefix = condition.prefix
+        x = torch.cat([prefix, self.embed_windows(windows[:, :-1], 0, gaussian_keys)], dim=1)
+        return self.backbone.trunk(x, self.input_positions(prefix), condition)[
+            :, prefix.shape[1] - 1 :
+        ]
+
+    def input_positions(self, prefix: Tensor) -> Tensor:
+        """Positions of the prefix and of input windows 0..N-2, int64 [P + N - 1]."""
+        length = prefix.shape[1]
+        starts = self.windows.starts(prefix.device)[:-1]
+        return torch.cat([torch.arange(length, device=prefix.device), length + starts])
+
+    def decode_slots(self, h: Tensor) -> Tensor:
+        """D(h): hidden [..., D] -> [..., k, D]."""
+        if self.codec is None:
+            return h[..., None, :]
+        return self.codec.decoder(h.reshape(-1, h.shape[-1])).view(*h.shape[:-1], self.config.k, -1)
+
+    def slot_logits(self, d_kD: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
+        """Teacher-forced logits [..., k, V_s] per sub-token, from decoded slots [..., k, D] and their codes [..., k, S]."""
+        parts = [
+            self.backbone.all_logits(d_kD[..., part, :], codes[..., part, :])
+            for part in slot_parts(d_kD.shape[-2])
+        ]
+        return tuple(torch.cat(logits, dim=-2) for logits in zip(*parts, strict=True))
+
+    def forward(
+        self,
+        codes: Tensor,
+        condition: Condition,
+        windows: Tensor,
+        gaussian_keys: Tensor | None = None,
+    ) -> SlotLosses:
+        """Cross entropy of the true codes [B, T, S] by slot, given input windows [B, N, k, S] (noised, or own drafts)."""
+        targets = self.windows.gather(codes)
+        d_BNkD = self.decode_slots(self.hidden(condition, windows, gaussian_keys))
+        valid_kN = self.windows.valid(codes.device).T.float()
+        sums = codes.new_zeros(self.config.k, dtype=torch.float)
+        for part in slot_parts(self.config.k):
+            logits = self.backbone.all_logits(d_BNkD[:, :, part], targets[:, :, part])
+            for s, logits_s in enumerate(logits):
+                losses = F.cross_entropy(
+                    logits_s.flatten(0, 2), targets[:, :, part, s].flatten(), reduction="none"
+                )
+                sums[part] += (
+                    losses.view(len(codes), -1, logits_s.shape[2]) * valid_kN[part].T
+                ).sum((0, 1))
+        return SlotLosses(sums, valid_kN.sum(1) * len(codes))
+
+    # -- own drafts -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def own_draft_windows(
+        self, codes: Tensor, condition: Condition, keys: Tensor, passes: int = 1
+    ) -> Tensor:
+        """Input windows with the true code in slot 0 and the model's own samples behind it, int64 [B, N, k, S].
+
+        Each pass predicts all windows in parallel and takes their samples as the next pass's drafts; the first pass sees pure
+        noise as drafts, so no truth can leak into them. This is what sampling feeds the model, up to the true slot 0.
+        """
+        truth = self.windows.gather(codes)
+        noise = [
+            integers(fold(keys, s), v, *truth.shape[1:3])
+            for s, v in enumerate(self.backbone.spec.subvocabs)
+        ]
+        windows = torch.cat([truth[:, :, :1], torch.stack(noise, dim=-1)[:, :, 1:]], dim=2)
+        for p in range(passes if self.config.k > 1 else 0):
+            d = self.decode_slots(self.hidden(condition, windows))[:, :, 1:]
+            drafts = truth[:, :, 1:, :0]
+            for s in range(truth.shape[-1]):
+                probabilities = self.backbone.next_logits(d, drafts).softmax(-1)
+                u = uniforms(fold(keys, 1000 + p, s), *d.shape[1:3])
+                drafts = torch.cat([drafts, draw(probabilities, u)[..., None]], dim=-1)
+            windows = torch.cat([truth[:, :, :1], drafts], dim=2)
+        return windows
+
+
+def draw(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the first index whose cumulative probability exceeds u. [..., V], [...] in [0, 1) -> int64 [...]."""
+    cdf = probabilities.double().cumsum(-1)
+    return torch.searchsorted(cdf, u.double()[..., None] * cdf[..., -1:], right=True)[..., 0]
+
+
+def slot_parts(k: int) -> list[slice]:
+    """Slot 0 and the drafts: slot 0 passes the head by itself, in the base model's shape and hence with its bits."""
+    return [slice(0, 1), slice(1, k)] if k > 1 else [slice(0, 1)]

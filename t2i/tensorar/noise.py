@@ -1,0 +1,84 @@
+"""Noise schedules and corruptions of the drafts that a window feeds back (training only).
+
+Slot 0 of an input window is the true code. Slot j >= 1 is corrupted with strength b(j), more the further it is from being final.
+
+Schedules, with u = j / k:
+    linear       b = u
+    sine         b = sin(pi u / 2)
+    sqrt         b = u ** 0.5
+    exponential  b = 1 - exp(-2 u), that is 1 - exp(-j / (k / 2))
+The papers name these four; their table of formulas is lost in every copy that we have (a public review quotes the "1/(k/2)" of
+the exponential one). With u = j / k the last draft keeps some signal (b < 1 for j = k - 1), which k = 2 needs: its only draft
+would be pure noise otherwise.
+
+Shapes: B batch, N windows, k slots, S sub-tokens, V vocabulary, C codebook width.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2i.rng import fold, integers, uniforms
+
+Schedule = Literal["linear", "sine", "sqrt", "exponential"]
+NoiseKind = Literal["categorical", "codebook", "gaussian"]
+
+GAUSSIAN_VARIANCE = 0.1
+"""Variance of the ablation's embedding noise (arXiv 2505.16324, section 4.3)."""
+
+
+def schedule_strengths(schedule: Schedule, k: int) -> list[float]:
+    """b(0) .. b(k-1); b(0) is 0."""
+    b = {
+        "linear": lambda u: u,
+        "sine": lambda u: math.sin(math.pi * u / 2),
+        "sqrt": lambda u: u**0.5,
+        "exponential": lambda u: 1 - math.exp(-2 * u),
+    }[schedule]
+    return [b(j / k) for j in range(k)]
+
+
+def corrupt_categorical(
+    windows: Tensor, strengths_k: Tensor, subvocabs: tuple[int, ...], keys: Tensor
+) -> Tensor:
+    """With probability b(j) the whole token becomes uniform over the vocabulary (ICLR version).
+
+    windows int64 [B, N, k, S], strengths fp32 [k], keys int64 [B] -> int64 [B, N, k, S].
+    """
+    replaced = uniforms(fold(keys, 0), *windows.shape[1:3]) < strengths_k
+    noise = torch.stack(
+        [integers(fold(keys, 1 + s), v, *windows.shape[1:3]) for s, v in enumerate(subvocabs)],
+        dim=-1,
+    )
+    return torch.where(replaced[..., None], noise, windows)
+
+
+def corrupt_codebook(
+    windows: Tensor, strengths_k: Tensor, vectors: tuple[Tensor, ...], keys: Tensor
+) -> Tensor:
+    """Mix each code's vector with a random code's and take the codebook entry nearest by cosine (arXiv version, Algorithm 2).
+
+    windows int64 [B, N, k, S], strengths fp32 [k], vectors [V_s, C] per sub-token, keys int64 [B] -> int64 [B, N, k, S].
+    """
+    mixed = []
+    for s, table_VC in enumerate(vectors):
+        table_VC = table_VC.float()
+        noise = integers(fold(keys, 1 + s), len(table_VC), *windows.shape[1:3])
+        b = strengths_k[:, None]
+        x = (1 - b) * table_VC[windows[..., s]] + b * table_VC[noise]
+        mixed.append(_nearest_by_cosine(x, F.normalize(table_VC, dim=-1)))
+    noised = torch.stack(mixed, dim=-1)
+    return torch.where(
+        strengths_k[:, None] > 0, noised, windows
+    )  # slot 0 is kept even where two codes share a direction
+
+
+def _nearest_by_cosine(x: Tensor, unit_VC: Tensor, rows: int = 8192) -> Tensor:
+    """Index of the row with the largest cosine; in chunks, because [B, N, k, V] scores would not fit."""
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.cat([(chunk @ unit_VC.T).argmax(-1) for chunk in flat.split(rows)]).view(
+        x.shape[:-1]
+    )

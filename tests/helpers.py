@@ -1,0 +1,126 @@
+"""What several test files share: golden cases found by their config.json, and tiny models with random weights."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
+from t2i.tensorar.model import TensorAR
+from t2i.tokenizers.vq import VQConfig, VQTokenizer
+
+GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """A folder with config.json, checkpoint files and io.safetensors (`input.*`, `expected.*`)."""
+
+    folder: Path
+    config: dict
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "io.safetensors")
+
+    def input(self, name: str) -> Tensor:
+        return self.tensors[f"input.{name}"]
+
+    def expected(self, name: str) -> Tensor:
+        """Skips the test where a case does not have this tensor."""
+        if f"expected.{name}" not in self.tensors:
+            pytest.skip(f"{self.folder.name} has no expected.{name}")
+        return self.tensors[f"expected.{name}"]
+
+
+def golden_cases(family: str) -> list:
+    """Every case under the golden root whose family contains this text, as pytest parameters."""
+    cases = []
+    for path in sorted(GOLDEN_ROOT.rglob("config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if family in config.get("family", ""):
+            cases.append(pytest.param(GoldenCase(path.parent, config), id=path.parent.name))
+    assert cases or "T2I_GOLDEN" in os.environ, f"no golden case of {family} under {GOLDEN_ROOT}"
+    return cases
+
+
+def golden_table(name: str) -> dict:
+    """A JSON table of this name anywhere under the golden root; skips the test where there is none."""
+    path = next(GOLDEN_ROOT.rglob(name), None)
+    if path is None:
+        pytest.skip(f"no {name} under {GOLDEN_ROOT}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def randomize(module: nn.Module, seed: int = 0) -> None:
+    """Random weights at which every part matters: heads and null embeddings non-zero, norms away from 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if value.dim() == 1:
+                value.uniform_(0.5, 1.5, generator=generator)
+            else:
+                gain = 3.0 if "output" in name else 1.0
+                value.normal_(std=gain * value[0].numel() ** -0.5, generator=generator)
+
+
+def tiny_config(cond: str) -> LlamaGenConfig:
+    return LlamaGenConfig(
+        dim=32,
+        n_layer=2,
+        n_head=2,
+        grid=(4, 4),
+        cond=cond,
+        vocab_size=48,
+        ffn_dim=64,
+        num_classes=10,
+        caption_tokens=6,
+        caption_dim=12,
+    )
+
+
+def tiny_vq(seed: int = 0) -> VQTokenizer:
+    """Two pixels per code, 48 codes."""
+    tokenizer = VQTokenizer(VQConfig(32, (1, 2), 1, 16, codebook_size=48, codebook_dim=8))
+    randomize(tokenizer, seed)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def tiny_llamagen(cond: str, seed: int = 0) -> LlamaGen:
+    """A LlamaGen of 4x4 codes ("class" or "text") with a tokenizer, in eval mode."""
+    backbone = LlamaGen(tiny_config(cond))
+    randomize(backbone, seed)
+    backbone.frozen.tokenizer = tiny_vq()
+    return backbone.eval()
+
+
+def tiny_prepared(backbone: LlamaGen, batch: int) -> dict[str, Tensor]:
+    """Different conditions: labels, or left-padded captions of different lengths."""
+    if backbone.config.cond == "class":
+        return {"labels": torch.arange(batch) % backbone.config.num_classes}
+    length, width = backbone.config.caption_tokens, backbone.config.caption_dim
+    valid = 1 + torch.arange(batch) * 2 % length
+    mask = torch.arange(length) >= length - valid[:, None]
+    features = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
+    return {"features": features * mask[..., None], "mask": mask}
+
+
+def tiny_codes(batch: int, seed: int = 0) -> Tensor:
+    """Random codes [B, 16, 1]."""
+    return torch.randint(48, (batch, 16, 1), generator=torch.Generator().manual_seed(seed))
+
+
+def open_gates(model: TensorAR) -> TensorAR:
+    """Make the codec's zero-initialised gates non-zero, as training does."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, gate in model.named_parameters():
+            if name.endswith(("z_in", "z_out")):
+                gate.normal_(generator=generator)
+    return model

@@ -1,0 +1,339 @@
+"""Caption features, the tiny text encoder and class labels."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from t2i.conditioning import t5_files
+from t2i.conditioning.labels import balanced_labels, class_ids
+from t2i.conditioning.t5 import T5Captions, left_pad, weights_hash
+from t2i.conditioning.tiny_t5 import build_tiny_t5
+
+GOLDEN = Path(os.environ.get("T2I_GOLDEN", "tests/golden")) / "llamagen_t2i"
+CAPTIONS = [
+    "a photo of a red circle and a blue star",
+    "a photo of a blue circle and a red star",
+    "a photo of two squares",
+    "a photo of a heart left of a green ring",
+]
+SIZE = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny_t5(tmp_path_factory.mktemp("t5"), CAPTIONS, **SIZE)
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """A copy of the tiny encoder to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def encoder(folder):
+    return T5Captions.load(folder, max_tokens=12)
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# -- left padding -------------------------------------------------------------
+
+
+def test_left_padding_matches_llamagen():
+    io = load_file(GOLDEN / "io.safetensors")
+    config = json.loads((GOLDEN / "config.json").read_text())
+    encoded = zip(
+        io["input.encoder_features_right_padded"],
+        io["input.encoder_mask_right_padded"],
+        strict=True,
+    )
+    features, mask = left_pad([f[m.bool()] for f, m in encoded], config["caption_max_len"])
+    assert torch.equal(features, io["input.caption_features"])
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, io["input.caption_mask"].bool())
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([], "one width"),
+        ([torch.zeros(2, 3), torch.zeros(2, 4)], "one width"),
+        ([torch.zeros(1, 2, 3)], "one width"),
+        ([torch.zeros(6, 3)], "encode with max_tokens=5"),
+    ],
+)
+def test_left_padding_refuses(features, message):
+    with pytest.raises(ValueError, match=message):
+        left_pad(features, 5)
+
+
+# -- encoding -----------------------------------------------------------------
+
+
+def test_features_are_those_of_a_fixed_length_batch(encoder):
+    """LlamaGen's way: all captions padded and cut to the token limit by the tokenizer."""
+    captions = [*CAPTIONS, "a " * 40]
+    batch = AutoTokenizer.from_pretrained(encoder.folder)(
+        [c.strip() for c in captions],
+        max_length=12,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        expected = encoder.model(batch.input_ids, attention_mask=batch.attention_mask)[0]
+    for features, row, mask in zip(
+        encoder.encode(captions), expected, batch.attention_mask, strict=True
+    ):
+        torch.testing.assert_close(features, row[mask.bool()], atol=1e-5, rtol=0)
+
+
+def test_features_do_not_depend_on_companions(encoder):
+    captions = [*CAPTIONS, "", "star"] * 12  # more than one pass, several lengths
+    together = encoder.encode(captions)
+    for caption, features in zip(captions, together, strict=True):
+        torch.testing.assert_close(features, encoder.encode([caption])[0], atol=1e-5, rtol=0)
+
+
+def test_every_caption_ends_with_the_end_token(encoder):
+    ids = encoder.tokenizer("red star")["input_ids"]
+    assert len(ids) == 3 and ids[-1] == encoder.tokenizer.eos_token_id == 1
+    shapes = [tuple(f.shape) for f in encoder.encode(["red star", ""])]
+    assert shapes == [(3, encoder.dim), (1, encoder.dim)]
+    assert encoder.encode([]) == []
+
+
+def test_cleaning_is_optional(encoder):
+    dirty, plain = encoder.encode(["<b>RED</b> star #12", "red star"])
+    assert torch.equal(dirty, plain)
+    assert len(encoder.encode(["RED star"], clean=False)[0]) == 3
+    assert encoder.report.unknown.examples == ["RED star"]
+
+
+def test_report_counts_what_happened_to_captions(encoder):
+    assert encoder.report.lines() == []
+    long = "a photo of a red circle and a blue star and a green ring"
+    encoder.encode([long, "a zebra", "\u4e00\u53ea\u732b", *CAPTIONS])
+    report = encoder.report
+    assert report.encoded == 7
+    assert (report.truncated.count, report.truncated.examples) == (1, [long])
+    assert (report.emptied.count, report.unknown.count) == (1, 1)
+    assert "1 of 7 captions were longer than 12 tokens and were cut" in report.lines()[0]
+    encoder.encode([long] * 30)
+    assert report.truncated.count == 31 and len(report.truncated.examples) == 10
+
+
+def test_frozen_but_usable_in_training(encoder):
+    features = encoder.encode(["red star"])[0]
+    weight = torch.ones(encoder.dim, requires_grad=True)
+    (features @ weight).sum().backward()
+    assert weight.grad is not None and not features.requires_grad
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+
+
+def test_overflow_is_an_error(encoder):
+    encoder.model.encoder.final_layer_norm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite"):
+        encoder.encode(["red star"])
+
+
+@pytest.mark.parametrize("captions", ["red star", ["red star", None], [3]])
+def test_captions_must_be_strings(encoder, captions):
+    with pytest.raises(ValueError, match="list of strings"):
+        encoder.encode(captions)
+
+
+def test_dtype_and_token_limit(folder):
+    encoder = T5Captions.load(folder, max_tokens=5, dtype=torch.bfloat16)
+    features = encoder.encode(CAPTIONS)
+    assert {f.dtype for f in features} == {torch.bfloat16} and len(features[0]) == 5
+    with pytest.raises(ValueError, match="max_tokens is 1"):
+        T5Captions.load(folder, max_tokens=1)
+
+
+# -- files --------------------------------------------------------------------
+
+
+def drop_query(weights):
+    del weights["encoder.block.1.layer.0.SelfAttention.q.weight"]
+
+
+def add_key(weights):
+    weights["encoder.extra"] = torch.zeros(2)
+
+
+def reshape_norm(weights):
+    weights["encoder.final_layer_norm.weight"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop_query, r"missing: encoder\.block\.1\.layer\.0\.SelfAttention\.q\.weight"),
+        (add_key, r"unexpected: encoder\.extra"),
+        (reshape_norm, r"mis-shaped: encoder\.final_layer_norm\.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(broken, edit, message):
+    edit_weights(broken, edit)
+    with pytest.raises(ValueError, match=message):
+        T5Captions.load(broken)
+
+
+def test_unusable_folders_are_refused(broken, tmp_path):
+    with pytest.raises(ValueError, match="neither a folder here nor"):
+        T5Captions.load(tmp_path / "absent")
+    (broken / "tokenizer.json").rename(broken / "kept")
+    with pytest.raises(ValueError, match=r"tokenizer\.json or spiece\.model"):
+        T5Captions.load(broken)
+    (broken / "kept").rename(broken / "tokenizer.json")
+    os.truncate(broken / "model.safetensors", 1000)
+    with pytest.raises(ValueError, match="cannot be read"):
+        T5Captions.load(broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(ValueError, match="'bert' model"):
+        T5Captions.load(broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="is not a T5 folder"):
+        T5Captions.load(broken)
+
+
+def test_foreign_tokenizers_are_refused(broken):
+    tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    with pytest.raises(ValueError, match="does not end a caption"):
+        T5Captions.load(broken)
+    tokenizer["model"]["vocab"]["zebra"] = len(tokenizer["model"]["vocab"])
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="different models"):
+        T5Captions.load(broken)
+
+
+def test_pickled_weights_load_the_same(folder, broken):
+    torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
+    (broken / "model.safetensors").unlink()
+    features = [T5Captions.load(f).encode(CAPTIONS)[0] for f in (folder, broken)]
+    assert torch.equal(*features)
+
+
+def test_full_t5_with_sentencepiece_loads(tmp_path):
+    """The official layout: encoder and decoder in one file, tokenizer as spiece.model."""
+    import sentencepiece
+
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "captions.txt"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    reference = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
+    config = T5Config(
+        vocab_size=200,  # 100 extra ids follow the pieces
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    full = T5ForConditionalGeneration(config)
+    full.save_pretrained(tmp_path)
+    encoder = T5Captions.load(tmp_path)
+    assert torch.equal(encoder.model.shared.weight, full.shared.weight)
+    for caption in CAPTIONS:
+        assert encoder.tokenizer(caption)["input_ids"] == [*reference.encode(caption), 1]
+
+
+def test_weights_hash_covers_the_files_and_reads_them_once(folder, broken, encoder, monkeypatch):
+    before = weights_hash(folder)
+    assert before == encoder.weights_hash() == weights_hash(broken)
+    monkeypatch.setattr(t5_files, "file_sha256", None)
+    assert weights_hash(folder) == before
+    monkeypatch.undo()
+    edit_weights(broken, lambda w: w["encoder.final_layer_norm.weight"].mul_(2))
+    changed = weights_hash(broken)
+    (broken / "tokenizer.json").write_text((broken / "tokenizer.json").read_text() + " ")
+    assert len({before, changed, weights_hash(broken)}) == 3
+
+
+# -- the tiny encoder ---------------------------------------------------------
+
+
+def test_tiny_encoder_is_a_function_of_its_arguments(folder, tmp_path):
+    state = torch.get_rng_state()
+    again = build_tiny_t5(tmp_path / "again", CAPTIONS, **SIZE)
+    other = build_tiny_t5(tmp_path / "other", CAPTIONS, **SIZE, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weights_hash(again) == weights_hash(folder) != weights_hash(other)
+
+
+def test_tiny_vocabulary(folder, tmp_path):
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert [vocabulary[token] for token in ("<pad>", "</s>", "<unk>")] == [0, 1, 2]
+    assert set(vocabulary) > {"circle", "photo", "ring"}
+    small = build_tiny_t5(tmp_path, CAPTIONS, **SIZE, vocab_size=6)
+    assert AutoTokenizer.from_pretrained(small)("a zebra \u00e9")["input_ids"] == [3, 2, 2, 1]
+    with pytest.raises(ValueError, match="no word"):
+        build_tiny_t5(tmp_path, ["", "\u4e00"])
+    with pytest.raises(ValueError, match="multiple of num_heads"):
+        build_tiny_t5(tmp_path, CAPTIONS, d_model=30, num_heads=4)
+
+
+def test_tiny_features_tell_which_colour_belongs_to_which_shape(encoder):
+    """The mean over a caption is all that LlamaGen's image tokens see of a layer."""
+    first, swapped = (f.mean(0) for f in encoder.encode(CAPTIONS[:2]))
+    assert (first - swapped).norm() > 0.1 * first.norm()  # 0.02 with T5's own initialisation
+
+
+# -- labels -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values", [[0, 9, 3], (0, 9, 3), np.array([0, 9, 3]), torch.tensor([0, 9, 3])]
+)
+def test_class_ids(values):
+    labels = class_ids(values, 10)
+    assert labels.dtype == torch.long and labels.tolist() == [0, 9, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([0, 10], "10 at position 1"),
+        ([-1], "-1 at position 0"),
+        ([1.0], r"1\.0 at position 0"),
+        ([True], "True at position 0"),
+        (["cat"], "'cat' at position 0"),
+        ("12", "'12'"),
+        (3, "3"),
+    ],
+)
+def test_bad_class_ids_are_named(values, named):
+    with pytest.raises(ValueError, match=named):
+        class_ids(values, 10)
+
+
+def test_balanced_labels():
+    labels = balanced_labels(23, 5)
+    assert labels.dtype == torch.long and labels.bincount().tolist() == [5, 5, 5, 4, 4]
+    assert torch.equal(balanced_labels(11, 5), labels[:11])

@@ -1,0 +1,286 @@
+"""The code cache: content, resume after a kill, several ranks, the key, the report."""
+
+import json
+import threading
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from t2i.data.cache import CodeCache, build_cache
+from t2i.data.samples import Sample, Source
+from t2i.data.sources import open_source
+
+WIDTH = 4  # of the text features
+DEFAULTS = {"key_parts": {"tokenizer": "t"}, "resolution": 8, "batch_size": 3, "shard_size": 4}
+
+
+def encode_images(pixels):
+    """Codes [B, 2, 1]: red and green level of the first pixel."""
+    return ((pixels[:, :2, 0, 0, None] + 1) * 127.5).round().long()
+
+
+def encode_captions(captions):
+    """One token per word: row w of the features is (length of word w, w, 0, 0)."""
+    return [
+        torch.tensor([[len(word), w, 0, 0] for w, word in enumerate(caption.split())]).float()
+        for caption in captions
+    ]
+
+
+class Killed(Exception):
+    pass
+
+
+class Encoder:
+    """Counts its images; dies before the image with this number."""
+
+    def __init__(self, dies_at=10**9):
+        self.seen, self.dies_at = 0, dies_at
+
+    def __call__(self, pixels):
+        self.seen += len(pixels)
+        if self.seen > self.dies_at:
+            raise Killed
+        return encode_images(pixels)
+
+
+class ListSource(Source):
+    """PIL images of increasing red level; `stream` hides the length and the random access."""
+
+    def __init__(self, samples, stream=False):
+        super().__init__("list", {"n": len(samples)}, None if stream else len(samples))
+        self._samples = samples
+
+    def __getitem__(self, index):
+        return self._samples[index] if self.length is not None else super().__getitem__(index)
+
+    def __iter__(self):
+        return iter(self._samples)
+
+
+def make_samples(n=10, skipped=(2, 7)):
+    return [
+        Sample(i, f"key{i}", Image.new("RGB", (8, 8), (i, 2 * i, 0)), [f"{'x' * (i + 1)} is {i}"])
+        if i not in skipped
+        else Sample(i, f"key{i}", None, ["gone"])
+        for i in range(n)
+    ]
+
+
+def build(samples_or_source, folder, **options):
+    source = samples_or_source
+    if not isinstance(source, Source):
+        source = ListSource(source)
+    encoders = {"encode_images": encode_images, "encode_captions": encode_captions}
+    options = {**encoders, **DEFAULTS, "progress": False, **options}
+    return build_cache(source, folder, **options)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_content(tmp_path):
+    cache = CodeCache(build(make_samples(), tmp_path))
+    kept = [0, 1, 3, 4, 5, 6, 8, 9]
+    assert len(cache) == 8
+    codes = cache.codes(torch.arange(8))
+    assert codes.dtype == torch.int64
+    assert codes.tolist() == [[[i], [2 * i]] for i in kept]
+    assert cache.codes([6, 0]).tolist() == [[[8], [16]], [[0], [0]]]
+    assert [cache.key(i) for i in range(8)] == [f"key{i}" for i in kept]
+    assert cache.caption(7) == "xxxxxxxxxx is 9"
+    with pytest.raises(IndexError):
+        cache.codes([8])
+
+
+def test_text_is_padded_on_the_left_and_cut_on_the_right(tmp_path):
+    cache = CodeCache(build(make_samples(), tmp_path))
+    features, mask = cache.text([7, 0], max_tokens=5)
+    assert features.dtype == torch.float32
+    assert mask.tolist() == [[False, False, True, True, True]] * 2
+    assert (features[~mask] == 0).all()
+    assert features[0, 2:, :2].tolist() == [[10, 0], [2, 1], [1, 2]]
+    features, mask = cache.text(torch.tensor([7]), max_tokens=2)
+    assert mask.all()
+    assert features[0, :, :2].tolist() == [[10, 0], [2, 1]]
+
+
+def test_several_captions_per_image(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    samples = [Sample(0, "a", image, ["one"]), Sample(1, "b", image, ["p q", "rr", "s t u"])]
+    cache = CodeCache(build(samples, tmp_path, batch_size=2))
+    counts = [int(cache.text([1], 6, choice=[c])[1].sum()) for c in range(5)]
+    assert counts == [2, 1, 3, 2, 1]
+    assert [cache.caption(1, c) for c in range(4)] == ["p q", "rr", "s t u", "p q"]
+    features, _ = cache.text([0, 1], 3, choice=torch.tensor([5, 1]))
+    assert features[:, -1, 0].tolist() == [3, 2]
+
+
+def test_storage_types(tmp_path):
+    folder = build(make_samples(), tmp_path)
+    tensors = load_file(folder / "shard_00000.safetensors")
+    assert (tensors["codes"].dtype, tensors["text"].dtype) == (torch.uint16, torch.float16)
+    large = build(
+        make_samples(),
+        tmp_path,
+        key_parts={"tokenizer": "large"},
+        encode_images=lambda pixels: encode_images(pixels) + 2**17,
+        encode_captions=lambda captions: [f.bfloat16() for f in encode_captions(captions)],
+    )
+    tensors = load_file(large / "shard_00000.safetensors")
+    assert (tensors["codes"].dtype, tensors["text"].dtype) == (torch.int32, torch.bfloat16)
+    assert CodeCache(large).codes([1])[0, :, 0].tolist() == [2**17 + 1, 2**17 + 2]
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16.*bfloat16"):
+        build(
+            make_samples(),
+            tmp_path / "overflow",
+            encode_captions=lambda captions: [f * 1e6 for f in encode_captions(captions)],
+        )
+
+
+def test_without_text_features(tmp_path):
+    cache = CodeCache(build(make_samples(), tmp_path, encode_captions=None))
+    assert cache.codes([1])[0, 0, 0] == 1
+    assert cache.caption(1) == "xx is 1"
+    with pytest.raises(ValueError, match="without text features"):
+        cache.text([0], 4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dies_at", [0, 3, 5, 7])
+def test_resume_after_a_kill(tmp_path, dies_at, stream):
+    whole = build(make_samples(), tmp_path / "whole")
+    source = ListSource(make_samples(), stream)
+    with pytest.raises(Killed):
+        build(source, tmp_path / "killed", encode_images=Encoder(dies_at))
+    (folder,) = (tmp_path / "killed").iterdir()
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert not (folder / "manifest.json").exists()
+    with pytest.raises(ValueError, match="no finished code cache"):
+        CodeCache(folder)
+    rest = Encoder()
+    assert build(source, tmp_path / "killed", encode_images=rest) == folder
+    in_finished = sum(len(load_file(path)["codes"]) for path in finished)
+    assert rest.seen == 8 - in_finished
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    assert files(folder) == files(whole)
+    again = Encoder()
+    build(source, tmp_path / "killed", encode_images=again)
+    assert again.seen == 0
+
+
+def test_a_kill_while_a_shard_is_written_leaves_no_shard(tmp_path, monkeypatch):
+    def half_written(tensors, path):
+        path.write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("t2i.data.shards.save_file", half_written)
+        with pytest.raises(Killed):
+            build(make_samples(), tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert len(CodeCache(build(make_samples(), tmp_path))) == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ranks_share_the_work_and_give_the_same_cache(tmp_path, stream):
+    single = build(make_samples(), tmp_path / "one")
+    encoders = [Encoder(), Encoder()]
+
+    def work(rank):
+        source = ListSource(make_samples(), stream)
+        options = {"rank": rank, "world_size": 2, "encode_images": encoders[rank]}
+        build(source, tmp_path / "two", **options, patience=20)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (double,) = (tmp_path / "two").iterdir()
+    assert files(double) == files(single)
+    assert [encoder.seen for encoder in encoders] == [5, 3]  # shards 0 and 2, shard 1
+
+
+def test_a_missing_rank_is_noticed(tmp_path):
+    with pytest.raises(TimeoutError, match=r"shard_00001\.safetensors"):
+        build(make_samples(), tmp_path, world_size=2, patience=0.1)
+
+
+def test_the_batch_size_does_not_matter(tmp_path):
+    first = build(make_samples(), tmp_path / "a", batch_size=1)
+    second = build(make_samples(), tmp_path / "b", batch_size=100)
+    assert files(first) == files(second)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key_parts": {"tokenizer": "other"}},
+        {"resolution": 4},
+        {"max_samples": 5},
+        {"small_images": "upscale"},
+        {"shard_size": 2},
+        {"encode_captions": None},
+    ],
+)
+def test_the_folder_follows_what_the_content_depends_on(tmp_path, change):
+    assert build(make_samples(), tmp_path) != build(make_samples(), tmp_path, **change)
+    assert build(make_samples(), tmp_path) != build(make_samples(9), tmp_path)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_max_samples(tmp_path, stream):
+    source = ListSource(make_samples(), stream)
+    cache = CodeCache(build(source, tmp_path, max_samples=6))
+    assert len(cache) == 5  # of the first six, number 2 is skipped
+    assert cache.key(4) == "key5"
+
+
+def test_report_and_manifest_from_real_files(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (8, 8)).save(data / "good.png")
+    Image.new("RGB", (8, 7)).save(data / "small.png")
+    Image.new("RGB", (8, 8)).save(data / "unlisted.png")
+    (data / "empty.png").touch()
+    rows = [{"file_name": f"{n}.png", "text": "x"} for n in ("good", "small", "empty", "gone")]
+    rows += [{"file_name": "good.png", "text": ""} for _ in range(120)]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = build(open_source(data), tmp_path / "cache", key_parts={"tokenizer": "sha"})
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["seen"], report["usable"]) == (124, 1)
+    counts = {reason: entry["count"] for reason, entry in report["skipped"].items()}
+    singles = ("too small", "empty", "missing", "not in metadata")
+    assert counts == {"no caption": 120, **dict.fromkeys(singles, 1)}
+    assert report["skipped"]["missing"]["first"] == ["gone.png"]
+    assert len(report["skipped"]["no caption"]["first"]) == 100
+    lines = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == 124
+    assert {"index": 1, "key": "small.png", "reason": "too small"}.items() <= lines[0].items()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["key"]["encoders"] == {"tokenizer": "sha"}
+    assert manifest["key"]["source"]["path"] == str(data)
+    assert (manifest["samples"], manifest["code_shape"], manifest["text_dim"]) == (1, [2, 1], WIDTH)
+    assert manifest["report"]["skipped"] == counts
+
+
+def test_nothing_usable(tmp_path):
+    samples = [Sample(0, "a", None, ["x"]), Sample(1, "b", None, []), Sample(2, "c", None, ["y"])]
+    with pytest.raises(ValueError, match=r"3 of list: 2 missing \(a, c\), 1 no caption \(b\)"):
+        build(samples, tmp_path)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_wrong_arguments(tmp_path):
+    for wrong in ({"batch_size": 0}, {"shard_size": 0}, {"max_samples": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            build(make_samples(), tmp_path, **wrong)
+    with pytest.raises(ValueError, match="unknown policy"):
+        build(make_samples(), tmp_path, small_images="crop")
+    with pytest.raises(ValueError, match=r"encode_images must give codes \[2, T, S\]"):
+        build(make_samples(), tmp_path, encode_images=lambda pixels: pixels[:, 0, 0].long())
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -1,0 +1,200 @@
+"""Every kind of odd image has one defined answer: right pixels, or a skip with its reason."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from t2i.data.images import (
+    FileSlice,
+    RemoteFile,
+    SkipSample,
+    center_crop,
+    load_pixels,
+    open_image,
+    to_pixels,
+)
+
+GOLDEN = Path(os.environ.get("T2I_GOLDEN", Path(__file__).parent / "golden")) / "vq16"
+ORIENTATION = 0x0112
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def reason(image, **options) -> str:
+    with pytest.raises(SkipSample) as caught:
+        open_image(image, **options)
+    assert str(caught.value).startswith(caught.value.reason)
+    return caught.value.reason
+
+
+def test_center_crop_golden():
+    size = json.loads((GOLDEN / "config.json").read_text())["image_size"]
+    expected = load_file(GOLDEN / "io.safetensors")["expected.wide_center_crop_uint8"]
+    crop = center_crop(open_image(GOLDEN / "wide.png"), size)
+    difference = torch.from_numpy(np.array(crop)).int() - expected.int()
+    assert difference.shape == (size, size, 3)
+    assert difference.abs().max() <= 1
+
+
+def test_pixels_golden():
+    expected = load_file(GOLDEN / "io.safetensors")["expected.png_tensor"][0]
+    pixels = to_pixels(open_image(GOLDEN / "image.png"))
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
+    assert to_pixels(Image.new("RGB", (2, 2), "black")).unique().tolist() == [-1]
+    assert to_pixels(Image.new("RGB", (2, 2), "white")).unique().tolist() == [1]
+
+
+def test_center_crop_takes_the_centre():
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    assert np.array(center_crop(image, 50))[:, 2:-2].reshape(-1, 3).tolist() == [[0, 0, 255]] * 2300
+
+
+def test_unusable_files(tmp_path):
+    whole = encode(noise(64, 64), "JPEG")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not an image")
+    damaged = bytearray(encode(noise(32, 32)))
+    damaged[60:80] = bytes(20)
+    assert reason(tmp_path / "nowhere.png") == "missing"
+    assert reason(tmp_path) == "missing"
+    assert reason(tmp_path / ("x" * 300)) == "unreadable"
+    assert reason(None) == "missing"
+    assert reason(tmp_path / "empty.png") == "empty"
+    assert reason(tmp_path / "cut.jpg") == "corrupt"
+    assert reason(tmp_path / "text.png") == "corrupt"
+    assert reason(bytes(damaged)) == "corrupt"
+    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "corrupt"
+
+
+def test_file_slices(tmp_path):
+    data = encode(Image.new("RGB", (8, 8), "lime"))
+    (tmp_path / "pack").write_bytes(b"head" + data)
+    assert open_image(FileSlice(tmp_path / "pack", 4, len(data))).getpixel((0, 0)) == (0, 255, 0)
+    assert reason(FileSlice(tmp_path / "pack", 4, len(data) + 1)) == "corrupt"
+    assert reason(FileSlice(tmp_path / "gone", 0, 1)) == "missing"
+
+
+def test_remote_files(tmp_path):
+    """As a streaming image folder of the hub names its files; file:// stands in for hf://."""
+    (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (8, 8), "lime")))
+    assert open_image(RemoteFile(f"file://{tmp_path}/a.png")).getpixel((0, 0)) == (0, 255, 0)
+    assert reason(RemoteFile(f"file://{tmp_path}/b.png")) == "missing"
+
+
+def test_cmyk_is_converted():
+    opened = open_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    red, green, blue = opened.getpixel((4, 4))
+    assert opened.mode == "RGB"
+    assert red > 200 and green < 60 and blue < 60
+
+
+@pytest.mark.parametrize("kind", ["I;16 png", "I tiff", "I;16B tiff"])
+def test_16_bit_is_scaled(kind):
+    mode, container = kind.split()
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    image = Image.fromarray(values)
+    if mode == "I":
+        image = Image.fromarray(values.astype(np.int32))
+    elif mode == "I;16B":
+        image = Image.frombytes(mode, (8, 8), values.astype(">u2").tobytes())
+    opened = np.array(open_image(encode(image, container)))
+    assert (opened == np.rint(values / 257)[..., None]).all()
+
+
+def test_grey_scales_that_do_not_say_what_white_is():
+    eight_bit = Image.fromarray(np.full((4, 4), 200, np.int32))
+    thirty_two_bit = Image.fromarray(np.full((4, 4), 2**30, np.int32))
+    unit_float = Image.fromarray(np.full((4, 4), 0.5, np.float32))
+    assert open_image(encode(eight_bit, "TIFF")).getpixel((0, 0)) == (200, 200, 200)
+    assert open_image(encode(thirty_two_bit, "TIFF")).getpixel((0, 0)) == (128, 128, 128)
+    assert open_image(encode(unit_float, "TIFF")).getpixel((0, 0)) == (128, 128, 128)
+    assert reason(Image.fromarray(np.full((4, 4), np.nan, np.float32))) == "corrupt"
+
+
+def test_transparency_is_composited_over_white():
+    rgba = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    rgba.paste((0, 0, 255, 128), (0, 0, 4, 8))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.paste(1, (0, 0, 4, 8))
+    grey = Image.new("LA", (8, 8), (0, 0))
+    grey.paste((0, 255), (0, 0, 4, 8))
+    for image, left in ((rgba, (127, 127, 255)), (palette, (0, 0, 255)), (grey, (0, 0, 0))):
+        options = {"transparency": 0} if image is palette else {}
+        opened = open_image(encode(image, **options))
+        assert opened.getpixel((1, 1)) == left, image.mode
+        assert opened.getpixel((6, 6)) == (255, 255, 255), image.mode
+    assert open_image(Image.new("La", (2, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_grey_bilevel_and_opaque_palette():
+    assert open_image(encode(Image.new("L", (8, 8), 77))).getpixel((0, 0)) == (77, 77, 77)
+    assert open_image(encode(Image.new("1", (8, 8), 1))).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("RGB", (8, 8), (9, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert open_image(encode(palette)).getpixel((0, 0)) == (9, 200, 30)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(kind):
+    image = Image.new("RGB", (16, 8), "red")
+    image.paste("blue", (0, 0, 8, 8))  # blue on the left of the stored image
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # to be shown turned clockwise: left becomes top
+    options = {"lossless": True} if kind == "WEBP" else {}
+    opened = open_image(encode(image, kind, exif=exif, **options))
+    assert opened.size == (8, 16)
+    assert opened.getpixel((4, 2)) == (0, 0, 255)
+    assert opened.getpixel((4, 14)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animations_give_their_first_frame(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("blue", "red")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert open_image(data).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_too_large_is_skipped_before_decoding(monkeypatch):
+    data = encode(Image.new("L", (2000, 1000)))
+    assert open_image(data, max_megapixels=2).size == (2000, 1000)
+    assert reason(data, max_megapixels=1.9) == "too large"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond Pillow's own limit
+    assert reason(data) == "too large"
+
+
+def test_small_images_follow_the_policy():
+    data = encode(Image.new("RGB", (40, 20), "red"))
+    with pytest.raises(SkipSample, match="too small: 40 x 20 px, needs 32"):
+        load_pixels(data, 32)
+    pixels = load_pixels(data, 32, small="upscale")
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.mean((1, 2)).tolist() == [1, -1, -1]
+    assert load_pixels(data, 20).shape == (3, 20, 20)
+    with pytest.raises(ValueError, match="'skip' or 'upscale'"):
+        load_pixels(data, 32, small="crop")
+
+
+def test_a_thin_strip_is_not_blown_up():
+    strip = encode(Image.new("L", (20000, 2)))
+    with pytest.raises(SkipSample, match="too large"):
+        load_pixels(strip, 256, small="upscale")

@@ -1,0 +1,367 @@
+"""Every kind of source gives the same samples; what is wrong with a source is one clear message."""
+
+import io
+import json
+import tarfile
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from t2i.data.images import SkipSample
+from t2i.data.report import survey_source
+from t2i.data.samples import load_sample
+from t2i.data.sources import open_source
+
+CAPTIONS = ["a red dot", "a green dot", "a blue dot"]
+
+
+def png(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_images(folder, count=3):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(png(i))
+
+
+def write_metadata(folder, rows, name="metadata.jsonl"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_tar(path, members: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            data = data if isinstance(data, bytes) else data.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def write_parquet(path, columns: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def image_structs(count=3):
+    return [{"bytes": png(i), "path": f"{i}.png"} for i in range(count)]
+
+
+def levels(source) -> list[float | str]:
+    """The red level of each image (or why it is skipped), through the real loader."""
+    results = [load_sample(sample, size=8) for sample in source]
+    return [
+        r.reason if isinstance(r, SkipSample) else round((float(r[0, 0, 0]) + 1) * 127.5)
+        for r in results
+    ]
+
+
+@pytest.fixture(autouse=True)
+def private_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The hub, played by a local parquet file: records how it was asked."""
+    write_parquet(tmp_path / "hub.parquet", {"image": image_structs(), "text": CAPTIONS})
+    real, asked = datasets.load_dataset_builder, {}
+
+    def load_dataset_builder(path, **options):
+        if path != "owner/name":
+            return real(path, **options)
+        asked.update(options)
+        return real("parquet", data_files={"train": [str(tmp_path / "hub.parquet")]})
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    return asked
+
+
+def make(kind: str, folder):
+    """A source of three images and captions; returns what to hand to open_source."""
+    if kind == "metadata":
+        write_images(folder / "images")
+        rows = [{"file_name": f"images/{i}.png", "text": c} for i, c in enumerate(CAPTIONS)]
+        write_metadata(folder, rows)
+    elif kind == "sidecar":
+        write_images(folder)
+        for i, caption in enumerate(CAPTIONS):
+            (folder / f"{i}.txt").write_text(caption + "\n")
+    elif kind.startswith("parquet"):
+        for i, name in enumerate(("a", "b")):
+            part = slice(0, 2) if i == 0 else slice(2, 3)
+            columns = {"image": image_structs()[part], "caption": CAPTIONS[part]}
+            write_parquet(folder / f"{name}.parquet", columns)
+    elif kind.startswith("webdataset"):
+        members = {}
+        for i, caption in enumerate(CAPTIONS):
+            members |= {f"{i}.png": png(i)}
+            members |= (
+                {f"{i}.json": json.dumps({"prompt": caption})}
+                if kind == "webdataset json"
+                else {f"{i}.txt": caption}
+            )
+        write_tar(folder / "0.tar", members)
+    return "owner/name" if kind == "hub" else folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["metadata", "sidecar", "parquet", "webdataset", "webdataset json", "hub"]
+)
+def test_every_kind_gives_the_same_samples(kind, streaming, tmp_path, hub):
+    source = open_source(make(kind, tmp_path / "data"), streaming=streaming)
+    samples = list(source)
+    assert [sample.index for sample in samples] == [0, 1, 2]
+    assert [sample.captions for sample in samples] == [[caption] for caption in CAPTIONS]
+    assert len({sample.key for sample in samples}) == 3
+    assert levels(source) == [0, 1, 2]
+    assert json.loads(json.dumps(source.identity)) == source.identity
+    if streaming and kind in ("parquet", "hub"):
+        assert source.length is None
+        with pytest.raises(ValueError, match="no random access"):
+            source[0]
+    else:
+        assert source.length == 3
+        assert source[2] == samples[2]
+    report, usable = survey_source(source, limit=2, size=8)
+    assert (report.seen, report.usable, len(usable)) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("kind", ["metadata", "sidecar", "parquet", "webdataset"])
+def test_the_identity_changes_with_the_files(kind, tmp_path):
+    folder = make(kind, tmp_path / "data")
+    before = open_source(folder).identity
+    assert open_source(folder).identity == before
+    changed = max(path for path in folder.rglob("*") if path.is_file())
+    changed.write_bytes(changed.read_bytes())  # same size and content, new modification time
+    assert open_source(folder).identity != before
+
+
+def test_files_globs_and_lists(tmp_path):
+    folder = make("parquet", tmp_path / "data")
+    assert open_source(folder / "b.parquet")[0].captions == [CAPTIONS[2]]
+    assert open_source(f"{folder}/*.parquet").length == 3
+    two = [folder / "b.parquet", str(folder / "a.parquet")]
+    assert [sample.captions[0] for sample in open_source(two)] == [CAPTIONS[i] for i in (2, 0, 1)]
+    with pytest.raises(ValueError, match=r"no such file: .*c\.parquet"):
+        open_source([*two, folder / "c.parquet"])
+
+
+def test_captions_lists_and_unusable_values(tmp_path):
+    write_images(tmp_path, 7)
+    values = [["a", " b "], "", None, 3, ["", None], " c ", [7, "d"]]
+    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)])
+    source = open_source(tmp_path)
+    assert [s.captions for s in source] == [["a", "b"], [], [], [], [], ["c"], ["d"]]
+    assert levels(source) == [0, *["no caption"] * 4, 5, 6]
+
+
+def test_metadata_traps(tmp_path):
+    """A listed image may not exist, an existing one may not be listed: both are named."""
+    write_images(tmp_path / "sub", 3)
+    rows = [{"file_name": "./0.png", "text": "zero"}, {"file_name": "gone.png", "text": "gone"}]
+    write_metadata(tmp_path / "sub", [*rows, {"text": "no name"}])
+    source = open_source(tmp_path)
+    assert levels(source) == [0, "missing", "missing"]
+    assert [s.key for s in source] == ["sub/0.png", "sub/gone.png", "row 2"]
+    assert source.left_out == [("sub/1.png", "not in metadata"), ("sub/2.png", "not in metadata")]
+
+
+def test_a_misnamed_metadata_file_is_pointed_out(tmp_path):
+    write_images(tmp_path)
+    write_metadata(tmp_path, [{"file_name": "0.png", "text": "x"}], "metadata.json1")
+    with pytest.raises(ValueError, match=r"no captions.*metadata\.jsonl.*metadata\.json1"):
+        open_source(tmp_path)
+
+
+def test_bad_metadata_lines(tmp_path):
+    write_images(tmp_path)
+    path = tmp_path / "metadata.jsonl"
+    path.write_text('{"file_name": "0.png", "text": "x"}\n\n{"file_name": \n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl line 3 is not JSON"):
+        open_source(tmp_path)
+    path.write_text('["0.png", "x"]\n')
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+        open_source(tmp_path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="holds no rows"):
+        open_source(tmp_path)
+
+
+def test_columns(tmp_path):
+    write_images(tmp_path)
+    row = {"file_name": "0.png", "other": "1.png", "text": "a", "caption": "b"}
+    write_metadata(tmp_path, [row])
+    with pytest.raises(ValueError, match=r"any of text, caption; the columns are: file_name, oth"):
+        open_source(tmp_path)
+    with pytest.raises(ValueError, match=r"no column 'nope'; the columns are: file_name"):
+        open_source(tmp_path, caption_column="nope")
+    source = open_source(tmp_path, image_column="other", caption_column="caption")
+    assert source[0].captions == ["b"]
+    assert levels(source) == [1]
+    write_metadata(tmp_path, [{"file_name": "0.png", "label": 3}])
+    with pytest.raises(ValueError, match="no caption column found"):
+        open_source(tmp_path)
+
+
+def test_sidecar_captions(tmp_path):
+    write_images(tmp_path, 4)
+    (tmp_path / "0.png").rename(tmp_path / "0.PNG")
+    (tmp_path / "0.txt").write_text("\ufeffone\n\ntwo \n", encoding="utf-8")
+    (tmp_path / "1.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "2.txt").write_text(" \n")
+    (tmp_path / "readme.txt").write_text("no caption of anything")
+    (tmp_path / "._0.png").write_bytes(b"resource fork")
+    source = open_source(tmp_path)
+    assert [s.captions for s in source] == [["one", "two"], [], [], []]
+    assert levels(source) == [0, "no caption", "no caption", "no caption"]
+    assert source.left_out == [("readme.txt", "caption without image")]
+    with pytest.raises(ValueError, match="no columns to choose"):
+        open_source(tmp_path, caption_column="text")
+
+
+def test_tar_traps(tmp_path):
+    """Captionless first samples, mixed formats, broken json and a cut archive: all defined."""
+    members = {
+        "x/0.png": png(0),
+        "x/1.PNG": png(1),
+        "x/1.txt": "one",
+        "x/2.jpg": b"junk",
+        "x/2.txt": "two",
+        "x/3.txt": "three",
+        "x/4.png": png(4),
+        "x/4.txt": b"\xff",
+        "x/4.json": "{",
+    }
+    write_tar(tmp_path / "0.tar", members)
+    source = open_source(tmp_path)
+    assert source[1].key == "0.tar:x/1"
+    assert levels(source) == ["no caption", 1, "corrupt", "missing", "no caption"]
+    write_tar(tmp_path / "1.tar", {f"{i}.{kind}": png(i) for i in range(9) for kind in ("png",)})
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[: 4 * 1024 + 512])
+    source = open_source(tmp_path)
+    assert source.left_out == [("1.tar", "truncated archive")]
+    assert source.length == 10
+
+
+def test_wrong_tars(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match=r"0\.tar is not an uncompressed tar"):
+        open_source(tmp_path)
+    write_tar(tmp_path / "0.tar", {"a.txt": "x", "a.cls": "1"})
+    with pytest.raises(ValueError, match=r"holds no images.*extensions: cls, txt"):
+        open_source(tmp_path)
+    write_tar(tmp_path / "0.tar", {"a.txt": "x", "a.jpg": b"", "a.png": png(3)})
+    with pytest.raises(ValueError, match=r"0\.tar:a holds several images \(jpg, png\)"):
+        open_source(tmp_path)
+    assert levels(open_source(tmp_path, image_column="png")) == [3]
+    write_tar(tmp_path / "0.tar", {"a.png": png(3), "a.json": '{"title": "t"}'})
+    with pytest.raises(ValueError, match=r"no caption column found.*json\.title"):
+        open_source(tmp_path)
+    assert open_source(tmp_path, caption_column="json.title")[0].captions == ["t"]
+
+
+def test_parquet_traps(tmp_path):
+    """Bytes without HF features, null images, other image columns, web addresses, nested names."""
+    info = {"image": [*image_structs(2), None, {"bytes": b"junk", "path": None}]}
+    names = ["0.png", None, f"file://{tmp_path}/0.png", ""]
+    columns = info | {"file": names, "meta": [{"caption": c} for c in "abcd"]}
+    write_parquet(tmp_path / "0.parquet", columns)
+    write_images(tmp_path, 1)
+    source = open_source(tmp_path / "0.parquet")
+    assert [s.captions for s in source] == [["a"], ["b"], ["c"], ["d"]]
+    assert levels(source) == [0, 1, "missing", "corrupt"]
+    by_path = open_source(tmp_path / "0.parquet", image_column="file")
+    assert levels(by_path) == [0, "missing", 0, "missing"]
+    write_parquet(tmp_path / "0.parquet", {"image": ["https://x/y.png"], "text": ["a"]})
+    with pytest.raises(ValueError, match=r"web addresses.*img2dataset"):
+        open_source(tmp_path / "0.parquet")
+    write_parquet(tmp_path / "0.parquet", {"pixels": ["x"], "text": ["a"]})
+    with pytest.raises(ValueError, match=r"no image column found.*the columns are: pixels, text"):
+        open_source(tmp_path / "0.parquet")
+    write_parquet(tmp_path / "0.parquet", {"image": pa.array([], pa.binary()), "text": []})
+    with pytest.raises(ValueError, match="holds no rows|could not open split"):
+        open_source(tmp_path / "0.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_typed_image_columns_are_not_decoded(tmp_path, streaming):
+    """Files written by the datasets library would be decoded, and a bad image would raise."""
+    features = datasets.Features(
+        photo=datasets.Image(), text=datasets.Value("string"), mask=datasets.Value("string")
+    )
+    structs = [{"bytes": data, "path": None} for data in (b"junk", png(1))]
+    rows = {"photo": structs, "text": ["a", "b"], "mask": ["", ""]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.to_parquet(tmp_path / "0.parquet")
+    assert levels(open_source(tmp_path, streaming=streaming)) == ["corrupt", 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_parquet(tmp_path, streaming):
+    write_parquet(tmp_path / "0.parquet", {"image": image_structs(), "text": CAPTIONS})
+    (tmp_path / "1.parquet").write_bytes(b"PAR1 this is not parquet PAR1")
+    with pytest.raises(ValueError, match=r"could not open|the stream broke after 3 samples"):
+        list(open_source(tmp_path, streaming=streaming))
+
+
+def test_splits(tmp_path, hub):
+    for split, level in (("train", 0), ("test", 1)):
+        part = {"image": [image_structs()[level]], "text": ["x"]}
+        write_parquet(tmp_path / f"tables/{split}-0.parquet", part)
+        write_tar(tmp_path / f"tars/{split}/0.tar", {"a.png": png(level), "a.txt": "x"})
+        write_images(tmp_path / "images" / split, 1)
+        (tmp_path / "images" / split / "0.png").write_bytes(png(level))
+        (tmp_path / "images" / split / "0.txt").write_text("x")
+    for kind in ("tables", "tars", "images"):
+        assert levels(open_source(tmp_path / kind)) == [0]
+        assert levels(open_source(tmp_path / kind, split="test")) == [1]
+        with pytest.raises(ValueError, match="'validation'"):
+            open_source(tmp_path / kind, split="validation")
+    with pytest.raises(ValueError, match="by name have no splits"):
+        open_source(tmp_path / "tars/test/0.tar", split="test")
+    with pytest.raises(ValueError, match=r"owner/name.*'nope'"):
+        open_source("owner/name", split="nope")
+
+
+def test_hub_options_and_identity(hub):
+    source = open_source("owner/name", config_name="small", revision="v1")
+    assert hub == {"name": "small", "revision": "v1"}
+    assert source.identity["revision"] == "v1"
+    assert source.identity["content"]
+    assert source.identity["columns"] == ["image", "text"]
+
+
+def test_nothing_there(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.md").write_text("x")
+    with pytest.raises(ValueError, match="holds no images, no parquet files and no tars"):
+        open_source(tmp_path / "empty")
+    for missing in (tmp_path / "nowhere", "./nowhere", "nowhere"):
+        with pytest.raises(ValueError, match="nowhere does not exist"):
+            open_source(missing)
+    with pytest.raises(ValueError, match=r"neither \.parquet nor \.tar"):
+        open_source(tmp_path / "note.md")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        open_source("empty/typo")  # looks like a hub id, but the folder is here
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"somebody/nothing.*could not open"):
+        open_source("somebody/nothing")
+
+
+def test_mixed_folders_are_ambiguous(tmp_path):
+    write_images(tmp_path)
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "x"})
+    with pytest.raises(ValueError, match=r"holds \.tar files and also 0\.png"):
+        open_source(tmp_path)

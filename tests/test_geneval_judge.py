@@ -1,0 +1,176 @@
+"""The judge and the summary against golden verdicts of the official GenEval."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import geneval
+from geneval.detector import Detections
+from geneval.judge import COLORS, JudgeOptions, judge, relative_position
+from geneval.summary import format_summary, result_row, summarize
+
+ROOT = Path(os.environ.get("T2I_GOLDEN", Path(__file__).parent / "golden")) / "geneval_judge"
+CONFIG = json.loads((ROOT / "config.json").read_text())
+
+
+def read_lines(name):
+    return [json.loads(line) for line in (ROOT / name).read_text().splitlines()]
+
+
+def verdict_of(case, **options):
+    found = case["detections"]
+    detections = {name: Detections(d["boxes"], d["scores"]) for name, d in found.items()}
+    return judge(
+        case["metadata"],
+        detections,
+        lambda name, indices: [found[name]["colors"][i] for i in indices],
+        JudgeOptions(**options),
+    )
+
+
+def unordered(reason):
+    """A reason with two relations in alphabetical order: the official code joins a set."""
+    return re.sub(
+        r"found (.+) and (.+) target",
+        lambda m: "found {} and {} target".format(*sorted(m.groups())),
+        reason,
+    )
+
+
+def test_defaults_are_the_official_ones():
+    options = {name: CONFIG[name] for name in JudgeOptions.__dataclass_fields__}
+    assert JudgeOptions() == JudgeOptions(**options)
+    assert list(COLORS) == CONFIG["colors"]
+
+
+@pytest.mark.parametrize("name", CONFIG["cases"] + CONFIG.get("optional_cases", []))
+def test_golden_verdicts(name):
+    cases = read_lines(name)
+    assert cases
+    for case in cases:
+        options = {
+            key: int(value) if key == "max_objects" else float(value)
+            for key, value in case.get("options", {}).items()
+        }
+        verdict, expected = verdict_of(case, **options), case["expected"]
+        assert verdict.correct == expected["correct"], case["id"]
+        assert verdict.details == expected["details"], case["id"]
+        assert unordered(verdict.reason) == unordered(expected["reason"]), case["id"]
+
+
+@pytest.mark.parametrize("suite", CONFIG["suites"])
+def test_golden_suites(suite):
+    cases, expected = read_lines(f"{suite}.inputs.jsonl"), read_lines(f"{suite}.results.jsonl")
+    rows = [
+        result_row(e["filename"], c["metadata"], verdict_of(c))
+        for c, e in zip(cases, expected, strict=True)
+    ]
+    for row, want in zip(rows, expected, strict=True):
+        assert row | {"details": 0, "reason": 0} == want | {"details": 0, "reason": 0}
+        assert json.loads(row["details"]) == json.loads(want["details"])
+        assert unordered(row["reason"]) == unordered(want["reason"])
+    summary = summarize(rows)
+    numbers = json.loads((ROOT / f"{suite}.summary.json").read_text())
+    tags = numbers.pop("tags")
+    assert {key: getattr(summary, key) for key in numbers} == pytest.approx(numbers, abs=1e-12)
+    assert list(summary.tags) == list(tags)
+    for tag, want in tags.items():
+        assert {key: getattr(summary.tags[tag], key) for key in want} == pytest.approx(want)
+    assert format_summary(summary) == (ROOT / f"{suite}.summary.txt").read_text().rstrip("\n")
+
+
+def test_relative_position_is_antisymmetric():
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        corners = rng.uniform(0, 100, (2, 2, 2)).astype(np.float32)
+        a, b = np.concatenate([corners.min(1), corners.max(1)], axis=-1)
+        there, back = relative_position(a, b), relative_position(b, a)
+        assert {opposite[r] for r in there} == set(back)
+        seen.add(len(there))
+    assert seen == {0, 1, 2}
+
+
+def rows_of(rates, per_prompt=4):
+    """Rows of prompts that have the given numbers of correct images."""
+    return [
+        {"tag": tag, "metadata": f"{tag} {prompt}", "correct": image < right}
+        for tag, rights in rates.items()
+        for prompt, right in enumerate(rights)
+        for image in range(per_prompt)
+    ]
+
+
+def test_standard_errors_cluster_by_prompt():
+    rng = np.random.default_rng(0)
+    independent = rows_of({"colors": rng.binomial(4, 0.5, 200)})
+    clustered = rows_of({"colors": 4 * rng.binomial(1, 0.5, 200)})
+    errors = [summarize(rows, seed=1).tags["colors"].stderr for rows in (independent, clustered)]
+    # Analytic: sqrt(p (1 - p) / n) with n = 800 images against n = 200 prompts.
+    assert errors == pytest.approx([0.25**0.5 / 800**0.5, 0.25**0.5 / 200**0.5], rel=0.12)
+
+
+def test_standard_errors_do_not_depend_on_row_order_but_on_the_seed():
+    rows = rows_of({"colors": [0, 1, 2, 3, 4, 4], "counting": [0, 0, 1, 2, 2]})
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    first, second = summarize(rows, seed=3), summarize(shuffled, seed=3)
+    assert first.overall_stderr == second.overall_stderr > 0
+    assert first.tags == second.tags
+    assert summarize(rows, seed=4).overall_stderr != first.overall_stderr
+
+
+def test_one_prompt_has_no_standard_error():
+    summary = summarize(rows_of({"colors": [2]}))
+    assert summary.tags["colors"].stderr is None
+    assert summary.overall_stderr is None
+
+
+class OneDog:
+    """A detector that always sees one brown dog."""
+
+    classes = ("dog", "cat")
+    colors = ("brown", "black")
+
+    def detect(self, image):
+        return {"dog": Detections([[0, 0, 8, 8]], [0.95])}
+
+    def classify_colors(self, image, class_name, detections):
+        return ["brown"] * len(detections)
+
+
+def entry(name, tag="colors", **wanted):
+    include = [{"class": name, "count": 1} | wanted]
+    return {"tag": tag, "include": include, "prompt": f"a photo of {wanted} {name}"}
+
+
+def test_score_takes_images_prompt_by_prompt():
+    images = [Image.new("RGB", (8, 8))] * 4
+    report = geneval.score(images, [entry("dog", color="brown"), entry("cat")], OneDog())
+    assert [v.correct for v in report.verdicts] == [True, True, False, False]
+    assert report.summary.overall == 0.5
+    assert report.summary.total_prompts == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "wanted", "message"),
+    [
+        (3, {}, "3 images for 2 prompts"),
+        (2, {"color": "white"}, "white"),
+        (2, {"class": "cow"}, "cow"),
+    ],
+)
+def test_score_says_what_does_not_fit(images, wanted, message):
+    metadata = [entry("dog"), entry("cat", **wanted)]
+    with pytest.raises(ValueError, match=message):
+        geneval.score([Image.new("RGB", (8, 8))] * images, metadata, OneDog())
+
+
+def test_nothing_to_summarise():
+    with pytest.raises(ValueError, match="no verdicts"):
+        summarize([])

@@ -1,0 +1,79 @@
+"""Sizes of the published LlamaGen models and of both presets, on the meta device (nothing is allocated)."""
+
+import pytest
+import torch
+
+from t2i import presets
+from t2i.backbones.llamagen import SIZES, LlamaGen, LlamaGenConfig, infer_config
+from t2i.tensorar.model import TensorAR
+
+CLASS_COUNTS = {
+    "B": 110_888_448,
+    "L": 342_910_976,
+    "XL": 774_699_520,
+    "XXL": 1_410_972_672,
+    "XXXL": 3_893_027_840,
+    "1B": 1_199_616_000,
+    "3B": 3_096_659_200,
+    "7B": 6_614_589_440,
+}
+TEXT_COUNTS = {"B": 112_282_368, "L": 345_031_680, "XL": 777_678_080, "XXL": 1_414_940_160}
+
+
+def count(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def on_meta(size: str, cond: str = "class") -> LlamaGen:
+    with torch.device("meta"):
+        return LlamaGen(LlamaGenConfig(**SIZES[size], cond=cond))
+
+
+@pytest.mark.parametrize("size", CLASS_COUNTS)
+def test_class_conditional_sizes(size):
+    assert count(on_meta(size)) == CLASS_COUNTS[size]
+
+
+@pytest.mark.parametrize("size", TEXT_COUNTS)
+def test_text_conditional_sizes(size):
+    backbone = on_meta(size, "text")
+    assert count(backbone) == TEXT_COUNTS[size]
+    assert sum(b.numel() for b in backbone.buffers()) == 245_760
+
+
+@pytest.mark.parametrize("size, millions", [("B", 139), ("L", 393), ("XL", 853)])
+def test_arxiv2505_totals(size, millions):
+    backbone = on_meta(size)
+    backbone.code_vectors = tuple  # no tokenizer on meta
+    model = TensorAR(backbone, presets.arxiv2505())
+    assert round(count(model) / 1e6) == millions
+
+
+@pytest.mark.parametrize("size, percent", [("B", 4.6), ("L", 2.7), ("XL", 1.9), ("XXL", 1.5)])
+def test_iclr2026_added_share(size, percent):
+    model = TensorAR(on_meta(size), presets.iclr2026())
+    added = count(model.codec) / count(model.backbone) * 100
+    assert 0.8 * percent < added <= percent
+
+
+@pytest.mark.parametrize(
+    "stem, size, cond, grid",
+    [
+        ("c2i_B_256", "B", "class", (16, 16)),
+        ("c2i_3B_384", "3B", "class", (24, 24)),
+        ("t2i_XL_stage2_512", "XL", "text", (32, 32)),
+    ],
+)
+def test_published_files_need_no_config(stem, size, cond, grid):
+    config = infer_config(on_meta(size, cond).gpt.state_dict(), stem, None)
+    with torch.device("meta"):
+        backbone = LlamaGen(config)
+    assert (config.cond, config.grid, config.n_head) == (cond, grid, SIZES[size]["n_head"])
+    assert count(backbone) == count(on_meta(size, cond))
+
+
+def test_a_renamed_file_needs_its_grid():
+    weights = on_meta("B").gpt.state_dict()
+    with pytest.raises(ValueError, match="'mine'.*grid is not in the weights.*grid="):
+        infer_config(weights, "mine", None)
+    assert infer_config(weights, "mine", (24, 24)).grid == (24, 24)

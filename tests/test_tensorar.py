@@ -1,0 +1,298 @@
+"""The method's promises: equal to the base until trained, causal, cached = teacher-forced, and the loss it says."""
+
+import pytest
+import torch
+from helpers import open_gates, tiny_codes, tiny_llamagen, tiny_prepared
+
+from t2i import presets
+from t2i.backbones.base import Condition
+from t2i.rng import make_keys
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import SamplingConfig, prefill, sample_windows, step
+
+BATCH = 3
+KEYS = make_keys(0, torch.arange(BATCH))
+GEOMETRIES = [(1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (5, 3), (16, 16)]  # (k, stride)
+
+
+def attach(backbone, preset="iclr2026", **overrides) -> TensorAR:
+    return TensorAR(backbone, presets.method(preset, **overrides)).eval()
+
+
+def trained(backbone, preset="iclr2026", **overrides) -> TensorAR:
+    return open_gates(attach(backbone, preset, **overrides))
+
+
+def condition_of(model) -> Condition:
+    return model.backbone.encode_condition(tiny_prepared(model.backbone, BATCH))
+
+
+def predict(model, windows):
+    """Teacher-forced logits [B, N, k, V]; one sub-token, so the codes are not looked at."""
+    with torch.no_grad():
+        d = model.decode_slots(model.hidden(condition_of(model), windows))
+        return model.slot_logits(d, windows)[0]
+
+
+# -- at initialisation ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+@pytest.mark.parametrize("preset", ["iclr2026", "arxiv2505"])
+def test_attached_model_is_the_base_bit_for_bit(backbone, preset, k):
+    base, model = attach(backbone, "base"), attach(backbone, preset, k=k)
+    codes = tiny_codes(BATCH)
+    logits = predict(model, model.noised_windows(codes, KEYS))
+    assert logits.shape == (BATCH, 16, k, 48)
+    assert torch.equal(logits[:, :, 0], predict(base, base.windows.gather(codes))[:, :, 0])
+    prepared = tiny_prepared(backbone, BATCH)
+    for config in (
+        SamplingConfig(temperature=0.0),
+        SamplingConfig(temperature=0.0, cfg_scale=3.0),
+        SamplingConfig(cfg_scale=2.0, top_k=20),
+    ):
+        images = [
+            backbone.decode_images(m.windows.final_codes(sample_windows(m, prepared, KEYS, config)))
+            for m in (base, model)
+        ]
+        assert images[0].shape == (BATCH, 8, 8, 3) and images[0].float().std() > 10
+        assert torch.equal(*images)
+
+
+def test_training_can_leave_the_base(backbone):
+    """At initialisation the gates and the draft slots have gradients; behind open gates everything has."""
+    model = attach(backbone)
+    codes = tiny_codes(BATCH)
+    for gates_open in (False, True):
+        if gates_open:
+            open_gates(model)
+        model.zero_grad()
+        losses = model(codes, condition_of(model), model.noised_windows(codes, KEYS))
+        losses.weighted(model.config.weights()).backward()
+        still = {n for n, p in model.codec.named_parameters() if not p.grad.abs().sum() > 0}
+        assert not any("z_" in n or n.startswith("decoder.") for n in still)
+        assert all(n.startswith("encoder.") for n in still) and (not gates_open or not still)
+
+
+# -- steps and causality --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, stride", GEOMETRIES)
+def test_steps_agree_with_teacher_forcing(backbone, k, stride):
+    model = trained(backbone, "arxiv2505", k=k, stride=stride)
+    prepared, config = (
+        tiny_prepared(backbone, BATCH),
+        SamplingConfig(temperature=0.0, cfg_scale=2.0),
+    )
+    windows = sample_windows(model, prepared, KEYS, config)
+    h, state = prefill(model, prepared, config)
+    cached = [h]
+    for i in range(model.windows.count - 1):
+        cached.append(step(model, windows[:, i], i, state))
+    null = backbone.encode_condition(prepared, torch.ones(BATCH, dtype=torch.bool))
+    with torch.no_grad():
+        forced = torch.cat([model.hidden(c, windows) for c in (condition_of(model), null)])
+        torch.testing.assert_close(torch.stack(cached, 1), forced, atol=2e-5, rtol=0)
+        logits = model.slot_logits(model.decode_slots(forced), torch.cat([windows] * 2))[0]
+    cond, null = logits.chunk(2)
+    greedy = (null + 2.0 * (cond - null)).argmax(-1)
+    assert torch.equal(greedy, windows[..., 0]), "the loop samples what teacher forcing predicts"
+
+
+@pytest.mark.parametrize("k, stride", GEOMETRIES[1:-1])
+def test_no_output_depends_on_later_windows(backbone, k, stride):
+    model = trained(backbone, k=k, stride=stride)
+    shape = (BATCH, model.windows.count, k, 1)
+    windows = torch.randint(48, shape, generator=torch.Generator().manual_seed(0))
+    before = predict(model, windows)
+    for m in (0, model.windows.count // 2, model.windows.count - 2):
+        changed = windows.clone()
+        changed[:, m:] = (changed[:, m:] + 1) % 48
+        after = predict(model, changed)
+        assert torch.equal(after[:, : m + 1], before[:, : m + 1])
+        assert (after[:, m + 1] - before[:, m + 1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("preset", ["iclr2026", "arxiv2505"])
+def test_no_output_depends_on_codes_outside_its_inputs(backbone, preset):
+    """Position p is first seen by input window p - k + 1, which predicts window p - k + 2."""
+    model = trained(backbone, preset, k=4)
+    codes = tiny_codes(BATCH)
+    before = predict(model, model.noised_windows(codes, KEYS))
+    for p in (5, 12):
+        changed = codes.clone()
+        changed[:, p:] = (changed[:, p:] + 1) % 48
+        after = predict(model, model.noised_windows(changed, KEYS))
+        assert torch.equal(after[:, : p - 2], before[:, : p - 2])
+        assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("k, stride", [(4, 1), (5, 3)])
+def test_slots_past_the_end_have_no_influence(backbone, k, stride):
+    model = trained(backbone, k=k, stride=stride)
+    codes = tiny_codes(BATCH)
+    windows = model.noised_windows(codes, KEYS)
+    changed = windows.clone()
+    changed[:, ~model.windows.valid()] = 7
+    assert not torch.equal(windows[:, :-1], changed[:, :-1])
+    assert torch.equal(predict(model, windows), predict(model, changed))
+
+
+def test_drafts_are_read(backbone):
+    """Open gates: a draft moves the next window's prediction, also that of slot 0."""
+    model = trained(backbone, k=2)
+    windows = model.windows.gather(tiny_codes(BATCH))
+    changed = windows.clone()
+    changed[:, 3, 1] = (changed[:, 3, 1] + 1) % 48
+    moved = (predict(model, changed) - predict(model, windows)).abs().amax((0, 2, 3))
+    assert moved[:4].max() == 0 and moved[4] > 0.01
+
+
+# -- loss -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, stride", [(1, 1), (4, 1), (4, 2), (5, 3)])
+def test_loss_against_a_loop(backbone, k, stride):
+    model = trained(backbone, k=k, stride=stride, slot_weights=(1.0, 0.5, 0.25))
+    codes = tiny_codes(BATCH)
+    windows = model.noised_windows(codes, KEYS)
+    log_p = predict(model, windows).log_softmax(-1)
+    weights = [1.0, 0.5, 0.25, 0.25, 0.25][:k]
+    total = norm = 0.0
+    for b in range(BATCH):
+        for i in range(model.windows.count):
+            for j in range(k):
+                if i * stride + j < 16:
+                    total -= weights[j] * log_p[b, i, j, codes[b, i * stride + j, 0]].item()
+                    norm += weights[j]
+    losses = model(codes, condition_of(model), windows)
+    assert model.config.weights() == weights
+    assert losses.weighted(weights).item() == pytest.approx(total / norm, rel=1e-5)
+    assert losses.counts.tolist() == [BATCH * n for n in model.windows.valid().sum(0).tolist()]
+    only_first = losses.weighted([1.0] + [0.0] * (k - 1))
+    assert only_first.item() == pytest.approx(losses.means()[0].item())
+
+
+# -- the other options ----------------------------------------------------------------------------
+
+
+def test_gaussian_noise(backbone):
+    """Slot 0's embedding stays clean, the others get variance 0.1, codes stay as they are."""
+    model = trained(backbone, noise="gaussian", k=4)
+    codes = tiny_codes(BATCH)
+    windows = model.noised_windows(codes, KEYS)
+    assert torch.equal(windows, model.windows.gather(codes))
+    seen = []
+    model.codec.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    clean, noised = model.embed_windows(windows), model.embed_windows(windows, 0, KEYS)
+    noise = (seen[1] - seen[0]).unflatten(0, (BATCH, -1))
+    assert noise[:, :, 0].abs().max() == 0
+    assert noise[:, :, 1:].var().item() == pytest.approx(0.1, rel=0.1)
+    assert not torch.allclose(clean, noised)
+    alone = model.embed_windows(windows[1:2], 0, KEYS[1:2])
+    torch.testing.assert_close(alone[0], noised[1])
+
+
+def test_residual_choices():
+    """ "all" adds the hidden state to drafts too; "none" adds it nowhere, nor the embedding."""
+    backbone = tiny_llamagen("class")
+    first, every, none = (trained(backbone, residual=r) for r in ("first", "all", "none"))
+    h = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    read = none.decode_slots(h)
+    torch.testing.assert_close(first.decode_slots(h)[:, 1:], read[:, 1:])
+    torch.testing.assert_close(every.decode_slots(h)[:, 1:], read[:, 1:] + h[:, None])
+    gated = h + first.codec.decoder.z_out * read[:, 0]
+    torch.testing.assert_close(first.decode_slots(h)[:, 0], gated)
+    torch.testing.assert_close(every.decode_slots(h)[:, 0], gated)
+    windows = first.windows.gather(tiny_codes(2))
+    content = backbone.embed_tokens(windows)[:, :, 0]
+    expected = content + first.codec.encoder.z_in * none.embed_windows(windows)
+    torch.testing.assert_close(first.embed_windows(windows), expected)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"noise": "salt"},
+        {"schedule": "cosine"},
+        {"residual": "some"},
+        {"slot_weights": (0.0, 1.0)},
+        {"slot_weights": ()},
+        {"depth": 0},
+        {"k": 0},
+        {"k": 17},
+        {"stride": 5},
+    ],
+)
+def test_bad_methods(override):
+    with pytest.raises(ValueError, match=next(iter(override)).split("_")[0]):
+        TensorAR(tiny_llamagen("class"), presets.iclr2026(**override))
+
+
+def test_bad_preset_and_missing_tokenizer():
+    with pytest.raises(ValueError, match="unknown preset 'iclr'.*iclr2026, arxiv2505, base"):
+        presets.method("iclr")
+    backbone = tiny_llamagen("class")
+    backbone.frozen.tokenizer = None
+    with pytest.raises(ValueError, match="no image tokenizer"):
+        TensorAR(backbone, presets.arxiv2505())
+
+
+def test_codec_seed():
+    backbone = tiny_llamagen("class")
+    one, same, other = (
+        TensorAR(backbone, presets.iclr2026(), seed=s).codec.state_dict() for s in (1, 1, 2)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["decoder.transformer.queries"], other["decoder.transformer.queries"])
+
+
+# -- own drafts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_own_drafts_hold_no_truth_but_slot_0(backbone, passes):
+    model = trained(backbone, k=4)
+    codes, p = tiny_codes(BATCH), 6
+    changed = codes.clone()
+    changed[:, p:] = (changed[:, p:] + 1) % 48
+    own, other = (
+        model.own_draft_windows(c, condition_of(model), KEYS, passes) for c in (codes, changed)
+    )
+    assert torch.equal(own[:, :, 0], codes)
+    # Truth at p first enters through slot 0 of input window p, which predicts window p + 1.
+    assert torch.equal(own[:, :p], other[:, :p])
+    assert torch.equal(own[:, p, 1:], other[:, p, 1:])
+    assert torch.equal(predict(model, own)[:, : p + 1], predict(model, other)[:, : p + 1])
+    clean = [model.windows.gather(c) for c in (codes, changed)]
+    assert not torch.equal(*(predict(model, w)[:, : p + 1] for w in clean)), "clean drafts do leak"
+
+
+def test_own_drafts_are_the_models_samples(backbone):
+    """The last pass's drafts follow the model's distribution given the drafts before them, and each sample its own key."""
+    model = trained(backbone, k=2)
+    codes, condition = tiny_codes(BATCH), condition_of(model)
+    keys = make_keys(1, torch.arange(BATCH))
+    own = model.own_draft_windows(codes, condition, keys)
+    swapped = model.own_draft_windows(
+        codes.flip(0),
+        backbone.encode_condition({k: v.flip(0) for k, v in condition_inputs(model).items()}),
+        keys.flip(0),
+    )
+    assert torch.equal(own, swapped.flip(0))
+    # The first draft is drawn from the prefix's output alone: many keys, one distribution.
+    many = torch.cat(
+        [
+            model.own_draft_windows(codes, condition, make_keys(s, torch.arange(BATCH)))[:, 0, 1]
+            for s in range(300)
+        ],
+        dim=1,
+    )
+    with torch.no_grad():
+        expected = predict(model, own)[:, 0, 1].softmax(-1)
+    frequencies = torch.nn.functional.one_hot(many, 48).float().mean(1)
+    torch.testing.assert_close(frequencies, expected, atol=0.1, rtol=0)
+
+
+def condition_inputs(model):
+    return tiny_prepared(model.backbone, BATCH)

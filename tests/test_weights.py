@@ -1,0 +1,161 @@
+"""Every layout of weight file loads; every damaged or foreign one ends in one ValueError that says why."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_config, tiny_llamagen, tiny_vq
+from safetensors.torch import save_file
+
+from t2i.backbones import llamagen
+from t2i.tokenizers.vq import VQTokenizer
+from t2i.weights import file_sha256, read_state_dict, write_json
+
+CONFIG = tiny_config("text")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return tiny_llamagen("text").gpt.state_dict()
+
+
+LAYOUTS = {
+    "ddp": lambda sd: {"model": sd},
+    "raw_fsdp": lambda sd: sd,
+    "deepspeed": lambda sd: {"module": sd},
+    "lightning": lambda sd: {"state_dict": sd},
+    "self_trained": lambda sd: {
+        "model": sd,
+        "optimizer": {"state": {}, "param_groups": []},
+        "steps": 3,
+        "args": argparse.Namespace(lr=1e-4, data=None),
+    },
+    "compiled": lambda sd: {"model": {f"_orig_mod.{k}": v for k, v in sd.items()}},
+    "wrapped": lambda sd: {"model": {f"module.{k}": v for k, v in sd.items()}},
+    "after_sampling": lambda sd: {
+        "model": {
+            **sd,
+            "freqs_cis": torch.zeros(2),
+            "layers.0.attention.kv_cache.k_cache": torch.zeros(1),
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "safetensors"])
+def test_layouts_load(tmp_path, weights, layout):
+    path = tmp_path / ("gpt.safetensors" if layout == "safetensors" else "gpt.pt")
+    if layout == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(LAYOUTS[layout](weights), path)
+    loaded = llamagen.load(path, config=CONFIG).gpt.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[k], weights[k]) for k in weights)
+
+
+class Payload:
+    """Creates a file when it is unpickled without care."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+def _damaged(kind: str, folder: Path, weights) -> Path:
+    path = folder / "gpt.pt"
+    if kind == "unsafe":
+        torch.save({"model": weights, "extra": Payload(folder / "marker")}, path)
+        return path
+    torch.save({"model": weights}, path, _use_new_zipfile_serialization=kind != "truncated_old")
+    good = path.read_bytes()
+    content = {
+        "truncated": good[: len(good) // 2],
+        "truncated_old": good[: len(good) // 2],
+        "empty": b"",
+        "html": b"<!doctype html><title>404</title>",
+        "pickle_stack": b"\x80\x02.",
+    }[kind]
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "truncated_old", "empty", "html", "pickle_stack", "unsafe"]
+)
+def test_damaged_files(tmp_path, weights, kind):
+    path = _damaged(kind, tmp_path, weights)
+    with pytest.raises(ValueError, match=r"gpt\.pt cannot be read"):
+        read_state_dict(path)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_truncated_safetensors(tmp_path, weights):
+    path = tmp_path / "gpt.safetensors"
+    save_file(weights, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, {}, {3: torch.zeros(1)}, torch.zeros(2)])
+def test_files_without_a_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_state_dict(tmp_path / "x.pt")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.pt does not exist"):
+        read_state_dict(tmp_path / "nowhere.pt")
+
+
+def test_wrong_family(tmp_path, weights):
+    vq, gpt, other = (tmp_path / name for name in ("vq.pt", "gpt.pt", "other.pt"))
+    torch.save({"model": tiny_vq().state_dict()}, vq)
+    torch.save({"model": weights}, gpt)
+    # The tokenizer of another family shares these names.
+    shared = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight")
+    torch.save({name: torch.zeros(4, 4) for name in shared}, other)
+    with pytest.raises(ValueError, match=r"vq\.pt: not a LlamaGen GPT.*tok_embeddings\.weight"):
+        llamagen.load(vq)
+    with pytest.raises(ValueError, match=r"missing .*tok_embeddings\.weight[\s\S]*unexpected"):
+        llamagen.load(vq, config=CONFIG)
+    with pytest.raises(ValueError, match=r"gpt\.pt: not a VQ tokenizer.*encoder\.conv_in\.weight"):
+        VQTokenizer.load(gpt)
+    with pytest.raises(ValueError, match=r"not a VQ tokenizer.*encoder\.conv_blocks\.0"):
+        VQTokenizer.load(other)
+
+
+def test_every_key_that_does_not_fit_is_named(tmp_path, weights):
+    bad = dict(weights)
+    for key in ("norm.weight", "layers.1.attention.wo.weight"):
+        del bad[key]
+    bad["layers.2.attention.wo.weight"] = bad["surprise"] = torch.zeros(1)
+    bad["output.weight"] = torch.zeros(7, 32)
+    torch.save(bad, tmp_path / "bad.pt")
+    with pytest.raises(ValueError) as caught:
+        llamagen.load(tmp_path / "bad.pt", config=CONFIG)
+    lines = str(caught.value).splitlines()
+    assert "bad.pt does not fit GPT" in lines[0]
+    assert "missing (2): layers.1.attention.wo.weight, norm.weight" in lines[1]
+    assert "unexpected (2): layers.2.attention.wo.weight, surprise" in lines[2]
+    assert "mis-shaped (1): output.weight (file (7, 32), model (48, 32))" in lines[3]
+
+
+def test_unpublished_shape_needs_a_config(tmp_path, weights):
+    torch.save({"model": weights}, tmp_path / "gpt.pt")
+    with pytest.raises(ValueError, match="width 32 with 2 layers.*pass config="):
+        llamagen.load(tmp_path / "gpt.pt")
+
+
+def test_file_helpers(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"caption": "é"})
+    assert path.read_text(encoding="utf-8") == '{\n  "caption": "é"\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
