@@ -18,7 +18,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
 
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
 from t2i.conditioning.captions import clean_caption
@@ -55,7 +57,7 @@ class Pretrain:
     """Width of the GPT (its heads are 32 wide)."""
     layers: int = 6
     caption_tokens: int = 16
-    text_dim: int = 96
+    text_dim: int = 128
     """Width of the text encoder."""
 
 

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t2i import __version__
+from t2i.backbones.base import SamplingConfig
 from t2i.loading import BackboneSource, load_source, with_hash
 from t2i.lora import load_adapter, save_adapter
 from t2i.tensorar.model import TensorAR, TensorARConfig
-from t2i.tensorar.sampler import SamplingConfig
 from t2i.weights import load_strict, write_json
 
 Tuning = Literal["full", "codec", "lora"]
@@ -38,56 +38,69 @@ def save_pretrained(
     sampling: SamplingConfig | None = None,
     training: dict | None = None,
 ) -> Path:
-    """Write a checkpoint folder under a temporary name and rename it; the manifest marks it complete.
+    """Write a checkpoint folder under a temporary name and rename it.
 
     Args:
         tuning: which weights differ from the base: all of the backbone, none ("codec"), or the adapters.
-        sampling: what `generate` uses by default; the backbone's own settings if None.
+        sampling: what `generate` uses by default; the model's or backbone's own settings if None.
         training: facts about the run, stored as they are.
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    write_model(model, partial, tuning=tuning, sampling=sampling, training=training)
+    finish_folder(partial, folder)
+    return folder
+
+
+def write_model(
+    model: TensorAR,
+    folder: Path,
+    *,
+    tuning: Tuning,
+    sampling: SamplingConfig | None = None,
+    training: dict | None = None,
+) -> None:
+    """Write all files but the manifest into an existing folder; arguments as in `save_pretrained`."""
     backbone = model.backbone
     if model.codec is not None:
-        save_file(_portable(model.codec.state_dict()), partial / "codec.safetensors")
+        save_file(_portable(model.codec.state_dict()), folder / "codec.safetensors")
     if tuning == "lora":
-        save_adapter(backbone, partial / "adapter")
+        save_adapter(backbone, folder / "adapter")
     if tuning == "full":
-        save_file(_portable(backbone.official_state_dict()), partial / "backbone.safetensors")
+        save_file(_portable(backbone.official_state_dict()), folder / "backbone.safetensors")
     write_json(
-        partial / "config.json",
+        folder / "config.json",
         {
             "kit_version": __version__,
             "tuning": tuning,
             "method": asdict(model.config),
             "backbone": asdict(with_hash(backbone.source)),
-            "sampling": asdict(sampling or SamplingConfig.of(backbone.spec.sampling)),
+            "sampling": asdict(sampling or model.sampling),
             "training": training or {},
         },
     )
+
+
+def finish_folder(partial: Path, folder: Path) -> None:
+    """List every file with its size in the manifest, then rename the folder to its final name."""
     files = {
         str(p.relative_to(partial)): p.stat().st_size
         for p in sorted(partial.rglob("*"))
         if p.is_file()
     }
     write_json(partial / MANIFEST, {"files": files})
-    _replace_folder(partial, folder)
-    return folder
-
-
-def _portable(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
-    os.rename(new, folder)
+    os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _portable(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
 
 
 def read_config(folder: str | Path) -> dict:
@@ -116,6 +129,13 @@ def read_config(folder: str | Path) -> dict:
     return config
 
 
+def find_checkpoint(folder: str | Path) -> Path:
+    """The folder itself, or the newest complete checkpoint of a run folder."""
+    folder = Path(folder)
+    steps = sorted((folder / "checkpoints").glob("step_*/" + MANIFEST))
+    return steps[-1].parent if steps else folder
+
+
 def from_pretrained(
     folder: str | Path,
     *,
@@ -124,7 +144,7 @@ def from_pretrained(
     device: torch.device | str = "cpu",
 ) -> TensorAR:
     """Load a checkpoint folder, in eval mode. `base` says where the base weights are now, if they moved."""
-    folder = Path(folder)
+    folder = find_checkpoint(folder)
     config = read_config(folder)
     source = BackboneSource(**config["backbone"])
     if base is not None:

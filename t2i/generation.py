@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from t2i.backbones.base import SamplingConfig
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import SamplingConfig, sample_windows
+from t2i.tensorar.sampler import sample_windows
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def iterate_images(
         raise ValueError(
             f"samples_per_prompt={samples_per_prompt} and batch_size={batch_size} must be at least 1"
         )
-    sampling = sampling or default_sampling(model)
+    sampling = sampling or model.sampling
     jobs = list(
         jobs
         if jobs is not None
@@ -82,11 +83,6 @@ def generate(model: TensorAR, prompts: Sequence[str | int], **options) -> list[I
     return [generated.image for generated in iterate_images(model, prompts, **options)]
 
 
-def default_sampling(model: TensorAR) -> SamplingConfig:
-    """What the checkpoint says, or else how the base model's authors sampled it."""
-    return getattr(model, "sampling", None) or SamplingConfig.of(model.backbone.spec.sampling)
-
-
 def to_images(model: TensorAR, codes: Tensor) -> list[Image.Image]:
     """Codes [B, T, S] -> PIL images."""
     return [Image.fromarray(array) for array in model.backbone.decode_images(codes).cpu().numpy()]
@@ -99,3 +95,14 @@ def stage_images(model: TensorAR, windows: Tensor) -> list[list[Image.Image]]:
         for r in range(model.windows.stages)
     ]
     return [list(images) for images in zip(*per_stage, strict=True)]
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Resolve "auto": a GPU in bfloat16 where there is one, else the CPU in float32."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype != "auto" and dtype not in types:
+        raise ValueError(f"dtype {dtype!r} must be auto, {' or '.join(types)}")
+    return torch.device(name), types.get(
+        dtype, torch.bfloat16 if name.startswith("cuda") else torch.float32
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from t2i.backbones.base import Backbone, SamplingDefaults
+from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.tensorar.model import TensorAR, TensorARConfig
 from t2i.weights import file_sha256
 
@@ -118,7 +118,7 @@ def load_source(
     backbone = module.load(path, config=config, grid=grid, dtype=dtype)
     backbone.source = replace(source, config=asdict(backbone.config))
     if files.sampling:
-        backbone.spec = replace(backbone.spec, sampling=SamplingDefaults(**files.sampling))
+        backbone.spec = replace(backbone.spec, sampling=SamplingConfig(**files.sampling))
     if files.tokenizer is not None:
         backbone.frozen.tokenizer = module.load_tokenizer(resolve(files.tokenizer)).to(device)
     if files.text_encoder is not None:
@@ -174,3 +174,11 @@ def shipped_bases() -> list[str]:
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
     """Put a fresh codec around a backbone; equal to the base model, bit for bit, until it is trained."""
     return TensorAR(backbone, config, seed=seed).eval()
+
+
+def tokenizer_hash(backbone: Backbone) -> str:
+    """SHA-256 of the image tokenizer's weight file, for cache keys."""
+    files = _expand_folder(backbone.source)
+    if files.tokenizer is None:
+        raise ValueError("this backbone was loaded without an image tokenizer; pass tokenizer=PATH")
+    return file_sha256(resolve(files.tokenizer))

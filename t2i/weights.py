@@ -110,13 +110,22 @@ def _shorten(keys: list[str]) -> str:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hex."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def write_json(path: str | Path, content: object) -> None:
-    """Write JSON through a temporary name, so that a reader never sees half a file."""
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file through a temporary name, so that a reader never sees half of it."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+    return path
+
+
+def write_json(path: str | Path, content: object) -> Path:
+    """Write indented JSON, atomically."""
+    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -273,6 +273,7 @@ def test_nothing_usable(tmp_path):
     with pytest.raises(ValueError, match=r"3 of list: 2 missing \(a, c\), 1 no caption \(b\)"):
         build(samples, tmp_path)
     assert not list(tmp_path.rglob("manifest.json"))
+    assert len(list(tmp_path.rglob("report.json"))) == 1
 
 
 def test_wrong_arguments(tmp_path):

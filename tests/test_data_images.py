@@ -3,12 +3,13 @@
 import io
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from t2i.data.images import (
@@ -59,6 +60,14 @@ def test_pixels_golden():
     torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
     assert to_pixels(Image.new("RGB", (2, 2), "black")).unique().tolist() == [-1]
     assert to_pixels(Image.new("RGB", (2, 2), "white")).unique().tolist() == [1]
+
+
+def test_center_crop_halves_with_a_box_filter():
+    image = noise(64, 64)
+    blocks = np.array(image, dtype=float).reshape(16, 4, 16, 4, 3).mean((1, 3))
+    assert (
+        np.abs(np.array(center_crop(image, 16)) - blocks).max() <= 2
+    )  # each of four passes rounds
 
 
 def test_center_crop_takes_the_centre():
@@ -153,17 +162,32 @@ def test_grey_bilevel_and_opaque_palette():
     assert open_image(encode(palette)).getpixel((0, 0)) == (9, 200, 30)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_exif_orientation_is_applied(kind):
-    image = Image.new("RGB", (16, 8), "red")
-    image.paste("blue", (0, 0, 8, 8))  # blue on the left of the stored image
+def orient(orientation: int, kind: str = "PNG", **options) -> bytes:
+    """Four grey levels, one a quarter, stored with an EXIF orientation."""
+    image = Image.fromarray(np.kron([[0, 80], [160, 240]], np.ones((8, 16))).astype(np.uint8))
     exif = Image.Exif()
-    exif[ORIENTATION] = 6  # to be shown turned clockwise: left becomes top
+    exif[ORIENTATION] = orientation
+    exif[0x0110] = "a camera"
+    return encode(image, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(kind, orientation):
     options = {"lossless": True} if kind == "WEBP" else {}
-    opened = open_image(encode(image, kind, exif=exif, **options))
-    assert opened.size == (8, 16)
-    assert opened.getpixel((4, 2)) == (0, 0, 255)
-    assert opened.getpixel((4, 14)) == (255, 0, 0)
+    data = orient(orientation, kind, **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert expected.size == ((16, 32) if orientation >= 5 else (32, 16))
+    assert np.array_equal(open_image(data), expected)
+
+
+def test_a_damaged_exif_tag_does_not_cost_the_image():
+    data = bytearray(orient(6, "JPEG"))
+    model = data.index(b"\x01\x10\x00\x02", data.index(b"Exif"))
+    data[model + 1] = 1  # the name of the camera now claims to be the height of the image
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert open_image(bytes(data)).size == (16, 32)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

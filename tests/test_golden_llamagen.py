@@ -5,10 +5,10 @@ import torch
 from helpers import golden_cases, golden_table
 
 from t2i import presets
+from t2i.backbones.base import SamplingConfig
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig, load, rope_table, rotate
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import (
-    SamplingConfig,
     filter_logits,
     prefill,
     sample_windows,

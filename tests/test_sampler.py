@@ -5,10 +5,10 @@ import torch
 from helpers import golden_table, open_gates, tiny_llamagen, tiny_prepared
 
 from t2i import presets
-from t2i.rng import make_keys
+from t2i.backbones.base import SamplingConfig
+from t2i.rng import make_keys, uniforms
 from t2i.tensorar.model import TensorAR, draw
 from t2i.tensorar.sampler import (
-    SamplingConfig,
     filter_logits,
     pick,
     prefill,
@@ -139,6 +139,15 @@ def test_an_image_depends_on_its_own_key_and_condition_only(model, cfg_scale):
     assert torch.equal(sample([3, 1, 0]), together[[3, 1, 0]])
     other = sample_windows(model, prepared, make_keys(4, torch.arange(4)), config)
     assert (other != together).float().mean() > 0.5
+
+
+def test_every_slot_of_every_step_has_its_own_number(model):
+    config = SamplingConfig(cfg_scale=2.0, top_k=30)
+    keys = make_keys(0, torch.arange(3))
+    windows = sample_windows(model, tiny_prepared(model.backbone, 3), keys, config)
+    logits = logits_by_step(model, windows, config, 3)
+    u = uniforms(keys, 4, 16).transpose(1, 2)
+    assert torch.equal(pick(logits, u, config), windows[..., 0])
 
 
 def test_refinement_stages_and_progress(model):

@@ -1,14 +1,16 @@
 """The method's promises: equal to the base until trained, causal, cached = teacher-forced, and the loss it says."""
 
+import math
+
 import pytest
 import torch
 from helpers import open_gates, tiny_codes, tiny_llamagen, tiny_prepared
 
 from t2i import presets
-from t2i.backbones.base import Condition
+from t2i.backbones.base import Condition, SamplingConfig
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import SamplingConfig, prefill, sample_windows, step
+from t2i.tensorar.sampler import prefill, sample_windows, step
 
 BATCH = 3
 KEYS = make_keys(0, torch.arange(BATCH))
@@ -59,6 +61,13 @@ def test_attached_model_is_the_base_bit_for_bit(backbone, preset, k):
         assert torch.equal(*images)
 
 
+@pytest.mark.parametrize("preset", ["iclr2026", "arxiv2505"])
+def test_drafts_start_near_uniform(backbone, preset):
+    model, codes = attach(backbone, preset), tiny_codes(BATCH)
+    losses = model(codes, condition_of(model), model.noised_windows(codes, KEYS)).means()
+    assert losses[1:].tolist() == pytest.approx([math.log(48)] * 3, abs=0.3)
+
+
 def test_training_can_leave_the_base(backbone):
     """At initialisation the gates and the draft slots have gradients; behind open gates everything has."""
     model = attach(backbone)
@@ -80,10 +89,8 @@ def test_training_can_leave_the_base(backbone):
 @pytest.mark.parametrize("k, stride", GEOMETRIES)
 def test_steps_agree_with_teacher_forcing(backbone, k, stride):
     model = trained(backbone, "arxiv2505", k=k, stride=stride)
-    prepared, config = (
-        tiny_prepared(backbone, BATCH),
-        SamplingConfig(temperature=0.0, cfg_scale=2.0),
-    )
+    prepared = tiny_prepared(backbone, BATCH)
+    config = SamplingConfig(temperature=0.0, cfg_scale=2.0)
     windows = sample_windows(model, prepared, KEYS, config)
     h, state = prefill(model, prepared, config)
     cached = [h]
@@ -230,7 +237,7 @@ def test_bad_methods(override):
 
 
 def test_bad_preset_and_missing_tokenizer():
-    with pytest.raises(ValueError, match="unknown preset 'iclr'.*iclr2026, arxiv2505, base"):
+    with pytest.raises(ValueError, match=r"unknown preset 'iclr'.*iclr2026, arxiv2505, base"):
         presets.method("iclr")
     backbone = tiny_llamagen("class")
     backbone.frozen.tokenizer = None
@@ -250,15 +257,21 @@ def test_codec_seed():
 # -- own drafts -----------------------------------------------------------------------------------
 
 
+def own_drafts(model, codes, keys=KEYS, passes=1, rows=None):
+    prepared = {
+        k: v if rows is None else v[rows] for k, v in tiny_prepared(model.backbone, BATCH).items()
+    }
+    condition = model.backbone.encode_condition(prepared)
+    return model.own_draft_windows(codes, condition, keys, passes)
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_own_drafts_hold_no_truth_but_slot_0(backbone, passes):
     model = trained(backbone, k=4)
     codes, p = tiny_codes(BATCH), 6
     changed = codes.clone()
     changed[:, p:] = (changed[:, p:] + 1) % 48
-    own, other = (
-        model.own_draft_windows(c, condition_of(model), KEYS, passes) for c in (codes, changed)
-    )
+    own, other = (own_drafts(model, c, passes=passes) for c in (codes, changed))
     assert torch.equal(own[:, :, 0], codes)
     # Truth at p first enters through slot 0 of input window p, which predicts window p + 1.
     assert torch.equal(own[:, :p], other[:, :p])
@@ -268,31 +281,19 @@ def test_own_drafts_hold_no_truth_but_slot_0(backbone, passes):
     assert not torch.equal(*(predict(model, w)[:, : p + 1] for w in clean)), "clean drafts do leak"
 
 
-def test_own_drafts_are_the_models_samples(backbone):
-    """The last pass's drafts follow the model's distribution given the drafts before them, and each sample its own key."""
-    model = trained(backbone, k=2)
-    codes, condition = tiny_codes(BATCH), condition_of(model)
-    keys = make_keys(1, torch.arange(BATCH))
-    own = model.own_draft_windows(codes, condition, keys)
-    swapped = model.own_draft_windows(
-        codes.flip(0),
-        backbone.encode_condition({k: v.flip(0) for k, v in condition_inputs(model).items()}),
-        keys.flip(0),
-    )
-    assert torch.equal(own, swapped.flip(0))
-    # The first draft is drawn from the prefix's output alone: many keys, one distribution.
-    many = torch.cat(
-        [
-            model.own_draft_windows(codes, condition, make_keys(s, torch.arange(BATCH)))[:, 0, 1]
-            for s in range(300)
-        ],
-        dim=1,
-    )
-    with torch.no_grad():
-        expected = predict(model, own)[:, 0, 1].softmax(-1)
-    frequencies = torch.nn.functional.one_hot(many, 48).float().mean(1)
+def test_own_drafts_depend_on_their_own_key(backbone):
+    model, codes = trained(backbone, k=4), tiny_codes(BATCH)
+    together = own_drafts(model, codes, passes=2)
+    for i in range(BATCH):
+        alone = own_drafts(model, codes[i : i + 1], KEYS[i : i + 1], passes=2, rows=[i])
+        assert torch.equal(alone[0], together[i])
+
+
+def test_own_drafts_follow_the_models_distribution():
+    """The first window's draft is drawn from the prefix's output alone: many keys, one distribution."""
+    model, codes = trained(tiny_llamagen("class"), k=2), tiny_codes(BATCH)
+    draws = [own_drafts(model, codes, make_keys(s, torch.arange(BATCH))) for s in range(300)]
+    drafts = torch.cat([w[:, 0, 1] for w in draws], dim=1)
+    frequencies = torch.nn.functional.one_hot(drafts, 48).float().mean(1)
+    expected = predict(model, draws[0])[:, 0, 1].softmax(-1)
     torch.testing.assert_close(frequencies, expected, atol=0.1, rtol=0)
-
-
-def condition_inputs(model):
-    return tiny_prepared(model.backbone, BATCH)

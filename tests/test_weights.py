@@ -148,8 +148,14 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, weights):
 
 def test_unpublished_shape_needs_a_config(tmp_path, weights):
     torch.save({"model": weights}, tmp_path / "gpt.pt")
-    with pytest.raises(ValueError, match="width 32 with 2 layers.*pass config="):
+    with pytest.raises(ValueError, match=r"width 32 with 2 layers.*pass config="):
         llamagen.load(tmp_path / "gpt.pt")
+
+
+def test_grid_beside_a_config(tmp_path, weights):
+    torch.save(weights, tmp_path / "gpt.pt")
+    backbone = llamagen.load(tmp_path / "gpt.pt", config=CONFIG, grid=(2, 8))
+    assert backbone.spec.grid == (2, 8) and backbone.spec.num_tokens == 16
 
 
 def test_file_helpers(tmp_path):

@@ -18,13 +18,31 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class SamplingDefaults:
-    """How the base model was sampled by its authors."""
+class SamplingConfig:
+    """How codes are drawn."""
 
     cfg_scale: float = 1.0
+    """Classifier-free guidance: null + scale * (cond - null); 1 turns it off and halves the work."""
+    cfg_interval: int = -1
+    """Guide the first image token and the next `cfg_interval` + 1 only (LlamaGen's option); -1 guides all."""
     temperature: float = 1.0
+    """0 takes the most likely code."""
     top_k: int = 0
+    """Keep the k most likely codes (and ties); 0 keeps all."""
     top_p: float = 1.0
+    """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
+
+    def __post_init__(self):
+        if self.cfg_scale < 1:
+            raise ValueError(
+                f"cfg_scale={self.cfg_scale} must be at least 1 (1 is without guidance)"
+            )
+        if self.cfg_interval < -1:
+            raise ValueError(f"cfg_interval={self.cfg_interval} must be at least -1 (guide all)")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy)")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_k={self.top_k} must be >= 0 and top_p={self.top_p} in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,8 @@ class BackboneSpec:
     cond_kind: Literal["class", "text"]
     prefix_tokens: int
     """Length P of the condition prefix (the longest one where it varies)."""
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the base model was sampled by its authors."""
 
     @property
     def num_tokens(self) -> int:

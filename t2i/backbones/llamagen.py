@@ -25,7 +25,7 @@ from t2i.backbones.base import (
     BackboneSpec,
     Condition,
     KVCache,
-    SamplingDefaults,
+    SamplingConfig,
     causal_mask,
 )
 from t2i.tokenizers.vq import VQTokenizer
@@ -127,9 +127,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(
-            x
-        ) * self.weight
+        unit = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return unit.type_as(x) * self.weight
 
 
 def rope_table(config: LlamaGenConfig) -> Tensor:
@@ -148,11 +147,8 @@ def rotate(x_BLHK: Tensor, rope_LK2: Tensor) -> Tensor:
     pairs = x_BLHK.float().unflatten(-1, (-1, 2))
     cos, sin = rope_LK2[None, :, None].unbind(-1)
     even, odd = pairs.unbind(-1)
-    return (
-        torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-        .flatten(-2)
-        .type_as(x_BLHK)
-    )
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).type_as(x_BLHK)
 
 
 class Attention(nn.Module):
@@ -282,9 +278,9 @@ class LlamaGen(Backbone):
             subvocabs=(config.vocab_size,),
             cond_kind=config.cond,
             prefix_tokens=config.prefix_tokens,
-            sampling=SamplingDefaults(cfg_scale=2.0)
+            sampling=SamplingConfig(cfg_scale=2.0)
             if config.cond == "class"
-            else SamplingDefaults(cfg_scale=7.5, top_k=1000),
+            else SamplingConfig(cfg_scale=7.5, top_k=1000),
         )
 
     def prepare(self, conditions: Sequence) -> dict[str, Tensor]:
@@ -340,16 +336,8 @@ class LlamaGen(Backbone):
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         c, weight = self.config, self.gpt.tok_embeddings.weight
-        heads = c.n_kv_head or c.n_head
-        return KVCache(
-            c.n_layer,
-            batch,
-            heads,
-            length,
-            c.dim // c.n_head,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        shape = (c.n_layer, batch, c.n_kv_head or c.n_head, length, c.dim // c.n_head)
+        return KVCache(*shape, dtype=weight.dtype, device=weight.device)
 
     def code_vectors(self) -> tuple[Tensor, ...]:
         return (self.tokenizer.quantize.vectors(),)
@@ -376,7 +364,10 @@ def load(
     """
     state_dict = {k: v.to(dtype) for k, v in read_state_dict(path).items() if not _is_scratch(k)}
     try:
-        config = config or infer_config(state_dict, Path(path).stem, grid)
+        if config is None:
+            config = infer_config(state_dict, Path(path).stem, grid)
+        elif grid is not None:
+            config = replace(config, grid=grid)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     with torch.device("meta"):

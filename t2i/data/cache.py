@@ -18,35 +18,31 @@ import bisect
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, groupby, islice
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i.data.images import PIXELS_VERSION, SkipSample, check_small_policy
+from t2i.data.encoding import Encoders, ShardPlan, encode_shards
+from t2i.data.images import PIXELS_VERSION, check_small_policy
 from t2i.data.report import Report
-from t2i.data.samples import Sample, Source, load_sample
-from t2i.data.shards import ShardReader, ShardWriter, replacing, shard_path
+from t2i.data.samples import Source, load_sample
+from t2i.data.shards import ShardReader, replacing, shard_path
 
 _FORMAT = 1  # part of the key: change it whenever the files change
-_DECODE_THREADS = 4  # Pillow decodes outside Python's lock
 _POLL_SECONDS = 0.5
-
-EncodeImages = Callable[[Tensor], Tensor]
-EncodeCaptions = Callable[[list[str]], Sequence[Tensor]]
 
 
 def build_cache(
     source: Source,
     cache_dir: str | Path,
     *,
-    encode_images: EncodeImages,
-    encode_captions: EncodeCaptions | None,
+    encode_images: Callable[[Tensor], Tensor],
+    encode_captions: Callable[[list[str]], Sequence[Tensor]] | None,
     key_parts: dict,
     resolution: int,
     batch_size: int = 32,
@@ -101,25 +97,22 @@ def build_cache(
     folder.mkdir(parents=True, exist_ok=True)
 
     load = partial(load_sample, size=resolution, small=small_images, max_megapixels=max_megapixels)
-    todo = partial(_is_mine_to_do, folder=folder, rank=rank, world_size=world_size)
-    shards = _Shards(source, shard_size, max_samples)
-    bar = tqdm(total=shards.length, desc="cache", unit=" images", disable=not progress or rank != 0)
-    with bar, ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        for shard, samples in shards.samples(todo):
-            writer = ShardWriter(folder, shard)
-            chunks = iter(lambda samples=samples: list(islice(samples, batch_size)), [])
-            for chunk, loaded in _one_ahead((chunk, pool.map(load, chunk)) for chunk in chunks):
-                _encode(chunk, loaded, writer, encode_images, encode_captions)
-                bar.update(len(chunk))
-            writer.close()
-
-    paths = [shard_path(folder, shard) for shard in range(shards.count)]
+    encoders = Encoders(load, encode_images, encode_captions, batch_size)
+    wanted = partial(_is_mine_to_do, folder=folder, rank=rank, world_size=world_size)
+    plan = ShardPlan(source, shard_size, max_samples)
+    quiet = not progress or rank != 0
+    with tqdm(total=plan.total(wanted), desc="cache", unit=" images", disable=quiet) as bar:
+        encode_shards(plan, wanted, folder, encoders, bar.update)
+    paths = [shard_path(folder, shard) for shard in range(plan.count)]
     _wait_for(paths, patience)
     readers = [ShardReader(path) for path in paths]
     if not any(reader.codes_shape[0] for reader in readers):
         report = _report(source, readers)
+        if rank == 0:
+            report.write(folder)
         raise ValueError(
-            f"no usable sample among the {report.seen} of {source.name}: {report.describe()}"
+            f"no usable sample among the {report.seen} of {source.name}: {report.describe()}. "
+            f"All of them are listed in {folder / 'skipped.jsonl'}"
         )
     if rank == 0:
         _finish(folder, key, source, readers)
@@ -206,68 +199,8 @@ class CodeCache:
         return self._shards[shard], index - self._starts[shard]
 
 
-class _Shards:
-    """Cuts a source into shards; `count` is known once `samples` is exhausted."""
-
-    def __init__(self, source: Source, shard_size: int, max_samples: int | None):
-        self._source = source
-        self._size = shard_size
-        self._max_samples = max_samples
-        self.length = source.length
-        if self.length is not None and max_samples is not None:
-            self.length = min(self.length, max_samples)
-        self.count = 0 if self.length is None else -(-self.length // shard_size)
-
-    def samples(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Iterator[Sample]]]:
-        """(shard, its samples) of the wanted shards. A stream is read through in any case."""
-        if self.length is not None:
-            for shard in filter(wanted, range(self.count)):
-                stop = min((shard + 1) * self._size, self.length)
-                yield shard, (self._source[index] for index in range(shard * self._size, stop))
-            return
-        stream = islice(self._source, self._max_samples)
-        for shard, samples in groupby(stream, lambda sample: sample.index // self._size):
-            self.count = shard + 1
-            if wanted(shard):
-                yield shard, samples
-
-
 def _is_mine_to_do(shard: int, folder: Path, rank: int, world_size: int) -> bool:
     return shard % world_size == rank and not shard_path(folder, shard).exists()
-
-
-def _one_ahead(items: Iterator) -> Iterator:
-    """The same items, each fetched while its predecessor is in use: threads decode meanwhile."""
-    current = next(items, None)
-    while current is not None:
-        following = next(items, None)
-        yield current
-        current = following
-
-
-def _encode(
-    chunk: list[Sample],
-    loaded: Iterator[Tensor | SkipSample],
-    writer: ShardWriter,
-    encode_images: EncodeImages,
-    encode_captions: EncodeCaptions | None,
-) -> None:
-    usable, pixels = [], []
-    for sample, result in zip(chunk, loaded, strict=True):
-        if isinstance(result, SkipSample):
-            writer.skip(sample, result)
-        else:
-            usable.append(sample)
-            pixels.append(result)
-    if not usable:
-        return
-    features = None
-    if encode_captions is not None:
-        captions = [caption for sample in usable for caption in sample.captions]
-        features = []
-        for start in range(0, len(captions), len(chunk)):
-            features += encode_captions(captions[start : start + len(chunk)])
-    writer.add(usable, encode_images(torch.stack(pixels)), features)
 
 
 def _wait_for(paths: Sequence[Path], patience: float) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 # Part of every cache key: change it whenever the pixels of an image change.
@@ -25,6 +25,16 @@ PIXELS_VERSION = "adm-crop-1"
 SMALL_IMAGE_POLICIES = ("skip", "upscale")
 # Formats that decode by themselves; EPS, for example, would start Ghostscript on a downloaded file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class SkipSample(Exception):
@@ -88,7 +98,7 @@ def open_image(image: ImageRef, max_megapixels: float = 100.0) -> Image.Image:
     greyscale scaled to 8 bit, EXIF orientation applied, the first frame of an animation taken.
 
     Args:
-        image: encoded bytes, a path, another place of a file, a PIL image, or None (a row without one).
+        image: encoded bytes, a path, another place of a file, a PIL image, or None (no image).
         max_megapixels: larger images are skipped before they are decoded. Pillow has a limit of
             its own near 179 megapixels, which also ends in a skip.
 
@@ -178,7 +188,9 @@ def _check_megapixels(width: int, height: int, limit: float) -> None:
 def _normalise(image: Image.Image, max_megapixels: float) -> Image.Image:
     _check_megapixels(*image.size, max_megapixels)
     image.load()
-    image = ImageOps.exif_transpose(image)
+    # Not ImageOps.exif_transpose: it rewrites the whole EXIF block and raises on a damaged tag.
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
+    image = image if turn is None else image.transpose(turn)
     if image.has_transparency_data:
         if image.mode == "La":  # Pillow has no direct way from here to RGBA
             image = image.convert("LA")

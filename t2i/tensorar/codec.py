@@ -121,10 +121,16 @@ class Codec(nn.Module):
         self.decoder = OutputDecoder(k, dim, heads, depth, mlp, residual)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one for the norms."""
+        """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one for the norms.
+
+        What the decoder's blocks add is a tenth of that: drafts then start near the uniform distribution. At full scale they
+        start well above its loss, and that error would reach the trunk and the shared head.
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and name.endswith(".weight"):
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+                last = name.startswith("decoder.") and name.endswith(("wo.weight", "w2.weight"))
+                std = (0.1 if last else 1.0) * parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=std, generator=generator)
             elif name.endswith(("queries", "slots")):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif name.endswith(("z_in", "z_out")):

@@ -97,6 +97,7 @@ class TensorAR(nn.Module):
         self.config = config
         self.windows = Windows(backbone.spec.num_tokens, config.k, config.stride)
         self.backbone = backbone
+        self.sampling = backbone.spec.sampling
         self.codec: Codec | None = None
         if config.k > 1:
             if config.noise == "codebook":
@@ -115,6 +116,11 @@ class TensorAR(nn.Module):
                 codec.to_empty(device="cpu").initialize(torch.Generator().manual_seed(seed))
                 codec.to(device=first.device, dtype=first.dtype)
             self.codec = codec
+
+    @property
+    def uses_gaussian_noise(self) -> bool:
+        """Training noise is added to embeddings, not to codes."""
+        return self.config.noise == "gaussian" and self.config.k > 1
 
     # -- inputs -----------------------------------------------------------------------------------------------------------
     def noised_windows(self, codes: Tensor, keys: Tensor) -> Tensor:
@@ -144,7 +150,7 @@ class TensorAR(nn.Module):
         n = windows.shape[1]
         valid_nk = self.windows.valid(windows.device)[first : first + n]
         valid = valid_nk.expand(len(windows), -1, -1).flatten(0, 1)
-        return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (-1, n))
+        return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (len(windows), n))
 
     # -- teacher forcing --------------------------------------------------------------------------------------------------
     def hidden(
@@ -230,7 +236,8 @@ class TensorAR(nn.Module):
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     """Inverse-CDF sampling: the first index whose cumulative probability exceeds u. [..., V], [...] in [0, 1) -> int64 [...]."""
     cdf = probabilities.double().cumsum(-1)
-    return torch.searchsorted(cdf, u.double()[..., None] * cdf[..., -1:], right=True)[..., 0]
+    target = (u.double()[..., None] * cdf[..., -1:]).contiguous()
+    return torch.searchsorted(cdf, target, right=True)[..., 0]
 
 
 def slot_parts(k: int) -> list[slice]:

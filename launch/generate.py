@@ -1,0 +1,78 @@
+"""Sample images from a checkpoint, into the GenEval folder layout with a contact sheet.
+
+python launch/generate.py --ckpt runs/shapes --prompt "a photo of a red circle" --samples 4
+python launch/generate.py --ckpt runs/shapes --prompt-file prompts.txt --stages
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
+
+from t2i import cli
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What to draw."""
+
+    ckpt: Path
+    """Checkpoint folder, or a run folder (its newest checkpoint)."""
+    out: Path = Path("outputs")
+    """Folder for 00000/samples/00000.png ... and grid.png."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    prompt_file: Path | None = None
+    """One prompt per line, or .jsonl with a "prompt" in every line (such as GenEval's metadata)."""
+    samples: int = 4
+    """Images per prompt."""
+    seed: int = 0
+    """An image depends on (seed, prompt index, sample index) alone."""
+    batch_size: int = 16
+    """Images sampled at once."""
+    stages: bool = False
+    """Also save every refinement stage, and a sheet that shows them side by side."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto (bfloat16 on a GPU)."""
+    cfg_scale: float | None = None
+    """Overrides of the checkpoint's sampling settings."""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    cfg_interval: int | None = None
+
+
+def main() -> None:
+    config = cli.parse(GenerateConfig, __doc__)
+    from t2i.checkpoint import from_pretrained
+    from t2i.evaluation.store import read_prompts, write_generated
+    from t2i.generation import iterate_images, pick_device
+
+    entries = read_prompts(config.prompt, config.prompt_file)
+    device, dtype = pick_device(config.device, config.dtype)
+    model = from_pretrained(config.ckpt, device=device, dtype=dtype)
+    changes = {
+        name: getattr(config, name)
+        for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")
+        if getattr(config, name) is not None
+    }
+    images = iterate_images(
+        model,
+        [entry["prompt"] for entry in entries],
+        seed=config.seed,
+        samples_per_prompt=config.samples,
+        batch_size=config.batch_size,
+        sampling=replace(model.sampling, **changes),
+        stages=config.stages,
+    )
+    sheets = write_generated(images, entries, config.out, samples_per_prompt=config.samples)
+    print("\n".join(f"wrote {path}" for path in sheets))
+
+
+if __name__ == "__main__":
+    cli.run(main)

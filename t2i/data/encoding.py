@@ -1,0 +1,130 @@
+"""The work behind the code cache: cut a source into shards, encode the ones that are wanted.
+
+Shape legend: B = batch, T = positions, S = sub-tokens, C = text feature width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t2i.data.images import SkipSample
+from t2i.data.samples import Sample, Source
+from t2i.data.shards import ShardWriter
+
+_DECODE_THREADS = 4  # Pillow decodes outside Python's lock
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns samples into the content of a cache.
+
+    Attributes:
+        load: a sample -> pixels float32 [3, H, W], or the reason to skip it.
+        images: pixels [B, 3, H, W] -> codes int64 [B, T, S].
+        captions: captions -> one float [n_i, C] each; None for a cache without text features.
+        batch_size: images, and captions, per call.
+    """
+
+    load: Callable[[Sample], Tensor | SkipSample]
+    images: Callable[[Tensor], Tensor]
+    captions: Callable[[list[str]], Sequence[Tensor]] | None
+    batch_size: int
+
+
+class ShardPlan:
+    """Shard i covers the samples i * size ... of the source, whoever builds it.
+
+    Attributes:
+        count: number of shards; of a stream, of those met so far.
+    """
+
+    def __init__(self, source: Source, size: int, max_samples: int | None):
+        self._source = source
+        self._size = size
+        self._max_samples = max_samples
+        self._length = source.length
+        if self._length is not None and max_samples is not None:
+            self._length = min(self._length, max_samples)
+        self.count = 0 if self._length is None else -(-self._length // size)
+
+    def samples(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Iterator[Sample]]]:
+        """(shard, its samples) of the wanted shards. A stream is read through in any case."""
+        if self._length is not None:
+            for shard in filter(wanted, range(self.count)):
+                yield shard, map(self._source.__getitem__, self._indices(shard))
+            return
+        stream = islice(self._source, self._max_samples)
+        for shard, samples in groupby(stream, lambda sample: sample.index // self._size):
+            self.count = shard + 1
+            if wanted(shard):
+                yield shard, samples
+
+    def total(self, wanted: Callable[[int], bool]) -> int | None:
+        """Samples in the wanted shards; None for a stream."""
+        if self._length is None:
+            return None
+        return sum(len(self._indices(shard)) for shard in filter(wanted, range(self.count)))
+
+    def _indices(self, shard: int) -> range:
+        return range(shard * self._size, min((shard + 1) * self._size, self._length))
+
+
+def encode_shards(
+    plan: ShardPlan,
+    wanted: Callable[[int], bool],
+    folder: Path,
+    encoders: Encoders,
+    advance: Callable[[int], object],
+) -> None:
+    """Build the wanted shards one after the other; `advance(n)` is told of every n samples."""
+    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+        for shard, samples in plan.samples(wanted):
+            writer = ShardWriter(folder, shard)
+            loading = (
+                (batch, pool.map(encoders.load, batch))
+                for batch in _batches(samples, encoders.batch_size)
+            )
+            for batch, loaded in _one_ahead(loading):
+                _encode_batch(batch, list(loaded), writer, encoders)
+                advance(len(batch))
+            writer.close()
+
+
+def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    while batch := list(islice(samples, size)):
+        yield batch
+
+
+def _one_ahead(items: Iterator) -> Iterator:
+    """The same items, each fetched while its predecessor is in use: threads decode meanwhile."""
+    current = next(items, None)
+    while current is not None:
+        following = next(items, None)
+        yield current
+        current = following
+
+
+def _encode_batch(
+    batch: list[Sample], loaded: list[Tensor | SkipSample], writer: ShardWriter, encoders: Encoders
+) -> None:
+    usable, pixels = [], []
+    for sample, result in zip(batch, loaded, strict=True):
+        if isinstance(result, SkipSample):
+            writer.skip(sample, result)
+        else:
+            usable.append(sample)
+            pixels.append(result)
+    if not usable:
+        return
+    features = None
+    if encoders.captions is not None:
+        captions = [caption for sample in usable for caption in sample.captions]
+        features = []
+        for start in range(0, len(captions), encoders.batch_size):
+            features += encoders.captions(captions[start : start + encoders.batch_size])
+    writer.add(usable, encoders.images(torch.stack(pixels)), features)

@@ -1,0 +1,86 @@
+"""Prompts in, images out: GenEval's folder layout, which every evaluator here reads and writes.
+
+OUT/00000/metadata.jsonl         the prompt's line
+OUT/00000/samples/00000.png      sample 0 of prompt 0
+OUT/00000/stages/00000_1.png     its refinement stages, if asked for
+OUT/grid.png                     all samples, one row per prompt
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from t2i.generation import Generated
+from t2i.imaging import grid, save_png
+from t2i.weights import write_text
+
+_MAX_GRID_IMAGES = 64
+
+
+def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
+    """Entries with at least a "prompt", from the command line and from a text or .jsonl file.
+
+    Raises:
+        ValueError: no prompt at all, an unreadable file, or a bad line, which is named.
+    """
+    entries = [{"prompt": p} for p in prompts]
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompt file {path} cannot be read: {error}") from error
+        parse = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
+        entries += [
+            parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()
+        ]
+    if not entries or any(not e["prompt"].strip() for e in entries):
+        raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE, none of them empty")
+    return entries
+
+
+def _parse_text_line(line: str, where: str) -> dict:
+    if "\x00" in line:
+        raise ValueError(f"{where} is not text")
+    return {"prompt": line.strip()}
+
+
+def _parse_json_line(line: str, where: str) -> dict:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'{where} has no text under "prompt"')
+    return entry
+
+
+def write_generated(
+    images: Iterable[Generated], entries: Sequence[dict], out: Path, *, samples_per_prompt: int
+) -> list[Path]:
+    """Write images as they come; returns the sheets (a grid, and one of the stages where there are any)."""
+    shown, staged = [], []
+    for generated in images:
+        folder = out / f"{generated.prompt_index:05d}"
+        name = f"{generated.sample_index:05d}"
+        if generated.sample_index == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            line = json.dumps(entries[generated.prompt_index], ensure_ascii=False)
+            write_text(folder / "metadata.jsonl", line + "\n")
+        save_png(generated.image, folder / "samples" / f"{name}.png")
+        for r, stage in enumerate(generated.stages):
+            save_png(stage, folder / "stages" / f"{name}_{r + 1}.png")
+        if len(shown) < _MAX_GRID_IMAGES:
+            shown.append(generated)
+        if generated.stages and generated.sample_index == 0 and len(staged) < _MAX_GRID_IMAGES:
+            staged.append(generated)
+    labels = [str(g.prompt) if g.sample_index == 0 else "" for g in shown]
+    sheet = grid([g.image for g in shown], columns=samples_per_prompt, labels=labels)
+    written = [save_png(sheet, out / "grid.png")]
+    if staged:
+        count = len(staged[0].stages)
+        names = [
+            f"{g.prompt} (draft 1)" if r == 0 else f"{r + 1}" for g in staged for r in range(count)
+        ]
+        sheet = grid([s for g in staged for s in g.stages], columns=count, labels=names)
+        written.append(save_png(sheet, out / "stages.png"))
+    return written

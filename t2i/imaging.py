@@ -1,0 +1,56 @@
+"""Writing images and contact sheets."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP = 6
+_LABEL_HEIGHT = 16
+
+
+def save_png(image: Image.Image, path: str | Path) -> Path:
+    """Write a PNG through a temporary name, making the folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    image.save(partial, format="PNG")
+    os.replace(partial, path)
+    return path
+
+
+def grid(
+    images: Sequence[Image.Image],
+    columns: int,
+    *,
+    labels: Sequence[str] | None = None,
+    cell: int | None = None,
+) -> Image.Image:
+    """Images row by row on white, each with a line of text below it if labels are given.
+
+    Args:
+        cell: side of a cell in pixels; small images are enlarged without smoothing.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    cell = cell or max(128, *(max(i.size) for i in images))
+    text = _LABEL_HEIGHT if labels else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new(
+        "RGB", (columns * (cell + _GAP) + _GAP, rows * (cell + text + _GAP) + _GAP), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=11)
+    for i, image in enumerate(images):
+        x = _GAP + (i % columns) * (cell + _GAP)
+        y = _GAP + (i // columns) * (cell + text + _GAP)
+        enlarged = (
+            image
+            if max(image.size) >= cell
+            else image.resize((cell, cell), Image.Resampling.NEAREST)
+        )
+        sheet.paste(enlarged, (x, y))
+        if labels and labels[i]:
+            draw.text((x, y + cell + 2), labels[i], fill="black", font=font)
+    return sheet

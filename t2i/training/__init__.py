@@ -1,0 +1,1 @@
+"""Fine-tuning with DeepSpeed: configuration, data, engine, validation, logging, resume."""

@@ -1,0 +1,108 @@
+"""The pre-flight: look at settings, data and model, and say what a run would do, without training.
+
+Parameter counts and the memory estimate come from the real configuration; nothing is written but the codes cache's folder stays
+untouched too.
+"""
+
+from t2i.data.report import survey_source
+from t2i.tensorar.model import TensorAR
+from t2i.training.config import TrainConfig
+from t2i.training.data import image_size, open_data
+from t2i.training.engine import deepspeed_config
+from t2i.training.loop import build_model
+from t2i.training.run_state import claim_run_dir
+
+_GB = 1e9
+
+
+def check(config: TrainConfig, world_size: int = 1) -> str:
+    """A report for people.
+
+    Raises:
+        ValueError: what makes the run impossible.
+    """
+    claim_run_dir(config)
+    settings = deepspeed_config(config, world_size)
+    source = open_data(config.data)
+    model = build_model(config)
+    survey, usable = survey_source(
+        source, size=image_size(model.backbone), small=config.data.small_images
+    )
+    if not usable:
+        raise ValueError(f"none of the samples looked at can be used: {survey.describe()}")
+    total = (
+        source.length
+        if config.data.max_samples is None
+        else min(source.length or 0, config.data.max_samples)
+    )
+    trained = None if total is None else max(total - config.data.validation_samples, 0)
+    if trained == 0:
+        raise ValueError(
+            f"{total} samples with data.validation_samples={config.data.validation_samples} held out leave none to train on"
+        )
+    steps = config.steps or (
+        None if trained is None else max(1, round(config.epochs * trained / config.batch_size))
+    )
+    lines = ["data"]
+    lines += [
+        f"  source        {config.data.source}: {total if total is not None else 'unknown number of'} samples"
+    ]
+    lines += [f"  looked at     {survey.describe()}"]
+    lines += [f"  caption       {s.captions[0]!r} ({s.key})" for s in usable[:3]]
+    lines += ["batch"]
+    lines += [
+        f"  {config.batch_size} samples per step = {config.engine.micro_batch} per pass x "
+        f"{settings['gradient_accumulation_steps']} accumulated x {world_size} processes"
+    ]
+    if steps is not None and trained is not None:
+        lines += [
+            f"  {steps} steps = {steps * config.batch_size / trained:.2f} passes over {trained} training samples"
+        ]
+    lines += ["parameters", *(f"  {line}" for line in parameter_lines(model))]
+    lines += ["memory per process (weights, gradients, optimizer; activations come on top)"]
+    lines += [f"  {line}" for line in memory_lines(model, config, world_size)]
+    lines += [
+        f"  logits of one pass {logit_bytes(model, config) / _GB:.2f} GB (fp32, forward only)"
+    ]
+    lines += [f"run folder\n  {config.run_dir}", "ready: the same command without --check trains"]
+    return "\n".join(lines)
+
+
+def parameter_lines(model: TensorAR) -> list[str]:
+    """Total and trainable parameters by part."""
+    parts = {
+        "backbone": model.backbone,
+        **({"codec": model.codec} if model.codec is not None else {}),
+    }
+    rows = []
+    for name, module in parts.items():
+        counts = [p.numel() for p in module.parameters()]
+        trainable = [p.numel() for p in module.parameters() if p.requires_grad]
+        rows.append((name, sum(counts), sum(trainable)))
+    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    return [
+        f"{name:<10}{total:>15,} of which trained {trained:>15,}" for name, total, trained in rows
+    ]
+
+
+def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[str]:
+    """State bytes per ZeRO stage; the configured stage is marked."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    low = config.engine.precision == "bf16"
+    weight, grad, optimizer = (
+        (2, 2, 12) if low else (4, 4, 8)
+    )  # optimizer: two moments, and an fp32 copy under bf16
+    lines = []
+    for stage in range(4):
+        shards = [world_size if stage >= least else 1 for least in (3, 2, 1)]
+        size = total * weight / shards[0] + trained * (grad / shards[1] + optimizer / shards[2])
+        mark = "  <- chosen" if stage == config.engine.zero_stage else ""
+        lines.append(f"ZeRO-{stage} on {world_size} process(es) {size / _GB:8.2f} GB{mark}")
+    return lines
+
+
+def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
+    """fp32 logits of one forward pass."""
+    slots = model.windows.count * model.windows.size
+    return 4 * config.engine.micro_batch * slots * sum(model.backbone.spec.subvocabs)

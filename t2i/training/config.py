@@ -1,0 +1,234 @@
+"""What a training run is: frozen dataclasses that `tyro` turns into command-line options, and the named recipes."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from t2i import presets
+from t2i.backbones.base import SamplingConfig
+from t2i.checkpoint import Tuning
+from t2i.lora import LoRAConfig
+from t2i.tensorar.model import TensorARConfig
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """Which pre-trained model to start from."""
+
+    family: str = "llamagen"
+    weights: str = "shapes"
+    """Official weight file, backbone folder, "shapes" (the shipped offline base) or owner/repo:file on the hub."""
+    tokenizer: str | None = None
+    """Image tokenizer weights (a folder or "shapes" brings its own)."""
+    text_encoder: str | None = None
+    """Caption encoder: folder or hub id (a backbone folder or "shapes" brings its own)."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Captioned images."""
+
+    source: str = ""
+    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, or a hub id."""
+    image_column: str | None = None
+    """Column of the images; found by itself where it is clear."""
+    caption_column: str | None = None
+    """Column of the captions; found by itself where it is clear."""
+    split: str = "train"
+    streaming: bool = False
+    """Read hub and parquet data row by row without a copy on disk."""
+    max_samples: int | None = None
+    """Use the first so many samples only."""
+    validation_samples: int = 256
+    """Held out for the validation loss; never trained on."""
+    small_images: Literal["skip", "upscale"] = "skip"
+    """What to do with images that are smaller than the model's."""
+    cache_dir: Path = Path("cache")
+    """Where codes and text features are kept; reused by every run on the same data."""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """AdamW. Codec: linear warm-up, then linear decay to zero; backbone: constant after its delay."""
+
+    codec_lr: float = 1e-3
+    """Peak learning rate of the input encoder and output decoder."""
+    backbone_lr: float = 5e-5
+    """Learning rate of the backbone (or of its adapters)."""
+    warmup_steps: int = 0
+    """Steps over which both rates rise from zero."""
+    backbone_delay_steps: int = 0
+    """The backbone stands still for so many steps, while the codec finds its feet."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    """On matrices only."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    def codec_rate(self, step: int, steps: int) -> float:
+        """Codec learning rate at a step of a run."""
+        return self.codec_lr * self._warm(step) * (1 - step / steps)
+
+    def backbone_rate(self, step: int) -> float:
+        """Backbone learning rate at a step."""
+        return 0.0 if step < self.backbone_delay_steps else self.backbone_lr * self._warm(step)
+
+    def _warm(self, step: int) -> float:
+        return min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """DeepSpeed and precision."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What ZeRO shards over the processes: 1 optimizer, 2 and gradients, 3 and weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps fp32 master weights in the optimizer."""
+    micro_batch: int = 32
+    """Samples per process and forward pass; the rest of the batch is accumulated."""
+    gradient_checkpointing: bool = False
+    """Recompute the trunk's blocks in the backward pass to save memory."""
+    deepspeed_config: Path | None = None
+    """JSON with further "zero_optimization" settings, such as launch/zero3_offload.json."""
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """What is written while training; `metrics.jsonl` always is."""
+
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    validate_every: int = 100
+    """Steps between validations (0: only at the end)."""
+    sample_every: int = 100
+    """Steps between sample sheets (0: none). Under ZeRO-3 they are drawn at checkpoints."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    prompts: tuple[str, ...] = (
+        "a photo of a red circle",
+        "a photo of two squares",
+        "a photo of a green star left of a blue ring",
+        "a photo of a yellow heart and a black cross",
+    )
+    """Fixed prompts of the sample sheets."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """A further tracker, if its package is installed."""
+    project: str = "tensorar"
+    """Project name for wandb."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    run_dir: Path = Path("runs/train")
+    """Everything the run writes goes here."""
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    method: TensorARConfig = field(default_factory=TensorARConfig)
+    tuning: Tuning = "full"
+    """Train the whole backbone, only the codec, or LoRA adapters (and the codec)."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataOptions = field(default_factory=DataOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    sampling: SamplingConfig | None = None
+    """Sampling of the sheets, and the checkpoint's default; the backbone's own if not given."""
+    batch_size: int = 256
+    """Samples per optimizer step, over all processes."""
+    epochs: float = 20.0
+    """Passes over the data; `steps` wins if given."""
+    steps: int | None = None
+    """Optimizer steps."""
+    condition_dropout: float = 0.1
+    """Share of samples that are trained without their caption, for guidance."""
+    token_dropout: float = 0.1
+    """Element dropout on the trunk's input embeddings."""
+    seed: int = 0
+    """Codec initialisation, data order, noise and dropout."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint in run_dir."""
+    check: bool = False
+    """Look at data, model and settings, print what would happen, and train nothing."""
+
+    def __post_init__(self):
+        if self.batch_size % self.engine.micro_batch:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of engine.micro_batch={self.engine.micro_batch}"
+            )
+        if self.engine.precision == "bf16" and self.engine.zero_stage == 0:
+            raise ValueError(
+                "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer step)"
+            )
+        if not 0 <= self.condition_dropout < 1 or not 0 <= self.token_dropout < 1:
+            raise ValueError("condition_dropout and token_dropout must be in [0, 1)")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+
+
+def _shapes(method: TensorARConfig) -> TrainConfig:
+    """The offline world: the shipped base, small batches, two cores."""
+    return TrainConfig(
+        run_dir=Path("runs/shapes"),
+        method=method,
+        data=DataOptions(source="runs/shapes-data"),
+        optim=OptimOptions(warmup_steps=20),
+        engine=EngineOptions(micro_batch=32),
+        batch_size=32,
+        steps=300,
+        token_dropout=0.0,
+    )
+
+
+def _llamagen_t2i(method: TensorARConfig, **changes) -> TrainConfig:
+    """LlamaGen GPT-XL, stage 1 (256 px), with the published recipe."""
+    config = TrainConfig(
+        run_dir=Path("runs/llamagen-t2i"),
+        backbone=BackboneOptions(
+            weights="peizesun/llamagen_t2i:t2i_XL_stage1_256.pt",
+            tokenizer="peizesun/llamagen_t2i:vq_ds16_t2i.pt",
+            text_encoder="google/flan-t5-xl",
+        ),
+        method=method,
+        optim=OptimOptions(codec_lr=1e-4, backbone_lr=1e-5, warmup_steps=100),
+        engine=EngineOptions(
+            zero_stage=2, precision="bf16", micro_batch=8, gradient_checkpointing=True
+        ),
+        log=LogOptions(
+            sample_every=500,
+            validate_every=500,
+            prompts=(
+                "a photo of a red bus",
+                "a photo of two cats",
+                "a dog to the left of a bench, morning light",
+                "a bowl of oranges next to a blue cup",
+            ),
+        ),
+    )
+    return replace(config, **changes)
+
+
+RECIPES: dict[str, tuple[str, TrainConfig]] = {
+    "shapes-iclr2026": ("offline shapes world, ICLR 2026 method", _shapes(presets.iclr2026())),
+    "shapes-arxiv2505": ("offline shapes world, arXiv v1 method", _shapes(presets.arxiv2505())),
+    "shapes-control": (
+        "offline shapes world, the base fine-tuned as usual",
+        _shapes(presets.base()),
+    ),
+    "t2i-xl-256-iclr2026": (
+        "LlamaGen text-to-image XL at 256 px, published recipe, ICLR 2026 method",
+        _llamagen_t2i(presets.iclr2026()),
+    ),
+    "t2i-xl-256-arxiv2505": (
+        "LlamaGen text-to-image XL at 256 px, published recipe, arXiv v1 method",
+        _llamagen_t2i(presets.arxiv2505()),
+    ),
+    "t2i-xl-256-lora": (
+        "LlamaGen text-to-image XL at 256 px, LoRA on the backbone",
+        _llamagen_t2i(presets.iclr2026(), tuning="lora"),
+    ),
+}
+"""Named starting points; every option can be changed on the command line."""

@@ -1,0 +1,138 @@
+"""Training batches: the code cache of a data set, the data order, and the fixed held-out set.
+
+Shapes: B samples, T image tokens, S sub-tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from t2i.backbones.base import Backbone
+from t2i.conditioning.captions import CAPTION_CLEANING_VERSION
+from t2i.data.cache import CodeCache, build_cache
+from t2i.data.order import batch_indices, split_indices
+from t2i.data.samples import Source
+from t2i.data.sources import open_source
+from t2i.loading import tokenizer_hash
+from t2i.rng import fold, make_keys, uniforms
+from t2i.training.batch import Batch
+from t2i.training.config import DataOptions, TrainConfig
+from t2i.training.engine import Processes
+
+_NOISE, _DROP, _CAPTION = 1, 2, 3  # streams derived from a sample's key
+
+
+def open_data(options: DataOptions) -> Source:
+    """The data set of a run; ValueError says what is wrong with it."""
+    if not options.source:
+        raise ValueError(
+            "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
+        )
+    return open_source(
+        options.source,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        split=options.split,
+        streaming=options.streaming,
+    )
+
+
+def image_size(backbone: Backbone) -> int:
+    """Side in pixels of the (square) images that the backbone draws."""
+    height, width = backbone.spec.grid
+    if height != width:
+        raise ValueError(f"training needs a square grid, this backbone has {height} x {width}")
+    return height * backbone.tokenizer.downsample
+
+
+class TrainingData:
+    """The cached data set of a run. Every rank builds its share of a missing cache."""
+
+    def __init__(self, config: TrainConfig, backbone: Backbone, processes: Processes):
+        options = config.data
+        device = backbone.device
+
+        def encode_images(pixels: Tensor) -> Tensor:
+            return backbone.encode_images(pixels.to(device)).cpu()
+
+        def encode_captions(captions: list[str]) -> list[Tensor]:
+            return [features.cpu() for features in backbone.frozen.text_encoder.encode(captions)]
+
+        if backbone.spec.cond_kind != "text" or backbone.frozen.text_encoder is None:
+            raise ValueError(
+                "training on captions needs a text-to-image backbone with its text encoder"
+            )
+        folder = build_cache(
+            open_data(options),
+            options.cache_dir,
+            encode_images=encode_images,
+            encode_captions=encode_captions,
+            key_parts={
+                "tokenizer": tokenizer_hash(backbone),
+                "text_encoder": backbone.frozen.text_encoder.weights_hash(),
+                "caption_cleaning": CAPTION_CLEANING_VERSION,
+                "caption_tokens": backbone.spec.prefix_tokens,
+            },
+            resolution=image_size(backbone),
+            max_samples=options.max_samples,
+            small_images=options.small_images,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        self.cache = CodeCache(folder)
+        self.config, self.processes = config, processes
+        self.max_tokens = backbone.spec.prefix_tokens
+        n_validation = options.validation_samples
+        if not 0 < n_validation < len(self.cache):
+            raise ValueError(
+                f"data.validation_samples={n_validation} must be between 1 and the {len(self.cache)} usable samples - 1"
+            )
+        self.train, self.validation = split_indices(len(self.cache), n_validation, config.seed)
+
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.config.steps is not None:
+            return self.config.steps
+        return max(1, round(self.config.epochs * len(self.train) / self.config.batch_size))
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's part of an optimizer step. A sample's noise and dropout depend on its place in the run alone."""
+        config, processes = self.config, self.processes
+        share = config.batch_size // processes.world_size
+        where = batch_indices(
+            step,
+            config.batch_size,
+            len(self.train),
+            config.seed,
+            processes.rank,
+            processes.world_size,
+        )
+        position = step * config.batch_size + processes.rank * share + torch.arange(share)
+        keys = make_keys(config.seed, position)
+        size = config.engine.micro_batch
+        return [
+            self._batch(i, k)
+            for i, k in zip(self.train[where].split(size), keys.split(size), strict=True)
+        ]
+
+    def _batch(self, indices: Tensor, keys: Tensor) -> Batch:
+        choice = fold(keys, _CAPTION) & 0xFFFF  # which of several captions
+        drop = uniforms(fold(keys, _DROP), 1)[:, 0] < self.config.condition_dropout
+        return self._load(indices, fold(keys, _NOISE), drop, choice)
+
+    def validation_batches(self) -> list[Batch]:
+        """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped."""
+        size = self.config.engine.micro_batch
+        mine = self.validation[self.processes.rank :: self.processes.world_size]
+        return [self._load(i, make_keys(0, i), None, None) for i in mine.split(size)]
+
+    def _load(
+        self, indices: Tensor, keys: Tensor, drop: Tensor | None, choice: Tensor | None
+    ) -> Batch:
+        features, mask = self.cache.text(indices, self.max_tokens, choice)
+        device = self.processes.device
+        return Batch(
+            self.cache.codes(indices).to(device),
+            {"features": features.to(device), "mask": mask.to(device)},
+            keys.to(device),
+            None if drop is None else drop.to(device),
+        )

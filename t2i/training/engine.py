@@ -1,0 +1,185 @@
+"""DeepSpeed: processes, the engine, and what differs between ZeRO stages.
+
+The DeepSpeed configuration is built from our own; a JSON file may only add to "zero_optimization", so that nothing can disagree.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from t2i.tensorar.model import TensorAR
+from t2i.training.batch import Batch
+from t2i.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_processes() -> Processes:
+    """Join the process group that the launcher describes, or be the only process; works without a GPU and without a compiler."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:  # plain `python`: no launcher
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
+        os.environ.update(alone)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    if not cuda:
+        # Otherwise the CPU accelerator compiles a shared-memory extension at first start (a minute, and a compiler).
+        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
+    """The DeepSpeed configuration of a run.
+
+    Raises:
+        ValueError: the batch cannot be split over the processes, or the JSON file sets something that is derived here.
+    """
+    engine = config.engine
+    per_step = engine.micro_batch * world_size
+    if config.batch_size % per_step:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be split over {world_size} processes with engine.micro_batch="
+            f"{engine.micro_batch}; use a multiple of {per_step}"
+        )
+    zero: dict = {"stage": engine.zero_stage}
+    if engine.deepspeed_config is not None:
+        zero |= _zero_settings(engine.deepspeed_config, engine.zero_stage)
+    return {
+        "train_micro_batch_size_per_gpu": engine.micro_batch,
+        "gradient_accumulation_steps": config.batch_size // per_step,
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def _zero_settings(path: Path, stage: int) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"engine.deepspeed_config {path} cannot be read: {error}") from error
+    others = sorted(set(content) - {"zero_optimization"})
+    if others:
+        raise ValueError(
+            f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this program's options"
+        )
+    settings = content.get("zero_optimization", {})
+    if settings.get("stage", stage) != stage:
+        raise ValueError(
+            f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
+        )
+    return settings
+
+
+def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
+    """Trainable parameters by part and weight decay; the schedule finds a group by its "part"."""
+    parts = {"backbone": model.backbone}
+    if model.codec is not None:
+        parts["codec"] = model.codec
+    groups = []
+    for part, module in parts.items():
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in trainable if p.dim() >= 2]
+        vectors = [p for p in trainable if p.dim() < 2]
+        groups += [
+            {"params": params, "part": part, "weight_decay": decay, "lr": 0.0}
+            for params, decay in ((matrices, config.optim.weight_decay), (vectors, 0.0))
+            if params
+        ]
+    if not groups:
+        raise ValueError("nothing to train: tuning='codec' with k=1 leaves no trainable parameter")
+    return groups
+
+
+class TrainingLoss(nn.Module):
+    """What DeepSpeed wraps: one forward pass from a batch to plain tensors (its hooks do not look into other objects)."""
+
+    def __init__(self, model: TensorAR):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted loss, and the sums and counts by slot [k]."""
+        model = self.model
+        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+        gaussian = batch.keys if model.uses_gaussian_noise else None
+        losses = model(batch.codes, condition, windows, gaussian)
+        return losses.weighted(model.config.weights()), losses.sums.detach(), losses.counts
+
+
+def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
+    """Wrap the model in a DeepSpeed engine with AdamW."""
+    import deepspeed
+
+    groups = parameter_groups(model, config)
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
+    engine, *_ = deepspeed.initialize(
+        model=TrainingLoss(model),
+        optimizer=optimizer,
+        config=deepspeed_config(config, processes.world_size),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, float]:
+    """Set the learning rates of a step; a pure function of the step."""
+    rates = {
+        "codec": config.optim.codec_rate(step, steps),
+        "backbone": config.optim.backbone_rate(step),
+    }
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rates[group["part"]]
+    return rates
+
+
+@contextmanager
+def whole_weights(module: nn.Module, stage: int) -> Iterator[None]:
+    """Under ZeRO-3, gather all weights for the duration; every rank must enter."""
+    if stage < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield

@@ -1,0 +1,66 @@
+"""Where numbers go: always `metrics.jsonl`, and TensorBoard or wandb when asked for."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+
+class MetricsLog:
+    """Appends one JSON line per call; only the main process has one.
+
+    A resumed run first drops the lines of steps that it will do again.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        tracker: Literal["none", "tensorboard", "wandb"],
+        project: str,
+        config: dict,
+    ):
+        self.path = run_dir / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            rows = (json.loads(line) for line in self.path.read_text().splitlines())
+            kept = [row for row in rows if row["step"] <= start_step]
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(self.path)
+        self.tracker = _start_tracker(tracker, run_dir, project, config)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values after optimizer step number `step` (1 is the first)."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.tracker is not None:
+            self.tracker(step, values)
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _start_tracker(name: str, run_dir: Path, project: str, config: dict):
+    if name == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "log.tracker=tensorboard needs the package tensorboard: pip install tensorboard"
+            ) from error
+        writer = SummaryWriter(str(run_dir / "tensorboard"))
+        return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+    if name == "wandb":
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "log.tracker=wandb needs the package wandb: pip install wandb"
+            ) from error
+        run = wandb.init(
+            project=project, dir=str(run_dir), config=config, resume="allow", id=run_dir.name
+        )
+        return lambda step, values: run.log(values, step=step)
+    return None
