@@ -21,6 +21,8 @@ class GenerateConfig:
 
     ckpt: Path
     """Checkpoint folder, or a run folder (its newest checkpoint)."""
+    base: Path | None = None
+    """Where the base weights are now, if they moved since the training."""
     out: Path = Path("outputs")
     """Folder for 00000/samples/00000.png ... and grid.png."""
     prompt: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ def main() -> None:
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = pick_device(config.device, config.dtype)
-    model = from_pretrained(config.ckpt, device=device, dtype=dtype)
+    model = from_pretrained(config.ckpt, base=config.base, device=device, dtype=dtype)
     changes = {
         name: getattr(config, name)
         for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")

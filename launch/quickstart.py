@@ -77,11 +77,10 @@ DATA_SEED = 1
 
 def fine_tuned(config: Quickstart, name: str):
     """The model after its run (which is done now, unless it is there), and its final held-out losses."""
-    from t2i.checkpoint import from_pretrained
+    from t2i.checkpoint import from_pretrained, run_checkpoints
     from t2i.training.config import RECIPES
     from t2i.training.logs import read_metrics
     from t2i.training.loop import train
-    from t2i.training.run_state import checkpoints
 
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; choose from {', '.join(RECIPES)}")
@@ -93,11 +92,11 @@ def fine_tuned(config: Quickstart, name: str):
         steps=config.steps,
         seed=config.seed,
     )
-    done = checkpoints(run.run_dir)
+    done = run_checkpoints(run.run_dir)
     folder = (
         done[-1]
         if done and done[-1].name == f"step_{config.steps:06d}"
-        else train(replace(run, resume=bool(done)))
+        else train(replace(run, resume=(run.run_dir / "config.json").exists()))
     )
     final = [row for row in read_metrics(run.run_dir) if "validation/own_drafts/slot0" in row][-1]
     return from_pretrained(folder), {k: v for k, v in final.items() if k.startswith("validation/")}

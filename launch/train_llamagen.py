@@ -5,6 +5,7 @@ deepspeed launch/train_llamagen.py t2i-xl-256-iclr2026 --data.source my_images -
 python launch/train_llamagen.py t2i-xl-256-lora --data.source my_images --check
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,12 +22,15 @@ def main() -> None:
     if config.check:
         from t2i.training.check import check
 
-        print(check(config))
+        report = check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        if cli.is_main_process():
+            print(report)
         return
     from t2i.training.loop import train
 
     folder = train(config)
-    print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
+    if cli.is_main_process():
+        print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """Checkpoint folders: everything a model needs to be loaded again, and a manifest that is written last.
 
-    config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit version, training facts
-    codec.safetensors      TensorAR's own weights (absent for k = 1)
-    adapter/               a PEFT folder, when LoRA was used
-    backbone.safetensors   the backbone under its official names, when it was fine-tuned as a whole
-    manifest.json          name and size of every file above: a folder without it is incomplete
-
-The training state for resume lives beside it and is none of this file's business.
+config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit version, training facts
+codec.safetensors      TensorAR's own weights (absent for k = 1)
+adapter/               a PEFT folder, when LoRA was used
+backbone.safetensors   the backbone under its official names, when it was fine-tuned as a whole
+manifest.json          name and size of every file: a folder without it is incomplete
+training_state/        what resume needs (see t2i.training.run_state); may be deleted from a model that is finished
 """
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from t2i.weights import load_strict, write_json
 
 Tuning = Literal["full", "codec", "lora"]
 MANIFEST = "manifest.json"
+TRAINING_STATE = "training_state"
 
 
 def save_pretrained(
@@ -64,6 +65,9 @@ def write_model(
 ) -> None:
     """Write all files but the manifest into an existing folder; arguments as in `save_pretrained`."""
     backbone = model.backbone
+    backbone.source = with_hash(
+        backbone.source
+    )  # kept: a large file is read once, not at every save
     if model.codec is not None:
         save_file(_portable(model.codec.state_dict()), folder / "codec.safetensors")
     if tuning == "lora":
@@ -76,7 +80,7 @@ def write_model(
             "kit_version": __version__,
             "tuning": tuning,
             "method": asdict(model.config),
-            "backbone": asdict(with_hash(backbone.source)),
+            "backbone": asdict(backbone.source),
             "sampling": asdict(sampling or model.sampling),
             "training": training or {},
         },
@@ -103,8 +107,8 @@ def _portable(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
 
 
-def read_config(folder: str | Path) -> dict:
-    """The config.json of a complete checkpoint folder.
+def read_config(folder: str | Path, *, with_state: bool = False) -> dict:
+    """The config.json of a complete checkpoint folder; `with_state` also asks for the files that resume needs.
 
     Raises:
         ValueError: no such folder, not a checkpoint, incomplete, or a file is cut short.
@@ -120,8 +124,14 @@ def read_config(folder: str | Path) -> dict:
             f"{folder} is not a complete checkpoint folder: {Path(error.filename).name} is missing "
             "(a run that was stopped while saving leaves none; take an earlier step)"
         ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{folder}: {MANIFEST} or config.json is not JSON ({error}); copy the folder again"
+        ) from error
     for name, size in files.items():
         path = folder / name
+        if name.startswith(f"{TRAINING_STATE}/") and not with_state:
+            continue
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(
                 f"{path} is missing or has not the {size} bytes that the manifest says; copy the folder again"
@@ -129,11 +139,20 @@ def read_config(folder: str | Path) -> dict:
     return config
 
 
+def run_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Complete checkpoint folders of a run, oldest first."""
+    steps = {
+        int(match[1]): folder
+        for folder in (Path(run_dir) / "checkpoints").glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", folder.name)) and (folder / MANIFEST).is_file()
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
 def find_checkpoint(folder: str | Path) -> Path:
     """The folder itself, or the newest complete checkpoint of a run folder."""
-    folder = Path(folder)
-    steps = sorted((folder / "checkpoints").glob("step_*/" + MANIFEST))
-    return steps[-1].parent if steps else folder
+    found = run_checkpoints(folder)
+    return found[-1] if found else Path(folder)
 
 
 def from_pretrained(
@@ -147,9 +166,14 @@ def from_pretrained(
     folder = find_checkpoint(folder)
     config = read_config(folder)
     source = BackboneSource(**config["backbone"])
-    if base is not None:
-        source = replace(source, weights=str(base))
+    source = source if base is None else replace(source, weights=str(base))
     tuned = folder / "backbone.safetensors" if config["tuning"] == "full" else None
+    local = Path(source.weights)
+    needed = tuned is None or source.tokenizer is None  # a base folder brings its tokenizer
+    if needed and local.is_absolute() and not local.exists():
+        raise ValueError(
+            f"{folder} was trained from {local}, which is gone; base=PATH (--base PATH) says where it is now"
+        )
     backbone = load_source(source, weights=tuned, dtype=dtype, device=device)
     if config["tuning"] == "lora":
         load_adapter(backbone, folder / "adapter")

@@ -13,12 +13,16 @@ Config = TypeVar("Config")
 
 def parse(default: Config | type[Config], description: str) -> Config:
     """Parse a config dataclass; unknown options are refused with a suggestion."""
-    return tyro.cli(default, description=description, args=_arguments())
+    config = tyro.cli(default, description=description, args=_arguments())
+    _quiet_libraries()
+    return config
 
 
 def parse_recipe(recipes: dict[str, tuple[str, Config]], description: str) -> Config:
     """Parse `NAME --option value ...`: a named recipe with overrides."""
-    return tyro.extras.overridable_config_cli(recipes, description=description, args=_arguments())
+    config = tyro.extras.overridable_config_cli(recipes, description=description, args=_arguments())
+    _quiet_libraries()
+    return config
 
 
 def _arguments() -> list[str]:
@@ -26,9 +30,23 @@ def _arguments() -> list[str]:
     return [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
 
 
+def _quiet_libraries() -> None:
+    """No progress bars for reading files from disk; downloads keep theirs."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its launcher that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script: a ValueError is a user's mistake and ends in its message alone; anything else keeps its traceback."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -100,6 +100,8 @@ def stage_images(model: TensorAR, windows: Tensor) -> list[list[Image.Image]]:
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Resolve "auto": a GPU in bfloat16 where there is one, else the CPU in float32."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"device {device!r} must be auto, cpu, or cuda where PyTorch sees a GPU")
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype != "auto" and dtype not in types:
         raise ValueError(f"dtype {dtype!r} must be auto, {' or '.join(types)}")

@@ -86,12 +86,18 @@ def load_backbone(
     """
     spec = BackboneSource(
         family=family,
-        weights=str(source),
-        tokenizer=None if tokenizer is None else str(tokenizer),
-        text_encoder=None if text_encoder is None else str(text_encoder),
+        weights=_lasting(source),
+        tokenizer=None if tokenizer is None else _lasting(tokenizer),
+        text_encoder=None if text_encoder is None else _lasting(text_encoder),
         config=None if config is None else asdict(config),
     )
     return load_source(spec, grid=grid, dtype=dtype, device=device)
+
+
+def _lasting(source: str | Path) -> str:
+    """A source as a checkpoint can store it: a local path holds from any working directory."""
+    local = str(source) not in shipped_bases() and Path(source).exists()
+    return str(Path(source).resolve() if local else source)
 
 
 def load_source(

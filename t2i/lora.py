@@ -25,8 +25,8 @@ class LoRAConfig:
     """Dropout on the adapters' input."""
 
 
-def add_lora(backbone: Backbone, config: LoRAConfig) -> None:
-    """Freeze the backbone and inject trainable adapters (identity until trained)."""
+def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
+    """Freeze the backbone and inject trainable adapters: the identity until trained, the same for every call with a seed."""
     from peft import LoraConfig, inject_adapter_in_model
 
     backbone.requires_grad_(False)
@@ -38,7 +38,9 @@ def add_lora(backbone: Backbone, config: LoRAConfig) -> None:
         target_modules=rf".*{backbone.lora_targets}",
         bias="none",
     )
-    inject_adapter_in_model(peft_config, backbone)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator, on the CPU
+        torch.manual_seed(seed)
+        inject_adapter_in_model(peft_config, backbone)
     backbone.lora = peft_config
     adapted = [name for name, _ in backbone.named_parameters() if "lora_A" in name]
     if not adapted:

@@ -6,6 +6,7 @@ OUT/00000/stages/00000_1.png     its refinement stages, if asked for
 OUT/grid.png                     all samples, one row per prompt
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,8 +27,8 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
     entries = [{"prompt": p} for p in prompts]
     if path is not None:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        except OSError as error:
             raise ValueError(f"prompt file {path} cannot be read: {error}") from error
         parse = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
         entries += [
@@ -38,18 +39,23 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
     return entries
 
 
-def _parse_text_line(line: str, where: str) -> dict:
-    if "\x00" in line:
-        raise ValueError(f"{where} is not text")
-    return {"prompt": line.strip()}
+def _parse_text_line(line: bytes, where: str) -> dict:
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text: {error}") from error
+    if any(ord(c) < 32 and c != "\t" for c in text):
+        raise ValueError(f"{where} is not text: it has control characters ({text[:80]!r})")
+    return {"prompt": text}
 
 
-def _parse_json_line(line: str, where: str) -> dict:
+def _parse_json_line(line: bytes, where: str) -> dict:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'{where} has no text under "prompt"')
     return entry
 

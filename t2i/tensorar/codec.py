@@ -79,16 +79,15 @@ class InputEncoder(nn.Module):
 
     def __init__(self, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual):
         super().__init__()
-        self.residual = residual != "none"
         self.slots = nn.Parameter(torch.empty(k, dim))
         self.transformer = QueryTransformer(1, dim, heads, depth, mlp)
-        self.z_in = nn.Parameter(torch.zeros(dim))
+        self.z_in = None if residual == "none" else nn.Parameter(torch.zeros(dim))
 
     def forward(self, e_MkD: Tensor, valid_Mk: Tensor) -> Tensor:
         """Embeddings of a window's slots [M, k, D] and which of them exist [M, k] -> [M, D]."""
         memory = F.rms_norm(e_MkD, e_MkD.shape[-1:]) + self.slots[: e_MkD.shape[1]]
         read = self.transformer(memory.type_as(e_MkD), valid_Mk)[:, 0]
-        return e_MkD[:, 0] + self.z_in * read if self.residual else read
+        return read if self.z_in is None else e_MkD[:, 0] + self.z_in * read
 
 
 class OutputDecoder(nn.Module):
@@ -98,18 +97,17 @@ class OutputDecoder(nn.Module):
         super().__init__()
         self.residual = residual
         self.transformer = QueryTransformer(k, dim, heads, depth, mlp)
-        self.z_out = nn.Parameter(torch.zeros(dim))
+        self.z_out = None if residual == "none" else nn.Parameter(torch.zeros(dim))
 
     def forward(self, h_MD: Tensor) -> Tensor:
         """Hidden states [M, D] -> [M, k, D]."""
         read = self.transformer(h_MD[:, None])
-        if self.residual == "none":
+        if self.z_out is None:
             return read
-        first = h_MD[:, None] + self.z_out * read[:, :1]
-        drafts = read[:, 1:]
-        return torch.cat(
-            [first, h_MD[:, None] + drafts if self.residual == "all" else drafts], dim=1
-        )
+        h_M1D, drafts = h_MD[:, None], read[:, 1:]
+        if self.residual == "all":
+            drafts = h_M1D + drafts
+        return torch.cat([h_M1D + self.z_out * read[:, :1], drafts], dim=1)
 
 
 class Codec(nn.Module):

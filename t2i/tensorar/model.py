@@ -126,9 +126,9 @@ class TensorAR(nn.Module):
     def noised_windows(self, codes: Tensor, keys: Tensor) -> Tensor:
         """Input windows int64 [B, N, k, S] of codes [B, T, S], drafts corrupted by the configured noise; keys int64 [B]."""
         clean = self.windows.gather(codes)
-        b_k = torch.tensor(
-            schedule_strengths(self.config.schedule, self.config.k), device=codes.device
-        )
+        b_k = torch.tensor(schedule_strengths(self.config.schedule, self.config.k))
+        b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
+        b_k = b_k.to(codes.device)
         if self.config.k == 1 or self.config.noise == "gaussian":
             return clean
         if self.config.noise == "codebook":
@@ -145,7 +145,7 @@ class TensorAR(nn.Module):
             return e_BnkD[:, :, 0]
         if gaussian_keys is not None:
             noise = normals(gaussian_keys, *e_BnkD.shape[1:]) * GAUSSIAN_VARIANCE**0.5
-            noise[:, :, 0] = 0
+            noise[:, :, : self.config.stride] = 0
             e_BnkD = e_BnkD + noise.type_as(e_BnkD)
         n = windows.shape[1]
         valid_nk = self.windows.valid(windows.device)[first : first + n]
@@ -209,27 +209,30 @@ class TensorAR(nn.Module):
     # -- own drafts -------------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def own_draft_windows(
-        self, codes: Tensor, condition: Condition, keys: Tensor, passes: int = 1
+        self, codes: Tensor, condition: Condition, keys: Tensor, passes: int = 2
     ) -> Tensor:
-        """Input windows with the true code in slot 0 and the model's own samples behind it, int64 [B, N, k, S].
+        """Input windows with the true code in the final slots and the model's own samples behind them, int64 [B, N, k, S].
 
         Each pass predicts all windows in parallel and takes their samples as the next pass's drafts; the first pass sees pure
-        noise as drafts, so no truth can leak into them. This is what sampling feeds the model, up to the true slot 0.
+        noise as drafts, so no truth can leak into them. This is what sampling feeds the model, up to the true final slots.
         """
         truth = self.windows.gather(codes)
+        if self.config.k == 1:
+            return truth
+        final, drafts = truth.split([self.config.stride, self.config.k - self.config.stride], dim=2)
         noise = [
-            integers(fold(keys, s), v, *truth.shape[1:3])
+            integers(fold(keys, s), v, *drafts.shape[1:3])
             for s, v in enumerate(self.backbone.spec.subvocabs)
         ]
-        windows = torch.cat([truth[:, :, :1], torch.stack(noise, dim=-1)[:, :, 1:]], dim=2)
-        for p in range(passes if self.config.k > 1 else 0):
-            d = self.decode_slots(self.hidden(condition, windows))[:, :, 1:]
-            drafts = truth[:, :, 1:, :0]
+        windows = torch.cat([final, torch.stack(noise, dim=-1)], dim=2)
+        for p in range(passes):
+            d = self.decode_slots(self.hidden(condition, windows))[:, :, self.config.stride :]
+            drafts = drafts[..., :0]
             for s in range(truth.shape[-1]):
                 probabilities = self.backbone.next_logits(d, drafts).softmax(-1)
                 u = uniforms(fold(keys, 1000 + p, s), *d.shape[1:3])
                 drafts = torch.cat([drafts, draw(probabilities, u)[..., None]], dim=-1)
-            windows = torch.cat([truth[:, :, :1], drafts], dim=2)
+            windows = torch.cat([final, drafts], dim=2)
         return windows
 
 

@@ -1,18 +1,15 @@
 """The pre-flight: look at settings, data and model, and say what a run would do, without training.
 
-Parameter counts and the memory estimate come from the real configuration; nothing is written but the codes cache's folder stays
-untouched too.
+Parameter counts and the memory estimate come from the model that would be trained; nothing is written, not even the code cache.
 """
 
 from t2i.data.report import survey_source
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
-from t2i.training.data import image_size, open_data
-from t2i.training.engine import deepspeed_config
+from t2i.training.data import check_backbone, image_size, open_data
+from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.loop import build_model
-from t2i.training.run_state import claim_run_dir
-
-_GB = 1e9
+from t2i.training.run_state import check_resumable, claim_run_dir
 
 
 def check(config: TrainConfig, world_size: int = 1) -> str:
@@ -21,22 +18,23 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     Raises:
         ValueError: what makes the run impossible.
     """
-    claim_run_dir(config)
+    checkpoint = claim_run_dir(config)
+    if checkpoint is not None:
+        check_resumable(config, world_size, checkpoint)
     settings = deepspeed_config(config, world_size)
     source = open_data(config.data)
     model = build_model(config)
+    check_backbone(model.backbone)
+    parameter_groups(model, config)  # raises where nothing would be trained
     survey, usable = survey_source(
         source, size=image_size(model.backbone), small=config.data.small_images
     )
     if not usable:
         raise ValueError(f"none of the samples looked at can be used: {survey.describe()}")
-    total = (
-        source.length
-        if config.data.max_samples is None
-        else min(source.length or 0, config.data.max_samples)
-    )
+    limits = [n for n in (source.length, config.data.max_samples) if n is not None]
+    total = min(limits, default=None)
     trained = None if total is None else max(total - config.data.validation_samples, 0)
-    if trained == 0:
+    if trained is not None and trained < 1:
         raise ValueError(
             f"{total} samples with data.validation_samples={config.data.validation_samples} held out leave none to train on"
         )
@@ -61,9 +59,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     lines += ["parameters", *(f"  {line}" for line in parameter_lines(model))]
     lines += ["memory per process (weights, gradients, optimizer; activations come on top)"]
     lines += [f"  {line}" for line in memory_lines(model, config, world_size)]
-    lines += [
-        f"  logits of one pass {logit_bytes(model, config) / _GB:.2f} GB (fp32, forward only)"
-    ]
+    lines += [f"  logits of one pass {_size(logit_bytes(model, config))} (fp32, forward only)"]
     lines += [f"run folder\n  {config.run_dir}", "ready: the same command without --check trains"]
     return "\n".join(lines)
 
@@ -98,7 +94,7 @@ def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[
         shards = [world_size if stage >= least else 1 for least in (3, 2, 1)]
         size = total * weight / shards[0] + trained * (grad / shards[1] + optimizer / shards[2])
         mark = "  <- chosen" if stage == config.engine.zero_stage else ""
-        lines.append(f"ZeRO-{stage} on {world_size} process(es) {size / _GB:8.2f} GB{mark}")
+        lines.append(f"ZeRO-{stage} on {world_size} process(es) {_size(size):>9}{mark}")
     return lines
 
 
@@ -106,3 +102,8 @@ def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
     """fp32 logits of one forward pass."""
     slots = model.windows.count * model.windows.size
     return 4 * config.engine.micro_batch * slots * sum(model.backbone.spec.subvocabs)
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

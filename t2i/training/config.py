@@ -98,15 +98,15 @@ class LogOptions:
     """What is written while training; `metrics.jsonl` always is."""
 
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics (0: only with validations)."""
     validate_every: int = 100
     """Steps between validations (0: only at the end)."""
     sample_every: int = 100
-    """Steps between sample sheets (0: none). Under ZeRO-3 they are drawn at checkpoints."""
+    """Steps between sample sheets (0: none). Under ZeRO-3 they are drawn from each checkpoint instead."""
     save_every: int = 1000
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints (0: only at the end)."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep; older ones are deleted."""
     prompts: tuple[str, ...] = (
         "a photo of a red circle",
         "a photo of two squares",
@@ -155,6 +155,18 @@ class TrainConfig:
     """Look at data, model and settings, print what would happen, and train nothing."""
 
     def __post_init__(self):
+        least_one = {
+            "batch_size": self.batch_size,
+            "engine.micro_batch": self.engine.micro_batch,
+            "log.keep_last": self.log.keep_last,
+            "data.max_samples": self.data.max_samples,
+            "steps": self.steps,
+        }
+        for name, value in least_one.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs={self.epochs} must be above 0")
         if self.batch_size % self.engine.micro_batch:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of engine.micro_batch={self.engine.micro_batch}"
@@ -164,9 +176,13 @@ class TrainConfig:
                 "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer step)"
             )
         if not 0 <= self.condition_dropout < 1 or not 0 <= self.token_dropout < 1:
-            raise ValueError("condition_dropout and token_dropout must be in [0, 1)")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+            raise ValueError(
+                f"condition_dropout={self.condition_dropout} and token_dropout={self.token_dropout} must be in [0, 1)"
+            )
+        if self.log.sample_every and not all(p.strip() for p in self.log.prompts or ("",)):
+            raise ValueError(
+                "log.prompts is empty or has an empty prompt; log.sample_every=0 draws no sample sheets"
+            )
 
 
 def _shapes(method: TensorARConfig) -> TrainConfig:

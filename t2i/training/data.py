@@ -3,6 +3,8 @@
 Shapes: B samples, T image tokens, S sub-tokens.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,16 @@ def image_size(backbone: Backbone) -> int:
     return height * backbone.tokenizer.downsample
 
 
+def check_backbone(backbone: Backbone) -> None:
+    """ValueError if this backbone cannot be trained on captioned images."""
+    backbone.tokenizer  # noqa: B018 (raises where there is none)
+    if backbone.spec.cond_kind != "text" or backbone.frozen.text_encoder is None:
+        raise ValueError(
+            "training on captions needs a text-to-image backbone with its text encoder "
+            "(backbone.text_encoder)"
+        )
+
+
 class TrainingData:
     """The cached data set of a run. Every rank builds its share of a missing cache."""
 
@@ -57,10 +69,7 @@ class TrainingData:
         def encode_captions(captions: list[str]) -> list[Tensor]:
             return [features.cpu() for features in backbone.frozen.text_encoder.encode(captions)]
 
-        if backbone.spec.cond_kind != "text" or backbone.frozen.text_encoder is None:
-            raise ValueError(
-                "training on captions needs a text-to-image backbone with its text encoder"
-            )
+        check_backbone(backbone)
         folder = build_cache(
             open_data(options),
             options.cache_dir,
@@ -82,9 +91,10 @@ class TrainingData:
         self.config, self.processes = config, processes
         self.max_tokens = backbone.spec.prefix_tokens
         n_validation = options.validation_samples
-        if not 0 < n_validation < len(self.cache):
+        if not processes.world_size <= n_validation < len(self.cache):
             raise ValueError(
-                f"data.validation_samples={n_validation} must be between 1 and the {len(self.cache)} usable samples - 1"
+                f"data.validation_samples={n_validation} must be at least one per process ({processes.world_size}) and "
+                f"fewer than the {len(self.cache)} usable samples"
             )
         self.train, self.validation = split_indices(len(self.cache), n_validation, config.seed)
 
@@ -94,7 +104,7 @@ class TrainingData:
             return self.config.steps
         return max(1, round(self.config.epochs * len(self.train) / self.config.batch_size))
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def micro_batches(self, step: int) -> Iterator[Batch]:
         """This rank's part of an optimizer step. A sample's noise and dropout depend on its place in the run alone."""
         config, processes = self.config, self.processes
         share = config.batch_size // processes.world_size
@@ -109,21 +119,28 @@ class TrainingData:
         position = step * config.batch_size + processes.rank * share + torch.arange(share)
         keys = make_keys(config.seed, position)
         size = config.engine.micro_batch
-        return [
-            self._batch(i, k)
-            for i, k in zip(self.train[where].split(size), keys.split(size), strict=True)
-        ]
+        for indices, batch_keys in zip(
+            self.train[where].split(size), keys.split(size), strict=True
+        ):
+            yield self._batch(indices, batch_keys)
 
     def _batch(self, indices: Tensor, keys: Tensor) -> Batch:
         choice = fold(keys, _CAPTION) & 0xFFFF  # which of several captions
         drop = uniforms(fold(keys, _DROP), 1)[:, 0] < self.config.condition_dropout
         return self._load(indices, fold(keys, _NOISE), drop, choice)
 
-    def validation_batches(self) -> list[Batch]:
-        """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped."""
-        size = self.config.engine.micro_batch
-        mine = self.validation[self.processes.rank :: self.processes.world_size]
-        return [self._load(i, make_keys(0, i), None, None) for i in mine.split(size)]
+    def validation_batches(self) -> Iterator[tuple[Batch, bool]]:
+        """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped.
+
+        Every rank gets the same number of batches, since under ZeRO-3 each forward pass is collective; those with False only
+        fill up and are not to be counted.
+        """
+        size, world_size = self.config.engine.micro_batch, self.processes.world_size
+        mine = self.validation[self.processes.rank :: world_size].split(size)
+        most = -(-len(self.validation) // world_size)
+        for i in range(-(-most // size)):
+            indices = mine[min(i, len(mine) - 1)]
+            yield self._load(indices, make_keys(0, indices), None, None), i < len(mine)
 
     def _load(
         self, indices: Tensor, keys: Tensor, drop: Tensor | None, choice: Tensor | None

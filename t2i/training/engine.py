@@ -96,8 +96,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
 def _zero_settings(path: Path, stage: int) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"engine.deepspeed_config {path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):
+        raise ValueError(
+            f'engine.deepspeed_config {path} must hold {{"zero_optimization": {{...}}}}'
+        )
     others = sorted(set(content) - {"zero_optimization"})
     if others:
         raise ValueError(

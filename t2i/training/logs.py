@@ -22,8 +22,7 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         kept = []
         if self.path.exists():
-            rows = (json.loads(line) for line in self.path.read_text().splitlines())
-            kept = [row for row in rows if row["step"] <= start_step]
+            kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
         partial = self.path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self.path)
@@ -38,8 +37,9 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl; one that was cut short when the run was killed does not count."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _start_tracker(name: str, run_dir: Path, project: str, config: dict):
@@ -51,7 +51,13 @@ def _start_tracker(name: str, run_dir: Path, project: str, config: dict):
                 "log.tracker=tensorboard needs the package tensorboard: pip install tensorboard"
             ) from error
         writer = SummaryWriter(str(run_dir / "tensorboard"))
-        return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return write
     if name == "wandb":
         try:
             import wandb

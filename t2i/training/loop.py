@@ -3,20 +3,24 @@
 import logging
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from t2i.checkpoint import find_checkpoint, from_pretrained
 from t2i.generation import iterate_images
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
 from t2i.lora import add_lora
 from t2i.rng import make_keys
-from t2i.tensorar.model import TensorAR
+from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
 from t2i.training.config import TrainConfig
-from t2i.training.data import TrainingData
+from t2i.training.data import TrainingData, check_backbone
 from t2i.training.engine import set_rates, start_engine, start_processes
 from t2i.training.logs import MetricsLog
 from t2i.training.run_page import write_run_page
@@ -38,7 +42,7 @@ def build_model(config: TrainConfig) -> TensorAR:
     model = TensorAR(backbone, config.method, seed=config.seed)
     backbone.requires_grad_(config.tuning == "full")
     if config.tuning == "lora":
-        add_lora(backbone, config.lora)
+        add_lora(backbone, config.lora, seed=config.seed)
     backbone.token_dropout.p = config.token_dropout
     backbone.gradient_checkpointing = config.engine.gradient_checkpointing
     if config.sampling is not None:
@@ -56,6 +60,7 @@ class Run:
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
         self.model = build_model(config).to(processes.device)
+        check_backbone(self.model.backbone)
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes)
         self.steps = self.data.steps()
@@ -65,7 +70,11 @@ class Run:
             if checkpoint is None
             else run_state.resume(self.engine, config, processes, checkpoint)
         )
-        self.stop_requested = False
+        if self.step > self.steps:
+            raise ValueError(
+                f"{config.run_dir} has done {self.step} steps already, more than the {self.steps} asked for"
+            )
+        self.stop_requested = self.stop_agreed = False
         if processes.is_main:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(config.run_dir / "config.json", run_state.plain(asdict(config)))
@@ -83,33 +92,43 @@ class Run:
         frozen.text_encoder.to(device)
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics (this rank's losses)."""
+        """One optimizer step; returns its metrics, over the samples of all ranks."""
         config, model = self.config, self.model
         rates = set_rates(self.engine, config, self.step, self.steps)
         # Dropout is the one user of torch's global generator: seeding it per step makes resume exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
-        sums = counts = 0
+        total = SlotLosses(*torch.zeros(2, config.method.k, device=self.processes.device))
         for batch in self.data.micro_batches(self.step):
             windows = model.noised_windows(batch.codes, batch.keys)
-            loss, batch_sums, batch_counts = self.engine(batch, windows)
+            loss, sums, counts = self.engine(batch, windows)
             self.engine.backward(loss)
             self.engine.step()
-            sums, counts = sums + batch_sums, counts + batch_counts
+            total = SlotLosses(total.sums + sums, total.counts + counts)
         self.step += 1
-        means = (sums / counts).tolist()
-        if not all(m == m and abs(m) != float("inf") for m in means):
+        total = self._over_ranks(total)
+        means = total.means()
+        if not means.isfinite().all():
             raise FloatingPointError(
-                f"the loss is not finite at step {self.step} ({means}); the last checkpoint is untouched. "
+                f"the loss is not finite at step {self.step} ({means.tolist()}); the last checkpoint is untouched. "
                 "Lower the learning rates, or train in fp32"
             )
-        weights = torch.tensor(config.method.weights())
-        total = float((weights * torch.tensor(means)).sum() / weights.sum())
         return {
-            "train/loss": total,
-            **{f"train/slot{j}": m for j, m in enumerate(means)},
+            "train/loss": float(total.weighted(config.method.weights())),
+            **{f"train/slot{j}": m for j, m in enumerate(means.tolist())},
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **self._grad_norm(),
         }
+
+    def _over_ranks(self, losses: SlotLosses) -> SlotLosses:
+        """Sum over all ranks, as one message with their stop requests: a signal reaches them at different steps."""
+        k = self.config.method.k
+        stop = losses.sums.new_tensor([float(self.stop_requested)])
+        message = torch.cat([losses.sums, losses.counts, stop])
+        if self.processes.world_size > 1:
+            dist.all_reduce(message)
+        message = message.cpu()
+        self.stop_agreed = bool(message[-1] > 0)
+        return SlotLosses(message[:k], message[k : 2 * k])
 
     def _grad_norm(self) -> dict[str, float]:
         norm = self.engine.get_global_grad_norm()  # DeepSpeed keeps none without ZeRO
@@ -120,24 +139,23 @@ class Run:
         return validate(self.model, self.data).metrics()
 
     def sample_sheet(self) -> None:
-        """Draw the fixed prompts with the fixed seed, one column per prompt; the main process draws, the others wait."""
+        """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws, the others wait."""
         if self.processes.is_main:
-            self.model.eval()
-            prompts = self.config.log.prompts
-            images = [
-                g.image
-                for g in iterate_images(
-                    self.model,
-                    prompts,
-                    samples_per_prompt=2,
-                    batch_size=2 * len(prompts),
-                    progress=False,
-                )
-            ]
+            prompts, model = self.config.log.prompts, self._whole_model().eval()
+            options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
+            images = [generated.image for generated in iterate_images(model, prompts, **options)]
             sheet = grid(images, columns=2, labels=[p for prompt in prompts for p in (prompt, "")])
             save_png(sheet, self.config.run_dir / "samples" / f"step_{self.step:06d}.png")
             self.model.train()
         self.processes.barrier()
+
+    def _whole_model(self) -> TensorAR:
+        """A model that one process can sample from: under ZeRO-3 that is the checkpoint that was just written."""
+        if self.config.engine.zero_stage < 3:
+            return self.model
+        dtype = next(self.model.parameters()).dtype
+        folder = find_checkpoint(self.config.run_dir)
+        return from_pretrained(folder, dtype=dtype, device=self.processes.device)
 
     def save(self) -> Path:
         return run_state.save(
@@ -150,54 +168,60 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: something in the configuration or the data is wrong; nothing was written to run_dir then.
+        FloatingPointError: the loss is not finite any more.
     """
     from tqdm import tqdm
 
-    run = Run(config)
-    log_options = config.log
-    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_requested", True))
+    run, options = Run(config), config.log
+    started, first = time.perf_counter(), run.step
+    run.model.train()
     bar = tqdm(
         total=run.steps,
-        initial=run.step,
+        initial=first,
         desc="training",
         unit="step",
         disable=not run.processes.is_main,
     )
-    folder, started, first = None, time.perf_counter(), run.step
-    run.model.train()
-    with bar:
-        while run.step < run.steps:
+    with bar, _stop_on_sigterm(run):
+        while run.step < run.steps and not run.stop_agreed:
             metrics = run.train_step()
-            elapsed = time.perf_counter() - started
-            rate = (run.step - first) * config.batch_size / elapsed
             done = run.step == run.steps
-            if (
-                log_options.validate_every and (run.step % log_options.validate_every == 0)
-            ) or done:
+            rate = (run.step - first) * config.batch_size / (time.perf_counter() - started)
+            validated = done or _due(options.validate_every, run.step)
+            if validated:
                 metrics |= run.validate()
             if run.processes.is_main:
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", images_s=f"{rate:.1f}")
-                if (
-                    run.step % log_options.log_every == 0
-                    or done
-                    or "validation/own_drafts/slot0" in metrics
-                ):
+                if validated or _due(options.log_every, run.step):
                     run.metrics.log(run.step, metrics | {"images_per_s": rate})
-            if (
-                log_options.sample_every
-                and (run.step % log_options.sample_every == 0 or done)
-                and config.engine.zero_stage < 3
-            ):
+            saved = done or run.stop_agreed or _due(options.save_every, run.step)
+            if saved:
+                run.save()
+            sheet_due = (
+                saved
+                if config.engine.zero_stage == 3
+                else _due(options.sample_every, run.step) or done
+            )
+            if options.sample_every and sheet_due and not run.stop_agreed:
                 run.sample_sheet()
-            if run.step % log_options.save_every == 0 or done or run.stop_requested:
-                folder = run.save()
-            if run.stop_requested:
-                log.warning("stopped at step %d after a request; go on with --resume", run.step)
-                break
-    signal.signal(signal.SIGTERM, previous)
-    if run.processes.is_main:
-        write_run_page(config.run_dir)
-    if folder is None:
-        folder = run_state.checkpoints(config.run_dir)[-1]
-    return folder
+            if run.processes.is_main and (validated or saved):
+                write_run_page(config.run_dir)
+    if run.step < run.steps:
+        log.warning("stopped at step %d after a request; go on with --resume", run.step)
+    return find_checkpoint(config.run_dir)
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _stop_on_sigterm(run: Run) -> Iterator[None]:
+    """SIGTERM asks for a checkpoint after the step in progress, and then the end."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_requested", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -6,18 +6,26 @@
 Noise, data order, dropout and learning rates are functions of the step, so the step is all the state that is ours.
 """
 
+import json
+import logging
 import os
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from t2i.checkpoint import MANIFEST, finish_folder, read_config, write_model
+from t2i.checkpoint import (
+    TRAINING_STATE,
+    finish_folder,
+    read_config,
+    run_checkpoints,
+    write_model,
+)
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 from t2i.training.engine import Processes, whole_weights
 
-_STATE = "training_state"
+log = logging.getLogger(__name__)
+
 _MUST_MATCH = (
     "method",
     "tuning",
@@ -29,14 +37,7 @@ _MUST_MATCH = (
     "condition_dropout",
     "token_dropout",
 )
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoint folders of a run, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    return sorted(
-        f for f in folders if re.fullmatch(r"step_\d{6,}", f.name) and (f / MANIFEST).is_file()
-    )
+_MAY_CHANGE = ("optim", "steps", "epochs", "sampling")  # for a reason, but not unnoticed
 
 
 def save(
@@ -50,7 +51,7 @@ def save(
         partial.mkdir(parents=True)
     processes.barrier()
     engine.save_checkpoint(
-        str(partial), tag=_STATE, save_latest=False, exclude_frozen_parameters=True
+        str(partial), tag=TRAINING_STATE, save_latest=False, exclude_frozen_parameters=True
     )
     with whole_weights(model, config.engine.zero_stage):
         if processes.is_main:
@@ -67,7 +68,7 @@ def save(
     processes.barrier()
     if processes.is_main:
         finish_folder(partial, folder)
-        for old in checkpoints(config.run_dir)[: -config.log.keep_last]:
+        for old in run_checkpoints(config.run_dir)[: -config.log.keep_last]:
             shutil.rmtree(old)
     processes.barrier()
     return folder
@@ -80,30 +81,48 @@ def resume(engine, config: TrainConfig, processes: Processes, folder: Path) -> i
         ValueError: the run was started with other settings, or on another number of processes.
     """
     check_resumable(config, processes.world_size, folder)
-    path, _ = engine.load_checkpoint(str(folder), tag=_STATE, load_module_strict=False)
+    # Frozen weights are not in the state: they are the base's, and already loaded.
+    path, _ = engine.load_checkpoint(
+        str(folder), tag=TRAINING_STATE, load_module_strict=config.tuning == "full"
+    )
     if path is None:
         raise ValueError(
-            f"{folder / _STATE} holds no training state; resume from another checkpoint"
+            f"{folder / TRAINING_STATE} holds no training state; resume from another checkpoint"
         )
     return read_config(folder)["training"]["step"]
 
 
 def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
     """ValueError names the settings that differ from those of the run in `folder`."""
-    stored = read_config(folder)["training"]
-    now = plain(asdict(config))
-    changed = [k for k in _MUST_MATCH if stored["config"][k] != now[k]]
-    if changed:
-        pairs = "; ".join(f"{k}: {stored['config'][k]} -> {now[k]}" for k in changed)
-        raise ValueError(
-            f"cannot resume {folder} with other settings ({pairs}); start a new run_dir"
-        )
-    for name, value in (("world_size", world_size), ("zero_stage", config.engine.zero_stage)):
-        if stored[name] != value:
+    stored = read_config(folder, with_state=True)["training"]
+    check_settings(config, stored["config"], folder)
+    layout = {
+        "world_size": (stored["world_size"], world_size),
+        "engine.zero_stage": (stored["zero_stage"], config.engine.zero_stage),
+        "engine.precision": (stored["config"]["engine"]["precision"], config.engine.precision),
+    }
+    for name, (before, now) in layout.items():
+        if before != now:
             raise ValueError(
-                f"{folder} was saved with {name}={stored[name]}, this run has {value}: DeepSpeed's optimizer shards do not "
-                f"fit; start it with {name}={stored[name]}"
+                f"{folder} was saved with {name}={before}, this run has {now}: DeepSpeed's optimizer shards do not "
+                f"fit; start it with {name}={before}"
             )
+
+
+def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
+    """ValueError if a setting differs without which the run is another one; a warning for those that may be changed."""
+    now = plain(asdict(config))
+    before = stored | {"data": stored["data"] | {"cache_dir": now["data"]["cache_dir"]}}
+
+    def changes(names: tuple[str, ...]) -> str:
+        return "; ".join(f"{k}: {before[k]} -> {now[k]}" for k in names if before[k] != now[k])
+
+    if changed := changes(_MUST_MATCH):
+        raise ValueError(
+            f"cannot resume {where} with other settings ({changed}); start a new run_dir"
+        )
+    if changed := changes(_MAY_CHANGE):
+        log.warning("resuming %s with changed settings: %s", where, changed)
 
 
 def claim_run_dir(config: TrainConfig) -> Path | None:
@@ -112,13 +131,16 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
     Raises:
         ValueError: run_dir has a run and --resume is not given, or --resume is given and there is nothing to resume.
     """
-    found = checkpoints(config.run_dir)
-    if config.resume:
-        if not found:
-            raise ValueError(
-                f"--resume: {config.run_dir} has no complete checkpoint; start without --resume"
-            )
+    found = run_checkpoints(config.run_dir)
+    if config.resume and found:
         return found[-1]
+    if config.resume:
+        settings = config.run_dir / "config.json"
+        if not settings.is_file():
+            raise ValueError(f"--resume: {config.run_dir} holds no run; start without --resume")
+        check_settings(config, json.loads(settings.read_text(encoding="utf-8")), config.run_dir)
+        log.warning("%s was stopped before its first checkpoint: starting again", config.run_dir)
+        return None
     if found or (config.run_dir / "metrics.jsonl").exists():
         raise ValueError(
             f"{config.run_dir} already holds a run; give --resume to go on, or another --run-dir"

@@ -36,7 +36,7 @@ def validate(model: TensorAR, data: TrainingData) -> Validation:
     was_training = model.training
     model.eval()
     totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised", "own")}
-    for batch in data.validation_batches():
+    for batch, counted in data.validation_batches():
         condition = model.backbone.encode_condition(batch.prepared)
         inputs = {
             "noised": model.noised_windows(batch.codes, batch.keys),
@@ -45,7 +45,8 @@ def validate(model: TensorAR, data: TrainingData) -> Validation:
         for kind, windows in inputs.items():
             gaussian = batch.keys if kind == "noised" and model.uses_gaussian_noise else None
             losses = model(batch.codes, condition, windows, gaussian)
-            totals[kind] += torch.stack([losses.sums, losses.counts]).cpu()
+            if counted:
+                totals[kind] += torch.stack([losses.sums, losses.counts]).cpu()
     model.train(was_training)
     for kind, total in totals.items():
         if data.processes.world_size > 1:

@@ -1,0 +1,172 @@
+"""Seconds per training step and per image, and peak memory, for the base and for TensorAR, as ratios inside one run.
+
+Contenders take turns in every round, so that whatever else the machine does hits all of them; the table gives medians and the ratio
+to the base. Memory is measured in a fresh process per contender.
+
+    python launch/benchmark.py                                # the shapes base
+    python launch/benchmark.py --size B --batch 4 --rounds 3  # LlamaGen-B's shape with random weights
+"""
+
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
+
+from t2i import cli
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to time."""
+
+    size: str | None = None
+    """A published LlamaGen size (class-conditional, random weights); the shipped shapes base if not given."""
+    methods: tuple[str, ...] = ("base", "iclr2026", "arxiv2505")
+    """Presets to compare; ratios are to the first."""
+    batch: int = 32
+    """Samples per training step."""
+    images: int = 16
+    """Images sampled at once."""
+    rounds: int = 5
+    memory: bool = True
+    """Also measure peak memory, each in its own process."""
+    out: Path | None = None
+    """Also write the table to this file."""
+
+
+class Contender:
+    """One method: a training step and a sampling run, ready to be timed."""
+
+    def __init__(self, config: Benchmark, method: str):
+        import torch
+
+        from t2i import presets
+        from t2i.loading import attach
+
+        torch.manual_seed(0)
+        self.torch, self.config = torch, config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backbone = self._backbone()
+        self.model = attach(backbone, presets.method(method)).to(self.device)
+        vocab, tokens = backbone.spec.subvocabs[0], backbone.spec.num_tokens
+        self.codes = torch.randint(vocab, (config.batch, tokens, 1), device=self.device)
+        self.keys = torch.arange(config.batch, device=self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+
+    def _backbone(self):
+        from t2i.backbones.llamagen import SIZES, LlamaGen, LlamaGenConfig
+        from t2i.loading import load_backbone
+        from t2i.tokenizers.vq import VQConfig, VQTokenizer
+
+        if self.config.size is None:
+            return load_backbone("llamagen", "shapes")
+        if self.config.size not in SIZES:
+            raise ValueError(f"size {self.config.size!r} must be one of {', '.join(SIZES)}")
+        backbone = LlamaGen(LlamaGenConfig(**SIZES[self.config.size]))
+        backbone.frozen.tokenizer = VQTokenizer(VQConfig()).eval()
+        return backbone
+
+    def prepared(self, count: int) -> dict:
+        kind = self.model.backbone.spec.cond_kind
+        return self.model.backbone.prepare(
+            ["a photo of two stars" if kind == "text" else 1] * count
+        )
+
+    def train_step(self) -> None:
+        model = self.model.train()
+        condition = model.backbone.encode_condition(self.prepared(self.config.batch))
+        windows = model.noised_windows(self.codes, self.keys)
+        loss = model(self.codes, condition, windows).weighted(model.config.weights())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def sample(self) -> None:
+        from t2i.tensorar.sampler import sample_windows
+
+        model = self.model.eval()
+        count = self.config.images
+        keys = self.torch.arange(count)
+        sample_windows(model, self.prepared(count), keys, model.sampling)
+
+    def timed(self, work) -> float:
+        start = time.perf_counter()
+        work()
+        if self.device.type == "cuda":
+            self.torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def measure(config: Benchmark) -> dict[str, dict[str, float]]:
+    """Median seconds by method: per training step, and per image (codes only)."""
+    contenders = {name: Contender(config, name) for name in config.methods}
+    times: dict[str, dict[str, list[float]]] = {n: {"step": [], "image": []} for n in contenders}
+    for round_ in range(config.rounds + 1):
+        for name, contender in contenders.items():
+            step, image = contender.timed(contender.train_step), contender.timed(contender.sample)
+            if round_ > 0:  # the first round warms up
+                times[name]["step"].append(step)
+                times[name]["image"].append(image / config.images)
+    return {n: {k: statistics.median(v) for k, v in t.items()} for n, t in times.items()}
+
+
+def peak_memory(config: Benchmark, method: str, work: str) -> float:
+    """Peak GB of a fresh process that does one piece of work twice."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (config, method, work))
+
+
+def _peak(config: Benchmark, method: str, work: str) -> float:
+    contender = Contender(config, method)
+    for _ in range(2):
+        getattr(contender, work)()
+    if contender.device.type == "cuda":
+        return contender.torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    config = cli.parse(Benchmark, __doc__)
+    import torch
+
+    seconds = measure(config)
+    first = seconds[config.methods[0]]
+    where = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    lines = [
+        f"{config.size or 'shapes base'}, batch {config.batch}, {config.images} images at once, {where}, "
+        f"torch {torch.__version__}, {platform.machine()}",
+        "",
+        "| method | s per training step | ratio | s per image (codes) | ratio | peak GB training | peak GB sampling |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in seconds.items():
+        memory = [
+            f"{peak_memory(config, name, w):.2f}" if config.memory else "-"
+            for w in ("train_step", "sample")
+        ]
+        lines.append(
+            f"| {name} | {row['step']:.3f} | {row['step'] / first['step']:.2f} | {row['image']:.4f} | "
+            f"{row['image'] / first['image']:.2f} | {' | '.join(memory)} |"
+        )
+    text = "\n".join(lines)
+    print(text)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)
