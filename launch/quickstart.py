@@ -56,10 +56,10 @@ def main() -> None:
     written, kept = write_dataset(config.out / "data", config.images, seed=DATA_SEED)
     print(f"[1/3] data set: {written} images drawn, {kept} there already")
     models = {"base": attach(load_backbone("llamagen", "shapes"), base())}
-    losses = {}
     for name in (CONTROL, *config.recipes):
         print(f"[2/3] fine-tuning: {name}")
-        models[name], losses[name] = fine_tuned(config, name)
+        models[name] = fine_tuned(config, name)
+    losses = {name: held_out_losses(model, config) for name, model in models.items()}
     metadata = benchmark_prompts(config.seed, config.prompts_per_task)
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
     reports = {name: judge(model, metadata, config) for name, model in models.items()}
@@ -75,31 +75,41 @@ DATA_SEED = 1
 """World of the fine-tuning data; the base was pre-trained on world 0."""
 
 
-def fine_tuned(config: Quickstart, name: str):
-    """The model after its run (which is done now, unless it is there), and its final held-out losses."""
-    from t2i.checkpoint import from_pretrained, run_checkpoints
+def run_config(config: Quickstart, name: str):
+    """The training run of a recipe inside this quickstart's folder."""
     from t2i.training.config import RECIPES
-    from t2i.training.logs import read_metrics
-    from t2i.training.loop import train
 
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; choose from {', '.join(RECIPES)}")
     recipe = RECIPES[name][1]
-    run = replace(
+    return replace(
         recipe,
         run_dir=config.out / name,
         data=replace(recipe.data, source=str(config.out / "data"), cache_dir=config.out / "cache"),
         steps=config.steps,
         seed=config.seed,
     )
+
+
+def fine_tuned(config: Quickstart, name: str):
+    """The model after its run, which is done (or continued) now unless it is complete."""
+    from t2i.checkpoint import from_pretrained, run_checkpoints
+    from t2i.training.loop import train
+
+    run = run_config(config, name)
     done = run_checkpoints(run.run_dir)
-    folder = (
-        done[-1]
-        if done and done[-1].name == f"step_{config.steps:06d}"
-        else train(replace(run, resume=(run.run_dir / "config.json").exists()))
-    )
-    final = [row for row in read_metrics(run.run_dir) if "validation/own_drafts/slot0" in row][-1]
-    return from_pretrained(folder), {k: v for k, v in final.items() if k.startswith("validation/")}
+    complete = done and done[-1].name == f"step_{config.steps:06d}"
+    return from_pretrained(done[-1] if complete else train(replace(run, resume=bool(done))))
+
+
+def held_out_losses(model, config: Quickstart) -> dict[str, float]:
+    """Loss by slot on the control's held-out set, which is that of every recipe."""
+    from t2i.training.data import TrainingData
+    from t2i.training.engine import start_processes
+    from t2i.training.validation import validate
+
+    data = TrainingData(run_config(config, CONTROL), model.backbone, start_processes())
+    return validate(model, data).metrics()
 
 
 def judge(model, metadata: list[dict], config: Quickstart):

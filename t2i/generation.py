@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from t2i.backbones.base import SamplingConfig
+from t2i.loading import DTYPES
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
@@ -102,9 +103,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"device {device!r} must be auto, cpu, or cuda where PyTorch sees a GPU")
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype != "auto" and dtype not in types:
-        raise ValueError(f"dtype {dtype!r} must be auto, {' or '.join(types)}")
-    return torch.device(name), types.get(
-        dtype, torch.bfloat16 if name.startswith("cuda") else torch.float32
-    )
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = "bfloat16" if name.startswith("cuda") else "float32"
+    return torch.device(name), DTYPES[dtype]

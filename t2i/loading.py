@@ -17,6 +17,7 @@ from t2i.weights import file_sha256
 
 FAMILIES = {"llamagen": "t2i.backbones.llamagen"}
 ASSETS = Path(__file__).parent / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class BackboneSource:
     weights: str
     tokenizer: str | None = None
     text_encoder: str | None = None
+    text_encoder_dtype: str = "float32"
     config: dict | None = None
     """Shape of the backbone, as its family's config dataclass has it."""
     sampling: dict = field(default_factory=dict)
@@ -66,6 +68,7 @@ def load_backbone(
     *,
     tokenizer: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    text_encoder_dtype: str = "float32",
     config: object | None = None,
     grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -78,6 +81,7 @@ def load_backbone(
         source: official weight file, folder with config.json, "shapes", or "owner/repo:file".
         tokenizer: image tokenizer weights; needed for pixels and for codebook noise.
         text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image: google/flan-t5-xl).
+        text_encoder_dtype: "float32" or "bfloat16" (what LlamaGen's features were computed in), whatever the backbone's is.
         config: the family's config dataclass, for shapes that were never published.
         grid: height and width in codes, where the file's name does not tell.
 
@@ -109,6 +113,10 @@ def load_source(
     device: torch.device | str = "cpu",
 ) -> Backbone:
     """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a checkpoint folder)."""
+    if source.text_encoder_dtype not in DTYPES:
+        raise ValueError(
+            f"text_encoder_dtype {source.text_encoder_dtype!r} must be {' or '.join(DTYPES)}"
+        )
     if source.family not in FAMILIES:
         raise ValueError(
             f"unknown backbone family {source.family!r}; choose one of {', '.join(FAMILIES)}"
@@ -131,7 +139,10 @@ def load_source(
         from t2i.conditioning.t5 import T5Captions
 
         backbone.frozen.text_encoder = T5Captions.load(
-            files.text_encoder, max_tokens=backbone.spec.prefix_tokens, dtype=dtype, device=device
+            files.text_encoder,
+            max_tokens=backbone.spec.prefix_tokens,
+            dtype=DTYPES[files.text_encoder_dtype],
+            device=device,
         )
     return backbone.to(device)
 

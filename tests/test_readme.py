@@ -10,7 +10,11 @@ import pytest
 from launch import generate, quickstart, train_llamagen
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"generate.py": generate, "quickstart.py": quickstart, "train_llamagen.py": train_llamagen}
+SCRIPTS = {
+    "generate.py": generate,
+    "quickstart.py": quickstart,
+    "train_llamagen.py": train_llamagen,
+}
 
 
 def readme_commands() -> list[list[str]]:
@@ -51,7 +55,7 @@ def test_readme_has_commands():
 
 
 def test_quickstart_runs(tmp_path, monkeypatch, capsys):
-    arguments = "--steps 2 --images 300 --prompts-per-task 1 --samples 1".split()
+    arguments = ["--steps", "2", "--images", "300", "--prompts-per-task", "1", "--samples", "1"]
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out", str(tmp_path), *arguments])
     quickstart.main()
     printed = capsys.readouterr().out

@@ -42,6 +42,8 @@ class TensorARConfig:
     """How drafts in the input windows are corrupted in training."""
     schedule: Schedule = "exponential"
     """How the corruption grows from slot to slot."""
+    own_drafts: float = 0.0
+    """Share of training samples whose drafts are the model's own samples, as in sampling, instead of noised truth."""
     slot_weights: tuple[float, ...] = (1.0,)
     """Loss weight of slot 0, 1, ...; the last entry holds for all further slots."""
 
@@ -59,6 +61,8 @@ class TensorARConfig:
             raise ValueError(
                 f"slot_weights={self.slot_weights}: give weights >= 0, that of slot 0 above 0"
             )
+        if not 0 <= self.own_drafts <= 1:
+            raise ValueError(f"own_drafts={self.own_drafts} is a share: give a number from 0 to 1")
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} must be at least 1")
 
@@ -135,6 +139,15 @@ class TensorAR(nn.Module):
             vectors = tuple(v.to(codes.device) for v in self.backbone.code_vectors())
             return corrupt_codebook(clean, b_k, vectors, keys)
         return corrupt_categorical(clean, b_k, self.backbone.spec.subvocabs, keys)
+
+    def training_windows(self, codes: Tensor, condition: Condition, keys: Tensor) -> Tensor:
+        """What a training step reads, int64 [B, N, k, S]: noised truth, or own drafts for the configured share of samples."""
+        noised = self.noised_windows(codes, keys)
+        if self.config.own_drafts == 0 or self.config.k == 1:
+            return noised
+        own = self.own_draft_windows(codes, condition, fold(keys, 2000), passes=1)
+        chosen = uniforms(fold(keys, 2001), 1)[:, :, None, None] < self.config.own_drafts
+        return torch.where(chosen, own, noised)
 
     def embed_windows(
         self, windows: Tensor, first: int = 0, gaussian_keys: Tensor | None = None

@@ -22,6 +22,8 @@ class BackboneOptions:
     """Image tokenizer weights (a folder or "shapes" brings its own)."""
     text_encoder: str | None = None
     """Caption encoder: folder or hub id (a backbone folder or "shapes" brings its own)."""
+    text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the caption features."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def _llamagen_t2i(method: TensorARConfig, **changes) -> TrainConfig:
             weights="peizesun/llamagen_t2i:t2i_XL_stage1_256.pt",
             tokenizer="peizesun/llamagen_t2i:vq_ds16_t2i.pt",
             text_encoder="google/flan-t5-xl",
+            text_encoder_dtype="bfloat16",
         ),
         method=method,
         optim=OptimOptions(codec_lr=1e-4, backbone_lr=1e-5, warmup_steps=100),

@@ -78,6 +78,7 @@ class TrainingData:
             key_parts={
                 "tokenizer": tokenizer_hash(backbone),
                 "text_encoder": backbone.frozen.text_encoder.weights_hash(),
+                "text_encoder_dtype": backbone.source.text_encoder_dtype,
                 "caption_cleaning": CAPTION_CLEANING_VERSION,
                 "caption_tokens": backbone.spec.prefix_tokens,
             },

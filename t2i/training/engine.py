@@ -37,8 +37,11 @@ class Processes:
 
 
 def start_processes() -> Processes:
-    """Join the process group that the launcher describes, or be the only process; works without a GPU and without a compiler."""
-    cuda = torch.cuda.is_available()
+    """Join the process group that the launcher describes, or be the only process.
+
+    Works without a GPU and without a compiler; DS_ACCELERATOR=cpu in the environment keeps it off a GPU that is there.
+    """
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:  # plain `python`: no launcher
@@ -142,10 +145,11 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss, and the sums and counts by slot [k]."""
         model = self.model
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+        windows = model.training_windows(batch.codes, condition, batch.keys)
         gaussian = batch.keys if model.uses_gaussian_noise else None
         losses = model(batch.codes, condition, windows, gaussian)
         return losses.weighted(model.config.weights()), losses.sums.detach(), losses.counts
@@ -155,6 +159,8 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
     """Wrap the model in a DeepSpeed engine with AdamW."""
     import deepspeed
 
+    if config.engine.precision == "bf16":
+        model.bfloat16()  # DeepSpeed casts parameters only, and buffers would not fit them
     groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
     engine, *_ = deepspeed.initialize(

@@ -38,6 +38,7 @@ def build_model(config: TrainConfig) -> TensorAR:
         options.weights,
         tokenizer=options.tokenizer,
         text_encoder=options.text_encoder,
+        text_encoder_dtype=options.text_encoder_dtype,
     )
     model = TensorAR(backbone, config.method, seed=config.seed)
     backbone.requires_grad_(config.tuning == "full")
@@ -93,14 +94,13 @@ class Run:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
-        config, model = self.config, self.model
+        config = self.config
         rates = set_rates(self.engine, config, self.step, self.steps)
         # Dropout is the one user of torch's global generator: seeding it per step makes resume exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
         total = SlotLosses(*torch.zeros(2, config.method.k, device=self.processes.device))
         for batch in self.data.micro_batches(self.step):
-            windows = model.noised_windows(batch.codes, batch.keys)
-            loss, sums, counts = self.engine(batch, windows)
+            loss, sums, counts = self.engine(batch)
             self.engine.backward(loss)
             self.engine.step()
             total = SlotLosses(total.sums + sums, total.counts + counts)

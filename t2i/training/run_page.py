@@ -8,7 +8,7 @@ from t2i.training.logs import read_metrics
 from t2i.weights import write_text
 
 _COLORS = ("#2858d6", "#d62626", "#269c4c", "#8038ac", "#f78a1a", "#202024", "#f684ba", "#999999")
-_WIDTH, _HEIGHT, _PAD = 560, 240, 40
+_WIDTH, _HEIGHT, _PAD, _LEGEND = 560, 240, 40, 100
 
 
 def write_run_page(run_dir: str | Path) -> Path:
@@ -44,20 +44,28 @@ def _chart(rows: list[dict], prefix: str, title: str) -> str:
         return ""
     x1 = max(x for x, _ in points)
     y0, y1 = min(y for _, y in points), max(y for _, y in points)
-    scale_x = lambda x: _PAD + (_WIDTH - 2 * _PAD) * x / max(x1, 1)  # noqa: E731
-    scale_y = lambda y: _HEIGHT - _PAD - (_HEIGHT - 2 * _PAD) * (y - y0) / max(y1 - y0, 1e-9)  # noqa: E731
+
+    def place(x: float, y: float) -> str:
+        across = _PAD + (_WIDTH - _PAD - _LEGEND) * x / max(x1, 1)
+        up = (_HEIGHT - 2 * _PAD) * (y - y0) / max(y1 - y0, 1e-9)
+        return f"{across:.1f},{_HEIGHT - _PAD - up:.1f}"
+
     lines = []
     for i, (name, values) in enumerate(series.items()):
         color = _COLORS[i % len(_COLORS)]
-        path = " ".join(f"{scale_x(x):.1f},{scale_y(y):.1f}" for x, y in values)
+        path = " ".join(place(x, y) for x, y in values)
+        x, y = place(*values[-1]).split(",")
         label = html.escape(f"{name.rsplit('/', 1)[-1]} {values[-1][1]:.3f}")
         lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        lines.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
         lines.append(
-            f'<text x="{_WIDTH - 2 * _PAD}" y="{_PAD + 14 * i}" fill="{color}">{label}</text>'
+            f'<text x="{_WIDTH - _LEGEND + 14}" y="{_PAD + 14 * i}" fill="{color}">{label}</text>'
         )
+    corners = " ".join(place(*corner) for corner in ((0, y1), (0, y0), (x1, y0)))
     axes = (
-        f'<text x="4" y="{_HEIGHT - _PAD}">{y0:.2f}</text><text x="4" y="{_PAD}">{y1:.2f}</text>'
-        f'<text x="{_WIDTH - 2 * _PAD}" y="{_HEIGHT - 10}">step {x1}</text>'
+        f'<polyline points="{corners}" fill="none" stroke="#bbb"/>'
+        f'<text x="4" y="{_HEIGHT - _PAD}">{y0:.2f}</text><text x="4" y="{_PAD + 4}">{y1:.2f}</text>'
+        f'<text x="{_WIDTH - _LEGEND - 30}" y="{_HEIGHT - 20}">step {x1}</text>'
     )
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" font-size="12"><text x="{_PAD}" y="16">{html.escape(title)}</text>'
