@@ -26,7 +26,7 @@ class GenerateConfig:
     out: Path = Path("outputs")
     """Folder for 00000/samples/00000.png ... and grid.png."""
     prompt: tuple[str, ...] = ()
-    """One or more prompts."""
+    """One or more prompts (class ids for a class-conditional model)."""
     prompt_file: Path | None = None
     """One prompt per line, or .jsonl with a "prompt" in every line (such as GenEval's metadata)."""
     samples: int = 4
@@ -58,14 +58,16 @@ def main() -> None:
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = pick_device(config.device, config.dtype)
     model = from_pretrained(config.ckpt, base=config.base, device=device, dtype=dtype)
+    by_class = model.backbone.spec.cond_kind == "class"
     changes = {
         name: getattr(config, name)
         for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")
         if getattr(config, name) is not None
     }
+    config.out.mkdir(parents=True, exist_ok=True)
     images = iterate_images(
         model,
-        [entry["prompt"] for entry in entries],
+        [int(e["prompt"]) if by_class else e["prompt"] for e in entries],
         seed=config.seed,
         samples_per_prompt=config.samples,
         batch_size=config.batch_size,

@@ -1,6 +1,6 @@
 """Pre-train the tiny offline base model: VQ tokenizer, then T5-style text encoder + LlamaGen text-to-image GPT.
 
-This is how `t2i/assets/shapes/` was made. Stages are resumable (each finished file is kept) and write
+This is how `t2i/assets/shapes/` was made. A file that is finished is kept and write
 official layouts, so that the shipped base is loaded by the same code as the published checkpoints:
 
     python launch/pretrain_shapes.py --out runs/shapes-base
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a clone, without installation
 
+from t2i import cli
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
 from t2i.conditioning.captions import clean_caption
 from t2i.conditioning.tiny_t5 import build_tiny_t5
@@ -50,7 +50,7 @@ class Pretrain:
     vq_lr: float = 1e-3
     scenes: int = 24000
     """Number of captioned scenes for the GPT."""
-    gpt_steps: int = 4000
+    gpt_steps: int = 3000
     gpt_batch: int = 64
     gpt_lr: float = 2e-3
     dim: int = 192
@@ -230,11 +230,10 @@ def main(cfg: Pretrain) -> None:
                 "tokenizer": "vq.pt",
                 "text_encoder": "text_encoder",
                 "config": asdict(gpt.config),
-                "sampling": {"cfg_scale": 3.0},
+                "sampling": {"cfg_scale": 2.5, "top_p": 0.95},
             },
         )
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    main(tyro.cli(Pretrain, description=__doc__))
+    cli.run(lambda: main(cli.parse(Pretrain, __doc__)))

@@ -8,9 +8,10 @@ order, samples held-out prompts from all three, judges them with GenEval's rules
     <recipe>/        each run: metrics.jsonl, sample sheets, index.html, checkpoint
 
     python launch/quickstart.py
-    python launch/quickstart.py --recipes shapes-iclr2026 shapes-arxiv2505     # the README's table
+    python launch/quickstart.py --recipes shapes-iclr2026 shapes-arxiv2505 shapes-tuned   # the README's table
 """
 
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,9 +32,9 @@ class Quickstart:
 
     out: Path = Path("runs/quickstart")
     """Folder for everything; a finished run in it is kept and not repeated."""
-    recipes: tuple[str, ...] = ("shapes-iclr2026",)
+    recipes: tuple[str, ...] = ("shapes-tuned",)
     """Recipes to compare with the control."""
-    steps: int = 300
+    steps: int = 200
     """Optimizer steps of each run."""
     images: int = 3000
     """Size of the data set."""
@@ -49,13 +50,16 @@ def main() -> None:
     config = cli.parse(Quickstart, __doc__)
     from t2i.data.shapes import write_dataset
     from t2i.data.shapes_prompts import benchmark_prompts
+    from t2i.data.shapes_source import FINE_TUNING_SEED
     from t2i.loading import attach, load_backbone
     from t2i.presets import base
+    from t2i.training.engine import start_processes
 
     started = time.time()
-    written, kept = write_dataset(config.out / "data", config.images, seed=DATA_SEED)
+    written, kept = write_dataset(config.out / "data", config.images, seed=FINE_TUNING_SEED)
     print(f"[1/3] data set: {written} images drawn, {kept} there already")
-    models = {"base": attach(load_backbone("llamagen", "shapes"), base())}
+    backbone = load_backbone("llamagen", "shapes", device=start_processes().device)
+    models = {"base": attach(backbone, base())}
     for name in (CONTROL, *config.recipes):
         print(f"[2/3] fine-tuning: {name}")
         models[name] = fine_tuned(config, name)
@@ -69,10 +73,6 @@ def main() -> None:
     print(
         f"\nlook at {config.out / 'comparison.png'}   ({(time.time() - started) / 60:.1f} minutes)"
     )
-
-
-DATA_SEED = 1
-"""World of the fine-tuning data; the base was pre-trained on world 0."""
 
 
 def run_config(config: Quickstart, name: str):
@@ -94,12 +94,16 @@ def run_config(config: Quickstart, name: str):
 def fine_tuned(config: Quickstart, name: str):
     """The model after its run, which is done (or continued) now unless it is complete."""
     from t2i.checkpoint import from_pretrained, run_checkpoints
+    from t2i.training.engine import start_processes
     from t2i.training.loop import train
 
     run = run_config(config, name)
     done = run_checkpoints(run.run_dir)
+    if not done:
+        shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
     complete = done and done[-1].name == f"step_{config.steps:06d}"
-    return from_pretrained(done[-1] if complete else train(replace(run, resume=bool(done))))
+    folder = done[-1] if complete else train(replace(run, resume=bool(done)))
+    return from_pretrained(folder, device=start_processes().device)
 
 
 def held_out_losses(model, config: Quickstart) -> dict[str, float]:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from t2i import __version__
 from t2i.backbones.base import SamplingConfig
 from t2i.loading import BackboneSource, load_source, with_hash
 from t2i.lora import load_adapter, save_adapter
 from t2i.tensorar.model import TensorAR, TensorARConfig
-from t2i.weights import load_strict, write_json
+from t2i.weights import load_strict, read_state_dict, write_json
 
 Tuning = Literal["full", "codec", "lora"]
 MANIFEST = "manifest.json"
@@ -46,6 +46,10 @@ def save_pretrained(
         sampling: what `generate` uses by default; the model's or backbone's own settings if None.
         training: facts about the run, stored as they are.
     """
+    if model.backbone.source is None:
+        raise ValueError(
+            "this backbone was not loaded by load_backbone, so a checkpoint could not name its base"
+        )
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -115,14 +119,14 @@ def read_config(folder: str | Path, *, with_state: bool = False) -> dict:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"checkpoint folder {folder} does not exist")
+        raise ValueError(f"checkpoint folder {folder} does not exist (or is a file)")
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder} is not a complete checkpoint folder: {Path(error.filename).name} is missing "
-            "(a run that was stopped while saving leaves none; take an earlier step)"
+            "(a base model is loaded with load_backbone; a run stopped while saving leaves an earlier step)"
         ) from error
     except json.JSONDecodeError as error:
         raise ValueError(
@@ -180,8 +184,7 @@ def from_pretrained(
     method = {**config["method"], "slot_weights": tuple(config["method"]["slot_weights"])}
     model = TensorAR(backbone, TensorARConfig(**method))
     if model.codec is not None:
-        load_strict(
-            model.codec, load_file(folder / "codec.safetensors"), folder / "codec.safetensors"
-        )
+        path = folder / "codec.safetensors"
+        load_strict(model.codec, read_state_dict(path), path)
     model.sampling = SamplingConfig(**config["sampling"])
     return model.eval()

@@ -19,7 +19,14 @@ def parse(default: Config | type[Config], description: str) -> Config:
 
 
 def parse_recipe(recipes: dict[str, tuple[str, Config]], description: str) -> Config:
-    """Parse `NAME --option value ...`: a named recipe with overrides."""
+    """Parse `NAME --option value ...`: a named recipe with overrides.
+
+    Raises:
+        ValueError: there is no recipe of this name (the parser itself would then call every option unknown).
+    """
+    name = next(iter(_arguments()), "--help")
+    if not name.startswith("-") and name not in recipes:
+        raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
     config = tyro.extras.overridable_config_cli(recipes, description=description, args=_arguments())
     _quiet_libraries()
     return config
@@ -32,11 +39,12 @@ def _arguments() -> list[str]:
 
 def _quiet_libraries() -> None:
     """No progress bars for reading files from disk; downloads keep theirs."""
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    enable_progress_bars()
+    if not are_progress_bars_disabled():
+        transformers_logging.disable_progress_bar()  # disables the hub's, too
+        enable_progress_bars()
 
 
 def is_main_process() -> bool:
@@ -52,9 +60,10 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         main()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        if is_main_process():
+            print("interrupted", *stop.args, sep=": ", file=sys.stderr)
         sys.exit(130)

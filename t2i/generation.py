@@ -51,6 +51,10 @@ def iterate_images(
     """
     from tqdm import tqdm
 
+    if isinstance(prompts, str):
+        raise ValueError('prompts must be a list: generate(model, ["a photo of a red circle"])')
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be between 0 and 2**63 - 1")
     if samples_per_prompt < 1 or batch_size < 1:
         raise ValueError(
             f"samples_per_prompt={samples_per_prompt} and batch_size={batch_size} must be at least 1"
@@ -61,6 +65,7 @@ def iterate_images(
         if jobs is not None
         else [(p, s) for p in range(len(prompts)) for s in range(samples_per_prompt)]
     )
+    batch_size = min(batch_size, len(jobs))
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     bar = tqdm(
         total=len(batches) * model.windows.count, unit="step", desc="sampling", disable=not progress

@@ -53,9 +53,7 @@ def resolve(source: str | Path) -> Path:
         try:
             return Path(hf_hub_download(repo, filename))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(
-                f"cannot download {filename} of {repo}: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"cannot download {filename} of {repo}: {error}") from error
     raise ValueError(
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
         "or a hub file written owner/repo:file"

@@ -24,6 +24,12 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout on the adapters' input."""
 
+    def __post_init__(self):
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"lora.rank={self.rank} must be at least 1 and lora.dropout={self.dropout} in [0, 1)"
+            )
+
 
 def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     """Freeze the backbone and inject trainable adapters: the identity until trained, the same for every call with a seed."""

@@ -1,28 +1,29 @@
 """Named settings of the method."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 
 from t2i.tensorar.model import TensorARConfig
 
 
 def iclr2026(**overrides) -> TensorARConfig:
     """The ICLR 2026 version: one attention block on each side, exponential schedule, categorical noise."""
-    return replace(
+    return _changed(
         TensorARConfig(k=4, depth=1, mlp=False, schedule="exponential", noise="categorical"),
-        **overrides,
+        overrides,
     )
 
 
 def arxiv2505(**overrides) -> TensorARConfig:
     """arXiv 2505.16324 v1: two full transformer blocks on each side, sine schedule, codebook noise."""
-    return replace(
-        TensorARConfig(k=4, depth=2, mlp=True, schedule="sine", noise="codebook"), **overrides
+    return _changed(
+        TensorARConfig(k=4, depth=2, mlp=True, schedule="sine", noise="codebook"), overrides
     )
 
 
 def base(**overrides) -> TensorARConfig:
     """No TensorAR: the backbone as it is (k = 1), for controls that go through the same code."""
-    return replace(TensorARConfig(k=1), **overrides)
+    return _changed(TensorARConfig(k=1), overrides)
 
 
 METHODS = {"iclr2026": iclr2026, "arxiv2505": arxiv2505, "base": base}
@@ -33,3 +34,14 @@ def method(name: str, **overrides) -> TensorARConfig:
     if name not in METHODS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name](**overrides)
+
+
+def _changed(config: TensorARConfig, overrides: dict) -> TensorARConfig:
+    names = [f.name for f in fields(config)]
+    for name in overrides:
+        if name not in names:
+            hint = "".join(f"; did you mean {m}?" for m in get_close_matches(name, names, 1))
+            raise ValueError(
+                f"the method has no setting {name!r} (it has {', '.join(names)}){hint}"
+            )
+    return replace(config, **overrides)

@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import tiny_llamagen, write_tiny_base
+from helpers import tiny_llamagen
 
 torch.set_num_threads(1)
 
@@ -21,9 +21,21 @@ def backbone(request):
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
     """A folder with base/ (a tiny backbone), data/ (60 captioned images) and, once a run has built it, cache/."""
+    from runs import write_tiny_base
+
     from t2i.data.shapes import write_dataset
 
     root = tmp_path_factory.mktemp("tiny_world")
     write_tiny_base(root / "base")
     write_dataset(root / "data", 60, size=32)
     return root
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_world):
+    """The checkpoint folder of a run of three steps in one process, without ZeRO: what other ways to train are compared with."""
+    from runs import tiny_run
+
+    from t2i.training.loop import train
+
+    return train(tiny_run(tiny_world, "plain"))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,17 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
-from t2i.tensorar.model import TensorAR, TensorARConfig
+from t2i.tensorar.model import TensorAR
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
-from t2i.training.config import (
-    BackboneOptions,
-    DataOptions,
-    EngineOptions,
-    LogOptions,
-    OptimOptions,
-    TrainConfig,
-)
-from t2i.weights import write_json
 
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -133,60 +124,3 @@ def open_gates(model: TensorAR) -> TensorAR:
             if name.endswith(("z_in", "z_out")):
                 gate.normal_(generator=generator)
     return model
-
-
-def write_tiny_base(folder: Path) -> Path:
-    """A backbone folder as `--backbone.weights` takes it: text-to-image, 4x4 codes of 8 pixels, without dropout of its own."""
-    from t2i.conditioning.tiny_t5 import build_tiny_t5
-
-    vq = VQTokenizer(VQConfig(32, (1, 1, 1, 1), 1, 32, codebook_size=64, codebook_dim=8))
-    randomize(vq)
-    config = LlamaGenConfig(
-        dim=64,
-        n_layer=2,
-        n_head=2,
-        grid=(4, 4),
-        cond="text",
-        vocab_size=64,
-        ffn_dim=128,
-        caption_tokens=12,
-        caption_dim=32,
-        resid_dropout=0.0,
-        ffn_dropout=0.0,
-    )
-    gpt = LlamaGen(config)
-    randomize(gpt)
-    words = "a photo of two three red green blue circle square star left right above below"
-    build_tiny_t5(folder / "text_encoder", [words], d_model=32, d_ff=32, num_layers=1)
-    torch.save(vq.state_dict(), folder / "vq.pt")
-    torch.save({"model": gpt.official_state_dict()}, folder / "gpt.pt")
-    files = {"weights": "gpt.pt", "tokenizer": "vq.pt", "text_encoder": "text_encoder"}
-    content = {"family": "llamagen", **files, "config": asdict(config)}
-    write_json(folder / "config.json", {**content, "sampling": {"cfg_scale": 2.0}})
-    return folder
-
-
-def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
-    """A training run on the base and data under `root` (see the `tiny_world` fixture): 16 of the samples a step, k = 3.
-
-    Options of the parts are given by their path, such as `engine__zero_stage=2`.
-    """
-    config = TrainConfig(
-        run_dir=root / "runs" / name,
-        backbone=BackboneOptions(weights=str(root / "base")),
-        method=TensorARConfig(k=3),
-        data=DataOptions(source=str(root / "data"), cache_dir=root / "cache", validation_samples=9),
-        optim=OptimOptions(codec_lr=1e-2, backbone_lr=1e-3),
-        engine=EngineOptions(micro_batch=4),
-        log=LogOptions(log_every=1, validate_every=0, sample_every=0, save_every=0),
-        batch_size=16,
-        steps=3,
-        token_dropout=0.0,
-    )
-    parts: dict[str, dict] = {}
-    for path, value in changes.items():
-        part, _, option = path.rpartition("__")
-        parts.setdefault(part, {})[option] = value
-    own = parts.pop("", {})
-    nested = {part: replace(getattr(config, part), **options) for part, options in parts.items()}
-    return replace(config, **nested, **own)

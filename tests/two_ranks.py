@@ -10,10 +10,11 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from helpers import tiny_run
+from runs import tiny_run
 
 from t2i.training.loop import Run, train
 
@@ -36,7 +37,8 @@ def main(root: Path) -> None:
         return plain_step(run)
 
     Run.train_step = step_and_signal
-    train(tiny_run(root, "ranks-stopped", steps=1000))
+    with suppress(KeyboardInterrupt):
+        train(tiny_run(root, "ranks-stopped", steps=1000))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,14 @@ class Backbone(nn.Module, ABC):
     def __init__(self):
         super().__init__()
         self.frozen = Frozen()
+        self.source = None
+        """Where the weights came from (`t2i.loading.BackboneSource`)."""
+        self.lora = None
+        """PEFT's configuration, once adapters are injected (`t2i.lora`)."""
+        self.gradient_checkpointing = False
+        """Recompute the trunk's blocks in the backward pass."""
+        self.token_dropout = nn.Dropout(0.0)
+        """Element dropout on the trunk's inputs, in training."""
 
     # -- the condition ----------------------------------------------------------------------------------------------------
     @abstractmethod

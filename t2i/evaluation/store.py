@@ -60,10 +60,26 @@ def _parse_json_line(line: bytes, where: str) -> dict:
     return entry
 
 
+def _refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
+    for folder in sorted(out.glob("[0-9]" * 5)):
+        index = int(folder.name)
+        path = folder / "metadata.jsonl"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if index >= len(entries) or known not in (None, entries[index]):
+            raise ValueError(
+                f"{out} holds images of other prompts ({folder.name}); give another --out or delete it"
+            )
+
+
 def write_generated(
     images: Iterable[Generated], entries: Sequence[dict], out: Path, *, samples_per_prompt: int
 ) -> list[Path]:
-    """Write images as they come; returns the sheets (a grid, and one of the stages where there are any)."""
+    """Write images as they come; returns the sheets (a grid, and one of the stages where there are any).
+
+    Raises:
+        ValueError: the folder holds images of other prompts, which a judge would count.
+    """
+    _refuse_other_images(out, entries)
     shown, staged = [], []
     for generated in images:
         folder = out / f"{generated.prompt_index:05d}"

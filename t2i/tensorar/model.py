@@ -63,6 +63,10 @@ class TensorARConfig:
             )
         if not 0 <= self.own_drafts <= 1:
             raise ValueError(f"own_drafts={self.own_drafts} is a share: give a number from 0 to 1")
+        if self.own_drafts > 0 and self.noise == "gaussian":
+            raise ValueError(
+                "own_drafts and noise='gaussian' exclude each other: that noise is on embeddings, not on codes"
+            )
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} must be at least 1")
 

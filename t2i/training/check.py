@@ -8,6 +8,7 @@ from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 from t2i.training.data import check_backbone, image_size, open_data
 from t2i.training.engine import deepspeed_config, parameter_groups
+from t2i.training.logs import choose_tracker
 from t2i.training.loop import build_model
 from t2i.training.run_state import check_resumable, claim_run_dir
 
@@ -18,6 +19,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     Raises:
         ValueError: what makes the run impossible.
     """
+    choose_tracker(config.log.tracker)
     checkpoint = claim_run_dir(config)
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)

@@ -31,12 +31,17 @@ class DataOptions:
     """Captioned images."""
 
     source: str = ""
-    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, or a hub id."""
+    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, a hub id, or "shapes" (offline)."""
     image_column: str | None = None
     """Column of the images; found by itself where it is clear."""
     caption_column: str | None = None
     """Column of the captions; found by itself where it is clear."""
     split: str = "train"
+    """Split of a hub data set, or sub-folder."""
+    config_name: str | None = None
+    """Configuration of a hub data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
     streaming: bool = False
     """Read hub and parquet data row by row without a copy on disk."""
     max_samples: int | None = None
@@ -66,6 +71,19 @@ class OptimOptions:
     """On matrices only."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
+
+    def __post_init__(self):
+        for name in (
+            "codec_lr",
+            "backbone_lr",
+            "warmup_steps",
+            "backbone_delay_steps",
+            "weight_decay",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if self.grad_clip <= 0:
+            raise ValueError(f"optim.grad_clip={self.grad_clip} must be above 0")
 
     def codec_rate(self, step: int, steps: int) -> float:
         """Codec learning rate at a step of a run."""
@@ -116,8 +134,8 @@ class LogOptions:
         "a photo of a yellow heart and a black cross",
     )
     """Fixed prompts of the sample sheets."""
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
-    """A further tracker, if its package is installed."""
+    tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
+    """A further tracker; auto is TensorBoard if it is installed."""
     project: str = "tensorar"
     """Project name for wandb."""
 
@@ -187,16 +205,17 @@ class TrainConfig:
             )
 
 
-def _shapes(method: TensorARConfig) -> TrainConfig:
-    """The offline world: the shipped base, small batches, two cores."""
+def _shapes(method: TensorARConfig, codec_lr: float = 1e-3) -> TrainConfig:
+    """The offline world: the shipped base, small batches, two cores. All share one backbone learning rate."""
     return TrainConfig(
         run_dir=Path("runs/shapes"),
         method=method,
-        data=DataOptions(source="runs/shapes-data"),
-        optim=OptimOptions(warmup_steps=20),
+        data=DataOptions(source="shapes"),
+        optim=OptimOptions(codec_lr=codec_lr, backbone_lr=2e-4, warmup_steps=20),
         engine=EngineOptions(micro_batch=32),
+        log=LogOptions(save_every=100),
         batch_size=32,
-        steps=300,
+        steps=200,
         token_dropout=0.0,
     )
 
@@ -233,6 +252,10 @@ def _llamagen_t2i(method: TensorARConfig, **changes) -> TrainConfig:
 RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "shapes-iclr2026": ("offline shapes world, ICLR 2026 method", _shapes(presets.iclr2026())),
     "shapes-arxiv2505": ("offline shapes world, arXiv v1 method", _shapes(presets.arxiv2505())),
+    "shapes-tuned": (
+        "offline shapes world, ICLR 2026 method with light drafts and a faster codec",
+        _shapes(presets.iclr2026(slot_weights=(1.0, 0.03)), codec_lr=3e-3),
+    ),
     "shapes-control": (
         "offline shapes world, the base fine-tuned as usual",
         _shapes(presets.base()),

@@ -3,6 +3,7 @@
 Shapes: B samples, T image tokens, S sub-tokens.
 """
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from t2i.conditioning.captions import CAPTION_CLEANING_VERSION
 from t2i.data.cache import CodeCache, build_cache
 from t2i.data.order import batch_indices, split_indices
 from t2i.data.samples import Source
+from t2i.data.shapes_source import parse_shapes
 from t2i.data.sources import open_source
 from t2i.loading import tokenizer_hash
 from t2i.rng import fold, make_keys, uniforms
@@ -29,12 +31,14 @@ def open_data(options: DataOptions) -> Source:
         raise ValueError(
             "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
         )
-    return open_source(
+    return parse_shapes(options.source) or open_source(
         options.source,
         image_column=options.image_column,
         caption_column=options.caption_column,
         split=options.split,
         streaming=options.streaming,
+        config_name=options.config_name,
+        revision=options.revision,
     )
 
 
@@ -54,6 +58,9 @@ def check_backbone(backbone: Backbone) -> None:
             "training on captions needs a text-to-image backbone with its text encoder "
             "(backbone.text_encoder)"
         )
+
+
+log = logging.getLogger(__name__)
 
 
 class TrainingData:
@@ -89,6 +96,8 @@ class TrainingData:
             world_size=processes.world_size,
         )
         self.cache = CodeCache(folder)
+        if processes.is_main:
+            self._say_what_is_lost(backbone.frozen.text_encoder.report.lines())
         self.config, self.processes = config, processes
         self.max_tokens = backbone.spec.prefix_tokens
         n_validation = options.validation_samples
@@ -98,6 +107,22 @@ class TrainingData:
                 f"fewer than the {len(self.cache)} usable samples"
             )
         self.train, self.validation = split_indices(len(self.cache), n_validation, config.seed)
+
+    def _say_what_is_lost(self, caption_lines: list[str]) -> None:
+        report = self.cache.manifest["report"]
+        if report["skipped"]:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in report["skipped"].items())
+            where = self.cache.folder / "skipped.jsonl"
+            log.warning(
+                f"{report['usable']} of {report['seen']} samples are used; skipped: {reasons} ({where})"
+            )
+        for line in caption_lines:
+            log.warning(line)
+
+    @property
+    def key(self) -> str:
+        """Identifies the data's content, for resume."""
+        return self.cache.folder.name
 
     def steps(self) -> int:
         """Optimizer steps of the run."""

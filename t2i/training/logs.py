@@ -1,8 +1,8 @@
 """Where numbers go: always `metrics.jsonl`, and TensorBoard or wandb when asked for."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 
 class MetricsLog:
@@ -15,7 +15,7 @@ class MetricsLog:
         self,
         run_dir: Path,
         start_step: int,
-        tracker: Literal["none", "tensorboard", "wandb"],
+        tracker: str,
         project: str,
         config: dict,
     ):
@@ -26,7 +26,7 @@ class MetricsLog:
         partial = self.path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self.path)
-        self.tracker = _start_tracker(tracker, run_dir, project, config)
+        self.tracker = _start_tracker(choose_tracker(tracker), run_dir, project, config)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values after optimizer step number `step` (1 is the first)."""
@@ -42,14 +42,19 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def choose_tracker(name: str) -> str:
+    """Resolve "auto" to TensorBoard where it is installed; ValueError if the package that was asked for is not."""
+    if name == "auto":
+        return "tensorboard" if find_spec("tensorboard") else "none"
+    if name != "none" and not find_spec(name):
+        raise ValueError(f"log.tracker={name} needs the package {name}: pip install {name}")
+    return name
+
+
 def _start_tracker(name: str, run_dir: Path, project: str, config: dict):
     if name == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "log.tracker=tensorboard needs the package tensorboard: pip install tensorboard"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(run_dir / "tensorboard"))
 
         def write(step: int, values: dict[str, float]) -> None:
@@ -59,12 +64,8 @@ def _start_tracker(name: str, run_dir: Path, project: str, config: dict):
 
         return write
     if name == "wandb":
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(
-                "log.tracker=wandb needs the package wandb: pip install wandb"
-            ) from error
+        import wandb
+
         run = wandb.init(
             project=project, dir=str(run_dir), config=config, resume="allow", id=run_dir.name
         )

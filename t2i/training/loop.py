@@ -1,6 +1,5 @@
 """The training run: build, step, validate, sample, save. `launch/train_*.py` parse a `TrainConfig` and call `train`."""
 
-import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -22,12 +21,10 @@ from t2i.training import run_state
 from t2i.training.config import TrainConfig
 from t2i.training.data import TrainingData, check_backbone
 from t2i.training.engine import set_rates, start_engine, start_processes
-from t2i.training.logs import MetricsLog
+from t2i.training.logs import MetricsLog, choose_tracker
 from t2i.training.run_page import write_run_page
 from t2i.training.validation import validate
 from t2i.weights import write_json
-
-log = logging.getLogger(__name__)
 
 
 def build_model(config: TrainConfig) -> TensorAR:
@@ -57,6 +54,7 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.processes = processes = start_processes()
+        choose_tracker(config.log.tracker)
         checkpoint = run_state.claim_run_dir(config)
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
@@ -69,7 +67,7 @@ class Run:
         self.step = (
             0
             if checkpoint is None
-            else run_state.resume(self.engine, config, processes, checkpoint)
+            else run_state.resume(self.engine, config, checkpoint, self.data.key)
         )
         if self.step > self.steps:
             raise ValueError(
@@ -159,7 +157,13 @@ class Run:
 
     def save(self) -> Path:
         return run_state.save(
-            self.engine, self.model, self.config, self.processes, self.step, self.steps
+            self.engine,
+            self.model,
+            self.config,
+            self.processes,
+            self.step,
+            self.steps,
+            self.data.key,
         )
 
 
@@ -169,6 +173,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: something in the configuration or the data is wrong; nothing was written to run_dir then.
         FloatingPointError: the loss is not finite any more.
+        KeyboardInterrupt: stopped on request (Ctrl-C or SIGTERM), after a checkpoint.
     """
     from tqdm import tqdm
 
@@ -182,7 +187,7 @@ def train(config: TrainConfig) -> Path:
         unit="step",
         disable=not run.processes.is_main,
     )
-    with bar, _stop_on_sigterm(run):
+    with bar, _stop_on_signals(run):
         while run.step < run.steps and not run.stop_agreed:
             metrics = run.train_step()
             done = run.step == run.steps
@@ -208,7 +213,7 @@ def train(config: TrainConfig) -> Path:
             if run.processes.is_main and (validated or saved):
                 write_run_page(config.run_dir)
     if run.step < run.steps:
-        log.warning("stopped at step %d after a request; go on with --resume", run.step)
+        raise KeyboardInterrupt(f"saved after step {run.step}; the same with --resume goes on")
     return find_checkpoint(config.run_dir)
 
 
@@ -218,10 +223,17 @@ def _due(every: int, step: int) -> bool:
 
 
 @contextmanager
-def _stop_on_sigterm(run: Run) -> Iterator[None]:
-    """SIGTERM asks for a checkpoint after the step in progress, and then the end."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_requested", True))
+def _stop_on_signals(run: Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a checkpoint after the step in progress, and then the end; a second Ctrl-C ends at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and run.stop_requested:
+            raise KeyboardInterrupt
+        run.stop_requested = True
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

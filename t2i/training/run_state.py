@@ -41,9 +41,15 @@ _MAY_CHANGE = ("optim", "steps", "epochs", "sampling")  # for a reason, but not 
 
 
 def save(
-    engine, model: TensorAR, config: TrainConfig, processes: Processes, step: int, steps: int
+    engine,
+    model: TensorAR,
+    config: TrainConfig,
+    processes: Processes,
+    step: int,
+    steps: int,
+    data_key: str,
 ) -> Path:
-    """Save after `step` optimizer steps; every rank calls it."""
+    """Save after `step` optimizer steps; every rank calls it. `data_key` identifies the data's content."""
     folder = config.run_dir / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(folder.name + ".partial")
     if processes.is_main:
@@ -60,6 +66,7 @@ def save(
                 "steps": steps,
                 "world_size": processes.world_size,
                 "zero_stage": config.engine.zero_stage,
+                "data_key": data_key,
                 "config": plain(asdict(config)),
             }
             write_model(
@@ -74,13 +81,18 @@ def save(
     return folder
 
 
-def resume(engine, config: TrainConfig, processes: Processes, folder: Path) -> int:
-    """Load the training state; returns the number of steps done.
+def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
+    """Load the training state (see also `check_resumable`); returns the number of steps done.
 
     Raises:
-        ValueError: the run was started with other settings, or on another number of processes.
+        ValueError: the data set is not what it was, or there is no training state.
     """
-    check_resumable(config, processes.world_size, folder)
+    training = read_config(folder)["training"]
+    if training["data_key"] != data_key:
+        raise ValueError(
+            f"cannot resume {folder}: the data set has changed since (files were added, removed or edited), and with it "
+            "the held-out split and the order; start a new run_dir"
+        )
     # Frozen weights are not in the state: they are the base's, and already loaded.
     path, _ = engine.load_checkpoint(
         str(folder), tag=TRAINING_STATE, load_module_strict=config.tuning == "full"
@@ -89,7 +101,7 @@ def resume(engine, config: TrainConfig, processes: Processes, folder: Path) -> i
         raise ValueError(
             f"{folder / TRAINING_STATE} holds no training state; resume from another checkpoint"
         )
-    return read_config(folder)["training"]["step"]
+    return training["step"]
 
 
 def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
@@ -99,13 +111,16 @@ def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
     layout = {
         "world_size": (stored["world_size"], world_size),
         "engine.zero_stage": (stored["zero_stage"], config.engine.zero_stage),
-        "engine.precision": (stored["config"]["engine"]["precision"], config.engine.precision),
+        **{
+            f"engine.{name}": (stored["config"]["engine"][name], getattr(config.engine, name))
+            for name in ("precision", "micro_batch")
+        },
     }
     for name, (before, now) in layout.items():
         if before != now:
             raise ValueError(
-                f"{folder} was saved with {name}={before}, this run has {now}: DeepSpeed's optimizer shards do not "
-                f"fit; start it with {name}={before}"
+                f"{folder} was saved with {name}={before}, this run has {now}: the continuation would differ, or "
+                f"DeepSpeed's optimizer shards not fit; start it with {name}={before}"
             )
 
 

@@ -1,0 +1,116 @@
+"""Tiny training runs, and how they are compared: shared by the tests of training, checkpoints and processes."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randomize
+from safetensors.torch import load_file
+
+import t2i
+from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
+from t2i.imaging import save_png
+from t2i.tensorar.model import TensorARConfig
+from t2i.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.training.config import (
+    BackboneOptions,
+    DataOptions,
+    EngineOptions,
+    LogOptions,
+    OptimOptions,
+    TrainConfig,
+)
+from t2i.training.logs import read_metrics
+from t2i.weights import write_json
+
+PROMPTS = ["a photo of a red circle", "a photo of two squares"]
+SAME_SUM = 1e-5
+"""Relative tolerance for the same numbers, added in another order."""
+
+
+def write_tiny_base(folder: Path) -> Path:
+    """A backbone folder as `--backbone.weights` takes it: text-to-image, 4x4 codes of 8 pixels, without dropout of its own."""
+    from t2i.conditioning.tiny_t5 import build_tiny_t5
+
+    vq = VQTokenizer(VQConfig(32, (1, 1, 1, 1), 1, 32, codebook_size=64, codebook_dim=8))
+    randomize(vq)
+    config = LlamaGenConfig(
+        dim=64,
+        n_layer=2,
+        n_head=2,
+        grid=(4, 4),
+        cond="text",
+        vocab_size=64,
+        ffn_dim=128,
+        caption_tokens=12,
+        caption_dim=32,
+        resid_dropout=0.0,
+        ffn_dropout=0.0,
+    )
+    gpt = LlamaGen(config)
+    randomize(gpt)
+    words = "a photo of two three red green blue circle square star left right above below"
+    build_tiny_t5(folder / "text_encoder", [words], d_model=32, d_ff=32, num_layers=1)
+    torch.save(vq.state_dict(), folder / "vq.pt")
+    torch.save({"model": gpt.official_state_dict()}, folder / "gpt.pt")
+    files = {"weights": "gpt.pt", "tokenizer": "vq.pt", "text_encoder": "text_encoder"}
+    content = {"family": "llamagen", **files, "config": asdict(config)}
+    write_json(folder / "config.json", {**content, "sampling": {"cfg_scale": 2.0}})
+    return folder
+
+
+def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
+    """A training run on the base and data under `root` (see the `tiny_world` fixture): 16 of the samples a step, k = 3.
+
+    Options of the parts are given by their path, such as `engine__zero_stage=2`.
+    """
+    config = TrainConfig(
+        run_dir=root / "runs" / name,
+        backbone=BackboneOptions(weights=str(root / "base")),
+        method=TensorARConfig(k=3),
+        data=DataOptions(source=str(root / "data"), cache_dir=root / "cache", validation_samples=9),
+        optim=OptimOptions(codec_lr=1e-2, backbone_lr=1e-3),
+        engine=EngineOptions(micro_batch=4),
+        log=LogOptions(log_every=1, validate_every=0, sample_every=0, save_every=0),
+        batch_size=16,
+        steps=3,
+        token_dropout=0.0,
+    )
+    parts: dict[str, dict] = {}
+    for path, value in changes.items():
+        part, _, option = path.rpartition("__")
+        parts.setdefault(part, {})[option] = value
+    own = parts.pop("", {})
+    nested = {part: replace(getattr(config, part), **options) for part, options in parts.items()}
+    return replace(config, **nested, **own)
+
+
+def metrics(root: Path, name: str) -> list[dict]:
+    """A run's metrics without the ones that depend on the machine or that only some ZeRO stages have."""
+    skipped = ("images_per_s", "train/grad_norm")
+    rows = read_metrics(root / "runs" / name)
+    return [{k: v for k, v in row.items() if k not in skipped} for row in rows]
+
+
+def assert_same_metrics(a: list[dict], b: list[dict], tolerance: float) -> None:
+    assert [sorted(row) for row in a] == [sorted(row) for row in b]
+    for row_a, row_b in zip(a, b, strict=True):
+        assert row_a == pytest.approx(row_b, rel=tolerance, abs=0)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights in a checkpoint folder."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]
+    return {f"{file.name}:{k}": v for file in files for k, v in load_file(file).items()}
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def draw(folder: Path, out: Path) -> list[bytes]:
+    """PNG files of a few images of a checkpoint."""
+    images = t2i.generate(t2i.from_pretrained(folder), PROMPTS, batch_size=2, progress=False)
+    return [save_png(image, out / f"{i}.png").read_bytes() for i, image in enumerate(images)]

@@ -1,0 +1,249 @@
+"""A user's mistake ends in one clear message and a non-zero exit code, without a traceback and with nothing half-written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_llamagen
+from PIL import Image
+
+from launch import generate, train_llamagen
+from t2i import cli
+from t2i.training.config import EngineOptions, TrainConfig
+from t2i.training.engine import deepspeed_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """Runs a script with arguments and returns its message."""
+
+    def run(script, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(script.main)
+        assert stopped.value.code in (1, 2)
+        captured = capsys.readouterr()
+        assert captured.out == "" and "Traceback" not in captured.err
+        lines = re.split(r"[\r\n]+", captured.err)
+        text = " ".join(line for line in lines if not line.startswith("cache:"))  # a progress bar
+        message = re.sub(r"[\s│╭╮╰╯─]+", " ", text).strip()
+        assert message.startswith(("error: ", "Value error", "Unrecognized", "Invalid", "Missing"))
+        assert message.count("error: ") <= 1
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return message
+
+    return run
+
+
+@pytest.fixture
+def train_fails(tiny_world, tmp_path, fails):
+    """Runs the trainer on the tiny world with further options, and returns its message."""
+
+    def run(*arguments, recipe: str = "shapes-iclr2026") -> str:
+        defaults = {
+            "--backbone.weights": tiny_world / "base",
+            "--data.source": tiny_world / "data",
+            "--data.validation-samples": 9,
+            "--data.cache-dir": tiny_world / "cache",
+            "--run-dir": tmp_path / "run",
+            "--batch-size": 8,
+            "--engine.micro-batch": 4,
+            "--steps": 1,
+        }
+        flags = [a for a in arguments if str(a).startswith("--")]
+        kept = [x for k, v in defaults.items() if k not in flags for x in (k, v)]
+        return fails(train_llamagen, recipe, *kept, *arguments)
+
+    return run
+
+
+# -- training -----------------------------------------------------------------------------------------------------------------
+def test_missing_data(train_fails, tmp_path):
+    folder = tmp_path / "nothing"
+    assert f"{folder} does not exist" in train_fails("--data.source", folder)
+    assert "no data: give --data.source" in train_fails("--data.source", "")
+
+
+def test_no_captions(train_fails, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+    message = train_fails("--data.source", tmp_path)
+    assert f"{tmp_path} holds 3 images but no captions" in message and "metadata.jsonl" in message
+
+
+def test_too_little_data(train_fails):
+    message = train_fails("--data.validation-samples", 60)
+    assert "data.validation_samples=60" in message and "fewer than the 60 usable samples" in message
+
+
+def test_unknown_names(train_fails):
+    message = train_fails(recipe="shapes-iclr2027")
+    assert "unknown recipe 'shapes-iclr2027'; choose one of shapes-iclr2026," in message
+    message = train_fails("--optim.codec-lrr", 1)
+    assert "--optim.codec-lrr" in message and "Perhaps you meant: --optim.codec-lr " in message
+    message = train_fails("--method.noise", "loud")
+    assert "'loud'" in message and "'categorical', 'codebook', 'gaussian'" in message
+    assert "choose one of llamagen" in train_fails("--backbone.family", "pixart")
+
+
+def test_bad_values(train_fails):
+    assert "k=17 must be between 1 and the 16 tokens of an image" in train_fails("--method.k", 17)
+    assert "slot_weights=(0.0,)" in train_fails("--method.slot-weights", 0)
+    assert "batch_size=6 must be a multiple of engine.micro_batch=4" in train_fails(
+        "--batch-size", 6
+    )
+    assert "bf16 needs engine.zero_stage >= 1" in train_fails("--engine.precision", "bf16")
+    assert "steps=0 must be at least 1" in train_fails("--steps", 0)
+    assert "log.prompts is empty" in train_fails("--log.prompts", " ")
+    assert "nothing to train" in train_fails("--method.k", 1, "--tuning", "codec")
+
+
+def test_batch_that_cannot_be_split():
+    config = TrainConfig(batch_size=16, engine=EngineOptions(micro_batch=4))
+    with pytest.raises(ValueError, match=r"cannot be split over 3 processes.*use a multiple of 12"):
+        deepspeed_config(config, world_size=3)
+
+
+def test_deepspeed_json(train_fails, tmp_path):
+    path = tmp_path / "deepspeed.json"
+
+    def message(content: str) -> str:
+        path.write_text(content)
+        return train_fails("--engine.deepspeed-config", path)
+
+    derived = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {},
+    }
+    text = message(json.dumps(derived))
+    assert "sets gradient_clipping, train_micro_batch_size_per_gpu; only zero_optimization" in text
+    assert "is for ZeRO stage 2, but engine.zero_stage is 0" in message(
+        '{"zero_optimization": {"stage": 2}}'
+    )
+    assert "must hold" in message("[1]")
+    assert "cannot be read" in message("{")
+    assert "overlap_com" in message('{"zero_optimization": {"overlap_com": true}}')
+
+
+def test_bad_weights(train_fails, tiny_world, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_world / "base", base)
+    os.truncate(base / "gpt.pt", 5000)
+    assert f"{base / 'gpt.pt'} cannot be read: it is truncated" in train_fails(
+        "--backbone.weights", base
+    )
+    shutil.copy(base / "vq.pt", base / "gpt.pt")
+    assert "missing" in (message := train_fails("--backbone.weights", base))
+    assert "tok_embeddings.weight" in message and "encoder.conv_in.weight" in message
+    message = train_fails("--backbone.weights", base / "vq.pt")
+    assert "not a LlamaGen GPT: key 'tok_embeddings.weight' is missing" in message
+    (base / "config.json").unlink()
+    assert "is not a backbone folder" in train_fails("--backbone.weights", base)
+    assert "shapes" in train_fails("--backbone.weights", tmp_path / "nowhere.pt")
+
+
+def test_backbone_that_reads_no_captions(train_fails, tiny_world, tmp_path):
+    backbone = tiny_llamagen("class")
+    torch.save({"model": backbone.official_state_dict()}, tmp_path / "gpt.pt")
+    config = {"family": "llamagen", "weights": "gpt.pt", "config": vars(backbone.config)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "has no image tokenizer" in train_fails("--backbone.weights", tmp_path)
+    vq = tiny_world / "base" / "vq.pt"
+    message = train_fails("--backbone.weights", tmp_path, "--backbone.tokenizer", vq)
+    assert "needs a text-to-image backbone with its text encoder" in message
+
+
+def test_check_finds_what_training_would(train_fails):
+    assert "k=17 must be between" in train_fails("--method.k", 17, "--check")
+    assert "leave none to train on" in train_fails("--data.validation-samples", 60, "--check")
+    assert "nothing to train" in train_fails("--method.k", 1, "--tuning", "codec", "--check")
+
+
+# -- generation ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def generate_fails(fails, plain, tmp_path):
+    """Runs the generator with further options, on a good checkpoint if none is given."""
+
+    def run(*arguments) -> str:
+        ckpt = () if "--ckpt" in arguments else ("--ckpt", plain)
+        return fails(generate, *ckpt, "--out", tmp_path / "out", *arguments)
+
+    return run
+
+
+def test_bad_prompts(generate_fails, tmp_path):
+    assert "no prompt: give --prompt TEXT" in generate_fails()
+    assert "no prompt: give --prompt TEXT" in generate_fails("--prompt", "a circle", "")
+    path = tmp_path / "prompts.jsonl"
+    assert "cannot be read" in generate_fails("--prompt-file", path)
+    for bad in (
+        b"{",
+        b'{"text": "a circle"}',
+        b'["a circle"]',
+        b'{"prompt": " "}',
+        b'{"prompt": "\xff"}',
+    ):
+        path.write_bytes(b'{"prompt": "a \xe2\x80\xa8 circle"}\n\n' + bad + b"\n")
+        assert f"{path} line 3 " in generate_fails("--prompt-file", path)
+    path = tmp_path / "prompts.txt"
+    for bad in (b"a \xff circle", b"a \x00 circle"):
+        path.write_bytes(b"a circle\n" + bad)
+        assert f"{path} line 2 is not" in generate_fails("--prompt-file", path)
+
+
+def test_bad_options(generate_fails):
+    prompt = ("--prompt", "a circle")
+    assert "cfg_scale=0.5 must be at least 1" in generate_fails(*prompt, "--cfg-scale", 0.5)
+    assert "must be auto, cpu, or cuda" in generate_fails(*prompt, "--device", "cuda")
+    assert "dtype 'half' must be" in generate_fails(*prompt, "--dtype", "half")
+    assert "must be at least 1" in generate_fails(*prompt, "--samples", 0)
+    assert "--cfg-scale" in generate_fails(*prompt, "--cfg-scal", 3)
+
+
+def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
+    def message(folder: Path) -> str:
+        return generate_fails("--prompt", "a circle", "--ckpt", folder)
+
+    assert f"checkpoint folder {tmp_path / 'none'} does not exist" in message(tmp_path / "none")
+    assert "is not a complete checkpoint folder" in message(tiny_world / "base")
+    copy = tmp_path / "copy"
+    shutil.copytree(plain, copy)
+    os.truncate(copy / "backbone.safetensors", 1000)
+    assert "backbone.safetensors is missing or has not" in message(copy)
+    (copy / "manifest.json").unlink()
+    assert "manifest.json is missing" in message(copy)
+
+
+# -- the real thing -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["launch/train_llamagen.py", "shapes-control", "--data.source", "none"],
+            "none does not exist",
+        ),
+        (
+            ["launch/generate.py", "--ckpt", "none", "--prompt", "a circle"],
+            "folder none does not exist",
+        ),
+    ],
+    ids=["train", "generate"],
+)
+def test_scripts_end_in_one_line(command, message, tmp_path):
+    script, *arguments = command
+    run = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,107 @@
+"""The command line: every recipe parses, every option is read by something, and the pre-flight says what a run would do."""
+
+import ast
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from runs import tiny_run
+
+from launch import generate, train_llamagen
+from t2i import cli
+from t2i.training.check import check
+from t2i.training.config import RECIPES, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 6
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_parse(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--local_rank=1", name])
+    assert cli.parse_recipe(RECIPES, "") == RECIPES[name][1]
+    monkeypatch.setattr(sys, "argv", ["train", name, "--method.k", "2", "--optim.codec-lr", "3e-4"])
+    config = cli.parse_recipe(RECIPES, "")
+    assert (config.method.k, config.optim.codec_lr) == (2, 3e-4)
+    assert config.data == RECIPES[name][1].data
+
+
+def dataclasses_within(kind: type) -> set[type]:
+    """A config dataclass and all that are the type of a field in it."""
+    found = {kind}
+    for hint in typing.get_type_hints(kind).values():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                found |= dataclasses_within(part)
+    return found
+
+
+def attributes_read() -> set[str]:
+    """Names x of every `something.x` that is read, and not called, in the program."""
+    files = [path for part in ("t2i", "launch") for path in (ROOT / part).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    return {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and id(node) not in called
+    }
+
+
+def test_every_option_is_read():
+    read = attributes_read()
+    kinds = dataclasses_within(TrainConfig) | dataclasses_within(generate.GenerateConfig)
+    options = {(kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind)}
+    assert len(kinds) >= 9 and len(options) >= 50
+    assert {option for option in options if option[1] not in read} == set()
+
+
+def test_check_says_what_a_run_would_do(tiny_world, tmp_path):
+    config = tiny_run(
+        tiny_world, "checked", tuning="lora", steps=7, data__cache_dir=tmp_path / "cache"
+    )
+    report = check(config, world_size=2)
+    assert "60 samples" in report and "'a photo of" in report
+    assert "16 samples per step = 4 per pass x 2 accumulated x 2 processes" in report
+    assert f"7 steps = {7 * 16 / 51:.2f} passes over 51 training samples" in report
+    parameters = dict(
+        line.split(maxsplit=1) for line in report.split("parameters\n")[1].splitlines()[:3]
+    )
+    adapters = 2 * 16 * (64 + 192 + 64 + 64 + 3 * (64 + 128))  # rank (inputs + outputs), two blocks
+    assert parameters["backbone"].split()[-1] == f"{adapters:,}"
+    assert parameters["codec"].split()[0] == parameters["codec"].split()[-1]
+    assert "ZeRO-0 on 2 process(es)" in report and report.count("<- chosen") == 1
+    assert not config.run_dir.exists() and list(tmp_path.iterdir()) == []
+
+
+def test_check_of_a_stream_counts_what_it_can(tiny_world, tmp_path):
+    options = {"data__streaming": True, "data__source": str(tmp_path)}
+    write_parquet(tmp_path, count=20)
+    report = check(tiny_run(tiny_world, "checked", **options))
+    assert "unknown number of samples" in report
+    report = check(tiny_run(tiny_world, "checked", data__max_samples=15, **options))
+    assert "15 samples" in report and "over 6 training samples" in report
+
+
+def write_parquet(folder: Path, count: int) -> None:
+    from datasets import Dataset
+    from PIL import Image
+
+    rows = {"image": [Image.new("RGB", (32, 32))] * count, "text": ["a square"] * count}
+    Dataset.from_dict(rows).to_parquet(str(folder / "data.parquet"))
+
+
+def test_check_is_an_option_of_the_script(tiny_world, tmp_path, monkeypatch, capsys):
+    arguments = ["--backbone.weights", tiny_world / "base", "--data.source", tiny_world / "data"]
+    arguments += ["--data.validation-samples", 9, "--run-dir", tmp_path / "run", "--check"]
+    monkeypatch.setattr(sys, "argv", ["train", "shapes-iclr2026", *map(str, arguments)])
+    cli.run(train_llamagen.main)
+    assert "ready: the same command without --check trains" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []

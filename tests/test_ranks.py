@@ -1,0 +1,93 @@
+"""Training on two processes through both launchers gives what one process gives, for every ZeRO stage."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import SAME_SUM, assert_same_metrics, draw, metrics, weights
+from safetensors.torch import load_file
+
+from t2i import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(*command: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    extra = {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": paths,
+        "TORCHDYNAMO_DISABLE": "1",  # saves seconds of imports
+    }
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=inherited | extra,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_world, plain):
+    """Both launchers on two processes each; runs named ranks-*."""
+    script = ("--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "two_ranks.py"))
+    launch("-m", "torch.distributed.run", *script, str(tiny_world))
+    options = f"""--backbone.weights {tiny_world / "base"} --method.k 3 --data.source {tiny_world / "data"}
+        --data.cache-dir {tiny_world / "cache"} --data.validation-samples 9 --optim.codec-lr 1e-2
+        --optim.backbone-lr 1e-3 --optim.warmup-steps 0 --engine.micro-batch 4 --log.log-every 1
+        --log.validate-every 0 --log.sample-every 0 --log.save-every 0 --batch-size 16 --steps 3
+        --run-dir {tiny_world / "runs" / "ranks-zero2"} --engine.zero-stage 2"""
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port())
+    done = launch(*launcher, "launch/train_llamagen.py", "shapes-iclr2026", *options.split())
+    assert done.stdout.count("checkpoint: ") == 1, "only the main process reports"
+    return tiny_world
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_do_what_one_does(two_ranks, stage):
+    got, expected = (metrics(two_ranks, name) for name in (f"ranks-zero{stage}", "plain"))
+    assert_same_metrics(got, expected, SAME_SUM)
+    folder = checkpoint.find_checkpoint(two_ranks / "runs" / f"ranks-zero{stage}")
+    for name, value in weights(checkpoint.find_checkpoint(two_ranks / "runs" / "plain")).items():
+        assert torch.allclose(weights(folder)[name], value, atol=2e-4), name
+
+
+def test_zero3_saves_whole_adapters_and_draws_sheets(two_ranks):
+    folder = checkpoint.find_checkpoint(two_ranks / "runs" / "ranks-zero3-lora")
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 2 * 5, "two matrices for each of five layers in two blocks"
+    assert all(v.numel() > 0 and v.abs().max() > 0 for v in adapter.values()), "lora_B left zero"
+    assert len(list((two_ranks / "runs" / "ranks-zero3" / "samples").glob("*.png"))) == 1
+
+
+def test_a_signal_to_one_rank_stops_all(two_ranks):
+    run_dir = two_ranks / "runs" / "ranks-stopped"
+    assert [f.name for f in checkpoint.run_checkpoints(run_dir)] == ["step_000002"]
+
+
+def test_checkpoints_draw_the_same_in_a_new_process(two_ranks, tmp_path):
+    folders = [two_ranks / "runs" / name for name in ("plain", "ranks-zero2", "ranks-zero3-lora")]
+    here = [draw(folder, tmp_path / "here") for folder in folders]
+    code = "import sys; from pathlib import Path; from runs import draw\n"
+    code += "for i, name in enumerate(sys.argv[2:]): draw(Path(name), Path(sys.argv[1]) / str(i))"
+    launch("-c", code, str(tmp_path), *map(str, folders))
+    for i, images in enumerate(here):
+        assert [(tmp_path / str(i) / f"{j}.png").read_bytes() for j in range(2)] == images
+    assert here[0] != here[2]
