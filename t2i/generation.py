@@ -42,8 +42,9 @@ def iterate_images(
 ) -> Iterator[Generated]:
     """Sample images one batch at a time, in the order of `jobs`.
 
-    An image's random numbers depend on (seed, prompt index, sample index) only. Every batch has `batch_size` rows, the last one
-    filled up, so that an image is also computed in the same matrix shapes whatever else is asked for.
+    An image's random numbers depend on (seed, prompt index, sample index) only. Every batch has the same number of
+    rows, the last one filled up: within a request larger than a batch, all images are computed in the same matrix shapes, so
+    that sharding it changes no bit. Between batch sizes rounding differs, as it does everywhere.
 
     Args:
         prompts: captions, or class ids for a class-conditional backbone.
@@ -65,7 +66,7 @@ def iterate_images(
         if jobs is not None
         else [(p, s) for p in range(len(prompts)) for s in range(samples_per_prompt)]
     )
-    batch_size = min(batch_size, len(jobs))
+    batch_size = max(1, min(batch_size, len(jobs)))
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     bar = tqdm(
         total=len(batches) * model.windows.count, unit="step", desc="sampling", disable=not progress

@@ -90,6 +90,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
         "gradient_accumulation_steps": config.batch_size // per_step,
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": engine.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
