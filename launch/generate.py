@@ -48,6 +48,12 @@ class GenerateConfig:
     top_p: float | None = None
     cfg_interval: int | None = None
 
+    def __post_init__(self):
+        if self.samples < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"samples={self.samples} and batch_size={self.batch_size} must be at least 1"
+            )
+
 
 def main() -> None:
     config = cli.parse(GenerateConfig, __doc__)
@@ -64,14 +70,16 @@ def main() -> None:
         for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")
         if getattr(config, name) is not None
     }
-    config.out.mkdir(parents=True, exist_ok=True)
+    sampling = replace(model.sampling, **changes)
+    prompts = [entry["prompt"] for entry in entries]
+    config.out.mkdir(parents=True, exist_ok=True)  # find out before sampling if that cannot be
     images = iterate_images(
         model,
-        [int(e["prompt"]) if by_class else e["prompt"] for e in entries],
+        [int(p) if by_class and p.isdigit() else p for p in prompts],
         seed=config.seed,
         samples_per_prompt=config.samples,
         batch_size=config.batch_size,
-        sampling=replace(model.sampling, **changes),
+        sampling=sampling,
         stages=config.stages,
     )
     sheets = write_generated(images, entries, config.out, samples_per_prompt=config.samples)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import t2i
 from t2i import checkpoint
+from t2i.data.shapes import write_dataset
 from t2i.training.config import OptimOptions
 from t2i.training.data import TrainingData
 from t2i.training.engine import Processes, TrainingLoss, parameter_groups
@@ -61,9 +62,19 @@ def test_resume_wants_the_same_run(tiny_world, plain):
     refused(r"batch_size: 16 -> 8", batch_size=8)
     refused(r"method: .*'k': 3.* -> .*'k': 2", method__k=2)
     refused("engine.zero_stage=0, this run has 1", engine__zero_stage=1)
+    refused("engine.micro_batch=4, this run has 8", engine__micro_batch=8)
     refused("has done 3 steps already", steps=2)
     refused("already holds a run; give --resume", resume=False)
     assert train(tiny_run(tiny_world, "plain", resume=True)) == plain, "nothing left to do"
+
+
+def test_resume_wants_the_same_data(tiny_world, tmp_path):
+    write_dataset(tmp_path / "data", 40, size=32)
+    config = tiny_run(tiny_world, "grown", data__source=str(tmp_path / "data"))
+    train(replace(config, steps=1))
+    write_dataset(tmp_path / "data", 41, size=32)
+    with pytest.raises(ValueError, match="the data set has changed since"):
+        train(replace(config, resume=True))
 
 
 def test_resume_wants_the_same_number_of_processes(tiny_world, plain):
@@ -122,10 +133,11 @@ def test_logged_losses_are_the_means_over_the_batch(tiny_world, plain):
     config = tiny_run(tiny_world, "-")
     model = build_model(config).train()
     total = torch.zeros(2, 3)
-    for batch in TrainingData(config, model.backbone, ALONE).micro_batches(0):
-        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
-        losses = model(batch.codes, condition, model.noised_windows(batch.codes, batch.keys))
-        total += torch.stack([losses.sums, losses.counts])
+    with torch.no_grad():
+        for batch in TrainingData(config, model.backbone, ALONE).micro_batches(0):
+            condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+            losses = model(batch.codes, condition, model.noised_windows(batch.codes, batch.keys))
+            total += torch.stack([losses.sums, losses.counts])
     means = (total[0] / total[1]).tolist()
     first = metrics(tiny_world, "plain")[0]
     assert [first[f"train/slot{j}"] for j in range(3)] == pytest.approx(means, rel=SAME_SUM)

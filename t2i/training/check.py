@@ -89,7 +89,7 @@ def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     low = config.engine.precision == "bf16"
     weight, grad, optimizer = (
-        (2, 2, 12) if low else (4, 4, 8)
+        (2, 4, 12) if low else (4, 4, 8)
     )  # optimizer: two moments, and an fp32 copy under bf16
     lines = []
     for stage in range(4):

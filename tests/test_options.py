@@ -1,0 +1,71 @@
+"""Settings that are refused, sources by name, and the option to train on own drafts."""
+
+import pytest
+import torch
+from helpers import tiny_llamagen
+
+from t2i import presets
+from t2i.data.shapes import render, sample_scene
+from t2i.data.shapes_source import FINE_TUNING_SEED, parse_shapes
+from t2i.evaluation.store import write_generated
+from t2i.generation import generate
+from t2i.lora import LoRAConfig
+from t2i.rng import make_keys
+from t2i.tensorar.model import TensorAR
+from t2i.training.config import OptimOptions
+from t2i.training.logs import choose_tracker
+
+
+def test_shapes_source_draws_the_fine_tuning_world():
+    source = parse_shapes("shapes:12")
+    assert source.length == 12
+    scene = sample_scene(FINE_TUNING_SEED, 7)
+    assert source[7].captions == [scene.prompt]
+    assert source[7].image.tobytes() == render(scene).tobytes()
+    assert parse_shapes("shapes").identity != source.identity
+    assert parse_shapes("my_images") is None
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: parse_shapes("shapes:none"), "shapes:N"),
+        (lambda: presets.iclr2026(shedule="sine"), "did you mean schedule"),
+        (lambda: presets.iclr2026(own_drafts=1.5), "own_drafts"),
+        (lambda: presets.iclr2026(own_drafts=0.5, noise="gaussian"), "exclude each other"),
+        (lambda: OptimOptions(codec_lr=-1.0), "codec_lr"),
+        (lambda: OptimOptions(warmup_steps=-1), "warmup_steps"),
+        (lambda: OptimOptions(grad_clip=0.0), "grad_clip"),
+        (lambda: LoRAConfig(rank=0), "lora.rank"),
+        (lambda: choose_tracker("no_such_package"), "pip install"),
+        (lambda: generate(None, "a photo"), "must be a list"),
+        (lambda: generate(None, ["a photo"], seed=2**64), "seed="),
+    ],
+)
+def test_refused_with_a_reason(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_training_windows_mix_own_drafts_by_sample():
+    backbone = tiny_llamagen("class")
+    codes = torch.arange(64 * 16).view(64, 16, 1) % backbone.spec.subvocabs[0]
+    keys = make_keys(3, torch.arange(64))
+    condition = backbone.encode_condition({"labels": torch.zeros(64, dtype=torch.long)})
+
+    def windows(share):
+        model = TensorAR(backbone, presets.iclr2026(own_drafts=share)).eval()
+        return model.training_windows(codes, condition, keys)
+
+    noised, own, mixed = windows(0.0), windows(1.0), windows(0.5)
+    is_noised, is_own = ((mixed == w).flatten(1).all(1) for w in (noised, own))
+    assert (is_noised | is_own).all()
+    assert 16 < is_own.sum() < 48
+    assert not torch.equal(noised, own)
+
+
+def test_a_folder_with_other_prompts_is_refused(tmp_path):
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "a cat"}\n')
+    with pytest.raises(ValueError, match="other prompts"):
+        write_generated([], [{"prompt": "a dog"}], tmp_path, samples_per_prompt=1)
