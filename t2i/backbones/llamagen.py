@@ -211,11 +211,11 @@ class ClassEmbedding(nn.Module):
         self.null_id = config.num_classes
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
 
-    def forward(self, prepared: dict[str, Tensor], drop: Tensor | None) -> Condition:
+    def forward(self, prepared: dict[str, Tensor], drop: Tensor | None) -> Tensor:
         labels = prepared["labels"]
         if drop is not None:
             labels = torch.where(drop, self.null_id, labels)
-        return Condition(self.embedding_table(labels)[:, None])
+        return self.embedding_table(labels)[:, None]
 
 
 class CaptionEmbedding(nn.Module):
@@ -230,12 +230,12 @@ class CaptionEmbedding(nn.Module):
         shape = (config.caption_tokens, config.caption_dim)
         self.register_buffer("uncond_embedding", torch.randn(shape) / config.caption_dim**0.5)
 
-    def forward(self, prepared: dict[str, Tensor], drop: Tensor | None) -> Condition:
+    def forward(self, prepared: dict[str, Tensor], drop: Tensor | None) -> Tensor:
         features = prepared["features"].to(self.uncond_embedding.dtype)
         if drop is not None:
             features = torch.where(drop[:, None, None], self.uncond_embedding, features)
         hidden = F.gelu(self.cap_proj["fc1"](features), approximate="tanh")
-        return Condition(self.cap_proj["fc2"](hidden), mask=prepared["mask"])
+        return self.cap_proj["fc2"](hidden)
 
 
 class GPT(nn.Module):
@@ -301,7 +301,8 @@ class LlamaGen(Backbone):
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
-        return self.gpt.cls_embedding(prepared, drop)
+        # A dropped caption keeps its own mask. Modules return tensors: DeepSpeed's hooks look into nothing else.
+        return Condition(self.gpt.cls_embedding(prepared, drop), mask=prepared.get("mask"))
 
     def embed_tokens(self, codes: Tensor) -> Tensor:
         return self.gpt.tok_embeddings(codes[..., 0])
