@@ -147,7 +147,8 @@ def write_comparison(models: dict, config: Quickstart) -> None:
         images += generate(
             model, prompts, seed=config.seed, batch_size=len(prompts), progress=False
         )
-        labels += [f"{name}: {p.removeprefix('a photo of ')}" for p in prompts]
+        short = name.removeprefix("shapes-")
+        labels += [f"{short}: {p.removeprefix('a photo of ')}" for p in prompts]
     last, model = list(models.items())[-1]
     staged = list(
         iterate_images(
@@ -156,7 +157,9 @@ def write_comparison(models: dict, config: Quickstart) -> None:
     )
     for r in range(len(staged[0].stages)):
         images += [g.stages[r] for g in staged]
-        labels += [f"{last}: stage {r + 1} of {len(staged[0].stages)}"] * len(staged)
+        labels += [
+            f"{last.removeprefix('shapes-')}: stage {r + 1} of {len(staged[0].stages)}"
+        ] * len(staged)
     save_png(
         grid(images, columns=len(prompts), labels=labels, cell=192), config.out / "comparison.png"
     )

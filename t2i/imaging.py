@@ -52,5 +52,12 @@ def grid(
         )
         sheet.paste(enlarged, (x, y))
         if labels and labels[i]:
-            draw.text((x, y + cell + 2), labels[i], fill="black", font=font)
+            draw.text((x, y + cell + 2), _fit(labels[i], cell, font), fill="black", font=font)
     return sheet
+
+
+def _fit(text: str, width: int, font: ImageFont.ImageFont) -> str:
+    """The text, cut so that it does not run into the next cell."""
+    while text and font.getlength(text) > width:
+        text = text[:-2] + "…" if len(text) > 2 else ""
+    return text
