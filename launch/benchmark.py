@@ -9,10 +9,10 @@ to the base. Memory is measured in a fresh process per contender.
 
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Benchmark:
     """Images sampled at once."""
     rounds: int = 5
     memory: bool = True
-    """Also measure peak memory, each in its own process."""
+    """Also measure peak memory, each in its own process (on the CPU: of the whole process, Linux only)."""
     out: Path | None = None
     """Also write the table to this file."""
 
@@ -121,8 +121,8 @@ def measure(config: Benchmark) -> dict[str, dict[str, float]]:
 def peak_memory(config: Benchmark, method: str, work: str) -> float:
     """Peak GB of a fresh process that does one piece of work twice."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (config, method, work))
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, config, method, work).result()
 
 
 def _peak(config: Benchmark, method: str, work: str) -> float:
@@ -131,7 +131,10 @@ def _peak(config: Benchmark, method: str, work: str) -> float:
         getattr(contender, work)()
     if contender.device.type == "cuda":
         return contender.torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # Not getrusage: its peak is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024 / 1e9
 
 
 def main() -> None:

@@ -188,7 +188,8 @@ def table(reports: dict, losses: dict) -> str:
     for name, report in reports.items():
         summary = report.summary
         cells = [f"{summary.tags[t].mean:.2f}" for t in tags]
-        cells += [f"**{summary.overall:.3f}** ± {summary.overall_stderr:.3f}"]
+        error = "" if summary.overall_stderr is None else f" ± {summary.overall_stderr:.3f}"
+        cells += [f"**{summary.overall:.3f}**{error}"]
         cells += [_slots(losses.get(name, {}), kind) for kind in ("noised_truth", "own_drafts")]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import generate, quickstart, train_llamagen
+from launch import benchmark, generate, quickstart, train_llamagen
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
+    "benchmark.py": benchmark,
     "generate.py": generate,
     "quickstart.py": quickstart,
     "train_llamagen.py": train_llamagen,
