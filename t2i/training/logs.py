@@ -1,5 +1,6 @@
 """Where numbers go: always `metrics.jsonl`, and TensorBoard or wandb when asked for."""
 
+import hashlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,8 +67,8 @@ def _start_tracker(name: str, run_dir: Path, project: str, config: dict):
     if name == "wandb":
         import wandb
 
-        run = wandb.init(
-            project=project, dir=str(run_dir), config=config, resume="allow", id=run_dir.name
-        )
+        path = str(run_dir.resolve())
+        run_id = f"{run_dir.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        run = wandb.init(project=project, dir=path, config=config, resume="allow", id=run_id)
         return lambda step, values: run.log(values, step=step)
     return None
