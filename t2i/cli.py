@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -27,7 +28,21 @@ def parse_recipe(recipes: dict[str, tuple[str, Config]], description: str) -> Co
     name = next(iter(_arguments()), "--help")
     if not name.startswith("-") and name not in recipes:
         raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
-    config = tyro.extras.overridable_config_cli(recipes, description=description, args=_arguments())
+    if (
+        name in recipes
+    ):  # this recipe's parser alone: its help and suggestions are not repeated for every recipe
+        config = tyro.cli(
+            type(recipes[name][1]),
+            default=recipes[name][1],
+            prog=f"{Path(sys.argv[0]).name} {name}",
+            description=recipes[name][0],
+            args=_arguments()[1:],
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    else:
+        config = tyro.extras.overridable_config_cli(
+            recipes, description=description, args=_arguments()
+        )
     _quiet_libraries()
     return config
 
