@@ -253,8 +253,8 @@ RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "shapes-iclr2026": ("offline shapes world, ICLR 2026 method", _shapes(presets.iclr2026())),
     "shapes-arxiv2505": ("offline shapes world, arXiv v1 method", _shapes(presets.arxiv2505())),
     "shapes-tuned": (
-        "offline shapes world, ICLR 2026 method with light drafts and a faster codec",
-        _shapes(presets.iclr2026(slot_weights=(1.0, 0.03)), codec_lr=3e-3),
+        "offline shapes world, ICLR 2026 method: light drafts, half of them its own, a faster codec",
+        _shapes(presets.iclr2026(slot_weights=(1.0, 0.03), own_drafts=0.5), codec_lr=3e-3),
     ),
     "shapes-control": (
         "offline shapes world, the base fine-tuned as usual",
