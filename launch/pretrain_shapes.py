@@ -1,12 +1,14 @@
 """Pre-train the tiny offline base model: VQ tokenizer, then T5-style text encoder + LlamaGen text-to-image GPT.
 
-This is how `t2i/assets/shapes/` was made. A file that is finished is kept and write
-official layouts, so that the shipped base is loaded by the same code as the published checkpoints:
+This is how `t2i/assets/shapes/` was made. Files have official layouts, so that the shipped base is loaded by the same code as the
+published checkpoints; what is finished is kept. Bases of other sizes may share one tokenizer and its codes:
 
     python launch/pretrain_shapes.py --out runs/shapes-base
+    python launch/pretrain_shapes.py --out runs/shapes-1m --dim 128 --layers 4 --tokenizer runs/shapes-base/vq.pt
 """
 
 import logging
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -48,8 +50,10 @@ class Pretrain:
     vq_steps: int = 1500
     vq_batch: int = 32
     vq_lr: float = 1e-3
-    scenes: int = 24000
-    """Number of captioned scenes for the GPT."""
+    tokenizer: Path | None = None
+    """Finished tokenizer to use instead of training one."""
+    scenes: int = 96000
+    """Number of captioned scenes for the GPT: enough to see each about twice, or a few million parameters learn them by heart."""
     gpt_steps: int = 3000
     gpt_batch: int = 64
     gpt_lr: float = 2e-3
@@ -112,7 +116,7 @@ def revive_codes(model: VQTokenizer, z_NE: Tensor, used: Tensor) -> None:
 # -- text encoder and GPT ------------------------------------------------------------------------
 
 
-def train_gpt(cfg: Pretrain, vq: VQTokenizer, folder: Path) -> LlamaGen:
+def train_gpt(cfg: Pretrain, codes: Tensor, folder: Path) -> LlamaGen:
     """Train the GPT and its text encoder together; the encoder is frozen from then on."""
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -130,8 +134,6 @@ def train_gpt(cfg: Pretrain, vq: VQTokenizer, folder: Path) -> LlamaGen:
         return_tensors="pt",
     )
     ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
-    log.info("encoding %d scenes", cfg.scenes)
-    codes = encode_scenes(cfg, vq)
     gpt = LlamaGen(gpt_config(cfg, codes_side=int(codes.shape[1] ** 0.5))).train()
     gpt.gpt.initialize(torch.Generator().manual_seed(cfg.seed))
     model = TensorAR(gpt, base_method())
@@ -177,9 +179,19 @@ def gpt_config(cfg: Pretrain, codes_side: int) -> LlamaGenConfig:
     )
 
 
-def encode_scenes(cfg: Pretrain, vq: VQTokenizer) -> Tensor:
-    chunks = [np.arange(i, min(i + 64, cfg.scenes)) for i in range(0, cfg.scenes, 64)]
-    return torch.cat([vq.encode(scene_pixels(cfg, chunk)).flatten(1) for chunk in chunks])
+@torch.no_grad()
+def scene_codes(cfg: Pretrain, tokenizer: Path) -> Tensor:
+    """Codes int64 [scenes, T]; kept beside the tokenizer, since encoding takes a quarter of an hour."""
+    path = tokenizer.with_name(f"codes-{cfg.seed}-{cfg.scenes}.npy")
+    if not path.exists():
+        log.info("encoding %d scenes", cfg.scenes)
+        vq = VQTokenizer.load(tokenizer)
+        chunks = [np.arange(i, min(i + 64, cfg.scenes)) for i in range(0, cfg.scenes, 64)]
+        codes = torch.cat([vq.encode(scene_pixels(cfg, chunk)).flatten(1) for chunk in chunks])
+        partial = path.with_suffix(".tmp.npy")
+        np.save(partial, codes.numpy().astype(np.uint16))
+        partial.rename(path)
+    return torch.from_numpy(np.load(path).astype(np.int64))
 
 
 def left_padded(features: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -217,10 +229,13 @@ def save_model(state_dict: dict[str, Tensor], path: Path) -> None:
 def main(cfg: Pretrain) -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     if not (cfg.out / "vq.pt").exists():
-        save_model(train_tokenizer(cfg).state_dict(), cfg.out / "vq.pt")
+        if cfg.tokenizer is None:
+            save_model(train_tokenizer(cfg).state_dict(), cfg.out / "vq.pt")
+        else:
+            shutil.copyfile(cfg.tokenizer, cfg.out / "vq.pt")
     if not (cfg.out / "gpt.pt").exists():
-        vq = VQTokenizer.load(cfg.out / "vq.pt")
-        gpt = train_gpt(cfg, vq, cfg.out / "text_encoder")
+        codes = scene_codes(cfg, cfg.tokenizer or cfg.out / "vq.pt")
+        gpt = train_gpt(cfg, codes, cfg.out / "text_encoder")
         save_model(gpt.official_state_dict(), cfg.out / "gpt.pt")
         write_json(
             cfg.out / "config.json",
