@@ -11,7 +11,6 @@ order, samples held-out prompts from all three, judges them with GenEval's rules
     python launch/quickstart.py --recipes shapes-iclr2026 shapes-arxiv2505 shapes-tuned   # the README's table
 """
 
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +47,7 @@ class Quickstart:
 
 def main() -> None:
     config = cli.parse(Quickstart, __doc__)
+    from launch.lab import fine_tuned, held_out_losses, judge
     from t2i.data.shapes import write_dataset
     from t2i.data.shapes_prompts import benchmark_prompts
     from t2i.data.shapes_source import FINE_TUNING_SEED
@@ -62,11 +62,15 @@ def main() -> None:
     models = {"base": attach(backbone, base())}
     for name in (CONTROL, *config.recipes):
         print(f"[2/3] fine-tuning: {name}")
-        models[name] = fine_tuned(config, name)
-    losses = {name: held_out_losses(model, config) for name, model in models.items()}
+        models[name] = fine_tuned(run_config(config, name))
+    control = run_config(config, CONTROL)
+    losses = {name: held_out_losses(control, model) for name, model in models.items()}
     metadata = benchmark_prompts(config.seed, config.prompts_per_task)
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
-    reports = {name: judge(model, metadata, config) for name, model in models.items()}
+    reports = {
+        name: judge(model, metadata, seed=config.seed, samples=config.samples).report
+        for name, model in models.items()
+    }
     write_comparison(models, config)
     write_results(reports, losses, config)
     print(table(reports, losses))
@@ -89,44 +93,6 @@ def run_config(config: Quickstart, name: str):
         steps=config.steps,
         seed=config.seed,
     )
-
-
-def fine_tuned(config: Quickstart, name: str):
-    """The model after its run, which is done (or continued) now unless it is complete."""
-    from t2i.checkpoint import from_pretrained, run_checkpoints
-    from t2i.training.engine import start_processes
-    from t2i.training.loop import train
-
-    run = run_config(config, name)
-    done = run_checkpoints(run.run_dir)
-    if not done:
-        shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
-    complete = done and done[-1].name == f"step_{config.steps:06d}"
-    folder = done[-1] if complete else train(replace(run, resume=bool(done)))
-    return from_pretrained(folder, device=start_processes().device)
-
-
-def held_out_losses(model, config: Quickstart) -> dict[str, float]:
-    """Loss by slot on the control's held-out set, which is that of every recipe."""
-    from t2i.training.data import TrainingData
-    from t2i.training.engine import start_processes
-    from t2i.training.validation import validate
-
-    data = TrainingData(run_config(config, CONTROL), model.backbone, start_processes())
-    return validate(model, data).metrics()
-
-
-def judge(model, metadata: list[dict], config: Quickstart):
-    """GenEval's verdicts on freshly sampled images."""
-    import geneval
-    from geneval.shapes_detector import ShapesDetector
-    from t2i.generation import generate
-
-    prompts = [entry["prompt"] for entry in metadata]
-    images = generate(
-        model, prompts, seed=config.seed, samples_per_prompt=config.samples, batch_size=48
-    )
-    return geneval.score(images, metadata, ShapesDetector())
 
 
 def write_comparison(models: dict, config: Quickstart) -> None:

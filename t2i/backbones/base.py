@@ -31,6 +31,18 @@ class SamplingConfig:
     """Keep the k most likely codes (and ties); 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
+    window: int = 0
+    """Slots that a TensorAR model predicts and feeds back per step; 0 is all k, fewer are fewer drafts."""
+    draft_temperature: float = 1.0
+    """Factor on the temperature of the drafts; 0 takes the most likely."""
+    draft_guidance: bool = True
+    """Guide the drafts, too."""
+    renoise: float = 0.0
+    """Corrupt drafts before they are fed back, with this share of the training noise's strength."""
+    keep: float = 0.0
+    """Keep a code's draft where it is at least this likely compared with the most likely code; 0 draws every code anew."""
+    contrast: float = 0.0
+    """Move away from what was predicted for the same position one step earlier: logits + contrast * (logits - earlier)."""
 
     def __post_init__(self):
         if self.cfg_scale < 1:
@@ -43,6 +55,12 @@ class SamplingConfig:
             raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy)")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be >= 0 and top_p={self.top_p} in (0, 1]")
+        if self.window < 0 or self.draft_temperature < 0:
+            raise ValueError(
+                f"window={self.window} and draft_temperature={self.draft_temperature} must not be negative"
+            )
+        if not 0 <= self.renoise <= 1 or not 0 <= self.keep <= 1:
+            raise ValueError(f"renoise={self.renoise} and keep={self.keep} must be from 0 to 1")
 
 
 @dataclass(frozen=True)

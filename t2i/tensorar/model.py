@@ -42,8 +42,14 @@ class TensorARConfig:
     """How drafts in the input windows are corrupted in training."""
     schedule: Schedule = "exponential"
     """How the corruption grows from slot to slot."""
+    noise_floor: float = 0.0
+    """Smallest corruption of a draft: the schedule is squeezed into [floor, 1]."""
     own_drafts: float = 0.0
     """Share of training samples whose drafts are the model's own samples, as in sampling, instead of noised truth."""
+    anneal: bool = False
+    """Let that share grow linearly from 0 at the first step to `own_drafts` at the last."""
+    detach: bool = False
+    """The output decoder reads the trunk's state without a gradient: drafts cannot pull on the trunk, only on the head."""
     slot_weights: tuple[float, ...] = (1.0,)
     """Loss weight of slot 0, 1, ...; the last entry holds for all further slots."""
 
@@ -61,8 +67,9 @@ class TensorARConfig:
             raise ValueError(
                 f"slot_weights={self.slot_weights}: give weights >= 0, that of slot 0 above 0"
             )
-        if not 0 <= self.own_drafts <= 1:
-            raise ValueError(f"own_drafts={self.own_drafts} is a share: give a number from 0 to 1")
+        for name in ("own_drafts", "noise_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
         if self.own_drafts > 0 and self.noise == "gaussian":
             raise ValueError(
                 "own_drafts and noise='gaussian' exclude each other: that noise is on embeddings, not on codes"
@@ -119,6 +126,7 @@ class TensorAR(nn.Module):
                     depth=config.depth,
                     mlp=config.mlp,
                     residual=config.residual,
+                    detach=config.detach,
                 )
             if first.device.type != "meta":
                 codec.to_empty(device="cpu").initialize(torch.Generator().manual_seed(seed))
@@ -134,29 +142,41 @@ class TensorAR(nn.Module):
     def noised_windows(self, codes: Tensor, keys: Tensor) -> Tensor:
         """Input windows int64 [B, N, k, S] of codes [B, T, S], drafts corrupted by the configured noise; keys int64 [B]."""
         clean = self.windows.gather(codes)
-        b_k = torch.tensor(schedule_strengths(self.config.schedule, self.config.k))
-        b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
-        b_k = b_k.to(codes.device)
         if self.config.k == 1 or self.config.noise == "gaussian":
             return clean
-        if self.config.noise == "codebook":
-            vectors = tuple(v.to(codes.device) for v in self.backbone.code_vectors())
-            return corrupt_codebook(clean, b_k, vectors, keys)
-        return corrupt_categorical(clean, b_k, self.backbone.spec.subvocabs, keys)
+        return self.corrupt(clean, keys)
 
-    def training_windows(self, codes: Tensor, condition: Condition, keys: Tensor) -> Tensor:
-        """What a training step reads, int64 [B, N, k, S]: noised truth, or own drafts for the configured share of samples."""
+    def corrupt(self, windows: Tensor, keys: Tensor, share: float = 1.0) -> Tensor:
+        """Corrupt the drafts of windows int64 [B, n, k', S] with `share` of the configured strengths."""
+        b_k = torch.tensor(
+            schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
+        )
+        b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
+        b_k = share * b_k[: windows.shape[2]].to(windows.device)
+        if self.config.noise == "codebook":
+            vectors = tuple(v.to(windows.device) for v in self.backbone.code_vectors())
+            return corrupt_codebook(windows, b_k, vectors, keys)
+        return corrupt_categorical(windows, b_k, self.backbone.spec.subvocabs, keys)
+
+    def training_windows(
+        self, codes: Tensor, condition: Condition, keys: Tensor, progress: float = 1.0
+    ) -> Tensor:
+        """What a training step reads, int64 [B, N, k, S]: noised truth, or own drafts for the configured share of samples.
+
+        progress: share of the run that is done, for annealing.
+        """
         noised = self.noised_windows(codes, keys)
-        if self.config.own_drafts == 0 or self.config.k == 1:
+        share = self.config.own_drafts * (progress if self.config.anneal else 1.0)
+        if share == 0 or self.config.k == 1:
             return noised
         own = self.own_draft_windows(codes, condition, fold(keys, 2000), passes=1)
-        chosen = uniforms(fold(keys, 2001), 1)[:, :, None, None] < self.config.own_drafts
+        chosen = uniforms(fold(keys, 2001), 1)[:, :, None, None] < share
         return torch.where(chosen, own, noised)
 
     def embed_windows(
         self, windows: Tensor, first: int = 0, gaussian_keys: Tensor | None = None
     ) -> Tensor:
-        """E(w): windows [B, n, k, S], of which the first has index `first`, -> embeddings [B, n, D]."""
+        """E(w): windows [B, n, k' <= k, S], of which the first has index `first`, -> embeddings [B, n, D]."""
         e_BnkD = self.backbone.embed_tokens(windows)
         if self.codec is None:
             return e_BnkD[:, :, 0]
@@ -165,7 +185,7 @@ class TensorAR(nn.Module):
             noise[:, :, : self.config.stride] = 0
             e_BnkD = e_BnkD + noise.type_as(e_BnkD)
         n = windows.shape[1]
-        valid_nk = self.windows.valid(windows.device)[first : first + n]
+        valid_nk = self.windows.valid(windows.device)[first : first + n, : windows.shape[2]]
         valid = valid_nk.expand(len(windows), -1, -1).flatten(0, 1)
         return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (len(windows), n))
 

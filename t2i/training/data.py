@@ -148,12 +148,12 @@ class TrainingData:
         for indices, batch_keys in zip(
             self.train[where].split(size), keys.split(size), strict=True
         ):
-            yield self._batch(indices, batch_keys)
+            yield self._batch(indices, batch_keys, step / self.steps())
 
-    def _batch(self, indices: Tensor, keys: Tensor) -> Batch:
+    def _batch(self, indices: Tensor, keys: Tensor, progress: float) -> Batch:
         choice = fold(keys, _CAPTION) & 0xFFFF  # which of several captions
         drop = uniforms(fold(keys, _DROP), 1)[:, 0] < self.config.condition_dropout
-        return self._load(indices, fold(keys, _NOISE), drop, choice)
+        return self._load(indices, fold(keys, _NOISE), drop, choice, progress)
 
     def validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped.
@@ -169,7 +169,12 @@ class TrainingData:
             yield self._load(indices, make_keys(0, indices), None, None), i < len(mine)
 
     def _load(
-        self, indices: Tensor, keys: Tensor, drop: Tensor | None, choice: Tensor | None
+        self,
+        indices: Tensor,
+        keys: Tensor,
+        drop: Tensor | None,
+        choice: Tensor | None,
+        progress: float = 1.0,
     ) -> Batch:
         features, mask = self.cache.text(indices, self.max_tokens, choice)
         device = self.processes.device
@@ -178,4 +183,5 @@ class TrainingData:
             {"features": features.to(device), "mask": mask.to(device)},
             keys.to(device),
             None if drop is None else drop.to(device),
+            progress,
         )

@@ -150,7 +150,7 @@ class TrainingLoss(nn.Module):
         """The weighted loss, and the sums and counts by slot [k]."""
         model = self.model
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
-        windows = model.training_windows(batch.codes, condition, batch.keys)
+        windows = model.training_windows(batch.codes, condition, batch.keys, batch.progress)
         gaussian = batch.keys if model.uses_gaussian_noise else None
         losses = model(batch.codes, condition, windows, gaussian)
         return losses.weighted(model.config.weights()), losses.sums.detach(), losses.counts
