@@ -99,6 +99,14 @@ class Condition:
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Whatever else a family's trunk needs, batch first."""
 
+    def rows(self, index: Tensor) -> "Condition":
+        """The conditions of some samples."""
+        return Condition(
+            self.prefix[index],
+            None if self.mask is None else self.mask[index],
+            {k: v[index] for k, v in self.extras.items()},
+        )
+
     @staticmethod
     def cat(parts: Sequence["Condition"]) -> "Condition":
         """Stack along the batch."""

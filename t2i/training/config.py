@@ -103,8 +103,8 @@ class EngineOptions:
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What ZeRO shards over the processes: 1 optimizer, 2 and gradients, 3 and weights."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights in the optimizer."""
+    precision: Literal["fp32", "autocast", "bf16"] = "fp32"
+    """autocast multiplies matrices in bf16 and keeps fp32 weights; bf16 keeps fp32 master weights in the optimizer only."""
     micro_batch: int = 32
     """Samples per process and forward pass; the rest of the batch is accumulated."""
     gradient_checkpointing: bool = False

@@ -139,15 +139,24 @@ def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
     return groups
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of forward passes; does nothing unless the precision is "autocast"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
+
+
 class TrainingLoss(nn.Module):
     """What DeepSpeed wraps: one forward pass from a batch to plain tensors (its hooks do not look into other objects)."""
 
-    def __init__(self, model: TensorAR):
+    def __init__(self, model: TensorAR, precision: str):
         super().__init__()
-        self.model = model
+        self.model, self.precision = model, precision
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss, and the sums and counts by slot [k]."""
+        with autocast(self.precision, batch.codes.device):
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         model = self.model
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
         windows = model.training_windows(batch.codes, condition, batch.keys, batch.progress)
@@ -165,7 +174,7 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
     groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
     engine, *_ = deepspeed.initialize(
-        model=TrainingLoss(model),
+        model=TrainingLoss(model, config.engine.precision),
         optimizer=optimizer,
         config=deepspeed_config(config, processes.world_size),
         dist_init_required=False,

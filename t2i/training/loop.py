@@ -20,7 +20,7 @@ from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
 from t2i.training.config import TrainConfig
 from t2i.training.data import TrainingData, check_backbone
-from t2i.training.engine import set_rates, start_engine, start_processes
+from t2i.training.engine import autocast, set_rates, start_engine, start_processes
 from t2i.training.logs import MetricsLog, choose_tracker
 from t2i.training.run_page import write_run_page
 from t2i.training.validation import validate
@@ -134,7 +134,8 @@ class Run:
 
     def validate(self) -> dict[str, float]:
         """Held-out losses; every rank calls it."""
-        return validate(self.model, self.data).metrics()
+        with autocast(self.config.engine.precision, self.processes.device):
+            return validate(self.model, self.data).metrics()
 
     def sample_sheet(self) -> None:
         """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws, the others wait."""
