@@ -37,6 +37,10 @@ class ShapesDetector:
     classes = SHAPES
     colors = COLORS
 
+    def identity(self) -> dict:
+        """What verdicts depend on: the code alone, which the kit's version stands for."""
+        return {"detector": "shapes"}
+
     def detect(self, image: Image.Image | np.ndarray) -> dict[str, Detections]:
         """Shape -> `Detections` (pixel boxes, scores, masks); shapes without any are left out.
 

@@ -1,0 +1,60 @@
+"""GenEval: draw a checkpoint's images and judge them, judge a folder of images, or compare two results.
+
+python geneval/run.py --ckpt runs/mine
+python geneval/run.py --images any_models_images
+python geneval/run.py compare outputs/geneval/base outputs/geneval/mine
+torchrun --nproc_per_node 8 geneval/run.py --ckpt runs/mine
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
+
+from t2i import cli
+from t2i.evaluation.options import BenchmarkOptions, CompareOptions
+
+
+@dataclass(frozen=True)
+class GenEvalOptions(BenchmarkOptions):
+    """What to judge, and by whom."""
+
+    prompts: str = "auto"
+    """official (553), shapes (the shapes world's 120), a .jsonl file of GenEval metadata, or auto (by the model)."""
+    detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
+    """mask2former (the official one), mask2former-hf (an approximation), shapes, or auto (by the prompts)."""
+    detector_weights: Path | None = None
+    """Weights of the detector, if they are not to be downloaded."""
+
+
+def main() -> None:
+    """Compare if the first word says so, else draw and judge."""
+    from geneval.benchmark import GenEval, load_prompts
+    from geneval.detectors import load_detector
+    from geneval.summary import by_prompt
+    from t2i.evaluation import program
+
+    if sys.argv[1:2] == ["compare"]:
+        program.compare(cli.parse(CompareOptions, __doc__, 1), by_prompt)
+        return
+    options = cli.parse(GenEvalOptions, __doc__)
+    prompts, detector = options.prompts, options.detector
+    if prompts == "auto":
+        prompts = "shapes" if program.is_shapes_world(options) else "official"
+    if detector == "auto":
+        detector = "shapes" if prompts == "shapes" else "mask2former"
+    entries = load_prompts(prompts)
+
+    def build(processes) -> GenEval:
+        weights, device = options.detector_weights, str(processes.device)
+        return GenEval(entries, load_detector(detector, weights=weights, device=device))
+
+    program.run(options, "geneval", build)
+
+
+if __name__ == "__main__":
+    cli.run(main)
