@@ -33,9 +33,14 @@ class GenEval:
     decimals = 3
 
     def __init__(
-        self, entries: Sequence[dict], detector: Detector, options: JudgeOptions | None = None
+        self,
+        entries: Sequence[dict],
+        detector: Detector,
+        *,
+        options: JudgeOptions | None = None,
+        prompts: str = "own",
     ):
-        """entries: GenEval metadata in the order of the folder numbers.
+        """entries: GenEval metadata in the order of the folder numbers. prompts: what to call them.
 
         Raises:
             ValueError: an entry is not in GenEval's schema, or asks for what the detector cannot name.
@@ -46,15 +51,15 @@ class GenEval:
         self.entries = entries
         self.detector = detector
         self.options = options or JudgeOptions()
+        judge = detector.identity()
+        mark = "" if judge["official"] else " (not the official judge)"
+        self.label = f"{prompts} prompts, judged by {judge['name']}{mark}"
 
     def identity(self) -> dict:
-        """Who judges: detector with weights, thresholds, and the version of the rules' code."""
-        return {
-            "benchmark": self.name,
-            "detector": self.detector.identity(),
-            "options": asdict(self.options),
-            "kit_version": __version__,
-        }
+        """Who judges: detector with weights, and thresholds."""
+        detector = dict(self.detector.identity())
+        versions = {"t2i": __version__, **detector.pop("libraries")}
+        return {"detector": detector, "options": asdict(self.options), "versions": versions}
 
     def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
         """The official verdict; for a failure also the masks of what was detected."""
@@ -128,6 +133,8 @@ def draw_masks(
 ) -> Image.Image | None:
     """The masks of the detections that the verdict rests on, one colour per class; the most confident on top.
 
+    Masks are hatched, because a tint would change the colours that a verdict may be about.
+
     Returns:
         A palette image of `size` (width, height) with a transparent ground, or None without masks.
     """
@@ -142,6 +149,8 @@ def draw_masks(
     label_HW = np.zeros(size[::-1], dtype=np.uint8)
     for _, label, mask_HW in sorted(layers, key=lambda layer: layer[0]):
         label_HW[mask_HW] = label
+    period = max(4, min(size) // 32)
+    label_HW[np.add(*np.ogrid[: size[1], : size[0]]) % period >= max(1, period // 4)] = 0
     overlay = Image.fromarray(label_HW).convert("P")
     overlay.putpalette([0, 0, 0, *(c for tint in TINTS for c in ImageColor.getrgb(tint))])
     overlay.info["transparency"] = 0

@@ -9,7 +9,11 @@ DetectorName = Literal["mask2former", "mask2former-hf", "shapes"]
 
 
 def load_detector(
-    name: DetectorName, *, weights: Path | None = None, device: str = "cpu"
+    name: DetectorName,
+    *,
+    weights: Path | None = None,
+    sha256: str | None = None,
+    device: str = "cpu",
 ) -> Detector:
     """The detector of this name; ValueError says what is wrong with the name or the weights."""
     if name == "shapes":

@@ -29,6 +29,8 @@ class GenEvalOptions(BenchmarkOptions):
     """mask2former (the official one), mask2former-hf (an approximation), shapes, or auto (by the prompts)."""
     detector_weights: Path | None = None
     """Weights of the detector, if they are not to be downloaded."""
+    detector_sha256: str | None = None
+    """First digits of the hash that these weights must have instead of the published one."""
 
 
 def main() -> None:
@@ -50,8 +52,13 @@ def main() -> None:
     entries = load_prompts(prompts)
 
     def build(processes) -> GenEval:
-        weights, device = options.detector_weights, str(processes.device)
-        return GenEval(entries, load_detector(detector, weights=weights, device=device))
+        judge = load_detector(
+            detector,
+            weights=options.detector_weights,
+            sha256=options.detector_sha256,
+            device=str(processes.device),
+        )
+        return GenEval(entries, judge, prompts=prompts)
 
     program.run(options, "geneval", build)
 

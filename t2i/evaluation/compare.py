@@ -99,12 +99,11 @@ def compare_folders(a: Path, b: Path, groups_of: Callable[[list[dict]], Groups])
     """
     results_a, rows_a = read_results(a)
     results_b, rows_b = read_results(b)
-    for key, what in (("benchmark", "benchmarks"), ("judge", "judges")):
-        if results_a[key] != results_b[key]:
-            raise ValueError(
-                f"{a} and {b} have different {what}, so their numbers cannot be compared:\n"
-                f"A: {results_a[key]}\nB: {results_b[key]}"
-            )
+    who_a, who_b = _who(results_a), _who(results_b)
+    if who_a != who_b:
+        raise ValueError(
+            f"{a} and {b} were judged differently, so their numbers cannot be compared:\nA: {who_a}\nB: {who_b}"
+        )
     overall, by_group = paired_differences(groups_of(rows_a), groups_of(rows_b))
     digits = results_a["decimals"]
     notes = [
@@ -112,10 +111,20 @@ def compare_folders(a: Path, b: Path, groups_of: Callable[[list[dict]], Groups])
         for name, results in (("A", results_a), ("B", results_b))
         if results["status"] != "complete"
     ]
+    versions = [results["judge"]["versions"] for results in (results_a, results_b)]
+    if versions[0] != versions[1]:
+        notes.append(f"judged with different versions: {versions[0]} and {versions[1]}\n")
     lines = ["| score | A | B | B - A | ± | 95 % interval | prompts |", "|---" * 7 + "|"]
     lines += [_line(name, d, digits) for name, d in {"**overall**": overall, **by_group}.items()]
     legend = f"A: {a}\nB: {b}\n± and interval: paired bootstrap over prompts; * where the interval leaves out 0."
-    return "\n".join([f"{results_a['benchmark']}: {legend}\n", *notes, *lines])
+    head = f"{results_a['benchmark']}: {results_a['label']}"
+    return "\n".join([f"{head}\n{legend}\n", *notes, *lines])
+
+
+def _who(results: dict) -> dict:
+    """What must be equal for numbers to be comparable: the judge, but not the versions of its code."""
+    judge = {key: value for key, value in results["judge"].items() if key != "versions"}
+    return {"benchmark": results["benchmark"], **judge}
 
 
 def _line(name: str, d: Difference, digits: int) -> str:

@@ -110,6 +110,7 @@ def _header_html(results: dict, failed: int) -> str:
     complete = results["status"] == "complete"
     flag = "" if complete else f'<p class="flag">{html.escape(results["status"])}</p>'
     return f"""<header><h1>{html.escape(results["benchmark"])} <span>failures</span></h1>
+<p>{html.escape(results["label"][:1].upper() + results["label"][1:])}</p>
 <p><b>{failed}</b> of {coverage["judged"]} images failed: {coverage["prompts"]} prompts,
 {results["samples_per_prompt"]} images each.</p><p class="faint">{html.escape(where)}</p>{flag}</header>
 """
@@ -138,7 +139,7 @@ def _toolbar_html(sections: dict[str, list[str]]) -> str:
     counts = {"": sum(map(len, sections.values())), **{n: len(c) for n, c in sections.items()}}
     chips = "".join(
         f'<a class="chip" data-task="{html.escape(name)}" href="#task={html.escape(name)}">'
-        f"{_pretty(name) or 'all'} <small>{count}</small></a>"
+        f"{_pretty(name) or 'All'} <small>{count}</small></a>"
         for name, count in counts.items()
     )
     return f"""<nav><div class="chips">{chips}</div><div class="tools">
@@ -154,7 +155,7 @@ def _section_html(name: str, cards: list[str], results: dict) -> str:
     of = f" of {score['images']}" if score else ""
     return (
         f'<section data-task="{html.escape(name)}"><h2>{_pretty(name)} '
-        f'<small>{len(cards)}{of} failed</small></h2><div class="cards">\n{"".join(cards)}</div></section>\n'
+        f'<small>{len(cards)}{of} failed<span class="shown"></span></small></h2><div class="cards">\n{"".join(cards)}</div></section>\n'
     )
 
 
@@ -210,4 +211,4 @@ def _copy_overlay(overlay: Path, pictures: Path) -> Path:
 
 
 def _pretty(name: str) -> str:
-    return html.escape(name.replace("_", " "))
+    return html.escape(name.replace("_", " ").capitalize())

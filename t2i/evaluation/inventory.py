@@ -58,7 +58,9 @@ class Inventory:
             if match and is_kind(child):
                 first = children.setdefault(int(match[1]), child)
                 if first is not child:
-                    self.problems.append(f"{first.name} and {child.name} are the same number")
+                    self.problems.append(
+                        f"{first.relative_to(self.folder)} and {child.name} are the same number"
+                    )
             elif (
                 child.name not in _KNOWN
                 and not child.name.startswith(".")

@@ -1,6 +1,6 @@
 """The stage that judges: one verdict per image, kept in small files that are whole or absent.
 
-OUT/verdicts/<key>/judge.json                 who judged; the key is a hash of it, so judges never mix
+OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it, so judges never mix
 OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
 OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, where it gave that
 
@@ -37,7 +37,7 @@ class Judge(Protocol):
     """What gives verdicts."""
 
     def identity(self) -> dict:
-        """JSON-able: everything that a verdict depends on besides the image (weights by hash, settings, versions)."""
+        """JSON-able: all that a verdict depends on besides the image and its prompt; weights by hash, code under "versions"."""
         ...
 
     def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
@@ -46,11 +46,11 @@ class Judge(Protocol):
 
 
 class Verdicts:
-    """The verdicts of one judge in an output folder."""
+    """The verdicts of one judge on one list of prompts in an output folder; both are given as JSON-able facts."""
 
-    def __init__(self, out: Path, identity: dict):
-        self.identity = identity
-        text = json.dumps(identity, sort_keys=True)
+    def __init__(self, out: Path, judge: dict, prompts: dict):
+        self.about = {"judge": judge, "prompts": prompts}
+        text = json.dumps(self.about, sort_keys=True)
         self.folder = out / "verdicts" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def overlay(self, prompt_index: int, sample: int) -> Path:
@@ -83,7 +83,7 @@ def judge_images(
     """Judge what has no verdict yet; every process takes every n-th prompt and calls this."""
     if processes.is_main:
         verdicts.folder.mkdir(parents=True, exist_ok=True)
-        write_json(verdicts.folder / "judge.json", verdicts.identity)
+        write_json(verdicts.folder / "judge.json", verdicts.about)
     processes.barrier()
     prompts = sorted(inventory.found)[processes.rank :: processes.world_size]
     count = sum(len(inventory.found[index]) for index in prompts)

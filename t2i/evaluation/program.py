@@ -1,21 +1,16 @@
 """What the benchmarks' programs share: the way from their options to a finished report."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from t2i.backbones.base import SamplingConfig
 from t2i.checkpoint import find_checkpoint, from_pretrained, read_config
 from t2i.evaluation.compare import Groups, compare_folders
 from t2i.evaluation.options import BenchmarkOptions, CompareOptions
 from t2i.evaluation.report import table
 from t2i.evaluation.runner import Benchmark, claim_output, evaluate
 from t2i.evaluation.sampling import DrawOptions, read_generation
-from t2i.generation import pick_device
+from t2i.generation import pick_device, sampling_settings
 from t2i.processes import Processes, join_processes
-from t2i.tensorar.model import TensorAR
-
-SAMPLING_OPTIONS = ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")
 
 
 def run(options: BenchmarkOptions, name: str, build: Callable[[Processes], Benchmark]) -> None:
@@ -54,7 +49,7 @@ def run(options: BenchmarkOptions, name: str, build: Callable[[Processes], Bench
         about=about,
     )
     if processes.is_main:
-        print(f"{benchmark.name}: {results['status']}\n\n{table(results)}\n")
+        print(f"{benchmark.name}: {benchmark.label}\n\n{table(results)}\n")
         print(f"± is the bootstrap standard error over prompts\nwrote {out / 'results.json'}")
         print(f"look at {out / 'gallery' / 'index.html'}")
 
@@ -73,12 +68,6 @@ def default_out(options: BenchmarkOptions, name: str) -> Path:
     elif folder.name == "images":
         model = folder.parent.name
     return Path("outputs") / name / model
-
-
-def sampling_settings(model: TensorAR, options: object) -> SamplingConfig:
-    """The model's settings with the overrides that are given under `SAMPLING_OPTIONS`."""
-    given = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
-    return replace(model.sampling, **{k: v for k, v in given.items() if v is not None})
 
 
 def about_checkpoint(ckpt: Path) -> dict:

@@ -82,9 +82,11 @@ def image_source(out: Path, images: Path) -> str:
 
 def make_results(
     benchmark: str,
+    label: str,
     scores: Sequence[Score],
     coverage: Coverage,
     *,
+    prompts: dict,
     best: float,
     decimals: int,
     judge: dict,
@@ -95,10 +97,12 @@ def make_results(
     """The content of results.json."""
     return {
         "benchmark": benchmark,
+        "label": label,
         "status": coverage.status,
         "scores": {score.name: asdict(score) for score in scores},
         "best_possible": best,
         "decimals": decimals,
+        "prompts": prompts,
         "coverage": asdict(coverage),
         "samples_per_prompt": samples,
         "judge": judge,
@@ -155,7 +159,7 @@ def markdown(results: dict) -> str:
         for title, content in blocks.items()
         if content
     ]
-    head = f"# {results['benchmark']}\n\n{table(results)}\n\n"
+    head = f"# {results['benchmark']}: {results['label']}\n\n{table(results)}\n\n"
     note = "± is the bootstrap standard error over prompts.\n\n"
     where = f"Images: `{results['images']}`, {results['samples_per_prompt']} per prompt.\n\n"
     return head + note + where + "\n".join(details)

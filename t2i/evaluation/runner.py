@@ -29,7 +29,7 @@ from t2i.evaluation.report import (
     read_results,
     write_report,
 )
-from t2i.evaluation.sampling import DrawOptions, draw_images, read_generation
+from t2i.evaluation.sampling import DrawOptions, draw_images, prompts_digest, read_generation
 from t2i.evaluation.store import sample_file
 from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
@@ -42,6 +42,8 @@ class Benchmark(Judge, Protocol):
     """What makes a benchmark, besides being a `Judge` of images."""
 
     name: str
+    label: str
+    """Which prompts and which judge: what must stand beside the numbers."""
     best: float
     """The best possible score."""
     decimals: int
@@ -108,7 +110,8 @@ def evaluate(
         claim_output(out, folder)
     processes.barrier()
     inventory = take_inventory(folder, benchmark.entries, selected, scope.samples)
-    verdicts = Verdicts(out, benchmark.identity())
+    prompts = prompts_digest(benchmark.entries)
+    verdicts = Verdicts(out, benchmark.identity(), prompts)
     judge_images(benchmark, inventory, verdicts, processes)
     if processes.is_main:
         _report(benchmark, out, inventory, verdicts, scope)
@@ -149,11 +152,12 @@ def _report(
     coverage.check(allow_incomplete=scope.allow_incomplete)
     results = make_results(
         benchmark.name,
+        benchmark.label,
         benchmark.scores(rows),
         coverage,
+        **verdicts.about,
         best=benchmark.best,
         decimals=benchmark.decimals,
-        judge=verdicts.identity,
         images=image_source(out, inventory.folder),
         samples=scope.samples,
         generation=read_generation(inventory.folder),

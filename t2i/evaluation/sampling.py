@@ -137,9 +137,8 @@ def _undrawn(batch: Batch, folder: Path) -> Batch:
 # -- what images depend on ----------------------------------------------------------------------------------------------------
 def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> dict:
     """Everything that decides what the images are, as JSON would give it back."""
-    lines = json.dumps([entry["prompt"] for entry in entries]).encode()
     return {
-        "prompts": {"count": len(entries), "sha256": hashlib.sha256(lines).hexdigest()},
+        "prompts": prompts_digest(entries),
         "seed": options.seed,
         "sampling": asdict(options.sampling or model.sampling),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -147,6 +146,12 @@ def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawO
         "batch_size": options.batch_size,
         "kit_version": __version__,
     }
+
+
+def prompts_digest(entries: Sequence[dict]) -> dict:
+    """Number of the prompts, and SHA-256 of all their metadata."""
+    text = json.dumps(list(entries), sort_keys=True)
+    return {"count": len(entries), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def weights_hashes(model: TensorAR) -> dict[str, str]:

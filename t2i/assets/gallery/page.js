@@ -17,6 +17,7 @@ function apply() {
       here += !card.hidden;
     }
     section.hidden = here === 0;
+    section.querySelector(".shown").textContent = words.length ? `, ${here} shown` : "";
     shown += here;
   }
   for (const chip of all(".chip")) {
