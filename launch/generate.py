@@ -65,6 +65,7 @@ def main() -> None:
     device, dtype = pick_device(config.device, config.dtype)
     model = from_pretrained(config.ckpt, base=config.base, device=device, dtype=dtype)
     by_class = model.backbone.spec.cond_kind == "class"
+    sampling = sampling_settings(model, config)
     prompts = [entry["prompt"] for entry in entries]
     config.out.mkdir(parents=True, exist_ok=True)  # find out before sampling if that cannot be
     images = iterate_images(
@@ -73,7 +74,7 @@ def main() -> None:
         seed=config.seed,
         samples_per_prompt=config.samples,
         batch_size=config.batch_size,
-        sampling=sampling_settings(model, config),
+        sampling=sampling,
         stages=config.stages,
     )
     sheets = write_generated(images, entries, config.out, samples_per_prompt=config.samples)

@@ -85,7 +85,8 @@ def evaluate(
     Raises:
         ValueError: what is missing, unreadable, unexpected or contradictory in images or folders.
     """
-    assert (model is None) != (images is None), "give a model or a folder of images"
+    if (model is None) == (images is None):
+        raise ValueError("give a model, or a folder of images, and not both")
     scope, processes = scope or Scope(), processes or Processes(0, 1, torch.device("cpu"))
     selected = scope.select(len(benchmark.entries))
     folder = out / "images" if images is None else images

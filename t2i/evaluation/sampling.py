@@ -81,11 +81,12 @@ def draw_images(
         (batch, _undrawn(batch, folder))
         for batch in batches[processes.rank :: processes.world_size]
     ]
+    total = sum(len(undrawn) for _, undrawn in mine)
     bar = tqdm(
-        total=sum(len(undrawn) for _, undrawn in mine),
+        total=total,
         unit="image",
         desc="drawing" + processes.share,
-        disable=not processes.is_main,
+        disable=not (processes.is_main and total),
     )
     with bar:
         for batch, undrawn in mine:
@@ -129,7 +130,7 @@ def _undrawn(batch: Batch, folder: Path) -> Batch:
                 load_image(path)
                 continue
             except ValueError as error:
-                log.warning("%s; drawing it again", error)
+                log.error("%s; drawing it again", error)
         undrawn.append(job)
     return undrawn
 
