@@ -35,15 +35,26 @@ class GenEvalOptions(BenchmarkOptions):
 
 def main() -> None:
     """Compare if the first word says so, else draw and judge."""
+    if sys.argv[1:2] == ["compare"]:
+        compare(cli.parse(CompareOptions, __doc__, 1))
+    else:
+        judge(cli.parse(GenEvalOptions, __doc__))
+
+
+def compare(options: CompareOptions) -> None:
+    """Print the differences of two finished runs."""
+    from geneval.summary import by_prompt
+    from t2i.evaluation.compare import compare_folders
+
+    print(compare_folders(options.a, options.b, by_prompt))
+
+
+def judge(options: GenEvalOptions) -> None:
+    """Draw if need be, judge, and report."""
     from geneval.benchmark import GenEval, load_prompts
     from geneval.detectors import load_detector
-    from geneval.summary import by_prompt
     from t2i.evaluation import program
 
-    if sys.argv[1:2] == ["compare"]:
-        program.compare(cli.parse(CompareOptions, __doc__, 1), by_prompt)
-        return
-    options = cli.parse(GenEvalOptions, __doc__)
     prompts, detector = options.prompts, options.detector
     if prompts == "auto":
         prompts = "shapes" if program.is_shapes_world(options) else "official"
@@ -52,13 +63,13 @@ def main() -> None:
     entries = load_prompts(prompts)
 
     def build(processes) -> GenEval:
-        judge = load_detector(
+        eyes = load_detector(
             detector,
             weights=options.detector_weights,
             sha256=options.detector_sha256,
             device=str(processes.device),
         )
-        return GenEval(entries, judge, prompts=prompts)
+        return GenEval(entries, eyes, prompts=prompts)
 
     program.run(options, "geneval", build)
 

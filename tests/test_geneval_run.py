@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from browser import CHROMIUM, open_browser
+from helpers import tiny_llamagen, tiny_vq
 from PIL import Image
 from test_ranks import launch
 
@@ -124,7 +126,7 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
     process = subprocess.Popen(
         command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while len(list(out.glob("images/*/samples/*.png"))) < 2:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.005)
@@ -219,6 +221,19 @@ def test_mistakes_are_named(refusal, finished, shapes_ckpt, tiny_world, tmp_path
             "--images", finished / "images", "--prompts", prompts, "--detector", "shapes", *out
         )
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_model_of_classes_is_refused(refusal, tmp_path):
+    backbone = tiny_llamagen("class")
+    weights = {"weights": "gpt.pt", "tokenizer": "vq.pt"}
+    content = {"family": "llamagen", **weights, "config": vars(backbone.config)}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    torch.save({"model": backbone.official_state_dict()}, tmp_path / "gpt.pt")
+    torch.save(tiny_vq().state_dict(), tmp_path / "vq.pt")
+    model = t2i.attach(t2i.load_backbone("llamagen", tmp_path), t2i.presets.base())
+    save_pretrained(model, tmp_path / "ckpt", tuning="codec")
+    shapes = ("--prompts", "shapes", "--out", tmp_path / "out")
+    assert "draws classes" in refusal("--ckpt", tmp_path / "ckpt", *shapes)
 
 
 def test_images_without_a_record_are_not_completed(refusal, finished, shapes_ckpt, tmp_path):

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from t2i.checkpoint import find_checkpoint, from_pretrained, read_config
-from t2i.evaluation.compare import Groups, compare_folders
-from t2i.evaluation.options import BenchmarkOptions, CompareOptions
+from t2i.evaluation.options import BenchmarkOptions
 from t2i.evaluation.report import table
 from t2i.evaluation.runner import Benchmark, claim_output, evaluate
 from t2i.evaluation.sampling import DrawOptions, read_generation
@@ -52,11 +51,6 @@ def run(options: BenchmarkOptions, name: str, build: Callable[[Processes], Bench
         print(f"{benchmark.name}: {benchmark.label}\n\n{table(results)}\n")
         print(f"± is the bootstrap standard error over prompts\nwrote {out / 'results.json'}")
         print(f"look at {out / 'gallery' / 'index.html'}")
-
-
-def compare(options: CompareOptions, groups_of: Callable[[list[dict]], Groups]) -> None:
-    """Print the differences of two finished runs."""
-    print(compare_folders(options.a, options.b, groups_of))
 
 
 def default_out(options: BenchmarkOptions, name: str) -> Path:

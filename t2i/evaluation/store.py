@@ -106,7 +106,10 @@ def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
     for folder in sorted(out.glob("[0-9]" * 5)):
         index = int(folder.name)
         path = folder / "metadata.jsonl"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it") from error
         if index >= len(entries) or known not in (None, entries[index]):
             raise ValueError(
                 f"{out} holds images of other prompts ({folder.name}); give another --out or delete it"
