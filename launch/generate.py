@@ -5,7 +5,7 @@ python launch/generate.py --ckpt runs/shapes --prompt-file prompts.txt --stages
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(
@@ -59,18 +59,13 @@ def main() -> None:
     config = cli.parse(GenerateConfig, __doc__)
     from t2i.checkpoint import from_pretrained
     from t2i.evaluation.store import read_prompts, write_generated
-    from t2i.generation import iterate_images, pick_device
+    from t2i.generation import iterate_images, pick_device, sampling_settings
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = pick_device(config.device, config.dtype)
     model = from_pretrained(config.ckpt, base=config.base, device=device, dtype=dtype)
     by_class = model.backbone.spec.cond_kind == "class"
-    changes = {
-        name: getattr(config, name)
-        for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")
-        if getattr(config, name) is not None
-    }
-    sampling = replace(model.sampling, **changes)
+    sampling = sampling_settings(model, config)
     prompts = [entry["prompt"] for entry in entries]
     config.out.mkdir(parents=True, exist_ok=True)  # find out before sampling if that cannot be
     images = iterate_images(

@@ -7,33 +7,16 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
 from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among all."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
 
 def start_processes() -> Processes:
