@@ -51,7 +51,7 @@ def test_constants_are_the_official_ones():
     official = [t.replace("{class}", "{name}") for t in CONFIG["templates"]]
     assert list(colors.TEMPLATES) == official
     assert (colors.BACKGROUND, CONFIG["crop"]) == (CONFIG["background"], True)
-    assert (colors.SIDE, colors.LOGIT_SCALE) == (CONFIG["clip_size"], CONFIG["logit_scale"])
+    assert (CONFIG["clip_size"], CONFIG["logit_scale"]) == (colors.SIDE, colors.LOGIT_SCALE)
     assert list(colors.MEAN + colors.STD) == CONFIG["clip_mean"] + CONFIG["clip_std"]
 
 

@@ -43,7 +43,7 @@ def pytest_ids(case):
 
 def test_constants_are_the_released_ones():
     assert list(OBJECT_NAMES) == CONFIG["classnames"]
-    assert MAX_DETECTIONS == CONFIG["max_per_image"]
+    assert CONFIG["max_per_image"] == MAX_DETECTIONS
     released = ImageRules()
     assert (released.pad_divisor, released.pad_value) == (RULES.pad_divisor, RULES.pad_value)
     assert (released.mean, released.std) == (RULES.mean, RULES.std)
