@@ -17,9 +17,9 @@ from transformers.utils import logging
 from geneval.mmdet_keys import convert
 from t2i.weights import read_state_dict, shorten_keys
 
-# In transformers' model but not in a file: a loss weight, a final norm without a part in the
-# outputs, and (a buffer in older transformers 5) a table of constants.
-_NOT_IN_FILES = re.compile(
+# In transformers' model or in a file, not always in both: a loss weight, a final norm without a
+# part in the outputs, and a table of constants that older versions kept as a buffer.
+_WITHOUT_EFFECT = re.compile(
     r"criterion\.empty_weight"
     r"|model\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weight|bias)"
     r"|.*\.relative_position_index"
@@ -117,9 +117,13 @@ def _complete(
     model: Mask2FormerForUniversalSegmentation, info: dict, source: str | Path
 ) -> Mask2FormerForUniversalSegmentation:
     problems = {
-        "missing": sorted(key for key in info["missing_keys"] if not _NOT_IN_FILES.fullmatch(key)),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "mis-shaped": sorted(key for key, *_ in info["mismatched_keys"]),
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "mis-shaped": [key for key, *_ in info["mismatched_keys"]],
+    }
+    problems = {
+        kind: sorted(key for key in keys if not _WITHOUT_EFFECT.fullmatch(key))
+        for kind, keys in problems.items()
     }
     if any(problems.values()):
         listed = "; ".join(

@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from geneval import colors, detectors, mmdet_weights
@@ -226,6 +227,26 @@ def test_the_hubs_checkpoint_is_an_approximation(tiny_models, tmp_path):
         ValueError, match=r"not here and cannot be downloaded(.|\n)*--detector-weigh"
     ):
         load_detector("mask2former-hf")
+
+
+def test_the_hubs_layout_of_older_versions(tmp_path):
+    """The hub's file holds constant tables, and lacks weights that have no part in the outputs."""
+    model = load_mmdet(golden.CHECKPOINT, golden.SHAPE)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    table = "model.pixel_level_module.encoder.encoder.layers.0.blocks.0.attention.self"
+    weights[f"{table}.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
+    for key in [k for k in weights if "swin.layernorm" in k or "criterion" in k]:
+        del weights[key]
+    save_file(weights, path, metadata={"format": "pt"})
+    loaded = load_hub_folder(tmp_path).state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded[key], value) or "swin.layernorm" in key, key
+    weights["extra.weight"] = torch.zeros(1)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected extra\.weight$"):
+        load_hub_folder(tmp_path)
 
 
 def test_damaged_folders_are_refused(tmp_path):
