@@ -5,12 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from helpers import GOLDEN_ROOT
+from helpers import golden_folder
 
 from geneval.mmdet_images import ImageRules
 from geneval.mmdet_weights import DetectorShape
 
-ROOT = GOLDEN_ROOT / "geneval_detector"
+ROOT = golden_folder("geneval_detector")
 CONFIG = json.loads((ROOT / "config.json").read_text())
 CASES = json.loads((ROOT / "expected.json").read_text())
 CHECKPOINT = next(ROOT.glob("*.pth"))

@@ -7,7 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from helpers import GOLDEN_ROOT
+from helpers import golden_folder
 from PIL import Image
 
 from geneval import colors
@@ -26,7 +26,7 @@ from geneval.colors import (
 from geneval.detector import Detections
 from geneval.object_names import OBJECT_NAMES
 
-ROOT = GOLDEN_ROOT / "geneval_colors"
+ROOT = golden_folder("geneval_colors")
 CONFIG = json.loads((ROOT / "config.json").read_text())
 # Other backgrounds and whole images are options of the official script that GenEval does not use.
 OBJECTS = [o for o in json.loads((ROOT / "objects.json").read_text()) if not o["options"]]

@@ -5,11 +5,11 @@ import json
 from collections import Counter
 
 import pytest
-from helpers import GOLDEN_ROOT
+from helpers import golden_folder
 
 from geneval.prompts import draw_prompts, metadata_line, official_prompts, write_prompts
 
-ROOT = GOLDEN_ROOT / "geneval_prompts"
+ROOT = golden_folder("geneval_prompts")
 OFFICIAL = json.loads((ROOT / "prompts.json").read_text())
 OTHERS = json.loads((ROOT / "other_seeds.json").read_text())
 
