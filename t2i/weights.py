@@ -89,7 +89,9 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], source: str | 
     }
     if any(problems.values()):
         lines = [
-            f"  {kind} ({len(keys)}): {_shorten(keys)}" for kind, keys in problems.items() if keys
+            f"  {kind} ({len(keys)}): {shorten_keys(keys)}"
+            for kind, keys in problems.items()
+            if keys
         ]
         raise ValueError(
             f"{source} does not fit {type(module).__name__}:\n"
@@ -99,7 +101,8 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], source: str | 
     module.load_state_dict(state_dict, strict=True)
 
 
-def _shorten(keys: list[str]) -> str:
+def shorten_keys(keys: list[str]) -> str:
+    """The first of many keys, for a message."""
     shown = ", ".join(keys[:_MAX_KEYS_IN_MESSAGE])
     return (
         shown

@@ -50,6 +50,14 @@ def golden_cases(family: str) -> list:
     return cases
 
 
+def golden_folder(name: str) -> Path:
+    """A folder of golden data; skips the test file where another golden root does not have it."""
+    folder = GOLDEN_ROOT / name
+    if "T2I_GOLDEN" in os.environ and not folder.is_dir():
+        pytest.skip(f"no {name} in {GOLDEN_ROOT}", allow_module_level=True)
+    return folder
+
+
 def golden_table(name: str) -> dict:
     """A JSON table of this name anywhere under the golden root; skips the test where there is none."""
     path = next(GOLDEN_ROOT.rglob(name), None)
