@@ -93,7 +93,7 @@ def generate(model: TensorAR, prompts: Sequence[str | int], **options) -> list[I
 def sampling_settings(model: TensorAR, options: object) -> SamplingConfig:
     """The model's settings, with what `options` (a program's) overrides: its fields of the same names that are not None."""
     names = (field.name for field in fields(SamplingConfig))
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name, None) for name in names}
     return replace(model.sampling, **{k: v for k, v in given.items() if v is not None})
 
 
