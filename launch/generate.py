@@ -47,6 +47,7 @@ class GenerateConfig:
     top_k: int | None = None
     top_p: float | None = None
     cfg_interval: int | None = None
+    cfg_power: float | None = None
 
     def __post_init__(self):
         if self.samples < 1 or self.batch_size < 1:
@@ -67,7 +68,7 @@ def main() -> None:
     by_class = model.backbone.spec.cond_kind == "class"
     changes = {
         name: getattr(config, name)
-        for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")
+        for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval", "cfg_power")
         if getattr(config, name) is not None
     }
     sampling = replace(model.sampling, **changes)
