@@ -140,6 +140,17 @@ def test_permuted_orders(case, model, prepared):
         torch.testing.assert_close(logits[0], expected[b], **LOGITS)
 
 
+def test_epsilon(case, model):
+    """Too small to move logits by more than their tolerance: seen where the variance is as small as it."""
+    eps, gpt = case.config["layer_norm_eps"], model.backbone.gpt
+    assert {m.eps for m in gpt.modules() if isinstance(m, torch.nn.LayerNorm)} == {eps}
+    x = eps**0.5 * torch.randn(1, 4, gpt.lm_head.in_features)
+    c = torch.randn(x.shape)
+    scale, shift = gpt.adaln_before_head.adaLN_modulation(c).chunk(2, dim=-1)
+    expected = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    torch.testing.assert_close(gpt.adaln_before_head(x, c), expected, **LOGITS)
+
+
 def test_loss(case, model, prepared):
     codes = case.input("image_codes")[..., None]
     condition = model.backbone.encode_condition(prepared)
