@@ -211,21 +211,27 @@ def test_every_parameter_trains_and_recomputation_changes_nothing():
         assert used.tolist() == list(expected)
 
 
-def test_dropout_acts_in_training_only():
-    model, codes = TensorAR(tiny_rar(), presets.base()).eval(), tiny_codes(3)
+@pytest.mark.parametrize("place", ["inputs", "scores", "projection", "mlp"])
+def test_dropout_acts_in_training_only(place):
+    """Each of the places by itself, the others switched off; the MLP has two."""
+    model, codes = TensorAR(tiny_rar(), presets.base()), tiny_codes(3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    seen = []
+    for block in model.backbone.gpt.blocks:
+        block.attn.attn_dropout = 0.5 if place == "scores" else 0.0
+        chosen = {"projection": block.attn, "mlp": block.mlp}.get(place)
+        if chosen is not None:
+            chosen.dropout.p = 0.5
+            chosen.dropout.register_forward_hook(lambda _, __, out: seen.append(out.shape[-1]))
+    model.backbone.token_dropout.p = 0.5 if place == "inputs" else 0.0
     with torch.no_grad():
-        still = loss_of(model, codes)
+        still = loss_of(model.eval(), codes)
         assert torch.equal(loss_of(model, codes), still)
-        model.train()
-        torch.manual_seed(0)
-        assert abs(loss_of(model, codes) - still) > 1e-3
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        assert abs(loss_of(model, codes) - still) > 1e-3, "dropout on the attention is left"
-        for block in model.backbone.gpt.blocks:
-            block.attn.attn_dropout = 0.0
-        torch.testing.assert_close(loss_of(model, codes), still)
+        seen.clear()
+        assert abs(loss_of(model.train(), codes) - still) > 1e-3
+    assert seen == {"projection": [32, 32], "mlp": [64, 32] * 2}.get(place, [])
 
 
 def test_pretraining_from_a_config():
@@ -233,6 +239,7 @@ def test_pretraining_from_a_config():
     sizes = {"vocab_size": 48, "num_classes": 3, "dropout": 0.0, "attn_dropout": 0.0}
     backbone = RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), **sizes)).train()
     backbone.gpt.initialize(torch.Generator().manual_seed(0))
+    assert not any(p.any() for n, p in backbone.named_parameters() if "adaLN" in n)
     model, codes = TensorAR(backbone, presets.base()), tiny_codes(3)
     first = loss_of(model, codes).item()
     assert first == pytest.approx(math.log(48), abs=0.05)
