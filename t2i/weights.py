@@ -71,6 +71,11 @@ def _strip_wrappers(key: str) -> str:
     return key
 
 
+def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
+    """How many different names follow `prefix` (which ends with a dot): the length of a stored list of modules."""
+    return len({k.removeprefix(prefix).split(".")[0] for k in state_dict if k.startswith(prefix)})
+
+
 def load_strict(module: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
     """Copy `state_dict` into `module`, which must have exactly these keys and shapes.
 

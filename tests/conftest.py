@@ -7,15 +7,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import tiny_llamagen
+from helpers import tiny_llamagen, tiny_rar
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["class", "text"])
+TINY = {
+    "class": lambda: tiny_llamagen("class"),
+    "text": lambda: tiny_llamagen("text"),
+    "rar": tiny_rar,
+}
+
+
+@pytest.fixture(params=TINY)
 def backbone(request):
-    """A tiny LlamaGen of each kind."""
-    return tiny_llamagen(request.param)
+    """A tiny LlamaGen of each kind, and one of every other family."""
+    return TINY[request.param]()
 
 
 @pytest.fixture(scope="session")

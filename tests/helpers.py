@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from t2i.backbones.base import Backbone
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
+from t2i.backbones.rar import RAR, RARConfig
 from t2i.tensorar.model import TensorAR
+from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
 
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
@@ -74,8 +77,9 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             if value.dim() == 1:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
-                gain = 3.0 if "output" in name else 1.0
-                value.normal_(std=gain * value[0].numel() ** -0.5, generator=generator)
+                gain = 3.0 if "output" in name or "lm_head" in name else 1.0
+                fan_in = value.shape[-1] if value.dim() == 3 else value[0].numel()  # 3: a table
+                value.normal_(std=gain * fan_in**-0.5, generator=generator)
 
 
 def tiny_config(cond: str) -> LlamaGenConfig:
@@ -108,9 +112,19 @@ def tiny_llamagen(cond: str, seed: int = 0) -> LlamaGen:
     return backbone.eval()
 
 
-def tiny_prepared(backbone: LlamaGen, batch: int) -> dict[str, Tensor]:
+def tiny_rar(seed: int = 0) -> RAR:
+    """A RAR of 4x4 codes with a tokenizer, in eval mode."""
+    backbone = RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), vocab_size=48, num_classes=10))
+    tokenizer = MaskGITVQGAN(MaskGITConfig(32, (1, 2), 1, codebook_size=48, codebook_dim=16))
+    for module in (backbone, tokenizer):
+        randomize(module, seed)
+    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+    return backbone.eval()
+
+
+def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
     """Different conditions: labels, or left-padded captions of different lengths."""
-    if backbone.config.cond == "class":
+    if backbone.spec.cond_kind == "class":
         return {"labels": torch.arange(batch) % backbone.config.num_classes}
     length, width = backbone.config.caption_tokens, backbone.config.caption_dim
     valid = 1 + torch.arange(batch) * 2 % length

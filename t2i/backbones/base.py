@@ -25,6 +25,8 @@ class SamplingConfig:
     """Classifier-free guidance: null + scale * (cond - null); 1 turns it off and halves the work."""
     cfg_interval: int = -1
     """Guide the first image token and the next `cfg_interval` + 1 only (LlamaGen's option); -1 guides all."""
+    cfg_power: float = 0.0
+    """Let guidance grow from 1 to `cfg_scale` along a power-cosine (RAR's option); the higher, the later. 0 is constant."""
     temperature: float = 1.0
     """0 takes the most likely code."""
     top_k: int = 0
@@ -51,6 +53,10 @@ class SamplingConfig:
             )
         if self.cfg_interval < -1:
             raise ValueError(f"cfg_interval={self.cfg_interval} must be at least -1 (guide all)")
+        if self.cfg_power < 0:
+            raise ValueError(
+                f"cfg_power={self.cfg_power} must not be negative (0 is constant guidance)"
+            )
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy)")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -183,6 +189,14 @@ def causal_mask(index_L: Tensor, extent: int, prefix_mask_BP: Tensor | None) -> 
     return allowed[:, None]
 
 
+def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
+    """RAR's guidance (1d-tokenizer `modeling/rar.py`): 1 + (scale - 1) (1 - cos(pi (step/steps)^power)) / 2, in fp32 as there."""
+    if power == 0:
+        return scale
+    done = torch.tensor(step / steps, dtype=torch.float32) ** power
+    return (1 + (scale - 1) * (1 - torch.cos(torch.pi * done)) / 2).item()
+
+
 class Backbone(nn.Module, ABC):
     """A pre-trained generator; its parameters are what fine-tuning may change."""
 
@@ -240,8 +254,9 @@ class Backbone(nn.Module, ABC):
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `length` inputs, with the dtype and device of the parameters."""
 
-    def guidance(self, scale: float, step: int, steps: int) -> tuple[float, ...]:
-        """CFG scale of each sub-token at a step; constant unless the family says otherwise."""
+    def guidance(self, config: SamplingConfig, step: int, steps: int) -> tuple[float, ...]:
+        """CFG scale of each sub-token at a step of the sampling loop."""
+        scale = power_cosine(config.cfg_scale, config.cfg_power, step, steps)
         return (scale,) * len(self.spec.subvocabs)
 
     # -- pixels -----------------------------------------------------------------------------------------------------------

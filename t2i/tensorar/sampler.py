@@ -110,7 +110,7 @@ def window_logits(
     cond, null = logits.chunk(2)
     if config.cfg_interval > -1 and index * model.windows.stride - 1 > config.cfg_interval:
         return cond
-    scale = model.backbone.guidance(config.cfg_scale, index, model.windows.count)[earlier.shape[-1]]
+    scale = model.backbone.guidance(config, index, model.windows.count)[earlier.shape[-1]]
     guided = null + (cond - null) * scale
     if not config.draft_guidance:
         guided[:, model.windows.stride :] = cond[:, model.windows.stride :]
