@@ -5,14 +5,17 @@ python launch/generate.py --ckpt runs/shapes --prompt-file prompts.txt --stages
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import tyro
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.sampling_options import SamplingOverrides
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,9 @@ class GenerateConfig:
     """cpu, cuda, or auto."""
     dtype: str = "auto"
     """float32, bfloat16, or auto (bfloat16 on a GPU)."""
-    cfg_scale: float | None = None
-    """Overrides of the checkpoint's sampling settings."""
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    cfg_interval: int | None = None
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
+        default_factory=SamplingOverrides
+    )
 
     def __post_init__(self):
         if self.samples < 1 or self.batch_size < 1:
@@ -59,13 +59,13 @@ def main() -> None:
     config = cli.parse(GenerateConfig, __doc__)
     from t2i.checkpoint import from_pretrained
     from t2i.evaluation.store import read_prompts, write_generated
-    from t2i.generation import iterate_images, pick_device, sampling_settings
+    from t2i.generation import iterate_images, pick_device
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = pick_device(config.device, config.dtype)
     model = from_pretrained(config.ckpt, base=config.base, device=device, dtype=dtype)
     by_class = model.backbone.spec.cond_kind == "class"
-    sampling = sampling_settings(model, config)
+    sampling = config.sampling.apply(model.sampling)
     prompts = [entry["prompt"] for entry in entries]
     config.out.mkdir(parents=True, exist_ok=True)  # find out before sampling if that cannot be
     images = iterate_images(

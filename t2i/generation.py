@@ -1,7 +1,7 @@
 """Prompts to images: batching, per-image random numbers, decoding to pixels."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -88,13 +88,6 @@ def iterate_images(
 def generate(model: TensorAR, prompts: Sequence[str | int], **options) -> list[Image.Image]:
     """Sample images for prompts, prompt by prompt; options as in `iterate_images`. Returns PIL images."""
     return [generated.image for generated in iterate_images(model, prompts, **options)]
-
-
-def sampling_settings(model: TensorAR, options: object) -> SamplingConfig:
-    """The model's settings, with what `options` (a program's) overrides: its fields of the same names that are not None."""
-    names = (field.name for field in fields(SamplingConfig))
-    given = {name: getattr(options, name, None) for name in names}
-    return replace(model.sampling, **{k: v for k, v in given.items() if v is not None})
 
 
 def to_images(model: TensorAR, codes: Tensor) -> list[Image.Image]:

@@ -1,9 +1,11 @@
 """What the benchmarks' programs can be told; cheap to import, so that --help and mistakes are answered at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
+
+from t2i.sampling_options import SamplingOverrides
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,9 @@ class BenchmarkOptions:
     """cpu, cuda, or auto."""
     dtype: str = "auto"
     """float32, bfloat16, or auto (bfloat16 on a GPU); of the model that draws."""
-    cfg_scale: float | None = None
-    """Overrides of the checkpoint's sampling settings."""
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    cfg_interval: int | None = None
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
+        default_factory=SamplingOverrides
+    )
 
     def __post_init__(self):
         if (self.ckpt is None) == (self.images is None):

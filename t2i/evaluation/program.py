@@ -8,7 +8,7 @@ from t2i.evaluation.options import BenchmarkOptions
 from t2i.evaluation.report import table
 from t2i.evaluation.runner import Benchmark, claim_output, evaluate
 from t2i.evaluation.sampling import DrawOptions, read_generation
-from t2i.generation import pick_device, sampling_settings
+from t2i.generation import pick_device
 from t2i.processes import Processes, join_processes
 
 
@@ -35,7 +35,7 @@ def run(options: BenchmarkOptions, name: str, build: Callable[[Processes], Bench
             raise ValueError(
                 f"{options.ckpt} draws classes, but {benchmark.name} asks with captions"
             )
-        draw = DrawOptions(options.seed, sampling_settings(model, options), options.batch_size)
+        draw = DrawOptions(options.seed, options.sampling.apply(model.sampling), options.batch_size)
         about = about_checkpoint(options.ckpt)
     results = evaluate(
         benchmark,

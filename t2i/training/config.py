@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from t2i import presets
-from t2i.backbones.base import SamplingConfig
 from t2i.checkpoint import Tuning
 from t2i.lora import LoRAConfig
+from t2i.sampling_options import SamplingOverrides
 from t2i.tensorar.model import TensorARConfig
 
 
@@ -155,8 +155,8 @@ class TrainConfig:
     optim: OptimOptions = field(default_factory=OptimOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     log: LogOptions = field(default_factory=LogOptions)
-    sampling: SamplingConfig | None = None
-    """Sampling of the sheets, and the checkpoint's default; the backbone's own if not given."""
+    sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
+    """Sampling of the sheets, and the checkpoint's default."""
     batch_size: int = 256
     """Samples per optimizer step, over all processes."""
     epochs: float = 20.0

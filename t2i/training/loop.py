@@ -43,8 +43,7 @@ def build_model(config: TrainConfig) -> TensorAR:
         add_lora(backbone, config.lora, seed=config.seed)
     backbone.token_dropout.p = config.token_dropout
     backbone.gradient_checkpointing = config.engine.gradient_checkpointing
-    if config.sampling is not None:
-        model.sampling = config.sampling
+    model.sampling = config.sampling.apply(model.sampling)
     return model
 
 

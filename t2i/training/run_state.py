@@ -69,9 +69,7 @@ def save(
                 "data_key": data_key,
                 "config": plain(asdict(config)),
             }
-            write_model(
-                model, partial, tuning=config.tuning, sampling=config.sampling, training=training
-            )
+            write_model(model, partial, tuning=config.tuning, training=training)
     processes.barrier()
     if processes.is_main:
         finish_folder(partial, folder)
