@@ -237,7 +237,9 @@ def test_bad_methods(override):
 
 
 def test_bad_preset_and_missing_tokenizer():
-    with pytest.raises(ValueError, match=r"unknown preset 'iclr'.*iclr2026, arxiv2505, base"):
+    with pytest.raises(
+        ValueError, match=r"unknown preset 'iclr'.*iclr2026, arxiv2505, tuned, base"
+    ):
         presets.method("iclr")
     backbone = tiny_llamagen("class")
     backbone.frozen.tokenizer = None
