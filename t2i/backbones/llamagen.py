@@ -10,7 +10,7 @@ A pre-norm Llama block with fused QKV and SwiGLU. Three things differ from the L
 Shapes: B batch, L inputs, P prefix, D width, H heads, K head width, T image tokens, C caption feature width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -205,6 +205,24 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+def run_blocks(
+    blocks: Iterable[Block],
+    x_BLD: Tensor,
+    rope: Tensor,
+    mask: Tensor | None,
+    cache: KVCache | None,
+    *,
+    recompute: bool,
+) -> Tensor:
+    """Apply blocks in turn; `recompute` keeps no activations inside them and computes these again in the backward pass."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            x_BLD = checkpoint(block, x_BLD, rope, mask, cache, use_reentrant=False)
+        else:
+            x_BLD = block(x_BLD, rope, mask, cache)
+    return x_BLD
+
+
 class ClassEmbedding(nn.Module):
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
@@ -253,10 +271,15 @@ class GPT(nn.Module):
 
     def initialize(self, generator: torch.Generator) -> None:
         """Weights for pre-training from scratch: N(0, 0.02), and a zero head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
+        normal_weights(self, generator)
         nn.init.zeros_(self.output.weight)
+
+
+def normal_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """N(0, 0.02) for all matrices, as the reference starts its pre-training."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02, generator=generator)
 
 
 class LlamaGen(Backbone):
@@ -322,11 +345,7 @@ class LlamaGen(Backbone):
         else:
             mask = None
         x = self.token_dropout(x_BLD)
-        for block in self.gpt.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, rope, mask, cache)
+        x = run_blocks(self.gpt.layers, x, rope, mask, cache, recompute=self.gradient_checkpointing)
         return self.gpt.norm(x)
 
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:

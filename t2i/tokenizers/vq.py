@@ -41,14 +41,14 @@ class VQConfig:
         try:
             channels = state_dict["encoder.conv_in.weight"].shape[0]
             # At least one, so that another family's file fails below by the name of a key.
-            levels = max(1, _count(state_dict, "encoder.conv_blocks."))
+            levels = max(1, count_children(state_dict, "encoder.conv_blocks."))
             return VQConfig(
                 channels=channels,
                 multipliers=tuple(
                     state_dict[f"encoder.conv_blocks.{i}.res.0.conv2.weight"].shape[0] // channels
                     for i in range(levels)
                 ),
-                res_blocks=_count(state_dict, "encoder.conv_blocks.0.res."),
+                res_blocks=count_children(state_dict, "encoder.conv_blocks.0.res."),
                 latent_channels=state_dict["encoder.conv_out.weight"].shape[0],
                 codebook_size=state_dict["quantize.embedding.weight"].shape[0],
                 codebook_dim=state_dict["quantize.embedding.weight"].shape[1],
@@ -59,21 +59,23 @@ class VQConfig:
             ) from error
 
 
-def _count(state_dict: dict[str, Tensor], prefix: str) -> int:
+def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
+def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+    return nn.GroupNorm(_GROUPS, channels, eps=1e-6, affine=affine)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, bias: bool = True):
         super().__init__()
-        self.norm1, self.conv1 = _norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = _norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
         if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -86,7 +88,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.norm = _norm(c)
+        self.norm = group_norm(c)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid = _mid(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +190,7 @@ class Decoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
