@@ -41,11 +41,11 @@ class GenerateConfig:
     """cpu, cuda, or auto."""
     dtype: str = "auto"
     """float32, bfloat16, or auto (bfloat16 on a GPU)."""
-    cfg_scale: float | None = None
-    """Overrides of the checkpoint's sampling settings."""
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    cfg_scale: float | tuple[float, ...] | None = None
+    """Overrides of the checkpoint's sampling settings (one number, or one per sub-token of a code)."""
+    temperature: float | tuple[float, ...] | None = None
+    top_k: int | tuple[int, ...] | None = None
+    top_p: float | tuple[float, ...] | None = None
     cfg_interval: int | None = None
 
     def __post_init__(self):

@@ -7,15 +7,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import tiny_llamagen
+from helpers import tiny_llamagen, tiny_open_magvit2
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["class", "text"])
+BACKBONES = {
+    "llamagen_class": lambda: tiny_llamagen("class"),
+    "llamagen_text": lambda: tiny_llamagen("text"),
+    "open_magvit2": tiny_open_magvit2,
+}
+
+
+@pytest.fixture(params=BACKBONES)
 def backbone(request):
-    """A tiny LlamaGen of each kind."""
-    return tiny_llamagen(request.param)
+    """A tiny backbone of each family and kind of condition: 4x4 codes, random weights."""
+    return BACKBONES[request.param]()
 
 
 @pytest.fixture(scope="session")

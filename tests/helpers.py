@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from t2i.backbones.base import Backbone
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
+from t2i.backbones.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config
 from t2i.tensorar.model import TensorAR
+from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
 
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
@@ -66,7 +69,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             if value.dim() == 1:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
-                gain = 3.0 if "output" in name else 1.0
+                gain = 3.0 if "output" in name or "head" in name else 1.0
                 value.normal_(std=gain * value[0].numel() ** -0.5, generator=generator)
 
 
@@ -100,9 +103,34 @@ def tiny_llamagen(cond: str, seed: int = 0) -> LlamaGen:
     return backbone.eval()
 
 
-def tiny_prepared(backbone: LlamaGen, batch: int) -> dict[str, Tensor]:
+def tiny_lfq(seed: int = 0) -> LFQTokenizer:
+    """Two pixels per code, 2^7 codes."""
+    tokenizer = LFQTokenizer(LFQConfig(32, (1, 2), 1, bits=7))
+    randomize(tokenizer, seed)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def tiny_open_magvit2(seed: int = 0) -> OpenMAGVIT2:
+    """An Open-MAGVIT2 of 4x4 codes, each two sub-tokens, with a tokenizer, in eval mode."""
+    config = OpenMAGVIT2Config(
+        dim=32,
+        n_layer=2,
+        n_intra_layer=2,
+        n_head=2,
+        grid=(4, 4),
+        bits=(3, 4),
+        ffn_dim=64,
+        num_classes=10,
+    )
+    backbone = OpenMAGVIT2(config)
+    randomize(backbone, seed)
+    backbone.frozen.tokenizer = tiny_lfq()
+    return backbone.eval()
+
+
+def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
     """Different conditions: labels, or left-padded captions of different lengths."""
-    if backbone.config.cond == "class":
+    if backbone.spec.cond_kind == "class":
         return {"labels": torch.arange(batch) % backbone.config.num_classes}
     length, width = backbone.config.caption_tokens, backbone.config.caption_dim
     valid = 1 + torch.arange(batch) * 2 % length
@@ -111,9 +139,17 @@ def tiny_prepared(backbone: LlamaGen, batch: int) -> dict[str, Tensor]:
     return {"features": features * mask[..., None], "mask": mask}
 
 
-def tiny_codes(batch: int, seed: int = 0) -> Tensor:
-    """Random codes [B, 16, 1]."""
-    return torch.randint(48, (batch, 16, 1), generator=torch.Generator().manual_seed(seed))
+def tiny_codes(backbone: Backbone, *shape: int, seed: int = 0) -> Tensor:
+    """Random codes [*shape, S]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack(
+        [torch.randint(v, shape, generator=generator) for v in backbone.spec.subvocabs], dim=-1
+    )
+
+
+def other_codes(backbone: Backbone, codes: Tensor) -> Tensor:
+    """Codes that differ from the given ones [..., S] in every sub-token."""
+    return (codes + 1) % torch.tensor(backbone.spec.subvocabs)
 
 
 def open_gates(model: TensorAR) -> TensorAR:
