@@ -56,7 +56,7 @@ def test_sizes(size):
     assert count(backbone) == COUNTS[size]
     assert backbone.spec.sampling == SAMPLING[size]
     assert infer_config(backbone.official_state_dict(), None) == replace(
-        backbone.config, ffn_dim=backbone.config.blocks.hidden_dim
+        backbone.config, ffn_dim=backbone.config.hidden_dim
     )
 
 

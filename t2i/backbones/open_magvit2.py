@@ -1,7 +1,7 @@
 """Open-MAGVIT2's class-conditional generator (arXiv 2409.04410; SEED-Voken `modules/transformer/gpt.py`).
 
-A code of 18 bits is two sub-tokens: `pre`, the first 6 bits, and `post`, the other 12. The trunk is LlamaGen's: one position per
-code, whose input is the sum of both sub-tokens' embeddings. What follows the trunk is different:
+A code of 18 bits is two sub-tokens: `pre`, the first 6 bits, and `post`, the other 12. The trunk is LlamaGen's (`llama.py`): one
+position per code, whose input is the sum of both sub-tokens' embeddings. What follows the trunk is different:
 
 - The trunk's output is not normalised. It starts a sequence [h, embedding of `pre`] of length 2, for which a few more blocks of the
   same kind (the intra-token transformer) predict `pre` at its first place and `post` at its second; the norm comes after them.
@@ -10,7 +10,7 @@ code, whose input is the sum of both sub-tokens' embeddings. What follows the tr
 
 TensorAR's codec sits between trunk and intra-token transformer, which then serves every slot.
 
-Shapes: B batch, L inputs, D width, S = 2 sub-tokens, V_s vocabulary of a sub-token, T image tokens, M rows of any shape.
+Shapes: B batch, L inputs, D width, S = 2 sub-tokens, T image tokens.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from t2i.backbones.base import (
     SamplingConfig,
     causal_mask,
 )
-from t2i.backbones.llamagen import (
+from t2i.backbones.llama import (
     Block,
     ClassEmbedding,
-    LlamaGenConfig,
+    LlamaConfig,
     RMSNorm,
     normal_weights,
     rope_table,
@@ -44,46 +44,14 @@ from t2i.weights import load_strict, read_state_dict
 _PREFIX = "transformer."
 
 
-@dataclass(frozen=True)
-class OpenMAGVIT2Config:
-    """Shape of an Open-MAGVIT2 generator."""
+@dataclass(frozen=True, kw_only=True)
+class OpenMAGVIT2Config(LlamaConfig):
+    """Shape of an Open-MAGVIT2 generator; `n_layer` are the blocks of its trunk."""
 
-    dim: int
-    n_layer: int
-    """Blocks of the trunk."""
     n_intra_layer: int
     """Blocks of the intra-token transformer."""
-    n_head: int
-    grid: tuple[int, int] = (16, 16)
     bits: tuple[int, int] = (6, 12)
     """Bits of each sub-token."""
-    n_kv_head: int | None = None
-    ffn_dim: int | None = None
-    """Hidden width of the SwiGLU; None means 8/3 of dim rounded up to a multiple of 256."""
-    num_classes: int = 1000
-    norm_eps: float = 1e-5
-    rope_base: float = 10000.0
-    token_dropout: float = 0.1
-    """Element dropout on all input embeddings of the trunk (training only)."""
-    resid_dropout: float = 0.1
-    ffn_dropout: float = 0.1
-
-    @property
-    def blocks(self) -> LlamaGenConfig:
-        """The same as LlamaGen's configuration, whose blocks these are."""
-        return LlamaGenConfig(
-            dim=self.dim,
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            grid=self.grid,
-            n_kv_head=self.n_kv_head,
-            ffn_dim=self.ffn_dim,
-            num_classes=self.num_classes,
-            norm_eps=self.norm_eps,
-            rope_base=self.rope_base,
-            resid_dropout=self.resid_dropout,
-            ffn_dropout=self.ffn_dropout,
-        )
 
 
 SIZES = {
@@ -122,7 +90,7 @@ def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) ->
             "not in the weights; pass config=OpenMAGVIT2Config(...)"
         )
     return OpenMAGVIT2Config(
-        **{**size, "n_intra_layer": count_children(state_dict, f"{_PREFIX}factorized_blocks.")},
+        **size,
         grid=grid or (16, 16),
         bits=tuple((v - 1).bit_length() for v in (pre, post)),
         ffn_dim=ffn_dim,
@@ -135,12 +103,11 @@ class GPT(nn.Module):
 
     def __init__(self, config: OpenMAGVIT2Config):
         super().__init__()
-        blocks = config.blocks
-        self.class_emb = ClassEmbedding(blocks)
+        self.class_emb = ClassEmbedding(config)
         self.pre_emb, self.post_emb = (nn.Embedding(2**b, config.dim) for b in config.bits)
-        self.spatial_blocks = nn.ModuleList(Block(blocks, i) for i in range(config.n_layer))
+        self.spatial_blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.factorized_blocks = nn.ModuleList(
-            Block(blocks, i) for i in range(config.n_intra_layer)
+            Block(config, i) for i in range(config.n_intra_layer)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.ModuleList(nn.Linear(config.dim, 2**b, bias=False) for b in config.bits)
@@ -207,7 +174,7 @@ class OpenMAGVIT2(Backbone):
     def _rope_on(self, device: torch.device) -> Tensor:
         # Not a buffer: it must stay fp32 when the model is cast to bf16.
         if self._rope is None or self._rope.device != device:
-            self._rope = rope_table(self.config.blocks).to(device)
+            self._rope = rope_table(self.config).to(device)
         return self._rope
 
     def _intra_token(self, h: Tensor, earlier: Tensor) -> Tensor:
