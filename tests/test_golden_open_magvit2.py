@@ -192,6 +192,7 @@ def test_a_generator_reads_the_raw_weights(tokenizer_case):
 
 
 def test_bits():
+    assert indices(torch.zeros(18)) == 0, "zero counts as negative"
     for case in golden_table("lfq_bits.json")["cases"]:
         low, high = case["factorized_bits"]
         for row in case["examples"]:

@@ -250,7 +250,7 @@ def test_each_sub_token_has_its_own_settings():
     assert not torch.equal(half, both)
     other = sample(model, temperature=0.0, cfg_scale=(1.0, 2.0))
     plain = sample(model, temperature=0.0, cfg_scale=1.0)
-    assert torch.equal(other[:, 0, :, 0], plain[:, 0, :, 0])
+    assert torch.equal(other[:, 0, :, 0], plain[:, 0, :, 0]) and not torch.equal(other, plain)
 
 
 def test_settings_per_sub_token_are_checked():

@@ -218,7 +218,7 @@ class LFQTokenizer(nn.Module):
         state_dict = read_state_dict(path)
         state_dict = tokenizer_part(state_dict) or state_dict
         raw = {k: v for k, v in state_dict.items() if not k.startswith(_EMA)}
-        averaged = {k: v for k, v in state_dict.items() if k not in (*raw, *_EMA_COUNTERS)}
+        averaged = {k: v for k, v in state_dict.items() if k not in raw and k not in _EMA_COUNTERS}
         if ema and not averaged:
             raise ValueError(f"{path} has no averaged weights ({_EMA}*); load it with ema=False")
         try:
