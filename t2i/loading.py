@@ -83,7 +83,7 @@ def load_backbone(
     Args:
         family: one of `FAMILIES`.
         source: official weight file, folder with config.json, "shapes", or "owner/repo:file".
-        tokenizer: image tokenizer weights; needed for pixels and for codebook noise.
+        tokenizer: image tokenizer weights, needed for pixels and for codebook noise; Open-MAGVIT2's checkpoints hold their own.
         text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image: google/flan-t5-xl).
         text_encoder_dtype: "float32" or "bfloat16" (what LlamaGen's features were computed in), whatever the backbone's is.
         config: the family's config dataclass, for shapes that were never published.
