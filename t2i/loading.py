@@ -5,6 +5,7 @@ base, or a file on the hub as "owner/repo:file".
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,8 +18,11 @@ from t2i.weights import file_sha256
 
 FAMILIES = {
     "llamagen": "t2i.backbones.llamagen",
+    "open_magvit2": "t2i.backbones.open_magvit2",
     "rar": "t2i.backbones.rar",
 }
+EMBEDDED_TOKENIZER = ("open_magvit2",)
+"""Families whose published weight file holds the image tokenizer, too."""
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,7 +84,7 @@ def load_backbone(
     Args:
         family: one of `FAMILIES`.
         source: official weight file, folder with config.json, "shapes", or "owner/repo:file".
-        tokenizer: image tokenizer weights; needed for pixels and for codebook noise.
+        tokenizer: image tokenizer weights, needed for pixels and for codebook noise; Open-MAGVIT2's checkpoints hold their own.
         text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image: google/flan-t5-xl).
         text_encoder_dtype: "float32" or "bfloat16" (what LlamaGen's features were computed in), whatever the backbone's is.
         config: the family's config dataclass, for shapes that were never published.
@@ -134,8 +138,11 @@ def load_source(
     backbone.source = replace(source, config=asdict(backbone.config))
     if files.sampling:
         backbone.spec = replace(backbone.spec, sampling=SamplingConfig(**files.sampling))
-    if files.tokenizer is not None:
-        backbone.frozen.tokenizer = module.load_tokenizer(resolve(files.tokenizer)).to(device)
+    if files.tokenizer is not None and (file := resolve(files.tokenizer)) != path:
+        backbone.frozen.tokenizer = module.load_tokenizer(file)
+    if backbone.frozen.tokenizer is not None:
+        _check_codes(backbone)
+        backbone.frozen.tokenizer.to(device)
     if files.text_encoder is not None:
         from t2i.conditioning.t5 import T5Captions
 
@@ -148,6 +155,15 @@ def load_source(
     return backbone.to(device)
 
 
+def _check_codes(backbone: Backbone) -> None:
+    codes = math.prod(backbone.spec.subvocabs)
+    if backbone.tokenizer.codebook_size != codes:
+        raise ValueError(
+            f"the image tokenizer has {backbone.tokenizer.codebook_size} codes and the {backbone.spec.family} backbone "
+            f"{codes}: they do not belong together"
+        )
+
+
 def with_hash(source: BackboneSource) -> BackboneSource:
     """The source with the SHA-256 of its weight file, so that a checkpoint can refuse another base."""
     return replace(
@@ -158,8 +174,9 @@ def with_hash(source: BackboneSource) -> BackboneSource:
 def _expand_folder(source: BackboneSource) -> BackboneSource:
     """Fill in what a backbone folder's config.json says; what the caller gave wins."""
     path = ASSETS / source.weights if source.weights in shipped_bases() else Path(source.weights)
+    embeds = source.family in EMBEDDED_TOKENIZER
     if not path.is_dir():
-        return source
+        return replace(source, tokenizer=source.tokenizer or (source.weights if embeds else None))
     try:
         stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
         files = {
@@ -177,7 +194,7 @@ def _expand_folder(source: BackboneSource) -> BackboneSource:
     return replace(
         source,
         weights=weights,
-        tokenizer=source.tokenizer or files.get("tokenizer"),
+        tokenizer=source.tokenizer or files.get("tokenizer") or (weights if embeds else None),
         text_encoder=source.text_encoder or files.get("text_encoder"),
         config=source.config or config,
         sampling=source.sampling or stored.get("sampling", {}),

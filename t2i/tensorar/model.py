@@ -17,6 +17,7 @@ from t2i.tensorar.noise import (
     GAUSSIAN_VARIANCE,
     NoiseKind,
     Schedule,
+    corrupt_bits,
     corrupt_categorical,
     corrupt_codebook,
     schedule_strengths,
@@ -153,10 +154,13 @@ class TensorAR(nn.Module):
         )
         b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
         b_k = share * b_k[: windows.shape[2]].to(windows.device)
+        spec = self.backbone.spec
+        if self.config.noise == "codebook" and spec.sign_codebook:
+            return corrupt_bits(windows, b_k, spec.subvocabs, keys)
         if self.config.noise == "codebook":
             vectors = tuple(v.to(windows.device) for v in self.backbone.code_vectors())
             return corrupt_codebook(windows, b_k, vectors, keys)
-        return corrupt_categorical(windows, b_k, self.backbone.spec.subvocabs, keys)
+        return corrupt_categorical(windows, b_k, spec.subvocabs, keys)
 
     def training_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, progress: float = 1.0
