@@ -32,7 +32,7 @@ _TRUST = {
     "window 1": {"window": 1},
 }
 _SAMPLING = {
-    **_COLDER,
+    "temperature 0.6": {"temperature": 0.6},
     **_TRUST,
     "drafts without guidance": {"draft_guidance": False},
     "window 2": {"window": 2},
@@ -65,13 +65,15 @@ GRIDS: dict[str, tuple[Arm, ...]] = {
         Arm("arxiv2505", presets.arxiv2505(), curve=True),
     ),
     "levers": (
-        _tuned("tuned, all sampling", sampling=_SAMPLING),
+        _control(sampling={"temperature 0.6": {"temperature": 0.6}}),
+        _tuned("tuned", sampling=_SAMPLING),
         _tuned("residual all", residual="all"),
         _tuned("residual none", residual="none"),
         _tuned("draft weights 0.3", slot_weights=(1.0, 0.3)),
         _tuned("draft weights 0.1", slot_weights=(1.0, 0.1)),
         _tuned("draft weights 0.1, detached", slot_weights=(1.0, 0.1), detach=True),
-        _tuned("codec warm-up", optim={"backbone_delay_steps": 50}),
+        _tuned("codec rate 1e-3", optim={"codec_lr": 1e-3}),
+        _tuned("codec warm-up", optim={"backbone_delay_steps": 30}),
         _tuned("noised truth only", own_drafts=0.0, sampling=_TRUST),
         _tuned("noised truth only, floor 0.7", own_drafts=0.0, noise_floor=0.7, sampling=_TRUST),
         _tuned("own drafts only", own_drafts=1.0),
