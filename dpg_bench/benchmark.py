@@ -21,7 +21,7 @@ sys.path.insert(
 
 from t2i import cli
 
-WORDS = tuple("is there a red cat on the left of two large wooden boats ?".split(" "))
+SENTENCE = "is there a red cat on the left of two large wooden boats ?"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def build(config: Benchmark):
         )
     model = MPlug(shape).eval().requires_grad_(False).to(config.device)
     special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
-    words = {word: 104 + index for index, word in enumerate(dict.fromkeys(WORDS))}
+    words = {word: 104 + index for index, word in enumerate(dict.fromkeys(SENTENCE.split()))}
     tokenizer = BertWordPieceTokenizer(special | words)
     tokenizer.enable_padding(length=QUESTION_TOKENS)
     tokenizer.enable_truncation(QUESTION_TOKENS)
@@ -92,7 +92,8 @@ def main() -> None:
     from PIL import Image
 
     judge = build(config)
-    questions = [" ".join(WORDS[i % 5 :]) for i in range(config.questions)]
+    words = SENTENCE.split()
+    questions = [" ".join(words[i % 5 :]) for i in range(config.questions)]
     image = Image.effect_noise((config.image_res, config.image_res), 64)
     seconds: dict[str, list[float]] = {}
     answers = {}

@@ -10,6 +10,7 @@ counting as no. Shapes: Q questions, L text tokens, N image tokens, D width, V v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ from transformers import (
 )
 
 from dpg_bench.questions import Question
+from t2i.weights import file_sha256
 
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
 _FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space
 
 
@@ -32,22 +35,60 @@ class _YesNoJudge:
     """What the two share: loading, the name, and the comparison of two words."""
 
     name: str
+    model_class: type
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, source: str):
-        self.model, self.processor, self.source = model.eval(), processor, source
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        source: str,
+        folder: Path | None = None,
+    ):
+        """folder: whose weight files are hashed; None where the source names a commit."""
+        self.model, self.processor = model.eval(), processor
+        self.source, self.folder = source, folder
         self.yes, self.no = (_first_tokens(processor.tokenizer, word) for word in ("yes", "no"))
         if not self.yes or not self.no or self.yes & self.no:
             raise ValueError(
                 f"judge {self.name}: the tokenizer of {source} has no tokens of their own for yes and no"
             )
 
+    @classmethod
+    def load(cls, folder: Path, source: str, device: torch.device | str) -> _YesNoJudge:
+        """The judge of a folder in the layout of `transformers`, in the precision of its files.
+
+        source: what the weights are called in results; "owner/name@commit" for the hub's.
+
+        Raises:
+            ValueError: the folder cannot be loaded, or weights are missing or mis-shaped.
+        """
+        try:
+            model, report = cls.model_class.from_pretrained(
+                folder, dtype="auto", output_loading_info=True
+            )
+            processor = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"judge {cls.name}: {folder} cannot be loaded: {error}") from error
+        if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
+            names = ", ".join(sorted(map(str, lost))[:10])
+            raise ValueError(f"judge {cls.name}: {folder} lacks weights: {names}")
+        return cls(model.to(device), processor, source, None if "@" in source else folder)
+
     def identity(self) -> dict:
         return {
             "judge": self.name,
             "weights": self.source,
+            "sha256": self._hashes,
             "model": type(self.model).__name__,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
+
+    @cached_property
+    def _hashes(self) -> dict[str, str] | None:
+        if self.folder is None:
+            return None
+        files = sorted(f for kind in _WEIGHT_FILES for f in self.folder.glob(kind))
+        return {file.name: file_sha256(file) for file in files}
 
     def _says_yes(self, logits_V: Tensor) -> bool:
         log_probs = logits_V.float().log_softmax(dim=-1)
@@ -66,62 +107,37 @@ def _first_tokens(tokenizer, word: str) -> set[int]:
     return ids
 
 
-def _load(auto_class, folder: Path, name: str, device: torch.device | str):
-    try:
-        model, report = auto_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"judge {name}: {folder} cannot be loaded: {error}") from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        keys = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise ValueError(f"judge {name}: {folder} lacks {', '.join(keys[:10])}")
-    return model.to(device), processor
-
-
 class BlipJudge(_YesNoJudge):
     """BLIP for visual question answering (arXiv 2201.12086); an image is encoded once."""
 
     name = "blip-vqa"
-
-    @classmethod
-    def load(cls, folder: Path, source: str, device: torch.device | str) -> BlipJudge:
-        return cls(*_load(BlipForQuestionAnswering, folder, cls.name, device), source)
+    model_class = BlipForQuestionAnswering
 
     @torch.inference_mode()
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        model, device = self.model, self.model.device
         pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
-        pixels = pixels["pixel_values"].to(device, model.dtype)
-        image_1ND = model.vision_model(pixel_values=pixels)[0]
-        asked = self.processor.tokenizer(
-            [question.text for question in questions], padding=True, return_tensors="pt"
-        ).to(device)
-        text_QLD = model.text_encoder(
-            input_ids=asked["input_ids"],
-            attention_mask=asked["attention_mask"],
-            encoder_hidden_states=image_1ND.expand(len(questions), -1, -1),
-            encoder_attention_mask=None,
-            return_dict=False,
+        pixels = pixels["pixel_values"].to(self.model.device, self.model.dtype)
+        image_1ND = self.model.vision_model(pixel_values=pixels)[0]
+        return [self._answer(image_1ND, question.text) for question in questions]
+
+    def _answer(self, image_1ND: Tensor, question: str) -> str:
+        # One at a time: the library's decoder attends to the padding of a batch, mask or no mask,
+        # and a question's answer must not depend on the others'.
+        ids_1L = self.processor.tokenizer(question, return_tensors="pt")["input_ids"]
+        text_1LD = self.model.text_encoder(
+            ids_1L.to(self.model.device), encoder_hidden_states=image_1ND, return_dict=False
         )[0]
-        start = torch.full((len(questions), 1), model.decoder_start_token_id, device=device)
-        logits_QV = model.text_decoder(
-            input_ids=start,
-            encoder_hidden_states=text_QLD,
-            # `generate` of the library attends to padding here; a question must not depend on others.
-            encoder_attention_mask=asked["attention_mask"],
-        ).logits[:, -1]
-        return ["yes" if self._says_yes(logits_V) else "no" for logits_V in logits_QV]
+        start = torch.full((1, 1), self.model.decoder_start_token_id, device=self.model.device)
+        logits_V = self.model.text_decoder(start, encoder_hidden_states=text_1LD).logits[0, -1]
+        return "yes" if self._says_yes(logits_V) else "no"
 
 
 class ChatJudge(_YesNoJudge):
     """An image-text-to-text model with a chat template (Qwen-VL and its like), one question at a time."""
 
     name = "vlm"
+    model_class = AutoModelForImageTextToText
     request = "{} Answer with yes or no."
-
-    @classmethod
-    def load(cls, folder: Path, source: str, device: torch.device | str) -> ChatJudge:
-        return cls(*_load(AutoModelForImageTextToText, folder, cls.name, device), source)
 
     def identity(self) -> dict:
         return super().identity() | {"request": self.request}
