@@ -34,9 +34,9 @@ Answers = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean in 0..100, its bootstrap standard error (None for a single prompt), number of values."""
+    """A mean in 0..100 (None of nothing), its bootstrap standard error (None of one prompt), values."""
 
-    mean: float
+    mean: float | None
     stderr: float | None
     n: int
 
@@ -70,9 +70,6 @@ class Report:
     missing: list[str]
 
 
-_Values = dict[str, dict[str, list[float]]]  # category -> item -> answers as 0 or 1
-
-
 class MissingParentError(LookupError):
     """A question depends on a row that is not there."""
 
@@ -91,9 +88,8 @@ def score_image(questions: Sequence[Question], answers: Answers) -> tuple[float,
                 raise MissingParentError(
                     f"proposition {question.proposition} depends on {parent}, which is dropped"
                 )
-            if (
-                scores[parent] == 0
-            ):  # perhaps because of its own parent: zeros spread to grandchildren
+            # Not `raw`: a parent may be 0 because of its own parent, and so zeros spread.
+            if scores[parent] == 0:
                 scores[question.proposition] = 0.0
                 break
     return sum(scores.values()) / len(scores), raw
@@ -127,8 +123,7 @@ def score(
                 f"item {item} has answers for {len(images)} images, more than {images_per_prompt}"
             )
         for index, image in enumerate(images):
-            lost = [q for q in graph.items[item] if str(q.proposition) not in image]
-            if lost:
+            if lost := [q for q in graph.items[item] if str(q.proposition) not in image]:
                 raise ValueError(f"no answer to {lost[0].place} for image {index}; judge it again")
     missing = [
         item if item not in judged else f"{item}: {len(judged[item])} of {images_per_prompt} images"
@@ -164,33 +159,34 @@ def _summarize(
         per_image = [value for value, _ in scored]
         mean = sum(per_image) / len(per_image)
         prompts[item] = PromptScore(mean, per_image, [raw for _, raw in scored])
-    levels: tuple[_Values, _Values] = ({}, {})
-    for item, prompt in prompts.items():
-        for raw in prompt.raw[-1:] if last_image_only else prompt.raw:
-            for question in items[item]:
-                for level, name in zip(
-                    levels, (question.broad_category, question.category), strict=True
-                ):
-                    of_item = level.setdefault(name, {}).setdefault(item, [])
-                    of_item.append(raw[question.proposition])
-    l1, l2 = (
-        {name: _mean(name, level[name], seed, resamples) for name in sorted(level)}
-        for level in levels
-    )
+    values = {item: p.raw[-1:] if last_image_only else p.raw for item, p in prompts.items()}
+    by_level = [
+        {
+            name: _mean(name, of_items, seed, resamples)
+            for name, of_items in sorted(_by_category(items, values, category).items())
+        }
+        for category in ("broad_category", "category")
+    ]
     overall = {item: [prompt.score] for item, prompt in prompts.items()}
-    return Summary(
-        overall=_mean("overall", overall, seed, resamples),
-        l1=l1,
-        l2=l2,
-        prompts=prompts,
-        skipped=skipped,
-    )
+    return Summary(_mean("overall", overall, seed, resamples), *by_level, prompts, skipped)
+
+
+def _by_category(
+    items: Mapping[str, Sequence[Question]], raw: Mapping[str, list[dict[int, float]]], level: str
+) -> dict[str, dict[str, list[float]]]:
+    """Category -> item -> the answers to its questions, of all images, as 0 or 1."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for item, images in raw.items():
+        for question in items[item]:
+            of_items = values.setdefault(getattr(question, level), {})
+            of_items.setdefault(item, []).extend(image[question.proposition] for image in images)
+    return values
 
 
 def _mean(name: str, values: Mapping[str, Sequence[float]], seed: int, resamples: int) -> Mean:
     """Mean over all values of all items; items are what the bootstrap redraws."""
     if not values:
-        return Mean(float("nan"), None, 0)
+        return Mean(None, None, 0)
     totals = np.array([sum(values[item]) for item in sorted(values)])
     counts = np.array([len(values[item]) for item in sorted(values)])
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -226,6 +222,6 @@ def format_report(report: Report, judge: str) -> str:
 
 
 def _cell(mean: Mean | None) -> str:
-    if mean is None or mean.n == 0:
+    if mean is None or mean.mean is None:
         return "-"
     return f"{mean.mean:.2f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.2f}")

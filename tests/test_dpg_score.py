@@ -59,6 +59,13 @@ def test_both_ways_to_count():
     assert "| global - | 0.00 | 50.00 |" in format_report(report, "mplug")
 
 
+def test_nothing_is_left_of_a_prompt_whose_only_row_is_dropped():
+    report = score(graph_of(questions("a", ())), {"a": [said("y")] * 4})
+    assert report.official.overall.mean is None and report.official.l1 == {}
+    assert report.official.skipped == {"a": "its only question is dropped"}
+    assert "| **overall** | **-** | **100.00** |" in format_report(report, "mplug")
+
+
 def test_missing_images_are_listed():
     graph = graph_of(*(questions(item, ()) for item in "abcd"))
     answers = {"a": [said("y")] * 4, "b": [said("y")] * 3, "c": []}
