@@ -7,6 +7,7 @@ whatever else the machine does hits all ways alike.
     python dpg_bench/benchmark.py --questions 13 --rounds 3 --device cuda
 """
 
+import logging
 import platform
 import statistics
 import sys
@@ -20,6 +21,8 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+
+log = logging.getLogger(__name__)
 
 SENTENCE = "is there a red cat on the left of two large wooden boats ?"
 
@@ -84,19 +87,16 @@ def ways(judge, image, questions: Sequence[str]) -> dict:
     }
 
 
-def main() -> None:
-    config = cli.parse(Benchmark, __doc__)
-    if config.questions < 1 or config.rounds < 1 or config.answer_tokens < 1:
-        raise ValueError("questions, rounds and answer_tokens must be at least 1")
+def measure(config: Benchmark, judge) -> tuple[dict[str, float], bool]:
+    """Median seconds by way, and whether all ways gave the same answers."""
     import torch
     from PIL import Image
 
-    judge = build(config)
     words = SENTENCE.split()
     questions = [" ".join(words[i % 5 :]) for i in range(config.questions)]
     image = Image.effect_noise((config.image_res, config.image_res), 64)
     seconds: dict[str, list[float]] = {}
-    answers = {}
+    answers = []
     for _ in range(config.rounds):
         for name, work in ways(judge, image, questions).items():
             start = time.perf_counter()
@@ -104,20 +104,31 @@ def main() -> None:
             if judge.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.setdefault(name, []).append(time.perf_counter() - start)
-            answers[name] = [best[0].ids for best in found]
-    print(
-        f"mPLUG, {sum(p.numel() for p in judge.model.parameters()) / 1e6:.1f} M random parameters, "
-        f"{config.image_res} px, stride {config.stride_layer}, {config.questions} questions, "
-        f"answers of {config.answer_tokens} tokens, {config.device}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, {platform.machine()}\n"
-    )
-    print("| | s per image | questions per second | ratio |\n|---|---|---|---|")
+            answers.append([best[0].ids for best in found])
+            log.info("%s: %.2f s", name, seconds[name][-1])
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    slowest = medians[list(medians)[-1]]
+    return medians, all(ids == answers[0] for ids in answers)
+
+
+def main() -> None:
+    config = cli.parse(Benchmark, __doc__)
+    if config.questions < 1 or config.rounds < 1 or config.answer_tokens < 1:
+        raise ValueError("questions, rounds and answer_tokens must be at least 1")
+    import torch
+
+    judge = build(config)
+    millions = sum(p.numel() for p in judge.model.parameters()) / 1e6
+    medians, same = measure(config, judge)
+    print(
+        f"mPLUG, {millions:.1f} M random parameters, {config.image_res} px, stride "
+        f"{config.stride_layer}, {config.questions} questions, answers of {config.answer_tokens} "
+        f"tokens, {config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{platform.machine()}\n\n| | s per image | questions per second | ratio |\n|---|---|---|---|"
+    )
+    slowest = list(medians.values())[-1]
     for name, median in medians.items():
         rate = config.questions / median
         print(f"| {name} | {median:.2f} | {rate:.3f} | {slowest / median:.2f} |")
-    same = all(ids == answers[list(answers)[-1]] for ids in answers.values())
     print(f"\nanswers equal: {same}")
 
 

@@ -187,8 +187,8 @@ def _mean(name: str, values: Mapping[str, Sequence[float]], seed: int, resamples
     """Mean over all values of all items; items are what the bootstrap redraws."""
     if not values:
         return Mean(None, None, 0)
-    totals = np.array([sum(values[item]) for item in sorted(values)])
-    counts = np.array([len(values[item]) for item in sorted(values)])
+    totals = np.array([sum(of_item) for of_item in values.values()])
+    counts = np.array([len(of_item) for of_item in values.values()])
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     stderr = None
     if len(values) > 1:

@@ -1,12 +1,14 @@
 """The mPLUG judge: beam search by hand, strict loading, and the image encoded once."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from dpg_bench import benchmark
 from dpg_bench.mplug.bert import BertConfig
 from dpg_bench.mplug.decoder import beam_search
 from dpg_bench.mplug.judge import MPlugJudge, preprocess
@@ -190,6 +192,14 @@ def test_a_vocabulary_of_another_model_is_refused(tmp_path):
         file.write("".join(f"more{i}\n" for i in range(300)))
     with pytest.raises(ValueError, match="belong to different models"):
         MPlugJudge.load(folder)
+
+
+def test_benchmark_runs_and_its_ways_agree(monkeypatch, capsys):
+    arguments = ["--small", "--image-res", "28", "--questions", "3", "--stride-layer", "3"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert "| image once per question |" in printed and "answers equal: True" in printed
 
 
 def test_no_connected_layer_without_a_stride():
