@@ -16,6 +16,7 @@ from dpg_bench.shapes_questions import (
     shapes_prompts,
     shapes_questions,
 )
+from geneval.detector import Detections
 from t2i.data.shapes import Scene, SceneObject, arrange, render
 from t2i.data.shapes_prompts import TAGS, all_prompts
 
@@ -116,6 +117,13 @@ def test_what_does_not_hold(judge, objects, wrong):
     answers = judge.answer(picture(*objects), rows)
     no = [row.tuple for row, answer in zip(rows, answers, strict=True) if answer == "no"]
     assert sorted(found.split(" - ")[1].split(",")[0].rstrip(")") for found in no) == sorted(wrong)
+
+
+def test_shapes_are_counted_when_they_are_sure(judge, monkeypatch):
+    found = {"ring": Detections([[0, 0, 8, 8]] * 3, [0.95, 0.91, 0.5])}
+    monkeypatch.setattr(judge.detector, "detect", lambda image: found)
+    rows = [Question("x", "", n, (), f"other - count (shape, =={n})", "") for n in (1, 2, 3)]
+    assert judge.answer(picture(STAR), rows) == ["no", "yes", "no"]
 
 
 def test_a_missing_parent_takes_its_children_along(judge):
