@@ -191,12 +191,13 @@ def test_stored_statistics_win_over_the_images(tmp_path, network):
     assert len(official["reference"]["sha256"]) == 64
     for name in ("precision", "recall", "inception_score"):
         assert official["scores"][name] == plain["scores"][name]
-    pool = features.measure(samples, network, batch_size=4, description="", progress=False).pool
-    expected = frechet.frechet_distance(
-        pool, frechet.Statistics(torch.zeros(4), torch.eye(4, dtype=torch.float64))
-    )
-    assert official["scores"]["fid"] == pytest.approx(expected)
-    assert official["scores"]["sfid"] != pytest.approx(plain["scores"]["sfid"])
+    measured = features.measure(samples, network, batch_size=4, description="", progress=False)
+    for name, found, mean in (
+        ("fid", measured.pool, torch.zeros(4)),
+        ("sfid", measured.spatial, torch.ones(2)),
+    ):
+        stored = frechet.Statistics(mean, torch.eye(len(mean), dtype=torch.float64))
+        assert official["scores"][name] == pytest.approx(frechet.frechet_distance(found, stored))
 
     np.savez(tmp_path / "statistics.npz", **statistics)
     alone = score(samples, tmp_path / "statistics.npz", network)["scores"]
