@@ -16,10 +16,10 @@ from typing import IO
 
 import numpy as np
 
+from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
 from t2i.data.folders import is_image, list_files
 from t2i.data.images import SkipSample, open_image
 
-_DECODE_THREADS = 4  # Pillow decodes outside Python's lock
 _SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
 _IMAGES_MEMBER = "arr_0.npy"
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError)
@@ -85,14 +85,9 @@ class FolderImages:
         Raises:
             ValueError: an image cannot be read; nothing is left out silently.
         """
-        with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-            waiting: list[Iterator[np.ndarray]] = []
-            for start in range(0, self.count, size):
-                waiting.append(pool.map(_read_image, self.files[start : start + size]))
-                if len(waiting) == 2:
-                    yield list(waiting.pop(0))
-            for batch in waiting:
-                yield list(batch)
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            loading = (pool.map(_read_image, files) for files in batches(iter(self.files), size))
+            yield from map(list, one_ahead(loading))
 
 
 ImageSet = NpzImages | FolderImages
