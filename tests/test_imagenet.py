@@ -42,9 +42,9 @@ def dataset(tmp_path):
 
 
 def encode(pixels):
-    """Codes [B, 2, 1]: the red level of the first and the green level of the last pixel."""
+    """Codes [B, 2, 1]: the red of the first and the green of the last pixel, dark pixels being the highest."""
     levels = torch.stack([pixels[:, 0, 0, 0], pixels[:, 1, -1, -1]], 1)
-    return ((levels + 1) * 127.5).round().long()[..., None]
+    return ((1 - levels) * 127.5).round().long()[..., None]
 
 
 class Killed(Exception):
@@ -320,6 +320,32 @@ def test_no_usable_image(tmp_path):
     (tmp_path / "data" / "n01" / "a.png").touch()
     with pytest.raises(ValueError, match=r"none of the 1 images can be used; see .*skipped\.jsonl"):
         extract(tmp_path / "data", tmp_path / "cache")
+
+
+def test_patience_begins_anew_with_every_chunk(tmp_path, monkeypatch):
+    rest = tmp_path / "sign", ALONE
+    array = ArrayFile(tmp_path / "a.npy", (4, 2), np.uint8, 1, *rest)
+    waiting = ArrayFile(tmp_path / "a.npy", (4, 2), np.uint8, 1, tmp_path / "sign", Share(1, 2, 10))
+    now, todo = 0.0, array.missing()
+
+    def sleep(seconds):
+        """Eight of the ten seconds pass, in which another process does a chunk or, at last, finishes."""
+        nonlocal now
+        now += 8
+        if todo:
+            array.write(todo[0], np.ones((1, 2), np.uint8))
+            todo.pop(0)
+        elif finishes:
+            (tmp_path / "sign").touch()
+
+    monkeypatch.setattr(array_file.time, "monotonic", lambda: now)
+    monkeypatch.setattr(array_file.time, "sleep", sleep)
+    finishes = False
+    with pytest.raises(TimeoutError, match=r"waited 10 s for .*sign without progress"):
+        waiting.wait_for_sign()
+    assert todo == [] and now == 8 * 6
+    finishes = True
+    waiting.wait_for_sign()
 
 
 def test_an_array_of_another_shape_is_not_continued(tmp_path):

@@ -93,9 +93,8 @@ class ArrayFile:
         """This process's chunks that are not complete."""
         mine = list(self.all_chunks())[self._share.rank :: self._share.world_size]
         missing = [rows for rows in mine if not self._marker(rows).exists()]
-        return (
-            [] if self._sign.exists() else missing
-        )  # in this order: the markers are removed after the sign
+        # Asked in this order: the markers are removed after the sign is given.
+        return [] if self._sign.exists() else missing
 
     def write(self, rows: range, values: np.ndarray, note: object = None) -> None:
         """Complete a chunk. The note, anything JSON can hold, is kept until the markers are removed."""

@@ -40,9 +40,8 @@ def sample_labels(count: int, num_classes: int, *, balanced: bool, seed: int) ->
     keys = make_keys(seed, torch.arange(count))
     if not balanced:
         return integers(keys, num_classes, 1)[:, 0]
-    return (torch.arange(count) % num_classes)[
-        integers(keys, 1 << 62, 1)[:, 0].argsort(stable=True)
-    ]
+    order = integers(keys, 1 << 62, 1)[:, 0].argsort(stable=True)
+    return (torch.arange(count) % num_classes)[order]
 
 
 def write_samples(
@@ -85,9 +84,8 @@ def write_samples(
         missing, write = array.missing(), array.write
     else:
         batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-        missing = [
-            rows for rows in batches[share.rank :: share.world_size] if not _all_there(out, rows)
-        ]
+        mine = batches[share.rank :: share.world_size]
+        missing = [rows for rows in mine if not _all_there(out, rows)]
 
         def write(rows: range, images: np.ndarray) -> None:
             for i, image in zip(rows, images, strict=True):
