@@ -1,4 +1,4 @@
-"""ImageNet as codes: views, extraction that may be killed, several processes, formats that others made."""
+"""ImageNet as codes: views, extraction that may be killed, several processes."""
 
 import json
 import os
@@ -7,14 +7,14 @@ import threading
 import numpy as np
 import pytest
 import torch
+from helpers import Killed, folder_content
 from PIL import Image
 from torchvision import transforms
 
-from t2i.data import array_file, code_array, imagenet, pretokenized
+from t2i.data import array_file, code_array, imagenet
 from t2i.data.array_file import ALONE, ArrayFile, Share
 from t2i.data.code_array import CodeArray
 from t2i.data.imagenet import extract_codes, open_imagenet
-from t2i.data.pretokenized import LlamaGenCodes, convert_jsonl
 from t2i.data.views import Views, ten_crop
 from t2i.rng import integers, make_keys
 
@@ -45,10 +45,6 @@ def encode(pixels):
     """Codes [B, 2, 1]: the red of the first and the green of the last pixel, dark pixels being the highest."""
     levels = torch.stack([pixels[:, 0, 0, 0], pixels[:, 1, -1, -1]], 1)
     return ((1 - levels) * 127.5).round().long()[..., None]
-
-
-class Killed(Exception):
-    pass
 
 
 class Encoder:
@@ -83,14 +79,6 @@ def extract(dataset, cache, **options):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(imagenet, "_ROWS_PER_CHUNK", 3)
-    monkeypatch.setattr(pretokenized, "_ROWS_PER_CHUNK", 3)
-    monkeypatch.setattr(pretokenized, "_BLOCK", 64)
-
-
-def files(folder):
-    """Everything in a folder, by relative name."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 # -- views --------------------------------------------------------------------------------------------------------------------
@@ -208,7 +196,7 @@ def test_the_folder_follows_what_the_content_depends_on(dataset, tmp_path, chang
 
 @pytest.mark.parametrize("dies_at", [0, 4, 6, 8, 14, 17])
 def test_resume_after_a_kill_while_encoding(dataset, tmp_path, dies_at):
-    whole = files(extract(dataset, tmp_path / "whole"))
+    whole = folder_content(extract(dataset, tmp_path / "whole"))
     with pytest.raises(Killed):
         extract(dataset, tmp_path / "cache", encode_images=Encoder(dies_at))
     (folder,) = (tmp_path / "cache").iterdir()
@@ -219,7 +207,7 @@ def test_resume_after_a_kill_while_encoding(dataset, tmp_path, dies_at):
     rest = Encoder()
     assert extract(dataset, tmp_path / "cache", encode_images=rest) == folder
     assert rest.seen == 18 - 6 * complete
-    assert files(folder) == whole
+    assert folder_content(folder) == whole
     again = Encoder()
     extract(dataset, tmp_path / "cache", encode_images=again)
     assert again.seen == 0
@@ -227,7 +215,7 @@ def test_resume_after_a_kill_while_encoding(dataset, tmp_path, dies_at):
 
 @pytest.mark.parametrize("moment", ["creating", "data", "marker", "labels", "manifest", "sealing"])
 def test_resume_after_a_kill_while_writing(dataset, tmp_path, monkeypatch, moment):
-    whole = files(extract(dataset, tmp_path / "whole"))
+    whole = folder_content(extract(dataset, tmp_path / "whole"))
     calls = dict.fromkeys(("fsync", "replace", "rmtree"), 0)
 
     def counting(name, real, dies_at):
@@ -254,12 +242,12 @@ def test_resume_after_a_kill_while_writing(dataset, tmp_path, monkeypatch, momen
     rest = Encoder()
     folder = extract(dataset, tmp_path / "cache", encode_images=rest)
     assert rest.seen == {"creating": 18, "data": 12, "marker": 12}.get(moment, 0)
-    found = files(folder)
+    found = folder_content(folder)
     assert found == whole
 
 
 def test_two_processes_give_what_one_gives(dataset, tmp_path):
-    whole = files(extract(dataset, tmp_path / "one"))
+    whole = folder_content(extract(dataset, tmp_path / "one"))
     encoders = [Encoder(), Encoder()]
 
     def work(rank):
@@ -272,18 +260,18 @@ def test_two_processes_give_what_one_gives(dataset, tmp_path):
     for thread in threads:
         thread.join()
     (folder,) = (tmp_path / "two").iterdir()
-    assert files(folder) == whole
+    assert folder_content(folder) == whole
     assert [encoder.seen for encoder in encoders] == [12, 6]
 
 
 def test_work_of_two_processes_is_finished_by_one(dataset, tmp_path):
-    whole = files(extract(dataset, tmp_path / "one"))
+    whole = folder_content(extract(dataset, tmp_path / "one"))
     with pytest.raises(TimeoutError, match="Start again to go on"):
         extract(dataset, tmp_path / "two", share=Share(0, 2, patience=0.1))
     rest = Encoder()
     folder = extract(dataset, tmp_path / "two", encode_images=rest)
     assert rest.seen == 6, "the chunk of the process that was not there"
-    assert files(folder) == whole
+    assert folder_content(folder) == whole
 
 
 def test_a_process_alone_notices_that_rank_0_is_missing(dataset, tmp_path):
@@ -297,8 +285,8 @@ def test_a_process_alone_notices_that_rank_0_is_missing(dataset, tmp_path):
 
 
 def test_the_batch_size_does_not_matter(dataset, tmp_path):
-    first = files(extract(dataset, tmp_path / "a", batch_size=1))
-    assert first == files(extract(dataset, tmp_path / "b", batch_size=100))
+    first = folder_content(extract(dataset, tmp_path / "a", batch_size=1))
+    assert first == folder_content(extract(dataset, tmp_path / "b", batch_size=100))
 
 
 @pytest.mark.parametrize(
@@ -371,133 +359,3 @@ def test_nothing_is_missing_once_the_sign_is_there(tmp_path):
     assert (
         ArrayFile(tmp_path / "a.npy", (4, 2), np.uint8, 2, tmp_path / "sign", late).missing() == []
     )
-
-
-# -- formats of others --------------------------------------------------------------------------------------------------------
-def write_llamagen(root, images=4, views=3, offset=0):
-    for kind in ("codes", "labels"):
-        (root / f"imagenet256_{kind}").mkdir(parents=True)
-    for i in range(images):
-        codes = np.arange(views * 5).reshape(1, views, 5) + 100 * i + offset
-        np.save(root / "imagenet256_codes" / f"{i}.npy", codes)
-        np.save(root / "imagenet256_labels" / f"{i}.npy", np.array([7 * i]))
-    return root
-
-
-def test_llamagen_folders(tmp_path):
-    data = LlamaGenCodes(write_llamagen(tmp_path, images=11))  # "10" sorts before "2" as text
-    assert (len(data), data.views) == (11, 3)
-    assert data.labels([10, 2]).tolist() == [70, 14]
-    codes = data.codes(torch.tensor([10, 2]), torch.tensor([0, 4]))
-    assert codes.dtype == torch.int64
-    assert codes[..., 0].tolist() == [[1000 + t for t in range(5)], [205 + t for t in range(5)]]
-
-
-def test_two_crop_ranges_of_llamagen(tmp_path):
-    a = write_llamagen(tmp_path / "ten_crop")
-    b = write_llamagen(tmp_path / "ten_crop_105", offset=5000)
-    data = LlamaGenCodes(a, b)
-    assert data.views == 6
-    first = [int(data.codes([1], [view])[0, 0, 0]) for view in range(7)]
-    assert first == [100, 105, 110, 5100, 5105, 5110, 100]
-
-
-def test_broken_llamagen_folders(tmp_path):
-    with pytest.raises(ValueError, match="no folder of codes"):
-        LlamaGenCodes()
-    with pytest.raises(ValueError, match="must hold one folder named as imagenet256_codes"):
-        LlamaGenCodes(tmp_path)
-    root = write_llamagen(tmp_path / "a")
-    other = write_llamagen(tmp_path / "b", images=5)
-    with pytest.raises(ValueError, match=r"does not belong to .*4\.npy is in one"):
-        LlamaGenCodes(root, other)
-    for kind in ("codes", "labels"):
-        (other / f"imagenet256_{kind}" / "4.npy").unlink()
-    np.save(other / "imagenet256_labels" / "3.npy", np.array([8]))
-    with pytest.raises(ValueError, match="hold different images"):
-        LlamaGenCodes(root, other)
-    data = LlamaGenCodes(root)
-    path = root / "imagenet256_codes" / "2.npy"
-    np.save(path, np.zeros((1, 3)))
-    with pytest.raises(ValueError, match=r"2\.npy holds float64 \[1, 3\], expected integers"):
-        data.codes([2], [0])
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"2\.npy cannot be read"):
-        data.codes([2], [0])
-    (root / "imagenet256_labels" / "1.npy").unlink()
-    with pytest.raises(ValueError, match=r"1\.npy is in one of them only"):
-        LlamaGenCodes(root)
-
-
-def write_jsonl(path, count=8, end="\n"):
-    lines = [json.dumps({"class_id": i % 5, "tokens": [i, i + 1, 1023 - i]}) for i in range(count)]
-    path.write_text("\n".join(lines) + end)
-    return path
-
-
-@pytest.mark.parametrize("end", ["\n", ""])
-def test_jsonl_is_converted_once(tmp_path, end, monkeypatch):
-    path = write_jsonl(tmp_path / "maskgitvq.jsonl", end=end)
-    folder = convert_jsonl(path, tmp_path / "cache", progress=False)
-    array = CodeArray(folder)
-    assert (len(array), array.views) == (8, 1)
-    assert array.codes([0, 7], [0, 9])[..., 0].tolist() == [[0, 1, 1023], [7, 8, 1016]]
-    assert array.labels(torch.tensor([6, 3])).tolist() == [1, 3]
-    monkeypatch.setattr(pretokenized, "_parse", None)
-    assert convert_jsonl(path, tmp_path / "cache") == folder
-
-
-def test_jsonl_after_a_kill_and_by_two_processes(tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / "maskgitvq.jsonl")
-    whole = files(convert_jsonl(path, tmp_path / "one", progress=False))
-    parsed, real = [], pretokenized._parse
-
-    def parse(line, path, index, *more):
-        if index == 5 and len(parsed) < 7:
-            raise Killed
-        parsed.append(index)
-        return real(line, path, index, *more)
-
-    monkeypatch.setattr(pretokenized, "_parse", parse)
-    with pytest.raises(Killed):
-        convert_jsonl(path, tmp_path / "killed", progress=False)
-    parsed[:] = [-1] * 7
-    folder = convert_jsonl(path, tmp_path / "killed", progress=False)
-    assert parsed[7:] == [0, 3, 4, 5, 6, 7], "the first line gives the length"
-    assert files(folder) == whole
-
-    def work(rank):
-        convert_jsonl(path, tmp_path / "two", share=Share(rank, 2, patience=20), progress=False)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (folder,) = (tmp_path / "two").iterdir()
-    assert files(folder) == whole
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"class_id": 1, "tokens": [1, 2, 3]', "line 9 is not a line of codes"),
-        ('{"label": 1, "tokens": [1, 2, 3]}', "line 9 is not a line of codes: KeyError"),
-        ('{"class_id": 1, "tokens": [1, 2]}', "line 9: class 1 and 2 tokens; expected .* 3 tokens"),
-        ('{"class_id": 1000, "tokens": [1, 2, 3]}', "line 9: class 1000"),
-        ('{"class_id": 1, "tokens": [1, 2, 1024]}', "line 9: .* 3 tokens below 1024"),
-        ("", "line 9 is not a line of codes"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    path = write_jsonl(tmp_path / "maskgitvq.jsonl", end=f"\n{line}\n")
-    with pytest.raises(ValueError, match=message):
-        convert_jsonl(path, tmp_path / "cache", progress=False)
-
-
-def test_no_lines(tmp_path):
-    with pytest.raises(ValueError, match="is no file"):
-        convert_jsonl(tmp_path / "gone.jsonl", tmp_path / "cache")
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="is empty"):
-        convert_jsonl(tmp_path / "empty.jsonl", tmp_path / "cache")

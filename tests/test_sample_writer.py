@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers import Killed, folder_content
 from PIL import Image
 
 from t2i.data.array_file import Share
@@ -16,10 +17,6 @@ from t2i.evaluation.image_sets import open_images
 from t2i.evaluation.sample_writer import sample_labels, write_samples
 
 SIZE = (4, 6)
-
-
-class Killed(Exception):
-    pass
 
 
 class Draw:
@@ -50,11 +47,6 @@ def check(out):
 def out(request, tmp_path):
     """The name of a file or a folder."""
     return tmp_path / "deep" / request.param
-
-
-def files(out):
-    found = [path for path in out.parent.rglob("*") if path.is_file()]
-    return {str(path.relative_to(out.parent)): path.read_bytes() for path in found}
 
 
 def test_npz(tmp_path):
@@ -88,7 +80,7 @@ def test_resume_after_a_kill_between_batches(out):
     write(out, again)
     assert again.drawn == []
     write(out.with_name("whole").with_suffix(out.suffix))
-    found = files(out)
+    found = folder_content(out.parent)
     assert found.pop(_record(out)) and all("part" not in name for name in found)
 
 
@@ -98,7 +90,7 @@ def _record(out):
 
 @pytest.mark.parametrize("moment", ["record", "part", "marker", "packing", "packed", "tidying"])
 def test_resume_after_a_kill_while_writing_an_npz(tmp_path, monkeypatch, moment):
-    whole = files(write(tmp_path / "whole" / "samples.npz"))
+    whole = folder_content(write(tmp_path / "whole" / "samples.npz").parent)
     out = tmp_path / "killed" / "samples.npz"
     calls = 0
 
@@ -129,7 +121,7 @@ def test_resume_after_a_kill_while_writing_an_npz(tmp_path, monkeypatch, moment)
     write(out, rest)
     batches = {"record": 4, "part": 4, "marker": 3}
     assert len(rest.drawn) == batches.get(moment, 0)
-    found = files(out)
+    found = folder_content(out.parent)
     if moment == "tidying":
         found.pop("samples.npz.0123abcd.tmp")
     assert found == whole
@@ -142,16 +134,16 @@ def _die_half_way(source, target):
 
 def test_a_png_that_is_missing_is_drawn_with_its_batch(tmp_path):
     out = write(tmp_path / "samples")
-    whole = files(out)
+    whole = folder_content(out.parent)
     (out / "000004.png").unlink()
     rest = Draw()
     write(out, rest)
-    assert rest.drawn == [(3, 6)] and files(out) == whole
+    assert rest.drawn == [(3, 6)] and folder_content(out.parent) == whole
 
 
 def test_two_processes_write_what_one_writes(out):
     write(out)
-    whole, drawn = files(out), [Draw(), Draw()]
+    whole, drawn = folder_content(out.parent), [Draw(), Draw()]
     other = out.parent.parent / "two" / out.name
 
     def work(rank):
@@ -162,7 +154,7 @@ def test_two_processes_write_what_one_writes(out):
         thread.start()
     for thread in threads:
         thread.join()
-    assert files(other) == whole
+    assert folder_content(other.parent) == whole
     assert [draw.drawn for draw in drawn] == [[(0, 3), (6, 9)], [(3, 6), (9, 10)]]
 
 
@@ -178,14 +170,14 @@ def test_a_missing_process_is_noticed_and_its_work_taken_over(out):
 def test_images_of_other_settings_are_not_continued(out):
     with pytest.raises(Killed):
         write(out, Draw(dies_at=2))
-    before = files(out)
+    before = folder_content(out.parent)
     with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 now\)"):
         write(out, settings={"seed": 1})
     with pytest.raises(ValueError, match=r"batch_size 3 there, 4 now"):
         write(out, batch_size=4)
     with pytest.raises(ValueError, match=r"scale None there, 1\.5 now"):
         write(out, settings={"seed": 0, "scale": 1.5})
-    assert files(out) == before
+    assert folder_content(out.parent) == before
 
 
 def test_files_of_others_are_not_overwritten(tmp_path):
