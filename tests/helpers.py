@@ -181,3 +181,13 @@ def open_gates(model: TensorAR) -> TensorAR:
             if name.endswith(("z_in", "z_out")):
                 gate.normal_(generator=generator)
     return model
+
+
+class Killed(Exception):
+    """Raised in the middle of things, where a process could be killed."""
+
+
+def folder_content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative name."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
