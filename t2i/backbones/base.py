@@ -11,6 +11,7 @@ K width of a head.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -243,6 +244,12 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def official_state_dict(self) -> dict[str, Tensor]:
         """The weights that fine-tuning may change, under their official names."""
+
+    def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
+        """Write all weights, in this type, in the layout of the family's authors; returns what `load` then takes."""
+        weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
+        torch.save({"model": weights}, folder / "model.pt")
+        return folder / "model.pt"
 
     def trained_modules(self) -> Sequence[nn.Module]:
         """What full fine-tuning trains."""

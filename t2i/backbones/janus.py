@@ -135,6 +135,18 @@ class Janus(Backbone):
         weights = self.janus.state_dict()
         return {k: v for k, v in weights.items() if not k.startswith(_UNDERSTANDING)}
 
+    def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
+        from t2i.backbones.janus_export import save_folder
+
+        if self.left_out:
+            raise ValueError(
+                "a Janus loaded with generation_only lacks a part of what a whole folder holds; load it without"
+            )
+        weights = self.janus.state_dict() | names.vq_to_transformers(self.tokenizer.state_dict())
+        weights = {name: value.detach().to("cpu", dtype) for name, value in weights.items()}
+        save_folder(folder, weights, self.config.janus, self.prompts, self.spec.sampling)
+        return folder
+
     def _apply(self, fn, recurse=True):
         """What moves or casts the model must not round RoPE frequencies: in bf16 angles would be off by radians."""
         super()._apply(fn, recurse)
@@ -265,7 +277,7 @@ def load(
     grid = grid or (config.grid if config is not None else (side, side))
     prompts = JanusPrompts.load(folder, _MAX_PROMPT)
     shape.image_token_id = prompts.tokenizer.token_to_id(IMAGE) or shape.image_token_id
-    backbone = Janus(JanusShape(_plain(shape), tuple(grid)), generation_only=generation_only)
+    backbone = Janus(JanusShape(plain_config(shape), tuple(grid)), generation_only=generation_only)
     backbone.frozen.text_encoder = prompts
     _attach_tokenizer(backbone, vq, None if shapes_only else names.vq_weights(weights), folder)
     tied = names.HEAD not in weights
@@ -304,13 +316,13 @@ def outline(
     shape = names.published_config(size)
     side = shape.vq_config.num_patches
     backbone = Janus(
-        config or JanusShape(_plain(shape), (side, side)), generation_only=generation_only
+        config or JanusShape(plain_config(shape), (side, side)), generation_only=generation_only
     )
     _attach_tokenizer(backbone, VQConfig(), None, source)
     return backbone
 
 
-def _plain(config: JanusConfig) -> dict:
+def plain_config(config: JanusConfig) -> dict:
     """What JSON would give back."""
     return json.loads(config.to_json_string(use_diff=False))
 

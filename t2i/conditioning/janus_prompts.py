@@ -17,11 +17,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+
+from t2i.weights import write_json
 
 log = logging.getLogger(__name__)
 
-BOS, PAD = "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>"
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE, END_OF_IMAGE = "<begin_of_image>", "<end_of_image>"
 IMAGE = "<image_placeholder>"
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
@@ -35,38 +38,59 @@ class JanusPrompts:
         ValueError: the tokenizer lacks a special token of Janus, or loses spaces.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, bos: str = BOS, max_tokens: int = 512):
+    def __init__(
+        self, tokenizer: Tokenizer, *, bos: str = BOS, eos: str = EOS, max_tokens: int = 512
+    ):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        self.bos_id, self.pad_id, self.boi_id = (
-            self.token_id(token) for token in (bos, PAD, BEGIN_OF_IMAGE)
-        )
-        ids = self._ids(_SPACES)
-        if tokenizer.decode(ids, skip_special_tokens=False) != _SPACES:
+        self.bos, self.eos = bos, eos
+        self.folder: Path | None = None
+        self.bos_id, self.pad_id, self.boi_id = map(self.token_id, (bos, PAD, BEGIN_OF_IMAGE))
+        if tokenizer.decode(self._ids(_SPACES), skip_special_tokens=False) != _SPACES:
             raise ValueError(
-                "this tokenizer.json does not keep spaces (transformers 5 writes such files for Janus); "
+                "this tokenizer does not keep spaces (transformers 5 writes such files for Janus); "
                 "take the file of the original repository"
             )
         self._warned = False
 
     @staticmethod
     def load(folder: str | Path, max_tokens: int = 512) -> "JanusPrompts":
-        """Read tokenizer.json, and BOS from tokenizer_config.json, of a published folder."""
+        """Read tokenizer.json, and the names of BOS and EOS from tokenizer_config.json, of a published folder."""
         path = Path(folder) / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception for a damaged file
             raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
         settings = path.with_name("tokenizer_config.json")
-        bos = (
-            json.loads(settings.read_text(encoding="utf-8")).get("bos_token")
-            if settings.is_file()
-            else None
-        )
-        bos = bos["content"] if isinstance(bos, dict) else bos
+        stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        named = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
+        named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
         try:
-            return JanusPrompts(tokenizer, bos=bos or BOS, max_tokens=max_tokens)
+            prompts = JanusPrompts(tokenizer, max_tokens=max_tokens, **named)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        prompts.folder = Path(folder)
+        return prompts
+
+    def save(self, folder: Path) -> None:
+        """Write a tokenizer for transformers: one that puts BOS in front by itself, since version 5 reads no `add_bos_token`."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        if tokenizer.encode("x").ids[:1] != [self.bos_id]:
+            tokenizer.post_processor = TemplateProcessing(
+                single=f"{self.bos} $A", special_tokens=[(self.bos, self.bos_id)]
+            )
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            "pad_token": PAD,
+            "image_token": IMAGE,
+            "boi_token": BEGIN_OF_IMAGE,
+            "eoi_token": END_OF_IMAGE,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        }
+        write_json(folder / "tokenizer_config.json", settings)
 
     def token_id(self, token: str) -> int:
         """Id of a special token; ValueError if the tokenizer does not have it."""

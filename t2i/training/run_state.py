@@ -30,6 +30,7 @@ _MUST_MATCH = (
     "method",
     "tuning",
     "lora",
+    "train_image_layers",
     "backbone",
     "batch_size",
     "seed",
@@ -70,7 +71,12 @@ def save(
                 "config": plain(asdict(config)),
             }
             write_model(
-                model, partial, tuning=config.tuning, sampling=config.sampling, training=training
+                model,
+                partial,
+                tuning=config.tuning,
+                image_layers=config.train_image_layers,
+                sampling=config.sampling,
+                training=training,
             )
     processes.barrier()
     if processes.is_main:
@@ -94,9 +100,8 @@ def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
             "the held-out split and the order; start a new run_dir"
         )
     # Frozen weights are not in the state: they are the base's, and already loaded.
-    path, _ = engine.load_checkpoint(
-        str(folder), tag=TRAINING_STATE, load_module_strict=config.tuning == "full"
-    )
+    complete = all(p.requires_grad for p in engine.module.parameters())
+    path, _ = engine.load_checkpoint(str(folder), tag=TRAINING_STATE, load_module_strict=complete)
     if path is None:
         raise ValueError(
             f"{folder / TRAINING_STATE} holds no training state; resume from another checkpoint"
