@@ -7,15 +7,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import tiny_llamagen
+from helpers import tiny_janus, tiny_llamagen
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["class", "text"])
+@pytest.fixture(params=["class", "text", "janus"])
 def backbone(request):
-    """A tiny LlamaGen of each kind."""
-    return tiny_llamagen(request.param)
+    """A tiny LlamaGen of each kind, and a tiny Janus."""
+    return tiny_janus() if request.param == "janus" else tiny_llamagen(request.param)
 
 
 @pytest.fixture(scope="session")

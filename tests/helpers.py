@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from t2i.backbones.base import Backbone
+from t2i.backbones.janus import Janus
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
+from t2i.backbones.tiny_janus import build_tiny_janus
 from t2i.tensorar.model import TensorAR
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
 
@@ -61,12 +64,15 @@ def golden_table(name: str) -> dict:
 def randomize(module: nn.Module, seed: int = 0) -> None:
     """Random weights at which every part matters: heads and null embeddings non-zero, norms away from 1."""
     generator = torch.Generator().manual_seed(seed)
+    stored = module.state_dict()
     with torch.no_grad():
         for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if name not in stored:
+                continue  # a table that is computed
             if value.dim() == 1:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
-                gain = 3.0 if "output" in name else 1.0
+                gain = 3.0 if "output" in name or "vision_head" in name else 1.0
                 value.normal_(std=gain * value[0].numel() ** -0.5, generator=generator)
 
 
@@ -100,8 +106,26 @@ def tiny_llamagen(cond: str, seed: int = 0) -> LlamaGen:
     return backbone.eval()
 
 
-def tiny_prepared(backbone: LlamaGen, batch: int) -> dict[str, Tensor]:
+def tiny_janus(seed: int = 0) -> Janus:
+    """A Janus of 4x4 codes with its tokenizers, in eval mode."""
+    backbone = build_tiny_janus(
+        JANUS_PROMPTS, tiny_vq(), side=4, dim=32, layers=2, heads=2, ffn_dim=64, vocab_size=320
+    )
+    randomize(backbone.janus, seed)
+    with torch.no_grad():
+        for layer in (m for m in backbone.janus.modules() if isinstance(m, nn.Linear)):
+            if layer.bias is not None:
+                layer.bias.sub_(1).mul_(0.2)  # or the head predicts its biases
+    return backbone.eval()
+
+
+JANUS_PROMPTS = ("a red circle", "two squares and one star, left of the ring", "a")
+
+
+def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
     """Different conditions: labels, or left-padded captions of different lengths."""
+    if isinstance(backbone, Janus):
+        return backbone.prepare([JANUS_PROMPTS[i % 3] for i in range(batch)])
     if backbone.config.cond == "class":
         return {"labels": torch.arange(batch) % backbone.config.num_classes}
     length, width = backbone.config.caption_tokens, backbone.config.caption_dim
