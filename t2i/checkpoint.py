@@ -29,6 +29,8 @@ from t2i.weights import copy_weights, load_strict, read_state_dict, write_json
 Tuning = Literal["full", "codec", "lora"]
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
+EXPORTED = "tensorar"
+"""Name of the checkpoint folder within an export (see t2i.export); its base is given relative to it."""
 
 
 def save_pretrained(
@@ -174,23 +176,36 @@ def run_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The folder itself, or the newest complete checkpoint of a run folder."""
-    found = run_checkpoints(folder)
-    return found[-1] if found else Path(folder)
+    """The folder itself, the newest complete checkpoint of a run folder, or the one within an export."""
+    if found := run_checkpoints(folder):
+        return found[-1]
+    exported = Path(folder) / EXPORTED
+    return exported if (exported / MANIFEST).is_file() else Path(folder)
 
 
 def from_pretrained(
     folder: str | Path,
     *,
     base: str | Path | None = None,
+    generation_only: bool | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> TensorAR:
-    """Load a checkpoint folder, in eval mode. `base` says where the base weights are now, if they moved."""
+    """Load a checkpoint folder (or a run's newest, or an export), in eval mode.
+
+    Args:
+        base: where the base weights are now, if they moved.
+        generation_only: whether to leave out what drawing images does not need; as in training if None.
+    """
     folder = find_checkpoint(folder)
     config = read_config(folder)
     source = BackboneSource(**config["backbone"])
-    source = source if base is None else replace(source, weights=str(base))
+    if generation_only is not None:
+        source = replace(source, generation_only=generation_only)
+    if base is not None:
+        source = replace(source, weights=str(base))
+    elif source.weights.startswith(".."):
+        source = replace(source, weights=str((folder / source.weights).resolve()))
     changed = folder / "backbone.safetensors"
     replaces_base = config["tuning"] == "full" and not published_as_folder(source.family)
     tuned = changed if replaces_base else None

@@ -142,7 +142,7 @@ def load_source(
             f"unknown backbone family {source.family!r}; choose one of {', '.join(FAMILIES)}"
         )
     module = import_module(FAMILIES[source.family])
-    files = _expand_folder(source)
+    files = expand_folder(source)
     config = None if files.config is None else module.config_from_dict(files.config)
     options: dict = {"config": config}
     folder = published_as_folder(source.family)
@@ -156,7 +156,7 @@ def load_source(
         )
     else:
         path = weights or resolve(files.weights, folder=folder)
-        if weights is None and source.sha256 is not None and _hash(path) != source.sha256:
+        if weights is None and source.sha256 is not None and weights_sha256(path) != source.sha256:
             raise ValueError(
                 f"{path} is not the weight file that the checkpoint was trained on (its SHA-256 differs)"
             )
@@ -185,10 +185,13 @@ def with_hash(source: BackboneSource) -> BackboneSource:
     if source.sha256 is not None:
         return source
     folder = published_as_folder(source.family)
-    return replace(source, sha256=_hash(resolve(_expand_folder(source).weights, folder=folder)))
+    return replace(
+        source, sha256=weights_sha256(resolve(expand_folder(source).weights, folder=folder))
+    )
 
 
-def _hash(path: Path) -> str:
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of a weight file, or over those of a folder."""
     return folder_sha256(path) if path.is_dir() else file_sha256(path)
 
 
@@ -198,7 +201,7 @@ def published_as_folder(family: str) -> bool:
     return home is not None and getattr(import_module(home), "PUBLISHED_AS_FOLDER", False)
 
 
-def _expand_folder(source: BackboneSource) -> BackboneSource:
+def expand_folder(source: BackboneSource) -> BackboneSource:
     """Fill in what a backbone folder's config.json says; what the caller gave wins."""
     path = ASSETS / source.weights if source.weights in shipped_bases() else Path(source.weights)
     if not path.is_dir():
@@ -242,7 +245,7 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
 
 def tokenizer_hash(backbone: Backbone) -> str:
     """SHA-256 of the image tokenizer's weights (of the file, where it has one to itself), for cache keys."""
-    files = _expand_folder(backbone.source)
+    files = expand_folder(backbone.source)
     if files.tokenizer is not None:
         return file_sha256(resolve(files.tokenizer))
     return state_dict_sha256(backbone.tokenizer.state_dict())

@@ -20,13 +20,14 @@ def backbone(request):
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
-    """A folder with base/ (a tiny backbone), data/ (60 captioned images) and, once a run has built it, cache/."""
-    from runs import write_tiny_base
+    """A folder with base/ and janus/ (tiny backbones), data/ (60 captioned images) and, once a run has built it, cache/."""
+    from runs import write_tiny_base, write_tiny_janus
 
     from t2i.data.shapes import write_dataset
 
     root = tmp_path_factory.mktemp("tiny_world")
     write_tiny_base(root / "base")
+    write_tiny_janus(root / "janus")
     write_dataset(root / "data", 60, size=32)
     return root
 
