@@ -1,12 +1,14 @@
 """GenEval (arXiv 2310.11513) as a library: detector, judge, summary.
 
-`score(images, metadata, detector)` does it all for images in memory.
+`score(images, metadata)` does it all for images in memory, as a reward does; `geneval.benchmark.GenEval` is the whole benchmark
+with files and pages, for `t2i.evaluation.runner.evaluate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
@@ -42,7 +44,7 @@ class Report:
 def score(
     images: Sequence[Image.Image],
     metadata: Sequence[Mapping],
-    detector: Detector,
+    detector: Detector | None = None,
     *,
     options: JudgeOptions | None = None,
     seed: int = 0,
@@ -50,7 +52,8 @@ def score(
     """Judge images in memory and summarise.
 
     images: RGB, prompt by prompt: the same number of images for each entry of `metadata` (GenEval
-    schema: tag, prompt, include, exclude), in its order. seed: of the bootstrap standard errors.
+    schema: tag, prompt, include, exclude), in its order. detector: Mask2Former with CLIP, loaded once
+    and on a GPU where there is one, if None. seed: of the bootstrap standard errors.
 
     Raises ValueError when the numbers do not fit, or when the detector cannot name a class or
     colour that the metadata asks for.
@@ -60,6 +63,7 @@ def score(
             f"{len(images)} images for {len(metadata)} prompts: "
             "give the same number of images, at least one, for every prompt"
         )
+    detector = detector or _default_detector()
     each = len(images) // len(metadata)
     entries = [entry for entry in metadata for _ in range(each)]
     verdicts = [
@@ -71,3 +75,12 @@ def score(
         for index, (entry, verdict) in enumerate(zip(entries, verdicts, strict=True))
     ]
     return Report(verdicts, summarize(rows, seed=seed))
+
+
+@lru_cache(maxsize=1)
+def _default_detector() -> Detector:
+    import torch
+
+    from geneval.detectors import load_detector
+
+    return load_detector("mask2former", device="cuda" if torch.cuda.is_available() else "cpu")

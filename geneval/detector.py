@@ -66,3 +66,8 @@ class Detector(Protocol):
     ) -> list[str]:
         """One of GenEval's colour names for each detection."""
         ...
+
+    def identity(self) -> dict[str, object]:
+        """What judged, for the results file: name, whether GenEval is defined by it ("official"),
+        weights (file name -> SHA-256) and library versions. JSON types only."""
+        ...

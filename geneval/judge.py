@@ -55,11 +55,13 @@ class Verdict:
     """correct; the reason (one line per failure, empty when correct); what was detected.
 
     details: class -> [[x0, y0, x1, y1, score], ...], most confident first.
+    kept: class -> the indices of these in the class's detections.
     """
 
     correct: bool
     reason: str
     details: dict[str, list[list[float]]] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
 
 
 def judge(
@@ -97,13 +99,20 @@ def judge(
         for name, chosen in kept.items()
         if chosen
     }
-    return Verdict(not reasons, "\n".join(reasons), details)
+    kept = {name: kept[name] for name in details}
+    return Verdict(not reasons, "\n".join(reasons), details, kept)
 
 
 def judge_image(
     image: Image.Image, metadata: Mapping, detector: Detector, options: JudgeOptions | None = None
 ) -> Verdict:
     """Detect, then judge. Raises ValueError for a class or colour that the detector cannot name."""
+    check_vocabulary(metadata, detector)
+    return judge_detected(image, metadata, detector, detector.detect(image), options)
+
+
+def check_vocabulary(metadata: Mapping, detector: Detector) -> None:
+    """ValueError for a class or colour that the detector cannot name."""
     for item in [*metadata.get("include", []), *metadata.get("exclude", [])]:
         if item["class"] not in detector.classes:
             raise ValueError(
@@ -115,7 +124,16 @@ def judge_image(
                 f"the detector does not name {item['color']!r} of {metadata['prompt']!r}; "
                 f"it names {', '.join(detector.colors)}"
             )
-    detections = detector.detect(image)
+
+
+def judge_detected(
+    image: Image.Image,
+    metadata: Mapping,
+    detector: Detector,
+    detections: Mapping[str, Detections],
+    options: JudgeOptions | None = None,
+) -> Verdict:
+    """Judge what the detector found in an image; it is asked again for colours only."""
 
     def colors_of(name: str, indices: Sequence[int]) -> list[str]:
         return detector.classify_colors(image, name, detections[name].take(indices))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from importlib.metadata import version
 
 import numpy as np
 from PIL import Image
@@ -73,6 +74,11 @@ class ShapesDetector:
             median = np.median(pixels[mask], axis=0)
             names.append(list(PALETTE)[np.linalg.norm(palette - median, axis=1).argmin()])
         return names
+
+    def identity(self) -> dict[str, object]:
+        """It has no weights; Pillow draws its templates."""
+        libraries = {name: version(name) for name in ("numpy", "pillow")}
+        return {"name": "shapes", "official": False, "weights": {}, "libraries": libraries}
 
 
 def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:

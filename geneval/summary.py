@@ -68,16 +68,22 @@ def result_row(filename: str, metadata: Mapping, verdict: Verdict) -> dict:
     }
 
 
+def by_prompt(rows: Iterable[Mapping]) -> dict[str, dict[str, list[bool]]]:
+    """Tag -> prompt (its metadata string) -> whether each of its images is correct."""
+    by_tag: dict[str, dict[str, list[bool]]] = {}
+    for row in rows:
+        prompts = by_tag.setdefault(row["tag"], {})
+        prompts.setdefault(row["metadata"], []).append(bool(row["correct"]))
+    return by_tag
+
+
 def summarize(rows: Iterable[Mapping], seed: int = 0, resamples: int = RESAMPLES) -> Summary:
     """Summarise result rows (tag, correct, metadata are read; one row per image, any order).
 
     The standard errors come from redrawing prompts within each tag. They depend on `seed` and on
     the set of rows, not on their order.
     """
-    by_tag: dict[str, dict[str, list[bool]]] = {}
-    for row in rows:
-        prompts = by_tag.setdefault(row["tag"], {})
-        prompts.setdefault(row["metadata"], []).append(bool(row["correct"]))
+    by_tag = by_prompt(rows)
     if not by_tag:
         raise ValueError("no verdicts to summarise: judge at least one image first")
     tags: dict[str, TagScore] = {}

@@ -5,14 +5,17 @@ python launch/generate.py --ckpt runs/shapes --prompt-file prompts.txt --stages
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import tyro
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.sampling_options import SamplingOverrides
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,9 @@ class GenerateConfig:
     """cpu, cuda, or auto."""
     dtype: str = "auto"
     """float32, bfloat16, or auto (bfloat16 on a GPU)."""
-    cfg_scale: float | None = None
-    """Overrides of the checkpoint's sampling settings."""
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    cfg_interval: int | None = None
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
+        default_factory=SamplingOverrides
+    )
 
     def __post_init__(self):
         if self.samples < 1 or self.batch_size < 1:
@@ -67,12 +67,7 @@ def main() -> None:
         config.ckpt, base=config.base, generation_only=True, device=device, dtype=dtype
     )
     by_class = model.backbone.spec.cond_kind == "class"
-    changes = {
-        name: getattr(config, name)
-        for name in ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")
-        if getattr(config, name) is not None
-    }
-    sampling = replace(model.sampling, **changes)
+    sampling = config.sampling.apply(model.sampling)
     prompts = [entry["prompt"] for entry in entries]
     config.out.mkdir(parents=True, exist_ok=True)  # find out before sampling if that cannot be
     images = iterate_images(

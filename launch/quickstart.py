@@ -5,13 +5,13 @@ order, samples held-out prompts from all three, judges them with GenEval's rules
 
     comparison.png   base, control and TensorAR at the same seeds, and TensorAR's refinement stages
     results.json     scores with standard errors and held-out losses by slot
+    geneval/<name>/  images, verdicts, report and failure gallery of each model
     <recipe>/        each run: metrics.jsonl, sample sheets, index.html, checkpoint
 
     python launch/quickstart.py
     python launch/quickstart.py --recipes shapes-iclr2026 shapes-arxiv2505 shapes-tuned   # the README's table
 """
 
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +48,7 @@ class Quickstart:
 
 def main() -> None:
     config = cli.parse(Quickstart, __doc__)
+    from launch.lab import fine_tuned, held_out_losses
     from t2i.data.shapes import write_dataset
     from t2i.data.shapes_prompts import benchmark_prompts
     from t2i.data.shapes_source import FINE_TUNING_SEED
@@ -62,14 +63,15 @@ def main() -> None:
     models = {"base": attach(backbone, base())}
     for name in (CONTROL, *config.recipes):
         print(f"[2/3] fine-tuning: {name}")
-        models[name] = fine_tuned(config, name)
-    losses = {name: held_out_losses(model, config) for name, model in models.items()}
+        models[name] = fine_tuned(run_config(config, name))
+    control = run_config(config, CONTROL)
+    losses = {name: held_out_losses(control, model) for name, model in models.items()}
     metadata = benchmark_prompts(config.seed, config.prompts_per_task)
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
-    reports = {name: judge(model, metadata, config) for name, model in models.items()}
+    scores = {name: judge(model, name, metadata, config) for name, model in models.items()}
     write_comparison(models, config)
-    write_results(reports, losses, config)
-    print(table(reports, losses))
+    write_results(scores, losses, config)
+    print(table(scores, losses))
     print(
         f"\nlook at {config.out / 'comparison.png'}   ({(time.time() - started) / 60:.1f} minutes)"
     )
@@ -91,42 +93,22 @@ def run_config(config: Quickstart, name: str):
     )
 
 
-def fine_tuned(config: Quickstart, name: str):
-    """The model after its run, which is done (or continued) now unless it is complete."""
-    from t2i.checkpoint import from_pretrained, run_checkpoints
-    from t2i.training.engine import start_processes
-    from t2i.training.loop import train
+def judge(model, name: str, metadata: list[dict], config: Quickstart) -> dict[str, dict]:
+    """GenEval by `geneval/run.py`'s own code, with files and gallery; returns its scores by name."""
+    from geneval.benchmark import GenEval
+    from geneval.detectors import load_detector
+    from t2i.evaluation.options import Scope
+    from t2i.evaluation.runner import evaluate
+    from t2i.evaluation.sampling import DrawOptions
 
-    run = run_config(config, name)
-    done = run_checkpoints(run.run_dir)
-    if not done:
-        shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
-    complete = done and done[-1].name == f"step_{config.steps:06d}"
-    folder = done[-1] if complete else train(replace(run, resume=bool(done)))
-    return from_pretrained(folder, device=start_processes().device)
-
-
-def held_out_losses(model, config: Quickstart) -> dict[str, float]:
-    """Loss by slot on the control's held-out set, which is that of every recipe."""
-    from t2i.training.data import TrainingData
-    from t2i.training.engine import start_processes
-    from t2i.training.validation import validate
-
-    data = TrainingData(run_config(config, CONTROL), model.backbone, start_processes())
-    return validate(model, data).metrics()
-
-
-def judge(model, metadata: list[dict], config: Quickstart):
-    """GenEval's verdicts on freshly sampled images."""
-    import geneval
-    from geneval.shapes_detector import ShapesDetector
-    from t2i.generation import generate
-
-    prompts = [entry["prompt"] for entry in metadata]
-    images = generate(
-        model, prompts, seed=config.seed, samples_per_prompt=config.samples, batch_size=48
+    results = evaluate(
+        GenEval(metadata, load_detector("shapes"), prompts="shapes"),
+        config.out / "geneval" / name,
+        model=model,
+        scope=Scope(samples=config.samples),
+        draw=DrawOptions(seed=config.seed, batch_size=48),
     )
-    return geneval.score(images, metadata, ShapesDetector())
+    return results["scores"]
 
 
 def write_comparison(models: dict, config: Quickstart) -> None:
@@ -165,31 +147,26 @@ def write_comparison(models: dict, config: Quickstart) -> None:
     )
 
 
-def write_results(reports: dict, losses: dict, config: Quickstart) -> None:
+def write_results(scores: dict, losses: dict, config: Quickstart) -> None:
     from t2i.weights import write_json
 
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     write_json(
         config.out / "results.json",
-        {
-            "settings": {
-                k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()
-            },
-            "scores": {name: asdict(report.summary) for name, report in reports.items()},
-            "held_out_losses": losses,
-        },
+        {"settings": settings, "scores": scores, "held_out_losses": losses},
     )
 
 
-def table(reports: dict, losses: dict) -> str:
+def table(scores: dict, losses: dict) -> str:
     """A markdown table: score by task and overall, held-out loss of slot 0 on noised truth and on own drafts."""
-    tags = list(next(iter(reports.values())).summary.tags)
-    head = ["model", *tags, "overall", "loss, noised truth (slots)", "loss, own drafts (slots)"]
+    from t2i.data.shapes_prompts import TAGS
+
+    head = ["model", *TAGS, "overall", "loss, noised truth (slots)", "loss, own drafts (slots)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, report in reports.items():
-        summary = report.summary
-        cells = [f"{summary.tags[t].mean:.2f}" for t in tags]
-        error = "" if summary.overall_stderr is None else f" ± {summary.overall_stderr:.3f}"
-        cells += [f"**{summary.overall:.3f}**{error}"]
+    for name, found in scores.items():
+        cells = [f"{found[tag]['mean']:.2f}" for tag in TAGS]
+        overall, error = found["overall"]["mean"], found["overall"]["stderr"]
+        cells += [f"**{overall:.3f}**" + ("" if error is None else f" ± {error:.3f}")]
         cells += [_slots(losses.get(name, {}), kind) for kind in ("noised_truth", "own_drafts")]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)

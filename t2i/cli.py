@@ -12,9 +12,9 @@ import tyro
 Config = TypeVar("Config")
 
 
-def parse(default: Config | type[Config], description: str) -> Config:
-    """Parse a config dataclass; unknown options are refused with a suggestion."""
-    config = tyro.cli(default, description=description, args=_arguments())
+def parse(default: Config | type[Config], description: str, skip: int = 0) -> Config:
+    """Parse a config dataclass; unknown options are refused with a suggestion. `skip` words are not for it."""
+    config = tyro.cli(default, description=description, args=_arguments()[skip:])
     _quiet_libraries()
     return config
 

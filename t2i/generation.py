@@ -99,9 +99,9 @@ def to_images(model: TensorAR, codes: Tensor) -> list[Image.Image]:
 
 def stage_images(model: TensorAR, windows: Tensor) -> list[list[Image.Image]]:
     """Windows [B, N, k, S] -> per image, the picture at every refinement stage."""
+    geometry = model.windows.shrunk(windows.shape[2])
     per_stage = [
-        to_images(model, model.windows.stage_codes(windows, r + 1))
-        for r in range(model.windows.stages)
+        to_images(model, geometry.stage_codes(windows, r + 1)) for r in range(geometry.stages)
     ]
     return [list(images) for images in zip(*per_stage, strict=True)]
 

@@ -12,10 +12,15 @@ _LABEL_HEIGHT = 16
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
     """Write a PNG through a temporary name, making the folder if need be."""
+    return save_image(image, path, format="PNG")
+
+
+def save_image(image: Image.Image, path: str | Path, **options) -> Path:
+    """The same in any format; options are those of `Image.save`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    image.save(partial, format="PNG")
+    image.save(partial, **options)
     os.replace(partial, path)
     return path
 

@@ -15,7 +15,11 @@ from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.tensorar.model import TensorAR, TensorARConfig
 from t2i.weights import file_sha256, folder_sha256, state_dict_sha256
 
-FAMILIES = {"llamagen": "t2i.backbones.llamagen", "janus": "t2i.backbones.janus"}
+FAMILIES = {
+    "llamagen": "t2i.backbones.llamagen",
+    "janus": "t2i.backbones.janus",
+    "rar": "t2i.backbones.rar",
+}
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

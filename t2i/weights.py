@@ -89,7 +89,9 @@ def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, T
     for path in weight_files(folder):
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
         if twice := sorted(weights.keys() & part.keys()):
-            raise ValueError(f"{path} holds keys that another shard has, too: {_shorten(twice)}")
+            raise ValueError(
+                f"{path} holds keys that another shard has, too: {shorten_keys(twice)}"
+            )
         weights |= part
     return weights
 
@@ -123,6 +125,11 @@ def _strip_wrappers(key: str) -> str:
     for prefix in _WRAPPER_PREFIXES:
         key = key.removeprefix(prefix)
     return key
+
+
+def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
+    """How many different names follow `prefix` (which ends with a dot): the length of a stored list of modules."""
+    return len({k.removeprefix(prefix).split(".")[0] for k in state_dict if k.startswith(prefix)})
 
 
 def load_strict(
@@ -162,7 +169,9 @@ def _compare(
     }
     if any(problems.values()):
         lines = [
-            f"  {kind} ({len(keys)}): {_shorten(keys)}" for kind, keys in problems.items() if keys
+            f"  {kind} ({len(keys)}): {shorten_keys(keys)}"
+            for kind, keys in problems.items()
+            if keys
         ]
         raise ValueError(
             f"{source} does not fit {what}:\n"
@@ -171,7 +180,8 @@ def _compare(
         )
 
 
-def _shorten(keys: list[str]) -> str:
+def shorten_keys(keys: list[str]) -> str:
+    """The first of many keys, for a message."""
     shown = ", ".join(keys[:_MAX_KEYS_IN_MESSAGE])
     return (
         shown

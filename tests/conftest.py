@@ -7,15 +7,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import tiny_janus, tiny_llamagen
+from helpers import tiny_janus, tiny_llamagen, tiny_rar
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["class", "text", "janus"])
+TINY = {
+    "class": lambda: tiny_llamagen("class"),
+    "text": lambda: tiny_llamagen("text"),
+    "janus": tiny_janus,
+    "rar": tiny_rar,
+}
+
+
+@pytest.fixture(params=TINY)
 def backbone(request):
-    """A tiny LlamaGen of each kind, and a tiny Janus."""
-    return tiny_janus() if request.param == "janus" else tiny_llamagen(request.param)
+    """A tiny LlamaGen of each kind, and one of every other family."""
+    return TINY[request.param]()
 
 
 @pytest.fixture(scope="session")

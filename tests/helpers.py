@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from t2i.backbones.base import Backbone
 from t2i.backbones.janus import Janus
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
+from t2i.backbones.rar import RAR, RARConfig
 from t2i.backbones.tiny_janus import build_tiny_janus
 from t2i.tensorar.model import TensorAR
+from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
 
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
@@ -53,6 +55,14 @@ def golden_cases(family: str) -> list:
     return cases
 
 
+def golden_folder(name: str) -> Path:
+    """A folder of golden data; skips the test file where another golden root does not have it."""
+    folder = GOLDEN_ROOT / name
+    if "T2I_GOLDEN" in os.environ and not folder.is_dir():
+        pytest.skip(f"no {name} in {GOLDEN_ROOT}", allow_module_level=True)
+    return folder
+
+
 def golden_table(name: str) -> dict:
     """A JSON table of this name anywhere under the golden root; skips the test where there is none."""
     path = next(GOLDEN_ROOT.rglob(name), None)
@@ -72,8 +82,9 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             if value.dim() == 1:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
-                gain = 3.0 if "output" in name or "vision_head" in name else 1.0
-                value.normal_(std=gain * value[0].numel() ** -0.5, generator=generator)
+                head = any(part in name for part in ("output", "lm_head", "vision_head"))
+                fan_in = value.shape[-1] if value.dim() == 3 else value[0].numel()  # 3: a table
+                value.normal_(std=(3.0 if head else 1.0) * fan_in**-0.5, generator=generator)
 
 
 def tiny_config(cond: str) -> LlamaGenConfig:
@@ -122,11 +133,21 @@ def tiny_janus(seed: int = 0) -> Janus:
 JANUS_PROMPTS = ("a red circle", "two squares and one star, left of the ring", "a")
 
 
+def tiny_rar(seed: int = 0) -> RAR:
+    """A RAR of 4x4 codes with a tokenizer, in eval mode."""
+    backbone = RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), vocab_size=48, num_classes=10))
+    tokenizer = MaskGITVQGAN(MaskGITConfig(32, (1, 2), 1, codebook_size=48, codebook_dim=16))
+    for module in (backbone, tokenizer):
+        randomize(module, seed)
+    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+    return backbone.eval()
+
+
 def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
-    """Different conditions: labels, or left-padded captions of different lengths."""
+    """Different conditions: labels, or left-padded captions or prompts of different lengths."""
     if isinstance(backbone, Janus):
         return backbone.prepare([JANUS_PROMPTS[i % 3] for i in range(batch)])
-    if backbone.config.cond == "class":
+    if backbone.spec.cond_kind == "class":
         return {"labels": torch.arange(batch) % backbone.config.num_classes}
     length, width = backbone.config.caption_tokens, backbone.config.caption_dim
     valid = 1 + torch.arange(batch) * 2 % length

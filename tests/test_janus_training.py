@@ -152,7 +152,7 @@ def test_bf16_is_close_to_fp32(tiny_world, lora):
     models = [build_model(c) for c in (config, low)]
     assert {p.dtype for p in models[1].parameters()} == {torch.bfloat16}
     batch = next(TrainingData(config, models[0].backbone, ALONE).micro_batches(0))
-    losses = [TrainingLoss(model)(batch)[0].item() for model in models]
+    losses = [TrainingLoss(m, "fp32")(batch)[0].item() for m in models]
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
 
 

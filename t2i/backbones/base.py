@@ -26,12 +26,26 @@ class SamplingConfig:
     """Classifier-free guidance: null + scale * (cond - null); 1 turns it off and halves the work."""
     cfg_interval: int = -1
     """Guide the first image token and the next `cfg_interval` + 1 only (LlamaGen's option); -1 guides all."""
+    cfg_power: float = 0.0
+    """Let guidance grow from 1 to `cfg_scale` along a power-cosine (RAR's option); the higher, the later. 0 is constant."""
     temperature: float = 1.0
     """0 takes the most likely code."""
     top_k: int = 0
     """Keep the k most likely codes (and ties); 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
+    window: int = 0
+    """Slots that a TensorAR model predicts and feeds back per step; 0 is all k, fewer are fewer drafts."""
+    draft_temperature: float = 1.0
+    """Factor on the temperature of the drafts; 0 takes the most likely."""
+    draft_guidance: bool = True
+    """Guide the drafts, too."""
+    renoise: float = 0.0
+    """Corrupt drafts before they are fed back, with this share of the training noise's strength."""
+    keep: float = 0.0
+    """Keep a code's draft where it is at least this likely compared with the most likely code; 0 draws every code anew."""
+    contrast: float = 0.0
+    """Move away from what was predicted for the same position one step earlier: logits + contrast * (logits - earlier)."""
 
     def __post_init__(self):
         if self.cfg_scale < 1:
@@ -40,10 +54,20 @@ class SamplingConfig:
             )
         if self.cfg_interval < -1:
             raise ValueError(f"cfg_interval={self.cfg_interval} must be at least -1 (guide all)")
+        if self.cfg_power < 0:
+            raise ValueError(
+                f"cfg_power={self.cfg_power} must not be negative (0 is constant guidance)"
+            )
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy)")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be >= 0 and top_p={self.top_p} in (0, 1]")
+        if self.window < 0 or self.draft_temperature < 0:
+            raise ValueError(
+                f"window={self.window} and draft_temperature={self.draft_temperature} must not be negative"
+            )
+        if not 0 <= self.renoise <= 1 or not 0 <= self.keep <= 1:
+            raise ValueError(f"renoise={self.renoise} and keep={self.keep} must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,14 @@ class Condition:
     """Which prefix entries may be attended to, bool [B, P]; None means all."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Whatever else a family's trunk needs, batch first."""
+
+    def rows(self, index: Tensor) -> "Condition":
+        """The conditions of some samples."""
+        return Condition(
+            self.prefix[index],
+            None if self.mask is None else self.mask[index],
+            {k: v[index] for k, v in self.extras.items()},
+        )
 
     @staticmethod
     def cat(parts: Sequence["Condition"]) -> "Condition":
@@ -168,6 +200,14 @@ def causal_mask(index_L: Tensor, extent: int, prefix_mask_BP: Tensor | None) -> 
         visible[:, : prefix_mask_BP.shape[1]] = prefix_mask_BP[:, :extent]
         allowed = (allowed & visible[:, None]) | (columns == index_L[:, None])
     return allowed[:, None]
+
+
+def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
+    """RAR's guidance (1d-tokenizer `modeling/rar.py`): 1 + (scale - 1) (1 - cos(pi (step/steps)^power)) / 2, in fp32 as there."""
+    if power == 0:
+        return scale
+    done = torch.tensor(step / steps, dtype=torch.float32) ** power
+    return (1 + (scale - 1) * (1 - torch.cos(torch.pi * done)) / 2).item()
 
 
 class Backbone(nn.Module, ABC):
@@ -272,8 +312,9 @@ class Backbone(nn.Module, ABC):
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `length` inputs, with the dtype and device of the parameters."""
 
-    def guidance(self, scale: float, step: int, steps: int) -> tuple[float, ...]:
-        """CFG scale of each sub-token at a step; constant unless the family says otherwise."""
+    def guidance(self, config: SamplingConfig, step: int, steps: int) -> tuple[float, ...]:
+        """CFG scale of each sub-token at a step of the sampling loop."""
+        scale = power_cosine(config.cfg_scale, config.cfg_power, step, steps)
         return (scale,) * len(self.spec.subvocabs)
 
     # -- pixels -----------------------------------------------------------------------------------------------------------

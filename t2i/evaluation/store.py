@@ -3,13 +3,16 @@
 OUT/00000/metadata.jsonl         the prompt's line
 OUT/00000/samples/00000.png      sample 0 of prompt 0
 OUT/00000/stages/00000_1.png     its refinement stages, if asked for
-OUT/grid.png                     all samples, one row per prompt
+OUT/grid.png                     all samples, one row per prompt (launch/generate.py)
+OUT/generation.json              how the images were drawn (t2i.evaluation.sampling)
 """
 
 import codecs
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from PIL import Image, ImageOps
 
 from t2i.generation import Generated
 from t2i.imaging import grid, save_png
@@ -60,11 +63,53 @@ def _parse_json_line(line: bytes, where: str) -> dict:
     return entry
 
 
-def _refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
+def prompt_folder(index: int) -> str:
+    """Folder name of a prompt."""
+    return f"{index:05d}"
+
+
+def sample_file(prompt_index: int, sample_index: int) -> str:
+    """An image's file within a generation folder, which is also its name in results."""
+    return f"{prompt_folder(prompt_index)}/samples/{sample_index:05d}.png"
+
+
+def write_prompt(out: Path, index: int, entry: dict) -> None:
+    """Write a prompt's metadata line."""
+    folder = out / prompt_folder(index)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "metadata.jsonl", json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def write_sample(out: Path, generated: Generated) -> Path:
+    """Write an image, and its refinement stages where it has any."""
+    path = out / sample_file(generated.prompt_index, generated.sample_index)
+    for r, stage in enumerate(generated.stages):
+        save_png(stage, path.parent.with_name("stages") / f"{path.stem}_{r + 1}.png")
+    return save_png(generated.image, path)
+
+
+def load_image(path: Path) -> Image.Image:
+    """An image as judges see it: upright, RGB.
+
+    Raises:
+        ValueError: the file is not a whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for damage
+        raise ValueError(f"{path} is not a readable image ({error})") from error
+
+
+def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
+    """ValueError if the folder holds images of other prompts, which a judge would count."""
     for folder in sorted(out.glob("[0-9]" * 5)):
         index = int(folder.name)
         path = folder / "metadata.jsonl"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it") from error
         if index >= len(entries) or known not in (None, entries[index]):
             raise ValueError(
                 f"{out} holds images of other prompts ({folder.name}); give another --out or delete it"
@@ -79,18 +124,12 @@ def write_generated(
     Raises:
         ValueError: the folder holds images of other prompts, which a judge would count.
     """
-    _refuse_other_images(out, entries)
+    refuse_other_images(out, entries)
     shown, staged = [], []
     for generated in images:
-        folder = out / f"{generated.prompt_index:05d}"
-        name = f"{generated.sample_index:05d}"
         if generated.sample_index == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            line = json.dumps(entries[generated.prompt_index], ensure_ascii=False)
-            write_text(folder / "metadata.jsonl", line + "\n")
-        save_png(generated.image, folder / "samples" / f"{name}.png")
-        for r, stage in enumerate(generated.stages):
-            save_png(stage, folder / "stages" / f"{name}_{r + 1}.png")
+            write_prompt(out, generated.prompt_index, entries[generated.prompt_index])
+        write_sample(out, generated)
         if len(shown) < _MAX_GRID_IMAGES:
             shown.append(generated)
         if generated.stages and generated.sample_index == 0 and len(staged) < _MAX_GRID_IMAGES:

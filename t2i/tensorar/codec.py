@@ -93,15 +93,17 @@ class InputEncoder(nn.Module):
 class OutputDecoder(nn.Module):
     """One hidden state per slot of the predicted window: D(h)."""
 
-    def __init__(self, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual):
+    def __init__(
+        self, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual, detach: bool
+    ):
         super().__init__()
-        self.residual = residual
+        self.residual, self.detach = residual, detach
         self.transformer = QueryTransformer(k, dim, heads, depth, mlp)
         self.z_out = None if residual == "none" else nn.Parameter(torch.zeros(dim))
 
     def forward(self, h_MD: Tensor) -> Tensor:
         """Hidden states [M, D] -> [M, k, D]."""
-        read = self.transformer(h_MD[:, None])
+        read = self.transformer((h_MD.detach() if self.detach else h_MD)[:, None])
         if self.z_out is None:
             return read
         h_M1D, drafts = h_MD[:, None], read[:, 1:]
@@ -113,10 +115,20 @@ class OutputDecoder(nn.Module):
 class Codec(nn.Module):
     """Input encoder and output decoder; all that TensorAR adds to a backbone."""
 
-    def __init__(self, *, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual):
+    def __init__(
+        self,
+        *,
+        k: int,
+        dim: int,
+        heads: int,
+        depth: int,
+        mlp: bool,
+        residual: Residual,
+        detach: bool = False,
+    ):
         super().__init__()
         self.encoder = InputEncoder(k, dim, heads, depth, mlp, residual)
-        self.decoder = OutputDecoder(k, dim, heads, depth, mlp, residual)
+        self.decoder = OutputDecoder(k, dim, heads, depth, mlp, residual, detach)
 
     def initialize(self, generator: torch.Generator) -> None:
         """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one for the norms.

@@ -42,8 +42,17 @@ class TensorARConfig:
     """How drafts in the input windows are corrupted in training."""
     schedule: Schedule = "exponential"
     """How the corruption grows from slot to slot."""
+    noise_floor: float = 0.0
+    """Smallest corruption of a draft: the schedule is squeezed into [floor, 1]."""
     own_drafts: float = 0.0
     """Share of training samples whose drafts are the model's own samples, as in sampling, instead of noised truth."""
+    anneal: bool = False
+    """Let that share grow linearly from 0 at the first step to `own_drafts` at the last."""
+    wrong_finals: float = 0.0
+    """Share of final slots that hold a wrong code in training, so that a mistake in sampling is nothing new: the model's own sample
+    where drafts are its own, else a random code."""
+    detach: bool = False
+    """The output decoder reads the trunk's state without a gradient: drafts cannot pull on the trunk, only on the head."""
     slot_weights: tuple[float, ...] = (1.0,)
     """Loss weight of slot 0, 1, ...; the last entry holds for all further slots."""
 
@@ -61,8 +70,9 @@ class TensorARConfig:
             raise ValueError(
                 f"slot_weights={self.slot_weights}: give weights >= 0, that of slot 0 above 0"
             )
-        if not 0 <= self.own_drafts <= 1:
-            raise ValueError(f"own_drafts={self.own_drafts} is a share: give a number from 0 to 1")
+        for name in ("own_drafts", "noise_floor", "wrong_finals"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
         if self.own_drafts > 0 and self.noise == "gaussian":
             raise ValueError(
                 "own_drafts and noise='gaussian' exclude each other: that noise is on embeddings, not on codes"
@@ -119,6 +129,7 @@ class TensorAR(nn.Module):
                     depth=config.depth,
                     mlp=config.mlp,
                     residual=config.residual,
+                    detach=config.detach,
                 )
             if first.device.type != "meta":
                 codec.to_empty(device="cpu").initialize(torch.Generator().manual_seed(seed))
@@ -134,29 +145,54 @@ class TensorAR(nn.Module):
     def noised_windows(self, codes: Tensor, keys: Tensor) -> Tensor:
         """Input windows int64 [B, N, k, S] of codes [B, T, S], drafts corrupted by the configured noise; keys int64 [B]."""
         clean = self.windows.gather(codes)
-        b_k = torch.tensor(schedule_strengths(self.config.schedule, self.config.k))
-        b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
-        b_k = b_k.to(codes.device)
         if self.config.k == 1 or self.config.noise == "gaussian":
             return clean
-        if self.config.noise == "codebook":
-            vectors = tuple(v.to(codes.device) for v in self.backbone.code_vectors())
-            return corrupt_codebook(clean, b_k, vectors, keys)
-        return corrupt_categorical(clean, b_k, self.backbone.spec.subvocabs, keys)
+        return self.corrupt(clean, keys)
 
-    def training_windows(self, codes: Tensor, condition: Condition, keys: Tensor) -> Tensor:
-        """What a training step reads, int64 [B, N, k, S]: noised truth, or own drafts for the configured share of samples."""
-        noised = self.noised_windows(codes, keys)
-        if self.config.own_drafts == 0 or self.config.k == 1:
-            return noised
-        own = self.own_draft_windows(codes, condition, fold(keys, 2000), passes=1)
-        chosen = uniforms(fold(keys, 2001), 1)[:, :, None, None] < self.config.own_drafts
-        return torch.where(chosen, own, noised)
+    def corrupt(self, windows: Tensor, keys: Tensor, share: float = 1.0) -> Tensor:
+        """Corrupt the drafts of windows int64 [B, n, k', S] with `share` of the configured strengths."""
+        b_k = torch.tensor(
+            schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
+        )
+        b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
+        b_k = share * b_k[: windows.shape[2]].to(windows.device)
+        if self.config.noise == "codebook":
+            vectors = tuple(v.to(windows.device) for v in self.backbone.code_vectors())
+            return corrupt_codebook(windows, b_k, vectors, keys)
+        return corrupt_categorical(windows, b_k, self.backbone.spec.subvocabs, keys)
+
+    def training_windows(
+        self, codes: Tensor, condition: Condition, keys: Tensor, progress: float = 1.0
+    ) -> Tensor:
+        """What a training step reads, int64 [B, N, k, S]: noised truth, or own drafts for the configured share of samples.
+
+        progress: share of the run that is done, for annealing.
+        """
+        config, final = self.config, self.config.stride
+        windows = self.noised_windows(codes, keys)
+        mistakes = self._random_codes(fold(keys, 2003), windows.shape[1], final)
+        share = config.own_drafts * (progress if config.anneal else 1.0)
+        if share > 0:
+            # Only the chosen rows pass the model again; at least one does, since under ZeRO-3 a pass is collective.
+            chosen = torch.nonzero(uniforms(fold(keys, 2001)) < share)[:, 0]
+            rows = chosen if len(chosen) else torch.zeros(1, dtype=torch.long, device=keys.device)
+            own = self.own_windows(
+                codes[rows], condition.rows(rows), fold(keys[rows], 2000), passes=1
+            )[: len(chosen)]
+            windows = windows.index_copy(
+                0, chosen, torch.cat([windows[chosen][:, :, :final], own[:, :, final:]], dim=2)
+            )
+            mistakes = mistakes.index_copy(0, chosen, own[:, :, :final])
+        if config.wrong_finals > 0:
+            wrong = uniforms(fold(keys, 2002), *mistakes.shape[1:3]) < config.wrong_finals
+            finals = torch.where(wrong[..., None], mistakes, windows[:, :, :final])
+            windows = torch.cat([finals, windows[:, :, final:]], dim=2)
+        return windows
 
     def embed_windows(
         self, windows: Tensor, first: int = 0, gaussian_keys: Tensor | None = None
     ) -> Tensor:
-        """E(w): windows [B, n, k, S], of which the first has index `first`, -> embeddings [B, n, D]."""
+        """E(w): windows [B, n, k' <= k, S], of which the first has index `first`, -> embeddings [B, n, D]."""
         e_BnkD = self.backbone.embed_tokens(windows)
         if self.codec is None:
             return e_BnkD[:, :, 0]
@@ -165,7 +201,7 @@ class TensorAR(nn.Module):
             noise[:, :, : self.config.stride] = 0
             e_BnkD = e_BnkD + noise.type_as(e_BnkD)
         n = windows.shape[1]
-        valid_nk = self.windows.valid(windows.device)[first : first + n]
+        valid_nk = self.windows.valid(windows.device)[first : first + n, : windows.shape[2]]
         valid = valid_nk.expand(len(windows), -1, -1).flatten(0, 1)
         return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (len(windows), n))
 
@@ -224,33 +260,49 @@ class TensorAR(nn.Module):
         return SlotLosses(sums, valid_kN.sum(1) * len(codes))
 
     # -- own drafts -------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def own_draft_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, passes: int = 2
     ) -> Tensor:
         """Input windows with the true code in the final slots and the model's own samples behind them, int64 [B, N, k, S].
 
-        Each pass predicts all windows in parallel and takes their samples as the next pass's drafts; the first pass sees pure
-        noise as drafts, so no truth can leak into them. This is what sampling feeds the model, up to the true final slots.
+        This is what sampling feeds the model, up to the true final slots.
         """
+        final = self.config.stride
         truth = self.windows.gather(codes)
-        if self.config.k == 1:
+        if self.config.k == final:
             return truth
-        final, drafts = truth.split([self.config.stride, self.config.k - self.config.stride], dim=2)
-        noise = [
-            integers(fold(keys, s), v, *drafts.shape[1:3])
-            for s, v in enumerate(self.backbone.spec.subvocabs)
-        ]
-        windows = torch.cat([final, torch.stack(noise, dim=-1)], dim=2)
+        own = self.own_windows(codes, condition, keys, passes)
+        return torch.cat([truth[:, :, :final], own[:, :, final:]], dim=2)
+
+    @torch.no_grad()
+    def own_windows(self, codes: Tensor, condition: Condition, keys: Tensor, passes: int) -> Tensor:
+        """All slots of all windows sampled from the model, given the true codes before each window; int64 [B, N, k, S].
+
+        Each pass predicts all windows in parallel and takes their samples as the next pass's drafts; the first pass sees pure
+        noise as drafts, so no truth can leak into them.
+        """
+        final, (n, k) = self.config.stride, (self.windows.count, self.config.k)
+        truth = self.windows.gather(codes)[:, :, :final]
+        own = self._random_codes(keys, n, k)
         for p in range(passes):
-            d = self.decode_slots(self.hidden(condition, windows))[:, :, self.config.stride :]
-            drafts = drafts[..., :0]
+            windows = torch.cat([truth, own[:, :, final:]], dim=2)
+            d = self.decode_slots(self.hidden(condition, windows))
+            own = own[..., :0]
             for s in range(truth.shape[-1]):
-                probabilities = self.backbone.next_logits(d, drafts).softmax(-1)
-                u = uniforms(fold(keys, 1000 + p, s), *d.shape[1:3])
-                drafts = torch.cat([drafts, draw(probabilities, u)[..., None]], dim=-1)
-            windows = torch.cat([final, drafts], dim=2)
-        return windows
+                probabilities = self.backbone.next_logits(d, own).softmax(-1)
+                u = uniforms(fold(keys, 1000 + p, s), n, k)
+                own = torch.cat([own, draw(probabilities, u)[..., None]], dim=-1)
+        return own
+
+    def _random_codes(self, keys: Tensor, *shape: int) -> Tensor:
+        """Uniform codes int64 [B, *shape, S]."""
+        return torch.stack(
+            [
+                integers(fold(keys, s), v, *shape)
+                for s, v in enumerate(self.backbone.spec.subvocabs)
+            ],
+            dim=-1,
+        )
 
 
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:

@@ -30,15 +30,15 @@ GAUSSIAN_VARIANCE = 0.1
 """Variance of the ablation's embedding noise (arXiv 2505.16324, section 4.3)."""
 
 
-def schedule_strengths(schedule: Schedule, k: int) -> list[float]:
-    """b(0) .. b(k-1); b(0) is 0."""
+def schedule_strengths(schedule: Schedule, k: int, floor: float = 0.0) -> list[float]:
+    """b(0) .. b(k-1); b(0) is 0. A floor squeezes the others into [floor, 1]: drafts that are wrong more often than not."""
     b = {
         "linear": lambda u: u,
         "sine": lambda u: math.sin(math.pi * u / 2),
         "sqrt": lambda u: u**0.5,
         "exponential": lambda u: 1 - math.exp(-2 * u),
     }[schedule]
-    return [b(j / k) for j in range(k)]
+    return [0.0] + [floor + (1 - floor) * b(j / k) for j in range(1, k)]
 
 
 def corrupt_categorical(

@@ -7,14 +7,14 @@ Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.backbones.base import Condition, KVCache, SamplingConfig
-from t2i.rng import uniforms
+from t2i.rng import fold, uniforms
 from t2i.tensorar.model import TensorAR, draw, slot_parts
 
 
@@ -47,6 +47,10 @@ class DecodeState:
     cache: KVCache
     guided: bool
     """Rows are [conditional; unconditional]."""
+    drawn: Tensor | None = None
+    """The last window, int64 [B, k, S]."""
+    logits: list[Tensor] | None = None
+    """What it was drawn from, [B, k, V_s] by sub-token."""
 
 
 @torch.no_grad()
@@ -106,8 +110,11 @@ def window_logits(
     cond, null = logits.chunk(2)
     if config.cfg_interval > -1 and index * model.windows.stride - 1 > config.cfg_interval:
         return cond
-    scale = model.backbone.guidance(config.cfg_scale, index, model.windows.count)[earlier.shape[-1]]
-    return null + (cond - null) * scale
+    scale = model.backbone.guidance(config, index, model.windows.count)[earlier.shape[-1]]
+    guided = null + (cond - null) * scale
+    if not config.draft_guidance:
+        guided[:, model.windows.stride :] = cond[:, model.windows.stride :]
+    return guided
 
 
 def draw_window(
@@ -119,12 +126,46 @@ def draw_window(
     config: SamplingConfig,
 ) -> Tensor:
     """Sample window `index`, int64 [B, k, S], from the hidden state that predicts it."""
-    d_RkD = model.decode_slots(h_RD)
+    stride = model.windows.stride
+    d_RkD = model.decode_slots(h_RD)[:, : u_BkS.shape[1]]
     window = torch.empty(*u_BkS.shape[:2], 0, dtype=torch.long, device=h_RD.device)
+    drafts = replace(config, temperature=config.temperature * config.draft_temperature)
+    predicted = []
     for s in range(u_BkS.shape[-1]):
         logits = window_logits(model, d_RkD, window, index, state, config)
-        window = torch.cat([window, pick(logits, u_BkS[..., s], config)[..., None]], dim=-1)
+        predicted.append(logits)
+        if state.drawn is not None and config.contrast:
+            logits = contrasted(logits, state.logits[s][:, stride:], config.contrast)
+        codes = torch.cat(
+            [
+                pick(logits[:, :stride], u_BkS[:, :stride, s], config),
+                pick(logits[:, stride:], u_BkS[:, stride:, s], drafts),
+            ],
+            dim=1,
+        )
+        if state.drawn is not None and config.keep:
+            codes = kept(logits, codes, state.drawn[:, stride:, s], config.keep)
+        window = torch.cat([window, codes[..., None]], dim=-1)
+    state.drawn, state.logits = window, predicted
     return window
+
+
+def contrasted(logits: Tensor, earlier: Tensor, strength: float) -> Tensor:
+    """Slots [B, k, V] that were predicted before [B, k - stride, V], moved away from that: what the codes since then have told."""
+    n = earlier.shape[1]
+    now = logits[:, :n].log_softmax(-1)
+    return torch.cat(
+        [now + strength * (now - earlier.log_softmax(-1)), logits[:, n:]],
+        dim=1,
+    )
+
+
+def kept(logits: Tensor, codes: Tensor, drafted: Tensor, threshold: float) -> Tensor:
+    """Codes [B, k] with those replaced by their draft [B, k - stride] that the logits still find likely enough."""
+    n = drafted.shape[1]
+    likely = logits[:, :n].softmax(-1)
+    ratio = likely.gather(-1, drafted[..., None])[..., 0] / likely.amax(-1)
+    return torch.cat([torch.where(ratio >= threshold, drafted, codes[:, :n]), codes[:, n:]], dim=1)
 
 
 def sample_windows(
@@ -134,7 +175,7 @@ def sample_windows(
     config: SamplingConfig,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Sample images as all their windows, int64 [B, N, k, S]: `model.windows` reads the final codes and every stage off them.
+    """Sample images as all their windows, int64 [B, N, k, S]: `Windows` reads the final codes and every stage off them.
 
     Args:
         prepared: conditions of B images, from `Backbone.prepare`.
@@ -142,7 +183,7 @@ def sample_windows(
         on_step: called after every window, for a progress bar.
     """
     assert not model.training, "sampling needs model.eval(): dropout would act"
-    spec, windows = model.backbone.spec, model.windows
+    spec, windows = model.backbone.spec, model.windows.shrunk(config.window)
     # Slot-major: slot 0 gets the same numbers for every k, so that base and TensorAR can be compared image by image.
     u = uniforms(keys, windows.size, windows.count, len(spec.subvocabs)).to(model.backbone.device)
     drawn = []
@@ -150,7 +191,11 @@ def sample_windows(
     for index in range(windows.count):
         drawn.append(draw_window(model, h, u[:, :, index], index, state, config))
         if index + 1 < windows.count:
-            h = step(model, drawn[-1], index, state)
+            fed = drawn[-1]
+            if config.renoise:
+                noise_keys = fold(keys, 1, index).to(fed.device)
+                fed = model.corrupt(fed[:, None], noise_keys, config.renoise)[:, 0]
+            h = step(model, fed, index, state)
         if on_step is not None:
             on_step()
     return torch.stack(drawn, dim=1)

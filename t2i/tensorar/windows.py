@@ -6,7 +6,7 @@ With stride 1 a position is drafted in the last slot and then moves one slot for
 Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,12 @@ class Windows:
     def stages(self) -> int:
         """How many times a position is predicted, the first draft included."""
         return -(-self.size // self.stride)
+
+    def shrunk(self, size: int) -> "Windows":
+        """The same positions with only the first `size` slots; 0 keeps all."""
+        if size > self.size:
+            raise ValueError(f"window={size} is larger than the model's k={self.size}")
+        return replace(self, size=size or self.size)
 
     def starts(self, device: torch.device | str = "cpu") -> Tensor:
         """p_i, int64 [N]."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.weights import load_strict, read_state_dict
+from t2i.weights import count_children, load_strict, read_state_dict
 
 _GROUPS = 32
 # A usage counter of the reference's training loop; it has no part in encoding or decoding.
@@ -41,14 +41,14 @@ class VQConfig:
         try:
             channels = state_dict["encoder.conv_in.weight"].shape[0]
             # At least one, so that another family's file fails below by the name of a key.
-            levels = max(1, _count(state_dict, "encoder.conv_blocks."))
+            levels = max(1, count_children(state_dict, "encoder.conv_blocks."))
             return VQConfig(
                 channels=channels,
                 multipliers=tuple(
                     state_dict[f"encoder.conv_blocks.{i}.res.0.conv2.weight"].shape[0] // channels
                     for i in range(levels)
                 ),
-                res_blocks=_count(state_dict, "encoder.conv_blocks.0.res."),
+                res_blocks=count_children(state_dict, "encoder.conv_blocks.0.res."),
                 latent_channels=state_dict["encoder.conv_out.weight"].shape[0],
                 codebook_size=state_dict["quantize.embedding.weight"].shape[0],
                 codebook_dim=state_dict["quantize.embedding.weight"].shape[1],
@@ -57,10 +57,6 @@ class VQConfig:
             raise ValueError(
                 f"not a VQ tokenizer of LlamaGen's layout: key {error} is missing"
             ) from error
-
-
-def _count(state_dict: dict[str, Tensor], prefix: str) -> int:
-    return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -17,3 +17,5 @@ class Batch:
     """int64 [B], of the noise."""
     drop: Tensor | None
     """bool [B], samples that lose their condition."""
+    progress: float
+    """Share of the run that is done."""

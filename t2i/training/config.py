@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from t2i import presets
-from t2i.backbones.base import SamplingConfig
 from t2i.checkpoint import Tuning
 from t2i.lora import LoRAConfig
+from t2i.sampling_options import SamplingOverrides
 from t2i.tensorar.model import TensorARConfig
 
 
@@ -105,8 +105,8 @@ class EngineOptions:
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What ZeRO shards over the processes: 1 optimizer, 2 and gradients, 3 and weights."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights in the optimizer."""
+    precision: Literal["fp32", "autocast", "bf16"] = "fp32"
+    """autocast multiplies matrices in bf16 and keeps fp32 weights; bf16 keeps fp32 master weights in the optimizer only."""
     micro_batch: int = 32
     """Samples per process and forward pass; the rest of the batch is accumulated."""
     gradient_checkpointing: bool = False
@@ -159,8 +159,8 @@ class TrainConfig:
     optim: OptimOptions = field(default_factory=OptimOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     log: LogOptions = field(default_factory=LogOptions)
-    sampling: SamplingConfig | None = None
-    """Sampling of the sheets, and the checkpoint's default; the backbone's own if not given."""
+    sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
+    """Sampling of the sheets, and the checkpoint's default."""
     batch_size: int = 256
     """Samples per optimizer step, over all processes."""
     epochs: float = 20.0

@@ -140,12 +140,12 @@ class TrainingData:
         for indices, batch_keys in zip(
             self.train[where].split(size), keys.split(size), strict=True
         ):
-            yield self._batch(indices, batch_keys)
+            yield self._batch(indices, batch_keys, step / self.steps())
 
-    def _batch(self, indices: Tensor, keys: Tensor) -> Batch:
+    def _batch(self, indices: Tensor, keys: Tensor, progress: float) -> Batch:
         choice = fold(keys, _CAPTION) & 0xFFFF  # which of several captions
         drop = uniforms(fold(keys, _DROP), 1)[:, 0] < self.config.condition_dropout
-        return self._load(indices, fold(keys, _NOISE), drop, choice)
+        return self._load(indices, fold(keys, _NOISE), drop, choice, progress)
 
     def validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped.
@@ -161,7 +161,12 @@ class TrainingData:
             yield self._load(indices, make_keys(0, indices), None, None), i < len(mine)
 
     def _load(
-        self, indices: Tensor, keys: Tensor, drop: Tensor | None, choice: Tensor | None
+        self,
+        indices: Tensor,
+        keys: Tensor,
+        drop: Tensor | None,
+        choice: Tensor | None,
+        progress: float = 1.0,
     ) -> Batch:
         device = self.processes.device
         if self.features is None:
@@ -177,4 +182,5 @@ class TrainingData:
             {name: value.to(device) for name, value in prepared.items()},
             keys.to(device),
             None if drop is None else drop.to(device),
+            progress,
         )

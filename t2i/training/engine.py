@@ -7,33 +7,16 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
 from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among all."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
 
 def start_processes() -> Processes:
@@ -139,18 +122,27 @@ def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
     return groups
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of forward passes; does nothing unless the precision is "autocast"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
+
+
 class TrainingLoss(nn.Module):
     """What DeepSpeed wraps: one forward pass from a batch to plain tensors (its hooks do not look into other objects)."""
 
-    def __init__(self, model: TensorAR):
+    def __init__(self, model: TensorAR, precision: str):
         super().__init__()
-        self.model = model
+        self.model, self.precision = model, precision
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss, and the sums and counts by slot [k]."""
+        with autocast(self.precision, batch.codes.device):
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         model = self.model
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
-        windows = model.training_windows(batch.codes, condition, batch.keys)
+        windows = model.training_windows(batch.codes, condition, batch.keys, batch.progress)
         gaussian = batch.keys if model.uses_gaussian_noise else None
         losses = model(batch.codes, condition, windows, gaussian)
         return losses.weighted(model.config.weights()), losses.sums.detach(), losses.counts
@@ -165,7 +157,7 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
     groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
     engine, *_ = deepspeed.initialize(
-        model=TrainingLoss(model),
+        model=TrainingLoss(model, config.engine.precision),
         optimizer=optimizer,
         config=deepspeed_config(config, processes.world_size),
         dist_init_required=False,

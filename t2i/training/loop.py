@@ -22,7 +22,7 @@ from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
 from t2i.training.config import TrainConfig
 from t2i.training.data import TrainingData, check_backbone
-from t2i.training.engine import set_rates, start_engine, start_processes
+from t2i.training.engine import autocast, set_rates, start_engine, start_processes
 from t2i.training.logs import MetricsLog, choose_tracker
 from t2i.training.run_page import write_run_page
 from t2i.training.validation import validate
@@ -50,8 +50,7 @@ def build_model(config: TrainConfig, *, device: str = "cpu") -> TensorAR:
         module.requires_grad_(True)
     backbone.token_dropout.p = config.token_dropout
     backbone.gradient_checkpointing = config.engine.gradient_checkpointing
-    if config.sampling is not None:
-        model.sampling = config.sampling
+    model.sampling = config.sampling.apply(model.sampling)
     return model
 
 
@@ -148,7 +147,8 @@ class Run:
 
     def validate(self) -> dict[str, float]:
         """Held-out losses; every rank calls it."""
-        return validate(self.model, self.data).metrics()
+        with autocast(self.config.engine.precision, self.processes.device):
+            return validate(self.model, self.data).metrics()
 
     def sample_sheet(self) -> None:
         """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws, the others wait."""

@@ -75,7 +75,6 @@ def save(
                 partial,
                 tuning=config.tuning,
                 image_layers=config.train_image_layers,
-                sampling=config.sampling,
                 training=training,
             )
     processes.barrier()

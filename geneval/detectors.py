@@ -1,0 +1,201 @@
+"""The judges' eyes by name: the official detector, its approximation, and the shapes world's.
+
+- `mask2former`: Mask2Former Swin-S with the weights that GenEval is defined by, and CLIP's colours.
+- `mask2former-hf`: the same code with the weights of the hub's facebook/mask2former-swin-small-coco-
+  instance, another training run. Its scores are near GenEval's and are not GenEval's.
+- `shapes`: exact, for pictures of the offline shapes world.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from filelock import FileLock
+from PIL import Image
+
+from geneval.detector import Detections, Detector
+from geneval.weights import (
+    CLIP,
+    MASK2FORMER,
+    WeightFile,
+    cache_folder,
+    find_weights,
+    given_weights,
+)
+from t2i.weights import file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from geneval.colors import ColorClassifier
+    from geneval.mask2former import Mask2FormerDetector
+
+DETECTORS = ("mask2former", "mask2former-hf", "shapes")
+HUB_APPROXIMATION = "facebook/mask2former-swin-small-coco-instance"
+_CONVERSION = 1  # of the cached folder; raise it when geneval.mmdet_weights gives something else
+_SHORTEST_HASH = 8
+_LIBRARIES = ("torch", "transformers", "open-clip-torch", "pillow", "numpy")
+
+
+def load_detector(
+    name: str,
+    *,
+    weights: Path | None = None,
+    sha256: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Detector:
+    """A detector, ready to use.
+
+    name: one of `DETECTORS`. weights: the detector's file, or a folder that holds it (for
+    `mask2former-hf` the hub's folder); CLIP's file is looked for beside it. Without it: the cache,
+    then a download. sha256: first digits (at least 8) of the hash that the file at `weights` must
+    have instead of the published one; the result then names the weights as not official.
+
+    Raises:
+        ValueError: an unknown name, or weights that are missing, damaged or of another model; the
+            message says what to do.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"unknown detector {name!r}: choose from {', '.join(DETECTORS)}")
+    if name == "shapes":
+        if weights is not None or sha256 is not None:
+            raise ValueError("the shapes detector has no weights: leave out --detector-weights")
+        from geneval.shapes_detector import ShapesDetector
+
+        return ShapesDetector()
+    weights = None if weights is None else Path(weights).expanduser()
+    if name == "mask2former":
+        return _official(weights, sha256, device)
+    if sha256 is not None:
+        raise ValueError("a hash can be given for mask2former only")
+    return _approximation(weights, device)
+
+
+class PhotoDetector:
+    """Mask2Former's objects and CLIP's colours; see `geneval.detector.Detector`."""
+
+    def __init__(
+        self,
+        objects: Mask2FormerDetector,
+        colors: ColorClassifier,
+        identity: Mapping[str, object],
+    ):
+        self.classes = objects.classes
+        self.colors = colors.colors
+        self._objects, self._colors, self._identity = objects, colors, dict(identity)
+
+    def detect(self, image: Image.Image) -> dict[str, Detections]:
+        """Class -> detections with masks."""
+        return self._objects.detect(image)
+
+    def classify_colors(
+        self, image: Image.Image, class_name: str, detections: Detections
+    ) -> list[str]:
+        """One of the ten colours for each detection."""
+        return self._colors.classify(image, class_name, detections)
+
+    def identity(self) -> dict[str, object]:
+        """Name, whether its scores are official, weight hashes, precision and library versions."""
+        return dict(self._identity)
+
+
+def _official(weights: Path | None, sha256: str | None, device: torch.device | str) -> Detector:
+    source = MASK2FORMER
+    if sha256 is not None:
+        if weights is None or len(sha256) < _SHORTEST_HASH:
+            raise ValueError(
+                f"a hash of at least {_SHORTEST_HASH} digits belongs to a file: give that file too"
+            )
+        source = replace(MASK2FORMER, hashes=(sha256.lower(),))
+    file = find_weights(source) if weights is None else given_weights(source, weights)
+    beside = None if weights is None else file.path.parent
+    return _detector(
+        "mask2former",
+        model=lambda: _converted(file),
+        described={file.path.name: file.sha256},
+        clip_file=find_weights(CLIP, beside),
+        official=sha256 is None,
+        device=device,
+    )
+
+
+def _approximation(weights: Path | None, device: torch.device | str) -> Detector:
+    from geneval.mmdet_weights import load_hub_folder
+
+    if weights is not None and not weights.is_dir():
+        raise ValueError(f"{weights} is no folder: mask2former-hf is loaded from the hub's folder")
+    folder = weights or _hub_folder()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    return _detector(
+        "mask2former-hf",
+        model=lambda: load_hub_folder(folder),
+        described={file.name: file_sha256(file) for file in files},
+        clip_file=find_weights(CLIP, weights),
+        official=False,
+        device=device,
+    )
+
+
+def _detector(
+    name: str,
+    *,
+    model: Callable[[], PreTrainedModel],
+    described: Mapping[str, str],
+    clip_file: WeightFile,
+    official: bool,
+    device: torch.device | str,
+) -> Detector:
+    """Both networks. All files are found and proven before the first of them is loaded."""
+    from geneval.colors import ColorClassifier, load_clip, load_tokenizer
+    from geneval.mask2former import Mask2FormerDetector
+
+    colors = ColorClassifier(load_clip(clip_file.path), load_tokenizer(), device)
+    identity = {
+        "name": name,
+        "official": official,
+        "weights": {**described, clip_file.path.name: clip_file.sha256},
+        "color_precision": colors.precision,
+        "libraries": {library: version(library) for library in _LIBRARIES},
+    }
+    return PhotoDetector(Mask2FormerDetector(model(), device=device), colors, identity)
+
+
+def _converted(file: WeightFile) -> PreTrainedModel:
+    """The official weights for transformers: converted once, then read from the cache."""
+    from geneval.mmdet_weights import load_hub_folder, load_mmdet
+
+    folder = cache_folder() / f"mask2former-{file.sha256[:16]}-v{_CONVERSION}"
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+                    load_mmdet(file.path).save_pretrained(f"{temporary}/model")
+                    os.replace(f"{temporary}/model", folder)
+    except OSError as error:
+        raise ValueError(
+            f"converted weights cannot be written to {cache_folder()} ({error}): set T2I_CACHE to "
+            "a folder that can be written"
+        ) from error
+    return load_hub_folder(folder)
+
+
+def _hub_folder() -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(HUB_APPROXIMATION, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the hub's {HUB_APPROXIMATION} is not here and cannot be downloaded "
+            f"({str(error).splitlines()[0]}). Copy its folder here, or give it as "
+            "--detector-weights"
+        ) from error

@@ -1,0 +1,111 @@
+"""The 553 prompts of GenEval, drawn again instead of copied.
+
+Facts from `prompts/create_prompts.py` of djghosh13/geneval (MIT, (c) 2023 Dhruba Ghosh); the
+SHA-256 of both official files proves the result (tests/test_geneval_prompts.py). One stream of
+random numbers, `numpy.random.default_rng(43)`, runs through the six tasks in the order of `TAGS`.
+Duplicates are dropped at the end, with the numbers that they drew, which is why 99, 80 and 94
+prompts remain of 100 in three tasks. An entry's place in the list is its folder's number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from geneval.judge import COLORS
+from geneval.object_names import OBJECT_NAMES
+from t2i.data import shapes_prompts as grammar
+from t2i.data.shapes_prompts import RELATIONS, TAGS
+from t2i.weights import write_text
+
+OFFICIAL_SEED = 43
+OFFICIAL_PER_TASK = 100
+_COUNTS = (2, 4)  # least and most objects of a counting prompt
+# A person is asked for in every task but the two with colours; it is the first of the names.
+_NEVER_COLORED = 1
+assert OBJECT_NAMES[0] == "person"
+
+
+def official_prompts() -> list[dict]:
+    """The 553 entries of `evaluation_metadata.jsonl`, in its order (the caller's own copy)."""
+    return [json.loads(line) for line in _official_lines()]
+
+
+@lru_cache
+def _official_lines() -> tuple[str, ...]:
+    return tuple(metadata_line(entry) for entry in draw_prompts(OFFICIAL_SEED, OFFICIAL_PER_TASK))
+
+
+def draw_prompts(seed: int, per_task: int) -> list[dict]:
+    """Metadata as the official generator draws it for any seed, without duplicates.
+
+    All 80 single objects, then `per_task` prompts of each other task. Entries have the keys tag,
+    include, exclude (counting only) and prompt.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [grammar.single_object(name) for name in _objects(rng, len(OBJECT_NAMES))]
+    draw = {
+        "two_object": _two_object,
+        "counting": _counting,
+        "colors": _colors,
+        "position": _position,
+        "color_attr": _color_attr,
+    }
+    assert ("single_object", *draw) == TAGS
+    for draw_one in draw.values():
+        drawn += [draw_one(rng) for _ in range(per_task)]
+    return list({metadata_line(entry): entry for entry in drawn}.values())
+
+
+def metadata_line(entry: dict) -> str:
+    """One line of `evaluation_metadata.jsonl`, and a folder's `metadata.jsonl`, less the newline."""
+    return json.dumps(entry)
+
+
+def write_prompts(folder: str | Path, entries: Iterable[dict]) -> None:
+    """Write GenEval's two files, `evaluation_metadata.jsonl` and `generation_prompts.txt`."""
+    entries = list(entries)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = "".join(f"{metadata_line(entry)}\n" for entry in entries)
+    write_text(folder / "evaluation_metadata.jsonl", metadata)
+    write_text(folder / "generation_prompts.txt", "".join(f"{e['prompt']}\n" for e in entries))
+
+
+def _objects(rng: np.random.Generator, count: int, first: int = 0) -> list[str]:
+    """`count` different names, none of the first `first`."""
+    chosen = rng.choice(len(OBJECT_NAMES) - first, size=count, replace=False)
+    return [OBJECT_NAMES[first + index] for index in chosen]
+
+
+def _one_of(rng: np.random.Generator, names: Sequence[str]) -> str:
+    return names[rng.choice(len(names))]
+
+
+def _two_object(rng: np.random.Generator) -> dict:
+    return grammar.two_object(*_objects(rng, 2))
+
+
+def _counting(rng: np.random.Generator) -> dict:
+    name = _one_of(rng, OBJECT_NAMES)
+    return grammar.counting(name, int(rng.integers(*_COUNTS, endpoint=True)))
+
+
+def _colors(rng: np.random.Generator) -> dict:
+    name = _one_of(rng, OBJECT_NAMES[_NEVER_COLORED:])
+    return grammar.colors(name, _one_of(rng, COLORS))
+
+
+def _position(rng: np.random.Generator) -> dict:
+    first, second = _objects(rng, 2)
+    return grammar.position(first, _one_of(rng, RELATIONS), second)
+
+
+def _color_attr(rng: np.random.Generator) -> dict:
+    first, second = _objects(rng, 2, first=_NEVER_COLORED)
+    first_color, second_color = (COLORS[i] for i in rng.choice(len(COLORS), size=2, replace=False))
+    return grammar.color_attr(first, first_color, second, second_color)

@@ -1,0 +1,86 @@
+"""The declared grids of `launch/experiment.py`."""
+
+from dataclasses import dataclass, field
+
+from t2i import presets
+from t2i.tensorar.model import TensorARConfig
+
+CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of fine-tuning, and the ways of sampling from its result."""
+
+    name: str
+    method: TensorARConfig
+    optim: dict = field(default_factory=dict)
+    """Overrides of `OptimOptions`."""
+    sampling: dict[str, dict] = field(default_factory=dict)
+    """Further ways of sampling, as overrides of the base's `SamplingConfig`; the base's own is always scored."""
+    curve: bool = False
+    """Score the checkpoint at half of the run as well."""
+
+
+_COLDER = {
+    "temperature 0.8": {"temperature": 0.8},
+    "temperature 0.6": {"temperature": 0.6},
+}
+_TRUST = {
+    "renoise 1": {"renoise": 1.0},
+    "draft temperature 0": {"draft_temperature": 0.0},
+    "window 1": {"window": 1},
+}
+_SAMPLING = {
+    **_COLDER,
+    **_TRUST,
+    "drafts without guidance": {"draft_guidance": False},
+    "window 2": {"window": 2},
+    "keep 0.5": {"keep": 0.5},
+    "contrast 0.2": {"contrast": 0.2},
+    "contrast -0.2": {"contrast": -0.2},
+}
+
+
+def _control(name: str = CONTROL, *, sampling=None, curve=False, optim=None, **method) -> Arm:
+    return Arm(name, presets.base(**method), optim or {}, sampling or {}, curve)
+
+
+def _light(name: str, *, sampling=None, curve=False, optim=None, **method) -> Arm:
+    """The reference of the lever grid: light drafts, half of them own, a faster codec."""
+    method = presets.iclr2026(**{"slot_weights": (1.0, 0.03), "own_drafts": 0.5, **method})
+    return Arm(name, method, {"codec_lr": 3e-3, **(optim or {})}, sampling or {}, curve)
+
+
+GRIDS: dict[str, tuple[Arm, ...]] = {
+    "rates": tuple(
+        _control(f"{CONTROL} {rate:g}", optim={"backbone_lr": rate})
+        for rate in (5e-5, 1e-4, 2e-4, 5e-4)
+    ),
+    "presets": (
+        _control(sampling=_COLDER, curve=True),
+        _light("light", curve=True),
+        Arm("iclr2026", presets.iclr2026(), sampling=_TRUST, curve=True),
+        Arm("arxiv2505", presets.arxiv2505(), curve=True),
+    ),
+    "screen": (
+        _control("control, wrong finals 0.1", wrong_finals=0.1),
+        _control("control, own wrong finals 0.2", wrong_finals=0.2, own_drafts=1.0),
+        _light("light, wrong finals 0.1", wrong_finals=0.1),
+        _light("light, own wrong finals 0.2", wrong_finals=0.2, own_drafts=1.0),
+    ),
+    "levers": (
+        _light("light, all sampling", sampling=_SAMPLING),
+        _light("residual all", residual="all"),
+        _light("residual none", residual="none"),
+        _light("draft weights 0.3", slot_weights=(1.0, 0.3)),
+        _light("draft weights 0.1", slot_weights=(1.0, 0.1)),
+        _light("draft weights 0.1, detached", slot_weights=(1.0, 0.1), detach=True),
+        _light("codec warm-up", optim={"backbone_delay_steps": 50}),
+        _light("noised truth only", own_drafts=0.0, sampling=_TRUST),
+        _light("noised truth only, floor 0.7", own_drafts=0.0, noise_floor=0.7, sampling=_TRUST),
+        _light("own drafts only", own_drafts=1.0),
+        _light("own drafts, annealed", own_drafts=1.0, anneal=True),
+        _light("deep codec", depth=2, mlp=True, sampling=_SAMPLING),
+    ),
+}

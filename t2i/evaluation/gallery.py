@@ -1,0 +1,214 @@
+"""A static page of what went wrong: every failed image with what the judge saw and why it said no.
+
+The page is a folder that can be moved, zipped or put on a web server: index.html (styles and script inside) and pictures/ with
+copies of the images of at most `_SIDE` pixels, named by content. It needs no network, and JavaScript only for filter and zoom.
+"""
+
+import hashlib
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from t2i.evaluation.store import load_image
+from t2i.imaging import save_image
+from t2i.weights import write_text
+
+_ASSETS = Path(__file__).parents[1] / "assets" / "gallery"
+_SIDE = 512
+_PIXEL_ART = 160
+"""Images of fewer pixels a side are kept without loss, and shown with square pixels."""
+TINTS = ("#e5484d", "#3b82f6", "#22a06b", "#d97706", "#8b5cf6", "#0ea5b7", "#db2777", "#65748b")
+"""Colours of what the judge saw, by kind in order of appearance."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A labelled rectangle in the image's pixels; `tint` indexes `TINTS`, round and round."""
+
+    label: str
+    corners: tuple[float, float, float, float]
+    """x0, y0, x1, y1."""
+    tint: int = 0
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the page says about one image."""
+
+    section: str
+    """Name of the score that it belongs to."""
+    title: str
+    reasons: Sequence[str]
+    boxes: Sequence[Box] = ()
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A card, and the image that it is about."""
+
+    card: Card
+    name: str
+    image: Path
+    sha256: str
+    overlay: Path
+    """A transparent picture to lay over the image; need not exist."""
+
+
+def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> Path:
+    """Write FOLDER/index.html and its pictures; those of earlier runs that it does not show are removed.
+
+    Args:
+        results: the content of results.json.
+    """
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    shown: set[Path] = set()
+    sections: dict[str, list[str]] = {}
+    for exhibit in exhibits:
+        cards = sections.setdefault(exhibit.card.section, [])
+        cards.append(_card_html(exhibit, pictures, shown))
+    for path in set(pictures.iterdir()) - shown:
+        path.unlink()
+    body = [
+        _header_html(results, len(exhibits)),
+        _scores_html(results, sections),
+        _toolbar_html(sections) if sections else '<p class="empty">No image failed.</p>',
+        *(_section_html(name, cards, results) for name, cards in sections.items()),
+    ]
+    style, script = ((_ASSETS / n).read_text(encoding="utf-8") for n in ("page.css", "page.js"))
+    tints = "".join(f".t{i} {{ --tint: {color}; }}\n" for i, color in enumerate(TINTS))
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(results["benchmark"])}: failures</title>
+<link rel="icon" href="data:,">
+<style>
+{style}{tints}</style>
+</head>
+<body>
+{"".join(body)}
+<dialog id="zoom"></dialog>
+<script>
+{script}</script>
+</body>
+</html>
+"""
+    return write_text(folder / "index.html", page)
+
+
+def _header_html(results: dict, failed: int) -> str:
+    coverage, generation = results["coverage"], results["generation"]
+    where = f"Images: {results['images']}."
+    if generation is not None:
+        settings = {"seed": generation["seed"], **generation["sampling"]}
+        where = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
+    complete = results["status"] == "complete"
+    flag = "" if complete else f'<p class="flag">{html.escape(results["status"])}</p>'
+    return f"""<header><h1>{html.escape(results["benchmark"])} <span>failures</span></h1>
+<p>{html.escape(results["label"][:1].upper() + results["label"][1:])}</p>
+<p><b>{failed}</b> of {coverage["judged"]} images failed: {coverage["prompts"]} prompts,
+{results["samples_per_prompt"]} images each.</p><p class="faint">{html.escape(where)}</p>{flag}</header>
+"""
+
+
+def _scores_html(results: dict, sections: dict[str, list[str]]) -> str:
+    """All scores as bars with their standard errors."""
+    rows, best, digits = [], results["best_possible"], results["decimals"]
+    for name, score in results["scores"].items():
+        mean, error = score["mean"] / best, (score["stderr"] or 0) / best
+        low, high = max(0.0, mean - error), min(1.0, mean + error)
+        spread = "" if score["stderr"] is None else f" ± {score['stderr']:.{digits}f}"
+        label = _pretty(name)
+        if name in sections:
+            label = f'<a href="#task={html.escape(name)}">{label}</a>'
+        rows.append(
+            f"<tr{' class=headline' if score['headline'] else ''}><th>{label}</th>"
+            f'<td class="bar"><div><i style="width:{mean:.2%}"></i>'
+            f'<u style="left:{low:.2%};width:{high - low:.2%}"></u></div></td>'
+            f"<td><b>{score['mean']:.{digits}f}</b>{spread}</td></tr>\n"
+        )
+    return f'<table class="scores">{"".join(rows)}</table>\n'
+
+
+def _toolbar_html(sections: dict[str, list[str]]) -> str:
+    counts = {"": sum(map(len, sections.values())), **{n: len(c) for n, c in sections.items()}}
+    chips = "".join(
+        f'<a class="chip" data-task="{html.escape(name)}" href="#task={html.escape(name)}">'
+        f"{_pretty(name) or 'All'} <small>{count}</small></a>"
+        for name, count in counts.items()
+    )
+    return f"""<nav><div class="chips">{chips}</div><div class="tools">
+<input id="search" type="search" placeholder="prompt, reason or file" aria-label="search">
+<label><input id="boxes" type="checkbox" checked> boxes</label>
+<label><input id="masks" type="checkbox" checked> masks</label></div></nav>
+<p class="empty" id="nothing" hidden>Nothing matches.</p>
+"""
+
+
+def _section_html(name: str, cards: list[str], results: dict) -> str:
+    score = results["scores"].get(name)
+    of = f" of {score['images']}" if score else ""
+    return (
+        f'<section data-task="{html.escape(name)}"><h2>{_pretty(name)} '
+        f'<small>{len(cards)}{of} failed<span class="shown"></span></small></h2><div class="cards">\n{"".join(cards)}</div></section>\n'
+    )
+
+
+def _card_html(exhibit: Exhibit, pictures: Path, shown: set[Path]) -> str:
+    card = exhibit.card
+    photo, size = _copy_image(exhibit, pictures)
+    shown.add(photo)
+    layers = [
+        f'<img src="pictures/{photo.name}" alt="{html.escape(card.title)}" loading="lazy" '
+        f'width="{size[0]}" height="{size[1]}">'
+    ]
+    if exhibit.overlay.is_file():
+        overlay = _copy_overlay(exhibit.overlay, pictures)
+        shown.add(overlay)
+        layers.append(f'<img class="mask" src="pictures/{overlay.name}" alt="" loading="lazy">')
+    layers += [_box_html(box, size) for box in card.boxes]
+    pixels = " pixels" if max(size) <= _PIXEL_ART else ""
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in card.reasons)
+    text = " ".join([card.title, *card.reasons, exhibit.name]).lower()
+    return f"""<article data-text="{html.escape(text)}" tabindex="0">
+<div class="view{pixels}" style="aspect-ratio:{size[0]}/{size[1]}">{"".join(layers)}</div>
+<h3>{html.escape(card.title)}</h3><ul>{reasons}</ul><code>{html.escape(exhibit.name)}</code></article>
+"""
+
+
+def _box_html(box: Box, size: tuple[int, int]) -> str:
+    """A rectangle in percent of the image, its label inside where there is no room above, and never beyond the right edge."""
+    x0, y0, x1, y1 = (c / size[i % 2] for i, c in enumerate(box.corners))
+    place = f"left:{x0:.2%};top:{y0:.2%};width:{x1 - x0:.2%};height:{y1 - y0:.2%}"
+    sides = (" inside" if y0 < 0.1 else "") + (" right" if x0 > 0.55 else "")
+    tint = f"t{box.tint % len(TINTS)}"
+    return f'<i class="box {tint}{sides}" style="{place}"><b>{html.escape(box.label)}</b></i>'
+
+
+def _copy_image(exhibit: Exhibit, pictures: Path) -> tuple[Path, tuple[int, int]]:
+    """The picture's file and the original's size in pixels."""
+    path = pictures / f"{exhibit.sha256[:16]}.webp"
+    image = load_image(exhibit.image)
+    size = image.size
+    if not path.is_file():
+        image.thumbnail((_SIDE, _SIDE))
+        save_image(image, path, format="WEBP", lossless=max(size) <= _PIXEL_ART, quality=88)
+    return path, size
+
+
+def _copy_overlay(overlay: Path, pictures: Path) -> Path:
+    path = pictures / f"{hashlib.sha256(overlay.read_bytes()).hexdigest()[:16]}.png"
+    if not path.is_file():
+        with Image.open(overlay) as image:
+            image.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)
+            save_image(image, path, format="PNG")
+    return path
+
+
+def _pretty(name: str) -> str:
+    return html.escape(name.replace("_", " ").capitalize())

@@ -1,0 +1,145 @@
+"""The stage that judges: one verdict per image, kept in small files that are whole or absent.
+
+OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it, so judges never mix
+OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
+OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, where it gave that
+
+A verdict carries the SHA-256 of the image file that it is about: it is repeated if and only if the image has changed.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from tqdm import tqdm
+
+from t2i.evaluation.inventory import Inventory
+from t2i.evaluation.store import load_image, prompt_folder, sample_file
+from t2i.imaging import save_png
+from t2i.processes import Processes
+from t2i.weights import write_json, write_text
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judge's answer about one image."""
+
+    row: dict
+    """JSON-able; it becomes the image's line in results.jsonl."""
+    overlay: Image.Image | None = None
+    """What the judge saw, as a transparent picture of the image's size."""
+
+
+class Judge(Protocol):
+    """What gives verdicts."""
+
+    def identity(self) -> dict:
+        """JSON-able: all that a verdict depends on besides the image and its prompt; weights by hash, code under "versions"."""
+        ...
+
+    def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
+        """The verdict on an RGB image, which is called `filename` in the results."""
+        ...
+
+
+class Verdicts:
+    """The verdicts of one judge on one list of prompts in an output folder; both are given as JSON-able facts."""
+
+    def __init__(self, out: Path, judge: dict, prompts: dict):
+        self.about = {"judge": judge, "prompts": prompts}
+        text = json.dumps(self.about, sort_keys=True)
+        self.folder = out / "verdicts" / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def overlay(self, prompt_index: int, sample: int) -> Path:
+        """Where the overlay of an image is, if it has one."""
+        return self.folder / "overlays" / f"{prompt_index:05d}_{sample:05d}.png"
+
+    def read(self, prompt_index: int) -> dict[int, dict]:
+        """Recorded lines of a prompt by sample: {sample, sha256, row} or {sample, sha256, unreadable}."""
+        path = self._file(prompt_index)
+        if not path.is_file():
+            return {}
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return {line["sample"]: line for line in lines}
+        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to judge again") from error
+
+    def write(self, prompt_index: int, lines: dict[int, dict]) -> None:
+        """Replace a prompt's lines."""
+        text = "".join(json.dumps(lines[sample]) + "\n" for sample in sorted(lines))
+        write_text(self._file(prompt_index), text)
+
+    def _file(self, prompt_index: int) -> Path:
+        return self.folder / f"{prompt_folder(prompt_index)}.jsonl"
+
+
+def judge_images(
+    judge: Judge, inventory: Inventory, verdicts: Verdicts, processes: Processes
+) -> None:
+    """Judge what has no verdict yet; every process takes every n-th prompt and calls this."""
+    if processes.is_main:
+        verdicts.folder.mkdir(parents=True, exist_ok=True)
+        write_json(verdicts.folder / "judge.json", verdicts.about)
+    processes.barrier()
+    prompts = sorted(inventory.found)[processes.rank :: processes.world_size]
+    count = sum(len(inventory.found[index]) for index in prompts)
+    bar = tqdm(
+        total=count, unit="image", desc="judging" + processes.share, disable=not processes.is_main
+    )
+    with bar:
+        for index in prompts:
+            images = inventory.found[index]
+            recorded = verdicts.read(index)
+            lines = {sample: recorded[sample] for sample in images if sample in recorded}
+            for sample, path in images.items():
+                content = path.read_bytes()
+                digest = hashlib.sha256(content).hexdigest()
+                if lines.get(sample, {}).get("sha256") != digest:
+                    answer = _answer(judge, index, sample, path, verdicts.overlay(index, sample))
+                    lines[sample] = {"sample": sample, "sha256": digest, **answer}
+                    verdicts.write(index, lines)
+                bar.update()
+    processes.barrier()
+
+
+def _answer(judge: Judge, index: int, sample: int, path: Path, overlay: Path) -> dict:
+    """The recorded form of a verdict; its overlay is written before it, so that a verdict implies it."""
+    try:
+        image = load_image(path)
+    except ValueError as error:
+        return {"unreadable": str(error)}
+    judged = judge.judge(index, image, sample_file(index, sample))
+    overlay.unlink(missing_ok=True)
+    if judged.overlay is not None:
+        save_png(judged.overlay, overlay)
+    return {"row": judged.row}
+
+
+@dataclass(frozen=True)
+class JudgedImage:
+    """A recorded verdict and the image that it is about."""
+
+    prompt_index: int
+    sample: int
+    sha256: str
+    row: dict
+
+
+def collect(inventory: Inventory, verdicts: Verdicts) -> tuple[list[JudgedImage], list[str]]:
+    """The verdicts in the order of prompts and samples, and what is unreadable; after all processes have judged."""
+    judged, unreadable = [], []
+    for index, images in sorted(inventory.found.items()):
+        lines = verdicts.read(index)
+        for sample in images:
+            name = sample_file(index, sample)
+            assert sample in lines, f"{name} was not judged"
+            if "unreadable" in lines[sample]:
+                unreadable.append(lines[sample]["unreadable"])
+            else:
+                line = lines[sample]
+                judged.append(JudgedImage(index, sample, line["sha256"], line["row"]))
+    return judged, unreadable

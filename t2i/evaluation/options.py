@@ -1,0 +1,83 @@
+"""What the benchmarks' programs can be told; cheap to import, so that --help and mistakes are answered at once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from t2i.sampling_options import SamplingOverrides
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much of a benchmark is asked for."""
+
+    samples: int = 4
+    """Images per prompt."""
+    limit: int | None = None
+    """Only so many prompts, spread evenly over all; the result is marked PARTIAL."""
+    allow_incomplete: bool = False
+    """Report what is there if images are missing or unreadable; the result is marked INCOMPLETE."""
+
+    def __post_init__(self):
+        if self.samples < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"samples={self.samples} and limit={self.limit} must be at least 1")
+
+    def select(self, count: int) -> list[int]:
+        """Indices of the prompts that are asked for."""
+        wanted = min(self.limit or count, count)
+        return [i * count // wanted for i in range(wanted)]
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to judge, and where to."""
+
+    ckpt: Path | None = None
+    """Checkpoint folder, or a run folder (its newest checkpoint): draw the images and judge them."""
+    images: Path | None = None
+    """Or judge a folder of images in GenEval's layout (00000/metadata.jsonl, 00000/samples/00000.png)."""
+    out: Path | None = None
+    """Folder for images, verdicts, results and gallery; outputs/<benchmark>/<name of the model> if not given."""
+    base: Path | None = None
+    """Where the base weights are now, if they moved since the training."""
+    samples: int = 4
+    """Images per prompt."""
+    limit: int | None = None
+    """Only so many prompts, spread evenly over all; the result is marked PARTIAL."""
+    allow_incomplete: bool = False
+    """Report what is there if images are missing or unreadable; the result is marked INCOMPLETE."""
+    seed: int = 0
+    """An image depends on (seed, prompt index, sample index) alone."""
+    batch_size: int = 16
+    """Images sampled at once."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto (bfloat16 on a GPU); of the model that draws."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
+        default_factory=SamplingOverrides
+    )
+
+    def __post_init__(self):
+        if (self.ckpt is None) == (self.images is None):
+            raise ValueError(
+                "give either --ckpt (a model to draw and judge) or --images (a folder)"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        self.scope()
+
+    def scope(self) -> Scope:
+        """How much of the benchmark is asked for."""
+        return Scope(self.samples, self.limit, self.allow_incomplete)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Two output folders of the same benchmark."""
+
+    a: tyro.conf.Positional[Path]
+    """The first, such as the base model's."""
+    b: tyro.conf.Positional[Path]
+    """The second; differences are b - a."""

@@ -1,0 +1,94 @@
+"""What refinement does to codes: how often they change between stages, and whether changes repair or spoil.
+
+Shapes: B images, T positions, N windows, k slots, S sub-tokens.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from t2i.rng import fold, uniforms
+from t2i.tensorar.model import TensorAR, draw
+from t2i.tensorar.windows import Windows
+from t2i.training.batch import Batch
+
+
+@dataclass(frozen=True)
+class StageChanges:
+    """Over sampled images, by refinement stage; fractions of codes."""
+
+    flipped: list[float]
+    """Between stage r and r + 1, for r = 1 .. stages - 1."""
+    agreeing: list[float]
+    """Stage r equals the final code, for r = 1 .. stages - 1."""
+
+
+def stage_changes(windows: Tensor, geometry: Windows) -> StageChanges:
+    """Compare the stages of sampled windows int64 [B, N, k, S]; only positions that went through all stages count."""
+    stages = [geometry.stage_codes(windows, r + 1) for r in range(geometry.stages)]
+    drafted = torch.arange(geometry.tokens) >= geometry.size  # earlier ones had no first draft
+
+    def changed(a: Tensor, b: Tensor) -> float:
+        return float((a != b).any(-1)[:, drafted].float().mean())
+
+    return StageChanges(
+        [changed(a, b) for a, b in pairwise(stages)],
+        [1 - changed(stage, stages[-1]) for stage in stages[:-1]],
+    )
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """Over held-out images: a position's last draft, and the code sampled for it next, against the truth."""
+
+    draft_right: float
+    """Drafts that are the true code."""
+    corrected: float
+    """Of the wrong drafts, those whose final code is right."""
+    spoilt: float
+    """Of the right drafts, those whose final code is wrong."""
+    control_corrected: float
+    """Where the draft was wrong: how often the control, which sees no draft, is right."""
+    control_spoilt: float
+    """Where the draft was right: how often the control is wrong."""
+
+
+@torch.no_grad()
+def repairs(model: TensorAR, control: TensorAR, batches: Iterable[Batch]) -> Repairs:
+    """Both models predict every position of held-out images once, from the true codes before it and the same random numbers."""
+    assert model.config.k > 1 == model.config.stride, "needs drafts, and stride 1"
+    counts = torch.zeros(2, 2, 2)  # draft right, model right, control right
+    for batch in batches:
+        own = model.own_draft_windows(
+            batch.codes, model.backbone.encode_condition(batch.prepared), batch.keys
+        )
+        truth = batch.codes[:, 1:]
+        draft = own[:, :-1, 1]
+        outcomes = [(draft == truth).all(-1)]
+        for m, windows in ((model, own), (control, control.windows.gather(batch.codes))):
+            outcomes.append((_first_slot(m, batch, windows)[:, 1:] == truth).all(-1))
+        index = sum(outcome.long() << (2 - i) for i, outcome in enumerate(outcomes))
+        counts += torch.bincount(index.flatten(), minlength=8).view(2, 2, 2)
+    wrong, right = counts[0], counts[1]
+    return Repairs(
+        draft_right=float(right.sum() / counts.sum()),
+        corrected=float(wrong[1].sum() / wrong.sum()),
+        spoilt=float(right[0].sum() / right.sum()),
+        control_corrected=float(wrong[:, 1].sum() / wrong.sum()),
+        control_spoilt=float(right[:, 0].sum() / right.sum()),
+    )
+
+
+def _first_slot(model: TensorAR, batch: Batch, windows: Tensor) -> Tensor:
+    """Codes int64 [B, T, S] drawn for slot 0 of every window, given input windows."""
+    condition = model.backbone.encode_condition(batch.prepared)
+    d_BND = model.decode_slots(model.hidden(condition, windows))[:, :, 0]
+    codes = batch.codes[..., :0]
+    for s in range(batch.codes.shape[-1]):
+        probabilities = model.backbone.next_logits(d_BND, codes).softmax(-1)
+        u = uniforms(fold(batch.keys, 5000, s), d_BND.shape[1])
+        codes = torch.cat([codes, draw(probabilities, u)[..., None]], dim=-1)
+    return codes

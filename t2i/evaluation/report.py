@@ -1,0 +1,165 @@
+"""What a benchmark run leaves for people and programs: results.json, results.jsonl and report.md.
+
+A results file explains itself: scores with standard errors, how many images they rest on and which are missing, who judged
+(weights by hash), how the images were drawn, and with which versions.
+"""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from t2i import __version__
+from t2i.evaluation.inventory import shorten
+from t2i.weights import write_json, write_text
+
+RESULTS_FILE, ROWS_FILE, REPORT_FILE = "results.json", "results.jsonl", "report.md"
+_PACKAGES = ("torch", "transformers", "open-clip-torch", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a benchmark, the first one being its headline."""
+
+    name: str
+    mean: float
+    stderr: float | None
+    """Bootstrap over prompts; None where there are too few of them to say."""
+    images: int
+    prompts: int
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a benchmark a result rests on."""
+
+    prompts: int
+    prompts_of_benchmark: int
+    expected: int
+    judged: int
+    missing: list[str]
+    unreadable: list[str]
+
+    @property
+    def status(self) -> str:
+        """ "complete", or why a number must not be quoted as the benchmark's."""
+        parts = []
+        if self.prompts < self.prompts_of_benchmark:
+            parts.append(f"PARTIAL: {self.prompts} of {self.prompts_of_benchmark} prompts")
+        if self.judged < self.expected:
+            lost = f"{len(self.missing)} missing, {len(self.unreadable)} unreadable"
+            parts.append(f"INCOMPLETE: {self.judged} of {self.expected} images ({lost})")
+        return "; ".join(parts) or "complete"
+
+    def check(self, *, allow_incomplete: bool) -> None:
+        """ValueError names unreadable images, unless they are allowed, and a run without any verdict."""
+        if self.unreadable and not (allow_incomplete and self.judged):
+            raise ValueError(
+                f"{len(self.unreadable)} of {self.expected} images cannot be judged: {shorten(self.unreadable, '; ')}; "
+                "replace them, or report the rest as INCOMPLETE with --allow-incomplete (finished verdicts are kept)"
+            )
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this kit and the packages that scores may depend on."""
+    found = {"python": platform.python_version(), "t2i": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def image_source(out: Path, images: Path) -> str:
+    """How results name their images: within the output folder, so that it may be moved, or by an absolute path."""
+    out, images = out.resolve(), images.resolve()
+    return str(images.relative_to(out) if images.is_relative_to(out) else images)
+
+
+def make_results(
+    benchmark: str,
+    label: str,
+    scores: Sequence[Score],
+    coverage: Coverage,
+    *,
+    prompts: dict,
+    best: float,
+    decimals: int,
+    judge: dict,
+    images: str,
+    samples: int,
+    generation: dict | None,
+) -> dict:
+    """The content of results.json."""
+    return {
+        "benchmark": benchmark,
+        "label": label,
+        "status": coverage.status,
+        "scores": {score.name: asdict(score) for score in scores},
+        "best_possible": best,
+        "decimals": decimals,
+        "prompts": prompts,
+        "coverage": asdict(coverage),
+        "samples_per_prompt": samples,
+        "judge": judge,
+        "images": images,
+        "generation": generation,
+        "versions": versions(),
+    }
+
+
+def write_report(out: Path, results: dict, rows: Sequence[dict]) -> None:
+    """Write the three files; results.json, which says that there is a result, comes last."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(out / ROWS_FILE, "".join(lines))
+    write_text(out / REPORT_FILE, markdown(results))
+    write_json(out / RESULTS_FILE, results)
+
+
+def read_results(out: Path) -> tuple[dict, list[dict]]:
+    """The content of results.json and results.jsonl.
+
+    Raises:
+        ValueError: the folder holds no finished results.
+    """
+    try:
+        results = json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"))
+        lines = (out / ROWS_FILE).read_text(encoding="utf-8").splitlines()
+        return results, [json.loads(line) for line in lines]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{out} holds no finished results ({error})") from error
+
+
+def table(results: dict) -> str:
+    """A markdown table of the scores, under a line that says what they must not be taken for."""
+    digits = results["decimals"]
+    lines = ["| score | mean | ± | images | prompts |", "|---|---|---|---|---|"]
+    for score in results["scores"].values():
+        mean, bold = f"{score['mean']:.{digits}f}", "**" if score["headline"] else ""
+        error = "-" if score["stderr"] is None else f"{score['stderr']:.{digits}f}"
+        cells = (f"{bold}{score['name']}{bold}", f"{bold}{mean}{bold}", error)
+        lines.append(f"| {' | '.join(cells)} | {score['images']} | {score['prompts']} |")
+    flag = "" if results["status"] == "complete" else f"**{results['status']}**\n\n"
+    return flag + "\n".join(lines)
+
+
+def markdown(results: dict) -> str:
+    """The whole report.md."""
+    blocks = {
+        "Judge": results["judge"],
+        "Images": results["generation"],
+        "Versions": results["versions"],
+    }
+    details = [
+        f"## {title}\n\n```json\n{json.dumps(content, indent=2)}\n```\n"
+        for title, content in blocks.items()
+        if content
+    ]
+    head = f"# {results['benchmark']}: {results['label']}\n\n{table(results)}\n\n"
+    note = "± is the bootstrap standard error over prompts.\n\n"
+    where = f"Images: `{results['images']}`, {results['samples_per_prompt']} per prompt.\n\n"
+    return head + note + where + "\n".join(details)

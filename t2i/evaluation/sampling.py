@@ -1,0 +1,209 @@
+"""The stage that draws: a benchmark's images from a model, resumable at any moment and split over processes.
+
+Images are drawn in batches that are fixed by the request, always with the same rows in the same places: whatever was interrupted
+before, and however many processes share the work, an image comes out of the same matrix products. What a folder's images depend
+on is written beside them before the first of them, and a folder is never completed with other settings.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from t2i import __version__
+from t2i.backbones.base import SamplingConfig
+from t2i.evaluation.store import (
+    load_image,
+    refuse_other_images,
+    sample_file,
+    write_prompt,
+    write_sample,
+)
+from t2i.generation import iterate_images
+from t2i.processes import Processes
+from t2i.tensorar.model import TensorAR
+from t2i.weights import write_json
+
+log = logging.getLogger(__name__)
+
+GENERATION_FILE = "generation.json"
+_MUST_MATCH = ("prompts", "seed", "sampling", "dtype", "weights")
+Batch = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How a benchmark's images are drawn."""
+
+    seed: int = 0
+    sampling: SamplingConfig | None = None
+    """The model's own settings if None."""
+    batch_size: int = 16
+    """Rows of every batch; another size changes rounding, and nothing else."""
+
+
+def draw_images(
+    model: TensorAR,
+    entries: Sequence[dict],
+    selected: Sequence[int],
+    folder: Path,
+    *,
+    samples: int,
+    options: DrawOptions,
+    processes: Processes,
+    about: dict,
+) -> None:
+    """Draw what is not there yet of `samples` images for each selected prompt; every process calls it.
+
+    Args:
+        entries: all prompts of the benchmark, whatever is selected; the index in it is the prompt's number.
+        about: facts about the model that are recorded, but not compared.
+
+    Raises:
+        ValueError: the folder holds images of other prompts, settings or weights.
+    """
+    if processes.is_main:
+        settings = generation_settings(model, entries, options)
+        _claim_folder(folder, entries, settings | {"about": about})
+        for index in selected:
+            write_prompt(folder, index, entries[index])
+    processes.barrier()
+    jobs = [(p, s) for p in selected for s in range(samples)]
+    size = options.batch_size
+    batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    mine = [
+        (batch, _undrawn(batch, folder))
+        for batch in batches[processes.rank :: processes.world_size]
+    ]
+    total = sum(len(undrawn) for _, undrawn in mine)
+    bar = tqdm(
+        total=total,
+        unit="image",
+        desc="drawing" + processes.share,
+        disable=not (processes.is_main and total),
+    )
+    with bar:
+        for batch, undrawn in mine:
+            if undrawn:
+                _draw_batch(model, entries, batch, undrawn, folder, options)
+                bar.update(len(undrawn))
+    processes.barrier()
+
+
+def _draw_batch(
+    model: TensorAR,
+    entries: Sequence[dict],
+    batch: Batch,
+    undrawn: Batch,
+    folder: Path,
+    options: DrawOptions,
+) -> None:
+    """Compute all rows of a batch, filled up to the full size, and write those that are not there."""
+    rows = batch + [batch[-1]] * (options.batch_size - len(batch))
+    drawn = iterate_images(
+        model,
+        [entry["prompt"] for entry in entries],
+        seed=options.seed,
+        sampling=options.sampling,
+        batch_size=options.batch_size,
+        progress=False,
+        jobs=rows,
+    )
+    for job, generated in zip(batch, drawn, strict=False):  # the rows that fill it up are dropped
+        if job in undrawn:
+            write_sample(folder, generated)
+
+
+def _undrawn(batch: Batch, folder: Path) -> Batch:
+    """The images of a batch that have no readable file."""
+    undrawn = []
+    for job in batch:
+        path = folder / sample_file(*job)
+        if path.is_file():
+            try:
+                load_image(path)
+                continue
+            except ValueError as error:
+                log.error("%s; drawing it again", error)
+        undrawn.append(job)
+    return undrawn
+
+
+# -- what images depend on ----------------------------------------------------------------------------------------------------
+def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> dict:
+    """Everything that decides what the images are, as JSON would give it back."""
+    return {
+        "prompts": prompts_digest(entries),
+        "seed": options.seed,
+        "sampling": asdict(options.sampling or model.sampling),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "weights": weights_hashes(model),
+        "batch_size": options.batch_size,
+        "kit_version": __version__,
+    }
+
+
+def prompts_digest(entries: Sequence[dict]) -> dict:
+    """Number of the prompts, and SHA-256 of all their metadata."""
+    text = json.dumps(list(entries), sort_keys=True)
+    return {"count": len(entries), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def weights_hashes(model: TensorAR) -> dict[str, str]:
+    """SHA-256 of the weights in memory: of the model, and of the frozen helpers that have a part in its images."""
+    frozen = model.backbone.frozen
+    hashes = {"model": _state_sha256(model)}
+    if isinstance(frozen.tokenizer, nn.Module):
+        hashes["tokenizer"] = _state_sha256(frozen.tokenizer)
+    if frozen.text_encoder is not None:
+        hashes["text_encoder"] = frozen.text_encoder.weights_hash()
+    return hashes
+
+
+def _state_sha256(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_generation(folder: Path) -> dict | None:
+    """What `draw_images` recorded about a folder's images; None for a folder that something else has written."""
+    path = folder / GENERATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy the folder again") from error
+
+
+def _claim_folder(folder: Path, entries: Sequence[dict], settings: dict) -> None:
+    """Record the settings in a new folder; refuse one whose images were drawn with others."""
+    refuse_other_images(folder, entries)
+    before = read_generation(folder)
+    if before is None:
+        if any(folder.glob("[0-9]*/samples/*")):
+            raise ValueError(
+                f"{folder} holds images without {GENERATION_FILE}, so nobody can say how they were drawn; "
+                "judge them with --images, or give another --out"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / GENERATION_FILE, settings)
+        return
+    changes = [
+        f"{name}: {before.get(name)} -> {settings[name]}"
+        for name in _MUST_MATCH
+        if before.get(name) != settings[name]
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} holds images drawn otherwise ({'; '.join(changes)}); give another --out, or delete it"
+        )

@@ -1,0 +1,209 @@
+"""The MaskGIT VQGAN that RAR uses (1d-tokenizer `modeling/modules/maskgit_vqgan.py`, weights of TiTok's PretrainedTokenizer).
+
+A convolutional VQ-GAN without attention. What differs from LlamaGen's VQ and matters for parity:
+
+- It works on pixels in [0, 1]. Here, as in the rest of the kit, pixels are in [-1, 1] on both sides.
+- Where a residual block changes its width, the 1x1 shortcut is applied to the block's own output and not to its input.
+- The nearest code is that of smallest Euclidean distance: neither side is normalised.
+- Average pooling halves the resolution; most convolutions have no bias; `decoder.up` is stored from fine to coarse.
+
+All strides are 1 and all kernels odd, so that TensorFlow's SAME padding is an equal margin on every side.
+
+Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimension.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.weights import count_children, load_strict, read_state_dict
+
+_GROUPS = 32
+
+
+@dataclass(frozen=True)
+class MaskGITConfig:
+    """Shape of the tokenizer; the defaults are the published one (16 pixels per code)."""
+
+    channels: int = 128
+    """Channels at full resolution."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channel multiplier of each resolution; the image is halved between them."""
+    res_blocks: int = 2
+    """Residual blocks per resolution and in the middle, in the encoder and in the decoder."""
+    codebook_size: int = 1024
+    codebook_dim: int = 256
+
+    @staticmethod
+    def from_state_dict(state_dict: dict[str, Tensor]) -> "MaskGITConfig":
+        """Read the shape off an official state dict; ValueError if it is not a MaskGIT VQGAN."""
+        try:
+            channels = state_dict["encoder.conv_in.weight"].shape[0]
+            size, dim = state_dict["quantize.embedding.weight"].shape
+            # At least one, so that another family's file fails below by the name of a key.
+            levels = max(1, count_children(state_dict, "encoder.down."))
+            return MaskGITConfig(
+                channels=channels,
+                multipliers=tuple(
+                    state_dict[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // channels
+                    for i in range(levels)
+                ),
+                res_blocks=count_children(state_dict, "encoder.down.0.block."),
+                codebook_size=size,
+                codebook_dim=dim,
+            )
+        except KeyError as error:
+            raise ValueError(f"not a MaskGIT VQGAN: key {error} is missing") from error
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
+
+
+def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1, self.conv1 = _norm(c_in), _conv(c_in, c_out, bias=False)
+        self.norm2, self.conv2 = _norm(c_out), _conv(c_out, c_out, bias=False)
+        if c_in != c_out:
+            self.nin_shortcut = _conv(c_out, c_out, kernel=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        # The shortcut reads the branch: odd, but the published weights were trained so.
+        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+
+
+def _res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, and in the decoder the convolution that follows the enlargement to the next."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, enlarge: bool = False):
+        super().__init__()
+        self.block = _res_blocks(c_in, c_out, blocks)
+        if enlarge:
+            self.upsample_conv = _conv(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "upsample_conv"):
+            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: MaskGITConfig):
+        super().__init__()
+        widths = [cfg.channels, *(cfg.channels * m for m in cfg.multipliers)]
+        self.conv_in = _conv(3, cfg.channels, bias=False)
+        self.down = nn.ModuleList(
+            Level(c_in, c_out, cfg.res_blocks) for c_in, c_out in pairwise(widths)
+        )
+        self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = _conv(widths[-1], cfg.codebook_dim, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = level(x if i == 0 else F.avg_pool2d(x, 2))
+        for block in self.mid:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg: MaskGITConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        self.conv_in = _conv(cfg.codebook_dim, widths[-1])
+        self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, len(widths) - 1)], width, cfg.res_blocks, enlarge=i > 0)
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = _conv(widths[0], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.mid, *reversed(self.up)):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Codebook(nn.Module):
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(size, dim)
+
+    def vectors(self) -> Tensor:
+        """Codebook rows [V, E] as they are, which is what the decoder receives."""
+        return self.embedding.weight
+
+
+class MaskGITVQGAN(nn.Module):
+    """Images <-> codes; parameter names are those of the official checkpoint."""
+
+    def __init__(self, config: MaskGITConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.codebook_dim)
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code along each side."""
+        return 2 ** (len(self.config.multipliers) - 1)
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
+        return self.encoder((pixels + 1) / 2)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: in bf16 nearly equal distances change places."""
+        z_BhwE = self.latents(pixels).permute(0, 2, 3, 1).float()
+        rows_VE = self.quantize.vectors().float()
+        # |z - e|^2 without |z|^2, which is the same for all codes.
+        return (rows_VE.pow(2).sum(-1) - 2 * (z_BhwE @ rows_VE.T)).argmin(-1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W], nominally in [-1, 1] but not clamped, of codes int64 [B, h, w]."""
+        return self.decode_vectors(self.quantize.vectors()[codes].permute(0, 3, 1, 2))
+
+    def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
+        return 2 * self.decoder(z_BEhw) - 1
+
+    @staticmethod
+    def load(path: str | Path) -> "MaskGITVQGAN":
+        """Load an official file (maskgit-vqgan-imagenet-f16-256.bin) strictly; frozen, fp32."""
+        state_dict = {k: v.float() for k, v in read_state_dict(path).items()}
+        try:
+            config = MaskGITConfig.from_state_dict(state_dict)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        with torch.device("meta"):
+            tokenizer = MaskGITVQGAN(config)
+        tokenizer.to_empty(device="cpu")
+        load_strict(tokenizer, state_dict, path)
+        return tokenizer.eval().requires_grad_(False)

@@ -1,0 +1,110 @@
+"""Drives a headless Chromium by its DevTools protocol: opens a page, evaluates JavaScript in it, takes screenshots.
+
+The protocol runs over a pair of pipes (--remote-debugging-pipe: JSON messages that end in a zero byte), so that nothing but the
+browser has to be installed.
+"""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+_FLAGS = "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run"
+_PATIENCE = 30.0
+"""Seconds."""
+
+
+class Page:
+    """One tab; `errors` collects what goes wrong in it (exceptions, failed loads)."""
+
+    def __init__(self, to_browser: int, from_browser: int):
+        self.to_browser, self.from_browser = to_browser, from_browser
+        self.received = b""
+        self.count = 0
+        self.errors: list[dict] = []
+        self.session: dict[str, str] = {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params) -> dict:
+        """A command of the protocol and its result; see chromedevtools.github.io/devtools-protocol."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params, **self.session}
+        os.write(self.to_browser, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("method") in ("Runtime.exceptionThrown", "Network.loadingFailed"):
+                self.errors.append(answer["params"])
+            if answer.get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def _receive(self) -> dict:
+        while b"\0" not in self.received:
+            assert select.select([self.from_browser], [], [], _PATIENCE)[0], "no answer"
+            chunk = os.read(self.from_browser, 1 << 20)
+            assert chunk, "the browser has gone"
+            self.received += chunk
+        message, _, self.received = self.received.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, path: Path) -> None:
+        """Load a file and wait until everything in it is loaded."""
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.wait("location.protocol == 'file:' && document.readyState == 'complete'")
+
+    def run(self, script: str):
+        """The value of an expression."""
+        done = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in done, done["exceptionDetails"]
+        return done["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        """Until an expression is true."""
+        deadline = time.time() + _PATIENCE
+        while not self.run(condition):
+            assert time.time() < deadline, f"waited in vain for {condition}"
+            time.sleep(0.05)
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def screenshot(self, path: Path) -> Path:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+        return path
+
+
+@contextmanager
+def open_browser(profile: Path, width: int = 1400, height: int = 1000) -> Iterator[Page]:
+    """A `Page` of a new browser, which is closed afterwards. `profile`: an empty folder for it."""
+    read_commands, to_browser = os.pipe()
+    from_browser, write_answers = os.pipe()
+    ends = (read_commands, write_answers)
+    # The browser's ends must be its descriptors 3 and 4.
+    script = "import os, sys; [os.dup2(int(sys.argv[i]), 2 + i) for i in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"
+    command = [sys.executable, "-c", script, *map(str, ends), CHROMIUM, *_FLAGS.split()]
+    command += [f"--user-data-dir={profile}", f"--window-size={width},{height}"]
+    command += ["--remote-debugging-pipe", "about:blank"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, pass_fds=ends)
+    for end in ends:
+        os.close(end)
+    try:
+        yield Page(to_browser, from_browser)
+    finally:
+        process.terminate()
+        process.wait(timeout=_PATIENCE)
+        os.close(to_browser)
+        os.close(from_browser)

@@ -1,0 +1,260 @@
+"""The stages of a benchmark on a toy one: what is finished is kept, what is wrong is named, and numbers rest on all images."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i.evaluation.compare import compare_folders, paired_differences
+from t2i.evaluation.gallery import Card
+from t2i.evaluation.judging import Judged
+from t2i.evaluation.options import BenchmarkOptions, Scope
+from t2i.evaluation.report import Score
+from t2i.evaluation.runner import evaluate
+from t2i.imaging import save_png
+
+SCOPE = Scope(samples=2)
+
+
+class Bright:
+    """Is the image brighter than grey? Counts how often it is asked."""
+
+    name, label, best, decimals = "Bright", "toy prompts", 1.0, 2
+
+    def __init__(self, count=4, threshold=128, stop_after=None):
+        self.entries = [{"prompt": f"light {i}", "tag": "ab"[i % 2]} for i in range(count)]
+        self.threshold, self.stop_after, self.asked = threshold, stop_after, []
+
+    def identity(self):
+        return {"threshold": self.threshold, "versions": {}}
+
+    def judge(self, prompt_index, image, filename):
+        if len(self.asked) == self.stop_after:
+            raise KeyboardInterrupt
+        self.asked.append(filename)
+        correct = bool(np.asarray(image).mean() > self.threshold)
+        row = {"filename": filename, "prompt": prompt_index, "correct": correct}
+        return Judged(row, None if correct else Image.new("RGBA", image.size, (255, 0, 0, 99)))
+
+    def scores(self, rows):
+        mean = sum(row["correct"] for row in rows) / len(rows)
+        return [Score("overall", mean, None, len(rows), len({r["prompt"] for r in rows}), True)]
+
+    def card(self, row):
+        return None if row["correct"] else Card("overall", f"prompt {row['prompt']}", ["dark"])
+
+
+def groups_of(rows):
+    groups = {}
+    for row in rows:
+        groups.setdefault("all", {}).setdefault(row["prompt"], []).append(row["correct"])
+    return groups
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 4 prompts x 2 images: sample 0 is dark, sample 1 bright."""
+    folder = tmp_path / "pictures"
+    for index, entry in enumerate(Bright().entries):
+        for sample, level in enumerate((40, 200)):
+            image = Image.new("RGB", (8, 8), (level + index,) * 3)
+            save_png(image, folder / f"{index:05d}" / "samples" / f"{sample:05d}.png")
+        (folder / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(entry))
+    return folder
+
+
+def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images, tmp_path):
+    out = tmp_path / "out"
+    stopped = Bright(stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(stopped, out, images=images, scope=SCOPE)
+    assert not (out / "results.json").exists()
+    second = Bright()
+    results = evaluate(second, out, images=images, scope=SCOPE)
+    assert len(stopped.asked + second.asked) == len({*stopped.asked, *second.asked}) == 8
+    assert results["scores"]["overall"]["mean"] == 0.5 and results["status"] == "complete"
+    files = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    third = Bright()
+    assert evaluate(third, out, images=images, scope=SCOPE) == results and third.asked == []
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
+
+    save_png(Image.new("RGB", (8, 8), "white"), images / "00002/samples/00000.png")
+    changed = Bright()
+    results = evaluate(changed, out, images=images, scope=SCOPE)
+    assert changed.asked == ["00002/samples/00000.png"]
+    assert results["scores"]["overall"]["mean"] == 0.625
+    overlays = {p.name for p in out.glob("verdicts/*/overlays/*")}
+    assert overlays == {f"{i:05d}_00000.png" for i in (0, 1, 3)}, "only what failed has one"
+    assert len(list((out / "gallery" / "pictures").glob("*.webp"))) == 3
+
+    stricter = Bright(threshold=250)
+    evaluate(stricter, out, images=images, scope=SCOPE)
+    assert len(stricter.asked) == 8
+
+
+def test_the_result_does_not_depend_on_what_was_asked_for_before(images, tmp_path):
+    partial = evaluate(Bright(), tmp_path / "a", images=images, scope=replace(SCOPE, limit=2))
+    assert partial["status"] == "PARTIAL: 2 of 4 prompts"
+    assert partial["coverage"]["expected"] == partial["scores"]["overall"]["images"] == 4
+    assert "PARTIAL" in (tmp_path / "a/report.md").read_text()
+    assert "PARTIAL" in (tmp_path / "a/gallery/index.html").read_text()
+    rest = Bright()
+    full = evaluate(rest, tmp_path / "a", images=images, scope=SCOPE)
+    assert full == evaluate(Bright(), tmp_path / "b", images=images, scope=SCOPE)
+    assert len(rest.asked) == 4
+
+
+def test_limits_are_spread_over_all_prompts():
+    assert Scope(limit=3).select(9) == [0, 3, 6]
+    assert Scope(limit=20).select(2) == [0, 1]
+    assert Scope().select(3) == [0, 1, 2]
+    with pytest.raises(ValueError, match="limit=0"):
+        Scope(limit=0)
+
+
+def spoil(path: Path, how: str) -> None:
+    if how == "remove":
+        path.unlink()
+    elif how == "truncate":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "text":
+        path.write_text("no picture")
+    else:
+        path.rename(path.with_name(how))
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "messages"),
+    [
+        (
+            "00001/samples/00001.png",
+            "remove",
+            ["1 of 8 images are missing", "00001/samples/00001.png"],
+        ),
+        ("00001/samples/00001.png", "b.png", ["are missing", "not read: 00001/samples/b.png"]),
+        ("00003", "prompt3", ["2 of 8 images are missing", "not read: prompt3"]),
+        ("00003", "00009", ["folder 00009 belongs to none of 4 prompts"]),
+        (
+            "00001/samples/00001.png",
+            "00007.png",
+            ["00001/samples/00007.png is more than the 2 samples"],
+        ),
+        (
+            "00001/samples/00001.png",
+            "0.png",
+            ["00001/samples/0.png and 00000.png are the same number"],
+        ),
+        ("00001/samples/00001.png", "truncate", ["1 of 8 images cannot be judged", "00001.png"]),
+        ("00001/samples/00001.png", "text", ["1 of 8 images cannot be judged", "00001.png"]),
+        ("00002/metadata.jsonl", "remove", ["00002/metadata.jsonl cannot be read"]),
+        ("00002/metadata.jsonl", "text", ["00002/metadata.jsonl cannot be read"]),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_named(images, tmp_path, name, how, messages):
+    spoil(images / name, how)
+    with pytest.raises(ValueError) as refused:
+        evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
+    assert all(message in str(refused.value) for message in messages), refused.value
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("how", ["remove", "truncate"])
+def test_an_incomplete_folder_gives_a_flagged_result_on_request_and_no_zeros(images, tmp_path, how):
+    spoil(images / "00001/samples/00000.png", how)
+    scope = replace(SCOPE, allow_incomplete=True)
+    results = evaluate(Bright(), tmp_path / "out", images=images, scope=scope)
+    assert results["scores"]["overall"]["mean"] == 4 / 7, "the lost image is no failure"
+    assert results["status"].startswith("INCOMPLETE: 7 of 8 images")
+    coverage = results["coverage"]
+    assert "00001/samples/00000.png" in "".join(coverage["missing"] + coverage["unreadable"])
+    save_png(Image.new("RGB", (8, 8), "white"), images / "00001/samples/00000.png")
+    repaired = Bright()
+    assert evaluate(repaired, tmp_path / "out", images=images, scope=SCOPE)["status"] == "complete"
+    assert repaired.asked == ["00001/samples/00000.png"]
+
+
+def test_more_of_what_is_refused(images, tmp_path):
+    def message(out=tmp_path / "out", folder=images, benchmark=None, **scope) -> str:
+        with pytest.raises(ValueError) as refused:
+            evaluate(benchmark or Bright(), out, images=folder, scope=replace(SCOPE, **scope))
+        return str(refused.value)
+
+    assert "does not exist" in message(folder=tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "none of the 8 expected images" in message(folder=tmp_path / "empty")
+    assert "none of the 8" in message(folder=tmp_path / "empty", allow_incomplete=True)
+    other = Bright()
+    other.entries[2] = {"prompt": "darkness", "tag": "a"}
+    text = message(benchmark=other)
+    assert "00002 holds images of 'light 2' instead of 'darkness'" in text
+    (tmp_path / "file").write_text("")
+    assert f"cannot write to {tmp_path / 'file' / 'out'}" in message(out=tmp_path / "file" / "out")
+    evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
+    copy = tmp_path / "copy"
+    images.rename(copy)
+    assert f"holds the results of {images}" in message(folder=copy)
+    with pytest.raises(ValueError, match="either --ckpt"):
+        BenchmarkOptions()
+
+
+def test_harmless_names_are_left_alone(images, tmp_path, caplog):
+    for name in (
+        "grid.png",
+        "00001/grid.png",
+        ".DS_Store",
+        "00001/samples/00000.png.tmp",
+        "notes.txt",
+    ):
+        (images / name).write_text("")
+    assert evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)["status"] == "complete"
+    assert "names that are not read: notes.txt" in caplog.text
+
+
+# -- comparison ---------------------------------------------------------------------------------------------------------------
+def test_paired_differences_cancel_what_prompts_share():
+    rng = np.random.default_rng(0)
+    hard, gain = rng.uniform(0.1, 0.9, 60), rng.normal(0.05, 0.02, 60)
+    a = {"x": {str(i): [v] for i, v in enumerate(hard)}}
+    b = {"x": {str(i): [v] for i, v in enumerate(hard + gain)}}
+    overall, by_group = paired_differences(a, b)
+    assert overall.difference == by_group["x"].difference == pytest.approx(gain.mean())
+    assert overall.stderr == pytest.approx(gain.std() / 60**0.5, rel=0.1)
+    assert overall.low < gain.mean() < overall.high and overall.low > 0
+    shuffled = {"x": dict(reversed(b["x"].items()))}
+    assert paired_differences(a, shuffled) == (overall, by_group)
+    back, _ = paired_differences(b, a)
+    assert (back.difference, back.stderr) == pytest.approx((-overall.difference, overall.stderr))
+
+
+def test_overall_difference_weighs_groups_equally():
+    a = {"x": {"1": [0, 0], "2": [0, 0]}, "y": {str(i): [0.0] for i in range(9)}}
+    b = {"x": {"1": [1, 1], "2": [1, 1]}, "y": {str(i): [0.0] for i in range(9)}}
+    overall, by_group = paired_differences(a, b)
+    assert overall.difference == 0.5 and by_group["y"].difference == 0
+    assert overall.stderr == 0, "no prompt differs from the others of its group"
+    single, _ = paired_differences({"x": {"1": [0]}}, {"x": {"1": [1]}})
+    assert single.stderr is None
+    with pytest.raises(ValueError, match="1 in both, 1 only in A, 0 only in B"):
+        paired_differences({"x": {"1": [0], "2": [0]}}, {"x": {"1": [0]}})
+
+
+def test_folders_are_compared_if_they_can_be(images, tmp_path):
+    evaluate(Bright(), tmp_path / "a", images=images, scope=SCOPE)
+    evaluate(Bright(), tmp_path / "c", images=images, scope=replace(SCOPE, limit=2))
+    evaluate(Bright(threshold=9), tmp_path / "d", images=images, scope=SCOPE)
+    for index in (0, 1):
+        save_png(Image.new("RGB", (8, 8), "white"), images / f"{index:05d}/samples/00000.png")
+    evaluate(Bright(), tmp_path / "b", images=images, scope=SCOPE)
+    text = compare_folders(tmp_path / "a", tmp_path / "b", groups_of)
+    assert "| **overall** | 0.50 | 0.75 | +0.25 | 0.12 | +0.00 to +0.50 | 4 |" in text
+    for other, message in (
+        ("c", "not about the same prompts"),
+        ("d", "judged differently"),
+        ("e", "no finished"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_folders(tmp_path / "a", tmp_path / other, groups_of)

@@ -1,0 +1,45 @@
+"""GenEval's prompts against the SHA-256 of the official files, also for other seeds."""
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+from helpers import golden_folder
+
+from geneval.prompts import draw_prompts, metadata_line, official_prompts, write_prompts
+
+ROOT = golden_folder("geneval_prompts")
+OFFICIAL = json.loads((ROOT / "prompts.json").read_text())
+OTHERS = json.loads((ROOT / "other_seeds.json").read_text())
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_official_files_byte_for_byte(tmp_path):
+    entries = official_prompts()
+    assert len(entries) == OFFICIAL["number_of_prompts"]
+    assert Counter(e["tag"] for e in entries) == OFFICIAL["counts_per_tag"]
+    write_prompts(tmp_path / "new", entries)
+    metadata = (tmp_path / "new" / "evaluation_metadata.jsonl").read_bytes()
+    prompts = (tmp_path / "new" / "generation_prompts.txt").read_bytes()
+    assert sha256(metadata) == OFFICIAL["evaluation_metadata_jsonl_sha256"]
+    assert sha256(prompts) == OFFICIAL["generation_prompts_txt_sha256"]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: f"seed{case['seed']}")
+def test_other_seeds(case):
+    entries = draw_prompts(case["seed"], case["num_prompts_per_task"])
+    assert len(entries) == case["prompts"]
+    assert Counter(e["tag"] for e in entries) == case["counts_per_tag"]
+    lines = "".join(metadata_line(e) + "\n" for e in entries).encode()
+    assert sha256(lines) == case["evaluation_metadata_sha256"]
+    prompts = "".join(e["prompt"] + "\n" for e in entries).encode()
+    assert sha256(prompts) == case["generation_prompts_sha256"]
+
+
+def test_a_callers_change_stays_with_the_caller():
+    official_prompts()[0]["include"][0]["count"] = 9
+    assert official_prompts()[0]["include"][0]["count"] == 1

@@ -1,0 +1,315 @@
+"""`geneval/run.py` on the shipped shapes base: its numbers, kills, processes, mistakes, and its page in a real browser."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from browser import CHROMIUM, open_browser
+from helpers import tiny_llamagen, tiny_vq
+from PIL import Image
+from test_ranks import launch
+
+import geneval
+import t2i
+from geneval import run
+from geneval.shapes_detector import ShapesDetector
+from t2i import cli
+from t2i.checkpoint import save_pretrained
+from t2i.data.shapes_prompts import benchmark_prompts
+from t2i.evaluation import sampling
+from t2i.imaging import save_png
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "--limit",
+    "6",
+    "--samples",
+    "2",
+    "--batch-size",
+    "5",
+)  # three batches, the last one not full
+
+
+@pytest.fixture(scope="session")
+def shapes_ckpt(tmp_path_factory):
+    """A checkpoint of the shipped base, with TensorAR attached and untrained."""
+    model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.iclr2026())
+    return save_pretrained(model, tmp_path_factory.mktemp("shapes") / "ckpt", tuning="codec")
+
+
+@pytest.fixture(scope="session")
+def finished(shapes_ckpt, tmp_path_factory):
+    """An uninterrupted run of one process: 6 of the 120 prompts, 2 images each."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    program("--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    return out
+
+
+def program(*arguments) -> None:
+    """Run the program in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["geneval/run.py", *map(str, arguments)])
+        run.main()
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of an output folder."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def numbers(out: Path) -> dict:
+    return {k: v for k, v in results(out).items() if k != "images"}
+
+
+def test_results_explain_themselves(finished, shapes_ckpt):
+    content = results(finished)
+    assert content["status"] == "PARTIAL: 6 of 120 prompts"
+    assert content["label"].startswith("shapes prompts, judged by shapes")
+    tags = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    assert list(content["scores"]) == ["overall", *tags, "correct images", "correct prompts"]
+    scores = [content["scores"][tag]["mean"] for tag in tags]
+    assert content["scores"]["overall"]["mean"] == pytest.approx(sum(scores) / 6)
+    assert 0 < content["scores"]["overall"]["mean"] < 1, "the base draws some of them"
+    generation = content["generation"]
+    assert generation["seed"] == 0 and generation["sampling"]["cfg_scale"] == 2.5
+    assert {len(v) for v in generation["weights"].values()} == {64}
+    assert generation["about"]["checkpoint"] == str(shapes_ckpt)
+    assert content["judge"]["detector"]["name"] == "shapes" and "torch" in content["versions"]
+    rows = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and rows[0]["filename"] == "00000/samples/00000.png"
+
+
+def test_the_library_gives_the_same_verdicts(finished):
+    rows = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    images = [Image.open(finished / "images" / row["filename"]).convert("RGB") for row in rows]
+    metadata = [json.loads(row["metadata"]) for row in rows[::2]]
+    report = geneval.score(images, metadata, ShapesDetector())
+    assert [v.correct for v in report.verdicts] == [row["correct"] for row in rows]
+    assert report.summary.overall == results(finished)["scores"]["overall"]["mean"]
+
+
+def test_a_folder_of_images_gives_the_same_numbers(finished, tmp_path):
+    images = finished / "images"
+    program("--images", images, "--out", tmp_path / "out", "--limit", "6", "--samples", "2")
+    assert numbers(tmp_path / "out") == numbers(finished)
+    kept = {
+        name: data for name, data in contents(finished).items() if not name.startswith("images/")
+    }
+    kept.pop("results.json"), kept.pop("report.md")  # they name the folder
+    assert {name: contents(tmp_path / "out")[name] for name in kept} == kept
+
+
+def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
+    finished, shapes_ckpt, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        ROOT / "geneval" / "run.py",
+        "--ckpt",
+        shapes_ckpt,
+        "--out",
+        out,
+        *SMALL,
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.time() + 300
+    while len(list(out.glob("images/*/samples/*.png"))) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    drawn = {p: p.stat().st_mtime_ns for p in out.glob("images/*/samples/*.png")}
+    assert 2 <= len(drawn) < 12 and not (out / "results.json").exists()
+    written = []
+    write = sampling.write_sample
+    monkeypatch.setattr(sampling, "write_sample", lambda *args: written.append(write(*args)))
+    program("--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    assert len(written) == 12 - len(drawn) and not set(written) & set(drawn)
+    assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
+    monkeypatch.setattr(sampling, "iterate_images", None)  # nothing is drawn any more
+    program("--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    assert contents(out) == contents(finished)
+
+
+def test_two_processes_do_what_one_does(finished, shapes_ckpt, tmp_path):
+    script = ("--standalone", "--nproc_per_node", "2", str(ROOT / "geneval" / "run.py"))
+    options = ("--ckpt", str(shapes_ckpt), "--out", str(tmp_path / "out"), *SMALL)
+    done = launch("-m", "torch.distributed.run", *script, *options)
+    assert done.stdout.count("**overall**") == 1, "only the main process reports"
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Runs the program with arguments and returns its message."""
+
+    def run_program(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["geneval/run.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(run.main)
+        assert stopped.value.code in (1, 2)
+        captured = capsys.readouterr()
+        assert captured.out == "" and "Traceback" not in captured.err
+        return re.sub(r"[\s│╭╮╰╯─]+", " ", captured.err)
+
+    return run_program
+
+
+def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
+    before = contents(finished)
+
+    def message(*arguments) -> str:
+        return refusal("--ckpt", shapes_ckpt, "--out", finished, *SMALL, *arguments)
+
+    assert "drawn otherwise (seed: 0 -> 1)" in message("--seed", 1)
+    text = message("--cfg-scale", 3, "--dtype", "bfloat16")
+    assert "'cfg_scale': 2.5" in text and "'cfg_scale': 3" in text and "float32 -> bfloat16" in text
+    images = finished / "images"
+    assert f"holds the results of {images}" not in refusal("--images", images, "--out", finished)
+    assert contents(finished) == before
+
+
+def test_a_repaired_folder_goes_on(finished, shapes_ckpt, tmp_path, caplog):
+    out = tmp_path / "out"
+    for name, data in contents(finished).items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+    path = next(out.glob("images/*/samples/*.png"))
+    os.truncate(path, 100)
+    program("--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    assert f"{path} is not a readable image" in caplog.text and "drawing it again" in caplog.text
+    assert contents(out) == contents(finished)
+
+
+def test_mistakes_are_named(refusal, finished, shapes_ckpt, tiny_world, tmp_path):
+    out = ("--out", tmp_path / "out")
+    assert "give either --ckpt" in refusal(*out)
+    assert "give either --ckpt" in refusal("--ckpt", "a", "--images", "b", *out)
+    assert "nowhere does not exist" in refusal("--ckpt", tmp_path / "nowhere", *out)
+    assert "nowhere does not exist" in refusal(
+        "--images", tmp_path / "nowhere", "--prompts", "shapes", *out
+    )
+    assert "is not a complete checkpoint folder" in refusal("--ckpt", tiny_world / "base", *out)
+    assert "--detector-weights" in refusal("--ckpt", shapes_ckpt, *out, "--detector-weight", "x")
+    prompts = tmp_path / "prompts.jsonl"
+    for line, message in (
+        ('{"prompt": "a cat"}', "prompt 0 ('a cat') is not GenEval metadata"),
+        ('{"prompt": "a cat", "tag": "colors", "include": [{"class": "cat"}]}', "is not GenEval"),
+        (
+            '{"prompt": "a cat", "tag": "colors", "include": [{"class": "cat", "count": 1}]}',
+            "the detector does not know 'cat'",
+        ),
+        ("{", "prompts.jsonl line 1 is not JSON"),
+    ):
+        prompts.write_text(line + "\n")
+        assert message in refusal(
+            "--images", finished / "images", "--prompts", prompts, "--detector", "shapes", *out
+        )
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_model_of_classes_is_refused(refusal, tmp_path):
+    backbone = tiny_llamagen("class")
+    weights = {"weights": "gpt.pt", "tokenizer": "vq.pt"}
+    content = {"family": "llamagen", **weights, "config": vars(backbone.config)}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    torch.save({"model": backbone.official_state_dict()}, tmp_path / "gpt.pt")
+    torch.save(tiny_vq().state_dict(), tmp_path / "vq.pt")
+    model = t2i.attach(t2i.load_backbone("llamagen", tmp_path), t2i.presets.base())
+    save_pretrained(model, tmp_path / "ckpt", tuning="codec")
+    shapes = ("--prompts", "shapes", "--out", tmp_path / "out")
+    assert "draws classes" in refusal("--ckpt", tmp_path / "ckpt", *shapes)
+
+
+def test_images_without_a_record_are_not_completed(refusal, finished, shapes_ckpt, tmp_path):
+    save_png(Image.new("RGB", (64, 64)), tmp_path / "out/images/00000/samples/00000.png")
+    text = refusal("--ckpt", shapes_ckpt, "--out", tmp_path / "out", *SMALL)
+    assert "holds images without generation.json" in text
+
+
+def test_compare_prints_paired_differences(finished, tmp_path, capsys):
+    program("--images", finished / "images", "--out", tmp_path / "b", "--limit", 6, "--samples", 2)
+    capsys.readouterr()
+    program("compare", finished, tmp_path / "b")
+    printed = capsys.readouterr().out
+    assert "| **overall** |" in printed and "+0.000" in printed and "**A: PARTIAL" in printed
+    assert printed.count("| 1 |") == 6, "one prompt of each task"
+
+
+# -- the page -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+def test_the_gallery_works_in_a_browser(finished, tmp_path):
+    failed = [
+        row
+        for row in map(json.loads, (finished / "results.jsonl").read_text().splitlines())
+        if not row["correct"]
+    ]
+    gallery = tmp_path / "moved"
+    (finished / "gallery").rename(gallery)  # it must not need what lies around it
+    try:
+        with open_browser(tmp_path / "profile") as page:
+            page.open(gallery / "index.html")
+            drive(page, failed, tmp_path)
+            assert page.errors == []
+    finally:
+        gallery.rename(finished / "gallery")
+
+
+def drive(page, failed: list[dict], tmp_path: Path) -> None:
+    visible = "[...document.querySelectorAll('section article')].filter(a => a.offsetParent).length"
+    assert page.run(visible) == len(failed) > 0
+    assert "PARTIAL: 6 of 120 prompts" in page.run("document.body.innerText")
+    pictures = "[...document.querySelectorAll('section img')]"
+    page.run(f"{pictures}.forEach(i => {{ i.loading = 'eager' }})")
+    page.wait(f"{pictures}.every(i => i.complete && i.naturalWidth == 64)")
+    first = page.run("document.querySelector('article').innerText")
+    assert failed[0]["prompt"] in first and failed[0]["reason"].split("\n")[0] in first
+
+    boxed = "[...document.querySelectorAll('.box')].filter(b => b.offsetParent).length"
+    boxes = sum(len(b) for row in failed for b in json.loads(row["details"]).values())
+    assert page.run(boxed) == boxes > 0
+    page.run("document.getElementById('boxes').click()")
+    assert page.run(boxed) == 0
+    page.run("document.getElementById('boxes').click()")
+
+    tag = failed[-1]["tag"]
+    page.run(f"document.querySelector('.chip[data-task={tag}]').click()")
+    page.wait(f"document.querySelector('.chip.on').dataset.task == '{tag}'")
+    assert page.run(visible) == sum(row["tag"] == tag for row in failed)
+    search = "document.getElementById('search')"
+    page.run(f"{search}.value = 'no such thing'; {search}.dispatchEvent(new Event('input'))")
+    assert page.run(visible) == 0 and page.run(
+        "document.getElementById('nothing').offsetParent != null"
+    )
+    page.run("location.hash = '#'")
+    page.wait(f"{visible} == {len(failed)}")
+
+    before = page.screenshot(tmp_path / "page.png")
+    page.run("document.querySelector('article').click()")
+    assert page.run("document.getElementById('zoom').open")
+    page.press("ArrowRight")
+    assert failed[1]["filename"] in page.run("document.getElementById('zoom').innerText")
+    assert page.screenshot(tmp_path / "zoom.png").read_bytes() != before.read_bytes()
+    page.run("document.querySelector('#zoom article').click()")
+    assert not page.run("document.getElementById('zoom').open")
+
+
+def test_shapes_prompts_are_those_of_the_quickstart():
+    from geneval.benchmark import load_prompts
+
+    assert load_prompts("shapes") == benchmark_prompts(seed=0, per_tag=20)

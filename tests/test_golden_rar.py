@@ -1,0 +1,280 @@
+"""RAR and its tokenizer against outputs of the official implementation, through our sampler and loss."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import golden_cases, golden_table
+
+from t2i import presets
+from t2i.backbones.base import SamplingConfig
+from t2i.backbones.rar import RAR, RARConfig, load, load_tokenizer
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import filter_logits, prefill, sample_windows, step, window_logits
+from t2i.tokenizers.maskgit_vqgan import MaskGITConfig
+
+LOGITS = {"atol": 1e-4, "rtol": 0}
+IMAGES = {"atol": 5e-4, "rtol": 0}
+
+
+def sampling_of(scale: float, power: float, **settings) -> SamplingConfig:
+    """The reference runs without a null branch at scale 0; here that is scale 1."""
+    return SamplingConfig(cfg_scale=scale or 1.0, cfg_power=power if scale else 0.0, **settings)
+
+
+@pytest.fixture(scope="module", params=golden_cases("RAR generator"))
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def config(case):
+    stored = case.config
+    return RARConfig(
+        dim=stored["hidden_size"],
+        n_layer=stored["num_hidden_layers"],
+        n_head=stored["num_attention_heads"],
+        mlp_dim=stored["intermediate_size"],
+        grid=tuple(stored["grid"]),
+        vocab_size=stored["codebook_size"],
+        num_classes=stored["condition_num_classes"],
+        dropout=stored["dropout"],
+        attn_dropout=stored["attn_drop"],
+    )
+
+
+@pytest.fixture(scope="module")
+def model(case, config):
+    backbone = load(case.folder / case.config["checkpoint_file"], config=config)
+    return TensorAR(backbone, presets.base()).eval()
+
+
+@pytest.fixture(scope="module")
+def prepared(case):
+    return {"labels": case.input("class_ids")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(case):
+    return load_tokenizer(case.folder / case.config["tokenizer"]["checkpoint_file"])
+
+
+@pytest.fixture(scope="module")
+def painter(case, tokenizer):
+    """A generator around the tokenizer, for the paths that go through a backbone."""
+    stored = case.config["tokenizer"]
+    side = stored["image_size"] // stored["downsample"]
+    sizes = {"vocab_size": tokenizer.codebook_size, "num_classes": 1}
+    backbone = RAR(RARConfig(dim=8, n_layer=1, n_head=1, mlp_dim=8, grid=(side, side), **sizes))
+    backbone.frozen.tokenizer = tokenizer
+    return backbone
+
+
+# -- the generator --------------------------------------------------------------------------------
+
+
+def teacher_forced(model, prepared, codes_BT, drop=False):
+    """Logits [B, T, V]."""
+    codes = codes_BT[..., None]
+    condition = model.backbone.encode_condition(prepared, torch.full((len(codes),), drop))
+    windows = model.windows.gather(codes)
+    with torch.no_grad():
+        hidden = model.decode_slots(model.hidden(condition, windows))
+        return model.slot_logits(hidden, windows)[0][:, :, 0]
+
+
+def test_shape_is_read_off_the_weights(case, config, model):
+    square = config.grid[0] == config.grid[1]
+    path = case.folder / case.config["checkpoint_file"]
+    loaded = load(path, grid=None if square else config.grid)
+    read = ("dim", "n_layer", "n_head", "mlp_dim", "grid", "vocab_size", "num_classes")
+    assert all(getattr(loaded.config, name) == getattr(config, name) for name in read)
+    layout = case.config["token_id_layout"]
+    assert config.first_class_id == layout["first_class"]
+    assert config.null_id == layout["none_condition"] == layout["table_rows"] - 1
+
+
+def test_condition_ids(case, model, prepared):
+    ids = model.backbone.condition_ids(prepared["labels"])
+    assert torch.equal(ids, case.expected("condition_ids"))
+    everyone = torch.ones(len(ids), dtype=torch.bool)
+    null = model.backbone.condition_ids(prepared["labels"], everyone)
+    assert torch.equal(null, case.expected("null_condition_ids"))
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["cond", "null"])
+def test_teacher_forced_logits(case, model, prepared, drop):
+    logits = teacher_forced(model, prepared, case.input("image_codes"), drop)
+    expected = case.expected("tf_logits_null" if drop else "tf_logits_cond")
+    torch.testing.assert_close(logits, expected, **LOGITS)
+
+
+def test_last_position(case, model, prepared):
+    """The reference also feeds the last token, which has no position to predict."""
+    expected, backbone = case.expected("tf_logits_cond_all_positions"), model.backbone
+    condition = backbone.encode_condition(prepared)
+    x = torch.cat(
+        [condition.prefix, backbone.embed_tokens(case.input("image_codes")[..., None])], dim=1
+    )
+    with torch.no_grad():
+        h = backbone.trunk(x, torch.arange(x.shape[1]), condition)
+        logits = backbone.next_logits(h[:, 1:], case.input("image_codes")[:, :0])
+    torch.testing.assert_close(logits, expected, **LOGITS)
+
+
+def test_permuted_orders(case, model, prepared):
+    """Another order permutes the rows of image positions and of targets, but neither the timesteps nor the prefix."""
+    orders, codes = case.input("orders"), case.input("image_codes")
+    expected, labels = case.expected("tf_logits_permuted"), case.expected("labels_permuted")
+    shuffled = codes.gather(1, orders)
+    assert torch.equal(shuffled, labels)
+    for b, order in enumerate(orders):
+        other, gpt = copy.deepcopy(model), model.backbone.gpt
+        with torch.no_grad():
+            for name in ("pos_embed", "target_aware_pos_embed"):
+                table, rows = getattr(gpt, name), slice(2, 2 + len(order))
+                getattr(other.backbone.gpt, name)[:, rows] = table[:, rows][:, order]
+        one = {"labels": prepared["labels"][b : b + 1]}
+        logits = teacher_forced(other, one, shuffled[b : b + 1])
+        torch.testing.assert_close(logits[0], expected[b], **LOGITS)
+
+
+def test_epsilon(case, model):
+    """Too small to move logits by more than their tolerance: seen where the variance is as small as it."""
+    eps, gpt = case.config["layer_norm_eps"], model.backbone.gpt
+    assert {m.eps for m in gpt.modules() if isinstance(m, torch.nn.LayerNorm)} == {eps}
+    x = eps**0.5 * torch.randn(1, 4, gpt.lm_head.in_features)
+    c = torch.randn(x.shape)
+    scale, shift = gpt.adaln_before_head.adaLN_modulation(c).chunk(2, dim=-1)
+    expected = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    torch.testing.assert_close(gpt.adaln_before_head(x, c), expected, **LOGITS)
+
+
+def test_loss(case, model, prepared):
+    codes = case.input("image_codes")[..., None]
+    condition = model.backbone.encode_condition(prepared)
+    loss = model(codes, condition, model.windows.gather(codes)).means()
+    torch.testing.assert_close(loss, case.expected("loss_cond"), **LOGITS)
+
+
+def test_cached_logits(case, model, prepared):
+    """Prefill and single steps give the official teacher-forced logits of both halves."""
+    codes = case.input("image_codes")
+    h, state = prefill(model, prepared, SamplingConfig(cfg_scale=2.0))
+    outputs = [h]
+    for t in range(codes.shape[1] - 1):
+        outputs.append(step(model, codes[:, t, None, None], t, state))
+    logits = model.backbone.next_logits(torch.stack(outputs, 1), codes[:0]).detach()
+    cond, null = logits.chunk(2)
+    torch.testing.assert_close(cond, case.expected("tf_logits_cond"), **LOGITS)
+    torch.testing.assert_close(null, case.expected("tf_logits_null"), **LOGITS)
+
+
+@pytest.mark.parametrize("run", ["pow", "const", "nocfg"])
+def test_greedy_ids(case, model, prepared, run):
+    expected = case.expected(f"greedy_ids_{run}")
+    config = sampling_of(*case.config["guidance"][run], temperature=0.0)
+    keys = torch.zeros(len(expected), dtype=torch.long)
+    windows = sample_windows(model, prepared, keys, config)
+    assert torch.equal(model.windows.final_codes(windows)[..., 0], expected)
+
+
+@pytest.mark.parametrize("run", ["pow", "const"])
+def test_guidance_of_the_runs(case, model, run):
+    expected = case.expected(f"cfg_schedule_{run}")
+    config, steps = sampling_of(*case.config["guidance"][run]), len(expected)
+    scales = [model.backbone.guidance(config, t, steps)[0] for t in range(steps)]
+    torch.testing.assert_close(torch.tensor(scales), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_guidance_table(model):
+    for run in golden_table("rar_cfg.json")["presets"]:
+        config = sampling_of(run["guidance_scale"], run["guidance_scale_pow"])
+        steps = run["image_seq_len"]
+        scales = [model.backbone.guidance(config, t, steps)[0] for t in range(steps)]
+        expected = torch.tensor(run["scale"])
+        torch.testing.assert_close(torch.tensor(scales), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_sampled_ids(case, model, prepared):
+    """With torch's own generator in the official order: a condition-drop mask, then one multinomial over the batch per token."""
+    expected, settings = case.expected("sampled_ids"), case.config["sampling_example"]
+    config = sampling_of(
+        settings["guidance_scale"],
+        settings["guidance_scale_pow"],
+        temperature=settings["randomize_temperature"],
+    )
+    torch.manual_seed(settings["seed"])
+    torch.rand(len(expected))
+    h, state = prefill(model, prepared, config)
+    drawn = []
+    for t in range(expected.shape[1]):
+        earlier = expected[:, :1, None][..., :0]
+        logits = window_logits(model, model.decode_slots(h), earlier, t, state, config)[:, 0]
+        drawn.append(torch.multinomial(filter_logits(logits, config).softmax(-1), 1))
+        if t + 1 < expected.shape[1]:
+            h = step(model, drawn[-1][..., None], t, state)
+    assert torch.equal(torch.cat(drawn, dim=1), expected)
+
+
+# -- the tokenizer --------------------------------------------------------------------------------
+
+
+def test_tokenizer_shape_is_read_off_the_weights(case, tokenizer):
+    stored = case.config["tokenizer"]
+    assert tokenizer.config == MaskGITConfig(
+        channels=stored["hidden_channels"],
+        multipliers=tuple(stored["channel_mult"]),
+        res_blocks=stored["num_res_blocks"],
+        codebook_size=case.config["codebook_size"],
+        codebook_dim=stored["embedding_dim"],
+    )
+    assert tokenizer.downsample == stored["downsample"]
+
+
+def test_encode_and_decode(case, tokenizer, painter):
+    pixels = 2 * case.input("image") - 1
+    latents = tokenizer.latents(pixels)
+    torch.testing.assert_close(latents, case.expected("image_prequant_latent"), **LOGITS)
+    codes = painter.encode_images(pixels)
+    assert torch.equal(codes[..., 0], case.expected("image_codes_encoded"))
+    unit = (tokenizer.decode(codes[..., 0].unflatten(1, painter.config.grid)) + 1) / 2
+    torch.testing.assert_close(unit, case.expected("image_decoded_unclamped"), **IMAGES)
+    torch.testing.assert_close(unit.clamp(0, 1), case.expected("image_decoded_clamped"), **IMAGES)
+
+
+def test_decode_free_codes(case, tokenizer):
+    codes = case.input("image_codes").unflatten(1, tuple(case.config["grid"]))
+    unit = ((tokenizer.decode(codes) + 1) / 2).clamp(0, 1)
+    torch.testing.assert_close(unit, case.expected("codes_decoded"), **IMAGES)
+
+
+def test_uint8_images(case, painter):
+    images = painter.decode_images(case.expected("image_codes_encoded")[..., None])
+    off = images.int() - case.expected("image_decoded_uint8").int()
+    assert images.dtype == torch.uint8
+    # Rounding in place of truncation differs on half of the pixels: few may differ at all.
+    assert off.abs().max() <= 1 and (off != 0).float().mean() < 0.01
+
+
+def test_uint8_rule():
+    """Bytes of given decoder values; a few lie on a rounding edge, where one level is allowed."""
+    table = golden_table("uint8_rules.json")
+    x = torch.tensor(table["x"])
+
+    class Decoder:
+        def decode(self, codes):
+            return x.view(1, 1, 1, -1).expand(1, 3, 1, -1)
+
+    backbone = RAR(RARConfig(dim=8, n_layer=1, n_head=1, mlp_dim=8, grid=(1, 1), vocab_size=4))
+    backbone.frozen.tokenizer = Decoder()
+    pixels = backbone.decode_images(torch.zeros(1, 1, 1, dtype=torch.long))[0, 0].int()
+    off = pixels - torch.tensor(table["rar"])[:, None]
+    assert off.abs().max() <= 1 and (off == 0).float().mean() > 0.95
+
+
+def test_codebook_noise_reads_the_plain_rows(case, tokenizer, painter):
+    rows = tokenizer.state_dict()["quantize.embedding.weight"]
+    assert torch.equal(painter.code_vectors()[0], rows)
+    assert not torch.allclose(rows, F.normalize(rows, dim=-1))
