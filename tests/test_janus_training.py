@@ -16,6 +16,7 @@ from runs import (
     draw,
     metrics,
     tiny_janus_run,
+    tiny_run,
     weights,
 )
 from safetensors.torch import load_file
@@ -104,6 +105,19 @@ def test_tuning_modes_change_what_they_say(tiny_world, options, files):
     if options["tuning"] == "codec":
         ours = text_logits(reloaded.backbone.janus, base)
         assert torch.equal(ours, text_logits(base.janus, base)), "the text side is untouched"
+
+
+def test_image_layers_of_a_llamagen_are_trained_and_kept(tiny_world):
+    run = Run(tiny_run(tiny_world, "image-layers", tuning="codec", train_image_layers=True))
+    run.model.train()
+    run.train_step()
+    folder = run.save()
+    stored = load_file(folder / "backbone.safetensors")
+    base = t2i.load_backbone("llamagen", tiny_world / "base").official_state_dict()
+    assert stored.keys() == {"tok_embeddings.weight", "output.weight"}
+    assert not any(torch.equal(stored[k], base[k]) for k in stored)
+    live, again = run.model.state_dict(), t2i.from_pretrained(folder).state_dict()
+    assert all(torch.equal(live[k], again[k]) for k in live)
 
 
 def test_lora_learns_and_draws(tiny_world, lora, tmp_path):

@@ -12,6 +12,7 @@ Shapes: B batch, L inputs, P prompt tokens, D width, T image tokens.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,8 @@ from t2i.weights import load_strict, read_folder
 
 PUBLISHED_AS_FOLDER = True
 """Weights, tokenizers and configuration are published as one folder (see `t2i.loading`)."""
+
+log = logging.getLogger(__name__)
 
 _MAX_PROMPT = 512
 _UNDERSTANDING = ("model.vision_model.", "model.aligner.", "lm_head.")
@@ -180,7 +183,7 @@ class Janus(Backbone):
         return {name: value.to(self.device) for name, value in prepared.items()}
 
     def prefix_length(self, conditions: Sequence[str]) -> int:
-        return max(len(ids) for ids in self.prompts.encode(conditions))
+        return max((len(ids) for ids in self.prompts.encode(conditions)), default=0)
 
     def caption_features(self) -> None:
         """Captions stay text: tokenizing them costs nothing."""
@@ -292,6 +295,12 @@ def load(
     if tied and not generation_only:
         backbone.janus.lm_head.weight = backbone.language_model.embed_tokens.weight
     backbone._compute_buffers()
+    if backbone.left_out:
+        size = backbone.left_out * dtype.itemsize / 1e9
+        log.info(
+            "not loaded: understanding tower, aligner and text head, %.2f GB that drawing images does not need",
+            size,
+        )
     return backbone.eval()
 
 
