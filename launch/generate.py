@@ -63,7 +63,9 @@ def main() -> None:
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = pick_device(config.device, config.dtype)
-    model = from_pretrained(config.ckpt, base=config.base, device=device, dtype=dtype)
+    model = from_pretrained(
+        config.ckpt, base=config.base, generation_only=True, device=device, dtype=dtype
+    )
     by_class = model.backbone.spec.cond_kind == "class"
     sampling = config.sampling.apply(model.sampling)
     prompts = [entry["prompt"] for entry in entries]

@@ -9,6 +9,7 @@ order, samples held-out prompts from all three, judges them with GenEval's rules
     <recipe>/        each run: metrics.jsonl, sample sheets, index.html, checkpoint
 
     python launch/quickstart.py
+    python launch/quickstart.py --control shapes-janus-control --recipes shapes-janus-lora --out runs/janus-table
     python launch/quickstart.py --recipes shapes-iclr2026 shapes-arxiv2505 shapes-tuned   # the README's table
 """
 
@@ -23,8 +24,6 @@ sys.path.insert(
 
 from t2i import cli
 
-CONTROL = "shapes-control"
-
 
 @dataclass(frozen=True)
 class Quickstart:
@@ -34,6 +33,8 @@ class Quickstart:
     """Folder for everything; a finished run in it is kept and not repeated."""
     recipes: tuple[str, ...] = ("shapes-tuned",)
     """Recipes to compare with the control."""
+    control: str = "shapes-control"
+    """Recipe of the control, and of the base that all start from."""
     steps: int = 200
     """Optimizer steps of each run."""
     images: int = 3000
@@ -59,12 +60,15 @@ def main() -> None:
     started = time.time()
     written, kept = write_dataset(config.out / "data", config.images, seed=FINE_TUNING_SEED)
     print(f"[1/3] data set: {written} images drawn, {kept} there already")
-    backbone = load_backbone("llamagen", "shapes", device=start_processes().device)
+    base_options = run_config(config, config.control).backbone
+    backbone = load_backbone(
+        base_options.family, base_options.weights, device=start_processes().device
+    )
     models = {"base": attach(backbone, base())}
-    for name in (CONTROL, *config.recipes):
+    for name in (config.control, *config.recipes):
         print(f"[2/3] fine-tuning: {name}")
         models[name] = fine_tuned(run_config(config, name))
-    control = run_config(config, CONTROL)
+    control = run_config(config, config.control)
     losses = {name: held_out_losses(control, model) for name, model in models.items()}
     metadata = benchmark_prompts(config.seed, config.prompts_per_task)
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
@@ -80,10 +84,12 @@ def main() -> None:
 def run_config(config: Quickstart, name: str):
     """The training run of a recipe inside this quickstart's folder."""
     from t2i.training.config import RECIPES
+    from t2i.training.recipes_janus import JANUS_RECIPES
 
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; choose from {', '.join(RECIPES)}")
-    recipe = RECIPES[name][1]
+    recipes = RECIPES | JANUS_RECIPES
+    if name not in recipes:
+        raise ValueError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
+    recipe = recipes[name][1]
     return replace(
         recipe,
         run_dir=config.out / name,

@@ -5,7 +5,6 @@ deepspeed launch/train_llamagen.py t2i-xl-256-iclr2026 --data.source my_images -
 python launch/train_llamagen.py t2i-xl-256-lora --data.source my_images --check
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,22 +14,11 @@ sys.path.insert(
 
 from t2i import cli
 from t2i.training.config import RECIPES
+from t2i.training.program import run_recipe
 
 
 def main() -> None:
-    config = cli.parse_recipe(RECIPES, __doc__)
-    if config.check:
-        from t2i.training.check import check
-
-        report = check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        if cli.is_main_process():
-            print(report)
-        return
-    from t2i.training.loop import train
-
-    folder = train(config)
-    if cli.is_main_process():
-        print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
+    run_recipe(RECIPES, __doc__)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit version, training facts
 codec.safetensors      TensorAR's own weights (absent for k = 1)
 adapter/               a PEFT folder, when LoRA was used
-backbone.safetensors   the backbone under its official names, when it was fine-tuned as a whole
+backbone.safetensors   what changed of the backbone itself, under official names: all of it, or its image layers
 manifest.json          name and size of every file: a folder without it is incomplete
 training_state/        what resume needs (see t2i.training.run_state); may be deleted from a model that is finished
 """
@@ -20,15 +20,17 @@ import torch
 from safetensors.torch import save_file
 
 from t2i import __version__
-from t2i.backbones.base import SamplingConfig
-from t2i.loading import BackboneSource, load_source, with_hash
+from t2i.backbones.base import Backbone, SamplingConfig
+from t2i.loading import BackboneSource, load_source, published_as_folder, with_hash
 from t2i.lora import load_adapter, save_adapter
 from t2i.tensorar.model import TensorAR, TensorARConfig
-from t2i.weights import load_strict, read_state_dict, write_json
+from t2i.weights import copy_weights, load_strict, read_state_dict, write_json
 
 Tuning = Literal["full", "codec", "lora"]
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
+EXPORTED = "tensorar"
+"""Name of the checkpoint folder within an export (see t2i.export); its base is given relative to it."""
 
 
 def save_pretrained(
@@ -36,6 +38,7 @@ def save_pretrained(
     folder: str | Path,
     *,
     tuning: Tuning,
+    image_layers: bool = False,
     sampling: SamplingConfig | None = None,
     training: dict | None = None,
 ) -> Path:
@@ -43,6 +46,7 @@ def save_pretrained(
 
     Args:
         tuning: which weights differ from the base: all of the backbone, none ("codec"), or the adapters.
+        image_layers: the layers that embed and predict image codes differ, too.
         sampling: what `generate` uses by default; the model's or backbone's own settings if None.
         training: facts about the run, stored as they are.
     """
@@ -54,7 +58,14 @@ def save_pretrained(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_model(model, partial, tuning=tuning, sampling=sampling, training=training)
+    write_model(
+        model,
+        partial,
+        tuning=tuning,
+        image_layers=image_layers,
+        sampling=sampling,
+        training=training,
+    )
     finish_folder(partial, folder)
     return folder
 
@@ -64,6 +75,7 @@ def write_model(
     folder: Path,
     *,
     tuning: Tuning,
+    image_layers: bool = False,
     sampling: SamplingConfig | None = None,
     training: dict | None = None,
 ) -> None:
@@ -76,13 +88,15 @@ def write_model(
         save_file(_portable(model.codec.state_dict()), folder / "codec.safetensors")
     if tuning == "lora":
         save_adapter(backbone, folder / "adapter")
-    if tuning == "full":
-        save_file(_portable(backbone.official_state_dict()), folder / "backbone.safetensors")
+    if tuning == "full" or image_layers:
+        changed = _changed_weights(backbone, tuning)
+        save_file(_portable(changed), folder / "backbone.safetensors")
     write_json(
         folder / "config.json",
         {
             "kit_version": __version__,
             "tuning": tuning,
+            "image_layers": image_layers,
             "method": asdict(model.config),
             "backbone": asdict(backbone.source),
             "sampling": asdict(sampling or model.sampling),
@@ -105,6 +119,14 @@ def finish_folder(partial: Path, folder: Path) -> None:
         os.rename(folder, old)
     os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _changed_weights(backbone: Backbone, tuning: Tuning) -> dict[str, torch.Tensor]:
+    """The backbone's own weights that a run with this tuning changes: all, or those of its image layers."""
+    if tuning == "full":
+        return backbone.official_state_dict()
+    layers = backbone.image_layers().items()
+    return {f"{name}.{k}": v for name, layer in layers for k, v in layer.state_dict().items()}
 
 
 def _portable(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -154,24 +176,39 @@ def run_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The folder itself, or the newest complete checkpoint of a run folder."""
-    found = run_checkpoints(folder)
-    return found[-1] if found else Path(folder)
+    """The folder itself, the newest complete checkpoint of a run folder, or the one within an export."""
+    if found := run_checkpoints(folder):
+        return found[-1]
+    exported = Path(folder) / EXPORTED
+    return exported if (exported / MANIFEST).is_file() else Path(folder)
 
 
 def from_pretrained(
     folder: str | Path,
     *,
     base: str | Path | None = None,
+    generation_only: bool | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> TensorAR:
-    """Load a checkpoint folder, in eval mode. `base` says where the base weights are now, if they moved."""
+    """Load a checkpoint folder (or a run's newest, or an export), in eval mode.
+
+    Args:
+        base: where the base weights are now, if they moved.
+        generation_only: whether to leave out what drawing images does not need; as in training if None.
+    """
     folder = find_checkpoint(folder)
     config = read_config(folder)
     source = BackboneSource(**config["backbone"])
-    source = source if base is None else replace(source, weights=str(base))
-    tuned = folder / "backbone.safetensors" if config["tuning"] == "full" else None
+    if generation_only is not None:
+        source = replace(source, generation_only=generation_only)
+    if base is not None:
+        source = replace(source, weights=str(base))
+    elif source.weights.startswith(".."):
+        source = replace(source, weights=str((folder / source.weights).resolve()))
+    changed = folder / "backbone.safetensors"
+    replaces_base = config["tuning"] == "full" and not published_as_folder(source.family)
+    tuned = changed if replaces_base else None
     local = Path(source.weights)
     needed = tuned is None or source.tokenizer is None  # a base folder brings its tokenizer
     if needed and local.is_absolute() and not local.exists():
@@ -179,6 +216,9 @@ def from_pretrained(
             f"{folder} was trained from {local}, which is gone; base=PATH (--base PATH) says where it is now"
         )
     backbone = load_source(source, weights=tuned, dtype=dtype, device=device)
+    if changed.is_file() and not replaces_base:
+        own = _changed_weights(backbone, config["tuning"])
+        copy_weights(own, read_state_dict(changed), "this backbone", changed)
     if config["tuning"] == "lora":
         load_adapter(backbone, folder / "adapter")
     method = {**config["method"], "slot_weights": tuple(config["method"]["slot_weights"])}

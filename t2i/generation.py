@@ -67,6 +67,8 @@ def iterate_images(
         else [(p, s) for p in range(len(prompts)) for s in range(samples_per_prompt)]
     )
     batch_size = max(1, min(batch_size, len(jobs)))
+    # Of all prompts, not of a batch's or this process's: padding is masked, but it moves the rounding.
+    length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     bar = tqdm(
         total=len(batches) * model.windows.count, unit="step", desc="sampling", disable=not progress
@@ -74,7 +76,7 @@ def iterate_images(
     with bar:
         for batch in batches:
             rows = batch + [batch[-1]] * (batch_size - len(batch))
-            prepared = model.backbone.prepare([prompts[p] for p, _ in rows])
+            prepared = model.backbone.prepare([prompts[p] for p, _ in rows], length)
             keys = make_keys(seed, *torch.tensor(rows).T)
             windows = sample_windows(model, prepared, keys, sampling, on_step=bar.update)[
                 : len(batch)

@@ -1,7 +1,7 @@
 """From names to models: where weights come from, and the two calls that build a TensorAR.
 
-A source is a file, a folder with a config.json (the layout of `t2i/assets/shapes`), the word "shapes" for the shipped offline
-base, or a file on the hub as "owner/repo:file".
+A source is a file, a folder with a config.json (the layout of `t2i/assets/shapes`), the name of a shipped offline base ("shapes",
+...), or a file on the hub as "owner/repo:file". Families that publish a folder (Janus-Pro) take that folder, or "owner/repo".
 """
 
 import json
@@ -14,10 +14,11 @@ import torch
 
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.tensorar.model import TensorAR, TensorARConfig
-from t2i.weights import file_sha256
+from t2i.weights import file_sha256, folder_sha256, state_dict_sha256
 
 FAMILIES = {
     "llamagen": "t2i.backbones.llamagen",
+    "janus": "t2i.backbones.janus",
     "open_magvit2": "t2i.backbones.open_magvit2",
     "rar": "t2i.backbones.rar",
 }
@@ -40,11 +41,13 @@ class BackboneSource:
     """Shape of the backbone, as its family's config dataclass has it."""
     sampling: dict = field(default_factory=dict)
     sha256: str | None = None
-    """Hash of the weight file."""
+    """Hash of the weight file, or over the weight files of a folder."""
+    generation_only: bool = False
+    """Only what drawing images needs was loaded."""
 
 
-def resolve(source: str | Path) -> Path:
-    """The local path of a source; downloads "owner/repo:file" into the hub's cache.
+def resolve(source: str | Path, *, folder: bool = False) -> Path:
+    """The local path of a source; downloads "owner/repo:file", or with `folder` "owner/repo", into the hub's cache.
 
     Raises:
         ValueError: there is no such file, folder, shipped base or hub file.
@@ -53,18 +56,30 @@ def resolve(source: str | Path) -> Path:
     if Path(text).exists():
         return Path(text)
     repo, _, filename = text.partition(":")
-    if filename and repo.count("/") == 1:
+    if repo.count("/") == 1 and bool(filename) != folder:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(repo, filename))
+            return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(f"cannot download {filename} of {repo}: {error}") from error
+            what = f"{filename} of {repo}" if filename else repo
+            raise ValueError(f"cannot download {what}: {error}") from error
     raise ValueError(
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
-        "or a hub file written owner/repo:file"
+        f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
     )
+
+
+def _hub_folder(repo: str) -> Path:
+    """A published model folder: settings, tokenizer, and its weights in one format."""
+    from huggingface_hub import snapshot_download
+
+    settings = ["*.json", "*.jinja"]
+    folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.safetensors"]))
+    if not list(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.bin"]))
+    return folder
 
 
 def load_backbone(
@@ -76,6 +91,7 @@ def load_backbone(
     text_encoder_dtype: str = "float32",
     config: object | None = None,
     grid: tuple[int, int] | None = None,
+    generation_only: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
@@ -83,12 +99,14 @@ def load_backbone(
 
     Args:
         family: one of `FAMILIES`.
-        source: official weight file, folder with config.json, "shapes", or "owner/repo:file".
+        source: official weight file or folder, folder with config.json, a shipped base, "owner/repo:file" or "owner/repo".
         tokenizer: image tokenizer weights, needed for pixels and for codebook noise; Open-MAGVIT2's checkpoints hold their own.
         text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image: google/flan-t5-xl).
         text_encoder_dtype: "float32" or "bfloat16" (what LlamaGen's features were computed in), whatever the backbone's is.
         config: the family's config dataclass, for shapes that were never published.
         grid: height and width in codes, where the file's name does not tell.
+        generation_only: leave out what drawing images does not need (Janus-Pro's understanding tower and text head).
+        device: "meta" checks names and shapes without reading the weights, for the families that publish a folder.
 
     Raises:
         ValueError: what is wrong with the name, file or keys, and what is allowed.
@@ -98,7 +116,9 @@ def load_backbone(
         weights=_lasting(source),
         tokenizer=None if tokenizer is None else _lasting(tokenizer),
         text_encoder=None if text_encoder is None else _lasting(text_encoder),
+        text_encoder_dtype=text_encoder_dtype,
         config=None if config is None else asdict(config),
+        generation_only=generation_only,
     )
     return load_source(spec, grid=grid, dtype=dtype, device=device)
 
@@ -117,7 +137,10 @@ def load_source(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a checkpoint folder)."""
+    """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a checkpoint folder).
+
+    On the "meta" device a family that publishes a folder is loaded without its data, a published size without any file.
+    """
     if source.text_encoder_dtype not in DTYPES:
         raise ValueError(
             f"text_encoder_dtype {source.text_encoder_dtype!r} must be {' or '.join(DTYPES)}"
@@ -127,19 +150,30 @@ def load_source(
             f"unknown backbone family {source.family!r}; choose one of {', '.join(FAMILIES)}"
         )
     module = import_module(FAMILIES[source.family])
-    files = _expand_folder(source)
-    path = weights or resolve(files.weights)
-    if weights is None and source.sha256 is not None and file_sha256(path) != source.sha256:
-        raise ValueError(
-            f"{path} is not the weight file that the checkpoint was trained on (its SHA-256 differs)"
-        )
+    files = expand_folder(source)
     config = None if files.config is None else module.config_from_dict(files.config)
-    backbone = module.load(path, config=config, grid=grid, dtype=dtype)
+    options: dict = {"config": config}
+    folder = published_as_folder(source.family)
+    if folder and source.generation_only:  # the other families are generators and nothing else
+        options["generation_only"] = True
+    if folder and source.text_encoder is not None:
+        raise ValueError(f"{source.family} brings its own prompt tokenizer: leave out text_encoder")
+    if folder and torch.device(device).type == "meta":
+        backbone = module.outline(files.weights, **options) or module.load(
+            resolve(files.weights, folder=True), grid=grid, shapes_only=True, **options
+        )
+    else:
+        path = weights or resolve(files.weights, folder=folder)
+        if weights is None and source.sha256 is not None and weights_sha256(path) != source.sha256:
+            raise ValueError(
+                f"{path} is not the weight file that the checkpoint was trained on (its SHA-256 differs)"
+            )
+        backbone = module.load(path, grid=grid, dtype=dtype, **options)
     backbone.source = replace(source, config=asdict(backbone.config))
     if files.sampling:
         backbone.spec = replace(backbone.spec, sampling=SamplingConfig(**files.sampling))
-    if files.tokenizer is not None and (file := resolve(files.tokenizer)) != path:
-        backbone.frozen.tokenizer = module.load_tokenizer(file)
+    if files.tokenizer is not None and (weights is not None or files.tokenizer != files.weights):
+        backbone.frozen.tokenizer = module.load_tokenizer(resolve(files.tokenizer))
     if backbone.frozen.tokenizer is not None:
         _check_codes(backbone)
         backbone.frozen.tokenizer.to(device)
@@ -165,13 +199,27 @@ def _check_codes(backbone: Backbone) -> None:
 
 
 def with_hash(source: BackboneSource) -> BackboneSource:
-    """The source with the SHA-256 of its weight file, so that a checkpoint can refuse another base."""
+    """The source with the SHA-256 of its weights, so that a checkpoint can refuse another base."""
+    if source.sha256 is not None:
+        return source
+    folder = published_as_folder(source.family)
     return replace(
-        source, sha256=source.sha256 or file_sha256(resolve(_expand_folder(source).weights))
+        source, sha256=weights_sha256(resolve(expand_folder(source).weights, folder=folder))
     )
 
 
-def _expand_folder(source: BackboneSource) -> BackboneSource:
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of a weight file, or over those of a folder."""
+    return folder_sha256(path) if path.is_dir() else file_sha256(path)
+
+
+def published_as_folder(family: str) -> bool:
+    """Whether the family's weights, tokenizers and configuration are published as one folder."""
+    home = FAMILIES.get(family)
+    return home is not None and getattr(import_module(home), "PUBLISHED_AS_FOLDER", False)
+
+
+def expand_folder(source: BackboneSource) -> BackboneSource:
     """Fill in what a backbone folder's config.json says; what the caller gave wins."""
     path = ASSETS / source.weights if source.weights in shipped_bases() else Path(source.weights)
     embeds = source.family in EMBEDDED_TOKENIZER
@@ -179,12 +227,15 @@ def _expand_folder(source: BackboneSource) -> BackboneSource:
         return replace(source, tokenizer=source.tokenizer or (source.weights if embeds else None))
     try:
         stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if "family" not in stored and published_as_folder(source.family):
+            return replace(source, weights=str(path))  # the published folder itself
         files = {
             key: str(path / stored[key])
             for key in ("weights", "tokenizer", "text_encoder")
             if key in stored
         }
-        family, weights, config = stored["family"], files["weights"], stored["config"]
+        family, weights = stored["family"], files["weights"]
+        config = stored.get("config") if published_as_folder(family) else stored["config"]
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a backbone folder: config.json is missing or incomplete ({error})"
@@ -212,8 +263,8 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
 
 
 def tokenizer_hash(backbone: Backbone) -> str:
-    """SHA-256 of the image tokenizer's weight file, for cache keys."""
-    files = _expand_folder(backbone.source)
-    if files.tokenizer is None:
-        raise ValueError("this backbone was loaded without an image tokenizer; pass tokenizer=PATH")
-    return file_sha256(resolve(files.tokenizer))
+    """SHA-256 of the image tokenizer's weights (of the file, where it has one to itself), for cache keys."""
+    files = expand_folder(backbone.source)
+    if files.tokenizer is not None:
+        return file_sha256(resolve(files.tokenizer))
+    return state_dict_sha256(backbone.tokenizer.state_dict())

@@ -1,5 +1,7 @@
 """LoRA on the backbone with PEFT: injected into the trunk's linear layers, stored as a standard PEFT adapter folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from t2i.backbones.base import Backbone
-from t2i.weights import read_state_dict
+from t2i.weights import copy_weights, read_state_dict
 
 _PEFT_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +48,7 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     )
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator, on the CPU
         torch.manual_seed(seed)
-        inject_adapter_in_model(peft_config, backbone)
+        inject_adapter_in_model(peft_config, backbone.lora_root)
     backbone.lora = peft_config
     adapted = [name for name, _ in backbone.named_parameters() if "lora_A" in name]
     if not adapted:
@@ -60,7 +62,7 @@ def adapter_state_dict(backbone: Backbone) -> dict[str, torch.Tensor]:
     """Adapter weights under PEFT's file names."""
     return {
         _PEFT_PREFIX + name.replace(".default.", "."): value
-        for name, value in backbone.state_dict().items()
+        for name, value in backbone.lora_root.state_dict().items()
         if "lora_" in name
     }
 
@@ -83,13 +85,33 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
     add_lora(
         backbone, LoRAConfig(rank=stored.r, alpha=stored.lora_alpha, dropout=stored.lora_dropout)
     )
-    weights = read_state_dict(folder / _WEIGHTS)
-    expected = adapter_state_dict(backbone)
-    wrong = sorted(set(weights) ^ set(expected)) + [
-        k for k in weights.keys() & expected.keys() if weights[k].shape != expected[k].shape
-    ]
-    if wrong:
-        raise ValueError(f"adapter {folder} does not fit this backbone: {', '.join(wrong[:20])}")
-    with torch.no_grad():
-        for name, value in expected.items():
-            value.copy_(weights[name])
+    path = folder / _WEIGHTS
+    copy_weights(adapter_state_dict(backbone), read_state_dict(path), "this backbone", path)
+
+
+@contextmanager
+def without_lora(backbone: Backbone) -> Iterator[None]:
+    """The backbone without its adapters, for the duration."""
+    layers = _adapted_layers(backbone)
+    for _, layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for _, layer in layers:
+            layer.enable_adapters(True)
+
+
+def merge_lora(backbone: Backbone) -> None:
+    """Add the adapters to the weights they adapt and remove them: plain layers again, under their official names."""
+    for name, layer in _adapted_layers(backbone):
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, layer.get_base_layer())
+    backbone.lora = None
+
+
+def _adapted_layers(backbone: Backbone) -> list[tuple[str, torch.nn.Module]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(n, m) for n, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]

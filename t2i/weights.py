@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,8 +22,10 @@ _WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 _MAX_KEYS_IN_MESSAGE = 40
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
     """Read one weight file (.safetensors, or a .pt/.pth/.bin pickle) into a flat state dict on the CPU.
+
+    `mmap` maps a pickle into memory instead of reading it, as is always done with safetensors.
 
     Understands `{"model" | "module" | "state_dict": {...}}`, consolidated FSDP files (the state dict at top level), files of
     LlamaGen's own training (with an argparse namespace inside) and prefixes left by `torch.compile` or DDP.
@@ -38,7 +41,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             content = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle stream can make the unpickler raise anything
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(
@@ -46,6 +49,59 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             "download or copy it again"
         ) from error
     return _flatten(content, path)
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The weight files of a folder in transformers' layout: safetensors before .bin, one file or the shards of an index.
+
+    Raises:
+        ValueError: there are none, or the index is damaged or names files that are not there.
+    """
+    folder = Path(folder)
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            try:
+                names = set(
+                    json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+                )
+            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"{folder / index} is damaged ({error!r}); download it again"
+                ) from error
+            if missing := sorted(n for n in names if not (folder / n).is_file()):
+                raise ValueError(
+                    f"{folder / index} names {', '.join(missing)}, which is not there; download it again"
+                )
+            return [folder / name for name in sorted(names)]
+    raise ValueError(
+        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their shards"
+    )
+
+
+def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
+    """All weights of a folder in transformers' layout (see `weight_files`); `shapes_only` gives meta tensors and reads no data."""
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        part = _read_shapes(path) if shapes_only else read_state_dict(path)
+        if twice := sorted(weights.keys() & part.keys()):
+            raise ValueError(
+                f"{path} holds keys that another shard has, too: {shorten_keys(twice)}"
+            )
+        weights |= part
+    return weights
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":  # pickles are memory-mapped: their data is not read either
+        return {k: v.to("meta") for k, v in read_state_dict(path, mmap=True).items()}
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _flatten(content: object, path: Path) -> dict[str, Tensor]:
@@ -76,13 +132,32 @@ def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
     return len({k.removeprefix(prefix).split(".")[0] for k in state_dict if k.startswith(prefix)})
 
 
-def load_strict(module: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `state_dict` into `module`, which must have exactly these keys and shapes.
+def load_strict(
+    module: nn.Module, state_dict: dict[str, Tensor], source: str | Path, *, assign: bool = False
+) -> None:
+    """Copy `state_dict` into `module`, which must have exactly these keys and shapes; `assign` uses its tensors themselves.
 
     Raises:
         ValueError: names every key that is missing, unexpected or mis-shaped.
     """
-    expected = module.state_dict()
+    _compare(module.state_dict(), state_dict, type(module).__name__, source)
+    module.load_state_dict(state_dict, strict=True, assign=assign)
+
+
+@torch.no_grad()
+def copy_weights(
+    target: dict[str, Tensor], state_dict: dict[str, Tensor], what: str, source: str | Path
+) -> None:
+    """Copy `state_dict` into the tensors of `target`, which must have exactly these keys and shapes; `what` names the target."""
+    _compare(target, state_dict, what, source)
+    for name, tensor in target.items():
+        tensor.copy_(state_dict[name])
+
+
+def _compare(
+    expected: dict[str, Tensor], state_dict: dict[str, Tensor], what: str, source: str | Path
+) -> None:
+    """ValueError names every key that differs."""
     problems = {
         "missing": [k for k in expected if k not in state_dict],
         "unexpected": [k for k in state_dict if k not in expected],
@@ -99,11 +174,10 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], source: str | 
             if keys
         ]
         raise ValueError(
-            f"{source} does not fit {type(module).__name__}:\n"
+            f"{source} does not fit {what}:\n"
             + "\n".join(lines)
             + "\nIs it the right family, size and file?"
         )
-    module.load_state_dict(state_dict, strict=True)
 
 
 def shorten_keys(keys: list[str]) -> str:
@@ -122,6 +196,24 @@ def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: str | Path) -> str:
+    """SHA-256 over the hashes of a folder's weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types and bytes: of weights that are part of a larger file."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        value = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

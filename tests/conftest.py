@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import tiny_llamagen, tiny_open_magvit2, tiny_rar
+from helpers import tiny_janus, tiny_llamagen, tiny_open_magvit2, tiny_rar
 
 torch.set_num_threads(1)
 
@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 BACKBONES = {
     "llamagen_class": lambda: tiny_llamagen("class"),
     "llamagen_text": lambda: tiny_llamagen("text"),
+    "janus": tiny_janus,
     "open_magvit2": tiny_open_magvit2,
     "rar": tiny_rar,
 }
@@ -28,13 +29,14 @@ def backbone(request):
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
-    """A folder with base/ (a tiny backbone), data/ (60 captioned images) and, once a run has built it, cache/."""
-    from runs import write_tiny_base
+    """A folder with base/ and janus/ (tiny backbones), data/ (60 captioned images) and, once a run has built it, cache/."""
+    from runs import write_tiny_base, write_tiny_janus
 
     from t2i.data.shapes import write_dataset
 
     root = tmp_path_factory.mktemp("tiny_world")
     write_tiny_base(root / "base")
+    write_tiny_janus(root / "janus")
     write_dataset(root / "data", 60, size=32)
     return root
 

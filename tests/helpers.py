@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2i.backbones.base import Backbone
+from t2i.backbones.janus import Janus
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
 from t2i.backbones.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config
 from t2i.backbones.rar import RAR, RARConfig
+from t2i.backbones.tiny_janus import build_tiny_janus
 from t2i.tensorar.model import TensorAR
 from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
@@ -74,14 +76,17 @@ def golden_table(name: str) -> dict:
 def randomize(module: nn.Module, seed: int = 0) -> None:
     """Random weights at which every part matters: heads and null embeddings non-zero, norms away from 1."""
     generator = torch.Generator().manual_seed(seed)
+    stored = module.state_dict()
     with torch.no_grad():
         for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if name not in stored:
+                continue  # a table that is computed
             if value.dim() == 1:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
-                gain = 3.0 if "output" in name or "head" in name else 1.0
+                head = any(part in name for part in ("output", "head"))
                 fan_in = value.shape[-1] if value.dim() == 3 else value[0].numel()  # 3: a table
-                value.normal_(std=gain * fan_in**-0.5, generator=generator)
+                value.normal_(std=(3.0 if head else 1.0) * fan_in**-0.5, generator=generator)
 
 
 def tiny_config(cond: str) -> LlamaGenConfig:
@@ -112,6 +117,22 @@ def tiny_llamagen(cond: str, seed: int = 0) -> LlamaGen:
     randomize(backbone, seed)
     backbone.frozen.tokenizer = tiny_vq()
     return backbone.eval()
+
+
+def tiny_janus(seed: int = 0) -> Janus:
+    """A Janus of 4x4 codes with its tokenizers, in eval mode."""
+    backbone = build_tiny_janus(
+        JANUS_PROMPTS, tiny_vq(), side=4, dim=32, layers=2, heads=2, ffn_dim=64, vocab_size=320
+    )
+    randomize(backbone.janus, seed)
+    with torch.no_grad():
+        for layer in (m for m in backbone.janus.modules() if isinstance(m, nn.Linear)):
+            if layer.bias is not None:
+                layer.bias.sub_(1).mul_(0.2)  # or the head predicts its biases
+    return backbone.eval()
+
+
+JANUS_PROMPTS = ("a red circle", "two squares and one star, left of the ring", "a")
 
 
 def tiny_rar(seed: int = 0) -> RAR:
@@ -150,7 +171,9 @@ def tiny_open_magvit2(seed: int = 0) -> OpenMAGVIT2:
 
 
 def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
-    """Different conditions: labels, or left-padded captions of different lengths."""
+    """Different conditions: labels, or left-padded captions or prompts of different lengths."""
+    if isinstance(backbone, Janus):
+        return backbone.prepare([JANUS_PROMPTS[i % 3] for i in range(batch)])
     if backbone.spec.cond_kind == "class":
         return {"labels": torch.arange(batch) % backbone.config.num_classes}
     length, width = backbone.config.caption_tokens, backbone.config.caption_dim

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import t2i
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
+from t2i.backbones.tiny_janus import build_tiny_janus
 from t2i.imaging import save_png
 from t2i.tensorar.model import TensorARConfig
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
@@ -33,8 +34,7 @@ def write_tiny_base(folder: Path) -> Path:
     """A backbone folder as `--backbone.weights` takes it: text-to-image, 4x4 codes of 8 pixels, without dropout of its own."""
     from t2i.conditioning.tiny_t5 import build_tiny_t5
 
-    vq = VQTokenizer(VQConfig(32, (1, 1, 1, 1), 1, 32, codebook_size=64, codebook_dim=8))
-    randomize(vq)
+    vq = _tiny_vq()
     config = LlamaGenConfig(
         dim=64,
         n_layer=2,
@@ -50,8 +50,7 @@ def write_tiny_base(folder: Path) -> Path:
     )
     gpt = LlamaGen(config)
     randomize(gpt)
-    words = "a photo of two three red green blue circle square star left right above below"
-    build_tiny_t5(folder / "text_encoder", [words], d_model=32, d_ff=32, num_layers=1)
+    build_tiny_t5(folder / "text_encoder", [_WORDS], d_model=32, d_ff=32, num_layers=1)
     torch.save(vq.state_dict(), folder / "vq.pt")
     torch.save({"model": gpt.official_state_dict()}, folder / "gpt.pt")
     files = {"weights": "gpt.pt", "tokenizer": "vq.pt", "text_encoder": "text_encoder"}
@@ -60,8 +59,34 @@ def write_tiny_base(folder: Path) -> Path:
     return folder
 
 
+def write_tiny_janus(folder: Path) -> Path:
+    """A Janus folder in transformers' layout, of the same images as the tiny base."""
+    vq = _tiny_vq().eval()
+    shape = {"dim": 64, "layers": 2, "heads": 2, "ffn_dim": 128, "vocab_size": 320}
+    backbone = build_tiny_janus([_WORDS], vq, side=4, **shape)
+    randomize(backbone.janus)
+    folder.mkdir()
+    backbone.save_official(folder, torch.float32)
+    return folder
+
+
+_WORDS = "a photo of two three red green blue circle square star left right above below"
+
+
+def _tiny_vq() -> VQTokenizer:
+    vq = VQTokenizer(VQConfig(32, (1, 1, 1, 1), 1, 32, codebook_size=64, codebook_dim=8))
+    randomize(vq)
+    return vq
+
+
+def tiny_janus_run(root: Path, name: str, **changes) -> TrainConfig:
+    """`tiny_run` on the Janus under `root`."""
+    janus = {"backbone__family": "janus", "backbone__weights": str(root / "janus")}
+    return tiny_run(root, name, **(janus | changes))
+
+
 def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
-    """A training run on the base and data under `root` (see the `tiny_world` fixture): 16 of the samples a step, k = 3.
+    """A training run on the LlamaGen and data under `root` (see the `tiny_world` fixture): 16 of the samples a step, k = 3.
 
     Options of the parts are given by their path, such as `engine__zero_stage=2`.
     """

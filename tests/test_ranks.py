@@ -8,10 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SAME_SUM, assert_same_metrics, draw, metrics, weights
+from runs import (
+    PROMPTS,
+    SAME_SUM,
+    assert_same_metrics,
+    draw,
+    metrics,
+    tiny_janus_run,
+    weights,
+)
 from safetensors.torch import load_file
 
+import t2i
 from t2i import checkpoint
+from t2i.lora import merge_lora
+from t2i.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +86,34 @@ def test_zero3_saves_whole_adapters_and_draws_sheets(two_ranks):
     assert len(adapter) == 2 * 2 * 5, "two matrices for each of five layers in two blocks"
     assert all(v.numel() > 0 and v.abs().max() > 0 for v in adapter.values()), "lora_B left zero"
     assert len(list((two_ranks / "runs" / "ranks-zero3" / "samples").glob("*.png"))) == 1
+
+
+@pytest.fixture(scope="module")
+def janus_alone(tiny_world):
+    options = {"tuning": "lora", "train_image_layers": True}
+    return train(tiny_janus_run(tiny_world, "ranks-janus-alone", **options))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_janus_adapters_under_zero(two_ranks, janus_alone, stage):
+    """Two ranks do what one does, the saved adapters are whole, and merging them changes nothing."""
+    name = f"ranks-janus-zero{stage}"
+    assert_same_metrics(metrics(two_ranks, name), metrics(two_ranks, "ranks-janus-alone"), SAME_SUM)
+    folder = checkpoint.find_checkpoint(two_ranks / "runs" / name)
+    alone, saved = weights(janus_alone), weights(folder)
+    assert alone.keys() == saved.keys()
+    assert sum("lora_B" in k for k in saved) == 2 * 7, "every layer of two blocks"
+    for key, value in saved.items():
+        assert value.numel() and value.abs().max() > 0, f"{key} is empty or zero"
+        assert torch.allclose(value, alone[key], atol=2e-4), key
+    model = t2i.from_pretrained(folder)
+    prepared = model.backbone.prepare(PROMPTS)
+    ids = prepared["ids"][:1]
+    with torch.no_grad():
+        before = model.backbone.janus(input_ids=ids).logits
+        merge_lora(model.backbone)
+        after = model.backbone.janus(input_ids=ids).logits
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 
 
 def test_a_signal_to_one_rank_stops_all(two_ranks):

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from launch import benchmark, generate, quickstart, train_llamagen
+from launch import benchmark, export, generate, quickstart, train_janus, train_llamagen
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     "benchmark.py": benchmark,
+    "export.py": export,
     "generate.py": generate,
     "quickstart.py": quickstart,
+    "train_janus.py": train_janus,
     "train_llamagen.py": train_llamagen,
 }
 

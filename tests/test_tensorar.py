@@ -85,7 +85,7 @@ def test_bf16(backbone):
     error = predict(model, windows) - exact
     assert error.dtype == torch.float32
     assert 0 < error.pow(2).mean().sqrt() < 0.03 * exact.std()
-    assert error.abs().max() < 0.2 * exact.std()
+    assert error.abs().max() < 0.3 * exact.std()
     config = SamplingConfig(cfg_scale=2.0, top_k=20)
     drawn = sample_windows(model, tiny_prepared(backbone, BATCH), KEYS, config)
     h, state = prefill(model, tiny_prepared(backbone, BATCH), config)

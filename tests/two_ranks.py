@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from runs import tiny_run
+from runs import tiny_janus_run, tiny_run
 
 from t2i.training.loop import Run, train
 
@@ -29,6 +29,9 @@ def main(root: Path) -> None:
     train(tiny_run(root, "ranks-zero1", engine__zero_stage=1))
     train(tiny_run(root, "ranks-zero3", log__sample_every=1, **zero3))
     train(tiny_run(root, "ranks-zero3-lora", tuning="lora", **zero3))
+    janus = {"tuning": "lora", "train_image_layers": True}
+    train(tiny_janus_run(root, "ranks-janus-zero2", engine__zero_stage=2, **janus))
+    train(tiny_janus_run(root, "ranks-janus-zero3", **zero3, **janus))
     plain_step = Run.train_step
 
     def step_and_signal(run: Run) -> dict[str, float]:

@@ -9,8 +9,9 @@ K width of a head.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -158,6 +159,18 @@ class Tokenizer(Protocol):
     def decode(self, codes: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class CaptionFeatures:
+    """What a data set's cache keeps of its captions besides their text, for a backbone with an expensive caption encoder."""
+
+    encode: Callable[[list[str]], list[Tensor]]
+    """Captions to features [n_i, C] each."""
+    key: dict
+    """JSON-able: what the features depend on."""
+    report: Callable[[], list[str]]
+    """Sentences on captions that could not be encoded as their authors meant them."""
+
+
 @dataclass
 class Frozen:
     """Frozen helpers of a backbone. A plain object and not a submodule, so that they are never trained, cast or sharded."""
@@ -227,6 +240,8 @@ class Backbone(nn.Module, ABC):
     spec: BackboneSpec
     lora_targets: str
     """Regular expression of the linear layers that LoRA may adapt."""
+    left_out: int = 0
+    """Parameters of the published model that were not loaded, because drawing images does not need them."""
 
     def __init__(self):
         super().__init__()
@@ -242,8 +257,28 @@ class Backbone(nn.Module, ABC):
 
     # -- the condition ----------------------------------------------------------------------------------------------------
     @abstractmethod
-    def prepare(self, conditions: Sequence) -> dict[str, Tensor]:
-        """Turn class ids or prompts into batched tensors by frozen means only (cached with a data set)."""
+    def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
+        """Turn class ids or prompts into batched tensors by frozen means only.
+
+        Where the prefix varies with the prompts, `length` pads it to so many tokens (`prefix_length` of a larger set of prompts).
+        """
+
+    def prefix_length(self, conditions: Sequence) -> int:
+        """Prefix tokens of the longest of these conditions: images drawn with one `length` do not depend on how they are batched."""
+        return self.spec.prefix_tokens
+
+    def caption_features(self) -> CaptionFeatures | None:
+        """How a data set's captions are encoded once and cached; None if `prepare` is cheap enough to read them as text each time.
+
+        Cached features come back padded on the left to `spec.prefix_tokens`, as {"features", "mask"}: what `prepare` gives.
+
+        Raises:
+            ValueError: this backbone cannot be trained on captions.
+        """
+        raise ValueError(
+            "training on captions needs a text-to-image backbone with its text encoder "
+            "(backbone.text_encoder)"
+        )
 
     @abstractmethod
     def encode_condition(
@@ -272,7 +307,30 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def official_state_dict(self) -> dict[str, Tensor]:
-        """The weights under their official names, as the family's `load` reads them."""
+        """The weights that fine-tuning may change, under their official names."""
+
+    def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
+        """Write all weights, in this type, in the layout of the family's authors; returns what `load` then takes."""
+        weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
+        torch.save({"model": weights}, folder / "model.pt")
+        return folder / "model.pt"
+
+    def trained_modules(self) -> Sequence[nn.Module]:
+        """What full fine-tuning trains."""
+        return (self,)
+
+    @abstractmethod
+    def image_layers(self) -> dict[str, nn.Module]:
+        """The layers that embed and predict image codes, by official name: LoRA leaves them alone, but they may be trained whole."""
+
+    @property
+    def lora_root(self) -> nn.Module:
+        """The module whose names an adapter file uses: the published model's, where another library may load the adapter."""
+        return self
+
+    def parts(self) -> dict[str, Sequence[nn.Module]]:
+        """Named parts for parameter counts; together all of it."""
+        return {"backbone": (self,)}
 
     @abstractmethod
     def new_cache(self, batch: int, length: int) -> KVCache:
@@ -295,9 +353,9 @@ class Backbone(nn.Module, ABC):
     def code_vectors(self) -> tuple[Tensor, ...]:
         """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes."""
 
-    @abstractmethod
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]."""
+        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here of a tokenizer with one sub-token."""
+        return self.tokenizer.encode(pixels).flatten(1)[..., None]
 
     @abstractmethod
     def decode_images(self, codes: Tensor) -> Tensor:

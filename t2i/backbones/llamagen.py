@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from t2i.backbones.base import (
     Backbone,
     BackboneSpec,
+    CaptionFeatures,
     Condition,
     KVCache,
     SamplingConfig,
@@ -150,7 +151,6 @@ class LlamaGen(Backbone):
         self.config = config
         self.gpt = GPT(config)
         self.token_dropout = nn.Dropout(config.token_dropout)
-        self.gradient_checkpointing = False
         # Not a buffer: it must stay fp32 when the model is cast to bf16.
         self._rope = rope_table(config) if self.gpt.norm.weight.device.type != "meta" else None
         self.spec = BackboneSpec(
@@ -166,7 +166,7 @@ class LlamaGen(Backbone):
             else SamplingConfig(cfg_scale=7.5, top_k=1000),
         )
 
-    def prepare(self, conditions: Sequence) -> dict[str, Tensor]:
+    def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
         if self.config.cond == "class":
             from t2i.conditioning.labels import class_ids
 
@@ -180,6 +180,12 @@ class LlamaGen(Backbone):
         encoded = self.frozen.text_encoder.encode(list(conditions))
         features, mask = left_pad(encoded, self.config.caption_tokens)
         return {"features": features.to(self.device), "mask": mask.to(self.device)}
+
+    def caption_features(self) -> CaptionFeatures | None:
+        encoder = self.frozen.text_encoder
+        if self.config.cond == "class" or encoder is None:
+            return super().caption_features()
+        return CaptionFeatures(encoder.encode, encoder.cache_key(), encoder.report.lines)
 
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
@@ -214,6 +220,9 @@ class LlamaGen(Backbone):
     def official_state_dict(self) -> dict[str, Tensor]:
         return self.gpt.state_dict()
 
+    def image_layers(self) -> dict[str, nn.Module]:
+        return {"tok_embeddings": self.gpt.tok_embeddings, "output": self.gpt.output}
+
     def new_cache(self, batch: int, length: int) -> KVCache:
         c, weight = self.config, self.gpt.tok_embeddings.weight
         shape = (c.n_layer, batch, c.n_kv_head or c.n_head, length, c.dim // c.n_head)
@@ -221,9 +230,6 @@ class LlamaGen(Backbone):
 
     def code_vectors(self) -> tuple[Tensor, ...]:
         return (self.tokenizer.quantize.vectors(),)
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        return self.tokenizer.encode(pixels).flatten(1)[..., None]
 
     def decode_images(self, codes: Tensor) -> Tensor:
         pixels = self.tokenizer.decode(codes[..., 0].unflatten(1, self.config.grid))

@@ -143,7 +143,7 @@ class OpenMAGVIT2(Backbone):
             sampling=SAMPLING[size],
         )
 
-    def prepare(self, conditions: Sequence) -> dict[str, Tensor]:
+    def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
         from t2i.conditioning.labels import class_ids
 
         return {"labels": class_ids(conditions, self.config.num_classes).to(self.device)}
@@ -204,6 +204,10 @@ class OpenMAGVIT2(Backbone):
 
     def official_state_dict(self) -> dict[str, Tensor]:
         return {_PREFIX + k: v for k, v in self.transformer.state_dict().items()}
+
+    def image_layers(self) -> dict[str, nn.Module]:
+        names = ("pre_emb", "post_emb", "head")
+        return {_PREFIX + name: getattr(self.transformer, name) for name in names}
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         c, weight = self.config, self.transformer.norm.weight

@@ -255,7 +255,7 @@ class RAR(Backbone):
             sampling=SAMPLING.get(published_size(config), DEMO_SAMPLING),
         )
 
-    def prepare(self, conditions: Sequence) -> dict[str, Tensor]:
+    def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
         from t2i.conditioning.labels import class_ids
 
         return {"labels": class_ids(conditions, self.config.num_classes).to(self.device)}
@@ -294,6 +294,9 @@ class RAR(Backbone):
     def official_state_dict(self) -> dict[str, Tensor]:
         return self.gpt.state_dict()
 
+    def image_layers(self) -> dict[str, nn.Module]:
+        return {"embeddings": self.gpt.embeddings, "lm_head": self.gpt.lm_head}
+
     def new_cache(self, batch: int, length: int) -> KVCache:
         c, weight = self.config, self.gpt.embeddings.weight
         shape = (c.n_layer, batch, c.n_head, length, c.dim // c.n_head)
@@ -301,9 +304,6 @@ class RAR(Backbone):
 
     def code_vectors(self) -> tuple[Tensor, ...]:
         return (self.tokenizer.quantize.embedding.weight,)
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        return self.tokenizer.encode(pixels).flatten(1)[..., None]
 
     def decode_images(self, codes: Tensor) -> Tensor:
         pixels = self.tokenizer.decode(codes[..., 0].unflatten(1, self.config.grid))

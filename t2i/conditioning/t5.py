@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from t2i.conditioning.captions import clean_caption
+from t2i.conditioning.captions import CAPTION_CLEANING_VERSION, clean_caption
 from t2i.conditioning.t5_files import find_folder, load_encoder, load_tokenizer, weights_hash
 
 _PAD_MULTIPLE = 8
@@ -183,6 +183,15 @@ class T5Captions:
     def weights_hash(self) -> str:
         """SHA-256 over the encoder's files; see the function `weights_hash`."""
         return weights_hash(self.folder)
+
+    def cache_key(self) -> dict:
+        """What the features depend on."""
+        return {
+            "text_encoder": self.weights_hash(),
+            "text_encoder_dtype": str(self.model.dtype).removeprefix("torch."),
+            "caption_cleaning": CAPTION_CLEANING_VERSION,
+            "caption_tokens": self.max_tokens,
+        }
 
 
 def left_pad(features: Sequence[Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from t2i.evaluation.report import table
 from t2i.evaluation.runner import Benchmark, claim_output, evaluate
 from t2i.evaluation.sampling import DrawOptions, read_generation
 from t2i.generation import pick_device
+from t2i.loading import shipped_bases
 from t2i.processes import Processes, join_processes
 
 
@@ -73,8 +74,8 @@ def about_checkpoint(ckpt: Path) -> dict:
 
 
 def is_shapes_world(options: BenchmarkOptions) -> bool:
-    """Whether the model (also the one that drew a folder of images) was made from the shipped shapes base."""
+    """Whether the model (also the one that drew a folder of images) was made from a shipped base; all of them draw shapes."""
     if options.ckpt is not None:
-        return read_config(find_checkpoint(options.ckpt))["backbone"]["weights"] == "shapes"
+        return read_config(find_checkpoint(options.ckpt))["backbone"]["weights"] in shipped_bases()
     generation = read_generation(options.images) or {}
-    return generation.get("about", {}).get("backbone", {}).get("weights") == "shapes"
+    return generation.get("about", {}).get("backbone", {}).get("weights") in shipped_bases()

@@ -1,9 +1,13 @@
 """The pre-flight: look at settings, data and model, and say what a run would do, without training.
 
 Parameter counts and the memory estimate come from the model that would be trained; nothing is written, not even the code cache.
+Of a family that publishes a folder (Janus-Pro) only names and shapes are read, of its published sizes not even those: the estimate
+for 7B parameters needs no memory for them, and no download.
 """
 
+from t2i.backbones.base import Backbone
 from t2i.data.report import survey_source
+from t2i.loading import published_as_folder
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 from t2i.training.data import check_backbone, image_size, open_data
@@ -25,7 +29,8 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
         check_resumable(config, world_size, checkpoint)
     settings = deepspeed_config(config, world_size)
     source = open_data(config.data)
-    model = build_model(config)
+    on_meta = published_as_folder(config.backbone.family)
+    model = build_model(config, device="meta" if on_meta else "cpu")
     check_backbone(model.backbone)
     parameter_groups(model, config)  # raises where nothing would be trained
     survey, usable = survey_source(
@@ -59,6 +64,8 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
             f"  {steps} steps = {steps * config.batch_size / trained:.2f} passes over {trained} training samples"
         ]
     lines += ["parameters", *(f"  {line}" for line in parameter_lines(model))]
+    if model.backbone.left_out:
+        lines += [f"  {left_out_line(model.backbone, config)}"]
     lines += ["memory per process (weights, gradients, optimizer; activations come on top)"]
     lines += [f"  {line}" for line in memory_lines(model, config, world_size)]
     lines += [f"  logits of one pass {_size(logit_bytes(model, config))} (fp32, forward only)"]
@@ -69,28 +76,35 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
 def parameter_lines(model: TensorAR) -> list[str]:
     """Total and trainable parameters by part."""
     parts = {
-        "backbone": model.backbone,
-        **({"codec": model.codec} if model.codec is not None else {}),
+        **model.backbone.parts(),
+        **({"codec": (model.codec,)} if model.codec is not None else {}),
     }
-    rows = []
-    for name, module in parts.items():
-        counts = [p.numel() for p in module.parameters()]
-        trainable = [p.numel() for p in module.parameters() if p.requires_grad]
-        rows.append((name, sum(counts), sum(trainable)))
+    rows, seen = [], set()
+    for name, modules in parts.items():
+        parameters = [p for m in modules for p in m.parameters() if id(p) not in seen]
+        seen.update(map(id, parameters))  # a tied text head counts once
+        trainable = [p.numel() for p in parameters if p.requires_grad]
+        rows.append((name, sum(p.numel() for p in parameters), sum(trainable)))
     rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    width = max(len(name) for name, *_ in rows) + 2
     return [
-        f"{name:<10}{total:>15,} of which trained {trained:>15,}" for name, total, trained in rows
+        f"{name:<{width}}{total:>15,} of which trained {trained:>15,}"
+        for name, total, trained in rows
     ]
+
+
+def left_out_line(backbone: Backbone, config: TrainConfig) -> str:
+    """What `generation_only` saves."""
+    size = _size(backbone.left_out * _weight_bytes(config))
+    return f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, {size}"
 
 
 def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[str]:
     """State bytes per ZeRO stage; the configured stage is marked."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    low = config.engine.precision == "bf16"
-    weight, grad, optimizer = (
-        (2, 4, 12) if low else (4, 4, 8)
-    )  # optimizer: two moments, and an fp32 copy under bf16
+    weight, grad = _weight_bytes(config), 4
+    optimizer = 12 if weight == 2 else 8  # two moments, and an fp32 copy under bf16
     lines = []
     for stage in range(4):
         shards = [world_size if stage >= least else 1 for least in (3, 2, 1)]
@@ -98,6 +112,10 @@ def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[
         mark = "  <- chosen" if stage == config.engine.zero_stage else ""
         lines.append(f"ZeRO-{stage} on {world_size} process(es) {_size(size):>9}{mark}")
     return lines
+
+
+def _weight_bytes(config: TrainConfig) -> int:
+    return 2 if config.engine.precision == "bf16" else 4
 
 
 def logit_bytes(model: TensorAR, config: TrainConfig) -> int:

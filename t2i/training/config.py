@@ -24,6 +24,8 @@ class BackboneOptions:
     """Caption encoder: folder or hub id (a backbone folder or "shapes" brings its own)."""
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the caption features."""
+    generation_only: bool = False
+    """Leave unloaded what drawing images does not need: Janus-Pro's understanding tower and text head."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ class TrainConfig:
     tuning: Tuning = "full"
     """Train the whole backbone, only the codec, or LoRA adapters (and the codec)."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    train_image_layers: bool = False
+    """With "lora" or "codec", also train the layers that embed and predict image codes, as a whole."""
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -190,6 +194,10 @@ class TrainConfig:
         if self.batch_size % self.engine.micro_batch:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of engine.micro_batch={self.engine.micro_batch}"
+            )
+        if self.train_image_layers and self.tuning == "full":
+            raise ValueError(
+                "train_image_layers is for tuning lora or codec: full trains them anyway"
             )
         if self.engine.precision == "bf16" and self.engine.zero_stage == 0:
             raise ValueError(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from t2i.backbones.base import Backbone
-from t2i.conditioning.captions import CAPTION_CLEANING_VERSION
 from t2i.data.cache import CodeCache, build_cache
 from t2i.data.order import batch_indices, split_indices
 from t2i.data.samples import Source
@@ -53,11 +52,7 @@ def image_size(backbone: Backbone) -> int:
 def check_backbone(backbone: Backbone) -> None:
     """ValueError if this backbone cannot be trained on captioned images."""
     backbone.tokenizer  # noqa: B018 (raises where there is none)
-    if backbone.spec.cond_kind != "text" or backbone.frozen.text_encoder is None:
-        raise ValueError(
-            "training on captions needs a text-to-image backbone with its text encoder "
-            "(backbone.text_encoder)"
-        )
+    backbone.caption_features()
 
 
 log = logging.getLogger(__name__)
@@ -74,20 +69,18 @@ class TrainingData:
             return backbone.encode_images(pixels.to(device)).cpu()
 
         def encode_captions(captions: list[str]) -> list[Tensor]:
-            return [features.cpu() for features in backbone.frozen.text_encoder.encode(captions)]
+            return [features.cpu() for features in self.features.encode(captions)]
 
         check_backbone(backbone)
+        self.features = backbone.caption_features()
         folder = build_cache(
             open_data(options),
             options.cache_dir,
             encode_images=encode_images,
-            encode_captions=encode_captions,
+            encode_captions=None if self.features is None else encode_captions,
             key_parts={
                 "tokenizer": tokenizer_hash(backbone),
-                "text_encoder": backbone.frozen.text_encoder.weights_hash(),
-                "text_encoder_dtype": backbone.source.text_encoder_dtype,
-                "caption_cleaning": CAPTION_CLEANING_VERSION,
-                "caption_tokens": backbone.spec.prefix_tokens,
+                **({} if self.features is None else self.features.key),
             },
             resolution=image_size(backbone),
             max_samples=options.max_samples,
@@ -97,9 +90,8 @@ class TrainingData:
         )
         self.cache = CodeCache(folder)
         if processes.is_main:
-            self._say_what_is_lost(backbone.frozen.text_encoder.report.lines())
-        self.config, self.processes = config, processes
-        self.max_tokens = backbone.spec.prefix_tokens
+            self._say_what_is_lost([] if self.features is None else self.features.report())
+        self.config, self.processes, self.backbone = config, processes, backbone
         n_validation = options.validation_samples
         if not processes.world_size <= n_validation < len(self.cache):
             raise ValueError(
@@ -176,11 +168,18 @@ class TrainingData:
         choice: Tensor | None,
         progress: float = 1.0,
     ) -> Batch:
-        features, mask = self.cache.text(indices, self.max_tokens, choice)
         device = self.processes.device
+        if self.features is None:
+            picked = [0] * len(indices) if choice is None else choice.tolist()
+            pairs = zip(indices.tolist(), picked, strict=True)
+            prepared = self.backbone.prepare([self.cache.caption(i, c) for i, c in pairs])
+        else:
+            tokens = self.backbone.spec.prefix_tokens
+            features, mask = self.cache.text(indices, tokens, choice)
+            prepared = {"features": features, "mask": mask}
         return Batch(
             self.cache.codes(indices).to(device),
-            {"features": features.to(device), "mask": mask.to(device)},
+            {name: value.to(device) for name, value in prepared.items()},
             keys.to(device),
             None if drop is None else drop.to(device),
             progress,

@@ -2,14 +2,16 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from t2i.backbones.base import Backbone
 from t2i.checkpoint import find_checkpoint, from_pretrained
 from t2i.generation import iterate_images
 from t2i.imaging import grid, save_png
@@ -27,7 +29,7 @@ from t2i.training.validation import validate
 from t2i.weights import write_json
 
 
-def build_model(config: TrainConfig) -> TensorAR:
+def build_model(config: TrainConfig, *, device: str = "cpu") -> TensorAR:
     """The backbone with a fresh codec (and adapters), with exactly the chosen parameters trainable."""
     options = config.backbone
     backbone = load_backbone(
@@ -36,15 +38,27 @@ def build_model(config: TrainConfig) -> TensorAR:
         tokenizer=options.tokenizer,
         text_encoder=options.text_encoder,
         text_encoder_dtype=options.text_encoder_dtype,
+        generation_only=options.generation_only,
+        dtype=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
+        device=device,
     )
     model = TensorAR(backbone, config.method, seed=config.seed)
-    backbone.requires_grad_(config.tuning == "full")
+    backbone.requires_grad_(False)
     if config.tuning == "lora":
         add_lora(backbone, config.lora, seed=config.seed)
+    for module in _trained_whole(backbone, config):
+        module.requires_grad_(True)
     backbone.token_dropout.p = config.token_dropout
     backbone.gradient_checkpointing = config.engine.gradient_checkpointing
     model.sampling = config.sampling.apply(model.sampling)
     return model
+
+
+def _trained_whole(backbone: Backbone, config: TrainConfig) -> Sequence[nn.Module]:
+    """The backbone's modules of which every parameter is trained."""
+    if config.tuning == "full":
+        return backbone.trained_modules()
+    return tuple(backbone.image_layers().values()) if config.train_image_layers else ()
 
 
 class Run:

@@ -30,6 +30,7 @@ _MUST_MATCH = (
     "method",
     "tuning",
     "lora",
+    "train_image_layers",
     "backbone",
     "batch_size",
     "seed",
@@ -69,7 +70,13 @@ def save(
                 "data_key": data_key,
                 "config": plain(asdict(config)),
             }
-            write_model(model, partial, tuning=config.tuning, training=training)
+            write_model(
+                model,
+                partial,
+                tuning=config.tuning,
+                image_layers=config.train_image_layers,
+                training=training,
+            )
     processes.barrier()
     if processes.is_main:
         finish_folder(partial, folder)
@@ -92,9 +99,8 @@ def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
             "the held-out split and the order; start a new run_dir"
         )
     # Frozen weights are not in the state: they are the base's, and already loaded.
-    path, _ = engine.load_checkpoint(
-        str(folder), tag=TRAINING_STATE, load_module_strict=config.tuning == "full"
-    )
+    complete = all(p.requires_grad for p in engine.module.parameters())
+    path, _ = engine.load_checkpoint(str(folder), tag=TRAINING_STATE, load_module_strict=complete)
     if path is None:
         raise ValueError(
             f"{folder / TRAINING_STATE} holds no training state; resume from another checkpoint"

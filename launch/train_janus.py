@@ -1,0 +1,25 @@
+"""Fine-tune Janus-Pro with TensorAR.
+
+python launch/train_janus.py shapes-janus-lora --steps 100               # offline, CPU or one GPU
+python launch/train_janus.py janus-pro-1b-lora --data.source my_images --check
+deepspeed launch/train_janus.py janus-pro-7b-full-zero3 --data.source my_images --run-dir runs/mine
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
+
+from t2i import cli
+from t2i.training.program import run_recipe
+from t2i.training.recipes_janus import JANUS_RECIPES
+
+
+def main() -> None:
+    run_recipe(JANUS_RECIPES, __doc__)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,23 @@
+"""What every `launch/train_*.py` does: parse a named recipe with overrides, then check it or train."""
+
+import os
+
+from t2i import cli
+from t2i.training.config import TrainConfig
+
+
+def run_recipe(recipes: dict[str, tuple[str, TrainConfig]], description: str) -> None:
+    """Train, or print the pre-flight's report with --check. The main process alone reports."""
+    config = cli.parse_recipe(recipes, description)
+    if config.check:
+        from t2i.training.check import check
+
+        report = check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        if cli.is_main_process():
+            print(report)
+        return
+    from t2i.training.loop import train
+
+    folder = train(config)
+    if cli.is_main_process():
+        print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")

@@ -1,0 +1,230 @@
+"""Janus-Pro against outputs of the official implementation, from every layout that it is published in, through our sampler and loss."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import GOLDEN_ROOT, golden_cases
+
+from t2i import presets
+from t2i.backbones.base import SamplingConfig
+from t2i.backbones.janus import load
+from t2i.conditioning.janus_prompts import JanusPrompts
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import filter_logits, prefill, sample_windows, step, window_logits
+from t2i.weights import read_folder
+
+CASES = golden_cases("Janus-Pro")
+if not CASES:
+    pytest.skip(f"no Janus case under {GOLDEN_ROOT}", allow_module_level=True)
+
+
+def layouts() -> list:
+    """(case, folder) for both namings of every case, and for .bin shards of the same tensors elsewhere."""
+    found = []
+    for parameter in CASES:
+        case = parameter.values[0]
+        original = case.folder / case.config["original_dir"]
+        folders = {"transformers": case.folder / case.config["hf_dir"], "deepseek": original}
+        for path in sorted(GOLDEN_ROOT.rglob("case.json")):
+            same_as = json.loads(path.read_text(encoding="utf-8")).get("same_tensors_as")
+            if same_as and (path.parent / same_as).resolve() == original.resolve():
+                folders[f"bin-{path.parent.name}"] = path.parent
+        name = case.folder.name
+        found += [pytest.param((case, f), id=f"{name}-{kind}") for kind, f in folders.items()]
+    return found
+
+
+@pytest.fixture(scope="module", params=layouts())
+def layout(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def case(layout):
+    return layout[0]
+
+
+@cache
+def base_model(folder: Path) -> TensorAR:
+    return TensorAR(load(folder), presets.base()).eval()
+
+
+@pytest.fixture(scope="module")
+def model(layout):
+    return base_model(layout[1])
+
+
+@cache
+def examples(folder: Path) -> list[dict]:
+    return json.loads((folder / "prompts.json").read_text(encoding="utf-8"))["examples"]
+
+
+@pytest.fixture(scope="module")
+def prepared(case, model):
+    """The first two prompts, which have different lengths, as one left-padded batch."""
+    return model.backbone.prepare([e["text"] for e in examples(case.folder)[:2]])
+
+
+def close(actual, expected, atol=1e-4):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+# -- prompts --------------------------------------------------------------------------------------
+def test_prompt_and_unconditional_ids(layout):
+    case, folder = layout
+    prompts = JanusPrompts.load(folder)
+    for example in examples(case.folder):
+        ids, mask = prompts.batch([example["text"]])
+        assert mask.all() and ids.tolist() == [example["input_ids"]]
+        assert prompts.unconditional(ids, mask).tolist() == [example["uncond_ids"]]
+    for name, token_id in case.config["special_token_ids"].items():
+        assert prompts.token_id(case.config["special_token_strings"][name]) == token_id
+
+
+def test_batch_is_padded_on_the_left(case, prepared):
+    assert torch.equal(prepared["ids"], case.expected("batch_input_ids"))
+    assert torch.equal(prepared["null_ids"], case.expected("batch_uncond_ids"))
+    assert torch.equal(prepared["mask"], case.expected("batch_attention_mask").bool())
+
+
+# -- model ----------------------------------------------------------------------------------------
+def test_code_embeddings(case, model):
+    embedded = model.backbone.embed_tokens(case.input("image_codes")[..., None])
+    close(embedded.detach(), case.expected("gen_embeds"))
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["cond", "uncond"])
+def test_teacher_forced_logits(case, model, prepared, drop):
+    codes = case.input("image_codes")[..., None]
+    condition = model.backbone.encode_condition(prepared, torch.full((len(codes),), drop))
+    windows = model.windows.gather(codes)
+    with torch.no_grad():
+        hidden = model.decode_slots(model.hidden(condition, windows))
+        logits = model.slot_logits(hidden, windows)[0][:, :, 0]
+    close(logits, case.expected("tf_logits_uncond" if drop else "tf_logits_cond"))
+
+
+def test_loss(case, model, prepared):
+    codes = case.input("image_codes")[..., None]
+    condition = model.backbone.encode_condition(prepared)
+    loss = model(codes, condition, model.windows.gather(codes)).means().detach()
+    close(loss, case.expected("tf_loss_cond"))
+
+
+def test_cached_logits(case, model, prepared):
+    codes = case.input("image_codes")
+    h, state = prefill(model, prepared, SamplingConfig(cfg_scale=2.0))
+    outputs = [h]
+    for t in range(codes.shape[1] - 1):
+        outputs.append(step(model, codes[:, t, None, None], t, state))
+    logits = model.backbone.next_logits(torch.stack(outputs, 1), codes[:0]).detach()
+    for half, kind in zip(logits.chunk(2), ("cond", "uncond"), strict=True):
+        close(half[:, 0], case.expected(f"step0_logits_{kind}"))
+        close(half, case.expected(f"tf_logits_{kind}"))
+
+
+def greedy(model, prepared, scale):
+    config = SamplingConfig(temperature=0.0, cfg_scale=scale)
+    keys = torch.zeros(len(prepared["ids"]), dtype=torch.long)
+    windows = sample_windows(model, prepared, keys, config)
+    return model.windows.final_codes(windows)[..., 0]
+
+
+@pytest.mark.parametrize("run", ["cfg", "cfg1"])
+def test_greedy_ids(case, model, prepared, run):
+    """As one padded batch, and each prompt by itself."""
+    expected = case.expected(f"greedy_ids_{run}")
+    scale = case.config["cfg_weight"] if run == "cfg" else 1.0
+    assert torch.equal(greedy(model, prepared, scale), expected)
+    for row, example in enumerate(examples(case.folder)[:2]):
+        alone = model.backbone.prepare([example["text"]])
+        assert torch.equal(greedy(model, alone, scale), expected[row : row + 1])
+
+
+def test_sampled_ids(case, model):
+    """With torch's own generator in the official order: one multinomial over the batch per token."""
+    expected, settings = case.expected("sampled_ids"), case.config["sampling_example"]
+    text = examples(case.folder)[settings["prompt_index"]]["text"]
+    config = SamplingConfig(cfg_scale=settings["cfg_weight"], temperature=settings["temperature"])
+    prepared = model.backbone.prepare([text] * settings["parallel_size"])
+    torch.manual_seed(settings["seed"])
+    h, state = prefill(model, prepared, config)
+    drawn = []
+    for t in range(expected.shape[1]):
+        earlier = expected[:, :1, None][..., :0]
+        logits = window_logits(model, model.decode_slots(h), earlier, t, state, config)[:, 0]
+        drawn.append(torch.multinomial(filter_logits(logits, config).softmax(-1), 1))
+        if t + 1 < expected.shape[1]:
+            h = step(model, drawn[-1][..., None], t, state)
+    assert torch.equal(torch.cat(drawn, dim=1), expected)
+
+
+# -- pixels ---------------------------------------------------------------------------------------
+def test_image_tokenizer_normalises_both_sides(case, model):
+    codes = model.backbone.encode_images(case.input("image"))[..., 0]
+    assert torch.equal(codes, case.expected("image_codes_encoded"))
+    grid = codes.unflatten(1, tuple(case.config["grid"]))
+    quantised = model.backbone.tokenizer.quantize.vectors()[grid].permute(0, 3, 1, 2)
+    close(quantised, case.expected("image_quantised"), 1e-5)
+    close(model.backbone.tokenizer.decode(grid), case.expected("image_decoded"))
+
+
+def test_decoded_images(case, model):
+    codes = case.expected("greedy_ids_cfg")
+    grid = codes.unflatten(1, tuple(case.config["grid"]))
+    close(model.backbone.tokenizer.decode(grid), case.expected("greedy_decoded"))
+    off = model.backbone.decode_images(codes[..., None]).int()
+    off = off - case.expected("greedy_decoded_uint8").int()
+    # Rounding instead of cutting off differs by one level on about half of the pixels.
+    assert off.abs().max() <= 1 and (off != 0).float().mean() < 0.01
+
+
+# -- loading --------------------------------------------------------------------------------------
+def test_shape(case, model):
+    spec, language = model.backbone.spec, case.config["language_model"]
+    assert spec.grid == tuple(case.config["grid"])
+    assert spec.num_tokens == case.config["num_image_tokens"]
+    assert spec.subvocabs == (case.config["vq"]["codebook_size"],)
+    assert (spec.dim, spec.num_heads) == (language["hidden_size"], language["num_attention_heads"])
+    assert spec.sampling == SamplingConfig(cfg_scale=case.config["cfg_weight"])
+    assert model.backbone.tokenizer.downsample == case.config["vq"]["downsample"]
+
+
+def test_both_namings_are_one_model(case, model):
+    """All weights of the transformers folder, the understanding side included, and nothing else."""
+    other = base_model(case.folder / case.config["hf_dir"]).backbone
+    for ours, theirs in (
+        (model.backbone.janus, other.janus),
+        (model.backbone.tokenizer, other.tokenizer),
+    ):
+        ours, theirs = ours.state_dict(), theirs.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    stored = read_folder(case.folder / case.config["hf_dir"])
+    mine = model.backbone.janus.state_dict()
+    assert set(mine) == {k for k in stored if "vqmodel" not in k}
+    assert all(torch.equal(mine[k], stored[k].float()) for k in mine)
+
+
+def test_generation_only_draws_the_same(layout, case, model, prepared):
+    small = load(layout[1], generation_only=True)
+    left = {name.split(".")[1] for name in small.janus.state_dict()}
+    assert left == {
+        "language_model",
+        "generation_embeddings",
+        "generation_aligner",
+        "generation_head",
+    }
+    count = sum(p.numel() for p in model.backbone.parameters())
+    assert small.left_out == count - sum(p.numel() for p in small.parameters()) > 0
+    drawn = greedy(TensorAR(small, presets.base()).eval(), prepared, case.config["cfg_weight"])
+    assert torch.equal(drawn, case.expected("greedy_ids_cfg"))
+
+
+def test_shapes_only_reads_no_data(layout, model):
+    outline = load(layout[1], shapes_only=True)
+    shapes = {k: v.shape for k, v in model.backbone.janus.state_dict().items()}
+    assert {k: v.shape for k, v in outline.janus.state_dict().items()} == shapes
+    assert all(p.device.type == "meta" for p in outline.parameters())

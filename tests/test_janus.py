@@ -1,0 +1,357 @@
+"""The traps of Janus-Pro, each with a test that falls into it; what the golden cases already pin down is in test_golden_janus.py."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import JANUS_PROMPTS, tiny_codes, tiny_janus, tiny_prepared
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer
+
+import t2i
+from t2i import presets
+from t2i.backbones import janus_weights
+from t2i.backbones.janus import Janus, load
+from t2i.backbones.tiny_janus import build_tokenizer
+from t2i.conditioning.janus_prompts import BOS, PAD, JanusPrompts
+from t2i.data.cache import CodeCache
+from t2i.generation import iterate_images
+from t2i.lora import LoRAConfig, add_lora, merge_lora, without_lora
+from t2i.tensorar.model import TensorAR
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def janus() -> Janus:
+    return tiny_janus()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, janus):
+    """A published folder in transformers' layout, fp32."""
+    path = tmp_path_factory.mktemp("janus")
+    janus.save_official(path, torch.float32)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def text_logits(backbone: Janus) -> torch.Tensor:
+    """What the language model says about text."""
+    ids = torch.tensor(backbone.prompts.encode([JANUS_PROMPTS[1]]))
+    with torch.no_grad():
+        return backbone.janus(input_ids=ids).logits
+
+
+def image_logits(backbone: Janus, prepared=None, drop=None) -> torch.Tensor:
+    """Teacher-forced logits of codes, [B, T, V]."""
+    model = TensorAR(backbone, presets.base()).eval()
+    prepared = tiny_prepared(backbone, 2) if prepared is None else prepared
+    windows = model.windows.gather(tiny_codes(len(prepared["ids"])))
+    with torch.no_grad():
+        h = model.hidden(backbone.encode_condition(prepared, drop), windows)
+        return backbone.next_logits(h, windows[:, :0])
+
+
+# -- prompts --------------------------------------------------------------------------------------
+def test_special_ids_are_resolved_by_string(janus):
+    other = JanusPrompts(build_tokenizer(["other words entirely"], vocab_size=290))
+    ours = janus.prompts
+    assert (other.bos_id, other.pad_id, other.boi_id) != (ours.bos_id, ours.pad_id, ours.boi_id)
+    for prompts in (other, ours):
+        ids = prompts.encode(["a"])[0]
+        assert ids[0] == prompts.tokenizer.token_to_id(BOS) and ids.count(ids[0]) == 1
+        row, mask = prompts.batch(["a"])
+        pad = prompts.tokenizer.token_to_id(PAD)
+        assert prompts.unconditional(row, mask)[0, 1:-1].unique().tolist() == [pad]
+
+
+def test_a_tokenizer_that_eats_spaces_is_refused(copy):
+    path = copy / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    stored["pre_tokenizer"] = json.loads(pre_tokenizers.Metaspace().__getstate__())
+    stored["decoder"] = {"type": "Fuse"}
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"tokenizer.json.*does not keep spaces"):
+        load(copy)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
+        load(copy)
+
+
+def test_a_foreign_tokenizer_is_refused(copy):
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    text = tokenizer.to_str().replace("<begin_of_image>", "<begin_of_picture>")
+    (copy / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"no token '<begin_of_image>'; is it Janus-Pro's"):
+        load(copy)
+
+
+def test_long_prompts_lose_the_end_of_their_text_only(janus, caplog):
+    prompts = JanusPrompts(janus.prompts.tokenizer, max_tokens=12)
+    long, other = prompts.encode([JANUS_PROMPTS[1], JANUS_PROMPTS[1] + " and more"])
+    whole = janus.prompts.encode([JANUS_PROMPTS[1]])[0]
+    assert len(long) == 12 and long == other and long[-4:] == whole[-4:] and long[:8] == whole[:8]
+    assert caplog.text.count("are cut") == 1
+    with pytest.raises(ValueError, match="list of strings"):
+        prompts.encode("a red circle")
+
+
+def test_padding_is_masked_but_unconditional_padding_is_attended_to(janus):
+    alone, padded = janus.prepare(JANUS_PROMPTS[:1]), janus.prepare(JANUS_PROMPTS[:2])
+    drop = torch.ones(2, dtype=torch.bool)
+    for kind in (None, drop):
+        batched = image_logits(janus, padded, kind)[:1]
+        single = image_logits(janus, alone, None if kind is None else kind[:1])
+        torch.testing.assert_close(batched, single, atol=1e-4, rtol=0)
+    changed = tiny_janus()
+    with torch.no_grad():
+        changed.language_model.embed_tokens.weight[janus.prompts.pad_id] += 1
+    assert torch.equal(image_logits(changed, padded), image_logits(janus, padded))
+    moved = image_logits(changed, padded, drop) - image_logits(janus, padded, drop)
+    assert moved.abs().max() > 0.1
+
+
+def test_padding_does_not_depend_on_how_images_are_batched(janus, monkeypatch):
+    model = TensorAR(janus, presets.base()).eval()
+    lengths, prepare = [], Janus.prepare
+
+    def spy(self, conditions, length=None):
+        lengths.append(prepare(self, conditions, length)["ids"].shape[1])
+        return prepare(self, conditions, length)
+
+    monkeypatch.setattr(Janus, "prepare", spy)
+    options = {"batch_size": 1, "progress": False}
+    whole = list(iterate_images(model, JANUS_PROMPTS, **options))
+    part = list(iterate_images(model, JANUS_PROMPTS, jobs=[(2, 0)], **options))
+    assert len(set(lengths)) == 1
+    assert torch.equal(whole[2].windows, part[0].windows)
+
+
+# -- codes ----------------------------------------------------------------------------------------
+def test_codes_do_not_pass_the_text_embedding():
+    backbone = tiny_janus()
+    before = backbone.embed_tokens(tiny_codes(1))
+    with torch.no_grad():
+        backbone.language_model.embed_tokens.weight.zero_()
+    assert torch.equal(backbone.embed_tokens(tiny_codes(1)), before)
+    with torch.no_grad():
+        backbone.janus.model.generation_embeddings.weight.mul_(2)
+    assert not torch.equal(backbone.embed_tokens(tiny_codes(1)), before)
+
+
+def test_the_tokenizer_is_no_part_of_what_is_trained_or_cast(janus):
+    trained = {id(p) for p in janus.parameters()}
+    assert not trained & {id(p) for p in janus.tokenizer.parameters()}
+    assert not hasattr(janus.janus.model, "vqmodel")
+    assert next(tiny_janus().bfloat16().tokenizer.parameters()).dtype == torch.float32
+
+
+def test_sampling_is_the_authors(janus):
+    config = janus.spec.sampling
+    assert (config.cfg_scale, config.top_k, config.top_p, config.temperature) == (5.0, 0, 1.0, 1.0)
+
+
+# -- precision ------------------------------------------------------------------------------------
+def test_rope_frequencies_survive_a_cast():
+    backbone = tiny_janus().bfloat16()
+    rotary = backbone.language_model.rotary_emb
+    assert rotary.inv_freq.dtype == torch.float32
+    assert torch.equal(rotary.inv_freq, tiny_janus().language_model.rotary_emb.inv_freq)
+    expected = image_logits(tiny_janus())
+    assert (image_logits(backbone) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_the_padding_embedding_is_trained(janus):
+    prepared = tiny_prepared(janus, 2)
+    janus.zero_grad()
+    prefix = janus.encode_condition(prepared, torch.ones(2, dtype=torch.bool)).prefix
+    prefix.sum().backward()
+    gradient = janus.language_model.embed_tokens.weight.grad
+    assert gradient[janus.prompts.pad_id].abs().max() > 0
+    janus.zero_grad()
+
+
+# -- what may be trained --------------------------------------------------------------------------
+def test_lora_reaches_every_layer_of_the_language_model_and_nothing_else():
+    backbone = tiny_janus()
+    tower = backbone.janus.model.vision_model
+    assert any(n.endswith("q_proj") for n, _ in tower.named_modules()), "a suffix would match"
+    add_lora(backbone, LoRAConfig(rank=2))
+    adapted = {n.split(".lora_A")[0] for n, _ in backbone.named_parameters() if "lora_A" in n}
+    layers = [f"janus.model.language_model.layers.{i}" for i in range(2)]
+    assert adapted == {
+        f"{layer}.{part}.{name}"
+        for layer in layers
+        for part, names in (("self_attn", ATTENTION), ("mlp", FEED_FORWARD))
+        for name in names
+    }
+
+
+def test_lora_can_be_switched_off_and_merged():
+    backbone = tiny_janus()
+    plain_text, plain_image = text_logits(backbone), image_logits(backbone)
+    add_lora(backbone, LoRAConfig(rank=2))
+    model = TensorAR(backbone, presets.iclr2026())
+    with torch.no_grad():
+        for name, value in backbone.named_parameters():
+            if "lora_B" in name:
+                value.normal_(generator=torch.Generator().manual_seed(0))
+    tuned_text, tuned_image = text_logits(backbone), image_logits(backbone)
+    assert not torch.allclose(tuned_text, plain_text, atol=0.1)
+    with without_lora(model.backbone):
+        assert torch.equal(text_logits(backbone), plain_text), "the text side is untouched"
+        assert torch.equal(image_logits(backbone), plain_image)
+    assert torch.equal(text_logits(backbone), tuned_text)
+    merge_lora(backbone)
+    assert not any("lora" in n or "base_layer" in n for n in backbone.state_dict())
+    torch.testing.assert_close(text_logits(backbone), tuned_text, atol=1e-4, rtol=0)
+    torch.testing.assert_close(image_logits(backbone), tuned_image, atol=1e-4, rtol=0)
+
+
+def test_full_training_leaves_understanding_alone(janus):
+    trained = {id(p) for module in janus.trained_modules() for p in module.parameters()}
+    left = {n for n, p in janus.janus.named_parameters() if id(p) not in trained}
+    understanding = ("model.vision_model.", "model.aligner.", "lm_head.")
+    assert left == {n for n, _ in janus.janus.named_parameters() if n.startswith(understanding)}
+    assert {n.split(".")[1] for n in left} == {"vision_model", "aligner", "weight"}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradient_checkpointing_trains(recompute):
+    """Without a codec the trunk's input needs no gradient: reentrant checkpointing would train nothing, and say nothing."""
+    backbone = tiny_janus()
+    add_lora(backbone, LoRAConfig(rank=2))
+    backbone.gradient_checkpointing = recompute
+    model = TensorAR(backbone, presets.base()).train()
+    passes = []
+    backbone.language_model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    codes = tiny_codes(2)
+    condition = backbone.encode_condition(tiny_prepared(backbone, 2))
+    model(codes, condition, model.windows.gather(codes)).weighted([1.0]).backward()
+    assert len(passes) == 1 + recompute
+    moving = [p.grad.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n]
+    assert len(moving) == 2 * 7 and all(moving)
+
+
+# -- loading --------------------------------------------------------------------------------------
+def rewrite(folder, **changes) -> None:
+    """Change weights of a folder; None deletes one."""
+    weights = load_file(folder / "model.safetensors") | changes
+    kept = {k: v for k, v in weights.items() if v is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("shapes_only", [False, True])
+def test_every_key_that_does_not_fit_is_named(copy, shapes_only):
+    head = "model.generation_head.vision_head.weight"
+    norm = "model.language_model.norm.weight"
+    rewrite(copy, **{head: torch.zeros(3, 3), norm: None, "model.extra": torch.zeros(1)})
+    with pytest.raises(ValueError) as refused:
+        load(copy, shapes_only=shapes_only)
+    message = str(refused.value)
+    assert all(
+        f"{kind} (1): {name}" in message
+        for kind, name in (("missing", norm), ("unexpected", "model.extra"), ("mis-shaped", head))
+    )
+
+
+def test_other_models_and_broken_folders_are_refused(copy, tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        load(copy / "model.safetensors")
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    with pytest.raises(ValueError, match="has model_type 'llama', not 'janus'"):
+        load(copy)
+    with pytest.raises(ValueError, match="janus brings its own prompt tokenizer"):
+        t2i.load_backbone("janus", copy, text_encoder="t5")
+    (copy / "model.safetensors").rename(copy / "model-1.safetensors")
+    index = copy / "model.safetensors.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    )
+    with pytest.raises(ValueError, match=r"names model-2.safetensors, which is not there"):
+        load(copy)
+    with pytest.raises(ValueError, match=r"holds no weights: neither model\.safetensors"):
+        load(tmp_path)
+
+
+def test_tied_and_untied_text_heads(copy, folder):
+    """transformers' default configuration ties the head; only a file without one is tied."""
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    untied = load(copy)
+    assert torch.equal(text_logits(untied), text_logits(load(folder)))
+    assert not torch.equal(untied.janus.lm_head.weight, untied.language_model.embed_tokens.weight)
+    rewrite(copy, **{"lm_head.weight": None})
+    tied = load(copy)
+    assert tied.janus.lm_head.weight is tied.language_model.embed_tokens.weight
+    out = copy / "out"
+    out.mkdir()
+    tied.save_official(out, torch.float32)
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    assert torch.equal(text_logits(load(out)), text_logits(tied))
+
+
+def test_attaching_a_codec_leaves_the_text_side_alone(folder):
+    backbone = load(folder)
+    before = text_logits(backbone)
+    t2i.attach(backbone, presets.iclr2026())
+    assert torch.equal(text_logits(backbone), before)
+
+
+def test_published_sizes_need_no_files():
+    """Counts by part; reference counts are those of transformers' model with the published dimensions."""
+    for size, language, image, rest in (
+        ("1B", 1_442_940_928, 42_113_024, 519_699_456),
+        ("7B", 6_490_935_296, 100_855_808, 744_098_816),
+    ):
+        name = f"deepseek-ai/Janus-Pro-{size}"
+        backbone = t2i.load_backbone("janus", name, device="meta")
+        counts = {
+            k: sum(p.numel() for m in v for p in m.parameters())
+            for k, v in backbone.parts().items()
+        }
+        assert counts == {"language model": language, "image layers": image, "understanding": rest}
+        assert sum(p.numel() for p in backbone.tokenizer.parameters()) == 71_883_403
+        small = t2i.load_backbone("janus", name, device="meta", generation_only=True)
+        assert (
+            small.left_out == rest
+            and sum(p.numel() for p in small.parameters()) == language + image
+        )
+        assert (backbone.spec.grid, backbone.spec.subvocabs) == ((24, 24), (16384,))
+    assert set(janus_weights.PUBLISHED.values()) == {"1B", "7B"}
+
+
+def test_saved_tokenizer_is_read_by_transformers(folder, janus):
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = "<|User|>: a red  circle\n\n<|Assistant|>:<begin_of_image>"
+    assert theirs(text)["input_ids"] == janus.prompts.encode(["a red  circle"])[0]
+
+
+# -- data -----------------------------------------------------------------------------------------
+def test_captions_are_cached_as_text(tiny_world):
+    from runs import tiny_janus_run
+
+    from t2i.training.data import TrainingData
+    from t2i.training.engine import Processes
+
+    config = tiny_janus_run(tiny_world, "-")
+    backbone = t2i.load_backbone("janus", tiny_world / "janus")
+    data = TrainingData(config, backbone, Processes(0, 1, torch.device("cpu")))
+    cache = CodeCache(data.cache.folder)
+    assert cache.manifest["text_dim"] is None
+    batch = next(data.micro_batches(0))
+    texts = [cache.caption(i) for i in range(len(cache))]
+    own = [
+        ids[mask].tolist()
+        for ids, mask in zip(batch.prepared["ids"], batch.prepared["mask"], strict=True)
+    ]
+    assert all(ids in backbone.prompts.encode(texts) for ids in own) and len(own) == 4

@@ -1,0 +1,337 @@
+"""Janus-Pro through the common training loop, its checkpoints, and exports that other libraries load."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import JANUS_PROMPTS
+from runs import (
+    PROMPTS,
+    assert_same_metrics,
+    assert_same_weights,
+    draw,
+    metrics,
+    tiny_janus_run,
+    tiny_run,
+    weights,
+)
+from safetensors.torch import load_file
+from transformers import JanusForConditionalGeneration
+
+import t2i
+from launch import export, generate, train_janus
+from t2i.backbones import janus_weights
+from t2i.export import export as export_folder
+from t2i.lora import merge_lora
+from t2i.training.check import check
+from t2i.training.data import TrainingData
+from t2i.training.engine import Processes, TrainingLoss
+from t2i.training.loop import Run, build_model, train
+from t2i.training.recipes_janus import JANUS_RECIPES
+
+EXACT = 0.0
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_world):
+    """A checkpoint of three steps: LoRA and image layers, without the understanding side in memory."""
+    options = {"tuning": "lora", "train_image_layers": True, "backbone__generation_only": True}
+    return train(tiny_janus_run(tiny_world, "janus-lora", **options))
+
+
+@pytest.fixture(scope="module")
+def exported(lora, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "model"
+    results = out.parent / "results.json"
+    scores = {"overall": {"mean": 0.5, "stderr": 0.01}, "counting": 0.25}
+    results.write_text(json.dumps({"benchmark": "geneval", "status": "PARTIAL", "scores": scores}))
+    options = {"prompts": PROMPTS, "results": [results], "device": "cpu"}
+    return export_folder(lora, out, dtype=torch.float32, **options)
+
+
+def text_logits(model, backbone) -> torch.Tensor:
+    """The language model's word on text, by transformers' own forward pass."""
+    ids = torch.tensor(backbone.prompts.encode([JANUS_PROMPTS[1]]))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+# -- training -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "options, files",
+    [
+        ({"tuning": "codec"}, set()),
+        ({"tuning": "codec", "train_image_layers": True}, {"backbone.safetensors"}),
+        ({"tuning": "lora"}, {"adapter"}),
+        ({"tuning": "full"}, {"backbone.safetensors"}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_tuning_modes_change_what_they_say(tiny_world, options, files):
+    name = "mode-janus-" + "-".join(map(str, options.values()))
+    run = Run(tiny_janus_run(tiny_world, name, condition_dropout=0.5, **options))
+    base = t2i.load_backbone("janus", tiny_world / "janus")
+    run.model.train()
+    run.train_step()
+    run.train_step()
+    folder = run.save()
+    reloaded = t2i.from_pretrained(folder)
+    live, again = run.model.state_dict(), reloaded.state_dict()
+    assert live.keys() == again.keys() and all(torch.equal(live[k], again[k]) for k in live)
+    present = {p.name for p in folder.iterdir()} & {"adapter", "backbone.safetensors"}
+    assert present == files
+    if options["tuning"] != "lora":
+        before = base.state_dict()
+        changed = {k for k in before if not torch.equal(before[k], live[f"backbone.{k}"])}
+        understanding = {
+            k
+            for k in before
+            if k.startswith(("janus.model.vision_", "janus.model.aligner", "janus.lm_head"))
+        }
+        layers = tuple(f"janus.{name}." for name in base.image_layers())
+        everything = set(before) - understanding
+        expected = {
+            "codec": {
+                k for k in before if k.startswith(layers) and "train_image_layers" in options
+            },
+            "full": everything,
+        }[options["tuning"]]
+        assert changed == expected
+    if options["tuning"] == "codec":
+        ours = text_logits(reloaded.backbone.janus, base)
+        assert torch.equal(ours, text_logits(base.janus, base)), "the text side is untouched"
+
+
+def test_image_layers_of_a_llamagen_are_trained_and_kept(tiny_world):
+    run = Run(tiny_run(tiny_world, "image-layers", tuning="codec", train_image_layers=True))
+    run.model.train()
+    run.train_step()
+    folder = run.save()
+    stored = load_file(folder / "backbone.safetensors")
+    base = t2i.load_backbone("llamagen", tiny_world / "base").official_state_dict()
+    assert stored.keys() == {"tok_embeddings.weight", "output.weight"}
+    assert not any(torch.equal(stored[k], base[k]) for k in stored)
+    live, again = run.model.state_dict(), t2i.from_pretrained(folder).state_dict()
+    assert all(torch.equal(live[k], again[k]) for k in live)
+
+
+def test_lora_learns_and_draws(tiny_world, lora, tmp_path):
+    losses = [row["train/loss"] for row in metrics(tiny_world, "janus-lora")]
+    assert losses[-1] < losses[0]
+    adapter = load_file(lora / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 2 * 7 and all(v.abs().max() > 0 for v in adapter.values())
+    assert {k.split(".")[1] for k in load_file(lora / "backbone.safetensors")} == {
+        "generation_embeddings",
+        "generation_aligner",
+        "generation_head",
+    }
+    whole = t2i.from_pretrained(lora, generation_only=False)
+    assert whole.backbone.left_out == 0 and t2i.from_pretrained(lora).backbone.left_out > 0
+    base = t2i.attach(t2i.load_backbone("janus", tiny_world / "janus"), t2i.presets.base())
+    images = draw(lora, tmp_path)
+    plain = t2i.generate(base, PROMPTS, batch_size=2, progress=False)
+    assert images != [i.tobytes() for i in plain] and len(set(images)) == 2
+
+
+def test_stop_and_resume_changes_no_bit(tiny_world, monkeypatch):
+    options = {"steps": 4, "tuning": "lora", "train_image_layers": True, "condition_dropout": 0.3}
+    options |= {"backbone__generation_only": True, "engine__gradient_checkpointing": True}
+    whole = train(tiny_janus_run(tiny_world, "janus-whole", **options))
+    plain_step = Run.train_step
+
+    def step_and_signal(run: Run) -> dict[str, float]:
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain_step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "train_step", step_and_signal)
+        train(tiny_janus_run(tiny_world, "janus-halves", **options))
+    resumed = train(tiny_janus_run(tiny_world, "janus-halves", resume=True, **options))
+    assert_same_metrics(
+        metrics(tiny_world, "janus-whole"), metrics(tiny_world, "janus-halves"), EXACT
+    )
+    assert_same_weights(weights(whole), weights(resumed))
+
+
+def test_bf16_is_close_to_fp32(tiny_world, lora):
+    """One pass in the precision in which the weights are loaded for it; the engine around it is every family's."""
+    config = tiny_janus_run(tiny_world, "-", tuning="lora", engine__micro_batch=2)
+    low = replace(config, engine=replace(config.engine, precision="bf16", zero_stage=1))
+    models = [build_model(c) for c in (config, low)]
+    assert {p.dtype for p in models[1].parameters()} == {torch.bfloat16}
+    batch = next(TrainingData(config, models[0].backbone, ALONE).micro_batches(0))
+    losses = [TrainingLoss(m, "fp32")(batch)[0].item() for m in models]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+
+
+# -- the pre-flight -------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [name for name in JANUS_RECIPES if name.startswith("janus-pro")])
+def test_check_of_the_real_sizes_needs_no_files(name, tiny_world, monkeypatch, capsys):
+    arguments = ["--data.source", tiny_world / "data", "--data.small-images", "upscale"]
+    arguments += ["--data.validation-samples", 8, "--run-dir", tiny_world / "nowhere", "--check"]
+    monkeypatch.setattr("sys.argv", ["train_janus.py", name, *map(str, arguments)])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    train_janus.main()
+    report = capsys.readouterr().out
+    left = {"1b": "519,699,456", "7b": "744,098,816"}[name.split("-")[2]]
+    assert f"not loaded: {left} parameters that drawing images does not need" in report
+    stage = JANUS_RECIPES[name][1].engine.zero_stage
+    marked = [line for line in report.splitlines() if line.endswith("<- chosen")]
+    assert len(marked) == 1 and f"ZeRO-{stage} on 8 process(es)" in marked[0]
+    if name == "janus-pro-7b-full-zero3":  # 6.73 G parameters x 18 bytes over 8
+        assert "15.13 GB" in marked[0]
+    if name == "janus-pro-1b-lora":
+        trained = 24 * 16 * (4 * (2048 + 2048) + 3 * (2048 + 5632))
+        assert f"language model    1,458,079,744 of which trained {trained:>15,}" in report
+    assert not (tiny_world / "nowhere").exists()
+
+
+def test_check_reads_local_shapes_and_refuses_the_impossible(tiny_world):
+    config = tiny_janus_run(tiny_world, "-", tuning="lora", train_image_layers=True)
+    model = build_model(config, device="meta")
+    real = build_model(config)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in real.state_dict().items()
+    }
+    assert "understanding" in check(config)
+    with pytest.raises(ValueError, match="full trains them anyway"):
+        tiny_janus_run(tiny_world, "-", train_image_layers=True)
+    with pytest.raises(ValueError, match="k=17 must be between 1 and the 16 tokens"):
+        check(tiny_janus_run(tiny_world, "-", method__k=17))
+    with pytest.raises(ValueError, match="brings its own prompt tokenizer"):
+        check(tiny_janus_run(tiny_world, "-", backbone__text_encoder="google/flan-t5-xl"))
+
+
+# -- export ---------------------------------------------------------------------------------------
+def test_export_is_a_model_of_transformers(tiny_world, lora, exported):
+    model, report = JanusForConditionalGeneration.from_pretrained(
+        exported, output_loading_info=True
+    )
+    assert not any(report.values())
+    merged = t2i.from_pretrained(lora, generation_only=False)
+    unmerged = text_logits(merged.backbone.janus, merged.backbone)
+    merge_lora(merged.backbone)
+    theirs = text_logits(model, merged.backbone)
+    torch.testing.assert_close(
+        theirs, text_logits(merged.backbone.janus, merged.backbone), atol=0, rtol=0
+    )
+    torch.testing.assert_close(theirs, unmerged, atol=1e-4, rtol=0)
+    ours, stored = merged.backbone.janus.state_dict(), model.state_dict()
+    assert all(torch.equal(ours[k], stored[k]) for k in ours)
+    # Its own image loop draws the codes that our sampler draws from the merged base.
+    base = t2i.attach(t2i.load_backbone("janus", exported), t2i.presets.base())
+    prepared = base.backbone.prepare(PROMPTS)
+    inputs = {"input_ids": prepared["ids"], "attention_mask": prepared["mask"].long()}
+    drawn = model.generate(**inputs, generation_mode="image", do_sample=False)
+    config = t2i.checkpoint.SamplingConfig(temperature=0.0, cfg_scale=5.0)
+    images = [
+        g.windows
+        for g in t2i.generation.iterate_images(base, PROMPTS, sampling=config, progress=False)
+    ]
+    assert torch.equal(drawn, torch.stack(images)[:, :, 0, 0])
+
+
+def test_export_draws_what_the_checkpoint_draws_and_can_be_moved(lora, exported, tmp_path):
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    expected, images = (
+        t2i.generate(t2i.from_pretrained(f), PROMPTS, batch_size=2, progress=False)
+        for f in (lora, moved)
+    )
+    for a, b in zip(expected, images, strict=True):
+        assert a.tobytes() == b.tobytes()
+    (moved / "model.safetensors").write_bytes(
+        (moved / "model.safetensors").read_bytes()[:-1] + b"x"
+    )
+    with pytest.raises(ValueError, match="not the weight file that the checkpoint was trained on"):
+        t2i.from_pretrained(moved)
+
+
+def test_model_card(exported, tiny_world):
+    card = (exported / "README.md").read_text()
+    assert (
+        card.startswith("---\npipeline_tag: text-to-image\n")
+        and "library_name: transformers" in card
+    )
+    assert "| geneval | overall | 0.500 ± 0.010 | PARTIAL |" in card
+    assert "| geneval | counting | 0.250 | PARTIAL |" in card
+    assert "LoRA adapters (merged here), the image layers, TensorAR's codec" in card
+    assert "![Samples](samples/grid.png)" in card and (exported / "samples" / "grid.png").is_file()
+    for file in exported.rglob("*.*"):
+        assert file.suffix in (".png", ".safetensors") or str(tiny_world) not in file.read_text()
+
+
+def test_export_program(lora, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "model"
+    uploads = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda _, *a, **k: uploads.append((a, k))
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder", lambda _, **k: uploads.append(k) or "address"
+    )
+    arguments = ["--ckpt", lora, "--out", out, "--push-to-hub", "me/mine", "--private"]
+    monkeypatch.setattr("sys.argv", ["export.py", *map(str, arguments)])
+    export.main()
+    assert "uploaded to address" in capsys.readouterr().out
+    assert uploads == [
+        (("me/mine",), {"private": True, "exist_ok": True}),
+        {"folder_path": out, "repo_id": "me/mine"},
+    ]
+    stored = load_file(out / "model.safetensors")
+    assert {v.dtype for v in stored.values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="exists; export to a new folder"):
+        export.main()
+
+
+def test_adapter_is_read_by_peft_on_transformers_model(tiny_world, lora):
+    from peft import PeftModel
+
+    theirs = JanusForConditionalGeneration.from_pretrained(tiny_world / "janus")
+    ours = t2i.from_pretrained(lora, generation_only=False).backbone
+    plain = text_logits(theirs, ours)
+    theirs = PeftModel.from_pretrained(theirs, lora / "adapter")
+    torch.testing.assert_close(text_logits(theirs, ours), text_logits(ours.janus, ours))
+    assert not torch.allclose(text_logits(theirs, ours), plain, atol=1e-3)
+
+
+def test_a_llamagen_is_exported_in_its_own_layout(plain, tmp_path):
+    out = export_folder(plain, tmp_path / "model", dtype=torch.float32)
+    exported = t2i.from_pretrained(out).state_dict()
+    assert_same_weights(exported, t2i.from_pretrained(plain).state_dict())
+    assert "model" in torch.load(out / "model.pt", weights_only=True)
+
+
+def test_generate_program(lora, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "--ckpt",
+        lora,
+        "--out",
+        tmp_path / "out",
+        "--samples",
+        1,
+        "--stages",
+        "--prompt",
+        *PROMPTS,
+    ]
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, arguments)])
+    generate.main()
+    assert (tmp_path / "out" / "00001" / "samples" / "00000.png").is_file()
+    assert (tmp_path / "out" / "stages.png").is_file()
+
+
+def test_shipped_base_is_complete():
+    if "shapes-janus" not in t2i.loading.shipped_bases():
+        pytest.skip("no shipped Janus yet")
+    backbone = t2i.load_backbone("janus", "shapes-janus")
+    assert backbone.spec.grid == (8, 8) and backbone.spec.sampling.cfg_scale == 2.5
+    stored = set(janus_weights.vq_to_transformers(backbone.tokenizer.state_dict()))
+    folder = t2i.loading.ASSETS / "shapes-janus"
+    assert stored < set(load_file(folder / "model" / "model.safetensors"))
+    assert sum(p.stat().st_size for p in folder.rglob("*")) <= 8e6
