@@ -1,8 +1,7 @@
 """DPG-Bench's question graph: reading the CSV, and refusing one that cannot be scored.
 
 The official file (`dpg_bench/dpg_bench.csv` of TencentQQGYLab/ELLA, arXiv 2403.05135) is not
-shipped: it is given by path or fetched on first use and proven by its git blob hash. One row is one
-proposition of a prompt:
+shipped: see `dpg_bench.official`. One row is one proposition of a prompt:
 
 item_id                     the prompt's id (text, even where it looks like a number)
 text                        the prompt
@@ -20,7 +19,6 @@ import csv
 import hashlib
 import io
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +27,6 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 OFFICIAL_BLOB = "98457fc9901943f51ff9a30367250fc292533bed"
-OFFICIAL_URL = (
-    "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/"
-    "3c228f1dc6c4d3cad0a47493816151a419f14db3/dpg_bench/dpg_bench.csv"
-)
 COLUMNS = (
     "item_id",
     "text",
@@ -259,50 +253,3 @@ def _circle(parents: dict[int, tuple[int, ...]]) -> list[int] | None:
 def _shorten(problems: Sequence[str]) -> str:
     more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return "\n  " + "\n  ".join(problems[:_SHOWN]) + more
-
-
-def official_questions(path: str | Path | None = None) -> QuestionGraph:
-    """The questions at `path`, or the official ones from the cache, fetched there on first use.
-
-    The cache is `$T2I_CACHE/dpg_bench` (default ~/.cache/t2i/dpg_bench).
-
-    Raises:
-        ValueError: see `read_questions`; the file cannot be fetched (the message says what to do
-            offline), or what came is not the official file.
-    """
-    if path is not None:
-        return read_questions(path)
-    cache = Path(os.environ.get("T2I_CACHE") or Path.home() / ".cache" / "t2i") / "dpg_bench"
-    cached = cache / "dpg_bench.csv"
-    if not cached.is_file():
-        content = _download()
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_bytes(content)
-        partial.replace(cached)
-    if (blob := git_blob_sha1(cached.read_bytes())) != OFFICIAL_BLOB:
-        raise ValueError(
-            f"{cached} is not the official question file (git blob {blob}, not {OFFICIAL_BLOB}); "
-            "delete it to fetch it again, or give another file with --questions PATH"
-        )
-    return read_questions(cached)
-
-
-def _download() -> bytes:
-    from urllib.request import urlopen
-
-    advice = (
-        f"Offline, fetch {OFFICIAL_URL} elsewhere and give it with --questions PATH, or use the "
-        "shapes world's questions, which are shipped"
-    )
-    try:
-        with urlopen(OFFICIAL_URL, timeout=60) as reply:
-            content = reply.read()
-    except OSError as error:
-        raise ValueError(f"DPG-Bench's questions cannot be fetched ({error}). {advice}.") from error
-    if (blob := git_blob_sha1(content)) != OFFICIAL_BLOB:
-        raise ValueError(
-            f"{OFFICIAL_URL} gave {len(content)} bytes that are not the official question file "
-            f"(git blob {blob}, not {OFFICIAL_BLOB}). {advice}."
-        )
-    return content

@@ -7,8 +7,9 @@ from urllib.error import URLError
 
 import pytest
 
-from dpg_bench import questions
-from dpg_bench.questions import COLUMNS, git_blob_sha1, official_questions, read_questions
+from dpg_bench import official, questions
+from dpg_bench.official import official_questions
+from dpg_bench.questions import COLUMNS, git_blob_sha1, read_questions
 
 ROWS = [
     # item, text, proposition, dependency, tuple, question
@@ -111,7 +112,7 @@ def network(tmp_path, monkeypatch):
     answers = []
 
     def urlopen(url, timeout):
-        assert url == questions.OFFICIAL_URL
+        assert url == official.OFFICIAL_URL
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
