@@ -111,7 +111,6 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> JanusConfig:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json lacks a Janus-Pro setting: {error!r}") from error
-    config.tie_word_embeddings = HEAD not in weights
     return config
 
 
