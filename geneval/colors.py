@@ -112,9 +112,8 @@ def load_clip(path: Path, architecture: str = ARCHITECTURE) -> nn.Module:
             warnings.simplefilter("ignore")  # torch.jit is deprecated; the published file needs it
             archive = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} is not OpenAI's archive of CLIP: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is not OpenAI's archive of CLIP: {reason}") from error
     state_dict = {k: v for k, v in archive.state_dict().items() if k not in _ARCHIVE_CONSTANTS}
     load_strict(clip, state_dict, path)
     return clip

@@ -194,8 +194,9 @@ def _hub_folder() -> Path:
         wanted = ["config.json", "model.safetensors"]
         return Path(snapshot_download(HUB_APPROXIMATION, allow_patterns=wanted))
     except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"the hub's {HUB_APPROXIMATION} is not here and cannot be downloaded "
-            f"({str(error).splitlines()[0]}). Copy its folder here, or give it as "
+            f"({reason}). Copy its folder here, or give it as "
             "--detector-weights"
         ) from error

@@ -5,6 +5,7 @@ A source is a file, a folder with a config.json (the layout of `t2i/assets/shape
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -18,8 +19,11 @@ from t2i.weights import file_sha256, folder_sha256, state_dict_sha256
 FAMILIES = {
     "llamagen": "t2i.backbones.llamagen",
     "janus": "t2i.backbones.janus",
+    "open_magvit2": "t2i.backbones.open_magvit2",
     "rar": "t2i.backbones.rar",
 }
+EMBEDDED_TOKENIZER = ("open_magvit2",)
+"""Families whose published weight file holds the image tokenizer, too."""
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,7 +100,7 @@ def load_backbone(
     Args:
         family: one of `FAMILIES`.
         source: official weight file or folder, folder with config.json, a shipped base, "owner/repo:file" or "owner/repo".
-        tokenizer: image tokenizer weights; needed for pixels and for codebook noise.
+        tokenizer: image tokenizer weights, needed for pixels and for codebook noise; Open-MAGVIT2's checkpoints hold their own.
         text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image: google/flan-t5-xl).
         text_encoder_dtype: "float32" or "bfloat16" (what LlamaGen's features were computed in), whatever the backbone's is.
         config: the family's config dataclass, for shapes that were never published.
@@ -168,9 +172,10 @@ def load_source(
     backbone.source = replace(source, config=asdict(backbone.config))
     if files.sampling:
         backbone.spec = replace(backbone.spec, sampling=SamplingConfig(**files.sampling))
-    if files.tokenizer is not None:
+    if files.tokenizer is not None and (weights is not None or files.tokenizer != files.weights):
         backbone.frozen.tokenizer = module.load_tokenizer(resolve(files.tokenizer))
     if backbone.frozen.tokenizer is not None:
+        _check_codes(backbone)
         backbone.frozen.tokenizer.to(device)
     if files.text_encoder is not None:
         from t2i.conditioning.t5 import T5Captions
@@ -182,6 +187,15 @@ def load_source(
             device=device,
         )
     return backbone.to(device)
+
+
+def _check_codes(backbone: Backbone) -> None:
+    codes = math.prod(backbone.spec.subvocabs)
+    if backbone.tokenizer.codebook_size != codes:
+        raise ValueError(
+            f"the image tokenizer has {backbone.tokenizer.codebook_size} codes and the {backbone.spec.family} backbone "
+            f"{codes}: they do not belong together"
+        )
 
 
 def with_hash(source: BackboneSource) -> BackboneSource:
@@ -208,8 +222,9 @@ def published_as_folder(family: str) -> bool:
 def expand_folder(source: BackboneSource) -> BackboneSource:
     """Fill in what a backbone folder's config.json says; what the caller gave wins."""
     path = ASSETS / source.weights if source.weights in shipped_bases() else Path(source.weights)
+    embeds = source.family in EMBEDDED_TOKENIZER
     if not path.is_dir():
-        return source
+        return replace(source, tokenizer=source.tokenizer or (source.weights if embeds else None))
     try:
         stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "family" not in stored and published_as_folder(source.family):
@@ -230,7 +245,7 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
     return replace(
         source,
         weights=weights,
-        tokenizer=source.tokenizer or files.get("tokenizer"),
+        tokenizer=source.tokenizer or files.get("tokenizer") or (weights if embeds else None),
         text_encoder=source.text_encoder or files.get("text_encoder"),
         config=source.config or config,
         sampling=source.sampling or stored.get("sampling", {}),

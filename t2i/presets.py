@@ -21,12 +21,17 @@ def arxiv2505(**overrides) -> TensorARConfig:
     )
 
 
+def tuned(**overrides) -> TensorARConfig:
+    """Not from the papers: drafts that weigh little, and half of them the model's own (evidence: docs/recipe.md)."""
+    return iclr2026(**{"slot_weights": (1.0, 0.03), "own_drafts": 0.5, **overrides})
+
+
 def base(**overrides) -> TensorARConfig:
     """No TensorAR: the backbone as it is (k = 1), for controls that go through the same code."""
     return _changed(TensorARConfig(k=1), overrides)
 
 
-METHODS = {"iclr2026": iclr2026, "arxiv2505": arxiv2505, "base": base}
+METHODS = {"iclr2026": iclr2026, "arxiv2505": arxiv2505, "tuned": tuned, "base": base}
 
 
 def method(name: str, **overrides) -> TensorARConfig:

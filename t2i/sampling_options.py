@@ -9,19 +9,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingOverrides:
-    """Each field as in `SamplingConfig`; None keeps the model's own setting."""
+    """Each field as in `SamplingConfig` (several numbers: one per sub-token of a code); None keeps the model's own setting."""
 
-    cfg_scale: float | None = None
+    cfg_scale: float | tuple[float, ...] | None = None
     """Classifier-free guidance; 1 is off."""
     cfg_interval: int | None = None
     """Guide the first image token and the next so many + 1 only; -1 guides all."""
     cfg_power: float | None = None
     """Let guidance grow along a power-cosine; 0 is constant."""
-    temperature: float | None = None
+    temperature: float | tuple[float, ...] | None = None
     """0 takes the most likely code."""
-    top_k: int | None = None
+    top_k: int | tuple[int, ...] | None = None
     """Keep the k most likely codes; 0 keeps all."""
-    top_p: float | None = None
+    top_p: float | tuple[float, ...] | None = None
     """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
     window: int | None = None
     """Slots per step of a TensorAR model; 0 is all."""

@@ -7,23 +7,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import tiny_janus, tiny_llamagen, tiny_rar
+from helpers import tiny_janus, tiny_llamagen, tiny_open_magvit2, tiny_rar
 
 torch.set_num_threads(1)
 
 
-TINY = {
-    "class": lambda: tiny_llamagen("class"),
-    "text": lambda: tiny_llamagen("text"),
+BACKBONES = {
+    "llamagen_class": lambda: tiny_llamagen("class"),
+    "llamagen_text": lambda: tiny_llamagen("text"),
     "janus": tiny_janus,
+    "open_magvit2": tiny_open_magvit2,
     "rar": tiny_rar,
 }
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture(params=BACKBONES)
 def backbone(request):
-    """A tiny LlamaGen of each kind, and one of every other family."""
-    return TINY[request.param]()
+    """A tiny backbone of each family and kind of condition: 4x4 codes, random weights."""
+    return BACKBONES[request.param]()
 
 
 @pytest.fixture(scope="session")

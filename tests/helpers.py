@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from t2i.backbones.base import Backbone
 from t2i.backbones.janus import Janus
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
+from t2i.backbones.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config
 from t2i.backbones.rar import RAR, RARConfig
 from t2i.backbones.tiny_janus import build_tiny_janus
 from t2i.tensorar.model import TensorAR
+from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
 
@@ -82,7 +84,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             if value.dim() == 1:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
-                head = any(part in name for part in ("output", "lm_head", "vision_head"))
+                head = any(part in name for part in ("output", "head"))
                 fan_in = value.shape[-1] if value.dim() == 3 else value[0].numel()  # 3: a table
                 value.normal_(std=(3.0 if head else 1.0) * fan_in**-0.5, generator=generator)
 
@@ -143,6 +145,31 @@ def tiny_rar(seed: int = 0) -> RAR:
     return backbone.eval()
 
 
+def tiny_lfq(seed: int = 0) -> LFQTokenizer:
+    """Two pixels per code, 2^7 codes."""
+    tokenizer = LFQTokenizer(LFQConfig(32, (1, 2), 1, bits=7))
+    randomize(tokenizer, seed)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def tiny_open_magvit2(seed: int = 0) -> OpenMAGVIT2:
+    """An Open-MAGVIT2 of 4x4 codes, each two sub-tokens, with a tokenizer, in eval mode."""
+    config = OpenMAGVIT2Config(
+        dim=32,
+        n_layer=2,
+        n_intra_layer=2,
+        n_head=2,
+        grid=(4, 4),
+        bits=(3, 4),
+        ffn_dim=64,
+        num_classes=10,
+    )
+    backbone = OpenMAGVIT2(config)
+    randomize(backbone, seed)
+    backbone.frozen.tokenizer = tiny_lfq()
+    return backbone.eval()
+
+
 def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
     """Different conditions: labels, or left-padded captions or prompts of different lengths."""
     if isinstance(backbone, Janus):
@@ -156,9 +183,17 @@ def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
     return {"features": features * mask[..., None], "mask": mask}
 
 
-def tiny_codes(batch: int, seed: int = 0) -> Tensor:
-    """Random codes [B, 16, 1]."""
-    return torch.randint(48, (batch, 16, 1), generator=torch.Generator().manual_seed(seed))
+def tiny_codes(backbone: Backbone, *shape: int, seed: int = 0) -> Tensor:
+    """Random codes [*shape, S]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack(
+        [torch.randint(v, shape, generator=generator) for v in backbone.spec.subvocabs], dim=-1
+    )
+
+
+def other_codes(backbone: Backbone, codes: Tensor) -> Tensor:
+    """Codes that differ from the given ones [..., S] in every sub-token."""
+    return (codes + 1) % torch.tensor(backbone.spec.subvocabs)
 
 
 def open_gates(model: TensorAR) -> TensorAR:
@@ -169,3 +204,13 @@ def open_gates(model: TensorAR) -> TensorAR:
             if name.endswith(("z_in", "z_out")):
                 gate.normal_(generator=generator)
     return model
+
+
+class Killed(Exception):
+    """Raised in the middle of things, where a process could be killed."""
+
+
+def folder_content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative name."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}

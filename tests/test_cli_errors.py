@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_llamagen
+from helpers import tiny_llamagen, tiny_vq
 from PIL import Image
 
 from launch import generate, train_llamagen
@@ -158,9 +158,12 @@ def test_backbone_that_reads_no_captions(train_fails, tiny_world, tmp_path):
     config = {"family": "llamagen", "weights": "gpt.pt", "config": vars(backbone.config)}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "has no image tokenizer" in train_fails("--backbone.weights", tmp_path)
-    vq = tiny_world / "base" / "vq.pt"
+    torch.save({"model": tiny_vq().state_dict()}, vq := tmp_path / "vq.pt")
     message = train_fails("--backbone.weights", tmp_path, "--backbone.tokenizer", vq)
     assert "needs a text-to-image backbone with its text encoder" in message
+    vq = tiny_world / "base" / "vq.pt"
+    message = train_fails("--backbone.weights", tmp_path, "--backbone.tokenizer", vq)
+    assert "tokenizer has 64 codes and the llamagen backbone 48" in message
 
 
 def test_check_finds_what_training_would(train_fails):

@@ -6,7 +6,8 @@ from helpers import golden_cases, golden_table
 
 from t2i import presets
 from t2i.backbones.base import SamplingConfig
-from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig, load, rope_table, rotate
+from t2i.backbones.llama import rope_table, rotate
+from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig, load
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import (
     filter_logits,

@@ -184,7 +184,7 @@ def test_greedy_ids(case, model, prepared, run):
 def test_guidance_of_the_runs(case, model, run):
     expected = case.expected(f"cfg_schedule_{run}")
     config, steps = sampling_of(*case.config["guidance"][run]), len(expected)
-    scales = [model.backbone.guidance(config, t, steps)[0] for t in range(steps)]
+    scales = [model.backbone.guidance(config, t, steps) for t in range(steps)]
     torch.testing.assert_close(torch.tensor(scales), expected, atol=1e-6, rtol=1e-6)
 
 
@@ -192,7 +192,7 @@ def test_guidance_table(model):
     for run in golden_table("rar_cfg.json")["presets"]:
         config = sampling_of(run["guidance_scale"], run["guidance_scale_pow"])
         steps = run["image_seq_len"]
-        scales = [model.backbone.guidance(config, t, steps)[0] for t in range(steps)]
+        scales = [model.backbone.guidance(config, t, steps) for t in range(steps)]
         expected = torch.tensor(run["scale"])
         torch.testing.assert_close(torch.tensor(scales), expected, atol=1e-6, rtol=1e-6)
 

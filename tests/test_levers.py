@@ -35,7 +35,7 @@ def test_noise_floor_squeezes_the_schedule():
 
 def test_own_drafts_grow_with_progress():
     model, n = fresh(own_drafts=1.0, anneal=True), 32
-    codes, keys = tiny_codes(n), make_keys(1, torch.arange(n))
+    codes, keys = tiny_codes(model.backbone, n, 16), make_keys(1, torch.arange(n))
     condition = model.backbone.encode_condition(tiny_prepared(model.backbone, n))
     noised = model.noised_windows(codes, keys)
 
@@ -50,7 +50,7 @@ def test_own_drafts_grow_with_progress():
 @pytest.mark.parametrize("detach", [False, True])
 def test_detached_drafts_do_not_pull_on_the_trunk(detach):
     model = open_gates(fresh(detach=detach, slot_weights=(1e-9, 1.0)))
-    codes = tiny_codes(BATCH)
+    codes = tiny_codes(model.backbone, BATCH, 16)
     condition = model.backbone.encode_condition(tiny_prepared(model.backbone, BATCH))
     model(codes, condition, model.noised_windows(codes, KEYS)).weighted(
         model.config.weights()

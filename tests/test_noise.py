@@ -3,9 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny_codes, tiny_llamagen, tiny_open_magvit2
 
+from t2i import presets
 from t2i.rng import fold, integers, make_keys
-from t2i.tensorar.noise import corrupt_categorical, corrupt_codebook, schedule_strengths
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.noise import (
+    corrupt_bits,
+    corrupt_categorical,
+    corrupt_codebook,
+    schedule_strengths,
+)
 
 TABLES = {  # b(j) for k = 4
     "linear": [0, 0.25, 0.5, 0.75],
@@ -36,12 +44,16 @@ def codebook(windows, keys):
     return corrupt_codebook(windows, STRENGTHS, tuple(tables), keys)
 
 
+def bits(windows, keys):
+    return corrupt_bits(windows, STRENGTHS, (64, 4096), keys)
+
+
 def some_windows(batch, count=16):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(31, (batch, count, 4, 2), generator=generator)
 
 
-@pytest.mark.parametrize("corrupt", [categorical, codebook])
+@pytest.mark.parametrize("corrupt", [categorical, codebook, bits])
 def test_noise_depends_on_the_sample_alone(corrupt):
     windows, keys = some_windows(5), make_keys(3, torch.arange(5))
     noised = corrupt(windows, keys)
@@ -51,7 +63,7 @@ def test_noise_depends_on_the_sample_alone(corrupt):
     assert not torch.equal(noised, corrupt(windows, make_keys(4, torch.arange(5))))
 
 
-@pytest.mark.parametrize("corrupt", [categorical, codebook])
+@pytest.mark.parametrize("corrupt", [categorical, codebook, bits])
 def test_slot_0_stays_clean_and_noise_grows(corrupt):
     windows = some_windows(64, 64)
     noised = corrupt(windows, make_keys(0, torch.arange(64)))
@@ -91,3 +103,34 @@ def test_codebook_noise_against_algorithm_2():
             x, strength = windows[b, i, j, s], STRENGTHS[j]
             mixed = (1 - strength) * table[x] + strength * table[n[b, i, j]]
             assert noised[b, i, j, s] == F.cosine_similarity(mixed[None], table).argmax()
+
+
+def test_bit_noise_draws_every_bit_anew():
+    """A bit flips with probability b/2, independently of the others; strength 1 leaves nothing of the code."""
+    windows = torch.tensor([45, 2718]).expand(100, 50, 4, 2)
+    strengths = torch.tensor([0.0, 0.3, 0.7, 1.0])
+    noised = corrupt_bits(windows, strengths, (64, 4096), make_keys(0, torch.arange(100)))
+    places = [(s, i) for s, n in enumerate((6, 12)) for i in range(n)]
+    flips = torch.stack([(noised ^ windows)[..., s] >> i & 1 for s, i in places], dim=-1).float()
+    rates = flips.mean((0, 1))
+    torch.testing.assert_close(rates, (strengths / 2)[:, None].expand(4, 18), atol=0.03, rtol=0)
+    same = (noised == windows).all(-1).float().mean((0, 1))
+    torch.testing.assert_close(same, (1 - strengths / 2) ** 18, atol=0.02, rtol=0)
+    for j in (1, 2, 3):
+        off_diagonal = flips[:, :, j].flatten(0, 1).T.corrcoef() - torch.eye(18)
+        assert off_diagonal.abs().max() < 0.07
+    assert (noised >= 0).all() and noised[..., 0].max() == 63 and noised[..., 1].max() > 4000
+
+
+@pytest.mark.parametrize("kind", ["bits", "vectors"])
+def test_the_backbone_decides_what_codebook_noise_is(kind):
+    backbone = tiny_open_magvit2() if kind == "bits" else tiny_llamagen("class")
+    model = TensorAR(backbone, presets.arxiv2505())
+    codes, keys = tiny_codes(backbone, 2, 16), make_keys(0, torch.arange(2))
+    windows, b = model.windows.gather(codes), torch.tensor(schedule_strengths("sine", 4))
+    expected = (
+        corrupt_bits(windows, b, backbone.spec.subvocabs, keys)
+        if kind == "bits"
+        else corrupt_codebook(windows, b, backbone.code_vectors(), keys)
+    )
+    assert torch.equal(model.noised_windows(codes, keys), expected)

@@ -67,7 +67,7 @@ def test_tokenizer_size():
 def test_sampling_presets(size):
     backbone = on_meta(size)
     sampling = backbone.spec.sampling
-    scales = [backbone.guidance(sampling, t, 256)[0] for t in (0, 64, 128, 192, 255)]
+    scales = [backbone.guidance(sampling, t, 256) for t in (0, 64, 128, 192, 255)]
     assert scales == pytest.approx(GUIDANCE[size], abs=0.01)
     assert sampling.temperature == (1.0 if size == "B" else 1.02)
     assert sampling.top_k == 0 and sampling.top_p == 1
@@ -75,7 +75,7 @@ def test_sampling_presets(size):
 
 def test_an_unpublished_shape_samples_like_the_demonstration():
     backbone = tiny_rar()
-    assert [backbone.guidance(backbone.spec.sampling, t, 16) for t in (0, 15)] == [(4.0,)] * 2
+    assert [backbone.guidance(backbone.spec.sampling, t, 16) for t in (0, 15)] == [4.0] * 2
 
 
 def test_bad_power():
@@ -155,7 +155,7 @@ def test_bf16(folder):
         t2i.attach(rar.load(folder / "rar.bin", dtype=dtype), presets.iclr2026())
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    codes = tiny_codes(4)
+    codes = tiny_codes(models[0].backbone, 4, 16)
     logits = []
     for model in models:
         prepared = tiny_prepared(model.backbone, 4)
@@ -189,7 +189,8 @@ def loss_of(model, codes, drop=None):
 
 
 def test_every_parameter_trains_and_recomputation_changes_nothing():
-    model, codes = TensorAR(tiny_rar(), presets.base()), tiny_codes(3)
+    model = TensorAR(tiny_rar(), presets.base())
+    codes = tiny_codes(model.backbone, 3, 16)
     drop = torch.tensor([False, False, True])
     gradients = []
     for recompute in (False, True):
@@ -214,7 +215,8 @@ def test_every_parameter_trains_and_recomputation_changes_nothing():
 @pytest.mark.parametrize("place", ["inputs", "scores", "projection", "mlp"])
 def test_dropout_acts_in_training_only(place):
     """Each of the places by itself, the others switched off; the MLP has two."""
-    model, codes = TensorAR(tiny_rar(), presets.base()), tiny_codes(3)
+    model = TensorAR(tiny_rar(), presets.base())
+    codes = tiny_codes(model.backbone, 3, 16)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -240,7 +242,7 @@ def test_pretraining_from_a_config():
     backbone = RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), **sizes)).train()
     backbone.gpt.initialize(torch.Generator().manual_seed(0))
     assert not any(p.any() for n, p in backbone.named_parameters() if "adaLN" in n)
-    model, codes = TensorAR(backbone, presets.base()), tiny_codes(3)
+    model, codes = TensorAR(backbone, presets.base()), tiny_codes(backbone, 3, 16)
     first = loss_of(model, codes).item()
     assert first == pytest.approx(math.log(48), abs=0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import golden_table, open_gates, tiny_llamagen, tiny_prepared
+from helpers import golden_table, open_gates, tiny_codes, tiny_llamagen, tiny_prepared
 
 from t2i import presets
 from t2i.backbones.base import SamplingConfig
@@ -84,23 +84,24 @@ def test_bad_settings(bad):
 
 
 def logits_by_step(model, windows, config, rows):
-    """Logits [B, N, k, V] while the given windows are fed."""
-    prepared, collected = tiny_prepared(model.backbone, rows), []
-    h, state = prefill(model, prepared, config)
+    """Logits [B, N, k, V_s] of every sub-token while the given windows are fed."""
+    settings = config.by_sub_token(windows.shape[-1])
+    collected = [[] for _ in settings]
+    h, state = prefill(model, tiny_prepared(model.backbone, rows), config)
     for i in range(model.windows.count):
-        collected.append(
-            window_logits(model, model.decode_slots(h), windows[:, i, :, :0], i, state, config)
-        )
+        d = model.decode_slots(h)
+        for s, own in enumerate(settings):
+            collected[s].append(window_logits(model, d, windows[:, i, :, :s], i, state, own))
         if i + 1 < model.windows.count:
             h = step(model, windows[:, i], i, state)
-    return torch.stack(collected, 1)
+    return [torch.stack(logits, 1) for logits in collected]
 
 
 def test_guidance_and_its_interval(model):
-    windows = torch.randint(48, (3, 16, 4, 1), generator=torch.Generator().manual_seed(0))
+    windows = tiny_codes(model.backbone, 3, 16, 4)
 
     def logits(**settings):
-        return logits_by_step(model, windows, SamplingConfig(**settings), 3)
+        return torch.cat(logits_by_step(model, windows, SamplingConfig(**settings), 3), dim=-1)
 
     plain, two, three = (logits(cfg_scale=s) for s in (1.0, 2.0, 3.0))
     assert (two - plain).abs().max() > 0.5
@@ -112,9 +113,9 @@ def test_guidance_and_its_interval(model):
 
 def test_interval_counts_tokens_for_any_stride(backbone):
     model = open_gates(TensorAR(backbone, presets.iclr2026(stride=2)).eval())
-    windows = torch.randint(48, (2, 8, 4, 1), generator=torch.Generator().manual_seed(0))
+    windows = tiny_codes(backbone, 2, 8, 4)
     plain, guided, some = (
-        logits_by_step(model, windows, SamplingConfig(cfg_scale=s, cfg_interval=c), 2)
+        logits_by_step(model, windows, SamplingConfig(cfg_scale=s, cfg_interval=c), 2)[-1]
         for s, c in ((1.0, -1), (3.0, -1), (3.0, 5))
     )
     assert torch.equal(some[:, :4], guided[:, :4])  # windows 0..3 start at tokens 0..6
@@ -146,8 +147,9 @@ def test_every_slot_of_every_step_has_its_own_number(model):
     keys = make_keys(0, torch.arange(3))
     windows = sample_windows(model, tiny_prepared(model.backbone, 3), keys, config)
     logits = logits_by_step(model, windows, config, 3)
-    u = uniforms(keys, 4, 16).transpose(1, 2)
-    assert torch.equal(pick(logits, u, config), windows[..., 0])
+    u = uniforms(keys, 4, 16, len(logits)).transpose(1, 2)
+    for s, logits_s in enumerate(logits):
+        assert torch.equal(pick(logits_s, u[..., s], config), windows[..., s])
 
 
 def test_refinement_stages_and_progress(model):
@@ -159,7 +161,7 @@ def test_refinement_stages_and_progress(model):
         SamplingConfig(),
         on_step=lambda: ticks.append(1),
     )
-    assert windows.shape == (2, 16, 4, 1) and len(ticks) == 16
+    assert windows.shape == (2, 16, 4, len(model.backbone.spec.subvocabs)) and len(ticks) == 16
     stages = [model.windows.stage_codes(windows, r) for r in range(1, model.windows.stages + 1)]
     assert torch.equal(stages[-1], model.windows.final_codes(windows))
     assert not torch.equal(stages[0], stages[-1])

@@ -10,7 +10,7 @@ K width of a head.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How codes are drawn."""
+    """How codes are drawn. A tuple has one number per sub-token of a code; a number holds for all of them."""
 
-    cfg_scale: float = 1.0
+    cfg_scale: float | tuple[float, ...] = 1.0
     """Classifier-free guidance: null + scale * (cond - null); 1 turns it off and halves the work."""
     cfg_interval: int = -1
     """Guide the first image token and the next `cfg_interval` + 1 only (LlamaGen's option); -1 guides all."""
     cfg_power: float = 0.0
     """Let guidance grow from 1 to `cfg_scale` along a power-cosine (RAR's option); the higher, the later. 0 is constant."""
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0
     """0 takes the most likely code."""
-    top_k: int = 0
+    top_k: int | tuple[int, ...] = 0
     """Keep the k most likely codes (and ties); 0 keeps all."""
-    top_p: float = 1.0
+    top_p: float | tuple[float, ...] = 1.0
     """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
     window: int = 0
     """Slots that a TensorAR model predicts and feeds back per step; 0 is all k, fewer are fewer drafts."""
@@ -48,7 +48,10 @@ class SamplingConfig:
     """Move away from what was predicted for the same position one step earlier: logits + contrast * (logits - earlier)."""
 
     def __post_init__(self):
-        if self.cfg_scale < 1:
+        for name in _PER_SUB_TOKEN:
+            if isinstance(getattr(self, name), list):  # JSON has no tuples
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if min(_numbers(self.cfg_scale)) < 1:
             raise ValueError(
                 f"cfg_scale={self.cfg_scale} must be at least 1 (1 is without guidance)"
             )
@@ -58,9 +61,10 @@ class SamplingConfig:
             raise ValueError(
                 f"cfg_power={self.cfg_power} must not be negative (0 is constant guidance)"
             )
-        if self.temperature < 0:
+        if min(_numbers(self.temperature)) < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy)")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
+        top_p = _numbers(self.top_p)
+        if min(_numbers(self.top_k)) < 0 or not 0 < min(top_p) <= max(top_p) <= 1:
             raise ValueError(f"top_k={self.top_k} must be >= 0 and top_p={self.top_p} in (0, 1]")
         if self.window < 0 or self.draft_temperature < 0:
             raise ValueError(
@@ -68,6 +72,24 @@ class SamplingConfig:
             )
         if not 0 <= self.renoise <= 1 or not 0 <= self.keep <= 1:
             raise ValueError(f"renoise={self.renoise} and keep={self.keep} must be from 0 to 1")
+
+    def by_sub_token(self, count: int) -> tuple["SamplingConfig", ...]:
+        """The settings of each of `count` sub-tokens, in plain numbers; ValueError if a tuple has another length."""
+        given = {n: getattr(self, n) for n in _PER_SUB_TOKEN if isinstance(getattr(self, n), tuple)}
+        for name, values in given.items():
+            if len(values) != count:
+                raise ValueError(
+                    f"{name}={values} must be one number, or one for each of the {count} sub-token(s) of a code"
+                )
+        return tuple(replace(self, **{n: v[s] for n, v in given.items()}) for s in range(count))
+
+
+_PER_SUB_TOKEN = ("cfg_scale", "temperature", "top_k", "top_p")
+
+
+def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    """One number or several, as a tuple; an empty one as a value that no setting allows."""
+    return (value if isinstance(value, tuple) else (value,)) or (-1.0,)
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,8 @@ class BackboneSpec:
     """Length P of the condition prefix (the longest one where it varies)."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the base model was sampled by its authors."""
+    sign_codebook: bool = False
+    """Codes are sign patterns, a sub-token's bits one latent channel each: noise between neighbours draws bits anew."""
 
     @property
     def num_tokens(self) -> int:
@@ -312,10 +336,9 @@ class Backbone(nn.Module, ABC):
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `length` inputs, with the dtype and device of the parameters."""
 
-    def guidance(self, config: SamplingConfig, step: int, steps: int) -> tuple[float, ...]:
-        """CFG scale of each sub-token at a step of the sampling loop."""
-        scale = power_cosine(config.cfg_scale, config.cfg_power, step, steps)
-        return (scale,) * len(self.spec.subvocabs)
+    def guidance(self, config: SamplingConfig, step: int, steps: int) -> float:
+        """CFG scale at a step of the sampling loop, by the settings of one sub-token (`SamplingConfig.by_sub_token`)."""
+        return power_cosine(config.cfg_scale, config.cfg_power, step, steps)
 
     # -- pixels -----------------------------------------------------------------------------------------------------------
     @property

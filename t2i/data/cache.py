@@ -104,7 +104,7 @@ def build_cache(
     with tqdm(total=plan.total(wanted), desc="cache", unit=" images", disable=quiet) as bar:
         encode_shards(plan, wanted, folder, encoders, bar.update)
     paths = [shard_path(folder, shard) for shard in range(plan.count)]
-    _wait_for(paths, patience)
+    wait_for(paths, patience)
     readers = [ShardReader(path) for path in paths]
     if not any(reader.codes_shape[0] for reader in readers):
         report = _report(source, readers)
@@ -116,7 +116,7 @@ def build_cache(
         )
     if rank == 0:
         _finish(folder, key, source, readers)
-    _wait_for([folder / "manifest.json"], patience)
+    wait_for([folder / "manifest.json"], patience)
     return folder
 
 
@@ -203,7 +203,8 @@ def _is_mine_to_do(shard: int, folder: Path, rank: int, world_size: int) -> bool
     return shard % world_size == rank and not shard_path(folder, shard).exists()
 
 
-def _wait_for(paths: Sequence[Path], patience: float) -> None:
+def wait_for(paths: Sequence[Path], patience: float) -> None:
+    """Wait until all of these files exist; TimeoutError if none appears for `patience` seconds."""
     missing, deadline = list(paths), time.monotonic() + patience
     while True:
         still = [path for path in missing if not path.exists()]

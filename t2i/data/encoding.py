@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from t2i.data.images import SkipSample
 from t2i.data.samples import Sample, Source
 from t2i.data.shards import ShardWriter
 
-_DECODE_THREADS = 4  # Pillow decodes outside Python's lock
+DECODE_THREADS = 4  # Pillow decodes outside Python's lock
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -82,25 +85,26 @@ def encode_shards(
     advance: Callable[[int], object],
 ) -> None:
     """Build the wanted shards one after the other; `advance(n)` is told of every n samples."""
-    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
         for shard, samples in plan.samples(wanted):
             writer = ShardWriter(folder, shard)
             loading = (
                 (batch, pool.map(encoders.load, batch))
-                for batch in _batches(samples, encoders.batch_size)
+                for batch in batches(samples, encoders.batch_size)
             )
-            for batch, loaded in _one_ahead(loading):
+            for batch, loaded in one_ahead(loading):
                 _encode_batch(batch, list(loaded), writer, encoders)
                 advance(len(batch))
             writer.close()
 
 
-def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    while batch := list(islice(samples, size)):
+def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    while batch := list(islice(items, size)):
         yield batch
 
 
-def _one_ahead(items: Iterator) -> Iterator:
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each fetched while its predecessor is in use: threads decode meanwhile."""
     current = next(items, None)
     while current is not None:

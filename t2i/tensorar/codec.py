@@ -134,7 +134,8 @@ class Codec(nn.Module):
         """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one for the norms.
 
         What the decoder's blocks add is a tenth of that: drafts then start near the uniform distribution. At full scale they
-        start well above its loss, and that error would reach the trunk and the shared head.
+        start well above its loss, and that error would reach the trunk and the shared head. (Where a norm follows the decoder, as
+        in Open-MAGVIT2's head, their size is lost, and drafts start there anyway.)
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and name.endswith(".weight"):

@@ -17,6 +17,7 @@ from t2i.tensorar.noise import (
     GAUSSIAN_VARIANCE,
     NoiseKind,
     Schedule,
+    corrupt_bits,
     corrupt_categorical,
     corrupt_codebook,
     schedule_strengths,
@@ -48,9 +49,6 @@ class TensorARConfig:
     """Share of training samples whose drafts are the model's own samples, as in sampling, instead of noised truth."""
     anneal: bool = False
     """Let that share grow linearly from 0 at the first step to `own_drafts` at the last."""
-    wrong_finals: float = 0.0
-    """Share of final slots that hold a wrong code in training, so that a mistake in sampling is nothing new: the model's own sample
-    where drafts are its own, else a random code."""
     detach: bool = False
     """The output decoder reads the trunk's state without a gradient: drafts cannot pull on the trunk, only on the head."""
     slot_weights: tuple[float, ...] = (1.0,)
@@ -70,7 +68,7 @@ class TensorARConfig:
             raise ValueError(
                 f"slot_weights={self.slot_weights}: give weights >= 0, that of slot 0 above 0"
             )
-        for name in ("own_drafts", "noise_floor", "wrong_finals"):
+        for name in ("own_drafts", "noise_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
         if self.own_drafts > 0 and self.noise == "gaussian":
@@ -156,10 +154,13 @@ class TensorAR(nn.Module):
         )
         b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
         b_k = share * b_k[: windows.shape[2]].to(windows.device)
+        spec = self.backbone.spec
+        if self.config.noise == "codebook" and spec.sign_codebook:
+            return corrupt_bits(windows, b_k, spec.subvocabs, keys)
         if self.config.noise == "codebook":
             vectors = tuple(v.to(windows.device) for v in self.backbone.code_vectors())
             return corrupt_codebook(windows, b_k, vectors, keys)
-        return corrupt_categorical(windows, b_k, self.backbone.spec.subvocabs, keys)
+        return corrupt_categorical(windows, b_k, spec.subvocabs, keys)
 
     def training_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, progress: float = 1.0
@@ -168,26 +169,18 @@ class TensorAR(nn.Module):
 
         progress: share of the run that is done, for annealing.
         """
-        config, final = self.config, self.config.stride
+        final = self.config.stride
         windows = self.noised_windows(codes, keys)
-        mistakes = self._random_codes(fold(keys, 2003), windows.shape[1], final)
-        share = config.own_drafts * (progress if config.anneal else 1.0)
-        if share > 0:
-            # Only the chosen rows pass the model again; at least one does, since under ZeRO-3 a pass is collective.
-            chosen = torch.nonzero(uniforms(fold(keys, 2001)) < share)[:, 0]
-            rows = chosen if len(chosen) else torch.zeros(1, dtype=torch.long, device=keys.device)
-            own = self.own_windows(
-                codes[rows], condition.rows(rows), fold(keys[rows], 2000), passes=1
-            )[: len(chosen)]
-            windows = windows.index_copy(
-                0, chosen, torch.cat([windows[chosen][:, :, :final], own[:, :, final:]], dim=2)
-            )
-            mistakes = mistakes.index_copy(0, chosen, own[:, :, :final])
-        if config.wrong_finals > 0:
-            wrong = uniforms(fold(keys, 2002), *mistakes.shape[1:3]) < config.wrong_finals
-            finals = torch.where(wrong[..., None], mistakes, windows[:, :, :final])
-            windows = torch.cat([finals, windows[:, :, final:]], dim=2)
-        return windows
+        share = self.config.own_drafts * (progress if self.config.anneal else 1.0)
+        if share == 0 or self.config.k == final:
+            return windows
+        # Only the chosen rows pass the model again; at least one does, since under ZeRO-3 a pass is collective.
+        chosen = torch.nonzero(uniforms(fold(keys, 2001)) < share)[:, 0]
+        rows = chosen if len(chosen) else torch.zeros(1, dtype=torch.long, device=keys.device)
+        own = self.own_draft_windows(
+            codes[rows], condition.rows(rows), fold(keys[rows], 2000), passes=1
+        )
+        return windows.index_copy(0, chosen, own[: len(chosen)])
 
     def embed_windows(
         self, windows: Tensor, first: int = 0, gaussian_keys: Tensor | None = None
@@ -260,49 +253,33 @@ class TensorAR(nn.Module):
         return SlotLosses(sums, valid_kN.sum(1) * len(codes))
 
     # -- own drafts -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
     def own_draft_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, passes: int = 2
     ) -> Tensor:
         """Input windows with the true code in the final slots and the model's own samples behind them, int64 [B, N, k, S].
 
-        This is what sampling feeds the model, up to the true final slots.
-        """
-        final = self.config.stride
-        truth = self.windows.gather(codes)
-        if self.config.k == final:
-            return truth
-        own = self.own_windows(codes, condition, keys, passes)
-        return torch.cat([truth[:, :, :final], own[:, :, final:]], dim=2)
-
-    @torch.no_grad()
-    def own_windows(self, codes: Tensor, condition: Condition, keys: Tensor, passes: int) -> Tensor:
-        """All slots of all windows sampled from the model, given the true codes before each window; int64 [B, N, k, S].
-
         Each pass predicts all windows in parallel and takes their samples as the next pass's drafts; the first pass sees pure
-        noise as drafts, so no truth can leak into them.
+        noise as drafts, so no truth can leak into them. This is what sampling feeds the model, up to the true final slots.
         """
-        final, (n, k) = self.config.stride, (self.windows.count, self.config.k)
-        truth = self.windows.gather(codes)[:, :, :final]
-        own = self._random_codes(keys, n, k)
+        truth, stride = self.windows.gather(codes), self.config.stride
+        if self.config.k == stride:
+            return truth
+        final, drafts = truth.split([stride, self.config.k - stride], dim=2)
+        shape = drafts.shape[1:3]
+        noise = [
+            integers(fold(keys, s), v, *shape) for s, v in enumerate(self.backbone.spec.subvocabs)
+        ]
+        windows = torch.cat([final, torch.stack(noise, dim=-1)], dim=2)
         for p in range(passes):
-            windows = torch.cat([truth, own[:, :, final:]], dim=2)
-            d = self.decode_slots(self.hidden(condition, windows))
-            own = own[..., :0]
+            d = self.decode_slots(self.hidden(condition, windows))[:, :, stride:]
+            drafts = drafts[..., :0]
             for s in range(truth.shape[-1]):
-                probabilities = self.backbone.next_logits(d, own).softmax(-1)
-                u = uniforms(fold(keys, 1000 + p, s), n, k)
-                own = torch.cat([own, draw(probabilities, u)[..., None]], dim=-1)
-        return own
-
-    def _random_codes(self, keys: Tensor, *shape: int) -> Tensor:
-        """Uniform codes int64 [B, *shape, S]."""
-        return torch.stack(
-            [
-                integers(fold(keys, s), v, *shape)
-                for s, v in enumerate(self.backbone.spec.subvocabs)
-            ],
-            dim=-1,
-        )
+                probabilities = self.backbone.next_logits(d, drafts).softmax(-1)
+                u = uniforms(fold(keys, 1000 + p, s), *shape)
+                drafts = torch.cat([drafts, draw(probabilities, u)[..., None]], dim=-1)
+            windows = torch.cat([final, drafts], dim=2)
+        return windows
 
 
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:

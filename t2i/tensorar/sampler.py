@@ -60,7 +60,7 @@ def prefill(
     """Run the condition prefix. Returns the hidden state [R, D] that predicts window 0, and the state."""
     backbone = model.backbone
     condition = backbone.encode_condition(prepared)
-    guided = config.cfg_scale > 1
+    guided = any(c.cfg_scale > 1 for c in config.by_sub_token(len(backbone.spec.subvocabs)))
     if guided:
         drop = torch.ones(
             condition.prefix.shape[0], dtype=torch.bool, device=condition.prefix.device
@@ -95,7 +95,10 @@ def window_logits(
     state: DecodeState,
     config: SamplingConfig,
 ) -> Tensor:
-    """Guided fp32 logits [B, k, V_s] of the next sub-token of window `index`, from decoded slots and earlier sub-tokens [B, k, s]."""
+    """Guided fp32 logits [B, k, V_s] of the next sub-token of window `index`, from decoded slots and earlier sub-tokens [B, k, s].
+
+    The settings are those of this sub-token (`SamplingConfig.by_sub_token`).
+    """
     if state.guided:
         earlier = torch.cat([earlier, earlier])
     logits = torch.cat(
@@ -110,7 +113,7 @@ def window_logits(
     cond, null = logits.chunk(2)
     if config.cfg_interval > -1 and index * model.windows.stride - 1 > config.cfg_interval:
         return cond
-    scale = model.backbone.guidance(config, index, model.windows.count)[earlier.shape[-1]]
+    scale = model.backbone.guidance(config, index, model.windows.count)
     guided = null + (cond - null) * scale
     if not config.draft_guidance:
         guided[:, model.windows.stride :] = cond[:, model.windows.stride :]
@@ -129,16 +132,16 @@ def draw_window(
     stride = model.windows.stride
     d_RkD = model.decode_slots(h_RD)[:, : u_BkS.shape[1]]
     window = torch.empty(*u_BkS.shape[:2], 0, dtype=torch.long, device=h_RD.device)
-    drafts = replace(config, temperature=config.temperature * config.draft_temperature)
     predicted = []
-    for s in range(u_BkS.shape[-1]):
-        logits = window_logits(model, d_RkD, window, index, state, config)
+    for s, own in enumerate(config.by_sub_token(u_BkS.shape[-1])):
+        drafts = replace(own, temperature=own.temperature * own.draft_temperature)
+        logits = window_logits(model, d_RkD, window, index, state, own)
         predicted.append(logits)
         if state.drawn is not None and config.contrast:
             logits = contrasted(logits, state.logits[s][:, stride:], config.contrast)
         codes = torch.cat(
             [
-                pick(logits[:, :stride], u_BkS[:, :stride, s], config),
+                pick(logits[:, :stride], u_BkS[:, :stride, s], own),
                 pick(logits[:, stride:], u_BkS[:, stride:, s], drafts),
             ],
             dim=1,

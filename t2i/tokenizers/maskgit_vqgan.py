@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.tokenizers.vq import group_norm
 from t2i.weights import count_children, load_strict, read_state_dict
-
-_GROUPS = 32
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,6 @@ class MaskGITConfig:
             raise ValueError(f"not a MaskGIT VQGAN: key {error} is missing") from error
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
-
-
 def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
 
@@ -71,8 +66,8 @@ def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2
 class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.norm1, self.conv1 = _norm(c_in), _conv(c_in, c_out, bias=False)
-        self.norm2, self.conv2 = _norm(c_out), _conv(c_out, c_out, bias=False)
+        self.norm1, self.conv1 = group_norm(c_in), _conv(c_in, c_out, bias=False)
+        self.norm2, self.conv2 = group_norm(c_out), _conv(c_out, c_out, bias=False)
         if c_in != c_out:
             self.nin_shortcut = _conv(c_out, c_out, kernel=1, bias=False)
 
@@ -113,7 +108,7 @@ class Encoder(nn.Module):
             Level(c_in, c_out, cfg.res_blocks) for c_in, c_out in pairwise(widths)
         )
         self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = _conv(widths[-1], cfg.codebook_dim, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +130,7 @@ class Decoder(nn.Module):
             Level(widths[min(i + 1, len(widths) - 1)], width, cfg.res_blocks, enlarge=i > 0)
             for i, width in enumerate(widths)
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = _conv(widths[0], 3)
 
     def forward(self, x: Tensor) -> Tensor:

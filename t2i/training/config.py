@@ -219,7 +219,7 @@ def _shapes(method: TensorARConfig, codec_lr: float = 1e-3) -> TrainConfig:
         run_dir=Path("runs/shapes"),
         method=method,
         data=DataOptions(source="shapes"),
-        optim=OptimOptions(codec_lr=codec_lr, backbone_lr=2e-4, warmup_steps=20),
+        optim=OptimOptions(codec_lr=codec_lr, backbone_lr=1e-4, warmup_steps=20),
         engine=EngineOptions(micro_batch=32),
         log=LogOptions(save_every=100),
         batch_size=32,
@@ -262,7 +262,7 @@ RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "shapes-arxiv2505": ("offline shapes world, arXiv v1 method", _shapes(presets.arxiv2505())),
     "shapes-tuned": (
         "offline shapes world, ICLR 2026 method: light drafts, half of them its own, a faster codec",
-        _shapes(presets.iclr2026(slot_weights=(1.0, 0.03), own_drafts=0.5), codec_lr=3e-3),
+        _shapes(presets.tuned(), codec_lr=3e-3),
     ),
     "shapes-control": (
         "offline shapes world, the base fine-tuned as usual",
@@ -275,6 +275,10 @@ RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "t2i-xl-256-arxiv2505": (
         "LlamaGen text-to-image XL at 256 px, published recipe, arXiv v1 method",
         _llamagen_t2i(presets.arxiv2505()),
+    ),
+    "t2i-xl-256-tuned": (
+        "LlamaGen text-to-image XL at 256 px, light drafts, half of them its own",
+        _llamagen_t2i(presets.tuned()),
     ),
     "t2i-xl-256-lora": (
         "LlamaGen text-to-image XL at 256 px, LoRA on the backbone",

@@ -78,7 +78,7 @@ def _shapes_janus(method: TensorARConfig, **changes) -> TrainConfig:
     return replace(config, **changes)
 
 
-_LIGHT_DRAFTS = presets.iclr2026(slot_weights=(1.0, 0.03), own_drafts=0.5)
+_LIGHT_DRAFTS = presets.tuned()
 
 JANUS_RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "janus-pro-1b-lora": (

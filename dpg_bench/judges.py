@@ -1,0 +1,105 @@
+"""Who answers DPG-Bench's questions: one interface, chosen by name, and always named beside the score.
+
+mplug     the official judge (mPLUG-large); the only one whose numbers belong in a table with others'
+shapes    the exact detector, for the shapes world's own questions
+blip-vqa  BLIP's VQA model, the nearest relative of mPLUG in `transformers`
+vlm       any image-text-to-text model of `transformers`, by P("yes") against P("no")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from PIL import Image
+
+from dpg_bench.questions import Question
+
+if TYPE_CHECKING:
+    import torch
+
+OFFICIAL_JUDGE = "mplug"
+# The hub's copies; ModelScope's damo/mplug_visual-question-answering_coco_large_en is the origin of
+# the first. An empty one needs no weights.
+DEFAULT_WEIGHTS = {
+    OFFICIAL_JUDGE: "xingjianleng/mplug_visual-question-answering_coco_large_en",
+    "shapes": "",
+    "blip-vqa": "Salesforce/blip-vqa-capfilt-large",
+    "vlm": "Qwen/Qwen2.5-VL-7B-Instruct",
+}
+
+
+class Judge(Protocol):
+    """Answers questions about images."""
+
+    def identity(self) -> dict:
+        """For results files: "judge" (its name), its weights and their hash or revision."""
+        ...
+
+    def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
+        """The answer to each question, in their order. Only "yes", to the letter, counts."""
+        ...
+
+
+def answer_prompt(
+    judge: Judge, images: Sequence[Image.Image], questions: Sequence[Question]
+) -> list[dict[str, str]]:
+    """All questions of a prompt about each of its images: proposition id -> answer, an image each.
+
+    What `dpg_bench.score.score` takes as the answers of one item.
+    """
+    ids = [str(question.proposition) for question in questions]
+    return [dict(zip(ids, judge.answer(image, questions), strict=True)) for image in images]
+
+
+def load_judge(
+    name: str, weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> Judge:
+    """A judge by name.
+
+    weights: a local folder or a hub id; None for the judge's own (see DEFAULT_WEIGHTS), which are
+        fetched on first use.
+
+    Raises:
+        ValueError: no such judge, or its weights cannot be found, fetched or loaded.
+    """
+    if name not in DEFAULT_WEIGHTS:
+        raise ValueError(f"unknown judge {name!r}; choose one of {', '.join(DEFAULT_WEIGHTS)}")
+    if name == "shapes":
+        from dpg_bench.shapes_judge import ShapesJudge
+
+        if weights is not None:
+            raise ValueError("the shapes judge is an exact detector and takes no weights")
+        return ShapesJudge()
+    folder, source = find_folder(name, weights)
+    if name == OFFICIAL_JUDGE:
+        from dpg_bench.mplug.judge import MPlugJudge
+
+        return MPlugJudge.load(folder, source, device)
+    from dpg_bench.vqa_judges import BlipJudge, ChatJudge
+
+    return (BlipJudge if name == "blip-vqa" else ChatJudge).load(folder, source, device)
+
+
+def find_folder(name: str, weights: str | Path | None) -> tuple[Path, str]:
+    """The local folder of a judge's weights, and what they are called in results.
+
+    Raises:
+        ValueError: it is no folder here, and the hub cannot give it.
+    """
+    wanted = str(weights or DEFAULT_WEIGHTS[name])
+    folder = Path(wanted).expanduser()
+    if folder.is_dir():
+        return folder, folder.name
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(wanted))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"judge {name}: {wanted} is neither a folder here nor a model that the hub could give "
+            f"({reason}). Offline, copy the folder here and give its path as the judge's weights"
+        ) from error
+    return found, f"{wanted}@{found.name}"  # a snapshot's folder is named by its commit

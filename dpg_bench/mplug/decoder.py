@@ -1,0 +1,187 @@
+"""mPLUG's answer decoder, and the beam search that reads answers from it.
+
+The search is the reference's own (`models/multi_modal/mplug/predictor.py` of modelscope at
+2905da1), not that of `transformers`:
+- candidates are compared by log-probability / ((5 + length) / 6)^0.6, and the penalty is undone
+  before the next step;
+- it ends when the best beam ends, and the answer is the best hypothesis of all that ended by then,
+  with the other four beams counted as ended as they are; an earlier, shorter one can win;
+- a beam that ended without being the best is continued all the same, past its end token;
+- at the last step, every beam counts as ended.
+
+Shapes: Q questions, K beams, L text tokens, N image tokens, S = N + L, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpg_bench.mplug.bert import BertConfig, Embeddings, KeysValues, Layer, layers
+
+LENGTH_PENALTY = 0.6
+NEVER = -1e20  # the reference's log-probability of an end that comes too early
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """An answer that the search ended with: ids from the start token on, and its score."""
+
+    ids: list[int]
+    score: float
+
+
+@dataclass
+class DecoderState:
+    """What a decoder remembers between steps; keys and values per layer.
+
+    memory: of [image; text], each [Q, H, S, d]; memory_mask: bool [Q, 1, 1, S].
+    own: of the tokens so far, each [Q * K, H, length, d].
+    """
+
+    memory: list[KeysValues]
+    memory_mask: Tensor
+    own: list[KeysValues]
+
+    @property
+    def length(self) -> int:
+        return self.own[0][0].shape[2] if self.own else 0
+
+
+class AnswerDecoder(nn.Module):
+    """A causal BERT that attends to [image; text], one token a step."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        width, vocab = config.hidden_size, config.vocab_size
+        self.bert = nn.ModuleDict(
+            {
+                "embeddings": Embeddings(config),
+                "encoder": layers(config, config.text_decode_layers, cross=True),
+            }
+        )
+        self.cls = nn.ModuleDict({"predictions": _Predictions(width, vocab, config.layer_norm_eps)})
+        # As in the reference: the output matrix is the word embedding.
+        self.cls["predictions"].decoder.weight = self.bert["embeddings"].word_embeddings.weight
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return list(self.bert["encoder"]["layer"])
+
+    def remember(self, image: Tensor, text_QLD: Tensor, mask_QL: Tensor) -> DecoderState:
+        """The state before the first token. image: [1 or Q, N, D]."""
+        memory = []
+        for layer in self._layers:
+            of_image = layer.crossattention.keys_values(image)
+            of_text = layer.crossattention.keys_values(text_QLD)
+            both = zip(of_image, of_text, strict=True)
+            memory.append(
+                tuple(torch.cat([i.expand(len(t), -1, -1, -1), t], dim=2) for i, t in both)
+            )
+        mask = F.pad(mask_QL[:, None, None], (image.shape[1], 0), value=True)
+        return DecoderState(memory, mask, [])
+
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """Logits [Q * K, V] after one more token a beam (int64 [Q * K]); extends the state."""
+        x = self.bert["embeddings"](tokens[:, None], state.length)
+        own = []
+        for index, layer in enumerate(self._layers):
+            new = layer.attention.keys_values(x)
+            if state.own:
+                pairs = zip(state.own[index], new, strict=True)
+                new = tuple(torch.cat(pair, dim=2) for pair in pairs)
+            own.append(new)
+            x = layer(x, new, None, state.memory[index], state.memory_mask)
+        state.own = own
+        return self.cls["predictions"](x[:, 0])
+
+
+class _Predictions(nn.Module):
+    """BERT's head for masked tokens, used to predict the next one."""
+
+    def __init__(self, width: int, vocab: int, eps: float):
+        super().__init__()
+        self.transform = nn.ModuleDict(
+            {"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
+        )
+        self.decoder = nn.Linear(width, vocab)
+        self.bias = self.decoder.bias  # stored under both names
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transform["LayerNorm"](F.gelu(self.transform["dense"](x))))
+
+
+def decode(
+    decoder: AnswerDecoder,
+    state: DecoderState,
+    *,
+    beams: int,
+    max_length: int,
+    min_length: int,
+    start: int,
+    end: int,
+) -> list[list[Hypothesis]]:
+    """Beam search for every question of `state`; see `beam_search`."""
+
+    def next_logits(tokens_QK: Tensor, origin_QK: Tensor | None) -> Tensor:
+        if origin_QK is not None:
+            first = torch.arange(0, origin_QK.numel(), beams, device=origin_QK.device)
+            rows = (first[:, None] + origin_QK).flatten()
+            state.own = [(k[rows], v[rows]) for k, v in state.own]
+        return decoder.step(tokens_QK.flatten(), state).unflatten(0, tokens_QK.shape)
+
+    questions, device = len(state.memory_mask), state.memory_mask.device
+    starts = torch.full((questions, beams), start, device=device)
+    return beam_search(next_logits, starts, max_length=max_length, min_length=min_length, end=end)
+
+
+def beam_search(
+    next_logits: Callable[[Tensor, Tensor | None], Tensor],
+    starts_QK: Tensor,
+    *,
+    max_length: int,
+    min_length: int,
+    end: int,
+) -> list[list[Hypothesis]]:
+    """The best K hypotheses of each question, best first.
+
+    next_logits(tokens [Q, K], origin [Q, K]): logits [Q, K, V] after these tokens; origin says
+        which of the question's beams each token continues (None at first, when all are equal).
+    """
+    questions, beams = starts_QK.shape
+    tokens_QK, origin_QK, sequences_QKT = starts_QK, None, starts_QK[..., None]
+    log_probs_QK = torch.full((questions, beams), -torch.inf, device=starts_QK.device)
+    log_probs_QK[:, 0] = 0  # the beams are equal at first: only one of them counts
+    ended: list[list[Hypothesis]] = [[] for _ in range(questions)]
+    searching = set(range(questions))
+    for step in range(max_length):
+        log_probs_QKV = next_logits(tokens_QK, origin_QK).float().log_softmax(dim=-1)
+        if step < min_length:
+            log_probs_QKV[..., end] = NEVER
+        penalty = ((5 + step + 1) / 6) ** LENGTH_PENALTY
+        candidates = (log_probs_QKV + log_probs_QK[..., None]) / penalty
+        scores_QK, chosen_QK = candidates.flatten(1).topk(beams, dim=-1)
+        vocab = log_probs_QKV.shape[-1]
+        log_probs_QK, origin_QK, tokens_QK = (
+            scores_QK * penalty,
+            chosen_QK // vocab,
+            chosen_QK % vocab,
+        )
+        kept = sequences_QKT.gather(1, origin_QK[..., None].expand_as(sequences_QKT))
+        sequences_QKT = torch.cat([kept, tokens_QK[..., None]], dim=-1)
+        finished_QK = (tokens_QK == end).tolist()
+        for question in sorted(searching):
+            over = finished_QK[question][0] or step + 1 == max_length
+            for beam in range(beams):
+                if over or finished_QK[question][beam]:
+                    ids = sequences_QKT[question, beam].tolist()
+                    ended[question].append(Hypothesis(ids, scores_QK[question, beam].item()))
+            if over:
+                searching.discard(question)
+        if not searching:
+            break
+    return [sorted(found, key=lambda h: h.score, reverse=True)[:beams] for found in ended]

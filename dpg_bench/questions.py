@@ -1,0 +1,255 @@
+"""DPG-Bench's question graph: reading the CSV, and refusing one that cannot be scored.
+
+The official file (`dpg_bench/dpg_bench.csv` of TencentQQGYLab/ELLA, arXiv 2403.05135) is not
+shipped: see `dpg_bench.official`. One row is one proposition of a prompt:
+
+item_id                     the prompt's id (text, even where it looks like a number)
+text                        the prompt
+proposition_id, dependency  number, and comma list of the propositions it depends on (0: none)
+tuple                       "attribute - color (bike, red)": category, then its arguments
+question_natural_language   what the judge is asked
+
+The other columns are not used, `category_broad` and `category_detailed` included: the official
+script reads the category off the tuple.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+OFFICIAL_BLOB = "98457fc9901943f51ff9a30367250fc292533bed"
+COLUMNS = (
+    "item_id",
+    "text",
+    "keywords",
+    "proposition_id",
+    "dependency",
+    "category_broad",
+    "category_detailed",
+    "tuple",
+    "question_natural_language",
+)
+NEEDED = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
+CATEGORIES = (
+    *(f"attribute - {kind}" for kind in ("color", "other", "shape", "size", "texture")),
+    *(f"entity - {kind}" for kind in ("part", "state", "whole")),
+    "global -",
+    *(f"other - {kind}" for kind in ("count", "text")),
+    *(f"relation - {kind}" for kind in ("non-spatial", "spatial")),
+)
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """One proposition: its question, and the propositions without which it means nothing.
+
+    parents: proposition ids of the same item, in the order given, without 0. line: of the CSV.
+    """
+
+    item: str
+    prompt: str
+    proposition: int
+    parents: tuple[int, ...]
+    tuple: str
+    text: str
+    line: int = 0
+
+    @property
+    def category(self) -> str:
+        """L2, as the official script spells it: "attribute - color", "global -"."""
+        return self.tuple.split("(")[0].strip()
+
+    @property
+    def broad_category(self) -> str:
+        """L1: "attribute", "entity", "global", "other" or "relation"."""
+        return self.category.split("-")[0].strip()
+
+    @property
+    def place(self) -> str:
+        return f"line {self.line} (item {self.item}, proposition {self.proposition})"
+
+
+@dataclass(frozen=True)
+class QuestionGraph:
+    """All questions in the order of the file. blob: the git hash of the file's bytes."""
+
+    questions: tuple[Question, ...]
+    blob: str
+    source: str = ""
+
+    @property
+    def is_official(self) -> bool:
+        return self.blob == OFFICIAL_BLOB
+
+    @cached_property
+    def items(self) -> dict[str, list[Question]]:
+        """Item id -> its questions, both in the order of the file."""
+        return group_by_item(self.questions)
+
+    @cached_property
+    def prompts(self) -> dict[str, str]:
+        """Item id -> prompt, in the order of the file."""
+        return {item: questions[0].prompt for item, questions in self.items.items()}
+
+    def identity(self) -> dict:
+        """For results files: which questions were asked."""
+        return {
+            "questions": "official" if self.is_official else self.source,
+            "git_blob_sha1": self.blob,
+            "prompts": len(self.items),
+            "propositions": len(self.questions),
+        }
+
+
+def group_by_item(questions: Iterable[Question]) -> dict[str, list[Question]]:
+    """Item id -> its questions, both in their order of appearance."""
+    items: dict[str, list[Question]] = {}
+    for question in questions:
+        items.setdefault(question.item, []).append(question)
+    return items
+
+
+def git_blob_sha1(content: bytes) -> str:
+    """The hash under which git stores a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def read_questions(path: str | Path) -> QuestionGraph:
+    """Read and check a question CSV.
+
+    The official file is taken as it is, whatever the checks find in it (they are logged): its
+    oddities are part of the published numbers. Any other file must pass them.
+
+    Raises:
+        ValueError: unreadable, a column missing, or a row that cannot be scored, named by its line:
+            a number that is none, an empty field, an unknown category, a repeated proposition, a
+            dependency on nothing or in a circle, an item in several pieces or with several prompts.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        rows = [(reader.line_num, row) for row in reader]  # the line on which the row ends
+    except OSError as error:
+        raise ValueError(f"question file {path} cannot be read: {error}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"question file {path} is not a CSV in UTF-8: {error}") from error
+    if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
+        raise ValueError(
+            f"question file {path} has no column {', '.join(missing)}; DPG-Bench's columns are "
+            f"{', '.join(COLUMNS)}"
+        )
+    if not rows:
+        raise ValueError(f"question file {path} has no rows")
+    questions, problems = [], []
+    for line, row in rows:
+        try:
+            questions.append(_question(row, line))
+        except ValueError as error:
+            problems.append(str(error))
+    problems += graph_problems(questions)
+    graph = QuestionGraph(tuple(questions), git_blob_sha1(content), str(path))
+    if problems:
+        message = f"question file {path}: {_shorten(problems)}"
+        if not graph.is_official or len(questions) < len(rows):
+            raise ValueError(message)
+        log.warning("%s", message)
+    return graph
+
+
+def _question(row: dict, line: int) -> Question:
+    """A row that ends on `line`."""
+    values = {name: row[name] or "" for name in NEEDED}
+    line -= sum(value.count("\n") for value in values.values())
+    where = f"line {line} (item {values['item_id']}, proposition {values['proposition_id']})"
+    if empty := [name for name, value in values.items() if not value.strip()]:
+        raise ValueError(f"{where}: {', '.join(empty)} is empty")
+    try:
+        proposition = int(values["proposition_id"])
+        parents = [int(part) for part in values["dependency"].split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: proposition_id must be a number and dependency a comma list of numbers "
+            f"(0: none), not {values['dependency']!r}"
+        ) from error
+    if proposition < 1:
+        raise ValueError(f"{where}: proposition ids start at 1 (a dependency on 0 means none)")
+    return Question(
+        item=values["item_id"],
+        prompt=values["text"],
+        proposition=proposition,
+        parents=tuple(parent for parent in parents if parent != 0),
+        tuple=values["tuple"],
+        text=values["question_natural_language"],
+        line=line,
+    )
+
+
+def graph_problems(questions: Sequence[Question]) -> list[str]:
+    """What keeps these questions from being scored, each named by its row; empty when all is well."""
+    problems = []
+    last_of_item: dict[str, int] = {}
+    for index, question in enumerate(questions):
+        if question.category not in CATEGORIES:
+            problems.append(
+                f"{question.place}: unknown category {question.category!r}; "
+                f"known are {', '.join(CATEGORIES)}"
+            )
+        if last_of_item.get(question.item, index - 1) != index - 1:
+            problems.append(f"{question.place}: the item's rows are not together")
+        last_of_item[question.item] = index
+    for rows in group_by_item(questions).values():
+        problems += _item_problems(rows)
+    return problems
+
+
+def _item_problems(rows: Sequence[Question]) -> list[str]:
+    problems = []
+    by_id: dict[int, Question] = {}
+    for row in rows:
+        first = by_id.setdefault(row.proposition, row)
+        if first is not row:
+            problems.append(f"{row.place}: proposition {row.proposition} is repeated")
+        if row.prompt != rows[0].prompt:
+            problems.append(f"{row.place}: its prompt is not that of line {rows[0].line}")
+    for row in rows:
+        if lost := [parent for parent in row.parents if parent not in by_id]:
+            ids = ", ".join(map(str, lost))
+            problems.append(f"{row.place}: depends on {ids}, which the item does not have")
+    if circle := _circle({row.proposition: row.parents for row in by_id.values()}):
+        way = " -> ".join(map(str, circle))
+        problems.append(f"{by_id[circle[0]].place}: depends on itself ({way})")
+    return problems
+
+
+def _circle(parents: dict[int, tuple[int, ...]]) -> list[int] | None:
+    """One circle of dependencies, first proposition repeated at its end; None where there is none."""
+    sound: set[int] = set()
+    for start in parents:
+        way, choices = [start], [iter(parents[start])]
+        while way:
+            step = next((p for p in choices[-1] if p in parents and p not in sound), None)
+            if step is None:
+                sound.add(way.pop())
+                choices.pop()
+            elif step in way:
+                return [*way[way.index(step) :], step]
+            else:
+                way.append(step)
+                choices.append(iter(parents[step]))
+    return None
+
+
+def _shorten(problems: Sequence[str]) -> str:
+    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "\n  " + "\n  ".join(problems[:_SHOWN]) + more

@@ -1,0 +1,227 @@
+"""DPG-Bench's numbers: what the official script prints, and the same with its mistakes corrected.
+
+Reference: `dpg_bench/compute_dpg_bench.py` of TencentQQGYLab/ELLA at 3c228f1 (arXiv 2403.05135). A
+question scores 1 for the answer "yes", to the letter. Row by row, a question with a parent that
+scores 0 by then scores 0 as well. An image scores the mean of its questions, a prompt the mean of
+its images, the benchmark the mean of the prompts, times 100. Categories average the answers as they
+were before parents were looked at.
+
+`official` repeats three mistakes of that script (a fourth, the order of categories over several
+processes, only garbles its tables):
+- the first row of the CSV is dropped; a prompt that has a child of it, or nothing else, is skipped;
+- a category's average is over the last image of each prompt alone;
+- images that cannot be judged shrink the denominator.
+`corrected` takes every question of every image; what it lacks is listed in `Report.missing`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpg_bench.grids import IMAGES_PER_PROMPT
+from dpg_bench.questions import Question, QuestionGraph, group_by_item
+from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
+
+YES = "yes"
+
+Answers = Mapping[str, str]
+"""Proposition id (as text, for JSON) -> answer, of one image."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean in 0..100 (None of nothing), its bootstrap standard error (None of one prompt), values."""
+
+    mean: float | None
+    stderr: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """Fractions in 0..1: of the prompt and of its images; raw: each image's answers as 0 or 1."""
+
+    score: float
+    per_image: list[float]
+    raw: list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One way to count. l1, l2: categories by name, sorted. skipped: item id -> why."""
+
+    overall: Mean
+    l1: dict[str, Mean]
+    l2: dict[str, Mean]
+    prompts: dict[str, PromptScore]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Both ways to count, and what a complete run would have had: "item" or "item: 3 of 4 images"."""
+
+    official: Summary
+    corrected: Summary
+    missing: list[str]
+
+
+class MissingParentError(LookupError):
+    """A question depends on a row that is not there."""
+
+
+def score_image(questions: Sequence[Question], answers: Answers) -> tuple[float, dict[int, float]]:
+    """One image's score (0..1), and its answers as 1 or 0 before parents were looked at.
+
+    Raises:
+        MissingParentError: a question's parent is not among `questions`.
+    """
+    raw = {q.proposition: float(answers[str(q.proposition)] == YES) for q in questions}
+    scores = dict(raw)
+    for question in questions:
+        for parent in question.parents:
+            if parent not in scores:
+                raise MissingParentError(
+                    f"proposition {question.proposition} depends on {parent}, which is dropped"
+                )
+            # Not `raw`: a parent may be 0 because of its own parent, and so zeros spread.
+            if scores[parent] == 0:
+                scores[question.proposition] = 0.0
+                break
+    return sum(scores.values()) / len(scores), raw
+
+
+def score(
+    graph: QuestionGraph,
+    answers: Mapping[str, Sequence[Answers]],
+    *,
+    images_per_prompt: int = IMAGES_PER_PROMPT,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Report:
+    """Score the answers of a judge: item id -> one `Answers` an image, in the images' order.
+
+    images_per_prompt: what is complete. seed: of the bootstrap standard errors, which redraw
+    prompts; they do not depend on the order of the answers.
+
+    Raises:
+        ValueError: nothing to score, an item that the questions do not have, more images than
+            there are, or a question without an answer.
+    """
+    judged = {item: answers[item] for item in graph.items if answers.get(item)}
+    if strangers := [item for item in answers if item not in graph.items]:
+        raise ValueError(f"answers for items without questions: {', '.join(strangers[:10])}")
+    if not judged:
+        raise ValueError("no answers to score: judge at least one image first")
+    for item, images in judged.items():
+        if len(images) > images_per_prompt:
+            raise ValueError(
+                f"item {item} has answers for {len(images)} images, more than {images_per_prompt}"
+            )
+        for index, image in enumerate(images):
+            if lost := [q for q in graph.items[item] if str(q.proposition) not in image]:
+                raise ValueError(f"no answer to {lost[0].place} for image {index}; judge it again")
+    missing = [
+        item if item not in judged else f"{item}: {len(judged[item])} of {images_per_prompt} images"
+        for item in graph.items
+        if len(judged.get(item, ())) < images_per_prompt
+    ]
+    without_first = group_by_item(graph.questions[1:])
+    return Report(
+        official=_summarize(without_first, judged, seed, resamples, last_image_only=True),
+        corrected=_summarize(graph.items, judged, seed, resamples, last_image_only=False),
+        missing=missing,
+    )
+
+
+def _summarize(
+    items: Mapping[str, Sequence[Question]],
+    judged: Mapping[str, Sequence[Answers]],
+    seed: int,
+    resamples: int,
+    *,
+    last_image_only: bool,
+) -> Summary:
+    prompts, skipped = {}, {}
+    for item, images in judged.items():
+        if item not in items:
+            skipped[item] = "its only question is dropped"
+            continue
+        try:
+            scored = [score_image(items[item], image) for image in images]
+        except MissingParentError as error:
+            skipped[item] = str(error)
+            continue
+        per_image = [value for value, _ in scored]
+        mean = sum(per_image) / len(per_image)
+        prompts[item] = PromptScore(mean, per_image, [raw for _, raw in scored])
+    values = {item: p.raw[-1:] if last_image_only else p.raw for item, p in prompts.items()}
+    by_level = [
+        {
+            name: _mean(name, of_items, seed, resamples)
+            for name, of_items in sorted(_by_category(items, values, category).items())
+        }
+        for category in ("broad_category", "category")
+    ]
+    overall = {item: [prompt.score] for item, prompt in prompts.items()}
+    return Summary(_mean("overall", overall, seed, resamples), *by_level, prompts, skipped)
+
+
+def _by_category(
+    items: Mapping[str, Sequence[Question]], raw: Mapping[str, list[dict[int, float]]], level: str
+) -> dict[str, dict[str, list[float]]]:
+    """Category -> item -> the answers to its questions, of all images, as 0 or 1."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for item, images in raw.items():
+        for question in items[item]:
+            of_items = values.setdefault(getattr(question, level), {})
+            of_items.setdefault(item, []).extend(image[question.proposition] for image in images)
+    return values
+
+
+def _mean(name: str, values: Mapping[str, Sequence[float]], seed: int, resamples: int) -> Mean:
+    """Mean over all values of all items; items are what the bootstrap redraws."""
+    if not values:
+        return Mean(None, None, 0)
+    totals = np.array([sum(of_item) for of_item in values.values()])
+    counts = np.array([len(of_item) for of_item in values.values()])
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    stderr = None
+    if len(values) > 1:
+        stderr = float(100 * resampled_means(totals, counts, rng, resamples).std(ddof=1))
+    return Mean(float(100 * totals.sum() / counts.sum()), stderr, int(counts.sum()))
+
+
+def format_report(report: Report, judge: str) -> str:
+    """A markdown table of both ways to count, under the name of the judge that gave the answers."""
+    columns = (report.official, report.corrected)
+    lines = [
+        f"| DPG-Bench, judged by {judge} | official | corrected |",
+        "|---|---|---|",
+        "| **overall** | " + " | ".join(f"**{_cell(c.overall)}**" for c in columns) + " |",
+        "| prompts | " + " | ".join(str(len(c.prompts)) for c in columns) + " |",
+    ]
+    for broad in sorted(report.corrected.l1):
+        for level in ("l1", "l2"):
+            names = sorted(getattr(report.corrected, level))
+            for name in (n for n in names if n.split("-")[0].strip() == broad):
+                cells = [_cell(getattr(column, level).get(name)) for column in columns]
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "official: as the official script counts (first row dropped, categories over the last image "
+        "of each prompt); corrected: all questions of all images.",
+    ]
+    if report.missing:
+        lines.append(f"INCOMPLETE: {len(report.missing)} prompts lack images.")
+    return "\n".join(lines)
+
+
+def _cell(mean: Mean | None) -> str:
+    if mean is None or mean.mean is None:
+        return "-"
+    return f"{mean.mean:.2f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.2f}")

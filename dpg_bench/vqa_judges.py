@@ -1,0 +1,162 @@
+"""Other judges, through `transformers`: they answer "yes" or "no", whichever is likelier as the first token.
+
+Their scores are not DPG-Bench's: a judge moves a score by points and can change a ranking. A number
+from here is for comparing a model with itself, and always carries the judge's name.
+
+Comparing two probabilities instead of reading generated text keeps "Yes." and "Yes, there is" from
+counting as no. Shapes: Q questions, L text tokens, N image tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BlipForQuestionAnswering,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from dpg_bench.questions import Question
+from t2i.weights import file_sha256
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+_FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space
+
+
+class _YesNoJudge:
+    """What the two share: loading, the name, and the comparison of two words."""
+
+    name: str
+    model_class: type
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        source: str,
+        folder: Path | None = None,
+    ):
+        """folder: whose weight files are hashed; None where the source names a commit."""
+        self.model, self.processor = model.eval(), processor
+        self.source, self.folder = source, folder
+        self.yes, self.no = (_first_tokens(processor.tokenizer, word) for word in ("yes", "no"))
+        if not self.yes or not self.no or self.yes & self.no:
+            raise ValueError(
+                f"judge {self.name}: the tokenizer of {source} has no tokens of their own for yes and no"
+            )
+
+    @classmethod
+    def load(cls, folder: Path, source: str, device: torch.device | str) -> _YesNoJudge:
+        """The judge of a folder in the layout of `transformers`, in the precision of its files.
+
+        source: what the weights are called in results; "owner/name@commit" for the hub's.
+
+        Raises:
+            ValueError: the folder cannot be loaded, or weights are missing or mis-shaped.
+        """
+        try:
+            model, report = cls.model_class.from_pretrained(
+                folder, dtype="auto", output_loading_info=True
+            )
+            processor = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"judge {cls.name}: {folder} cannot be loaded: {error}") from error
+        if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
+            names = ", ".join(sorted(map(str, lost))[:10])
+            raise ValueError(f"judge {cls.name}: {folder} lacks weights: {names}")
+        return cls(model.to(device), processor, source, None if "@" in source else folder)
+
+    def identity(self) -> dict:
+        return {
+            "judge": self.name,
+            "weights": self.source,
+            "sha256": self._hashes,
+            "model": type(self.model).__name__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    @cached_property
+    def _hashes(self) -> dict[str, str] | None:
+        if self.folder is None:
+            return None
+        files = sorted(f for kind in _WEIGHT_FILES for f in self.folder.glob(kind))
+        return {file.name: file_sha256(file) for file in files}
+
+    def _says_yes(self, logits_V: Tensor) -> bool:
+        log_probs = logits_V.float().log_softmax(dim=-1)
+        yes, no = (log_probs[sorted(ids)].logsumexp(dim=0) for ids in (self.yes, self.no))
+        return bool(yes > no)
+
+
+def _first_tokens(tokenizer, word: str) -> set[int]:
+    """Ids that are the whole word, in any case and with its space or without."""
+    ids = set()
+    for spelled in (word, word.capitalize(), word.upper()):
+        for form in _FORMS:
+            encoded = tokenizer.encode(form.format(spelled), add_special_tokens=False)
+            if len(encoded) == 1 and encoded[0] != tokenizer.unk_token_id:
+                ids.add(encoded[0])
+    return ids
+
+
+class BlipJudge(_YesNoJudge):
+    """BLIP for visual question answering (arXiv 2201.12086); an image is encoded once."""
+
+    name = "blip-vqa"
+    model_class = BlipForQuestionAnswering
+
+    @torch.inference_mode()
+    def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
+        pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+        pixels = pixels["pixel_values"].to(self.model.device, self.model.dtype)
+        image_1ND = self.model.vision_model(pixel_values=pixels)[0]
+        return [self._answer(image_1ND, question.text) for question in questions]
+
+    def _answer(self, image_1ND: Tensor, question: str) -> str:
+        # One at a time: the library's decoder attends to the padding of a batch, mask or no mask,
+        # and a question's answer must not depend on the others'.
+        ids_1L = self.processor.tokenizer(question, return_tensors="pt")["input_ids"]
+        text_1LD = self.model.text_encoder(
+            ids_1L.to(self.model.device), encoder_hidden_states=image_1ND, return_dict=False
+        )[0]
+        start = torch.full((1, 1), self.model.decoder_start_token_id, device=self.model.device)
+        logits_V = self.model.text_decoder(start, encoder_hidden_states=text_1LD).logits[0, -1]
+        return "yes" if self._says_yes(logits_V) else "no"
+
+
+class ChatJudge(_YesNoJudge):
+    """An image-text-to-text model with a chat template (Qwen-VL and its like), one question at a time."""
+
+    name = "vlm"
+    model_class = AutoModelForImageTextToText
+    request = "{} Answer with yes or no."
+
+    def identity(self) -> dict:
+        return super().identity() | {"request": self.request}
+
+    @torch.inference_mode()
+    def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
+        return [self._answer(image.convert("RGB"), question.text) for question in questions]
+
+    def _answer(self, image: Image.Image, question: str) -> str:
+        content = [
+            {"type": "image", "image": image},
+            {"type": "text", "text": self.request.format(question)},
+        ]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+        logits_V = self.model(**inputs).logits[0, -1]
+        return "yes" if self._says_yes(logits_V) else "no"

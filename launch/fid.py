@@ -1,0 +1,64 @@
+"""FID, sFID, Inception Score, precision and recall of generated images, as ADM's evaluator computes them.
+
+python launch/fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+python launch/fid.py --samples outputs/mine --reference my_images --allow-fewer        # two folders of images
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
+
+from t2i import cli
+
+
+@dataclass(frozen=True)
+class FidConfig:
+    """What to compare."""
+
+    samples: Path
+    """An .npz with arr_0, or a folder of images in any layout (of a generation folder, its samples)."""
+    reference: Path
+    """ADM's reference .npz, any other .npz with images or statistics, or a folder of images."""
+    out: Path = Path("outputs/fid/results.json")
+    """Where the scores are written, with all that they depend on."""
+    inception_weights: str | None = None
+    """pt_inception-2015-12-05-6726825d.pth; downloaded once if not given. "random" tries everything but the numbers."""
+    allow_fewer: bool = False
+    """Score fewer than 50,000 samples; the result says so."""
+    batch_size: int = 64
+    """Images at once."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+def main() -> None:
+    config = cli.parse(FidConfig, __doc__)
+    from t2i.evaluation.fid import check_inputs, score_images, table
+    from t2i.evaluation.inception_weights import load_inception
+    from t2i.generation import pick_device
+    from t2i.weights import write_json
+
+    device, _ = pick_device(config.device, "float32")
+    check_inputs(
+        config.samples, config.reference, allow_fewer=config.allow_fewer
+    )  # not after a download
+    network, weights_hash = load_inception(config.inception_weights, device)
+    results = score_images(
+        config.samples,
+        config.reference,
+        network,
+        weights_hash,
+        batch_size=config.batch_size,
+        allow_fewer=config.allow_fewer,
+    )
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(config.out, results)
+    print(f"{table(results)}\n\nwrote {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

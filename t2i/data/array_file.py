@@ -1,0 +1,156 @@
+"""One large array on disk, filled chunk by chunk by any number of processes, each of which may be killed at any moment.
+
+    codes.npy                                   the whole array from the start, zeros where nothing was written yet
+    codes.npy.chunks/00000000-00000256.json     a marker for every chunk that is complete, with what is to be said of it
+    (another file)                              the sign that all is done; then the markers are removed
+
+A chunk's rows are written and forced to disk before its marker appears. So what has a marker is never done again, and what has none
+is done again from its first row, which gives the same bytes. Which process does which chunk follows from their numbers alone.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from t2i.data.cache import wait_for
+from t2i.data.shards import replacing
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the work that one of several processes does.
+
+    Attributes:
+        rank: does the chunks i with i % world_size == rank. Rank 0 also creates and finishes the files; the others wait for it.
+        patience: seconds to wait for other processes without any progress of theirs.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    patience: float = 3600.0
+
+
+ALONE = Share()
+
+
+class ArrayFile:
+    """An .npy of fixed shape that grows complete.
+
+    Args:
+        shape: of the array; rows are its first axis.
+        rows_per_chunk: written at once. With another number, chunks of the old one do not count as done.
+        sign: the file whose existence says that the array is complete and used.
+
+    Raises:
+        ValueError: the file exists with another shape or type.
+        TimeoutError: the process with rank 0 does not create it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: np.dtype | type,
+        rows_per_chunk: int,
+        sign: Path,
+        share: Share,
+    ):
+        assert shape[0] > 0 and rows_per_chunk > 0, (shape, rows_per_chunk)
+        self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
+        self._rows_per_chunk, self._sign, self._share = rows_per_chunk, sign, share
+        if share.rank == 0 and not (path.exists() or sign.exists()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", self.dtype, shape)
+        self._wait(path)
+        if path.exists():  # rank 0 may have finished in the meantime
+            self._offset = self._check_header()
+
+    def _check_header(self) -> int:
+        """The place of the first row in the file."""
+        array = np.load(self.path, mmap_mode="r")
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ValueError(
+                f"{self.path} holds {array.dtype} {list(array.shape)}, needed is {self.dtype} {list(self.shape)}; "
+                "delete it, or use another folder"
+            )
+        return array.offset
+
+    def all_chunks(self) -> Iterator[range]:
+        """The rows of every chunk."""
+        for start in range(0, self.shape[0], self._rows_per_chunk):
+            yield range(start, min(start + self._rows_per_chunk, self.shape[0]))
+
+    def missing(self) -> list[range]:
+        """This process's chunks that are not complete."""
+        mine = list(self.all_chunks())[self._share.rank :: self._share.world_size]
+        missing = [rows for rows in mine if not self._marker(rows).exists()]
+        # Asked in this order: the markers are removed after the sign is given.
+        return [] if self._sign.exists() else missing
+
+    def write(self, rows: range, values: np.ndarray, note: object = None) -> None:
+        """Complete a chunk. The note, anything JSON can hold, is kept until the markers are removed."""
+        expected = (len(rows), *self.shape[1:])
+        assert values.shape == expected and values.dtype == self.dtype, (values.shape, expected)
+        row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        with open(self.path, "rb+") as file:
+            file.seek(self._offset + rows.start * row_bytes)
+            file.write(np.ascontiguousarray(values).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        marker = self._marker(rows)
+        marker.parent.mkdir(exist_ok=True)
+        with replacing(marker) as temporary:
+            temporary.write_text(json.dumps(note), encoding="utf-8")
+
+    def wait_for_chunks(self) -> list:
+        """Wait until every chunk of every process is complete; their notes in the order of the rows.
+
+        Raises:
+            TimeoutError: another process stopped.
+        """
+        markers = [self._marker(rows) for rows in self.all_chunks()]
+        wait_for(markers, self._share.patience)
+        return [json.loads(marker.read_text(encoding="utf-8")) for marker in markers]
+
+    def wait_for_sign(self) -> None:
+        """Wait until rank 0 says that all is done, as long as chunks become complete meanwhile.
+
+        Raises:
+            TimeoutError: neither happened for as long as patience lasts.
+        """
+        self._wait(self._sign)
+
+    def _wait(self, path: Path) -> None:
+        """Wait for this file or the sign."""
+        complete, deadline = -1, 0.0
+        while not (path.exists() or self._sign.exists()):
+            markers = len(list(_markers(self.path).glob("*.json")))
+            if markers > complete:
+                complete, deadline = markers, time.monotonic() + self._share.patience
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"waited {self._share.patience:g} s for {path} without progress: another process has stopped. "
+                    "Start again to go on"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _marker(self, rows: range) -> Path:
+        return _markers(self.path) / f"{rows.start:08d}-{rows.stop:08d}.json"
+
+
+def remove_markers(path: Path) -> None:
+    """Remove the markers of an array file, if it has any, when its sign is there."""
+    shutil.rmtree(_markers(path), ignore_errors=True)
+
+
+def _markers(path: Path) -> Path:
+    return path.with_name(path.name + ".chunks")

@@ -1,0 +1,212 @@
+"""An ImageNet folder, one sub-folder per class, as codes: every view of every image encoded once, before training.
+
+    ImageNet/train/n01440764/n01440764_10026.JPEG ...
+
+Class ids are the positions of the sorted folder names, as for every published class-conditional model. What is left of the images is one
+memory-mapped array (`code_array.py`), not a file per image.
+
+Shape legend: B = images, A = views, T = positions, S = sub-tokens.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i.data.array_file import ALONE, Share
+from t2i.data.cache import cache_key
+from t2i.data.code_array import SKIPPED, CodeChunk, build_code_array
+from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
+from t2i.data.folders import is_image, list_files
+from t2i.data.images import PIXELS_VERSION, SkipSample, open_image
+from t2i.data.views import Views
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # part of the key: change it whenever the files change
+_ROWS_PER_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class LabelledFolder:
+    """Images in sub-folders that are their classes.
+
+    Attributes:
+        classes: names, sorted; an image's label is the position of its class.
+        files: of all images, by class and name.
+        labels: one for each file.
+    """
+
+    root: Path
+    classes: list[str]
+    files: list[Path]
+    labels: list[int]
+
+    @property
+    def identity(self) -> dict:
+        """Names and sizes of the files: the same for a copy of the data elsewhere."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(f"{path.relative_to(self.root)}\0{path.stat().st_size}\n".encode())
+        return {"kind": "labelled folder", "files": digest.hexdigest(), "count": len(self.files)}
+
+
+def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:
+    """A folder with train/ (and val/), or such a split itself, with one sub-folder per class.
+
+    Raises:
+        ValueError: no such folder, no sub-folders, images beside them, or no images.
+    """
+    root = Path(folder)
+    root = root / split if (root / split).is_dir() else root
+    if not root.is_dir():
+        raise ValueError(f"{folder} is no folder; give the one that holds {split}/<class>/")
+    children = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    classes = [path.name for path in children if path.is_dir()]
+    loose = [path.name for path in children if is_image(path) and not path.is_dir()]
+    if loose or not classes:
+        raise ValueError(
+            f"{root} must hold one sub-folder per class and nothing else, as ImageNet's train/n01440764/; "
+            + (
+                f"it holds {len(loose)} images ({loose[0]}, ...)"
+                if loose
+                else "it has no sub-folders"
+            )
+        )
+    files, labels, empty = [], [], []
+    for label, name in enumerate(classes):
+        found = [path for path in list_files(root / name) if is_image(path)]
+        files += found
+        labels += [label] * len(found)
+        empty += [] if found else [name]
+    if not files:
+        raise ValueError(f"{root} has {len(classes)} sub-folders, and no images in them")
+    if empty:
+        log.warning(f"{len(empty)} of {len(classes)} classes have no images ({empty[0]}, ...)")
+    return LabelledFolder(root, classes, files, labels)
+
+
+def extract_codes(
+    images: LabelledFolder,
+    cache_dir: str | Path,
+    *,
+    encode_images: Callable[[Tensor], Tensor],
+    key_parts: dict,
+    resolution: int,
+    code_shape: tuple[int, int],
+    vocab: int,
+    views: Views,
+    batch_size: int = 64,
+    share: Share = ALONE,
+    progress: bool = True,
+) -> Path:
+    """Encode every view of every image, or find that done; returns the folder for `CodeArray`.
+
+    A killed run goes on at the chunks of 256 images that are missing. The result depends on no number of processes; an image
+    that cannot be read is skipped and listed.
+
+    Args:
+        encode_images: pixels float32 [B * A, 3, resolution, resolution] in [-1, 1] -> int64 [B * A, T, S].
+        key_parts: JSON-able, whatever else the content depends on: the hash of the tokenizer's weights.
+        code_shape: (T, S).
+        vocab: number of codes (of the largest sub-vocabulary).
+        batch_size: views at once.
+
+    Raises:
+        ValueError: codes that do not fit; no usable image; bad arguments.
+        TimeoutError: another process stopped.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    key = {
+        "format": _FORMAT,
+        "source": images.identity,
+        "classes": len(images.classes),
+        "resolution": resolution,
+        "pixels": PIXELS_VERSION,
+        "views": views.identity,
+        "encoders": key_parts,
+    }
+    work = _Extraction(images, encode_images, resolution, views, max(1, batch_size // views.count))
+    return build_code_array(
+        Path(cache_dir) / cache_key(key),
+        key,
+        (len(images.files), views.count, *code_shape),
+        vocab,
+        lambda missing: work.chunks(missing, quiet=not progress or share.rank != 0),
+        rows_per_chunk=_ROWS_PER_CHUNK,
+        share=share,
+    )
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    images: LabelledFolder
+    encode: Callable[[Tensor], Tensor]
+    resolution: int
+    views: Views
+    images_at_once: int
+
+    def chunks(self, missing: list[range], quiet: bool) -> Iterator[CodeChunk]:
+        """The chunks of these rows; batches never cross from one into the next."""
+        total = sum(map(len, missing))
+        with (
+            ThreadPoolExecutor(DECODE_THREADS) as pool,
+            tqdm(total=total, desc="codes", unit=" images", disable=quiet) as bar,
+        ):
+            parts = (
+                (rows, part)
+                for rows in missing
+                for part in batches(iter(rows), self.images_at_once)
+            )
+            loading = ((rows, part, pool.map(self._load, part)) for rows, part in parts)
+            encoded: list[np.ndarray] = []
+            skipped: list[dict] = []
+            for rows, part, loaded in one_ahead(loading):
+                codes, broken = self._encode(part, list(loaded))
+                encoded.append(codes)
+                skipped += broken
+                bar.update(len(part))
+                if part[-1] + 1 == rows.stop:
+                    yield self._chunk(rows, encoded, skipped)
+                    encoded, skipped = [], []
+
+    def _load(self, index: int) -> Tensor | SkipSample:
+        try:
+            return self.views.cut(open_image(self.images.files[index]), self.resolution)
+        except SkipSample as reason:
+            return reason
+
+    def _encode(
+        self, part: list[int], loaded: list[Tensor | SkipSample]
+    ) -> tuple[np.ndarray, list[dict]]:
+        """Codes [B, A, T, S], of black views where an image is skipped, so that batches keep their shape."""
+        size = self.resolution
+        black = torch.full((self.views.count, 3, size, size), -1.0)
+        usable = [black if isinstance(views, SkipSample) else views for views in loaded]
+        codes = self.encode(torch.cat(usable)).cpu()
+        if len(codes) != len(part) * self.views.count:
+            raise ValueError(f"encode_images gave codes of the shape {tuple(codes.shape)}")
+        skipped = [
+            {
+                "index": index,
+                "key": str(self.images.files[index].relative_to(self.images.root)),
+                "reason": reason.reason,
+                "detail": reason.detail,
+            }
+            for index, reason in zip(part, loaded, strict=True)
+            if isinstance(reason, SkipSample)
+        ]
+        return codes.unflatten(0, (len(part), self.views.count)).numpy(), skipped
+
+    def _chunk(self, rows: range, encoded: list[np.ndarray], skipped: list[dict]) -> CodeChunk:
+        unusable = {line["index"] for line in skipped}
+        labels = [SKIPPED if i in unusable else self.images.labels[i] for i in rows]
+        return CodeChunk(rows, np.concatenate(encoded), labels, skipped)

@@ -1,0 +1,157 @@
+"""The images of a class-conditional evaluation: 50,000 of them into one .npz or into a folder of PNGs.
+
+    samples.npz                    arr_0 uint8 [N, H, W, 3], what ADM's evaluator and `launch/fid.py` read
+    samples.npz.json               the settings that the images depend on, written before the first of them
+    samples.npz.part.npy           the images until all are there
+
+or, for a folder, 000000.png, 000001.png, ... and settings.json. Images are drawn in batches that are fixed by the request. A batch is
+complete or absent, so a killed run goes on at the batches that are missing, and any number of processes give the same file.
+
+Shape legend: N = images, B = batch, H, W = pixels.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i.data.array_file import ALONE, ArrayFile, Share, remove_markers
+from t2i.data.cache import wait_for
+from t2i.data.shards import replacing
+from t2i.imaging import save_png
+from t2i.rng import integers, make_keys
+
+Draw = Callable[[range], np.ndarray]
+
+
+def sample_labels(count: int, num_classes: int, *, balanced: bool, seed: int) -> Tensor:
+    """The class of every image, int64 [count]; an image's class depends on its number, the seed and these arguments alone.
+
+    Balanced classes have counts that differ by one at most. They come in random order, not sorted: the Inception Score
+    of sorted images is wrong.
+    """
+    keys = make_keys(seed, torch.arange(count))
+    if not balanced:
+        return integers(keys, num_classes, 1)[:, 0]
+    order = integers(keys, 1 << 62, 1)[:, 0].argsort(stable=True)
+    return (torch.arange(count) % num_classes)[order]
+
+
+def write_samples(
+    out: Path,
+    count: int,
+    size: tuple[int, int],
+    draw: Draw,
+    *,
+    settings: dict,
+    batch_size: int,
+    share: Share = ALONE,
+    progress: bool = True,
+) -> Path:
+    """Draw and write the images that are not there yet; returns `out` when all of them are.
+
+    Args:
+        out: a name ending in .npz, or a folder for PNGs.
+        count: N.
+        size: (H, W).
+        draw: numbers of images, B consecutive ones -> uint8 [B, H, W, 3]. The last batch may be shorter.
+        settings: JSON-able, whatever the images depend on; compared with those of what is already there.
+        batch_size: images per call of `draw`, a part of the settings.
+
+    Raises:
+        ValueError: `out` holds images of other settings, which are named; images of another size.
+        TimeoutError: another process stopped.
+    """
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"count={count} and batch_size={batch_size} must be at least 1")
+    settings = {**settings, "count": count, "size": list(size), "batch_size": batch_size}
+    as_npz = out.suffix == ".npz"
+    record = out.with_name(out.name + ".json") if as_npz else out / "settings.json"
+    _claim(out, record, settings, share)
+    shape = (count, *size, 3)
+    if as_npz:
+        part = out.with_name(out.name + ".part.npy")
+        if out.exists():
+            return _tidy(part, out, share)
+        array = ArrayFile(part, shape, np.uint8, batch_size, out, share)
+        missing, write = array.missing(), array.write
+    else:
+        batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+        mine = batches[share.rank :: share.world_size]
+        missing = [rows for rows in mine if not _all_there(out, rows)]
+
+        def write(rows: range, images: np.ndarray) -> None:
+            for i, image in zip(rows, images, strict=True):
+                save_png(Image.fromarray(image), _png(out, i))
+
+    total = sum(map(len, missing))
+    with tqdm(
+        total=total, desc="images", unit=" images", disable=not progress or share.rank != 0
+    ) as bar:
+        for rows in missing:
+            images = draw(rows)
+            if images.shape != (len(rows), *shape[1:]) or images.dtype != np.uint8:
+                raise ValueError(
+                    f"drawn were {images.dtype} {list(images.shape)}, expected uint8 {[len(rows), *shape[1:]]}"
+                )
+            write(rows, images)
+            bar.update(len(rows))
+    if not as_npz:
+        wait_for([_png(out, i) for i in range(count)], share.patience)
+        return out
+    if share.rank == 0:
+        array.wait_for_chunks()
+        _pack(part, out)
+    array.wait_for_sign()
+    return _tidy(part, out, share)
+
+
+def _claim(out: Path, record: Path, settings: dict, share: Share) -> None:
+    """Write the settings before the first image, or compare them with those of the images that are there."""
+    if share.rank == 0 and not record.exists():
+        if out.exists() and (out.suffix == ".npz" or any(out.iterdir())):
+            raise ValueError(f"{out} is not empty and was not written here; give another name")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(record) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
+    wait_for([record], share.patience)
+    known, wanted = json.loads(record.read_text()), json.loads(json.dumps(settings))
+    differing = sorted(k for k in known.keys() | wanted.keys() if known.get(k) != wanted.get(k))
+    if differing:
+        changes = ", ".join(f"{k} {known.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+        raise ValueError(
+            f"{out} holds images of other settings ({changes}); give another name, or delete {record} and them"
+        )
+
+
+def _png(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.png"
+
+
+def _all_there(folder: Path, rows: range) -> bool:
+    return all(_png(folder, i).exists() for i in rows)
+
+
+def _pack(array: Path, out: Path) -> None:
+    """An uncompressed .npz of one array; its bytes depend on the array alone."""
+    for left in out.parent.glob(f"{out.name}.*.tmp"):  # gigabytes, if this was killed before
+        left.unlink()
+    with replacing(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        member = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
+        with open(array, "rb") as source, archive.open(member, "w", force_zip64=True) as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+
+
+def _tidy(part: Path, out: Path, share: Share) -> Path:
+    """Remove what the finished file was made from."""
+    if share.rank == 0:
+        remove_markers(part)
+        part.unlink(missing_ok=True)
+    return out

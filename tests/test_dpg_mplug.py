@@ -1,0 +1,207 @@
+"""The mPLUG judge: beam search by hand, strict loading, and the image encoded once."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dpg_bench import benchmark
+from dpg_bench.mplug.bert import BertConfig
+from dpg_bench.mplug.decoder import beam_search
+from dpg_bench.mplug.judge import MPlugJudge, preprocess
+from dpg_bench.mplug.model import MPlug, MPlugConfig
+from dpg_bench.questions import Question
+
+TINY = Path(__file__).parent / "golden" / "dpg_mplug" / "with_visn_fc"
+START, A, B, END = range(4)
+
+
+def search(table, beams=2, max_length=3, min_length=0):
+    """Beam search over a table: sequence so far -> probabilities of (START, A, B, END)."""
+    state = {"rows": [(START,)] * beams}
+
+    def next_logits(tokens, origin):
+        if origin is not None:
+            rows = state["rows"]
+            state["rows"] = [
+                (*rows[o], t) for o, t in zip(origin[0].tolist(), tokens[0].tolist(), strict=True)
+            ]
+        rows = [table.get(row, (0.01, 0.35, 0.33, 0.31)) for row in state["rows"]]
+        return torch.tensor([rows]).log()
+
+    found = beam_search(
+        next_logits,
+        torch.full((1, beams), START),
+        max_length=max_length,
+        min_length=min_length,
+        end=END,
+    )
+    return [(h.ids, h.score) for h in found[0]]
+
+
+def penalised(*probabilities):
+    length = len(probabilities)
+    log_prob = torch.tensor(probabilities).log().sum().item()
+    return pytest.approx(log_prob / ((5 + length) / 6) ** 0.6, abs=1e-4)
+
+
+def test_the_best_beam_ends_the_search_and_the_others_count_as_they_are():
+    table = {(START,): (0.01, 0.6, 0.38, 0.01), (START, A): (0.01, 0.01, 0.01, 0.97)}
+    assert search(table) == [
+        ([START, A, END], penalised(0.6, 0.97)),
+        ([START, B, A], penalised(0.38, 0.35)),
+    ]
+
+
+def test_a_beam_that_ended_without_being_the_best_goes_on_past_its_end():
+    table = {
+        (START,): (0.01, 0.59, 0.01, 0.39),  # the end is second best
+        (START, A): (0.01, 0.97, 0.01, 0.01),
+        (START, END): (0.01, 0.01, 0.97, 0.01),
+        (START, A, A): (0.01, 0.01, 0.01, 0.97),
+    }
+    found = search(table, max_length=4)
+    assert found[0] == ([START, A, A, END], penalised(0.59, 0.97, 0.97))
+    assert ([START, END], penalised(0.39)) in search(table, beams=3, max_length=4)
+    assert [START, END, B] in [ids[:3] for ids, _ in search(table, beams=3, max_length=4)]
+
+
+def test_an_earlier_and_shorter_answer_can_win():
+    table = {
+        (START,): (0.01, 0.5, 0.01, 0.48),
+        (START, A): (0.25, 0.25, 0.25, 0.25),
+        (START, END): (0.25, 0.25, 0.25, 0.25),
+    }
+    assert search(table)[0] == ([START, END], penalised(0.48))
+
+
+def test_no_end_before_the_least_length():
+    table = {(START,): (0.01, 0.02, 0.01, 0.96)}
+    assert search(table, min_length=1)[0][0] != [START, END]
+    assert search(table, min_length=0)[0][0] == [START, END]
+
+
+def test_length_penalty_is_undone_between_steps():
+    # 0.61 * 0.55 is less than 0.36, but two tokens are held to a lower mark than one.
+    table = {(START,): (0.01, 0.61, 0.02, 0.36), (START, A): (0.01, 0.01, 0.43, 0.55)}
+    assert search(table)[0] == ([START, A, END], penalised(0.61, 0.55))
+    table |= {(START, A): (0.01, 0.97, 0.01, 0.01), (START, A, A): (0.01, 0.01, 0.01, 0.97)}
+    assert search(table)[0] == ([START, A, A, END], penalised(0.61, 0.97, 0.97))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return MPlugJudge.load(TINY)
+
+
+def test_an_image_is_encoded_once_for_all_its_questions(judge, monkeypatch):
+    calls = []
+    encode = MPlug.encode_images
+    monkeypatch.setattr(MPlug, "encode_images", lambda *a: calls.append(1) or encode(*a))
+    questions = [Question("0", "", i, (), "", f"is there a dog {i}?") for i in range(40)]
+    assert len(judge.answer(Image.new("RGB", (30, 40)), questions)) == 40
+    assert len(calls) == 1
+    assert judge.answer(Image.new("RGB", (30, 40)), []) == []
+
+
+def test_identity_names_weights_and_hash(judge):
+    identity = judge.identity()
+    assert identity["judge"] == "mplug" and identity["weights"] == "with_visn_fc"
+    assert all(len(value) == 64 for value in identity["sha256"].values())
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_images_of_any_mode_are_squashed_to_a_square(mode):
+    pixels = preprocess(Image.new("RGB", (9, 30), (255, 0, 0)).convert(mode), 14)
+    assert pixels.shape == (3, 14, 14) and pixels.dtype == torch.float32
+
+
+def test_real_size():
+    with torch.device("meta"):
+        model = MPlug(MPlugConfig())
+    count = sum(p.numel() for p in model.parameters())
+    # 589.4 M in the reference's layout, which counts the output matrix beside the word embedding.
+    assert count + 30522 * 768 == pytest.approx(589.4e6, rel=1e-3)
+    vision = model.visual_encoder["visual"]
+    assert sum(p.numel() for p in vision.parameters()) == pytest.approx(304.2e6, rel=1e-3)
+    assert vision.positional_embedding.shape == (1297, 1024)
+
+
+def copy_with(tmp_path, change):
+    """A copy of the tiny folder with changed weights."""
+    folder = tmp_path / "judge"
+    shutil.copytree(TINY, folder)
+    content = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    change(content["module"])
+    torch.save(content, folder / "pytorch_model.bin")
+    return folder
+
+
+# Of 7 fusion layers in the file the last 5 are used: number 2 is the first.
+LAYER = "model.fusion_encoder.encoder.layer.2.attention.output.dense.weight"
+POSITIONS = "model.visual_encoder.visual.positional_embedding"
+OUTPUT = "model.text_decoder.cls.predictions.decoder.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(POSITIONS), "missing.*visual.positional_embedding"),
+        (lambda w: w.pop(LAYER), r"missing.*fusion_encoder\.encoder\.layer\.0\.attention"),
+        (lambda w: w.update({"model.visn_fc.extra": torch.ones(2)}), "unexpected.*visn_fc.extra"),
+        (lambda w: w.update({POSITIONS: torch.ones(5, 128)}), r"mis-shaped.*\(5, 128\)"),
+        (lambda w: w.update({OUTPUT: w[OUTPUT] + 1}), "is not text_decoder.bert.embeddings"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        MPlug.load(copy_with(tmp_path, change))
+
+
+def test_what_the_network_does_not_use_may_be_absent(tmp_path, judge):
+    def drop(weights):
+        for key in list(weights):
+            twin = "_m." in key
+            tower = key.startswith("model.visual_encoder.") and ".visual." not in key
+            if twin or tower or (".encoder.layer.0.crossattention" in key and "fusion" in key):
+                del weights[key]
+
+    model = MPlug.load(copy_with(tmp_path, drop))
+    for name, value in judge.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "config_bert.json", "vocab.txt", "pytorch_model.bin"]
+)
+def test_a_missing_file_is_named(tmp_path, name):
+    folder = tmp_path / "judge"
+    shutil.copytree(TINY, folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        MPlugJudge.load(folder)
+
+
+def test_a_vocabulary_of_another_model_is_refused(tmp_path):
+    folder = tmp_path / "judge"
+    shutil.copytree(TINY, folder)
+    with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
+        file.write("".join(f"more{i}\n" for i in range(300)))
+    with pytest.raises(ValueError, match="belong to different models"):
+        MPlugJudge.load(folder)
+
+
+def test_benchmark_runs_and_its_ways_agree(monkeypatch, capsys):
+    arguments = ["--small", "--image-res", "28", "--questions", "3", "--stride-layer", "3"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert "| image once per question |" in printed and "answers equal: True" in printed
+
+
+def test_no_connected_layer_without_a_stride():
+    assert not any(BertConfig().is_connected(k) for k in range(6))
+    assert [BertConfig(stride_layer=3).is_connected(k) for k in range(6)] == [0, 0, 0, 1, 0, 0]

@@ -1,0 +1,154 @@
+"""Question files: what is read, what is refused and where, and the official file's way into the cache."""
+
+import io
+import logging
+import urllib.request
+from urllib.error import URLError
+
+import pytest
+
+from dpg_bench import official, questions
+from dpg_bench.official import official_questions
+from dpg_bench.questions import COLUMNS, git_blob_sha1, read_questions
+
+ROWS = [
+    # item, text, proposition, dependency, tuple, question
+    ["7", '"A red bike, and\na hat"', "1", "0", "entity - whole (bike)", "Is there a bike?"],
+    ["7", '"A red bike, and\na hat"', "2", "0", "entity - whole (hat)", "Is there a hat?"],
+    ["7", '"A red bike, and\na hat"', "3", '"1, 2"', '"relation - spatial (bike, hat)"', "Near?"],
+    ["x1", "A photo", "1", "0", "global - (photo)", "Is it a photo?"],
+    ["x1", "A photo", "2", '"0,1"', '"attribute - color (photo, grey)"', "Is it grey?"],
+]
+
+
+def write(tmp_path, rows=ROWS, header=COLUMNS, start=""):
+    lines = [",".join(header)]
+    for item, text, proposition, dependency, tuple_, question in rows:
+        lines.append(f"{item},{text},k,{proposition},{dependency},b,d,{tuple_},{question}")
+    path = tmp_path / "questions.csv"
+    path.write_text(start + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def changed(index, column, value):
+    rows = [list(row) for row in ROWS]
+    rows[index][column] = value
+    return rows
+
+
+def test_reading(tmp_path):
+    graph = read_questions(write(tmp_path, start="\ufeff"))
+    assert list(graph.items) == ["7", "x1"]
+    assert graph.prompts == {"7": "A red bike, and\na hat", "x1": "A photo"}
+    assert [q.parents for q in graph.questions] == [(), (), (1, 2), (), (1,)]
+    assert [q.line for q in graph.questions] == [2, 4, 6, 8, 9]
+    last = graph.questions[-1]
+    assert (last.category, last.broad_category) == ("attribute - color", "attribute")
+    assert graph.questions[3].category == "global -"
+    assert graph.identity()["questions"] == str(tmp_path / "questions.csv")
+    assert graph.identity()["propositions"] == 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            changed(4, 4, "mood - happy (photo)"),
+            r"line 9 \(item x1, proposition 2\): unknown cat.*mood - happy",
+        ),
+        (changed(4, 4, "attribute (photo)"), "line 9 .*unknown category 'attribute'"),
+        (changed(4, 3, "3"), "line 9 .*depends on 3, which the item does not have"),
+        (changed(0, 3, "3"), r"line 2 .*depends on itself \(1 -> 3 -> 1\)"),
+        (changed(1, 3, "2"), r"line 4 \(item 7, proposition 2\): depends on itself \(2 -> 2\)"),
+        (changed(4, 2, "1"), "line 9 .*proposition 1 is repeated"),
+        (changed(4, 2, "two"), "line 9 .*must be a number"),
+        (changed(4, 2, "0"), "line 9 .*start at 1"),
+        (changed(4, 3, "one"), "line 9 .*must be a number.*'one'"),
+        (changed(4, 3, ""), "line 9 .*dependency is empty"),
+        (changed(2, 5, " "), "line 6 .*question_natural_language is empty"),
+        (changed(4, 1, "Another"), "line 9 .*not that of line 8"),
+        (ROWS[:1] + ROWS[3:4] + ROWS[1:2], "line 5 .*not together"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read_questions(write(tmp_path, rows))
+
+
+def test_a_child_may_stand_before_its_parent(tmp_path):
+    rows = changed(0, 3, "2")
+    assert read_questions(write(tmp_path, rows)).questions[0].parents == (2,)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_questions(tmp_path / "absent.csv")
+    with pytest.raises(ValueError, match="no column tuple"):
+        read_questions(write(tmp_path, header=[c.replace("tuple", "triple") for c in COLUMNS]))
+    with pytest.raises(ValueError, match="has no rows"):
+        read_questions(write(tmp_path, rows=[]))
+    (tmp_path / "image.csv").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ValueError, match="not a CSV in UTF-8"):
+        read_questions(tmp_path / "image.csv")
+
+
+def test_git_blob_hash():
+    assert git_blob_sha1(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert git_blob_sha1(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_the_official_file_is_taken_with_its_oddities(tmp_path, monkeypatch, caplog):
+    path = write(tmp_path, changed(1, 3, "2"))
+    monkeypatch.setattr(questions, "OFFICIAL_BLOB", git_blob_sha1(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        graph = read_questions(path)
+    assert graph.is_official and graph.identity()["questions"] == "official"
+    assert "depends on itself" in caplog.text
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """A network that answers with what a test puts into it; an exception is raised."""
+    answers = []
+
+    def urlopen(url, timeout):
+        assert url == official.OFFICIAL_URL
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
+    return answers
+
+
+def test_fetched_once_and_proven(tmp_path, monkeypatch, network):
+    content = write(tmp_path).read_bytes()
+    monkeypatch.setattr(questions, "OFFICIAL_BLOB", git_blob_sha1(content))
+    network.append(content)
+    assert len(official_questions().questions) == 5
+    assert network == []
+    assert len(official_questions().questions) == 5  # from the cache: a second fetch would fail
+    cached = tmp_path / "cache" / "dpg_bench" / "dpg_bench.csv"
+    assert [p.name for p in cached.parent.iterdir()] == [cached.name]
+    cached.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"not the official question file.*delete it"):
+        official_questions()
+
+
+def test_offline_message_says_what_to_do(network):
+    network.append(URLError("no route to host"))
+    with pytest.raises(ValueError, match=r"no route to host.*--questions PATH.*shapes"):
+        official_questions()
+
+
+def test_another_file_at_the_address_is_refused_and_not_kept(tmp_path, network):
+    network.append(b"<html>moved</html>")
+    with pytest.raises(ValueError, match="18 bytes that are not the official question file"):
+        official_questions()
+    assert not (tmp_path / "cache" / "dpg_bench" / "dpg_bench.csv").exists()
+
+
+def test_a_given_file_needs_no_network(tmp_path, network):
+    assert not official_questions(write(tmp_path)).is_official

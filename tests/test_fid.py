@@ -1,0 +1,365 @@
+"""Scoring sets of images: what is read, what is refused, what the results say."""
+
+import json
+import logging
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from launch import fid as program
+from t2i import cli
+from t2i.evaluation import features, fid, frechet, inception_weights, manifold
+from t2i.evaluation.image_sets import open_images
+from t2i.evaluation.inception import InceptionFeatures, extract
+from t2i.rng import integers, make_keys, normals
+
+
+def pictures(count, seed=0, side=8, shift=0):
+    images = integers(make_keys(seed), 200 - shift, count, side, side, 3) + shift
+    return images.to(torch.uint8).numpy()
+
+
+def write_folder(folder, images, name="{:03d}.png"):
+    for i, image in enumerate(images):
+        path = folder / name.format(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def write_npz(path, images, compressed=False, **arrays):
+    (np.savez_compressed if compressed else np.savez)(path, arr_0=images, **arrays)
+    return path
+
+
+def read(path, size=3):
+    return [image for batch in open_images(path).batches(size) for image in batch]
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Four features of the mean colours in the place of Inception's, and a head of two classes."""
+    weights = normals(make_keys(5), 3, 4)
+
+    def tiny(network, images):
+        pool = torch.stack([torch.tensor(i).float().mean((0, 1)) @ weights for i in images])
+        return InceptionFeatures(pool, pool[:, :2] * 2)
+
+    monkeypatch.setattr(features, "extract", tiny)
+    monkeypatch.setattr(features, "POOL_WIDTH", 4)
+    monkeypatch.setattr(features, "SPATIAL_WIDTH", 2)
+    return SimpleNamespace(fc=SimpleNamespace(weight=torch.eye(4)[:2]))
+
+
+def score(samples, reference, network, **options):
+    options = {"allow_fewer": True, "progress": False, "batch_size": 3, **options}
+    return fid.score_images(samples, reference, network, "abc", **options)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz_is_read_in_file_order_and_not_at_once(tmp_path, compressed):
+    images = pictures(7)
+    path = write_npz(tmp_path / "a.npz", images, compressed)
+    assert open_images(path).count == 7
+    np.testing.assert_array_equal(read(path), images)
+    assert [len(batch) for batch in open_images(path).batches(3)] == [3, 3, 1]
+
+
+def test_the_first_images_of_a_cut_npz_are_there_before_the_cut_is_met(tmp_path):
+    images = pictures(3000)
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(images[:2990].tobytes())
+    batches = open_images(path).batches(100)
+    np.testing.assert_array_equal(next(batches), images[:100])
+    with pytest.raises(ValueError, match=r"a\.npz ends before image 3000"):
+        list(batches)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": pictures(2)}, "has no arr_0; it holds images"),
+        ({"arr_0": pictures(2) / 255}, r"arr_0 is float64 \[2, 8, 8, 3\]; images must be uint8"),
+        ({"arr_0": pictures(2)[..., :1]}, r"uint8 \[2, 8, 8, 1\]"),
+        ({"arr_0": np.asfortranarray(pictures(2))}, "Fortran order"),
+        ({"arr_0": pictures(2)[:0]}, r"uint8 \[0, 8, 8, 3\]"),
+    ],
+)
+def test_other_npz_files_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        open_images(tmp_path / "a.npz")
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz file"):
+        open_images(tmp_path / "a.npz")
+    path = write_npz(tmp_path / "b.npz", pictures(50))
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"b\.npz is damaged: Bad CRC"):
+        read(path)
+    with pytest.raises(ValueError, match="none does not exist; give an"):
+        open_images(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no images"):
+        open_images(write_folder(tmp_path / "c", []) if (tmp_path / "c").mkdir() else tmp_path)
+
+
+def test_folders_of_any_layout(tmp_path):
+    images = pictures(4)
+    flat = write_folder(tmp_path / "flat", images)
+    (flat / "notes.txt").write_text("no image")
+    np.testing.assert_array_equal(read(flat), images)
+    nested = write_folder(tmp_path / "nested", images, "class_{:03d}/x.png")
+    np.testing.assert_array_equal(read(nested), images)
+
+
+def test_of_a_generation_folder_only_the_samples_count(tmp_path):
+    images = pictures(4)
+    folder = write_folder(tmp_path, images, "{:05d}/samples/00000.png")
+    write_folder(tmp_path, pictures(4, seed=1), "{:05d}/stages/00000_1.png")
+    write_folder(tmp_path, pictures(1, seed=2), "grid.png")
+    np.testing.assert_array_equal(read(folder), images)
+    assert open_images(folder).left_out == 5
+    np.testing.assert_array_equal(read(folder / "00001" / "samples"), images[1:2])
+
+
+def test_a_broken_image_is_named(tmp_path):
+    folder = write_folder(tmp_path, pictures(4))
+    (folder / "002.png").write_bytes((folder / "002.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"002\.png cannot be judged: corrupt"):
+        read(folder)
+
+
+# -- scores -------------------------------------------------------------------------------------------------------------------
+def test_a_set_against_itself(tmp_path, network):
+    images = pictures(12)
+    folder = write_folder(tmp_path / "images", images)
+    file = write_npz(tmp_path / "a.npz", images)
+    found = score(file, folder, network)
+    scores = found["scores"]
+    assert scores["fid"] == pytest.approx(0, abs=1e-6)
+    assert scores["sfid"] == pytest.approx(0, abs=1e-6)
+    assert (scores["precision"], scores["recall"]) == (1, 1)
+    assert found["samples"]["pixels_sha256"] == found["reference"]["pixels_sha256"]
+    other = score(write_folder(tmp_path / "other", pictures(12, shift=80)), folder, network)
+    assert other["scores"]["fid"] > 1 and other["scores"]["sfid"] > 1
+    assert other["samples"]["pixels_sha256"] != found["samples"]["pixels_sha256"]
+
+
+def test_precision_and_recall_are_not_exchanged(tmp_path, network):
+    """Samples that are a part of the reference lie within it, and do not cover it."""
+    images = np.concatenate([pictures(10, shift=150), pictures(10) // 4])
+    found = score(
+        write_npz(tmp_path / "a.npz", images[:10]), write_npz(tmp_path / "b.npz", images), network
+    )
+    assert found["scores"]["precision"] == 1
+    assert found["scores"]["recall"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_batch_size_does_not_matter(tmp_path, network):
+    a = write_npz(tmp_path / "a.npz", pictures(12))
+    b = write_folder(tmp_path / "b", pictures(9, seed=1))
+    first, second = (score(a, b, network, batch_size=size) for size in (1, 100))
+    assert first["scores"] == pytest.approx(second["scores"], rel=1e-6)
+    assert first["samples"] == second["samples"]
+
+
+def test_stored_statistics_win_over_the_images(tmp_path, network):
+    samples = write_npz(tmp_path / "a.npz", pictures(12))
+    plain = score(samples, write_npz(tmp_path / "plain.npz", pictures(9, seed=1)), network)
+    statistics = {
+        "mu": np.zeros(4, np.float32),
+        "sigma": np.eye(4),
+        "mu_s": np.ones(2, np.float32),
+        "sigma_s": np.eye(2),
+    }
+    path = write_npz(tmp_path / "official.npz", pictures(9, seed=1), **statistics)
+    official = score(samples, path, network)
+    assert official["reference"]["statistics"] == "stored in the file"
+    assert len(official["reference"]["sha256"]) == 64
+    for name in ("precision", "recall", "inception_score"):
+        assert official["scores"][name] == plain["scores"][name]
+    measured = features.measure(samples, network, batch_size=4, description="", progress=False)
+    for name, found, mean in (
+        ("fid", measured.pool, torch.zeros(4)),
+        ("sfid", measured.spatial, torch.ones(2)),
+    ):
+        stored = frechet.Statistics(mean, torch.eye(len(mean), dtype=torch.float64))
+        assert official["scores"][name] == pytest.approx(frechet.frechet_distance(found, stored))
+
+    np.savez(tmp_path / "statistics.npz", **statistics)
+    alone = score(samples, tmp_path / "statistics.npz", network)["scores"]
+    assert (alone["precision"], alone["recall"]) == (None, None)
+    assert (alone["fid"], alone["sfid"]) == (official["scores"]["fid"], official["scores"]["sfid"])
+    np.savez(tmp_path / "only_fid.npz", mu=statistics["mu"], sigma=statistics["sigma"])
+    assert score(samples, tmp_path / "only_fid.npz", network)["scores"]["sfid"] is None
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, "mu has 5 features, this network has 4"),
+        ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"mu is \[4\] and sigma is \[5, 5\]"),
+        ({"mu": np.zeros(4)}, "sigma cannot be read"),
+        ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "not finite"),
+    ],
+)
+def test_statistics_that_do_not_fit(tmp_path, network, statistics, message):
+    np.savez(tmp_path / "reference.npz", **statistics)
+    with pytest.raises(ValueError, match=message):
+        score(write_npz(tmp_path / "a.npz", pictures(5)), tmp_path / "reference.npz", network)
+
+
+def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeypatch):
+    """Sorted by class, the parts of a set hold one class each: a file is scored so, a folder is shuffled first."""
+    monkeypatch.setattr(frechet.inception_score, "__defaults__", (10,))
+    images = np.zeros((40, 2, 2, 3), np.uint8)
+    images[:20, ..., 0], images[20:, ..., 2] = 20, 20
+    folder = write_folder(tmp_path / "images", images)
+    with caplog.at_level(logging.WARNING):
+        file = score(write_npz(tmp_path / "a.npz", images), folder, network)
+    assert "seem sorted by class" in caplog.text
+    of_folder = score(folder, folder, network)
+    orders = file["inception_score"]
+    assert orders == {**of_folder["inception_score"], "reported_order": "file"}
+    assert orders["file"]["mean"] == pytest.approx(1)
+    assert orders["shuffled"]["mean"] > 1.1
+    assert file["scores"]["inception_score"] == orders["file"]["mean"]
+    assert of_folder["scores"]["inception_score"] == orders["shuffled"]["mean"]
+
+
+def test_fewer_images_than_the_protocol(tmp_path, network, monkeypatch):
+    path = write_npz(tmp_path / "a.npz", pictures(5))
+    with pytest.raises(ValueError, match=r"holds 5 images, the protocol has 50,000.*--allow-fewer"):
+        score(path, path, network, allow_fewer=False)
+    assert score(path, path, network)["status"] == "PARTIAL: 5 images instead of 50,000"
+    monkeypatch.setattr(fid, "PROTOCOL_IMAGES", 5)
+    assert score(path, path, network, allow_fewer=False)["status"] == "complete"
+    monkeypatch.setattr(fid, "PROTOCOL_IMAGES", 4)
+    found = score(path, path, network, allow_fewer=False)
+    assert found["status"] == "OTHER PROTOCOL: 5 images instead of 4"
+    assert found["n"] == 5
+
+
+def test_too_few_for_any_statistics(tmp_path, network):
+    one, three = (write_npz(tmp_path / f"{n}.npz", pictures(n)) for n in (1, 3))
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        score(one, three, network)
+    with pytest.raises(ValueError, match="more than 3 images in each set, got 3"):
+        score(three, three, network)
+
+
+def test_blocks_do_not_change_the_manifold(monkeypatch):
+    reference, samples = normals(make_keys(1), 23, 6), normals(make_keys(2), 17, 6) + 1
+    whole = manifold.compare_manifolds(reference, samples)
+    assert 0 < whole.precision < 1 and 0 < whole.recall < 1
+    monkeypatch.setattr(manifold, "_BLOCK", 5)
+    parts = manifold.compare_manifolds(reference, samples)
+    for name in ("reference_radii", "sample_radii", "reference_inside", "sample_inside"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+
+
+def test_half_precision_is_left_only_where_a_block_overflows(monkeypatch):
+    features = normals(make_keys(1), 8, 6)
+    features[4:] += 300  # squared norms beyond 65,504
+    single = manifold.full_distances(features[:4], features[:4])
+    assert not torch.equal(manifold.official_distances(features[:4], features[:4]), single)
+    whole = manifold.official_distances(features, features)
+    assert torch.equal(whole, manifold.full_distances(features, features))
+
+
+def test_statistics_of_many_rows(monkeypatch):
+    features = normals(make_keys(1), 50, 6) + 100
+    monkeypatch.setattr(frechet, "_ROWS", 7)
+    found = frechet.feature_statistics(features)
+    np.testing.assert_allclose(found.covariance, np.cov(features.double().T), rtol=1e-9)
+
+
+# -- weights and the program --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def random_network():
+    return inception_weights.load_inception("random")
+
+
+def test_wrong_weights_are_refused(tmp_path, random_network, monkeypatch):
+    network, digest = random_network
+    assert digest == "random"
+    path = tmp_path / inception_weights.FILE_NAME
+    with pytest.raises(ValueError, match="does not exist"):
+        inception_weights.load_inception(path)
+    counter = {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(1)}
+    torch.save(network.state_dict() | counter, path)
+    with pytest.raises(ValueError, match=r"not the published .* SHA-256 begins with"):
+        inception_weights.load_inception(path)
+    monkeypatch.setattr(inception_weights, "SHA256_START", "")
+    loaded, digest = inception_weights.load_inception(tmp_path)  # the folder
+    assert len(digest) == 64
+    assert torch.equal(loaded.fc.weight, network.fc.weight)
+    torch.save({"fc.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"missing .*Conv2d_1a_3x3"):
+        inception_weights.load_inception(path)
+    monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set: download https.*--inception-w"):
+        inception_weights.load_inception()
+    (tmp_path / "cache" / "fid").mkdir(parents=True)
+    path.rename(tmp_path / "cache" / "fid" / path.name)
+    with pytest.raises(ValueError, match=r"cache.* does not fit Inception"):
+        inception_weights.load_inception()
+
+
+def test_images_of_several_sizes(random_network):
+    network, _ = random_network
+    images = [pictures(1, side=20)[0], pictures(1, seed=1, side=40)[0]]
+    mixed = extract(network, images)
+    for image, pool, spatial in zip(images, *mixed, strict=True):
+        alone = extract(network, [image])
+        torch.testing.assert_close(alone.pool[0], pool)
+        torch.testing.assert_close(alone.spatial[0], spatial)
+
+
+def test_the_program(tmp_path, network, monkeypatch, capsys):
+    loaded = network, inception_weights.RANDOM
+    monkeypatch.setattr(inception_weights, "load_inception", lambda *_: loaded)
+    write_folder(tmp_path / "samples", pictures(4))
+    write_folder(tmp_path / "reference", pictures(4, seed=1))
+    arguments = ["--samples", "samples", "--reference", "reference", "--device", "cpu"]
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *arguments, *more])
+        cli.run(program.main)
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run()
+    assert "error: samples holds 4 images, the protocol has 50,000" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+    run("--allow-fewer", "--out", "here/results.json")
+    found = json.loads((tmp_path / "here" / "results.json").read_text())
+    assert found["status"].startswith("PARTIAL: 4 images instead of 50,000; RANDOM WEIGHTS")
+    assert set(found["scores"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
+    assert all(isinstance(value, float) for value in found["scores"].values())
+    assert found["network"]["sha256"] == "random" and found["versions"]["torch"]
+    assert found["samples"]["images"] == found["reference"]["images"] == found["n"] == 4
+    printed = capsys.readouterr().out
+    assert "| 4 |" in printed and "PARTIAL" in printed and "wrote here/results.json" in printed
+
+
+def test_the_reference_is_looked_at_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path, pictures(4))
+    arguments = ["--samples", str(tmp_path), "--reference", "none.npz", "--allow-fewer"]
+    monkeypatch.setattr(sys, "argv", ["fid.py", *arguments])
+    with pytest.raises(SystemExit):
+        cli.run(program.main)
+    assert "none.npz does not exist" in capsys.readouterr().err

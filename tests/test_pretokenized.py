@@ -1,0 +1,149 @@
+"""ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once, whatever is killed meanwhile."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import Killed, folder_content
+
+from t2i.data import pretokenized
+from t2i.data.array_file import Share
+from t2i.data.code_array import CodeArray
+from t2i.data.pretokenized import LlamaGenCodes, convert_jsonl
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(pretokenized, "_ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr(pretokenized, "_BLOCK", 64)
+
+
+def write_llamagen(root, images=4, views=3, offset=0):
+    for kind in ("codes", "labels"):
+        (root / f"imagenet256_{kind}").mkdir(parents=True)
+    for i in range(images):
+        codes = np.arange(views * 5).reshape(1, views, 5) + 100 * i + offset
+        np.save(root / "imagenet256_codes" / f"{i}.npy", codes)
+        np.save(root / "imagenet256_labels" / f"{i}.npy", np.array([7 * i]))
+    return root
+
+
+def test_llamagen_folders(tmp_path):
+    data = LlamaGenCodes(write_llamagen(tmp_path, images=11))  # "10" sorts before "2" as text
+    assert (len(data), data.views) == (11, 3)
+    assert data.labels([10, 2]).tolist() == [70, 14]
+    codes = data.codes(torch.tensor([10, 2]), torch.tensor([0, 4]))
+    assert codes.dtype == torch.int64
+    assert codes[..., 0].tolist() == [[1000 + t for t in range(5)], [205 + t for t in range(5)]]
+
+
+def test_two_crop_ranges_of_llamagen(tmp_path):
+    a = write_llamagen(tmp_path / "ten_crop")
+    b = write_llamagen(tmp_path / "ten_crop_105", offset=5000)
+    data = LlamaGenCodes(a, b)
+    assert data.views == 6
+    first = [int(data.codes([1], [view])[0, 0, 0]) for view in range(7)]
+    assert first == [100, 105, 110, 5100, 5105, 5110, 100]
+
+
+def test_broken_llamagen_folders(tmp_path):
+    with pytest.raises(ValueError, match="no folder of codes"):
+        LlamaGenCodes()
+    with pytest.raises(ValueError, match="must hold one folder named as imagenet256_codes"):
+        LlamaGenCodes(tmp_path)
+    root = write_llamagen(tmp_path / "a")
+    other = write_llamagen(tmp_path / "b", images=5)
+    with pytest.raises(ValueError, match=r"does not belong to .*4\.npy is in one"):
+        LlamaGenCodes(root, other)
+    for kind in ("codes", "labels"):
+        (other / f"imagenet256_{kind}" / "4.npy").unlink()
+    np.save(other / "imagenet256_labels" / "3.npy", np.array([8]))
+    with pytest.raises(ValueError, match="hold different images"):
+        LlamaGenCodes(root, other)
+    data = LlamaGenCodes(root)
+    path = root / "imagenet256_codes" / "2.npy"
+    np.save(path, np.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"2\.npy holds float64 \[1, 3\], expected integers"):
+        data.codes([2], [0])
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"2\.npy cannot be read"):
+        data.codes([2], [0])
+    (root / "imagenet256_labels" / "1.npy").unlink()
+    with pytest.raises(ValueError, match=r"1\.npy is in one of them only"):
+        LlamaGenCodes(root)
+
+
+def write_jsonl(path, count=8, end="\n"):
+    lines = [json.dumps({"class_id": i % 5, "tokens": [i, i + 1, 1023 - i]}) for i in range(count)]
+    path.write_text("\n".join(lines) + end)
+    return path
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_jsonl_is_converted_once(tmp_path, end, monkeypatch):
+    path = write_jsonl(tmp_path / "maskgitvq.jsonl", end=end)
+    folder = convert_jsonl(path, tmp_path / "cache", progress=False)
+    array = CodeArray(folder)
+    assert (len(array), array.views) == (8, 1)
+    assert array.codes([0, 7], [0, 9])[..., 0].tolist() == [[0, 1, 1023], [7, 8, 1016]]
+    assert array.labels(torch.tensor([6, 3])).tolist() == [1, 3]
+    monkeypatch.setattr(pretokenized, "_parse", None)
+    assert convert_jsonl(path, tmp_path / "cache") == folder
+
+
+def test_jsonl_after_a_kill_and_by_two_processes(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "maskgitvq.jsonl")
+    whole = folder_content(convert_jsonl(path, tmp_path / "one", progress=False))
+    parsed, real = [], pretokenized._parse
+
+    def parse(line, path, index, *more):
+        if index == 5 and len(parsed) < 7:
+            raise Killed
+        parsed.append(index)
+        return real(line, path, index, *more)
+
+    monkeypatch.setattr(pretokenized, "_parse", parse)
+    with pytest.raises(Killed):
+        convert_jsonl(path, tmp_path / "killed", progress=False)
+    parsed[:] = [-1] * 7
+    folder = convert_jsonl(path, tmp_path / "killed", progress=False)
+    assert parsed[7:] == [0, 3, 4, 5, 6, 7], "the first line gives the length"
+    assert folder_content(folder) == whole
+
+    def work(rank):
+        convert_jsonl(path, tmp_path / "two", share=Share(rank, 2, patience=20), progress=False)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (folder,) = (tmp_path / "two").iterdir()
+    assert folder_content(folder) == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"class_id": 1, "tokens": [1, 2, 3]', "line 9 is not a line of codes"),
+        ('{"label": 1, "tokens": [1, 2, 3]}', "line 9 is not a line of codes: KeyError"),
+        ('{"class_id": 1, "tokens": [1, 2]}', "line 9: class 1 and 2 tokens; expected .* 3 tokens"),
+        ('{"class_id": 1000, "tokens": [1, 2, 3]}', "line 9: class 1000"),
+        ('{"class_id": 1, "tokens": [1, 2, 1024]}', "line 9: .* 3 tokens below 1024"),
+        ("", "line 9 is not a line of codes"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    path = write_jsonl(tmp_path / "maskgitvq.jsonl", end=f"\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        convert_jsonl(path, tmp_path / "cache", progress=False)
+
+
+def test_no_lines(tmp_path):
+    with pytest.raises(ValueError, match="is no file"):
+        convert_jsonl(tmp_path / "gone.jsonl", tmp_path / "cache")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        convert_jsonl(tmp_path / "empty.jsonl", tmp_path / "cache")

@@ -1,0 +1,214 @@
+"""50,000 images into one file: streamed, resumed after a kill, shared by processes, in an order that scores can use."""
+
+import json
+import os
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from helpers import Killed, folder_content
+from PIL import Image
+
+from t2i.data.array_file import Share
+from t2i.evaluation import sample_writer
+from t2i.evaluation.image_sets import open_images
+from t2i.evaluation.sample_writer import sample_labels, write_samples
+
+SIZE = (4, 6)
+
+
+class Draw:
+    """Images of one colour, their number; dies when asked for the batch with this number."""
+
+    def __init__(self, dies_at=None):
+        self.drawn, self.dies_at = [], dies_at
+
+    def __call__(self, rows):
+        if self.dies_at == len(self.drawn):
+            raise Killed
+        self.drawn.append((rows.start, rows.stop))
+        return np.stack([np.full((*SIZE, 3), i, np.uint8) for i in rows])
+
+
+def write(out, draw=None, **options):
+    options = {"settings": {"seed": 0}, "batch_size": 3, "progress": False, **options}
+    return write_samples(out, 10, SIZE, draw or Draw(), **{"share": Share(patience=20), **options})
+
+
+def check(out):
+    images = [image for batch in open_images(out).batches(4) for image in batch]
+    assert np.array(images)[:, 0, 0, 0].tolist() == list(range(10))
+    assert {image.shape for image in images} == {(*SIZE, 3)}
+
+
+@pytest.fixture(params=["samples.npz", "samples"])
+def out(request, tmp_path):
+    """The name of a file or a folder."""
+    return tmp_path / "deep" / request.param
+
+
+def test_npz(tmp_path):
+    out = write(tmp_path / "samples.npz")
+    check(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.npz", "samples.npz.json"]
+    with np.load(out) as arrays:
+        assert arrays.files == ["arr_0"] and arrays["arr_0"].shape == (10, *SIZE, 3)
+    with zipfile.ZipFile(out) as archive:
+        assert archive.testzip() is None
+    settings = json.loads((tmp_path / "samples.npz.json").read_text())
+    assert settings == {"seed": 0, "count": 10, "size": list(SIZE), "batch_size": 3}
+
+
+def test_png(tmp_path):
+    out = write(tmp_path / "samples")
+    check(out)
+    assert len(list(out.glob("*.png"))) == 10
+    assert np.asarray(Image.open(out / "000007.png")).tolist() == np.full((*SIZE, 3), 7).tolist()
+
+
+def test_resume_after_a_kill_between_batches(out):
+    killed = Draw(dies_at=2)
+    with pytest.raises(Killed):
+        write(out, killed)
+    rest = Draw()
+    write(out, rest)
+    assert killed.drawn + rest.drawn == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    check(out)
+    again = Draw()
+    write(out, again)
+    assert again.drawn == []
+    write(out.with_name("whole").with_suffix(out.suffix))
+    found = folder_content(out.parent)
+    assert found.pop(_record(out)) and all("part" not in name for name in found)
+
+
+def _record(out):
+    return f"{out.name}.json" if out.suffix else f"{out.name}/settings.json"
+
+
+@pytest.mark.parametrize("moment", ["record", "part", "marker", "packing", "packed", "tidying"])
+def test_resume_after_a_kill_while_writing_an_npz(tmp_path, monkeypatch, moment):
+    whole = folder_content(write(tmp_path / "whole" / "samples.npz").parent)
+    out = tmp_path / "killed" / "samples.npz"
+    calls = 0
+
+    def dying(real, dies_at):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == dies_at:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    # os.replace: the record, the part, a marker for each of four batches, the .npz.
+    with monkeypatch.context() as patch:
+        if moment == "packing":
+            copy = "t2i.evaluation.sample_writer.shutil.copyfileobj"
+            patch.setattr(copy, lambda source, target, size: _die_half_way(source, target))
+        elif moment == "tidying":
+            patch.setattr(sample_writer, "remove_markers", dying(None, 1))
+        else:
+            dies_at = {"record": 1, "part": 2, "marker": 4, "packed": 7}[moment]
+            patch.setattr(os, "replace", dying(os.replace, dies_at))
+        with pytest.raises(Killed):
+            write(out)
+    (out.parent / "samples.npz.0123abcd.tmp").write_bytes(b"left by a process that was killed")
+    rest = Draw()
+    write(out, rest)
+    batches = {"record": 4, "part": 4, "marker": 3}
+    assert len(rest.drawn) == batches.get(moment, 0)
+    found = folder_content(out.parent)
+    if moment == "tidying":
+        found.pop("samples.npz.0123abcd.tmp")
+    assert found == whole
+
+
+def _die_half_way(source, target):
+    target.write(source.read(40))
+    raise Killed
+
+
+def test_a_png_that_is_missing_is_drawn_with_its_batch(tmp_path):
+    out = write(tmp_path / "samples")
+    whole = folder_content(out.parent)
+    (out / "000004.png").unlink()
+    rest = Draw()
+    write(out, rest)
+    assert rest.drawn == [(3, 6)] and folder_content(out.parent) == whole
+
+
+def test_two_processes_write_what_one_writes(out):
+    write(out)
+    whole, drawn = folder_content(out.parent), [Draw(), Draw()]
+    other = out.parent.parent / "two" / out.name
+
+    def work(rank):
+        write(other, drawn[rank], share=Share(rank, 2, patience=20))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folder_content(other.parent) == whole
+    assert [draw.drawn for draw in drawn] == [[(0, 3), (6, 9)], [(3, 6), (9, 10)]]
+
+
+def test_a_missing_process_is_noticed_and_its_work_taken_over(out):
+    with pytest.raises(TimeoutError):
+        write(out, share=Share(0, 2, patience=0.1))
+    rest = Draw()
+    write(out, rest)
+    assert rest.drawn == [(3, 6), (9, 10)]
+    check(out)
+
+
+def test_images_of_other_settings_are_not_continued(out):
+    with pytest.raises(Killed):
+        write(out, Draw(dies_at=2))
+    before = folder_content(out.parent)
+    with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 now\)"):
+        write(out, settings={"seed": 1})
+    with pytest.raises(ValueError, match=r"batch_size 3 there, 4 now"):
+        write(out, batch_size=4)
+    with pytest.raises(ValueError, match=r"scale None there, 1\.5 now"):
+        write(out, settings={"seed": 0, "scale": 1.5})
+    assert folder_content(out.parent) == before
+
+
+def test_files_of_others_are_not_overwritten(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, *SIZE, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"samples\.npz is not empty and was not written here"):
+        write(tmp_path / "samples.npz")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.png").touch()
+    with pytest.raises(ValueError, match="folder is not empty"):
+        write(tmp_path / "folder")
+
+
+def test_images_of_another_size_are_refused(out):
+    with pytest.raises(ValueError, match=r"drawn were uint8 \[3, 2, 2, 3\], expected uint8 \[3, 4"):
+        write(out, lambda rows: np.zeros((len(rows), 2, 2, 3), np.uint8))
+    with pytest.raises(ValueError, match="drawn were float64"):
+        write(out, lambda rows: np.zeros((len(rows), *SIZE, 3)))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        write(out, batch_size=0)
+
+
+def test_labels():
+    balanced = sample_labels(50, 8, balanced=True, seed=0)
+    counts = balanced.bincount(minlength=8)
+    assert counts.tolist() == [7, 7, 6, 6, 6, 6, 6, 6]
+    assert len(balanced[:10].unique()) > 4 and not torch.equal(balanced, balanced.sort().values)
+    assert torch.equal(balanced, sample_labels(50, 8, balanced=True, seed=0))
+    assert not torch.equal(balanced, sample_labels(50, 8, balanced=True, seed=1))
+    # Every part of 5,000 images, as the Inception Score takes them, has nearly all classes.
+    parts = sample_labels(50_000, 1000, balanced=True, seed=0).split(5000)
+    assert min(len(part.unique()) for part in parts) > 980
+    drawn = sample_labels(5000, 8, balanced=False, seed=0)
+    assert drawn.bincount(minlength=8).min() > 500
+    assert torch.equal(drawn[:50], sample_labels(50, 8, balanced=False, seed=0))
