@@ -198,7 +198,7 @@ def test_lora_reaches_every_layer_of_the_language_model_and_nothing_else():
 def test_lora_can_be_switched_off_and_merged():
     backbone = tiny_janus()
     plain_text, plain_image = text_logits(backbone), image_logits(backbone)
-    add_lora(backbone, LoRAConfig(rank=2))
+    add_lora(backbone, LoRAConfig(rank=2, alpha=2.0))
     model = TensorAR(backbone, presets.iclr2026())
     with torch.no_grad():
         for name, value in backbone.named_parameters():
