@@ -47,6 +47,7 @@ if (search) {
   });
   for (const name of ["boxes", "masks"]) {
     const toggle = document.getElementById(name);
+    if (!toggle) continue; // no card has any
     const update = () => document.body.classList.toggle("no-" + name, !toggle.checked);
     toggle.addEventListener("change", update);
     update(); // a browser may remember the box from before a reload
