@@ -54,17 +54,16 @@ class DPGBench:
         self.entries = [{"item_id": i, "prompt": prompt} for i, prompt in graph.prompts.items()]
         self._official = official_items(graph)
         who = judge.identity()
-        model = "" if who["judge"] == OFFICIAL_JUDGE else "not the official judge"
-        if model and who["weights"]:
-            model = f"{who['weights']}, {model}"
         self.label = f"{questions} questions, judged by {who['judge']}"
-        self.label += f" ({model})" if model else ""
+        if who["judge"] != OFFICIAL_JUDGE:
+            facts = [who.get("weights"), "not the official judge"]
+            self.label += f" ({', '.join(filter(None, facts))})"
 
     def identity(self) -> dict:
         """Who answers which questions; the weights by their hash, whatever their folder is called."""
         who = dict(self.answering.identity())
         if who.get("sha256"):
-            del who["weights"]
+            who.pop("weights", None)
         graph = {"git_blob_sha1": self.graph.blob}
         return {"answers": who, "questions": graph, "versions": {"t2i": __version__}}
 
@@ -74,11 +73,11 @@ class DPGBench:
         questions = self.graph.items[item]
         given = self.answering.answer(image, questions)
         answers = {str(q.proposition): a for q, a in zip(questions, given, strict=True)}
-        corrected = _counted(questions, answers)
+        corrected = _passed(questions, answers)
         row = {
             "filename": filename,
             **self.entries[prompt_index],
-            OFFICIAL: _mean(_counted(self._official.get(item, ()), answers)),
+            OFFICIAL: _mean(_passed(self._official.get(item, ()), answers)),
             CORRECTED: _mean(corrected),
             "questions": [
                 {
@@ -88,7 +87,7 @@ class DPGBench:
                     "parents": list(q.parents),
                     "question": q.text,
                     "answer": answers[str(q.proposition)],
-                    "counts": bool(corrected.get(q.proposition)),
+                    "passed": bool(corrected.get(q.proposition)),
                 }
                 for q in questions
             ],
@@ -105,44 +104,40 @@ class DPGBench:
         return list_scores(score(self.graph, answers, images_per_prompt=most))
 
     def card(self, row: dict) -> Card | None:
-        """The questions that do not count, with the answers and what they depend on."""
-        failed = [q for q in row["questions"] if not q["counts"]]
+        """The questions that failed, with the answers and what they depend on."""
+        failed = [q for q in row["questions"] if not q["passed"]]
         if row[CORRECTED] in (1, None):
             return None
         by_id = {q["proposition"]: q for q in row["questions"]}
-        first = next(q for q in failed if q["answer"] != YES)
         total = len(row["questions"])
-        note = f"{row['item_id']}: {total - len(failed)} of {total} questions count"
+        note = f"{row['item_id']}: {total - len(failed)} of {total} questions passed"
         reasons = [_reason(question, by_id) for question in failed]
-        return Card(broad(first["category"]), row["prompt"], reasons, note=note)
+        tags = dict.fromkeys(broad(question["category"]) for question in failed)
+        return Card("images", row["prompt"], reasons, note=note, tags=tuple(tags))
 
 
-def _counted(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[int, float]:
-    """Proposition -> whether it counts, 1 or 0; empty for a prompt that cannot be scored (see `MissingParentError`)."""
+def _passed(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[int, float]:
+    """Proposition -> whether it passed, 1 or 0; empty for a prompt that cannot be scored (see `MissingParentError`)."""
     try:
         return score_questions(questions, answers)[1]
     except MissingParentError:
         return {}
 
 
-def _mean(counted: Mapping[int, float]) -> float | None:
+def _mean(passed: Mapping[int, float]) -> float | None:
     """An image's score, 0..1."""
-    return sum(counted.values()) / len(counted) if counted else None
+    return sum(passed.values()) / len(passed) if passed else None
 
 
 def _reason(question: dict, by_id: Mapping[int, dict]) -> str:
-    """A failed question with its answer; below it what it depends on, and whether that is why."""
-    lines = [f"{question['question']} {_quote(question['answer'])}"]
-    if question["answer"] == YES:
-        lines[0] += ", but void"
-    for parent in (by_id[p] for p in question["parents"]):
-        void = ", void" if parent["answer"] == YES and not parent["counts"] else ""
-        lines.append(f"depends on: {parent['question']} {_quote(parent['answer'])}{void}")
-    return "\n".join(lines)
+    """A failed question with its answer; below it what it depends on. A yes without one of those is void."""
+    parents = [f"depends on: {_outcome(by_id[parent])}" for parent in question["parents"]]
+    return "\n".join([_outcome(question), *parents])
 
 
-def _quote(answer: str) -> str:
-    return f"“{answer}”"
+def _outcome(question: dict) -> str:
+    void = " (void)" if question["answer"] == YES and not question["passed"] else ""
+    return f"{question['question']} →\N{NO-BREAK SPACE}{question['answer']}{void}"
 
 
 def by_prompt(rows: Iterable[dict]) -> dict[str, dict[str, list[float]]]:

@@ -236,7 +236,7 @@ def list_scores(report: Report) -> list[Score]:
     for name in names:
         for way, summary in columns.items():
             mean = ({OVERALL: summary.overall} | summary.l1 | summary.l2).get(name)
-            if mean is not None and mean.mean is not None:
+            if mean is not None:
                 counts = (mean.images, mean.prompts)
                 found.append(
                     Score(name, mean.mean, mean.stderr, *counts, headline=name == OVERALL, way=way)

@@ -6,6 +6,8 @@ copies of the images of at most `_SIDE` pixels, named by content. It needs no ne
 
 import hashlib
 import html
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +43,19 @@ class Card:
     """What the page says about one image."""
 
     section: str
-    """Name of the score that it belongs to."""
+    """What it is shown under, such as the score that it belongs to."""
     title: str
     reasons: Sequence[str]
     """Each one's lines after its first are shown as details of it."""
     boxes: Sequence[Box] = ()
     note: str = ""
     """One line below the title."""
+    tags: Sequence[str] = ()
+    """Scores that it counts against, where they are not its section: what the page can be filtered by."""
+
+    @property
+    def filters(self) -> Sequence[str]:
+        return self.tags or (self.section,)
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,11 @@ def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> P
         cards.append(_card_html(exhibit, pictures, shown))
     for path in set(pictures.iterdir()) - shown:
         path.unlink()
+    filters = Counter(name for exhibit in exhibits for name in exhibit.card.filters)
     body = [
         _header_html(results, len(exhibits)),
-        _scores_html(results, sections),
-        _toolbar_html(sections, exhibits) if sections else '<p class="empty">No image failed.</p>',
+        _scores_html(results, filters),
+        _toolbar_html(filters, exhibits) if exhibits else '<p class="empty">No image failed.</p>',
         *(_section_html(name, cards, results) for name, cards in sections.items()),
     ]
     style, script = ((_ASSETS / n).read_text(encoding="utf-8") for n in ("page.css", "page.js"))
@@ -121,26 +130,28 @@ def _header_html(results: dict, failed: int) -> str:
 """
 
 
-def _scores_html(results: dict, sections: dict[str, list[str]]) -> str:
+def _scores_html(results: dict, filters: Counter[str]) -> str:
     """All scores as bars with their standard errors; two columns for each way to count."""
     ways, by_name = by_way([Score(**score) for score in results["scores"].values()])
     rows = []
     if len(ways) > 1:
-        cells = "".join(f"<th></th><th>{_pretty(way)}</th>" for way in ways)
+        cells = "".join(f'<th class="bar"></th><th>{_pretty(way)}</th>' for way in ways)
         rows.append(f"<tr><td></td>{cells}</tr>\n")
     for name, of_ways in by_name.items():
         label = _pretty(name)
-        if name in sections:
+        if name in filters:
             label = f'<a href="#{urlencode({"task": name})}">{label}</a>'
-        headline = any(score.headline for score in of_ways.values())
+        kind = " class=part" if " -" in name else ""
+        if any(score.headline for score in of_ways.values()):
+            kind = " class=headline"
         cells = "".join(_score_html(of_ways.get(way), results) for way in ways)
-        rows.append(f"<tr{' class=headline' if headline else ''}><th>{label}</th>{cells}</tr>\n")
+        rows.append(f"<tr{kind}><th>{label}</th>{cells}</tr>\n")
     legend = f'<p class="faint">{html.escape(results["legend"])}</p>\n'
     return f'<table class="scores">{"".join(rows)}</table>\n{legend}'
 
 
 def _score_html(score: Score | None, results: dict) -> str:
-    if score is None:
+    if score is None or score.mean is None:
         return "<td></td><td>-</td>"
     best, digits = results["best_possible"], results["decimals"]
     mean, error = score.mean / best, (score.stderr or 0) / best
@@ -153,7 +164,7 @@ def _score_html(score: Score | None, results: dict) -> str:
     )
 
 
-def _toolbar_html(sections: dict[str, list[str]], exhibits: Sequence[Exhibit]) -> str:
+def _toolbar_html(filters: Counter[str], exhibits: Sequence[Exhibit]) -> str:
     shown = {
         "boxes": any(exhibit.card.boxes for exhibit in exhibits),
         "masks": any(exhibit.overlay.is_file() for exhibit in exhibits),
@@ -163,7 +174,7 @@ def _toolbar_html(sections: dict[str, list[str]], exhibits: Sequence[Exhibit]) -
         for name, there in shown.items()
         if there
     )
-    counts = {"": sum(map(len, sections.values())), **{n: len(c) for n, c in sections.items()}}
+    counts = {"": len(exhibits), **filters}
     chips = "".join(
         f'<a class="chip" data-task="{html.escape(name)}" href="#{urlencode({"task": name})}">'
         f"{_pretty(name) or 'All'} <small>{count}</small></a>"
@@ -179,7 +190,7 @@ def _section_html(name: str, cards: list[str], results: dict) -> str:
     score = results["scores"].get(name)
     of = f" of {score['images']}" if score else ""
     return (
-        f'<section data-task="{html.escape(name)}"><h2>{_pretty(name)} '
+        f"<section><h2>{_pretty(name)} "
         f'<small>{len(cards)}{of} failed<span class="shown"></span></small></h2><div class="cards">\n{"".join(cards)}</div></section>\n'
     )
 
@@ -201,7 +212,8 @@ def _card_html(exhibit: Exhibit, pictures: Path, shown: set[Path]) -> str:
     reasons = "".join(map(_reason_html, card.reasons))
     note = f"<p>{html.escape(card.note)}</p>" if card.note else ""
     text = " ".join([card.title, card.note, *card.reasons, exhibit.name]).lower()
-    return f"""<article data-text="{html.escape(text)}" tabindex="0">
+    filters = html.escape(json.dumps(list(card.filters)))
+    return f"""<article data-text="{html.escape(text)}" data-tasks="{filters}" tabindex="0">
 <div class="view{pixels}" style="aspect-ratio:{size[0]}/{size[1]}">{"".join(layers)}</div>
 <h3>{html.escape(card.title)}</h3>{note}<ul>{reasons}</ul><code>{html.escape(exhibit.name)}</code></article>
 """

@@ -24,7 +24,8 @@ class Score:
     """One number of a benchmark."""
 
     name: str
-    mean: float
+    mean: float | None
+    """None where nothing is left to count."""
     stderr: float | None
     """Bootstrap over prompts; None where there are too few of them to say."""
     images: int
@@ -160,7 +161,8 @@ def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
         bold = "**" if any(score.headline for score in of_ways.values()) else ""
         cells = [f"{bold}{name}{bold}"]
         for way in ways:
-            if (score := of_ways.get(way)) is None:
+            score = of_ways.get(way)
+            if score is None or score.mean is None:
                 cells += ["-"] * 4
                 continue
             error = "-" if score.stderr is None else f"{score.stderr:.{digits}f}"

@@ -10,14 +10,15 @@ function apply() {
   if (document.activeElement !== search) search.value = state.get("q") ?? "";
   let shown = 0;
   for (const section of all("section")) {
-    const wanted = task === "" || section.dataset.task === task;
     let here = 0;
-    for (const card of section.querySelectorAll("article")) {
+    const cards = section.querySelectorAll("article");
+    for (const card of cards) {
+      const wanted = task === "" || JSON.parse(card.dataset.tasks).includes(task);
       card.hidden = !(wanted && words.every((word) => card.dataset.text.includes(word)));
       here += !card.hidden;
     }
     section.hidden = here === 0;
-    section.querySelector(".shown").textContent = words.length ? `, ${here} shown` : "";
+    section.querySelector(".shown").textContent = here < cards.length ? `, ${here} shown` : "";
     shown += here;
   }
   for (const chip of all(".chip")) {
