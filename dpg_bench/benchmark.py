@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from dpg_bench.judges import OFFICIAL_JUDGE, Judge
-from dpg_bench.questions import Question, QuestionGraph, broad, official_questions
+from dpg_bench.official import official_questions
+from dpg_bench.questions import Question, QuestionGraph, broad
 from dpg_bench.score import (
     CORRECTED,
     LEGEND,
