@@ -1,6 +1,6 @@
 """The tables and plots of docs/recipe.md, from the results of `launch/experiment.py`.
 
-    python launch/recipe_report.py --results runs/experiments/results.jsonl --out docs/recipe
+    python launch/recipe_report.py --results docs/recipe/presets/results.jsonl --out docs/recipe/presets --samples 3
 
 Writes tables.md and the plots. A standard error is the larger of two: over training seeds, and over prompts (stratified by task,
 of the mean over seeds); differences to the control are taken seed by seed and prompt by prompt before that.
@@ -291,7 +291,8 @@ def main() -> None:
         for arm in dict.fromkeys(arm for base in results.bases() for arm, _ in results.names(base))
         if any(len(score_course(results, base, arm)[0]) > 1 for base in results.bases())
     ]
-    plot_courses(results, courses, config.out / "courses.svg")
+    if courses:
+        plot_courses(results, courses, config.out / "courses.svg")
     plot_correlation(results, config.out / "loss_and_score.svg")
 
 
