@@ -156,7 +156,7 @@ def test_dropped_conditions_are_not_read(tiny_world, plain):
         blank = replace(
             batch, prepared={**batch.prepared, "features": 0 * batch.prepared["features"]}
         )
-        loss, loss_blank = (TrainingLoss(model)(b)[0] for b in (batch, blank))
+        loss, loss_blank = (TrainingLoss(model, "fp32")(b)[0] for b in (batch, blank))
         assert torch.equal(loss, loss_blank) == dropped
 
 
@@ -227,7 +227,7 @@ def test_lora_gradients(tiny_world, recompute):
     batch = next(TrainingData(config, model.backbone, ALONE).micro_batches(0))
     passes = []
     model.backbone.gpt.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    loss, *_ = TrainingLoss(model)(batch)
+    loss, *_ = TrainingLoss(model, "fp32")(batch)
     loss.backward()
     assert len(passes) == 1 + recompute
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -308,7 +308,7 @@ def test_another_tokenizer_gets_another_cache(tiny_world, plain, tmp_path):
 
     def cache(base: Path) -> Path:
         backbone = t2i.load_backbone("llamagen", base)
-        return TrainingData(config, backbone, ALONE).cache.folder
+        return TrainingData(config, backbone, ALONE).key
 
     folders = [cache(tiny_world / "base")]
     for file in ("vq.pt", "text_encoder/model.safetensors"):
