@@ -103,7 +103,8 @@ class Run:
     def _place_helpers(self) -> None:
         frozen, device = self.model.backbone.frozen, self.processes.device
         frozen.tokenizer.to(device)
-        frozen.text_encoder.to(device)
+        if frozen.text_encoder is not None:  # classes need none
+            frozen.text_encoder.to(device)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
