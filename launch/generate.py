@@ -59,20 +59,19 @@ def main() -> None:
     config = cli.parse(GenerateConfig, __doc__)
     from t2i.checkpoint import from_pretrained
     from t2i.evaluation.store import read_prompts, write_generated
-    from t2i.generation import iterate_images, pick_device
+    from t2i.generation import conditions, iterate_images, pick_device
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = pick_device(config.device, config.dtype)
     model = from_pretrained(
         config.ckpt, base=config.base, generation_only=True, device=device, dtype=dtype
     )
-    by_class = model.backbone.spec.cond_kind == "class"
     sampling = config.sampling.apply(model.sampling)
     prompts = [entry["prompt"] for entry in entries]
     config.out.mkdir(parents=True, exist_ok=True)  # find out before sampling if that cannot be
     images = iterate_images(
         model,
-        [int(p) if by_class and p.isdigit() else p for p in prompts],
+        conditions(model.backbone, prompts),
         seed=config.seed,
         samples_per_prompt=config.samples,
         batch_size=config.batch_size,

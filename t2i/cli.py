@@ -10,6 +10,7 @@ from typing import TypeVar
 import tyro
 
 Config = TypeVar("Config")
+Selection = TypeVar("Selection")
 
 
 def parse(default: Config | type[Config], description: str, skip: int = 0) -> Config:
@@ -43,6 +44,33 @@ def parse_recipe(recipes: dict[str, tuple[str, Config]], description: str) -> Co
         config = tyro.extras.overridable_config_cli(
             recipes, description=description, args=_arguments()
         )
+    _quiet_libraries()
+    return config
+
+
+def parse_selected(
+    selection: type[Selection], recipe: Callable[[Selection], Config], description: str
+) -> Config:
+    """Parse the few options of `selection`, and all others as overrides of the config that `recipe` makes of it.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    given = _arguments()
+    help_wanted = [a for a in given if a in ("-h", "--help")]
+    if len(given) > len(help_wanted):  # a selection is made: the help is that of all options
+        given = [a for a in given if a not in help_wanted]
+    else:
+        help_wanted = []
+    own, rest = tyro.cli(selection, description=description, args=given, return_unknown_args=True)
+    chosen = " ".join(f"--{k} {v}" for k, v in vars(own).items() if v is not None)
+    config = tyro.cli(
+        type(default := recipe(own)),
+        default=default,
+        prog=f"{Path(sys.argv[0]).name} {chosen}",
+        args=rest + help_wanted,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     _quiet_libraries()
     return config
 

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from t2i.backbones.base import SamplingConfig
+from t2i.backbones.base import Backbone, SamplingConfig
+from t2i.conditioning.labels import class_ids
 from t2i.loading import DTYPES
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
@@ -85,6 +86,14 @@ def iterate_images(
             staged = stage_images(model, windows) if stages else [()] * len(batch)
             for i, (p, s) in enumerate(batch):
                 yield Generated(p, s, prompts[p], images[i], windows[i].cpu(), tuple(staged[i]))
+
+
+def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
+    """What was typed, as `prepare` takes it: captions, or class ids; ValueError if a class id is none."""
+    if backbone.spec.cond_kind == "text":
+        return list(texts)
+    ids = [int(text) if text.isdigit() else text for text in texts]
+    return class_ids(ids, backbone.spec.num_classes).tolist()
 
 
 def generate(model: TensorAR, prompts: Sequence[str | int], **options) -> list[Image.Image]:

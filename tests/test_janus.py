@@ -16,7 +16,6 @@ from t2i.backbones import janus_weights
 from t2i.backbones.janus import Janus, load
 from t2i.backbones.tiny_janus import build_tokenizer
 from t2i.conditioning.janus_prompts import BOS, PAD, JanusPrompts
-from t2i.data.cache import CodeCache
 from t2i.generation import iterate_images
 from t2i.lora import LoRAConfig, add_lora, merge_lora, without_lora
 from t2i.tensorar.model import TensorAR
@@ -346,7 +345,7 @@ def test_captions_are_cached_as_text(tiny_world):
     config = tiny_janus_run(tiny_world, "-")
     backbone = t2i.load_backbone("janus", tiny_world / "janus")
     data = TrainingData(config, backbone, Processes(0, 1, torch.device("cpu")))
-    cache = CodeCache(data.cache.folder)
+    cache = data.examples.cache
     assert cache.manifest["text_dim"] is None
     batch = next(data.micro_batches(0))
     texts = [cache.caption(i) for i in range(len(cache))]

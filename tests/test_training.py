@@ -308,7 +308,7 @@ def test_another_tokenizer_gets_another_cache(tiny_world, plain, tmp_path):
 
     def cache(base: Path) -> Path:
         backbone = t2i.load_backbone("llamagen", base)
-        return TrainingData(config, backbone, ALONE).cache.folder
+        return TrainingData(config, backbone, ALONE).key
 
     folders = [cache(tiny_world / "base")]
     for file in ("vq.pt", "text_encoder/model.safetensors"):

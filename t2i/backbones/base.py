@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -102,6 +103,8 @@ class BackboneSpec:
     cond_kind: Literal["class", "text"]
     prefix_tokens: int
     """Length P of the condition prefix (the longest one where it varies)."""
+    num_classes: int = 0
+    """Classes of a class-conditional backbone."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the base model was sampled by its authors."""
     sign_codebook: bool = False
@@ -351,9 +354,29 @@ class Backbone(nn.Module, ABC):
         """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here of a tokenizer with one sub-token."""
         return self.tokenizer.encode(pixels).flatten(1)[..., None]
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that are drawn."""
+        return tuple(side * self.tokenizer.downsample for side in self.spec.grid)
+
+    def decode_images(self, codes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Images uint8 [B, H, W, 3] of codes [B, T, S], rounded as the family's authors do.
+
+        With a `size` (H, W) that is not the model's own, the decoder's raw output is resized before it is clamped, by bicubic
+        interpolation without antialiasing: so LlamaGen's 384 px images become the 256 px ones of its FID (`sample_c2i_ddp.py`).
+        """
+        pixels = self.decode_pixels(codes)
+        if size is not None and size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size=size, mode="bicubic")
+        return self.quantize_pixels(pixels).permute(0, 2, 3, 1)
+
+    def decode_pixels(self, codes: Tensor) -> Tensor:
+        """Pixels fp32 [B, 3, H, W] of codes [B, T, S], nominally in [-1, 1]; here of a tokenizer with one sub-token."""
+        return self.tokenizer.decode(codes[..., 0].unflatten(1, self.spec.grid)).float()
+
     @abstractmethod
-    def decode_images(self, codes: Tensor) -> Tensor:
-        """Images uint8 [B, H, W, 3] of codes [B, T, S], rounded as the family's authors do."""
+    def quantize_pixels(self, pixels: Tensor) -> Tensor:
+        """uint8 of pixels nominally in [-1, 1], in the same shape, rounded as the family's authors do."""
 
     @property
     def device(self) -> torch.device:

@@ -234,10 +234,9 @@ class Janus(Backbone):
     def code_vectors(self) -> tuple[Tensor, ...]:
         return (self.tokenizer.quantize.vectors(),)
 
-    def decode_images(self, codes: Tensor) -> Tensor:
+    def quantize_pixels(self, pixels: Tensor) -> Tensor:
         """Janus cuts off where LlamaGen rounds."""
-        pixels = self.tokenizer.decode(codes[..., 0].unflatten(1, self.config.grid)).float()
-        return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
 
 
 def _untied(config: JanusConfig) -> JanusConfig:

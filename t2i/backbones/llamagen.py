@@ -63,6 +63,18 @@ SIZES = {
 }
 """Published sizes; 3B has the odd head width 100."""
 
+CLASS_GUIDANCE = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
+"""How the published FID of each class-conditional size was sampled: this guidance, and all codes (`GETTING_STARTED.md`)."""
+
+
+def published_size(config: LlamaGenConfig) -> str | None:
+    """The name of a published size, or None."""
+    return next(
+        (name for name, s in SIZES.items() if all(getattr(config, k) == v for k, v in s.items())),
+        None,
+    )
+
+
 GRIDS = {
     **{f"c2i_{size}_{px}": (px // 16, px // 16) for size in SIZES for px in (256, 384)},
     "t2i_XL_stage1_256": (16, 16),
@@ -161,7 +173,8 @@ class LlamaGen(Backbone):
             subvocabs=(config.vocab_size,),
             cond_kind=config.cond,
             prefix_tokens=config.prefix_tokens,
-            sampling=SamplingConfig(cfg_scale=2.0)
+            num_classes=config.num_classes if config.cond == "class" else 0,
+            sampling=SamplingConfig(cfg_scale=CLASS_GUIDANCE.get(published_size(config), 2.0))
             if config.cond == "class"
             else SamplingConfig(cfg_scale=7.5, top_k=1000),
         )
@@ -231,9 +244,8 @@ class LlamaGen(Backbone):
     def code_vectors(self) -> tuple[Tensor, ...]:
         return (self.tokenizer.quantize.vectors(),)
 
-    def decode_images(self, codes: Tensor) -> Tensor:
-        pixels = self.tokenizer.decode(codes[..., 0].unflatten(1, self.config.grid))
-        return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    def quantize_pixels(self, pixels: Tensor) -> Tensor:
+        return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
 
 
 def load(

@@ -139,6 +139,7 @@ class OpenMAGVIT2(Backbone):
             subvocabs=tuple(2**b for b in config.bits),
             cond_kind="class",
             prefix_tokens=1,
+            num_classes=config.num_classes,
             sign_codebook=True,
             sampling=SAMPLING[size],
         )
@@ -221,10 +222,12 @@ class OpenMAGVIT2(Backbone):
         joint, low = self.tokenizer.encode(pixels).flatten(1), self.config.bits[0]
         return torch.stack([joint % 2**low, joint >> low], dim=-1)
 
-    def decode_images(self, codes: Tensor) -> Tensor:
+    def decode_pixels(self, codes: Tensor) -> Tensor:
         joint = codes[..., 0] + (codes[..., 1] << self.config.bits[0])
-        pixels = self.tokenizer.decode(joint.unflatten(1, self.config.grid)).float()
-        return (255 * (pixels + 1) / 2).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return self.tokenizer.decode(joint.unflatten(1, self.config.grid)).float()
+
+    def quantize_pixels(self, pixels: Tensor) -> Tensor:
+        return (255 * (pixels + 1) / 2).clamp(0, 255).to(torch.uint8)
 
 
 class ARCheckpoint(nn.Module):

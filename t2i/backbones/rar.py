@@ -252,6 +252,7 @@ class RAR(Backbone):
             subvocabs=(config.vocab_size,),
             cond_kind="class",
             prefix_tokens=PREFIX,
+            num_classes=config.num_classes,
             sampling=SAMPLING.get(published_size(config), DEMO_SAMPLING),
         )
 
@@ -305,10 +306,9 @@ class RAR(Backbone):
     def code_vectors(self) -> tuple[Tensor, ...]:
         return (self.tokenizer.quantize.embedding.weight,)
 
-    def decode_images(self, codes: Tensor) -> Tensor:
-        pixels = self.tokenizer.decode(codes[..., 0].unflatten(1, self.config.grid))
-        unit = ((pixels.float() + 1) / 2).clamp(0, 1)
-        return (unit * 255).to(torch.uint8).permute(0, 2, 3, 1)
+    def quantize_pixels(self, pixels: Tensor) -> Tensor:
+        unit = ((pixels + 1) / 2).clamp(0, 1)
+        return (unit * 255).to(torch.uint8)
 
 
 def load(

@@ -92,6 +92,11 @@ class LlamaGenCodes:
         return array[0]
 
 
+def is_llamagen_folder(root: Path) -> bool:
+    """Whether a folder was the `--code-path` of LlamaGen's extraction."""
+    return any(root.glob("imagenet*_codes"))
+
+
 def _find_pair(root: Path) -> tuple[Path, Path]:
     """The folders of codes and labels below a root."""
     found = sorted(root.glob("imagenet*_codes"))

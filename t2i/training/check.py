@@ -5,13 +5,18 @@ Of a family that publishes a folder (Janus-Pro) only names and shapes are read, 
 for 7B parameters needs no memory for them, and no download.
 """
 
+from pathlib import Path
+
 from t2i.backbones.base import Backbone
+from t2i.data.pretokenized import LlamaGenCodes
 from t2i.data.report import survey_source
+from t2i.data.views import Views
+from t2i.generation import conditions
 from t2i.loading import published_as_folder
 from t2i.tensorar.model import TensorAR
-from t2i.training.config import TrainConfig
-from t2i.training.data import check_backbone, image_size, open_data
+from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
+from t2i.training.examples import check_backbone, image_size, open_data, open_labelled
 from t2i.training.logs import choose_tracker
 from t2i.training.loop import build_model
 from t2i.training.run_state import check_resumable, claim_run_dir
@@ -28,18 +33,13 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
     settings = deepspeed_config(config, world_size)
-    source = open_data(config.data)
     on_meta = published_as_folder(config.backbone.family)
     model = build_model(config, device="meta" if on_meta else "cpu")
-    check_backbone(model.backbone)
+    check_backbone(model.backbone, config.data)
+    conditions(model.backbone, config.log.prompts)
     parameter_groups(model, config)  # raises where nothing would be trained
-    survey, usable = survey_source(
-        source, size=image_size(model.backbone), small=config.data.small_images
-    )
-    if not usable:
-        raise ValueError(f"none of the samples looked at can be used: {survey.describe()}")
-    limits = [n for n in (source.length, config.data.max_samples) if n is not None]
-    total = min(limits, default=None)
+    survey = _captioned if isinstance(config.data, DataOptions) else _labelled
+    total, lines = survey(config.data, model.backbone)
     trained = None if total is None else max(total - config.data.validation_samples, 0)
     if trained is not None and trained < 1:
         raise ValueError(
@@ -48,12 +48,6 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     steps = config.steps or (
         None if trained is None else max(1, round(config.epochs * trained / config.batch_size))
     )
-    lines = ["data"]
-    lines += [
-        f"  source        {config.data.source}: {total if total is not None else 'unknown number of'} samples"
-    ]
-    lines += [f"  looked at     {survey.describe()}"]
-    lines += [f"  caption       {s.captions[0]!r} ({s.key})" for s in usable[:3]]
     lines += ["batch"]
     lines += [
         f"  {config.batch_size} samples per step = {config.engine.micro_batch} per pass x "
@@ -71,6 +65,47 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     lines += [f"  logits of one pass {_size(logit_bytes(model, config))} (fp32, forward only)"]
     lines += [f"run folder\n  {config.run_dir}", "ready: the same command without --check trains"]
     return "\n".join(lines)
+
+
+def _captioned(options: DataOptions, backbone: Backbone) -> tuple[int | None, list[str]]:
+    """Number of samples, if it is known, and the lines on them."""
+    source = open_data(options)
+    survey, usable = survey_source(source, size=image_size(backbone), small=options.small_images)
+    if not usable:
+        raise ValueError(f"none of the samples looked at can be used: {survey.describe()}")
+    total = min((n for n in (source.length, options.max_samples) if n is not None), default=None)
+    count = "unknown number of" if total is None else total
+    return total, [
+        "data",
+        f"  source        {options.source}: {count} samples",
+        f"  looked at     {survey.describe()}",
+        *(f"  caption       {s.captions[0]!r} ({s.key})" for s in usable[:3]),
+    ]
+
+
+def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int | None, list[str]]:
+    opened, names = open_labelled(options, backbone), ", ".join(options.source)
+    if isinstance(opened, Path):
+        return None, ["data", f"  source        {names}: lines are counted at the start"]
+    if isinstance(opened, LlamaGenCodes):
+        return len(opened), [
+            "data",
+            f"  source        {names}: {len(opened)} x {opened.views} views",
+        ]
+    views = Views(options.views, options.crop_ranges)
+    gigabytes = (
+        len(opened.files)
+        * views.count
+        * backbone.spec.num_tokens
+        * len(backbone.spec.subvocabs)
+        * 2
+        / 1e9
+    )
+    return len(opened.files), [
+        "data",
+        f"  source        {names}: {len(opened.files)} images of {len(opened.classes)} classes",
+        f"  codes         {views.count} views of each, {gigabytes:.2f} GB in {options.cache_dir}",
+    ]
 
 
 def parameter_lines(model: TensorAR) -> list[str]:

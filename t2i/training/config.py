@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from t2i import presets
 from t2i.checkpoint import Tuning
 from t2i.lora import LoRAConfig
@@ -54,6 +56,28 @@ class DataOptions:
     """What to do with images that are smaller than the model's."""
     cache_dir: Path = Path("cache")
     """Where codes and text features are kept; reused by every run on the same data."""
+
+    def __post_init__(self):
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"data.max_samples={self.max_samples} must be at least 1")
+
+
+@dataclass(frozen=True)
+class LabelledOptions:
+    """Images of classes, for class-conditional backbones."""
+
+    source: tuple[str, ...] = ()
+    """Folder with train/<class>/, or codes that others computed: LlamaGen's folders (one for each crop range), RAR's .jsonl."""
+    split: str = "train"
+    """Sub-folder with the classes."""
+    views: Literal["ten-crop", "flip"] = "ten-crop"
+    """Which crops of an image are encoded: five and their mirror images per crop range, or the centre and its mirror image."""
+    crop_ranges: tuple[float, ...] = (1.1, 1.05)
+    """Ten-crop: sides of the squares that are cropped, relative to the image size."""
+    validation_samples: int = 256
+    """Held out for the validation loss; never trained on."""
+    cache_dir: Path = Path("cache")
+    """Where codes are kept; reused by every run on the same data."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +159,7 @@ class LogOptions:
         "a photo of a green star left of a blue ring",
         "a photo of a yellow heart and a black cross",
     )
-    """Fixed prompts of the sample sheets."""
+    """Fixed prompts (or class ids) of the sample sheets."""
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
     """A further tracker; auto is TensorBoard if it is installed."""
     project: str = "tensorar"
@@ -155,7 +179,9 @@ class TrainConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_image_layers: bool = False
     """With "lora" or "codec", also train the layers that embed and predict image codes, as a whole."""
-    data: DataOptions = field(default_factory=DataOptions)
+    data: tyro.conf.AvoidSubcommands[DataOptions | LabelledOptions] = field(
+        default_factory=DataOptions
+    )
     optim: OptimOptions = field(default_factory=OptimOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     log: LogOptions = field(default_factory=LogOptions)
@@ -168,7 +194,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps."""
     condition_dropout: float = 0.1
-    """Share of samples that are trained without their caption, for guidance."""
+    """Share of samples that are trained without their caption or class, for guidance."""
     token_dropout: float = 0.1
     """Element dropout on the trunk's input embeddings."""
     seed: int = 0
@@ -183,7 +209,6 @@ class TrainConfig:
             "batch_size": self.batch_size,
             "engine.micro_batch": self.engine.micro_batch,
             "log.keep_last": self.log.keep_last,
-            "data.max_samples": self.data.max_samples,
             "steps": self.steps,
         }
         for name, value in least_one.items():

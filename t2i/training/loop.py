@@ -13,7 +13,7 @@ from torch import nn
 
 from t2i.backbones.base import Backbone
 from t2i.checkpoint import find_checkpoint, from_pretrained
-from t2i.generation import iterate_images
+from t2i.generation import conditions, iterate_images
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
 from t2i.lora import add_lora
@@ -21,8 +21,9 @@ from t2i.rng import make_keys
 from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
 from t2i.training.config import TrainConfig
-from t2i.training.data import TrainingData, check_backbone
+from t2i.training.data import TrainingData
 from t2i.training.engine import autocast, set_rates, start_engine, start_processes
+from t2i.training.examples import check_backbone
 from t2i.training.logs import MetricsLog, choose_tracker
 from t2i.training.run_page import write_run_page
 from t2i.training.validation import validate
@@ -72,7 +73,8 @@ class Run:
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
         self.model = build_model(config).to(processes.device)
-        check_backbone(self.model.backbone)
+        check_backbone(self.model.backbone, config.data)
+        self.prompts = conditions(self.model.backbone, config.log.prompts)
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes)
         self.steps = self.data.steps()
@@ -101,7 +103,8 @@ class Run:
     def _place_helpers(self) -> None:
         frozen, device = self.model.backbone.frozen, self.processes.device
         frozen.tokenizer.to(device)
-        frozen.text_encoder.to(device)
+        if frozen.text_encoder is not None:  # classes need none
+            frozen.text_encoder.to(device)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
@@ -153,10 +156,12 @@ class Run:
     def sample_sheet(self) -> None:
         """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws, the others wait."""
         if self.processes.is_main:
-            prompts, model = self.config.log.prompts, self._whole_model().eval()
+            prompts, model = self.prompts, self._whole_model().eval()
             options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
             images = [generated.image for generated in iterate_images(model, prompts, **options)]
-            sheet = grid(images, columns=2, labels=[p for prompt in prompts for p in (prompt, "")])
+            sheet = grid(
+                images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
+            )
             save_png(sheet, self.config.run_dir / "samples" / f"step_{self.step:06d}.png")
             self.model.train()
         self.processes.barrier()

@@ -7,8 +7,12 @@ from t2i.training.config import TrainConfig
 
 
 def run_recipe(recipes: dict[str, tuple[str, TrainConfig]], description: str) -> None:
+    """Parse a named recipe with overrides, and run it."""
+    run_config(cli.parse_recipe(recipes, description))
+
+
+def run_config(config: TrainConfig) -> None:
     """Train, or print the pre-flight's report with --check. The main process alone reports."""
-    config = cli.parse_recipe(recipes, description)
     if config.check:
         from t2i.training.check import check
 

@@ -1,0 +1,26 @@
+"""Fine-tune a class-conditional model with TensorAR: LlamaGen, Open-MAGVIT2 or RAR on ImageNet, or offline on classes of shapes.
+
+deepspeed launch/train_imagenet.py --backbone llamagen --size L --resolution 384 --data.source /data/imagenet
+deepspeed launch/train_imagenet.py --backbone rar --size B --data.source maskgitvq.jsonl --epochs 2
+python launch/train_imagenet.py --backbone open_magvit2 --size B --data.source /data/imagenet --check
+python launch/train_imagenet.py --backbone rar --size shapes        # after launch/pretrain_class_shapes.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
+
+from t2i import cli
+from t2i.training.program import run_config
+from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
+
+
+def main() -> None:
+    run_config(cli.parse_selected(ImageNetModel, imagenet_recipe, __doc__))
+
+
+if __name__ == "__main__":
+    cli.run(main)

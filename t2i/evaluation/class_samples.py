@@ -1,0 +1,108 @@
+"""A class-conditional model's images for FID: labels, codes, pixels, batch by batch (`sample_writer.py` stores them).
+
+An image depends on its number, the seed and the settings: not on which process draws it, nor on what was interrupted before. Its class
+and its codes come from different random streams.
+
+Shapes: B images, H x W pixels.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from t2i.backbones.base import SamplingConfig
+from t2i.data.array_file import Share
+from t2i.evaluation.sample_writer import sample_labels, write_samples
+from t2i.evaluation.sampling import weights_hashes
+from t2i.processes import Processes
+from t2i.rng import fold, make_keys
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows
+
+_CODES = 1  # the class is drawn from the image's key itself
+
+
+@dataclass(frozen=True)
+class ClassSamples:
+    """Which images to draw."""
+
+    count: int = 50_000
+    labels: Literal["balanced", "random"] = "balanced"
+    """As many of every class (as RAR and Open-MAGVIT2 are scored), or each image's class at random (as LlamaGen is)."""
+    seed: int = 0
+    image_size: int | None = None
+    """Side in pixels that images are resized to; the model's own if None."""
+    batch_size: int = 64
+    """Images per batch; another size changes rounding."""
+
+
+def draw_class_samples(
+    model: TensorAR,
+    out: Path,
+    options: ClassSamples,
+    *,
+    sampling: SamplingConfig,
+    processes: Processes,
+    progress: bool = True,
+) -> Path:
+    """Draw the images that `out` (.npz or a folder) does not hold yet; every process calls it. Returns `out` when it is complete.
+
+    Raises:
+        ValueError: not a class-conditional model, impossible options, or `out` holds images of other settings.
+        TimeoutError: another process stopped.
+    """
+    spec = model.backbone.spec
+    if spec.cond_kind != "class":
+        raise ValueError(
+            f"this {spec.family} model draws captions, not classes: launch/generate.py samples it"
+        )
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"seed={options.seed} must be between 0 and 2**63 - 1")
+    if options.image_size is not None and options.image_size < 1:
+        raise ValueError(f"image_size={options.image_size} must be at least 1")
+    side = options.image_size
+    size = model.backbone.image_size if side is None else (side, side)
+    settings = {
+        "family": spec.family,
+        "weights": weights_hashes(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "sampling": asdict(sampling),
+        "labels": options.labels,
+        "seed": options.seed,
+    }
+    return write_samples(
+        out,
+        options.count,
+        size,
+        drawer(model, options, sampling, size),
+        settings=settings,
+        batch_size=options.batch_size,
+        share=Share(processes.rank, processes.world_size),
+        progress=progress,
+    )
+
+
+def drawer(
+    model: TensorAR, options: ClassSamples, sampling: SamplingConfig, size: tuple[int, int]
+) -> Callable[[range], np.ndarray]:
+    """A function from numbers of images to uint8 [B, H, W, 3]."""
+    backbone = model.backbone
+    labels = sample_labels(
+        options.count,
+        backbone.spec.num_classes,
+        balanced=options.labels == "balanced",
+        seed=options.seed,
+    )
+
+    def draw(rows: range) -> np.ndarray:
+        numbers = torch.tensor(rows)
+        prepared = backbone.prepare(labels[numbers])
+        keys = fold(make_keys(options.seed, numbers), _CODES)
+        windows = sample_windows(model, prepared, keys, sampling)
+        return backbone.decode_images(model.windows.final_codes(windows), size).cpu().numpy()
+
+    return draw

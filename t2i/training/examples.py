@@ -1,0 +1,266 @@
+"""What a run is trained on: images that were encoded once, each with its condition.
+
+A `TrainingData` orders, splits and batches examples and knows nothing else of them. There are two kinds: captioned images, and images with
+a class. Both are built by all processes together, and by a run that was killed go on where it stopped.
+
+Shapes: B samples, T image tokens, S sub-tokens.
+"""
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from t2i.backbones.base import Backbone
+from t2i.data.array_file import Share
+from t2i.data.cache import CodeCache, build_cache, cache_key
+from t2i.data.code_array import CodeArray
+from t2i.data.imagenet import LabelledFolder, extract_codes, open_imagenet
+from t2i.data.pretokenized import LlamaGenCodes, convert_jsonl, is_llamagen_folder
+from t2i.data.samples import Source
+from t2i.data.shapes_source import parse_shapes
+from t2i.data.sources import open_source
+from t2i.data.views import Views
+from t2i.loading import tokenizer_hash
+from t2i.processes import Processes
+from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+class Examples(Protocol):
+    """Encoded images with their conditions.
+
+    Attributes:
+        key: identifies the content, for resume.
+    """
+
+    key: str
+
+    def __len__(self) -> int: ...
+
+    def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
+
+        `choice` int64 [B] are random numbers that choose among several captions or views of an image; the first if None.
+        """
+
+
+def open_examples(config: TrainConfig, backbone: Backbone, processes: Processes) -> Examples:
+    """Encode a run's data, or find that done. Every process calls it and does its share.
+
+    Raises:
+        ValueError: something is wrong with the data, or it is not of the backbone's kind.
+    """
+    kind = Labelled if isinstance(config.data, LabelledOptions) else Captioned
+    return kind(config.data, backbone, processes)
+
+
+def check_backbone(backbone: Backbone, options: DataOptions | LabelledOptions) -> None:
+    """ValueError if this backbone cannot be trained on such data."""
+    backbone.tokenizer  # noqa: B018 (raises where there is none)
+    if isinstance(options, DataOptions):
+        backbone.caption_features()
+    elif backbone.spec.cond_kind != "class":
+        raise ValueError(
+            f"this {backbone.spec.family} backbone draws captions: it cannot be trained on classes"
+        )
+
+
+def image_size(backbone: Backbone) -> int:
+    """Side in pixels of the (square) images that the backbone draws."""
+    height, width = backbone.image_size
+    if height != width:
+        raise ValueError(f"training needs square images, this backbone has {height} x {width}")
+    return height
+
+
+def say_what_is_skipped(usable: int, seen: int, reasons: dict[str, int], folder: Path) -> None:
+    """Warn about images that are not trained on."""
+    if reasons:
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        where = folder / "skipped.jsonl"
+        log.warning(f"{usable} of {seen} samples are used; skipped: {counts} ({where})")
+
+
+# -- captions -----------------------------------------------------------------------------------------------------------------
+def open_data(options: DataOptions) -> Source:
+    """Captioned images, not yet encoded; ValueError says what is wrong with them."""
+    if not options.source:
+        raise ValueError(
+            "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
+        )
+    return parse_shapes(options.source) or open_source(
+        options.source,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        split=options.split,
+        streaming=options.streaming,
+        config_name=options.config_name,
+        revision=options.revision,
+    )
+
+
+class Captioned:
+    """Images with captions, in a code cache."""
+
+    def __init__(self, options: DataOptions, backbone: Backbone, processes: Processes):
+        check_backbone(backbone, options)
+        features = backbone.caption_features()
+        device = backbone.device
+
+        def encode_images(pixels: Tensor) -> Tensor:
+            return backbone.encode_images(pixels.to(device)).cpu()
+
+        def encode_captions(captions: list[str]) -> list[Tensor]:
+            return [encoded.cpu() for encoded in features.encode(captions)]
+
+        self.backbone, self.features = backbone, features
+        folder = build_cache(
+            open_data(options),
+            options.cache_dir,
+            encode_images=encode_images,
+            encode_captions=None if features is None else encode_captions,
+            key_parts={
+                "tokenizer": tokenizer_hash(backbone),
+                **({} if features is None else features.key),
+            },
+            resolution=image_size(backbone),
+            max_samples=options.max_samples,
+            small_images=options.small_images,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        self.cache = CodeCache(folder)
+        self.key = folder.name
+        if processes.is_main:
+            report = self.cache.manifest["report"]
+            say_what_is_skipped(report["usable"], report["seen"], report["skipped"], folder)
+            for line in [] if features is None else features.report():
+                log.warning(line)
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        codes = self.cache.codes(indices)
+        if self.features is None:
+            picked = [0] * len(indices) if choice is None else choice.tolist()
+            pairs = zip(indices.tolist(), picked, strict=True)
+            return codes, self.backbone.prepare([self.cache.caption(i, c) for i, c in pairs])
+        features, mask = self.cache.text(indices, self.backbone.spec.prefix_tokens, choice)
+        return codes, {"features": features, "mask": mask}
+
+
+# -- classes ------------------------------------------------------------------------------------------------------------------
+class Labelled:
+    """Images with a class: an ImageNet folder that is encoded once, or codes that others computed."""
+
+    def __init__(self, options: LabelledOptions, backbone: Backbone, processes: Processes):
+        check_backbone(backbone, options)
+        self.backbone = backbone
+        opened = open_labelled(options, backbone)
+        if isinstance(opened, LlamaGenCodes):
+            self.codes = opened
+            count = {"count": len(opened), "views": opened.views}
+            self.key = cache_key({"names": [Path(s).name for s in options.source], **count})
+        else:
+            share = Share(processes.rank, processes.world_size)
+            folder = _encode(opened, options, backbone, share)
+            self.codes, self.key = CodeArray(folder), folder.name
+            if processes.is_main:
+                facts = self.codes.manifest
+                skipped = {"images": facts["skipped"]} if facts["skipped"] else {}
+                say_what_is_skipped(facts["usable"], facts["shape"][0], skipped, folder)
+        self._check()
+
+    def _check(self) -> None:
+        """ValueError if these are no codes of this backbone."""
+        spec = self.backbone.spec
+        shape = tuple(self.codes.codes([0], [0]).shape[1:])
+        if shape != (spec.num_tokens, len(spec.subvocabs)):
+            raise ValueError(
+                f"an image has {shape[0]} x {shape[1]} codes (positions, sub-tokens), this {spec.family} backbone "
+                f"{spec.num_tokens} x {len(spec.subvocabs)}: they are of another tokenizer or resolution"
+            )
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        view = torch.zeros_like(indices) if choice is None else choice
+        codes = self.codes.codes(indices, view)
+        if (
+            codes >= torch.tensor(self.backbone.spec.subvocabs)
+        ).any():  # a GPU would only say "assert"
+            raise ValueError(
+                f"the data has the code {int(codes.max())}, this backbone {self.backbone.spec.subvocabs}: they are of "
+                "another tokenizer"
+            )
+        return codes, self.backbone.prepare(self.codes.labels(indices))
+
+
+def open_labelled(
+    options: LabelledOptions, backbone: Backbone
+) -> LabelledFolder | LlamaGenCodes | Path:
+    """Images of classes or their codes, whatever data.source names; a path is RAR's .jsonl. Encodes nothing.
+
+    Raises:
+        ValueError: nothing there, or not what this backbone is trained on.
+    """
+    spec, sources = backbone.spec, [Path(source) for source in options.source]
+    if not sources:
+        raise ValueError(
+            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's codes, or RAR's .jsonl)"
+        )
+    if all(is_llamagen_folder(source) for source in sources):
+        return LlamaGenCodes(*sources)
+    if len(sources) > 1:
+        raise ValueError(
+            f"data.source: only folders of LlamaGen's codes may be several, not {', '.join(map(str, sources))}"
+        )
+    if sources[0].suffix == ".jsonl":
+        if len(spec.subvocabs) > 1:
+            raise ValueError(
+                f"{sources[0]} has one number per code, {spec.family} has {len(spec.subvocabs)}: give the images"
+            )
+        return sources[0]
+    images = open_imagenet(sources[0], options.split)
+    if len(images.classes) != spec.num_classes:
+        raise ValueError(
+            f"{images.root} has {len(images.classes)} classes and this {spec.family} backbone {spec.num_classes}: labels are "
+            "positions of the sorted folder names, so all classes must be there (an empty folder will do)"
+        )
+    return images
+
+
+def _encode(
+    opened: LabelledFolder | Path, options: LabelledOptions, backbone: Backbone, share: Share
+) -> Path:
+    """The folder of the array of codes, complete."""
+    spec = backbone.spec
+    if isinstance(opened, Path):
+        return convert_jsonl(
+            opened,
+            options.cache_dir,
+            vocab=spec.subvocabs[0],
+            num_classes=spec.num_classes,
+            share=share,
+        )
+
+    def encode_images(pixels: Tensor) -> Tensor:
+        return backbone.encode_images(pixels.to(backbone.device)).cpu()
+
+    return extract_codes(
+        opened,
+        options.cache_dir,
+        encode_images=encode_images,
+        key_parts={"tokenizer": tokenizer_hash(backbone)},
+        resolution=image_size(backbone),
+        code_shape=(spec.num_tokens, len(spec.subvocabs)),
+        vocab=max(spec.subvocabs),
+        views=Views(options.views, options.crop_ranges),
+        share=share,
+    )

@@ -1,0 +1,272 @@
+"""Class-conditional models of every family offline: images by class -> base -> TensorAR -> resume -> 50,000 images (well, 8) -> FID."""
+
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Killed, tiny_llamagen, tiny_rar
+from runs import assert_same_weights, weights
+
+import t2i
+from launch import fid as fid_program
+from launch import pretrain_class_shapes, sample_imagenet, train_imagenet
+from t2i import cli
+from t2i.checkpoint import find_checkpoint
+from t2i.evaluation.class_samples import ClassSamples, drawer
+from t2i.processes import Processes
+from t2i.training.check import check
+from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
+from t2i.training.data import TrainingData
+from t2i.training.examples import check_backbone
+from t2i.training.logs import read_metrics
+from t2i.training.loop import Run, train
+from t2i.training.recipes_imagenet import _PUBLISHED, ImageNetModel, imagenet_recipe
+from t2i.training.validation import validate
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+FAMILIES = ("llamagen", "open_magvit2", "rar")
+
+
+def call(monkeypatch, program, *arguments):
+    """Run a script's main with these arguments."""
+    monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
+    return program.main()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tmp_path_factory.mktemp("classes")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, world):
+    """A tiny base of 20 classes, hardly trained."""
+    recipe = pretrain_class_shapes.Pretrain(
+        request.param,
+        out=world,
+        images_per_class=4,
+        tokenizer_steps=4,
+        steps=8,
+        batch_size=16,
+        dim=32,
+        layers=2,
+    )
+    return pretrain_class_shapes.main(recipe)
+
+
+def tiny(base: Path, run: str, **changes) -> TrainConfig:
+    """The recipe of the offline world, cut short."""
+    config = imagenet_recipe(ImageNetModel(base.name, "shapes"))
+    config = replace(
+        config,
+        run_dir=base.parent / f"{base.name}-{run}",
+        backbone=replace(config.backbone, weights=str(base)),
+        data=replace(
+            config.data,
+            source=(str(base.parent / "images"),),
+            cache_dir=base.parent / "cache",
+            validation_samples=16,
+        ),
+        optim=replace(config.optim, backbone_lr=1e-3, warmup_steps=0),
+        engine=replace(config.engine, micro_batch=16),
+        log=replace(config.log, save_every=4, sample_every=0, validate_every=0, log_every=1),
+        batch_size=16,
+        steps=8,
+    )
+    return replace(config, **changes)
+
+
+def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
+    config = tiny(base, "run")
+    whole = train(config)
+    start = t2i.attach(t2i.load_backbone(base.name, base), config.method)
+    before = validate(start, TrainingData(config, start.backbone, ALONE))
+    after = read_metrics(config.run_dir)[-1]
+    for kind, losses in (("noised_truth", before.noised_truth), ("own_drafts", before.own_drafts)):
+        assert after[f"validation/{kind}/slot0"] < losses[0] - 0.02
+
+    plain_step = Run.train_step
+
+    def step(run):
+        if run.step == 6:
+            raise Killed
+        return plain_step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "train_step", step)
+        train(tiny(base, "halves"))
+    resumed = train(tiny(base, "halves", resume=True))
+    assert_same_weights(weights(whole), weights(resumed))
+
+    options = ("--ckpt", config.run_dir, "--count", 8, "--batch-size", 3, "--device", "cpu")
+    out = tmp_path / "samples.npz"
+    call(monkeypatch, sample_imagenet, *options, "--out", out)
+    with np.load(out) as arrays:
+        images = arrays["arr_0"]
+    assert images.shape == (8, 32, 32, 3) and images.std() > 0
+    assert len(np.unique(images, axis=0)) == 8, "every image has random numbers of its own"
+
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, arr_0=images[::-1][:6] // 2)
+    result = tmp_path / "fid.json"
+    given = ("--samples", out, "--reference", reference, "--out", result, "--allow-fewer")
+    call(monkeypatch, fid_program, *given, "--inception-weights", "random", "--device", "cpu")
+    assert result.exists()
+
+
+# -- sampling -----------------------------------------------------------------------------------------------------------------
+def samples(world, monkeypatch, out, *options):
+    ckpt = find_checkpoint(world / "rar-run")
+    given = ("--ckpt", ckpt, "--count", 8, "--batch-size", 3, "--device", "cpu", "--out", out)
+    call(monkeypatch, sample_imagenet, *given, *options)
+    with np.load(out) as arrays:
+        return arrays["arr_0"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return t2i.attach(tiny_rar(), t2i.presets.iclr2026())
+
+
+def draw_all(model, out, rank=0, world_size=1, **changes):
+    from t2i.evaluation.class_samples import draw_class_samples
+
+    options = ClassSamples(**{"count": 7, "batch_size": 2, **changes})
+    processes = Processes(rank, world_size, torch.device("cpu"))
+    draw_class_samples(
+        model, out, options, sampling=model.sampling, processes=processes, progress=False
+    )
+    return out
+
+
+@pytest.mark.parametrize("name", ["a.npz", "folder"])
+def test_killed_and_shared_sampling_give_the_same_files(model, tmp_path, monkeypatch, name):
+    def content(out):
+        files = [out] if out.is_file() else sorted(out.glob("*.png"))
+        return [path.read_bytes() for path in files]
+
+    whole = content(draw_all(model, tmp_path / "whole" / name))
+    decode, count = type(model.backbone).decode_images, []
+
+    def die(self, codes, size=None):
+        count.append(len(codes))
+        if len(count) == 3:
+            raise Killed
+        return decode(self, codes, size)
+
+    killed = tmp_path / "killed" / name
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.backbone), "decode_images", die)
+        with pytest.raises(Killed):
+            draw_all(model, killed)
+        assert content(draw_all(model, killed)) == whole
+    assert sum(count) == 7 + 2, "only the batch that died is drawn again"
+
+    shared = tmp_path / "shared" / name
+    threads = [threading.Thread(target=draw_all, args=(model, shared, r, 2)) for r in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert content(shared) == whole
+    with pytest.raises(ValueError, match="seed 0 there, 1 now"):
+        draw_all(model, shared, seed=1)
+
+
+def test_classes_and_codes_come_from_different_streams(model):
+    """Or the first code of an image would tell its class, and classes would have favourite images."""
+    options = ClassSamples(count=40, labels="random", batch_size=40)
+    seen = []
+    model.backbone.prepare, prepare = (
+        lambda labels: seen.append(labels) or prepare(labels),
+        (model.backbone.prepare),
+    )
+    try:
+        draw = drawer(model, options, replace(model.sampling, cfg_scale=1.0), (8, 8))
+        draw(range(2))
+    finally:
+        del model.backbone.prepare
+    from t2i.rng import fold, make_keys, uniforms
+
+    numbers = torch.arange(2)
+    first = (uniforms(make_keys(0, numbers), 1)[:, 0] * 10).long()
+    other = (uniforms(fold(make_keys(0, numbers), 1), 1)[:, 0] * 10).long()
+    assert len(seen) == 1 and not torch.equal(first, other)
+
+
+def test_images_are_resized_before_they_are_clamped():
+    backbone = tiny_llamagen("class")
+    codes = torch.randint(48, (2, 16, 1), generator=torch.Generator().manual_seed(0))
+    raw = 3 * backbone.tokenizer.decode(codes.view(2, 4, 4))
+    backbone.tokenizer.decode = lambda codes: raw
+    assert raw.abs().max() > 1, "or clamping does nothing"
+    small = F.interpolate(raw, size=(5, 5), mode="bicubic")
+    expected = (127.5 * small + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(backbone.decode_images(codes, (5, 5)), expected)
+    clamped_first = F.interpolate(raw.clamp(-1, 1), size=(5, 5), mode="bicubic")
+    late = (127.5 * clamped_first + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert not torch.equal(late, expected)
+    assert backbone.decode_images(codes).shape == (2, 8, 8, 3)
+
+
+# -- settings and mistakes ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recipes_of_all_published_sizes(family):
+    for size in _PUBLISHED[family].micro_batches:
+        config = imagenet_recipe(ImageNetModel(family, size))
+        assert (config.batch_size, config.epochs, config.condition_dropout) == (256, 20, 0.1)
+        assert config.optim.weight_decay == 0.05 and config.token_dropout == 0.1
+    with pytest.raises(ValueError, match="was published as B"):
+        imagenet_recipe(ImageNetModel(family, "huge"))
+
+
+def test_resolutions():
+    assert "c2i_XL_384.pt" in imagenet_recipe(ImageNetModel("llamagen", "XL")).backbone.weights
+    assert "c2i_L_256.pt" in imagenet_recipe(ImageNetModel("llamagen", "L")).backbone.weights
+    with pytest.raises(ValueError, match="published at 384 px"):
+        imagenet_recipe(ImageNetModel("llamagen", "XL", 256))
+    with pytest.raises(ValueError, match="published at 256 px"):
+        imagenet_recipe(ImageNetModel("rar", "B", 384))
+
+
+def test_command_line(monkeypatch):
+    arguments = "--backbone rar --size B --data.source a b --optim.codec-lr 0.5 --preset arxiv2505"
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", *arguments.split()])
+    config = cli.parse_selected(ImageNetModel, imagenet_recipe, train_imagenet.__doc__)
+    assert config.data == LabelledOptions(source=("a", "b"), crop_ranges=(1.1,))
+    assert config.optim.codec_lr == 0.5 and config.method == t2i.presets.arxiv2505()
+    assert config.backbone.weights == "yucornetto/RAR:rar_b.bin"
+
+
+def test_wrong_data_is_named(base):
+    config = tiny(base, "wrong")
+    report = check(config)
+    assert "80 images of 20 classes" in report and "2 views of each" in report
+
+    def refused(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            train(replace(config, data=replace(config.data, **changes)))
+
+    refused("no data: give --data.source", source=())
+    refused("19 classes and this", source=(str(_nineteen_classes(base.parent)),))
+    refused("may be several", source=("a", "b"))
+    with pytest.raises(ValueError, match="class label 20"):
+        train(replace(config, log=replace(config.log, prompts=("20",))))
+    with pytest.raises(ValueError, match="training on captions needs"):
+        train(replace(config, data=DataOptions(source="shapes")))
+    with pytest.raises(ValueError, match="cannot be trained on classes"):
+        check_backbone(tiny_llamagen("text"), config.data)
+
+
+def _nineteen_classes(world: Path) -> Path:
+    folder = world / "nineteen"
+    for kind in sorted((world / "images" / "train").iterdir())[1:]:
+        (folder / kind.name).mkdir(parents=True, exist_ok=True)
+        picture = next(kind.iterdir())
+        (folder / kind.name / picture.name).write_bytes(picture.read_bytes())
+    return folder
