@@ -57,8 +57,8 @@ def test_readme_command_parses(command, monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(cli, "parse", stop_after(cli.parse))
-    monkeypatch.setattr(cli, "parse_recipe", stop_after(cli.parse_recipe))
+    for name in ("parse", "parse_recipe", "parse_selected"):
+        monkeypatch.setattr(cli, name, stop_after(getattr(cli, name)))
     with pytest.raises(Parsed):
         import_module(command[0].removesuffix(".py").replace("/", ".")).main()
     assert parsed["config"] is not None
