@@ -1,136 +1,176 @@
-"""Questions per second of the mPLUG judge: the image encoded once, against once per question as in the official script.
+"""DPG-Bench as a benchmark for `t2i.evaluation.runner`: its prompts, its judge, its numbers, its gallery cards.
 
-Random weights in the shape of the published model (566 M parameters), one image, in turns, so that
-whatever else the machine does hits all ways alike.
+evaluate(DPGBench(graph, judge), out, model=model)
+evaluate(DPGBench(graph, judge), out, images=folder)
 
-    python dpg_bench/benchmark.py                    # the real size on the CPU: some minutes
-    python dpg_bench/benchmark.py --questions 13 --rounds 3 --device cuda
+A row of results.jsonl is an image: every question with its category, parents and answer, and the image's score both ways.
 """
 
-import logging
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run from a clone, without installation
+from PIL import Image
 
-from t2i import cli
-
-log = logging.getLogger(__name__)
-
-SENTENCE = "is there a red cat on the left of two large wooden boats ?"
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What to time."""
-
-    questions: int = 8
-    """Questions about the image (DPG-Bench asks 13 on average)."""
-    image_res: int = 504
-    """Side of the judge's input in pixels: 504 gives 1,297 image tokens."""
-    stride_layer: int = 6
-    """Every how many fusion layers text and image attend to each other in both directions (6: never)."""
-    answer_tokens: int = 2
-    """Tokens of an answer with its end: "yes" is 2. Random weights would go on to the limit of 10."""
-    rounds: int = 1
-    device: str = "cpu"
-    small: bool = False
-    """A toy of the same structure, to try the script."""
+from dpg_bench.judges import OFFICIAL_JUDGE, Judge
+from dpg_bench.official import official_questions
+from dpg_bench.questions import Question, QuestionGraph, broad
+from dpg_bench.score import (
+    CORRECTED,
+    LEGEND,
+    OFFICIAL,
+    OVERALL,
+    YES,
+    MissingParentError,
+    list_scores,
+    official_items,
+    score,
+    score_questions,
+)
+from dpg_bench.shapes_judge import ShapesJudge
+from dpg_bench.shapes_questions import shapes_questions
+from t2i import __version__
+from t2i.evaluation.gallery import Card
+from t2i.evaluation.judging import Judged
+from t2i.evaluation.report import Score
 
 
-def build(config: Benchmark):
-    """A judge with random weights, and a tokenizer of a few words."""
-    import torch
-    from tokenizers import BertWordPieceTokenizer
+class DPGBench:
+    """A question graph and who answers it; see `t2i.evaluation.runner.Benchmark`."""
 
-    from dpg_bench.mplug.bert import BertConfig
-    from dpg_bench.mplug.judge import QUESTION_TOKENS, MPlugJudge
-    from dpg_bench.mplug.model import MPlug, MPlugConfig
+    name = "DPG-Bench"
+    best = 100.0
+    decimals = 2
+    legend = LEGEND
 
-    torch.manual_seed(0)
-    bert = BertConfig(stride_layer=config.stride_layer)
-    shape = MPlugConfig(image_res=config.image_res, max_length=config.answer_tokens, bert=bert)
-    if config.small:
-        bert = replace(
-            bert, hidden_size=48, intermediate_size=64, vocab_size=200, text_decode_layers=2
-        )
-        shape = replace(
-            shape, vision_width=64, clip_vision_width=64, clip_vision_layers=2, bert=bert
-        )
-    model = MPlug(shape).eval().requires_grad_(False).to(config.device)
-    special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
-    words = {word: 104 + index for index, word in enumerate(dict.fromkeys(SENTENCE.split()))}
-    tokenizer = BertWordPieceTokenizer(special | words)
-    tokenizer.enable_padding(length=QUESTION_TOKENS)
-    tokenizer.enable_truncation(QUESTION_TOKENS)
-    return MPlugJudge(model, tokenizer)
+    def __init__(self, graph: QuestionGraph, judge: Judge, *, questions: str = "own"):
+        """questions: what to call the graph.
+
+        Raises:
+            ValueError: a question is not one of those that the judge can answer.
+        """
+        if isinstance(judge, ShapesJudge):
+            judge.check(graph.questions)
+        self.graph, self.answering = graph, judge
+        self.items = list(graph.items)
+        self.entries = [{"item_id": i, "prompt": prompt} for i, prompt in graph.prompts.items()]
+        self._official = official_items(graph)
+        who = judge.identity()
+        self.label = f"{questions} questions, judged by {who['judge']}"
+        if who["judge"] != OFFICIAL_JUDGE:
+            facts = [who.get("weights"), "not the official judge"]
+            self.label += f" ({', '.join(filter(None, facts))})"
+
+    def identity(self) -> dict:
+        """Who answers which questions; the weights by their hash, whatever their folder is called."""
+        who = dict(self.answering.identity())
+        if who.get("sha256"):
+            who.pop("weights", None)
+        graph = {"git_blob_sha1": self.graph.blob}
+        return {"answers": who, "questions": graph, "versions": {"t2i": __version__}}
+
+    def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
+        """The answers to all questions of the prompt, and what they amount to."""
+        item = self.items[prompt_index]
+        questions = self.graph.items[item]
+        given = self.answering.answer(image, questions)
+        answers = {str(q.proposition): a for q, a in zip(questions, given, strict=True)}
+        corrected = _passed(questions, answers)
+        row = {
+            "filename": filename,
+            **self.entries[prompt_index],
+            OFFICIAL: _mean(_passed(self._official.get(item, ()), answers)),
+            CORRECTED: _mean(corrected),
+            "questions": [
+                {
+                    "proposition": q.proposition,
+                    "tuple": q.tuple,
+                    "category": q.category,
+                    "parents": list(q.parents),
+                    "question": q.text,
+                    "answer": answers[str(q.proposition)],
+                    "passed": bool(corrected.get(q.proposition)),
+                }
+                for q in questions
+            ],
+        }
+        return Judged(row)
+
+    def scores(self, rows: Sequence[dict]) -> list[Score]:
+        """Overall, and by L1 and L2 category, each official and corrected."""
+        answers: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            given = {str(q["proposition"]): q["answer"] for q in row["questions"]}
+            answers.setdefault(row["item_id"], []).append(given)
+        most = max(map(len, answers.values()))
+        return list_scores(score(self.graph, answers, images_per_prompt=most))
+
+    def card(self, row: dict) -> Card | None:
+        """The questions that failed, with the answers and what they depend on."""
+        failed = [q for q in row["questions"] if not q["passed"]]
+        if row[CORRECTED] in (1, None):
+            return None
+        by_id = {q["proposition"]: q for q in row["questions"]}
+        total = len(row["questions"])
+        note = f"{row['item_id']}: {total - len(failed)} of {total} questions passed"
+        reasons = [_reason(question, by_id) for question in failed]
+        tags = dict.fromkeys(broad(question["category"]) for question in failed)
+        return Card("images", row["prompt"], reasons, note=note, tags=tuple(tags))
 
 
-def ways(judge, image, questions: Sequence[str]) -> dict:
-    """Name -> how to answer all questions about the image, the official way last."""
+def _passed(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[int, float]:
+    """Proposition -> whether it passed, 1 or 0; empty for a prompt that cannot be scored (see `MissingParentError`)."""
+    try:
+        return score_questions(questions, answers)[1]
+    except MissingParentError:
+        return {}
 
-    def once_one_by_one():
-        encoded = judge.encode(image)
-        return [judge.search_encoded(encoded, [question])[0] for question in questions]
 
-    return {
-        "image once, questions in a batch": lambda: judge.search(image, questions),
-        "image once, questions one by one": once_one_by_one,
-        "image once per question": lambda: [judge.search(image, [q])[0] for q in questions],
+def _mean(passed: Mapping[int, float]) -> float | None:
+    """An image's score, 0..1."""
+    return sum(passed.values()) / len(passed) if passed else None
+
+
+def _reason(question: dict, by_id: Mapping[int, dict]) -> str:
+    """A failed question with its answer; below it what it depends on. A yes without one of those is void."""
+    parents = [f"depends on: {_outcome(by_id[parent])}" for parent in question["parents"]]
+    return "\n".join([_outcome(question), *parents])
+
+
+def _outcome(question: dict) -> str:
+    void = " (void)" if question["answer"] == YES and not question["passed"] else ""
+    return f"{question['question']} →\N{NO-BREAK SPACE}{question['answer']}{void}"
+
+
+def by_prompt(rows: Iterable[dict]) -> dict[str, dict[str, list[float]]]:
+    """What two results are compared in: score -> item -> values in 0..100.
+
+    The overall scores have one value a prompt, the mean of its images; the categories (corrected) one an answer.
+    """
+    images: dict[str, dict[str, list[float]]] = {OFFICIAL: {}, CORRECTED: {}}
+    categories: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        item = row["item_id"]
+        for way, of_items in images.items():
+            if row[way] is not None:
+                of_items.setdefault(item, []).append(row[way])
+        for question in row["questions"]:
+            value = 100.0 * (question["answer"] == YES)
+            for name in (broad(question["category"]), question["category"]):
+                categories.setdefault(name, {}).setdefault(item, []).append(value)
+    groups = {
+        f"{OVERALL} ({way})": {i: [100 * sum(v) / len(v)] for i, v in of_items.items()}
+        for way, of_items in images.items()
+        if of_items
     }
+    return groups | {f"{name} ({CORRECTED})": categories[name] for name in sorted(categories)}
 
 
-def measure(config: Benchmark, judge) -> tuple[dict[str, float], bool]:
-    """Median seconds by way, and whether all ways gave the same answers."""
-    import torch
-    from PIL import Image
+def load_questions(name: str) -> QuestionGraph:
+    """The graph called "official" (fetched on first use) or "shapes" (shipped), or of a CSV file.
 
-    words = SENTENCE.split()
-    questions = [" ".join(words[i % 5 :]) for i in range(config.questions)]
-    image = Image.effect_noise((config.image_res, config.image_res), 64)
-    seconds: dict[str, list[float]] = {}
-    answers = []
-    for _ in range(config.rounds):
-        for name, work in ways(judge, image, questions).items():
-            start = time.perf_counter()
-            found = work()
-            if judge.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-            answers.append([best[0].ids for best in found])
-            log.info("%s: %.2f s", name, seconds[name][-1])
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return medians, all(ids == answers[0] for ids in answers)
-
-
-def main() -> None:
-    config = cli.parse(Benchmark, __doc__)
-    if config.questions < 1 or config.rounds < 1 or config.answer_tokens < 1:
-        raise ValueError("questions, rounds and answer_tokens must be at least 1")
-    import torch
-
-    judge = build(config)
-    millions = sum(p.numel() for p in judge.model.parameters()) / 1e6
-    medians, same = measure(config, judge)
-    print(
-        f"mPLUG, {millions:.1f} M random parameters, {config.image_res} px, stride "
-        f"{config.stride_layer}, {config.questions} questions, answers of {config.answer_tokens} "
-        f"tokens, {config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{platform.machine()}\n\n| | s per image | questions per second | ratio |\n|---|---|---|---|"
-    )
-    slowest = list(medians.values())[-1]
-    for name, median in medians.items():
-        rate = config.questions / median
-        print(f"| {name} | {median:.2f} | {rate:.3f} | {slowest / median:.2f} |")
-    print(f"\nanswers equal: {same}")
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    Raises:
+        ValueError: see `dpg_bench.questions.official_questions`.
+    """
+    if name == "shapes":
+        return shapes_questions()
+    return official_questions(None if name == "official" else Path(name))

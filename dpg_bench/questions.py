@@ -72,7 +72,7 @@ class Question:
     @property
     def broad_category(self) -> str:
         """L1: "attribute", "entity", "global", "other" or "relation"."""
-        return self.category.split("-")[0].strip()
+        return broad(self.category)
 
     @property
     def place(self) -> str:
@@ -109,6 +109,11 @@ class QuestionGraph:
             "prompts": len(self.items),
             "propositions": len(self.questions),
         }
+
+
+def broad(category: str) -> str:
+    """The L1 category of an L2 category."""
+    return category.split("-")[0].strip()
 
 
 def group_by_item(questions: Iterable[Question]) -> dict[str, list[Question]]:

@@ -25,8 +25,16 @@ import numpy as np
 from dpg_bench.grids import IMAGES_PER_PROMPT
 from dpg_bench.questions import Question, QuestionGraph, group_by_item
 from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
+from t2i.evaluation.report import Score, score_table
 
 YES = "yes"
+OFFICIAL, CORRECTED = "official", "corrected"
+OVERALL = "overall"
+LEGEND = (
+    "official: as the official script counts (first row dropped, categories over the last image of "
+    'each prompt); corrected: all questions of all images. Categories are rates of "yes" before '
+    "dependencies."
+)
 
 Answers = Mapping[str, str]
 """Proposition id (as text, for JSON) -> answer, of one image."""
@@ -34,11 +42,16 @@ Answers = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean in 0..100 (None of nothing), its bootstrap standard error (None of one prompt), values."""
+    """A mean in 0..100 (None of nothing), its bootstrap standard error (None of one prompt), and of what.
+
+    n: values (prompts for the overall score, answers for a category), of so many images and prompts.
+    """
 
     mean: float | None
     stderr: float | None
     n: int
+    images: int
+    prompts: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,14 @@ def score_image(questions: Sequence[Question], answers: Answers) -> tuple[float,
     Raises:
         MissingParentError: a question's parent is not among `questions`.
     """
+    raw, scores = score_questions(questions, answers)
+    return sum(scores.values()) / len(scores), raw
+
+
+def score_questions(
+    questions: Sequence[Question], answers: Answers
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Proposition -> 1 or 0, before and after parents were looked at; raises as `score_image`."""
     raw = {q.proposition: float(answers[str(q.proposition)] == YES) for q in questions}
     scores = dict(raw)
     for question in questions:
@@ -92,7 +113,7 @@ def score_image(questions: Sequence[Question], answers: Answers) -> tuple[float,
             if scores[parent] == 0:
                 scores[question.proposition] = 0.0
                 break
-    return sum(scores.values()) / len(scores), raw
+    return raw, scores
 
 
 def score(
@@ -130,12 +151,16 @@ def score(
         for item in graph.items
         if len(judged.get(item, ())) < images_per_prompt
     ]
-    without_first = group_by_item(graph.questions[1:])
     return Report(
-        official=_summarize(without_first, judged, seed, resamples, last_image_only=True),
+        official=_summarize(official_items(graph), judged, seed, resamples, last_image_only=True),
         corrected=_summarize(graph.items, judged, seed, resamples, last_image_only=False),
         missing=missing,
     )
+
+
+def official_items(graph: QuestionGraph) -> dict[str, list[Question]]:
+    """The questions that the official script asks: all but the file's first."""
+    return group_by_item(graph.questions[1:])
 
 
 def _summarize(
@@ -162,13 +187,15 @@ def _summarize(
     values = {item: p.raw[-1:] if last_image_only else p.raw for item, p in prompts.items()}
     by_level = [
         {
-            name: _mean(name, of_items, seed, resamples)
+            name: _mean(name, of_items, sum(len(values[i]) for i in of_items), seed, resamples)
             for name, of_items in sorted(_by_category(items, values, category).items())
         }
         for category in ("broad_category", "category")
     ]
     overall = {item: [prompt.score] for item, prompt in prompts.items()}
-    return Summary(_mean("overall", overall, seed, resamples), *by_level, prompts, skipped)
+    images = sum(len(prompt.per_image) for prompt in prompts.values())
+    mean = _mean("overall", overall, images, seed, resamples)
+    return Summary(mean, *by_level, prompts, skipped)
 
 
 def _by_category(
@@ -183,45 +210,44 @@ def _by_category(
     return values
 
 
-def _mean(name: str, values: Mapping[str, Sequence[float]], seed: int, resamples: int) -> Mean:
+def _mean(
+    name: str, values: Mapping[str, Sequence[float]], images: int, seed: int, resamples: int
+) -> Mean:
     """Mean over all values of all items; items are what the bootstrap redraws."""
     if not values:
-        return Mean(None, None, 0)
+        return Mean(None, None, 0, 0, 0)
     totals = np.array([sum(of_item) for of_item in values.values()])
     counts = np.array([len(of_item) for of_item in values.values()])
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     stderr = None
     if len(values) > 1:
         stderr = float(100 * resampled_means(totals, counts, rng, resamples).std(ddof=1))
-    return Mean(float(100 * totals.sum() / counts.sum()), stderr, int(counts.sum()))
+    mean = float(100 * totals.sum() / counts.sum())
+    return Mean(mean, stderr, int(counts.sum()), images, len(values))
+
+
+def list_scores(report: Report) -> list[Score]:
+    """Both ways to count, the overall scores first, then each L1 category with its L2 categories."""
+    columns = {OFFICIAL: report.official, CORRECTED: report.corrected}
+    names = [OVERALL]
+    for broad in report.corrected.l1:
+        names += [broad, *(n for n in report.corrected.l2 if n.startswith(f"{broad} -"))]
+    found = []
+    for name in names:
+        for way, summary in columns.items():
+            mean = ({OVERALL: summary.overall} | summary.l1 | summary.l2).get(name)
+            if mean is not None:
+                counts = (mean.images, mean.prompts)
+                found.append(
+                    Score(name, mean.mean, mean.stderr, *counts, headline=name == OVERALL, way=way)
+                )
+    return found
 
 
 def format_report(report: Report, judge: str) -> str:
     """A markdown table of both ways to count, under the name of the judge that gave the answers."""
-    columns = (report.official, report.corrected)
-    lines = [
-        f"| DPG-Bench, judged by {judge} | official | corrected |",
-        "|---|---|---|",
-        "| **overall** | " + " | ".join(f"**{_cell(c.overall)}**" for c in columns) + " |",
-        "| prompts | " + " | ".join(str(len(c.prompts)) for c in columns) + " |",
-    ]
-    for broad in sorted(report.corrected.l1):
-        for level in ("l1", "l2"):
-            names = sorted(getattr(report.corrected, level))
-            for name in (n for n in names if n.split("-")[0].strip() == broad):
-                cells = [_cell(getattr(column, level).get(name)) for column in columns]
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "official: as the official script counts (first row dropped, categories over the last image "
-        "of each prompt); corrected: all questions of all images.",
-    ]
+    table = score_table(list_scores(report), f"DPG-Bench, judged by {judge}", digits=2)
+    lacking = ""
     if report.missing:
-        lines.append(f"INCOMPLETE: {len(report.missing)} prompts lack images.")
-    return "\n".join(lines)
-
-
-def _cell(mean: Mean | None) -> str:
-    if mean is None or mean.mean is None:
-        return "-"
-    return f"{mean.mean:.2f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.2f}")
+        lacking = f"\nINCOMPLETE: {len(report.missing)} prompts lack images."
+    return f"{table}\n\n{LEGEND}{lacking}"

@@ -38,6 +38,10 @@ class ShapesJudge:
     def identity(self) -> dict:
         return {"judge": self.name, "weights": None, "detector": type(self.detector).__name__}
 
+    def check(self, questions: Sequence[Question]) -> None:
+        """ValueError for a proposition that is not the shapes world's, before there is any image."""
+        self.answer(Image.new("RGB", (UNITS, UNITS), BACKGROUND), questions)
+
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
         """The true answers. Raises ValueError for a proposition that is not the shapes world's."""
         image = image.convert("RGB")

@@ -31,6 +31,10 @@ class GenEval:
     name = "GenEval"
     best = 1.0
     decimals = 3
+    legend = (
+        "overall: the unweighted mean of the tasks, each the rate of its correct images; "
+        "a prompt is correct if any of its images is."
+    )
 
     def __init__(
         self,

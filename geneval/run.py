@@ -16,7 +16,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.evaluation.options import BenchmarkOptions, CompareOptions
+from t2i.evaluation.options import BenchmarkOptions, CompareOptions, dispatch
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,7 @@ class GenEvalOptions(BenchmarkOptions):
 
 
 def main() -> None:
-    """Compare if the first word says so, else draw and judge."""
-    if sys.argv[1:2] == ["compare"]:
-        compare(cli.parse(CompareOptions, __doc__, 1))
-    else:
-        judge(cli.parse(GenEvalOptions, __doc__))
+    dispatch(GenEvalOptions, __doc__, judge, compare)
 
 
 def compare(options: CompareOptions) -> None:

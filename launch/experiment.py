@@ -6,7 +6,7 @@ on from its last checkpoint; several processes may work on one grid with --share
 
     python launch/experiment.py levers --bases 1m=runs/shapes-1m 3m=shapes
     python launch/experiment.py levers --share 0/2 & python launch/experiment.py levers --share 1/2
-    python launch/recipe_report.py        # the tables and plots of docs/recipe.md
+    python launch/recipe_report.py        # tables and plots
 """
 
 import fcntl

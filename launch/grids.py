@@ -34,11 +34,7 @@ _TRUST = {
 _SAMPLING = {
     "temperature 0.6": {"temperature": 0.6},
     **_TRUST,
-    "drafts without guidance": {"draft_guidance": False},
     "window 2": {"window": 2},
-    "keep 0.5": {"keep": 0.5},
-    "contrast 0.2": {"contrast": 0.2},
-    "contrast -0.2": {"contrast": -0.2},
 }
 
 

@@ -1,6 +1,6 @@
 """The tables and plots of docs/recipe.md, from the results of `launch/experiment.py`.
 
-    python launch/recipe_report.py --results runs/experiments/results.jsonl --out docs/recipe
+    python launch/recipe_report.py --results docs/recipe/presets/results.jsonl --out docs/recipe/presets --samples 3
 
 Writes tables.md and the plots. A standard error is the larger of two: over training seeds, and over prompts (stratified by task,
 of the mean over seeds); differences to the control are taken seed by seed and prompt by prompt before that.
@@ -23,7 +23,7 @@ from t2i import cli
 from t2i.weights import write_text
 
 CONTROL = "control"
-INK, COLORS = "#444444", ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac")
+COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def losses(by_seed: dict, kind: str) -> str:
     table = np.array(rows)
     error = table[:, 0].std(ddof=1) / np.sqrt(len(table)) if len(table) > 1 else float("nan")
     first, *drafts = table.mean(0)
-    return " / ".join([f"{first:.3f} ± {error:.3f}", *(f"{v:.2f}" for v in drafts)])
+    spread = f" ± {error:.3f}" if len(table) > 1 else ""
+    return " / ".join([f"{first:.3f}{spread}", *(f"{v:.2f}" for v in drafts)])
 
 
 def arm_table(results: Results, base: str) -> str:
@@ -223,8 +224,9 @@ def plot_correlation(results: Results, path: Path) -> None:
         arms = list(dict.fromkeys(arm for b, arm, *_ in runs if b == base))
         for arm in arms:
             points = [(loss, score) for b, a, loss, score in runs if (b, a) == (base, arm)]
-            color = "#222222" if arm == CONTROL else "#2858d6"
-            axes.scatter(*zip(*points, strict=True), s=14, color=color, alpha=0.7)
+            color = COLORS[arms.index(arm) % len(COLORS)]
+            axes.scatter(*zip(*points, strict=True), s=16, color=color, label=arm)
+        axes.legend(fontsize=7)
         axes.set(title=base, xlabel="held-out loss of slot 0, own drafts", ylabel="score")
     figure.savefig(path)
 
@@ -238,31 +240,29 @@ def plot_courses(results: Results, arms: list[str], path: Path) -> None:
     rows = figure.subplots(len(bases), 3, squeeze=False)
     for base, (score, first, drafts) in zip(bases, rows, strict=True):
         for arm, color in zip(arms, COLORS, strict=False):
-            steps, means = score_course(results, base, arm)
-            score.plot(steps, means, "o-", ms=3, color=color, label=arm)
+            steps, means, errors = score_course(results, base, arm)
+            score.errorbar(steps, means, errors, marker="o", capsize=3, color=color, label=arm)
             for kind, style in (("own_drafts", "-"), ("noised_truth", ":")):
                 for axes, slot in ((first, 0), (drafts, 1)):
                     axes.plot(*loss_course(results, base, arm, kind, slot), style, color=color)
         score.set(title=f"{base}: score", xlabel="steps")
         first.set(title="held-out loss, slot 0 (dotted: noised truth)", xlabel="steps")
         drafts.set(title="held-out loss, slot 1", xlabel="steps")
-        score.legend(fontsize=8)
+        score.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.savefig(path)
 
 
-def score_course(results: Results, base: str, arm: str) -> tuple[list[int], list[float]]:
-    steps = sorted({k[3] for k in results.lines if k[:2] == (base, arm) and not k[5]})
-    means = [
-        np.mean(
-            [
-                x["score"]
-                for k, x in results.lines.items()
-                if k[:2] == (base, arm) and k[3] == step and not k[5]
-            ]
-        )
-        for step in steps
-    ]
-    return steps, means
+def score_course(
+    results: Results, base: str, arm: str
+) -> tuple[list[int], list[float], list[float]]:
+    """Steps, mean scores over seeds and their standard errors."""
+    found: dict[int, list[list[int]]] = {}
+    for (b, a, _, step, _, sampling), line in results.lines.items():
+        if (b, a, sampling) == (base, arm, ""):
+            found.setdefault(step, []).append(line["correct"])
+    config, steps = results.config, sorted(found)
+    estimates = [estimate(np.array(found[s]) / config.samples, config.tasks) for s in steps]
+    return steps, [e.mean for e in estimates], [e.error for e in estimates]
 
 
 def loss_course(
@@ -291,7 +291,8 @@ def main() -> None:
         for arm in dict.fromkeys(arm for base in results.bases() for arm, _ in results.names(base))
         if any(len(score_course(results, base, arm)[0]) > 1 for base in results.bases())
     ]
-    plot_courses(results, courses, config.out / "courses.svg")
+    if courses:
+        plot_courses(results, courses, config.out / "courses.svg")
     plot_correlation(results, config.out / "loss_and_score.svg")
 
 

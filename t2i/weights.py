@@ -208,12 +208,11 @@ def folder_sha256(folder: str | Path) -> str:
 
 
 def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types and bytes: of weights that are part of a larger file."""
+    """SHA-256 over names, types, shapes and bytes: of weights in memory, or in a part of a larger file."""
     digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        value = state_dict[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
+    for name, value in sorted(state_dict.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

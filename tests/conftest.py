@@ -42,6 +42,16 @@ def tiny_world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def shapes_ckpt(tmp_path_factory):
+    """A checkpoint of the shipped base, with TensorAR attached and untrained."""
+    import t2i
+    from t2i.checkpoint import save_pretrained
+
+    model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.iclr2026())
+    return save_pretrained(model, tmp_path_factory.mktemp("shapes") / "ckpt", tuning="codec")
+
+
+@pytest.fixture(scope="session")
 def plain(tiny_world):
     """The checkpoint folder of a run of three steps in one process, without ZeRO: what other ways to train are compared with."""
     from runs import tiny_run

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpg_bench import benchmark
+from dpg_bench import speed
 from dpg_bench.mplug.bert import BertConfig
 from dpg_bench.mplug.decoder import beam_search
 from dpg_bench.mplug.judge import MPlugJudge, preprocess
@@ -194,10 +194,10 @@ def test_a_vocabulary_of_another_model_is_refused(tmp_path):
         MPlugJudge.load(folder)
 
 
-def test_benchmark_runs_and_its_ways_agree(monkeypatch, capsys):
+def test_speed_script_runs_and_its_ways_agree(monkeypatch, capsys):
     arguments = ["--small", "--image-res", "28", "--questions", "3", "--stride-layer", "3"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    benchmark.main()
+    monkeypatch.setattr(sys, "argv", ["speed.py", *arguments])
+    speed.main()
     printed = capsys.readouterr().out
     assert "| image once per question |" in printed and "answers equal: True" in printed
 

@@ -24,6 +24,7 @@ class Bright:
     """Is the image brighter than grey? Counts how often it is asked."""
 
     name, label, best, decimals = "Bright", "toy prompts", 1.0, 2
+    legend = "the rate of bright images"
 
     def __init__(self, count=4, threshold=128, stop_after=None):
         self.entries = [{"prompt": f"light {i}", "tag": "ab"[i % 2]} for i in range(count)]

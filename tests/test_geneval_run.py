@@ -2,11 +2,7 @@
 
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,19 +10,18 @@ import torch
 from browser import CHROMIUM, open_browser
 from helpers import tiny_llamagen, tiny_vq
 from PIL import Image
+from programs import contents, numbers, program, refused, result_rows, results, start_and_kill
 from test_ranks import launch
 
 import geneval
 import t2i
 from geneval import run
 from geneval.shapes_detector import ShapesDetector
-from t2i import cli
 from t2i.checkpoint import save_pretrained
 from t2i.data.shapes_prompts import benchmark_prompts
 from t2i.evaluation import sampling
 from t2i.imaging import save_png
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--limit",
     "6",
@@ -38,38 +33,11 @@ SMALL = (
 
 
 @pytest.fixture(scope="session")
-def shapes_ckpt(tmp_path_factory):
-    """A checkpoint of the shipped base, with TensorAR attached and untrained."""
-    model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.iclr2026())
-    return save_pretrained(model, tmp_path_factory.mktemp("shapes") / "ckpt", tuning="codec")
-
-
-@pytest.fixture(scope="session")
 def finished(shapes_ckpt, tmp_path_factory):
     """An uninterrupted run of one process: 6 of the 120 prompts, 2 images each."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    program("--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     return out
-
-
-def program(*arguments) -> None:
-    """Run the program in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["geneval/run.py", *map(str, arguments)])
-        run.main()
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Every file of an output folder."""
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
-
-
-def results(out: Path) -> dict:
-    return json.loads((out / "results.json").read_text())
-
-
-def numbers(out: Path) -> dict:
-    return {k: v for k, v in results(out).items() if k != "images"}
 
 
 def test_results_explain_themselves(finished, shapes_ckpt):
@@ -86,12 +54,12 @@ def test_results_explain_themselves(finished, shapes_ckpt):
     assert {len(v) for v in generation["weights"].values()} == {64}
     assert generation["about"]["checkpoint"] == str(shapes_ckpt)
     assert content["judge"]["detector"]["name"] == "shapes" and "torch" in content["versions"]
-    rows = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    rows = result_rows(finished)
     assert len(rows) == 12 and rows[0]["filename"] == "00000/samples/00000.png"
 
 
 def test_the_library_gives_the_same_verdicts(finished):
-    rows = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    rows = result_rows(finished)
     images = [Image.open(finished / "images" / row["filename"]).convert("RGB") for row in rows]
     metadata = [json.loads(row["metadata"]) for row in rows[::2]]
     report = geneval.score(images, metadata, ShapesDetector())
@@ -101,7 +69,7 @@ def test_the_library_gives_the_same_verdicts(finished):
 
 def test_a_folder_of_images_gives_the_same_numbers(finished, tmp_path):
     images = finished / "images"
-    program("--images", images, "--out", tmp_path / "out", "--limit", "6", "--samples", "2")
+    program(run, "--images", images, "--out", tmp_path / "out", "--limit", "6", "--samples", "2")
     assert numbers(tmp_path / "out") == numbers(finished)
     kept = {
         name: data for name, data in contents(finished).items() if not name.startswith("images/")
@@ -114,39 +82,21 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
     finished, shapes_ckpt, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        ROOT / "geneval" / "run.py",
-        "--ckpt",
-        shapes_ckpt,
-        "--out",
-        out,
-        *SMALL,
-    ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    deadline = time.time() + 300
-    while len(list(out.glob("images/*/samples/*.png"))) < 2:
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    drawn = {p: p.stat().st_mtime_ns for p in out.glob("images/*/samples/*.png")}
+    drawn = start_and_kill(run, out, "--ckpt", shapes_ckpt, *SMALL)
     assert 2 <= len(drawn) < 12 and not (out / "results.json").exists()
     written = []
     write = sampling.write_sample
     monkeypatch.setattr(sampling, "write_sample", lambda *args: written.append(write(*args)))
-    program("--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert len(written) == 12 - len(drawn) and not set(written) & set(drawn)
     assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
     monkeypatch.setattr(sampling, "iterate_images", None)  # nothing is drawn any more
-    program("--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert contents(out) == contents(finished)
 
 
 def test_two_processes_do_what_one_does(finished, shapes_ckpt, tmp_path):
-    script = ("--standalone", "--nproc_per_node", "2", str(ROOT / "geneval" / "run.py"))
+    script = ("--standalone", "--nproc_per_node", "2", run.__file__)
     options = ("--ckpt", str(shapes_ckpt), "--out", str(tmp_path / "out"), *SMALL)
     done = launch("-m", "torch.distributed.run", *script, *options)
     assert done.stdout.count("**overall**") == 1, "only the main process reports"
@@ -155,19 +105,9 @@ def test_two_processes_do_what_one_does(finished, shapes_ckpt, tmp_path):
 
 # -- mistakes -----------------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def refusal(monkeypatch, capsys):
+def refusal(capsys):
     """Runs the program with arguments and returns its message."""
-
-    def run_program(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["geneval/run.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.run(run.main)
-        assert stopped.value.code in (1, 2)
-        captured = capsys.readouterr()
-        assert captured.out == "" and "Traceback" not in captured.err
-        return re.sub(r"[\s│╭╮╰╯─]+", " ", captured.err)
-
-    return run_program
+    return partial(refused, run, capsys)
 
 
 def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
@@ -191,7 +131,7 @@ def test_a_repaired_folder_goes_on(finished, shapes_ckpt, tmp_path, caplog):
         (out / name).write_bytes(data)
     path = next(out.glob("images/*/samples/*.png"))
     os.truncate(path, 100)
-    program("--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert f"{path} is not a readable image" in caplog.text and "drawing it again" in caplog.text
     assert contents(out) == contents(finished)
 
@@ -243,9 +183,11 @@ def test_images_without_a_record_are_not_completed(refusal, finished, shapes_ckp
 
 
 def test_compare_prints_paired_differences(finished, tmp_path, capsys):
-    program("--images", finished / "images", "--out", tmp_path / "b", "--limit", 6, "--samples", 2)
+    program(
+        run, "--images", finished / "images", "--out", tmp_path / "b", "--limit", 6, "--samples", 2
+    )
     capsys.readouterr()
-    program("compare", finished, tmp_path / "b")
+    program(run, "compare", finished, tmp_path / "b")
     printed = capsys.readouterr().out
     assert "| **overall** |" in printed and "+0.000" in printed and "**A: PARTIAL" in printed
     assert printed.count("| 1 |") == 6, "one prompt of each task"
@@ -254,11 +196,7 @@ def test_compare_prints_paired_differences(finished, tmp_path, capsys):
 # -- the page -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 def test_the_gallery_works_in_a_browser(finished, tmp_path):
-    failed = [
-        row
-        for row in map(json.loads, (finished / "results.jsonl").read_text().splitlines())
-        if not row["correct"]
-    ]
+    failed = [row for row in result_rows(finished) if not row["correct"]]
     gallery = tmp_path / "moved"
     (finished / "gallery").rename(gallery)  # it must not need what lies around it
     try:

@@ -86,9 +86,10 @@ def test_corrected(case):
     assert report.corrected.skipped == {}
     # The two are told apart, and the judge is named.
     text = format_report(report, "a table")
-    assert "judged by a table | official | corrected" in text
+    columns = " | ± | images | prompts |"
+    assert f"judged by a table | official{columns} corrected{columns}" in text
     for summary in (report.official, report.corrected):
-        assert f"**{summary.overall.mean:.2f} ± {summary.overall.stderr:.2f}**" in text
+        assert f"**{summary.overall.mean:.2f}** | {summary.overall.stderr:.2f}" in text
 
 
 def test_fewer_images(case):

@@ -53,7 +53,7 @@ def image_logits(backbone: Janus, prepared=None, drop=None) -> torch.Tensor:
     """Teacher-forced logits of codes, [B, T, V]."""
     model = TensorAR(backbone, presets.base()).eval()
     prepared = tiny_prepared(backbone, 2) if prepared is None else prepared
-    windows = model.windows.gather(tiny_codes(len(prepared["ids"])))
+    windows = model.windows.gather(tiny_codes(backbone, len(prepared["ids"]), 16))
     with torch.no_grad():
         h = model.hidden(backbone.encode_condition(prepared, drop), windows)
         return backbone.next_logits(h, windows[:, :0])
@@ -137,13 +137,13 @@ def test_padding_does_not_depend_on_how_images_are_batched(janus, monkeypatch):
 # -- codes ----------------------------------------------------------------------------------------
 def test_codes_do_not_pass_the_text_embedding():
     backbone = tiny_janus()
-    before = backbone.embed_tokens(tiny_codes(1))
+    before = backbone.embed_tokens(tiny_codes(backbone, 1, 16))
     with torch.no_grad():
         backbone.language_model.embed_tokens.weight.zero_()
-    assert torch.equal(backbone.embed_tokens(tiny_codes(1)), before)
+    assert torch.equal(backbone.embed_tokens(tiny_codes(backbone, 1, 16)), before)
     with torch.no_grad():
         backbone.janus.model.generation_embeddings.weight.mul_(2)
-    assert not torch.equal(backbone.embed_tokens(tiny_codes(1)), before)
+    assert not torch.equal(backbone.embed_tokens(tiny_codes(backbone, 1, 16)), before)
 
 
 def test_the_tokenizer_is_no_part_of_what_is_trained_or_cast(janus):
@@ -197,12 +197,12 @@ def test_lora_reaches_every_layer_of_the_language_model_and_nothing_else():
 def test_lora_can_be_switched_off_and_merged():
     backbone = tiny_janus()
     plain_text, plain_image = text_logits(backbone), image_logits(backbone)
-    add_lora(backbone, LoRAConfig(rank=2))
+    add_lora(backbone, LoRAConfig(rank=2, alpha=2.0))
     model = TensorAR(backbone, presets.iclr2026())
     with torch.no_grad():
         for name, value in backbone.named_parameters():
             if "lora_B" in name:
-                value.normal_(generator=torch.Generator().manual_seed(0))
+                value.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     tuned_text, tuned_image = text_logits(backbone), image_logits(backbone)
     assert not torch.allclose(tuned_text, plain_text, atol=0.1)
     with without_lora(model.backbone):
@@ -232,7 +232,7 @@ def test_gradient_checkpointing_trains(recompute):
     model = TensorAR(backbone, presets.base()).train()
     passes = []
     backbone.language_model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    codes = tiny_codes(2)
+    codes = tiny_codes(backbone, 2, 16)
     condition = backbone.encode_condition(tiny_prepared(backbone, 2))
     model(codes, condition, model.windows.gather(codes)).weighted([1.0]).backward()
     assert len(passes) == 1 + recompute

@@ -9,7 +9,7 @@ from t2i.backbones.base import SamplingConfig
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.noise import schedule_strengths
-from t2i.tensorar.sampler import contrasted, kept, sample_windows
+from t2i.tensorar.sampler import sample_windows
 
 BATCH = 4
 KEYS = make_keys(0, torch.arange(BATCH))
@@ -70,7 +70,6 @@ def test_detached_drafts_do_not_pull_on_the_trunk(detach):
         {"window": 2},
         {"renoise": 1.0},
         {"draft_temperature": 0.0},
-        {"draft_guidance": False},
     ],
     ids=str,
 )
@@ -108,42 +107,10 @@ def test_greedy_drafts_are_greedy():
     assert not torch.equal(greedy[:, 1:], hot[:, 1:])
 
 
-def test_contrast_moves_away_from_the_earlier_prediction():
-    now, earlier = torch.randn(2, 4, 9), torch.randn(2, 3, 9)
-    moved = contrasted(now, earlier, 0.5)
-    step = moved[:, :3].log_softmax(-1) - now[:, :3].log_softmax(-1)
-    expected = 0.5 * (now[:, :3].log_softmax(-1) - earlier.log_softmax(-1))
-    torch.testing.assert_close(
-        step - step.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True)
-    )
-    assert torch.equal(moved[:, 3], now[:, 3]), "the last slot was not predicted before"
-    torch.testing.assert_close(
-        contrasted(now, now[:, :3], 0.5)[:, 0].softmax(-1), now[:, 0].softmax(-1)
-    )
-
-
-def test_kept_drafts_are_those_that_stay_likely():
-    logits = torch.tensor([[[0.0, 1.0, 3.0], [2.0, 1.9, 0.0], [0.0, 0.0, 0.0]]])
-    codes, drafted = torch.tensor([[2, 0, 1]]), torch.tensor([[1, 1]])
-    assert kept(logits, codes, drafted, 0.5).tolist() == [[2, 1, 1]]
-    assert kept(logits, codes, drafted, 0.01).tolist() == [[1, 1, 1]]
-    assert kept(logits, codes, drafted, 1.0).tolist() == [[2, 0, 1]]
-
-
-def test_keep_and_contrast_act_in_the_loop():
-    model = open_gates(fresh())
-    plain = sample(model)
-    assert not torch.equal(sample(model, contrast=1.0), plain)
-    always = sample(model, keep=1e-37)
-    assert torch.equal(always[:, 1:, 0], always[:, :-1, 1]), "every first draft is kept"
-    assert torch.equal(always[:, 0], plain[:, 0])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"renoise": 1.5}, "renoise"),
-        ({"keep": -0.1}, "keep"),
         ({"window": -1}, "window"),
         ({"window": 5}, "larger than the model's k=4"),
     ],

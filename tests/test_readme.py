@@ -3,29 +3,41 @@
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from launch import benchmark, export, generate, quickstart, train_janus, train_llamagen
+from launch import quickstart
+from t2i import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {
-    "benchmark.py": benchmark,
-    "export.py": export,
-    "generate.py": generate,
-    "quickstart.py": quickstart,
-    "train_janus.py": train_janus,
-    "train_llamagen.py": train_llamagen,
-}
+IS_SCRIPT = re.compile(r"(launch|geneval|dpg_bench)/.*\.py").fullmatch
 
 
 def readme_commands() -> list[list[str]]:
     """Arguments of each command line in the README's shell blocks that runs one of our scripts."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines if "launch/" in line]
-    return [w[next(i for i, x in enumerate(w) if "launch/" in x) :] for w in words]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return [words[i:] for words in commands for i in [index_of_script(words)] if i is not None]
+
+
+def index_of_script(words: list[str]) -> int | None:
+    """Where a command names one of our scripts, after `python`, `deepspeed --num_gpus 8` and the like."""
+    return next((i for i, word in enumerate(words) if IS_SCRIPT(word)), None)
+
+
+@pytest.mark.parametrize(
+    ("line", "index"),
+    [
+        ("torchrun --nproc_per_node 8 geneval/run.py compare a b", 3),
+        ("python dpg_bench/run.py --images grids", 1),
+        ("pip install -e .", None),
+    ],
+)
+def test_scripts_are_found_in_commands(line, index):
+    assert index_of_script(shlex.split(line)) == index
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
@@ -45,11 +57,10 @@ def test_readme_command_parses(command, monkeypatch):
 
         return wrapper
 
-    cli = SCRIPTS[script.name].cli
     monkeypatch.setattr(cli, "parse", stop_after(cli.parse))
     monkeypatch.setattr(cli, "parse_recipe", stop_after(cli.parse_recipe))
     with pytest.raises(Parsed):
-        SCRIPTS[script.name].main()
+        import_module(command[0].removesuffix(".py").replace("/", ".")).main()
     assert parsed["config"] is not None
 
 

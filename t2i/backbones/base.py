@@ -39,14 +39,8 @@ class SamplingConfig:
     """Slots that a TensorAR model predicts and feeds back per step; 0 is all k, fewer are fewer drafts."""
     draft_temperature: float = 1.0
     """Factor on the temperature of the drafts; 0 takes the most likely."""
-    draft_guidance: bool = True
-    """Guide the drafts, too."""
     renoise: float = 0.0
     """Corrupt drafts before they are fed back, with this share of the training noise's strength."""
-    keep: float = 0.0
-    """Keep a code's draft where it is at least this likely compared with the most likely code; 0 draws every code anew."""
-    contrast: float = 0.0
-    """Move away from what was predicted for the same position one step earlier: logits + contrast * (logits - earlier)."""
 
     def __post_init__(self):
         for name in _PER_SUB_TOKEN:
@@ -71,8 +65,8 @@ class SamplingConfig:
             raise ValueError(
                 f"window={self.window} and draft_temperature={self.draft_temperature} must not be negative"
             )
-        if not 0 <= self.renoise <= 1 or not 0 <= self.keep <= 1:
-            raise ValueError(f"renoise={self.renoise} and keep={self.keep} must be from 0 to 1")
+        if not 0 <= self.renoise <= 1:
+            raise ValueError(f"renoise={self.renoise} must be from 0 to 1")
 
     def by_sub_token(self, count: int) -> tuple["SamplingConfig", ...]:
         """The settings of each of `count` sub-tokens, in plain numbers; ValueError if a tuple has another length."""

@@ -275,16 +275,18 @@ def load(
         vq = VQConfig.from_state_dict(names.vq_weights(weights))
     except KeyError as error:
         raise ValueError(f"{folder} is no Janus-Pro: key {error} is missing") from error
-    side = shape.vq_config.num_patches
-    grid = grid or (config.grid if config is not None else (side, side))
-    prompts = JanusPrompts.load(folder, _MAX_PROMPT)
-    shape.image_token_id = prompts.tokenizer.token_to_id(IMAGE) or shape.image_token_id
-    backbone = Janus(JanusShape(plain_config(shape), tuple(grid)), generation_only=generation_only)
-    backbone.frozen.text_encoder = prompts
-    _attach_tokenizer(backbone, vq, None if shapes_only else names.vq_weights(weights), folder)
     tied = names.HEAD not in weights
     if tied:
         weights[names.HEAD] = weights[names.EMBEDDING]
+    shape.tie_word_embeddings = tied  # transformers' default is True, whatever the file holds
+    prompts = JanusPrompts.load(folder, _MAX_PROMPT)
+    shape.image_token_id = prompts.tokenizer.token_to_id(IMAGE) or shape.image_token_id
+    side = shape.vq_config.num_patches
+    grid = grid or (config.grid if config is not None else (side, side))
+    backbone = Janus(JanusShape(plain_config(shape), tuple(grid)), generation_only=generation_only)
+    prompts.max_tokens = backbone.spec.prefix_tokens
+    backbone.frozen.text_encoder = prompts
+    _attach_tokenizer(backbone, vq, None if shapes_only else names.vq_weights(weights), folder)
     kept = {
         k: v.to(dtype)
         for k, v in weights.items()

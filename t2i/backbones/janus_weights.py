@@ -50,6 +50,7 @@ _VQ_NAMES = (
     (".mid.2.", ".mid.block_2."),
 )
 # A pooling head that the model does not use, and a usage counter of the tokenizer's training.
+_COMPUTED = ".rotary_emb.inv_freq"  # older transformers stored this table
 _UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.codebook_used")
 
 SIZES = {
@@ -110,7 +111,6 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> JanusConfig:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json lacks a Janus-Pro setting: {error!r}") from error
-    config.tie_word_embeddings = HEAD not in weights
     return config
 
 
@@ -163,8 +163,9 @@ def _convert_config(stored: dict, weights: dict[str, Tensor]) -> JanusConfig:
 
 def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under transformers' names, from either layout; keys that neither layout has stay as they are."""
+    weights = {k: v for k, v in weights.items() if not k.endswith(_COMPUTED)}
     if any(key.startswith("model.") for key in weights):
-        return dict(weights)
+        return weights
     renamed: dict[str, Tensor] = {}
     for key, value in weights.items():
         if key.startswith(_UNUSED):

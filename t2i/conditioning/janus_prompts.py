@@ -10,6 +10,7 @@ front of it that eats spaces; and BOS is put in front by us, exactly once, wheth
 Shapes: B prompts, P tokens of the longest.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -102,6 +103,10 @@ class JanusPrompts:
     def to(self, device: torch.device | str) -> "JanusPrompts":
         """Nothing to move."""
         return self
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the tokenizer: all that an image can depend on here."""
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, from BOS to begin-of-image.

@@ -15,7 +15,7 @@ from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
 from t2i.evaluation.report import read_results
 
 Groups = Mapping[str, Mapping[str, Sequence[float]]]
-"""Group (such as a task) -> prompt -> the values of its images."""
+"""Group (such as a task, or a category) -> prompt -> its values (of its images, or of its answers)."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,14 @@ def _difference(
     return Difference(a, b, float(drawn_R.std(ddof=1)), float(low), float(high), prompts)
 
 
-def compare_folders(a: Path, b: Path, groups_of: Callable[[list[dict]], Groups]) -> str:
+def compare_folders(
+    a: Path, b: Path, groups_of: Callable[[list[dict]], Groups], *, mean_of_groups: bool = True
+) -> str:
     """A markdown table of B against A; both are output folders of one benchmark.
 
     Args:
         groups_of: the benchmark's rows as groups.
+        mean_of_groups: whether the groups' unweighted mean is a score of the benchmark, to be printed first.
 
     Raises:
         ValueError: a folder has no results, or the two are of other benchmarks, judges or prompts.
@@ -114,11 +117,14 @@ def compare_folders(a: Path, b: Path, groups_of: Callable[[list[dict]], Groups])
     versions = [results["judge"]["versions"] for results in (results_a, results_b)]
     if versions[0] != versions[1]:
         notes.append(f"judged with different versions: {versions[0]} and {versions[1]}\n")
-    lines = ["| score | A | B | B - A | ± | 95 % interval | prompts |", "|---" * 7 + "|"]
-    lines += [_line(name, d, digits) for name, d in {"**overall**": overall, **by_group}.items()]
-    legend = f"A: {a}\nB: {b}\n± and interval: paired bootstrap over prompts; * where the interval leaves out 0."
     head = f"{results_a['benchmark']}: {results_a['label']}"
-    return "\n".join([f"{head}\n{legend}\n", *notes, *lines])
+    lines = [f"| {head} | A | B | B - A | ± | 95 % interval | prompts |", "|---" * 7 + "|"]
+    shown = {"overall": overall, **by_group} if mean_of_groups else by_group
+    for name, difference in shown.items():
+        headline = results_a["scores"].get(name, {}).get("headline")
+        lines.append(_line(f"**{name}**" if headline else name, difference, digits))
+    legend = f"A: {a}\nB: {b}\n± and interval: paired bootstrap over prompts; * where the interval leaves out 0."
+    return "\n".join([f"{legend}\n", *notes, *lines])
 
 
 def _who(results: dict) -> dict:

@@ -6,12 +6,16 @@ copies of the images of at most `_SIDE` pixels, named by content. It needs no ne
 
 import hashlib
 import html
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlencode
 
 from PIL import Image
 
+from t2i.evaluation.report import Score, by_way
 from t2i.evaluation.store import load_image
 from t2i.imaging import save_image
 from t2i.weights import write_text
@@ -39,10 +43,19 @@ class Card:
     """What the page says about one image."""
 
     section: str
-    """Name of the score that it belongs to."""
+    """What it is shown under, such as the score that it belongs to."""
     title: str
     reasons: Sequence[str]
+    """Each one's lines after its first are shown as details of it."""
     boxes: Sequence[Box] = ()
+    note: str = ""
+    """One line below the title."""
+    tags: Sequence[str] = ()
+    """Scores that it counts against, where they are not its section: what the page can be filtered by."""
+
+    @property
+    def filters(self) -> Sequence[str]:
+        return self.tags or (self.section,)
 
 
 @dataclass(frozen=True)
@@ -72,10 +85,11 @@ def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> P
         cards.append(_card_html(exhibit, pictures, shown))
     for path in set(pictures.iterdir()) - shown:
         path.unlink()
+    filters = Counter(name for exhibit in exhibits for name in exhibit.card.filters)
     body = [
         _header_html(results, len(exhibits)),
-        _scores_html(results, sections),
-        _toolbar_html(sections) if sections else '<p class="empty">No image failed.</p>',
+        _scores_html(results, filters),
+        _toolbar_html(filters, exhibits) if exhibits else '<p class="empty">No image failed.</p>',
         *(_section_html(name, cards, results) for name, cards in sections.items()),
     ]
     style, script = ((_ASSETS / n).read_text(encoding="utf-8") for n in ("page.css", "page.js"))
@@ -116,36 +130,58 @@ def _header_html(results: dict, failed: int) -> str:
 """
 
 
-def _scores_html(results: dict, sections: dict[str, list[str]]) -> str:
-    """All scores as bars with their standard errors."""
-    rows, best, digits = [], results["best_possible"], results["decimals"]
-    for name, score in results["scores"].items():
-        mean, error = score["mean"] / best, (score["stderr"] or 0) / best
-        low, high = max(0.0, mean - error), min(1.0, mean + error)
-        spread = "" if score["stderr"] is None else f" ± {score['stderr']:.{digits}f}"
+def _scores_html(results: dict, filters: Counter[str]) -> str:
+    """All scores as bars with their standard errors; two columns for each way to count."""
+    ways, by_name = by_way([Score(**score) for score in results["scores"].values()])
+    rows = []
+    if len(ways) > 1:
+        cells = "".join(f'<th class="bar"></th><th>{_pretty(way)}</th>' for way in ways)
+        rows.append(f"<tr><td></td>{cells}</tr>\n")
+    for name, of_ways in by_name.items():
         label = _pretty(name)
-        if name in sections:
-            label = f'<a href="#task={html.escape(name)}">{label}</a>'
-        rows.append(
-            f"<tr{' class=headline' if score['headline'] else ''}><th>{label}</th>"
-            f'<td class="bar"><div><i style="width:{mean:.2%}"></i>'
-            f'<u style="left:{low:.2%};width:{high - low:.2%}"></u></div></td>'
-            f"<td><b>{score['mean']:.{digits}f}</b>{spread}</td></tr>\n"
-        )
-    return f'<table class="scores">{"".join(rows)}</table>\n'
+        if name in filters:
+            label = f'<a href="#{urlencode({"task": name})}">{label}</a>'
+        kind = " class=part" if " -" in name else ""
+        if any(score.headline for score in of_ways.values()):
+            kind = " class=headline"
+        cells = "".join(_score_html(of_ways.get(way), results) for way in ways)
+        rows.append(f"<tr{kind}><th>{label}</th>{cells}</tr>\n")
+    legend = f'<p class="faint">{html.escape(results["legend"])}</p>\n'
+    return f'<table class="scores">{"".join(rows)}</table>\n{legend}'
 
 
-def _toolbar_html(sections: dict[str, list[str]]) -> str:
-    counts = {"": sum(map(len, sections.values())), **{n: len(c) for n, c in sections.items()}}
+def _score_html(score: Score | None, results: dict) -> str:
+    if score is None or score.mean is None:
+        return "<td></td><td>-</td>"
+    best, digits = results["best_possible"], results["decimals"]
+    mean, error = score.mean / best, (score.stderr or 0) / best
+    low, high = max(0.0, mean - error), min(1.0, mean + error)
+    spread = "" if score.stderr is None else f" ± {score.stderr:.{digits}f}"
+    return (
+        f'<td class="bar"><div><i style="width:{mean:.2%}"></i>'
+        f'<u style="left:{low:.2%};width:{high - low:.2%}"></u></div></td>'
+        f"<td><b>{score.mean:.{digits}f}</b>{spread}</td>"
+    )
+
+
+def _toolbar_html(filters: Counter[str], exhibits: Sequence[Exhibit]) -> str:
+    shown = {
+        "boxes": any(exhibit.card.boxes for exhibit in exhibits),
+        "masks": any(exhibit.overlay.is_file() for exhibit in exhibits),
+    }
+    toggles = "".join(
+        f'\n<label><input id="{name}" type="checkbox" checked> {name}</label>'
+        for name, there in shown.items()
+        if there
+    )
+    counts = {"": len(exhibits), **filters}
     chips = "".join(
-        f'<a class="chip" data-task="{html.escape(name)}" href="#task={html.escape(name)}">'
+        f'<a class="chip" data-task="{html.escape(name)}" href="#{urlencode({"task": name})}">'
         f"{_pretty(name) or 'All'} <small>{count}</small></a>"
         for name, count in counts.items()
     )
     return f"""<nav><div class="chips">{chips}</div><div class="tools">
-<input id="search" type="search" placeholder="prompt, reason or file" aria-label="search">
-<label><input id="boxes" type="checkbox" checked> boxes</label>
-<label><input id="masks" type="checkbox" checked> masks</label></div></nav>
+<input id="search" type="search" placeholder="prompt, reason or file" aria-label="search">{toggles}</div></nav>
 <p class="empty" id="nothing" hidden>Nothing matches.</p>
 """
 
@@ -154,7 +190,7 @@ def _section_html(name: str, cards: list[str], results: dict) -> str:
     score = results["scores"].get(name)
     of = f" of {score['images']}" if score else ""
     return (
-        f'<section data-task="{html.escape(name)}"><h2>{_pretty(name)} '
+        f"<section><h2>{_pretty(name)} "
         f'<small>{len(cards)}{of} failed<span class="shown"></span></small></h2><div class="cards">\n{"".join(cards)}</div></section>\n'
     )
 
@@ -173,12 +209,19 @@ def _card_html(exhibit: Exhibit, pictures: Path, shown: set[Path]) -> str:
         layers.append(f'<img class="mask" src="pictures/{overlay.name}" alt="" loading="lazy">')
     layers += [_box_html(box, size) for box in card.boxes]
     pixels = " pixels" if max(size) <= _PIXEL_ART else ""
-    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in card.reasons)
-    text = " ".join([card.title, *card.reasons, exhibit.name]).lower()
-    return f"""<article data-text="{html.escape(text)}" tabindex="0">
+    reasons = "".join(map(_reason_html, card.reasons))
+    note = f"<p>{html.escape(card.note)}</p>" if card.note else ""
+    text = " ".join([card.title, card.note, *card.reasons, exhibit.name]).lower()
+    filters = html.escape(json.dumps(list(card.filters)))
+    return f"""<article data-text="{html.escape(text)}" data-tasks="{filters}" tabindex="0">
 <div class="view{pixels}" style="aspect-ratio:{size[0]}/{size[1]}">{"".join(layers)}</div>
-<h3>{html.escape(card.title)}</h3><ul>{reasons}</ul><code>{html.escape(exhibit.name)}</code></article>
+<h3>{html.escape(card.title)}</h3>{note}<ul>{reasons}</ul><code>{html.escape(exhibit.name)}</code></article>
 """
+
+
+def _reason_html(reason: str) -> str:
+    first, *details = map(html.escape, reason.split("\n"))
+    return f"<li>{first}{''.join(f'<small>{line}</small>' for line in details)}</li>"
 
 
 def _box_html(box: Box, size: tuple[int, int]) -> str:

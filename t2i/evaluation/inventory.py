@@ -39,7 +39,7 @@ class Inventory:
             raise ValueError(f"{self.folder} cannot be judged: {shorten(self.problems, '; ')}")
         if not any(self.found.values()):
             raise ValueError(
-                f"{self.folder} holds none of the {self.expected} expected images ({sample_file(0, 0)} ...)"
+                f"{self.folder} holds none of the {self.expected} expected images ({self.missing[0]} ...)"
                 + self._unread_note()
             )
         if self.missing and not allow_missing:

@@ -1,10 +1,14 @@
 """What the benchmarks' programs can be told; cheap to import, so that --help and mistakes are answered at once."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
+from t2i import cli
 from t2i.sampling_options import SamplingOverrides
 
 
@@ -81,3 +85,19 @@ class CompareOptions:
     """The first, such as the base model's."""
     b: tyro.conf.Positional[Path]
     """The second; differences are b - a."""
+
+
+Options = TypeVar("Options", bound=BenchmarkOptions)
+
+
+def dispatch(
+    options: type[Options],
+    description: str,
+    judge: Callable[[Options], None],
+    compare: Callable[[CompareOptions], None],
+) -> None:
+    """A benchmark's program: compare if the first word says so, else draw and judge."""
+    if sys.argv[1:2] == ["compare"]:
+        compare(cli.parse(CompareOptions, description, 1))
+    else:
+        judge(cli.parse(options, description))

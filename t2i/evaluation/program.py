@@ -13,13 +13,20 @@ from t2i.loading import shipped_bases
 from t2i.processes import Processes, join_processes
 
 
-def run(options: BenchmarkOptions, name: str, build: Callable[[Processes], Benchmark]) -> None:
+def run(
+    options: BenchmarkOptions,
+    name: str,
+    build: Callable[[Processes], Benchmark],
+    arrange: Callable[[Benchmark, Path, Processes], Path] | None = None,
+) -> None:
     """Draw, judge and report; the main process prints the table and where to look.
 
     Args:
         name: of the benchmark, as in its default output folder.
         build: the benchmark with its judge on the process's device; called before anything is drawn, so that wrong
             weights are found early.
+        arrange: given the benchmark, OUT and the processes, brings the images of `options.images` into the common layout
+            and returns their folder; every process calls it. They are in that layout already if None.
     """
     device, dtype = pick_device(options.device, options.dtype)
     processes = join_processes(device)
@@ -27,7 +34,7 @@ def run(options: BenchmarkOptions, name: str, build: Callable[[Processes], Bench
     if processes.is_main and options.ckpt is not None:
         claim_output(out, out / "images")
     benchmark = build(processes)
-    model, about, draw = None, None, None
+    model, about, draw, images = None, None, None, options.images
     if options.ckpt is not None:
         model = from_pretrained(
             options.ckpt, base=options.base, device=processes.device, dtype=dtype
@@ -38,18 +45,20 @@ def run(options: BenchmarkOptions, name: str, build: Callable[[Processes], Bench
             )
         draw = DrawOptions(options.seed, options.sampling.apply(model.sampling), options.batch_size)
         about = about_checkpoint(options.ckpt)
+    elif arrange is not None:
+        images = arrange(benchmark, out, processes)
     results = evaluate(
         benchmark,
         out,
         model=model,
-        images=options.images,
+        images=images,
         scope=options.scope(),
         draw=draw,
         processes=processes,
         about=about,
     )
     if processes.is_main:
-        print(f"{benchmark.name}: {benchmark.label}\n\n{table(results)}\n")
+        print(f"{table(results)}\n")
         print(f"± is the bootstrap standard error over prompts\nwrote {out / 'results.json'}")
         print(f"look at {out / 'gallery' / 'index.html'}")
 

@@ -21,15 +21,23 @@ _PACKAGES = ("torch", "transformers", "open-clip-torch", "numpy", "pillow")
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a benchmark, the first one being its headline."""
+    """One number of a benchmark."""
 
     name: str
-    mean: float
+    mean: float | None
+    """None where nothing is left to count."""
     stderr: float | None
     """Bootstrap over prompts; None where there are too few of them to say."""
     images: int
     prompts: int
     headline: bool = False
+    way: str = ""
+    """Which way to count, for a benchmark with several; their columns stand side by side."""
+
+    @property
+    def key(self) -> str:
+        """What the number is called where it stands alone."""
+        return f"{self.name} ({self.way})" if self.way else self.name
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ def make_results(
     scores: Sequence[Score],
     coverage: Coverage,
     *,
+    legend: str,
     prompts: dict,
     best: float,
     decimals: int,
@@ -99,7 +108,8 @@ def make_results(
         "benchmark": benchmark,
         "label": label,
         "status": coverage.status,
-        "scores": {score.name: asdict(score) for score in scores},
+        "scores": {score.key: asdict(score) for score in scores},
+        "legend": legend,
         "best_possible": best,
         "decimals": decimals,
         "prompts": prompts,
@@ -135,16 +145,39 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
 
 
 def table(results: dict) -> str:
-    """A markdown table of the scores, under a line that says what they must not be taken for."""
-    digits = results["decimals"]
-    lines = ["| score | mean | ± | images | prompts |", "|---|---|---|---|---|"]
-    for score in results["scores"].values():
-        mean, bold = f"{score['mean']:.{digits}f}", "**" if score["headline"] else ""
-        error = "-" if score["stderr"] is None else f"{score['stderr']:.{digits}f}"
-        cells = (f"{bold}{score['name']}{bold}", f"{bold}{mean}{bold}", error)
-        lines.append(f"| {' | '.join(cells)} | {score['images']} | {score['prompts']} |")
+    """A markdown table of the scores, under a line that says what they must not be taken for, above their legend."""
+    scores = [Score(**score) for score in results["scores"].values()]
     flag = "" if results["status"] == "complete" else f"**{results['status']}**\n\n"
-    return flag + "\n".join(lines)
+    title = f"{results['benchmark']}: {results['label']}"
+    return f"{flag}{score_table(scores, title, results['decimals'])}\n\n{results['legend']}"
+
+
+def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
+    """A markdown table: a line per name, and columns for each way to count. `title` (who judged what) is copied with it."""
+    ways, rows = by_way(scores)
+    columns = "".join(f" {way or 'mean'} | ± | images | prompts |" for way in ways)
+    lines = [f"| {title} |{columns}", "|---" * (1 + 4 * len(ways)) + "|"]
+    for name, of_ways in rows.items():
+        bold = "**" if any(score.headline for score in of_ways.values()) else ""
+        cells = [f"{bold}{name}{bold}"]
+        for way in ways:
+            score = of_ways.get(way)
+            if score is None or score.mean is None:
+                cells += ["-"] * 4
+                continue
+            error = "-" if score.stderr is None else f"{score.stderr:.{digits}f}"
+            cells += [f"{bold}{score.mean:.{digits}f}{bold}", error]
+            cells += [str(score.images), str(score.prompts)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_way(scores: Sequence[Score]) -> tuple[list[str], dict[str, dict[str, Score]]]:
+    """The ways to count, and name -> way -> score; all in order of first appearance."""
+    rows: dict[str, dict[str, Score]] = {}
+    for score in scores:
+        rows.setdefault(score.name, {})[score.way] = score
+    return list(dict.fromkeys(score.way for score in scores)), rows
 
 
 def markdown(results: dict) -> str:

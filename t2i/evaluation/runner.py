@@ -44,6 +44,8 @@ class Benchmark(Judge, Protocol):
     name: str
     label: str
     """Which prompts and which judge: what must stand beside the numbers."""
+    legend: str
+    """What the numbers mean, in a sentence or two below them."""
     best: float
     """The best possible score."""
     decimals: int
@@ -52,7 +54,7 @@ class Benchmark(Judge, Protocol):
     """Metadata with a "prompt", in the order of the folder numbers."""
 
     def scores(self, rows: Sequence[dict]) -> list[Score]:
-        """From all rows (see `Judged.row`) to the numbers, the headline first."""
+        """From all rows (see `Judged.row`) to the numbers, the headlines first."""
         ...
 
     def card(self, row: dict) -> Card | None:
@@ -157,6 +159,7 @@ def _report(
         benchmark.scores(rows),
         coverage,
         **verdicts.about,
+        legend=benchmark.legend,
         best=benchmark.best,
         decimals=benchmark.decimals,
         images=image_source(out, inventory.folder),

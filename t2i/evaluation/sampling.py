@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from t2i.evaluation.store import (
 from t2i.generation import iterate_images
 from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
-from t2i.weights import write_json
+from t2i.weights import state_dict_sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -158,20 +157,12 @@ def prompts_digest(entries: Sequence[dict]) -> dict:
 def weights_hashes(model: TensorAR) -> dict[str, str]:
     """SHA-256 of the weights in memory: of the model, and of the frozen helpers that have a part in its images."""
     frozen = model.backbone.frozen
-    hashes = {"model": _state_sha256(model)}
+    hashes = {"model": state_dict_sha256(model.state_dict())}
     if isinstance(frozen.tokenizer, nn.Module):
-        hashes["tokenizer"] = _state_sha256(frozen.tokenizer)
+        hashes["tokenizer"] = state_dict_sha256(frozen.tokenizer.state_dict())
     if frozen.text_encoder is not None:
         hashes["text_encoder"] = frozen.text_encoder.weights_hash()
     return hashes
-
-
-def _state_sha256(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def read_generation(folder: Path) -> dict | None:

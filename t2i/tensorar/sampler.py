@@ -47,10 +47,6 @@ class DecodeState:
     cache: KVCache
     guided: bool
     """Rows are [conditional; unconditional]."""
-    drawn: Tensor | None = None
-    """The last window, int64 [B, k, S]."""
-    logits: list[Tensor] | None = None
-    """What it was drawn from, [B, k, V_s] by sub-token."""
 
 
 @torch.no_grad()
@@ -114,10 +110,7 @@ def window_logits(
     if config.cfg_interval > -1 and index * model.windows.stride - 1 > config.cfg_interval:
         return cond
     scale = model.backbone.guidance(config, index, model.windows.count)
-    guided = null + (cond - null) * scale
-    if not config.draft_guidance:
-        guided[:, model.windows.stride :] = cond[:, model.windows.stride :]
-    return guided
+    return null + (cond - null) * scale
 
 
 def draw_window(
@@ -132,13 +125,9 @@ def draw_window(
     stride = model.windows.stride
     d_RkD = model.decode_slots(h_RD)[:, : u_BkS.shape[1]]
     window = torch.empty(*u_BkS.shape[:2], 0, dtype=torch.long, device=h_RD.device)
-    predicted = []
     for s, own in enumerate(config.by_sub_token(u_BkS.shape[-1])):
         drafts = replace(own, temperature=own.temperature * own.draft_temperature)
         logits = window_logits(model, d_RkD, window, index, state, own)
-        predicted.append(logits)
-        if state.drawn is not None and config.contrast:
-            logits = contrasted(logits, state.logits[s][:, stride:], config.contrast)
         codes = torch.cat(
             [
                 pick(logits[:, :stride], u_BkS[:, :stride, s], own),
@@ -146,29 +135,8 @@ def draw_window(
             ],
             dim=1,
         )
-        if state.drawn is not None and config.keep:
-            codes = kept(logits, codes, state.drawn[:, stride:, s], config.keep)
         window = torch.cat([window, codes[..., None]], dim=-1)
-    state.drawn, state.logits = window, predicted
     return window
-
-
-def contrasted(logits: Tensor, earlier: Tensor, strength: float) -> Tensor:
-    """Slots [B, k, V] that were predicted before [B, k - stride, V], moved away from that: what the codes since then have told."""
-    n = earlier.shape[1]
-    now = logits[:, :n].log_softmax(-1)
-    return torch.cat(
-        [now + strength * (now - earlier.log_softmax(-1)), logits[:, n:]],
-        dim=1,
-    )
-
-
-def kept(logits: Tensor, codes: Tensor, drafted: Tensor, threshold: float) -> Tensor:
-    """Codes [B, k] with those replaced by their draft [B, k - stride] that the logits still find likely enough."""
-    n = drafted.shape[1]
-    likely = logits[:, :n].softmax(-1)
-    ratio = likely.gather(-1, drafted[..., None])[..., 0] / likely.amax(-1)
-    return torch.cat([torch.where(ratio >= threshold, drafted, codes[:, :n]), codes[:, n:]], dim=1)
 
 
 def sample_windows(

@@ -10,14 +10,15 @@ function apply() {
   if (document.activeElement !== search) search.value = state.get("q") ?? "";
   let shown = 0;
   for (const section of all("section")) {
-    const wanted = task === "" || section.dataset.task === task;
     let here = 0;
-    for (const card of section.querySelectorAll("article")) {
+    const cards = section.querySelectorAll("article");
+    for (const card of cards) {
+      const wanted = task === "" || JSON.parse(card.dataset.tasks).includes(task);
       card.hidden = !(wanted && words.every((word) => card.dataset.text.includes(word)));
       here += !card.hidden;
     }
     section.hidden = here === 0;
-    section.querySelector(".shown").textContent = words.length ? `, ${here} shown` : "";
+    section.querySelector(".shown").textContent = here < cards.length ? `, ${here} shown` : "";
     shown += here;
   }
   for (const chip of all(".chip")) {
@@ -47,6 +48,7 @@ if (search) {
   });
   for (const name of ["boxes", "masks"]) {
     const toggle = document.getElementById(name);
+    if (!toggle) continue; // no card has any
     const update = () => document.body.classList.toggle("no-" + name, !toggle.checked);
     toggle.addEventListener("change", update);
     update(); // a browser may remember the box from before a reload

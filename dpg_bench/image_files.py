@@ -1,0 +1,208 @@
+"""DPG-Bench's image files brought into the layout that all evaluators here read (t2i.evaluation.store).
+
+ITEM.png                   the official form, a 2 x 2 grid of a prompt's images; or one image, where one is all there is
+ITEM_0.png, ITEM_1.png     single files
+
+They are copied to OUT/images/00000/samples/..., and OUT/source.json says from where; a prompt whose files have not changed
+since is not copied again.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from dpg_bench.grids import IMAGES_PER_PROMPT, split_grid
+from t2i.evaluation.inventory import Inventory, shorten
+from t2i.evaluation.options import Scope
+from t2i.evaluation.runner import claim_output
+from t2i.evaluation.sampling import read_generation
+from t2i.evaluation.store import load_image, sample_file, write_prompt
+from t2i.imaging import save_png
+from t2i.processes import Processes
+from t2i.weights import file_sha256, write_json
+
+log = logging.getLogger(__name__)
+
+SOURCE_FILE = "source.json"
+_WHOLE = -1
+"""Stands for the number of a file that has none: ITEM.png."""
+Files = dict[int, dict[int, Path]]
+"""Prompt index -> number -> file."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How files hold images: so many a prompt; resolution: side of an image in a grid, None without grids."""
+
+    samples: int
+    resolution: int | None
+
+    def __post_init__(self):
+        if self.resolution is not None and self.samples > IMAGES_PER_PROMPT:
+            raise ValueError(f"a grid has {IMAGES_PER_PROMPT} images, not --samples {self.samples}")
+
+    def read(self, number: int, path: Path) -> dict[int, Image.Image]:
+        """Sample -> image; ValueError names the file."""
+        image = load_image(path)
+        if number != _WHOLE:
+            return {number: image}
+        if self.resolution is None and self.samples > 1:
+            width, height = image.size
+            raise ValueError(
+                f"{path.name} ({width} x {height} px) may be one image (then say --samples 1) or a 2 x 2 grid "
+                f"(then give the side of its images, --resolution {width // 2})"
+            )
+        if self.resolution is None:
+            return {0: image}
+        try:
+            return dict(enumerate(split_grid(image, self.resolution)[: self.samples]))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+
+
+def arrange(
+    folder: Path,
+    entries: Sequence[dict],
+    out: Path,
+    *,
+    scope: Scope,
+    resolution: int | None,
+    processes: Processes,
+) -> Path:
+    """The folder to judge: `folder` itself if it is in the common layout, else OUT/images; every process calls it.
+
+    Args:
+        entries: all prompts, each with "item_id" and "prompt".
+        resolution: side of one image of a grid in pixels; None if ITEM.png is one image.
+
+    Raises:
+        ValueError: what is missing, unreadable, of another size or ambiguous is named by its file.
+    """
+    flat = folder.is_dir() and any(folder.glob("*.png"))
+    if not flat or any(folder.glob("[0-9]*/samples")):
+        return folder  # what is wrong with it is named where its layout is read
+    if processes.is_main:
+        claim_output(out, out / "images")
+        form = Form(scope.samples, resolution)
+        files, selected = _find(folder, entries), scope.select(len(entries))
+        _check(folder, files, entries, selected, scope)
+        _claim_source(out, folder, form)
+        problems = _copy(files, entries, selected, out, form)
+        if problems and not scope.allow_incomplete:
+            raise ValueError(
+                f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; replace them, or judge "
+                "the rest as INCOMPLETE with --allow-incomplete"
+            )
+        for problem in problems:
+            log.error("%s; left out", problem)
+    processes.barrier()
+    return out / "images"
+
+
+def _find(folder: Path, entries: Sequence[dict]) -> Files:
+    """The folder's images by prompt; names that are none are logged."""
+    index_of = {entry["item_id"]: index for index, entry in enumerate(entries)}
+    files: Files = {}
+    unread = []
+    for path in sorted(folder.iterdir()):
+        numbered = re.fullmatch(r"(.+)_(0|[1-9]\d*)", path.stem)
+        if path.suffix == ".png" and path.stem in index_of:
+            files.setdefault(index_of[path.stem], {})[_WHOLE] = path
+        elif path.suffix == ".png" and numbered and numbered[1] in index_of:
+            files.setdefault(index_of[numbered[1]], {})[int(numbered[2])] = path
+        elif not path.name.startswith("."):
+            unread.append(path.name)
+    if unread:
+        log.warning("%s: names that are not read: %s", folder, shorten(unread))
+    return files
+
+
+def _check(
+    folder: Path, files: Files, entries: Sequence[dict], selected: Sequence[int], scope: Scope
+) -> None:
+    """ValueError names what is missing (as grids, where no file is numbered), more than wanted, or there twice."""
+    inventory = Inventory(folder, 0)
+    by_number = any(set(of_prompt) - {_WHOLE} for of_prompt in files.values())
+    for index in selected:
+        item, found = entries[index]["item_id"], files.get(index, {})
+        inventory.found[index] = found
+        wanted = set(range(scope.samples)) if by_number and _WHOLE not in found else {_WHOLE}
+        names = [f"{item}.png" if n == _WHOLE else f"{item}_{n}.png" for n in sorted(wanted)]
+        inventory.expected += len(wanted)
+        inventory.missing += [name for name in names if folder / name not in found.values()]
+        for number in sorted(set(found) - wanted):
+            why = f"more than the {scope.samples} samples of a prompt"
+            if _WHOLE in found:
+                why = f"beside {item}.png, which is all of the prompt"
+            inventory.problems.append(f"{found[number].name} is {why}")
+    inventory.check(allow_missing=scope.allow_incomplete)
+
+
+def _claim_source(out: Path, folder: Path, form: Form) -> None:
+    """ValueError if OUT/images came from elsewhere."""
+    images, before = out / "images", _read_source(out)
+    if before is None and images.is_dir():
+        drawn = (
+            "drawn images" if read_generation(images) is not None else "images of unknown origin"
+        )
+        raise ValueError(f"{images} holds {drawn}; give another --out")
+    if before is not None and before["folder"] != str(folder.resolve()):
+        raise ValueError(f"{images} holds the images of {before['folder']}; give another --out")
+    if before is None:
+        write_json(out / SOURCE_FILE, {"folder": str(folder.resolve()), "copied": {}})
+
+
+def _read_source(out: Path) -> dict | None:
+    path = out / SOURCE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); give another --out") from error
+
+
+def _copy(
+    files: Files, entries: Sequence[dict], selected: Sequence[int], out: Path, form: Form
+) -> list[str]:
+    """Write the images of prompts whose files have changed, and remove those of files that are gone.
+
+    Returns:
+        What is wrong with files that give no images.
+    """
+    source, problems = _read_source(out), []
+    for index in tqdm(selected, unit="prompt", desc="copying"):
+        found, images, wrong = files.get(index, {}), {}, []
+        digest = hashlib.sha256(repr(form).encode())
+        for number, path in sorted(found.items()):
+            digest.update(f"{number} {file_sha256(path)}".encode())
+        if source["copied"].get(str(index)) == digest.hexdigest():
+            continue
+        for number, path in found.items():
+            try:
+                images |= form.read(number, path)
+            except ValueError as error:
+                wrong.append(str(error))
+        _write(images, index, entries[index], out / "images")
+        source["copied"][str(index)] = None if wrong else digest.hexdigest()
+        problems += wrong
+    write_json(out / SOURCE_FILE, source)
+    return problems
+
+
+def _write(images: dict[int, Image.Image], index: int, entry: dict, folder: Path) -> None:
+    """Make these the only images of a prompt."""
+    write_prompt(folder, index, entry)
+    written = {
+        save_png(image, folder / sample_file(index, sample)) for sample, image in images.items()
+    }
+    for path in (folder / sample_file(index, 0)).parent.glob("*.png"):
+        if path not in written:
+            path.unlink()

@@ -1,0 +1,81 @@
+"""DPG-Bench: draw a checkpoint's images and judge them, judge a folder of images, or compare two results.
+
+python dpg_bench/run.py --ckpt runs/mine
+python dpg_bench/run.py --images grids --resolution 512
+python dpg_bench/run.py compare outputs/dpg_bench/base outputs/dpg_bench/mine
+torchrun --nproc_per_node 8 dpg_bench/run.py --ckpt runs/mine
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
+
+from t2i import cli
+from t2i.evaluation.options import BenchmarkOptions, CompareOptions, dispatch
+
+
+@dataclass(frozen=True)
+class DPGOptions(BenchmarkOptions):
+    """What to judge, and by whom."""
+
+    questions: str = "auto"
+    """official (downloaded on first use), shapes (the shapes world's), a .csv file, or auto (by the model)."""
+    judge: Literal["auto", "mplug", "shapes", "blip-vqa", "vlm"] = "auto"
+    """mplug (the official one), shapes (exact, for the shapes world), blip-vqa, vlm, or auto (by questions and model)."""
+    judge_weights: str | None = None
+    """Folder or hub id of the judge's weights, if not its usual ones."""
+    resolution: int | None = None
+    """--images holds 2 x 2 grids ITEM.png of images of so many pixels a side (without: ITEM.png or ITEM_0.png ... are images)."""
+
+
+def main() -> None:
+    dispatch(DPGOptions, __doc__, judge, compare)
+
+
+def compare(options: CompareOptions) -> None:
+    """Print the differences of two finished runs."""
+    from dpg_bench.benchmark import by_prompt
+    from t2i.evaluation.compare import compare_folders
+
+    print(compare_folders(options.a, options.b, by_prompt, mean_of_groups=False))
+
+
+def judge(options: DPGOptions) -> None:
+    """Draw if need be, judge, and report."""
+    from dpg_bench.benchmark import DPGBench, load_questions
+    from dpg_bench.image_files import arrange
+    from dpg_bench.judges import load_judge
+    from t2i.evaluation import program
+
+    questions, who = options.questions, options.judge
+    if questions == "auto":
+        questions = "shapes" if program.is_shapes_world(options) else "official"
+    if who == "auto":
+        own = questions != "official" and program.is_shapes_world(options)
+        who = "shapes" if own or questions == "shapes" else "mplug"
+    graph = load_questions(questions)
+
+    def build(processes) -> DPGBench:
+        answering = load_judge(who, options.judge_weights, processes.device)
+        return DPGBench(graph, answering, questions=questions)
+
+    def to_layout(benchmark, out: Path, processes) -> Path:
+        return arrange(
+            options.images,
+            benchmark.entries,
+            out,
+            scope=options.scope(),
+            resolution=options.resolution,
+            processes=processes,
+        )
+
+    program.run(options, "dpg_bench", build, to_layout)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,394 @@
+"""`dpg_bench/run.py` on the shipped shapes base: both scores, kills, processes, grids, mistakes, and its page in a browser."""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, open_browser
+from PIL import Image
+from programs import contents, numbers, program, refused, result_rows, results, start_and_kill
+from test_ranks import launch
+
+from dpg_bench import image_files, run
+from dpg_bench.benchmark import DPGBench
+from dpg_bench.judges import answer_prompt, load_judge
+from dpg_bench.questions import QuestionGraph
+from dpg_bench.score import format_report, score
+from dpg_bench.shapes_questions import PATH, shapes_questions
+from t2i.evaluation import judging, sampling
+from t2i.evaluation.options import Scope
+from t2i.evaluation.report import table
+from t2i.evaluation.runner import evaluate
+from t2i.evaluation.store import load_image, sample_file, write_prompt
+from t2i.imaging import save_png
+
+FEW = ("--limit", "4", "--samples", "2")
+SMALL = (*FEW, "--batch-size", "3")  # three batches, the last one not full
+
+
+@pytest.fixture(scope="session")
+def drawn(shapes_ckpt, tmp_path_factory):
+    """An uninterrupted run of one process: 4 of the 60 prompts, 2 images each."""
+    out = tmp_path_factory.mktemp("drawn") / "out"
+    program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    return out
+
+
+@pytest.fixture
+def folder(drawn, tmp_path):
+    """The drawn images as four of each of two prompts, in the common layout."""
+    images = [load_image(drawn / "images" / row["filename"]) for row in result_rows(drawn)]
+    entries = DPGBench(shapes_questions(), load_judge("shapes")).entries
+    for place, index in enumerate(Scope(limit=2).select(60)):
+        write_prompt(tmp_path / "folder", index, entries[index])
+        for sample in range(4):
+            save_png(images[4 * place + sample], tmp_path / "folder" / sample_file(index, sample))
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def grids(folder, tmp_path):
+    """The same in the official form: a grid a prompt."""
+    for path in folder.iterdir():
+        images = [load_image(p) for p in sorted(path.glob("samples/*.png"))]
+        grid = Image.new("RGB", (128, 128))
+        for place, image in enumerate(images):
+            grid.paste(image, (place % 2 * 64, place // 2 * 64))
+        save_png(grid, tmp_path / "grids" / f"{item_of(path)}.png")
+    return tmp_path / "grids"
+
+
+def item_of(prompt_folder) -> str:
+    return json.loads((prompt_folder / "metadata.jsonl").read_text())["item_id"]
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs the program with arguments and returns its message."""
+    return partial(refused, run, capsys)
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------------------
+def test_results_show_both_ways_to_count_and_the_judge(drawn):
+    content = results(drawn)
+    assert content["status"] == "PARTIAL: 4 of 60 prompts"
+    assert content["label"] == "shapes questions, judged by shapes (not the official judge)"
+    assert content["judge"]["answers"]["judge"] == "shapes"
+    ways = ("official", "corrected")
+    assert [k for k, s in content["scores"].items() if s["headline"]] == [
+        f"overall ({w})" for w in ways
+    ]
+    names = {"attribute", "attribute - color", "entity", "global -", "other - count"}
+    assert {f"{n} ({w})" for n in names for w in ways} <= set(content["scores"])
+    corrected, official = (content["scores"][f"entity ({w})"] for w in ("corrected", "official"))
+    assert (corrected["images"], official["images"]) == (8, 3), "the first prompt's is dropped"
+    text = (drawn / "report.md").read_text()
+    head = f"| DPG-Bench: {content['label']} | official | ± | images | prompts | corrected |"
+    assert head in text and content["legend"] in text and "PARTIAL" in text
+    row = result_rows(drawn)[-1]
+    assert row["filename"] == "00045/samples/00001.png"
+    assert row["corrected"] == sum(q["passed"] for q in row["questions"]) / len(row["questions"])
+
+
+def test_the_library_gives_the_same_scores(drawn):
+    graph, judge = shapes_questions(), load_judge("shapes")
+    answers = {}
+    for path in sorted((drawn / "images").glob("0*")):
+        images = [load_image(p) for p in sorted(path.glob("samples/*.png"))]
+        answers[item_of(path)] = answer_prompt(judge, images, graph.items[item_of(path)])
+    report = score(graph, answers, images_per_prompt=2)
+    scores = results(drawn)["scores"]
+    for way in ("official", "corrected"):
+        overall = getattr(report, way).overall
+        assert scores[f"overall ({way})"]["mean"] == overall.mean
+        assert scores[f"overall ({way})"]["stderr"] == overall.stderr > 0
+    assert 0 < scores["overall (corrected)"]["mean"] < 100, "the base draws some of them"
+    lines = format_report(report, "shapes").splitlines()
+    assert lines[2:-4] == table(results(drawn)).splitlines()[4 : 4 + len(lines[2:-4])]
+
+
+def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
+    drawn, shapes_ckpt, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    before = start_and_kill(run, out, "--ckpt", shapes_ckpt, *SMALL)
+    assert 2 <= len(before) < 8 and not (out / "results.json").exists()
+    asked = []
+    answer = judging._answer
+    monkeypatch.setattr(judging, "_answer", lambda *a: asked.append(a[3]) or answer(*a))
+    program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    assert {p: p.stat().st_mtime_ns for p in before} == before and len(asked) == 8
+    monkeypatch.setattr(sampling, "iterate_images", None)  # nothing is drawn any more
+    program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    assert len(asked) == 8, "nothing is judged again"
+    assert contents(out) == contents(drawn)
+
+
+def test_two_processes_do_what_one_does(drawn, shapes_ckpt, tmp_path):
+    script = ("--standalone", "--nproc_per_node", "2", run.__file__)
+    options = ("--ckpt", str(shapes_ckpt), "--out", str(tmp_path / "out"), *SMALL)
+    done = launch("-m", "torch.distributed.run", *script, *options)
+    assert done.stdout.count("**overall**") == 1, "only the main process reports"
+    assert contents(tmp_path / "out") == contents(drawn)
+
+
+# -- folders of images --------------------------------------------------------------------------------------------------------
+def test_a_folder_of_images_gives_the_same_numbers(drawn, tmp_path):
+    program(run, "--images", drawn / "images", "--out", tmp_path / "out", *FEW)
+    assert numbers(tmp_path / "out") == numbers(drawn)
+    assert result_rows(tmp_path / "out") == result_rows(drawn)
+
+
+def test_grids_and_single_files_give_the_same_numbers(folder, grids, tmp_path, monkeypatch, caplog):
+    for path in folder.iterdir():
+        for sample in range(4):
+            (tmp_path / "single").mkdir(exist_ok=True)
+            source = path / "samples" / f"{sample:05d}.png"
+            shutil.copy(source, tmp_path / "single" / f"{item_of(path)}_{sample}.png")
+    arguments = ("--questions", "shapes", "--limit", 2)
+    program(run, "--images", folder, "--out", tmp_path / "a", *arguments)
+    program(run, "--images", tmp_path / "single", "--out", tmp_path / "b", *arguments)
+    (grids / "notes.txt").write_text("mine")
+    of_grids = ("--images", grids, "--out", tmp_path / "c", "--resolution", 64, *arguments)
+    program(run, *of_grids)
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b") == numbers(tmp_path / "c")
+    assert result_rows(tmp_path / "a") == result_rows(tmp_path / "c")
+    assert results(tmp_path / "c")["coverage"]["judged"] == 8
+    assert "names that are not read: notes.txt" in caplog.text
+    before = contents(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files, "save_png", None)  # nothing is copied again
+        program(run, *of_grids)
+    assert contents(tmp_path / "c") == before
+    Image.new("RGB", (128, 128)).save(grids / "single_object0.png")
+    program(run, *of_grids)
+    changed = {n for n, data in contents(tmp_path / "c").items() if before.get(n) != data}
+    assert {sample_file(0, s) for s in range(4)} <= {n.removeprefix("images/") for n in changed}
+    assert not any("images/00030" in name for name in changed)
+
+
+def test_one_image_a_prompt_is_said_so(grids, tmp_path, refusal):
+    images = ("--images", grids, "--questions", "shapes", "--limit", 2, "--out", tmp_path / "out")
+    text = refusal(*images)
+    assert "single_object0.png (128 x 128 px) may be one image (then say --samples 1)" in text
+    assert "--resolution 64" in text
+    program(run, *images, "--samples", 1)
+    assert results(tmp_path / "out")["coverage"]["judged"] == 2
+    assert load_image(tmp_path / "out/images/00000/samples/00000.png").size == (128, 128)
+
+
+def test_what_is_wrong_with_flat_files_is_named(grids, tmp_path, refusal, caplog):
+    some = ("--images", grids, "--questions", "shapes", "--limit", 2)
+    grid = (*some, "--resolution", 64, "--out", tmp_path / "out")
+    assert "holds images of 64 px, not of 32 px" in refusal(*grid[:-3], 32, *grid[-2:])
+    assert "4 images, not --samples 5" in refusal(*grid, "--samples", 5)
+    shutil.copy(grids / "single_object0.png", grids / "single_object0_1.png")
+    assert "single_object0_1.png is beside single_object0.png" in refusal(*grid)
+    (grids / "single_object0_1.png").unlink()
+    path = grids / "single_object0.png"
+    whole = path.read_bytes()
+    path.unlink()
+    assert "1 of 2 images are missing: single_object0.png" in refusal(*grid)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert f"{path} is not a readable image" in refusal(*grid)
+    assert not (tmp_path / "out" / "results.json").exists()
+    program(run, *grid, "--allow-incomplete")
+    assert "single_object0.png is not a readable image" in caplog.text
+    content = results(tmp_path / "out")
+    assert (
+        content["status"]
+        == "PARTIAL: 2 of 60 prompts; INCOMPLETE: 4 of 8 images (4 missing, 0 unreadable)"
+    )
+    path.write_bytes(whole)
+    program(run, *grid)
+    assert results(tmp_path / "out")["status"] == "PARTIAL: 2 of 60 prompts"
+    other = tmp_path / "other"
+    grids.rename(other)
+    assert f"holds the images of {grids}" in refusal("--images", other, *grid[2:])
+
+
+def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path, refusal):
+    some = ("--images", folder, "--questions", "shapes", "--limit", 2, "--out", tmp_path / "out")
+    path = folder / sample_file(0, 1)
+    os.truncate(path, 100)
+    assert "1 of 8 images cannot be judged" in refusal(*some)
+    path.unlink()
+    text = refusal(*some)
+    assert "1 of 8 images are missing: 00000/samples/00001.png" in text
+    assert not (tmp_path / "out" / "results.json").exists()
+    program(run, *some, "--allow-incomplete")
+    assert "INCOMPLETE: 7 of 8 images" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_drawn_images_are_not_mixed_with_copied_ones(drawn, grids, shapes_ckpt, tmp_path, refusal):
+    out = shutil.copytree(drawn, tmp_path / "out")
+    some = ("--questions", "shapes", "--limit", 2, "--out", out)
+    text = refusal("--images", grids, "--resolution", 64, *some)
+    assert "holds drawn images; give another --out" in text
+    program(run, "--images", grids, "--resolution", 64, *some[:-1], tmp_path / "new")
+    text = refusal("--ckpt", shapes_ckpt, *some[:-1], tmp_path / "new")
+    assert "holds images without generation.json" in text
+
+
+# -- questions ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("entity - whole (ring)", "entity - hole (ring)", "line 2 (item single_object0, proposition 1): unknown category"),
+        ("ring,2,0,", "ring,2,7,", "line 3 (item single_object0, proposition 2): depends on 7"),
+        ("ring,2,0,", "ring,2,2,", "line 3 (item single_object0, proposition 2): depends on itself"),
+        ("global - (plain background)", "global - (blue sky)", "line 4 (item single_object0, proposition 3)"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_before_anything_is_drawn(
+    old, new, message, shapes_ckpt, tmp_path, refusal
+):
+    path = tmp_path / "questions.csv"
+    path.write_text(PATH.read_text().replace(old, new, 1))
+    out = tmp_path / "out"
+    assert message in refusal("--ckpt", shapes_ckpt, "--questions", path, "--out", out, *SMALL)
+    assert not (out / "images").exists()
+
+
+def test_more_mistakes_are_named(drawn, tmp_path, refusal, monkeypatch):
+    monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dpg_bench.questions.OFFICIAL_URL", "file:///nowhere/dpg_bench.csv")
+    out = ("--out", tmp_path / "out")
+    assert "--questions PATH" in refusal("--images", tmp_path, *out)
+    shapes = ("--questions", "shapes", *out)
+    assert "does not exist" in refusal("--images", tmp_path / "nowhere", *shapes)
+    weights = ("--judge", "mplug", "--judge-weights", tmp_path / "nowhere")
+    assert "is neither a folder here nor a model" in refusal(
+        "--images", drawn / "images", *shapes, *weights
+    )
+    assert "give either --ckpt" in refusal(*shapes)
+
+
+def test_other_questions_about_the_same_prompts_are_asked_anew(drawn, tmp_path):
+    path = tmp_path / "questions.csv"
+    path.write_text(PATH.read_text().replace("single_object0,a photo of a ring,ring,3", "single_object0,a photo of a ring,ring,4"))  # fmt: skip
+    out = shutil.copytree(drawn, tmp_path / "out")
+    some = ("--images", out / "images", "--questions", path, "--judge", "shapes", "--out", out)
+    program(run, *some, *FEW)
+    assert len(list(out.glob("verdicts/*"))) == 2
+    assert [q["proposition"] for q in result_rows(out)[0]["questions"]] == [1, 2, 4]
+
+
+def test_the_official_judge_answers_any_questions(drawn, tmp_path, capsys):
+    weights = Path(__file__).parent / "golden" / "dpg_mplug" / "no_visn_fc"  # tiny, random
+    some = ("--images", drawn / "images", "--questions", PATH, "--judge", "mplug")
+    program(run, *some, "--judge-weights", weights, "--out", tmp_path / "out", *FEW)
+    assert f"DPG-Bench: {PATH} questions, judged by mplug |" in capsys.readouterr().out
+    judge = load_judge("mplug", weights)
+    row = result_rows(tmp_path / "out")[0]
+    questions = shapes_questions().items[row["item_id"]]
+    image = load_image(drawn / "images" / row["filename"])
+    assert [q["answer"] for q in row["questions"]] == judge.answer(image, questions)
+    assert set(results(tmp_path / "out")["judge"]["answers"]["sha256"]) > {"pytorch_model.bin"}
+
+
+# -- comparison ---------------------------------------------------------------------------------------------------------------
+class YesMan:
+    """A judge that agrees to everything, or to nothing."""
+
+    def __init__(self, says="yes", name="yes-man"):
+        self.says, self.name = says, name
+
+    def identity(self):
+        return {"judge": self.name, "weights": "none/at-all"}
+
+    def answer(self, image, questions):
+        return [self.says] * len(questions)
+
+
+def test_compare_prints_paired_differences_of_one_judge(drawn, tmp_path, capsys, refusal):
+    program(run, "--images", drawn / "images", "--out", tmp_path / "b", *FEW)
+    capsys.readouterr()
+    program(run, "compare", drawn, tmp_path / "b")
+    printed = capsys.readouterr().out
+    for way in ("official", "corrected"):
+        (line,) = (x for x in printed.splitlines() if x.startswith(f"| **overall ({way})** |"))
+        mean = f"{results(drawn)['scores'][f'overall ({way})']['mean']:.2f}"
+        assert line.startswith(f"| **overall ({way})** | {mean} | {mean} | +0.00 | 0.00 |")
+    assert "| attribute - color (corrected) |" in printed and "**A: PARTIAL" in printed
+    assert "| **overall** |" not in printed, "a mean of categories is no score of DPG-Bench"
+    assert "judged by shapes" in printed
+    scope = Scope(samples=2, limit=4)
+    bench = DPGBench(shapes_questions(), YesMan(), questions="shapes")
+    evaluate(bench, tmp_path / "c", images=drawn / "images", scope=scope)
+    text = refusal("compare", drawn, tmp_path / "c")
+    assert "judged differently" in text and "yes-man" in text and "ShapesDetector" in text
+
+
+def test_the_same_weights_are_the_same_judge_wherever_they_are():
+    def identity(weights):
+        judge = YesMan()
+        judge.identity = lambda: {"judge": "mplug", "weights": weights, "sha256": {"a": "1"}}
+        return DPGBench(shapes_questions(), judge).identity()
+
+    assert identity("here") == identity("there")
+    bench = DPGBench(shapes_questions(), YesMan(), questions="shapes")
+    assert bench.identity()["answers"]["weights"] == "none/at-all"
+    label = "shapes questions, judged by yes-man (none/at-all, not the official judge)"
+    assert bench.label == label
+
+
+# -- the page -----------------------------------------------------------------------------------------------------------------
+def row_of(answers: dict[int, str], item="dense0") -> dict:
+    """A row about an item's image; what is not in `answers` is a yes."""
+    graph = shapes_questions()
+    small = QuestionGraph(tuple(graph.items[item]), blob="")
+    judge = YesMan()
+    judge.answer = lambda image, questions: [answers.get(q.proposition, "yes") for q in questions]
+    return DPGBench(small, judge).judge(0, Image.new("RGB", (8, 8)), "0.png").row
+
+
+def test_a_card_shows_failed_questions_with_what_they_depend_on():
+    bench = DPGBench(shapes_questions(), load_judge("shapes"))
+    assert bench.card(row_of({})) is None
+    row = row_of({1: "no"})
+    asked = {q["proposition"]: q for q in row["questions"]}
+    relation = next(q for q in row["questions"] if q["category"] == "relation - spatial")
+    assert [asked[1]["passed"], asked[2]["passed"], relation["passed"]] == [False, False, False]
+    card = bench.card(row)
+    assert card.tags == ("entity", "attribute", "relation")
+    assert card.note == "dense0: 4 of 7 questions passed" and card.title == row["prompt"]
+    entity, color, spatial = card.reasons
+    arrow = " →\N{NO-BREAK SPACE}"
+    assert entity == f"{asked[1]['question']}{arrow}no"
+    lines = [f"{asked[2]['question']}{arrow}yes (void)", f"depends on: {entity}"]
+    assert color.split("\n") == lines
+    parents = [f"depends on: {asked[2]['question']}{arrow}yes (void)"]
+    parents.append(f"depends on: {asked[4]['question']}{arrow}yes")
+    assert spatial.split("\n") == [f"{relation['question']}{arrow}yes (void)", *parents]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+def test_the_gallery_works_in_a_browser(drawn, tmp_path):
+    failed = [row for row in result_rows(drawn) if row["corrected"] < 1]
+    cards = "[...document.querySelectorAll('section article')].filter(a => a.offsetParent)"
+    with open_browser(tmp_path / "profile") as page:
+        page.open(drawn / "gallery" / "index.html")
+        assert page.run(f"{cards}.length") == len(failed) > 0
+        text = page.run("document.body.innerText")
+        assert "Official" in text and "Corrected" in text and "judged by shapes" in text
+        assert page.run("document.querySelectorAll('.headline .bar').length") == 2
+        assert page.run("document.querySelector('.tools label') == null"), "there are no boxes"
+        first = page.run(f"{cards}[0].innerText")
+        wrong = [q for q in failed[0]["questions"] if not q["passed"]]
+        assert all(q["question"] in first for q in wrong) and failed[0]["item_id"] in first
+
+        of_entity = [
+            row
+            for row in failed
+            if any(q["category"] == "entity - whole" and not q["passed"] for q in row["questions"])
+        ]
+        page.run("[...document.querySelectorAll('.scores a')].find(a => a.innerText == 'Entity').click()")  # fmt: skip
+        page.wait(f"{cards}.length == {len(of_entity)}")
+        assert page.run("document.querySelector('.chip.on').dataset.task") == "entity"
+        page.run(f"{cards}[0].click()")
+        assert of_entity[0]["filename"] in page.run("document.getElementById('zoom').innerText")
+        assert page.errors == []

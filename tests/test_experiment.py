@@ -1,0 +1,82 @@
+"""The experiments: grids that run, results that are kept, and the arithmetic of the report."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from launch import experiment, grids, recipe_report
+from launch.recipe_report import estimate, rank_correlation
+from t2i.training.data import open_data
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *map(str, arguments)])
+    experiment.main()
+
+
+def test_every_arm_is_a_valid_run(tmp_path):
+    config = experiment.Experiment(grid="levers", out=tmp_path)
+    for name, grid in grids.GRIDS.items():
+        arms = [arm.name for arm in grid]
+        assert len(set(arms)) == len(arms)
+        runs = experiment.planned(experiment.Experiment(grid=name, out=tmp_path))
+        folders = {run.config(config).run_dir for run in runs}
+        assert len(folders) == 3 * len(arms), "arms and seeds have folders of their own"
+        assert open_data(runs[0].config(config).data).length == config.images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lever",), "choose one of"),
+        (("levers", "--arms", "mystery"), "no arm mystery"),
+        (("levers", "--bases", "3m"), "name=folder"),
+        (("levers", "--share", "2/2"), "i/n"),
+    ],
+)
+def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, *arguments, "--out", tmp_path)
+
+
+def test_a_grid_runs_once_and_is_reported(monkeypatch, tmp_path, capsys):
+    tuned = grids._tuned("tuned", sampling={"window 1": {"window": 1}}, curve=True)
+    monkeypatch.setitem(experiment.GRIDS, "levers", (grids._control(), tuned))
+    small = ("--seeds", 0, "--steps", 2, "--images", 300, "--prompts-per-task", 2, "--samples", 1)
+    run(monkeypatch, "levers", "--out", tmp_path, *small)
+    lines = experiment.results(tmp_path)
+    assert [(x["arm"], x["step"], x["sampling"]) for x in lines] == [
+        ("control", 2, ""),
+        ("tuned", 1, ""),
+        ("tuned", 2, ""),
+        ("tuned", 2, "window 1"),
+    ]
+    final = lines[2]
+    assert 0 <= final["repairs"]["corrected"] <= 1 and len(final["changes"]["flipped"]) == 3
+    assert final["course"][-1]["step"] == 2 and lines[3]["changes"] is None
+    run(monkeypatch, "levers", "--out", tmp_path, *small)
+    assert experiment.results(tmp_path) == lines, "what is finished is not done again"
+
+    capsys.readouterr()
+    where = ("--results", tmp_path / "results.jsonl", "--out", tmp_path / "report")
+    monkeypatch.setattr(sys, "argv", ["recipe_report.py", *map(str, where), "--samples", "1"])
+    recipe_report.main()
+    printed = capsys.readouterr().out
+    assert "| tuned | window 1 | 1 |" in printed and "| control | 1 |" in printed
+    assert (tmp_path / "report" / "courses.svg").stat().st_size > 5000
+
+
+def test_standard_error_is_the_larger_of_seeds_and_prompts():
+    same = np.tile([[0.0, 1.0, 0.0, 1.0]], (3, 1))
+    over_prompts = estimate(same, tasks=2)
+    assert over_prompts.mean == 0.5
+    assert over_prompts.error == pytest.approx(np.sqrt(2 * 0.5 / 2) / 2)
+    seeds = np.array([[0.0] * 4, [0.6] * 4, [0.3] * 4])
+    assert estimate(seeds, tasks=2).error == pytest.approx(0.3 / np.sqrt(3))
+
+
+def test_rank_correlation():
+    assert rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [9, 4, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
