@@ -16,9 +16,11 @@ import t2i
 from launch import fid as fid_program
 from launch import pretrain_class_shapes, sample_imagenet, train_imagenet
 from t2i import cli
-from t2i.checkpoint import find_checkpoint
-from t2i.evaluation.class_samples import ClassSamples, drawer
+from t2i.evaluation import class_samples
+from t2i.evaluation.class_samples import ClassSamples, draw_class_samples, drawer
+from t2i.evaluation.sample_writer import sample_labels
 from t2i.processes import Processes
+from t2i.rng import integers, make_keys
 from t2i.training.check import check
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.data import TrainingData
@@ -120,22 +122,12 @@ def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
 
 
 # -- sampling -----------------------------------------------------------------------------------------------------------------
-def samples(world, monkeypatch, out, *options):
-    ckpt = find_checkpoint(world / "rar-run")
-    given = ("--ckpt", ckpt, "--count", 8, "--batch-size", 3, "--device", "cpu", "--out", out)
-    call(monkeypatch, sample_imagenet, *given, *options)
-    with np.load(out) as arrays:
-        return arrays["arr_0"]
-
-
 @pytest.fixture(scope="module")
 def model():
     return t2i.attach(tiny_rar(), t2i.presets.iclr2026())
 
 
 def draw_all(model, out, rank=0, world_size=1, **changes):
-    from t2i.evaluation.class_samples import draw_class_samples
-
     options = ClassSamples(**{"count": 7, "batch_size": 2, **changes})
     processes = Processes(rank, world_size, torch.device("cpu"))
     draw_class_samples(
@@ -178,25 +170,21 @@ def test_killed_and_shared_sampling_give_the_same_files(model, tmp_path, monkeyp
         draw_all(model, shared, seed=1)
 
 
-def test_classes_and_codes_come_from_different_streams(model):
-    """Or the first code of an image would tell its class, and classes would have favourite images."""
-    options = ClassSamples(count=40, labels="random", batch_size=40)
-    seen = []
-    model.backbone.prepare, prepare = (
-        lambda labels: seen.append(labels) or prepare(labels),
-        (model.backbone.prepare),
-    )
-    try:
-        draw = drawer(model, options, replace(model.sampling, cfg_scale=1.0), (8, 8))
-        draw(range(2))
-    finally:
-        del model.backbone.prepare
-    from t2i.rng import fold, make_keys, uniforms
+def test_classes_and_codes_come_from_different_streams(model, monkeypatch):
+    """Or the first code of an image would tell its class."""
+    keys = []
 
-    numbers = torch.arange(2)
-    first = (uniforms(make_keys(0, numbers), 1)[:, 0] * 10).long()
-    other = (uniforms(fold(make_keys(0, numbers), 1), 1)[:, 0] * 10).long()
-    assert len(seen) == 1 and not torch.equal(first, other)
+    def spy(model, prepared, image_keys, sampling):
+        keys.append(image_keys)
+        raise Killed
+
+    monkeypatch.setattr(class_samples, "sample_windows", spy)
+    with pytest.raises(Killed):
+        drawer(model, ClassSamples(count=40, labels="random"), model.sampling, (8, 8))(range(40))
+    labels = sample_labels(40, 10, balanced=False, seed=0)
+    assert torch.equal(integers(make_keys(0, torch.arange(40)), 10, 1)[:, 0], labels)
+    assert not torch.equal(integers(keys[0], 10, 1)[:, 0], labels)
+    assert len(set(keys[0].tolist())) == 40
 
 
 def test_images_are_resized_before_they_are_clamped():
