@@ -113,8 +113,8 @@ class DPGBench:
         total = len(row["questions"])
         note = f"{row['item_id']}: {total - len(failed)} of {total} questions passed"
         reasons = [_reason(question, by_id) for question in failed]
-        tags = dict.fromkeys(broad(question["category"]) for question in failed)
-        return Card("images", row["prompt"], reasons, note=note, tags=tuple(tags))
+        tags = sorted({broad(question["category"]) for question in failed})
+        return Card("images", row["prompt"], reasons, note=note, tags=tags)
 
 
 def _passed(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[int, float]:

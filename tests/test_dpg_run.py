@@ -354,7 +354,7 @@ def test_a_card_shows_failed_questions_with_what_they_depend_on():
     relation = next(q for q in row["questions"] if q["category"] == "relation - spatial")
     assert [asked[1]["passed"], asked[2]["passed"], relation["passed"]] == [False, False, False]
     card = bench.card(row)
-    assert card.tags == ("entity", "attribute", "relation")
+    assert card.tags == ["attribute", "entity", "relation"]
     assert card.note == "dense0: 4 of 7 questions passed" and card.title == row["prompt"]
     entity, color, spatial = card.reasons
     arrow = " →\N{NO-BREAK SPACE}"

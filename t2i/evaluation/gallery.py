@@ -85,7 +85,9 @@ def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> P
         cards.append(_card_html(exhibit, pictures, shown))
     for path in set(pictures.iterdir()) - shown:
         path.unlink()
-    filters = Counter(name for exhibit in exhibits for name in exhibit.card.filters)
+    found = Counter(name for exhibit in exhibits for name in exhibit.card.filters)
+    names = dict.fromkeys([score["name"] for score in results["scores"].values()] + list(found))
+    filters = {name: found[name] for name in names if name in found}  # in the scores' order
     body = [
         _header_html(results, len(exhibits)),
         _scores_html(results, filters),
@@ -130,7 +132,7 @@ def _header_html(results: dict, failed: int) -> str:
 """
 
 
-def _scores_html(results: dict, filters: Counter[str]) -> str:
+def _scores_html(results: dict, filters: dict[str, int]) -> str:
     """All scores as bars with their standard errors; two columns for each way to count."""
     ways, by_name = by_way([Score(**score) for score in results["scores"].values()])
     rows = []
@@ -164,7 +166,7 @@ def _score_html(score: Score | None, results: dict) -> str:
     )
 
 
-def _toolbar_html(filters: Counter[str], exhibits: Sequence[Exhibit]) -> str:
+def _toolbar_html(filters: dict[str, int], exhibits: Sequence[Exhibit]) -> str:
     shown = {
         "boxes": any(exhibit.card.boxes for exhibit in exhibits),
         "masks": any(exhibit.overlay.is_file() for exhibit in exhibits),
