@@ -7,7 +7,7 @@ import pytest
 
 from launch import experiment, grids, recipe_report
 from launch.recipe_report import estimate, rank_correlation
-from t2i.training.data import open_data
+from t2i.training.examples import open_data
 
 
 def run(monkeypatch, *arguments):
