@@ -8,9 +8,9 @@ order, samples held-out prompts from all three, judges them with GenEval's rules
     geneval/<name>/  images, verdicts, report and failure gallery of each model
     <recipe>/        each run: metrics.jsonl, sample sheets, index.html, checkpoint
 
-    python launch/quickstart.py
+    python launch/quickstart.py                                    # the README's table
     python launch/quickstart.py --control shapes-janus-control --recipes shapes-janus-lora --out runs/janus-table
-    python launch/quickstart.py --recipes shapes-iclr2026 shapes-arxiv2505 shapes-tuned   # the README's table
+    python launch/quickstart.py --recipes shapes-iclr2026 shapes-arxiv2505 shapes-tuned
 """
 
 import sys
