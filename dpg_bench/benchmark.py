@@ -169,7 +169,7 @@ def load_questions(name: str) -> QuestionGraph:
     """The graph called "official" (fetched on first use) or "shapes" (shipped), or of a CSV file.
 
     Raises:
-        ValueError: see `dpg_bench.questions.official_questions`.
+        ValueError: see `dpg_bench.official.official_questions`.
     """
     if name == "shapes":
         return shapes_questions()
