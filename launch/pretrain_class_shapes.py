@@ -97,7 +97,7 @@ def pretraining(cfg: Pretrain, start: Path, images: Path) -> TrainConfig:
     )
 
 
-def main(cfg: Pretrain) -> Path:
+def pretrain(cfg: Pretrain) -> Path:
     """Make what is not there yet; returns the folder of the base."""
     from t2i.checkpoint import find_checkpoint, from_pretrained
     from t2i.training.loop import train
@@ -129,5 +129,9 @@ def main(cfg: Pretrain) -> Path:
     return write_base(trained, base)
 
 
+def main() -> None:
+    print(f"wrote {pretrain(cli.parse(Pretrain, __doc__))}")
+
+
 if __name__ == "__main__":
-    cli.run(lambda: print(f"wrote {main(cli.parse(Pretrain, __doc__))}"))
+    cli.run(main)

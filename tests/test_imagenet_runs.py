@@ -58,7 +58,7 @@ def base(request, world):
         dim=32,
         layers=2,
     )
-    return pretrain_class_shapes.main(recipe)
+    return pretrain_class_shapes.pretrain(recipe)
 
 
 def tiny(base: Path, run: str, **changes) -> TrainConfig:

@@ -15,9 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 IS_SCRIPT = re.compile(r"(launch|geneval|dpg_bench)/.*\.py").fullmatch
 
 
+SHORTHANDS = re.compile(r'^(\w+)="(.*)"$', flags=re.M).findall
+
+
 def readme_commands() -> list[list[str]]:
-    """Arguments of each command line in the README's shell blocks that runs one of our scripts."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    """Arguments of each command line that runs one of our scripts, in the shell blocks of README and docs/imagenet.md."""
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/imagenet.md"))
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
+    for name, words in SHORTHANDS("\n".join(blocks)):
+        blocks = [
+            re.sub(rf"^{name}=.*$", "", b, flags=re.M).replace(f"${name} ", f"{words} ")
+            for b in blocks
+        ]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     return [words[i:] for words in commands for i in [index_of_script(words)] if i is not None]
