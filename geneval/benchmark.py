@@ -111,9 +111,9 @@ def load_prompts(name: str) -> list[dict]:
         ValueError: the file cannot be read.
     """
     if name == "official":
-        from geneval.prompts import official_metadata
+        from geneval.prompts import official_prompts
 
-        return official_metadata()
+        return official_prompts()
     if name == "shapes":
         from t2i.data.shapes_prompts import benchmark_prompts
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -199,7 +199,7 @@ def from_pretrained(
     """
     folder = find_checkpoint(folder)
     config = read_config(folder)
-    source = BackboneSource(**config["backbone"])
+    source = _section(BackboneSource, config["backbone"], folder)
     if generation_only is not None:
         source = replace(source, generation_only=generation_only)
     if base is not None:
@@ -222,9 +222,19 @@ def from_pretrained(
     if config["tuning"] == "lora":
         load_adapter(backbone, folder / "adapter")
     method = {**config["method"], "slot_weights": tuple(config["method"]["slot_weights"])}
-    model = TensorAR(backbone, TensorARConfig(**method))
+    model = TensorAR(backbone, _section(TensorARConfig, method, folder))
     if model.codec is not None:
         path = folder / "codec.safetensors"
         load_strict(model.codec, read_state_dict(path), path)
-    model.sampling = SamplingConfig(**config["sampling"])
+    model.sampling = _section(SamplingConfig, config["sampling"], folder)
     return model.eval()
+
+
+def _section(cls: type, values: dict, folder: Path):
+    """A part of config.json. A setting that is not known here may change what the weights mean, so it is refused."""
+    if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
+        raise ValueError(
+            f"{folder}: config.json has settings that this version ({__version__}) of the kit does not know: "
+            f"{', '.join(unknown)}; load it with the version that wrote it"
+        )
+    return cls(**values)

@@ -1,5 +1,6 @@
 """Checkpoint folders: complete or refused, found, moved, and readable by PEFT."""
 
+import json
 import os
 import shutil
 
@@ -30,6 +31,18 @@ def test_incomplete_folders_are_refused(tiny_world, plain, tmp_path):
     damaged("backbone.safetensors is missing", lambda f: (f / "backbone.safetensors").unlink())
     with pytest.raises(ValueError, match="does not exist"):
         t2i.from_pretrained(tmp_path / "nowhere")
+
+
+def test_settings_of_another_version_are_refused(plain, tmp_path):
+    folder = shutil.copytree(plain, tmp_path / "later")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"noise_floor"', '"noise_roof"'))
+    manifest = folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"]["config.json"] = config.stat().st_size
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="does not know: noise_roof; load it with the version"):
+        t2i.from_pretrained(folder)
 
 
 def test_a_finished_model_needs_no_training_state(tiny_world, plain):

@@ -15,7 +15,11 @@ from test_ranks import launch
 
 import geneval
 import t2i
-from geneval import run
+from geneval import detectors, run
+from geneval.detector import Detections
+from geneval.judge import COLORS
+from geneval.object_names import OBJECT_NAMES
+from geneval.prompts import metadata_line, official_prompts
 from geneval.shapes_detector import ShapesDetector
 from t2i.checkpoint import save_pretrained
 from t2i.data.shapes_prompts import benchmark_prompts
@@ -134,6 +138,45 @@ def test_a_repaired_folder_goes_on(finished, shapes_ckpt, tmp_path, caplog):
     program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert f"{path} is not a readable image" in caplog.text and "drawing it again" in caplog.text
     assert contents(out) == contents(finished)
+
+
+class SeesOneBench:
+    """Stands in for the photo detector, whose weights are downloaded."""
+
+    classes, colors = OBJECT_NAMES, COLORS
+
+    def detect(self, image):
+        return {"bench": Detections([[1, 1, 9, 9]], [0.95])}
+
+    def classify_colors(self, image, class_name, detections):
+        return ["red"] * len(detections)
+
+    def identity(self):
+        return {"name": "mask2former", "official": True, "libraries": {}}
+
+
+def test_photos_are_judged_on_the_official_prompts(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        detectors, "load_detector", lambda name, **options: asked.append(name) or SeesOneBench()
+    )
+    entries = official_prompts()
+    for index in (0, 184, 368):  # an even sample of three
+        folder = tmp_path / f"images/{index:05}"
+        save_png(Image.new("RGB", (16, 16)), folder / "samples/00000.png")
+        (folder / "metadata.jsonl").write_text(metadata_line(entries[index]))
+    limits = ("--limit", "3", "--samples", "1")
+    program(run, "--images", tmp_path / "images", "--out", tmp_path / "out", *limits)
+    content = results(tmp_path / "out")
+    assert content["status"].startswith("PARTIAL: 3 of 553 prompts")
+    assert content["label"] == "official prompts, judged by mask2former" and asked == [
+        "mask2former"
+    ]
+    rows = result_rows(tmp_path / "out")
+    assert [row["prompt"] for row in rows] == [
+        f"a photo of a {n}" for n in ("bench", "cow", "bicycle")
+    ]
+    assert [row["correct"] for row in rows] == [True, False, False]
 
 
 def test_mistakes_are_named(refusal, finished, shapes_ckpt, tiny_world, tmp_path):
