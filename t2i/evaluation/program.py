@@ -28,6 +28,8 @@ def run(
         arrange: given the benchmark, OUT and the processes, brings the images of `options.images` into the common layout
             and returns their folder; every process calls it. They are in that layout already if None.
     """
+    if options.images is not None and not options.images.exists():
+        raise ValueError(f"{options.images} does not exist; --images is a folder that holds images")
     device, dtype = pick_device(options.device, options.dtype)
     processes = join_processes(device)
     out = options.out or default_out(options, name)
