@@ -76,4 +76,18 @@ GRIDS: dict[str, tuple[Arm, ...]] = {
         _tuned("own drafts, annealed", own_drafts=1.0, anneal=True),
         _tuned("deep codec", depth=2, mlp=True, sampling=_SAMPLING),
     ),
+    "longer": (
+        _control(curve=True),
+        _tuned("tuned", curve=True),
+        _tuned(
+            "deep codec, full weights, detached",
+            depth=2,
+            mlp=True,
+            slot_weights=(1.0, 1.0),
+            detach=True,
+            sampling={"window 1": {"window": 1}},
+            curve=True,
+        ),
+        Arm("iclr2026", presets.iclr2026(), curve=True),
+    ),
 }
