@@ -226,7 +226,8 @@ def save_model(state_dict: dict[str, Tensor], path: Path) -> None:
     partial.rename(path)
 
 
-def main(cfg: Pretrain) -> None:
+def pretrain(cfg: Pretrain) -> None:
+    """Make what is not there yet: tokenizer, generator, config."""
     cfg.out.mkdir(parents=True, exist_ok=True)
     if not (cfg.out / "vq.pt").exists():
         if cfg.tokenizer is None:
@@ -250,5 +251,9 @@ def main(cfg: Pretrain) -> None:
         )
 
 
+def main() -> None:
+    pretrain(cli.parse(Pretrain, __doc__))
+
+
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Pretrain, __doc__)))
+    cli.run(main)

@@ -19,8 +19,9 @@ SHORTHANDS = re.compile(r'^(\w+)="(.*)"$', flags=re.M).findall
 
 
 def readme_commands() -> list[list[str]]:
-    """Arguments of each command line that runs one of our scripts, in the shell blocks of README and docs/imagenet.md."""
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/imagenet.md"))
+    """Arguments of each command line that runs one of our scripts, in the shell blocks of README and docs."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "".join(page.read_text() for page in pages)
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
     for name, words in SHORTHANDS("\n".join(blocks)):
         blocks = [
