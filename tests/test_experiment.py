@@ -1,6 +1,7 @@
 """The experiments: grids that run, results that are kept, and the arithmetic of the report."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +44,10 @@ def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
 def test_a_grid_runs_once_and_is_reported(monkeypatch, tmp_path, capsys):
     tuned = grids._tuned("tuned", sampling={"window 1": {"window": 1}}, curve=True)
     monkeypatch.setitem(experiment.GRIDS, "levers", (grids._control(), tuned))
-    small = ("--seeds", 0, "--steps", 2, "--images", 300, "--prompts-per-task", 2, "--samples", 1)
+    text, recipe = experiment.RECIPES["shapes-control"]
+    recipe = replace(recipe, data=replace(recipe.data, validation_samples=32))
+    monkeypatch.setitem(experiment.RECIPES, "shapes-control", (text, recipe))
+    small = ("--seeds", 0, "--steps", 2, "--images", 100, "--prompts-per-task", 2, "--samples", 1)
     run(monkeypatch, "levers", "--out", tmp_path, *small)
     lines = experiment.results(tmp_path)
     assert [(x["arm"], x["step"], x["sampling"]) for x in lines] == [
