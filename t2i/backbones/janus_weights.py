@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import JanusConfig
 
 from t2i.tokenizers.vq import VQConfig
+from t2i.weights import count_children
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +121,7 @@ def _convert_config(stored: dict, weights: dict[str, Tensor]) -> JanusConfig:
     image_size = stored["vision_config"]["params"]["image_size"]
     patches = weights["model.vision_model.embeddings.patch_embedding.weight"]
     vision_width, _, patch, _ = patches.shape
-    layers = 1 + max(
-        int(k.split(".")[4]) for k in weights if k.startswith("model.vision_model.encoder.layers.")
-    )
+    layers = count_children(weights, "model.vision_model.encoder.layers.")
     heads = 16
     if vision_width != 1024:
         heads = max(1, vision_width // 64)

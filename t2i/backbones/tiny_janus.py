@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import nn
 from transformers import JanusConfig
 
-from t2i.backbones.janus import Janus, JanusShape, plain_config
+from t2i.backbones.janus import Janus, JanusShape
 from t2i.conditioning import janus_prompts as special
 from t2i.conditioning.janus_prompts import JanusPrompts, chat
 from t2i.tokenizers.vq import VQTokenizer
@@ -84,7 +84,7 @@ def build_tiny_janus(
         image_token_id=words.token_to_id(special.IMAGE),
         tie_word_embeddings=False,
     )
-    backbone = Janus(JanusShape(plain_config(config), (side, side)))
+    backbone = Janus(JanusShape.of(config, (side, side)))
     backbone.to_empty(device="cpu")
     initialize(backbone, tokenizer, torch.Generator().manual_seed(seed))
     backbone.frozen.tokenizer = tokenizer
