@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers look for them.
@@ -245,6 +245,11 @@ def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def save_weights(path: str | Path, state_dict: dict[str, Tensor]) -> None:
+    """Write safetensors, wherever and however the tensors lie in memory."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, path)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -318,6 +318,5 @@ def outline(
     return backbone
 
 
-def load_tokenizer(path: str | Path) -> VQTokenizer:
-    """An image tokenizer in place of the folder's own."""
-    return VQTokenizer.load(path)
+load_tokenizer = VQTokenizer.load
+"""An image tokenizer in place of the folder's own."""

@@ -50,8 +50,8 @@ _VQ_NAMES = (
     (".mid.1.", ".mid.attn_1."),
     (".mid.2.", ".mid.block_2."),
 )
-# A pooling head that the model does not use, and a usage counter of the tokenizer's training.
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers stored this table
+# A pooling head that the model does not use, and a usage counter of the tokenizer's training.
 _UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.codebook_used")
 
 SIZES = {
@@ -147,17 +147,24 @@ def _convert_config(stored: dict, weights: dict[str, Tensor]) -> JanusConfig:
             "num_image_tokens": (image_size // patch) ** 2,
         },
         vq_config={
-            "base_channels": vq.channels,
-            "channel_multiplier": vq.multipliers,
-            "num_res_blocks": vq.res_blocks,
-            "latent_channels": vq.latent_channels,
-            "num_embeddings": vq.codebook_size,
-            "embed_dim": vq.codebook_dim,
+            **vq_settings(vq),
             "projection_dim": head.shape[0],
             "image_token_embed_dim": head.shape[1],
             "num_hidden_layers": stored["gen_aligner_config"]["params"]["depth"],
         },
     )
+
+
+def vq_settings(vq: VQConfig) -> dict:
+    """The shape of an image tokenizer in transformers' words."""
+    return {
+        "base_channels": vq.channels,
+        "channel_multiplier": vq.multipliers,
+        "num_res_blocks": vq.res_blocks,
+        "latent_channels": vq.latent_channels,
+        "num_embeddings": vq.codebook_size,
+        "embed_dim": vq.codebook_dim,
+    }
 
 
 def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""The transformer block that LlamaGen and Open-MAGVIT2 share (LlamaGen `autoregressive/models/gpt.py`).
+"""What LlamaGen and Open-MAGVIT2 share, above all the transformer block (LlamaGen `autoregressive/models/gpt.py`).
 
-A pre-norm Llama block with fused QKV and SwiGLU. Two things differ from the Llama that everyone knows and matter for parity:
+It is a pre-norm Llama block with fused QKV and SwiGLU. Two things differ from the Llama that everyone knows and matter for parity:
 
 - RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the second with the column.
 - The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys vanish: every attention logit

@@ -244,6 +244,5 @@ def _is_scratch(key: str) -> bool:
     return key == "freqs_cis" or ".kv_cache." in key
 
 
-def load_tokenizer(path: str | Path) -> VQTokenizer:
-    """LlamaGen's image tokenizer (vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt)."""
-    return VQTokenizer.load(path)
+load_tokenizer = VQTokenizer.load
+"""LlamaGen's image tokenizer (vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt)."""

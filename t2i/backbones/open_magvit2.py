@@ -234,6 +234,5 @@ def load(
     return backbone
 
 
-def load_tokenizer(path: str | Path) -> LFQTokenizer:
-    """The image tokenizer inside an AR checkpoint, or of its own file (imagenet_256_L.ckpt; the raw weights, see `LFQTokenizer`)."""
-    return LFQTokenizer.load(path)
+load_tokenizer = LFQTokenizer.load
+"""The image tokenizer inside an AR checkpoint, or of its own file (imagenet_256_L.ckpt; the raw weights, see `LFQTokenizer`)."""

@@ -309,6 +309,5 @@ def load(
     return backbone
 
 
-def load_tokenizer(path: str | Path) -> MaskGITVQGAN:
-    """RAR's image tokenizer (maskgit-vqgan-imagenet-f16-256.bin)."""
-    return MaskGITVQGAN.load(path)
+load_tokenizer = MaskGITVQGAN.load
+"""RAR's image tokenizer (maskgit-vqgan-imagenet-f16-256.bin)."""

@@ -18,8 +18,9 @@ from t2i.tokenizers.base import ConvConfig, ConvTokenizer, encoder_shape, group_
 from t2i.tokenizers.vq import ResBlock
 from t2i.weights import load_strict, read_state_dict, reading
 
-EMBEDDED = "first_stage_model."
-"""Where a checkpoint of the autoregressive model keeps its tokenizer."""
+_EMBEDDED = (
+    "first_stage_model."  # where a checkpoint of the autoregressive model keeps its tokenizer
+)
 _EMA = "model_ema."
 _EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 
@@ -211,4 +212,4 @@ class LFQTokenizer(ConvTokenizer):
 
 def tokenizer_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """What an AR checkpoint's state dict holds of a tokenizer, under the tokenizer's own names; empty if nothing."""
-    return {k.removeprefix(EMBEDDED): v for k, v in state_dict.items() if k.startswith(EMBEDDED)}
+    return {k.removeprefix(_EMBEDDED): v for k, v in state_dict.items() if k.startswith(_EMBEDDED)}
