@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 
 from t2i import __version__
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.loading import BackboneSource, load_source, published_as_folder, with_hash
 from t2i.lora import load_adapter, save_adapter
 from t2i.tensorar.model import TensorAR, TensorARConfig
-from t2i.weights import copy_weights, load_strict, read_state_dict, write_json
+from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights, write_json
 
 Tuning = Literal["full", "codec", "lora"]
 MANIFEST = "manifest.json"
@@ -85,12 +84,11 @@ def write_model(
         backbone.source
     )  # kept: a large file is read once, not at every save
     if model.codec is not None:
-        save_file(_portable(model.codec.state_dict()), folder / "codec.safetensors")
+        save_weights(folder / "codec.safetensors", model.codec.state_dict())
     if tuning == "lora":
         save_adapter(backbone, folder / "adapter")
     if tuning == "full" or image_layers:
-        changed = _changed_weights(backbone, tuning)
-        save_file(_portable(changed), folder / "backbone.safetensors")
+        save_weights(folder / "backbone.safetensors", _changed_weights(backbone, tuning))
     write_json(
         folder / "config.json",
         {
@@ -127,10 +125,6 @@ def _changed_weights(backbone: Backbone, tuning: Tuning) -> dict[str, torch.Tens
         return backbone.official_state_dict()
     layers = backbone.image_layers().items()
     return {f"{name}.{k}": v for name, layer in layers for k, v in layer.state_dict().items()}
-
-
-def _portable(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
 
 
 def read_config(folder: str | Path, *, with_state: bool = False) -> dict:

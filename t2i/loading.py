@@ -22,8 +22,11 @@ FAMILIES = {
     "open_magvit2": "t2i.backbones.open_magvit2",
     "rar": "t2i.backbones.rar",
 }
-EMBEDDED_TOKENIZER = ("open_magvit2",)
-"""Families whose published weight file holds the image tokenizer, too."""
+"""Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are what is called here.
+
+`PUBLISHED_AS_FOLDER` says that weights, tokenizers and configuration are published as one folder (there is then an `outline` for what
+needs no files), `TOKENIZER_INSIDE` that the published weight file holds the image tokenizer, too.
+"""
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -141,26 +144,18 @@ def load_source(
 
     On the "meta" device a family that publishes a folder is loaded without its data, a published size without any file.
     """
-    if source.text_encoder_dtype not in DTYPES:
-        raise ValueError(
-            f"text_encoder_dtype {source.text_encoder_dtype!r} must be {' or '.join(DTYPES)}"
-        )
-    if source.family not in FAMILIES:
-        raise ValueError(
-            f"unknown backbone family {source.family!r}; choose one of {', '.join(FAMILIES)}"
-        )
-    module = import_module(FAMILIES[source.family])
-    files = expand_folder(source)
-    config = None if files.config is None else module.config_from_dict(files.config)
-    options: dict = {"config": config}
+    _check(source)
+    module, files = import_module(FAMILIES[source.family]), expand_folder(source)
+    options: dict = {"config": None, "grid": grid}
+    if files.config is not None:  # JSON has no tuples
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in files.config.items()}
+        options["config"] = module.CONFIG(**values)
     folder = published_as_folder(source.family)
-    if folder and source.generation_only:  # the other families are generators and nothing else
-        options["generation_only"] = True
-    if folder and source.text_encoder is not None:
-        raise ValueError(f"{source.family} brings its own prompt tokenizer: leave out text_encoder")
+    if folder:  # the other families are generators and nothing else
+        options["generation_only"] = source.generation_only
     if folder and torch.device(device).type == "meta":
         backbone = module.outline(files.weights, **options) or module.load(
-            resolve(files.weights, folder=True), grid=grid, shapes_only=True, **options
+            resolve(files.weights, folder=True), shapes_only=True, **options
         )
     else:
         path = weights or resolve(files.weights, folder=folder)
@@ -168,7 +163,7 @@ def load_source(
             raise ValueError(
                 f"{path} is not the weight file that the checkpoint was trained on (its SHA-256 differs)"
             )
-        backbone = module.load(path, grid=grid, dtype=dtype, **options)
+        backbone = module.load(path, dtype=dtype, **options)
     backbone.source = replace(source, config=asdict(backbone.config))
     if files.sampling:
         backbone.spec = replace(backbone.spec, sampling=SamplingConfig(**files.sampling))
@@ -187,6 +182,20 @@ def load_source(
             device=device,
         )
     return backbone.to(device)
+
+
+def _check(source: BackboneSource) -> None:
+    """ValueError where a source says what no family, or not this one, can do."""
+    if source.text_encoder_dtype not in DTYPES:
+        raise ValueError(
+            f"text_encoder_dtype {source.text_encoder_dtype!r} must be {' or '.join(DTYPES)}"
+        )
+    if source.family not in FAMILIES:
+        raise ValueError(
+            f"unknown backbone family {source.family!r}; choose one of {', '.join(FAMILIES)}"
+        )
+    if source.text_encoder is not None and published_as_folder(source.family):
+        raise ValueError(f"{source.family} brings its own prompt tokenizer: leave out text_encoder")
 
 
 def _check_codes(backbone: Backbone) -> None:
@@ -215,14 +224,17 @@ def weights_sha256(path: Path) -> str:
 
 def published_as_folder(family: str) -> bool:
     """Whether the family's weights, tokenizers and configuration are published as one folder."""
-    home = FAMILIES.get(family)
-    return home is not None and getattr(import_module(home), "PUBLISHED_AS_FOLDER", False)
+    return _says(family, "PUBLISHED_AS_FOLDER")
+
+
+def _says(family: str, fact: str) -> bool:
+    return family in FAMILIES and getattr(import_module(FAMILIES[family]), fact, False)
 
 
 def expand_folder(source: BackboneSource) -> BackboneSource:
     """Fill in what a backbone folder's config.json says; what the caller gave wins."""
     path = ASSETS / source.weights if source.weights in shipped_bases() else Path(source.weights)
-    embeds = source.family in EMBEDDED_TOKENIZER
+    embeds = _says(source.family, "TOKENIZER_INSIDE")
     if not path.is_dir():
         return replace(source, tokenizer=source.tokenizer or (source.weights if embeds else None))
     try:

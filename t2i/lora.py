@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from t2i.backbones.base import Backbone
-from t2i.weights import copy_weights, read_state_dict
+from t2i.weights import copy_weights, read_state_dict, save_weights
 
 _PEFT_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
@@ -67,14 +66,11 @@ def adapter_state_dict(backbone: Backbone) -> dict[str, torch.Tensor]:
     }
 
 
-def save_adapter(
-    backbone: Backbone, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
+def save_adapter(backbone: Backbone, folder: Path) -> None:
     """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors)."""
     folder.mkdir(parents=True, exist_ok=True)
     backbone.lora.save_pretrained(folder)
-    weights = adapter_state_dict(backbone) if state_dict is None else state_dict
-    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / _WEIGHTS)
+    save_weights(folder / _WEIGHTS, adapter_state_dict(backbone))
 
 
 def load_adapter(backbone: Backbone, folder: Path) -> None:

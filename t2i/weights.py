@@ -9,17 +9,22 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers look for them.
 _NESTING_KEYS = ("model", "module", "state_dict")
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 _MAX_KEYS_IN_MESSAGE = 40
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
@@ -128,8 +133,34 @@ def _strip_wrappers(key: str) -> str:
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
-    """How many different names follow `prefix` (which ends with a dot): the length of a stored list of modules."""
-    return len({k.removeprefix(prefix).split(".")[0] for k in state_dict if k.startswith(prefix)})
+    """Length of the stored list of modules whose names begin with `prefix` (which ends with a dot); 0 if there is none."""
+    places = {k.removeprefix(prefix).split(".")[0] for k in state_dict if k.startswith(prefix)}
+    return 1 + max((int(place) for place in places if place.isdecimal()), default=-1)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """While a shape is read off weights: a missing key is the ValueError that they are not `what`."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"not {what}: key {error} is missing") from error
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A ValueError says first which file it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def build_empty(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
+    """A module in eval mode on the CPU whose weights hold anything: for `load_strict`, with no time spent on initial ones."""
+    with torch.device("meta"):
+        module = build()
+    return module.to_empty(device="cpu").to(dtype).eval()
 
 
 def load_strict(
@@ -214,6 +245,11 @@ def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def save_weights(path: str | Path, state_dict: dict[str, Tensor]) -> None:
+    """Write safetensors, wherever and however the tensors lie in memory."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, path)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN_ROOT, golden_cases
+from helpers import GOLDEN_ROOT, base_loss, cached, drawn_by_torch, golden_cases, teacher_forced
 
 from t2i import presets
 from t2i.backbones.base import SamplingConfig
 from t2i.backbones.janus import load
 from t2i.conditioning.janus_prompts import JanusPrompts
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import filter_logits, prefill, sample_windows, step, window_logits
+from t2i.tensorar.sampler import sample_windows
 from t2i.weights import read_folder
 
 CASES = golden_cases("Janus-Pro")
@@ -98,29 +98,17 @@ def test_code_embeddings(case, model):
 
 @pytest.mark.parametrize("drop", [False, True], ids=["cond", "uncond"])
 def test_teacher_forced_logits(case, model, prepared, drop):
-    codes = case.input("image_codes")[..., None]
-    condition = model.backbone.encode_condition(prepared, torch.full((len(codes),), drop))
-    windows = model.windows.gather(codes)
-    with torch.no_grad():
-        hidden = model.decode_slots(model.hidden(condition, windows))
-        logits = model.slot_logits(hidden, windows)[0][:, :, 0]
+    (logits,) = teacher_forced(model, prepared, case.input("image_codes")[..., None], drop)
     close(logits, case.expected("tf_logits_uncond" if drop else "tf_logits_cond"))
 
 
 def test_loss(case, model, prepared):
-    codes = case.input("image_codes")[..., None]
-    condition = model.backbone.encode_condition(prepared)
-    loss = model(codes, condition, model.windows.gather(codes)).means().detach()
+    loss = base_loss(model, prepared, case.input("image_codes")[..., None])
     close(loss, case.expected("tf_loss_cond"))
 
 
 def test_cached_logits(case, model, prepared):
-    codes = case.input("image_codes")
-    h, state = prefill(model, prepared, SamplingConfig(cfg_scale=2.0))
-    outputs = [h]
-    for t in range(codes.shape[1] - 1):
-        outputs.append(step(model, codes[:, t, None, None], t, state))
-    logits = model.backbone.next_logits(torch.stack(outputs, 1), codes[:0]).detach()
+    (logits,) = cached(model, prepared, case.input("image_codes")[..., None])
     for half, kind in zip(logits.chunk(2), ("cond", "uncond"), strict=True):
         close(half[:, 0], case.expected(f"step0_logits_{kind}"))
         close(half, case.expected(f"tf_logits_{kind}"))
@@ -151,15 +139,8 @@ def test_sampled_ids(case, model):
     config = SamplingConfig(cfg_scale=settings["cfg_weight"], temperature=settings["temperature"])
     prepared = model.backbone.prepare([text] * settings["parallel_size"])
     torch.manual_seed(settings["seed"])
-    h, state = prefill(model, prepared, config)
-    drawn = []
-    for t in range(expected.shape[1]):
-        earlier = expected[:, :1, None][..., :0]
-        logits = window_logits(model, model.decode_slots(h), earlier, t, state, config)[:, 0]
-        drawn.append(torch.multinomial(filter_logits(logits, config).softmax(-1), 1))
-        if t + 1 < expected.shape[1]:
-            h = step(model, drawn[-1][..., None], t, state)
-    assert torch.equal(torch.cat(drawn, dim=1), expected)
+    drawn = drawn_by_torch(model, prepared, config, expected.shape[1])
+    assert torch.equal(drawn[..., 0], expected)
 
 
 # -- pixels ---------------------------------------------------------------------------------------

@@ -2,13 +2,21 @@
 
 import pytest
 import torch
-from helpers import golden_cases, golden_table
+from helpers import (
+    base_loss,
+    cached,
+    check_uint8_rule,
+    drawn_by_torch,
+    golden_cases,
+    golden_table,
+    teacher_forced,
+)
 
 from t2i import presets
 from t2i.backbones.base import SamplingConfig
 from t2i.backbones.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config, load, load_tokenizer
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import filter_logits, prefill, sample_windows, step, window_logits
+from t2i.tensorar.sampler import sample_windows
 from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer, indices, signs
 
 SUB_TOKENS = ("pre", "post")
@@ -61,35 +69,25 @@ def prepared(case):
 @pytest.mark.parametrize("drop", [False, True], ids=["cond", "null"])
 def test_teacher_forced_logits(case, model, prepared, drop):
     codes = codes_of(case.input, "codes_{}")
+    every = teacher_forced(model, prepared, codes, drop)
     condition = model.backbone.encode_condition(prepared, torch.full((len(codes),), drop))
-    windows = model.windows.gather(codes)
     with torch.no_grad():
-        d = model.decode_slots(model.hidden(condition, windows))
-        every = model.slot_logits(d, windows)
-        alone = [model.backbone.next_logits(d, windows[..., :s]) for s in range(len(every))]
+        h = model.hidden(condition, model.windows.gather(codes))
+        alone = [model.backbone.next_logits(h, codes[..., :s]) for s in range(len(every))]
     for part, logits, one_by_one in zip(SUB_TOKENS, every, alone, strict=True):
         expected = case.expected(f"tf_logits_{part}_{'null' if drop else 'cond'}")
-        close(logits[:, :, 0], expected, atol=1e-4)
-        close(one_by_one[:, :, 0], expected, atol=1e-4)
+        close(logits, expected, atol=1e-4)
+        close(one_by_one, expected, atol=1e-4)
 
 
 def test_loss(case, model, prepared):
-    codes = codes_of(case.input, "codes_{}")
-    condition = model.backbone.encode_condition(prepared)
-    loss = model(codes, condition, model.windows.gather(codes)).means()
+    loss = base_loss(model, prepared, codes_of(case.input, "codes_{}"))
     close(loss, case.expected("loss_pre") + case.expected("loss_post"), atol=1e-4)
 
 
 def test_cached_logits(case, model, prepared):
     """Prefill and single steps give the official teacher-forced logits of both halves."""
-    codes = codes_of(case.input, "codes_{}")
-    h, state = prefill(model, prepared, SamplingConfig(cfg_scale=2.0))
-    outputs = [h]
-    for t in range(codes.shape[1] - 1):
-        outputs.append(step(model, codes[:, t, None], t, state))
-    h = torch.stack(outputs, 1)
-    with torch.no_grad():
-        every = model.backbone.all_logits(h, torch.cat([codes, codes]))
+    every = cached(model, prepared, codes_of(case.input, "codes_{}"))
     for part, logits in zip(SUB_TOKENS, every, strict=True):
         cond, null = logits.chunk(2)
         close(cond, case.expected(f"tf_logits_{part}_cond"), atol=1e-4)
@@ -107,24 +105,12 @@ def test_greedy_codes(case, model, prepared, run):
 
 def test_sampled_codes(case, model, prepared):
     """With torch's own generator in the official order: for each code one multinomial for `pre`, then one for `post`."""
-    expected, settings = (
-        codes_of(case.expected, "sampled_{}"),
-        dict(case.config["sampling_example"]),
-    )
+    expected = codes_of(case.expected, "sampled_{}")
+    settings = dict(case.config["sampling_example"])
     torch.manual_seed(settings.pop("seed"))
     config = SamplingConfig(**settings)
-    h, state = prefill(model, prepared, config)
-    drawn = []
-    for t in range(expected.shape[1]):
-        code = expected[:, :1, :0]
-        for own in config.by_sub_token(len(SUB_TOKENS)):
-            logits = window_logits(model, model.decode_slots(h), code, t, state, own)[:, 0]
-            pick = torch.multinomial(filter_logits(logits, own).softmax(-1), 1)
-            code = torch.cat([code, pick[:, None]], dim=-1)
-        drawn.append(code)
-        if t + 1 < expected.shape[1]:
-            h = step(model, code, t, state)
-    assert torch.equal(torch.cat(drawn, dim=1), expected)
+    drawn = drawn_by_torch(model, prepared, config, expected.shape[1])
+    assert torch.equal(drawn, expected)
 
 
 def test_embedded_tokenizer(case, model):
@@ -211,17 +197,11 @@ def test_bits():
 
 
 def test_uint8_rule():
-    """Bytes of given decoder values; a few lie on a rounding edge, where one level is allowed."""
-    table = golden_table("uint8_rules.json")
-    x = torch.tensor(table["x"])
-    backbone = backbone_around(torch.zeros(1, 1, 1, dtype=torch.long), (1, 1), x)
-    pixels = backbone.decode_images(torch.zeros(1, 1, 2, dtype=torch.long))[0, 0].int()
-    off = pixels - torch.tensor(table["open_magvit2"])[:, None]
-    assert off.abs().max() <= 1 and (off == 0).float().mean() > 0.95
+    check_uint8_rule(backbone_around(None, (1, 1)))
 
 
-def backbone_around(codes, bits, pixels=None) -> OpenMAGVIT2:
-    """A backbone of one code per image, whose tokenizer gives these codes and these pixels."""
+def backbone_around(codes, bits) -> OpenMAGVIT2:
+    """A backbone of one code per image, whose tokenizer gives these codes and keeps the ones that it is given."""
 
     class Tokenizer:
         def encode(self, _):
@@ -229,7 +209,7 @@ def backbone_around(codes, bits, pixels=None) -> OpenMAGVIT2:
 
         def decode(self, given):
             self.decoded = given
-            return (torch.zeros(1) if pixels is None else pixels).expand(1, 3, 1, -1)
+            return torch.zeros(1, 3, 1, 1)
 
     config = OpenMAGVIT2Config(dim=8, n_layer=1, n_intra_layer=1, n_head=1, grid=(1, 1), bits=bits)
     backbone = OpenMAGVIT2(config)

@@ -5,13 +5,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import golden_cases, golden_table
+from helpers import (
+    base_loss,
+    cached,
+    check_uint8_rule,
+    drawn_by_torch,
+    golden_cases,
+    golden_table,
+    teacher_forced,
+)
 
 from t2i import presets
 from t2i.backbones.base import SamplingConfig
 from t2i.backbones.rar import RAR, RARConfig, load, load_tokenizer
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import filter_logits, prefill, sample_windows, step, window_logits
+from t2i.tensorar.sampler import sample_windows
 from t2i.tokenizers.maskgit_vqgan import MaskGITConfig
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
@@ -74,16 +82,6 @@ def painter(case, tokenizer):
 # -- the generator --------------------------------------------------------------------------------
 
 
-def teacher_forced(model, prepared, codes_BT, drop=False):
-    """Logits [B, T, V]."""
-    codes = codes_BT[..., None]
-    condition = model.backbone.encode_condition(prepared, torch.full((len(codes),), drop))
-    windows = model.windows.gather(codes)
-    with torch.no_grad():
-        hidden = model.decode_slots(model.hidden(condition, windows))
-        return model.slot_logits(hidden, windows)[0][:, :, 0]
-
-
 def test_shape_is_read_off_the_weights(case, config, model):
     square = config.grid[0] == config.grid[1]
     path = case.folder / case.config["checkpoint_file"]
@@ -105,7 +103,7 @@ def test_condition_ids(case, model, prepared):
 
 @pytest.mark.parametrize("drop", [False, True], ids=["cond", "null"])
 def test_teacher_forced_logits(case, model, prepared, drop):
-    logits = teacher_forced(model, prepared, case.input("image_codes"), drop)
+    (logits,) = teacher_forced(model, prepared, case.input("image_codes")[..., None], drop)
     expected = case.expected("tf_logits_null" if drop else "tf_logits_cond")
     torch.testing.assert_close(logits, expected, **LOGITS)
 
@@ -136,7 +134,7 @@ def test_permuted_orders(case, model, prepared):
                 table, rows = getattr(gpt, name), slice(2, 2 + len(order))
                 getattr(other.backbone.gpt, name)[:, rows] = table[:, rows][:, order]
         one = {"labels": prepared["labels"][b : b + 1]}
-        logits = teacher_forced(other, one, shuffled[b : b + 1])
+        (logits,) = teacher_forced(other, one, shuffled[b : b + 1, :, None])
         torch.testing.assert_close(logits[0], expected[b], **LOGITS)
 
 
@@ -152,20 +150,13 @@ def test_epsilon(case, model):
 
 
 def test_loss(case, model, prepared):
-    codes = case.input("image_codes")[..., None]
-    condition = model.backbone.encode_condition(prepared)
-    loss = model(codes, condition, model.windows.gather(codes)).means()
+    loss = base_loss(model, prepared, case.input("image_codes")[..., None])
     torch.testing.assert_close(loss, case.expected("loss_cond"), **LOGITS)
 
 
 def test_cached_logits(case, model, prepared):
     """Prefill and single steps give the official teacher-forced logits of both halves."""
-    codes = case.input("image_codes")
-    h, state = prefill(model, prepared, SamplingConfig(cfg_scale=2.0))
-    outputs = [h]
-    for t in range(codes.shape[1] - 1):
-        outputs.append(step(model, codes[:, t, None, None], t, state))
-    logits = model.backbone.next_logits(torch.stack(outputs, 1), codes[:0]).detach()
+    (logits,) = cached(model, prepared, case.input("image_codes")[..., None])
     cond, null = logits.chunk(2)
     torch.testing.assert_close(cond, case.expected("tf_logits_cond"), **LOGITS)
     torch.testing.assert_close(null, case.expected("tf_logits_null"), **LOGITS)
@@ -207,15 +198,8 @@ def test_sampled_ids(case, model, prepared):
     )
     torch.manual_seed(settings["seed"])
     torch.rand(len(expected))
-    h, state = prefill(model, prepared, config)
-    drawn = []
-    for t in range(expected.shape[1]):
-        earlier = expected[:, :1, None][..., :0]
-        logits = window_logits(model, model.decode_slots(h), earlier, t, state, config)[:, 0]
-        drawn.append(torch.multinomial(filter_logits(logits, config).softmax(-1), 1))
-        if t + 1 < expected.shape[1]:
-            h = step(model, drawn[-1][..., None], t, state)
-    assert torch.equal(torch.cat(drawn, dim=1), expected)
+    drawn = drawn_by_torch(model, prepared, config, expected.shape[1])
+    assert torch.equal(drawn[..., 0], expected)
 
 
 # -- the tokenizer --------------------------------------------------------------------------------
@@ -259,19 +243,8 @@ def test_uint8_images(case, painter):
 
 
 def test_uint8_rule():
-    """Bytes of given decoder values; a few lie on a rounding edge, where one level is allowed."""
-    table = golden_table("uint8_rules.json")
-    x = torch.tensor(table["x"])
-
-    class Decoder:
-        def decode(self, codes):
-            return x.view(1, 1, 1, -1).expand(1, 3, 1, -1)
-
-    backbone = RAR(RARConfig(dim=8, n_layer=1, n_head=1, mlp_dim=8, grid=(1, 1), vocab_size=4))
-    backbone.frozen.tokenizer = Decoder()
-    pixels = backbone.decode_images(torch.zeros(1, 1, 1, dtype=torch.long))[0, 0].int()
-    off = pixels - torch.tensor(table["rar"])[:, None]
-    assert off.abs().max() <= 1 and (off == 0).float().mean() > 0.95
+    config = RARConfig(dim=8, n_layer=1, n_head=1, mlp_dim=8, grid=(1, 1), vocab_size=4)
+    check_uint8_rule(RAR(config))
 
 
 def test_codebook_noise_reads_the_plain_rows(case, tokenizer, painter):

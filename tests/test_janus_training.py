@@ -327,8 +327,7 @@ def test_generate_program(lora, tmp_path, monkeypatch, capsys):
 
 
 def test_shipped_base_is_complete():
-    if "shapes-janus" not in t2i.loading.shipped_bases():
-        pytest.skip("no shipped Janus yet")
+    assert "shapes-janus" in t2i.loading.shipped_bases()
     backbone = t2i.load_backbone("janus", "shapes-janus")
     assert backbone.spec.grid == (8, 8) and backbone.spec.sampling.cfg_scale == 2.5
     stored = set(janus_weights.vq_to_transformers(backbone.tokenizer.state_dict()))

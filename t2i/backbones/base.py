@@ -4,19 +4,22 @@ A backbone predicts codes in raster order with a causal transformer. The method 
 so a new family is one file here. Positions and cache indices are separate things: position P + p belongs to image token p
 (with stride s, window i sits at position P + i*s), the cache index counts the inputs seen so far.
 
-Shapes: B batch, L inputs, P prefix length, D model width, T image tokens, S sub-tokens of a code, V vocabulary, H heads,
-K width of a head.
+Shapes: B batch, L inputs, P prefix length, D model width, T image tokens, S sub-tokens of a code, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from t2i.backbones.attention import KVCache
+from t2i.conditioning.labels import class_ids
+from t2i.weights import naming
 
 
 @dataclass(frozen=True)
@@ -176,51 +179,29 @@ class Frozen:
     text_encoder: object | None = None
 
 
-class KVCache:
-    """Preallocated keys and values, [B, H, length, K] per layer.
+C = TypeVar("C")
 
-    `at(start, count)` says which entries the next trunk call writes. `extent` is how many leading entries attention reads: the
-    loop may fix it to a bucket so that every step has one shape; a mask made from `index` hides what is not filled yet.
+
+def settle_config(
+    config: C | None, grid: tuple[int, int] | None, path: str | Path, infer: Callable[[], C]
+) -> C:
+    """The configuration given (with the grid, if that is given, too), or else what `infer` reads off the file's weights.
+
+    Raises:
+        ValueError: `infer`'s, with the path.
     """
-
-    def __init__(
-        self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, dtype, device
-    ):
-        shape = (layers, batch, heads, length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = length
-        self.index = torch.empty(0, dtype=torch.long, device=device)
-        self.extent = 0
-
-    def at(self, start: int, count: int) -> "KVCache":
-        assert start >= 0 and start + count <= self.length, (start, count, self.length)
-        self.index = torch.arange(start, start + count, device=self.keys.device)
-        self.extent = start + count
-        return self
-
-    def update(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new entries and return the filled part."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.index, k_BHLK.to(keys.dtype))
-        values.index_copy_(2, self.index, v_BHLK.to(values.dtype))
-        return keys[:, :, : self.extent], values[:, :, : self.extent]
+    if config is None:
+        with naming(path):
+            return infer()
+    return config if grid is None else replace(config, grid=grid)
 
 
-def causal_mask(index_L: Tensor, extent: int, prefix_mask_BP: Tensor | None) -> Tensor:
-    """Which of `extent` entries the inputs at `index` may attend to, bool [B or 1, 1, L, extent].
-
-    Every entry sees itself, also a masked-out prefix entry: a row without any key would give NaN.
-    """
-    columns = torch.arange(extent, device=index_L.device)
-    allowed = (columns <= index_L[:, None])[None]
-    if prefix_mask_BP is not None:
-        visible = torch.ones(
-            prefix_mask_BP.shape[0], extent, dtype=torch.bool, device=index_L.device
-        )
-        visible[:, : prefix_mask_BP.shape[1]] = prefix_mask_BP[:, :extent]
-        allowed = (allowed & visible[:, None]) | (columns == index_L[:, None])
-    return allowed[:, None]
+def published_size(sizes: dict[str, dict], **known) -> str | None:
+    """Name of the first size that agrees with what is known of a shape, or None."""
+    return next(
+        (name for name, s in sizes.items() if all(known.get(k, v) == v for k, v in s.items())),
+        None,
+    )
 
 
 def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
@@ -253,12 +234,12 @@ class Backbone(nn.Module, ABC):
         """Element dropout on the trunk's inputs, in training."""
 
     # -- the condition ----------------------------------------------------------------------------------------------------
-    @abstractmethod
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
-        """Turn class ids or prompts into batched tensors by frozen means only.
+        """Turn class ids or prompts into batched tensors by frozen means only; here class ids.
 
         Where the prefix varies with the prompts, `length` pads it to so many tokens (`prefix_length` of a larger set of prompts).
         """
+        return {"labels": class_ids(conditions, self.spec.num_classes).to(self.device)}
 
     def prefix_length(self, conditions: Sequence) -> int:
         """Prefix tokens of the longest of these conditions: images drawn with one `length` do not depend on how they are batched."""
@@ -346,9 +327,9 @@ class Backbone(nn.Module, ABC):
             )
         return self.frozen.tokenizer
 
-    @abstractmethod
     def code_vectors(self) -> tuple[Tensor, ...]:
-        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes."""
+        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes; here of a stored codebook."""
+        return (self.tokenizer.quantize.vectors(),)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here of a tokenizer with one sub-token."""

@@ -20,26 +20,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import JanusConfig, JanusForConditionalGeneration
 from transformers.models.janus.modeling_janus import JanusVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from t2i.backbones import janus_weights as names
-from t2i.backbones.base import (
-    Backbone,
-    BackboneSpec,
-    Condition,
-    KVCache,
-    SamplingConfig,
-    causal_mask,
-)
+from t2i.backbones.attention import KVCache, causal_mask, run_blocks
+from t2i.backbones.base import Backbone, BackboneSpec, Condition, SamplingConfig, settle_config
 from t2i.conditioning.janus_prompts import IMAGE, JanusPrompts
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
-from t2i.weights import load_strict, read_folder
+from t2i.weights import load_strict, naming, read_folder, reading
 
 PUBLISHED_AS_FOLDER = True
-"""Weights, tokenizers and configuration are published as one folder (see `t2i.loading`)."""
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +48,19 @@ class JanusShape:
     grid: tuple[int, int]
     """Height and width of an image in codes."""
 
+    @staticmethod
+    def of(janus: JanusConfig, grid: tuple[int, int] | None = None) -> "JanusShape":
+        """The shape of a configuration, with the grid that it says or another."""
+        side = janus.vq_config.num_patches
+        plain = json.loads(janus.to_json_string(use_diff=False))
+        return JanusShape(plain, tuple(grid or (side, side)))
+
     @property
     def janus(self) -> JanusConfig:
         return JanusConfig.from_dict(self.transformers)
+
+
+CONFIG = JanusShape
 
 
 class PastKeyValues:
@@ -204,22 +206,13 @@ class Janus(Backbone):
     def trunk(
         self, x_BLD, positions_L, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        length = x_BLD.shape[1]
-        index = torch.arange(length, device=x_BLD.device) if cache is None else cache.index
-        extent = length if cache is None else cache.extent
         shared = {
-            "attention_mask": causal_mask(index, extent, condition.mask),
+            "attention_mask": causal_mask(x_BLD, condition.mask, cache),
             "position_embeddings": self.language_model.rotary_emb(x_BLD, positions_L[None]),
             "past_key_values": None if cache is None else PastKeyValues(cache),
         }
-        x = self.token_dropout(x_BLD)
-        for layer in self.language_model.layers:
-            block = partial(layer, **shared)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Not the reentrant kind, which trains nothing when its input needs no gradient, as with frozen embeddings.
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        layers = (partial(layer, **shared) for layer in self.language_model.layers)
+        x = run_blocks(layers, self.token_dropout(x_BLD), recompute=self.gradient_checkpointing)
         return self.language_model.norm(x)
 
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
@@ -231,9 +224,6 @@ class Janus(Backbone):
         return KVCache(*shape, dtype=weight.dtype, device=weight.device)
 
     # -- pixels -----------------------------------------------------------------------------------------------------------
-    def code_vectors(self) -> tuple[Tensor, ...]:
-        return (self.tokenizer.quantize.vectors(),)
-
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
         """Janus cuts off where LlamaGen rounds."""
         return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
@@ -270,28 +260,22 @@ def load(
             f"{folder} is not a folder: Janus-Pro is published as one (config.json, weights, tokenizer.json)"
         )
     weights = names.to_transformers(read_folder(folder, shapes_only=shapes_only))
-    try:
-        shape = config.janus if config is not None else names.read_config(folder, weights)
-        vq = VQConfig.from_state_dict(names.vq_weights(weights))
-    except KeyError as error:
-        raise ValueError(f"{folder} is no Janus-Pro: key {error} is missing") from error
+    shape = config.janus if config is not None else names.read_config(folder, weights)
     tied = names.HEAD not in weights
-    if tied:
-        weights[names.HEAD] = weights[names.EMBEDDING]
+    with naming(folder), reading("a Janus-Pro"):
+        vq = VQConfig.from_state_dict(names.vq_weights(weights))
+        if tied:
+            weights[names.HEAD] = weights[names.EMBEDDING]
     shape.tie_word_embeddings = tied  # transformers' default is True, whatever the file holds
     prompts = JanusPrompts.load(folder, _MAX_PROMPT)
     shape.image_token_id = prompts.tokenizer.token_to_id(IMAGE) or shape.image_token_id
-    side = shape.vq_config.num_patches
-    grid = grid or (config.grid if config is not None else (side, side))
-    backbone = Janus(JanusShape(plain_config(shape), tuple(grid)), generation_only=generation_only)
+    grid = grid or (config.grid if config is not None else None)
+    backbone = Janus(JanusShape.of(shape, grid), generation_only=generation_only)
     prompts.max_tokens = backbone.spec.prefix_tokens
     backbone.frozen.text_encoder = prompts
     _attach_tokenizer(backbone, vq, None if shapes_only else names.vq_weights(weights), folder)
-    kept = {
-        k: v.to(dtype)
-        for k, v in weights.items()
-        if not k.startswith(names.VQ) and not (generation_only and k.startswith(_UNDERSTANDING))
-    }
+    other = (names.VQ, *_UNDERSTANDING) if generation_only else (names.VQ,)
+    kept = {k: v.to(dtype) for k, v in weights.items() if not k.startswith(other)}
     load_strict(backbone.janus, kept, folder, assign=True)
     if tied and not generation_only:
         backbone.janus.lm_head.weight = backbone.language_model.embed_tokens.weight
@@ -317,31 +301,22 @@ def _attach_tokenizer(
 
 
 def outline(
-    source: str | Path, *, config: JanusShape | None = None, generation_only: bool = False
+    source: str | Path,
+    *,
+    config: JanusShape | None = None,
+    grid: tuple[int, int] | None = None,
+    generation_only: bool = False,
 ) -> Janus | None:
     """A published size on the meta device, without any file; None for what has no published shape."""
     size = names.PUBLISHED.get(str(source))
     if size is None:
         return None
-    shape = names.published_config(size)
-    side = shape.vq_config.num_patches
-    backbone = Janus(
-        config or JanusShape(plain_config(shape), (side, side)), generation_only=generation_only
-    )
+    published = names.published_config(size)
+    shape = settle_config(config, grid, source, lambda: JanusShape.of(published, grid))
+    backbone = Janus(shape, generation_only=generation_only)
     _attach_tokenizer(backbone, VQConfig(), None, source)
     return backbone
 
 
-def plain_config(config: JanusConfig) -> dict:
-    """What JSON would give back."""
-    return json.loads(config.to_json_string(use_diff=False))
-
-
-def config_from_dict(values: dict) -> JanusShape:
-    """The config stored in a JSON file."""
-    return JanusShape(values["transformers"], tuple(values["grid"]))
-
-
-def load_tokenizer(path: str | Path) -> VQTokenizer:
-    """An image tokenizer in place of the folder's own."""
-    return VQTokenizer.load(path)
+load_tokenizer = VQTokenizer.load
+"""An image tokenizer in place of the folder's own."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import JanusConfig
 
 from t2i.tokenizers.vq import VQConfig
+from t2i.weights import count_children
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ _VQ_NAMES = (
     (".mid.1.", ".mid.attn_1."),
     (".mid.2.", ".mid.block_2."),
 )
-# A pooling head that the model does not use, and a usage counter of the tokenizer's training.
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers stored this table
+# A pooling head that the model does not use, and a usage counter of the tokenizer's training.
 _UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.codebook_used")
 
 SIZES = {
@@ -120,9 +121,7 @@ def _convert_config(stored: dict, weights: dict[str, Tensor]) -> JanusConfig:
     image_size = stored["vision_config"]["params"]["image_size"]
     patches = weights["model.vision_model.embeddings.patch_embedding.weight"]
     vision_width, _, patch, _ = patches.shape
-    layers = 1 + max(
-        int(k.split(".")[4]) for k in weights if k.startswith("model.vision_model.encoder.layers.")
-    )
+    layers = count_children(weights, "model.vision_model.encoder.layers.")
     heads = 16
     if vision_width != 1024:
         heads = max(1, vision_width // 64)
@@ -148,17 +147,24 @@ def _convert_config(stored: dict, weights: dict[str, Tensor]) -> JanusConfig:
             "num_image_tokens": (image_size // patch) ** 2,
         },
         vq_config={
-            "base_channels": vq.channels,
-            "channel_multiplier": vq.multipliers,
-            "num_res_blocks": vq.res_blocks,
-            "latent_channels": vq.latent_channels,
-            "num_embeddings": vq.codebook_size,
-            "embed_dim": vq.codebook_dim,
+            **vq_settings(vq),
             "projection_dim": head.shape[0],
             "image_token_embed_dim": head.shape[1],
             "num_hidden_layers": stored["gen_aligner_config"]["params"]["depth"],
         },
     )
+
+
+def vq_settings(vq: VQConfig) -> dict:
+    """The shape of an image tokenizer in transformers' words."""
+    return {
+        "base_channels": vq.channels,
+        "channel_multiplier": vq.multipliers,
+        "num_res_blocks": vq.res_blocks,
+        "latent_channels": vq.latent_channels,
+        "num_embeddings": vq.codebook_size,
+        "embed_dim": vq.codebook_dim,
+    }
 
 
 def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:

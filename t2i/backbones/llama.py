@@ -1,6 +1,6 @@
-"""The transformer block that LlamaGen and Open-MAGVIT2 share (LlamaGen `autoregressive/models/gpt.py`).
+"""What LlamaGen and Open-MAGVIT2 share, above all the transformer block (LlamaGen `autoregressive/models/gpt.py`).
 
-A pre-norm Llama block with fused QKV and SwiGLU. Two things differ from the Llama that everyone knows and matter for parity:
+It is a pre-norm Llama block with fused QKV and SwiGLU. Two things differ from the Llama that everyone knows and matter for parity:
 
 - RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the second with the column.
 - The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys vanish: every attention logit
@@ -9,15 +9,14 @@ A pre-norm Llama block with fused QKV and SwiGLU. Two things differ from the Lla
 Shapes: B batch, L inputs, P prefix, D width, H heads, K head width, T image tokens.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from t2i.backbones.base import KVCache
+from t2i.backbones.attention import KVCache
+from t2i.backbones.base import Backbone
 
 
 @dataclass(frozen=True)
@@ -136,24 +135,6 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-def run_blocks(
-    blocks: Iterable[Block],
-    x_BLD: Tensor,
-    rope: Tensor,
-    mask: Tensor | None,
-    cache: KVCache | None,
-    *,
-    recompute: bool,
-) -> Tensor:
-    """Apply blocks in turn; `recompute` keeps no activations inside them and computes these again in the backward pass."""
-    for block in blocks:
-        if recompute and torch.is_grad_enabled():
-            x_BLD = checkpoint(block, x_BLD, rope, mask, cache, use_reentrant=False)
-        else:
-            x_BLD = block(x_BLD, rope, mask, cache)
-    return x_BLD
-
-
 class ClassEmbedding(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -172,3 +153,25 @@ def normal_weights(module: nn.Module, generator: torch.Generator) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=0.02, generator=generator)
+
+
+class LlamaBackbone(Backbone):
+    """What both families have around their blocks."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        # Not a buffer: it must stay fp32 when the model is cast to bf16.
+        self._rope: Tensor | None = None
+
+    def rope_on(self, device: torch.device) -> Tensor:
+        """`rope_table` on a device."""
+        if self._rope is None or self._rope.device != device:
+            self._rope = rope_table(self.config).to(device)
+        return self._rope
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        c, first = self.config, next(self.parameters())
+        shape = (c.n_layer, batch, c.n_kv_head or c.n_head, length, c.dim // c.n_head)
+        return KVCache(*shape, dtype=first.dtype, device=first.device)

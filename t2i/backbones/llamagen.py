@@ -15,26 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.backbones.attention import KVCache, causal_mask, run_blocks
 from t2i.backbones.base import (
-    Backbone,
     BackboneSpec,
     CaptionFeatures,
     Condition,
-    KVCache,
     SamplingConfig,
-    causal_mask,
+    published_size,
+    settle_config,
 )
 from t2i.backbones.llama import (
     Block,
     ClassEmbedding,
+    LlamaBackbone,
     LlamaConfig,
     RMSNorm,
     normal_weights,
-    rope_table,
-    run_blocks,
 )
 from t2i.tokenizers.vq import VQTokenizer
-from t2i.weights import load_strict, read_state_dict
+from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class LlamaGenConfig(LlamaConfig):
         return 1 if self.cond == "class" else self.caption_tokens
 
 
+CONFIG = LlamaGenConfig
+
 SIZES = {
     "B": {"n_layer": 12, "n_head": 12, "dim": 768},
     "L": {"n_layer": 24, "n_head": 16, "dim": 1024},
@@ -65,14 +66,6 @@ SIZES = {
 
 CLASS_GUIDANCE = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
 """How the published FID of each class-conditional size was sampled: this guidance, and all codes (`GETTING_STARTED.md`)."""
-
-
-def published_size(config: LlamaGenConfig) -> str | None:
-    """The name of a published size, or None."""
-    return next(
-        (name for name, s in SIZES.items() if all(getattr(config, k) == v for k, v in s.items())),
-        None,
-    )
 
 
 GRIDS = {
@@ -91,17 +84,15 @@ def infer_config(
     Raises:
         ValueError: not a LlamaGen GPT, or an unpublished shape for which `config=` must be given.
     """
-    try:
+    with reading("a LlamaGen GPT"):
         dim = state_dict["tok_embeddings.weight"].shape[1]
         ffn_dim = state_dict["layers.0.feed_forward.w1.weight"].shape[0]
         vocab = state_dict["output.weight"].shape[0]
         caption = state_dict.get("cls_embedding.uncond_embedding")
         if caption is None:
             classes = state_dict["cls_embedding.embedding_table.weight"].shape[0] - 1
-    except KeyError as error:
-        raise ValueError(f"not a LlamaGen GPT: key {error} is missing") from error
-    layers = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("layers."))
-    size = next((s for s in SIZES.values() if s["dim"] == dim and s["n_layer"] == layers), None)
+    layers = count_children(state_dict, "layers.")
+    size = published_size(SIZES, dim=dim, n_layer=layers)
     grid = grid or GRIDS.get(stem)
     if size is None or grid is None:
         raise ValueError(
@@ -109,7 +100,7 @@ def infer_config(
             f"{'head count' if size is None else 'grid'} is not in the weights; pass config=LlamaGenConfig(...)"
             + ("" if size is None else " or grid=(h, w)")
         )
-    config = LlamaGenConfig(**size, grid=grid, vocab_size=vocab, ffn_dim=ffn_dim)
+    config = LlamaGenConfig(**SIZES[size], grid=grid, vocab_size=vocab, ffn_dim=ffn_dim)
     if caption is None:
         return replace(config, num_classes=classes)
     tokens, width = caption.shape
@@ -155,16 +146,12 @@ class GPT(nn.Module):
         nn.init.zeros_(self.output.weight)
 
 
-class LlamaGen(Backbone):
+class LlamaGen(LlamaBackbone):
     lora_targets = r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))"
 
     def __init__(self, config: LlamaGenConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.gpt = GPT(config)
-        self.token_dropout = nn.Dropout(config.token_dropout)
-        # Not a buffer: it must stay fp32 when the model is cast to bf16.
-        self._rope = rope_table(config) if self.gpt.norm.weight.device.type != "meta" else None
         self.spec = BackboneSpec(
             family="llamagen",
             dim=config.dim,
@@ -174,16 +161,16 @@ class LlamaGen(Backbone):
             cond_kind=config.cond,
             prefix_tokens=config.prefix_tokens,
             num_classes=config.num_classes if config.cond == "class" else 0,
-            sampling=SamplingConfig(cfg_scale=CLASS_GUIDANCE.get(published_size(config), 2.0))
+            sampling=SamplingConfig(
+                cfg_scale=CLASS_GUIDANCE.get(published_size(SIZES, **vars(config)), 2.0)
+            )
             if config.cond == "class"
             else SamplingConfig(cfg_scale=7.5, top_k=1000),
         )
 
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
         if self.config.cond == "class":
-            from t2i.conditioning.labels import class_ids
-
-            return {"labels": class_ids(conditions, self.config.num_classes).to(self.device)}
+            return super().prepare(conditions)
         if self.frozen.text_encoder is None:
             raise ValueError(
                 "this LlamaGen text-to-image backbone has no text encoder; pass text_encoder=PATH to load_backbone"
@@ -212,17 +199,8 @@ class LlamaGen(Backbone):
     def trunk(
         self, x_BLD, positions_L, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        if self._rope is None or self._rope.device != x_BLD.device:
-            self._rope = rope_table(self.config).to(x_BLD.device)
-        rope = self._rope[positions_L]
-        if cache is not None:
-            mask = causal_mask(cache.index, cache.extent, condition.mask)
-        elif condition.mask is not None:
-            mask = causal_mask(
-                torch.arange(x_BLD.shape[1], device=x_BLD.device), x_BLD.shape[1], condition.mask
-            )
-        else:
-            mask = None
+        rope = self.rope_on(x_BLD.device)[positions_L]
+        mask = causal_mask(x_BLD, condition.mask, cache)
         x = self.token_dropout(x_BLD)
         x = run_blocks(self.gpt.layers, x, rope, mask, cache, recompute=self.gradient_checkpointing)
         return self.gpt.norm(x)
@@ -235,14 +213,6 @@ class LlamaGen(Backbone):
 
     def image_layers(self) -> dict[str, nn.Module]:
         return {"tok_embeddings": self.gpt.tok_embeddings, "output": self.gpt.output}
-
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        c, weight = self.config, self.gpt.tok_embeddings.weight
-        shape = (c.n_layer, batch, c.n_kv_head or c.n_head, length, c.dim // c.n_head)
-        return KVCache(*shape, dtype=weight.dtype, device=weight.device)
-
-    def code_vectors(self) -> tuple[Tensor, ...]:
-        return (self.tokenizer.quantize.vectors(),)
 
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
         return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
@@ -260,19 +230,13 @@ def load(
     Raises:
         ValueError: unreadable file, another family, an unpublished shape without `config`, or keys that do not fit.
     """
-    state_dict = {k: v.to(dtype) for k, v in read_state_dict(path).items() if not _is_scratch(k)}
-    try:
-        if config is None:
-            config = infer_config(state_dict, Path(path).stem, grid)
-        elif grid is not None:
-            config = replace(config, grid=grid)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        backbone = LlamaGen(config)
-    backbone.to_empty(device="cpu").to(dtype)
+    state_dict = {k: v for k, v in read_state_dict(path).items() if not _is_scratch(k)}
+    config = settle_config(
+        config, grid, path, lambda: infer_config(state_dict, Path(path).stem, grid)
+    )
+    backbone = build_empty(lambda: LlamaGen(config), dtype)
     load_strict(backbone.gpt, state_dict, path)
-    return backbone.eval()
+    return backbone
 
 
 def _is_scratch(key: str) -> bool:
@@ -280,11 +244,5 @@ def _is_scratch(key: str) -> bool:
     return key == "freqs_cis" or ".kv_cache." in key
 
 
-def config_from_dict(values: dict) -> LlamaGenConfig:
-    """The config stored in a JSON file."""
-    return LlamaGenConfig(**{**values, "grid": tuple(values["grid"])})
-
-
-def load_tokenizer(path: str | Path) -> VQTokenizer:
-    """LlamaGen's image tokenizer (vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt)."""
-    return VQTokenizer.load(path)
+load_tokenizer = VQTokenizer.load
+"""LlamaGen's image tokenizer (vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt)."""

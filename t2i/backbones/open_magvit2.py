@@ -13,34 +13,32 @@ TensorAR's codec sits between trunk and intra-token transformer, which then serv
 Shapes: B batch, L inputs, D width, S = 2 sub-tokens, T image tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from t2i.backbones.attention import KVCache, causal_mask, run_blocks
 from t2i.backbones.base import (
-    Backbone,
     BackboneSpec,
     Condition,
-    KVCache,
     SamplingConfig,
-    causal_mask,
+    published_size,
+    settle_config,
 )
 from t2i.backbones.llama import (
     Block,
     ClassEmbedding,
+    LlamaBackbone,
     LlamaConfig,
     RMSNorm,
     normal_weights,
-    rope_table,
-    run_blocks,
 )
-from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer, signs, tokenizer_part
-from t2i.tokenizers.vq import count_children
-from t2i.weights import load_strict, read_state_dict
+from t2i.tokenizers.lfq import LFQTokenizer, signs, tokenizer_part
+from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
+TOKENIZER_INSIDE = True
 _PREFIX = "transformer."
 
 
@@ -53,6 +51,8 @@ class OpenMAGVIT2Config(LlamaConfig):
     bits: tuple[int, int] = (6, 12)
     """Bits of each sub-token."""
 
+
+CONFIG = OpenMAGVIT2Config
 
 SIZES = {
     "B": {"n_layer": 24, "n_intra_layer": 2, "n_head": 16, "dim": 1024},
@@ -75,22 +75,20 @@ def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) ->
     Raises:
         ValueError: not an Open-MAGVIT2 generator, or an unpublished shape for which `config=` must be given.
     """
-    try:
+    with reading("an Open-MAGVIT2 generator"):
         pre, dim = state_dict[f"{_PREFIX}pre_emb.weight"].shape
         post = state_dict[f"{_PREFIX}post_emb.weight"].shape[0]
         ffn_dim = state_dict[f"{_PREFIX}spatial_blocks.0.feed_forward.w1.weight"].shape[0]
         classes = state_dict[f"{_PREFIX}class_emb.embedding_table.weight"].shape[0] - 1
-    except KeyError as error:
-        raise ValueError(f"not an Open-MAGVIT2 generator: key {error} is missing") from error
     layers = count_children(state_dict, f"{_PREFIX}spatial_blocks.")
-    size = next((s for s in SIZES.values() if s["dim"] == dim and s["n_layer"] == layers), None)
+    size = published_size(SIZES, dim=dim, n_layer=layers)
     if size is None:
         raise ValueError(
             f"an Open-MAGVIT2 generator of width {dim} with {layers} layers is no published size: its head count is "
             "not in the weights; pass config=OpenMAGVIT2Config(...)"
         )
     return OpenMAGVIT2Config(
-        **size,
+        **SIZES[size],
         grid=grid or (16, 16),
         bits=tuple((v - 1).bit_length() for v in (pre, post)),
         ffn_dim=ffn_dim,
@@ -119,18 +117,14 @@ class GPT(nn.Module):
             nn.init.zeros_(head.weight)
 
 
-class OpenMAGVIT2(Backbone):
+class OpenMAGVIT2(LlamaBackbone):
     lora_targets = (
         r"(spatial|factorized)_blocks\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))"
     )
 
     def __init__(self, config: OpenMAGVIT2Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.transformer = GPT(config)
-        self.token_dropout = nn.Dropout(config.token_dropout)
-        self._rope: Tensor | None = None
-        size = next((s for s, shape in SIZES.items() if shape["dim"] == config.dim), "B")
         self.spec = BackboneSpec(
             family="open_magvit2",
             dim=config.dim,
@@ -141,13 +135,8 @@ class OpenMAGVIT2(Backbone):
             prefix_tokens=1,
             num_classes=config.num_classes,
             sign_codebook=True,
-            sampling=SAMPLING[size],
+            sampling=SAMPLING[published_size(SIZES, dim=config.dim) or "B"],
         )
-
-    def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
-        from t2i.conditioning.labels import class_ids
-
-        return {"labels": class_ids(conditions, self.config.num_classes).to(self.device)}
 
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
@@ -160,23 +149,10 @@ class OpenMAGVIT2(Backbone):
     def trunk(
         self, x_BLD, positions_L, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        rope = self._rope_on(x_BLD.device)[positions_L]
-        mask = None if cache is None else causal_mask(cache.index, cache.extent, None)
-        x = self.token_dropout(x_BLD)
-        return run_blocks(
-            self.transformer.spatial_blocks,
-            x,
-            rope,
-            mask,
-            cache,
-            recompute=self.gradient_checkpointing,
-        )
-
-    def _rope_on(self, device: torch.device) -> Tensor:
-        # Not a buffer: it must stay fp32 when the model is cast to bf16.
-        if self._rope is None or self._rope.device != device:
-            self._rope = rope_table(self.config).to(device)
-        return self._rope
+        rope = self.rope_on(x_BLD.device)[positions_L]
+        mask = causal_mask(x_BLD, condition.mask, cache)
+        x, blocks = self.token_dropout(x_BLD), self.transformer.spatial_blocks
+        return run_blocks(blocks, x, rope, mask, cache, recompute=self.gradient_checkpointing)
 
     def _intra_token(self, h: Tensor, earlier: Tensor) -> Tensor:
         """Intra-token transformer on [h, embeddings of `earlier`]: [..., D] and [..., s] -> normalised [..., 1 + s, D]."""
@@ -187,7 +163,7 @@ class OpenMAGVIT2(Backbone):
         out = run_blocks(
             self.transformer.factorized_blocks,
             x.reshape(-1, *x.shape[-2:]),
-            self._rope_on(h.device)[: len(places)],
+            self.rope_on(h.device)[: len(places)],
             None,
             None,
             recompute=self.gradient_checkpointing,
@@ -209,11 +185,6 @@ class OpenMAGVIT2(Backbone):
     def image_layers(self) -> dict[str, nn.Module]:
         names = ("pre_emb", "post_emb", "head")
         return {_PREFIX + name: getattr(self.transformer, name) for name in names}
-
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        c, weight = self.config, self.transformer.norm.weight
-        shape = (c.n_layer, batch, c.n_kv_head or c.n_head, length, c.dim // c.n_head)
-        return KVCache(*shape, dtype=weight.dtype, device=weight.device)
 
     def code_vectors(self) -> tuple[Tensor, ...]:
         return tuple(signs(torch.arange(2**b), b) for b in self.config.bits)
@@ -255,32 +226,13 @@ def load(
         ValueError: unreadable file, another family, an unpublished shape without `config`, or keys that do not fit.
     """
     state_dict = read_state_dict(path)
-    inside = tokenizer_part(state_dict)
-    try:
-        if config is None:
-            config = infer_config(state_dict, grid)
-        elif grid is not None:
-            config = replace(config, grid=grid)
-        if inside:
-            tokenizer = LFQTokenizer.empty(LFQConfig.from_state_dict(inside))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        backbone = OpenMAGVIT2(config)
-    backbone.to_empty(device="cpu").to(dtype)
-    if inside:
-        backbone.frozen.tokenizer = tokenizer
+    config = settle_config(config, grid, path, lambda: infer_config(state_dict, grid))
+    backbone = build_empty(lambda: OpenMAGVIT2(config), dtype)
+    if inside := tokenizer_part(state_dict):
+        backbone.frozen.tokenizer = LFQTokenizer.empty(inside, path)
     load_strict(ARCheckpoint(backbone), state_dict, path)
-    return backbone.eval()
+    return backbone
 
 
-def config_from_dict(values: dict) -> OpenMAGVIT2Config:
-    """The config stored in a JSON file."""
-    return OpenMAGVIT2Config(
-        **{**values, "grid": tuple(values["grid"]), "bits": tuple(values["bits"])}
-    )
-
-
-def load_tokenizer(path: str | Path) -> LFQTokenizer:
-    """The image tokenizer inside an AR checkpoint, or of its own file (imagenet_256_L.ckpt; the raw weights, see `LFQTokenizer`)."""
-    return LFQTokenizer.load(path)
+load_tokenizer = LFQTokenizer.load
+"""The image tokenizer inside an AR checkpoint, or of its own file (imagenet_256_L.ckpt; the raw weights, see `LFQTokenizer`)."""

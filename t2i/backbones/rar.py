@@ -14,26 +14,25 @@ matters for parity:
 Shapes: B batch, L inputs, P = 2 prefix, D width, H heads, K head width, T image tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from t2i.backbones.attention import KVCache, causal_mask, run_blocks
 from t2i.backbones.base import (
     Backbone,
     BackboneSpec,
     Condition,
-    KVCache,
     SamplingConfig,
-    causal_mask,
+    published_size,
+    settle_config,
 )
 from t2i.tokenizers.maskgit_vqgan import MaskGITVQGAN
-from t2i.weights import load_strict, read_state_dict
+from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
 PREFIX = 2
 _EPS = 1e-6
@@ -70,6 +69,8 @@ class RARConfig:
         return self.first_class_id + self.num_classes
 
 
+CONFIG = RARConfig
+
 SIZES = {
     "B": {"n_layer": 24, "n_head": 16, "dim": 768, "mlp_dim": 3072},
     "L": {"n_layer": 24, "n_head": 16, "dim": 1024, "mlp_dim": 4096},
@@ -90,29 +91,19 @@ DEMO_SAMPLING = SamplingConfig(cfg_scale=4.0)
 """The authors' demonstration: constant guidance. Used for shapes that were never published."""
 
 
-def published_size(config: RARConfig) -> str | None:
-    """The name of a published size, or None."""
-    return next(
-        (name for name, s in SIZES.items() if all(getattr(config, k) == v for k, v in s.items())),
-        None,
-    )
-
-
 def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) -> RARConfig:
     """Read the configuration off an official state dict; only a grid that is not square has to be given.
 
     Raises:
         ValueError: not a RAR generator, or its number of tokens does not fit a grid.
     """
-    try:
+    with reading("a RAR generator"):
         vocab, dim = state_dict["lm_head.weight"].shape
         n_head = dim // state_dict["blocks.0.attn.q_norm.weight"].shape[0]
         mlp_dim = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
         classes = state_dict["embeddings.weight"].shape[0] - vocab - 2
         tokens = state_dict["timesteps_embeddings"].shape[1] - _SPARE_TIMESTEPS
-    except KeyError as error:
-        raise ValueError(f"not a RAR generator: key {error} is missing") from error
-    layers = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("blocks."))
+    layers = count_children(state_dict, "blocks.")
     side = isqrt(max(tokens, 0))
     grid = grid or (side, side)
     if grid[0] * grid[1] != tokens:
@@ -253,13 +244,8 @@ class RAR(Backbone):
             cond_kind="class",
             prefix_tokens=PREFIX,
             num_classes=config.num_classes,
-            sampling=SAMPLING.get(published_size(config), DEMO_SAMPLING),
+            sampling=SAMPLING.get(published_size(SIZES, **vars(config)), DEMO_SAMPLING),
         )
-
-    def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
-        from t2i.conditioning.labels import class_ids
-
-        return {"labels": class_ids(conditions, self.config.num_classes).to(self.device)}
 
     def condition_ids(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Rows of the embedding table, int64 [B], for labels [B]; the null class where `drop`."""
@@ -280,13 +266,9 @@ class RAR(Backbone):
     def trunk(
         self, x_BLD, positions_L, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        mask = None if cache is None else causal_mask(cache.index, cache.extent, None)
+        mask = causal_mask(x_BLD, condition.mask, cache)
         x, c = self.gpt(self.token_dropout(x_BLD), condition.extras["class"], positions_L)
-        for block in self.gpt.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, c, mask, cache)
+        x = run_blocks(self.gpt.blocks, x, c, mask, cache, recompute=self.gradient_checkpointing)
         return self.gpt.adaln_before_head(x, c)
 
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
@@ -302,9 +284,6 @@ class RAR(Backbone):
         c, weight = self.config, self.gpt.embeddings.weight
         shape = (c.n_layer, batch, c.n_head, length, c.dim // c.n_head)
         return KVCache(*shape, dtype=weight.dtype, device=weight.device)
-
-    def code_vectors(self) -> tuple[Tensor, ...]:
-        return (self.tokenizer.quantize.embedding.weight,)
 
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
         unit = ((pixels + 1) / 2).clamp(0, 1)
@@ -323,26 +302,12 @@ def load(
     Raises:
         ValueError: unreadable file, another family, or keys that do not fit.
     """
-    state_dict = {k: v.to(dtype) for k, v in read_state_dict(path).items()}
-    try:
-        if config is None:
-            config = infer_config(state_dict, grid)
-        elif grid is not None:
-            config = replace(config, grid=grid)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        backbone = RAR(config)
-    backbone.to_empty(device="cpu").to(dtype)
+    state_dict = read_state_dict(path)
+    config = settle_config(config, grid, path, lambda: infer_config(state_dict, grid))
+    backbone = build_empty(lambda: RAR(config), dtype)
     load_strict(backbone.gpt, state_dict, path)
-    return backbone.eval()
+    return backbone
 
 
-def config_from_dict(values: dict) -> RARConfig:
-    """The config stored in a JSON file."""
-    return RARConfig(**{**values, "grid": tuple(values["grid"])})
-
-
-def load_tokenizer(path: str | Path) -> MaskGITVQGAN:
-    """RAR's image tokenizer (maskgit-vqgan-imagenet-f16-256.bin)."""
-    return MaskGITVQGAN.load(path)
+load_tokenizer = MaskGITVQGAN.load
+"""RAR's image tokenizer (maskgit-vqgan-imagenet-f16-256.bin)."""

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import nn
 from transformers import JanusConfig
 
-from t2i.backbones.janus import Janus, JanusShape, plain_config
+from t2i.backbones.janus import Janus, JanusShape
+from t2i.backbones.janus_weights import vq_settings
 from t2i.conditioning import janus_prompts as special
 from t2i.conditioning.janus_prompts import JanusPrompts, chat
 from t2i.tokenizers.vq import VQTokenizer
@@ -49,7 +50,6 @@ def build_tiny_janus(
 ) -> Janus:
     """A random Janus that draws `side` x `side` codes of this image tokenizer; its words are those of the prompts."""
     words = build_tokenizer(prompts, vocab_size=vocab_size)
-    vq = tokenizer.config
     config = JanusConfig(
         text_config={
             "model_type": "llama",
@@ -72,19 +72,14 @@ def build_tiny_janus(
             "num_image_tokens": side * side,
         },
         vq_config={
-            "base_channels": vq.channels,
-            "channel_multiplier": vq.multipliers,
-            "num_res_blocks": vq.res_blocks,
-            "latent_channels": vq.latent_channels,
-            "num_embeddings": vq.codebook_size,
-            "embed_dim": vq.codebook_dim,
+            **vq_settings(tokenizer.config),
             "projection_dim": dim,
             "image_token_embed_dim": dim,
         },
         image_token_id=words.token_to_id(special.IMAGE),
         tie_word_embeddings=False,
     )
-    backbone = Janus(JanusShape(plain_config(config), (side, side)))
+    backbone = Janus(JanusShape.of(config, (side, side)))
     backbone.to_empty(device="cpu")
     initialize(backbone, tokenizer, torch.Generator().manual_seed(seed))
     backbone.frozen.tokenizer = tokenizer

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.tokenizers.vq import ResBlock, group_norm
-from t2i.weights import count_children, load_strict, read_state_dict
+from t2i.tokenizers.base import ConvConfig, ConvTokenizer, encoder_shape, group_norm
+from t2i.tokenizers.vq import ResBlock
+from t2i.weights import load_strict, read_state_dict, reading
 
-EMBEDDED = "first_stage_model."
-"""Where a checkpoint of the autoregressive model keeps its tokenizer."""
+_EMBEDDED = (
+    "first_stage_model."  # where a checkpoint of the autoregressive model keeps its tokenizer
+)
 _EMA = "model_ema."
 _EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 
@@ -34,38 +36,24 @@ def indices(latents: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LFQConfig:
+class LFQConfig(ConvConfig):
     """Shape of an LFQ tokenizer; the defaults are the published ones."""
 
-    channels: int = 128
-    """Channels at full resolution."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channel multiplier of each resolution; the image is halved between them."""
     res_blocks: int = 4
     """Residual blocks per resolution, and in the middle."""
     bits: int = 18
     """Latent channels, each one bit of a code."""
 
+    @property
+    def codebook_size(self) -> int:
+        return 2**self.bits
+
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "LFQConfig":
         """Read the shape off an official state dict; ValueError if it is not an LFQ tokenizer."""
-        try:
-            channels = state_dict["encoder.conv_in.weight"].shape[0]
-            # At least one, so that another family's file fails below by the name of a key.
-            levels = max(1, count_children(state_dict, "encoder.down."))
-            return LFQConfig(
-                channels=channels,
-                multipliers=tuple(
-                    state_dict[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // channels
-                    for i in range(levels)
-                ),
-                res_blocks=count_children(state_dict, "encoder.down.0.block."),
-                bits=state_dict["encoder.conv_out.weight"].shape[0],
-            )
-        except KeyError as error:
-            raise ValueError(
-                f"not an LFQ tokenizer of Open-MAGVIT2's layout: key {error} is missing"
-            ) from error
+        with reading("an LFQ tokenizer of Open-MAGVIT2's layout"):
+            shape = encoder_shape(state_dict, "down", "block")
+            return LFQConfig(**shape, bits=state_dict["encoder.conv_out.weight"].shape[0])
 
 
 def _res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
@@ -171,22 +159,14 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class LFQTokenizer(nn.Module):
-    """Images <-> codes 0 .. 2^E - 1; parameter names are those of the official checkpoints."""
+class LFQTokenizer(ConvTokenizer):
+    """Images <-> codes 0 .. 2^E - 1."""
+
+    config_type = LFQConfig
 
     def __init__(self, config: LFQConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-
-    @property
-    def downsample(self) -> int:
-        """Pixels per code along each side."""
-        return 2 ** (len(self.config.multipliers) - 1)
-
-    @property
-    def codebook_size(self) -> int:
-        return 2**self.config.bits
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Real-valued latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]; their signs are the code vectors."""
@@ -197,16 +177,14 @@ class LFQTokenizer(nn.Module):
         """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
         return indices(self.latents(pixels).movedim(1, -1))
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W], nominally in [-1, 1] but not clamped, of codes int64 [B, h, w]."""
-        return self.decode_vectors(signs(codes, self.config.bits).movedim(-1, 1))
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        return signs(codes, self.config.bits)
 
     def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
         return self.decoder(z_BEhw)
 
-    @staticmethod
-    def load(path: str | Path, *, ema: bool = False) -> "LFQTokenizer":
+    @classmethod
+    def load(cls, path: str | Path, *, ema: bool = False) -> "LFQTokenizer":
         """Load an official file, frozen, fp32: a tokenizer's own (imagenet_256_L.ckpt), or the one inside an AR checkpoint.
 
         A tokenizer's own file has two sets of weights. `ema` takes the averaged ones, with which its reconstruction FID was
@@ -221,10 +199,7 @@ class LFQTokenizer(nn.Module):
         averaged = {k: v for k, v in state_dict.items() if k not in raw and k not in _EMA_COUNTERS}
         if ema and not averaged:
             raise ValueError(f"{path} has no averaged weights ({_EMA}*); load it with ema=False")
-        try:
-            tokenizer = LFQTokenizer.empty(LFQConfig.from_state_dict(raw))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        tokenizer = cls.empty(raw, path)
         # The name of an averaged weight has lost its dots.
         names = {_EMA + name.replace(".", ""): name for name in tokenizer.state_dict()}
         averaged = {names.get(k, k): v for k, v in averaged.items()}
@@ -234,14 +209,7 @@ class LFQTokenizer(nn.Module):
                 load_strict(tokenizer, weights, source)
         return tokenizer
 
-    @staticmethod
-    def empty(config: LFQConfig) -> "LFQTokenizer":
-        """A frozen tokenizer in eval mode, to be filled with weights."""
-        with torch.device("meta"):
-            tokenizer = LFQTokenizer(config)
-        return tokenizer.to_empty(device="cpu").eval().requires_grad_(False)
-
 
 def tokenizer_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """What an AR checkpoint's state dict holds of a tokenizer, under the tokenizer's own names; empty if nothing."""
-    return {k.removeprefix(EMBEDDED): v for k, v in state_dict.items() if k.startswith(EMBEDDED)}
+    return {k.removeprefix(_EMBEDDED): v for k, v in state_dict.items() if k.startswith(_EMBEDDED)}

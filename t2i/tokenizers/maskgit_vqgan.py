@@ -14,24 +14,19 @@ Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimensi
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.tokenizers.vq import group_norm
-from t2i.weights import count_children, load_strict, read_state_dict
+from t2i.tokenizers.base import Codebook, ConvConfig, ConvTokenizer, encoder_shape, group_norm
+from t2i.weights import reading
 
 
 @dataclass(frozen=True)
-class MaskGITConfig:
+class MaskGITConfig(ConvConfig):
     """Shape of the tokenizer; the defaults are the published one (16 pixels per code)."""
 
-    channels: int = 128
-    """Channels at full resolution."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channel multiplier of each resolution; the image is halved between them."""
     res_blocks: int = 2
     """Residual blocks per resolution and in the middle, in the encoder and in the decoder."""
     codebook_size: int = 1024
@@ -40,23 +35,10 @@ class MaskGITConfig:
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "MaskGITConfig":
         """Read the shape off an official state dict; ValueError if it is not a MaskGIT VQGAN."""
-        try:
-            channels = state_dict["encoder.conv_in.weight"].shape[0]
+        with reading("a MaskGIT VQGAN"):
+            shape = encoder_shape(state_dict, "down", "block")
             size, dim = state_dict["quantize.embedding.weight"].shape
-            # At least one, so that another family's file fails below by the name of a key.
-            levels = max(1, count_children(state_dict, "encoder.down."))
-            return MaskGITConfig(
-                channels=channels,
-                multipliers=tuple(
-                    state_dict[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // channels
-                    for i in range(levels)
-                ),
-                res_blocks=count_children(state_dict, "encoder.down.0.block."),
-                codebook_size=size,
-                codebook_dim=dim,
-            )
-        except KeyError as error:
-            raise ValueError(f"not a MaskGIT VQGAN: key {error} is missing") from error
+            return MaskGITConfig(**shape, codebook_size=size, codebook_dim=dim)
 
 
 def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2d:
@@ -140,34 +122,15 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Codebook(nn.Module):
-    def __init__(self, size: int, dim: int):
-        super().__init__()
-        self.embedding = nn.Embedding(size, dim)
+class MaskGITVQGAN(ConvTokenizer):
+    """The file maskgit-vqgan-imagenet-f16-256.bin."""
 
-    def vectors(self) -> Tensor:
-        """Codebook rows [V, E] as they are, which is what the decoder receives."""
-        return self.embedding.weight
-
-
-class MaskGITVQGAN(nn.Module):
-    """Images <-> codes; parameter names are those of the official checkpoint."""
+    config_type = MaskGITConfig
 
     def __init__(self, config: MaskGITConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        super().__init__(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quantize = Codebook(config.codebook_size, config.codebook_dim)
-
-    @property
-    def downsample(self) -> int:
-        """Pixels per code along each side."""
-        return 2 ** (len(self.config.multipliers) - 1)
-
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
@@ -181,24 +144,5 @@ class MaskGITVQGAN(nn.Module):
         # |z - e|^2 without |z|^2, which is the same for all codes.
         return (rows_VE.pow(2).sum(-1) - 2 * (z_BhwE @ rows_VE.T)).argmin(-1)
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W], nominally in [-1, 1] but not clamped, of codes int64 [B, h, w]."""
-        return self.decode_vectors(self.quantize.vectors()[codes].permute(0, 3, 1, 2))
-
     def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
         return 2 * self.decoder(z_BEhw) - 1
-
-    @staticmethod
-    def load(path: str | Path) -> "MaskGITVQGAN":
-        """Load an official file (maskgit-vqgan-imagenet-f16-256.bin) strictly; frozen, fp32."""
-        state_dict = {k: v.float() for k, v in read_state_dict(path).items()}
-        try:
-            config = MaskGITConfig.from_state_dict(state_dict)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            tokenizer = MaskGITVQGAN(config)
-        tokenizer.to_empty(device="cpu")
-        load_strict(tokenizer, state_dict, path)
-        return tokenizer.eval().requires_grad_(False)

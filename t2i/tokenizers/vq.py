@@ -7,27 +7,19 @@ Shapes: B images, H x W pixels, h x w codes, C channels, V codebook rows, E code
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.weights import count_children, load_strict, read_state_dict
-
-_GROUPS = 32
-# A usage counter of the reference's training loop; it has no part in encoding or decoding.
-_IGNORED_KEY = "quantize.codebook_used"
+from t2i.tokenizers.base import Codebook, ConvConfig, ConvTokenizer, encoder_shape, group_norm
+from t2i.weights import reading
 
 
 @dataclass(frozen=True)
-class VQConfig:
+class VQConfig(ConvConfig):
     """Shape of a VQ tokenizer; the defaults are VQ-16."""
 
-    channels: int = 128
-    """Channels at full resolution."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channel multiplier of each resolution; the image is halved between them."""
     res_blocks: int = 2
     """Residual blocks per resolution in the encoder; the decoder has one more."""
     latent_channels: int = 256
@@ -38,29 +30,15 @@ class VQConfig:
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "VQConfig":
         """Read the shape off an official state dict; ValueError if it is not a VQ tokenizer."""
-        try:
-            channels = state_dict["encoder.conv_in.weight"].shape[0]
-            # At least one, so that another family's file fails below by the name of a key.
-            levels = max(1, count_children(state_dict, "encoder.conv_blocks."))
+        with reading("a VQ tokenizer of LlamaGen's layout"):
+            shape = encoder_shape(state_dict, "conv_blocks", "res")
+            size, dim = state_dict["quantize.embedding.weight"].shape
             return VQConfig(
-                channels=channels,
-                multipliers=tuple(
-                    state_dict[f"encoder.conv_blocks.{i}.res.0.conv2.weight"].shape[0] // channels
-                    for i in range(levels)
-                ),
-                res_blocks=count_children(state_dict, "encoder.conv_blocks.0.res."),
+                **shape,
                 latent_channels=state_dict["encoder.conv_out.weight"].shape[0],
-                codebook_size=state_dict["quantize.embedding.weight"].shape[0],
-                codebook_dim=state_dict["quantize.embedding.weight"].shape[1],
+                codebook_size=size,
+                codebook_dim=dim,
             )
-        except KeyError as error:
-            raise ValueError(
-                f"not a VQ tokenizer of LlamaGen's layout: key {error} is missing"
-            ) from error
-
-
-def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6, affine=affine)
 
 
 class ResBlock(nn.Module):
@@ -196,35 +174,24 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Codebook(nn.Module):
-    def __init__(self, size: int, dim: int):
-        super().__init__()
-        self.embedding = nn.Embedding(size, dim)
-
+class UnitCodebook(Codebook):
     def vectors(self) -> Tensor:
         """Unit-norm codebook rows [V, E], which is what the decoder receives."""
         return F.normalize(self.embedding.weight, dim=-1)
 
 
-class VQTokenizer(nn.Module):
-    """Images <-> codes; parameter names are those of the official checkpoints."""
+class VQTokenizer(ConvTokenizer):
+    """The files vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model weights."""
+
+    config_type = VQConfig
+    ignored_keys = ("quantize.codebook_used",)  # a usage counter of the reference's training loop
 
     def __init__(self, config: VQConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantize = Codebook(config.codebook_size, config.codebook_dim)
+        self.quantize = UnitCodebook(config.codebook_size, config.codebook_dim)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
-
-    @property
-    def downsample(self) -> int:
-        """Pixels per code along each side."""
-        return 2 ** (len(self.config.multipliers) - 1)
-
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Un-normalised latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
@@ -236,24 +203,5 @@ class VQTokenizer(nn.Module):
         z_BhwE = F.normalize(self.latents(pixels).permute(0, 2, 3, 1).float(), dim=-1)
         return (z_BhwE @ self.quantize.vectors().float().T).argmax(-1)
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W], nominally in [-1, 1] but not clamped, of codes int64 [B, h, w]."""
-        return self.decode_vectors(self.quantize.vectors()[codes].permute(0, 3, 1, 2))
-
     def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z_BEhw))
-
-    @staticmethod
-    def load(path: str | Path) -> "VQTokenizer":
-        """Load an official file (vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, Janus' gen_vision_model weights), frozen, fp32."""
-        state_dict = {k: v.float() for k, v in read_state_dict(path).items() if k != _IGNORED_KEY}
-        try:
-            config = VQConfig.from_state_dict(state_dict)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            tokenizer = VQTokenizer(config)
-        tokenizer.to_empty(device="cpu")
-        load_strict(tokenizer, state_dict, path)
-        return tokenizer.eval().requires_grad_(False)
