@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i.data.encoding import Encoders, ShardPlan, encode_shards
 from t2i.data.images import PIXELS_VERSION, check_small_policy
 from t2i.data.report import Report
 from t2i.data.samples import Source, load_sample
 from t2i.data.shards import ShardReader, replacing, shard_path
+from t2i.progress import progress_bar
 
 _FORMAT = 1  # part of the key: change it whenever the files change
 _POLL_SECONDS = 0.5
@@ -101,7 +101,7 @@ def build_cache(
     wanted = partial(_is_mine_to_do, folder=folder, rank=rank, world_size=world_size)
     plan = ShardPlan(source, shard_size, max_samples)
     quiet = not progress or rank != 0
-    with tqdm(total=plan.total(wanted), desc="cache", unit=" images", disable=quiet) as bar:
+    with progress_bar(total=plan.total(wanted), desc="cache", unit=" images", disable=quiet) as bar:
         encode_shards(plan, wanted, folder, encoders, bar.update)
     paths = [shard_path(folder, shard) for shard in range(plan.count)]
     wait_for(paths, patience)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i.data.array_file import ALONE, Share
 from t2i.data.cache import cache_key
@@ -27,6 +26,7 @@ from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
 from t2i.data.folders import is_image, list_files
 from t2i.data.images import PIXELS_VERSION, SkipSample, open_image
 from t2i.data.views import Views
+from t2i.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class _Extraction:
         total = sum(map(len, missing))
         with (
             ThreadPoolExecutor(DECODE_THREADS) as pool,
-            tqdm(total=total, desc="codes", unit=" images", disable=quiet) as bar,
+            progress_bar(total=total, desc="codes", unit=" images", disable=quiet) as bar,
         ):
             parts = (
                 (rows, part)

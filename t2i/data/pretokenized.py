@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i.data.array_file import ALONE, Share
 from t2i.data.cache import cache_key
 from t2i.data.code_array import MANIFEST, CodeChunk, build_code_array
 from t2i.data.samples import fingerprint_files
+from t2i.progress import progress_bar
 
 _FORMAT = 1  # part of the key: change it whenever the files change
 _ROWS_PER_CHUNK = 8192
@@ -179,7 +179,9 @@ def convert_jsonl(
         quiet = not progress or share.rank != 0
         with (
             open(path, "rb") as file,
-            tqdm(total=sum(map(len, missing)), desc="codes", unit=" lines", disable=quiet) as bar,
+            progress_bar(
+                total=sum(map(len, missing)), desc="codes", unit=" lines", disable=quiet
+            ) as bar,
         ):
             place = 0
             for rows in missing:

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i.data.array_file import ALONE, ArrayFile, Share, remove_markers
 from t2i.data.cache import wait_for
 from t2i.data.shards import replacing
 from t2i.imaging import save_png
+from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 
 Draw = Callable[[range], np.ndarray]
@@ -92,7 +92,7 @@ def write_samples(
                 save_png(Image.fromarray(image), _png(out, i))
 
     total = sum(map(len, missing))
-    with tqdm(
+    with progress_bar(
         total=total, desc="images", unit=" images", disable=not progress or share.rank != 0
     ) as bar:
         for rows in missing:
