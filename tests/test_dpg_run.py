@@ -255,7 +255,6 @@ def test_a_bad_row_is_named_before_anything_is_drawn(
 
 def test_more_mistakes_are_named(drawn, tmp_path, refusal, monkeypatch):
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("dpg_bench.official.OFFICIAL_URL", "file:///nowhere/dpg_bench.csv")
     out = ("--out", tmp_path / "out")
     assert "--questions PATH" in refusal("--images", tmp_path, *out)
     shapes = ("--questions", "shapes", *out)
