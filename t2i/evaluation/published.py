@@ -120,7 +120,9 @@ class PublishedFile:
                             f"{self.url} gave {size} bytes that are not the published {self.title}. {advice}"
                         )
         except (OSError, http.client.HTTPException) as error:  # no network, disk full, ...
-            raise ValueError(f"the {self.title} cannot be downloaded ({error}). {advice}") from error
+            raise ValueError(
+                f"the {self.title} cannot be downloaded ({error}). {advice}"
+            ) from error
 
 
 def _fetch(url: str, path: Path) -> int:
