@@ -23,6 +23,7 @@ from PIL import Image
 from geneval.detector import Detections, Detector
 from geneval.weights import CLIP, MASK2FORMER
 from t2i.evaluation.published import ProvenFile
+from t2i.hub import fetch_folder
 from t2i.weights import file_sha256
 
 if TYPE_CHECKING:
@@ -125,7 +126,11 @@ def _approximation(weights: Path | None, device: torch.device | str) -> Detector
 
     if weights is not None and not weights.is_dir():
         raise ValueError(f"{weights} is no folder: mask2former-hf is loaded from the hub's folder")
-    folder = weights or _hub_folder()
+    folder = weights or fetch_folder(
+        HUB_APPROXIMATION,
+        ["config.json", "model.safetensors"],
+        advice="Give its folder as --detector-weights",
+    )
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     return _detector(
         "mask2former-hf",
@@ -180,18 +185,3 @@ def _converted(file: ProvenFile) -> PreTrainedModel:
             "a folder that can be written"
         ) from error
     return load_hub_folder(folder)
-
-
-def _hub_folder() -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["config.json", "model.safetensors"]
-        return Path(snapshot_download(HUB_APPROXIMATION, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"the hub's {HUB_APPROXIMATION} is not here and cannot be downloaded "
-            f"({reason}). Copy its folder here, or give it as "
-            "--detector-weights"
-        ) from error
