@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from dpg_bench.grids import IMAGES_PER_PROMPT, split_grid
 from t2i.evaluation.inventory import Inventory, shorten
@@ -26,6 +25,7 @@ from t2i.evaluation.sampling import read_generation
 from t2i.evaluation.store import load_image, sample_file, write_prompt
 from t2i.imaging import save_png
 from t2i.processes import Processes
+from t2i.progress import progress_bar
 from t2i.weights import file_sha256, write_json
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _copy(
         What is wrong with files that give no images.
     """
     source, problems = _read_source(out), []
-    for index in tqdm(selected, unit="prompt", desc="copying"):
+    for index in progress_bar(selected, unit="prompt", desc="copying"):
         found, images, wrong = files.get(index, {}), {}, []
         digest = hashlib.sha256(repr(form).encode())
         for number, path in sorted(found.items()):

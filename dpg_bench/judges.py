@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from PIL import Image
 
 from dpg_bench.questions import Question
+from t2i.hub import fetch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -92,14 +93,6 @@ def find_folder(name: str, weights: str | Path | None) -> tuple[Path, str]:
     folder = Path(wanted).expanduser()
     if folder.is_dir():
         return folder, folder.name
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = Path(snapshot_download(wanted))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"judge {name}: {wanted} is neither a folder here nor a model that the hub could give "
-            f"({reason}). Offline, copy the folder here and give its path as the judge's weights"
-        ) from error
+    advice = f"Offline, copy the folder here and give its path as the weights of judge {name}"
+    found = fetch_folder(wanted, advice=advice)
     return found, f"{wanted}@{found.name}"  # a snapshot's folder is named by its commit

@@ -21,14 +21,9 @@ from filelock import FileLock
 from PIL import Image
 
 from geneval.detector import Detections, Detector
-from geneval.weights import (
-    CLIP,
-    MASK2FORMER,
-    WeightFile,
-    cache_folder,
-    find_weights,
-    given_weights,
-)
+from geneval.weights import CLIP, MASK2FORMER
+from t2i.evaluation.published import ProvenFile
+from t2i.hub import fetch_folder
 from t2i.weights import file_sha256
 
 if TYPE_CHECKING:
@@ -114,13 +109,13 @@ def _official(weights: Path | None, sha256: str | None, device: torch.device | s
                 f"a hash of at least {_SHORTEST_HASH} digits belongs to a file: give that file too"
             )
         source = replace(MASK2FORMER, hashes=(sha256.lower(),))
-    file = find_weights(source) if weights is None else given_weights(source, weights)
+    file = source.find() if weights is None else source.given(weights)
     beside = None if weights is None else file.path.parent
     return _detector(
         "mask2former",
         model=lambda: _converted(file),
-        described={file.path.name: file.sha256},
-        clip_file=find_weights(CLIP, beside),
+        described={file.path.name: file.digest},
+        clip_file=CLIP.find(beside),
         official=sha256 is None,
         device=device,
     )
@@ -131,13 +126,17 @@ def _approximation(weights: Path | None, device: torch.device | str) -> Detector
 
     if weights is not None and not weights.is_dir():
         raise ValueError(f"{weights} is no folder: mask2former-hf is loaded from the hub's folder")
-    folder = weights or _hub_folder()
+    folder = weights or fetch_folder(
+        HUB_APPROXIMATION,
+        ["config.json", "model.safetensors"],
+        advice="Give its folder as --detector-weights",
+    )
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     return _detector(
         "mask2former-hf",
         model=lambda: load_hub_folder(folder),
         described={file.name: file_sha256(file) for file in files},
-        clip_file=find_weights(CLIP, weights),
+        clip_file=CLIP.find(weights),
         official=False,
         device=device,
     )
@@ -148,7 +147,7 @@ def _detector(
     *,
     model: Callable[[], PreTrainedModel],
     described: Mapping[str, str],
-    clip_file: WeightFile,
+    clip_file: ProvenFile,
     official: bool,
     device: torch.device | str,
 ) -> Detector:
@@ -160,43 +159,29 @@ def _detector(
     identity = {
         "name": name,
         "official": official,
-        "weights": {**described, clip_file.path.name: clip_file.sha256},
+        "weights": {**described, clip_file.path.name: clip_file.digest},
         "color_precision": colors.precision,
         "libraries": {library: version(library) for library in _LIBRARIES},
     }
     return PhotoDetector(Mask2FormerDetector(model(), device=device), colors, identity)
 
 
-def _converted(file: WeightFile) -> PreTrainedModel:
+def _converted(file: ProvenFile) -> PreTrainedModel:
     """The official weights for transformers: converted once, then read from the cache."""
     from geneval.mmdet_weights import load_hub_folder, load_mmdet
 
-    folder = cache_folder() / f"mask2former-{file.sha256[:16]}-v{_CONVERSION}"
+    cache = MASK2FORMER.cache_folder
+    folder = cache / f"mask2former-{file.digest[:16]}-v{_CONVERSION}"
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+                with tempfile.TemporaryDirectory(dir=cache) as temporary:
                     load_mmdet(file.path).save_pretrained(f"{temporary}/model")
                     os.replace(f"{temporary}/model", folder)
     except OSError as error:
         raise ValueError(
-            f"converted weights cannot be written to {cache_folder()} ({error}): set T2I_CACHE to "
+            f"converted weights cannot be written to {cache} ({error}): set T2I_CACHE to "
             "a folder that can be written"
         ) from error
     return load_hub_folder(folder)
-
-
-def _hub_folder() -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["config.json", "model.safetensors"]
-        return Path(snapshot_download(HUB_APPROXIMATION, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"the hub's {HUB_APPROXIMATION} is not here and cannot be downloaded "
-            f"({reason}). Copy its folder here, or give it as "
-            "--detector-weights"
-        ) from error

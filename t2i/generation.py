@@ -10,6 +10,7 @@ from torch import Tensor
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.conditioning.labels import class_ids
 from t2i.loading import DTYPES
+from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
@@ -51,7 +52,6 @@ def iterate_images(
         prompts: captions, or class ids for a class-conditional backbone.
         jobs: (prompt index, sample index) pairs; all of them if None.
     """
-    from tqdm import tqdm
 
     if isinstance(prompts, str):
         raise ValueError('prompts must be a list: generate(model, ["a photo of a red circle"])')
@@ -71,7 +71,7 @@ def iterate_images(
     # Of all prompts, not of a batch's or this process's: padding is masked, but it moves the rounding.
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    bar = tqdm(
+    bar = progress_bar(
         total=len(batches) * model.windows.count, unit="step", desc="sampling", disable=not progress
     )
     with bar:

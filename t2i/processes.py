@@ -7,14 +7,22 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all."""
+    """This process among all.
 
-    rank: int
-    world_size: int
-    device: torch.device
+    Attributes:
+        rank: its number. Work that is split by index goes to the process with rank index % world_size.
+        patience: seconds to wait for what other processes write, without any progress of theirs.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = _CPU
+    patience: float = 3600.0
 
     @property
     def is_main(self) -> bool:
@@ -30,6 +38,9 @@ class Processes:
             dist.barrier()
 
 
+ALONE = Processes()
+
+
 def join_processes(device: torch.device) -> Processes:
     """Join the launcher's processes for work that is split by index and meets at barriers only.
 
@@ -38,7 +49,7 @@ def join_processes(device: torch.device) -> Processes:
     """
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Processes(0, 1, device)
+            return Processes(device=device)
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -269,3 +271,9 @@ def folder_content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by relative name."""
     found = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def in_threads(work: Callable[[int], object], ranks: Sequence[int] = (0, 1)) -> list:
+    """What `work(rank)` returns, for all ranks at once, as processes would run it; raises what one of them raises."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(work, ranks))

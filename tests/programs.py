@@ -51,9 +51,33 @@ def start_and_kill(module, out: Path, *arguments) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in out.glob("images/*/samples/*.png")}
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    """Every file of an output folder."""
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+def launch(*command: str) -> subprocess.CompletedProcess:
+    """Run Python with these arguments in a process of its own, outside of any launcher; it must succeed."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    extra = {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": paths,
+        "TORCHDYNAMO_DISABLE": "1",  # saves seconds of imports
+    }
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=inherited | extra,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def by_two_processes(module, *arguments) -> str:
+    """What a script prints when two processes run it."""
+    script = ("--standalone", "--nproc_per_node", "2", module.__file__)
+    return launch("-m", "torch.distributed.run", *script, *map(str, arguments)).stdout
 
 
 def results(out: Path) -> dict:

@@ -1,16 +1,17 @@
 """The code cache: content, resume after a kill, several ranks, the key, the report."""
 
 import json
-import threading
 
 import pytest
 import torch
+from helpers import Killed, in_threads
 from PIL import Image
 from safetensors.torch import load_file
 
 from t2i.data.cache import CodeCache, build_cache
 from t2i.data.samples import Sample, Source
 from t2i.data.sources import open_source
+from t2i.processes import Processes
 
 WIDTH = 4  # of the text features
 DEFAULTS = {"key_parts": {"tokenizer": "t"}, "resolution": 8, "batch_size": 3, "shard_size": 4}
@@ -27,10 +28,6 @@ def encode_captions(captions):
         torch.tensor([[len(word), w, 0, 0] for w, word in enumerate(caption.split())]).float()
         for caption in captions
     ]
-
-
-class Killed(Exception):
-    pass
 
 
 class Encoder:
@@ -192,14 +189,10 @@ def test_ranks_share_the_work_and_give_the_same_cache(tmp_path, stream):
 
     def work(rank):
         source = ListSource(make_samples(), stream)
-        options = {"rank": rank, "world_size": 2, "encode_images": encoders[rank]}
-        build(source, tmp_path / "two", **options, patience=20)
+        options = {"processes": Processes(rank, 2, patience=20), "encode_images": encoders[rank]}
+        build(source, tmp_path / "two", **options)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     (double,) = (tmp_path / "two").iterdir()
     assert files(double) == files(single)
     assert [encoder.seen for encoder in encoders] == [5, 3]  # shards 0 and 2, shard 1
@@ -207,7 +200,7 @@ def test_ranks_share_the_work_and_give_the_same_cache(tmp_path, stream):
 
 def test_a_missing_rank_is_noticed(tmp_path):
     with pytest.raises(TimeoutError, match=r"shard_00001\.safetensors"):
-        build(make_samples(), tmp_path, world_size=2, patience=0.1)
+        build(make_samples(), tmp_path, processes=Processes(0, 2, patience=0.1))
 
 
 def test_the_batch_size_does_not_matter(tmp_path):

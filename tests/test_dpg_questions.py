@@ -1,9 +1,7 @@
 """Question files: what is read, what is refused and where, and the official file's way into the cache."""
 
-import io
 import logging
-import urllib.request
-from urllib.error import URLError
+from dataclasses import replace
 
 import pytest
 
@@ -107,48 +105,41 @@ def test_the_official_file_is_taken_with_its_oddities(tmp_path, monkeypatch, cap
 
 
 @pytest.fixture
-def network(tmp_path, monkeypatch):
-    """A network that answers with what a test puts into it; an exception is raised."""
-    answers = []
-
-    def urlopen(url, timeout):
-        assert url == official.OFFICIAL_URL
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return io.BytesIO(answer)
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+def published(tmp_path, monkeypatch):
+    """A file of ours, taken for the official one; the rest of the network is silent."""
+    path = write(tmp_path)
+    blob = git_blob_sha1(path.read_bytes())
+    monkeypatch.setattr(questions, "OFFICIAL_BLOB", blob)
+    source = replace(official.OFFICIAL, url=path.as_uri(), hashes=(blob,))
+    monkeypatch.setattr(official, "OFFICIAL", source)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
-    return answers
+    return path
 
 
-def test_fetched_once_and_proven(tmp_path, monkeypatch, network):
-    content = write(tmp_path).read_bytes()
-    monkeypatch.setattr(questions, "OFFICIAL_BLOB", git_blob_sha1(content))
-    network.append(content)
-    assert len(official_questions().questions) == 5
-    assert network == []
-    assert len(official_questions().questions) == 5  # from the cache: a second fetch would fail
+def test_fetched_once_and_proven(tmp_path, published):
+    assert official_questions().is_official
+    published.unlink()
+    assert len(official_questions().questions) == 5  # from the cache
     cached = tmp_path / "cache" / "dpg_bench" / "dpg_bench.csv"
-    assert [p.name for p in cached.parent.iterdir()] == [cached.name]
-    cached.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"not the official question file.*delete it"):
+    cached.write_bytes(cached.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"not the published question file.*delete it"):
         official_questions()
 
 
-def test_offline_message_says_what_to_do(network):
-    network.append(URLError("no route to host"))
-    with pytest.raises(ValueError, match=r"no route to host.*--questions PATH.*shapes"):
+def test_offline_message_says_what_to_do(published):
+    published.unlink()
+    with pytest.raises(ValueError, match=r"cannot be downloaded.*--questions PATH.*shapes"):
         official_questions()
 
 
-def test_another_file_at_the_address_is_refused_and_not_kept(tmp_path, network):
-    network.append(b"<html>moved</html>")
-    with pytest.raises(ValueError, match="18 bytes that are not the official question file"):
+def test_another_file_at_the_address_is_refused_and_not_kept(tmp_path, published):
+    published.write_bytes(b"<html>moved</html>")
+    with pytest.raises(ValueError, match="18 bytes that are not the published question file"):
         official_questions()
     assert not (tmp_path / "cache" / "dpg_bench" / "dpg_bench.csv").exists()
 
 
-def test_a_given_file_needs_no_network(tmp_path, network):
+def test_a_given_file_needs_no_network(tmp_path):
+    assert official.OFFICIAL.hashes == (questions.OFFICIAL_BLOB,)
     assert not official_questions(write(tmp_path)).is_official

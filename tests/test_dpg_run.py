@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, open_browser
+from helpers import folder_content
 from PIL import Image
-from programs import contents, numbers, program, refused, result_rows, results, start_and_kill
-from test_ranks import launch
+from programs import (
+    by_two_processes,
+    numbers,
+    program,
+    refused,
+    result_rows,
+    results,
+    start_and_kill,
+)
 
 from dpg_bench import image_files, run
 from dpg_bench.benchmark import DPGBench
@@ -124,15 +132,14 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
     monkeypatch.setattr(sampling, "iterate_images", None)  # nothing is drawn any more
     program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert len(asked) == 8, "nothing is judged again"
-    assert contents(out) == contents(drawn)
+    assert folder_content(out) == folder_content(drawn)
 
 
 def test_two_processes_do_what_one_does(drawn, shapes_ckpt, tmp_path):
-    script = ("--standalone", "--nproc_per_node", "2", run.__file__)
-    options = ("--ckpt", str(shapes_ckpt), "--out", str(tmp_path / "out"), *SMALL)
-    done = launch("-m", "torch.distributed.run", *script, *options)
-    assert done.stdout.count("**overall**") == 1, "only the main process reports"
-    assert contents(tmp_path / "out") == contents(drawn)
+    out = tmp_path / "out"
+    printed = by_two_processes(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    assert printed.count("**overall**") == 1, "only the main process reports"
+    assert folder_content(out) == folder_content(drawn)
 
 
 # -- folders of images --------------------------------------------------------------------------------------------------------
@@ -158,14 +165,14 @@ def test_grids_and_single_files_give_the_same_numbers(folder, grids, tmp_path, m
     assert result_rows(tmp_path / "a") == result_rows(tmp_path / "c")
     assert results(tmp_path / "c")["coverage"]["judged"] == 8
     assert "names that are not read: notes.txt" in caplog.text
-    before = contents(tmp_path / "c")
+    before = folder_content(tmp_path / "c")
     with monkeypatch.context() as patch:
         patch.setattr(image_files, "save_png", None)  # nothing is copied again
         program(run, *of_grids)
-    assert contents(tmp_path / "c") == before
+    assert folder_content(tmp_path / "c") == before
     Image.new("RGB", (128, 128)).save(grids / "single_object0.png")
     program(run, *of_grids)
-    changed = {n for n, data in contents(tmp_path / "c").items() if before.get(n) != data}
+    changed = {n for n, data in folder_content(tmp_path / "c").items() if before.get(n) != data}
     assert {sample_file(0, s) for s in range(4)} <= {n.removeprefix("images/") for n in changed}
     assert not any("images/00030" in name for name in changed)
 
@@ -255,7 +262,6 @@ def test_a_bad_row_is_named_before_anything_is_drawn(
 
 def test_more_mistakes_are_named(drawn, tmp_path, refusal, monkeypatch):
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("dpg_bench.official.OFFICIAL_URL", "file:///nowhere/dpg_bench.csv")
     out = ("--out", tmp_path / "out")
     assert "--questions PATH" in refusal("--images", tmp_path, *out)
     shapes = ("--questions", "shapes", *out)

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -296,14 +297,17 @@ def random_network():
 def test_wrong_weights_are_refused(tmp_path, random_network, monkeypatch):
     network, digest = random_network
     assert digest == "random"
-    path = tmp_path / inception_weights.FILE_NAME
+    path = tmp_path / inception_weights.PUBLISHED.names[0]
     with pytest.raises(ValueError, match="does not exist"):
         inception_weights.load_inception(path)
     counter = {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(1)}
     torch.save(network.state_dict() | counter, path)
-    with pytest.raises(ValueError, match=r"not the published .* SHA-256 begins with"):
+    with pytest.raises(
+        ValueError, match=r"is not the published Inception network.*should begin with 6726825d"
+    ):
         inception_weights.load_inception(path)
-    monkeypatch.setattr(inception_weights, "SHA256_START", "")
+    trusted = replace(inception_weights.PUBLISHED, hashes=("",))
+    monkeypatch.setattr(inception_weights, "PUBLISHED", trusted)
     loaded, digest = inception_weights.load_inception(tmp_path)  # the folder
     assert len(digest) == 64
     assert torch.equal(loaded.fc.weight, network.fc.weight)
@@ -311,7 +315,7 @@ def test_wrong_weights_are_refused(tmp_path, random_network, monkeypatch):
     with pytest.raises(ValueError, match=r"missing .*Conv2d_1a_3x3"):
         inception_weights.load_inception(path)
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set: download https.*--inception-w"):
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set.*download https.*--inception-w"):
         inception_weights.load_inception()
     (tmp_path / "cache" / "fid").mkdir(parents=True)
     path.rename(tmp_path / "cache" / "fid" / path.name)

@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from browser import CHROMIUM, open_browser
-from helpers import tiny_llamagen, tiny_vq
+from helpers import folder_content, tiny_llamagen, tiny_vq
 from PIL import Image
-from programs import contents, numbers, program, refused, result_rows, results, start_and_kill
-from test_ranks import launch
+from programs import (
+    by_two_processes,
+    numbers,
+    program,
+    refused,
+    result_rows,
+    results,
+    start_and_kill,
+)
 
 import geneval
 import t2i
@@ -76,10 +83,12 @@ def test_a_folder_of_images_gives_the_same_numbers(finished, tmp_path):
     program(run, "--images", images, "--out", tmp_path / "out", "--limit", "6", "--samples", "2")
     assert numbers(tmp_path / "out") == numbers(finished)
     kept = {
-        name: data for name, data in contents(finished).items() if not name.startswith("images/")
+        name: data
+        for name, data in folder_content(finished).items()
+        if not name.startswith("images/")
     }
     kept.pop("results.json"), kept.pop("report.md")  # they name the folder
-    assert {name: contents(tmp_path / "out")[name] for name in kept} == kept
+    assert {name: folder_content(tmp_path / "out")[name] for name in kept} == kept
 
 
 def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
@@ -96,15 +105,14 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
     assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
     monkeypatch.setattr(sampling, "iterate_images", None)  # nothing is drawn any more
     program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
-    assert contents(out) == contents(finished)
+    assert folder_content(out) == folder_content(finished)
 
 
 def test_two_processes_do_what_one_does(finished, shapes_ckpt, tmp_path):
-    script = ("--standalone", "--nproc_per_node", "2", run.__file__)
-    options = ("--ckpt", str(shapes_ckpt), "--out", str(tmp_path / "out"), *SMALL)
-    done = launch("-m", "torch.distributed.run", *script, *options)
-    assert done.stdout.count("**overall**") == 1, "only the main process reports"
-    assert contents(tmp_path / "out") == contents(finished)
+    out = tmp_path / "out"
+    printed = by_two_processes(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
+    assert printed.count("**overall**") == 1, "only the main process reports"
+    assert folder_content(out) == folder_content(finished)
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------------------
@@ -115,7 +123,7 @@ def refusal(capsys):
 
 
 def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
-    before = contents(finished)
+    before = folder_content(finished)
 
     def message(*arguments) -> str:
         return refusal("--ckpt", shapes_ckpt, "--out", finished, *SMALL, *arguments)
@@ -125,19 +133,19 @@ def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
     assert "'cfg_scale': 2.5" in text and "'cfg_scale': 3" in text and "float32 -> bfloat16" in text
     images = finished / "images"
     assert f"holds the results of {images}" not in refusal("--images", images, "--out", finished)
-    assert contents(finished) == before
+    assert folder_content(finished) == before
 
 
 def test_a_repaired_folder_goes_on(finished, shapes_ckpt, tmp_path, caplog):
     out = tmp_path / "out"
-    for name, data in contents(finished).items():
+    for name, data in folder_content(finished).items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(data)
     path = next(out.glob("images/*/samples/*.png"))
     os.truncate(path, 100)
     program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert f"{path} is not a readable image" in caplog.text and "drawing it again" in caplog.text
-    assert contents(out) == contents(finished)
+    assert folder_content(out) == folder_content(finished)
 
 
 class SeesOneBench:

@@ -2,20 +2,20 @@
 
 import json
 import os
-import threading
 
 import numpy as np
 import pytest
 import torch
-from helpers import Killed, folder_content
+from helpers import Killed, folder_content, in_threads
 from PIL import Image
 from torchvision import transforms
 
 from t2i.data import array_file, code_array, imagenet
-from t2i.data.array_file import ALONE, ArrayFile, Share
+from t2i.data.array_file import ArrayFile
 from t2i.data.code_array import CodeArray
 from t2i.data.imagenet import extract_codes, open_imagenet
 from t2i.data.views import Views, ten_crop
+from t2i.processes import ALONE, Processes
 from t2i.rng import integers, make_keys
 
 SIZE = 8
@@ -70,7 +70,7 @@ def extract(dataset, cache, **options):
         "views": Views("flip"),
         "batch_size": 4,
         "progress": False,
-        "share": Share(patience=20),
+        "processes": Processes(patience=20),
         **options,
     }
     return extract_codes(open_imagenet(dataset), cache, **options)
@@ -251,14 +251,10 @@ def test_two_processes_give_what_one_gives(dataset, tmp_path):
     encoders = [Encoder(), Encoder()]
 
     def work(rank):
-        options = {"share": Share(rank, 2, patience=20), "encode_images": encoders[rank]}
+        options = {"processes": Processes(rank, 2, patience=20), "encode_images": encoders[rank]}
         extract(dataset, tmp_path / "two", **options)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, (1, 0))
     (folder,) = (tmp_path / "two").iterdir()
     assert folder_content(folder) == whole
     assert [encoder.seen for encoder in encoders] == [12, 6]
@@ -267,7 +263,7 @@ def test_two_processes_give_what_one_gives(dataset, tmp_path):
 def test_work_of_two_processes_is_finished_by_one(dataset, tmp_path):
     whole = folder_content(extract(dataset, tmp_path / "one"))
     with pytest.raises(TimeoutError, match="Start again to go on"):
-        extract(dataset, tmp_path / "two", share=Share(0, 2, patience=0.1))
+        extract(dataset, tmp_path / "two", processes=Processes(0, 2, patience=0.1))
     rest = Encoder()
     folder = extract(dataset, tmp_path / "two", encode_images=rest)
     assert rest.seen == 6, "the chunk of the process that was not there"
@@ -276,12 +272,12 @@ def test_work_of_two_processes_is_finished_by_one(dataset, tmp_path):
 
 def test_a_process_alone_notices_that_rank_0_is_missing(dataset, tmp_path):
     with pytest.raises(TimeoutError):
-        extract(dataset, tmp_path, share=Share(1, 2, patience=0.1))
+        extract(dataset, tmp_path, processes=Processes(1, 2, patience=0.1))
     extract(dataset, tmp_path / "other")
     (folder,) = (tmp_path / "other").iterdir()
     (folder / "manifest.json").unlink()  # rank 0 stopped before it
     with pytest.raises(TimeoutError, match="without progress"):
-        extract(dataset, tmp_path / "other", share=Share(1, 2, patience=0.3))
+        extract(dataset, tmp_path / "other", processes=Processes(1, 2, patience=0.3))
 
 
 def test_the_batch_size_does_not_matter(dataset, tmp_path):
@@ -313,7 +309,9 @@ def test_no_usable_image(tmp_path):
 def test_patience_begins_anew_with_every_chunk(tmp_path, monkeypatch):
     rest = tmp_path / "sign", ALONE
     array = ArrayFile(tmp_path / "a.npy", (4, 2), np.uint8, 1, *rest)
-    waiting = ArrayFile(tmp_path / "a.npy", (4, 2), np.uint8, 1, tmp_path / "sign", Share(1, 2, 10))
+    waiting = ArrayFile(
+        tmp_path / "a.npy", (4, 2), np.uint8, 1, tmp_path / "sign", Processes(1, 2, patience=10)
+    )
     now, todo = 0.0, array.missing()
 
     def sleep(seconds):
@@ -355,7 +353,7 @@ def test_chunks_of_another_size_do_not_count_as_done(tmp_path):
 def test_nothing_is_missing_once_the_sign_is_there(tmp_path):
     """A process that comes late, when another has finished and removed the markers or the file itself."""
     (tmp_path / "sign").touch()
-    late = Share(1, 2, patience=0.1)
+    late = Processes(1, 2, patience=0.1)
     assert (
         ArrayFile(tmp_path / "a.npy", (4, 2), np.uint8, 2, tmp_path / "sign", late).missing() == []
     )

@@ -1,7 +1,6 @@
 """Class-conditional models of every family offline: images by class -> base -> TensorAR -> resume -> 50,000 images (well, 8) -> FID."""
 
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Killed, tiny_llamagen, tiny_rar
+from helpers import Killed, in_threads, tiny_llamagen, tiny_rar
 from runs import assert_same_weights, weights
 
 import t2i
@@ -19,7 +18,7 @@ from t2i import cli
 from t2i.evaluation import class_samples
 from t2i.evaluation.class_samples import ClassSamples, draw_class_samples, drawer
 from t2i.evaluation.sample_writer import sample_labels
-from t2i.processes import Processes
+from t2i.processes import ALONE, Processes
 from t2i.rng import integers, make_keys
 from t2i.training.check import check
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
@@ -30,7 +29,6 @@ from t2i.training.loop import Run, train
 from t2i.training.recipes_imagenet import _PUBLISHED, ImageNetModel, imagenet_recipe
 from t2i.training.validation import validate
 
-ALONE = Processes(0, 1, torch.device("cpu"))
 FAMILIES = ("llamagen", "open_magvit2", "rar")
 
 
@@ -129,7 +127,7 @@ def model():
 
 def draw_all(model, out, rank=0, world_size=1, **changes):
     options = ClassSamples(**{"count": 7, "batch_size": 2, **changes})
-    processes = Processes(rank, world_size, torch.device("cpu"))
+    processes = Processes(rank, world_size, patience=60)
     draw_class_samples(
         model, out, options, sampling=model.sampling, processes=processes, progress=False
     )
@@ -160,11 +158,7 @@ def test_killed_and_shared_sampling_give_the_same_files(model, tmp_path, monkeyp
     assert sum(count) == 7 + 2, "only the batch that died is drawn again"
 
     shared = tmp_path / "shared" / name
-    threads = [threading.Thread(target=draw_all, args=(model, shared, r, 2)) for r in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(lambda rank: draw_all(model, shared, rank, 2))
     assert content(shared) == whole
     with pytest.raises(ValueError, match="seed 0 there, 1 now"):
         draw_all(model, shared, seed=1)

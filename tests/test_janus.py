@@ -339,12 +339,12 @@ def test_saved_tokenizer_is_read_by_transformers(folder, janus):
 def test_captions_are_cached_as_text(tiny_world):
     from runs import tiny_janus_run
 
+    from t2i.processes import ALONE
     from t2i.training.data import TrainingData
-    from t2i.training.engine import Processes
 
     config = tiny_janus_run(tiny_world, "-")
     backbone = t2i.load_backbone("janus", tiny_world / "janus")
-    data = TrainingData(config, backbone, Processes(0, 1, torch.device("cpu")))
+    data = TrainingData(config, backbone, ALONE)
     cache = data.examples.cache
     assert cache.manifest["text_dim"] is None
     batch = next(data.micro_batches(0))

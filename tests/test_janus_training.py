@@ -27,14 +27,14 @@ from launch import export, generate, train_janus
 from t2i.backbones import janus_weights
 from t2i.export import export as export_folder
 from t2i.lora import merge_lora
+from t2i.processes import ALONE
 from t2i.training.check import check
 from t2i.training.data import TrainingData
-from t2i.training.engine import Processes, TrainingLoss
+from t2i.training.engine import TrainingLoss
 from t2i.training.loop import Run, build_model, train
 from t2i.training.recipes_janus import JANUS_RECIPES
 
 EXACT = 0.0
-ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,16 @@
 """ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once, whatever is killed meanwhile."""
 
 import json
-import threading
 
 import numpy as np
 import pytest
 import torch
-from helpers import Killed, folder_content
+from helpers import Killed, folder_content, in_threads
 
 from t2i.data import pretokenized
-from t2i.data.array_file import Share
 from t2i.data.code_array import CodeArray
 from t2i.data.pretokenized import LlamaGenCodes, convert_jsonl
+from t2i.processes import Processes
 
 
 @pytest.fixture(autouse=True)
@@ -113,13 +112,11 @@ def test_jsonl_after_a_kill_and_by_two_processes(tmp_path, monkeypatch):
     assert folder_content(folder) == whole
 
     def work(rank):
-        convert_jsonl(path, tmp_path / "two", share=Share(rank, 2, patience=20), progress=False)
+        convert_jsonl(
+            path, tmp_path / "two", processes=Processes(rank, 2, patience=20), progress=False
+        )
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     (folder,) = (tmp_path / "two").iterdir()
     assert folder_content(folder) == whole
 

@@ -1,13 +1,10 @@
 """Training on two processes through both launchers gives what one process gives, for every ZeRO stage."""
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT, launch
 from runs import (
     PROMPTS,
     SAME_SUM,
@@ -23,30 +20,6 @@ import t2i
 from t2i import checkpoint
 from t2i.lora import merge_lora
 from t2i.training.loop import train
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def launch(*command: str) -> subprocess.CompletedProcess:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    extra = {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": paths,
-        "TORCHDYNAMO_DISABLE": "1",  # saves seconds of imports
-    }
-    inherited = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=inherited | extra,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
 
 
 def free_port() -> str:

@@ -2,19 +2,18 @@
 
 import json
 import os
-import threading
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from helpers import Killed, folder_content
+from helpers import Killed, folder_content, in_threads
 from PIL import Image
 
-from t2i.data.array_file import Share
 from t2i.evaluation import sample_writer
 from t2i.evaluation.image_sets import open_images
 from t2i.evaluation.sample_writer import sample_labels, write_samples
+from t2i.processes import Processes
 
 SIZE = (4, 6)
 
@@ -34,7 +33,9 @@ class Draw:
 
 def write(out, draw=None, **options):
     options = {"settings": {"seed": 0}, "batch_size": 3, "progress": False, **options}
-    return write_samples(out, 10, SIZE, draw or Draw(), **{"share": Share(patience=20), **options})
+    return write_samples(
+        out, 10, SIZE, draw or Draw(), **{"processes": Processes(patience=20), **options}
+    )
 
 
 def check(out):
@@ -147,20 +148,16 @@ def test_two_processes_write_what_one_writes(out):
     other = out.parent.parent / "two" / out.name
 
     def work(rank):
-        write(other, drawn[rank], share=Share(rank, 2, patience=20))
+        write(other, drawn[rank], processes=Processes(rank, 2, patience=20))
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, (1, 0))
     assert folder_content(other.parent) == whole
     assert [draw.drawn for draw in drawn] == [[(0, 3), (6, 9)], [(3, 6), (9, 10)]]
 
 
 def test_a_missing_process_is_noticed_and_its_work_taken_over(out):
     with pytest.raises(TimeoutError):
-        write(out, share=Share(0, 2, patience=0.1))
+        write(out, processes=Processes(0, 2, patience=0.1))
     rest = Draw()
     write(out, rest)
     assert rest.drawn == [(3, 6), (9, 10)]

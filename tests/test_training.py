@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 import t2i
 from t2i import checkpoint
 from t2i.data.shapes import write_dataset
+from t2i.processes import ALONE, Processes
 from t2i.training.config import OptimOptions
 from t2i.training.data import TrainingData
-from t2i.training.engine import Processes, TrainingLoss, parameter_groups
+from t2i.training.engine import TrainingLoss, parameter_groups
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run, build_model, train
 from t2i.training.validation import validate
 from t2i.weights import read_state_dict
 
 EXACT = 0.0
-ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 # -- resume -------------------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_ranks_share_the_batches(tiny_world, plain):
     backbone = t2i.load_backbone("llamagen", tiny_world / "base")
     one, *ranks = (
         TrainingData(config, backbone, processes)
-        for processes in (ALONE, *(Processes(r, 2, torch.device("cpu")) for r in range(2)))
+        for processes in (ALONE, *(Processes(r, 2) for r in range(2)))
     )
     whole, parts = (
         [batch for data in part for batch in data.micro_batches(5)] for part in ([one], ranks)

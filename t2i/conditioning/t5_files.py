@@ -13,10 +13,10 @@ import pickle
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
+from t2i.hub import fetch_folder
 from t2i.weights import file_sha256
 
 _TOKENIZER_FILES = (
@@ -39,18 +39,11 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
-    try:
-        for weights in _WEIGHT_PATTERNS:
-            wanted = ["config.json", *_TOKENIZER_FILES, weights, f"{weights}.index.json"]
-            found = Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
-            if _weight_files(found):
-                return found
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{path_or_hub_id} is neither a folder here nor a model that the hub could give "
-            f"({reason}); official: google/flan-t5-xl"
-        ) from error
+    for weights in _WEIGHT_PATTERNS:
+        wanted = ["config.json", *_TOKENIZER_FILES, weights, f"{weights}.index.json"]
+        found = fetch_folder(str(path_or_hub_id), wanted, advice="Official: google/flan-t5-xl")
+        if _weight_files(found):
+            return found
     raise ValueError(f"the hub's {path_or_hub_id} holds none of {', '.join(_WEIGHT_PATTERNS)}")
 
 

@@ -13,32 +13,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from t2i.data.cache import wait_for
 from t2i.data.shards import replacing
+from t2i.processes import Processes
 
 _POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of the work that one of several processes does.
-
-    Attributes:
-        rank: does the chunks i with i % world_size == rank. Rank 0 also creates and finishes the files; the others wait for it.
-        patience: seconds to wait for other processes without any progress of theirs.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    patience: float = 3600.0
-
-
-ALONE = Share()
 
 
 class ArrayFile:
@@ -48,10 +31,11 @@ class ArrayFile:
         shape: of the array; rows are its first axis.
         rows_per_chunk: written at once. With another number, chunks of the old one do not count as done.
         sign: the file whose existence says that the array is complete and used.
+        processes: one does the chunks i with i % world_size == rank. The main one also creates the file; the others wait for it.
 
     Raises:
         ValueError: the file exists with another shape or type.
-        TimeoutError: the process with rank 0 does not create it.
+        TimeoutError: the main process does not create it.
     """
 
     def __init__(
@@ -61,17 +45,17 @@ class ArrayFile:
         dtype: np.dtype | type,
         rows_per_chunk: int,
         sign: Path,
-        share: Share,
+        processes: Processes,
     ):
         assert shape[0] > 0 and rows_per_chunk > 0, (shape, rows_per_chunk)
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
-        self._rows_per_chunk, self._sign, self._share = rows_per_chunk, sign, share
-        if share.rank == 0 and not (path.exists() or sign.exists()):
+        self._rows_per_chunk, self._sign, self._processes = rows_per_chunk, sign, processes
+        if processes.is_main and not (path.exists() or sign.exists()):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 np.lib.format.open_memmap(temporary, "w+", self.dtype, shape)
         self._wait(path)
-        if path.exists():  # rank 0 may have finished in the meantime
+        if path.exists():  # the main process may have finished in the meantime
             self._offset = self._check_header()
 
     def _check_header(self) -> int:
@@ -91,7 +75,7 @@ class ArrayFile:
 
     def missing(self) -> list[range]:
         """This process's chunks that are not complete."""
-        mine = list(self.all_chunks())[self._share.rank :: self._share.world_size]
+        mine = list(self.all_chunks())[self._processes.rank :: self._processes.world_size]
         missing = [rows for rows in mine if not self._marker(rows).exists()]
         # Asked in this order: the markers are removed after the sign is given.
         return [] if self._sign.exists() else missing
@@ -118,11 +102,11 @@ class ArrayFile:
             TimeoutError: another process stopped.
         """
         markers = [self._marker(rows) for rows in self.all_chunks()]
-        wait_for(markers, self._share.patience)
+        wait_for(markers, self._processes.patience)
         return [json.loads(marker.read_text(encoding="utf-8")) for marker in markers]
 
     def wait_for_sign(self) -> None:
-        """Wait until rank 0 says that all is done, as long as chunks become complete meanwhile.
+        """Wait until the main process says that all is done, as long as chunks become complete meanwhile.
 
         Raises:
             TimeoutError: neither happened for as long as patience lasts.
@@ -135,10 +119,10 @@ class ArrayFile:
         while not (path.exists() or self._sign.exists()):
             markers = len(list(_markers(self.path).glob("*.json")))
             if markers > complete:
-                complete, deadline = markers, time.monotonic() + self._share.patience
+                complete, deadline = markers, time.monotonic() + self._processes.patience
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"waited {self._share.patience:g} s for {path} without progress: another process has stopped. "
+                    f"waited {self._processes.patience:g} s for {path} without progress: another process has stopped. "
                     "Start again to go on"
                 )
             time.sleep(_POLL_SECONDS)

@@ -25,13 +25,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i.data.encoding import Encoders, ShardPlan, encode_shards
 from t2i.data.images import PIXELS_VERSION, check_small_policy
 from t2i.data.report import Report
 from t2i.data.samples import Source, load_sample
 from t2i.data.shards import ShardReader, replacing, shard_path
+from t2i.processes import ALONE, Processes
+from t2i.progress import progress_bar
 
 _FORMAT = 1  # part of the key: change it whenever the files change
 _POLL_SECONDS = 0.5
@@ -50,10 +51,8 @@ def build_cache(
     max_samples: int | None = None,
     small_images: str = "skip",
     max_megapixels: float = 100.0,
-    rank: int = 0,
-    world_size: int = 1,
+    processes: Processes = ALONE,
     progress: bool = True,
-    patience: float = 3600.0,
 ) -> Path:
     """Build the cache of a source, or find it complete; returns its folder.
 
@@ -68,13 +67,12 @@ def build_cache(
         max_samples: use only the first samples of the source (counted before any is skipped).
         small_images: "skip" or "upscale" images with a short side below the resolution.
         max_megapixels: skip larger images.
-        rank: builds the shards i with i % world_size == rank and waits for the others. Rank 0
-            writes the report and the manifest.
-        patience: seconds to wait for other ranks without a new shard before giving up.
+        processes: one builds the shards i with i % world_size == rank and waits for the others.
+            The main one writes the report and the manifest.
 
     Raises:
         ValueError: no usable sample (the message counts the reasons), or bad arguments.
-        TimeoutError: another rank stopped building.
+        TimeoutError: another process stopped building.
     """
     check_small_policy(small_images)
     if min(batch_size, shard_size) < 1 or (max_samples is not None and max_samples < 1):
@@ -98,25 +96,25 @@ def build_cache(
 
     load = partial(load_sample, size=resolution, small=small_images, max_megapixels=max_megapixels)
     encoders = Encoders(load, encode_images, encode_captions, batch_size)
-    wanted = partial(_is_mine_to_do, folder=folder, rank=rank, world_size=world_size)
+    wanted = partial(_is_mine_to_do, folder=folder, processes=processes)
     plan = ShardPlan(source, shard_size, max_samples)
-    quiet = not progress or rank != 0
-    with tqdm(total=plan.total(wanted), desc="cache", unit=" images", disable=quiet) as bar:
+    quiet = not (progress and processes.is_main)
+    with progress_bar(total=plan.total(wanted), desc="cache", unit=" images", disable=quiet) as bar:
         encode_shards(plan, wanted, folder, encoders, bar.update)
     paths = [shard_path(folder, shard) for shard in range(plan.count)]
-    wait_for(paths, patience)
+    wait_for(paths, processes.patience)
     readers = [ShardReader(path) for path in paths]
     if not any(reader.codes_shape[0] for reader in readers):
         report = _report(source, readers)
-        if rank == 0:
+        if processes.is_main:
             report.write(folder)
         raise ValueError(
             f"no usable sample among the {report.seen} of {source.name}: {report.describe()}. "
             f"All of them are listed in {folder / 'skipped.jsonl'}"
         )
-    if rank == 0:
+    if processes.is_main:
         _finish(folder, key, source, readers)
-    wait_for([folder / "manifest.json"], patience)
+    wait_for([folder / "manifest.json"], processes.patience)
     return folder
 
 
@@ -199,8 +197,8 @@ class CodeCache:
         return self._shards[shard], index - self._starts[shard]
 
 
-def _is_mine_to_do(shard: int, folder: Path, rank: int, world_size: int) -> bool:
-    return shard % world_size == rank and not shard_path(folder, shard).exists()
+def _is_mine_to_do(shard: int, folder: Path, processes: Processes) -> bool:
+    return shard % processes.world_size == processes.rank and not shard_path(folder, shard).exists()
 
 
 def wait_for(paths: Sequence[Path], patience: float) -> None:
@@ -215,7 +213,7 @@ def wait_for(paths: Sequence[Path], patience: float) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"waited {patience:g} s for {still[0].name} ({len(still)} missing) in "
-                f"{still[0].parent}: the rank that builds it has stopped. Start again to go on"
+                f"{still[0].parent}: the process that builds it has stopped. Start again to go on"
             )
         missing = still
         time.sleep(_POLL_SECONDS)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i.data.array_file import ArrayFile, Share, remove_markers
+from t2i.data.array_file import ArrayFile, remove_markers
 from t2i.data.shards import replacing
+from t2i.processes import Processes
 
 MANIFEST = "manifest.json"
 SKIPPED = -1
@@ -48,7 +49,7 @@ def build_code_array(
     produce: Callable[[list[range]], Iterable[CodeChunk]],
     *,
     rows_per_chunk: int,
-    share: Share,
+    processes: Processes,
 ) -> Path:
     """Build the array in this folder, or find it complete; returns the folder.
 
@@ -64,11 +65,11 @@ def build_code_array(
     """
     manifest, path = folder / MANIFEST, folder / "codes.npy"
     dtype = np.uint16 if vocab <= 2**16 else np.int32
-    array = ArrayFile(path, shape, dtype, rows_per_chunk, manifest, share)
+    array = ArrayFile(path, shape, dtype, rows_per_chunk, manifest, processes)
     for chunk in produce(array.missing()):
         codes = _checked(chunk, shape, vocab).astype(dtype)
         array.write(chunk.rows, codes, {"labels": chunk.labels, "skipped": chunk.skipped})
-    if share.rank == 0:
+    if processes.is_main:
         if not manifest.exists():
             _finish(folder, key, shape, array.wait_for_chunks())
         remove_markers(path)

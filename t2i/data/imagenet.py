@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from t2i.data.array_file import ALONE, Share
 from t2i.data.cache import cache_key
 from t2i.data.code_array import SKIPPED, CodeChunk, build_code_array
 from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
 from t2i.data.folders import is_image, list_files
 from t2i.data.images import PIXELS_VERSION, SkipSample, open_image
 from t2i.data.views import Views
+from t2i.processes import ALONE, Processes
+from t2i.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def extract_codes(
     vocab: int,
     views: Views,
     batch_size: int = 64,
-    share: Share = ALONE,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> Path:
     """Encode every view of every image, or find that done; returns the folder for `CodeArray`.
@@ -140,9 +140,9 @@ def extract_codes(
         key,
         (len(images.files), views.count, *code_shape),
         vocab,
-        lambda missing: work.chunks(missing, quiet=not progress or share.rank != 0),
+        lambda missing: work.chunks(missing, quiet=not (progress and processes.is_main)),
         rows_per_chunk=_ROWS_PER_CHUNK,
-        share=share,
+        processes=processes,
     )
 
 
@@ -159,7 +159,7 @@ class _Extraction:
         total = sum(map(len, missing))
         with (
             ThreadPoolExecutor(DECODE_THREADS) as pool,
-            tqdm(total=total, desc="codes", unit=" images", disable=quiet) as bar,
+            progress_bar(total=total, desc="codes", unit=" images", disable=quiet) as bar,
         ):
             parts = (
                 (rows, part)

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from t2i.data.array_file import ALONE, Share
 from t2i.data.cache import cache_key
 from t2i.data.code_array import MANIFEST, CodeChunk, build_code_array
 from t2i.data.samples import fingerprint_files
+from t2i.processes import ALONE, Processes
+from t2i.progress import progress_bar
 
 _FORMAT = 1  # part of the key: change it whenever the files change
 _ROWS_PER_CHUNK = 8192
@@ -149,7 +149,7 @@ def convert_jsonl(
     *,
     vocab: int = 1024,
     num_classes: int = 1000,
-    share: Share = ALONE,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> Path:
     """Convert RAR's file, or find that done; returns the folder for `CodeArray` (one view per row, [lines, 1, T, 1]).
@@ -176,10 +176,12 @@ def convert_jsonl(
         positions = len(_parse(file.readline(), path, 0, None, vocab, num_classes)[1])
 
     def produce(missing: list[range]) -> Iterator[CodeChunk]:
-        quiet = not progress or share.rank != 0
+        quiet = not (progress and processes.is_main)
         with (
             open(path, "rb") as file,
-            tqdm(total=sum(map(len, missing)), desc="codes", unit=" lines", disable=quiet) as bar,
+            progress_bar(
+                total=sum(map(len, missing)), desc="codes", unit=" lines", disable=quiet
+            ) as bar,
         ):
             place = 0
             for rows in missing:
@@ -200,7 +202,7 @@ def convert_jsonl(
         vocab,
         produce,
         rows_per_chunk=_ROWS_PER_CHUNK,
-        share=share,
+        processes=processes,
     )
 
 

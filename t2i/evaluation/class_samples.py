@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from t2i.backbones.base import SamplingConfig
-from t2i.data.array_file import Share
 from t2i.evaluation.sample_writer import sample_labels, write_samples
 from t2i.evaluation.sampling import weights_hashes
 from t2i.processes import Processes
@@ -81,7 +80,7 @@ def draw_class_samples(
         drawer(model, options, sampling, size),
         settings=settings,
         batch_size=options.batch_size,
-        share=Share(processes.rank, processes.world_size),
+        processes=processes,
         progress=progress,
     )
 

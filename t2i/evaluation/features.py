@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i.evaluation.frechet import Statistics, feature_statistics
 from t2i.evaluation.image_sets import ImageSet, npz_arrays, open_images, read_npz_array
@@ -21,6 +20,7 @@ from t2i.evaluation.inception import (
     InceptionFeatures,
     extract,
 )
+from t2i.progress import progress_bar
 from t2i.weights import file_sha256
 
 
@@ -75,7 +75,9 @@ def _extract_all(
     spatial = torch.empty(images.count, SPATIAL_WIDTH, device=device)
     digest = hashlib.sha256()
     done = 0
-    with tqdm(total=images.count, desc=description, unit=" images", disable=not progress) as bar:
+    with progress_bar(
+        total=images.count, desc=description, unit=" images", disable=not progress
+    ) as bar:
         for batch in images.batches(batch_size):
             for image in batch:
                 digest.update(str(image.shape).encode() + image.tobytes())

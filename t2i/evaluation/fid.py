@@ -13,13 +13,10 @@ whose paths often are in the order of the classes, is shuffled with a fixed seed
 """
 
 import logging
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
 
-from t2i import __version__
 from t2i.evaluation.features import Measured, has_statistics, measure
 from t2i.evaluation.frechet import (
     SPLIT_SIZE,
@@ -31,6 +28,7 @@ from t2i.evaluation.image_sets import ImageSet, open_images
 from t2i.evaluation.inception import Inception
 from t2i.evaluation.inception_weights import RANDOM
 from t2i.evaluation.manifold import NEIGHBOUR, compare_manifolds
+from t2i.evaluation.report import versions
 from t2i.rng import integers, make_keys
 
 log = logging.getLogger(__name__)
@@ -92,7 +90,7 @@ def score_images(
             "batch_size": batch_size,
             "device": network.fc.weight.device.type,
         },
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -154,8 +152,3 @@ def _status(count: int, weights_hash: str) -> str:
     if weights_hash == RANDOM:
         parts.append("RANDOM WEIGHTS: comparable among themselves only")
     return "; ".join(parts) or "complete"
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "numpy", "pillow")}
-    return {"python": platform.python_version(), "t2i": __version__, **packages}

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
 from t2i.evaluation.inventory import Inventory
 from t2i.evaluation.store import load_image, prompt_folder, sample_file
 from t2i.imaging import save_png
 from t2i.processes import Processes
+from t2i.progress import progress_bar
 from t2i.weights import write_json, write_text
 
 
@@ -87,7 +87,7 @@ def judge_images(
     processes.barrier()
     prompts = sorted(inventory.found)[processes.rank :: processes.world_size]
     count = sum(len(inventory.found[index]) for index in prompts)
-    bar = tqdm(
+    bar = progress_bar(
         total=count, unit="image", desc="judging" + processes.share, disable=not processes.is_main
     )
     with bar:

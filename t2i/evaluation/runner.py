@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.inventory import Inventory, shorten, take_inventory
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
@@ -31,7 +29,7 @@ from t2i.evaluation.report import (
 )
 from t2i.evaluation.sampling import DrawOptions, draw_images, prompts_digest, read_generation
 from t2i.evaluation.store import sample_file
-from t2i.processes import Processes
+from t2i.processes import ALONE, Processes
 from t2i.tensorar.model import TensorAR
 from t2i.weights import write_text
 
@@ -89,7 +87,7 @@ def evaluate(
     """
     if (model is None) == (images is None):
         raise ValueError("give a model, or a folder of images, and not both")
-    scope, processes = scope or Scope(), processes or Processes(0, 1, torch.device("cpu"))
+    scope, processes = scope or Scope(), processes or ALONE
     selected = scope.select(len(benchmark.entries))
     folder = out / "images" if images is None else images
     if model is not None:

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from t2i.data.array_file import ALONE, ArrayFile, Share, remove_markers
+from t2i.data.array_file import ArrayFile, remove_markers
 from t2i.data.cache import wait_for
 from t2i.data.shards import replacing
 from t2i.imaging import save_png
+from t2i.processes import ALONE, Processes
+from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 
 Draw = Callable[[range], np.ndarray]
@@ -52,7 +53,7 @@ def write_samples(
     *,
     settings: dict,
     batch_size: int,
-    share: Share = ALONE,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> Path:
     """Draw and write the images that are not there yet; returns `out` when all of them are.
@@ -74,17 +75,17 @@ def write_samples(
     settings = {**settings, "count": count, "size": list(size), "batch_size": batch_size}
     as_npz = out.suffix == ".npz"
     record = out.with_name(out.name + ".json") if as_npz else out / "settings.json"
-    _claim(out, record, settings, share)
+    _claim(out, record, settings, processes)
     shape = (count, *size, 3)
     if as_npz:
         part = out.with_name(out.name + ".part.npy")
         if out.exists():
-            return _tidy(part, out, share)
-        array = ArrayFile(part, shape, np.uint8, batch_size, out, share)
+            return _tidy(part, out, processes)
+        array = ArrayFile(part, shape, np.uint8, batch_size, out, processes)
         missing, write = array.missing(), array.write
     else:
         batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-        mine = batches[share.rank :: share.world_size]
+        mine = batches[processes.rank :: processes.world_size]
         missing = [rows for rows in mine if not _all_there(out, rows)]
 
         def write(rows: range, images: np.ndarray) -> None:
@@ -92,8 +93,8 @@ def write_samples(
                 save_png(Image.fromarray(image), _png(out, i))
 
     total = sum(map(len, missing))
-    with tqdm(
-        total=total, desc="images", unit=" images", disable=not progress or share.rank != 0
+    with progress_bar(
+        total=total, desc="images", unit=" images", disable=not (progress and processes.is_main)
     ) as bar:
         for rows in missing:
             images = draw(rows)
@@ -104,24 +105,24 @@ def write_samples(
             write(rows, images)
             bar.update(len(rows))
     if not as_npz:
-        wait_for([_png(out, i) for i in range(count)], share.patience)
+        wait_for([_png(out, i) for i in range(count)], processes.patience)
         return out
-    if share.rank == 0:
+    if processes.is_main:
         array.wait_for_chunks()
         _pack(part, out)
     array.wait_for_sign()
-    return _tidy(part, out, share)
+    return _tidy(part, out, processes)
 
 
-def _claim(out: Path, record: Path, settings: dict, share: Share) -> None:
+def _claim(out: Path, record: Path, settings: dict, processes: Processes) -> None:
     """Write the settings before the first image, or compare them with those of the images that are there."""
-    if share.rank == 0 and not record.exists():
+    if processes.is_main and not record.exists():
         if out.exists() and (out.suffix == ".npz" or any(out.iterdir())):
             raise ValueError(f"{out} is not empty and was not written here; give another name")
         record.parent.mkdir(parents=True, exist_ok=True)
         with replacing(record) as temporary:
             temporary.write_text(json.dumps(settings, indent=1))
-    wait_for([record], share.patience)
+    wait_for([record], processes.patience)
     known, wanted = json.loads(record.read_text()), json.loads(json.dumps(settings))
     differing = sorted(k for k in known.keys() | wanted.keys() if known.get(k) != wanted.get(k))
     if differing:
@@ -149,9 +150,9 @@ def _pack(array: Path, out: Path) -> None:
             shutil.copyfileobj(source, target, 1 << 22)
 
 
-def _tidy(part: Path, out: Path, share: Share) -> Path:
+def _tidy(part: Path, out: Path, processes: Processes) -> Path:
     """Remove what the finished file was made from."""
-    if share.rank == 0:
+    if processes.is_main:
         remove_markers(part)
         part.unlink(missing_ok=True)
     return out

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
 from t2i import __version__
 from t2i.backbones.base import SamplingConfig
@@ -26,6 +25,7 @@ from t2i.evaluation.store import (
 )
 from t2i.generation import iterate_images
 from t2i.processes import Processes
+from t2i.progress import progress_bar
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256, write_json
 
@@ -81,7 +81,7 @@ def draw_images(
         for batch in batches[processes.rank :: processes.world_size]
     ]
     total = sum(len(undrawn) for _, undrawn in mine)
-    bar = tqdm(
+    bar = progress_bar(
         total=total,
         unit="image",
         desc="drawing" + processes.share,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from t2i.backbones.base import Backbone
-from t2i.data.array_file import Share
 from t2i.data.cache import CodeCache, build_cache, cache_key
 from t2i.data.code_array import CodeArray
 from t2i.data.imagenet import LabelledFolder, extract_codes, open_imagenet
@@ -130,8 +129,7 @@ class Captioned:
             resolution=image_size(backbone),
             max_samples=options.max_samples,
             small_images=options.small_images,
-            rank=processes.rank,
-            world_size=processes.world_size,
+            processes=processes,
         )
         self.cache = CodeCache(folder)
         self.key = folder.name
@@ -167,8 +165,7 @@ class Labelled:
             count = {"count": len(opened), "views": opened.views}
             self.key = cache_key({"names": [Path(s).name for s in options.source], **count})
         else:
-            share = Share(processes.rank, processes.world_size)
-            folder = _encode(opened, options, backbone, share)
+            folder = _encode(opened, options, backbone, processes)
             self.codes, self.key = CodeArray(folder), folder.name
             if processes.is_main:
                 facts = self.codes.manifest
@@ -237,7 +234,10 @@ def open_labelled(
 
 
 def _encode(
-    opened: LabelledFolder | Path, options: LabelledOptions, backbone: Backbone, share: Share
+    opened: LabelledFolder | Path,
+    options: LabelledOptions,
+    backbone: Backbone,
+    processes: Processes,
 ) -> Path:
     """The folder of the array of codes, complete."""
     spec = backbone.spec
@@ -247,7 +247,7 @@ def _encode(
             options.cache_dir,
             vocab=spec.subvocabs[0],
             num_classes=spec.num_classes,
-            share=share,
+            processes=processes,
         )
 
     def encode_images(pixels: Tensor) -> Tensor:
@@ -262,5 +262,5 @@ def _encode(
         code_shape=(spec.num_tokens, len(spec.subvocabs)),
         vocab=max(spec.subvocabs),
         views=Views(options.views, options.crop_ranges),
-        share=share,
+        processes=processes,
     )

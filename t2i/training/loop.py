@@ -17,6 +17,7 @@ from t2i.generation import conditions, iterate_images
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
 from t2i.lora import add_lora
+from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
@@ -194,12 +195,11 @@ def train(config: TrainConfig) -> Path:
         FloatingPointError: the loss is not finite any more.
         KeyboardInterrupt: stopped on request (Ctrl-C or SIGTERM), after a checkpoint.
     """
-    from tqdm import tqdm
 
     run, options = Run(config), config.log
     started, first = time.perf_counter(), run.step
     run.model.train()
-    bar = tqdm(
+    bar = progress_bar(
         total=run.steps,
         initial=first,
         desc="training",
@@ -215,8 +215,9 @@ def train(config: TrainConfig) -> Path:
             if validated:
                 metrics |= run.validate()
             if run.processes.is_main:
+                shown = {"loss": f"{metrics['train/loss']:.3f}", "images_s": f"{rate:.1f}"}
+                bar.set_postfix(shown, refresh=False)  # by itself it would redraw at every step
                 bar.update()
-                bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", images_s=f"{rate:.1f}")
                 if validated or _due(options.log_every, run.step):
                     run.metrics.log(run.step, metrics | {"images_per_s": rate})
             saved = done or run.stop_agreed or _due(options.save_every, run.step)

@@ -1,0 +1,157 @@
+"""Published files: found, downloaded whole or not at all, proven, and what a user without a network is told."""
+
+import hashlib
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import in_threads
+
+from t2i.evaluation import published
+from t2i.evaluation.published import PublishedFile
+
+CONTENT = b"weights" * 1000
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The files' folder in an empty cache of our own."""
+    monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "things"
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The tests are run offline; this one downloads from a file:// address."""
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+
+
+@pytest.fixture
+def source(tmp_path, cache):
+    """A published file."""
+    upload = tmp_path / "upload.bin"
+    upload.write_bytes(CONTENT)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    names, hashes = ("found.pth", "old-name.pth"), (digest[:8], "0" * 64)
+    return PublishedFile("Thing", upload.as_uri(), names, hashes, "things", "give it with --thing")
+
+
+def upload_of(source: PublishedFile) -> Path:
+    return Path(source.url.removeprefix("file://"))
+
+
+def test_download_once_then_from_the_cache(source, cache, online):
+    first = source.find()
+    assert first.path == cache / "found.pth" and first.path.read_bytes() == CONTENT
+    assert first.digest == hashlib.sha256(CONTENT).hexdigest()
+    upload_of(source).unlink()
+    assert source.find() == first
+    first.path.rename(cache / "old-name.pth")
+    assert source.find().path == cache / "old-name.pth"
+
+
+def test_another_hash_function(source, online):
+    def digest(path):
+        return hashlib.sha1(path.read_bytes()).hexdigest()
+
+    known = (hashlib.sha1(CONTENT).hexdigest(),)
+    assert replace(source, digest=digest, hashes=known).find().digest == known[0]
+    with pytest.raises(ValueError, match="is not the published Thing"):
+        replace(source, digest=digest).find()
+
+
+def test_a_download_of_another_file_is_refused_and_not_kept(source, cache, online):
+    upload_of(source).write_bytes(b"<html>moved</html>")
+    with pytest.raises(
+        ValueError, match=r"gave 18 bytes that are not the published Thing.*--thing"
+    ):
+        source.find()
+    assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, TimeoutError("slow"), None])
+def test_an_interrupted_download_leaves_nothing(source, cache, online, monkeypatch, stop):
+    """Stopped by the user, by the network, or cut short without a word."""
+    real = urllib.request.urlopen
+
+    def urlopen(*args, **options):
+        reply = real(*args, **options)
+        parts = iter([CONTENT[:500]])
+
+        def read(size):
+            if (part := next(parts, None)) is None and stop is not None:
+                raise stop
+            return part or b""
+
+        reply.read = read
+        return reply
+
+    with monkeypatch.context() as patch:
+        patch.setattr(urllib.request, "urlopen", urlopen)
+        with pytest.raises((ValueError, KeyboardInterrupt)):
+            source.find()
+    assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == []
+    assert source.find().path.read_bytes() == CONTENT
+
+
+def test_what_a_killed_process_left_is_no_file(source, cache, online):
+    cache.mkdir(parents=True)
+    (cache / "found.pth.0123abcd.tmp").write_bytes(CONTENT[:500])
+    assert source.find().path.read_bytes() == CONTENT
+
+
+def test_of_two_processes_one_downloads(source, online, monkeypatch):
+    fetched, real = [], published._fetch
+    monkeypatch.setattr(published, "_fetch", lambda *a: fetched.append(a) or real(*a))
+    found = in_threads(lambda rank: source.find())
+    assert found[0] == found[1] and len(fetched) == 1
+
+
+def test_no_network_says_what_to_copy_where(source, cache, online):
+    source = replace(source, url="file:///nowhere/found.pth")
+    with pytest.raises(ValueError, match="cannot be downloaded") as error:
+        source.find()
+    for advice in (source.url, str(cache), "--thing"):
+        assert advice in str(error.value)
+
+
+def test_offline_mode_does_not_try(source, cache):
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set") as error:
+        source.find()
+    for advice in (source.url, str(cache), "--thing"):
+        assert advice in str(error.value)
+
+
+def test_a_folder_given_comes_before_the_cache(source, tmp_path, online):
+    source.find()
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "found.pth").write_bytes(CONTENT)
+    assert source.find(given).path == given / "found.pth"
+    assert source.given(given) == source.given(given / "found.pth") == source.find(given)
+
+
+def test_wrong_files_are_named(source, tmp_path, cache):
+    path = tmp_path / "found.pth"
+    with pytest.raises(ValueError, match=r"found.pth does not exist"):
+        source.given(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no Thing: looked for found.pth, old-name.pth"):
+        source.given(tmp_path / "empty")
+    path.write_bytes(b"other")
+    parts = (hashlib.sha256(b"other").hexdigest(), *source.hashes, source.url)
+    cache.parent.mkdir()
+    tmp_path.joinpath("empty").rename(cache)
+    for find in (lambda: source.given(path), lambda: source.find(tmp_path)):
+        with pytest.raises(ValueError, match=r"found.pth is not the published Thing") as error:
+            find()
+        assert all(part in str(error.value) for part in parts)
+    path.rename(cache / "found.pth")
+    with pytest.raises(ValueError, match=r"cache.*is not the published Thing.*delete it"):
+        source.find()
+
+
+def test_the_cache_has_a_default_place(source, monkeypatch):
+    monkeypatch.delenv("T2I_CACHE")
+    assert source.cache_folder == Path.home() / ".cache" / "t2i" / "things"
