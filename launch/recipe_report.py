@@ -182,14 +182,24 @@ def refinement_table(results: Results, base: str) -> str:
     return "\n".join(lines)
 
 
-def loss_and_score(results: Results) -> list[tuple[str, str, float, float]]:
-    """Base, arm, final own-drafts loss of slot 0 and score of every run, sampled in the base's own way."""
+@dataclass(frozen=True)
+class Outcome:
+    """One run: its final own-drafts loss of slot 0, and its score when sampled in the base's own way."""
+
+    base: str
+    arm: str
+    seed: int
+    loss: float
+    score: float
+
+
+def outcomes(results: Results) -> list[Outcome]:
     return [
-        (base, arm, line["losses"]["validation/own_drafts/slot0"], line["score"])
+        Outcome(base, arm, seed, line["losses"]["validation/own_drafts/slot0"], line["score"])
         for base in results.bases()
         for arm, sampling in results.names(base)
         if not sampling
-        for line in results.find(base, arm).values()
+        for seed, line in results.find(base, arm).items()
     ]
 
 
@@ -204,31 +214,51 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 
 
 def correlation_lines(results: Results) -> str:
-    """Rank correlation of loss and score, by base and of all runs."""
-    runs = loss_and_score(results)
-    lines = ["| base | runs | rank correlation |", "|---|---|---|"]
+    """Rank correlation of loss and score by base: over all runs, and of their differences to the control of the same seed.
+
+    A seed holds out its own images, so that losses differ between seeds for a reason that has nothing to do with the arms.
+    """
+    lines = [
+        "| base | runs | rank correlation | of differences to the control |",
+        "|---|---|---|---|",
+    ]
     for base in results.bases():
-        mine = [(loss, score) for b, _, loss, score in runs if b == base]
-        if len(mine) > 2:
-            coefficient = rank_correlation(*map(list, zip(*mine, strict=True)))
-            lines.append(f"| {base} | {len(mine)} | {coefficient:+.2f} |")
+        runs = [run for run in outcomes(results) if run.base == base]
+        if len(runs) < 3:
+            continue
+        controls = {run.seed: run for run in runs if run.arm == CONTROL}
+        pairs = [(r, controls[r.seed]) for r in runs if r.arm != CONTROL and r.seed in controls]
+        both = rank_correlation([r.loss for r in runs], [r.score for r in runs])
+        paired = rank_correlation(
+            [r.loss - c.loss for r, c in pairs], [r.score - c.score for r, c in pairs]
+        )
+        lines.append(f"| {base} | {len(runs)} | {both:+.2f} | {paired:+.2f} |")
     return "\n".join(lines)
 
 
+def _save(figure, path: Path) -> None:
+    """Write an SVG that depends on the figure alone, so that plots do not change without their data."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
+
+
 def plot_correlation(results: Results, path: Path) -> None:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    runs, bases = loss_and_score(results), results.bases()
+    runs, bases = outcomes(results), results.bases()
     figure = Figure(figsize=(4.2 * len(bases), 3.4), layout="constrained")
     for base, axes in zip(bases, np.atleast_1d(figure.subplots(1, len(bases))), strict=True):
-        arms = list(dict.fromkeys(arm for b, arm, *_ in runs if b == base))
-        for arm in arms:
-            points = [(loss, score) for b, a, loss, score in runs if (b, a) == (base, arm)]
-            color = COLORS[arms.index(arm) % len(COLORS)]
+        arms = list(dict.fromkeys(run.arm for run in runs if run.base == base))
+        colors = COLORS if len(arms) <= len(COLORS) else colormaps["tab20"].colors
+        for arm, color in zip(arms, colors, strict=False):
+            points = [(run.loss, run.score) for run in runs if (run.base, run.arm) == (base, arm)]
             axes.scatter(*zip(*points, strict=True), s=16, color=color, label=arm)
         axes.legend(fontsize=7)
         axes.set(title=base, xlabel="held-out loss of slot 0, own drafts", ylabel="score")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_courses(results: Results, arms: list[str], path: Path) -> None:
@@ -249,7 +279,7 @@ def plot_courses(results: Results, arms: list[str], path: Path) -> None:
         first.set(title="held-out loss, slot 0 (dotted: noised truth)", xlabel="steps")
         drafts.set(title="held-out loss, slot 1", xlabel="steps")
         score.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def score_course(
