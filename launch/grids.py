@@ -79,6 +79,7 @@ GRIDS: dict[str, tuple[Arm, ...]] = {
     "longer": (
         _control(curve=True),
         _tuned("tuned", curve=True),
+        _tuned("own drafts only", own_drafts=1.0, curve=True),
         _tuned(
             "deep codec, full weights, detached",
             depth=2,
@@ -88,6 +89,5 @@ GRIDS: dict[str, tuple[Arm, ...]] = {
             sampling={"window 1": {"window": 1}},
             curve=True,
         ),
-        Arm("iclr2026", presets.iclr2026(), curve=True),
     ),
 }
