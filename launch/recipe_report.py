@@ -120,18 +120,36 @@ def losses(by_seed: dict, kind: str) -> str:
     return " / ".join([f"{first:.3f}{spread}", *(f"{v:.2f}" for v in drafts)])
 
 
+def loss_gain(results: Results, base: str, arm: str, kind: str) -> str:
+    """Slot 0's loss less that of the control of the same seed, mean and standard error over seeds in thousandths of a nat.
+
+    The seeds hold out different images, whose losses differ by far more than the arms'; a difference within a seed is exact.
+    """
+    ours, control = results.find(base, arm), results.find(base, CONTROL)
+    name = f"validation/{kind}/slot0"
+    pairs = [(ours[s]["losses"], control[s]["losses"]) for s in ours if s in control]
+    if arm == CONTROL or not pairs:
+        return ""
+    difference = 1000 * np.array([a[name] - b[name] for a, b in pairs])
+    spread = f" ± {difference.std(ddof=1) / np.sqrt(len(pairs)):.1f}" if len(pairs) > 1 else ""
+    return f"{difference.mean():+.1f}{spread}"
+
+
 def arm_table(results: Results, base: str) -> str:
     """One row per arm, sampled in the base's own way."""
     lines = [
-        "| arm | seeds | score | against the control | slot loss, noised truth | slot loss, own drafts |",
-        "|---|---|---|---|---|---|",
+        "| arm | seeds | score | against the control | slot loss, noised truth | slot loss, own drafts "
+        "| slot 0 less the control's, noised truth (mnat) | own drafts (mnat) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm, sampling in results.names(base):
         if sampling:
             continue
         found, gain = results.find(base, arm), results.gain(base, arm)
         cells = [arm, str(len(found)), str(results.score(base, arm)), gain.signed() if gain else ""]
-        cells += [losses(found, kind) for kind in ("noised_truth", "own_drafts")]
+        kinds = ("noised_truth", "own_drafts")
+        cells += [losses(found, kind) for kind in kinds]
+        cells += [loss_gain(results, base, arm, kind) for kind in kinds]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
