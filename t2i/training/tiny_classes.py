@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from t2i.backbones.base import Backbone
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
@@ -71,7 +72,7 @@ def train_tokenizer(
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95))
     tokenizer.train()
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="tokenizer", unit="step"):
         images = pixels[torch.randint(len(pixels), (batch,), generator=generator)]
         latents = tokenizer.latents(images)
         if step % 25 == 0 and step < 0.6 * steps and hasattr(tokenizer, "quantize"):
