@@ -38,7 +38,13 @@ from t2i.training.config import (
     OptimOptions,
     TrainConfig,
 )
-from t2i.training.tiny_classes import build_backbone, build_tokenizer, train_tokenizer, write_base
+from t2i.training.tiny_classes import (
+    PIXELS_PER_CODE,
+    build_backbone,
+    build_tokenizer,
+    train_tokenizer,
+    write_base,
+)
 from t2i.weights import write_json
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -53,10 +59,11 @@ class Pretrain:
     out: Path = Path("runs/class-shapes")
     """Folder for the images and the base of each family."""
     images_per_class: int = 200
-    image_size: int = 32
-    """Side in pixels, 8 of which make a code."""
-    tokenizer_steps: int = 600
-    tokenizer_lr: float = 1e-3
+    image_size: int = 24
+    """Side in pixels, 4 of which make a code."""
+    tokenizer_steps: int = 800
+    tokenizer_lr: float = 4e-3
+    """Peak learning rate."""
     steps: int = 600
     """Optimizer steps of the generator."""
     lr: float = 2e-3
@@ -64,6 +71,16 @@ class Pretrain:
     dim: int = 96
     layers: int = 4
     seed: int = 0
+
+    def __post_init__(self):
+        names = ("images_per_class", "image_size", "tokenizer_steps", "steps", "batch_size")
+        for name in (*names, "dim", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.image_size % PIXELS_PER_CODE:
+            raise ValueError(
+                f"image_size={self.image_size} must be a multiple of {PIXELS_PER_CODE}"
+            )
 
 
 CLASSES = tuple((shape, color) for shape in SHAPES for color in COLORS)

@@ -152,7 +152,9 @@ def main() -> None:
     if any(other != same[0] for other in same):
         raise ValueError(f"the files were drawn for other classes: {same}; draw them alike")
     if config.sheet is not None:
-        cells = [cell for images, labels, _ in read.values() for cell in two_of_each(images, labels)]
+        cells = [
+            cell for images, labels, _ in read.values() for cell in two_of_each(images, labels)
+        ]
         save_png(grid(cells, columns=len(CLASSES), cell=48), config.sheet)
     rows, first = {}, None
     for name, (images, labels, _) in read.items():

@@ -126,11 +126,20 @@ def test_a_stopped_recipe_goes_on(recipe, tmp_path, monkeypatch):
     assert pretrain(recipe) == base
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("steps", 0), ("images_per_class", 0), ("image_size", 30)]
+)
+def test_impossible_recipes_write_nothing(recipe, tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"{option}={value} must be"):
+        pretrain(replace(recipe, **{option: value}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_kept_for_another_recipe(recipe, tmp_path):
     pretrain(recipe)
-    with pytest.raises(ValueError, match="'steps': 4.*'steps': 5"):
+    with pytest.raises(ValueError, match=r"'steps': 4.*'steps': 5"):
         pretrain(replace(recipe, steps=5))
-    with pytest.raises(ValueError, match="images/recipe.json"):
+    with pytest.raises(ValueError, match=r"images/recipe\.json"):
         pretrain(replace(recipe, backbone="llamagen", image_size=24))
     assert len(open_imagenet(tmp_path / "images").files) == 4 * len(CLASSES)
 
