@@ -1,21 +1,28 @@
 """The offline world of class-conditional models: its images, its exact score, and what its recipe does after a kill."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import Killed
+from helpers import Killed, folder_content
 from PIL import Image
-from programs import program, refused
+from programs import ROOT, program, refused
+from runs import SAME_SUM
 
 from launch import pretrain_class_shapes, score_class_shapes
 from launch.pretrain_class_shapes import CLASSES, Pretrain, class_image, pretrain
 from launch.score_class_shapes import judge, row
 from t2i.checkpoint import run_checkpoints
 from t2i.data.imagenet import open_imagenet
+from t2i.data.order import split_indices
 from t2i.evaluation.sample_writer import sample_labels
+from t2i.training.logs import read_metrics
 from t2i.training.loop import Run
+from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
 
 
 def drawn(labels, size=32, first=0) -> np.ndarray:
@@ -95,8 +102,12 @@ def test_wrong_files_are_named(tmp_path, capsys):
 # -- the recipe ---------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def recipe(tmp_path):
+    return tiny_recipe(tmp_path)
+
+
+def tiny_recipe(out) -> Pretrain:
     shape = {"images_per_class": 4, "batch_size": 16, "dim": 32, "layers": 1, "image_size": 16}
-    return Pretrain("rar", out=tmp_path, tokenizer_steps=2, steps=4, **shape)
+    return Pretrain("rar", out=out, tokenizer_steps=2, steps=4, **shape)
 
 
 def test_a_stopped_recipe_goes_on(recipe, tmp_path, monkeypatch):
@@ -146,11 +157,46 @@ def test_nothing_is_kept_for_another_recipe(recipe, tmp_path):
 
 def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
     config = pretrain_class_shapes.pretraining(Pretrain("rar"), recipe.out, recipe.out)
-    from t2i.data.order import split_indices
-    from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
-
     tuning = imagenet_recipe(ImageNetModel("rar", "shapes"))
     total = len(CLASSES) * Pretrain("rar").images_per_class
     seen, _ = split_indices(total, config.data.validation_samples, config.seed)
     _, held_out = split_indices(total, tuning.data.validation_samples, tuning.seed)
     assert not set(seen.tolist()) & set(held_out.tolist())
+
+
+# -- processes ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("program", ["sample_imagenet", "train_imagenet"])
+def test_one_or_two_processes_and_any_kill_leave_the_same(killed, program):
+    whole, *others = (killed / f"{program}-{name}" for name in ("whole", "1", "2"))
+    for folder in others:
+        assert folder_content(folder) == folder_content(whole), "images, or the array of codes"
+    kills = json.loads((killed / "kills.json").read_text())
+    assert all(kills[folder.name] for folder in others), kills
+
+
+def test_one_or_two_processes_have_the_same_losses(killed):
+    whole, *others = (read_metrics(killed / f"train_imagenet-{n}-run") for n in ("whole", "1", "2"))
+    for rows in others:
+        losses = [k for k in whole[-1] if k.startswith(("train/loss", "train/slot", "validation"))]
+        assert len(losses) == 1 + 3 * 4
+        for name in losses:
+            assert rows[-1][name] == pytest.approx(whole[-1][name], rel=SAME_SUM), name
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Programs that were killed at random moments, and what they left in the end."""
+    root = tmp_path_factory.mktemp("killed")
+    base = pretrain(tiny_recipe(root / "classes"))
+    script = ROOT / "tests" / "killed_classes.py"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    alone = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, script, base, root],
+        env=os.environ | alone | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root
