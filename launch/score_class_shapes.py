@@ -29,6 +29,7 @@ from t2i import cli
 _SAME = ("count", "labels", "seed")
 _TOKENIZED = 20
 """Images of each class that are encoded and decoded,"""
+_SHEET_COLORS = 128  # a third of the bytes, and no visible difference
 _NEW = 1_000_000
 """from this number on: no base has seen them."""
 
@@ -42,7 +43,7 @@ class ScoreConfig:
     base: Path | None = None
     """Base of launch/pretrain_class_shapes.py: also score its images, encoded and decoded, the ceiling of all scores."""
     sheet: Path | None = None
-    """PNG with two images of every class, two rows for each file."""
+    """PNG with an image of every class, one row for each file."""
     out: Path = Path("outputs/class-shapes/results.json")
     """Where the scores are written."""
 
@@ -134,12 +135,14 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def two_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:
-    """The first image of every class, then the second; ValueError if there are too few."""
-    numbers = [np.flatnonzero(labels == label)[:2] for label in range(len(CLASSES))]
-    if min(map(len, numbers)) < 2:
-        raise ValueError(f"a sheet needs two images of each of the {len(CLASSES)} classes")
-    return [Image.fromarray(images[pair[i]]) for i in range(2) for pair in numbers]
+def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:
+    """The first image of every class; ValueError if a class has none."""
+    missing = sorted(set(range(len(CLASSES))) - set(labels.tolist()))
+    if missing:
+        raise ValueError(
+            f"a sheet needs an image of every class; of class {missing[0]} there is none"
+        )
+    return [Image.fromarray(images[labels.tolist().index(c)]) for c in range(len(CLASSES))]
 
 
 def main() -> None:
@@ -153,9 +156,10 @@ def main() -> None:
         raise ValueError(f"the files were drawn for other classes: {same}; draw them alike")
     if config.sheet is not None:
         cells = [
-            cell for images, labels, _ in read.values() for cell in two_of_each(images, labels)
+            cell for images, labels, _ in read.values() for cell in one_of_each(images, labels)
         ]
-        save_png(grid(cells, columns=len(CLASSES), cell=48), config.sheet)
+        sheet = grid(cells, columns=len(CLASSES), cell=48)
+        save_png(sheet.quantize(_SHEET_COLORS), config.sheet)
     rows, first = {}, None
     for name, (images, labels, _) in read.items():
         verdicts = judge(images, labels)

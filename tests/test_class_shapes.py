@@ -95,8 +95,8 @@ def test_wrong_files_are_named(tmp_path, capsys):
     assert "drawn for other classes" in message(a, seed)
     assert "has images of 1000 classes" in message(photos)
     assert "is no base of launch/pretrain_class_shapes.py" in message(a, "--base", tmp_path)
-    few = write_samples(tmp_path / "few.npz", count=20)
-    assert "two images of each" in message(few, "--sheet", tmp_path / "sheet.png")
+    few = write_samples(tmp_path / "few.npz", count=19)
+    assert "needs an image of every class" in message(few, "--sheet", tmp_path / "sheet.png")
 
 
 # -- the recipe ---------------------------------------------------------------------------------------------------------------
