@@ -6,22 +6,26 @@
     runs/class-shapes/rar/                                     tokenizer.pt, model.pt (official layouts), config.json
 
 A class of the folder is shape x colour, named as in ImageNet (n00000000 ...). The tokenizer is trained first, then the generator from
-random weights by the kit's own training loop, with k = 1. Nothing of it is shipped: a few minutes on two cores make it again.
+random weights by the kit's own training loop, with k = 1. Nothing of it is shipped: a few minutes on one core make it again. What was
+killed goes on, the generator at its newest checkpoint; what is finished is kept, and only with the same recipe.
 """
 
+import json
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a clone, without installation
 
 from t2i import cli, presets
+from t2i.backbones.base import Backbone
 from t2i.data.imagenet import open_imagenet
 from t2i.data.images import load_pixels
 from t2i.data.shapes import PALETTE, Scene, SceneObject, render
@@ -34,7 +38,14 @@ from t2i.training.config import (
     OptimOptions,
     TrainConfig,
 )
-from t2i.training.tiny_classes import build_backbone, build_tokenizer, train_tokenizer, write_base
+from t2i.training.tiny_classes import (
+    PIXELS_PER_CODE,
+    build_backbone,
+    build_tokenizer,
+    train_tokenizer,
+    write_base,
+)
+from t2i.weights import write_json
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = tuple(PALETTE)[:5]
@@ -47,11 +58,12 @@ class Pretrain:
     backbone: Literal["llamagen", "open_magvit2", "rar"]
     out: Path = Path("runs/class-shapes")
     """Folder for the images and the base of each family."""
-    images_per_class: int = 100
-    image_size: int = 32
-    """Side in pixels, 8 of which make a code."""
-    tokenizer_steps: int = 600
-    tokenizer_lr: float = 1e-3
+    images_per_class: int = 200
+    image_size: int = 24
+    """Side in pixels, 4 of which make a code."""
+    tokenizer_steps: int = 800
+    tokenizer_lr: float = 4e-3
+    """Peak learning rate."""
     steps: int = 600
     """Optimizer steps of the generator."""
     lr: float = 2e-3
@@ -60,23 +72,56 @@ class Pretrain:
     layers: int = 4
     seed: int = 0
 
+    def __post_init__(self):
+        names = ("images_per_class", "image_size", "tokenizer_steps", "steps", "batch_size")
+        for name in (*names, "dim", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.image_size % PIXELS_PER_CODE:
+            raise ValueError(
+                f"image_size={self.image_size} must be a multiple of {PIXELS_PER_CODE}"
+            )
+
+
+CLASSES = tuple((shape, color) for shape in SHAPES for color in COLORS)
+"""What a class id means."""
+
+
+def claim(record: Path, settings: dict) -> None:
+    """Note what a folder is made from; ValueError if it was begun with something else."""
+    known = json.loads(record.read_text()) if record.exists() else settings
+    if known != settings:
+        raise ValueError(
+            f"{record} says that this was made otherwise: {known}, and now {settings} is asked for; give another --out, or delete it"
+        )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, settings)
+
 
 def write_images(cfg: Pretrain, folder: Path) -> None:
     """An ImageNet-style folder of single shapes; what is there is kept."""
-    kinds = [(shape, color) for shape in SHAPES for color in COLORS]
-    for label, (shape, color) in enumerate(kinds):
+    names = ("images_per_class", "image_size", "seed")
+    claim(folder / "recipe.json", {name: getattr(cfg, name) for name in names})
+    for label in range(len(CLASSES)):
         for i in range(cfg.images_per_class):
             path = folder / "train" / f"n{label:08d}" / f"{i:06d}.png"
             if not path.exists():
-                dice = random.Random(f"class shapes {cfg.seed} {label} {i}")
-                size = dice.randrange(24, 34, 2)
-                x, y = (dice.randint(size // 2 + 2, 62 - size // 2) for _ in range(2))
-                item = SceneObject(shape, color, x, y, size)
-                save_png(render(Scene((item,), "single", "", {}), cfg.image_size), path)
+                save_png(class_image(label, i, cfg.image_size, cfg.seed), path)
+
+
+def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
+    """Image `number` of a class, `size` pixels wide: one shape at a random place and of a random size."""
+    dice = random.Random(f"class shapes {seed} {label} {number}")
+    side = dice.randrange(24, 34, 2)
+    x, y = (dice.randint(side // 2 + 2, 62 - side // 2) for _ in range(2))
+    return render(Scene((SceneObject(*CLASSES[label], x, y, side),), "single", "", {}), size)
 
 
 def pretraining(cfg: Pretrain, start: Path, images: Path) -> TrainConfig:
-    """The generator's training as a run of the kit: k = 1, every weight at one rate."""
+    """The generator's training as a run of the kit: k = 1, every weight at one rate.
+
+    What fine-tuning holds out is held out here, too (the first of one random order): no base has seen it.
+    """
     return TrainConfig(
         run_dir=cfg.out / f"{cfg.backbone}-pretraining",
         backbone=BackboneOptions(family=cfg.backbone, weights=str(start)),
@@ -84,12 +129,14 @@ def pretraining(cfg: Pretrain, start: Path, images: Path) -> TrainConfig:
         data=LabelledOptions(
             source=(str(images),),
             views="flip",
-            validation_samples=max(1, 2 * cfg.images_per_class // 5),
+            validation_samples=min(
+                LabelledOptions().validation_samples, len(CLASSES) * cfg.images_per_class // 5
+            ),
             cache_dir=cfg.out / "cache",
         ),
         optim=OptimOptions(backbone_lr=cfg.lr, warmup_steps=min(50, cfg.steps // 4)),
         engine=EngineOptions(micro_batch=cfg.batch_size),
-        log=LogOptions(validate_every=200, sample_every=0, save_every=0, prompts=("0",)),
+        log=LogOptions(validate_every=200, sample_every=0, save_every=200, prompts=("0",)),
         batch_size=cfg.batch_size,
         steps=cfg.steps,
         token_dropout=0.0,
@@ -98,35 +145,42 @@ def pretraining(cfg: Pretrain, start: Path, images: Path) -> TrainConfig:
 
 
 def pretrain(cfg: Pretrain) -> Path:
-    """Make what is not there yet; returns the folder of the base."""
-    from t2i.checkpoint import find_checkpoint, from_pretrained
-    from t2i.training.loop import train
+    """Make what is not there yet; returns the folder of the base.
+
+    Raises:
+        ValueError: what is there was made with another recipe.
+    """
+    from launch.lab import fine_tuned
 
     images, base = cfg.out / "images", cfg.out / cfg.backbone
+    start = cfg.out / f"{cfg.backbone}-start"
     write_images(cfg, images)
-    if (base / "config.json").exists():
-        return base
+    recipe = {name: value for name, value in asdict(cfg).items() if name != "out"}
+    claim(cfg.out / f"{cfg.backbone}-recipe.json", recipe)
+    if not (base / "config.json").exists():
+        if not (start / "config.json").exists():
+            write_base(untrained(cfg, images), start)
+        write_base(fine_tuned(pretraining(cfg, start, images)).backbone, base)
+    return base
+
+
+def untrained(cfg: Pretrain, images: Path) -> Backbone:
+    """A generator with fresh weights behind a tokenizer that has learned the images."""
     files = open_imagenet(images).files
     pixels = torch.stack([load_pixels(path, cfg.image_size) for path in files])
     tokenizer = build_tokenizer(cfg.backbone, seed=cfg.seed)
     train_tokenizer(
         tokenizer, pixels, steps=cfg.tokenizer_steps, lr=cfg.tokenizer_lr, seed=cfg.seed
     )
-    backbone = build_backbone(
+    return build_backbone(
         cfg.backbone,
         tokenizer,
         side=cfg.image_size // tokenizer.downsample,
-        classes=len(SHAPES) * len(COLORS),
+        classes=len(CLASSES),
         dim=cfg.dim,
         layers=cfg.layers,
         seed=cfg.seed,
     )
-    start = write_base(backbone, cfg.out / f"{cfg.backbone}-start")
-    config = pretraining(cfg, start, images)
-    if not (config.run_dir / "checkpoints").exists():
-        train(config)
-    trained = from_pretrained(find_checkpoint(config.run_dir)).backbone
-    return write_base(trained, base)
 
 
 def main() -> None:

@@ -15,11 +15,17 @@ sys.path.insert(
 
 from t2i import cli
 from t2i.training.program import run_config
-from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
+from t2i.training.recipes_imagenet import SHAPES_ROOT, ImageNetModel, imagenet_recipe
 
 
 def main() -> None:
-    run_config(cli.parse_selected(ImageNetModel, imagenet_recipe, __doc__))
+    config = cli.parse_selected(ImageNetModel, imagenet_recipe, __doc__)
+    weights = Path(config.backbone.weights)
+    if weights == SHAPES_ROOT / config.backbone.family and not weights.exists():
+        raise ValueError(
+            f"{weights} is not there yet: python launch/pretrain_class_shapes.py --backbone {weights.name}"
+        )
+    run_config(config)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,12 +96,18 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt("terminated")
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script: a ValueError is a user's mistake and ends in its message alone; anything else keeps its traceback."""
+    """Run a script: a user's mistake (ValueError), Ctrl-C and SIGTERM end in a message alone; anything else keeps its traceback."""
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # SIGTERM ends like Ctrl-C; a training run has handlers of its own.
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:
@@ -110,3 +117,5 @@ def run(main: Callable[[], None]) -> None:
         if is_main_process():
             print("interrupted", *stop.args, sep=": ", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

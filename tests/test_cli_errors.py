@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -250,3 +251,11 @@ def test_scripts_end_in_one_line(command, message, tmp_path):
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_one_line(number, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: os.kill(os.getpid(), number))
+    assert stopped.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler goes with the program"

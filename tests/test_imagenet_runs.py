@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Killed, in_threads, tiny_llamagen, tiny_rar
+from programs import refused
 from runs import assert_same_weights, weights
 
 import t2i
@@ -108,7 +110,7 @@ def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
     call(monkeypatch, sample_imagenet, *options, "--out", out)
     with np.load(out) as arrays:
         images = arrays["arr_0"]
-    assert images.shape == (8, 32, 32, 3) and images.std() > 0
+    assert images.shape == (8, 24, 24, 3) and images.std() > 0
     assert len(np.unique(images, axis=0)) == 8, "every image has random numbers of its own"
 
     reference = tmp_path / "reference.npz"
@@ -243,6 +245,29 @@ def test_wrong_data_is_named(base):
         train(replace(config, data=DataOptions(source="shapes")))
     with pytest.raises(ValueError, match="cannot be trained on classes"):
         check_backbone(tiny_llamagen("text"), config.data)
+
+
+def test_mistakes_end_in_one_line(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    given = ("--backbone", base.name, "--size", "shapes", "--backbone.weights", base)
+    train_error = partial(refused, train_imagenet, capsys)
+    assert "was published as B, L" in train_error("--backbone", base.name, "--size", "huge")
+    missing = train_error("--backbone", base.name, "--size", "shapes")
+    assert f"python launch/pretrain_class_shapes.py --backbone {base.name}" in missing
+    assert "none is no folder" in train_error(*given, "--data.source", "none")
+    assert "has no sub-folders" in train_error(*given, "--data.source", "empty")
+    few = train_error(*given, "--data.source", _nineteen_classes(base.parent))
+    assert "has 19 classes and this" in few
+
+    sample_error = partial(refused, sample_imagenet, capsys, "--out", "out.npz")
+    assert "checkpoint folder none does not exist" in sample_error("--ckpt", "none")
+    assert "is not a complete checkpoint folder" in sample_error("--ckpt", base)
+    assert "give either --ckpt" in sample_error()
+    published = ("--base.family", base.name, "--base.weights")
+    assert "none.bin is not a file" in sample_error(*published, "none.bin")
+    assert "count=0" in sample_error(*published, base, "--count", 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"], "nothing is written"
 
 
 def _nineteen_classes(world: Path) -> Path:

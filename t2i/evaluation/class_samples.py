@@ -70,6 +70,7 @@ def draw_class_samples(
         "weights": weights_hashes(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "sampling": asdict(sampling),
+        "classes": spec.num_classes,
         "labels": options.labels,
         "seed": options.seed,
     }

@@ -22,6 +22,8 @@ from t2i.training.config import (
     TrainConfig,
 )
 
+SHAPES_ROOT = Path("runs/class-shapes")
+"""Where the offline world is looked for."""
 _CLASSES = (
     "207",
     "360",
@@ -126,7 +128,7 @@ def imagenet_recipe(model: ImageNetModel) -> TrainConfig:
 
 def _shapes(model: ImageNetModel) -> TrainConfig:
     """The offline world of `launch/pretrain_class_shapes.py`: small batches, two cores, a few minutes."""
-    root = Path("runs/class-shapes")
+    root = SHAPES_ROOT
     return TrainConfig(
         run_dir=Path(f"runs/{model.backbone}-shapes"),
         backbone=BackboneOptions(family=model.backbone, weights=str(root / model.backbone)),

@@ -17,16 +17,18 @@ from t2i.backbones.rar import RAR, RARConfig
 from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.progress import progress_bar
 from t2i.weights import write_json
 
-_CODES, _BITS = 256, (3, 5)
+PIXELS_PER_CODE = 4
+_CODES, _BITS = 512, (6, 6)
 _HEAD = 32  # width of an attention head
 
 
 def build_tokenizer(family: str, *, seed: int = 0) -> nn.Module:
-    """A small tokenizer of the family's kind with fresh weights: 8 pixels a code, 256 codes."""
+    """A small tokenizer of the family's kind with fresh weights: 4 pixels a code, 512 codes or 12 bits."""
     torch.manual_seed(seed)
-    shape = {"channels": 32, "multipliers": (1, 1, 1, 1), "res_blocks": 1}
+    shape = {"channels": 32, "multipliers": (1, 1, 1), "res_blocks": 1}
     if family == "llamagen":
         return VQTokenizer(VQConfig(**shape, latent_channels=32, codebook_size=_CODES))
     if family == "rar":
@@ -67,11 +69,14 @@ def build_backbone(
 def train_tokenizer(
     tokenizer: nn.Module, pixels: Tensor, *, steps: int, lr: float, seed: int, batch: int = 32
 ) -> None:
-    """Reconstruction of pixels [N, 3, H, W] with straight-through codes; the tokenizer is frozen afterwards."""
+    """Reconstruction of pixels [N, 3, H, W] with straight-through codes; the tokenizer is frozen afterwards.
+
+    The learning rate falls to zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95))
     tokenizer.train()
-    for step in range(steps):
+    for step in progress_bar(range(steps), desc="tokenizer", unit="step"):
         images = pixels[torch.randint(len(pixels), (batch,), generator=generator)]
         latents = tokenizer.latents(images)
         if step % 25 == 0 and step < 0.6 * steps and hasattr(tokenizer, "quantize"):
@@ -79,7 +84,8 @@ def train_tokenizer(
         rows, z = _quantized(tokenizer, images, latents)
         decoded = tokenizer.decode_vectors(z + (rows - z).detach())
         loss = F.l1_loss(decoded, images) + F.mse_loss(decoded, images)
-        loss = loss + F.mse_loss(rows, z.detach()) + 0.25 * F.mse_loss(z, rows.detach())
+        loss = loss + _code_loss(tokenizer, rows, z)
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
@@ -93,6 +99,17 @@ def _quantized(tokenizer: nn.Module, images: Tensor, latents: Tensor) -> tuple[T
         return torch.where(latents > 0, 1.0, -1.0), latents
     z = F.normalize(latents, dim=1) if isinstance(tokenizer, VQTokenizer) else latents
     return tokenizer.quantize.vectors()[tokenizer.encode(images)].permute(0, 3, 1, 2), z
+
+
+def _code_loss(tokenizer: nn.Module, rows: Tensor, z: Tensor) -> Tensor:
+    """Draws code vectors and latents together; without a codebook, asks that every bit says something (after arXiv 2310.05737).
+
+    Commitment to the signs would freeze them: with it, 60 of 256 codes came to be used here.
+    """
+    if isinstance(tokenizer, LFQTokenizer):
+        p = torch.sigmoid(4 * z).mean((0, 2, 3)).clamp(1e-4, 1 - 1e-4)
+        return 0.1 * (p * p.log() + (1 - p) * (1 - p).log()).mean()
+    return F.mse_loss(rows, z.detach()) + 0.25 * F.mse_loss(z, rows.detach())
 
 
 @torch.no_grad()

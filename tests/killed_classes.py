@@ -1,0 +1,99 @@
+"""Run by test_class_shapes.py: programs for classes, as one process and as two, killed in the middle of their work.
+
+    python tests/killed_classes.py BASE OUT
+
+BASE is a base of launch/pretrain_class_shapes.py with its images beside it. Processes are forked from this one, which imports what they
+need once (most of their time otherwise); each has the environment that torchrun would give it, and is killed by SIGKILL. In OUT, `<program>-whole` holds what one
+process leaves that nobody disturbs, `<program>-<processes>` what the killed ones and then a last run leave, and kills.json how many died.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import deepspeed  # noqa: F401
+import torch
+import transformers.modeling_utils  # noqa: F401
+
+import t2i.evaluation.class_samples
+import t2i.training.loop  # noqa: F401
+from launch import sample_imagenet, train_imagenet
+from t2i import cli
+from t2i.data import imagenet
+
+MOMENTS = (2, 7)
+"""Of the ten pieces of work, how many are done when a kill comes."""
+
+
+def arguments(program, base: Path, out: Path) -> list[str]:
+    """Of a run whose work takes some tenths of a second."""
+    if program is sample_imagenet:
+        options = f"--base.family rar --base.weights {base} --count 40 --batch-size 4 --out {out}/images.npz"
+    else:
+        options = (
+            f"--backbone rar --size shapes --preset tuned --backbone.weights {base} --data.source {base.parent}/images "
+            f"--data.cache-dir {out}/cache --run-dir {out}-run --data.validation-samples 16 --batch-size 16 "
+            "--engine.micro-batch 8 --steps 1 --log.sample-every 0 --log.tracker none"
+        )
+    return [program.__file__, *options.split()]
+
+
+def start(program, words: list[str], count: int) -> list[int]:
+    """The ids of so many processes that run a program together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ids = []
+    for rank in range(count):
+        ids.append(os.fork())
+        if ids[-1] == 0:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            os.environ |= {k: str(v) for k, v in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            sys.argv = words
+            code = 1
+            try:
+                cli.run(program.main)
+                code = 0
+            finally:
+                os._exit(code)
+    return ids
+
+
+def wait(ids: list[int]) -> list[int]:
+    """Exit codes; -9 of the killed."""
+    return [os.waitstatus_to_exitcode(os.waitpid(i, 0)[1]) for i in ids]
+
+
+def main(base: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    imagenet._ROWS_PER_CHUNK = 8  # or the few images were one chunk
+    kills = {}
+    for program in (sample_imagenet, train_imagenet):
+        name = Path(program.__file__).stem
+        assert wait(start(program, arguments(program, base, out / f"{name}-whole"), 1)) == [0]
+        for count in (1, 2):
+            folder = out / f"{name}-{count}"
+            words = arguments(program, base, folder)
+            kills[folder.name] = sum(kill(start(program, words, count), folder, m) for m in MOMENTS)
+            assert wait(start(program, words, count)) == [0] * count
+    (out / "kills.json").write_text(json.dumps(kills))
+
+
+def kill(ids: list[int], folder: Path, pieces: int) -> bool:
+    """Kill processes when so many pieces of work are marked as done; whether they were still alive."""
+    alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while len(list(folder.glob("**/*.chunks/*.json"))) < pieces:
+        if any(os.waitid(os.P_PID, i, alive) for i in ids):
+            break
+        time.sleep(0.001)
+    for i in reversed(ids):
+        os.kill(i, signal.SIGKILL)
+    return -signal.SIGKILL in wait(ids)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
