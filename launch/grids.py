@@ -57,6 +57,7 @@ GRIDS: dict[str, tuple[Arm, ...]] = {
     "presets": (
         _control(sampling=_COLDER, curve=True),
         _tuned("tuned", curve=True),
+        _tuned("own drafts only", own_drafts=1.0, curve=True),
         Arm("iclr2026", presets.iclr2026(), sampling=_TRUST, curve=True),
         Arm("arxiv2505", presets.arxiv2505(), curve=True),
     ),
