@@ -46,7 +46,7 @@ class DPGBench:
         """questions: what to call the graph.
 
         Raises:
-            ValueError: a question is not one of those that the judge can answer.
+            UserError: a question is not one of those that the judge can answer.
         """
         if isinstance(judge, ShapesJudge):
             judge.check(graph.questions)
@@ -169,7 +169,7 @@ def load_questions(name: str) -> QuestionGraph:
     """The graph called "official" (fetched on first use) or "shapes" (shipped), or of a CSV file.
 
     Raises:
-        ValueError: see `dpg_bench.official.official_questions`.
+        UserError: see `dpg_bench.official.official_questions`.
     """
     if name == "shapes":
         return shapes_questions()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
+from t2i.errors import UserError
+
 IMAGES_PER_PROMPT = 4
 _SIDES = 2  # of the grid, in images
 
@@ -26,13 +28,13 @@ def split_grid(grid: Image.Image, resolution: int | None = None) -> list[Image.I
     resolution: the side of one image as the user believes it to be; checked where it is given.
 
     Raises:
-        ValueError: the grid is not a square of an even side, or of images of another side.
+        UserError: the grid is not a square of an even side, or of images of another side.
     """
     width, height = grid.size
     if width != height or width % _SIDES:
-        raise ValueError(f"{width} x {height} px is not a square grid of 2 x 2 equal images")
+        raise UserError(f"{width} x {height} px is not a square grid of 2 x 2 equal images")
     if resolution is not None and width != _SIDES * resolution:
-        raise ValueError(
+        raise UserError(
             f"the grid of {width} x {height} px holds images of {width // _SIDES} px, not of "
             f"{resolution} px: the official script would crop wrongly without a word"
         )

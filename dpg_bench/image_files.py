@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from dpg_bench.grids import IMAGES_PER_PROMPT, split_grid
+from t2i.errors import UserError
 from t2i.evaluation.inventory import Inventory, shorten
 from t2i.evaluation.options import Scope
 from t2i.evaluation.runner import claim_output
@@ -46,16 +47,16 @@ class Form:
 
     def __post_init__(self):
         if self.resolution is not None and self.samples > IMAGES_PER_PROMPT:
-            raise ValueError(f"a grid has {IMAGES_PER_PROMPT} images, not --samples {self.samples}")
+            raise UserError(f"a grid has {IMAGES_PER_PROMPT} images, not --samples {self.samples}")
 
     def read(self, number: int, path: Path) -> dict[int, Image.Image]:
-        """Sample -> image; ValueError names the file."""
+        """Sample -> image; UserError names the file."""
         image = load_image(path)
         if number != _WHOLE:
             return {number: image}
         if self.resolution is None and self.samples > 1:
             width, height = image.size
-            raise ValueError(
+            raise UserError(
                 f"{path.name} ({width} x {height} px) may be one image (then say --samples 1) or a 2 x 2 grid "
                 f"(then give the side of its images, --resolution {width // 2})"
             )
@@ -63,8 +64,8 @@ class Form:
             return {0: image}
         try:
             return dict(enumerate(split_grid(image, self.resolution)[: self.samples]))
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path.name}: {error}") from error
 
 
 def arrange(
@@ -83,7 +84,7 @@ def arrange(
         resolution: side of one image of a grid in pixels; None if ITEM.png is one image.
 
     Raises:
-        ValueError: what is missing, unreadable, of another size or ambiguous is named by its file.
+        UserError: what is missing, unreadable, of another size or ambiguous is named by its file.
     """
     flat = folder.is_dir() and any(folder.glob("*.png"))
     if not flat or any(folder.glob("[0-9]*/samples")):
@@ -96,7 +97,7 @@ def arrange(
         _claim_source(out, folder, form)
         problems = _copy(files, entries, selected, out, form)
         if problems and not scope.allow_incomplete:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; replace them, or judge "
                 "the rest as INCOMPLETE with --allow-incomplete"
             )
@@ -127,7 +128,7 @@ def _find(folder: Path, entries: Sequence[dict]) -> Files:
 def _check(
     folder: Path, files: Files, entries: Sequence[dict], selected: Sequence[int], scope: Scope
 ) -> None:
-    """ValueError names what is missing (as grids, where no file is numbered), more than wanted, or there twice."""
+    """UserError names what is missing (as grids, where no file is numbered), more than wanted, or there twice."""
     inventory = Inventory(folder, 0)
     by_number = any(set(of_prompt) - {_WHOLE} for of_prompt in files.values())
     for index in selected:
@@ -146,15 +147,15 @@ def _check(
 
 
 def _claim_source(out: Path, folder: Path, form: Form) -> None:
-    """ValueError if OUT/images came from elsewhere."""
+    """UserError if OUT/images came from elsewhere."""
     images, before = out / "images", _read_source(out)
     if before is None and images.is_dir():
         drawn = (
             "drawn images" if read_generation(images) is not None else "images of unknown origin"
         )
-        raise ValueError(f"{images} holds {drawn}; give another --out")
+        raise UserError(f"{images} holds {drawn}; give another --out")
     if before is not None and before["folder"] != str(folder.resolve()):
-        raise ValueError(f"{images} holds the images of {before['folder']}; give another --out")
+        raise UserError(f"{images} holds the images of {before['folder']}; give another --out")
     if before is None:
         write_json(out / SOURCE_FILE, {"folder": str(folder.resolve()), "copied": {}})
 
@@ -166,7 +167,7 @@ def _read_source(out: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); give another --out") from error
+        raise UserError(f"{path} is damaged ({error}); give another --out") from error
 
 
 def _copy(
@@ -188,7 +189,7 @@ def _copy(
         for number, path in found.items():
             try:
                 images |= form.read(number, path)
-            except ValueError as error:
+            except UserError as error:
                 wrong.append(str(error))
         _write(images, index, entries[index], out / "images")
         source["copied"][str(index)] = None if wrong else digest.hexdigest()

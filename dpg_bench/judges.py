@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from PIL import Image
 
 from dpg_bench.questions import Question
+from t2i.errors import UserError
 from t2i.hub import fetch_folder
 
 if TYPE_CHECKING:
@@ -63,15 +64,15 @@ def load_judge(
         fetched on first use.
 
     Raises:
-        ValueError: no such judge, or its weights cannot be found, fetched or loaded.
+        UserError: no such judge, or its weights cannot be found, fetched or loaded.
     """
     if name not in DEFAULT_WEIGHTS:
-        raise ValueError(f"unknown judge {name!r}; choose one of {', '.join(DEFAULT_WEIGHTS)}")
+        raise UserError(f"unknown judge {name!r}; choose one of {', '.join(DEFAULT_WEIGHTS)}")
     if name == "shapes":
         from dpg_bench.shapes_judge import ShapesJudge
 
         if weights is not None:
-            raise ValueError("the shapes judge is an exact detector and takes no weights")
+            raise UserError("the shapes judge is an exact detector and takes no weights")
         return ShapesJudge()
     folder, source = find_folder(name, weights)
     if name == OFFICIAL_JUDGE:
@@ -87,7 +88,7 @@ def find_folder(name: str, weights: str | Path | None) -> tuple[Path, str]:
     """The local folder of a judge's weights, and what they are called in results.
 
     Raises:
-        ValueError: it is no folder here, and the hub cannot give it.
+        UserError: it is no folder here, and the hub cannot give it.
     """
     wanted = str(weights or DEFAULT_WEIGHTS[name])
     folder = Path(wanted).expanduser()

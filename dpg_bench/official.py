@@ -21,7 +21,7 @@ def official_questions(path: str | Path | None = None) -> questions.QuestionGrap
     """The questions at `path`, or the official ones from the cache, fetched there on first use.
 
     Raises:
-        ValueError: see `dpg_bench.questions.read_questions`; the file cannot be fetched (the
+        UserError: see `dpg_bench.questions.read_questions`; the file cannot be fetched (the
             message says what to do offline), or what is there is not the official file.
     """
     return questions.read_questions(OFFICIAL.find().path if path is None else path)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from t2i.errors import UserError
+
 log = logging.getLogger(__name__)
 
 OFFICIAL_BLOB = "98457fc9901943f51ff9a30367250fc292533bed"
@@ -136,7 +138,7 @@ def read_questions(path: str | Path) -> QuestionGraph:
     oddities are part of the published numbers. Any other file must pass them.
 
     Raises:
-        ValueError: unreadable, a column missing, or a row that cannot be scored, named by its line:
+        UserError: unreadable, a column missing, or a row that cannot be scored, named by its line:
             a number that is none, an empty field, an unknown category, a repeated proposition, a
             dependency on nothing or in a circle, an item in several pieces or with several prompts.
     """
@@ -146,28 +148,28 @@ def read_questions(path: str | Path) -> QuestionGraph:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
         rows = [(reader.line_num, row) for row in reader]  # the line on which the row ends
     except OSError as error:
-        raise ValueError(f"question file {path} cannot be read: {error}") from error
+        raise UserError(f"question file {path} cannot be read: {error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"question file {path} is not a CSV in UTF-8: {error}") from error
+        raise UserError(f"question file {path} is not a CSV in UTF-8: {error}") from error
     if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
-        raise ValueError(
+        raise UserError(
             f"question file {path} has no column {', '.join(missing)}; DPG-Bench's columns are "
             f"{', '.join(COLUMNS)}"
         )
     if not rows:
-        raise ValueError(f"question file {path} has no rows")
+        raise UserError(f"question file {path} has no rows")
     questions, problems = [], []
     for line, row in rows:
         try:
             questions.append(_question(row, line))
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     problems += graph_problems(questions)
     graph = QuestionGraph(tuple(questions), git_blob_sha1(content), str(path))
     if problems:
         message = f"question file {path}: {_shorten(problems)}"
         if not graph.is_official or len(questions) < len(rows):
-            raise ValueError(message)
+            raise UserError(message)
         log.warning("%s", message)
     return graph
 
@@ -178,17 +180,17 @@ def _question(row: dict, line: int) -> Question:
     line -= sum(value.count("\n") for value in values.values())
     where = f"line {line} (item {values['item_id']}, proposition {values['proposition_id']})"
     if empty := [name for name, value in values.items() if not value.strip()]:
-        raise ValueError(f"{where}: {', '.join(empty)} is empty")
+        raise UserError(f"{where}: {', '.join(empty)} is empty")
     try:
         proposition = int(values["proposition_id"])
         parents = [int(part) for part in values["dependency"].split(",")]
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{where}: proposition_id must be a number and dependency a comma list of numbers "
             f"(0: none), not {values['dependency']!r}"
         ) from error
     if proposition < 1:
-        raise ValueError(f"{where}: proposition ids start at 1 (a dependency on 0 means none)")
+        raise UserError(f"{where}: proposition ids start at 1 (a dependency on 0 means none)")
     return Question(
         item=values["item_id"],
         prompt=values["text"],

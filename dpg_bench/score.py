@@ -24,6 +24,7 @@ import numpy as np
 
 from dpg_bench.grids import IMAGES_PER_PROMPT
 from dpg_bench.questions import Question, QuestionGraph, group_by_item
+from t2i.errors import UserError
 from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
 from t2i.evaluation.report import Score, score_table
 
@@ -130,22 +131,22 @@ def score(
     prompts; they do not depend on the order of the answers.
 
     Raises:
-        ValueError: nothing to score, an item that the questions do not have, more images than
+        UserError: nothing to score, an item that the questions do not have, more images than
             there are, or a question without an answer.
     """
     judged = {item: answers[item] for item in graph.items if answers.get(item)}
     if strangers := [item for item in answers if item not in graph.items]:
-        raise ValueError(f"answers for items without questions: {', '.join(strangers[:10])}")
+        raise UserError(f"answers for items without questions: {', '.join(strangers[:10])}")
     if not judged:
-        raise ValueError("no answers to score: judge at least one image first")
+        raise UserError("no answers to score: judge at least one image first")
     for item, images in judged.items():
         if len(images) > images_per_prompt:
-            raise ValueError(
+            raise UserError(
                 f"item {item} has answers for {len(images)} images, more than {images_per_prompt}"
             )
         for index, image in enumerate(images):
             if lost := [q for q in graph.items[item] if str(q.proposition) not in image]:
-                raise ValueError(f"no answer to {lost[0].place} for image {index}; judge it again")
+                raise UserError(f"no answer to {lost[0].place} for image {index}; judge it again")
     missing = [
         item if item not in judged else f"{item}: {len(judged[item])} of {images_per_prompt} images"
         for item in graph.items

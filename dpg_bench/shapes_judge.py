@@ -19,6 +19,7 @@ from geneval.judge import JudgeOptions, judge
 from geneval.shapes_detector import ShapesDetector
 from t2i.data.shapes import BACKGROUND, UNITS
 from t2i.data.shapes_prompts import RELATIONS
+from t2i.errors import UserError
 
 # A pixel of the ground may be this far (0..255, in each channel) from the world's ground, and this
 # share of the pixels that belong to no shape must be ground.
@@ -39,11 +40,11 @@ class ShapesJudge:
         return {"judge": self.name, "weights": None, "detector": type(self.detector).__name__}
 
     def check(self, questions: Sequence[Question]) -> None:
-        """ValueError for a proposition that is not the shapes world's, before there is any image."""
+        """UserError for a proposition that is not the shapes world's, before there is any image."""
         self.answer(Image.new("RGB", (UNITS, UNITS), BACKGROUND), questions)
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        """The true answers. Raises ValueError for a proposition that is not the shapes world's."""
+        """The true answers. Raises UserError for a proposition that is not the shapes world's."""
         image = image.convert("RGB")
         detections = self.detector.detect(image)
         return [
@@ -105,8 +106,8 @@ def _count(question: Question, text: str) -> int:
     return int(match[1])
 
 
-def _foreign(question: Question) -> ValueError:
-    return ValueError(
+def _foreign(question: Question) -> UserError:
+    return UserError(
         f"the shapes judge cannot answer {question.tuple!r}, {question.place}: it knows the shapes "
         "world's own questions only; choose another judge"
     )

@@ -21,6 +21,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def measure(config: Timing, judge) -> tuple[dict[str, float], bool]:
 def main() -> None:
     config = cli.parse(Timing, __doc__)
     if config.questions < 1 or config.rounds < 1 or config.answer_tokens < 1:
-        raise ValueError("questions, rounds and answer_tokens must be at least 1")
+        raise UserError("questions, rounds and answer_tokens must be at least 1")
     import torch
 
     judge = build(config)

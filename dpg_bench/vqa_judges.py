@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from dpg_bench.questions import Question
+from t2i.errors import UserError
 from t2i.weights import file_sha256
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -49,7 +50,7 @@ class _YesNoJudge:
         self.source, self.folder = source, folder
         self.yes, self.no = (_first_tokens(processor.tokenizer, word) for word in ("yes", "no"))
         if not self.yes or not self.no or self.yes & self.no:
-            raise ValueError(
+            raise UserError(
                 f"judge {self.name}: the tokenizer of {source} has no tokens of their own for yes and no"
             )
 
@@ -60,7 +61,7 @@ class _YesNoJudge:
         source: what the weights are called in results; "owner/name@commit" for the hub's.
 
         Raises:
-            ValueError: the folder cannot be loaded, or weights are missing or mis-shaped.
+            UserError: the folder cannot be loaded, or weights are missing or mis-shaped.
         """
         try:
             model, report = cls.model_class.from_pretrained(
@@ -68,10 +69,10 @@ class _YesNoJudge:
             )
             processor = AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"judge {cls.name}: {folder} cannot be loaded: {error}") from error
+            raise UserError(f"judge {cls.name}: {folder} cannot be loaded: {error}") from error
         if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
             names = ", ".join(sorted(map(str, lost))[:10])
-            raise ValueError(f"judge {cls.name}: {folder} lacks weights: {names}")
+            raise UserError(f"judge {cls.name}: {folder} lacks weights: {names}")
         return cls(model.to(device), processor, source, None if "@" in source else folder)
 
     def identity(self) -> dict:

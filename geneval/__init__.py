@@ -15,6 +15,7 @@ from PIL import Image
 from geneval.detector import Detections, Detector
 from geneval.judge import JudgeOptions, Verdict, judge, judge_image
 from geneval.summary import Summary, TagScore, format_summary, result_row, summarize
+from t2i.errors import UserError
 
 __all__ = [
     "Detections",
@@ -55,11 +56,11 @@ def score(
     schema: tag, prompt, include, exclude), in its order. detector: Mask2Former with CLIP, loaded once
     and on a GPU where there is one, if None. seed: of the bootstrap standard errors.
 
-    Raises ValueError when the numbers do not fit, or when the detector cannot name a class or
+    Raises UserError when the numbers do not fit, or when the detector cannot name a class or
     colour that the metadata asks for.
     """
     if not metadata or not images or len(images) % len(metadata):
-        raise ValueError(
+        raise UserError(
             f"{len(images)} images for {len(metadata)} prompts: "
             "give the same number of images, at least one, for every prompt"
         )

@@ -16,6 +16,7 @@ from geneval.detector import Detections, Detector
 from geneval.judge import JudgeOptions, Verdict, check_vocabulary, judge_detected
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
+from t2i.errors import UserError
 from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
 from t2i.evaluation.gallery import TINTS, Box, Card
 from t2i.evaluation.judging import Judged
@@ -47,7 +48,7 @@ class GenEval:
         """entries: GenEval metadata in the order of the folder numbers. prompts: what to call them.
 
         Raises:
-            ValueError: an entry is not in GenEval's schema, or asks for what the detector cannot name.
+            UserError: an entry is not in GenEval's schema, or asks for what the detector cannot name.
         """
         for index, entry in enumerate(entries):
             _check_schema(index, entry)
@@ -108,7 +109,7 @@ def load_prompts(name: str) -> list[dict]:
     """The entries of "official" (553), "shapes" (the shapes world's own, 120), or of a metadata file.
 
     Raises:
-        ValueError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     if name == "official":
         from geneval.prompts import official_prompts
@@ -122,11 +123,11 @@ def load_prompts(name: str) -> list[dict]:
 
 
 def _check_schema(index: int, entry: Mapping) -> None:
-    """ValueError unless the entry has a tag and asks for something, with a class and a count each time."""
+    """UserError unless the entry has a tag and asks for something, with a class and a count each time."""
     items = [*entry.get("include", []), *entry.get("exclude", [])]
     whole = all(isinstance(i, dict) and {"class", "count"} <= set(i) for i in items)
     if not isinstance(entry.get("tag"), str) or not items or not whole:
-        raise ValueError(
+        raise UserError(
             f"prompt {index} ({entry.get('prompt')!r}) is not GenEval metadata: it needs a tag, and "
             'include (or exclude) with {"class": ..., "count": ...}'
         )

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from geneval.detector import Detections
 from geneval.judge import COLORS
 from geneval.mmdet_images import upright_rgb
+from t2i.errors import UserError
 from t2i.weights import load_strict
 
 ARCHITECTURE = "ViT-L-14-quickgelu"
@@ -57,7 +58,7 @@ class ColorClassifier:
         """clip: an open_clip model with QuickGELU; its image size must be `SIDE`.
 
         Raises:
-            ValueError: the model has another activation.
+            UserError: the model has another activation.
         """
         require_quick_gelu(clip)
         self.clip = clip.to(device).eval()
@@ -102,7 +103,7 @@ def load_clip(path: Path, architecture: str = ARCHITECTURE) -> nn.Module:
     """OpenAI's ViT-L/14 (the file ViT-L-14.pt, whose hash has been checked) in open_clip, float32.
 
     Raises:
-        ValueError: the file is no TorchScript archive, or its weights do not fit.
+        UserError: the file is no TorchScript archive, or its weights do not fit.
     """
     import open_clip
 
@@ -113,7 +114,7 @@ def load_clip(path: Path, architecture: str = ARCHITECTURE) -> nn.Module:
             archive = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} is not OpenAI's archive of CLIP: {reason}") from error
+        raise UserError(f"{path} is not OpenAI's archive of CLIP: {reason}") from error
     state_dict = {k: v for k, v in archive.state_dict().items() if k not in _ARCHIVE_CONSTANTS}
     load_strict(clip, state_dict, path)
     return clip
@@ -127,12 +128,12 @@ def load_tokenizer() -> Tokenizer:
 
 
 def require_quick_gelu(clip: nn.Module) -> None:
-    """ValueError unless every MLP of both towers has QuickGELU."""
+    """UserError unless every MLP of both towers has QuickGELU."""
     activations = {
         type(module.gelu).__name__ for module in clip.modules() if hasattr(module, "gelu")
     }
     if activations != {"QuickGELU"}:
-        raise ValueError(
+        raise UserError(
             "OpenAI's CLIP needs QuickGELU, this model has "
             f"{', '.join(sorted(activations)) or 'no activation named gelu'}: "
             f"build open_clip's {ARCHITECTURE}"

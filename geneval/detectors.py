@@ -22,6 +22,7 @@ from PIL import Image
 
 from geneval.detector import Detections, Detector
 from geneval.weights import CLIP, MASK2FORMER
+from t2i.errors import UserError
 from t2i.evaluation.published import ProvenFile
 from t2i.hub import fetch_folder
 from t2i.weights import file_sha256
@@ -54,14 +55,14 @@ def load_detector(
     have instead of the published one; the result then names the weights as not official.
 
     Raises:
-        ValueError: an unknown name, or weights that are missing, damaged or of another model; the
+        UserError: an unknown name, or weights that are missing, damaged or of another model; the
             message says what to do.
     """
     if name not in DETECTORS:
-        raise ValueError(f"unknown detector {name!r}: choose from {', '.join(DETECTORS)}")
+        raise UserError(f"unknown detector {name!r}: choose from {', '.join(DETECTORS)}")
     if name == "shapes":
         if weights is not None or sha256 is not None:
-            raise ValueError("the shapes detector has no weights: leave out --detector-weights")
+            raise UserError("the shapes detector has no weights: leave out --detector-weights")
         from geneval.shapes_detector import ShapesDetector
 
         return ShapesDetector()
@@ -69,7 +70,7 @@ def load_detector(
     if name == "mask2former":
         return _official(weights, sha256, device)
     if sha256 is not None:
-        raise ValueError("a hash can be given for mask2former only")
+        raise UserError("a hash can be given for mask2former only")
     return _approximation(weights, device)
 
 
@@ -105,7 +106,7 @@ def _official(weights: Path | None, sha256: str | None, device: torch.device | s
     source = MASK2FORMER
     if sha256 is not None:
         if weights is None or len(sha256) < _SHORTEST_HASH:
-            raise ValueError(
+            raise UserError(
                 f"a hash of at least {_SHORTEST_HASH} digits belongs to a file: give that file too"
             )
         source = replace(MASK2FORMER, hashes=(sha256.lower(),))
@@ -125,7 +126,7 @@ def _approximation(weights: Path | None, device: torch.device | str) -> Detector
     from geneval.mmdet_weights import load_hub_folder
 
     if weights is not None and not weights.is_dir():
-        raise ValueError(f"{weights} is no folder: mask2former-hf is loaded from the hub's folder")
+        raise UserError(f"{weights} is no folder: mask2former-hf is loaded from the hub's folder")
     folder = weights or fetch_folder(
         HUB_APPROXIMATION,
         ["config.json", "model.safetensors"],
@@ -180,7 +181,7 @@ def _converted(file: ProvenFile) -> PreTrainedModel:
                     load_mmdet(file.path).save_pretrained(f"{temporary}/model")
                     os.replace(f"{temporary}/model", folder)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"converted weights cannot be written to {cache} ({error}): set T2I_CACHE to "
             "a folder that can be written"
         ) from error

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from geneval.detector import Detections, Detector
+from t2i.errors import UserError
 
 COLORS = (
     "red",
@@ -106,21 +107,21 @@ def judge(
 def judge_image(
     image: Image.Image, metadata: Mapping, detector: Detector, options: JudgeOptions | None = None
 ) -> Verdict:
-    """Detect, then judge. Raises ValueError for a class or colour that the detector cannot name."""
+    """Detect, then judge. Raises UserError for a class or colour that the detector cannot name."""
     check_vocabulary(metadata, detector)
     return judge_detected(image, metadata, detector, detector.detect(image), options)
 
 
 def check_vocabulary(metadata: Mapping, detector: Detector) -> None:
-    """ValueError for a class or colour that the detector cannot name."""
+    """UserError for a class or colour that the detector cannot name."""
     for item in [*metadata.get("include", []), *metadata.get("exclude", [])]:
         if item["class"] not in detector.classes:
-            raise ValueError(
+            raise UserError(
                 f"the detector does not know {item['class']!r} of {metadata['prompt']!r}; "
                 f"it knows {', '.join(detector.classes)}"
             )
         if "color" in item and item["color"] not in detector.colors:
-            raise ValueError(
+            raise UserError(
                 f"the detector does not name {item['color']!r} of {metadata['prompt']!r}; "
                 f"it names {', '.join(detector.colors)}"
             )

@@ -24,6 +24,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 from geneval.detector import Detections
 from geneval.mmdet_images import ImageRules, normalise, prepare, upright_rgb
 from geneval.object_names import OBJECT_NAMES
+from t2i.errors import UserError
 
 MAX_DETECTIONS = 100
 # Masks of this many queries are enlarged at once: a bound on memory, without effect on the result.
@@ -44,10 +45,10 @@ class Mask2FormerDetector:
         """classes: their names in the order of the model's labels.
 
         Raises:
-            ValueError: the model has another number of labels.
+            UserError: the model has another number of labels.
         """
         if model.config.num_labels != len(classes):
-            raise ValueError(
+            raise UserError(
                 f"the model tells {model.config.num_labels} classes apart, GenEval needs "
                 f"{len(classes)}: give a model for COCO's instances"
             )

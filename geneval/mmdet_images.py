@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from t2i.errors import UserError
+
 _UNSUPPORTED_MODES = ("I", "F")  # 16- and 32-bit greyscale: Pillow's conversion clips to white
 _FIXED_BITS = 11  # OpenCV's bilinear weights are multiples of 1 / 2048
 
@@ -39,10 +41,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """EXIF orientation applied, alpha dropped without blending, mode RGB.
 
     Raises:
-        ValueError: more than 8 bits a channel, which the official judge has no rule for.
+        UserError: more than 8 bits a channel, which the official judge has no rule for.
     """
     if image.mode.startswith(_UNSUPPORTED_MODES):
-        raise ValueError(f"an image of mode {image.mode} cannot be judged: convert it to 8-bit RGB")
+        raise UserError(f"an image of mode {image.mode} cannot be judged: convert it to 8-bit RGB")
     return ImageOps.exif_transpose(image).convert("RGB")
 
 

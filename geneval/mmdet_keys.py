@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from t2i.errors import UserError
 from t2i.weights import shorten_keys
 
 # mmdet's name = the hub's, from the left; what follows on the left is kept. "#" is a number, a
@@ -84,7 +85,7 @@ def convert(state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tens
     """An mmdet state dict (2.x or 3.x names) under the hub's names.
 
     Raises:
-        ValueError: names the keys that no Mask2Former with a Swin backbone has, or that say the
+        UserError: names the keys that no Mask2Former with a Swin backbone has, or that say the
             same thing twice.
     """
     converted: dict[str, Tensor] = {}
@@ -100,7 +101,7 @@ def convert(state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tens
             tensor = _merge_pixel_by_pixel(tensor)
         converted.update(zip(names, tensor.chunk(len(names)), strict=True))
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{source} does not hold mmdet's Mask2Former with a Swin backbone: unexpected "
             f"{shorten_keys(problems)}"
         )

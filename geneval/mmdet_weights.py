@@ -15,6 +15,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.utils import logging
 
 from geneval.mmdet_keys import convert
+from t2i.errors import UserError
 from t2i.weights import read_state_dict, shorten_keys
 
 # In transformers' model or in a file, not always in both: a loss weight, a final norm without a
@@ -75,7 +76,7 @@ def load_mmdet(
     """The model of an mmdet checkpoint (2.x or 3.x names), float32 on the CPU, in eval mode.
 
     Raises:
-        ValueError: the file cannot be read, or a key is missing, unexpected or mis-shaped.
+        UserError: the file cannot be read, or a key is missing, unexpected or mis-shaped.
     """
     state_dict = _read(path)
     with _quiet():
@@ -94,7 +95,7 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
     """The model of a folder that transformers wrote, float32 on the CPU, in eval mode.
 
     Raises:
-        ValueError: it cannot be read, or a weight is missing, unexpected or mis-shaped.
+        UserError: it cannot be read, or a weight is missing, unexpected or mis-shaped.
     """
     try:
         with _quiet():
@@ -107,7 +108,7 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
             )
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"{folder} is no readable folder of a transformers model: {reason}"
         ) from error
     return _complete(*loaded, folder)
@@ -129,7 +130,7 @@ def _complete(
         listed = "; ".join(
             f"{kind} {shorten_keys(keys)}" for kind, keys in problems.items() if keys
         )
-        raise ValueError(
+        raise UserError(
             f"{source} does not fit Mask2Former with this Swin backbone (names as in "
             f"transformers): {listed}"
         )

@@ -21,6 +21,7 @@ from PIL import Image
 from geneval.detector import Detections
 from t2i.data.shapes import BACKGROUND, PALETTE, UNITS, shape_mask
 from t2i.data.shapes_prompts import COLORS, SHAPES
+from t2i.errors import UserError
 
 # Sides of a region that can be an object; the world's own are 14 to 30 units.
 SMALLEST, LARGEST = 9 / UNITS, 40 / UNITS
@@ -86,7 +87,7 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"give a PIL image or uint8 [H, W, 3], not {image.dtype} {image.shape}")
+        raise UserError(f"give a PIL image or uint8 [H, W, 3], not {image.dtype} {image.shape}")
     return image.astype(np.float32)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geneval.judge import Verdict
+from t2i.errors import UserError
 from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
 
 
@@ -85,7 +86,7 @@ def summarize(rows: Iterable[Mapping], seed: int = 0, resamples: int = RESAMPLES
     """
     by_tag = by_prompt(rows)
     if not by_tag:
-        raise ValueError("no verdicts to summarise: judge at least one image first")
+        raise UserError("no verdicts to summarise: judge at least one image first")
     tags: dict[str, TagScore] = {}
     for tag, prompts in by_tag.items():
         images = [prompts[key] for key in sorted(prompts)]

@@ -21,6 +21,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Contender:
         if self.config.size is None:
             return load_backbone("llamagen", "shapes")
         if self.config.size not in SIZES:
-            raise ValueError(f"size {self.config.size!r} must be one of {', '.join(SIZES)}")
+            raise UserError(f"size {self.config.size!r} must be one of {', '.join(SIZES)}")
         backbone = LlamaGen(LlamaGenConfig(**SIZES[self.config.size]))
         backbone.frozen.tokenizer = VQTokenizer(VQConfig()).eval()
         return backbone

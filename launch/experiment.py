@@ -26,6 +26,7 @@ from tyro.conf import Positional
 
 from launch.grids import CONTROL, GRIDS, Arm
 from t2i import cli
+from t2i.errors import UserError
 from t2i.tensorar.model import TensorARConfig
 from t2i.training.config import RECIPES, TrainConfig
 
@@ -120,20 +121,20 @@ def planned(experiment: Experiment) -> list[Run]:
     """All runs of the grid, seed by seed, so that an early stop leaves complete comparisons.
 
     Raises:
-        ValueError: there is no such grid or arm.
+        UserError: there is no such grid or arm.
     """
     if experiment.grid not in GRIDS:
-        raise ValueError(f"unknown grid {experiment.grid!r}; choose one of {', '.join(GRIDS)}")
+        raise UserError(f"unknown grid {experiment.grid!r}; choose one of {', '.join(GRIDS)}")
     grid = GRIDS[experiment.grid]
     unknown = set(experiment.arms) - {arm.name for arm in grid}
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"grid {experiment.grid} has no arm {', '.join(sorted(unknown))}; "
             f"it has {', '.join(arm.name for arm in grid)}"
         )
     bases = [base.partition("=") for base in experiment.bases]
     if not all(weights for _, _, weights in bases):
-        raise ValueError(f"bases={experiment.bases}: write name=folder")
+        raise UserError(f"bases={experiment.bases}: write name=folder")
     chosen = [arm for arm in grid if not experiment.arms or arm.name in experiment.arms]
     return [
         Run(base, weights, arm, seed)
@@ -146,7 +147,7 @@ def planned(experiment: Experiment) -> list[Run]:
 def share(experiment: Experiment) -> tuple[int, int]:
     index, _, count = experiment.share.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise ValueError(f"share={experiment.share}: write i/n with i from 0 to n - 1")
+        raise UserError(f"share={experiment.share}: write i/n with i from 0 to n - 1")
     return int(index), int(count)
 
 

@@ -15,6 +15,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.errors import UserError
 from t2i.sampling_options import SamplingOverrides
 
 
@@ -50,7 +51,7 @@ class GenerateConfig:
 
     def __post_init__(self):
         if self.samples < 1 or self.batch_size < 1:
-            raise ValueError(
+            raise UserError(
                 f"samples={self.samples} and batch_size={self.batch_size} must be at least 1"
             )
 

@@ -29,6 +29,7 @@ from t2i.backbones.base import Backbone
 from t2i.data.imagenet import open_imagenet
 from t2i.data.images import load_pixels
 from t2i.data.shapes import PALETTE, Scene, SceneObject, render
+from t2i.errors import UserError
 from t2i.imaging import save_png
 from t2i.training.config import (
     BackboneOptions,
@@ -76,11 +77,9 @@ class Pretrain:
         names = ("images_per_class", "image_size", "tokenizer_steps", "steps", "batch_size")
         for name in (*names, "dim", "layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.image_size % PIXELS_PER_CODE:
-            raise ValueError(
-                f"image_size={self.image_size} must be a multiple of {PIXELS_PER_CODE}"
-            )
+            raise UserError(f"image_size={self.image_size} must be a multiple of {PIXELS_PER_CODE}")
 
 
 CLASSES = tuple((shape, color) for shape in SHAPES for color in COLORS)
@@ -88,10 +87,10 @@ CLASSES = tuple((shape, color) for shape in SHAPES for color in COLORS)
 
 
 def claim(record: Path, settings: dict) -> None:
-    """Note what a folder is made from; ValueError if it was begun with something else."""
+    """Note what a folder is made from; UserError if it was begun with something else."""
     known = json.loads(record.read_text()) if record.exists() else settings
     if known != settings:
-        raise ValueError(
+        raise UserError(
             f"{record} says that this was made otherwise: {known}, and now {settings} is asked for; give another --out, or delete it"
         )
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +147,7 @@ def pretrain(cfg: Pretrain) -> Path:
     """Make what is not there yet; returns the folder of the base.
 
     Raises:
-        ValueError: what is there was made with another recipe.
+        UserError: what is there was made with another recipe.
     """
     from launch.lab import fine_tuned
 

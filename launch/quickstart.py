@@ -23,6 +23,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def run_config(config: Quickstart, name: str):
 
     recipes = RECIPES | JANUS_RECIPES
     if name not in recipes:
-        raise ValueError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
+        raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
     recipe = recipes[name][1]
     return replace(
         recipe,

@@ -21,6 +21,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.errors import UserError
 from t2i.sampling_options import SamplingOverrides
 
 
@@ -64,7 +65,7 @@ class SampleConfig:
 
     def __post_init__(self):
         if (self.ckpt is None) == (self.base.weights is None):
-            raise ValueError(
+            raise UserError(
                 "give either --ckpt (a checkpoint) or --base.weights (a published model)"
             )
 

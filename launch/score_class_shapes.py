@@ -25,6 +25,7 @@ from geneval.judge import JudgeOptions
 from geneval.shapes_detector import ShapesDetector
 from launch.pretrain_class_shapes import CLASSES, class_image
 from t2i import cli
+from t2i.errors import UserError
 
 _SAME = ("count", "labels", "seed")
 _TOKENIZED = 20
@@ -66,18 +67,18 @@ def judge(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file; ValueError if it is none."""
+    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file; UserError if it is none."""
     from t2i.evaluation.image_sets import open_images
     from t2i.evaluation.sample_writer import sample_labels
 
     record = path.with_name(path.name + ".json")
     if path.suffix != ".npz" or not record.exists():
-        raise ValueError(
+        raise UserError(
             f"{path} is no .npz of launch/sample_imagenet.py (with its settings in {record.name})"
         )
     opened, settings = open_images(path), json.loads(record.read_text())
     if settings["classes"] != len(CLASSES):
-        raise ValueError(f"{path} has images of {settings['classes']} classes, not of the shapes")
+        raise UserError(f"{path} has images of {settings['classes']} classes, not of the shapes")
     images = np.stack(next(opened.batches(opened.count)))
     balanced = settings["labels"] == "balanced"
     labels = sample_labels(
@@ -94,7 +95,7 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
     from t2i.data.images import to_pixels
 
     if not (base / "config.json").exists():
-        raise ValueError(f"{base} is no base of launch/pretrain_class_shapes.py")
+        raise UserError(f"{base} is no base of launch/pretrain_class_shapes.py")
     backbone = load_backbone(json.loads((base / "config.json").read_text())["family"], base)
     labels = np.arange(len(CLASSES)).repeat(_TOKENIZED)
     side = backbone.image_size[0]
@@ -136,10 +137,10 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:
-    """The first image of every class; ValueError if a class has none."""
+    """The first image of every class; UserError if a class has none."""
     missing = sorted(set(range(len(CLASSES))) - set(labels.tolist()))
     if missing:
-        raise ValueError(
+        raise UserError(
             f"a sheet needs an image of every class; of class {missing[0]} there is none"
         )
     return [Image.fromarray(images[labels.tolist().index(c)]) for c in range(len(CLASSES))]
@@ -153,7 +154,7 @@ def main() -> None:
     read = {str(path): read_samples(path) for path in config.samples}
     same = [{name: settings[name] for name in _SAME} for *_, settings in read.values()]
     if any(other != same[0] for other in same):
-        raise ValueError(f"the files were drawn for other classes: {same}; draw them alike")
+        raise UserError(f"the files were drawn for other classes: {same}; draw them alike")
     if config.sheet is not None:
         cells = [
             cell for images, labels, _ in read.values() for cell in one_of_each(images, labels)

@@ -14,6 +14,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.errors import UserError
 from t2i.training.program import run_config
 from t2i.training.recipes_imagenet import SHAPES_ROOT, ImageNetModel, imagenet_recipe
 
@@ -22,7 +23,7 @@ def main() -> None:
     config = cli.parse_selected(ImageNetModel, imagenet_recipe, __doc__)
     weights = Path(config.backbone.weights)
     if weights == SHAPES_ROOT / config.backbone.family and not weights.exists():
-        raise ValueError(
+        raise UserError(
             f"{weights} is not there yet: python launch/pretrain_class_shapes.py --backbone {weights.name}"
         )
     run_config(config)

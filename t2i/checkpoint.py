@@ -20,6 +20,7 @@ import torch
 
 from t2i import __version__
 from t2i.backbones.base import Backbone, SamplingConfig
+from t2i.errors import UserError
 from t2i.loading import BackboneSource, load_source, published_as_folder, with_hash
 from t2i.lora import load_adapter, save_adapter
 from t2i.tensorar.model import TensorAR, TensorARConfig
@@ -50,7 +51,7 @@ def save_pretrained(
         training: facts about the run, stored as they are.
     """
     if model.backbone.source is None:
-        raise ValueError(
+        raise UserError(
             "this backbone was not loaded by load_backbone, so a checkpoint could not name its base"
         )
     folder = Path(folder)
@@ -131,21 +132,21 @@ def read_config(folder: str | Path, *, with_state: bool = False) -> dict:
     """The config.json of a complete checkpoint folder; `with_state` also asks for the files that resume needs.
 
     Raises:
-        ValueError: no such folder, not a checkpoint, incomplete, or a file is cut short.
+        UserError: no such folder, not a checkpoint, incomplete, or a file is cut short.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"checkpoint folder {folder} does not exist (or is a file)")
+        raise UserError(f"checkpoint folder {folder} does not exist (or is a file)")
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a complete checkpoint folder: {Path(error.filename).name} is missing "
             "(a base model is loaded with load_backbone; a run stopped while saving leaves an earlier step)"
         ) from error
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder}: {MANIFEST} or config.json is not JSON ({error}); copy the folder again"
         ) from error
     for name, size in files.items():
@@ -153,7 +154,7 @@ def read_config(folder: str | Path, *, with_state: bool = False) -> dict:
         if name.startswith(f"{TRAINING_STATE}/") and not with_state:
             continue
         if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(
+            raise UserError(
                 f"{path} is missing or has not the {size} bytes that the manifest says; copy the folder again"
             )
     return config
@@ -206,7 +207,7 @@ def from_pretrained(
     local = Path(source.weights)
     needed = tuned is None or source.tokenizer is None  # a base folder brings its tokenizer
     if needed and local.is_absolute() and not local.exists():
-        raise ValueError(
+        raise UserError(
             f"{folder} was trained from {local}, which is gone; base=PATH (--base PATH) says where it is now"
         )
     backbone = load_source(source, weights=tuned, dtype=dtype, device=device)
@@ -227,7 +228,7 @@ def from_pretrained(
 def _section(cls: type, values: dict, folder: Path):
     """A part of config.json. A setting that is not known here may change what the weights mean, so it is refused."""
     if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
-        raise ValueError(
+        raise UserError(
             f"{folder}: config.json has settings that this version ({__version__}) of the kit does not know: "
             f"{', '.join(unknown)}; load it with the version that wrote it"
         )

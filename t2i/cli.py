@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import tyro
 
+from t2i.errors import UserError
+
 Config = TypeVar("Config")
 Selection = TypeVar("Selection")
 
@@ -25,11 +27,11 @@ def parse_recipe(recipes: dict[str, tuple[str, Config]], description: str) -> Co
     """Parse `NAME --option value ...`: a named recipe with overrides.
 
     Raises:
-        ValueError: there is no recipe of this name (the parser itself would then call every option unknown).
+        UserError: there is no recipe of this name (the parser itself would then call every option unknown).
     """
     name = next(iter(_arguments()), "--help")
     if not name.startswith("-") and name not in recipes:
-        raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
+        raise UserError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
     if (
         name in recipes
     ):  # this recipe's parser alone: its help and suggestions are not repeated for every recipe
@@ -55,7 +57,7 @@ def parse_selected(
     """Parse the few options of `selection`, and all others as overrides of the config that `recipe` makes of it.
 
     Raises:
-        ValueError: there is no such recipe.
+        UserError: there is no such recipe.
     """
     given = _arguments()
     help_wanted = [a for a in given if a in ("-h", "--help")]
@@ -101,7 +103,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: a user's mistake (ValueError), Ctrl-C and SIGTERM end in a message alone; anything else keeps its traceback."""
+    """Run a script: a user's mistake (UserError), Ctrl-C and SIGTERM end in a message alone; anything else keeps its traceback."""
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers"):
@@ -110,7 +112,7 @@ def run(main: Callable[[], None]) -> None:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as stop:

@@ -22,6 +22,7 @@ from t2i.checkpoint import (
     read_config,
     save_pretrained,
 )
+from t2i.errors import UserError
 from t2i.evaluation.store import write_generated
 from t2i.generation import iterate_images, pick_device
 from t2i.loading import expand_folder, published_as_folder, weights_sha256
@@ -52,10 +53,10 @@ def export(
         device: where to draw.
 
     Raises:
-        ValueError: `out` exists, or something that is needed cannot be read.
+        UserError: `out` exists, or something that is needed cannot be read.
     """
     if out.exists():
-        raise ValueError(f"{out} exists; export to a new folder")
+        raise UserError(f"{out} exists; export to a new folder")
     scores = [line for path in results for line in _score_rows(path)]
     config = read_config(find_checkpoint(checkpoint))
     model = from_pretrained(checkpoint, base=base, generation_only=False)
@@ -104,14 +105,14 @@ def _score_rows(path: Path) -> list[str]:
         results = json.loads(path.read_text(encoding="utf-8"))
         scores = results["scores"].items()
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results file with scores: {error!r}") from error
+        raise UserError(f"{path} is not a results file with scores: {error!r}") from error
     rows = []
     for name, score in scores:
         values = score if isinstance(score, dict) else {"mean": score}
         mean = values.get("mean", values.get("overall"))
         error = values.get("stderr", values.get("overall_stderr"))
         if not isinstance(mean, int | float):
-            raise ValueError(f"{path}: the score {name!r} has no number under mean or overall")
+            raise UserError(f"{path}: the score {name!r} has no number under mean or overall")
         where = results.get("benchmark", path.stem)
         spread = "" if error is None else f" ± {error:.3f}"
         rows.append(f"| {where} | {name} | {mean:.3f}{spread} | {results.get('status', '')} |")

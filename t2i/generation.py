@@ -9,6 +9,7 @@ from torch import Tensor
 
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.conditioning.labels import class_ids
+from t2i.errors import UserError
 from t2i.loading import DTYPES
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
@@ -54,11 +55,11 @@ def iterate_images(
     """
 
     if isinstance(prompts, str):
-        raise ValueError('prompts must be a list: generate(model, ["a photo of a red circle"])')
+        raise UserError('prompts must be a list: generate(model, ["a photo of a red circle"])')
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} must be between 0 and 2**63 - 1")
+        raise UserError(f"seed={seed} must be between 0 and 2**63 - 1")
     if samples_per_prompt < 1 or batch_size < 1:
-        raise ValueError(
+        raise UserError(
             f"samples_per_prompt={samples_per_prompt} and batch_size={batch_size} must be at least 1"
         )
     sampling = sampling or model.sampling
@@ -89,7 +90,7 @@ def iterate_images(
 
 
 def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
-    """What was typed, as `prepare` takes it: captions, or class ids; ValueError if a class id is none."""
+    """What was typed, as `prepare` takes it: captions, or class ids; UserError if a class id is none."""
     if backbone.spec.cond_kind == "text":
         return list(texts)
     ids = [int(text) if text.isdigit() else text for text in texts]
@@ -119,9 +120,9 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Resolve "auto": a GPU in bfloat16 where there is one, else the CPU in float32."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"device {device!r} must be auto, cpu, or cuda where PyTorch sees a GPU")
+        raise UserError(f"device {device!r} must be auto, cpu, or cuda where PyTorch sees a GPU")
     if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
     if dtype == "auto":
         dtype = "bfloat16" if name.startswith("cuda") else "float32"
     return torch.device(name), DTYPES[dtype]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from t2i.errors import UserError
+
 _GAP = 6
 _LABEL_HEIGHT = 16
 
@@ -38,7 +40,7 @@ def grid(
         cell: side of a cell in pixels; small images are enlarged without smoothing.
     """
     if not images:
-        raise ValueError("a grid needs at least one image")
+        raise UserError("a grid needs at least one image")
     cell = cell or max(128, *(max(i.size) for i in images))
     text = _LABEL_HEIGHT if labels else 0
     rows = -(-len(images) // columns)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from t2i.backbones.base import Backbone, SamplingConfig
+from t2i.errors import UserError
 from t2i.tensorar.model import TensorAR, TensorARConfig
 from t2i.weights import file_sha256, folder_sha256, state_dict_sha256
 
@@ -53,7 +54,7 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     """The local path of a source; downloads "owner/repo:file", or with `folder` "owner/repo", into the hub's cache.
 
     Raises:
-        ValueError: there is no such file, folder, shipped base or hub file.
+        UserError: there is no such file, folder, shipped base or hub file.
     """
     text = str(source)
     if Path(text).exists():
@@ -67,8 +68,8 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
             return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             what = f"{filename} of {repo}" if filename else repo
-            raise ValueError(f"cannot download {what}: {error}") from error
-    raise ValueError(
+            raise UserError(f"cannot download {what}: {error}") from error
+    raise UserError(
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
         f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
     )
@@ -112,7 +113,7 @@ def load_backbone(
         device: "meta" checks names and shapes without reading the weights, for the families that publish a folder.
 
     Raises:
-        ValueError: what is wrong with the name, file or keys, and what is allowed.
+        UserError: what is wrong with the name, file or keys, and what is allowed.
     """
     spec = BackboneSource(
         family=family,
@@ -160,7 +161,7 @@ def load_source(
     else:
         path = weights or resolve(files.weights, folder=folder)
         if weights is None and source.sha256 is not None and weights_sha256(path) != source.sha256:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not the weight file that the checkpoint was trained on (its SHA-256 differs)"
             )
         backbone = module.load(path, dtype=dtype, **options)
@@ -185,23 +186,23 @@ def load_source(
 
 
 def _check(source: BackboneSource) -> None:
-    """ValueError where a source says what no family, or not this one, can do."""
+    """UserError where a source says what no family, or not this one, can do."""
     if source.text_encoder_dtype not in DTYPES:
-        raise ValueError(
+        raise UserError(
             f"text_encoder_dtype {source.text_encoder_dtype!r} must be {' or '.join(DTYPES)}"
         )
     if source.family not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"unknown backbone family {source.family!r}; choose one of {', '.join(FAMILIES)}"
         )
     if source.text_encoder is not None and published_as_folder(source.family):
-        raise ValueError(f"{source.family} brings its own prompt tokenizer: leave out text_encoder")
+        raise UserError(f"{source.family} brings its own prompt tokenizer: leave out text_encoder")
 
 
 def _check_codes(backbone: Backbone) -> None:
     codes = math.prod(backbone.spec.subvocabs)
     if backbone.tokenizer.codebook_size != codes:
-        raise ValueError(
+        raise UserError(
             f"the image tokenizer has {backbone.tokenizer.codebook_size} codes and the {backbone.spec.family} backbone "
             f"{codes}: they do not belong together"
         )
@@ -249,11 +250,11 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
         family, weights = stored["family"], files["weights"]
         config = stored.get("config") if published_as_folder(family) else stored["config"]
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a backbone folder: config.json is missing or incomplete ({error})"
         ) from error
     if family != source.family:
-        raise ValueError(f"{path} holds a {family} backbone, not {source.family}")
+        raise UserError(f"{path} holds a {family} backbone, not {source.family}")
     return replace(
         source,
         weights=weights,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from t2i.backbones.base import Backbone
+from t2i.errors import UserError
 from t2i.weights import copy_weights, read_state_dict, save_weights
 
 _PEFT_PREFIX = "base_model.model."
@@ -27,7 +28,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(
+            raise UserError(
                 f"lora.rank={self.rank} must be at least 1 and lora.dropout={self.dropout} in [0, 1)"
             )
 
@@ -51,7 +52,7 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     backbone.lora = peft_config
     adapted = [name for name, _ in backbone.named_parameters() if "lora_A" in name]
     if not adapted:
-        raise ValueError(
+        raise UserError(
             f"LoRA found no layer that matches {backbone.lora_targets!r} in {type(backbone).__name__}"
         )
     backbone.to(backbone.device)

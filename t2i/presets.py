@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 from difflib import get_close_matches
 
+from t2i.errors import UserError
 from t2i.tensorar.model import TensorARConfig
 
 
@@ -35,9 +36,9 @@ METHODS = {"iclr2026": iclr2026, "arxiv2505": arxiv2505, "tuned": tuned, "base":
 
 
 def method(name: str, **overrides) -> TensorARConfig:
-    """A preset by name; ValueError lists the names."""
+    """A preset by name; UserError lists the names."""
     if name not in METHODS:
-        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(METHODS)}")
+        raise UserError(f"unknown preset {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name](**overrides)
 
 
@@ -46,7 +47,5 @@ def _changed(config: TensorARConfig, overrides: dict) -> TensorARConfig:
     for name in overrides:
         if name not in names:
             hint = "".join(f"; did you mean {m}?" for m in get_close_matches(name, names, 1))
-            raise ValueError(
-                f"the method has no setting {name!r} (it has {', '.join(names)}){hint}"
-            )
+            raise UserError(f"the method has no setting {name!r} (it has {', '.join(names)}){hint}")
     return replace(config, **overrides)

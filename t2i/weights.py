@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from t2i.errors import UserError
+
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers look for them.
 _NESTING_KEYS = ("model", "module", "state_dict")
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")
@@ -36,11 +38,11 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor
     LlamaGen's own training (with an argparse namespace inside) and prefixes left by `torch.compile` or DDP.
 
     Raises:
-        ValueError: the file is missing, truncated, not a weight file, or holds objects that are unsafe to unpickle.
+        UserError: the file is missing, truncated, not a weight file, or holds objects that are unsafe to unpickle.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"weight file {path} does not exist; check the path")
+        raise UserError(f"weight file {path} does not exist; check the path")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
@@ -49,7 +51,7 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle stream can make the unpickler raise anything
         reason = str(error).strip().split("\n")[0][:300]
-        raise ValueError(
+        raise UserError(
             f"weight file {path} cannot be read: it is truncated, not a weight file, or holds unsafe objects ({reason}); "
             "download or copy it again"
         ) from error
@@ -60,7 +62,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The weight files of a folder in transformers' layout: safetensors before .bin, one file or the shards of an index.
 
     Raises:
-        ValueError: there are none, or the index is damaged or names files that are not there.
+        UserError: there are none, or the index is damaged or names files that are not there.
     """
     folder = Path(folder)
     for single, index in (
@@ -75,15 +77,15 @@ def weight_files(folder: str | Path) -> list[Path]:
                     json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
                 )
             except (json.JSONDecodeError, KeyError, AttributeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{folder / index} is damaged ({error!r}); download it again"
                 ) from error
             if missing := sorted(n for n in names if not (folder / n).is_file()):
-                raise ValueError(
+                raise UserError(
                     f"{folder / index} names {', '.join(missing)}, which is not there; download it again"
                 )
             return [folder / name for name in sorted(names)]
-    raise ValueError(
+    raise UserError(
         f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their shards"
     )
 
@@ -94,9 +96,7 @@ def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, T
     for path in weight_files(folder):
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
         if twice := sorted(weights.keys() & part.keys()):
-            raise ValueError(
-                f"{path} holds keys that another shard has, too: {shorten_keys(twice)}"
-            )
+            raise UserError(f"{path} holds keys that another shard has, too: {shorten_keys(twice)}")
         weights |= part
     return weights
 
@@ -120,7 +120,7 @@ def _flatten(content: object, path: Path) -> dict[str, Tensor]:
         or not content
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
-        raise ValueError(
+        raise UserError(
             f"weight file {path} holds no state dict (looked at top level and under {', '.join(_NESTING_KEYS)})"
         )
     return {_strip_wrappers(key): value for key, value in content.items()}
@@ -140,20 +140,20 @@ def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """While a shape is read off weights: a missing key is the ValueError that they are not `what`."""
+    """While a shape is read off weights: a missing key is the UserError that they are not `what`."""
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"not {what}: key {error} is missing") from error
+        raise UserError(f"not {what}: key {error} is missing") from error
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """A ValueError says first which file it is about."""
+    """A UserError says first which file it is about."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def build_empty(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
@@ -169,7 +169,7 @@ def load_strict(
     """Copy `state_dict` into `module`, which must have exactly these keys and shapes; `assign` uses its tensors themselves.
 
     Raises:
-        ValueError: names every key that is missing, unexpected or mis-shaped.
+        UserError: names every key that is missing, unexpected or mis-shaped.
     """
     _compare(module.state_dict(), state_dict, type(module).__name__, source)
     module.load_state_dict(state_dict, strict=True, assign=assign)
@@ -188,7 +188,7 @@ def copy_weights(
 def _compare(
     expected: dict[str, Tensor], state_dict: dict[str, Tensor], what: str, source: str | Path
 ) -> None:
-    """ValueError names every key that differs."""
+    """UserError names every key that differs."""
     problems = {
         "missing": [k for k in expected if k not in state_dict],
         "unexpected": [k for k in state_dict if k not in expected],
@@ -204,7 +204,7 @@ def _compare(
             for kind, keys in problems.items()
             if keys
         ]
-        raise ValueError(
+        raise UserError(
             f"{source} does not fit {what}:\n"
             + "\n".join(lines)
             + "\nIs it the right family, size and file?"

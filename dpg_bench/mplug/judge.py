@@ -19,6 +19,7 @@ from torch import Tensor
 from dpg_bench.mplug.decoder import Hypothesis
 from dpg_bench.mplug.model import CONFIG, VOCABULARY, WEIGHTS, MPlug
 from dpg_bench.questions import Question
+from t2i.errors import UserError
 from t2i.weights import file_sha256
 
 QUESTION_TOKENS = 25
@@ -55,14 +56,14 @@ class MPlugJudge:
         source: what the weights are called in results (default: the folder's name).
 
         Raises:
-            ValueError: the folder is incomplete, or its files do not fit together.
+            UserError: the folder is incomplete, or its files do not fit together.
         """
         folder = Path(folder)
         tokenizer = load_tokenizer(folder / VOCABULARY)
         ends = (tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"))
         model = MPlug.load(folder, start=ends[0], end=ends[1])
         if tokenizer.get_vocab_size() > model.config.bert.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{folder / VOCABULARY} has {tokenizer.get_vocab_size()} words, the model only "
                 f"{model.config.bert.vocab_size}: the files belong to different models"
             )
@@ -124,14 +125,14 @@ def load_tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:
     """BERT's uncased tokenizer, padding and cutting to 25 tokens.
 
     Raises:
-        ValueError: there is no such file, or it lacks a special token.
+        UserError: there is no such file, or it lacks a special token.
     """
     if not vocabulary.is_file():
-        raise ValueError(f"{vocabulary} does not exist; it belongs to the judge's folder")
+        raise UserError(f"{vocabulary} does not exist; it belongs to the judge's folder")
     tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
     for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
         if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{vocabulary} has no {token}: it is not a BERT vocabulary")
+            raise UserError(f"{vocabulary} has no {token}: it is not a BERT vocabulary")
     tokenizer.enable_truncation(QUESTION_TOKENS)
     tokenizer.enable_padding(length=QUESTION_TOKENS, pad_id=tokenizer.token_to_id("[PAD]"))
     return tokenizer

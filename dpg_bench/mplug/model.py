@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dpg_bench.mplug.bert import BertConfig, FusionEncoder, TextEncoder
 from dpg_bench.mplug.decoder import AnswerDecoder, Hypothesis, decode
 from dpg_bench.mplug.vision import HEAD_WIDTH, VisionTransformer
+from t2i.errors import UserError
 from t2i.weights import load_strict, read_state_dict
 
 CONFIG, WEIGHTS, VOCABULARY = "config.yaml", "pytorch_model.bin", "vocab.txt"
@@ -43,7 +44,7 @@ class MPlugConfig:
 
     def __post_init__(self) -> None:
         if self.clip_vision_width % HEAD_WIDTH or self.clip_vision_width != self.vision_width:
-            raise ValueError(
+            raise UserError(
                 f"clip_vision_width {self.clip_vision_width} must be vision_width "
                 f"({self.vision_width}) and a multiple of {HEAD_WIDTH}"
             )
@@ -53,7 +54,7 @@ class MPlugConfig:
         """Read a published folder's config.yaml and the BERT config that it names.
 
         Raises:
-            ValueError: a file is missing or unreadable, or a value is missing or impossible.
+            UserError: a file is missing or unreadable, or a value is missing or impossible.
         """
         import yaml
 
@@ -62,14 +63,14 @@ class MPlugConfig:
             bert_file = folder / stored.get("bert_config", "config_bert.json")
             bert = json.loads(bert_file.read_text(encoding="utf-8"))
         except (OSError, AttributeError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder} has no readable {CONFIG} and BERT config ({error}); it must be the folder "
                 f"of mPLUG for visual question answering: {CONFIG}, config_bert.json, "
                 f"{VOCABULARY}, {WEIGHTS}"
             ) from error
         needed = [f.name for f in fields(BertConfig) if f.name != "stride_layer"]
         if missing := [name for name in needed if name not in bert]:
-            raise ValueError(f"{bert_file} does not say {', '.join(missing)}")
+            raise UserError(f"{bert_file} does not say {', '.join(missing)}")
         own = {f.name: stored[f.name] for f in fields(cls) if f.name in stored and f.name != "bert"}
         known = {f.name: bert[f.name] for f in fields(BertConfig) if f.name in bert}
         return cls(**own, bert=BertConfig(**known))
@@ -128,7 +129,7 @@ class MPlug(nn.Module):
         """The network of a published folder, float32, in eval mode, on the CPU.
 
         Raises:
-            ValueError: a file is missing or unreadable, or keys are missing, unknown or mis-shaped.
+            UserError: a file is missing or unreadable, or keys are missing, unknown or mis-shaped.
         """
         folder = Path(folder)
         model = cls(MPlugConfig.load(folder), start, end)
@@ -139,7 +140,7 @@ class MPlug(nn.Module):
         for one, same in (("decoder.weight", f"{words}.weight"), ("decoder.bias", f"{head}.bias")):
             pair = [kept.get(key) for key in (f"{head}.{one}", same)]
             if None not in pair and not torch.equal(*pair):
-                raise ValueError(f"{folder / WEIGHTS}: {head}.{one} is not {same}, as it must be")
+                raise UserError(f"{folder / WEIGHTS}: {head}.{one} is not {same}, as it must be")
         load_strict(model, kept, folder / WEIGHTS)
         return model.eval().requires_grad_(False)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from t2i.backbones.attention import KVCache
 from t2i.conditioning.labels import class_ids
+from t2i.errors import UserError
 from t2i.weights import naming
 
 
@@ -50,33 +51,33 @@ class SamplingConfig:
             if isinstance(getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if min(_numbers(self.cfg_scale)) < 1:
-            raise ValueError(
+            raise UserError(
                 f"cfg_scale={self.cfg_scale} must be at least 1 (1 is without guidance)"
             )
         if self.cfg_interval < -1:
-            raise ValueError(f"cfg_interval={self.cfg_interval} must be at least -1 (guide all)")
+            raise UserError(f"cfg_interval={self.cfg_interval} must be at least -1 (guide all)")
         if self.cfg_power < 0:
-            raise ValueError(
+            raise UserError(
                 f"cfg_power={self.cfg_power} must not be negative (0 is constant guidance)"
             )
         if min(_numbers(self.temperature)) < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy)")
+            raise UserError(f"temperature={self.temperature} must not be negative (0 is greedy)")
         top_p = _numbers(self.top_p)
         if min(_numbers(self.top_k)) < 0 or not 0 < min(top_p) <= max(top_p) <= 1:
-            raise ValueError(f"top_k={self.top_k} must be >= 0 and top_p={self.top_p} in (0, 1]")
+            raise UserError(f"top_k={self.top_k} must be >= 0 and top_p={self.top_p} in (0, 1]")
         if self.window < 0 or self.draft_temperature < 0:
-            raise ValueError(
+            raise UserError(
                 f"window={self.window} and draft_temperature={self.draft_temperature} must not be negative"
             )
         if not 0 <= self.renoise <= 1:
-            raise ValueError(f"renoise={self.renoise} must be from 0 to 1")
+            raise UserError(f"renoise={self.renoise} must be from 0 to 1")
 
     def by_sub_token(self, count: int) -> tuple["SamplingConfig", ...]:
-        """The settings of each of `count` sub-tokens, in plain numbers; ValueError if a tuple has another length."""
+        """The settings of each of `count` sub-tokens, in plain numbers; UserError if a tuple has another length."""
         given = {n: getattr(self, n) for n in _PER_SUB_TOKEN if isinstance(getattr(self, n), tuple)}
         for name, values in given.items():
             if len(values) != count:
-                raise ValueError(
+                raise UserError(
                     f"{name}={values} must be one number, or one for each of the {count} sub-token(s) of a code"
                 )
         return tuple(replace(self, **{n: v[s] for n, v in given.items()}) for s in range(count))
@@ -188,7 +189,7 @@ def settle_config(
     """The configuration given (with the grid, if that is given, too), or else what `infer` reads off the file's weights.
 
     Raises:
-        ValueError: `infer`'s, with the path.
+        UserError: `infer`'s, with the path.
     """
     if config is None:
         with naming(path):
@@ -251,9 +252,9 @@ class Backbone(nn.Module, ABC):
         Cached features come back padded on the left to `spec.prefix_tokens`, as {"features", "mask"}: what `prepare` gives.
 
         Raises:
-            ValueError: this backbone cannot be trained on captions.
+            UserError: this backbone cannot be trained on captions.
         """
-        raise ValueError(
+        raise UserError(
             "training on captions needs a text-to-image backbone with its text encoder "
             "(backbone.text_encoder)"
         )
@@ -322,7 +323,7 @@ class Backbone(nn.Module, ABC):
     @property
     def tokenizer(self) -> Tokenizer:
         if self.frozen.tokenizer is None:
-            raise ValueError(
+            raise UserError(
                 f"this {self.spec.family} backbone has no image tokenizer; pass tokenizer=PATH to load_backbone"
             )
         return self.frozen.tokenizer

@@ -28,6 +28,7 @@ from t2i.backbones import janus_weights as names
 from t2i.backbones.attention import KVCache, causal_mask, run_blocks
 from t2i.backbones.base import Backbone, BackboneSpec, Condition, SamplingConfig, settle_config
 from t2i.conditioning.janus_prompts import IMAGE, JanusPrompts
+from t2i.errors import UserError
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.weights import load_strict, naming, read_folder, reading
 
@@ -144,7 +145,7 @@ class Janus(Backbone):
         from t2i.backbones.janus_export import save_folder
 
         if self.left_out:
-            raise ValueError(
+            raise UserError(
                 "a Janus loaded with generation_only lacks a part of what a whole folder holds; load it without"
             )
         weights = self.janus.state_dict() | names.vq_to_transformers(self.tokenizer.state_dict())
@@ -173,9 +174,7 @@ class Janus(Backbone):
     @property
     def prompts(self) -> JanusPrompts:
         if self.frozen.text_encoder is None:
-            raise ValueError(
-                "this Janus has no prompt tokenizer; load it from its published folder"
-            )
+            raise UserError("this Janus has no prompt tokenizer; load it from its published folder")
         return self.frozen.text_encoder
 
     def prepare(self, conditions: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
@@ -252,11 +251,11 @@ def load(
         shapes_only: a model on the meta device, its names and shapes checked against the files without reading their data.
 
     Raises:
-        ValueError: unreadable files, another model, or keys that do not fit, each named.
+        UserError: unreadable files, another model, or keys that do not fit, each named.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a folder: Janus-Pro is published as one (config.json, weights, tokenizer.json)"
         )
     weights = names.to_transformers(read_folder(folder, shapes_only=shapes_only))

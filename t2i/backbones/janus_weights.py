@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import JanusConfig
 
+from t2i.errors import UserError
 from t2i.tokenizers.vq import VQConfig
 from t2i.weights import count_children
 
@@ -94,15 +95,15 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> JanusConfig:
     """Configuration of a folder in either layout; `weights` are its weights under transformers' names.
 
     Raises:
-        ValueError: config.json is missing, damaged, or another model's.
+        UserError: config.json is missing, damaged, or another model's.
     """
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = stored.get("model_type")
     except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
     if kind not in ("janus", "multi_modality"):
-        raise ValueError(
+        raise UserError(
             f"{folder} is no Janus-Pro: config.json has model_type {kind!r}, not 'janus' (transformers) or "
             "'multi_modality' (DeepSeek)"
         )
@@ -111,7 +112,7 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> JanusConfig:
             JanusConfig.from_dict(stored) if kind == "janus" else _convert_config(stored, weights)
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json lacks a Janus-Pro setting: {error!r}") from error
+        raise UserError(f"{folder}/config.json lacks a Janus-Pro setting: {error!r}") from error
     return config
 
 

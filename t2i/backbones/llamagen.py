@@ -32,6 +32,7 @@ from t2i.backbones.llama import (
     RMSNorm,
     normal_weights,
 )
+from t2i.errors import UserError
 from t2i.tokenizers.vq import VQTokenizer
 from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
@@ -82,7 +83,7 @@ def infer_config(
     """Read the configuration off an official state dict; head count and grid come from the published tables.
 
     Raises:
-        ValueError: not a LlamaGen GPT, or an unpublished shape for which `config=` must be given.
+        UserError: not a LlamaGen GPT, or an unpublished shape for which `config=` must be given.
     """
     with reading("a LlamaGen GPT"):
         dim = state_dict["tok_embeddings.weight"].shape[1]
@@ -95,7 +96,7 @@ def infer_config(
     size = published_size(SIZES, dim=dim, n_layer=layers)
     grid = grid or GRIDS.get(stem)
     if size is None or grid is None:
-        raise ValueError(
+        raise UserError(
             f"a GPT of width {dim} with {layers} layers named {stem!r} is not a published LlamaGen file: its "
             f"{'head count' if size is None else 'grid'} is not in the weights; pass config=LlamaGenConfig(...)"
             + ("" if size is None else " or grid=(h, w)")
@@ -172,7 +173,7 @@ class LlamaGen(LlamaBackbone):
         if self.config.cond == "class":
             return super().prepare(conditions)
         if self.frozen.text_encoder is None:
-            raise ValueError(
+            raise UserError(
                 "this LlamaGen text-to-image backbone has no text encoder; pass text_encoder=PATH to load_backbone"
             )
         from t2i.conditioning.t5 import left_pad
@@ -228,7 +229,7 @@ def load(
     """Load an official GPT file (c2i_B_256.pt, t2i_XL_stage1_256.pt, ... DDP, FSDP or self-trained), strictly.
 
     Raises:
-        ValueError: unreadable file, another family, an unpublished shape without `config`, or keys that do not fit.
+        UserError: unreadable file, another family, an unpublished shape without `config`, or keys that do not fit.
     """
     state_dict = {k: v for k, v in read_state_dict(path).items() if not _is_scratch(k)}
     config = settle_config(

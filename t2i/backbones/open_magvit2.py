@@ -35,6 +35,7 @@ from t2i.backbones.llama import (
     RMSNorm,
     normal_weights,
 )
+from t2i.errors import UserError
 from t2i.tokenizers.lfq import LFQTokenizer, signs, tokenizer_part
 from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
@@ -73,7 +74,7 @@ def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) ->
     """Read the configuration off an official state dict; the head count comes from the published sizes.
 
     Raises:
-        ValueError: not an Open-MAGVIT2 generator, or an unpublished shape for which `config=` must be given.
+        UserError: not an Open-MAGVIT2 generator, or an unpublished shape for which `config=` must be given.
     """
     with reading("an Open-MAGVIT2 generator"):
         pre, dim = state_dict[f"{_PREFIX}pre_emb.weight"].shape
@@ -83,7 +84,7 @@ def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) ->
     layers = count_children(state_dict, f"{_PREFIX}spatial_blocks.")
     size = published_size(SIZES, dim=dim, n_layer=layers)
     if size is None:
-        raise ValueError(
+        raise UserError(
             f"an Open-MAGVIT2 generator of width {dim} with {layers} layers is no published size: its head count is "
             "not in the weights; pass config=OpenMAGVIT2Config(...)"
         )
@@ -223,7 +224,7 @@ def load(
     A file of the generator alone is read, too; its tokenizer is then a file of its own (`load_tokenizer`).
 
     Raises:
-        ValueError: unreadable file, another family, an unpublished shape without `config`, or keys that do not fit.
+        UserError: unreadable file, another family, an unpublished shape without `config`, or keys that do not fit.
     """
     state_dict = read_state_dict(path)
     config = settle_config(config, grid, path, lambda: infer_config(state_dict, grid))

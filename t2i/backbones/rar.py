@@ -31,6 +31,7 @@ from t2i.backbones.base import (
     published_size,
     settle_config,
 )
+from t2i.errors import UserError
 from t2i.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
@@ -95,7 +96,7 @@ def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) ->
     """Read the configuration off an official state dict; only a grid that is not square has to be given.
 
     Raises:
-        ValueError: not a RAR generator, or its number of tokens does not fit a grid.
+        UserError: not a RAR generator, or its number of tokens does not fit a grid.
     """
     with reading("a RAR generator"):
         vocab, dim = state_dict["lm_head.weight"].shape
@@ -107,7 +108,7 @@ def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) ->
     side = isqrt(max(tokens, 0))
     grid = grid or (side, side)
     if grid[0] * grid[1] != tokens:
-        raise ValueError(
+        raise UserError(
             f"the tables hold {tokens} image tokens, which is not a grid of {grid[0]} x {grid[1]}; pass grid=(h, w)"
         )
     return RARConfig(dim, layers, n_head, mlp_dim, grid, vocab, classes)
@@ -300,7 +301,7 @@ def load(
     """Load an official generator (rar_b.bin, rar_l.bin, rar_xl.bin, rar_xxl.bin) or one of its layout, strictly.
 
     Raises:
-        ValueError: unreadable file, another family, or keys that do not fit.
+        UserError: unreadable file, another family, or keys that do not fit.
     """
     state_dict = read_state_dict(path)
     config = settle_config(config, grid, path, lambda: infer_config(state_dict, grid))

@@ -20,6 +20,8 @@ import ftfy
 from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning
 from bs4.exceptions import ParserRejectedMarkup
 
+from t2i.errors import UserError
+
 # Part of every cache key that depends on cleaned captions: change it whenever a rule changes.
 CAPTION_CLEANING_VERSION = "llamagen-1"
 
@@ -46,12 +48,10 @@ def clean_caption(text: str) -> str:
     here it stays in the caption as plain text.
 
     Raises:
-        ValueError: `text` is not a string.
+        UserError: `text` is not a string.
     """
     if not isinstance(text, str):
-        raise ValueError(
-            f"a caption must be a string, got {text!r}; drop samples without a caption"
-        )
+        raise UserError(f"a caption must be a string, got {text!r}; drop samples without a caption")
     for _ in range(2):
         for step in _PASS:
             text = step(text)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+from t2i.errors import UserError
 from t2i.weights import write_json
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class JanusPrompts:
     """Prompts to token ids. Not a module: it has no weights.
 
     Raises:
-        ValueError: the tokenizer lacks a special token of Janus, or loses spaces.
+        UserError: the tokenizer lacks a special token of Janus, or loses spaces.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class JanusPrompts:
         self.folder: Path | None = None
         self.bos_id, self.pad_id, self.boi_id = map(self.token_id, (bos, PAD, BEGIN_OF_IMAGE))
         if tokenizer.decode(self._ids(_SPACES), skip_special_tokens=False) != _SPACES:
-            raise ValueError(
+            raise UserError(
                 "this tokenizer does not keep spaces (transformers 5 writes such files for Janus); "
                 "take the file of the original repository"
             )
@@ -60,15 +61,15 @@ class JanusPrompts:
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception for a damaged file
-            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
+            raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
         settings = path.with_name("tokenizer_config.json")
         stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         named = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
         named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
         try:
             prompts = JanusPrompts(tokenizer, max_tokens=max_tokens, **named)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         prompts.folder = Path(folder)
         return prompts
 
@@ -94,10 +95,10 @@ class JanusPrompts:
         write_json(folder / "tokenizer_config.json", settings)
 
     def token_id(self, token: str) -> int:
-        """Id of a special token; ValueError if the tokenizer does not have it."""
+        """Id of a special token; UserError if the tokenizer does not have it."""
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"the tokenizer has no token {token!r}; is it Janus-Pro's?")
+            raise UserError(f"the tokenizer has no token {token!r}; is it Janus-Pro's?")
         return token_id
 
     def to(self, device: torch.device | str) -> "JanusPrompts":
@@ -114,7 +115,7 @@ class JanusPrompts:
         A prompt that makes more than `max_tokens` loses the end of its own text, with a warning.
         """
         if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompts must be a list of strings, got {prompts!r:.200}")
+            raise UserError(f"prompts must be a list of strings, got {prompts!r:.200}")
         return [self._encode_one(prompt) for prompt in prompts]
 
     def _encode_one(self, prompt: str) -> list[int]:
@@ -144,7 +145,7 @@ class JanusPrompts:
         longest = max((len(ids) for ids in encoded), default=0)
         length = longest if length is None else length
         if longest > length:
-            raise ValueError(f"a prompt has {longest} tokens, more than length={length}")
+            raise UserError(f"a prompt has {longest} tokens, more than length={length}")
         ids = torch.full((len(encoded), length), self.pad_id)
         mask = torch.zeros(len(encoded), length, dtype=torch.bool)
         for row, own in enumerate(encoded):

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from t2i.errors import UserError
+
 
 def class_ids(values: Iterable[int] | Tensor, num_classes: int) -> Tensor:
     """Check class labels and return them as an int64 tensor [n] on the CPU.
@@ -14,12 +16,12 @@ def class_ids(values: Iterable[int] | Tensor, num_classes: int) -> Tensor:
     guidance uses is no label: dropping a condition is the backbone's business.
 
     Raises:
-        ValueError: names the first value that is not an integer or out of range, and its place.
+        UserError: names the first value that is not an integer or out of range, and its place.
     """
     if isinstance(values, Tensor):
         values = values.tolist()
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"class labels must be a list of integers, got {values!r}")
+        raise UserError(f"class labels must be a list of integers, got {values!r}")
     return torch.tensor(
         [_class_id(value, place, num_classes) for place, value in enumerate(values)],
         dtype=torch.long,
@@ -32,7 +34,7 @@ def _class_id(value: object, place: int, num_classes: int) -> int:
     except TypeError:
         label = None
     if label is None or isinstance(value, bool) or not 0 <= label < num_classes:
-        raise ValueError(
+        raise UserError(
             f"class label {value!r} at position {place} is not an integer "
             f"between 0 and {num_classes - 1}"
         )

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from t2i.conditioning.captions import CAPTION_CLEANING_VERSION, clean_caption
 from t2i.conditioning.t5_files import find_folder, load_encoder, load_tokenizer, weights_hash
+from t2i.errors import UserError
 
 _PAD_MULTIPLE = 8
 _ROWS_PER_PASS = 64
@@ -75,7 +76,7 @@ class T5Captions:
         max_tokens: int = 120,
     ):
         if max_tokens < 2:
-            raise ValueError(f"max_tokens is {max_tokens}; a word and its end need at least 2")
+            raise UserError(f"max_tokens is {max_tokens}; a word and its end need at least 2")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.folder = folder
@@ -96,7 +97,7 @@ class T5Captions:
         LlamaGen was trained on features computed in bfloat16. See `t5_files` for the layout.
 
         Raises:
-            ValueError: a file is missing, unreadable or not a T5's, or weights do not fit (named).
+            UserError: a file is missing, unreadable or not a T5's, or weights do not fit (named).
         """
         folder = find_folder(path_or_hub_id)
         model = load_encoder(folder, dtype)
@@ -125,7 +126,7 @@ class T5Captions:
         order of its sums: none seen on CPUs (bit-identical), the last bits on GPUs.
 
         Raises:
-            ValueError: `captions` is a single string or holds something else than strings, or the
+            UserError: `captions` is a single string or holds something else than strings, or the
                 features are not finite (float16 is too narrow for flan-t5).
         """
         token_ids = self._tokenize(captions, clean)
@@ -143,7 +144,7 @@ class T5Captions:
 
     def _tokenize(self, captions: Sequence[str], clean: bool) -> list[list[int]]:
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-            raise ValueError(f"captions must be a list of strings, got {captions!r:.200}")
+            raise UserError(f"captions must be a list of strings, got {captions!r:.200}")
         if not captions:
             return []
         texts = [clean_caption(c) for c in captions] if clean else list(captions)
@@ -173,7 +174,7 @@ class T5Captions:
         hidden = self.model(input_ids=ids.to(device), attention_mask=mask)[0]
         valid = hidden[mask.bool()]
         if not torch.isfinite(valid).all():
-            raise ValueError(
+            raise UserError(
                 f"the text encoder returned values that are not finite in {self.model.dtype}; "
                 "load it in bfloat16 or float32"
             )
@@ -202,15 +203,15 @@ def left_pad(features: Sequence[Tensor], max_tokens: int) -> tuple[Tensor, Tenso
         mask [B, P] bool, True for the caption's own entries.
 
     Raises:
-        ValueError: there is no caption, one is longer than `max_tokens`, or widths differ.
+        UserError: there is no caption, one is longer than `max_tokens`, or widths differ.
     """
     widths = {tuple(f.shape[1:]) for f in features}
     if len(widths) != 1 or any(f.ndim != 2 for f in features):
         shapes = [tuple(f.shape) for f in features][:8]
-        raise ValueError(f"expected caption features [n_i, C] with one width C, got {shapes}")
+        raise UserError(f"expected caption features [n_i, C] with one width C, got {shapes}")
     longest = max(len(f) for f in features)
     if longest > max_tokens:
-        raise ValueError(
+        raise UserError(
             f"a caption has {longest} features but the model takes {max_tokens}; "
             f"encode with max_tokens={max_tokens}"
         )

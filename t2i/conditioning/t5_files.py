@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
+from t2i.errors import UserError
 from t2i.hub import fetch_folder
 from t2i.weights import file_sha256
 
@@ -34,7 +35,7 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     """A local folder as it is; anything else is a hub id, fetched (or found in the hub's cache).
 
     Raises:
-        ValueError: it is neither, or there are no weights in it.
+        UserError: it is neither, or there are no weights in it.
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
@@ -44,7 +45,7 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
         found = fetch_folder(str(path_or_hub_id), wanted, advice="Official: google/flan-t5-xl")
         if _weight_files(found):
             return found
-    raise ValueError(f"the hub's {path_or_hub_id} holds none of {', '.join(_WEIGHT_PATTERNS)}")
+    raise UserError(f"the hub's {path_or_hub_id} holds none of {', '.join(_WEIGHT_PATTERNS)}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -86,18 +87,18 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
     """The encoder of a T5 folder, on the CPU.
 
     Raises:
-        ValueError: a file is missing or unreadable, the model is not a T5, or weights are missing,
+        UserError: a file is missing or unreadable, the model is not a T5, or weights are missing,
             unexpected or mis-shaped (each is named).
     """
     if not (folder / "config.json").is_file() or not _weight_files(folder):
         held = ", ".join(sorted(os.listdir(folder))[:20]) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a T5 folder: it needs config.json and "
             f"{' or '.join(_WEIGHT_PATTERNS)}, and holds {held}"
         )
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "t5":
-        raise ValueError(f"{folder}/config.json describes a {kind!r} model, not 't5'")
+        raise UserError(f"{folder}/config.json describes a {kind!r} model, not 't5'")
     try:
         model, info = T5EncoderModel.from_pretrained(
             folder,
@@ -107,7 +108,7 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
             ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
         )
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+        raise UserError(f"the weights in {folder} cannot be read: {error}") from error
     problems = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(k for k in info["unexpected_keys"] if not k.startswith(_OTHER_HALF)),
@@ -115,7 +116,7 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
     }
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {listed}")
+        raise UserError(f"the weights in {folder} do not fit its config.json: {listed}")
     return model
 
 
@@ -123,24 +124,24 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """The tokenizer of a T5 folder, for an encoder with `vocab_size` embeddings.
 
     Raises:
-        ValueError: it is missing or unreadable, too large for the encoder, or adds no end token.
+        UserError: it is missing or unreadable, too large for the encoder, or adds no end token.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise ValueError(f"{folder} has no tokenizer: put tokenizer.json or spiece.model there")
+        raise UserError(f"{folder} has no tokenizer: put tokenizer.json or spiece.model there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {folder} cannot be read; spiece.model also needs the packages "
             f"sentencepiece and protobuf ({error})"
         ) from error
     if len(tokenizer) > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens but the encoder {vocab_size}; "
             "they belong to different models"
         )
     if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {folder} does not end a caption with {tokenizer.eos_token!r} as "
             "T5's does; use the files of the encoder's own repository"
         )

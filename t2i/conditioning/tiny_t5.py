@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from t2i.conditioning.captions import clean_caption
+from t2i.errors import UserError
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2 as in T5
 
@@ -45,10 +46,10 @@ def build_tiny_t5(
     a function of the arguments alone.
 
     Raises:
-        ValueError: `captions` hold no word, or `d_model` is not a multiple of `num_heads`.
+        UserError: `captions` hold no word, or `d_model` is not a multiple of `num_heads`.
     """
     if d_model % num_heads:
-        raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
+        raise UserError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
     tokenizer = _word_tokenizer(captions, vocab_size)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -78,7 +79,7 @@ def _word_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     )
     tokenizer.train_from_iterator(map(clean_caption, captions), trainer)
     if tokenizer.get_vocab_size() == len(special):
-        raise ValueError(
+        raise UserError(
             "the captions hold no word to build a vocabulary from; pass the training captions"
         )
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -19,6 +19,7 @@ import numpy as np
 
 from t2i.data.cache import wait_for
 from t2i.data.shards import replacing
+from t2i.errors import UserError
 from t2i.processes import Processes
 
 _POLL_SECONDS = 0.2
@@ -34,7 +35,7 @@ class ArrayFile:
         processes: one does the chunks i with i % world_size == rank. The main one also creates the file; the others wait for it.
 
     Raises:
-        ValueError: the file exists with another shape or type.
+        UserError: the file exists with another shape or type.
         TimeoutError: the main process does not create it.
     """
 
@@ -62,7 +63,7 @@ class ArrayFile:
         """The place of the first row in the file."""
         array = np.load(self.path, mmap_mode="r")
         if array.shape != self.shape or array.dtype != self.dtype:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} holds {array.dtype} {list(array.shape)}, needed is {self.dtype} {list(self.shape)}; "
                 "delete it, or use another folder"
             )

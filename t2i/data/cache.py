@@ -31,6 +31,7 @@ from t2i.data.images import PIXELS_VERSION, check_small_policy
 from t2i.data.report import Report
 from t2i.data.samples import Source, load_sample
 from t2i.data.shards import ShardReader, replacing, shard_path
+from t2i.errors import UserError
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -71,12 +72,12 @@ def build_cache(
             The main one writes the report and the manifest.
 
     Raises:
-        ValueError: no usable sample (the message counts the reasons), or bad arguments.
+        UserError: no usable sample (the message counts the reasons), or bad arguments.
         TimeoutError: another process stopped building.
     """
     check_small_policy(small_images)
     if min(batch_size, shard_size) < 1 or (max_samples is not None and max_samples < 1):
-        raise ValueError("batch_size, shard_size and max_samples must be at least 1")
+        raise UserError("batch_size, shard_size and max_samples must be at least 1")
     key = {
         "format": _FORMAT,
         "source": source.identity,
@@ -108,7 +109,7 @@ def build_cache(
         report = _report(source, readers)
         if processes.is_main:
             report.write(folder)
-        raise ValueError(
+        raise UserError(
             f"no usable sample among the {report.seen} of {source.name}: {report.describe()}. "
             f"All of them are listed in {folder / 'skipped.jsonl'}"
         )
@@ -128,14 +129,14 @@ class CodeCache:
     """Random access to a finished cache. Shards are memory-mapped, so opening it costs nothing.
 
     Raises:
-        ValueError: the folder holds no finished cache.
+        UserError: the folder holds no finished cache.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.exists():
-            raise ValueError(
+            raise UserError(
                 f"{folder} is no finished code cache (it has no manifest.json). "
                 "Run the cache step again: it goes on where it stopped"
             )
@@ -167,7 +168,7 @@ class CodeCache:
                 the first caption by default.
         """
         if self.manifest["text_dim"] is None:
-            raise ValueError(f"{self.folder} was built without text features")
+            raise UserError(f"{self.folder} was built without text features")
         indices = _as_list(indices)
         choices = [0] * len(indices) if choice is None else _as_list(choice)
         features_BPC = torch.zeros(len(indices), max_tokens, self.manifest["text_dim"])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from t2i.data.array_file import ArrayFile, remove_markers
 from t2i.data.shards import replacing
+from t2i.errors import UserError
 from t2i.processes import Processes
 
 MANIFEST = "manifest.json"
@@ -60,7 +61,7 @@ def build_code_array(
         produce: computes the chunks that it is given, in any order.
 
     Raises:
-        ValueError: codes beyond the vocabulary or of another shape; no usable image.
+        UserError: codes beyond the vocabulary or of another shape; no usable image.
         TimeoutError: another process stopped.
     """
     manifest, path = folder / MANIFEST, folder / "codes.npy"
@@ -80,14 +81,14 @@ def build_code_array(
 def _checked(chunk: CodeChunk, shape: tuple[int, ...], vocab: int) -> np.ndarray:
     """The codes, with zeros in the rows of skipped images."""
     if chunk.codes.shape != (len(chunk.rows), *shape[1:]):
-        raise ValueError(
+        raise UserError(
             f"codes of {len(chunk.rows)} images have the shape {list(chunk.codes.shape)}, expected "
             f"{[len(chunk.rows), *shape[1:]]} (images, views, positions, sub-tokens)"
         )
     usable = np.asarray(chunk.labels)[:, None, None, None] != SKIPPED
     codes = np.where(usable, chunk.codes, 0)
     if codes.size and not 0 <= codes.min() <= codes.max() < vocab:
-        raise ValueError(
+        raise UserError(
             f"codes from {codes.min()} to {codes.max()} do not fit a vocabulary of {vocab}; are they of this tokenizer?"
         )
     return codes
@@ -99,7 +100,7 @@ def _finish(folder: Path, key: dict, shape: tuple[int, ...], notes: list[dict]) 
     with replacing(folder / "skipped.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in skipped))
     if not (labels != SKIPPED).any():
-        raise ValueError(
+        raise UserError(
             f"none of the {len(labels)} images can be used; see {folder / 'skipped.jsonl'}"
         )
     with replacing(folder / "labels.npy") as temporary, open(temporary, "wb") as file:
@@ -121,13 +122,13 @@ class CodeArray:
         views: A.
 
     Raises:
-        ValueError: the folder holds no finished array.
+        UserError: the folder holds no finished array.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds no finished array of codes (it has no {MANIFEST}). Run the extraction again: it goes on "
                 "where it stopped"
             )

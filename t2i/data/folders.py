@@ -19,6 +19,7 @@ from t2i.data.samples import (
     fingerprint_files,
     usable_captions,
 )
+from t2i.errors import UserError
 
 METADATA = "metadata.jsonl"
 _MISNAMED_SUFFIXES = (".jsonl", ".json", ".json1", ".ndjson", ".csv", ".tsv")
@@ -47,18 +48,16 @@ def open_folder(
     """The image folder as a source: MetadataFolder if it has a metadata.jsonl, else SidecarFolder.
 
     Raises:
-        ValueError: no images, no captions, a bad line, a column that is unknown or ambiguous.
+        UserError: no images, no captions, a bad line, a column that is unknown or ambiguous.
     """
     images = [path for path in files if is_image(path)]
     metadata = [path for path in files if path.name == METADATA]
     if metadata:
         return MetadataFolder(folder, metadata, images, image_column, caption_column)
     if not images:
-        raise ValueError(f"{folder} holds no images, no parquet files and no tars")
+        raise UserError(f"{folder} holds no images, no parquet files and no tars")
     if image_column or caption_column:
-        raise ValueError(
-            f"{folder} has no {METADATA}, so there are no columns to choose. {_ADVICE}"
-        )
+        raise UserError(f"{folder} has no {METADATA}, so there are no columns to choose. {_ADVICE}")
     return SidecarFolder(folder, images, set(files))
 
 
@@ -76,7 +75,7 @@ class MetadataFolder(Source):
         self._folder = folder
         self._rows = [(path.parent, row) for path in metadata for row in _read_rows(path)]
         if not self._rows:
-            raise ValueError(f"{metadata[0]} holds no rows. {_ADVICE}")
+            raise UserError(f"{metadata[0]} holds no rows. {_ADVICE}")
         columns = dict.fromkeys(name for _, row in self._rows for name in row)
         where = str(metadata[0])
         self._image = choose_column(columns, image_column, ("file_name",), "image", where)
@@ -119,9 +118,7 @@ class SidecarFolder(Source):
         if not texts & expected:
             lookalikes = [path.name for path in sorted(files) if _looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
-            raise ValueError(
-                f"{folder} holds {len(images)} images but no captions. {_ADVICE}{hint}"
-            )
+            raise UserError(f"{folder} holds {len(images)} images but no captions. {_ADVICE}{hint}")
         identity = {
             "kind": "sidecar folder",
             "path": str(folder.resolve()),
@@ -155,7 +152,7 @@ def _read_rows(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:  # not JSON, or not UTF-8
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+            raise UserError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path} line {number} is not a JSON object: {line[:80]!r}")
+            raise UserError(f"{path} line {number} is not a JSON object: {line[:80]!r}")
     return rows

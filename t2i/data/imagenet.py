@@ -25,6 +25,7 @@ from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
 from t2i.data.folders import is_image, list_files
 from t2i.data.images import PIXELS_VERSION, SkipSample, open_image
 from t2i.data.views import Views
+from t2i.errors import UserError
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -62,17 +63,17 @@ def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:
     """A folder with train/ (and val/), or such a split itself, with one sub-folder per class.
 
     Raises:
-        ValueError: no such folder, no sub-folders, images beside them, or no images.
+        UserError: no such folder, no sub-folders, images beside them, or no images.
     """
     root = Path(folder)
     root = root / split if (root / split).is_dir() else root
     if not root.is_dir():
-        raise ValueError(f"{folder} is no folder; give the one that holds {split}/<class>/")
+        raise UserError(f"{folder} is no folder; give the one that holds {split}/<class>/")
     children = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     classes = [path.name for path in children if path.is_dir()]
     loose = [path.name for path in children if is_image(path) and not path.is_dir()]
     if loose or not classes:
-        raise ValueError(
+        raise UserError(
             f"{root} must hold one sub-folder per class and nothing else, as ImageNet's train/n01440764/; "
             + (
                 f"it holds {len(loose)} images ({loose[0]}, ...)"
@@ -87,7 +88,7 @@ def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:
         labels += [label] * len(found)
         empty += [] if found else [name]
     if not files:
-        raise ValueError(f"{root} has {len(classes)} sub-folders, and no images in them")
+        raise UserError(f"{root} has {len(classes)} sub-folders, and no images in them")
     if empty:
         log.warning(f"{len(empty)} of {len(classes)} classes have no images ({empty[0]}, ...)")
     return LabelledFolder(root, classes, files, labels)
@@ -120,11 +121,11 @@ def extract_codes(
         batch_size: views at once.
 
     Raises:
-        ValueError: codes that do not fit; no usable image; bad arguments.
+        UserError: codes that do not fit; no usable image; bad arguments.
         TimeoutError: another process stopped.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     key = {
         "format": _FORMAT,
         "source": images.identity,
@@ -193,7 +194,7 @@ class _Extraction:
         usable = [black if isinstance(views, SkipSample) else views for views in loaded]
         codes = self.encode(torch.cat(usable)).cpu()
         if len(codes) != len(part) * self.views.count:
-            raise ValueError(f"encode_images gave codes of the shape {tuple(codes.shape)}")
+            raise UserError(f"encode_images gave codes of the shape {tuple(codes.shape)}")
         skipped = [
             {
                 "index": index,

@@ -20,6 +20,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from t2i.errors import UserError
+
 # Part of every cache key: change it whenever the pixels of an image change.
 PIXELS_VERSION = "adm-crop-1"
 SMALL_IMAGE_POLICIES = ("skip", "upscale")
@@ -155,7 +157,7 @@ def load_pixels(
 
     Raises:
         SkipSample: the image cannot be used, or is too small under the policy "skip".
-        ValueError: an unknown policy.
+        UserError: an unknown policy.
     """
     check_small_policy(small)
     opened = open_image(image, max_megapixels)
@@ -169,9 +171,9 @@ def load_pixels(
 
 
 def check_small_policy(small: str) -> None:
-    """ValueError unless `small` is one of the policies for small images."""
+    """UserError unless `small` is one of the policies for small images."""
     if small not in SMALL_IMAGE_POLICIES:
-        raise ValueError(f"unknown policy {small!r} for small images: use 'skip' or 'upscale'")
+        raise UserError(f"unknown policy {small!r} for small images: use 'skip' or 'upscale'")
 
 
 @cache

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from t2i.errors import UserError
 from t2i.rng import integers, make_keys
 
 _SPLIT_EPOCH = -1  # the key of the held-out split, which no epoch uses
@@ -29,12 +30,12 @@ def batch_indices(
     epoch, so no sample is ever dropped.
 
     Raises:
-        ValueError: no samples, or a global batch that the ranks cannot share equally.
+        UserError: no samples, or a global batch that the ranks cannot share equally.
     """
     if n < 1:
-        raise ValueError("there are no samples to order")
+        raise UserError("there are no samples to order")
     if global_batch < 1 or global_batch % world_size:
-        raise ValueError(
+        raise UserError(
             f"a global batch of {global_batch} cannot be shared equally by {world_size} ranks; "
             f"use a multiple of {world_size}"
         )
@@ -47,10 +48,10 @@ def split_indices(n: int, n_validation: int, seed: int) -> tuple[Tensor, Tensor]
     """A fixed held-out split: sorted int64 indices of the training and of the validation samples.
 
     Raises:
-        ValueError: nothing would be left to train on.
+        UserError: nothing would be left to train on.
     """
     if not 0 <= n_validation < n:
-        raise ValueError(f"cannot hold out {n_validation} of {n} samples and train on the rest")
+        raise UserError(f"cannot hold out {n_validation} of {n} samples and train on the rest")
     order = _permutation(n, seed, _SPLIT_EPOCH)
     return order[n_validation:].sort().values, order[:n_validation].sort().values
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from t2i.data.cache import cache_key
 from t2i.data.code_array import MANIFEST, CodeChunk, build_code_array
 from t2i.data.samples import fingerprint_files
+from t2i.errors import UserError
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -39,12 +40,12 @@ class LlamaGenCodes:
         views: A, of all roots together.
 
     Raises:
-        ValueError: folders without codes, codes without labels, or roots with different images.
+        UserError: folders without codes, codes without labels, or roots with different images.
     """
 
     def __init__(self, *roots: str | Path):
         if not roots:
-            raise ValueError("no folder of codes is given")
+            raise UserError("no folder of codes is given")
         self._folders = [_find_pair(Path(root)) for root in roots]
         self._numbers = _numbers(self._folders[0][0])
         for codes, labels in self._folders:
@@ -53,7 +54,7 @@ class LlamaGenCodes:
         ends = self._numbers[0], self._numbers[-1]
         classes = [[_label(labels, n) for n in ends] for _, labels in self._folders]
         if any(labels != classes[0] for labels in classes):
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(map(str, roots))} hold different images: images {ends} have the classes {classes}"
             )
         first = [self._read(codes, self._numbers[0]) for codes, _ in self._folders]
@@ -86,7 +87,7 @@ class LlamaGenCodes:
         path = folder / f"{number}.npy"
         array = _load(path)
         if array.ndim != 3 or len(array) != 1 or array.dtype.kind not in "iu":
-            raise ValueError(
+            raise UserError(
                 f"{path} holds {array.dtype} {list(array.shape)}, expected integers [1, views, positions]"
             )
         return array[0]
@@ -101,27 +102,27 @@ def _find_pair(root: Path) -> tuple[Path, Path]:
     """The folders of codes and labels below a root."""
     found = sorted(root.glob("imagenet*_codes"))
     if len(found) != 1:
-        raise ValueError(
+        raise UserError(
             f"{root} must hold one folder named as imagenet256_codes, it has {len(found)}; give the folder that was "
             "extract_codes_c2i.py's --code-path"
         )
     labels = root / found[0].name.replace("_codes", "_labels")
     if not labels.is_dir():
-        raise ValueError(f"{root} has {found[0].name} and no {labels.name}")
+        raise UserError(f"{root} has {found[0].name} and no {labels.name}")
     return found[0], labels
 
 
 def _numbers(folder: Path) -> list[int]:
     numbers = sorted(int(path.stem) for path in folder.glob("*.npy") if path.stem.isdigit())
     if not numbers:
-        raise ValueError(f"{folder} holds no files named as 0.npy")
+        raise UserError(f"{folder} holds no files named as 0.npy")
     return numbers
 
 
 def _check_same(expected: list[int], reference: Path, found: list[int], folder: Path) -> None:
     if expected != found:
         odd = sorted(set(expected) ^ set(found))
-        raise ValueError(
+        raise UserError(
             f"{folder} ({len(found)} files) does not belong to {reference} ({len(expected)}): {odd[0]}.npy is in one "
             "of them only; was the extraction or a copy interrupted?"
         )
@@ -130,9 +131,7 @@ def _check_same(expected: list[int], reference: Path, found: list[int], folder: 
 def _label(folder: Path, number: int) -> int:
     array = _load(folder / f"{number}.npy")
     if array.size != 1:
-        raise ValueError(
-            f"{folder / f'{number}.npy'} holds {array.size} numbers instead of a label"
-        )
+        raise UserError(f"{folder / f'{number}.npy'} holds {array.size} numbers instead of a label")
     return int(array.item())
 
 
@@ -140,7 +139,7 @@ def _load(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def convert_jsonl(
@@ -155,13 +154,13 @@ def convert_jsonl(
     """Convert RAR's file, or find that done; returns the folder for `CodeArray` (one view per row, [lines, 1, T, 1]).
 
     Raises:
-        ValueError: no such file, or a line (which is named) that is not {"class_id": int, "tokens": [T ints]} within the
+        UserError: no such file, or a line (which is named) that is not {"class_id": int, "tokens": [T ints]} within the
             vocabulary and the classes.
         TimeoutError: another process stopped.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file; give RAR's maskgitvq.jsonl")
+        raise UserError(f"{path} is no file; give RAR's maskgitvq.jsonl")
     key = {
         "format": _FORMAT,
         "source": {"kind": "jsonl", "file": fingerprint_files(path.parent, [path])},
@@ -213,7 +212,7 @@ def _count_lines(path: Path) -> int:
             count += block.count(b"\n")
             last = block[-1:]
     if not last:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     return count + (last != b"\n")
 
 
@@ -227,9 +226,9 @@ def _parse(
         fits = all(isinstance(t, int) and 0 <= t < vocab for t in tokens)
         fits = fits and isinstance(label, int) and 0 <= label < num_classes
     except (ValueError, KeyError, TypeError) as error:  # not JSON, no object, other fields
-        raise ValueError(f"{path} line {index + 1} is not a line of codes: {error!r}") from error
+        raise UserError(f"{path} line {index + 1} is not a line of codes: {error!r}") from error
     if not fits or len(tokens) != (len(tokens) if positions is None else positions) or not tokens:
-        raise ValueError(
+        raise UserError(
             f"{path} line {index + 1}: class {label!r} and {len(tokens)} tokens; expected a class below {num_classes} and "
             f"{positions or 'some'} tokens below {vocab}"
         )

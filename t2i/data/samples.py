@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from t2i.data.images import ImageRef, SkipSample, load_pixels
+from t2i.errors import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_SUFFIXES = frozenset(
@@ -50,7 +51,7 @@ class Source:
         self.left_out: list[tuple[str, str]] = []
 
     def __getitem__(self, index: int) -> Sample:
-        raise ValueError(f"{self.name} is a stream and has no random access")
+        raise UserError(f"{self.name} is a stream and has no random access")
 
     def __iter__(self) -> Iterator[Sample]:
         assert self.length is not None, "a stream defines its own iteration"
@@ -82,13 +83,13 @@ def choose_column(
     """The column that the user named, or the only candidate among the columns.
 
     Raises:
-        ValueError: the named column does not exist; no candidate or more than one exists.
+        UserError: the named column does not exist; no candidate or more than one exists.
     """
     columns = list(columns)
     listing = f"the columns are: {', '.join(columns) or 'none'}"
     if given is not None:
         if given not in columns:
-            raise ValueError(f"{where} has no column {given!r}; {listing}")
+            raise UserError(f"{where} has no column {given!r}; {listing}")
         return given
     found = [name for name in candidates if name in columns]
     if len(found) == 1:
@@ -98,7 +99,7 @@ def choose_column(
         if found
         else f"no {kind} column found (looked for {', '.join(candidates)})"
     )
-    raise ValueError(f"{where}: {problem}; {listing}. Name one with {kind}_column")
+    raise UserError(f"{where}: {problem}; {listing}. Name one with {kind}_column")
 
 
 def fingerprint_files(root: Path, files: Iterable[Path]) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from t2i.data.shapes_prompts import COLORS, TAGS, training_prompts
+from t2i.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -205,10 +206,10 @@ def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> 
     images that are there are kept: a stopped call is continued, a finished one repeated at no cost,
     a larger `n` extends the folder, and a smaller one takes nothing away.
 
-    Raises ValueError where the folder holds another data set.
+    Raises UserError where the folder holds another data set.
     """
     if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
+        raise UserError(f"n must be at least 1, not {n}")
     folder = Path(folder)
     scenes = [sample_scene(seed, index) for index in range(n)]
     names = [f"images/seed{seed}_{size}px_{index:06d}.png" for index in range(n)]
@@ -221,7 +222,7 @@ def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> 
         present = table.read_text().splitlines(keepends=True)
         shared = min(len(present), n)
         if present[:shared] != rows[:shared]:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds another data set than seed {seed} at {size} px: "
                 "give another folder or delete this one"
             )

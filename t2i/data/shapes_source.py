@@ -2,6 +2,7 @@
 
 from t2i.data.samples import Sample, Source
 from t2i.data.shapes import render, sample_scene
+from t2i.errors import UserError
 
 NAME = "shapes"
 DEFAULT_SCENES = 3000
@@ -26,7 +27,7 @@ def parse_shapes(text: str) -> ShapesSource | None:
     """The source that "shapes" or "shapes:N" names; None for anything else.
 
     Raises:
-        ValueError: N is no positive number.
+        UserError: N is no positive number.
     """
     name, colon, count = text.partition(":")
     if name != NAME:
@@ -34,7 +35,5 @@ def parse_shapes(text: str) -> ShapesSource | None:
     if not colon:
         return ShapesSource()
     if not count.isdigit() or int(count) < 1:
-        raise ValueError(
-            f"data source {text!r}: write shapes or shapes:N with N scenes, at least 1"
-        )
+        raise UserError(f"data source {text!r}: write shapes or shapes:N with N scenes, at least 1")
     return ShapesSource(int(count))

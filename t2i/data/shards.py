@@ -27,6 +27,7 @@ from torch import Tensor
 
 from t2i.data.images import SkipSample
 from t2i.data.samples import Sample
+from t2i.errors import UserError
 
 
 @contextmanager
@@ -75,7 +76,7 @@ class ShardWriter:
     def add(self, samples: Sequence[Sample], codes_BTS: Tensor, features: list | None) -> None:
         """Add one batch; `features` holds float [n_i, C] for every caption of every sample."""
         if codes_BTS.ndim != 3 or len(codes_BTS) != len(samples):
-            raise ValueError(
+            raise UserError(
                 f"encode_images must give codes [{len(samples)}, T, S], got "
                 f"{tuple(codes_BTS.shape)}"
             )
@@ -167,13 +168,13 @@ def _storable(feature: Tensor, caption: str) -> Tensor:
     """float [n, C] on the CPU, two bytes a number: bfloat16 stays, the rest becomes float16."""
     feature = torch.as_tensor(feature).detach().cpu()
     if feature.ndim != 2:
-        raise ValueError(
+        raise UserError(
             f"encode_captions must give [tokens, C] for each caption, got {tuple(feature.shape)}"
         )
     if feature.dtype != torch.bfloat16:
         feature = feature.half()
     if not feature.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"the text features of {caption!r} are not finite in {feature.dtype}. Run the text "
             "encoder in bfloat16 or float32; if float16 is too narrow, return bfloat16"
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from t2i.data.folders import METADATA, is_image, list_files, open_folder
 from t2i.data.samples import Sample, Source
 from t2i.data.tars import TarSource
+from t2i.errors import UserError
 
 __all__ = ["Sample", "Source", "open_source"]
 
@@ -52,7 +53,7 @@ def open_source(
         revision: branch, tag or commit of a hub data set.
 
     Raises:
-        ValueError: nothing there, no images, no captions, an unknown or ambiguous column or split.
+        UserError: nothing there, no images, no captions, an unknown or ambiguous column or split.
     """
     columns = {"image_column": image_column, "caption_column": caption_column}
     text = str(source)
@@ -72,9 +73,7 @@ def open_source(
 
         return open_parquet(root, chosen, split, streaming, **columns)
     if not root.is_dir():
-        raise ValueError(
-            f"{text}: neither .parquet nor .tar. Give the folder that holds the images"
-        )
+        raise UserError(f"{text}: neither .parquet nor .tar. Give the folder that holds the images")
     return open_folder(root, files, **columns)
 
 
@@ -93,7 +92,7 @@ def _find_files(source: str | Path | Sequence[str | Path], split: str) -> tuple[
             return _find_in_folder(path, split)
         files = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
         if not files:
-            raise ValueError(
+            raise UserError(
                 f"{source} does not exist. Give a folder, .parquet or .tar files, "
                 "or a hub id such as owner/name"
             )
@@ -101,9 +100,9 @@ def _find_files(source: str | Path | Sequence[str | Path], split: str) -> tuple[
         files = [Path(name).expanduser().resolve() for name in source]
         missing = [str(path) for path in files if not path.is_file()]
         if missing or not files:
-            raise ValueError(f"no such file: {', '.join(missing) or 'the list is empty'}")
+            raise UserError(f"no such file: {', '.join(missing) or 'the list is empty'}")
     if split != "train":
-        raise ValueError(f"split {split!r}: files that are given by name have no splits")
+        raise UserError(f"split {split!r}: files that are given by name have no splits")
     return files[0], files
 
 
@@ -112,7 +111,7 @@ def _find_in_folder(folder: Path, split: str) -> tuple[Path, list[Path]]:
     if any(path.suffix in TABLE_SUFFIXES for path in files):
         chosen = [path for path in files if _in_split(path.relative_to(folder), split)]
         if not any(path.suffix in TABLE_SUFFIXES for path in chosen):
-            raise ValueError(f"{folder} holds no files named after the split {split!r}")
+            raise UserError(f"{folder} holds no files named after the split {split!r}")
         return folder, chosen
     # A folder of splits has sub-folders and no data of its own.
     own = any(path.parent == folder and _is_data(path) for path in files)
@@ -120,7 +119,7 @@ def _find_in_folder(folder: Path, split: str) -> tuple[Path, list[Path]]:
     if not own and part.is_dir():
         return part, list_files(part)
     if split != "train":
-        raise ValueError(f"{folder} has no sub-folder for the split {split!r}")
+        raise UserError(f"{folder} has no sub-folder for the split {split!r}")
     return folder, files
 
 
@@ -139,7 +138,7 @@ def _is_data(path: Path) -> bool:
 def _check_one_kind(root: Path, files: Sequence[Path], suffix: str) -> None:
     others = [path for path in files if path.suffix != suffix and _is_data(path)]
     if others:
-        raise ValueError(
+        raise UserError(
             f"{root} holds {suffix} files and also {others[0].name}, so the data set is not "
             f"clear. Give the files by name, such as '{root}/*{suffix}', or a folder of one kind"
         )

@@ -22,6 +22,7 @@ from t2i.data.samples import (
     fingerprint_files,
     usable_captions,
 )
+from t2i.errors import UserError
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
@@ -93,7 +94,7 @@ class StreamSource(Source):
             except StopIteration:
                 return
             except Exception as error:  # network, damaged file: readers raise nearly anything
-                raise ValueError(
+                raise UserError(
                     f"{self.name}: the stream broke after {index} samples "
                     f"({type(error).__name__}: {error}). Start again to go on from there"
                 ) from error
@@ -123,7 +124,7 @@ class _Loaded:
     """One split of a data set, its images not decoded, with its first row.
 
     Raises:
-        ValueError: whatever goes wrong in opening it, with the cause.
+        UserError: whatever goes wrong in opening it, with the cause.
     """
 
     def __init__(self, name: str, path: str, where: dict[str, Any], split: str, streaming: bool):
@@ -146,12 +147,12 @@ class _Loaded:
             first = next(iter(islice(self.data, 1)), None)
         except Exception as error:  # the library's loaders raise nearly anything
             cause = error.__cause__ or error
-            raise ValueError(
+            raise UserError(
                 f"{name}: the datasets library could not open split {split!r} "
                 f"({type(cause).__name__}: {cause})"
             ) from error
         if first is None:
-            raise ValueError(f"{name} holds no rows")
+            raise UserError(f"{name} holds no rows")
         self.first: dict[str, Any] = first
 
 
@@ -163,7 +164,7 @@ def _as_source(
     image = choose_column(first, columns["image_column"], candidates, "image", name)
     caption = _choose_caption(name, first, columns["caption_column"], image)
     if isinstance(first[image], str) and first[image].startswith(("http://", "https://")):
-        raise ValueError(
+        raise UserError(
             f"{name}: column {image!r} holds web addresses. Download the images first; img2dataset "
             "writes tars that this kit reads"
         )

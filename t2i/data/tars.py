@@ -25,6 +25,7 @@ from t2i.data.samples import (
     fingerprint_files,
     usable_captions,
 )
+from t2i.errors import UserError
 
 TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)
 
@@ -48,7 +49,7 @@ class TarSource(Source):
     field of the json member; the image is the only member with an image extension.
 
     Raises:
-        ValueError: a file is not a tar, nothing in it is an image, captions are absent or
+        UserError: a file is not a tar, nothing in it is an image, captions are absent or
             ambiguous, or a sample holds two images and `image_column` does not say which.
     """
 
@@ -76,10 +77,10 @@ class TarSource(Source):
         counts = [len(entry.images) for entry in self._entries]
         if not any(counts):
             listing = ", ".join(sorted(columns)) or "none"
-            raise ValueError(f"{name} holds no images; the members have the extensions: {listing}")
+            raise UserError(f"{name} holds no images; the members have the extensions: {listing}")
         if max(counts) > 1:
             entry = self._entries[counts.index(max(counts))]
-            raise ValueError(
+            raise UserError(
                 f"{name}: sample {entry.key} holds several images ({', '.join(entry.images)}). "
                 "Name one with image_column"
             )
@@ -136,7 +137,7 @@ def _index(path: Path, entries: list[_Entry]) -> bool:
                 return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
         if previous is None:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not an uncompressed tar ({error}). Unpack .tar.gz with gunzip first"
             ) from error
         return False

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from t2i.data.images import center_crop, to_pixels
+from t2i.errors import UserError
 
 VIEW_KINDS = ("flip", "ten-crop")
 LLAMAGEN_RANGES = (1.1, 1.05)
@@ -29,7 +30,7 @@ class Views:
         crop_ranges: factors of ten-crop, each of which gives ten views.
 
     Raises:
-        ValueError: an unknown kind, or a range below 1.
+        UserError: an unknown kind, or a range below 1.
     """
 
     kind: str = "ten-crop"
@@ -37,9 +38,9 @@ class Views:
 
     def __post_init__(self):
         if self.kind not in VIEW_KINDS:
-            raise ValueError(f"unknown views {self.kind!r}; choose one of {', '.join(VIEW_KINDS)}")
+            raise UserError(f"unknown views {self.kind!r}; choose one of {', '.join(VIEW_KINDS)}")
         if self.kind == "ten-crop" and not (self.crop_ranges and min(self.crop_ranges) >= 1):
-            raise ValueError(f"crop_ranges={self.crop_ranges} must be factors of at least 1")
+            raise UserError(f"crop_ranges={self.crop_ranges} must be factors of at least 1")
 
     @property
     def count(self) -> int:

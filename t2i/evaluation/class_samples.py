@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from t2i.backbones.base import SamplingConfig
+from t2i.errors import UserError
 from t2i.evaluation.sample_writer import sample_labels, write_samples
 from t2i.evaluation.sampling import weights_hashes
 from t2i.processes import Processes
@@ -51,18 +52,18 @@ def draw_class_samples(
     """Draw the images that `out` (.npz or a folder) does not hold yet; every process calls it. Returns `out` when it is complete.
 
     Raises:
-        ValueError: not a class-conditional model, impossible options, or `out` holds images of other settings.
+        UserError: not a class-conditional model, impossible options, or `out` holds images of other settings.
         TimeoutError: another process stopped.
     """
     spec = model.backbone.spec
     if spec.cond_kind != "class":
-        raise ValueError(
+        raise UserError(
             f"this {spec.family} model draws captions, not classes: launch/generate.py samples it"
         )
     if not 0 <= options.seed < 2**63:
-        raise ValueError(f"seed={options.seed} must be between 0 and 2**63 - 1")
+        raise UserError(f"seed={options.seed} must be between 0 and 2**63 - 1")
     if options.image_size is not None and options.image_size < 1:
-        raise ValueError(f"image_size={options.image_size} must be at least 1")
+        raise UserError(f"image_size={options.image_size} must be at least 1")
     side = options.image_size
     size = model.backbone.image_size if side is None else (side, side)
     settings = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from t2i.errors import UserError
 from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
 from t2i.evaluation.report import read_results
 
@@ -43,11 +44,11 @@ def paired_differences(
     """The difference overall (the unweighted mean of the groups) and by group.
 
     Raises:
-        ValueError: the two were not asked the same prompts.
+        UserError: the two were not asked the same prompts.
     """
     prompts_a, prompts_b = ({(g, p) for g in groups for p in groups[g]} for groups in (a, b))
     if prompts_a != prompts_b or not prompts_a:
-        raise ValueError(
+        raise UserError(
             "the two results are not about the same prompts: "
             f"{len(prompts_a & prompts_b)} in both, {len(prompts_a - prompts_b)} only in A, "
             f"{len(prompts_b - prompts_a)} only in B; judge both on the same prompts (and --limit)"
@@ -98,13 +99,13 @@ def compare_folders(
         mean_of_groups: whether the groups' unweighted mean is a score of the benchmark, to be printed first.
 
     Raises:
-        ValueError: a folder has no results, or the two are of other benchmarks, judges or prompts.
+        UserError: a folder has no results, or the two are of other benchmarks, judges or prompts.
     """
     results_a, rows_a = read_results(a)
     results_b, rows_b = read_results(b)
     who_a, who_b = _who(results_a), _who(results_b)
     if who_a != who_b:
-        raise ValueError(
+        raise UserError(
             f"{a} and {b} were judged differently, so their numbers cannot be compared:\nA: {who_a}\nB: {who_b}"
         )
     overall, by_group = paired_differences(groups_of(rows_a), groups_of(rows_b))

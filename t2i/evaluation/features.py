@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from t2i.errors import UserError
 from t2i.evaluation.frechet import Statistics, feature_statistics
 from t2i.evaluation.image_sets import ImageSet, npz_arrays, open_images, read_npz_array
 from t2i.evaluation.inception import (
@@ -46,7 +47,7 @@ def measure(
     """Features and statistics of an .npz file or a folder of images, on the network's device.
 
     Raises:
-        ValueError: neither images nor statistics of this network in it; an unreadable image, which is named.
+        UserError: neither images nor statistics of this network in it; an unreadable image, which is named.
     """
     path = Path(path)
     device = network.fc.weight.device
@@ -98,7 +99,7 @@ def has_statistics(path: str | Path) -> bool:
 def _stored_statistics(path: Path, device: torch.device) -> tuple[Statistics, Statistics | None]:
     pool = read_statistics(path, "mu", "sigma", device)
     if len(pool.mean) != POOL_WIDTH:
-        raise ValueError(
+        raise UserError(
             f"{path}: mu has {len(pool.mean)} features, this network has {POOL_WIDTH}; they are of another network"
         )
     spatial = (
@@ -113,13 +114,13 @@ def read_statistics(
     """Statistics stored in an .npz under these two names.
 
     Raises:
-        ValueError: one of them is missing, or they do not belong together.
+        UserError: one of them is missing, or they do not belong together.
     """
     mean_D, covariance_DD = (
         torch.from_numpy(read_npz_array(path, name)).to(device) for name in (mean, covariance)
     )
     if mean_D.dim() != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
-        raise ValueError(
+        raise UserError(
             f"{path}: {mean} is {list(mean_D.shape)} and {covariance} is {list(covariance_DD.shape)}; "
             "expected [D] and [D, D]"
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from t2i.errors import UserError
 from t2i.evaluation.features import Measured, has_statistics, measure
 from t2i.evaluation.frechet import (
     SPLIT_SIZE,
@@ -58,10 +59,10 @@ def score_images(
         allow_fewer: score fewer than 50,000 samples, under the status PARTIAL.
 
     Raises:
-        ValueError: as `check_inputs`; statistics of another network; an unreadable image, by name.
+        UserError: as `check_inputs`; statistics of another network; an unreadable image, by name.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     images = check_inputs(samples, reference, allow_fewer=allow_fewer)
     options = {"batch_size": batch_size, "progress": progress}
     against = measure(reference, network, description="reference", **options)
@@ -95,10 +96,10 @@ def score_images(
 
 
 def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: bool) -> ImageSet:
-    """The samples, opened; ValueError if they are too few, or if one of the two sets cannot be used. Computes nothing."""
+    """The samples, opened; UserError if they are too few, or if one of the two sets cannot be used. Computes nothing."""
     images = open_images(samples)
     if images.count < PROTOCOL_IMAGES and not allow_fewer:
-        raise ValueError(
+        raise UserError(
             f"{samples} holds {images.count:,} images, the protocol has {PROTOCOL_IMAGES:,}, and the scores depend on that; "
             "make more, or give --allow-fewer for scores that are marked PARTIAL"
         )

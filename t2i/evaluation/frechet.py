@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from t2i.errors import UserError
+
 SPLIT_SIZE = 5000
 _ROWS = 4096  # rows in float64 at once
 
@@ -28,11 +30,11 @@ def feature_statistics(features_ND: Tensor) -> Statistics:
     """Mean and covariance of features float32 [N, D].
 
     Raises:
-        ValueError: fewer than two images.
+        UserError: fewer than two images.
     """
     count = len(features_ND)
     if count < 2:
-        raise ValueError(f"statistics need at least 2 images, got {count}")
+        raise UserError(f"statistics need at least 2 images, got {count}")
     parts = features_ND.split(_ROWS)
     mean_D = torch.stack([part.double().sum(0) for part in parts]).sum(0) / count
     covariance_DD = torch.zeros(len(mean_D), len(mean_D), dtype=torch.float64, device=mean_D.device)
@@ -46,14 +48,14 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64; singular covariances are fine.
 
     Raises:
-        ValueError: statistics of different widths, or values that are not finite.
+        UserError: statistics of different widths, or values that are not finite.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
+        raise UserError(
             f"the statistics have {len(a.mean)} and {len(b.mean)} features; are they from the same network?"
         )
     if not all(bool(value.isfinite().all()) for value in (*a, *b)):
-        raise ValueError("the statistics hold values that are not finite")
+        raise UserError("the statistics hold values that are not finite")
     difference = a.mean.double() - b.mean.double()
     root = _symmetric_root(a.covariance)
     product = root @ b.covariance @ root

@@ -19,6 +19,7 @@ import numpy as np
 from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
 from t2i.data.folders import is_image, list_files
 from t2i.data.images import SkipSample, open_image
+from t2i.errors import UserError
 
 _SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
 _IMAGES_MEMBER = "arr_0.npy"
@@ -29,7 +30,7 @@ class NpzImages:
     """The images `arr_0` uint8 [N, H, W, 3] of an .npz file.
 
     Raises:
-        ValueError: no such file, not an .npz, no `arr_0`, or an array of another kind.
+        UserError: no such file, not an .npz, no `arr_0`, or an array of another kind.
     """
 
     kind = "npz"
@@ -40,7 +41,7 @@ class NpzImages:
             shape, order, dtype = _read_header(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or order or not all(shape):
             layout = "Fortran order " if order else ""
-            raise ValueError(
+            raise UserError(
                 f"{path}: arr_0 is {layout}{dtype} {list(shape)}; images must be uint8 [N, H, W, 3] in C order"
             )
         self.shape = tuple(shape[1:])
@@ -56,7 +57,7 @@ class NpzImages:
                 count = min(size, self.count - start)
                 data = file.read(count * bytes_per_image)
                 if len(data) < count * bytes_per_image:
-                    raise ValueError(f"{self.path} ends before image {start + count}: it is cut")
+                    raise UserError(f"{self.path} ends before image {start + count}: it is cut")
                 yield list(np.frombuffer(data, np.uint8).reshape(count, *self.shape))
 
 
@@ -64,7 +65,7 @@ class FolderImages:
     """Every image below a folder, sorted by path.
 
     Raises:
-        ValueError: no such folder, or no image in it.
+        UserError: no such folder, or no image in it.
     """
 
     kind = "folder"
@@ -73,7 +74,7 @@ class FolderImages:
         self.path = path
         found = [file for file in list_files(path) if is_image(file)]
         if not found:
-            raise ValueError(f"{path} holds no images")
+            raise UserError(f"{path} holds no images")
         samples = [f for f in found if _SAMPLE.search(f.relative_to(path).as_posix())]
         self.files = samples or found
         self.left_out = len(found) - len(self.files)
@@ -83,7 +84,7 @@ class FolderImages:
         """uint8 images [H, W, 3], at most `size` at a time; the next ones are decoded meanwhile.
 
         Raises:
-            ValueError: an image cannot be read; nothing is left out silently.
+            UserError: an image cannot be read; nothing is left out silently.
         """
         with ThreadPoolExecutor(DECODE_THREADS) as pool:
             loading = (pool.map(_read_image, files) for files in batches(iter(self.files), size))
@@ -97,23 +98,23 @@ def open_images(path: str | Path) -> ImageSet:
     """The images of an .npz file or of a folder.
 
     Raises:
-        ValueError: neither, or nothing usable in it; the message says what was looked for.
+        UserError: neither, or nothing usable in it; the message says what was looked for.
     """
     path = Path(path)
     if path.is_dir():
         return FolderImages(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give an .npz file or a folder of images")
+        raise UserError(f"{path} does not exist; give an .npz file or a folder of images")
     return NpzImages(path)
 
 
 def npz_arrays(path: Path) -> set[str]:
-    """The names of the arrays in an .npz file; ValueError if it is none."""
+    """The names of the arrays in an .npz file; UserError if it is none."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except _BROKEN as error:
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+        raise UserError(f"{path} is not a readable .npz file: {error}") from error
 
 
 def read_npz_array(path: Path, name: str) -> np.ndarray:
@@ -122,27 +123,27 @@ def read_npz_array(path: Path, name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
     except (*_BROKEN, KeyError) as error:
-        raise ValueError(f"{path}: {name} cannot be read: {error}") from error
+        raise UserError(f"{path}: {name} cannot be read: {error}") from error
 
 
 def _read_image(path: Path) -> np.ndarray:
     try:
         return np.asarray(open_image(path))
     except SkipSample as error:
-        raise ValueError(f"{path} cannot be judged: {error}; replace or remove it") from error
+        raise UserError(f"{path} cannot be judged: {error}; replace or remove it") from error
 
 
 @contextmanager
 def _open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
     if name.removesuffix(".npy") not in (names := npz_arrays(path)):
-        raise ValueError(
+        raise UserError(
             f"{path} has no {name.removesuffix('.npy')}; it holds {', '.join(sorted(names))}"
         )
     try:
         with zipfile.ZipFile(path) as archive, archive.open(name) as file:
             yield file
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -34,7 +34,7 @@ def load_inception(
             scores compare with nothing else. The hash then is "random".
 
     Raises:
-        ValueError: the file does not exist, is not the published one, or cannot be downloaded.
+        UserError: the file does not exist, is not the published one, or cannot be downloaded.
     """
     network = Inception()
     if str(weights) == RANDOM:

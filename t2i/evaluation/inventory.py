@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from t2i.errors import UserError
 from t2i.evaluation.store import sample_file
 
 _KNOWN = {"grid.png", "stages.png", "stages", "samples", "metadata.jsonl", "generation.json"}
@@ -34,16 +35,16 @@ class Inventory:
     unread: list[str] = field(default_factory=list)
 
     def check(self, *, allow_missing: bool) -> None:
-        """ValueError names what forbids judging."""
+        """UserError names what forbids judging."""
         if self.problems:
-            raise ValueError(f"{self.folder} cannot be judged: {shorten(self.problems, '; ')}")
+            raise UserError(f"{self.folder} cannot be judged: {shorten(self.problems, '; ')}")
         if not any(self.found.values()):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds none of the {self.expected} expected images ({self.missing[0]} ...)"
                 + self._unread_note()
             )
         if self.missing and not allow_missing:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: {len(self.missing)} of {self.expected} images are missing: {shorten(self.missing)}"
                 f"{self._unread_note()}; add them, or judge the rest as INCOMPLETE with --allow-incomplete"
             )
@@ -89,10 +90,10 @@ def take_inventory(
         samples: images per prompt.
 
     Raises:
-        ValueError: there is no such folder.
+        UserError: there is no such folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"image folder {folder} does not exist (or is a file)")
+        raise UserError(f"image folder {folder} does not exist (or is a file)")
     inventory = Inventory(folder, len(selected) * samples)
     folders = inventory.numbered(folder, r"(\d+)", Path.is_dir)
     for index in sorted(folders):

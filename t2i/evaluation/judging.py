@@ -15,6 +15,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from t2i.errors import UserError
 from t2i.evaluation.inventory import Inventory
 from t2i.evaluation.store import load_image, prompt_folder, sample_file
 from t2i.imaging import save_png
@@ -66,7 +67,7 @@ class Verdicts:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             return {line["sample"]: line for line in lines}
         except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it to judge again") from error
+            raise UserError(f"{path} is damaged ({error}); delete it to judge again") from error
 
     def write(self, prompt_index: int, lines: dict[int, dict]) -> None:
         """Replace a prompt's lines."""
@@ -110,7 +111,7 @@ def _answer(judge: Judge, index: int, sample: int, path: Path, overlay: Path) ->
     """The recorded form of a verdict; its overlay is written before it, so that a verdict implies it."""
     try:
         image = load_image(path)
-    except ValueError as error:
+    except UserError as error:
         return {"unreadable": str(error)}
     judged = judge.judge(index, image, sample_file(index, sample))
     overlay.unlink(missing_ok=True)

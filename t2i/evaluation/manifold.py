@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from t2i.errors import UserError
+
 NEIGHBOUR = 3
 _BLOCK = 10_000  # images; a part of the definition, since overflow is decided by block
 
@@ -69,10 +71,10 @@ def squared_radii(
     """Squared distance [N] of every image to its third (or other) neighbour among the others.
 
     Raises:
-        ValueError: a set that has no such neighbour.
+        UserError: a set that has no such neighbour.
     """
     if len(features_ND) <= neighbour:
-        raise ValueError(
+        raise UserError(
             f"precision and recall need more than {neighbour} images in each set, got {len(features_ND)}"
         )
     radii = []

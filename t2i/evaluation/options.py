@@ -9,6 +9,7 @@ from typing import TypeVar
 import tyro
 
 from t2i import cli
+from t2i.errors import UserError
 from t2i.sampling_options import SamplingOverrides
 
 
@@ -25,7 +26,7 @@ class Scope:
 
     def __post_init__(self):
         if self.samples < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"samples={self.samples} and limit={self.limit} must be at least 1")
+            raise UserError(f"samples={self.samples} and limit={self.limit} must be at least 1")
 
     def select(self, count: int) -> list[int]:
         """Indices of the prompts that are asked for."""
@@ -65,11 +66,9 @@ class BenchmarkOptions:
 
     def __post_init__(self):
         if (self.ckpt is None) == (self.images is None):
-            raise ValueError(
-                "give either --ckpt (a model to draw and judge) or --images (a folder)"
-            )
+            raise UserError("give either --ckpt (a model to draw and judge) or --images (a folder)")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
         self.scope()
 
     def scope(self) -> Scope:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from t2i.checkpoint import find_checkpoint, from_pretrained, read_config
+from t2i.errors import UserError
 from t2i.evaluation.options import BenchmarkOptions
 from t2i.evaluation.report import table
 from t2i.evaluation.runner import Benchmark, claim_output, evaluate
@@ -29,7 +30,7 @@ def run(
             and returns their folder; every process calls it. They are in that layout already if None.
     """
     if options.images is not None and not options.images.exists():
-        raise ValueError(f"{options.images} does not exist; --images is a folder that holds images")
+        raise UserError(f"{options.images} does not exist; --images is a folder that holds images")
     device, dtype = pick_device(options.device, options.dtype)
     processes = join_processes(device)
     out = options.out or default_out(options, name)
@@ -42,7 +43,7 @@ def run(
             options.ckpt, base=options.base, device=processes.device, dtype=dtype
         )
         if model.backbone.spec.cond_kind != "text":
-            raise ValueError(
+            raise UserError(
                 f"{options.ckpt} draws classes, but {benchmark.name} asks with captions"
             )
         draw = DrawOptions(options.seed, options.sampling.apply(model.sampling), options.batch_size)

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from t2i.data.shards import replacing
+from t2i.errors import UserError
 from t2i.progress import progress_bar
 from t2i.weights import file_sha256
 
@@ -58,24 +59,22 @@ class PublishedFile:
         """The file at `path`, or in the folder `path` under one of its names.
 
         Raises:
-            ValueError: there is none, or it is another file.
+            UserError: there is none, or it is another file.
         """
         if path.is_dir():
             held = self._held_by(path)
             if held is None:
-                raise ValueError(
-                    f"{path} holds no {self.title}: looked for {', '.join(self.names)}"
-                )
+                raise UserError(f"{path} holds no {self.title}: looked for {', '.join(self.names)}")
             path = held
         elif not path.exists():
-            raise ValueError(f"{path} does not exist: give the {self.title} or its folder")
+            raise UserError(f"{path} does not exist: give the {self.title} or its folder")
         return self._prove(path)
 
     def find(self, folder: Path | None = None) -> ProvenFile:
         """The file in `folder` or the cache, or else downloaded into the cache.
 
         Raises:
-            ValueError: what was found is another file, or it cannot be downloaded; the message says what to put where.
+            UserError: what was found is another file, or it cannot be downloaded; the message says what to put where.
         """
         for place in (folder, self.cache_folder):
             if place is not None and (held := self._held_by(place)):
@@ -91,9 +90,9 @@ class PublishedFile:
         try:
             digest = self.digest(path)
         except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise UserError(f"{path} cannot be read: {error}") from error
         if not digest.startswith(self.hashes):
-            raise ValueError(
+            raise UserError(
                 f"{path} is not the published {self.title}: its hash is {digest}, which should begin with "
                 f"{' or '.join(self.hashes)}. It is damaged or another file; delete it, or fetch {self.url} again"
             )
@@ -107,7 +106,7 @@ class PublishedFile:
             f"Elsewhere, download {self.url} and copy it to {path.parent} here; or {self.advice}"
         )
         if is_offline_mode():
-            raise ValueError(f"the {self.title} is not here and HF_HUB_OFFLINE is set. {advice}")
+            raise UserError(f"the {self.title} is not here and HF_HUB_OFFLINE is set. {advice}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
@@ -116,13 +115,11 @@ class PublishedFile:
                 with replacing(path) as temporary:
                     size = _fetch(self.url, temporary)
                     if not self.digest(temporary).startswith(self.hashes):
-                        raise ValueError(
+                        raise UserError(
                             f"{self.url} gave {size} bytes that are not the published {self.title}. {advice}"
                         )
         except (OSError, http.client.HTTPException) as error:  # no network, disk full, ...
-            raise ValueError(
-                f"the {self.title} cannot be downloaded ({error}). {advice}"
-            ) from error
+            raise UserError(f"the {self.title} cannot be downloaded ({error}). {advice}") from error
 
 
 def _fetch(url: str, path: Path) -> int:

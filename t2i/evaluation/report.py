@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from t2i import __version__
+from t2i.errors import UserError
 from t2i.evaluation.inventory import shorten
 from t2i.weights import write_json, write_text
 
@@ -63,9 +64,9 @@ class Coverage:
         return "; ".join(parts) or "complete"
 
     def check(self, *, allow_incomplete: bool) -> None:
-        """ValueError names unreadable images, unless they are allowed, and a run without any verdict."""
+        """UserError names unreadable images, unless they are allowed, and a run without any verdict."""
         if self.unreadable and not (allow_incomplete and self.judged):
-            raise ValueError(
+            raise UserError(
                 f"{len(self.unreadable)} of {self.expected} images cannot be judged: {shorten(self.unreadable, '; ')}; "
                 "replace them, or report the rest as INCOMPLETE with --allow-incomplete (finished verdicts are kept)"
             )
@@ -134,14 +135,14 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
     """The content of results.json and results.jsonl.
 
     Raises:
-        ValueError: the folder holds no finished results.
+        UserError: the folder holds no finished results.
     """
     try:
         results = json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"))
         lines = (out / ROWS_FILE).read_text(encoding="utf-8").splitlines()
         return results, [json.loads(line) for line in lines]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{out} holds no finished results ({error})") from error
+        raise UserError(f"{out} holds no finished results ({error})") from error
 
 
 def table(results: dict) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from t2i.errors import UserError
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.inventory import Inventory, shorten, take_inventory
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
@@ -83,10 +84,10 @@ def evaluate(
         The content of results.json.
 
     Raises:
-        ValueError: what is missing, unreadable, unexpected or contradictory in images or folders.
+        UserError: what is missing, unreadable, unexpected or contradictory in images or folders.
     """
     if (model is None) == (images is None):
-        raise ValueError("give a model, or a folder of images, and not both")
+        raise UserError("give a model, or a folder of images, and not both")
     scope, processes = scope or Scope(), processes or ALONE
     selected = scope.select(len(benchmark.entries))
     folder = out / "images" if images is None else images
@@ -124,17 +125,17 @@ def claim_output(out: Path, images: Path) -> None:
     """Make the output folder before any work is done for it.
 
     Raises:
-        ValueError: it cannot be written, or holds the results of other images.
+        UserError: it cannot be written, or holds the results of other images.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / ".writable", "").unlink()
     except OSError as error:
-        raise ValueError(f"cannot write to {out} ({error}); give another --out") from error
+        raise UserError(f"cannot write to {out} ({error}); give another --out") from error
     if (out / RESULTS_FILE).is_file():
         before = read_results(out)[0]["images"]
         if before != image_source(out, images):
-            raise ValueError(f"{out} holds the results of {before}; give another --out")
+            raise UserError(f"{out} holds the results of {before}; give another --out")
 
 
 def _report(

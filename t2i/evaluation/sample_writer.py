@@ -24,6 +24,7 @@ from torch import Tensor
 from t2i.data.array_file import ArrayFile, remove_markers
 from t2i.data.cache import wait_for
 from t2i.data.shards import replacing
+from t2i.errors import UserError
 from t2i.imaging import save_png
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
@@ -67,11 +68,11 @@ def write_samples(
         batch_size: images per call of `draw`, a part of the settings.
 
     Raises:
-        ValueError: `out` holds images of other settings, which are named; images of another size.
+        UserError: `out` holds images of other settings, which are named; images of another size.
         TimeoutError: another process stopped.
     """
     if count < 1 or batch_size < 1:
-        raise ValueError(f"count={count} and batch_size={batch_size} must be at least 1")
+        raise UserError(f"count={count} and batch_size={batch_size} must be at least 1")
     settings = {**settings, "count": count, "size": list(size), "batch_size": batch_size}
     as_npz = out.suffix == ".npz"
     record = out.with_name(out.name + ".json") if as_npz else out / "settings.json"
@@ -99,7 +100,7 @@ def write_samples(
         for rows in missing:
             images = draw(rows)
             if images.shape != (len(rows), *shape[1:]) or images.dtype != np.uint8:
-                raise ValueError(
+                raise UserError(
                     f"drawn were {images.dtype} {list(images.shape)}, expected uint8 {[len(rows), *shape[1:]]}"
                 )
             write(rows, images)
@@ -118,7 +119,7 @@ def _claim(out: Path, record: Path, settings: dict, processes: Processes) -> Non
     """Write the settings before the first image, or compare them with those of the images that are there."""
     if processes.is_main and not record.exists():
         if out.exists() and (out.suffix == ".npz" or any(out.iterdir())):
-            raise ValueError(f"{out} is not empty and was not written here; give another name")
+            raise UserError(f"{out} is not empty and was not written here; give another name")
         record.parent.mkdir(parents=True, exist_ok=True)
         with replacing(record) as temporary:
             temporary.write_text(json.dumps(settings, indent=1))
@@ -127,7 +128,7 @@ def _claim(out: Path, record: Path, settings: dict, processes: Processes) -> Non
     differing = sorted(k for k in known.keys() | wanted.keys() if known.get(k) != wanted.get(k))
     if differing:
         changes = ", ".join(f"{k} {known.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
-        raise ValueError(
+        raise UserError(
             f"{out} holds images of other settings ({changes}); give another name, or delete {record} and them"
         )
 

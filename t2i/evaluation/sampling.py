@@ -16,6 +16,7 @@ from torch import nn
 
 from t2i import __version__
 from t2i.backbones.base import SamplingConfig
+from t2i.errors import UserError
 from t2i.evaluation.store import (
     load_image,
     refuse_other_images,
@@ -65,7 +66,7 @@ def draw_images(
         about: facts about the model that are recorded, but not compared.
 
     Raises:
-        ValueError: the folder holds images of other prompts, settings or weights.
+        UserError: the folder holds images of other prompts, settings or weights.
     """
     if processes.is_main:
         settings = generation_settings(model, entries, options)
@@ -128,7 +129,7 @@ def _undrawn(batch: Batch, folder: Path) -> Batch:
             try:
                 load_image(path)
                 continue
-            except ValueError as error:
+            except UserError as error:
                 log.error("%s; drawing it again", error)
         undrawn.append(job)
     return undrawn
@@ -173,7 +174,7 @@ def read_generation(folder: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy the folder again") from error
+        raise UserError(f"{path} cannot be read ({error}); copy the folder again") from error
 
 
 def _claim_folder(folder: Path, entries: Sequence[dict], settings: dict) -> None:
@@ -182,7 +183,7 @@ def _claim_folder(folder: Path, entries: Sequence[dict], settings: dict) -> None
     before = read_generation(folder)
     if before is None:
         if any(folder.glob("[0-9]*/samples/*")):
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds images without {GENERATION_FILE}, so nobody can say how they were drawn; "
                 "judge them with --images, or give another --out"
             )
@@ -195,6 +196,6 @@ def _claim_folder(folder: Path, entries: Sequence[dict], settings: dict) -> None
         if before.get(name) != settings[name]
     ]
     if changes:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds images drawn otherwise ({'; '.join(changes)}); give another --out, or delete it"
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from t2i.errors import UserError
 from t2i.generation import Generated
 from t2i.imaging import grid, save_png
 from t2i.weights import write_text
@@ -25,20 +26,20 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
     """Entries with at least a "prompt", from the command line and from a text or .jsonl file.
 
     Raises:
-        ValueError: no prompt at all, an unreadable file, or a bad line, which is named.
+        UserError: no prompt at all, an unreadable file, or a bad line, which is named.
     """
     entries = [{"prompt": p} for p in prompts]
     if path is not None:
         try:
             lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
-            raise ValueError(f"prompt file {path} cannot be read: {error}") from error
+            raise UserError(f"prompt file {path} cannot be read: {error}") from error
         parse = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
         entries += [
             parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()
         ]
     if not entries or any(not e["prompt"].strip() for e in entries):
-        raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE, none of them empty")
+        raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE, none of them empty")
     return entries
 
 
@@ -46,9 +47,9 @@ def _parse_text_line(line: bytes, where: str) -> dict:
     try:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text: {error}") from error
+        raise UserError(f"{where} is not UTF-8 text: {error}") from error
     if any(ord(c) < 32 and c != "\t" for c in text):
-        raise ValueError(f"{where} is not text: it has control characters ({text[:80]!r})")
+        raise UserError(f"{where} is not text: it has control characters ({text[:80]!r})")
     return {"prompt": text}
 
 
@@ -56,10 +57,10 @@ def _parse_json_line(line: bytes, where: str) -> dict:
     try:
         entry = json.loads(line)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f'{where} has no text under "prompt"')
+        raise UserError(f'{where} has no text under "prompt"')
     return entry
 
 
@@ -92,26 +93,26 @@ def load_image(path: Path) -> Image.Image:
     """An image as judges see it: upright, RGB.
 
     Raises:
-        ValueError: the file is not a whole image.
+        UserError: the file is not a whole image.
     """
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for damage
-        raise ValueError(f"{path} is not a readable image ({error})") from error
+        raise UserError(f"{path} is not a readable image ({error})") from error
 
 
 def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
-    """ValueError if the folder holds images of other prompts, which a judge would count."""
+    """UserError if the folder holds images of other prompts, which a judge would count."""
     for folder in sorted(out.glob("[0-9]" * 5)):
         index = int(folder.name)
         path = folder / "metadata.jsonl"
         try:
             known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it") from error
+            raise UserError(f"{path} is damaged ({error}); delete it") from error
         if index >= len(entries) or known not in (None, entries[index]):
-            raise ValueError(
+            raise UserError(
                 f"{out} holds images of other prompts ({folder.name}); give another --out or delete it"
             )
 
@@ -122,7 +123,7 @@ def write_generated(
     """Write images as they come; returns the sheets (a grid, and one of the stages where there are any).
 
     Raises:
-        ValueError: the folder holds images of other prompts, which a judge would count.
+        UserError: the folder holds images of other prompts, which a judge would count.
     """
     refuse_other_images(out, entries)
     shown, staged = [], []

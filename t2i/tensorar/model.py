@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.backbones.base import Backbone, Condition
+from t2i.errors import UserError
 from t2i.rng import fold, integers, normals, uniforms
 from t2i.tensorar.codec import Codec, Residual
 from t2i.tensorar.noise import (
@@ -61,22 +62,22 @@ class TensorARConfig:
             ("residual", self.residual, Residual),
         ):
             if given not in get_args(kind):
-                raise ValueError(
+                raise UserError(
                     f"unknown {name} {given!r}; choose one of {', '.join(get_args(kind))}"
                 )
         if not self.slot_weights or min(self.slot_weights) < 0 or self.slot_weights[0] == 0:
-            raise ValueError(
+            raise UserError(
                 f"slot_weights={self.slot_weights}: give weights >= 0, that of slot 0 above 0"
             )
         for name in ("own_drafts", "noise_floor"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
+                raise UserError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
         if self.own_drafts > 0 and self.noise == "gaussian":
-            raise ValueError(
+            raise UserError(
                 "own_drafts and noise='gaussian' exclude each other: that noise is on embeddings, not on codes"
             )
         if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1")
+            raise UserError(f"depth={self.depth} must be at least 1")
 
     def weights(self) -> list[float]:
         """Loss weight of every slot."""
@@ -105,7 +106,7 @@ class TensorAR(nn.Module):
     """A backbone that predicts windows. With `config.k == 1` there is no codec and this is the base model.
 
     Raises:
-        ValueError: k does not fit the image, or codebook noise is asked for without an image tokenizer.
+        UserError: k does not fit the image, or codebook noise is asked for without an image tokenizer.
     """
 
     def __init__(self, backbone: Backbone, config: TensorARConfig, *, seed: int = 0):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from t2i.errors import UserError
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -23,11 +25,11 @@ class Windows:
 
     def __post_init__(self):
         if not 1 <= self.size <= self.tokens:
-            raise ValueError(
+            raise UserError(
                 f"window size k={self.size} must be between 1 and the {self.tokens} tokens of an image"
             )
         if not 1 <= self.stride <= self.size:
-            raise ValueError(
+            raise UserError(
                 f"stride={self.stride} must be between 1 and the window size k={self.size}, or positions would be left out"
             )
 
@@ -44,7 +46,7 @@ class Windows:
     def shrunk(self, size: int) -> "Windows":
         """The same positions with only the first `size` slots; 0 keeps all."""
         if size > self.size:
-            raise ValueError(f"window={size} is larger than the model's k={self.size}")
+            raise UserError(f"window={size} is larger than the model's k={self.size}")
         return replace(self, size=size or self.size)
 
     def starts(self, device: torch.device | str = "cpu") -> Tensor:
@@ -75,7 +77,7 @@ class Windows:
         window exists, from the earliest that does.
         """
         if not 1 <= stage <= self.stages:
-            raise ValueError(
+            raise UserError(
                 f"stage {stage} must be between 1 and {self.stages} (window {self.size}, stride {self.stride})"
             )
         position = torch.arange(self.tokens, device=windows.device)

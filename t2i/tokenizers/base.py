@@ -92,7 +92,7 @@ class ConvTokenizer(nn.Module):
         """Load an official file strictly; frozen, fp32.
 
         Raises:
-            ValueError: unreadable file, another family, or keys that do not fit.
+            UserError: unreadable file, another family, or keys that do not fit.
         """
         stored = read_state_dict(path)
         state_dict = {k: v for k, v in stored.items() if k not in cls.ignored_keys}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.errors import UserError
 from t2i.tokenizers.base import ConvConfig, ConvTokenizer, encoder_shape, group_norm
 from t2i.tokenizers.vq import ResBlock
 from t2i.weights import load_strict, read_state_dict, reading
@@ -50,7 +51,7 @@ class LFQConfig(ConvConfig):
 
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "LFQConfig":
-        """Read the shape off an official state dict; ValueError if it is not an LFQ tokenizer."""
+        """Read the shape off an official state dict; UserError if it is not an LFQ tokenizer."""
         with reading("an LFQ tokenizer of Open-MAGVIT2's layout"):
             shape = encoder_shape(state_dict, "down", "block")
             return LFQConfig(**shape, bits=state_dict["encoder.conv_out.weight"].shape[0])
@@ -191,14 +192,14 @@ class LFQTokenizer(ConvTokenizer):
         measured; the configurations of the published autoregressive models read the others.
 
         Raises:
-            ValueError: unreadable file, another family, no averaged weights where `ema` asks for them, or keys that do not fit.
+            UserError: unreadable file, another family, no averaged weights where `ema` asks for them, or keys that do not fit.
         """
         state_dict = read_state_dict(path)
         state_dict = tokenizer_part(state_dict) or state_dict
         raw = {k: v for k, v in state_dict.items() if not k.startswith(_EMA)}
         averaged = {k: v for k, v in state_dict.items() if k not in raw and k not in _EMA_COUNTERS}
         if ema and not averaged:
-            raise ValueError(f"{path} has no averaged weights ({_EMA}*); load it with ema=False")
+            raise UserError(f"{path} has no averaged weights ({_EMA}*); load it with ema=False")
         tokenizer = cls.empty(raw, path)
         # The name of an averaged weight has lost its dots.
         names = {_EMA + name.replace(".", ""): name for name in tokenizer.state_dict()}

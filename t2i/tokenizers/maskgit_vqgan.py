@@ -34,7 +34,7 @@ class MaskGITConfig(ConvConfig):
 
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "MaskGITConfig":
-        """Read the shape off an official state dict; ValueError if it is not a MaskGIT VQGAN."""
+        """Read the shape off an official state dict; UserError if it is not a MaskGIT VQGAN."""
         with reading("a MaskGIT VQGAN"):
             shape = encoder_shape(state_dict, "down", "block")
             size, dim = state_dict["quantize.embedding.weight"].shape

@@ -29,7 +29,7 @@ class VQConfig(ConvConfig):
 
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "VQConfig":
-        """Read the shape off an official state dict; ValueError if it is not a VQ tokenizer."""
+        """Read the shape off an official state dict; UserError if it is not a VQ tokenizer."""
         with reading("a VQ tokenizer of LlamaGen's layout"):
             shape = encoder_shape(state_dict, "conv_blocks", "res")
             size, dim = state_dict["quantize.embedding.weight"].shape

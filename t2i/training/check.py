@@ -11,6 +11,7 @@ from t2i.backbones.base import Backbone
 from t2i.data.pretokenized import LlamaGenCodes
 from t2i.data.report import survey_source
 from t2i.data.views import Views
+from t2i.errors import UserError
 from t2i.generation import conditions
 from t2i.loading import published_as_folder
 from t2i.tensorar.model import TensorAR
@@ -26,7 +27,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     """A report for people.
 
     Raises:
-        ValueError: what makes the run impossible.
+        UserError: what makes the run impossible.
     """
     choose_tracker(config.log.tracker)
     checkpoint = claim_run_dir(config)
@@ -42,7 +43,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     total, lines = survey(config.data, model.backbone)
     trained = None if total is None else max(total - config.data.validation_samples, 0)
     if trained is not None and trained < 1:
-        raise ValueError(
+        raise UserError(
             f"{total} samples with data.validation_samples={config.data.validation_samples} held out leave none to train on"
         )
     steps = config.steps or (
@@ -72,7 +73,7 @@ def _captioned(options: DataOptions, backbone: Backbone) -> tuple[int | None, li
     source = open_data(options)
     survey, usable = survey_source(source, size=image_size(backbone), small=options.small_images)
     if not usable:
-        raise ValueError(f"none of the samples looked at can be used: {survey.describe()}")
+        raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
     total = min((n for n in (source.length, options.max_samples) if n is not None), default=None)
     count = "unknown number of" if total is None else total
     return total, [

@@ -8,6 +8,7 @@ import tyro
 
 from t2i import presets
 from t2i.checkpoint import Tuning
+from t2i.errors import UserError
 from t2i.lora import LoRAConfig
 from t2i.sampling_options import SamplingOverrides
 from t2i.tensorar.model import TensorARConfig
@@ -59,7 +60,7 @@ class DataOptions:
 
     def __post_init__(self):
         if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"data.max_samples={self.max_samples} must be at least 1")
+            raise UserError(f"data.max_samples={self.max_samples} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class OptimOptions:
             "weight_decay",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
+                raise UserError(f"optim.{name}={getattr(self, name)} must not be negative")
         if self.grad_clip <= 0:
-            raise ValueError(f"optim.grad_clip={self.grad_clip} must be above 0")
+            raise UserError(f"optim.grad_clip={self.grad_clip} must be above 0")
 
     def codec_rate(self, step: int, steps: int) -> float:
         """Codec learning rate at a step of a run."""
@@ -213,27 +214,27 @@ class TrainConfig:
         }
         for name, value in least_one.items():
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise UserError(f"{name}={value} must be at least 1")
         if self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs} must be above 0")
+            raise UserError(f"epochs={self.epochs} must be above 0")
         if self.batch_size % self.engine.micro_batch:
-            raise ValueError(
+            raise UserError(
                 f"batch_size={self.batch_size} must be a multiple of engine.micro_batch={self.engine.micro_batch}"
             )
         if self.train_image_layers and self.tuning == "full":
-            raise ValueError(
+            raise UserError(
                 "train_image_layers is for tuning lora or codec: full trains them anyway"
             )
         if self.engine.precision == "bf16" and self.engine.zero_stage == 0:
-            raise ValueError(
+            raise UserError(
                 "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer step)"
             )
         if not 0 <= self.condition_dropout < 1 or not 0 <= self.token_dropout < 1:
-            raise ValueError(
+            raise UserError(
                 f"condition_dropout={self.condition_dropout} and token_dropout={self.token_dropout} must be in [0, 1)"
             )
         if self.log.sample_every and not all(p.strip() for p in self.log.prompts or ("",)):
-            raise ValueError(
+            raise UserError(
                 "log.prompts is empty or has an empty prompt; log.sample_every=0 draws no sample sheets"
             )
 

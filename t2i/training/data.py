@@ -7,6 +7,7 @@ from torch import Tensor
 
 from t2i.backbones.base import Backbone
 from t2i.data.order import batch_indices, split_indices
+from t2i.errors import UserError
 from t2i.processes import Processes
 from t2i.rng import fold, make_keys, uniforms
 from t2i.training.batch import Batch
@@ -24,7 +25,7 @@ class TrainingData:
         self.config, self.processes = config, processes
         n_validation, total = config.data.validation_samples, len(self.examples)
         if not processes.world_size <= n_validation < total:
-            raise ValueError(
+            raise UserError(
                 f"data.validation_samples={n_validation} must be at least one per process ({processes.world_size}) and "
                 f"fewer than the {total} usable samples"
             )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from t2i.errors import UserError
 from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
 from t2i.training.batch import Batch
@@ -56,12 +57,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     """The DeepSpeed configuration of a run.
 
     Raises:
-        ValueError: the batch cannot be split over the processes, or the JSON file sets something that is derived here.
+        UserError: the batch cannot be split over the processes, or the JSON file sets something that is derived here.
     """
     engine = config.engine
     per_step = engine.micro_batch * world_size
     if config.batch_size % per_step:
-        raise ValueError(
+        raise UserError(
             f"batch_size={config.batch_size} cannot be split over {world_size} processes with engine.micro_batch="
             f"{engine.micro_batch}; use a multiple of {per_step}"
         )
@@ -84,19 +85,19 @@ def _zero_settings(path: Path, stage: int) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"engine.deepspeed_config {path} cannot be read: {error}") from error
+        raise UserError(f"engine.deepspeed_config {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):
-        raise ValueError(
+        raise UserError(
             f'engine.deepspeed_config {path} must hold {{"zero_optimization": {{...}}}}'
         )
     others = sorted(set(content) - {"zero_optimization"})
     if others:
-        raise ValueError(
+        raise UserError(
             f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this program's options"
         )
     settings = content.get("zero_optimization", {})
     if settings.get("stage", stage) != stage:
-        raise ValueError(
+        raise UserError(
             f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
         )
     return settings
@@ -118,7 +119,7 @@ def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
             if params
         ]
     if not groups:
-        raise ValueError("nothing to train: tuning='codec' with k=1 leaves no trainable parameter")
+        raise UserError("nothing to train: tuning='codec' with k=1 leaves no trainable parameter")
     return groups
 
 

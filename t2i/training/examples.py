@@ -22,6 +22,7 @@ from t2i.data.samples import Source
 from t2i.data.shapes_source import parse_shapes
 from t2i.data.sources import open_source
 from t2i.data.views import Views
+from t2i.errors import UserError
 from t2i.loading import tokenizer_hash
 from t2i.processes import Processes
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
@@ -51,19 +52,19 @@ def open_examples(config: TrainConfig, backbone: Backbone, processes: Processes)
     """Encode a run's data, or find that done. Every process calls it and does its share.
 
     Raises:
-        ValueError: something is wrong with the data, or it is not of the backbone's kind.
+        UserError: something is wrong with the data, or it is not of the backbone's kind.
     """
     kind = Labelled if isinstance(config.data, LabelledOptions) else Captioned
     return kind(config.data, backbone, processes)
 
 
 def check_backbone(backbone: Backbone, options: DataOptions | LabelledOptions) -> None:
-    """ValueError if this backbone cannot be trained on such data."""
+    """UserError if this backbone cannot be trained on such data."""
     backbone.tokenizer  # noqa: B018 (raises where there is none)
     if isinstance(options, DataOptions):
         backbone.caption_features()
     elif backbone.spec.cond_kind != "class":
-        raise ValueError(
+        raise UserError(
             f"this {backbone.spec.family} backbone draws captions: it cannot be trained on classes"
         )
 
@@ -72,7 +73,7 @@ def image_size(backbone: Backbone) -> int:
     """Side in pixels of the (square) images that the backbone draws."""
     height, width = backbone.image_size
     if height != width:
-        raise ValueError(f"training needs square images, this backbone has {height} x {width}")
+        raise UserError(f"training needs square images, this backbone has {height} x {width}")
     return height
 
 
@@ -86,9 +87,9 @@ def say_what_is_skipped(usable: int, seen: int, reasons: dict[str, int], folder:
 
 # -- captions -----------------------------------------------------------------------------------------------------------------
 def open_data(options: DataOptions) -> Source:
-    """Captioned images, not yet encoded; ValueError says what is wrong with them."""
+    """Captioned images, not yet encoded; UserError says what is wrong with them."""
     if not options.source:
-        raise ValueError(
+        raise UserError(
             "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
         )
     return parse_shapes(options.source) or open_source(
@@ -174,11 +175,11 @@ class Labelled:
         self._check()
 
     def _check(self) -> None:
-        """ValueError if these are no codes of this backbone."""
+        """UserError if these are no codes of this backbone."""
         spec = self.backbone.spec
         shape = tuple(self.codes.codes([0], [0]).shape[1:])
         if shape != (spec.num_tokens, len(spec.subvocabs)):
-            raise ValueError(
+            raise UserError(
                 f"an image has {shape[0]} x {shape[1]} codes (positions, sub-tokens), this {spec.family} backbone "
                 f"{spec.num_tokens} x {len(spec.subvocabs)}: they are of another tokenizer or resolution"
             )
@@ -192,7 +193,7 @@ class Labelled:
         if (
             codes >= torch.tensor(self.backbone.spec.subvocabs)
         ).any():  # a GPU would only say "assert"
-            raise ValueError(
+            raise UserError(
                 f"the data has the code {int(codes.max())}, this backbone {self.backbone.spec.subvocabs}: they are of "
                 "another tokenizer"
             )
@@ -205,28 +206,28 @@ def open_labelled(
     """Images of classes or their codes, whatever data.source names; a path is RAR's .jsonl. Encodes nothing.
 
     Raises:
-        ValueError: nothing there, or not what this backbone is trained on.
+        UserError: nothing there, or not what this backbone is trained on.
     """
     spec, sources = backbone.spec, [Path(source) for source in options.source]
     if not sources:
-        raise ValueError(
+        raise UserError(
             "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's codes, or RAR's .jsonl)"
         )
     if all(is_llamagen_folder(source) for source in sources):
         return LlamaGenCodes(*sources)
     if len(sources) > 1:
-        raise ValueError(
+        raise UserError(
             f"data.source: only folders of LlamaGen's codes may be several, not {', '.join(map(str, sources))}"
         )
     if sources[0].suffix == ".jsonl":
         if len(spec.subvocabs) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{sources[0]} has one number per code, {spec.family} has {len(spec.subvocabs)}: give the images"
             )
         return sources[0]
     images = open_imagenet(sources[0], options.split)
     if len(images.classes) != spec.num_classes:
-        raise ValueError(
+        raise UserError(
             f"{images.root} has {len(images.classes)} classes and this {spec.family} backbone {spec.num_classes}: labels are "
             "positions of the sorted folder names, so all classes must be there (an empty folder will do)"
         )

@@ -5,6 +5,8 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+from t2i.errors import UserError
+
 
 class MetricsLog:
     """Appends one JSON line per call; only the main process has one.
@@ -44,11 +46,11 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def choose_tracker(name: str) -> str:
-    """Resolve "auto" to TensorBoard where it is installed; ValueError if the package that was asked for is not."""
+    """Resolve "auto" to TensorBoard where it is installed; UserError if the package that was asked for is not."""
     if name == "auto":
         return "tensorboard" if find_spec("tensorboard") else "none"
     if name != "none" and not find_spec(name):
-        raise ValueError(f"log.tracker={name} needs the package {name}: pip install {name}")
+        raise UserError(f"log.tracker={name} needs the package {name}: pip install {name}")
     return name
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from t2i.backbones.base import Backbone
 from t2i.checkpoint import find_checkpoint, from_pretrained
+from t2i.errors import UserError
 from t2i.generation import conditions, iterate_images
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
@@ -86,7 +87,7 @@ class Run:
             else run_state.resume(self.engine, config, checkpoint, self.data.key)
         )
         if self.step > self.steps:
-            raise ValueError(
+            raise UserError(
                 f"{config.run_dir} has done {self.step} steps already, more than the {self.steps} asked for"
             )
         self.stop_requested = self.stop_agreed = False
@@ -191,7 +192,7 @@ def train(config: TrainConfig) -> Path:
     """Run (or resume) a training; returns the last checkpoint folder.
 
     Raises:
-        ValueError: something in the configuration or the data is wrong; nothing was written to run_dir then.
+        UserError: something in the configuration or the data is wrong; nothing was written to run_dir then.
         FloatingPointError: the loss is not finite any more.
         KeyboardInterrupt: stopped on request (Ctrl-C or SIGTERM), after a checkpoint.
     """

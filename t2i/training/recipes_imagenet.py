@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from t2i import presets
+from t2i.errors import UserError
 from t2i.training.config import (
     BackboneOptions,
     EngineOptions,
@@ -90,18 +91,18 @@ _PUBLISHED = {
 
 
 def imagenet_recipe(model: ImageNetModel) -> TrainConfig:
-    """The settings of a published model; ValueError says which sizes there are."""
+    """The settings of a published model; UserError says which sizes there are."""
     if model.size == "shapes":
         return _shapes(model)
     published = _PUBLISHED[model.backbone]
     if model.size not in published.micro_batches:
-        raise ValueError(
+        raise UserError(
             f"--size {model.size}: {model.backbone} was published as {', '.join(published.micro_batches)} (or shapes, offline)"
         )
     resolutions = published.resolutions.get(model.size, (256,))
     resolution = model.resolution or resolutions[0]
     if resolution not in resolutions:
-        raise ValueError(
+        raise UserError(
             f"--resolution {resolution}: {model.backbone} {model.size} was published at "
             f"{' and '.join(map(str, resolutions))} px"
         )

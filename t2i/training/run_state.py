@@ -20,6 +20,7 @@ from t2i.checkpoint import (
     run_checkpoints,
     write_model,
 )
+from t2i.errors import UserError
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 from t2i.training.engine import Processes, whole_weights
@@ -90,11 +91,11 @@ def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
     """Load the training state (see also `check_resumable`); returns the number of steps done.
 
     Raises:
-        ValueError: the data set is not what it was, or there is no training state.
+        UserError: the data set is not what it was, or there is no training state.
     """
     training = read_config(folder)["training"]
     if training["data_key"] != data_key:
-        raise ValueError(
+        raise UserError(
             f"cannot resume {folder}: the data set has changed since (files were added, removed or edited), and with it "
             "the held-out split and the order; start a new run_dir"
         )
@@ -102,14 +103,14 @@ def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
     complete = all(p.requires_grad for p in engine.module.parameters())
     path, _ = engine.load_checkpoint(str(folder), tag=TRAINING_STATE, load_module_strict=complete)
     if path is None:
-        raise ValueError(
+        raise UserError(
             f"{folder / TRAINING_STATE} holds no training state; resume from another checkpoint"
         )
     return training["step"]
 
 
 def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
-    """ValueError names the settings that differ from those of the run in `folder`."""
+    """UserError names the settings that differ from those of the run in `folder`."""
     stored = read_config(folder, with_state=True)["training"]
     check_settings(config, stored["config"], folder)
     layout = {
@@ -122,14 +123,14 @@ def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
     }
     for name, (before, now) in layout.items():
         if before != now:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was saved with {name}={before}, this run has {now}: the continuation would differ, or "
                 f"DeepSpeed's optimizer shards not fit; start it with {name}={before}"
             )
 
 
 def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
-    """ValueError if a setting differs without which the run is another one; a warning for those that may be changed."""
+    """UserError if a setting differs without which the run is another one; a warning for those that may be changed."""
     now = plain(asdict(config))
     before = stored | {"data": stored["data"] | {"cache_dir": now["data"]["cache_dir"]}}
 
@@ -137,7 +138,7 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
         return "; ".join(f"{k}: {before[k]} -> {now[k]}" for k in names if before[k] != now[k])
 
     if changed := changes(_MUST_MATCH):
-        raise ValueError(
+        raise UserError(
             f"cannot resume {where} with other settings ({changed}); start a new run_dir"
         )
     if changed := changes(_MAY_CHANGE):
@@ -148,7 +149,7 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
     """The checkpoint to resume from, or None for a fresh run; refuses to overwrite another run.
 
     Raises:
-        ValueError: run_dir has a run and --resume is not given, or --resume is given and there is nothing to resume.
+        UserError: run_dir has a run and --resume is not given, or --resume is given and there is nothing to resume.
     """
     found = run_checkpoints(config.run_dir)
     if config.resume and found:
@@ -156,12 +157,12 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
     if config.resume:
         settings = config.run_dir / "config.json"
         if not settings.is_file():
-            raise ValueError(f"--resume: {config.run_dir} holds no run; start without --resume")
+            raise UserError(f"--resume: {config.run_dir} holds no run; start without --resume")
         check_settings(config, json.loads(settings.read_text(encoding="utf-8")), config.run_dir)
         log.warning("%s was stopped before its first checkpoint: starting again", config.run_dir)
         return None
     if found or (config.run_dir / "metrics.jsonl").exists():
-        raise ValueError(
+        raise UserError(
             f"{config.run_dir} already holds a run; give --resume to go on, or another --run-dir"
         )
     return None

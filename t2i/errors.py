@@ -1,0 +1,8 @@
+"""How the kit tells a user's mistake from a bug of its own."""
+
+
+class UserError(ValueError):
+    """Something that the caller gave cannot be used: what was given, what is allowed, what to do.
+
+    Programs end in its message alone. Every other exception is taken for a bug and keeps its traceback.
+    """
