@@ -24,10 +24,10 @@ from t2i.evaluation.options import Scope
 from t2i.evaluation.runner import claim_output
 from t2i.evaluation.sampling import read_generation
 from t2i.evaluation.store import load_image, sample_file, write_prompt
+from t2i.files import file_sha256, write_json
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
-from t2i.weights import file_sha256, write_json
 
 log = logging.getLogger(__name__)
 

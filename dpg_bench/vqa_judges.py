@@ -26,7 +26,7 @@ from transformers import (
 
 from dpg_bench.questions import Question
 from t2i.errors import UserError
-from t2i.weights import file_sha256
+from t2i.files import file_sha256
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space

@@ -24,8 +24,8 @@ from geneval.detector import Detections, Detector
 from geneval.weights import CLIP, MASK2FORMER
 from t2i.errors import UserError
 from t2i.evaluation.published import ProvenFile
+from t2i.files import file_sha256
 from t2i.hub import fetch_folder
-from t2i.weights import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

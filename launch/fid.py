@@ -39,8 +39,8 @@ def main() -> None:
     config = cli.parse(FidConfig, __doc__)
     from t2i.evaluation.fid import check_inputs, score_images, table
     from t2i.evaluation.inception_weights import load_inception
+    from t2i.files import write_json
     from t2i.generation import pick_device
-    from t2i.weights import write_json
 
     device, _ = pick_device(config.device, "float32")
     check_inputs(

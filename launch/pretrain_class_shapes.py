@@ -30,6 +30,7 @@ from t2i.data.imagenet import open_imagenet
 from t2i.data.images import load_pixels
 from t2i.data.shapes import PALETTE, Scene, SceneObject, render
 from t2i.errors import UserError
+from t2i.files import write_json
 from t2i.imaging import save_png
 from t2i.training.config import (
     BackboneOptions,
@@ -46,7 +47,6 @@ from t2i.training.tiny_classes import (
     train_tokenizer,
     write_base,
 )
-from t2i.weights import write_json
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = tuple(PALETTE)[:5]

@@ -25,11 +25,11 @@ from t2i.backbones.janus import Janus
 from t2i.backbones.tiny_janus import build_tiny_janus
 from t2i.data.shapes import sample_scene
 from t2i.data.shapes_prompts import TAGS, all_prompts
+from t2i.files import write_json
 from t2i.loading import ASSETS
 from t2i.presets import base as base_method
 from t2i.tensorar.model import TensorAR
 from t2i.tokenizers.vq import VQTokenizer
-from t2i.weights import write_json
 
 log = logging.getLogger("pretrain")
 

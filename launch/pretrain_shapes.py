@@ -29,10 +29,10 @@ from t2i.conditioning.captions import clean_caption
 from t2i.conditioning.tiny_t5 import build_tiny_t5
 from t2i.data.shapes import render, sample_scene
 from t2i.data.shapes_prompts import TAGS, all_prompts
+from t2i.files import write_json
 from t2i.presets import base as base_method
 from t2i.tensorar.model import TensorAR
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
-from t2i.weights import write_json
 
 log = logging.getLogger("pretrain")
 

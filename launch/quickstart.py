@@ -155,7 +155,7 @@ def write_comparison(models: dict, config: Quickstart) -> None:
 
 
 def write_results(scores: dict, losses: dict, config: Quickstart) -> None:
-    from t2i.weights import write_json
+    from t2i.files import write_json
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     write_json(

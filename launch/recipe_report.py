@@ -20,7 +20,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.weights import write_text
+from t2i.files import write_text
 
 CONTROL = "control"
 COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac")

@@ -148,8 +148,8 @@ def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:
 
 def main() -> None:
     config = cli.parse(ScoreConfig, __doc__)
+    from t2i.files import write_json
     from t2i.imaging import grid, save_png
-    from t2i.weights import write_json
 
     read = {str(path): read_samples(path) for path in config.samples}
     same = [{name: settings[name] for name in _SAME} for *_, settings in read.values()]

@@ -21,10 +21,11 @@ import torch
 from t2i import __version__
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
+from t2i.files import write_json
 from t2i.loading import BackboneSource, load_source, published_as_folder, with_hash
 from t2i.lora import load_adapter, save_adapter
 from t2i.tensorar.model import TensorAR, TensorARConfig
-from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights, write_json
+from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights
 
 Tuning = Literal["full", "codec", "lora"]
 MANIFEST = "manifest.json"

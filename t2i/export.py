@@ -24,11 +24,11 @@ from t2i.checkpoint import (
 )
 from t2i.errors import UserError
 from t2i.evaluation.store import write_generated
+from t2i.files import write_text
 from t2i.generation import iterate_images, pick_device
 from t2i.loading import expand_folder, published_as_folder, weights_sha256
 from t2i.lora import merge_lora
 from t2i.tensorar.model import TensorAR
-from t2i.weights import write_text
 
 
 def export(

@@ -1,12 +1,12 @@
 """Writing images and contact sheets."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from t2i.errors import UserError
+from t2i.files import replacing
 
 _GAP = 6
 _LABEL_HEIGHT = 16
@@ -21,9 +21,8 @@ def save_image(image: Image.Image, path: str | Path, **options) -> Path:
     """The same in any format; options are those of `Image.save`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    image.save(partial, **options)
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        image.save(temporary, **options)
     return path
 
 

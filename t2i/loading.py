@@ -14,8 +14,9 @@ import torch
 
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
+from t2i.files import file_sha256
 from t2i.tensorar.model import TensorAR, TensorARConfig
-from t2i.weights import file_sha256, folder_sha256, state_dict_sha256
+from t2i.weights import folder_sha256, state_dict_sha256
 
 FAMILIES = {
     "llamagen": "t2i.backbones.llamagen",

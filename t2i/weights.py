@@ -8,7 +8,6 @@ key that does not fit). Pickles are only read with `weights_only=True`; the one 
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i.errors import UserError
+from t2i.files import file_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers look for them.
 _NESTING_KEYS = ("model", "module", "state_dict")
@@ -221,15 +221,6 @@ def shorten_keys(keys: list[str]) -> str:
     )
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as lower-case hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def folder_sha256(folder: str | Path) -> str:
     """SHA-256 over the hashes of a folder's weight files, in the order of their names."""
     digest = hashlib.sha256()
@@ -250,17 +241,3 @@ def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
 def save_weights(path: str | Path, state_dict: dict[str, Tensor]) -> None:
     """Write safetensors, wherever and however the tensors lie in memory."""
     save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, path)
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file through a temporary name, so that a reader never sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
-
-
-def write_json(path: str | Path, content: object) -> Path:
-    """Write indented JSON, atomically."""
-    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

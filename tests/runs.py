@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import t2i
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
 from t2i.backbones.tiny_janus import build_tiny_janus
+from t2i.files import write_json
 from t2i.imaging import save_png
 from t2i.tensorar.model import TensorARConfig
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
@@ -23,7 +24,6 @@ from t2i.training.config import (
     TrainConfig,
 )
 from t2i.training.logs import read_metrics
-from t2i.weights import write_json
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares"]
 SAME_SUM = 1e-5

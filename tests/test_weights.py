@@ -9,8 +9,9 @@ from helpers import tiny_config, tiny_llamagen, tiny_vq
 from safetensors.torch import save_file
 
 from t2i.backbones import llamagen
+from t2i.files import file_sha256, write_json
 from t2i.tokenizers.vq import VQTokenizer
-from t2i.weights import file_sha256, read_state_dict, write_json
+from t2i.weights import read_state_dict
 
 CONFIG = tiny_config("text")
 

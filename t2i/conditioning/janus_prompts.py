@@ -22,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from t2i.errors import UserError
-from t2i.weights import write_json
+from t2i.files import write_json
 
 log = logging.getLogger(__name__)
 

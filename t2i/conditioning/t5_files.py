@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from t2i.errors import UserError
+from t2i.files import file_sha256
 from t2i.hub import fetch_folder
-from t2i.weights import file_sha256
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from t2i.data.cache import wait_for
-from t2i.data.shards import replacing
 from t2i.errors import UserError
+from t2i.files import replacing
 from t2i.processes import Processes
 
 _POLL_SECONDS = 0.2

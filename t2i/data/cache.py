@@ -30,8 +30,9 @@ from t2i.data.encoding import Encoders, ShardPlan, encode_shards
 from t2i.data.images import PIXELS_VERSION, check_small_policy
 from t2i.data.report import Report
 from t2i.data.samples import Source, load_sample
-from t2i.data.shards import ShardReader, replacing, shard_path
+from t2i.data.shards import ShardReader, shard_path
 from t2i.errors import UserError
+from t2i.files import replacing
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from t2i.data.array_file import ArrayFile, remove_markers
-from t2i.data.shards import replacing
 from t2i.errors import UserError
+from t2i.files import replacing
 from t2i.processes import Processes
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,8 @@ from typing import Any
 
 from t2i.data.images import SkipSample
 from t2i.data.samples import Sample, Source, load_sample
-from t2i.data.shards import replacing, sample_line
+from t2i.data.shards import sample_line
+from t2i.files import replacing
 
 _KEYS_PER_REASON = 100
 

@@ -13,10 +13,7 @@ Shape legend: n = samples, T = positions, S = sub-tokens, C = text feature width
 """
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -28,23 +25,7 @@ from torch import Tensor
 from t2i.data.images import SkipSample
 from t2i.data.samples import Sample
 from t2i.errors import UserError
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
-
-    The temporary name is unique, so two processes that write the same file do not disturb each
-    other. Only a killed process leaves one behind (*.tmp), which nothing reads.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name with old content
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from t2i.files import replacing
 
 
 def shard_path(folder: Path, shard: int) -> Path:

@@ -21,8 +21,8 @@ from t2i.evaluation.inception import (
     InceptionFeatures,
     extract,
 )
+from t2i.files import file_sha256
 from t2i.progress import progress_bar
-from t2i.weights import file_sha256
 
 
 class Measured(NamedTuple):

@@ -17,8 +17,8 @@ from PIL import Image
 
 from t2i.evaluation.report import Score, by_way
 from t2i.evaluation.store import load_image
+from t2i.files import write_text
 from t2i.imaging import save_image
-from t2i.weights import write_text
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "gallery"
 _SIDE = 512

@@ -18,10 +18,10 @@ from PIL import Image
 from t2i.errors import UserError
 from t2i.evaluation.inventory import Inventory
 from t2i.evaluation.store import load_image, prompt_folder, sample_file
+from t2i.files import write_json, write_text
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
-from t2i.weights import write_json, write_text
 
 
 @dataclass(frozen=True)

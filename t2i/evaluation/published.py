@@ -13,10 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from t2i.data.shards import replacing
 from t2i.errors import UserError
+from t2i.files import file_sha256, replacing
 from t2i.progress import progress_bar
-from t2i.weights import file_sha256
 
 _TIMEOUT = 60.0  # seconds without a byte
 

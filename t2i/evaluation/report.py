@@ -14,7 +14,7 @@ from pathlib import Path
 from t2i import __version__
 from t2i.errors import UserError
 from t2i.evaluation.inventory import shorten
-from t2i.weights import write_json, write_text
+from t2i.files import write_json, write_text
 
 RESULTS_FILE, ROWS_FILE, REPORT_FILE = "results.json", "results.jsonl", "report.md"
 _PACKAGES = ("torch", "transformers", "open-clip-torch", "numpy", "pillow")

@@ -30,9 +30,9 @@ from t2i.evaluation.report import (
 )
 from t2i.evaluation.sampling import DrawOptions, draw_images, prompts_digest, read_generation
 from t2i.evaluation.store import sample_file
+from t2i.files import write_text
 from t2i.processes import ALONE, Processes
 from t2i.tensorar.model import TensorAR
-from t2i.weights import write_text
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from t2i.data.array_file import ArrayFile, remove_markers
 from t2i.data.cache import wait_for
-from t2i.data.shards import replacing
 from t2i.errors import UserError
+from t2i.files import replacing
 from t2i.imaging import save_png
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar

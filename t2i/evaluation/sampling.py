@@ -24,11 +24,12 @@ from t2i.evaluation.store import (
     write_prompt,
     write_sample,
 )
+from t2i.files import write_json
 from t2i.generation import iterate_images
 from t2i.processes import Processes
 from t2i.progress import progress_bar
 from t2i.tensorar.model import TensorAR
-from t2i.weights import state_dict_sha256, write_json
+from t2i.weights import state_dict_sha256
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from t2i.errors import UserError
+from t2i.files import write_text
 from t2i.generation import Generated
 from t2i.imaging import grid, save_png
-from t2i.weights import write_text
 
 _MAX_GRID_IMAGES = 64
 

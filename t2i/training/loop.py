@@ -14,6 +14,7 @@ from torch import nn
 from t2i.backbones.base import Backbone
 from t2i.checkpoint import find_checkpoint, from_pretrained
 from t2i.errors import UserError
+from t2i.files import write_json
 from t2i.generation import conditions, iterate_images
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
@@ -29,7 +30,6 @@ from t2i.training.examples import check_backbone
 from t2i.training.logs import MetricsLog, choose_tracker
 from t2i.training.run_page import write_run_page
 from t2i.training.validation import validate
-from t2i.weights import write_json
 
 
 def build_model(config: TrainConfig, *, device: str = "cpu") -> TensorAR:

@@ -4,8 +4,8 @@ import html
 import json
 from pathlib import Path
 
+from t2i.files import write_text
 from t2i.training.logs import read_metrics
-from t2i.weights import write_text
 
 _COLORS = ("#2858d6", "#d62626", "#269c4c", "#8038ac", "#f78a1a", "#202024", "#f684ba", "#999999")
 _WIDTH, _HEIGHT, _PAD, _LEGEND = 560, 240, 40, 100

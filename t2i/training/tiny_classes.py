@@ -14,11 +14,11 @@ from t2i.backbones.base import Backbone
 from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
 from t2i.backbones.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config
 from t2i.backbones.rar import RAR, RARConfig
+from t2i.files import write_json
 from t2i.progress import progress_bar
 from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
-from t2i.weights import write_json
 
 PIXELS_PER_CODE = 4
 _CODES, _BITS = 512, (6, 6)

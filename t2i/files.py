@@ -1,0 +1,168 @@
+"""Files and folders, for every part of the kit: whole-or-nothing writes, one owner a folder, hashes, checks before the work.
+
+Nothing here knows what a file is about.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from t2i.errors import UserError
+
+_LOCK, _OWNER = ".lock", ".owner.json"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it takes the final name, safely on disk, when the block ends.
+
+    A reader sees the old file or the new one, also after a power cut. Several processes may write the same file at once.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to (see `saving`).
+    """
+    path = Path(path)
+    with saving(path):
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a UTF-8 text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | Path, content: object) -> Path:
+    """Write indented JSON, whole or not at all."""
+    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def saving(what: str | Path) -> Iterator[None]:
+    """While something is written: no room and no permission are the user's to mend; other errors keep their traceback.
+
+    Libraries wrap the system's error (torch in a RuntimeError, safetensors in its own class), so the words are looked at, too.
+
+    Raises:
+        UserError: the disk is full, a quota is reached, or the place cannot be written to.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _full(error) or _forbidden(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {what}: {reason}") from error
+
+
+def _full(error: Exception) -> str | None:
+    text = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    # torch's zip writer says "unexpected pos" where a write came back short.
+    if (
+        full
+        or "No space left on device" in text
+        or "os error 28" in text
+        or "unexpected pos" in text
+    ):
+        return "no space is left on the disk. Free some and start again"
+    return None
+
+
+def _forbidden(error: Exception) -> str | None:
+    if isinstance(
+        error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError
+    ):
+        return f"{error.strerror} ({error.filename}). Choose another place"
+    if getattr(error, "errno", None) == errno.EROFS:
+        return "the file system is read-only. Choose another place"
+    return None
+
+
+def writable_folder(folder: str | Path) -> Path:
+    """Make a folder if there is none and prove that files can be written there, before the work whose result goes there.
+
+    Raises:
+        UserError: it is a file, or cannot be made or written to.
+    """
+    folder = Path(folder)
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    return folder
+
+
+def writable_file(path: str | Path) -> Path:
+    """Prove that a file can be written (again), before the work whose result goes there; makes its folder.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    writable_folder(path.parent)
+    return path
+
+
+@contextmanager
+def owning(folder: str | Path, what: str) -> Iterator[None]:
+    """Hold a folder for one program at a time; the lock goes with the process, however that ends.
+
+    Args:
+        what: what the folder is, for the message: "run folder", ...
+
+    Raises:
+        UserError: another process holds it, or it cannot be written to.
+    """
+    folder = writable_folder(folder)
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{what} {folder} is in use by {_owner(folder)}: wait until it has ended, or give another folder"
+        ) from error
+    try:
+        write_json(folder / _OWNER, {"host": socket.gethostname(), "process": os.getpid()})
+        yield
+    finally:
+        (folder / _OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    try:
+        owner = json.loads((folder / _OWNER).read_text(encoding="utf-8"))
+        return f"process {owner['process']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):  # just taken, or just left
+        return "another process"
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as lower-case hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
