@@ -105,10 +105,14 @@ def writable_folder(folder: str | Path) -> Path:
         UserError: it is a file, or cannot be made or written to.
     """
     folder = Path(folder)
-    with saving(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except OSError as error:  # whatever it is, it is about a place that the user chose
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}. Choose another place"
+        ) from error
     return folder
 
 
