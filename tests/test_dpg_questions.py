@@ -112,7 +112,7 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "OFFICIAL_BLOB", blob)
     source = replace(official.OFFICIAL, url=path.as_uri(), hashes=(blob,))
     monkeypatch.setattr(official, "OFFICIAL", source)
-    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     return path
 

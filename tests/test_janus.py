@@ -1,19 +1,23 @@
-"""The traps of Janus-Pro, each with a test that falls into it; what the golden cases already pin down is in test_golden_janus.py."""
+"""The traps of Janus-Pro, each with a test that falls into it; what the golden cases already pin down is in test_golden_janus.py.
+
+Case 20: the modules are the kit's own. Where transformers is imported here it is the reference that they are compared with.
+"""
 
 import json
 import shutil
 
 import pytest
 import torch
-from helpers import JANUS_PROMPTS, tiny_codes, tiny_janus, tiny_prepared
+from helpers import JANUS_PROMPTS, randomize, tiny_codes, tiny_janus, tiny_prepared
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration
 
 import t2i
 from t2i import presets
-from t2i.backbones import janus_weights
+from t2i.backbones import janus_config
 from t2i.backbones.janus import Janus, load
+from t2i.backbones.janus_config import JanusShape
 from t2i.backbones.tiny_janus import build_tokenizer
 from t2i.conditioning.janus_prompts import BOS, PAD, JanusPrompts
 from t2i.generation import iterate_images
@@ -46,7 +50,7 @@ def text_logits(backbone: Janus) -> torch.Tensor:
     """What the language model says about text."""
     ids = torch.tensor(backbone.prompts.encode([JANUS_PROMPTS[1]]))
     with torch.no_grad():
-        return backbone.janus(input_ids=ids).logits
+        return backbone.text_logits(ids)
 
 
 def image_logits(backbone: Janus, prepared=None, drop=None) -> torch.Tensor:
@@ -158,12 +162,77 @@ def test_sampling_is_the_authors(janus):
     assert (config.cfg_scale, config.top_k, config.top_p, config.temperature) == (5.0, 0, 1.0, 1.0)
 
 
+# -- the modules, against transformers' ------------------------------------------------------------
+def with_text_settings(janus: Janus, **settings) -> JanusShape:
+    stored = janus.config.transformers
+    return JanusShape(stored | {"text_config": stored["text_config"] | settings}, janus.config.grid)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_key_value_heads": 1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1},
+    ],
+    ids=str,
+)
+def test_one_model_in_both_libraries(janus, settings):
+    """Names, shapes, and what the trunk computes."""
+    ours = Janus(with_text_settings(janus, **settings))
+    ours.to_empty(device="cpu")
+    randomize(ours.janus)
+    config = JanusConfig.from_dict(ours.config.transformers)
+    theirs = JanusForConditionalGeneration(config).eval()
+    fits = theirs.load_state_dict(ours.janus.state_dict(), strict=False)
+    assert not fits.unexpected_keys
+    assert all(key.startswith("model.vqmodel.") for key in fits.missing_keys)
+    ids = torch.tensor(janus.prompts.encode(JANUS_PROMPTS[1:2]))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        torch.testing.assert_close(ours.eval().text_logits(ids), expected, atol=1e-5, rtol=0)
+
+
+def test_what_a_file_leaves_out_has_transformers_defaults():
+    """`to_diff_dict`, with which transformers writes config.json, leaves out whatever is the default."""
+    left_out = JanusShape({})
+    whole = JanusConfig().to_dict()
+    for part in ("text_config", "vision_config", "vq_config"):
+        ours = left_out.transformers[part]
+        theirs = json.loads(json.dumps(whole[part]))  # JSON has no tuples
+        assert {key: theirs[key] for key in ours} == ours
+    for key in ("image_token_id", "tie_word_embeddings"):
+        assert left_out.transformers[key] == whole[key]
+    assert left_out.trunk == JanusShape(JanusConfig().to_diff_dict()).trunk
+    assert JanusShape({"text_config": {"rope_theta": 7.0}}).trunk.rope_base == 7.0  # before 5.0
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "of type 'linear'"),
+        ({"attention_bias": True}, "text_config.attention_bias=True, not False"),
+        ({"head_dim": 48}, "head_dim is not hidden_size 32 / 2 heads"),
+    ],
+)
+def test_what_no_janus_has_is_refused(copy, settings, said):
+    stored = json.loads((copy / "config.json").read_text())
+    stored["text_config"] |= settings
+    (copy / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=f"config.json: no Janus-Pro has.*{said}"):
+        load(copy)
+
+
+def test_a_text_head_that_was_left_out_is_missed_by_name(folder):
+    with pytest.raises(ValueError, match="generation_only has no text head"):
+        load(folder, generation_only=True).text_logits(torch.zeros(1, 3, dtype=torch.long))
+
+
 # -- precision ------------------------------------------------------------------------------------
 def test_rope_frequencies_survive_a_cast():
     backbone = tiny_janus().bfloat16()
-    rotary = backbone.language_model.rotary_emb
-    assert rotary.inv_freq.dtype == torch.float32
-    assert torch.equal(rotary.inv_freq, tiny_janus().language_model.rotary_emb.inv_freq)
+    table = backbone.rope_on(backbone.device)
+    assert table.dtype == torch.float32 and torch.equal(table, tiny_janus().rope_table())
     expected = image_logits(tiny_janus())
     assert (image_logits(backbone) - expected).abs().max() < 0.1 * expected.abs().max()
 
@@ -326,7 +395,7 @@ def test_published_sizes_need_no_files():
             and sum(p.numel() for p in small.parameters()) == language + image
         )
         assert (backbone.spec.grid, backbone.spec.subvocabs) == ((24, 24), (16384,))
-    assert set(janus_weights.PUBLISHED.values()) == {"1B", "7B"}
+    assert set(janus_config.PUBLISHED.values()) == {"1B", "7B"}
 
 
 def test_saved_tokenizer_is_read_by_transformers(folder, janus):

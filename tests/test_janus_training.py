@@ -54,11 +54,11 @@ def exported(lora, tmp_path_factory):
     return export_folder(lora, out, dtype=torch.float32, **options)
 
 
-def text_logits(model, backbone) -> torch.Tensor:
-    """The language model's word on text, by transformers' own forward pass."""
-    ids = torch.tensor(backbone.prompts.encode([JANUS_PROMPTS[1]]))
+def text_logits(model, backbone=None) -> torch.Tensor:
+    """The language model's word on text: of a backbone, or of transformers' own model with a backbone's prompts."""
+    ids = torch.tensor((backbone or model).prompts.encode([JANUS_PROMPTS[1]]))
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        return model.text_logits(ids) if backbone is None else model(input_ids=ids).logits
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ def test_tuning_modes_change_what_they_say(tiny_world, options, files):
         }[options["tuning"]]
         assert changed == expected
     if options["tuning"] == "codec":
-        ours = text_logits(reloaded.backbone.janus, base)
-        assert torch.equal(ours, text_logits(base.janus, base)), "the text side is untouched"
+        ours = text_logits(reloaded.backbone)
+        assert torch.equal(ours, text_logits(base)), "the text side is untouched"
 
 
 def test_image_layers_of_a_llamagen_are_trained_and_kept(tiny_world):
@@ -215,12 +215,10 @@ def test_export_is_a_model_of_transformers(tiny_world, lora, exported):
     )
     assert not any(report.values())
     merged = t2i.from_pretrained(lora, generation_only=False)
-    unmerged = text_logits(merged.backbone.janus, merged.backbone)
+    unmerged = text_logits(merged.backbone)
     merge_lora(merged.backbone)
     theirs = text_logits(model, merged.backbone)
-    torch.testing.assert_close(
-        theirs, text_logits(merged.backbone.janus, merged.backbone), atol=0, rtol=0
-    )
+    torch.testing.assert_close(theirs, text_logits(merged.backbone), atol=0, rtol=0)
     torch.testing.assert_close(theirs, unmerged, atol=1e-4, rtol=0)
     ours, stored = merged.backbone.janus.state_dict(), model.state_dict()
     assert all(torch.equal(ours[k], stored[k]) for k in ours)
@@ -297,7 +295,7 @@ def test_adapter_is_read_by_peft_on_transformers_model(tiny_world, lora):
     ours = t2i.from_pretrained(lora, generation_only=False).backbone
     plain = text_logits(theirs, ours)
     theirs = PeftModel.from_pretrained(theirs, lora / "adapter")
-    torch.testing.assert_close(text_logits(theirs, ours), text_logits(ours.janus, ours))
+    torch.testing.assert_close(text_logits(theirs, ours), text_logits(ours))
     assert not torch.allclose(text_logits(theirs, ours), plain, atol=1e-3)
 
 

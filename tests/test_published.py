@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def online(monkeypatch):
     """The tests are run offline; this one downloads from a file:// address."""
-    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
 
 
 @pytest.fixture

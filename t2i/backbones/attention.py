@@ -6,6 +6,7 @@ Shapes: B batch, L inputs, P prefix length, D model width, H heads, K width of a
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +63,35 @@ def causal_mask(
         visible[:, : prefix_mask_BP.shape[1]] = prefix_mask_BP[:, :extent]
         allowed = (allowed & visible[:, None]) | (columns == index_L[:, None])
     return allowed[:, None]
+
+
+def attend(
+    q_BHLK: Tensor,
+    k_BHLK: Tensor,
+    v_BHLK: Tensor,
+    mask: Tensor | None,
+    cache: KVCache | None,
+    layer: int,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of one layer's queries to its keys and values, after what the cache holds of them: [B, L, H*K].
+
+    Keys and values may have fewer heads than queries. Without a mask attention is causal (see `causal_mask`).
+    """
+    if cache is not None:
+        k, v = cache.update(layer, k_BHLK, v_BHLK)
+        k_BHLK, v_BHLK = k.type_as(q_BHLK), v.type_as(q_BHLK)
+    out = F.scaled_dot_product_attention(
+        q_BHLK,
+        k_BHLK,
+        v_BHLK,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        enable_gqa=k_BHLK.shape[1] != q_BHLK.shape[1],
+    )
+    return out.transpose(1, 2).flatten(2)
 
 
 def run_blocks(

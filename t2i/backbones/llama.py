@@ -1,6 +1,7 @@
-"""What LlamaGen and Open-MAGVIT2 share, above all the transformer block (LlamaGen `autoregressive/models/gpt.py`).
+"""What Llama-like families share: the trunk, its norm and rotation; and the block of LlamaGen and Open-MAGVIT2.
 
-It is a pre-norm Llama block with fused QKV and SwiGLU. Two things differ from the Llama that everyone knows and matter for parity:
+Their block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and SwiGLU. Two things differ from the
+Llama that everyone knows, which is Janus-Pro's (`janus_model.py`), and matter for parity:
 
 - RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the second with the column.
 - The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys vanish: every attention logit
@@ -9,19 +10,21 @@ It is a pre-norm Llama block with fused QKV and SwiGLU. Two things differ from t
 Shapes: B batch, L inputs, P prefix, D width, H heads, K head width, T image tokens.
 """
 
+from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.backbones.attention import KVCache
-from t2i.backbones.base import Backbone
+from t2i.backbones.attention import KVCache, attend, causal_mask, run_blocks
+from t2i.backbones.base import Backbone, Condition
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What the shapes of both families have in common."""
+    """What the trunks' shapes have in common."""
 
     dim: int
     n_layer: int
@@ -37,6 +40,14 @@ class LlamaConfig:
     """Element dropout on all input embeddings of the trunk (training only)."""
     resid_dropout: float = 0.1
     ffn_dropout: float = 0.1
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
 
     @property
     def hidden_dim(self) -> int:
@@ -63,7 +74,7 @@ class RMSNorm(nn.Module):
 
 def rope_table(config: LlamaConfig) -> Tensor:
     """cos and sin for every position, [P + T, K/2, 2] fp32; zero for the prefix."""
-    half = config.dim // config.n_head // 2
+    half = config.head_dim // 2
     frequencies = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
     rows, columns = config.grid
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -72,12 +83,12 @@ def rope_table(config: LlamaConfig) -> Tensor:
     return torch.cat([image.new_zeros(config.prefix_tokens, *image.shape[1:]), image])
 
 
-def rotate(x_BLHK: Tensor, rope_LK2: Tensor) -> Tensor:
-    """Turn interleaved pairs by the table's angles, in fp32."""
-    pairs = x_BLHK.float().unflatten(-1, (-1, 2))
+def rotate(x_BLHK: Tensor, rope_LK2: Tensor, *, halves: bool = False) -> Tensor:
+    """Turn pairs by the table's angles, in fp32: neighbours, or with `halves` entry i of each half."""
+    axis, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
     cos, sin = rope_LK2[None, :, None].unbind(-1)
-    even, odd = pairs.unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    first, second = x_BLHK.float().unflatten(-1, shape).unbind(axis)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=axis)
     return turned.flatten(-2).type_as(x_BLHK)
 
 
@@ -85,8 +96,8 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads = config.n_head, config.n_kv_head or config.n_head
-        self.head_dim = config.dim // config.n_head
+        self.heads, self.kv_heads = config.n_head, config.kv_heads
+        self.head_dim = config.head_dim
         self.wqkv = nn.Linear(
             config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
         )
@@ -99,13 +110,7 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-            k, v = k.type_as(q), v.type_as(q)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads
-        )
-        return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
+        return self.dropout(self.wo(attend(q, k, v, mask, cache, self.layer)))
 
 
 class FeedForward(nn.Module):
@@ -156,22 +161,43 @@ def normal_weights(module: nn.Module, generator: torch.Generator) -> None:
 
 
 class LlamaBackbone(Backbone):
-    """What both families have around their blocks."""
+    """The trunk of a Llama-like family: dropout, then blocks that are called with (x, rope, mask, cache), then perhaps a norm."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, trunk: LlamaConfig):
         super().__init__()
-        self.config = config
-        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.trunk_shape = trunk
+        self.token_dropout = nn.Dropout(trunk.token_dropout)
         # Not a buffer: it must stay fp32 when the model is cast to bf16.
         self._rope: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Iterable[nn.Module]:
+        """The trunk's blocks, in order."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the last block, before the head."""
+        return x
+
+    def rope_table(self) -> Tensor:
+        """cos and sin for every position, [positions, K/2, 2] fp32."""
+        return rope_table(self.trunk_shape)
 
     def rope_on(self, device: torch.device) -> Tensor:
         """`rope_table` on a device."""
         if self._rope is None or self._rope.device != device:
-            self._rope = rope_table(self.config).to(device)
+            self._rope = self.rope_table().to(device)
         return self._rope
 
+    def trunk(
+        self, x_BLD: Tensor, positions_L: Tensor, condition: Condition, cache: KVCache | None = None
+    ) -> Tensor:
+        rope = self.rope_on(x_BLD.device)[positions_L]
+        mask = causal_mask(x_BLD, condition.mask, cache)
+        x, recompute = self.token_dropout(x_BLD), self.gradient_checkpointing
+        return self.finish(run_blocks(self.blocks, x, rope, mask, cache, recompute=recompute))
+
     def new_cache(self, batch: int, length: int) -> KVCache:
-        c, first = self.config, next(self.parameters())
-        shape = (c.n_layer, batch, c.n_kv_head or c.n_head, length, c.dim // c.n_head)
+        c, first = self.trunk_shape, next(self.parameters())
+        shape = (c.n_layer, batch, c.kv_heads, length, c.head_dim)
         return KVCache(*shape, dtype=first.dtype, device=first.device)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.backbones.attention import KVCache, causal_mask, run_blocks
 from t2i.backbones.base import (
     BackboneSpec,
     CaptionFeatures,
@@ -152,6 +151,7 @@ class LlamaGen(LlamaBackbone):
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__(config)
+        self.config = config
         self.gpt = GPT(config)
         self.spec = BackboneSpec(
             family="llamagen",
@@ -197,13 +197,11 @@ class LlamaGen(LlamaBackbone):
     def embed_tokens(self, codes: Tensor) -> Tensor:
         return self.gpt.tok_embeddings(codes[..., 0])
 
-    def trunk(
-        self, x_BLD, positions_L, condition: Condition, cache: KVCache | None = None
-    ) -> Tensor:
-        rope = self.rope_on(x_BLD.device)[positions_L]
-        mask = causal_mask(x_BLD, condition.mask, cache)
-        x = self.token_dropout(x_BLD)
-        x = run_blocks(self.gpt.layers, x, rope, mask, cache, recompute=self.gradient_checkpointing)
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.gpt.layers
+
+    def finish(self, x: Tensor) -> Tensor:
         return self.gpt.norm(x)
 
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:

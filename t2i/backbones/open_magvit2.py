@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from t2i.backbones.attention import KVCache, causal_mask, run_blocks
+from t2i.backbones.attention import run_blocks
 from t2i.backbones.base import (
     BackboneSpec,
     Condition,
@@ -125,6 +125,7 @@ class OpenMAGVIT2(LlamaBackbone):
 
     def __init__(self, config: OpenMAGVIT2Config):
         super().__init__(config)
+        self.config = config
         self.transformer = GPT(config)
         self.spec = BackboneSpec(
             family="open_magvit2",
@@ -147,13 +148,9 @@ class OpenMAGVIT2(LlamaBackbone):
     def embed_tokens(self, codes: Tensor) -> Tensor:
         return self.transformer.pre_emb(codes[..., 0]) + self.transformer.post_emb(codes[..., 1])
 
-    def trunk(
-        self, x_BLD, positions_L, condition: Condition, cache: KVCache | None = None
-    ) -> Tensor:
-        rope = self.rope_on(x_BLD.device)[positions_L]
-        mask = causal_mask(x_BLD, condition.mask, cache)
-        x, blocks = self.token_dropout(x_BLD), self.transformer.spatial_blocks
-        return run_blocks(blocks, x, rope, mask, cache, recompute=self.gradient_checkpointing)
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.spatial_blocks
 
     def _intra_token(self, h: Tensor, earlier: Tensor) -> Tensor:
         """Intra-token transformer on [h, embeddings of `earlier`]: [..., D] and [..., s] -> normalised [..., 1 + s, D]."""

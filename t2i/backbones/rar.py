@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.backbones.attention import KVCache, causal_mask, run_blocks
+from t2i.backbones.attention import KVCache, attend, causal_mask, run_blocks
 from t2i.backbones.base import (
     Backbone,
     BackboneSpec,
@@ -133,14 +133,8 @@ class Attention(nn.Module):
         qkv_3BHLK = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv_3BHLK
         q, k = self.q_norm(q), self.k_norm(k)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-            k, v = k.type_as(q), v.type_as(q)
         dropout = self.attn_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
-        )
-        return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.dropout(self.proj(attend(q, k, v, mask, cache, self.layer, dropout=dropout)))
 
 
 class MLP(nn.Module):

@@ -9,10 +9,9 @@ from collections.abc import Iterable
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import JanusConfig
 
-from t2i.backbones.janus import Janus, JanusShape
-from t2i.backbones.janus_weights import vq_settings
+from t2i.backbones.janus import Janus
+from t2i.backbones.janus_config import JanusShape, vq_settings
 from t2i.conditioning import janus_prompts as special
 from t2i.conditioning.janus_prompts import JanusPrompts, chat
 from t2i.tokenizers.vq import VQTokenizer
@@ -50,9 +49,8 @@ def build_tiny_janus(
 ) -> Janus:
     """A random Janus that draws `side` x `side` codes of this image tokenizer; its words are those of the prompts."""
     words = build_tokenizer(prompts, vocab_size=vocab_size)
-    config = JanusConfig(
-        text_config={
-            "model_type": "llama",
+    config = {
+        "text_config": {
             "vocab_size": words.get_vocab_size(),
             "hidden_size": dim,
             "intermediate_size": ffn_dim,
@@ -61,7 +59,7 @@ def build_tiny_janus(
             "num_key_value_heads": heads,
             "max_position_embeddings": 1024,
         },
-        vision_config={
+        "vision_config": {
             "hidden_size": 16,
             "num_hidden_layers": 1,
             "num_attention_heads": 1,
@@ -71,15 +69,15 @@ def build_tiny_janus(
             "projection_dim": dim,
             "num_image_tokens": side * side,
         },
-        vq_config={
+        "vq_config": {
             **vq_settings(tokenizer.config),
             "projection_dim": dim,
             "image_token_embed_dim": dim,
         },
-        image_token_id=words.token_to_id(special.IMAGE),
-        tie_word_embeddings=False,
-    )
-    backbone = Janus(JanusShape.of(config, (side, side)))
+        "image_token_id": words.token_to_id(special.IMAGE),
+        "tie_word_embeddings": False,
+    }
+    backbone = Janus(JanusShape(config, (side, side)))
     backbone.to_empty(device="cpu")
     initialize(backbone, tokenizer, torch.Generator().manual_seed(seed))
     backbone.frozen.tokenizer = tokenizer

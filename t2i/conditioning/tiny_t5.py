@@ -93,6 +93,7 @@ def _word_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 @torch.no_grad()
 def _look_back(model: T5EncoderModel) -> None:
     # The table [buckets, heads] of the first layer serves all layers; bucket n < 8 is "n back".
-    table = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"  # as in files
+    table = model.get_parameter(name)
     for head in range(table.shape[1]):
         table[1 + head % _EXACT_DISTANCES, head] += _LOOK_BACK_BIAS

@@ -99,7 +99,7 @@ class PublishedFile:
 
     def _download(self, path: Path) -> None:
         """Fetch the file, unless another process has done so meanwhile."""
-        from huggingface_hub.constants import is_offline_mode
+        from huggingface_hub import is_offline_mode
 
         advice = (
             f"Elsewhere, download {self.url} and copy it to {path.parent} here; or {self.advice}"

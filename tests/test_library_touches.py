@@ -1,0 +1,314 @@
+"""Every touch of a private or undocumented piece of another library, in one table; each row's test fails by name when it moves.
+
+What is in no row is documented by its library. Case 20: the kit once imitated a class of transformers, which changed in a minor release.
+A warning that something will go away is an error in these tests (`filterwarnings` in pyproject.toml).
+"""
+
+import ast
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ("t2i", "geneval", "dpg_bench", "launch")
+
+
+# -- the checks -----------------------------------------------------------------------------------
+def shared_memory_extension(_) -> None:
+    import deepspeed
+    from deepspeed.comm.torch import build_shm_op
+
+    from t2i.training.engine import start_processes
+
+    start_processes()
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    assert build_shm_op() is None
+
+
+def engine(tmp_path: Path) -> None:
+    import deepspeed
+
+    from t2i.training.engine import start_processes
+
+    start_processes()
+    assert isinstance(deepspeed.utils.logger, logging.Logger)
+    layer = nn.Linear(2, 2)
+    groups = [{"params": [layer.weight], "part": "a"}, {"params": [layer.bias], "part": "b"}]
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    options = {"zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
+    started, *_ = deepspeed.initialize(
+        model=layer,
+        optimizer=torch.optim.AdamW(groups, lr=0.0),
+        config=config | options,
+        dist_init_required=False,
+    )
+    assert started.module is layer
+    before = {name: value.clone() for name, value in layer.named_parameters()}
+    for group in started.optimizer.param_groups:
+        group["lr"] = {"a": 0.1, "b": 0.0}[group["part"]]
+    started.backward(started(torch.ones(1, 2)).sum())
+    started.step()
+    assert started.get_global_grad_norm() > 0
+    moved = {k for k, value in layer.named_parameters() if not torch.equal(value, before[k])}
+    assert moved == {"weight"}
+    wanted = {"save_dir", "tag", "save_latest", "exclude_frozen_parameters"}
+    assert wanted <= inspect.signature(started.save_checkpoint).parameters.keys()
+    wanted = {"load_dir", "tag", "load_module_strict"}
+    assert wanted <= inspect.signature(started.load_checkpoint).parameters.keys()
+
+
+def adapters(_) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    inject_adapter_in_model(LoraConfig(r=1, target_modules=".*0"), model)
+    assert [name for name, _ in model.named_parameters()] == [
+        "0.base_layer.weight",
+        "0.lora_A.default.weight",
+        "0.lora_B.default.weight",
+    ]
+    assert isinstance(model[0], BaseTunerLayer)
+    nn.init.ones_(model[0].lora_B["default"].weight)
+    x, adapted = torch.ones(1, 2), model(torch.ones(1, 2))
+    model[0].enable_adapters(False)
+    assert torch.equal(model(x), model[0].get_base_layer()(x))
+    model[0].enable_adapters(True)
+    model[0].merge()
+    torch.testing.assert_close(model[0].get_base_layer()(x), adapted)
+
+
+def blip_parts(_) -> None:
+    from transformers import BlipConfig, BlipForQuestionAnswering
+
+    small = {"hidden_size": 4, "num_attention_heads": 1, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        model = BlipForQuestionAnswering(BlipConfig(text_config=small, vision_config=small))
+    assert "pixel_values" in inspect.signature(model.vision_model.forward).parameters
+    for part in (model.text_encoder, model.text_decoder):
+        assert "encoder_hidden_states" in inspect.signature(part.forward).parameters
+    assert isinstance(model.decoder_start_token_id, int)
+
+
+def loading_report(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import T5EncoderModel
+
+    from t2i.conditioning.tiny_t5 import build_tiny_t5
+
+    folder = build_tiny_t5(tmp_path, ["a b"], d_model=8, num_layers=1, num_heads=2, d_ff=8)
+    weights = load_file(folder / "model.safetensors")
+    lost, bent = "encoder.final_layer_norm.weight", "encoder.block.0.layer.0.layer_norm.weight"
+    weights[bent] = torch.ones(3)
+    weights["another"] = weights.pop(lost)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _, report = T5EncoderModel.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    assert list(report["missing_keys"]) == [lost]
+    assert list(report["unexpected_keys"]) == ["another"]
+    assert [key for key, *_ in report["mismatched_keys"]] == [bent]
+
+
+def clip_parts(_) -> None:
+    import open_clip
+
+    from geneval.colors import ARCHITECTURE, require_quick_gelu
+
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**open_clip.get_model_config(ARCHITECTURE))
+    require_quick_gelu(clip)
+
+
+def torchscript(_) -> None:
+    assert callable(torch.jit.load)
+
+
+def builder_hash(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "a.parquet")
+    options = {"data_files": str(tmp_path / "a.parquet"), "cache_dir": str(tmp_path)}
+    builder = datasets.load_dataset_builder("parquet", **options)
+    assert builder.hash and isinstance(builder.hash, str)
+
+
+def pillow_readers(_) -> None:
+    from PIL import Image
+
+    Image.init()
+    assert {"PNG", "JPEG", "WEBP"} <= set(Image.OPEN)
+
+
+@dataclass(frozen=True)
+class Touch:
+    library: str
+    what: str
+    where: str
+    """The file that relies on it, and words in it."""
+    why: str
+    check: Callable[[Path], None]
+
+
+TOUCHES = (
+    Touch(
+        "deepspeed",
+        "ops.__compatible_ops__ decides whether the CPU's shared-memory extension is compiled",
+        "t2i/training/engine.py: __compatible_ops__",
+        "no setting turns the extension off, and a user without a compiler could not train",
+        shared_memory_extension,
+    ),
+    Touch(
+        "deepspeed",
+        "the engine's optimizer keeps the groups' own keys and obeys their lr; get_global_grad_norm; names of save and load options",
+        "t2i/training/engine.py: engine.optimizer.param_groups",
+        "its schedulers know no rates by part of the model that are functions of the step",
+        engine,
+    ),
+    Touch(
+        "peft",
+        "BaseTunerLayer, and the names lora_A.default, lora_B.default and base_layer inside it",
+        "t2i/lora.py: BaseTunerLayer",
+        "PeftModel would wrap the backbone; adapters are injected, and read, merged and switched off here",
+        adapters,
+    ),
+    Touch(
+        "transformers",
+        "the parts of BlipForQuestionAnswering and their arguments",
+        "dpg_bench/vqa_judges.py: self.model.text_decoder",
+        "generate() encodes the image anew for each question and gives no log-probabilities of two words",
+        blip_parts,
+    ),
+    Touch(
+        "transformers",
+        "keys of the report of from_pretrained(output_loading_info=True)",
+        "t2i/conditioning/t5_files.py: mismatched_keys",
+        "weights that do not fit have to be refused by name (also geneval/mmdet_weights.py, dpg_bench/vqa_judges.py)",
+        loading_report,
+    ),
+    Touch(
+        "open_clip",
+        "CLIP takes what get_model_config gives; its activations are attributes `gelu` of class QuickGELU",
+        "geneval/colors.py: QuickGELU",
+        "create_model would look for its own files; OpenAI's weights with another activation give other colours",
+        clip_parts,
+    ),
+    Touch(
+        "torch",
+        "torch.jit.load, which is deprecated",
+        "geneval/colors.py: torch.jit.load",
+        "OpenAI publishes CLIP as a TorchScript archive",
+        torchscript,
+    ),
+    Touch(
+        "datasets",
+        "DatasetBuilder.hash",
+        "t2i/data/tables.py: builder.hash",
+        "it follows the commit of a hub data set, so that codes of older images are not used again",
+        builder_hash,
+    ),
+    Touch(
+        "pillow",
+        "Image.OPEN, the formats that this build reads",
+        "t2i/data/images.py: Image.OPEN",
+        "AVIF is in some builds only",
+        pillow_readers,
+    ),
+)
+
+DOCUMENTED = {
+    "huggingface_hub.errors",
+    "huggingface_hub.utils",
+    "matplotlib.figure",
+    "safetensors.torch",
+    "tokenizers.processors",
+    "torch.distributed",
+    "torch.nn",
+    "torch.nn.functional",
+    "torch.utils.checkpoint",
+    "torch.utils.tensorboard",
+    "transformers.utils",
+    "tyro.conf",
+}
+"""Modules below the top of a library whose names are documented as such; where a row relies on another, it is not here."""
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=lambda t: f"{t.library}: {t.what}")
+def test_it_is_still_there(touch, tmp_path):
+    file, _, words = touch.where.partition(": ")
+    assert words in (ROOT / file).read_text(), f"{file} does not touch {words} any more"
+    touch.check(tmp_path)
+
+
+def deep_imports() -> Iterator[tuple[str, str]]:
+    """(file, module) of everything imported from below the top of an installed library, or of a private name."""
+    for folder in PROGRAMS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    modules = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    private = [f"{node.module}.{a.name}" for a in node.names if a.name[0] == "_"]
+                    modules = [node.module, *private]
+                else:
+                    continue
+                for module in modules:
+                    if "." in module and module.split(".")[0] in LIBRARIES:
+                        yield str(path.relative_to(ROOT)), module
+
+
+def required(name: str) -> dict[str, str]:
+    """Package -> lowest version, of a requirements file."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = (re.match(r"(\w[\w-]*)(?:[>=]=([\d.]+))?", line) for line in lines)
+    return {m[1].lower().replace("_", "-"): m[2] for m in found if m}
+
+
+_IMPORTED_AS = {"open-clip-torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
+LIBRARIES = {
+    _IMPORTED_AS.get(name, name.replace("-", "_"))
+    for file in ("requirements.txt", "requirements-dev.txt")
+    for name in required(file)
+}
+
+
+def test_no_other_insides_are_imported():
+    listed = {"peft.tuners.tuners_utils"}
+    unknown = {
+        (file, module) for file, module in deep_imports() if module not in DOCUMENTED | listed
+    }
+    assert not unknown, f"documented by its library, or a row of the table? {unknown}"
+    assert not any(module.startswith("transformers.models") for _, module in deep_imports())
+
+
+# -- the lists of what is installed ---------------------------------------------------------------
+def as_numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_the_lock_holds_what_is_required(name):
+    lock = required("requirements.lock")
+    for package, lowest in required(name).items():
+        assert package in lock, f"{package} is not in requirements.lock; run .ci/lock"
+        assert as_numbers(lock[package]) >= as_numbers(lowest), f"{package}; run .ci/lock"
+
+
+def test_the_lock_installs_anywhere():
+    """Versions alone: no places, and nothing that one kind of machine has."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    assert lines[0].startswith("#")
+    for line in lines[1:]:
+        assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
+        assert not line.startswith(("nvidia-", "cuda-", "triton")), line
+
+
+def test_users_do_not_install_the_tools():
+    assert not required("requirements.txt").keys() & {"pytest", "pytest-xdist", "ruff"}
