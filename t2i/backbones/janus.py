@@ -70,7 +70,7 @@ class PastKeyValues:
     def __init__(self, cache: KVCache):
         self.cache = cache
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         k, v = self.cache.update(layer, keys, values)
         return k.type_as(keys), v.type_as(values)
 
