@@ -13,18 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a clone, without installation
 
-from launch.pretrain_shapes import Pretrain, optimize, scene_codes, set_rate
+from launch.pretrain_shapes import (
+    Pretrain,
+    Scenes,
+    every_prompt,
+    optimize,
+    scene_codes,
+    set_rate,
+)
 from t2i import cli
 from t2i.backbones.janus import Janus
 from t2i.backbones.tiny_janus import build_tiny_janus
-from t2i.data.shapes import sample_scene
-from t2i.data.shapes_prompts import TAGS, all_prompts
 from t2i.files import write_json
 from t2i.loading import ASSETS
 from t2i.presets import base as base_method
@@ -58,15 +63,13 @@ class PretrainJanus:
 
 
 def build(cfg: PretrainJanus, tokenizer: VQTokenizer, side: int) -> Janus:
-    words = [metadata["prompt"] for tag in TAGS for metadata in all_prompts(tag)]
     shape = {"dim": cfg.dim, "layers": cfg.layers, "heads": cfg.dim // 32, "ffn_dim": cfg.ffn_dim}
-    return build_tiny_janus(words, tokenizer, side=side, seed=cfg.seed, **shape)
+    return build_tiny_janus(every_prompt(), tokenizer, side=side, seed=cfg.seed, **shape)
 
 
-def train(cfg: PretrainJanus, backbone: Janus, codes: Tensor) -> None:
+def train(cfg: PretrainJanus, backbone: Janus, scenes: Scenes) -> None:
     """The usual next-code loss, a tenth of the prompts dropped; the understanding side stays as it is."""
-    scenes = [sample_scene(cfg.seed, i) for i in range(cfg.scenes)]
-    prepared = backbone.prepare([scene.prompt for scene in scenes])
+    prepared = backbone.prepare(every_prompt())
     model = TensorAR(backbone, base_method()).train()
     trained = nn.ModuleList(backbone.trained_modules())
     optimizer = torch.optim.AdamW(
@@ -75,12 +78,13 @@ def train(cfg: PretrainJanus, backbone: Janus, codes: Tensor) -> None:
     random = torch.Generator().manual_seed(cfg.seed)
     start = time.time()
     for step in range(cfg.steps):
-        set_rate(optimizer, cfg.lr, step, cfg.steps)
+        set_rate(optimizer, cfg.lr, step, step / cfg.steps)
         batch = torch.randint(cfg.scenes, (cfg.batch,), generator=random)
         drop = torch.rand(cfg.batch, generator=random) < 0.1
-        target = codes[batch, :, None]
+        target = scenes.codes[batch, :, None].long()
+        prompt = scenes.prompts[batch]
         with torch.autocast("cpu", torch.bfloat16):
-            condition = backbone.encode_condition({k: v[batch] for k, v in prepared.items()}, drop)
+            condition = backbone.encode_condition({k: v[prompt] for k, v in prepared.items()}, drop)
             loss = model(target, condition, model.windows.gather(target)).weighted([1.0])
         optimize(optimizer, trained, loss)
         if step % 50 == 0:
@@ -108,9 +112,9 @@ def main(cfg: PretrainJanus) -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     vq = cfg.out / "vq.pt"
     shutil.copyfile(cfg.tokenizer, vq)  # the scenes' codes are kept beside it
-    codes = scene_codes(Pretrain(out=cfg.out, seed=cfg.seed, scenes=cfg.scenes), vq)
-    side = int(codes.shape[1] ** 0.5)
-    train(cfg, build(cfg, VQTokenizer.load(vq), side), codes)
+    scenes = scene_codes(Pretrain(out=cfg.out, seed=cfg.seed, scenes=cfg.scenes), vq)
+    side = int(scenes.codes.shape[1] ** 0.5)
+    train(cfg, build(cfg, VQTokenizer.load(vq), side), scenes)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def window_logits(
         earlier = torch.cat([earlier, earlier])
     logits = torch.cat(
         [
-            model.backbone.next_logits(d_RkD[:, part], earlier[:, part])
+            # In one layout for every k: in bf16 the bits of a matrix product depend on it.
+            model.backbone.next_logits(d_RkD[:, part].contiguous(), earlier[:, part])
             for part in slot_parts(d_RkD.shape[1])
         ],
         dim=1,

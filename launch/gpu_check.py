@@ -1,0 +1,169 @@
+"""What only a GPU can show, in one command of at most eight minutes, the most valuable first.
+
+Every result is written to --out at once (`results.jsonl`; `report.md` after each part), so a run that is cut off keeps what it has;
+a part that fails is recorded and the rest goes on. Exit code 1 says that something computes other numbers than the official code,
+or than itself another way. It needs a clone with its tests (the golden data are there), pytest and peft, but neither deepspeed nor datasets.
+
+    python launch/gpu_check.py --out runs/gpu-check
+    python launch/gpu_check.py --out runs/rehearsal --tiny                    # on a CPU, in a minute
+    python launch/gpu_check.py --out runs/gpu-check --parts sampling training
+"""
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run from a clone, without installation
+sys.path.append(
+    str(Path(__file__).resolve().parents[1] / "tests")
+)  # the golden cases and how they are read
+
+import torch
+
+from launch import gpu_parity, gpu_speed
+from t2i import cli
+from t2i.errors import UserError
+from t2i.files import writable_folder, write_text
+
+log = logging.getLogger("gpu_check")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A question and the time that its answer may take."""
+
+    rows: Callable[[torch.device, bool], Iterator[tuple[dict, Callable[[], dict]]]]
+    """Of the device and "tiny": yields what a row of results is about, and the work that fills it; a row with "ok" is a check."""
+    seconds: float
+    """No further row is begun after so long."""
+    about: str
+
+
+PARTS = {
+    "golden": Part(
+        gpu_parity.golden,
+        75,
+        "Official outputs of tiny checkpoints: largest difference of teacher-forced and of cached logits beside the largest logit, "
+        "greedy codes (share equal).",
+    ),
+    "tokenizers": Part(
+        gpu_parity.tokenizers,
+        20,
+        "Official codes (share equal) and pixels (largest difference) of tiny image tokenizers.",
+    ),
+    "identities": Part(
+        gpu_parity.identities,
+        60,
+        "Cached against teacher-forced logits (largest difference), slot 0 of an untrained TensorAR against the base (greedy codes, "
+        "share equal), images drawn alone against drawn in a batch (codes, share equal).",
+    ),
+    "sampling": Part(gpu_speed.sampling, 120, gpu_speed.SAMPLING),
+    "training": Part(gpu_speed.training, 90, gpu_speed.TRAINING),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What to check."""
+
+    out: Path
+    """Folder for results.jsonl and report.md; earlier ones in it are replaced."""
+    parts: tuple[str, ...] = tuple(PARTS)
+    """Which parts, in their order."""
+    minutes: float = 8
+    """No part is begun after so long, and no row of one."""
+    tiny: bool = False
+    """A rehearsal at sizes that mean nothing, also on a CPU."""
+
+    def __post_init__(self):
+        for name in self.parts:
+            if name not in PARTS:
+                raise UserError(f"unknown part {name!r}; choose from {', '.join(PARTS)}")
+
+
+class Record:
+    """Rows of results, on disk as soon as they are there."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder, self.rows = writable_folder(folder), []
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, a rehearsal"
+        self.machine = {
+            "card": card,
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        self.file = open(folder / "results.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, part: str, row: dict) -> None:
+        self.rows.append((part, row))
+        self.file.write(json.dumps({"part": part, **row, **self.machine}) + "\n")
+        self.file.flush()
+        log.info("%s: %s", part, "  ".join(f"{k}={_text(v)}" for k, v in row.items()))
+
+    def report(self) -> None:
+        lines = ["# GPU check", "", ", ".join(f"{k} {v}" for k, v in self.machine.items())]
+        for name in dict.fromkeys(part for part, _ in self.rows):
+            rows = [row for part, row in self.rows if part == name]
+            lines += ["", f"## {name}", "", PARTS[name].about, "", *_table(rows)]
+        write_text(self.folder / "report.md", "\n".join(lines) + "\n")
+
+
+def _table(rows: list[dict]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_text(row.get(c, "")) for c in columns] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def run_part(name: str, device: torch.device, tiny: bool, end: float, record: Record) -> None:
+    """All rows of a part, until its time or the whole run's is over; what goes wrong is a row, too."""
+    start = time.time()
+    end = min(end, start + PARTS[name].seconds)
+    for about, work in PARTS[name].rows(device, tiny):
+        begun = time.time()
+        if begun > end:
+            record.add(name, {**about, "stopped": f"{begun - start:.0f} s were used up"})
+            break
+        try:
+            row = work()
+        except Exception as error:
+            log.info(traceback.format_exc())
+            row = {"error": f"{type(error).__name__}: {str(error)[:300]}", "ok": False}
+        record.add(name, {**about, **row, "took_s": round(time.time() - begun, 1)})
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    config = cli.parse(Check, __doc__)
+    if not torch.cuda.is_available() and not config.tiny:
+        raise UserError("PyTorch sees no GPU here; --tiny rehearses on the CPU")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    record, end = Record(config.out, device), time.time() + 60 * config.minutes
+    for name in (name for name in PARTS if name in config.parts):
+        if time.time() > end:
+            record.add(name, {"stopped": "no time was left"})
+        else:
+            run_part(name, device, config.tiny, end, record)
+        record.report()
+    failed = sum(row.get("ok") is False for _, row in record.rows)
+    print((config.out / "report.md").read_text(encoding="utf-8"))
+    print(f"{failed} checks failed" if failed else "every check passed")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    cli.run(main)
