@@ -93,7 +93,7 @@ def write_model(
 ) -> None:
     """Write all files but the manifest into an existing folder; arguments as in `save_pretrained`."""
     backbone = model.backbone
-    backbone.source = with_hashes(backbone.source)
+    backbone.source = with_hashes(backbone.source, folder)
     if model.codec is not None:
         save_weights(folder / CODEC, model.codec.state_dict())
     if tuning == "lora":

@@ -186,6 +186,9 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
     if stored["family"] != source.family:
         raise UserError(f"{path} holds a {stored['family']} backbone, not {source.family}")
     files = {name: str(path / stored[name]) for name in _FILES if name in stored}
+    encoder = stored.get("text_encoder", "")
+    if encoder.count("/") == 1 and not (path / encoder).exists():
+        files["text_encoder"] = encoder  # a hub id
     inside = files["weights"] if embeds else None
     return replace(
         source,
@@ -198,9 +201,9 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
 
 
 # -- what the files were ------------------------------------------------------------------------------------------------------
-def with_hashes(source: BackboneSource) -> BackboneSource:
-    """The source with the SHA-256 of its files, so that a checkpoint can refuse others; those that it has are kept."""
-    files = expand_folder(source)
+def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
+    """The source of a checkpoint folder with the SHA-256 of its files, so that others are refused; those that it has are kept."""
+    files = expand_folder(beside(source, folder))
     missing = [name for name, key in _HASHES.items() if getattr(source, key) is None]
     return replace(source, **{_HASHES[name]: _file_hash(files, name) for name in missing})
 

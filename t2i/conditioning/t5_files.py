@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import torch
@@ -66,6 +67,16 @@ def weights_hash(path_or_hub_id: str | Path) -> str:
     for path in [*(p for p in small if p.is_file()), *_weight_files(folder)]:
         digest.update(f"{path.name} {remembered_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def copy_files(folder: Path, target: Path) -> None:
+    """Copy what makes up a T5 folder, and nothing else that may lie in it, into a new folder."""
+    target.mkdir(parents=True)
+    weights = _weight_files(folder)
+    indices = [p for pattern in _WEIGHT_PATTERNS for p in folder.glob(f"{pattern}.index.json")]
+    settings = [folder / name for name in ("config.json", *_TOKENIZER_FILES)]
+    for path in [*(p for p in settings if p.is_file()), *indices, *weights]:
+        shutil.copyfile(path, target / path.name)
 
 
 def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
