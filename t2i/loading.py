@@ -103,6 +103,10 @@ def load_backbone(
         UserError: what is wrong with the name, file or keys, and what is allowed.
     """
     device, dtype = pick_device(device, dtype)
+    if family in FAMILIES and config is not None:
+        wanted = import_module(FAMILIES[family]).CONFIG
+        if not isinstance(config, wanted):
+            raise UserError(f"config must be a {wanted.__name__}, and is {config!r:.80}")
     spec = BackboneSource(
         family=family,
         weights=lasting(source),
@@ -194,6 +198,12 @@ def _check_codes(backbone: Backbone) -> None:
 
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
     """Put a fresh codec around a backbone; equal to the base model, bit for bit, until it is trained."""
+    if not isinstance(backbone, Backbone):
+        raise UserError(
+            f"attach needs a backbone, and got {backbone!r:.80}: load one with t2i.load_backbone(family, source)"
+        )
+    if not isinstance(config, TensorARConfig):
+        raise UserError(f"config is {config!r:.80}: give one of t2i.presets, as iclr2026()")
     return TensorAR(backbone, config, seed=seed).eval()
 
 

@@ -133,6 +133,7 @@ def merge_lora(backbone: Backbone) -> None:
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, layer.get_base_layer())
     backbone.lora = None
+    vars(backbone.lora_root).pop("peft_config", None)  # PEFT's note that there are adapters
 
 
 def _adapted_layers(backbone: Backbone) -> list[tuple[str, torch.nn.Module]]:

@@ -177,7 +177,10 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
     needed = ("family", "weights") + (() if published_as_folder(source.family) else ("config",))
     for name, kind in wanted.items():
         if name in needed and name not in stored:
-            raise UserError(f"{path} is not a backbone folder: config.json has no {name!r}")
+            raise UserError(
+                f"{path} is not a backbone folder: config.json has no {name!r} "
+                "(a checkpoint or run folder is loaded with from_pretrained)"
+            )
         if name in stored and not isinstance(stored[name], kind):
             raise UserError(
                 f"{path / 'config.json'}: {name} is {stored[name]!r:.80}, "
