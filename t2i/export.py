@@ -11,6 +11,7 @@ by its hub id, and not copied.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,8 @@ from t2i.lora import merge_lora
 from t2i.sources import BackboneSource, expand_folder, published_as_folder
 from t2i.tensorar.model import TensorAR
 from t2i.weights import save_weights
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER, _TEXT_ENCODER = "tokenizer.safetensors", "text_encoder"
 
@@ -104,6 +107,8 @@ def export(
             folder = partial / "samples"
             sheet = write_generated(images, entries, folder, samples_per_prompt=samples)[0]
             grid = sheet.relative_to(partial).as_posix()
+        for part in parts:
+            log.info("  %s", part)
         write_text(partial / "README.md", model_card(config, scores, grid, parts))
         os.rename(partial, out)
     return out

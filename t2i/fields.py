@@ -1,7 +1,9 @@
 """Settings dataclasses from the JSON of files that others may have written: unknown names and wrong types are a user's to mend."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -9,6 +11,21 @@ from t2i import __version__
 from t2i.errors import UserError
 
 S = TypeVar("S")
+
+
+def read_object(path: str | Path) -> dict:
+    """A file's JSON object.
+
+    Raises:
+        UserError: it is missing, torn, or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or not JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, and holds {content!r:.80}")
+    return content
 
 
 def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = None) -> S:

@@ -10,6 +10,7 @@ import torch
 
 from t2i.backbones.base import Backbone
 from t2i.errors import UserError
+from t2i.fields import from_json, read_object
 from t2i.weights import copy_weights, read_state_dict, save_weights
 
 _PEFT_PREFIX = "base_model.model."
@@ -73,7 +74,11 @@ def adapter_state_dict(
 
 def _image_layer_names(backbone: Backbone) -> list[str]:
     """The layers that embed and predict image codes, by the names that an adapter file uses."""
-    layers = backbone.image_layers().values()
+    layers = [
+        part  # PEFT does not replace a list, only what is in it
+        for layer in backbone.image_layers().values()
+        for part in (layer if isinstance(layer, torch.nn.ModuleList) else (layer,))
+    ]
     return [
         name
         for name, module in backbone.lora_root.named_modules()
@@ -96,14 +101,12 @@ def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool = False
 
 def load_adapter(backbone: Backbone, folder: Path) -> None:
     """Inject the adapters of a folder written by `save_adapter` into a fresh backbone, strictly."""
-    from peft import LoraConfig
-
-    stored = LoraConfig.from_pretrained(folder)
-    add_lora(
-        backbone, LoRAConfig(rank=stored.r, alpha=stored.lora_alpha, dropout=stored.lora_dropout)
-    )
-    path, whole = folder / _WEIGHTS, bool(stored.modules_to_save)
-    own = adapter_state_dict(backbone, image_layers=whole)
+    stored = read_object(folder / "adapter_config.json")
+    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    settings = {ours: stored[theirs] for theirs, ours in names.items() if theirs in stored}
+    add_lora(backbone, from_json(LoRAConfig, settings, f"{folder}/adapter_config.json"))
+    path = folder / _WEIGHTS
+    own = adapter_state_dict(backbone, image_layers=bool(stored.get("modules_to_save")))
     copy_weights(own, read_state_dict(path), "this backbone", path)
 
 

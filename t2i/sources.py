@@ -4,13 +4,13 @@ A source is a file, a folder with a config.json (the layout of `t2i/assets/shape
 ...), or a file on the hub as "owner/repo:file". Families that publish a folder (Janus-Pro) take that folder, or "owner/repo".
 """
 
-import json
 import logging
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
 from t2i.errors import UserError
+from t2i.fields import read_object
 from t2i.hashes import remembered_sha256
 from t2i.weights import folder_sha256
 
@@ -82,9 +82,13 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 
         try:
             return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # A ValueError: not a name that the hub could have.
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             what = f"{filename} of {repo}" if filename else repo
-            raise UserError(f"cannot download {what}: {error}") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"{text} is not here, and the hub did not give {what}: {reason}"
+            ) from error
     raise UserError(
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
         f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
@@ -132,7 +136,7 @@ def family_of(source: str | Path) -> str:
         UserError: it does not say.
     """
     path = _folder(source) / "config.json"
-    stored = _read_json(path) if path.is_file() else {}
+    stored = read_object(path) if path.is_file() else {}
     if isinstance(stored.get("family"), str):
         return stored["family"]
     if stored.get("model_type") in ("janus", "multi_modality"):
@@ -148,17 +152,6 @@ def _folder(source: str | Path) -> Path:
     return (ASSETS if str(source) in shipped_bases() else Path()) / source
 
 
-def _read_json(path: Path) -> dict:
-    """UserError if the file holds no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, and holds {content!r:.80}")
-    return content
-
-
 def expand_folder(source: BackboneSource) -> BackboneSource:
     """Fill in what a backbone folder's config.json says; what the caller gave wins."""
     path = _folder(source.weights)
@@ -169,7 +162,7 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
         raise UserError(
             f"{path} is not a backbone folder: it has no config.json (a weight file is given by its own path)"
         )
-    stored = _read_json(path / "config.json")
+    stored = read_object(path / "config.json")
     if "family" not in stored and published_as_folder(source.family):
         return replace(source, weights=str(path))  # the published folder itself
     wanted = {"family": str, "weights": str, "tokenizer": str, "text_encoder": str}
@@ -242,7 +235,11 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
         expected = getattr(files, key)
         if expected is None or (name == "weights" and not weights):
             continue
-        if _file_hash(files, name) != expected:
+        try:
+            found = _file_hash(files, name)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+        if found != expected:
             raise UserError(
                 f"{getattr(files, name) or files.weights} is not the {_FILES[name]} that the checkpoint was trained on "
                 f"(its SHA-256 differs); {_OPTIONS[name]} names another"

@@ -5,7 +5,8 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_llamagen, tiny_rar
+from helpers import tiny_llamagen, tiny_open_magvit2, tiny_rar
+from peft import PeftModel
 from PIL import Image
 
 import geneval
@@ -17,7 +18,7 @@ from geneval.prompts import official_prompts
 from geneval.shapes_detector import ShapesDetector
 from t2i import loading
 from t2i.loading import pick_device
-from t2i.lora import LoRAConfig, add_lora
+from t2i.lora import LoRAConfig, add_lora, load_adapter, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,34 @@ def test_one_line_says_what_a_model_is(model):
     assert repr(backbone).startswith("RAR(class, ") and "k=1, the base model" in repr(
         t2i.attach(backbone, t2i.presets.base())
     )
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llamagen("class"), tiny_rar, tiny_open_magvit2])
+def test_peft_loads_adapters_with_image_layers(make, tmp_path):
+    """Case 9: of every family; Janus' on transformers' own model is in test_janus_training.py."""
+    ours, theirs = make(), make()
+    add_lora(ours, LoRAConfig(rank=2))
+    codes = torch.arange(8).view(2, 4, 1).expand(-1, -1, len(ours.spec.subvocabs))
+
+    @torch.no_grad()
+    def logits(backbone):
+        condition = backbone.encode_condition(backbone.prepare([1, 2]))
+        x = torch.cat([condition.prefix, backbone.embed_tokens(codes)], dim=1)
+        h = backbone.trunk(x, torch.arange(x.shape[1]), condition)
+        return backbone.next_logits(h, codes[:, :1, :0].expand(-1, h.shape[1], -1))
+
+    with torch.no_grad():
+        for layer in ours.image_layers().values():
+            layer.requires_grad_(True)
+        for parameter in ours.parameters():
+            parameter.add_(0.05 * parameter.requires_grad)
+    plain = logits(theirs)
+    save_adapter(ours, tmp_path, image_layers=True)
+    loaded = PeftModel.from_pretrained(theirs, tmp_path).base_model.model
+    assert torch.equal(logits(loaded), logits(ours)) and not torch.allclose(logits(ours), plain)
+    (tmp_path / "adapter_config.json").write_text('{"r": "2"')
+    with pytest.raises(t2i.UserError, match=r"adapter_config.json is missing or not JSON"):
+        load_adapter(make(), tmp_path)
 
 
 def test_repr_of_a_checkpoint_says_what_was_trained(shapes_ckpt):

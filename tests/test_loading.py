@@ -202,6 +202,7 @@ def test_whatever_can_draw_is_loaded(tiny_world, plain):
         (file, {}, "does not say which family it is of: give one of llamagen"),
         (tiny_world / "base", {"base": file}, "is no checkpoint"),
         ("nowhere", {}, "is not a file, a folder, a shipped base"),
+        ("my models/x:gpt.pt", {"family": "rar"}, "the hub did not give gpt.pt of my models/x"),
         (tiny_world / "data", {}, "does not say which family"),
     ):
         with pytest.raises(t2i.UserError, match=message):

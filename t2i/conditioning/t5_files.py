@@ -6,7 +6,6 @@ google/flan-t5-xl does.
 """
 
 import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from t2i.errors import UserError
+from t2i.fields import read_object
 from t2i.hashes import remembered_sha256
 from t2i.hub import fetch_folder
 
@@ -92,7 +92,7 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
             f"{folder} is not a T5 folder: it needs config.json and "
             f"{' or '.join(_WEIGHT_PATTERNS)}, and holds {held}"
         )
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_object(folder / "config.json").get("model_type")
     if kind != "t5":
         raise UserError(f"{folder}/config.json describes a {kind!r} model, not 't5'")
     try:
