@@ -50,12 +50,13 @@ def main() -> None:
     config = cli.parse(ExportConfig, __doc__)
     import torch
 
-    from t2i.export import export, is_export_of, prepare_upload, push_to_hub
+    from t2i.export import export, is_exported, prepare_upload, push_to_hub
 
     repo = config.push_to_hub
+    done = repo is not None and is_exported(config.ckpt, config.out)
     if repo is not None:
         prepare_upload(repo, private=config.private)
-    if repo is not None and is_export_of(config.out, config.ckpt):
+    if done:
         print(f"{config.out} is the export of {config.ckpt}: uploading it as it is")
     else:
         export(

@@ -114,14 +114,21 @@ def export(
     return out
 
 
-def is_export_of(folder: Path, checkpoint: Path) -> bool:
-    """Whether a folder is a complete export of this checkpoint."""
-    if not (folder / EXPORTED / MANIFEST).is_file() or not (folder / "README.md").is_file():
-        return False
+def is_exported(checkpoint: Path, out: Path) -> bool:
+    """Whether a folder is this checkpoint's complete export, or is yet to be made.
+
+    Raises:
+        UserError: it holds something else, or there is no such checkpoint.
+    """
     checkpoint = find_checkpoint(checkpoint)
-    read_config(checkpoint)  # says what is wrong with it
-    made_from = read_config(folder / EXPORTED).get("training", {}).get("exported_from")
-    return made_from == _fingerprint(checkpoint)
+    read_config(checkpoint)
+    if not out.exists():
+        return False
+    if (out / EXPORTED / MANIFEST).is_file():
+        facts = read_config(out / EXPORTED).get("training")
+        if isinstance(facts, dict) and facts.get("exported_from") == _fingerprint(checkpoint):
+            return True
+    raise UserError(f"{out} exists; export to a new folder (it is no export of {checkpoint})")
 
 
 def _fingerprint(checkpoint: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.backbones.base import Backbone, Condition, millions
+from t2i.backbones.base import Backbone, Condition, parameter_count
 from t2i.errors import UserError
 from t2i.rng import fold, integers, normals, uniforms
 from t2i.tensorar.codec import Codec, Residual
@@ -141,7 +141,7 @@ class TensorAR(nn.Module):
         """One line; `print(model.backbone.gpt)` and the like show the modules."""
         c = self.config
         window = f"k={c.k}, stride={c.stride}" if self.codec is not None else "k=1, the base model"
-        size = "" if self.codec is None else f", codec {millions(self.codec)}"
+        size = "" if self.codec is None else f", codec {parameter_count(self.codec)}"
         return f"TensorAR({window}{size}, trained: {self.trained}, {self.backbone!r})"
 
     @property
