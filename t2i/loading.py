@@ -96,8 +96,9 @@ def load_backbone(
         config: the family's config dataclass, for shapes that were never published.
         grid: height and width in codes, where the file's name does not tell.
         generation_only: leave out what drawing images does not need (Janus-Pro's understanding tower and text head).
+        device: "auto" is a GPU where there is one, else the CPU; "meta" checks names and shapes without reading the weights, for
+            the families that publish a folder.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
-        device: "auto" is a GPU where there is one, else the CPU; "meta" checks names and shapes without reading the weights, for the families that publish a folder.
 
     Raises:
         UserError: what is wrong with the name, file or keys, and what is allowed.
