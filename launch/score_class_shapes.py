@@ -96,7 +96,9 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
 
     if not (base / "config.json").exists():
         raise UserError(f"{base} is no base of launch/pretrain_class_shapes.py")
-    backbone = load_backbone(json.loads((base / "config.json").read_text())["family"], base)
+    backbone = load_backbone(
+        json.loads((base / "config.json").read_text())["family"], base, device="cpu"
+    )
     labels = np.arange(len(CLASSES)).repeat(_TOKENIZED)
     side = backbone.image_size[0]
     new = [class_image(label, _NEW + i, side, seed=0) for i, label in enumerate(labels.tolist())]

@@ -1,5 +1,6 @@
 """LoRA on the backbone with PEFT: injected into the trunk's linear layers, stored as a standard PEFT adapter folder."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 
 from t2i.backbones.base import Backbone
 from t2i.errors import UserError
+from t2i.fields import from_json, read_object
 from t2i.weights import copy_weights, read_state_dict, save_weights
 
 _PEFT_PREFIX = "base_model.model."
@@ -58,32 +60,60 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     backbone.to(backbone.device)
 
 
-def adapter_state_dict(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """Adapter weights under PEFT's file names."""
+def adapter_state_dict(
+    backbone: Backbone, *, image_layers: bool = False
+) -> dict[str, torch.Tensor]:
+    """Adapter weights, and those of the image layers if they are trained, under PEFT's file names."""
+    layers = tuple(f"{name}." for name in _image_layer_names(backbone)) if image_layers else ()
     return {
         _PEFT_PREFIX + name.replace(".default.", "."): value
         for name, value in backbone.lora_root.state_dict().items()
-        if "lora_" in name
+        if "lora_" in name or name.startswith(layers)
     }
 
 
-def save_adapter(backbone: Backbone, folder: Path) -> None:
-    """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors)."""
+def _image_layer_names(backbone: Backbone) -> list[str]:
+    """The layers that embed and predict image codes, by the names that an adapter file uses."""
+    layers = [
+        part  # PEFT does not replace a list, only what is in it
+        for layer in backbone.image_layers().values()
+        for part in (layer if isinstance(layer, torch.nn.ModuleList) else (layer,))
+    ]
+    return [
+        name
+        for name, module in backbone.lora_root.named_modules()
+        if any(module is layer for layer in layers)
+    ]
+
+
+def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool = False) -> None:
+    """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors).
+
+    `image_layers`: these were trained as a whole; they are PEFT's `modules_to_save`, so that PEFT loads them, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    backbone.lora.save_pretrained(folder)
-    save_weights(folder / _WEIGHTS, adapter_state_dict(backbone))
+    whole = _image_layer_names(backbone) if image_layers else None
+    config = copy.copy(backbone.lora)
+    config.modules_to_save = whole
+    config.save_pretrained(folder)
+    save_weights(folder / _WEIGHTS, adapter_state_dict(backbone, image_layers=image_layers))
 
 
 def load_adapter(backbone: Backbone, folder: Path) -> None:
     """Inject the adapters of a folder written by `save_adapter` into a fresh backbone, strictly."""
-    from peft import LoraConfig
-
-    stored = LoraConfig.from_pretrained(folder)
-    add_lora(
-        backbone, LoRAConfig(rank=stored.r, alpha=stored.lora_alpha, dropout=stored.lora_dropout)
-    )
+    stored = read_object(folder / "adapter_config.json")
+    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    settings = {ours: stored[theirs] for theirs, ours in names.items() if theirs in stored}
+    add_lora(backbone, from_json(LoRAConfig, settings, f"{folder}/adapter_config.json"))
     path = folder / _WEIGHTS
-    copy_weights(adapter_state_dict(backbone), read_state_dict(path), "this backbone", path)
+    own = adapter_state_dict(backbone, image_layers=bool(stored.get("modules_to_save")))
+    copy_weights(own, read_state_dict(path), "this backbone", path)
+
+
+def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """The backbone's own weights under official names, also where adapters stand in front of them."""
+    weights = backbone.official_state_dict().items()
+    return {k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k}
 
 
 @contextmanager
@@ -106,6 +136,7 @@ def merge_lora(backbone: Backbone) -> None:
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, layer.get_base_layer())
     backbone.lora = None
+    vars(backbone.lora_root).pop("peft_config", None)  # PEFT's note that there are adapters
 
 
 def _adapted_layers(backbone: Backbone) -> list[tuple[str, torch.nn.Module]]:

@@ -11,7 +11,6 @@ Shapes: B prompts, P tokens of the longest.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from t2i.errors import UserError
+from t2i.fields import read_object
 from t2i.files import write_json
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class JanusPrompts:
         except Exception as error:  # the library raises plain Exception for a damaged file
             raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
         settings = path.with_name("tokenizer_config.json")
-        stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        stored = read_object(settings) if settings.is_file() else {}
         named = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
         named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
         try:

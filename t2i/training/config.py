@@ -20,7 +20,7 @@ class BackboneOptions:
 
     family: str = "llamagen"
     weights: str = "shapes"
-    """Official weight file, backbone folder, "shapes" (the shipped offline base) or owner/repo:file on the hub."""
+    """Official weight file, backbone folder, "shapes" (the shipped offline base), owner/repo:file on the hub, or an earlier run."""
     tokenizer: str | None = None
     """Image tokenizer weights (a folder or "shapes" brings its own)."""
     text_encoder: str | None = None
