@@ -5,6 +5,7 @@ A source is a file, a folder with a config.json (the layout of `t2i/assets/shape
 """
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -14,9 +15,11 @@ import torch
 
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
-from t2i.files import file_sha256
+from t2i.files import file_sha256, namesake
 from t2i.tensorar.model import TensorAR, TensorARConfig
 from t2i.weights import folder_sha256, state_dict_sha256
+
+log = logging.getLogger(__name__)
 
 FAMILIES = {
     "llamagen": "t2i.backbones.llamagen",
@@ -130,6 +133,10 @@ def load_backbone(
 
 def _lasting(source: str | Path) -> str:
     """A source as a checkpoint can store it: a local path holds from any working directory."""
+    if str(source) in shipped_bases() and (
+        said := namesake(str(source), "the base that the kit ships")
+    ):
+        log.warning(said)
     local = str(source) not in shipped_bases() and Path(source).exists()
     return str(Path(source).resolve() if local else source)
 

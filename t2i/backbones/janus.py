@@ -189,6 +189,9 @@ class Janus(Backbone):
     def caption_features(self) -> None:
         """Captions stay text: tokenizing them costs nothing."""
 
+    def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        return self.prompts.notes(captions)
+
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from t2i.data.cache import cache_key
 from t2i.data.code_array import MANIFEST, CodeChunk, build_code_array
-from t2i.data.samples import fingerprint_files
+from t2i.data.content import hash_files
 from t2i.errors import UserError
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
@@ -161,9 +161,10 @@ def convert_jsonl(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is no file; give RAR's maskgitvq.jsonl")
+    contents = hash_files([(path.name, path)], Path(cache_dir), processes, progress)
     key = {
         "format": _FORMAT,
-        "source": {"kind": "jsonl", "file": fingerprint_files(path.parent, [path])},
+        "source": {"kind": "jsonl", "file": contents[0][1]},
         "vocab": vocab,
         "num_classes": num_classes,
     }

@@ -71,7 +71,12 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
 def _captioned(options: DataOptions, backbone: Backbone) -> tuple[int | None, list[str]]:
     """Number of samples, if it is known, and the lines on them."""
     source = open_data(options)
-    survey, usable = survey_source(source, size=image_size(backbone), small=options.small_images)
+    survey, usable = survey_source(
+        source,
+        caption_notes=backbone.caption_notes,
+        size=image_size(backbone),
+        small=options.small_images,
+    )
     if not usable:
         raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
     total = min((n for n in (source.length, options.max_samples) if n is not None), default=None)
@@ -79,7 +84,7 @@ def _captioned(options: DataOptions, backbone: Backbone) -> tuple[int | None, li
     return total, [
         "data",
         f"  source        {options.source}: {count} samples",
-        f"  looked at     {survey.describe()}",
+        f"  looked at     {survey.seen} samples: {survey.describe()}",
         *(f"  caption       {s.captions[0]!r} ({s.key})" for s in usable[:3]),
     ]
 
