@@ -107,8 +107,8 @@ def build_cache(
     if expected_key not in (None, folder.name):
         changes = _changes(cache_dir / expected_key, key, contents)
         raise UserError(
-            f"the data ({source.name}) are not those that the run was started with: {changes}. Put them back, or start a "
-            "new run in another --run-dir"
+            f"cannot resume: the data set has changed since the run was started ({source.name}: {changes}); put it back, or "
+            "start a new run_dir"
         )
     if (folder / "manifest.json").exists():
         if processes.is_main:
@@ -145,9 +145,13 @@ def build_cache(
 
 
 def check_cache_dir(cache_dir: Path) -> None:
-    """Before a model is loaded: UserError if nothing can be written there, and no finished cache is there either."""
-    if not any(cache_dir.glob("*/manifest.json")):
-        writable_folder(cache_dir)
+    """UserError if nothing can be written there, and no finished cache is there either. Makes no folder."""
+    if any(cache_dir.glob("*/manifest.json")):
+        return
+    place = cache_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    writable_folder(place)
 
 
 def _changes(before: Path, key: dict, contents: Contents) -> str:

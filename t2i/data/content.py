@@ -58,7 +58,7 @@ def contents_key(contents: Contents) -> str:
     """One hash for all of them, in their order."""
     digest = hashlib.sha256()
     for name, content in contents:
-        digest.update(os.fsencode(name) + b"\0" + content.encode() + b"\n")
+        digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

@@ -26,6 +26,7 @@ from t2i.data.samples import (
 )
 from t2i.errors import UserError
 
+NOT_UTF8 = b"\xff"
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
@@ -92,7 +93,12 @@ class TableSource(_Rows):
     """Rows of a loaded (map-style) data set."""
 
     def __getitem__(self, index: int) -> Sample:
-        return self._reader(index, self._data[index])
+        try:
+            row = self._data[index]
+        except UnicodeDecodeError:  # Arrow takes any bytes for a string
+            column = self._reader.caption_column.partition(".")[0]
+            row = self._data.remove_columns(column)[index] | {column: NOT_UTF8}
+        return self._reader(index, row)
 
 
 class StreamSource(_Rows):
@@ -219,7 +225,7 @@ def _field(row: dict[str, Any], column: str) -> Any:
     if column in row:
         return row[column]
     for name in column.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        value = value.get(name) if isinstance(value, dict) else value if value == NOT_UTF8 else None
     return value
 
 

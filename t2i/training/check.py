@@ -8,6 +8,7 @@ for 7B parameters needs no memory for them, and no download.
 from pathlib import Path
 
 from t2i.backbones.base import Backbone
+from t2i.data.cache import check_cache_dir
 from t2i.data.pretokenized import LlamaGenCodes
 from t2i.data.report import survey_source
 from t2i.data.views import Views
@@ -33,6 +34,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     checkpoint = claim_run_dir(config)
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
+    check_cache_dir(config.data.cache_dir)
     settings = deepspeed_config(config, world_size)
     on_meta = published_as_folder(config.backbone.family)
     model = build_model(config, device="meta" if on_meta else "cpu")

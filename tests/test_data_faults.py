@@ -1,0 +1,521 @@
+"""Cases 7 and 10-18: faults of data sets that users have, and what becomes of each."""
+
+import json
+import os
+import shutil
+import socket
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import in_threads
+from PIL import Image
+from test_data_cache import build, encode_images
+from test_data_sources import (
+    CAPTIONS,
+    image_structs,
+    levels,
+    make,
+    png,
+    private_datasets_cache,  # noqa: F401
+    write_images,
+    write_metadata,
+    write_parquet,
+    write_tar,
+)
+
+from t2i.data import content
+from t2i.data.cache import CodeCache, check_cache_dir
+from t2i.data.content import ABSENT, describe_changes, hash_files
+from t2i.data.order import split_indices
+from t2i.data.report import survey_source
+from t2i.data.samples import UNREADABLE, read_captions
+from t2i.data.shapes_source import parse_shapes
+from t2i.data.sources import open_source
+from t2i.errors import UserError
+from t2i.processes import Processes
+
+
+def report_of(folder) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+# -- 10: a data set is its content --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["metadata", "sidecar", "parquet", "webdataset"])
+def test_place_and_clock_do_not_matter(kind, tmp_path, monkeypatch):
+    """Case 10: touched, moved, a slash more, another working directory: the same cache."""
+    folder = build(open_source(make(kind, tmp_path / "data")), tmp_path / "cache")
+    for path in (tmp_path / "data").rglob("*"):
+        os.utime(path, (1, 1))
+    shutil.move(tmp_path / "data", tmp_path / "other" / "place")
+    monkeypatch.chdir(tmp_path / "other")
+
+    def never(pixels):
+        raise AssertionError("encoded again")
+
+    for name in ("place", "place/", "../other/place", tmp_path / "other" / "place"):
+        assert build(open_source(name), tmp_path / "cache", encode_images=never) == folder
+
+
+@pytest.mark.parametrize("kind", ["metadata", "sidecar", "parquet", "webdataset"])
+def test_any_edit_matters(kind, tmp_path):
+    """Case 10: one byte of any file, with the old size and times, makes another data set."""
+    data = make(kind, tmp_path / "data")
+    source = open_source(data)
+    before = hash_files(source.files(), tmp_path / "cache")
+    for path in sorted(path for path in data.rglob("*") if path.is_file()):
+        bytes_, times = path.read_bytes(), path.stat()
+        half = len(bytes_) // 2
+        path.write_bytes(bytes_[:half] + bytes([bytes_[half] ^ 1]) + bytes_[half + 1 :])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        after = hash_files(source.files(), tmp_path / "cache")
+        assert describe_changes(before, after) == f"1 file was edited ({path.relative_to(data)})"
+        path.write_bytes(bytes_)
+
+
+def test_images_elsewhere_are_content_too(tmp_path):
+    """Case 10: what metadata.jsonl or a table names outside the folder."""
+    write_images(tmp_path / "images")
+    rows = [{"file_name": f"../images/{i}.png", "text": "x"} for i in range(3)]
+    write_metadata(tmp_path / "data", rows)
+    write_parquet(
+        tmp_path / "images" / "0.parquet",
+        {"image": ["0.png", "1.png", "gone.png"], "text": CAPTIONS},
+    )
+    for given in (tmp_path / "data", tmp_path / "images" / "0.parquet"):
+        source = open_source(given)
+        first = build(source, tmp_path / "cache")
+        (tmp_path / "images" / "1.png").write_bytes(png(9))
+        with pytest.raises(
+            UserError, match=r"has changed since .*: 1 file was edited \(.*1\.png\)\)"
+        ):
+            build(open_source(given), tmp_path / "cache", expected_key=first.name)
+        assert build(open_source(given), tmp_path / "cache") != first
+        (tmp_path / "images" / "1.png").write_bytes(png(1))
+        assert build(open_source(given), tmp_path / "cache", expected_key=first.name) == first
+
+
+def test_changes_are_named(tmp_path):
+    """Case 10: files, or the settings that make a cache another; or that it cannot be said."""
+    data = make("sidecar", tmp_path / "data")
+    key = build(open_source(data), tmp_path / "cache").name
+    with pytest.raises(UserError, match=r"resolution: 8 -> 4"):
+        build(open_source(data), tmp_path / "cache", expected_key=key, resolution=4)
+    (data / "0.txt").write_text("edited")
+    (data / "1.png").unlink()
+    write_images(data, 7)
+    (data / "1.png").unlink()
+    with pytest.raises(UserError) as caught:
+        build(open_source(data), tmp_path / "cache", expected_key=key)
+    assert (
+        "1 file was edited (0.txt), 4 files were added (3.png, 4.png, 5.png, ...), 2 files were"
+        in str(caught.value)
+    )
+    with pytest.raises(UserError, match=r"cache .* is gone"):
+        build(open_source(data), tmp_path / "cache", expected_key="none")
+
+
+def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
+    """Case 10: the index spares a million images from being read at every start, and trusts no file of this moment."""
+    monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
+    monkeypatch.setattr(content, "_RACY_NS", 10**7)
+    source = open_source(make("metadata", tmp_path / "data"))
+    read = []
+    monkeypatch.setattr(
+        content, "file_sha256", lambda path: read.append(path.name) or str(hash(path.read_bytes()))
+    )
+    time.sleep(0.05)
+    first = hash_files(source.files(), tmp_path)
+    assert len(read) == 4 and hash_files(source.files(), tmp_path) == first and len(read) == 4
+    path = tmp_path / "data" / "images" / "1.png"
+    shutil.copy2(tmp_path / "data" / "images" / "2.png", path)
+    assert hash_files(source.files(), tmp_path) != first
+    assert read[4:] == ["1.png"]
+    hash_files(source.files(), tmp_path)
+    assert read[5:] in ([], ["1.png"]), "it changed a moment before"
+    time.sleep(0.05)
+    ranks = in_threads(lambda r: hash_files(source.files(), tmp_path, Processes(r, 2, patience=20)))
+    assert ranks[0] == ranks[1] == hash_files(source.files(), tmp_path)
+    assert set(read[5:]) <= {"1.png"}
+    path.unlink()
+    assert dict(hash_files(source.files(), tmp_path))["images/1.png"] == ABSENT
+    (index,) = (tmp_path / "file_hashes").iterdir()
+    index.write_text("{")
+    assert len(hash_files(source.files(), tmp_path)) == 4
+    with pytest.raises(TimeoutError, match="hashes of 1 files"):
+        path.write_bytes(png(5))
+        hash_files(source.files(), tmp_path, Processes(1, 2, patience=0.1))
+
+
+# -- 11: names ----------------------------------------------------------------------------------------------------------------
+def test_a_folder_of_a_shipped_name(tmp_path, monkeypatch):
+    """Case 11: a bare name is the kit's, ./name the folder; where both are, it is said."""
+    monkeypatch.chdir(tmp_path)
+    assert parse_shapes("shapes").remarks == []
+    make("sidecar", tmp_path / "shapes")
+    report, _ = survey_source(parse_shapes("shapes"), limit=1, size=64)
+    assert (
+        "'shapes' is taken for the scenes that the kit draws; write './shapes'" in report.describe()
+    )
+    assert parse_shapes("./shapes") is None and open_source("./shapes").length == 3
+
+
+# -- 12: the held-out split ---------------------------------------------------------------------------------------------------
+def several_rows(kind, folder):
+    """Three images with five samples each, whatever tells that they are the same."""
+    images = [i for i in range(3) for _ in range(5)]
+    captions = [f"{i} {j}" for j, i in enumerate(images)]
+    if kind == "metadata":
+        write_images(folder)
+        rows = zip(images, captions, strict=True)
+        write_metadata(folder, [{"file_name": f"{i}.png", "text": c} for i, c in rows])
+    elif kind == "copies":
+        folder.mkdir()
+        for j, i in enumerate(images):
+            (folder / f"{j:02d}.png").write_bytes(png(i))
+            (folder / f"{j:02d}.txt").write_text(captions[j])
+    elif kind == "parquet":
+        structs = [image_structs()[i] for i in images]
+        write_parquet(folder / "0.parquet", {"image": structs, "text": captions})
+    else:
+        members = [(f"{j}.png", png(i)) for j, i in enumerate(images)]
+        texts = [(f"{j}.txt", caption) for j, caption in enumerate(captions)]
+        pairs = zip(members, texts, strict=True)
+        write_tar(folder / "0.tar", dict(member for pair in pairs for member in pair))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["metadata", "copies", "parquet", "webdataset"])
+def test_rows_of_one_image_are_held_out_together(kind, tmp_path):
+    """Case 12: several rows of an image are several samples, on one side of the split."""
+    source = open_source(several_rows(kind, tmp_path / "data"))
+    cache = CodeCache(build(source, tmp_path / "cache"))
+    same = cache.same_images()
+    assert len(cache) == 15 and same.tolist() == [i * 5 for i in range(3) for _ in range(5)]
+    train, held_out = split_indices(15, 3, 0, same)
+    assert len(held_out) == 5 and len(train) == 10
+    assert not set(same[train].tolist()) & set(same[held_out].tolist())
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(15))
+    with pytest.raises(UserError, match=r"cannot hold out 11 of 15 .* only 3 different images"):
+        split_indices(15, 11, 0, same)
+
+
+def test_the_split_of_different_images_is_what_it_was():
+    """Case 12: without repeats, nothing changes."""
+    for n, held in ((20, 1), (100, 37)):
+        for a, b in zip(
+            split_indices(n, held, 3), split_indices(n, held, 3, torch.arange(n)), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+# -- 13: sub-folders ----------------------------------------------------------------------------------------------------------
+def sidecars(folder, count=2):
+    write_images(folder, count)
+    for i in range(count):
+        (folder / f"{i}.txt").write_text("x")
+
+
+def test_classes_named_as_splits(tmp_path):
+    """Case 13: train beside bus and cat is a class; beside val a split. What is left out is named."""
+    for name in ("bus", "train", "cat"):
+        sidecars(tmp_path / "cl" / name)
+    source = open_source(tmp_path / "cl")
+    assert source.length == 6 and source.left_out == []
+    assert (
+        "(bus, cat, train)" in source.remarks[0] and "cl/train to use it alone" in source.remarks[0]
+    )
+    for name in ("Train", "val", "TEST"):
+        sidecars(tmp_path / "splits" / name)
+    source = open_source(tmp_path / "splits")
+    assert source.length == 2 and source[0].key == "0.png"
+    assert source.left_out == [
+        ("TEST/ (2 files)", "not of the split train"),
+        ("val/ (2 files)", "not of the split train"),
+    ]
+    assert open_source(tmp_path / "splits", split="val").length == 2
+    assert open_source(tmp_path / "cl", split="train").length == 6
+    for name in ("train-0", "bus", "val"):
+        write_tar(tmp_path / "tars" / f"{name}.tar", {"a.png": png(0), "a.txt": "x"})
+    source = open_source(tmp_path / "tars")
+    assert source.length == 2 and source.left_out == [("val.tar", "not of the split train")]
+    with pytest.raises(UserError, match=r"split 'test', but bus\.tar"):
+        open_source(tmp_path / "tars", split="test")
+
+
+def test_folders_that_are_passed_over(tmp_path):
+    """Case 13: hidden folders with images are named, others are no one's business; images beside a metadata.jsonl, too."""
+    sidecars(tmp_path)
+    sidecars(tmp_path / ".ipynb_checkpoints")
+    sidecars(tmp_path / "__MACOSX")
+    (tmp_path / ".git").mkdir()
+    source = open_source(tmp_path)
+    assert source.length == 2
+    assert source.left_out == [
+        (".ipynb_checkpoints/", "hidden folder"),
+        ("__MACOSX/", "hidden folder"),
+    ]
+    write_metadata(tmp_path, [{"file_name": "0.png", "text": "x"}])
+    sidecars(tmp_path / "more", 1)
+    names = [name for name, reason in open_source(tmp_path).left_out if reason == "not in metadata"]
+    assert names == ["1.png", "more/0.png"]
+
+
+# -- 14: captions that cleaning empties ---------------------------------------------------------------------------------------
+def notes(captions):
+    """As a text encoder that reads no Chinese and three words."""
+    return [None if c == "\u5706" else ["caption cut"] * (len(c.split()) > 3) for c in captions]
+
+
+def test_unreadable_captions(tmp_path):
+    """Case 14: skipped and cut captions are named by the survey, at the encoding and on a cache hit."""
+    write_images(tmp_path / "data", 4)
+    values = ["a dot", "\u5706", ["\u5706", "a dot"], "a dot with more"]
+    rows = [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
+    write_metadata(tmp_path / "data", rows)
+    source = open_source(tmp_path / "data")
+    survey, usable = survey_source(source, caption_notes=notes, size=8)
+    for _ in range(2):
+        folder = build(source, tmp_path / "cache", caption_notes=notes)
+        report = report_of(folder)
+        assert report["skipped"] == {UNREADABLE: {"count": 1, "first": ["1.png"]}}
+        assert {k: v["first"] for k, v in report["noted"].items()} == {
+            UNREADABLE: ["2.png"],
+            "caption cut": ["3.png"],
+        }
+        assert report["lines"] == survey.lines()
+        assert CodeCache(folder).manifest["report"]["lines"] == survey.lines()
+    cache = CodeCache(folder)
+    assert [cache.caption(i, 1) for i in range(3)] == ["a dot", "a dot", "a dot with more"]
+    assert len(usable) == len(cache) == 3
+    write_metadata(tmp_path / "data", [{"file_name": "0.png", "text": "\u5706"}])
+    with pytest.raises(UserError, match=rf"no usable sample .*1 {UNREADABLE} \(0\.png\)"):
+        build(open_source(tmp_path / "data"), tmp_path / "cache", caption_notes=notes)
+
+
+# -- 15 and 16: what a caption is -------------------------------------------------------------------------------------------
+NO_TEXT = "caption holds characters that are no text"
+
+
+@pytest.mark.parametrize(
+    ("value", "captions", "said"),
+    [
+        ("a\nb\r\n\nc\r", ["a", "b", "c"], ()),
+        ([" a ", "b\nc"], ["a", "b", "c"], ()),
+        (b"\xef\xbb\xbfa\nb", ["a", "b"], ()),
+        ("a \ud83d dot", ["a  dot"], (NO_TEXT,)),
+        ("\ud83d", [], (NO_TEXT,)),
+        ("r\0e\0d\x07", ["red"], (NO_TEXT,)),
+        ("a\tdot \U0001f642", ["a\tdot \U0001f642"], ()),
+        ("\u200b \ufeff", [], ()),
+        (b"\xff\xfe", [], ("caption is not UTF-8",)),
+        (7, [], ("caption is not text",)),
+        ([["a"], "b"], ["b"], ("caption is not text",)),
+        ({"a": "b"}, [], ("caption is not text",)),
+        ([None, ""], [], ()),
+        ("x" * 6000, ["x" * 5000], ("caption of more than 5000 characters cut",)),
+        ("x\n" * 101, ["x"] * 100, ("captions after the first 100 left out",)),
+    ],
+)
+def test_captions_of_any_value(value, captions, said):
+    """Cases 15 and 16: one rule, whatever holds the caption."""
+    assert read_captions(value) == (captions, said)
+
+
+@pytest.mark.parametrize(
+    "kind", ["metadata", "sidecar", "webdataset", "webdataset json", "parquet"]
+)
+def test_the_same_text_is_the_same_captions(kind, tmp_path):
+    """Case 16: three lines are three alternatives in a .txt, a tar, JSON and a table; case 15: a caption that is none."""
+    text, surrogate = "one\ntwo\nthree", "a \ud83d dot"
+    values = [text, surrogate, 7]
+    if kind == "metadata":
+        write_images(tmp_path)
+        write_metadata(
+            tmp_path, [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
+        )
+    elif kind == "sidecar":
+        write_images(tmp_path)
+        (tmp_path / "0.TXT").write_text(text)
+        (tmp_path / "1.txt").write_bytes(surrogate.encode("utf-8", "surrogatepass"))
+    elif kind == "parquet":
+        texts = pa.array([text.encode(), surrogate.encode("utf-8", "surrogatepass"), None])
+        images = pa.array(image_structs())
+        columns = {"image": images, "text": texts.cast(pa.string(), safe=False)}
+        pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    else:
+        members = {}
+        for i, value in enumerate(values):
+            members[f"{i}.png"] = png(i)
+            members |= (
+                {f"{i}.json": json.dumps({"text": value})}
+                if "json" in kind
+                else {f"{i}.txt": str(value).encode("utf-8", "surrogatepass")}
+            )
+        write_tar(tmp_path / "0.tar", members)
+    source = open_source(tmp_path)
+    assert source[0].captions == ["one", "two", "three"]
+    json_like = kind in ("metadata", "webdataset json")
+    assert source[1].captions == (["a  dot"] if json_like else [])
+    assert source[1].notes == ((NO_TEXT,) if json_like else ())
+    assert levels(source)[1] == (1 if json_like else "caption is not UTF-8")
+    if json_like:
+        assert levels(source)[2] == "caption is not text"
+
+
+def test_damaged_json_and_huge_files(tmp_path):
+    """Case 15: nesting that Python cannot follow, and a "caption" of two megabytes."""
+    write_images(tmp_path, 1)
+    (tmp_path / "0.txt").write_bytes(b"x" * (2 << 20))
+    assert levels(open_source(tmp_path)) == ["caption too large"]
+    (tmp_path / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        open_source(tmp_path)
+
+
+# -- 17: names in tars --------------------------------------------------------------------------------------------------------
+def test_repeated_names_in_a_tar(tmp_path):
+    """Case 17: both samples are kept, and named."""
+    write_members(
+        tmp_path / "0.tar",
+        [("a.png", png(0)), ("a.txt", "x"), ("a.png", png(1)), ("a.txt", "y"), ("b.c.png", png(2))],
+    )
+    write_members(tmp_path / "1.tar", [("a.PNG", png(3)), ("a.txt", "z"), ("._a.png", b"fork")])
+    source = open_source(tmp_path)
+    assert levels(source) == [0, 1, "no caption", 3]
+    assert [s.captions for s in source] == [["x"], ["y"], [], ["z"]]
+    assert [s.key for s in source] == ["0.tar:a", "0.tar:a", "0.tar:b", "1.tar:a"]
+    assert source.left_out == [("1.tar:._a.png", "hidden file")]
+    report = report_of(build(source, tmp_path / "cache"))
+    assert report["noted"] == {"name repeats in the tar": {"count": 1, "first": ["0.tar:a"]}}
+    write_members(tmp_path / "1.tar", [("a.b.png", png(3)), ("a.b.txt", "z")])
+    with pytest.raises(UserError, match="A sample's name ends at the first dot"):
+        open_source(tmp_path / "1.tar")
+
+
+def write_members(path, members):
+    """A tar whose names may repeat."""
+    import io
+    import tarfile
+
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            data = data if isinstance(data, bytes) else data.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+# -- 18: links and names ------------------------------------------------------------------------------------------------------
+def test_odd_files_are_passed_over_by_name(tmp_path):
+    """Case 18: broken links, loops, links to folders, pipes, sockets, names that are no text, empty files."""
+    data = tmp_path / "data"
+    sidecars(data, 1)
+    sidecars(tmp_path / "linked", 1)
+    (data / "zz.png").symlink_to("/gone")
+    (data / "self.png").symlink_to("self.png")
+    (data / "loop").symlink_to(data)
+    (data / "up").symlink_to(tmp_path)
+    (data / "beside").symlink_to(tmp_path / "linked")
+    (data / "again").symlink_to(tmp_path / "linked")
+    os.mkfifo(data / "pipe.png")
+    os.mkfifo(data / "0.pipe.txt")
+    for name in (b"bad\xff", b"two\nlines", b"x" * 250):
+        shutil.copy(data / "0.png", os.fsencode(data) + b"/" + name + b".png")
+        shutil.copy(data / "0.txt", os.fsencode(data) + b"/" + name + b".txt")
+    (data / "empty.png").touch()
+    (data / "empty.txt").write_text("x")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(data / "s.png"))
+        source = open_source(data)
+    folder = build(source, tmp_path / "cache")
+    assert len(CodeCache(folder)) == 5
+    report = report_of(folder)
+    skipped = {reason: entry["first"] for reason, entry in report["skipped"].items()}
+    assert skipped == {
+        "broken link": ["self.png", "zz.png"],
+        "empty": ["empty.png"],
+        "link to a folder that is read already": ["beside/", "loop/", "up/"],
+        "not a regular file": ["0.pipe.txt", "pipe.png", "s.png"],
+    }
+    keys = {CodeCache(folder).key(i) for i in range(5)}
+    assert {"bad\\udcff.png", "two\\nlines.png", "again/0.png"} < keys
+    print(report["lines"])  # can be printed
+
+
+def test_pipes_that_are_named_do_not_hang(tmp_path):
+    """Case 18: by a row of metadata.jsonl, and as the data set itself."""
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "p.tar")
+    write_images(tmp_path / "data", 1)
+    rows = [{"file_name": name, "text": "x"} for name in ("../pipe.png", "0.png", "a\0b", "\ud83d")]
+    write_metadata(tmp_path / "data", rows)
+    source = open_source(tmp_path / "data")
+    assert levels(source) == ["unreadable", 0, "unreadable", "unreadable"]
+    assert len(CodeCache(build(source, tmp_path / "cache"))) == 1
+    with pytest.raises(UserError, match=r"p\.tar is no file"):
+        open_source(tmp_path / "p.tar")
+
+
+def test_empty_and_broken_tars_among_others(tmp_path):
+    """Case 18: an empty file and a link to nowhere cost themselves only."""
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "x"})
+    (tmp_path / "1.TAR").touch()
+    (tmp_path / "2.tar").symlink_to("/gone")
+    source = open_source(tmp_path)
+    assert source.length == 1
+    assert source.left_out == [("2.tar", "broken link"), ("1.TAR", "empty")]
+    assert open_source(f"{tmp_path}/*.tar").left_out == [("2.tar", "broken link")]
+
+
+def test_a_cache_hit_reports_the_files_of_today(tmp_path):
+    """Case 18: what lies beside the samples is not part of the key, but of the report."""
+    data = make("sidecar", tmp_path / "data")
+    folder = build(open_source(data), tmp_path / "cache")
+    assert CodeCache(folder).manifest["report"]["lines"] == []
+    (data / "zz.png").symlink_to("/gone")
+    assert build(open_source(data), tmp_path / "cache") == folder
+    assert CodeCache(folder).manifest["report"]["lines"] == ["1 broken link (zz.png)"]
+    assert report_of(folder)["skipped"]["broken link"]["first"] == ["zz.png"]
+
+
+# -- 7: the cache's place -----------------------------------------------------------------------------------------------------
+def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch):
+    """Case 7: while a shard is written, whoever words the error."""
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("Error while serializing: IoError(Os { code: 28, ... os error 28 })")
+
+    monkeypatch.setattr("t2i.data.shards.save_file", full)
+    source = open_source(make("sidecar", tmp_path / "data"))
+    with pytest.raises(UserError, match=r"shard_00000\.safetensors: no space is left on the disk"):
+        build(source, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_an_unwritable_cache_is_noticed_first(tmp_path):
+    """Case 7: before anything is encoded, and (see `check_cache_dir`) before a model is loaded."""
+    source = open_source(make("sidecar", tmp_path / "data"))
+    seen = []
+    for place in (tmp_path / "data" / "0.txt", tmp_path / "data" / "0.txt" / "cache"):
+        with pytest.raises(UserError, match="cannot write to"):
+            check_cache_dir(place)
+        with pytest.raises(UserError, match="cannot write to"):
+            build(source, place, encode_images=lambda p: seen.append(p) or encode_images(p))
+    assert not seen
+    check_cache_dir(tmp_path / "new" / "cache")
+    assert not (tmp_path / "new").exists()
+
+
+def test_small_images_say_what_is_wanted(tmp_path):
+    """Case 28: the size, and the option."""
+    sidecars(tmp_path)
+    Image.new("RGB", (9, 7)).save(tmp_path / "0.png")
+    said = survey_source(open_source(tmp_path), size=8)[0].describe()
+    assert (
+        said
+        == "1 too small (0.png: 9 x 7 px, needs 8; --data.small-images upscale enlarges small images)"
+    )
