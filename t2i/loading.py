@@ -133,9 +133,8 @@ def load_backbone(
 
 def _lasting(source: str | Path) -> str:
     """A source as a checkpoint can store it: a local path holds from any working directory."""
-    if str(source) in shipped_bases() and (
-        said := namesake(str(source), "the base that the kit ships")
-    ):
+    said = namesake(str(source), "the base that the kit ships")
+    if said and str(source) in shipped_bases() and (Path(source) / "config.json").is_file():
         log.warning(said)
     local = str(source) not in shipped_bases() and Path(source).exists()
     return str(Path(source).resolve() if local else source)

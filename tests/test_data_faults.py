@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import in_threads
+from helpers import Killed, in_threads
 from PIL import Image
 from test_data_cache import build, encode_images
 from test_data_sources import (
@@ -26,6 +26,7 @@ from test_data_sources import (
     write_tar,
 )
 
+import t2i
 from t2i.data import content
 from t2i.data.cache import CodeCache, check_cache_dir
 from t2i.data.content import ABSENT, describe_changes, hash_files
@@ -293,6 +294,29 @@ def test_unreadable_captions(tmp_path):
     write_metadata(tmp_path / "data", [{"file_name": "0.png", "text": "\u5706"}])
     with pytest.raises(UserError, match=rf"no usable sample .*1 {UNREADABLE} \(0\.png\)"):
         build(open_source(tmp_path / "data"), tmp_path / "cache", caption_notes=notes)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "janus"])
+def test_prompts_of_which_something_is_lost(family, tiny_world, monkeypatch, caplog):
+    """Case 14: sampling says it once of each prompt."""
+
+    def drawn(*args, **options):
+        raise Killed
+
+    monkeypatch.setattr("t2i.generation.sample_windows", drawn)
+    base = tiny_world / ("base" if family == "llamagen" else family)
+    model = t2i.attach(t2i.load_backbone(family, str(base)), t2i.presets.iclr2026())
+    long = "a photo of two red circle " * 200
+    for _ in range(2):
+        with pytest.raises(Killed):
+            t2i.generate(model, ["a photo of a red circle", "\u5706", "", long], progress=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "'a photo of a red circle'" in line or "''" in line] == []
+    assert sum("has no text the encoder can read" in line for line in said) == (
+        family == "llamagen"
+    )
+    (cut,) = [line for line in said if line.startswith("prompt 'a photo of two red")]
+    assert f": caption cut to {12 if family == 'llamagen' else 512} tokens" in cut
 
 
 # -- 15 and 16: what a caption is -------------------------------------------------------------------------------------------

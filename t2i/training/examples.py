@@ -184,8 +184,7 @@ class Labelled:
         opened = open_labelled(options, backbone)
         if isinstance(opened, LlamaGenCodes):
             self.codes = opened
-            count = {"count": len(opened), "views": opened.views}
-            self.key = cache_key({"names": [Path(s).name for s in options.source], **count})
+            self.key = cache_key(opened.identity)
         else:
             folder = _encode(opened, options, backbone, processes)
             self.codes, self.key = CodeArray(folder), folder.name
