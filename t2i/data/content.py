@@ -147,10 +147,10 @@ def _hash_new(
                 known[path] = [*statuses[path], time.time_ns(), digest]
             bar.update(len(part))
             if time.monotonic() - saved > _SAVE_SECONDS:  # a killed run goes on from here
-                _write_index(place, known)
+                _write_index(place, index, known)
                 saved = time.monotonic()
-    if new or len(index) != len(known):
-        _write_index(place, known)
+    if new:
+        _write_index(place, index, known)
     return {path: entry[4] for path, entry in known.items()}
 
 
@@ -161,10 +161,12 @@ def _hash(path: Path) -> str:
         return ABSENT
 
 
-def _write_index(place: Path | None, known: dict[Path, list]) -> None:
+def _write_index(place: Path | None, index: dict[str, list], known: dict[Path, list]) -> None:
+    """Add what is known; entries of other files may be those of another data set in this folder."""
     if place is not None:
+        index |= {os.path.abspath(path): entry for path, entry in known.items()}
         with suppress(UserError):  # a full disk costs the index here; what matters is written later
-            write_text(place, json.dumps({os.path.abspath(p): e for p, e in known.items()}))
+            write_text(place, json.dumps(index))
 
 
 def _wait_for_index(

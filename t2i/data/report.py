@@ -114,7 +114,8 @@ def _listing(found: dict[str, list[str]], advice: Callable[[str], str] = lambda 
     """'3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
     parts = []
     for what, keys in found.items():
-        names = ", ".join(keys[:_NAMED]) + (", ..." if len(keys) > _NAMED else "")
+        different = list(dict.fromkeys(keys))
+        names = ", ".join(different[:_NAMED]) + (", ..." if len(different) > _NAMED else "")
         parts.append(f"{len(keys)} {what} ({names}{advice(what)})")
     return ", ".join(parts)
 
@@ -147,4 +148,9 @@ def survey_source(
         lines.append(sample_line(readable, result if skipped else None))
         if not skipped:
             usable.append(readable)
-    return Report.collect(lines, source), usable
+    report = Report.collect(lines, source)
+    if several := sum(len(sample.captions) > 1 for sample in usable):
+        report.remarks.append(
+            f"{several} have several captions (lines of a text or items of a list), of which training picks one each time"
+        )
+    return report, usable

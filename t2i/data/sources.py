@@ -151,7 +151,8 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     data = [path for path in files if _is_data(path)]
     if any(map(_is_table, files)):
         chosen = [path for path in files if _in_split(path.relative_to(folder), split)]
-        others = [path for path in files if _is_table(path) and path not in set(chosen)]
+        of_split = set(chosen)
+        others = [path for path in files if _is_table(path) and path not in of_split]
         if not any(map(_is_table, chosen)):
             raise UserError(
                 f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
@@ -163,7 +164,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         )
     parts = Counter(path.relative_to(folder).parts[0] for path in data if path.parent != folder)
     own = any(path.parent == folder for path in data)
-    chosen_part = next((name for name in sorted(parts) if name.lower() == split), None)
+    chosen_part = next((name for name in sorted(parts) if name.lower() == split.lower()), None)
     divided = not own and all(name.lower() in _SPLITS for name in parts)
     if chosen_part is not None and (divided or (split != "train" and not own)):
         others = [(f"{printable(n)}/", c) for n, c in sorted(parts.items()) if n != chosen_part]
@@ -190,8 +191,8 @@ def _in_split(name: Path, split: str) -> bool:
     """train-00000.parquet and train/00000.parquet are of `train`, and so are names of no split."""
     words = set(re.findall("[a-z]+", str(name).lower()))
     if "train" in words or not words & _OTHER_SPLITS:
-        return split == "train"
-    return split in words
+        return split.lower() == "train"
+    return split.lower() in words
 
 
 def _is_data(path: Path) -> bool:
