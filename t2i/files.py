@@ -163,6 +163,18 @@ def _owner(folder: Path) -> str:
         return "another process"
 
 
+def namesake(name: str, meaning: str) -> str | None:
+    """A sentence where a name that has a meaning of its own is also that of a file or folder here, else None.
+
+    The rule everywhere: a bare name means what the kit ships, `./name` the file or folder.
+    """
+    if not Path(name).exists():
+        return None
+    return (
+        f"{name!r} is taken for {meaning}; write './{name}' for the one of that name in this folder"
+    )
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hex."""
     digest = hashlib.sha256()

@@ -1,5 +1,6 @@
 """Prompts to images: batching, per-image random numbers, decoding to pixels."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def iterate_images(
         if jobs is not None
         else [(p, s) for p in range(len(prompts)) for s in range(samples_per_prompt)]
     )
+    _warn_of_prompts(model.backbone, [prompts[p] for p in sorted({p for p, _ in jobs})])
     batch_size = max(1, min(batch_size, len(jobs)))
     # Of all prompts, not of a batch's or this process's: padding is masked, but it moves the rounding.
     length = model.backbone.prefix_length(prompts)
@@ -121,6 +125,17 @@ def check_request(
         raise UserError(
             f"samples_per_prompt={samples_per_prompt} and batch_size={batch_size} must be at least 1"
         )
+
+
+def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
+    """Say once of each prompt what the backbone does not read of it."""
+    if backbone.spec.cond_kind != "text":
+        return
+    for prompt, lost in zip(prompts, backbone.caption_notes(prompts), strict=True):
+        said = "has no text the encoder can read" if lost is None else "; ".join(lost)
+        if said and prompt not in backbone.frozen.warned:
+            backbone.frozen.warned.add(prompt)
+            log.warning(f"prompt {prompt!r:.200}: {said}")
 
 
 def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:

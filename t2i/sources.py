@@ -11,6 +11,7 @@ from pathlib import Path
 
 from t2i.errors import UserError
 from t2i.fields import read_object
+from t2i.files import namesake
 from t2i.hashes import remembered_sha256
 from t2i.weights import folder_sha256
 
@@ -110,7 +111,7 @@ def lasting(source: str | Path) -> str:
     """A source as a checkpoint can store it: a local path holds from any working directory."""
     if str(source) in shipped_bases():
         if (Path(source) / "config.json").is_file():
-            log.warning("%s is the shipped base; the folder %s here is written ./%s", *[source] * 3)
+            log.warning(namesake(str(source), "the base that the kit ships"))
         return str(source)
     return str(Path(source).resolve() if Path(source).exists() else source)
 

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from t2i.conditioning.captions import CHINESE, UNKNOWN
 from t2i.conditioning.labels import balanced_labels, class_ids
 from t2i.conditioning.t5 import T5Captions, left_pad, weights_hash
 from t2i.conditioning.tiny_t5 import build_tiny_t5
+from t2i.errors import UserError
 
 GOLDEN = Path(os.environ.get("T2I_GOLDEN", "tests/golden")) / "llamagen_t2i"
 CAPTIONS = [
@@ -118,20 +120,30 @@ def test_cleaning_is_optional(encoder):
     dirty, plain = encoder.encode(["<b>RED</b> star #12", "red star"])
     assert torch.equal(dirty, plain)
     assert len(encoder.encode(["RED star"], clean=False)[0]) == 3
-    assert encoder.report.unknown.examples == ["RED star"]
 
 
-def test_report_counts_what_happened_to_captions(encoder):
-    assert encoder.report.lines() == []
+def test_notes_name_what_is_lost_of_captions(encoder):
+    """Case 14: a caption of which nothing is left, one that is cut, one with unknown words."""
     long = "a photo of a red circle and a blue star and a green ring"
-    encoder.encode([long, "a zebra", "\u4e00\u53ea\u732b", *CAPTIONS])
-    report = encoder.report
-    assert report.encoded == 7
-    assert (report.truncated.count, report.truncated.examples) == (1, [long])
-    assert (report.emptied.count, report.unknown.count) == (1, 1)
-    assert "1 of 7 captions were longer than 12 tokens and were cut" in report.lines()[0]
-    encoder.encode([long] * 30)
-    assert report.truncated.count == 31 and len(report.truncated.examples) == 10
+    assert encoder.notes(["", " ", *CAPTIONS[:2]]) == [[], [], [], []]
+    assert encoder.notes(["a zebra", "zebra"]) == [[UNKNOWN], [UNKNOWN]]
+    assert encoder.notes([long]) == [["caption cut to 12 tokens"]]
+    nothing = [
+        "\u4e00\u53ea\u732b",
+        "\ube68\uac04 \uc6d0",
+        "\u30ab\u30bf",
+        "\U0001f642",
+        "12345678",
+    ]
+    assert encoder.notes(nothing) == [None] * 5
+    assert encoder.notes(["\u7ea2 red circle"]) == [[CHINESE]]
+
+
+def test_a_lone_surrogate_is_refused_by_name(encoder):
+    """Case 15, for prompts; data sets lose it when they are read."""
+    for use in (encoder.encode, encoder.notes):
+        with pytest.raises(UserError, match=r"'a \\ud83d' holds a lone surrogate"):
+            use(["a \ud83d"])
 
 
 def test_frozen_but_usable_in_training(encoder):

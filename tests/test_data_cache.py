@@ -256,9 +256,12 @@ def test_report_and_manifest_from_real_files(tmp_path):
     assert {"index": 1, "key": "small.png", "reason": "too small"}.items() <= lines[0].items()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["key"]["encoders"] == {"tokenizer": "sha"}
-    assert manifest["key"]["source"]["path"] == str(data)
+    assert manifest["source"] == str(data)
     assert (manifest["samples"], manifest["code_shape"], manifest["text_dim"]) == (1, [2, 1], WIDTH)
     assert manifest["report"]["skipped"] == counts
+    assert "1 too small (small.png: 8 x 7 px, needs 8; --data.small-images upscale" in " ".join(
+        manifest["report"]["lines"]
+    )
 
 
 def test_nothing_usable(tmp_path):

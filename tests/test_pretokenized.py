@@ -29,6 +29,14 @@ def write_llamagen(root, images=4, views=3, offset=0):
     return root
 
 
+def test_llamagen_folders_are_known_by_their_content(tmp_path):
+    """Case 10: not by their names."""
+    before = LlamaGenCodes(write_llamagen(tmp_path / "a")).identity
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert LlamaGenCodes(tmp_path / "b").identity == before
+    assert LlamaGenCodes(write_llamagen(tmp_path / "c", offset=1)).identity != before
+
+
 def test_llamagen_folders(tmp_path):
     data = LlamaGenCodes(write_llamagen(tmp_path, images=11))  # "10" sorts before "2" as text
     assert (len(data), data.views) == (11, 3)

@@ -168,8 +168,6 @@ class CaptionFeatures:
     """Captions to features [n_i, C] each."""
     key: dict
     """JSON-able: what the features depend on."""
-    report: Callable[[], list[str]]
-    """Sentences on captions that could not be encoded as their authors meant them."""
 
 
 @dataclass
@@ -178,6 +176,8 @@ class Frozen:
 
     tokenizer: Tokenizer | None = None
     text_encoder: object | None = None
+    warned: set[str] = field(default_factory=set)
+    """Prompts that were warned of."""
 
 
 C = TypeVar("C")
@@ -271,6 +271,10 @@ class Backbone(nn.Module, ABC):
             "training on captions needs a text-to-image backbone with its text encoder "
             "(backbone.text_encoder)"
         )
+
+    def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        """What is lost of each caption when it is encoded, in fixed phrases; None if nothing of it is left."""
+        return [[] for _ in captions]
 
     @abstractmethod
     def encode_condition(

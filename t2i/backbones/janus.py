@@ -135,6 +135,10 @@ class Janus(LlamaBackbone):
     def caption_features(self) -> None:
         """Captions stay text: tokenizing them costs nothing."""
 
+    def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        known = self.frozen.text_encoder is not None  # not where only shapes were read
+        return self.prompts.notes(captions) if known else super().caption_notes(captions)
+
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:

@@ -186,7 +186,14 @@ class LlamaGen(LlamaBackbone):
         encoder = self.frozen.text_encoder
         if self.config.cond == "class" or encoder is None:
             return super().caption_features()
-        return CaptionFeatures(encoder.encode, encoder.cache_key(), encoder.report.lines)
+        return CaptionFeatures(encoder.encode, encoder.cache_key())
+
+    def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        if self.frozen.text_encoder is not None:
+            return self.frozen.text_encoder.notes(captions)
+        from t2i.conditioning.captions import caption_losses, clean_caption
+
+        return [caption_losses(caption, clean_caption(caption)) for caption in captions]
 
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None

@@ -12,7 +12,7 @@ The rules are the ordered table `_PASS`; their order matters, and the whole tabl
 import html
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from urllib.parse import unquote_plus
 
@@ -25,6 +25,10 @@ from t2i.errors import UserError
 # Part of every cache key that depends on cleaned captions: change it whenever a rule changes.
 CAPTION_CLEANING_VERSION = "llamagen-1"
 
+UNKNOWN = "caption holds words or characters that the encoder does not know"
+CHINESE = "caption loses its Chinese characters in cleaning"
+_READABLE = re.compile("[a-z0-9]")
+
 # From this many hyphens and underscores on, they stand for spaces: this-is-my-cute-cat.
 _MANY_JOINERS = 4
 
@@ -33,6 +37,7 @@ _DASHES = (
     r"[\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40"
     r"\u301C\u3030\u30A0\uFE31\uFE32\uFE58\uFE63\uFF0D]+"
 )
+_CHINESE = re.compile(r"[\u31C0-\u9FFF]+")  # CJK strokes up to the end of the unified ideographs
 _BAD_PUNCTUATION = (
     r"[#&@~()\[\]{}|\\/*"
     r"\u00AE\u2022\u00A9\u2122\u00B7\u00BA\u00BD-\u00BF\u00A1\u00A7]+"
@@ -56,6 +61,34 @@ def clean_caption(text: str) -> str:
         for step in _PASS:
             text = step(text)
     return text
+
+
+def check_captions(captions: Sequence[str], what: str = "captions") -> None:
+    """UserError unless this is a list of strings that text encoders can take."""
+    if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
+        raise UserError(f"{what} must be a list of strings, got {captions!r:.200}")
+    for caption in captions:
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{what}: {caption!r:.200} holds a lone surrogate ({caption[error.start]!r}), which is no "
+                "character; take it out"
+            ) from error
+
+
+def caption_losses(caption: str, cleaned: str, known: bool = True) -> list[str] | None:
+    """What cleaning takes from a caption, in fixed phrases; None if nothing is left that an encoder could read.
+
+    Args:
+        known: whether the encoder knows any of its words. It does not matter where there are Latin letters or digits: what a
+            small vocabulary lacks is told apart from a script that it does not have.
+    """
+    if not caption.strip():
+        return []  # nothing to lose: the unconditional form
+    if not cleaned.strip() or not (known or _READABLE.search(cleaned)):
+        return None
+    return [CHINESE] if _CHINESE.search(caption) else []
 
 
 def _replace(pattern: str, replacement: str = "") -> Callable[[str], str]:
@@ -96,7 +129,7 @@ _PASS: tuple[Callable[[str], str], ...] = (
     _markup_to_text,
     _replace(r"@\w+\b"),  # @nickname
     # Character sets.
-    _replace(r"[\u31C0-\u9FFF]+"),  # CJK strokes up to the end of the unified ideographs
+    partial(_CHINESE.sub, ""),
     _replace(_DASHES, "-"),
     _replace(r"[`\u00B4\u00AB\u00BB\u201C\u201D\u00A8]", '"'),
     _replace(r"[\u2018\u2019]", "'"),

@@ -11,7 +11,6 @@ Shapes: B prompts, P tokens of the longest.
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +19,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+from t2i.conditioning.captions import check_captions
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import write_json
-
-log = logging.getLogger(__name__)
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE, END_OF_IMAGE = "<begin_of_image>", "<end_of_image>"
@@ -52,7 +50,6 @@ class JanusPrompts:
                 "this tokenizer does not keep spaces (transformers 5 writes such files for Janus); "
                 "take the file of the original repository"
             )
-        self._warned = False
 
     @staticmethod
     def load(folder: str | Path, max_tokens: int = 512) -> "JanusPrompts":
@@ -112,25 +109,27 @@ class JanusPrompts:
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, from BOS to begin-of-image.
 
-        A prompt that makes more than `max_tokens` loses the end of its own text, with a warning.
+        A prompt that makes more than `max_tokens` loses the end of its own text (see `notes`).
         """
-        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-            raise UserError(f"prompts must be a list of strings, got {prompts!r:.200}")
-        return [self._encode_one(prompt) for prompt in prompts]
+        check_captions(prompts, "prompts")
+        return [self._encode_one(prompt)[0] for prompt in prompts]
 
-    def _encode_one(self, prompt: str) -> list[int]:
+    def notes(self, prompts: Sequence[str]) -> list[list[str] | None]:
+        """What `encode` loses of each prompt, in fixed phrases."""
+        check_captions(prompts, "prompts")
+        cut = [f"caption cut to {self.max_tokens} tokens"]
+        return [cut[: self._encode_one(prompt)[1]] for prompt in prompts]
+
+    def _encode_one(self, prompt: str) -> tuple[list[int], bool]:
+        """Token ids, and whether some of the prompt was cut off."""
         ids = self._ids(chat(prompt))
-        if len(ids) + 1 > self.max_tokens:
+        cut = len(ids) + 1 > self.max_tokens
+        if cut:
             end = self._ids(chat("x").partition("x")[2])
             ids = ids[: self.max_tokens - 1 - len(end)] + end
-            if not self._warned:
-                log.warning(
-                    "prompts of more than %d tokens are cut, such as %.80r", self.max_tokens, prompt
-                )
-            self._warned = True
         ids = [self.bos_id, *ids]
         assert ids[-1] == self.boi_id, "the tokenizer does not end in begin-of-image"
-        return ids
+        return ids, cut
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

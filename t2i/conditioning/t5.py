@@ -9,64 +9,28 @@ Shapes: B captions, P caption tokens of the image model, C feature width, n_i to
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from t2i.conditioning.captions import CAPTION_CLEANING_VERSION, clean_caption
+from t2i.conditioning.captions import (
+    CAPTION_CLEANING_VERSION,
+    UNKNOWN,
+    caption_losses,
+    check_captions,
+    clean_caption,
+)
 from t2i.conditioning.t5_files import find_folder, load_encoder, load_tokenizer, weights_hash
 from t2i.errors import UserError
 
 _PAD_MULTIPLE = 8
 _ROWS_PER_PASS = 64
-_MAX_EXAMPLES = 10
-
-
-@dataclass
-class Tally:
-    """How many captions something happened to, with the first few of them as examples."""
-
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, caption: str) -> None:
-        self.count += 1
-        if len(self.examples) < _MAX_EXAMPLES:
-            self.examples.append(caption)
-
-
-@dataclass
-class CaptionReport:
-    """What `T5Captions.encode` has done to captions so far that their authors did not intend."""
-
-    max_tokens: int
-    encoded: int = 0
-    truncated: Tally = field(default_factory=Tally)
-    emptied: Tally = field(default_factory=Tally)
-    unknown: Tally = field(default_factory=Tally)
-
-    def lines(self) -> list[str]:
-        """One sentence for each thing that happened, for a log; empty if nothing did."""
-        fates = (
-            (self.truncated, f"were longer than {self.max_tokens} tokens and were cut"),
-            (self.emptied, "became empty in cleaning"),
-            (self.unknown, "hold words or characters that the text encoder does not know"),
-        )
-        return [
-            f"{tally.count} of {self.encoded} captions {fate} (first: {tally.examples[0]!r})"
-            for tally, fate in fates
-            if tally.count
-        ]
 
 
 class T5Captions:
-    """A frozen T5 encoder with its tokenizer. Not a module: it is never trained or sharded.
-
-    `report` counts the captions that were cut, became empty or hold unknown words.
-    """
+    """A frozen T5 encoder with its tokenizer. Not a module: it is never trained or sharded."""
 
     def __init__(
         self,
@@ -81,7 +45,6 @@ class T5Captions:
         self.tokenizer = tokenizer
         self.folder = folder
         self.max_tokens = max_tokens
-        self.report = CaptionReport(max_tokens)
 
     @classmethod
     def load(
@@ -117,8 +80,7 @@ class T5Captions:
     def encode(self, captions: Sequence[str], clean: bool = True) -> list[Tensor]:
         """Features [n_i, C] of each caption: its valid tokens, the last one being the end token.
 
-        n_i is at most `max_tokens`; what was cut is counted in `report`. Dtype and device are the
-        encoder's. An empty caption is the end token alone.
+        n_i is at most `max_tokens` (see `notes`). Dtype and device are the encoder's. An empty caption is the end token alone.
 
         A caption's features do not depend on its companions: padding is hidden exactly, and a
         caption is padded to the next multiple of 8 of its own length whatever stands beside it.
@@ -129,7 +91,11 @@ class T5Captions:
             UserError: `captions` is a single string or holds something else than strings, or the
                 features are not finite (float16 is too narrow for flan-t5).
         """
-        token_ids = self._tokenize(captions, clean)
+        most = self.max_tokens
+        token_ids = [
+            ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+            for ids in self._tokenize(captions, clean)[1]
+        ]
         groups: dict[int, list[int]] = {}
         for index, ids in enumerate(token_ids):
             length = math.ceil(len(ids) / _PAD_MULTIPLE) * _PAD_MULTIPLE
@@ -142,24 +108,32 @@ class T5Captions:
                 features.update(zip(rows, encoded, strict=True))
         return [features[index] for index in range(len(token_ids))]
 
-    def _tokenize(self, captions: Sequence[str], clean: bool) -> list[list[int]]:
-        if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-            raise UserError(f"captions must be a list of strings, got {captions!r:.200}")
-        if not captions:
-            return []
-        texts = [clean_caption(c) for c in captions] if clean else list(captions)
-        all_ids = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+    def notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        """What `encode` loses of each caption, in fixed phrases; None if it reads nothing of it.
+
+        Raises:
+            UserError: as for `encode`.
+        """
+        texts, all_ids = self._tokenize(captions, clean=True)
         unknown = self.tokenizer.unk_token_id
-        for index, (caption, text, ids) in enumerate(zip(captions, texts, all_ids, strict=True)):
-            if len(ids) > self.max_tokens:
-                self.report.truncated.add(caption)
-                all_ids[index] = [*ids[: self.max_tokens - 1], ids[-1]]
-            if caption.strip() and not text.strip():
-                self.report.emptied.add(caption)
-            if unknown in ids:
-                self.report.unknown.add(caption)
-        self.report.encoded += len(captions)
-        return all_ids
+        blank = self.tokenizer.convert_tokens_to_ids("\u2581")  # sentencepiece's space
+        no_words = {unknown, blank, self.tokenizer.eos_token_id}
+        notes = []
+        for caption, text, ids in zip(captions, texts, all_ids, strict=True):
+            lost = caption_losses(caption, text, known=not set(ids) <= no_words)
+            if lost is not None and len(ids) > self.max_tokens:
+                lost.append(f"caption cut to {self.max_tokens} tokens")
+            if lost is not None and unknown in ids:
+                lost.append(UNKNOWN)
+            notes.append(lost)
+        return notes
+
+    def _tokenize(self, captions: Sequence[str], clean: bool) -> tuple[list[str], list[list[int]]]:
+        check_captions(captions)
+        if not captions:
+            return [], []
+        texts = [clean_caption(c) for c in captions] if clean else list(captions)
+        return texts, self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
 
     # Not inference_mode: such tensors cannot take part in a later backward pass.
     @torch.no_grad()

@@ -19,7 +19,7 @@ import numpy as np
 
 from t2i.data.cache import wait_for
 from t2i.errors import UserError
-from t2i.files import replacing
+from t2i.files import replacing, saving, writable_folder
 from t2i.processes import Processes
 
 _POLL_SECONDS = 0.2
@@ -52,7 +52,7 @@ class ArrayFile:
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
         self._rows_per_chunk, self._sign, self._processes = rows_per_chunk, sign, processes
         if processes.is_main and not (path.exists() or sign.exists()):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            writable_folder(path.parent)
             with replacing(path) as temporary:
                 np.lib.format.open_memmap(temporary, "w+", self.dtype, shape)
         self._wait(path)
@@ -86,7 +86,7 @@ class ArrayFile:
         expected = (len(rows), *self.shape[1:])
         assert values.shape == expected and values.dtype == self.dtype, (values.shape, expected)
         row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        with open(self.path, "rb+") as file:
+        with saving(self.path), open(self.path, "rb+") as file:
             file.seek(self._offset + rows.start * row_bytes)
             file.write(np.ascontiguousarray(values).tobytes())
             file.flush()

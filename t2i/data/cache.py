@@ -1,11 +1,13 @@
 """The code cache: every image tokenized and every caption encoded once, before training.
 
-    <cache_dir>/<key>/shard_00000.safetensors, shard_00000.jsonl, ...   see shards.py
+    <cache_dir>/<key>/source.json                                       what the key was made of
+                      shard_00000.safetensors, shard_00000.jsonl, ...   see shards.py
                       report.json, skipped.jsonl                        what was left out, and why
                       manifest.json                                     written last: complete
 
 The key is a hash of everything that the content depends on (encoder weights, resolution, crop,
-source files, caption cleaning, ...), so a cache is never stale: other input, other folder.
+content of the source files, caption cleaning, ...) and of no place or time. So a cache is never
+stale (other input, other folder), and data that were moved or touched are not encoded again.
 
 Shard i covers the samples i * shard_size ... of the source, whoever builds it. So any number of
 processes can share the work without talking to each other, a killed run goes on at the first
@@ -19,6 +21,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -26,17 +29,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from t2i.data.content import Contents, contents_key, describe_changes, hash_files
 from t2i.data.encoding import Encoders, ShardPlan, encode_shards
 from t2i.data.images import PIXELS_VERSION, check_small_policy
 from t2i.data.report import Report
-from t2i.data.samples import Source, load_sample
+from t2i.data.samples import CaptionNotes, Source, load_sample
 from t2i.data.shards import ShardReader, shard_path
 from t2i.errors import UserError
-from t2i.files import replacing
+from t2i.files import writable_folder, write_text
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
-_FORMAT = 1  # part of the key: change it whenever the files change
+_FORMAT = 2  # part of the key: change it whenever the files change
 _POLL_SECONDS = 0.5
 
 
@@ -48,6 +52,8 @@ def build_cache(
     encode_captions: Callable[[list[str]], Sequence[Tensor]] | None,
     key_parts: dict,
     resolution: int,
+    caption_notes: CaptionNotes | None = None,
+    expected_key: str | None = None,
     batch_size: int = 32,
     shard_size: int = 1024,
     max_samples: int | None = None,
@@ -64,6 +70,9 @@ def build_cache(
             other types are stored as float16. None for a cache without text features.
         key_parts: JSON-able, whatever else the content depends on: hashes of the tokenizer's and
             the text encoder's weights, the version of the caption cleaning.
+        caption_notes: what the text encoder makes of captions (see `CaptionNotes`); a sample of which it
+            reads nothing is skipped.
+        expected_key: refuse data of another content, before anything is encoded.
         batch_size: images, and captions, per call of an encoder. Does not change the content.
         shard_size: samples of the source per shard.
         max_samples: use only the first samples of the source (counted before any is skipped).
@@ -73,15 +82,18 @@ def build_cache(
             The main one writes the report and the manifest.
 
     Raises:
-        UserError: no usable sample (the message counts the reasons), or bad arguments.
+        UserError: no usable sample (the message counts the reasons), other data than expected, bad
+            arguments, or a cache_dir that cannot be written to.
         TimeoutError: another process stopped building.
     """
     check_small_policy(small_images)
     if min(batch_size, shard_size) < 1 or (max_samples is not None and max_samples < 1):
         raise UserError("batch_size, shard_size and max_samples must be at least 1")
+    cache_dir = Path(cache_dir)
+    contents = hash_files(source.files(), cache_dir, processes, progress)
     key = {
         "format": _FORMAT,
-        "source": source.identity,
+        "source": source.identity | ({"files": contents_key(contents)} if contents else {}),
         "resolution": resolution,
         "pixels": PIXELS_VERSION,
         "small_images": small_images,
@@ -91,13 +103,23 @@ def build_cache(
         "with_text": encode_captions is not None,
         "encoders": key_parts,
     }
-    folder = Path(cache_dir) / cache_key(key)
+    folder = cache_dir / cache_key(key)
+    if expected_key not in (None, folder.name):
+        changes = _changes(cache_dir / expected_key, key, contents)
+        raise UserError(
+            f"cannot resume: the data set has changed since the run was started ({source.name}: {changes}); put it back, or "
+            "start a new run_dir"
+        )
     if (folder / "manifest.json").exists():
+        if processes.is_main:
+            _refresh(folder, source)
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder)
+    if processes.is_main:
+        write_text(folder / "source.json", json.dumps({"key": key, "files": contents}))
 
     load = partial(load_sample, size=resolution, small=small_images, max_megapixels=max_megapixels)
-    encoders = Encoders(load, encode_images, encode_captions, batch_size)
+    encoders = Encoders(load, caption_notes, encode_images, encode_captions, batch_size)
     wanted = partial(_is_mine_to_do, folder=folder, processes=processes)
     plan = ShardPlan(source, shard_size, max_samples)
     quiet = not (progress and processes.is_main)
@@ -115,9 +137,42 @@ def build_cache(
             f"All of them are listed in {folder / 'skipped.jsonl'}"
         )
     if processes.is_main:
-        _finish(folder, key, source, readers)
+        write_text(
+            folder / "manifest.json", json.dumps(_manifest(folder, key, source, readers), indent=1)
+        )
     wait_for([folder / "manifest.json"], processes.patience)
     return folder
+
+
+def check_cache_dir(cache_dir: Path) -> None:
+    """UserError if nothing can be written there, and no finished cache is there either. Makes no folder."""
+    if any(cache_dir.glob("*/manifest.json")):
+        return
+    place = cache_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    writable_folder(place)
+
+
+def _changes(before: Path, key: dict, contents: Contents) -> str:
+    """How the data differ from those of another cache folder, in words."""
+    try:
+        stored = json.loads((before / "source.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"their cache {before} is gone, so that the changes cannot be named"
+    if changes := describe_changes(stored["files"], contents):
+        return changes
+    old, new = _leaves(stored["key"]), _leaves(key)
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+def _leaves(value: dict, prefix: str = "") -> dict[str, object]:
+    leaves: dict[str, object] = {}
+    for name, inner in value.items():
+        nested = isinstance(inner, dict)
+        leaves |= _leaves(inner, f"{prefix}{name}.") if nested else {prefix + name: inner}
+    return leaves
 
 
 def cache_key(parts: dict) -> str:
@@ -192,6 +247,12 @@ class CodeCache:
         shard, row = self._locate(index)
         return shard.samples[row]["key"]
 
+    def same_images(self) -> Tensor:
+        """int64 [n]: for each sample the number of the first one with the same pixels."""
+        first: dict[str, int] = {}
+        lines = (line for shard in self._shards for line in shard.lines() if "captions" in line)
+        return torch.tensor([first.setdefault(line["image"], i) for i, line in enumerate(lines)])
+
     def _locate(self, index: int) -> tuple[ShardReader, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a cache of {len(self)}")
@@ -222,28 +283,43 @@ def wait_for(paths: Sequence[Path], patience: float) -> None:
 
 
 def _report(source: Source, readers: Sequence[ShardReader]) -> Report:
-    lines = (line for reader in readers for line in reader.lines())
-    return Report.collect(lines, source.left_out)
+    return Report.collect((line for reader in readers for line in reader.lines()), source)
 
 
-def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardReader]) -> None:
+def _manifest(folder: Path, key: dict, source: Source, readers: Sequence[ShardReader]) -> dict:
+    """The manifest of a complete cache; writes its report."""
     report = _report(source, readers)
     report.write(folder)
     filled = [reader for reader in readers if reader.codes_shape[0]]
     shapes = {(*reader.codes_shape[1:], reader.text_dim) for reader in filled}
     assert len(shapes) == 1, f"shards of different shapes: {shapes}"
     positions, subtokens, text_dim = shapes.pop()
-    manifest = {
+    return {
         "key": key,
         "source": source.name,
         "samples": sum(reader.codes_shape[0] for reader in filled),
         "code_shape": [positions, subtokens],
         "text_dim": text_dim,
         "shards": [{"name": r.path.name, "samples": r.codes_shape[0]} for r in filled],
+        "surroundings": _surroundings(source),
         "report": report.summary(),
     }
-    with replacing(folder / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1))
+
+
+def _surroundings(source: Source) -> str:
+    """What the report says of a source besides its samples, as a hash."""
+    return cache_key({"left_out": source.left_out, "remarks": source.remarks})
+
+
+def _refresh(folder: Path, source: Source) -> None:
+    """Bring the report up to date with files around the samples, which the key does not cover."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["surroundings"] == _surroundings(source):
+        return
+    paths = sorted(folder.glob("shard_*.safetensors"))
+    with suppress(UserError):  # someone else's cache, which can only be read
+        manifest = _manifest(folder, manifest["key"], source, list(map(ShardReader, paths)))
+        write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def _as_list(indices: Sequence[int] | Tensor) -> list[int]:

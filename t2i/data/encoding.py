@@ -3,6 +3,7 @@
 Shape legend: B = batch, T = positions, S = sub-tokens, C = text feature width.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from t2i.data.images import SkipSample
-from t2i.data.samples import Sample, Source
+from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable
 from t2i.data.shards import ShardWriter
 
 DECODE_THREADS = 4  # Pillow decodes outside Python's lock
@@ -28,12 +29,14 @@ class Encoders:
 
     Attributes:
         load: a sample -> pixels float32 [3, H, W], or the reason to skip it.
+        caption_notes: what the text encoder makes of captions; None if it reads all of them whole.
         images: pixels [B, 3, H, W] -> codes int64 [B, T, S].
         captions: captions -> one float [n_i, C] each; None for a cache without text features.
         batch_size: images, and captions, per call.
     """
 
     load: Callable[[Sample], Tensor | SkipSample]
+    caption_notes: CaptionNotes | None
     images: Callable[[Tensor], Tensor]
     captions: Callable[[list[str]], Sequence[Tensor]] | None
     batch_size: int
@@ -88,10 +91,11 @@ def encode_shards(
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         for shard, samples in plan.samples(wanted):
             writer = ShardWriter(folder, shard)
-            loading = (
-                (batch, pool.map(encoders.load, batch))
+            readable = (
+                drop_unreadable(batch, encoders.caption_notes)
                 for batch in batches(samples, encoders.batch_size)
             )
+            loading = ((batch, pool.map(_Image(encoders.load), batch)) for batch in readable)
             for batch, loaded in one_ahead(loading):
                 _encode_batch(batch, list(loaded), writer, encoders)
                 advance(len(batch))
@@ -113,16 +117,33 @@ def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
         current = following
 
 
+@dataclass(frozen=True)
+class _Image:
+    """Loads a sample's pixels with their hash, which tells that two samples show one image."""
+
+    load: Callable[[Sample], Tensor | SkipSample]
+
+    def __call__(self, sample: Sample) -> tuple[Tensor, str] | SkipSample:
+        pixels = self.load(sample)
+        if isinstance(pixels, SkipSample):
+            return pixels
+        return pixels, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
+
+
 def _encode_batch(
-    batch: list[Sample], loaded: list[Tensor | SkipSample], writer: ShardWriter, encoders: Encoders
+    batch: list[Sample],
+    loaded: list[tuple[Tensor, str] | SkipSample],
+    writer: ShardWriter,
+    encoders: Encoders,
 ) -> None:
-    usable, pixels = [], []
+    usable, pixels, images = [], [], []
     for sample, result in zip(batch, loaded, strict=True):
         if isinstance(result, SkipSample):
             writer.skip(sample, result)
         else:
             usable.append(sample)
-            pixels.append(result)
+            pixels.append(result[0])
+            images.append(result[1])
     if not usable:
         return
     features = None
@@ -131,4 +152,4 @@ def _encode_batch(
         features = []
         for start in range(0, len(captions), encoders.batch_size):
             features += encoders.captions(captions[start : start + encoders.batch_size])
-    writer.add(usable, encoders.images(torch.stack(pixels)), features)
+    writer.add(usable, images, encoders.images(torch.stack(pixels)), features)

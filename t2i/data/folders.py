@@ -6,18 +6,17 @@ metadata does not list, knows no sidecar captions, and copies nothing that lazy 
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from t2i.data.images import SkipSample, read_bytes
+from t2i.data.content import printable
 from t2i.data.samples import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
     Sample,
     Source,
     choose_column,
-    fingerprint_files,
-    usable_captions,
+    make_sample,
 )
 from t2i.errors import UserError
 
@@ -30,12 +29,68 @@ _ADVICE = (
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Every file below the folder, sorted, without hidden files and folders."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    """Every file below the folder, sorted, as `walk` finds them."""
+    return walk(folder)[0]
+
+
+def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Every file below the folder, sorted, and (name, reason) of what was passed over.
+
+    Links are followed, to folders as well, but every folder is read once: loops end, and what lies around this folder is
+    not read. Hidden files and folders (and __MACOSX) are passed over, and named where they are or hold images.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    root = os.path.realpath(folder)
+    files: list[Path] = []
+    left_out: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    pending, links = [folder], []
+    while pending or links:  # links last, so that a file's name is the one without them
+        parent = pending.pop() if pending else links.pop(0)
+        real, name = os.path.realpath(parent), printable(os.path.relpath(parent, folder))
+        if real in seen or (parent != folder and os.path.commonpath([root, real]) == real):
+            left_out.append((f"{name}/", "link to a folder that is read already"))
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
+        except OSError as error:
+            if parent == folder:
+                raise UserError(f"cannot read {folder}: {error.strerror}") from error
+            left_out.append((f"{name}/", "unreadable folder"))
+            continue
+        for entry in entries:
+            path, kind = Path(entry.path), _kind(entry)
+            name = printable(os.path.relpath(path, folder))
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                if kind == "folder" and not entry.is_symlink() and _holds_images(path):
+                    left_out.append((f"{name}/", "hidden folder"))
+                elif kind != "folder" and is_image(path):
+                    left_out.append((name, "hidden file"))
+            elif kind == "folder":
+                (links if entry.is_symlink() else pending).append(path)
+            elif kind == "file":
+                files.append(path)
+            else:
+                left_out.append((name, kind))
+    return sorted(files), sorted(left_out)
+
+
+def _kind(entry: os.DirEntry) -> str:
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError:  # a link to itself, or one that leads where we may not look
+        pass
+    return "broken link" if entry.is_symlink() else "not a regular file"
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(is_image(Path(name)) for _, _, names in os.walk(folder) for name in names)
 
 
 def is_image(path: Path) -> bool:
@@ -58,7 +113,7 @@ def open_folder(
         raise UserError(f"{folder} holds no images, no parquet files and no tars")
     if image_column or caption_column:
         raise UserError(f"{folder} has no {METADATA}, so there are no columns to choose. {_ADVICE}")
-    return SidecarFolder(folder, images, set(files))
+    return SidecarFolder(folder, images, files)
 
 
 class MetadataFolder(Source):
@@ -73,71 +128,81 @@ class MetadataFolder(Source):
         caption_column: str | None,
     ):
         self._folder = folder
-        self._rows = [(path.parent, row) for path in metadata for row in _read_rows(path)]
+        self._metadata = metadata
+        self._rows = [
+            (str(path.parent.relative_to(folder)), row)
+            for path in metadata
+            for row in _read_rows(path)
+        ]
         if not self._rows:
             raise UserError(f"{metadata[0]} holds no rows. {_ADVICE}")
         columns = dict.fromkeys(name for _, row in self._rows for name in row)
         where = str(metadata[0])
         self._image = choose_column(columns, image_column, ("file_name",), "image", where)
         self._caption = choose_column(columns, caption_column, CAPTION_COLUMNS, "caption", where)
-        identity = {
-            "kind": "metadata folder",
-            "path": str(folder.resolve()),
-            "files": fingerprint_files(folder, [*metadata, *images]),
-            "columns": [self._image, self._caption],
-        }
+        identity = {"kind": "metadata folder", "columns": [self._image, self._caption]}
         super().__init__(str(folder), identity, len(self._rows))
-        listed = {self._path(index) for index in range(len(self._rows))}
+        listed = {self._folder / name for name in self._listed()}
         self.left_out = [
-            (str(path.relative_to(folder)), "not in metadata")
+            (printable(str(path.relative_to(folder))), "not in metadata")
             for path in images
             if path not in listed
         ]
 
-    def _path(self, index: int) -> Path | None:
+    def files(self) -> list[tuple[str, Path]]:
+        """The metadata and every image that it names, also outside the folder."""
+        listed = [(name, Path(os.path.normpath(self._folder / name))) for name in self._listed()]
+        return [(str(path.relative_to(self._folder)), path) for path in self._metadata] + listed
+
+    def _listed(self) -> Iterable[str]:
+        names = map(self._name, range(len(self._rows)))
+        return dict.fromkeys(name for name in names if name is not None)
+
+    def _name(self, index: int) -> str | None:
+        """An image's path relative to the folder, if that is how it is given."""
         parent, row = self._rows[index]
         name = row.get(self._image)
         # normpath: "./a.png" and "b/../a.png" list a.png too.
-        return Path(os.path.normpath(parent / name)) if isinstance(name, str) and name else None
+        return (
+            os.path.normpath(os.path.join(parent, name)) if isinstance(name, str) and name else None
+        )
 
     def __getitem__(self, index: int) -> Sample:
-        path = self._path(index)
-        key = f"row {index}" if path is None else os.path.relpath(path, self._folder)
-        captions = usable_captions(self._rows[index][1].get(self._caption))
-        return Sample(index, key, path, captions)
+        name = self._name(index)
+        path = None if name is None else Path(os.path.normpath(self._folder / name))
+        return make_sample(
+            index, name or f"row {index}", path, self._rows[index][1].get(self._caption)
+        )
 
 
 class SidecarFolder(Source):
-    """Images with captions in a .txt file of the same name, one alternative caption per line."""
+    """Images with captions in a .txt file of the same name (in any case)."""
 
-    def __init__(self, folder: Path, images: Sequence[Path], files: set[Path]):
+    def __init__(self, folder: Path, images: Sequence[Path], files: Sequence[Path]):
         self._folder = folder
         self._images = images
-        texts = {path for path in files if path.suffix == ".txt"}
-        expected = {path.with_suffix(".txt") for path in images}
-        if not texts & expected:
-            lookalikes = [path.name for path in sorted(files) if _looks_like_metadata(path)][:5]
+        texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+        self._texts = {path: texts.get(path.with_suffix("")) for path in images}
+        if not any(self._texts.values()):
+            lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
             raise UserError(f"{folder} holds {len(images)} images but no captions. {_ADVICE}{hint}")
-        identity = {
-            "kind": "sidecar folder",
-            "path": str(folder.resolve()),
-            "files": fingerprint_files(folder, [*images, *(texts & expected)]),
-        }
-        super().__init__(str(folder), identity, len(images))
+        super().__init__(str(folder), {"kind": "sidecar folder"}, len(images))
+        used = set(self._texts.values())
         self.left_out = [
-            (str(path.relative_to(folder)), "caption without image")
-            for path in sorted(texts - expected)
+            (printable(str(path.relative_to(folder))), "caption without image")
+            for path in files
+            if path.suffix.lower() == ".txt" and path not in used
         ]
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The images, each followed by its captions."""
+        used = [path for pair in self._texts.items() for path in pair if path is not None]
+        return [(str(path.relative_to(self._folder)), path) for path in dict.fromkeys(used)]
 
     def __getitem__(self, index: int) -> Sample:
         path = self._images[index]
-        try:
-            text = read_bytes(path.with_suffix(".txt")).decode("utf-8-sig")
-        except (SkipSample, UnicodeDecodeError):  # no captions: the sample is skipped as such
-            text = ""
-        key = str(path.relative_to(self._folder))
-        return Sample(index, key, path, usable_captions(text.splitlines()))
+        return make_sample(index, str(path.relative_to(self._folder)), path, self._texts[path])
 
 
 def _looks_like_metadata(path: Path) -> bool:
@@ -146,12 +211,16 @@ def _looks_like_metadata(path: Path) -> bool:
 
 def _read_rows(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(rows[-1], dict):
             raise UserError(f"{path} line {number} is not a JSON object: {line[:80]!r}")

@@ -8,7 +8,6 @@ memory-mapped array (`code_array.py`), not a file per image.
 Shape legend: B = images, A = views, T = positions, S = sub-tokens.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from t2i.data.cache import cache_key
 from t2i.data.code_array import SKIPPED, CodeChunk, build_code_array
+from t2i.data.content import contents_key, hash_files
 from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
 from t2i.data.folders import is_image, list_files
 from t2i.data.images import PIXELS_VERSION, SkipSample, open_image
@@ -31,7 +31,7 @@ from t2i.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # part of the key: change it whenever the files change
+_FORMAT = 2  # part of the key: change it whenever the files change
 _ROWS_PER_CHUNK = 256
 
 
@@ -50,13 +50,9 @@ class LabelledFolder:
     files: list[Path]
     labels: list[int]
 
-    @property
-    def identity(self) -> dict:
-        """Names and sizes of the files: the same for a copy of the data elsewhere."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            digest.update(f"{path.relative_to(self.root)}\0{path.stat().st_size}\n".encode())
-        return {"kind": "labelled folder", "files": digest.hexdigest(), "count": len(self.files)}
+    def contents(self) -> list[tuple[str, Path]]:
+        """The files by their names below the root."""
+        return [(str(path.relative_to(self.root)), path) for path in self.files]
 
 
 def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:
@@ -66,7 +62,9 @@ def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:
         UserError: no such folder, no sub-folders, images beside them, or no images.
     """
     root = Path(folder)
-    root = root / split if (root / split).is_dir() else root
+    part = root / split
+    if part.is_dir() and any(path.is_dir() for path in part.iterdir()):  # or it is a class
+        root = part
     if not root.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds {split}/<class>/")
     children = sorted(path for path in root.iterdir() if not path.name.startswith("."))
@@ -126,9 +124,10 @@ def extract_codes(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
+    contents = hash_files(images.contents(), Path(cache_dir), processes, progress)
     key = {
         "format": _FORMAT,
-        "source": images.identity,
+        "source": {"kind": "labelled folder", "files": contents_key(contents)},
         "classes": len(images.classes),
         "resolution": resolution,
         "pixels": PIXELS_VERSION,

@@ -11,6 +11,7 @@ Shape legend: H, W = pixels.
 """
 
 import io
+import stat
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,25 +72,36 @@ class RemoteFile:
 ImageRef = bytes | Path | FileSlice | RemoteFile | Image.Image | None
 
 
-def read_bytes(where: Path | FileSlice | RemoteFile) -> bytes:
-    """Read a file or a part of one; SkipSample missing, unreadable or corrupt if that fails."""
+def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -> bytes:
+    """Read a file or a part of one; SkipSample missing, unreadable, corrupt, or too large if that fails.
+
+    Args:
+        limit: bytes from which on a local file is too large.
+    """
     try:
-        if isinstance(where, Path):
-            return where.read_bytes()
         if isinstance(where, RemoteFile):
             import fsspec  # comes with the datasets library, which gave the address
 
             with fsspec.open(where.url, "rb") as file:
                 return file.read()
-        with open(where.path, "rb") as file:
-            file.seek(where.offset)
-            data = file.read(where.size)
+        if isinstance(where, FileSlice):
+            path, offset, size = where.path, where.offset, where.size
+        else:
+            status = where.stat()
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                raise SkipSample("unreadable", "not a regular file")  # a pipe would block for ever
+            path, offset, size = where, 0, status.st_size
+        if limit is not None and size > limit:
+            raise SkipSample("too large", f"{size} bytes, limit {limit}")
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size if isinstance(where, FileSlice) else -1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise SkipSample("missing", str(error)) from error
     except (OSError, ValueError) as error:  # permissions, name too long, a NUL byte in the name
         raise SkipSample("unreadable", str(error)) from error
-    if len(data) < where.size:
-        raise SkipSample("corrupt", f"{where.path} ends inside this file")
+    if len(data) < size:
+        raise SkipSample("corrupt", f"{path} ends inside this file")
     return data
 
 

@@ -44,8 +44,14 @@ def batch_indices(
     return torch.tensor([sample_index(p, n, seed) for p in range(start, start + share)])
 
 
-def split_indices(n: int, n_validation: int, seed: int) -> tuple[Tensor, Tensor]:
+def split_indices(
+    n: int, n_validation: int, seed: int, images: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A fixed held-out split: sorted int64 indices of the training and of the validation samples.
+
+    Args:
+        images: int64 [n], equal for samples that show the same image. They are held out together, so that no held-out
+            image is trained on; `n_validation` is then the least number of held-out samples.
 
     Raises:
         UserError: nothing would be left to train on.
@@ -53,7 +59,19 @@ def split_indices(n: int, n_validation: int, seed: int) -> tuple[Tensor, Tensor]
     if not 0 <= n_validation < n:
         raise UserError(f"cannot hold out {n_validation} of {n} samples and train on the rest")
     order = _permutation(n, seed, _SPLIT_EPOCH)
-    return order[n_validation:].sort().values, order[:n_validation].sort().values
+    rank = torch.empty(n, dtype=torch.long)
+    rank[order] = torch.arange(n)
+    if images is not None:  # an image comes up where the first of its samples does
+        found, image = images.unique(return_inverse=True)
+        rank = torch.full((len(found),), n).scatter_reduce(0, image, rank, "amin")[image]
+    end = rank.sort().values[n_validation - 1] if n_validation else -1
+    held_out = rank <= end
+    if held_out.all():
+        raise UserError(
+            f"cannot hold out {n_validation} of {n} samples and train on the rest: they show only {len(found)} "
+            "different images, and the samples of one image are held out together"
+        )
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
 @lru_cache(maxsize=4)  # a batch touches two epochs at most; shared with validation data sets

@@ -9,6 +9,7 @@
 Shape legend: N = images, A = views of an image, B = batch, T = positions, S = 1 sub-token.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from t2i.data.cache import cache_key
 from t2i.data.code_array import MANIFEST, CodeChunk, build_code_array
-from t2i.data.samples import fingerprint_files
+from t2i.data.content import hash_files
 from t2i.errors import UserError
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
@@ -28,6 +29,7 @@ from t2i.progress import progress_bar
 _FORMAT = 1  # part of the key: change it whenever the files change
 _ROWS_PER_CHUNK = 8192
 _BLOCK = 1 << 24
+_SAMPLED = 64
 
 
 class LlamaGenCodes:
@@ -60,6 +62,16 @@ class LlamaGenCodes:
         first = [self._read(codes, self._numbers[0]) for codes, _ in self._folders]
         self._counts = [array.shape[0] for array in first]
         self.views = sum(self._counts)
+
+    @property
+    def identity(self) -> dict:
+        """JSON-able, the same for a copy elsewhere: the content of every n-th image, since a million small files take too long."""
+        digest, step = hashlib.sha256(), max(1, len(self) // _SAMPLED)
+        for codes, labels in self._folders:
+            for number in self._numbers[::step]:
+                digest.update(_load(codes / f"{number}.npy").tobytes())
+                digest.update(_load(labels / f"{number}.npy").tobytes())
+        return {"count": len(self), "views": self.views, "sample": digest.hexdigest()}
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -161,9 +173,10 @@ def convert_jsonl(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is no file; give RAR's maskgitvq.jsonl")
+    contents = hash_files([(path.name, path)], Path(cache_dir), processes, progress)
     key = {
         "format": _FORMAT,
-        "source": {"kind": "jsonl", "file": fingerprint_files(path.parent, [path])},
+        "source": {"kind": "jsonl", "file": contents[0][1]},
         "vocab": vocab,
         "num_classes": num_classes,
     }

@@ -5,18 +5,19 @@ a reason and a line in a file.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from t2i.data.images import SkipSample
-from t2i.data.samples import Sample, Source, load_sample
+from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable, load_sample
 from t2i.data.shards import sample_line
-from t2i.files import replacing
+from t2i.files import write_text
 
 _KEYS_PER_REASON = 100
+_NAMED = 3
 
 
 @dataclass
@@ -25,26 +26,32 @@ class Report:
 
     Attributes:
         seen: samples of the source that were looked at.
-        usable: those of them that are in the cache.
+        usable: those of them that can be used; in a cache, that are in it.
         skipped: one {index, key, reason, detail} for each of the others, and for each file that
             belongs to no sample (index None).
+        noted: the keys of samples that are used although something is unusual about them, by what it is.
+        remarks: sentences on the source as a whole.
     """
 
     seen: int = 0
     usable: int = 0
     skipped: list[dict] = field(default_factory=list)
+    noted: dict[str, list[str]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
-    def collect(cls, lines: Iterable[dict], left_out: Iterable[tuple[str, str]]) -> "Report":
-        """From the lines of the shards and the files that belong to no sample."""
-        report = cls()
+    def collect(cls, lines: Iterable[dict], source: Source) -> "Report":
+        """From the lines of the shards, and what the source says of itself."""
+        report = cls(remarks=list(source.remarks))
         for line in lines:
             report.seen += 1
             if "reason" in line:
                 report.skipped.append(line)
             else:
                 report.usable += 1
-        for key, reason in left_out:
+                for note in line.get("notes", ()):
+                    report.noted.setdefault(note, []).append(line["key"])
+        for key, reason in source.left_out:
             report.skipped.append({"index": None, "key": key, "reason": reason, "detail": ""})
         return report
 
@@ -54,39 +61,78 @@ class Report:
         keys: dict[str, list[str]] = {}
         for line in self.skipped:
             keys.setdefault(line["reason"], []).append(line["key"])
-        return dict(sorted(keys.items(), key=lambda item: (-len(item[1]), item[0])))
+        return _by_count(keys)
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able counts."""
-        reasons = {reason: len(keys) for reason, keys in self.keys.items()}
-        return {"seen": self.seen, "usable": self.usable, "skipped": reasons}
+        """JSON-able counts, and the sentences of `lines`."""
+        skipped, noted = (
+            {what: len(keys) for what, keys in found.items()}
+            for found in (self.keys, _by_count(self.noted))
+        )
+        counts = {"seen": self.seen, "usable": self.usable, "skipped": skipped, "noted": noted}
+        return counts | {"lines": self.lines()}
 
     def describe(self) -> str:
-        """One line for people: '3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
-        parts = []
-        for reason, keys in self.keys.items():
-            names = ", ".join(keys[:2]) + (", ..." if len(keys) > 2 else "")
-            parts.append(f"{len(keys)} {reason} ({names})")
-        return ", ".join(parts) or "nothing skipped"
+        """`lines` in one: '3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
+        return "; ".join(self.lines()) or "nothing skipped"
+
+    def lines(self) -> list[str]:
+        """Sentences for people: what is skipped, what is used but unusual, remarks; empty if all is well."""
+        skipped = _listing(self.keys, self._advice)
+        noted = _listing(_by_count(self.noted))
+        return [
+            *([skipped] if skipped else []),
+            *([f"used, but with a note: {noted}"] if noted else []),
+            *self.remarks,
+        ]
+
+    def _advice(self, reason: str) -> str:
+        if reason != "too small":
+            return ""
+        detail = next(line["detail"] for line in self.skipped if line["reason"] == reason)
+        return f": {detail}; --data.small-images upscale enlarges small images"
 
     def write(self, folder: Path) -> None:
         """report.json with the first keys of each reason, skipped.jsonl with all of them."""
-        with replacing(folder / "skipped.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.skipped))
+        text = "".join(json.dumps(line) + "\n" for line in self.skipped)
+        write_text(folder / "skipped.jsonl", text)
         first = {
-            reason: {"count": len(keys), "first": keys[:_KEYS_PER_REASON]}
-            for reason, keys in self.keys.items()
+            name: {
+                what: {"count": len(keys), "first": keys[:_KEYS_PER_REASON]}
+                for what, keys in found.items()
+            }
+            for name, found in (("skipped", self.keys), ("noted", _by_count(self.noted)))
         }
-        with replacing(folder / "report.json") as temporary:
-            temporary.write_text(json.dumps({**self.summary(), "skipped": first}, indent=1))
+        write_text(folder / "report.json", json.dumps(self.summary() | first, indent=1))
 
 
-def survey_source(source: Source, limit: int = 64, **rules: Any) -> tuple[Report, list[Sample]]:
+def _by_count(keys: dict[str, list[str]]) -> dict[str, list[str]]:
+    return dict(sorted(keys.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def _listing(found: dict[str, list[str]], advice: Callable[[str], str] = lambda _: "") -> str:
+    """'3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
+    parts = []
+    for what, keys in found.items():
+        different = list(dict.fromkeys(keys))
+        names = ", ".join(different[:_NAMED]) + (", ..." if len(different) > _NAMED else "")
+        parts.append(f"{len(keys)} {what} ({names}{advice(what)})")
+    return ", ".join(parts)
+
+
+def survey_source(
+    source: Source,
+    limit: int = 64,
+    *,
+    caption_notes: CaptionNotes | None = None,
+    **rules: Any,
+) -> tuple[Report, list[Sample]]:
     """Look at a source before a run: a report over at most `limit` samples, and the usable ones.
 
     The samples are spread evenly over the source; of a stream, the first ones are taken.
 
     Args:
+        caption_notes: as for `build_cache`.
         rules: size, small and max_megapixels, as for `load_pixels`.
     """
     if source.length is None:
@@ -96,9 +142,15 @@ def survey_source(source: Source, limit: int = 64, **rules: Any) -> tuple[Report
         samples = (source[i * source.length // count] for i in range(count))
     lines, usable = [], []
     for sample in samples:
-        result = load_sample(sample, **rules)
+        readable = drop_unreadable([sample], caption_notes)[0]
+        result = load_sample(readable, **rules)
         skipped = isinstance(result, SkipSample)
-        lines.append(sample_line(sample, result if skipped else None))
+        lines.append(sample_line(readable, result if skipped else None))
         if not skipped:
-            usable.append(sample)
-    return Report.collect(lines, source.left_out), usable
+            usable.append(readable)
+    report = Report.collect(lines, source)
+    if several := sum(len(sample.captions) > 1 for sample in usable):
+        report.remarks.append(
+            f"{several} have several captions (lines of a text or items of a list), of which training picks one each time"
+        )
+    return report, usable

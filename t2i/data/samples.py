@@ -1,20 +1,28 @@
-"""What every caption-image source shares: samples, captions, columns, fingerprints."""
+"""What every caption-image source shares: samples, captions, columns."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from t2i.data.images import ImageRef, SkipSample, load_pixels
+from t2i.data.content import printable
+from t2i.data.images import FileSlice, ImageRef, SkipSample, load_pixels, read_bytes
 from t2i.errors import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 )
+_LONGEST_CAPTION = 5000  # characters; no text encoder here reads more
+_MOST_CAPTIONS = 100
+_LARGEST_FILE = 1 << 20
+_LINE = re.compile(r"\r\n|\r|\n")
+# Control characters that are no white space, lone surrogates, and code points that are no characters.
+_NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -23,15 +31,19 @@ class Sample:
 
     Attributes:
         index: position in the source, the same in every run.
-        key: a name for reports: relative path, tar member, or row number.
+        key: a printable name for reports: relative path, tar member, or row number.
         image: what `open_image` takes; None if the row names no image.
         captions: stripped and not empty; the list is empty if there is no usable caption.
+        problem: why there is none.
+        notes: what is unusual about a sample that is used all the same.
     """
 
     index: int
     key: str
     image: ImageRef
     captions: list[str]
+    problem: str = "no caption"
+    notes: tuple[str, ...] = ()
 
 
 class Source:
@@ -39,9 +51,11 @@ class Source:
 
     Attributes:
         name: what the user gave, for messages.
-        identity: JSON-able description that changes when the content may have changed.
+        identity: JSON-able: what the samples depend on besides the content of `files()`. It names no
+            place on this machine.
         length: number of samples, None for a stream.
         left_out: (key, reason) of files that look like data but belong to no sample.
+        remarks: sentences on how the source was read, where a user may have meant something else.
     """
 
     def __init__(self, name: str, identity: dict, length: int | None):
@@ -49,6 +63,7 @@ class Source:
         self.identity = identity
         self.length = length
         self.left_out: list[tuple[str, str]] = []
+        self.remarks: list[str] = []
 
     def __getitem__(self, index: int) -> Sample:
         raise UserError(f"{self.name} is a stream and has no random access")
@@ -57,24 +72,100 @@ class Source:
         assert self.length is not None, "a stream defines its own iteration"
         return (self[index] for index in range(self.length))
 
+    def files(self) -> list[tuple[str, Path]]:
+        """Every file that the samples are read from, with its name within the data set."""
+        return []
+
+
+def make_sample(index: int, key: str, image: ImageRef, captions: Any) -> Sample:
+    """A sample with the captions in a value of any kind, as `read_captions` reads it."""
+    texts, notes = read_captions(captions)
+    if texts:
+        return Sample(index, printable(key), image, texts, notes=notes)
+    return Sample(index, printable(key), image, [], notes[0] if notes else "no caption")
+
+
+def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
+    """The captions in a text, a list, or the place of a text file, and what was wrong with some of them.
+
+    One rule for every source (.txt files, tar members, JSON, tables): each line of a text is a caption, and a list holds
+    captions or texts; several captions are alternatives, of which training picks one each time. They are stripped, empty ones do not
+    count. Bytes are UTF-8. Characters that are no text (control characters, lone surrogates) are taken out; of a caption the
+    first 5,000 characters count, of a sample the first 100 captions.
+    """
+    texts: list[str] = []
+    notes: dict[str, None] = {}
+    for item in value if isinstance(value, list | tuple) else [value]:
+        try:
+            lines = _LINE.split(_as_text(item))
+        except SkipSample as problem:
+            notes[problem.reason] = None
+            continue
+        for line in lines:
+            text = _NO_TEXT.sub("", line).strip()
+            if text != line.strip():
+                notes["caption holds characters that are no text"] = None
+            if len(text) > _LONGEST_CAPTION:
+                notes[f"caption of more than {_LONGEST_CAPTION} characters cut"] = None
+            if any(unicodedata.category(c)[0] in "LNPS" for c in text):
+                texts.append(text[:_LONGEST_CAPTION].strip())
+    if len(texts) > _MOST_CAPTIONS:
+        notes[f"captions after the first {_MOST_CAPTIONS} left out"] = None
+    return texts[:_MOST_CAPTIONS], tuple(notes)
+
+
+def _as_text(value: Any) -> str:
+    """SkipSample says why a value is no text."""
+    if isinstance(value, Path | FileSlice):
+        try:
+            value = read_bytes(value, limit=_LARGEST_FILE)
+        except SkipSample as error:
+            reason = "no caption" if error.reason == "missing" else f"caption {error.reason}"
+            raise SkipSample(reason) from error
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise SkipSample("caption is not UTF-8") from error
+    if not isinstance(value, str):
+        raise SkipSample("caption is not text")
+    return value
+
+
+CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
+"""What a text encoder makes of each caption: None if nothing of it is left, else what was lost of it, in fixed phrases."""
+UNREADABLE = "caption has no text the encoder can read"
+
+
+def drop_unreadable(samples: Sequence[Sample], caption_notes: CaptionNotes | None) -> list[Sample]:
+    """The samples without captions of which the text encoder would read nothing, and with notes on the others."""
+    if caption_notes is None:
+        return list(samples)
+    found = iter(caption_notes([caption for sample in samples for caption in sample.captions]))
+    return [_readable(sample, [next(found) for _ in sample.captions]) for sample in samples]
+
+
+def _readable(sample: Sample, found: list[Sequence[str] | None]) -> Sample:
+    kept = [c for c, lost in zip(sample.captions, found, strict=True) if lost is not None]
+    if not kept:
+        return replace(sample, captions=[], problem=UNREADABLE if found else sample.problem)
+    notes = [note for lost in found for note in ([UNREADABLE] if lost is None else lost)]
+    return replace(sample, captions=kept, notes=tuple(dict.fromkeys((*sample.notes, *notes))))
+
 
 def load_sample(sample: Sample, **rules: Any) -> Tensor | SkipSample:
     """Pixels of a sample as by `load_pixels`, or why it is skipped (returned, not raised).
 
-    One reason more than images have: `no caption`.
+    More reasons than images have: those of captions, such as `no caption`.
     """
     if not sample.captions:
-        return SkipSample("no caption")
+        return SkipSample(sample.problem)
     try:
         return load_pixels(sample.image, **rules)
     except SkipSample as reason:
         return reason
-
-
-def usable_captions(value: Any) -> list[str]:
-    """The non-empty strings in a caption value (a string or a list of alternatives), stripped."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
 
 def choose_column(
@@ -100,13 +191,3 @@ def choose_column(
         else f"no {kind} column found (looked for {', '.join(candidates)})"
     )
     raise UserError(f"{where}: {problem}; {listing}. Name one with {kind}_column")
-
-
-def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
-    """Hash of names (relative to root), sizes and modification times: cheap, reads no content."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        status = path.stat()
-        name = path.relative_to(root) if path.is_relative_to(root) else path
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

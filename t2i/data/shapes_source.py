@@ -1,8 +1,12 @@
-"""The shapes world as a data source: `--data.source shapes` (or shapes:5000 for so many scenes), drawn as they are read."""
+"""The shapes world as a data source: `--data.source shapes` (or shapes:5000 for so many scenes), drawn as they are read.
+
+A folder named shapes is given as `./shapes`.
+"""
 
 from t2i.data.samples import Sample, Source
 from t2i.data.shapes import render, sample_scene
 from t2i.errors import UserError
+from t2i.files import namesake
 
 NAME = "shapes"
 DEFAULT_SCENES = 3000
@@ -32,8 +36,9 @@ def parse_shapes(text: str) -> ShapesSource | None:
     name, colon, count = text.partition(":")
     if name != NAME:
         return None
-    if not colon:
-        return ShapesSource()
-    if not count.isdigit() or int(count) < 1:
+    if colon and (not count.isdigit() or int(count) < 1):
         raise UserError(f"data source {text!r}: write shapes or shapes:N with N scenes, at least 1")
-    return ShapesSource(int(count))
+    source = ShapesSource(int(count) if colon else DEFAULT_SCENES)
+    if said := namesake(text, "the scenes that the kit draws"):
+        source.remarks.append(said)
+    return source

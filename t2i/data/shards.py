@@ -4,8 +4,9 @@
                               text [tokens, C] float16 or bfloat16: valid tokens, back to back
                               text_offsets [captions + 1] int64: rows of caption c in `text`
                               caption_offsets [n + 1] int64: captions of sample i
-    shard_00003.jsonl         a line for every sample seen: {index, key, captions} if it is in the
-                              cache, {index, key, reason, detail} if it was skipped
+    shard_00003.jsonl         a line for every sample seen: {index, key, captions, image} if it is
+                              in the cache (notes where something is unusual; image is a hash of its
+                              pixels), {index, key, reason, detail} if it was skipped
 
 The safetensors file is renamed into place last: it exists if and only if the shard is complete.
 
@@ -32,12 +33,13 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard_{shard:05d}.safetensors"
 
 
-def sample_line(sample: Sample, skipped: SkipSample | None = None) -> dict:
-    """What the jsonl says of a sample."""
+def sample_line(sample: Sample, skipped: SkipSample | None = None, image: str = "") -> dict:
+    """What the jsonl says of a sample; `image` is the hash of its pixels."""
     line: dict = {"index": sample.index, "key": sample.key}
-    if skipped is None:
-        return {**line, "captions": sample.captions}
-    return {**line, "reason": skipped.reason, "detail": skipped.detail}
+    if skipped is not None:
+        return {**line, "reason": skipped.reason, "detail": skipped.detail}
+    notes = {"notes": list(sample.notes)} if sample.notes else {}
+    return {**line, "captions": sample.captions, "image": image, **notes}
 
 
 class ShardWriter:
@@ -54,8 +56,14 @@ class ShardWriter:
     def skip(self, sample: Sample, reason: SkipSample) -> None:
         self._lines.append(sample_line(sample, reason))
 
-    def add(self, samples: Sequence[Sample], codes_BTS: Tensor, features: list | None) -> None:
-        """Add one batch; `features` holds float [n_i, C] for every caption of every sample."""
+    def add(
+        self,
+        samples: Sequence[Sample],
+        images: Sequence[str],
+        codes_BTS: Tensor,
+        features: list | None,
+    ) -> None:
+        """Add one batch: hashes of the pixels, codes, and float [n_i, C] for every caption of every sample."""
         if codes_BTS.ndim != 3 or len(codes_BTS) != len(samples):
             raise UserError(
                 f"encode_images must give codes [{len(samples)}, T, S], got "
@@ -63,7 +71,9 @@ class ShardWriter:
             )
         self._codes.append(codes_BTS.cpu())
         self._captions += [len(sample.captions) for sample in samples]
-        self._lines += map(sample_line, samples)
+        self._lines += [
+            sample_line(sample, image=image) for sample, image in zip(samples, images, strict=True)
+        ]
         if features is not None:
             self._with_text = True
             captions = [caption for sample in samples for caption in sample.captions]

@@ -13,10 +13,13 @@ A source opens nothing but its index; images are opened one by one by images.ope
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from t2i.data.folders import METADATA, is_image, list_files, open_folder
+from t2i.data.content import printable
+from t2i.data.folders import METADATA, is_image, open_folder, walk
 from t2i.data.samples import Sample, Source
 from t2i.data.tars import TarSource
 from t2i.errors import UserError
@@ -25,6 +28,7 @@ __all__ = ["Sample", "Source", "open_source"]
 
 TABLE_SUFFIXES = (".parquet", ".tar")
 _OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}
+_SPLITS = {"train", *_OTHER_SPLITS}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -61,12 +65,36 @@ def open_source(
         from t2i.data.tables import open_hub  # imports the datasets library, which takes a second
 
         return open_hub(text, split, streaming, config_name, revision, **columns)
-    root, files = _find_files(source, split)
+    found = _find_files(source, split)
+    opened = _open_files(found, text, split, streaming, columns)
+    opened.left_out += found.left_out
+    opened.remarks += found.remarks
+    return opened
+
+
+@dataclass
+class _Found:
+    """What may belong to a data set: `root` is the folder, or the first file."""
+
+    root: Path
+    files: list[Path]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def _open_files(
+    found: _Found, text: str, split: str, streaming: bool, columns: dict[str, str | None]
+) -> Source:
+    root = found.root
     for suffix in TABLE_SUFFIXES:
-        chosen = [path for path in files if path.suffix == suffix]
+        chosen = [path for path in found.files if _is_table(path, suffix)]
         if not chosen:
             continue
-        _check_one_kind(root, files, suffix)
+        _check_one_kind(root, found.files, suffix)
+        empty = [path for path in chosen if path.stat().st_size == 0]
+        if len(empty) < len(chosen):  # otherwise the reader says what is wrong
+            chosen = [path for path in chosen if path not in empty]
+            found.left_out += [(printable(path.name), "empty") for path in empty]
         if suffix == ".tar":
             return TarSource(root, chosen, **columns)
         from t2i.data.tables import open_parquet
@@ -74,27 +102,34 @@ def open_source(
         return open_parquet(root, chosen, split, streaming, **columns)
     if not root.is_dir():
         raise UserError(f"{text}: neither .parquet nor .tar. Give the folder that holds the images")
-    return open_folder(root, files, **columns)
+    return open_folder(root, found.files, **columns)
 
 
 def _is_hub_id(text: str) -> bool:
     """owner/name that is no path; with a local folder `owner`, a mistyped path is likelier."""
     if Path(text).exists() or not _HUB_ID.fullmatch(text):
         return False
-    return not Path(text).parent.is_dir() and Path(text).suffix not in TABLE_SUFFIXES
+    return not Path(text).parent.is_dir() and not _is_table(Path(text))
 
 
-def _find_files(source: str | Path | Sequence[str | Path], split: str) -> tuple[Path, list[Path]]:
-    """The folder (or the first file) and every file that may belong to the data set."""
+def _find_files(source: str | Path | Sequence[str | Path], split: str) -> _Found:
+    """Every file that may belong to the data set."""
+    left_out = []
     if isinstance(source, str | Path):
         path = Path(source).expanduser().resolve()
         if path.is_dir():
             return _find_in_folder(path, split)
-        files = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
+        names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
+        files = [name for name in names if name.is_file()]
+        left_out = [
+            (printable(name.name), "broken link" if name.is_symlink() else "not a regular file")
+            for name in names
+            if name not in files
+        ]
         if not files:
             raise UserError(
-                f"{source} does not exist. Give a folder, .parquet or .tar files, "
-                "or a hub id such as owner/name"
+                f"{source} {'is no file' if names else 'does not exist'}. Give a folder, .parquet or .tar "
+                "files, or a hub id such as owner/name"
             )
     else:
         files = [Path(name).expanduser().resolve() for name in source]
@@ -103,40 +138,69 @@ def _find_files(source: str | Path | Sequence[str | Path], split: str) -> tuple[
             raise UserError(f"no such file: {', '.join(missing) or 'the list is empty'}")
     if split != "train":
         raise UserError(f"split {split!r}: files that are given by name have no splits")
-    return files[0], files
+    return _Found(files[0], files, left_out)
 
 
-def _find_in_folder(folder: Path, split: str) -> tuple[Path, list[Path]]:
-    files = list_files(folder)
-    if any(path.suffix in TABLE_SUFFIXES for path in files):
+def _find_in_folder(folder: Path, split: str) -> _Found:
+    """The files of a split.
+
+    A folder is divided into splits if it holds no data itself and each of its sub-folders that holds data is named as a split:
+    `train` beside `val` is a split, `train` beside `bus` a class. Parquet and tar files are told by their names.
+    """
+    files, left_out = walk(folder)
+    data = [path for path in files if _is_data(path)]
+    if any(map(_is_table, files)):
         chosen = [path for path in files if _in_split(path.relative_to(folder), split)]
-        if not any(path.suffix in TABLE_SUFFIXES for path in chosen):
-            raise UserError(f"{folder} holds no files named after the split {split!r}")
-        return folder, chosen
-    # A folder of splits has sub-folders and no data of its own.
-    own = any(path.parent == folder and _is_data(path) for path in files)
-    part = folder / split
-    if not own and part.is_dir():
-        return part, list_files(part)
+        of_split = set(chosen)
+        others = [path for path in files if _is_table(path) and path not in of_split]
+        if not any(map(_is_table, chosen)):
+            raise UserError(
+                f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
+                "give the split, or the files by name"
+            )
+        names = [printable(str(path.relative_to(folder))) for path in others]
+        return _Found(
+            folder, chosen, left_out + [(name, f"not of the split {split}") for name in names]
+        )
+    parts = Counter(path.relative_to(folder).parts[0] for path in data if path.parent != folder)
+    own = any(path.parent == folder for path in data)
+    chosen_part = next((name for name in sorted(parts) if name.lower() == split.lower()), None)
+    divided = not own and all(name.lower() in _SPLITS for name in parts)
+    if chosen_part is not None and (divided or (split != "train" and not own)):
+        others = [(f"{printable(n)}/", c) for n, c in sorted(parts.items()) if n != chosen_part]
+        left_out += [(f"{n} ({count} files)", f"not of the split {split}") for n, count in others]
+        inside = [path for path in files if path.relative_to(folder).parts[0] == chosen_part]
+        return _Found(folder / chosen_part, inside, left_out)
     if split != "train":
         raise UserError(f"{folder} has no sub-folder for the split {split!r}")
-    return folder, files
+    remarks = []
+    if chosen_part is not None and not own:
+        names = ", ".join(map(printable, sorted(parts)))
+        remarks = [
+            f"all sub-folders of {folder} are used ({names}), since they are not all named as splits; "
+            f"give {folder / chosen_part} to use it alone"
+        ]
+    return _Found(folder, files, left_out, remarks)
+
+
+def _is_table(path: Path, *suffixes: str) -> bool:
+    return path.suffix.lower() in (suffixes or TABLE_SUFFIXES)
 
 
 def _in_split(name: Path, split: str) -> bool:
     """train-00000.parquet and train/00000.parquet are of `train`, and so are names of no split."""
     words = set(re.findall("[a-z]+", str(name).lower()))
     if "train" in words or not words & _OTHER_SPLITS:
-        return split == "train"
-    return split in words
+        return split.lower() == "train"
+    return split.lower() in words
 
 
 def _is_data(path: Path) -> bool:
-    return path.name == METADATA or path.suffix in TABLE_SUFFIXES or is_image(path)
+    return path.name == METADATA or _is_table(path) or is_image(path)
 
 
 def _check_one_kind(root: Path, files: Sequence[Path], suffix: str) -> None:
-    others = [path for path in files if path.suffix != suffix and _is_data(path)]
+    others = [path for path in files if not _is_table(path, suffix) and _is_data(path)]
     if others:
         raise UserError(
             f"{root} holds {suffix} files and also {others[0].name}, so the data set is not "

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from t2i.data.images import ImageRef, RemoteFile
 from t2i.data.samples import (
@@ -19,11 +22,11 @@ from t2i.data.samples import (
     Sample,
     Source,
     choose_column,
-    fingerprint_files,
-    usable_captions,
+    make_sample,
 )
 from t2i.errors import UserError
 
+NOT_UTF8 = b"\xff"
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
@@ -33,13 +36,8 @@ def open_parquet(
     """Local parquet files, all of one split; image paths in them are relative to the folder."""
     data_files = {split: [str(path) for path in files]}
     loaded = _Loaded(str(root), "parquet", {"data_files": data_files}, split, streaming)
-    identity = {
-        "kind": "parquet",
-        "path": str(root),
-        "files": fingerprint_files(root, files),
-    }
     folder = root if root.is_dir() else root.parent
-    return _as_source(loaded, identity, folder, columns)
+    return _as_source(loaded, {"kind": "parquet"}, folder, columns, files)
 
 
 def open_hub(
@@ -64,27 +62,47 @@ def open_hub(
     return _as_source(loaded, identity, Path(), columns)
 
 
-class TableSource(Source):
-    """Rows of a loaded (map-style) data set."""
-
-    def __init__(self, name: str, identity: dict, data: datasets.Dataset, reader: "_RowReader"):
-        super().__init__(name, identity, len(data))
-        self._data = data
-        self._reader = reader
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._reader(index, self._data[index])
-
-
-class StreamSource(Source):
-    """Rows of a streaming data set: iteration only, the length is unknown."""
+class _Rows(Source):
+    """What both kinds share. `paths` are the parquet files, of a data set on the hub there are none."""
 
     def __init__(
-        self, name: str, identity: dict, data: datasets.IterableDataset, reader: "_RowReader"
+        self,
+        name: str,
+        identity: dict,
+        data: datasets.Dataset | datasets.IterableDataset,
+        reader: "_RowReader",
+        paths: Sequence[Path],
     ):
-        super().__init__(name, identity, None)
+        length = len(data) if isinstance(data, datasets.Dataset) else None
+        super().__init__(name, identity, length)
         self._data = data
         self._reader = reader
+        self._paths = paths
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The parquet files, and images that their rows name by path."""
+        folder, column = self._reader.folder, self._reader.image_column
+        images = [name for path in self._paths for name in _named_images(path, column)]
+        return [
+            *((path.name, path) for path in self._paths),
+            *((name, folder / name) for name in dict.fromkeys(images)),
+        ]
+
+
+class TableSource(_Rows):
+    """Rows of a loaded (map-style) data set."""
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            row = self._data[index]
+        except UnicodeDecodeError:  # Arrow takes any bytes for a string
+            column = self._reader.caption_column.partition(".")[0]
+            row = self._data.remove_columns(column)[index] | {column: NOT_UTF8}
+        return self._reader(index, row)
+
+
+class StreamSource(_Rows):
+    """Rows of a streaming data set: iteration only, the length is unknown."""
 
     def __iter__(self) -> Iterator[Sample]:
         rows = iter(self._data)
@@ -107,7 +125,7 @@ class _RowReader:
     def __init__(self, image_column: str, caption_column: str, folder: Path):
         self.image_column = image_column
         self.caption_column = caption_column
-        self._folder = folder
+        self.folder = folder
 
     def __call__(self, index: int, row: dict[str, Any]) -> Sample:
         value = row[self.image_column]
@@ -116,8 +134,8 @@ class _RowReader:
             key = f"{Path(row.get('__url__') or '').name}:{row['__key__']}"
         elif isinstance(value, dict) and value.get("path"):
             key = f"row {index} ({Path(value['path']).name})"
-        captions = usable_captions(_field(row, self.caption_column))
-        return Sample(index, key, _image_ref(value, self._folder), captions)
+        captions = _field(row, self.caption_column)
+        return make_sample(index, key, _image_ref(value, self.folder), captions)
 
 
 class _Loaded:
@@ -157,7 +175,11 @@ class _Loaded:
 
 
 def _as_source(
-    loaded: _Loaded, identity: dict, folder: Path, columns: dict[str, str | None]
+    loaded: _Loaded,
+    identity: dict,
+    folder: Path,
+    columns: dict[str, str | None],
+    paths: Sequence[Path] = (),
 ) -> Source:
     name, first = loaded.name, loaded.first
     candidates = loaded.image_columns if len(loaded.image_columns) == 1 else _IMAGE_COLUMNS
@@ -172,7 +194,7 @@ def _as_source(
     data = loaded.data.select_columns([column for column in first if column in wanted])
     identity = {**identity, "streaming": loaded.streaming, "columns": [image, caption]}
     reader = _RowReader(image, caption, folder)
-    return (StreamSource if loaded.streaming else TableSource)(name, identity, data, reader)
+    return (StreamSource if loaded.streaming else TableSource)(name, identity, data, reader, paths)
 
 
 def _choose_caption(name: str, first: dict[str, Any], given: str | None, image: str) -> str:
@@ -203,7 +225,7 @@ def _field(row: dict[str, Any], column: str) -> Any:
     if column in row:
         return row[column]
     for name in column.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        value = value.get(name) if isinstance(value, dict) else value if value == NOT_UTF8 else None
     return value
 
 
@@ -213,3 +235,26 @@ def _image_ref(value: Any, folder: Path) -> ImageRef:
     if isinstance(value, str):
         return RemoteFile(value) if "://" in value else folder / value
     return value
+
+
+def _named_images(path: Path, column: str) -> list[str]:
+    """Local images that a parquet file names instead of holding their bytes."""
+    file = pq.ParquetFile(path)
+    kind = file.schema_arrow.field(column).type
+    if pa.types.is_struct(kind):
+        if "path" not in kind.names or _holds_every(file, f"{column}.bytes"):
+            return []
+        names = pc.struct_field(file.read(columns=[f"{column}.path"])[column], "path")
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        names = file.read(columns=[column])[column]
+    else:
+        return []
+    return [name for name in names.to_pylist() if name and "://" not in name]
+
+
+def _holds_every(file: pq.ParquetFile, column: str) -> bool:
+    """Whether a column's statistics say that it has no nulls."""
+    groups = map(file.metadata.row_group, range(file.num_row_groups))
+    parts = [group.column(i) for group in groups for i in range(group.num_columns)]
+    parts = [part.statistics for part in parts if part.path_in_schema == column]
+    return bool(parts) and all(p is not None and p.null_count == 0 for p in parts)

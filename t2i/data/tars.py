@@ -11,10 +11,11 @@ of a truncated tar.) Tars of a hub data set go through `datasets` all the same, 
 import json
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from t2i.data.content import printable
 from t2i.data.images import FileSlice, SkipSample, read_bytes
 from t2i.data.samples import (
     CAPTION_COLUMNS,
@@ -22,8 +23,7 @@ from t2i.data.samples import (
     Sample,
     Source,
     choose_column,
-    fingerprint_files,
-    usable_captions,
+    make_sample,
 )
 from t2i.errors import UserError
 
@@ -35,6 +35,7 @@ class _Entry:
     """One sample: the extension of each member and where its bytes are."""
 
     key: str
+    repeats: bool = False
     parts: dict[str, FileSlice] = field(default_factory=dict)
 
     @property
@@ -44,6 +45,8 @@ class _Entry:
 
 class TarSource(Source):
     """Samples of one or more tars, in the order of the files and of their members.
+
+    A member whose extension the sample has already begins another sample of the same name, so that nothing is overwritten.
 
     The caption is a text member (`txt`, `text`, `caption`, `prompt`) or, named "json.caption", a
     field of the json member; the image is the only member with an image extension.
@@ -57,19 +60,18 @@ class TarSource(Source):
         self, root: Path, tars: Sequence[Path], image_column: str | None, caption_column: str | None
     ):
         self._entries: list[_Entry] = []
-        truncated = [path.name for path in tars if not _index(path, self._entries)]
+        self._tars = tars
+        left_out = [line for path in tars for line in _index(path, self._entries)]
         name = str(root)
         columns = {extension for entry in self._entries for extension in entry.parts}
         self._image = self._choose_image(name, columns, image_column)
         self._caption = self._choose_caption(name, columns, caption_column)
-        identity = {
-            "kind": "webdataset",
-            "path": str(root),
-            "files": fingerprint_files(root, tars),
-            "columns": [self._image, self._caption],
-        }
+        identity = {"kind": "webdataset", "columns": [self._image, self._caption]}
         super().__init__(name, identity, len(self._entries))
-        self.left_out = [(tar, "truncated archive") for tar in truncated]
+        self.left_out = left_out
+
+    def files(self) -> list[tuple[str, Path]]:
+        return [(path.name, path) for path in self._tars]
 
     def _choose_image(self, name: str, columns: set[str], given: str | None) -> str | None:
         if given is not None:
@@ -77,7 +79,10 @@ class TarSource(Source):
         counts = [len(entry.images) for entry in self._entries]
         if not any(counts):
             listing = ", ".join(sorted(columns)) or "none"
-            raise UserError(f"{name} holds no images; the members have the extensions: {listing}")
+            raise UserError(
+                f"{name} holds no images; the members have the extensions: {listing}. (A sample's name ends at "
+                "the first dot: rename a.b.png to a_b.png)"
+            )
         if max(counts) > 1:
             entry = self._entries[counts.index(max(counts))]
             raise UserError(
@@ -101,51 +106,62 @@ class TarSource(Source):
     def __getitem__(self, index: int) -> Sample:
         entry = self._entries[index]
         image = self._image or next(iter(entry.images), "")
-        return Sample(index, entry.key, entry.parts.get(image), self._captions(entry))
+        sample = make_sample(index, entry.key, entry.parts.get(image), self._captions(entry))
+        if entry.repeats:
+            sample = replace(sample, notes=(*sample.notes, "name repeats in the tar"))
+        return sample
 
-    def _captions(self, entry: _Entry) -> list[str]:
+    def _captions(self, entry: _Entry) -> Any:
         extension, _, name = self._caption.partition(".")
         if extension not in entry.parts:
-            return []
-        if name:
-            return usable_captions(_read_json(entry.parts[extension]).get(name))
-        try:
-            return usable_captions(read_bytes(entry.parts[extension]).decode("utf-8-sig"))
-        except (SkipSample, UnicodeDecodeError):  # no captions: the sample is skipped as such
-            return []
+            return None
+        return _read_json(entry.parts[extension]).get(name) if name else entry.parts[extension]
 
 
-def _index(path: Path, entries: list[_Entry]) -> bool:
-    """Append the samples of one tar; False if the archive ends early."""
+def _index(path: Path, entries: list[_Entry]) -> list[tuple[str, str]]:
+    """Append the samples of one tar; (name, reason) of what was left out.
+
+    Raises:
+        UserError: it cannot be read, or is no tar.
+    """
+    left_out: list[tuple[str, str]] = []
     previous = None
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 base, _, extension = name.partition(".")
-                if not member.isfile() or not base:  # folders, links, hidden files
+                if not member.isreg() or member.issparse() or not base:
+                    reason = "hidden file" if member.isreg() and not base else "not a regular file"
+                    if not member.isdir() and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                        left_out.append((printable(f"{path.name}:{member.name}"), reason))
                     continue
-                if (folder, base) != previous:
+                extension = extension.lower()
+                repeats = (folder, base) == previous and extension in entries[-1].parts
+                if repeats or (folder, base) != previous:
                     previous = (folder, base)
                     key = f"{folder}/{base}" if folder else base
-                    entries.append(_Entry(f"{path.name}:{key}"))
+                    entries.append(_Entry(f"{path.name}:{key}", repeats))
                 where = FileSlice(path, member.offset_data, member.size)
-                entries[-1].parts[extension.lower()] = where
+                entries[-1].parts[extension] = where
             # A complete archive ends with blocks of zeros, which tarfile stops at.
             with open(path, "rb") as file:
                 file.seek(tar.offset)
-                return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+                complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except tarfile.TarError as error:
         if previous is None:
             raise UserError(
                 f"{path} is not an uncompressed tar ({error}). Unpack .tar.gz with gunzip first"
             ) from error
-        return False
+        complete = False
+    return left_out if complete else [*left_out, (printable(path.name), "truncated archive")]
 
 
 def _read_json(where: FileSlice) -> dict[str, Any]:
     try:
         document = json.loads(read_bytes(where))
-    except (SkipSample, ValueError):  # no captions: the sample is skipped as such
+    except (SkipSample, ValueError, RecursionError):  # no captions: the sample is skipped as such
         return {}
     return document if isinstance(document, dict) else {}

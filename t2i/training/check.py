@@ -8,6 +8,7 @@ for 7B parameters needs no memory for them, and no download.
 from pathlib import Path
 
 from t2i.backbones.base import Backbone
+from t2i.data.cache import check_cache_dir
 from t2i.data.pretokenized import LlamaGenCodes
 from t2i.data.report import survey_source
 from t2i.data.views import Views
@@ -33,6 +34,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     checkpoint = claim_run_dir(config)
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
+    check_cache_dir(config.data.cache_dir)
     settings = deepspeed_config(config, world_size)
     on_meta = published_as_folder(config.backbone.family)
     model = build_model(config, device="meta" if on_meta else "cpu")
@@ -71,7 +73,12 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
 def _captioned(options: DataOptions, backbone: Backbone) -> tuple[int | None, list[str]]:
     """Number of samples, if it is known, and the lines on them."""
     source = open_data(options)
-    survey, usable = survey_source(source, size=image_size(backbone), small=options.small_images)
+    survey, usable = survey_source(
+        source,
+        caption_notes=backbone.caption_notes,
+        size=image_size(backbone),
+        small=options.small_images,
+    )
     if not usable:
         raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
     total = min((n for n in (source.length, options.max_samples) if n is not None), default=None)
@@ -79,7 +86,7 @@ def _captioned(options: DataOptions, backbone: Backbone) -> tuple[int | None, li
     return total, [
         "data",
         f"  source        {options.source}: {count} samples",
-        f"  looked at     {survey.describe()}",
+        f"  looked at     {survey.seen} samples: {survey.describe()}",
         *(f"  caption       {s.captions[0]!r} ({s.key})" for s in usable[:3]),
     ]
 

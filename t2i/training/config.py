@@ -36,7 +36,8 @@ class DataOptions:
     """Captioned images."""
 
     source: str = ""
-    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, a hub id, or "shapes" (offline)."""
+    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, a hub id, or "shapes" (offline; a folder of that
+    name is ./shapes)."""
     image_column: str | None = None
     """Column of the images; found by itself where it is clear."""
     caption_column: str | None = None

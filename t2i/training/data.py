@@ -1,11 +1,14 @@
 """Training batches: the order of a run's examples, and the fixed held-out set."""
 
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from t2i.backbones.base import Backbone
+from t2i.checkpoint import read_config, run_checkpoints
 from t2i.data.order import batch_indices, split_indices
 from t2i.errors import UserError
 from t2i.processes import Processes
@@ -17,11 +20,22 @@ from t2i.training.examples import open_examples
 _NOISE, _DROP, _CHOICE = 1, 2, 3  # streams derived from a sample's key
 
 
+log = logging.getLogger(__name__)
+
+
+def stored_data_key(config: TrainConfig) -> str | None:
+    """The key of the data that a run to be resumed was trained on, by its newest readable checkpoint."""
+    for folder in reversed(run_checkpoints(config.run_dir) if config.resume else []):
+        with suppress(UserError):
+            return read_config(folder)["training"]["data_key"]
+    return None
+
+
 class TrainingData:
     """The examples of a run, encoded by all ranks together and split into batches."""
 
     def __init__(self, config: TrainConfig, backbone: Backbone, processes: Processes):
-        self.examples = open_examples(config, backbone, processes)
+        self.examples = open_examples(config, backbone, processes, stored_data_key(config))
         self.config, self.processes = config, processes
         n_validation, total = config.data.validation_samples, len(self.examples)
         if not processes.world_size <= n_validation < total:
@@ -29,7 +43,13 @@ class TrainingData:
                 f"data.validation_samples={n_validation} must be at least one per process ({processes.world_size}) and "
                 f"fewer than the {total} usable samples"
             )
-        self.train, self.validation = split_indices(total, n_validation, config.seed)
+        same = self.examples.same_images()
+        self.train, self.validation = split_indices(total, n_validation, config.seed, same)
+        if len(self.validation) > n_validation and processes.is_main:
+            log.warning(
+                f"{len(self.validation)} samples are held out instead of {n_validation}, so that no held-out image is trained on: "
+                "some images have several samples"
+            )
 
     @property
     def key(self) -> str:

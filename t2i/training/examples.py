@@ -7,6 +7,7 @@ Shapes: B samples, T image tokens, S sub-tokens.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +42,9 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
+    def same_images(self) -> Tensor | None:
+        """int64 [n], equal for examples that show the same image; None if all images are different, as far as known."""
+
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
 
@@ -48,14 +52,23 @@ class Examples(Protocol):
         """
 
 
-def open_examples(config: TrainConfig, backbone: Backbone, processes: Processes) -> Examples:
+def open_examples(
+    config: TrainConfig,
+    backbone: Backbone,
+    processes: Processes,
+    expected_key: str | None = None,
+) -> Examples:
     """Encode a run's data, or find that done. Every process calls it and does its share.
 
+    Args:
+        expected_key: of the data that a resumed run was trained on.
+
     Raises:
-        UserError: something is wrong with the data, or it is not of the backbone's kind.
+        UserError: something is wrong with the data, it is not of the backbone's kind, or not what was expected.
     """
-    kind = Labelled if isinstance(config.data, LabelledOptions) else Captioned
-    return kind(config.data, backbone, processes)
+    if isinstance(config.data, LabelledOptions):
+        return Labelled(config.data, backbone, processes)
+    return Captioned(config.data, backbone, processes, expected_key)
 
 
 def check_backbone(backbone: Backbone, options: DataOptions | LabelledOptions) -> None:
@@ -77,12 +90,11 @@ def image_size(backbone: Backbone) -> int:
     return height
 
 
-def say_what_is_skipped(usable: int, seen: int, reasons: dict[str, int], folder: Path) -> None:
-    """Warn about images that are not trained on."""
-    if reasons:
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        where = folder / "skipped.jsonl"
-        log.warning(f"{usable} of {seen} samples are used; skipped: {counts} ({where})")
+def say_what_is_odd(usable: int, seen: int, lines: Sequence[str], folder: Path) -> None:
+    """Warn about images that are not trained on, and captions that are not what their authors wrote."""
+    if lines:
+        where = f"more in {folder / 'report.json'} and skipped.jsonl"
+        log.warning(f"{usable} of {seen} samples are used; {'; '.join(lines)} ({where})")
 
 
 # -- captions -----------------------------------------------------------------------------------------------------------------
@@ -106,7 +118,13 @@ def open_data(options: DataOptions) -> Source:
 class Captioned:
     """Images with captions, in a code cache."""
 
-    def __init__(self, options: DataOptions, backbone: Backbone, processes: Processes):
+    def __init__(
+        self,
+        options: DataOptions,
+        backbone: Backbone,
+        processes: Processes,
+        expected_key: str | None = None,
+    ):
         check_backbone(backbone, options)
         features = backbone.caption_features()
         device = backbone.device
@@ -128,6 +146,8 @@ class Captioned:
                 **({} if features is None else features.key),
             },
             resolution=image_size(backbone),
+            caption_notes=backbone.caption_notes,
+            expected_key=expected_key,
             max_samples=options.max_samples,
             small_images=options.small_images,
             processes=processes,
@@ -136,12 +156,13 @@ class Captioned:
         self.key = folder.name
         if processes.is_main:
             report = self.cache.manifest["report"]
-            say_what_is_skipped(report["usable"], report["seen"], report["skipped"], folder)
-            for line in [] if features is None else features.report():
-                log.warning(line)
+            say_what_is_odd(report["usable"], report["seen"], report["lines"], folder)
 
     def __len__(self) -> int:
         return len(self.cache)
+
+    def same_images(self) -> Tensor:
+        return self.cache.same_images()
 
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         codes = self.cache.codes(indices)
@@ -163,15 +184,17 @@ class Labelled:
         opened = open_labelled(options, backbone)
         if isinstance(opened, LlamaGenCodes):
             self.codes = opened
-            count = {"count": len(opened), "views": opened.views}
-            self.key = cache_key({"names": [Path(s).name for s in options.source], **count})
+            self.key = cache_key(opened.identity)
         else:
             folder = _encode(opened, options, backbone, processes)
             self.codes, self.key = CodeArray(folder), folder.name
             if processes.is_main:
                 facts = self.codes.manifest
-                skipped = {"images": facts["skipped"]} if facts["skipped"] else {}
-                say_what_is_skipped(facts["usable"], facts["shape"][0], skipped, folder)
+                if facts["skipped"]:
+                    log.warning(
+                        f"{facts['usable']} of {facts['shape'][0]} images are used; the others are listed in "
+                        f"{folder / 'skipped.jsonl'}"
+                    )
         self._check()
 
     def _check(self) -> None:
@@ -186,6 +209,9 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def same_images(self) -> None:
+        """Every image is an example of its own; its views are not."""
 
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         view = torch.zeros_like(indices) if choice is None else choice

@@ -13,6 +13,7 @@ from torch import nn
 
 from t2i.backbones.base import Backbone
 from t2i.checkpoint import find_checkpoint, from_pretrained, is_checkpoint, trained_parts
+from t2i.data.cache import check_cache_dir
 from t2i.errors import UserError
 from t2i.files import write_json
 from t2i.generation import conditions, iterate_images
@@ -86,6 +87,7 @@ class Run:
         checkpoint = run_state.claim_run_dir(config)
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
+        check_cache_dir(config.data.cache_dir)
         self.model = build_model(config, resumed=checkpoint).to(processes.device)
         check_backbone(self.model.backbone, config.data)
         self.prompts = conditions(self.model.backbone, config.log.prompts)

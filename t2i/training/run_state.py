@@ -132,10 +132,12 @@ def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
 def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
     """UserError if a setting differs without which the run is another one; a warning for those that may be changed."""
     now = plain(asdict(config))
-    before = stored | {"data": stored["data"] | {"cache_dir": now["data"]["cache_dir"]}}
+    # Data are compared by their content (`resume`), wherever they lie.
+    places = {name: now["data"][name] for name in ("source", "cache_dir") if name in now["data"]}
+    before = stored | {"data": stored["data"] | places}
 
     def changes(names: tuple[str, ...]) -> str:
-        return "; ".join(f"{k}: {before[k]} -> {now[k]}" for k in names if before[k] != now[k])
+        return "; ".join(line for k in names for line in _differences(k, before.get(k), now.get(k)))
 
     if changed := changes(_MUST_MATCH):
         raise UserError(
@@ -143,6 +145,17 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
         )
     if changed := changes(_MAY_CHANGE):
         log.warning("resuming %s with changed settings: %s", where, changed)
+
+
+def _differences(name: str, before: object, now: object) -> list[str]:
+    """'name: before -> now' of each single setting."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for k in before | now
+            for line in _differences(f"{name}.{k}", before.get(k), now.get(k))
+        ]
+    return [] if before == now else [f"{name}: {before} -> {now}"]
 
 
 def claim_run_dir(config: TrainConfig) -> Path | None:

@@ -1,0 +1,176 @@
+"""Cases 7, 10 and 11: a data set is known by its content, a name has one meaning, and the cache's place is looked at first."""
+
+import os
+import shutil
+import time
+
+import pytest
+from helpers import in_threads
+from test_data_cache import build, encode_images
+from test_data_sources import (
+    CAPTIONS,
+    make,
+    png,
+    private_datasets_cache,  # noqa: F401
+    write_images,
+    write_metadata,
+    write_parquet,
+)
+
+from t2i.data import content
+from t2i.data.cache import check_cache_dir
+from t2i.data.content import ABSENT, describe_changes, hash_files
+from t2i.data.report import survey_source
+from t2i.data.shapes_source import parse_shapes
+from t2i.data.sources import open_source
+from t2i.errors import UserError
+from t2i.processes import Processes
+
+
+# -- 10: a data set is its content --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["metadata", "sidecar", "parquet", "webdataset"])
+def test_place_and_clock_do_not_matter(kind, tmp_path, monkeypatch):
+    """Case 10: touched, moved, a slash more, another working directory: the same cache."""
+    folder = build(open_source(make(kind, tmp_path / "data")), tmp_path / "cache")
+    for path in (tmp_path / "data").rglob("*"):
+        os.utime(path, (1, 1))
+    shutil.move(tmp_path / "data", tmp_path / "other" / "place")
+    monkeypatch.chdir(tmp_path / "other")
+
+    def never(pixels):
+        raise AssertionError("encoded again")
+
+    for name in ("place", "place/", "../other/place", tmp_path / "other" / "place"):
+        assert build(open_source(name), tmp_path / "cache", encode_images=never) == folder
+
+
+@pytest.mark.parametrize("kind", ["metadata", "sidecar", "parquet", "webdataset"])
+def test_any_edit_matters(kind, tmp_path):
+    """Case 10: one byte of any file, with the old size and times, makes another data set."""
+    data = make(kind, tmp_path / "data")
+    source = open_source(data)
+    before = hash_files(source.files(), tmp_path / "cache")
+    for path in sorted(path for path in data.rglob("*") if path.is_file()):
+        bytes_, times = path.read_bytes(), path.stat()
+        half = len(bytes_) // 2
+        path.write_bytes(bytes_[:half] + bytes([bytes_[half] ^ 1]) + bytes_[half + 1 :])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        after = hash_files(source.files(), tmp_path / "cache")
+        assert describe_changes(before, after) == f"1 file was edited ({path.relative_to(data)})"
+        path.write_bytes(bytes_)
+
+
+def test_images_elsewhere_are_content_too(tmp_path):
+    """Case 10: what metadata.jsonl or a table names outside the folder."""
+    write_images(tmp_path / "images")
+    rows = [{"file_name": f"../images/{i}.png", "text": "x"} for i in range(3)]
+    write_metadata(tmp_path / "data", rows)
+    write_parquet(
+        tmp_path / "images" / "0.parquet",
+        {"image": ["0.png", "1.png", "gone.png"], "text": CAPTIONS},
+    )
+    for given in (tmp_path / "data", tmp_path / "images" / "0.parquet"):
+        source = open_source(given)
+        first = build(source, tmp_path / "cache")
+        (tmp_path / "images" / "1.png").write_bytes(png(9))
+        with pytest.raises(
+            UserError, match=r"has changed since .*: 1 file was edited \(.*1\.png\)\)"
+        ):
+            build(open_source(given), tmp_path / "cache", expected_key=first.name)
+        assert build(open_source(given), tmp_path / "cache") != first
+        (tmp_path / "images" / "1.png").write_bytes(png(1))
+        assert build(open_source(given), tmp_path / "cache", expected_key=first.name) == first
+
+
+def test_changes_are_named(tmp_path):
+    """Case 10: files, or the settings that make a cache another; or that it cannot be said."""
+    data = make("sidecar", tmp_path / "data")
+    key = build(open_source(data), tmp_path / "cache").name
+    with pytest.raises(UserError, match=r"resolution: 8 -> 4"):
+        build(open_source(data), tmp_path / "cache", expected_key=key, resolution=4)
+    (data / "0.txt").write_text("edited")
+    (data / "1.png").unlink()
+    write_images(data, 7)
+    (data / "1.png").unlink()
+    with pytest.raises(UserError) as caught:
+        build(open_source(data), tmp_path / "cache", expected_key=key)
+    assert (
+        "1 file was edited (0.txt), 4 files were added (3.png, 4.png, 5.png, ...), 2 files were"
+        in str(caught.value)
+    )
+    with pytest.raises(UserError, match=r"cache .* is gone"):
+        build(open_source(data), tmp_path / "cache", expected_key="none")
+
+
+def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
+    """Case 10: the index spares a million images from being read at every start, and trusts no file of this moment."""
+    monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
+    monkeypatch.setattr(content, "_RACY_NS", 10**7)
+    source = open_source(make("metadata", tmp_path / "data"))
+    read = []
+    monkeypatch.setattr(
+        content, "file_sha256", lambda path: read.append(path.name) or str(hash(path.read_bytes()))
+    )
+    time.sleep(0.05)
+    first = hash_files(source.files(), tmp_path)
+    assert len(read) == 4 and hash_files(source.files(), tmp_path) == first and len(read) == 4
+    path = tmp_path / "data" / "images" / "1.png"
+    shutil.copy2(tmp_path / "data" / "images" / "2.png", path)
+    assert hash_files(source.files(), tmp_path) != first
+    assert read[4:] == ["1.png"]
+    hash_files(source.files(), tmp_path)
+    assert read[5:] in ([], ["1.png"]), "it changed a moment before"
+    time.sleep(0.05)
+    ranks = in_threads(lambda r: hash_files(source.files(), tmp_path, Processes(r, 2, patience=20)))
+    assert ranks[0] == ranks[1] == hash_files(source.files(), tmp_path)
+    assert set(read[5:]) <= {"1.png"}
+    path.unlink()
+    assert dict(hash_files(source.files(), tmp_path))["images/1.png"] == ABSENT
+    (index,) = (tmp_path / "file_hashes").iterdir()
+    index.write_text("{")
+    assert len(hash_files(source.files(), tmp_path)) == 4
+    with pytest.raises(TimeoutError, match="hashes of 1 files"):
+        path.write_bytes(png(5))
+        hash_files(source.files(), tmp_path, Processes(1, 2, patience=0.1))
+
+
+# -- 11: names ----------------------------------------------------------------------------------------------------------------
+def test_a_folder_of_a_shipped_name(tmp_path, monkeypatch):
+    """Case 11: a bare name is the kit's, ./name the folder; where both are, it is said."""
+    monkeypatch.chdir(tmp_path)
+    assert parse_shapes("shapes").remarks == []
+    make("sidecar", tmp_path / "shapes")
+    report, _ = survey_source(parse_shapes("shapes"), limit=1, size=64)
+    assert (
+        "'shapes' is taken for the scenes that the kit draws; write './shapes'" in report.describe()
+    )
+    assert parse_shapes("./shapes") is None and open_source("./shapes").length == 3
+
+
+# -- 7: the cache's place -----------------------------------------------------------------------------------------------------
+def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch):
+    """Case 7: while a shard is written, whoever words the error."""
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("Error while serializing: IoError(Os { code: 28, ... os error 28 })")
+
+    monkeypatch.setattr("t2i.data.shards.save_file", full)
+    source = open_source(make("sidecar", tmp_path / "data"))
+    with pytest.raises(UserError, match=r"shard_00000\.safetensors: no space is left on the disk"):
+        build(source, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_an_unwritable_cache_is_noticed_first(tmp_path):
+    """Case 7: before anything is encoded, and (see `check_cache_dir`) before a model is loaded."""
+    source = open_source(make("sidecar", tmp_path / "data"))
+    seen = []
+    for place in (tmp_path / "data" / "0.txt", tmp_path / "data" / "0.txt" / "cache"):
+        with pytest.raises(UserError, match="cannot write to"):
+            check_cache_dir(place)
+        with pytest.raises(UserError, match="cannot write to"):
+            build(source, place, encode_images=lambda p: seen.append(p) or encode_images(p))
+    assert not seen
+    check_cache_dir(tmp_path / "new" / "cache")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,392 @@
+"""Cases 12-18 and 28: faults of data sets that users have, and what becomes of each."""
+
+import json
+import os
+import shutil
+import socket
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import Killed
+from PIL import Image
+from test_data_cache import build
+from test_data_sources import (
+    image_structs,
+    levels,
+    make,
+    png,
+    private_datasets_cache,  # noqa: F401
+    write_images,
+    write_metadata,
+    write_parquet,
+    write_tar,
+)
+
+import t2i
+from t2i.data.cache import CodeCache
+from t2i.data.order import split_indices
+from t2i.data.report import survey_source
+from t2i.data.samples import UNREADABLE, read_captions
+from t2i.data.sources import open_source
+from t2i.errors import UserError
+
+
+def report_of(folder) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+# -- 12: the held-out split ---------------------------------------------------------------------------------------------------
+def several_rows(kind, folder):
+    """Three images with five samples each, whatever tells that they are the same."""
+    images = [i for i in range(3) for _ in range(5)]
+    captions = [f"{i} {j}" for j, i in enumerate(images)]
+    if kind == "metadata":
+        write_images(folder)
+        rows = zip(images, captions, strict=True)
+        write_metadata(folder, [{"file_name": f"{i}.png", "text": c} for i, c in rows])
+    elif kind == "copies":
+        folder.mkdir()
+        for j, i in enumerate(images):
+            (folder / f"{j:02d}.png").write_bytes(png(i))
+            (folder / f"{j:02d}.txt").write_text(captions[j])
+    elif kind == "parquet":
+        structs = [image_structs()[i] for i in images]
+        write_parquet(folder / "0.parquet", {"image": structs, "text": captions})
+    else:
+        members = [(f"{j}.png", png(i)) for j, i in enumerate(images)]
+        texts = [(f"{j}.txt", caption) for j, caption in enumerate(captions)]
+        pairs = zip(members, texts, strict=True)
+        write_tar(folder / "0.tar", dict(member for pair in pairs for member in pair))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["metadata", "copies", "parquet", "webdataset"])
+def test_rows_of_one_image_are_held_out_together(kind, tmp_path):
+    """Case 12: several rows of an image are several samples, on one side of the split."""
+    source = open_source(several_rows(kind, tmp_path / "data"))
+    cache = CodeCache(build(source, tmp_path / "cache"))
+    same = cache.same_images()
+    assert len(cache) == 15 and same.tolist() == [i * 5 for i in range(3) for _ in range(5)]
+    train, held_out = split_indices(15, 3, 0, same)
+    assert len(held_out) == 5 and len(train) == 10
+    assert not set(same[train].tolist()) & set(same[held_out].tolist())
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(15))
+    with pytest.raises(UserError, match=r"cannot hold out 11 of 15 .* only 3 different images"):
+        split_indices(15, 11, 0, same)
+
+
+def test_the_split_of_different_images_is_what_it_was():
+    """Case 12: without repeats, nothing changes."""
+    for n, held in ((20, 1), (100, 37)):
+        for a, b in zip(
+            split_indices(n, held, 3), split_indices(n, held, 3, torch.arange(n)), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+# -- 13: sub-folders ----------------------------------------------------------------------------------------------------------
+def sidecars(folder, count=2):
+    write_images(folder, count)
+    for i in range(count):
+        (folder / f"{i}.txt").write_text("x")
+
+
+def test_classes_named_as_splits(tmp_path):
+    """Case 13: train beside bus and cat is a class; beside val a split. What is left out is named."""
+    for name in ("bus", "train", "cat"):
+        sidecars(tmp_path / "cl" / name)
+    source = open_source(tmp_path / "cl")
+    assert source.length == 6 and source.left_out == []
+    assert (
+        "(bus, cat, train)" in source.remarks[0] and "cl/train to use it alone" in source.remarks[0]
+    )
+    for name in ("Train", "val", "TEST"):
+        sidecars(tmp_path / "splits" / name)
+    source = open_source(tmp_path / "splits")
+    assert source.length == 2 and source[0].key == "0.png"
+    assert source.left_out == [
+        ("TEST/ (2 files)", "not of the split train"),
+        ("val/ (2 files)", "not of the split train"),
+    ]
+    assert open_source(tmp_path / "splits", split="val").length == 2
+    assert open_source(tmp_path / "cl", split="train").length == 6
+    for name in ("train-0", "bus", "val"):
+        write_tar(tmp_path / "tars" / f"{name}.tar", {"a.png": png(0), "a.txt": "x"})
+    source = open_source(tmp_path / "tars")
+    assert source.length == 2 and source.left_out == [("val.tar", "not of the split train")]
+    with pytest.raises(UserError, match=r"split 'test', but bus\.tar"):
+        open_source(tmp_path / "tars", split="test")
+
+
+def test_folders_that_are_passed_over(tmp_path):
+    """Case 13: hidden folders with images are named, others are no one's business; images beside a metadata.jsonl, too."""
+    sidecars(tmp_path)
+    sidecars(tmp_path / ".ipynb_checkpoints")
+    sidecars(tmp_path / "__MACOSX")
+    (tmp_path / ".git").mkdir()
+    source = open_source(tmp_path)
+    assert source.length == 2
+    assert source.left_out == [
+        (".ipynb_checkpoints/", "hidden folder"),
+        ("__MACOSX/", "hidden folder"),
+    ]
+    write_metadata(tmp_path, [{"file_name": "0.png", "text": "x"}])
+    sidecars(tmp_path / "more", 1)
+    names = [name for name, reason in open_source(tmp_path).left_out if reason == "not in metadata"]
+    assert names == ["1.png", "more/0.png"]
+
+
+# -- 14: captions that cleaning empties ---------------------------------------------------------------------------------------
+def notes(captions):
+    """As a text encoder that reads no Chinese and three words."""
+    return [None if c == "\u5706" else ["caption cut"] * (len(c.split()) > 3) for c in captions]
+
+
+def test_unreadable_captions(tmp_path):
+    """Case 14: skipped and cut captions are named by the survey, at the encoding and on a cache hit."""
+    write_images(tmp_path / "data", 4)
+    values = ["a dot", "\u5706", ["\u5706", "a dot"], "a dot with more"]
+    rows = [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
+    write_metadata(tmp_path / "data", rows)
+    source = open_source(tmp_path / "data")
+    survey, usable = survey_source(source, caption_notes=notes, size=8)
+    for _ in range(2):
+        folder = build(source, tmp_path / "cache", caption_notes=notes)
+        report = report_of(folder)
+        assert report["skipped"] == {UNREADABLE: {"count": 1, "first": ["1.png"]}}
+        assert {k: v["first"] for k, v in report["noted"].items()} == {
+            UNREADABLE: ["2.png"],
+            "caption cut": ["3.png"],
+        }
+        assert report["lines"] == CodeCache(folder).manifest["report"]["lines"] == survey.lines()
+    cache = CodeCache(folder)
+    assert [cache.caption(i, 1) for i in range(3)] == ["a dot", "a dot", "a dot with more"]
+    assert len(usable) == len(cache) == 3
+    write_metadata(tmp_path / "data", [{"file_name": "0.png", "text": "\u5706"}])
+    with pytest.raises(UserError, match=rf"no usable sample .*1 {UNREADABLE} \(0\.png\)"):
+        build(open_source(tmp_path / "data"), tmp_path / "cache", caption_notes=notes)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "janus"])
+def test_prompts_of_which_something_is_lost(family, tiny_world, monkeypatch, caplog):
+    """Case 14: sampling says it once of each prompt."""
+
+    def drawn(*args, **options):
+        raise Killed
+
+    monkeypatch.setattr("t2i.generation.sample_windows", drawn)
+    base = tiny_world / ("base" if family == "llamagen" else family)
+    model = t2i.attach(t2i.load_backbone(family, str(base)), t2i.presets.iclr2026())
+    long = "a photo of two red circle " * 200
+    for _ in range(2):
+        with pytest.raises(Killed):
+            t2i.generate(model, ["a photo of a red circle", "\u5706", "", long], progress=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "'a photo of a red circle'" in line or "''" in line] == []
+    assert sum("has no text the encoder can read" in line for line in said) == (
+        family == "llamagen"
+    )
+    (cut,) = [line for line in said if line.startswith("prompt 'a photo of two red")]
+    assert f": caption cut to {12 if family == 'llamagen' else 512} tokens" in cut
+
+
+# -- 15 and 16: what a caption is -------------------------------------------------------------------------------------------
+NO_TEXT = "caption holds characters that are no text"
+
+
+@pytest.mark.parametrize(
+    ("value", "captions", "said"),
+    [
+        ("a\nb\r\n\nc\r", ["a", "b", "c"], ()),
+        ([" a ", "b\nc"], ["a", "b", "c"], ()),
+        (b"\xef\xbb\xbfa\nb", ["a", "b"], ()),
+        ("a \ud83d dot", ["a  dot"], (NO_TEXT,)),
+        ("\ud83d", [], (NO_TEXT,)),
+        ("r\0e\0d\x07", ["red"], (NO_TEXT,)),
+        ("a\tdot \U0001f642", ["a\tdot \U0001f642"], ()),
+        ("\u200b \ufeff", [], ()),
+        (b"\xff\xfe", [], ("caption is not UTF-8",)),
+        (7, [], ("caption is not text",)),
+        ([["a"], "b"], ["b"], ("caption is not text",)),
+        ({"a": "b"}, [], ("caption is not text",)),
+        ([None, ""], [], ()),
+        ("x" * 6000, ["x" * 5000], ("caption of more than 5000 characters cut",)),
+        ("x\n" * 101, ["x"] * 100, ("captions after the first 100 left out",)),
+    ],
+)
+def test_captions_of_any_value(value, captions, said):
+    """Cases 15 and 16: one rule, whatever holds the caption."""
+    assert read_captions(value) == (captions, said)
+
+
+@pytest.mark.parametrize(
+    "kind", ["metadata", "sidecar", "webdataset", "webdataset json", "parquet"]
+)
+def test_the_same_text_is_the_same_captions(kind, tmp_path):
+    """Case 16: three lines are three alternatives in a .txt, a tar, JSON and a table; case 15: a caption that is none."""
+    text, surrogate = "one\ntwo\nthree", "a \ud83d dot"
+    values = [text, surrogate, 7]
+    if kind == "metadata":
+        write_images(tmp_path)
+        write_metadata(
+            tmp_path, [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
+        )
+    elif kind == "sidecar":
+        write_images(tmp_path)
+        (tmp_path / "0.TXT").write_text(text)
+        (tmp_path / "1.txt").write_bytes(surrogate.encode("utf-8", "surrogatepass"))
+    elif kind == "parquet":
+        texts = pa.array([text.encode(), surrogate.encode("utf-8", "surrogatepass"), None])
+        images = pa.array(image_structs())
+        columns = {"image": images, "text": texts.cast(pa.string(), safe=False)}
+        pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    else:
+        members = {}
+        for i, value in enumerate(values):
+            members[f"{i}.png"] = png(i)
+            members |= (
+                {f"{i}.json": json.dumps({"text": value})}
+                if "json" in kind
+                else {f"{i}.txt": str(value).encode("utf-8", "surrogatepass")}
+            )
+        write_tar(tmp_path / "0.tar", members)
+    source = open_source(tmp_path)
+    assert source[0].captions == ["one", "two", "three"]
+    survey, _ = survey_source(source, size=8)
+    assert "1 have several captions (lines of a text or items of a list)" in survey.describe()
+    json_like = kind in ("metadata", "webdataset json")
+    assert source[1].captions == (["a  dot"] if json_like else [])
+    assert source[1].notes == ((NO_TEXT,) if json_like else ())
+    assert levels(source)[1] == (1 if json_like else "caption is not UTF-8")
+    if json_like:
+        assert levels(source)[2] == "caption is not text"
+
+
+def test_damaged_json_and_huge_files(tmp_path):
+    """Case 15: nesting that Python cannot follow, and a "caption" of two megabytes."""
+    write_images(tmp_path, 1)
+    (tmp_path / "0.txt").write_bytes(b"x" * (2 << 20))
+    assert levels(open_source(tmp_path)) == ["caption too large"]
+    (tmp_path / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        open_source(tmp_path)
+
+
+# -- 17: names in tars --------------------------------------------------------------------------------------------------------
+def test_repeated_names_in_a_tar(tmp_path):
+    """Case 17: both samples are kept, and named."""
+    write_members(
+        tmp_path / "0.tar",
+        [("a.png", png(0)), ("a.txt", "x"), ("a.png", png(1)), ("a.txt", "y"), ("b.c.png", png(2))],
+    )
+    write_members(tmp_path / "1.tar", [("a.PNG", png(3)), ("a.txt", "z"), ("._a.png", b"fork")])
+    source = open_source(tmp_path)
+    assert levels(source) == [0, 1, "no caption", 3]
+    assert [s.captions for s in source] == [["x"], ["y"], [], ["z"]]
+    assert [s.key for s in source] == ["0.tar:a", "0.tar:a", "0.tar:b", "1.tar:a"]
+    assert source.left_out == [("1.tar:._a.png", "hidden file")]
+    report = report_of(build(source, tmp_path / "cache"))
+    assert report["noted"] == {"name repeats in the tar": {"count": 1, "first": ["0.tar:a"]}}
+    write_members(tmp_path / "1.tar", [("a.b.png", png(3)), ("a.b.txt", "z")])
+    with pytest.raises(UserError, match="A sample's name ends at the first dot"):
+        open_source(tmp_path / "1.tar")
+
+
+def write_members(path, members):
+    """A tar whose names may repeat."""
+    import io
+    import tarfile
+
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            data = data if isinstance(data, bytes) else data.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+# -- 18: links and names ------------------------------------------------------------------------------------------------------
+def test_odd_files_are_passed_over_by_name(tmp_path):
+    """Case 18: broken links, loops, links to folders, pipes, sockets, names that are no text, empty files."""
+    data = tmp_path / "data"
+    sidecars(data, 1)
+    sidecars(tmp_path / "linked", 1)
+    (data / "zz.png").symlink_to("/gone")
+    (data / "self.png").symlink_to("self.png")
+    (data / "loop").symlink_to(data)
+    (data / "up").symlink_to(tmp_path)
+    (data / "beside").symlink_to(tmp_path / "linked")
+    (data / "again").symlink_to(tmp_path / "linked")
+    os.mkfifo(data / "pipe.png")
+    os.mkfifo(data / "0.pipe.txt")
+    for name in (b"bad\xff", b"two\nlines", b"x" * 250):
+        shutil.copy(data / "0.png", os.fsencode(data) + b"/" + name + b".png")
+        shutil.copy(data / "0.txt", os.fsencode(data) + b"/" + name + b".txt")
+    (data / "empty.png").touch()
+    (data / "empty.txt").write_text("x")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(data / "s.png"))
+        source = open_source(data)
+    folder = build(source, tmp_path / "cache")
+    assert len(CodeCache(folder)) == 5
+    report = report_of(folder)
+    skipped = {reason: entry["first"] for reason, entry in report["skipped"].items()}
+    assert skipped == {
+        "broken link": ["self.png", "zz.png"],
+        "empty": ["empty.png"],
+        "link to a folder that is read already": ["beside/", "loop/", "up/"],
+        "not a regular file": ["0.pipe.txt", "pipe.png", "s.png"],
+    }
+    keys = {CodeCache(folder).key(i) for i in range(5)}
+    assert {"bad\\udcff.png", "two\\nlines.png", "again/0.png"} < keys
+    print(report["lines"])  # can be printed
+
+
+def test_pipes_that_are_named_do_not_hang(tmp_path):
+    """Case 18: by a row of metadata.jsonl, and as the data set itself."""
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "p.tar")
+    write_images(tmp_path / "data", 1)
+    rows = [{"file_name": name, "text": "x"} for name in ("../pipe.png", "0.png", "a\0b", "\ud83d")]
+    write_metadata(tmp_path / "data", rows)
+    source = open_source(tmp_path / "data")
+    assert levels(source) == ["unreadable", 0, "unreadable", "unreadable"]
+    assert len(CodeCache(build(source, tmp_path / "cache"))) == 1
+    with pytest.raises(UserError, match=r"p\.tar is no file"):
+        open_source(tmp_path / "p.tar")
+
+
+def test_empty_and_broken_tars_among_others(tmp_path):
+    """Case 18: an empty file and a link to nowhere cost themselves only."""
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "x"})
+    (tmp_path / "1.TAR").touch()
+    (tmp_path / "2.tar").symlink_to("/gone")
+    source = open_source(tmp_path)
+    assert source.length == 1
+    assert source.left_out == [("2.tar", "broken link"), ("1.TAR", "empty")]
+    assert open_source(f"{tmp_path}/*.tar").left_out == [("2.tar", "broken link")]
+
+
+def test_a_cache_hit_reports_the_files_of_today(tmp_path):
+    """Case 18: what lies beside the samples is not part of the key, but of the report."""
+    data = make("sidecar", tmp_path / "data")
+    folder = build(open_source(data), tmp_path / "cache")
+    assert CodeCache(folder).manifest["report"]["lines"] == []
+    (data / "zz.png").symlink_to("/gone")
+    assert build(open_source(data), tmp_path / "cache") == folder
+    assert CodeCache(folder).manifest["report"]["lines"] == ["1 broken link (zz.png)"]
+    assert report_of(folder)["skipped"]["broken link"]["first"] == ["zz.png"]
+
+
+# -- 28 --------------------------------------------------------------------------------------------------------------
+def test_small_images_say_what_is_wanted(tmp_path):
+    """Case 28: the size, and the option."""
+    sidecars(tmp_path)
+    Image.new("RGB", (9, 7)).save(tmp_path / "0.png")
+    said = survey_source(open_source(tmp_path), size=8)[0].describe()
+    assert (
+        said
+        == "1 too small (0.png: 9 x 7 px, needs 8; --data.small-images upscale enlarges small images)"
+    )
