@@ -297,10 +297,7 @@ def batch_loss(cfg: Pretrain, base: "Base", tokenizer, scenes: Scenes) -> Callab
 
 
 def compile_blocks(gpt: LlamaGen) -> None:
-    """One block's kernels serve all; where they cannot be compiled, the blocks run as they are."""
-    import torch._dynamo
-
-    torch._dynamo.config.suppress_errors = True
+    """One block's kernels serve all."""
     for block in gpt.gpt.layers:
         block.compile(dynamic=False)
 

@@ -227,6 +227,8 @@ DOCUMENTED = {
     "huggingface_hub.errors",
     "huggingface_hub.utils",
     "matplotlib.figure",
+    "pyarrow.compute",
+    "pyarrow.parquet",
     "safetensors.torch",
     "tokenizers.processors",
     "torch.distributed",
