@@ -41,6 +41,9 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, index: int) -> str:
+        """What a sample is called in its source."""
+
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
 
@@ -143,6 +146,9 @@ class Captioned:
     def __len__(self) -> int:
         return len(self.cache)
 
+    def name(self, index: int) -> str:
+        return self.cache.key(index)
+
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         codes = self.cache.codes(indices)
         if self.features is None:
@@ -186,6 +192,9 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def name(self, index: int) -> str:
+        return f"class {int(self.codes.labels([index])[0])}"  # an array of codes keeps no names
 
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         view = torch.zeros_like(indices) if choice is None else choice
