@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -148,8 +149,12 @@ def _without_code(state: Path) -> Iterator[None]:
         os.environ[force] = "1"
         try:
             yield
-        except pickle.UnpicklingError as error:
-            raise UserError(f"a file in {state} is refused: {str(error).strip()[:300]}") from error
+        except pickle.UnpicklingError as error:  # torch's words would advise to trust the file
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"would run {found[1]}" if found else "is damaged, or holds code"
+            raise UserError(
+                f"a file in {state} {what}: it is refused; resume from a checkpoint that you trust"
+            ) from error
         finally:
             os.environ.pop(force)
             if before is not None:
