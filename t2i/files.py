@@ -11,7 +11,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -142,12 +142,15 @@ def writable_file(path: str | Path) -> Path:
 def owning(folder: str | Path, what: str) -> Iterator[None]:
     """Hold a folder for one program at a time; the lock goes with the process, however that ends.
 
+    A folder that was made for it goes again if nothing was put there.
+
     Args:
         what: what the folder is, for the message: "run folder", ...
 
     Raises:
         UserError: another process holds it, or it cannot be written to.
     """
+    made = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = writable_folder(folder)
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
@@ -161,6 +164,11 @@ def owning(folder: str | Path, what: str) -> Iterator[None]:
         yield
     finally:
         (folder / _OWNER).unlink(missing_ok=True)
+        if made and [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
+            with suppress(OSError):  # a parent that others use, too
+                for path in made:
+                    path.rmdir()
         lock.release()
 
 

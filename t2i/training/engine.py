@@ -26,9 +26,7 @@ def start_processes() -> Processes:
 
     Works without a GPU and without a compiler; DS_ACCELERATOR=cpu in the environment keeps it off a GPU that is there.
     """
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    cuda = _choose_accelerator()
     launcher.adopt_launcher()
     if "RANK" not in os.environ:  # plain `python`: no launcher
         alone = {
@@ -52,6 +50,14 @@ def start_processes() -> Processes:
         )
     launcher.watch_launcher()
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _choose_accelerator() -> bool:
+    """Whether it is a GPU; DeepSpeed decides when it is imported."""
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return cuda
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
@@ -101,6 +107,15 @@ def _zero_settings(path: Path, stage: int) -> dict:
         raise UserError(
             f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
         )
+    _choose_accelerator()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**settings)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{path}: DeepSpeed does not take zero_optimization ({wrong})") from error
     return settings
 
 
