@@ -4,14 +4,17 @@ config.json            method, backbone source (with hash), tuning mode, samplin
 codec.safetensors      TensorAR's own weights (absent for k = 1)
 adapter/               a PEFT folder, when LoRA was used; it holds the image layers, too, where they were trained
 backbone.safetensors   what changed of the backbone itself, under official names: all of it, or its image layers
-manifest.json          name and size of every file: a folder without it is incomplete
+manifest.json          name, size and SHA-256 of every file: a folder without it is incomplete (see t2i.manifest)
 training_state/        what resume needs (see t2i.training.run_state); may be deleted from a model that is finished
 """
 
 import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,9 +25,10 @@ from t2i import __version__
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
 from t2i.fields import from_json
-from t2i.files import write_json
+from t2i.files import saving, write_json
 from t2i.loading import attach, load_backbone, load_source, pick_device
 from t2i.lora import load_adapter, plain_weights, save_adapter
+from t2i.manifest import MANIFEST, DamagedError, check_files, write_manifest
 from t2i.sources import (
     BackboneSource,
     beside,
@@ -38,8 +42,8 @@ from t2i.tensorar.model import TensorAR, TensorARConfig
 from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights
 
 Tuning = Literal["full", "codec", "lora"]
-MANIFEST = "manifest.json"
-TRAINING_STATE = "training_state"
+log = logging.getLogger(__name__)
+
 EXPORTED = "tensorar"
 """Name of the checkpoint folder within an export (see t2i.export); its base is given relative to it."""
 CODEC, _BACKBONE = "codec.safetensors", "backbone.safetensors"
@@ -67,19 +71,34 @@ def save_pretrained(
             "this backbone was not loaded by load_backbone, so a checkpoint could not name its base"
         )
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_model(
-        model,
-        partial,
-        tuning=tuning,
-        image_layers=image_layers,
-        sampling=sampling,
-        training=training,
-    )
-    finish_folder(partial, folder)
+    with partial_folder(folder) as partial:
+        write_model(
+            model,
+            partial,
+            tuning=tuning,
+            image_layers=image_layers,
+            sampling=sampling,
+            training=training,
+        )
+        finish_folder(partial, folder)
     return folder
+
+
+@contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside `folder` to write to; whatever goes wrong until it is renamed, it goes.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        with saving(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model(
@@ -117,13 +136,8 @@ def write_model(
 
 
 def finish_folder(partial: Path, folder: Path) -> None:
-    """List every file with its size in the manifest, then rename the folder to its final name."""
-    files = {
-        str(p.relative_to(partial)): p.stat().st_size
-        for p in sorted(partial.rglob("*"))
-        if p.is_file()
-    }
-    write_json(partial / MANIFEST, {"files": files})
+    """Write the manifest, then rename the folder to its final name."""
+    write_manifest(partial)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -143,35 +157,30 @@ def _image_layers(backbone: Backbone) -> dict[str, torch.Tensor]:
     return {f"{name}.{k}": v for name, layer in layers for k, v in layer.state_dict().items()}
 
 
-def read_config(folder: str | Path, *, with_state: bool = False) -> dict:
-    """The config.json of a complete checkpoint folder; `with_state` also asks for the files that resume needs.
+def read_config(folder: str | Path, *, with_state: bool = False, contents: bool = False) -> dict:
+    """The config.json of a complete checkpoint folder.
+
+    Args:
+        with_state: also ask for the files that resume needs.
+        contents: compare checksums, not only sizes: reads every file.
 
     Raises:
-        UserError: no such folder, not a checkpoint, incomplete, or a file is cut short.
+        UserError: no such folder, not a checkpoint, incomplete, or a file is not what was written.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist (or is a file)")
+    check_files(folder, with_state=with_state, contents=contents)
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} is not a complete checkpoint folder: {Path(error.filename).name} is missing "
-            "(a base model is loaded with load_backbone; a run stopped while saving leaves an earlier step)"
+        sections = [config[name] for name in ("backbone", "method", "sampling", "training")]
+        tuning = config["tuning"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{folder / 'config.json'} is not what a checkpoint has ({error!r}); copy the folder again"
         ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{folder}: {MANIFEST} or config.json is not JSON ({error}); copy the folder again"
-        ) from error
-    for name, size in files.items():
-        path = folder / name
-        if name.startswith(f"{TRAINING_STATE}/") and not with_state:
-            continue
-        if not path.is_file() or path.stat().st_size != size:
-            raise UserError(
-                f"{path} is missing or has not the {size} bytes that the manifest says; copy the folder again"
-            )
+    if not all(isinstance(section, dict) for section in sections) or tuning not in get_args(Tuning):
+        raise DamagedError(f"{folder / 'config.json'} is not what a checkpoint has")
     return config
 
 
@@ -185,10 +194,38 @@ def run_checkpoints(run_dir: str | Path) -> list[Path]:
     return [steps[step] for step in sorted(steps)]
 
 
+def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | None:
+    """The newest checkpoint of a run whose files are what was written; None if the run has no complete one.
+
+    Goes back from a damaged one with a warning that names the file.
+
+    Raises:
+        DamagedError: all are damaged.
+    """
+    damage = None
+    for folder in reversed(run_checkpoints(run_dir)):
+        try:
+            read_config(folder, with_state=with_state, contents=True)
+        except DamagedError as error:
+            log.warning("%s is passed over: %s", folder, error)
+            damage = damage or error
+            continue
+        if damage is not None:
+            log.warning("going back to %s", folder)
+        return folder
+    if damage is not None:
+        raise DamagedError(f"{run_dir} has no healthy checkpoint: {damage}") from damage
+    return None
+
+
 def find_checkpoint(folder: str | Path) -> Path:
-    """The folder itself, the newest complete checkpoint of a run folder, or the one within an export."""
-    if found := run_checkpoints(folder):
-        return found[-1]
+    """The folder itself, the newest healthy checkpoint of a run folder, or the one within an export.
+
+    Raises:
+        DamagedError: it is a run folder, and all its checkpoints are damaged.
+    """
+    if found := newest_healthy(folder):
+        return found
     exported = Path(folder) / EXPORTED
     return exported if (exported / MANIFEST).is_file() else Path(folder)
 
@@ -219,7 +256,7 @@ def from_pretrained(
     """
     device, dtype = pick_device(device, dtype)
     folder = find_checkpoint(folder)
-    config = read_config(folder)
+    config = read_config(folder, contents=True)
     source = moved(
         stored_source(config, folder), base=base, tokenizer=tokenizer, text_encoder=text_encoder
     )

@@ -1,7 +1,6 @@
 """What all scripts share: presets with overrides on the command line, logging, and one clear message for a user's mistake."""
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import TypeVar
 import tyro
 
 from t2i.errors import UserError
+from t2i.launcher import is_main_process
 
 Config = TypeVar("Config")
 Selection = TypeVar("Selection")
@@ -93,9 +93,11 @@ def _quiet_libraries() -> None:
         enable_progress_bars()
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one of its launcher that talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
+def _log_plainly() -> None:
+    level = logging.INFO if is_main_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    for noisy in ("httpx", "datasets", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -104,15 +106,12 @@ def _terminate(number: int, frame: object) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake (UserError), Ctrl-C and SIGTERM end in a message alone; anything else keeps its traceback."""
-    level = logging.INFO if is_main_process() else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s")
-    for noisy in ("httpx", "datasets", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     # SIGTERM ends like Ctrl-C; a training run has handlers of its own.
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
+        _log_plainly()
         main()
-    except (UserError, FloatingPointError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as stop:

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Programs end in its message alone. Every other exception is taken for a bug and keeps its traceback.
     """
+
+
+class NotFiniteError(UserError, FloatingPointError):
+    """A training run whose loss, gradient or weights are no numbers any more: its settings, or its data, cannot be used."""

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -77,13 +77,15 @@ def saving(what: str | Path) -> Iterator[None]:
 def _full(error: Exception) -> str | None:
     text = str(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    # torch's zip writer says "unexpected pos" where a write came back short.
-    if (
-        full
-        or "No space left on device" in text
-        or "os error 28" in text
-        or "unexpected pos" in text
-    ):
+    # torch's zip writer knows no reason: it says "unexpected pos" or "file write failed" where a write came back short.
+    words = (
+        "No space left",
+        "quota exceeded",
+        "os error 28",
+        "unexpected pos",
+        "file write failed",
+    )
+    if full or any(word in text for word in words):
         return "no space is left on the disk. Free some and start again"
     return None
 
@@ -95,19 +97,26 @@ def _forbidden(error: Exception) -> str | None:
         return f"{error.strerror} ({error.filename}). Choose another place"
     if getattr(error, "errno", None) == errno.EROFS:
         return "the file system is read-only. Choose another place"
+    if getattr(error, "errno", None) == errno.EFBIG or "os error 27" in str(error):
+        return "the file is larger than the file system or a limit of the user's allows"
     return None
 
 
-def writable_folder(folder: str | Path) -> Path:
+def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     """Make a folder if there is none and prove that files can be written there, before the work whose result goes there.
+
+    Without `make` nothing is written: where the folder is not there yet, it is proved that it could be made.
 
     Raises:
         UserError: it is a file, or cannot be made or written to.
     """
     folder = Path(folder)
+    there = folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        while not make and not there.exists() and there != there.parent:
+            there = there.parent
+        there.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:  # whatever it is, it is about a place that the user chose
         raise UserError(
@@ -133,12 +142,15 @@ def writable_file(path: str | Path) -> Path:
 def owning(folder: str | Path, what: str) -> Iterator[None]:
     """Hold a folder for one program at a time; the lock goes with the process, however that ends.
 
+    A folder that was made for it goes again if nothing was put there.
+
     Args:
         what: what the folder is, for the message: "run folder", ...
 
     Raises:
         UserError: another process holds it, or it cannot be written to.
     """
+    made = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = writable_folder(folder)
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
@@ -152,6 +164,11 @@ def owning(folder: str | Path, what: str) -> Iterator[None]:
         yield
     finally:
         (folder / _OWNER).unlink(missing_ok=True)
+        if made and [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
+            with suppress(OSError):  # a parent that others use, too
+                for path in made:
+                    path.rmdir()
         lock.release()
 
 

@@ -1,13 +1,20 @@
-"""This process among all that a launcher (torchrun, deepspeed) started; alone without one."""
+"""This process among all that a launcher (torchrun, deepspeed, srun, mpirun) started; alone without one."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from t2i import launcher
+from t2i.errors import UserError
+
 _CPU = torch.device("cpu")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,31 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process; every one calls it."""
+        return any(self.gather(here))
+
+    def gather(self, here: T) -> list[T]:
+        """What every process has, by rank; every one calls it."""
+        everywhere = [here] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everywhere, here)
+        return everywhere
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something in the main process alone; all get its result, or raise its UserError. Every process calls it."""
+        outcome: list = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
 
 ALONE = Processes()
 
@@ -48,10 +80,20 @@ def join_processes(device: torch.device) -> Processes:
     long as it takes. A group that exists already is used as it is.
     """
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if launcher.world_size() == 1:
             return Processes(device=device)
         dist.init_process_group("gloo", timeout=timedelta(days=30))
+        launcher.watch_launcher()
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        device = local_gpu()
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def local_gpu() -> torch.device:
+    """The GPU of this process, made the current one. Slurm may show each task its own GPU only, as number 0."""
+    count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if count == 1:
+        os.environ["LOCAL_RANK"], local = "0", 0  # DeepSpeed reads it, too
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device

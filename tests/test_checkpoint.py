@@ -39,7 +39,7 @@ def test_settings_of_another_version_are_refused(plain, tmp_path):
     config.write_text(config.read_text().replace('"noise_floor"', '"noise_roof"'))
     manifest = folder / "manifest.json"
     content = json.loads(manifest.read_text())
-    content["files"]["config.json"] = config.stat().st_size
+    content["files"]["config.json"] = config.stat().st_size  # as older versions wrote it
     manifest.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="does not know: noise_roof; load it with the version"):
         t2i.from_pretrained(folder)
@@ -48,7 +48,7 @@ def test_settings_of_another_version_are_refused(plain, tmp_path):
 def test_a_finished_model_needs_no_training_state(tiny_world, plain):
     folder = tiny_world / "runs" / "slim" / "checkpoints" / plain.name
     shutil.copytree(plain, folder)
-    shutil.rmtree(folder / checkpoint.TRAINING_STATE)
+    shutil.rmtree(folder / "training_state")
     assert_same_weights(
         t2i.from_pretrained(folder).state_dict(), t2i.from_pretrained(plain).state_dict()
     )
@@ -56,7 +56,7 @@ def test_a_finished_model_needs_no_training_state(tiny_world, plain):
         train(tiny_run(tiny_world, "slim", resume=True))
 
 
-def test_newest_complete_checkpoint_is_found(tmp_path):
+def test_complete_checkpoints_are_found_in_order(tmp_path):
     for name in (
         "step_000100",
         "step_999999",
@@ -68,7 +68,8 @@ def test_newest_complete_checkpoint_is_found(tmp_path):
         folder.mkdir(parents=True)
         (folder / "manifest.json").touch()
     (tmp_path / "checkpoints" / "step_2000000").mkdir()
-    assert checkpoint.find_checkpoint(tmp_path).name == "step_1000000"
+    names = [folder.name for folder in checkpoint.run_checkpoints(tmp_path)]
+    assert names == ["step_000100", "step_999999", "step_1000000"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tiny_world):

@@ -97,7 +97,7 @@ def test_resume_wants_the_same_number_of_processes(tiny_world, plain):
     folder = run_dir / "checkpoints" / plain.name
     shutil.copytree(plain, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["training"]["world_size"] = 2
+    config["training"]["state"]["world_size"] = 2
     text = json.dumps(config)
     (folder / "config.json").write_text(text)
     manifest = json.loads((folder / "manifest.json").read_text())

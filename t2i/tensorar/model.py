@@ -270,7 +270,8 @@ class TensorAR(nn.Module):
         """Input windows with the true code in the final slots and the model's own samples behind them, int64 [B, N, k, S].
 
         Each pass predicts all windows in parallel and takes their samples as the next pass's drafts; the first pass sees pure
-        noise as drafts, so no truth can leak into them. This is what sampling feeds the model, up to the true final slots.
+        noise as drafts, so no truth can leak into them. This is what sampling feeds the model, up to the true final slots; as
+        there, nothing is dropped out, also in training. Leaves the model in the mode it was in.
         """
         truth, stride = self.windows.gather(codes), self.config.stride
         if self.config.k == stride:
@@ -281,14 +282,19 @@ class TensorAR(nn.Module):
             integers(fold(keys, s), v, *shape) for s, v in enumerate(self.backbone.spec.subvocabs)
         ]
         windows = torch.cat([final, torch.stack(noise, dim=-1)], dim=2)
+        was_training = self.training
+        self.eval()
         for p in range(passes):
             d = self.decode_slots(self.hidden(condition, windows))[:, :, stride:]
             drafts = drafts[..., :0]
-            for s in range(truth.shape[-1]):
+            for s, vocab in enumerate(self.backbone.spec.subvocabs):
                 probabilities = self.backbone.next_logits(d, drafts).softmax(-1)
                 u = uniforms(fold(keys, 1000 + p, s), *shape)
-                drafts = torch.cat([drafts, draw(probabilities, u)[..., None]], dim=-1)
+                # The clamp is for a model that has diverged: its loss, and no index out of range, shall tell.
+                code = draw(probabilities, u).clamp(max=vocab - 1)
+                drafts = torch.cat([drafts, code[..., None]], dim=-1)
             windows = torch.cat([final, drafts], dim=2)
+        self.train(was_training)
         return windows
 
 

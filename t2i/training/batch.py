@@ -19,3 +19,5 @@ class Batch:
     """bool [B], samples that lose their condition."""
     progress: float
     """Share of the run that is done."""
+    indices: Tensor
+    """int64 [B], of the samples in their set."""

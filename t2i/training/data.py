@@ -100,6 +100,11 @@ class TrainingData:
             indices = mine[min(i, len(mine) - 1)]
             yield self._load(indices, make_keys(0, indices), None, None), i < len(mine)
 
+    def names(self, indices: Tensor) -> str:
+        """Samples by their names and numbers in the set, for a message."""
+        shown = ", ".join(f"{self.examples.name(i)} (number {i})" for i in indices[:8].tolist())
+        return shown + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+
     def _load(
         self,
         indices: Tensor,
@@ -116,4 +121,5 @@ class TrainingData:
             keys.to(device),
             None if drop is None else drop.to(device),
             progress,
+            indices,
         )

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from t2i import launcher
 from t2i.errors import UserError
-from t2i.processes import Processes
+from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
 from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
@@ -25,9 +26,8 @@ def start_processes() -> Processes:
 
     Works without a GPU and without a compiler; DS_ACCELERATOR=cpu in the environment keeps it off a GPU that is there.
     """
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    cuda = _choose_accelerator()
+    launcher.adopt_launcher()
     if "RANK" not in os.environ:  # plain `python`: no launcher
         alone = {
             "RANK": "0",
@@ -43,14 +43,21 @@ def start_processes() -> Processes:
     if not cuda:
         # Otherwise the CPU accelerator compiles a shared-memory extension at first start (a minute, and a compiler).
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    device = local_gpu() if cuda else torch.device("cpu")
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
         )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    launcher.watch_launcher()
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _choose_accelerator() -> bool:
+    """Whether it is a GPU; DeepSpeed decides when it is imported."""
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return cuda
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
@@ -100,6 +107,15 @@ def _zero_settings(path: Path, stage: int) -> dict:
         raise UserError(
             f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
         )
+    _choose_accelerator()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**settings)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{path}: DeepSpeed does not take zero_optimization ({wrong})") from error
     return settings
 
 
@@ -175,6 +191,30 @@ def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, f
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["part"]]
     return rates
+
+
+@contextmanager
+def settings_kept(engine) -> Iterator[None]:
+    """Keep this run's settings of the optimizer while a state is loaded, which brings those that it was saved with."""
+    kept = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
+    clip = engine.gradient_clipping()
+    yield
+    for group, own in zip(engine.optimizer.param_groups, kept, strict=True):
+        group.update(own)
+    if hasattr(engine.optimizer, "clip_grad"):  # ZeRO's
+        engine.optimizer.clip_grad = clip
+
+
+def grad_norm(engine) -> Tensor | float | None:
+    """Norm of the gradient over all processes, for the step that `engine.step` is about to take; None if only that tells.
+
+    ZeRO shards gradients and tells the norm afterwards; without it they are whole, and DeepSpeed keeps no norm.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return None
+    return nn.utils.get_total_norm(
+        [p.grad for p in engine.module.parameters() if p.grad is not None]
+    )
 
 
 @contextmanager

@@ -45,6 +45,9 @@ class Examples(Protocol):
     def same_images(self) -> Tensor | None:
         """int64 [n], equal for examples that show the same image; None if all images are different, as far as known."""
 
+    def name(self, index: int) -> str:
+        """What a sample is called in its source."""
+
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
 
@@ -164,6 +167,9 @@ class Captioned:
     def same_images(self) -> Tensor:
         return self.cache.same_images()
 
+    def name(self, index: int) -> str:
+        return self.cache.key(index)
+
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         codes = self.cache.codes(indices)
         if self.features is None:
@@ -212,6 +218,9 @@ class Labelled:
 
     def same_images(self) -> None:
         """Every image is an example of its own; its views are not."""
+
+    def name(self, index: int) -> str:
+        return f"class {int(self.codes.labels([index])[0])}"  # an array of codes keeps no names
 
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         view = torch.zeros_like(indices) if choice is None else choice

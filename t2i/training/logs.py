@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from t2i.errors import UserError
+from t2i.files import saving, write_text
 
 
 class MetricsLog:
@@ -26,14 +27,12 @@ class MetricsLog:
         kept = []
         if self.path.exists():
             kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.tracker = _start_tracker(choose_tracker(tracker), run_dir, project, config)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values after optimizer step number `step` (1 is the first)."""
-        with self.path.open("a") as file:
+        with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.tracker is not None:
             self.tracker(step, values)

@@ -1,21 +1,29 @@
 """The training run: build, step, validate, sample, save. `launch/train_*.py` parse a `TrainConfig` and call `train`."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from t2i.backbones.base import Backbone
-from t2i.checkpoint import find_checkpoint, from_pretrained, is_checkpoint, trained_parts
+from t2i.checkpoint import (
+    find_checkpoint,
+    from_pretrained,
+    is_checkpoint,
+    run_checkpoints,
+    trained_parts,
+)
 from t2i.data.cache import check_cache_dir
-from t2i.errors import UserError
-from t2i.files import write_json
+from t2i.errors import NotFiniteError, UserError
+from t2i.files import saving, write_json
 from t2i.generation import conditions, iterate_images
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
@@ -26,12 +34,22 @@ from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
 from t2i.training.config import TrainConfig
 from t2i.training.data import TrainingData
-from t2i.training.engine import autocast, set_rates, start_engine, start_processes
+from t2i.training.engine import (
+    autocast,
+    grad_norm,
+    set_rates,
+    start_engine,
+    start_processes,
+    whole_weights,
+)
 from t2i.training.examples import check_backbone
 from t2i.training.logs import MetricsLog, choose_tracker
 from t2i.training.run_page import write_run_page
+from t2i.training.settings import plain
 from t2i.training.start import start_from, take_codec
 from t2i.training.validation import validate
+
+_ONE_REQUEST_SECONDS = 2.0
 
 
 def build_model(
@@ -84,7 +102,7 @@ class Run:
         self.config = config
         self.processes = processes = start_processes()
         choose_tracker(config.log.tracker)
-        checkpoint = run_state.claim_run_dir(config)
+        checkpoint = processes.on_main(lambda: run_state.claim_run_dir(config))
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
         check_cache_dir(config.data.cache_dir)
@@ -106,14 +124,16 @@ class Run:
             )
         self.stop_requested = self.stop_agreed = False
         if processes.is_main:
+            if checkpoint is not None:
+                run_state.set_aside_damaged(config.run_dir, checkpoint)
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(config.run_dir / "config.json", run_state.plain(asdict(config)))
+            write_json(config.run_dir / "config.json", plain(asdict(config)))
             self.metrics = MetricsLog(
                 config.run_dir,
                 self.step,
                 config.log.tracker,
                 config.log.project,
-                run_state.plain(asdict(config)),
+                plain(asdict(config)),
             )
 
     def _place_helpers(self) -> None:
@@ -128,49 +148,73 @@ class Run:
         rates = set_rates(self.engine, config, self.step, self.steps)
         # Dropout is the one user of torch's global generator: seeding it per step makes resume exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
-        total = SlotLosses(*torch.zeros(2, config.method.k, device=self.processes.device))
+        parts, norm = [], None
         for batch in self.data.micro_batches(self.step):
             loss, sums, counts = self.engine(batch)
             self.engine.backward(loss)
+            if self.engine.is_gradient_accumulation_boundary():
+                norm = grad_norm(self.engine)
             self.engine.step()
-            total = SlotLosses(total.sums + sums, total.counts + counts)
+            parts.append((batch.indices, SlotLosses(sums, counts)))
         self.step += 1
-        total = self._over_ranks(total)
-        means = total.means()
-        if not means.isfinite().all():
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.step} ({means.tolist()}); the last checkpoint is untouched. "
-                "Lower the learning rates, or train in fp32"
-            )
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        own = SlotLosses(sum(p.sums for _, p in parts), sum(p.counts for _, p in parts))
+        total, healthy = self._over_ranks(own, norm)
+        if not healthy:
+            self._refuse_batch(parts, total)
         return {
             "train/loss": float(total.weighted(config.method.weights())),
-            **{f"train/slot{j}": m for j, m in enumerate(means.tolist())},
+            **{f"train/slot{j}": m for j, m in enumerate(total.means().tolist())},
             **{f"lr/{part}": rate for part, rate in rates.items()},
-            **self._grad_norm(),
+            **({} if norm is None else {"train/grad_norm": float(norm)}),
         }
 
-    def _over_ranks(self, losses: SlotLosses) -> SlotLosses:
-        """Sum over all ranks, as one message with their stop requests: a signal reaches them at different steps."""
+    def _over_ranks(self, own: SlotLosses, norm: Tensor | float | None) -> tuple[SlotLosses, bool]:
+        """Sum over all ranks, and whether loss and gradient are finite.
+
+        One message, and with it their stop requests: a signal reaches them at different steps.
+        """
         k = self.config.method.k
-        stop = losses.sums.new_tensor([float(self.stop_requested)])
-        message = torch.cat([losses.sums, losses.counts, stop])
+        norm = own.sums.new_tensor(0.0 if norm is None else float(norm))
+        bad = (~norm.isfinite() | (norm < 0)).float()  # DeepSpeed says -1, too
+        stop = own.sums.new_tensor(float(self.stop_requested))
+        message = torch.cat([own.sums, own.counts, torch.stack([bad, stop])])
         if self.processes.world_size > 1:
             dist.all_reduce(message)
         message = message.cpu()
         self.stop_agreed = bool(message[-1] > 0)
-        return SlotLosses(message[:k], message[k : 2 * k])
+        return SlotLosses(message[:k], message[k : 2 * k]), bool(
+            message.isfinite().all() and message[-2] == 0
+        )
 
-    def _grad_norm(self) -> dict[str, float]:
-        norm = self.engine.get_global_grad_norm()  # DeepSpeed keeps none without ZeRO
-        return {} if norm is None else {"train/grad_norm": float(norm)}
+    def _refuse_batch(self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses) -> NoReturn:
+        """NotFiniteError names the step and the samples: those of the passes whose loss is no number, else all."""
+        finite = bool(total.sums.isfinite().all())
+        named = [i for i, losses in parts if not losses.sums.isfinite().all()]
+        if not self.processes.any(bool(named)):
+            named = [i for i, _ in parts]
+        everywhere = [i for rank in self.processes.gather(named) for i in rank]
+        what = "gradient" if finite else "loss"
+        raise NotFiniteError(
+            f"the {what} is not finite at step {self.step}, with the samples {self.data.names(torch.cat(everywhere))}; "
+            f"{run_state.advice(self.config.run_dir)}"
+        )
 
     def validate(self) -> dict[str, float]:
         """Held-out losses; every rank calls it."""
         with autocast(self.config.engine.precision, self.processes.device):
-            return validate(self.model, self.data).metrics()
+            metrics = validate(self.model, self.data).metrics()
+        if not all(map(math.isfinite, metrics.values())):
+            raise NotFiniteError(
+                f"the held-out loss is not finite after step {self.step} ({metrics}); "
+                f"{run_state.advice(self.config.run_dir)}"
+            )
+        return metrics
 
     def sample_sheet(self) -> None:
         """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws, the others wait."""
+        self.check_weights()
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
             options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
@@ -178,7 +222,9 @@ class Run:
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
             )
-            save_png(sheet, self.config.run_dir / "samples" / f"step_{self.step:06d}.png")
+            path = self.config.run_dir / "samples" / f"step_{self.step:06d}.png"
+            with saving(path):
+                save_png(sheet, path)
             self.model.train()
         self.processes.barrier()
 
@@ -190,7 +236,20 @@ class Run:
         folder = find_checkpoint(self.config.run_dir)
         return from_pretrained(folder, dtype=dtype, device=self.processes.device)
 
+    def check_weights(self) -> None:
+        """NotFiniteError if a weight that is trained is no number; every rank calls it, before weights are drawn with or saved."""
+        with whole_weights(self.model, self.config.engine.zero_stage):
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            finite = all(bool(p.isfinite().all()) for p in trained)
+        if self.processes.any(not finite):
+            raise NotFiniteError(
+                f"weights are not finite after step {self.step}, so they are not saved; "
+                f"{run_state.advice(self.config.run_dir)}"
+            )
+
     def save(self) -> Path:
+        """Write a checkpoint folder, and delete the oldest ones."""
+        self.check_weights()
         return run_state.save(
             self.engine,
             self.model,
@@ -206,12 +265,16 @@ def train(config: TrainConfig) -> Path:
     """Run (or resume) a training; returns the last checkpoint folder.
 
     Raises:
-        UserError: something in the configuration or the data is wrong; nothing was written to run_dir then.
-        FloatingPointError: the loss is not finite any more.
+        UserError: something in the configuration or the data is wrong, run_dir is in use, or the disk is full.
+        NotFiniteError: loss, gradient or weights are not finite any more; no such checkpoint is written.
         KeyboardInterrupt: stopped on request (Ctrl-C or SIGTERM), after a checkpoint.
     """
+    with run_state.owned(config, start_processes()):
+        return _train(Run(config))
 
-    run, options = Run(config), config.log
+
+def _train(run: Run) -> Path:
+    config, options = run.config, run.config.log
     started, first = time.perf_counter(), run.step
     run.model.train()
     bar = progress_bar(
@@ -249,7 +312,7 @@ def train(config: TrainConfig) -> Path:
                 write_run_page(config.run_dir)
     if run.step < run.steps:
         raise KeyboardInterrupt(f"saved after step {run.step}; the same with --resume goes on")
-    return find_checkpoint(config.run_dir)
+    return run_checkpoints(config.run_dir)[-1]
 
 
 def _due(every: int, step: int) -> bool:
@@ -261,9 +324,14 @@ def _due(every: int, step: int) -> bool:
 def _stop_on_signals(run: Run) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask for a checkpoint after the step in progress, and then the end; a second Ctrl-C ends at once."""
 
+    asked = math.inf
+
     def ask(number: int, frame: object) -> None:
-        if number == signal.SIGINT and run.stop_requested:
+        nonlocal asked
+        # A terminal's Ctrl-C reaches launcher and ranks, and the launcher passes it on: that is one request.
+        if number == signal.SIGINT and time.monotonic() > asked + _ONE_REQUEST_SECONDS:
             raise KeyboardInterrupt
+        asked = min(asked, time.monotonic())
         run.stop_requested = True
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

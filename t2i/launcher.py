@@ -1,0 +1,185 @@
+"""What started this process: nothing, or torchrun, deepspeed, srun or mpirun as one of several. Without torch, so that a parser can ask.
+
+torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are the ones that everything else reads; deepspeed sets
+them, too. `adopt_launcher` gives them to a process of srun or mpirun.
+"""
+
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2i.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_SECONDS = 1.0
+"""Between two looks at whether the launcher is still there."""
+
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+"""Rank, size and local rank, as Open MPI, MVAPICH, and MPICH or Intel MPI call them."""
+_MPI_LOCAL_SIZE = (
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+)
+
+_watching = False
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One of several processes, by the words of its launcher."""
+
+    rank: int
+    size: int
+    local_rank: int
+    host: str | None
+    """Of rank 0; None if all are on one machine."""
+    job: int
+    """A number that the processes of one launch share, and others probably do not."""
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its launcher that talks to the user."""
+    adopt_launcher()
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started; 1 without one."""
+    adopt_launcher()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def adopt_launcher() -> None:
+    """Set torchrun's variables in a process that srun or mpirun started as one of several; leaves any other as it is.
+
+    Raises:
+        UserError: it is one of several, but not all that is needed is known.
+    """
+    if "RANK" in os.environ:
+        return
+    task = _mpi_task() or _slurm_task()  # within a Slurm job mpirun's processes have both
+    if task is None or task.size == 1:
+        return
+    if not 0 <= task.rank < task.size:
+        raise UserError(f"the launcher's variables say rank {task.rank} of {task.size} processes")
+    os.environ.setdefault("MASTER_ADDR", task.host or "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(20000 + task.job % 12000))
+    os.environ["LOCAL_RANK"] = str(task.local_rank)
+    os.environ["WORLD_SIZE"] = str(task.size)
+    os.environ["RANK"] = str(task.rank)
+
+
+def _mpi_task() -> _Task | None:
+    for names in _MPI:
+        if names[0] not in os.environ:
+            continue
+        rank, size, local = (_number(name) for name in names)
+        if rank is None or size is None:
+            raise UserError(
+                f"{names[0]} is set and {names[1]} is not: this is one of several processes, and nothing says of how "
+                "many. Start with torchrun --nproc_per_node N (or deepspeed --num_gpus N)"
+            )
+        on_machine = next((n for n in map(_number, _MPI_LOCAL_SIZE) if n is not None), None)
+        several = on_machine is not None and on_machine < size
+        if several and "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                f"mpirun started {size} processes on several machines: say which has rank 0, with MASTER_ADDR=HOST and "
+                "MASTER_PORT=PORT in the environment of all (mpirun -x MASTER_ADDR -x MASTER_PORT)"
+            )
+        if local is None:
+            local = _number("SLURM_LOCALID")  # srun --mpi=pmi2
+        return _Task(rank, size, rank if local is None else local, None, os.getppid())
+    return None
+
+
+def _slurm_task() -> _Task | None:
+    """A task of srun. The shell of a batch script, or of salloc, is none: it has the job's variables, but not a step's."""
+    rank, size = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
+    if rank is None or (size is None and os.environ.get("ENVIRONMENT") == "BATCH"):
+        return None
+    if size is None:
+        size = _number("SLURM_NTASKS")
+    if size is None and rank > 0:
+        raise UserError(
+            "SLURM_PROCID is set and SLURM_NTASKS is not: this is one of several tasks, and nothing says of how many. "
+            "Start with srun --ntasks N, or with torchrun"
+        )
+    machines = _number("SLURM_STEP_NUM_NODES") or _number("SLURM_NNODES") or 1
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
+    host = _first_host(hosts) if machines > 1 else None
+    job, step = _number("SLURM_JOB_ID") or 0, _number("SLURM_STEP_ID") or 0
+    local = _number("SLURM_LOCALID")
+    return _Task(rank, size or 1, rank if local is None else local, host, job + step)
+
+
+def _first_host(hosts: str) -> str:
+    """The first machine of Slurm's short form of a list: "node[03-05,9],other" -> "node03"."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", hosts)
+    if match is None:
+        raise UserError(
+            f"cannot tell the first machine of Slurm's list {hosts!r}: set MASTER_ADDR in the environment of all tasks"
+        )
+    return "".join(part or "" for part in match.groups())
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else None
+
+
+# -- a launcher that goes ------------------------------------------------------------------------------------------------------
+def watch_launcher() -> None:
+    """Get SIGTERM when the launcher is gone without having passed one on, as `deepspeed` does when it is stopped or killed.
+
+    Without a launcher nothing is watched: a parent that is a shell may go (nohup).
+    """
+    global _watching
+    parents = _launchers()
+    if _watching or not parents:
+        return
+    _watching = True
+
+    def watch() -> None:
+        while _launchers(len(parents)) == parents:
+            time.sleep(_SECONDS)
+        log.warning("the launcher is gone: stopping as on SIGTERM")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _launchers(count: int | None = None) -> list[int]:
+    """Process ids of the launcher, and of the program that started it where a signal to that one is not passed on."""
+    parent = os.getppid()
+    if count is None:
+        # deepspeed starts deepspeed.launcher.launch, which starts the ranks.
+        if b"deepspeed.launcher.launch" in _proc(parent, "cmdline"):
+            count = 2
+        elif "TORCHELASTIC_RUN_ID" in os.environ or any(n[0] in os.environ for n in _MPI):
+            count = 1
+        else:
+            count = 0
+    found = [parent]
+    if count == 2:
+        status = _proc(parent, "stat").rpartition(b")")[2].split()
+        found.append(int(status[1]) if len(status) > 1 else 0)
+    return found[:count]
+
+
+def _proc(process: int, name: str) -> bytes:
+    """A file of /proc; empty where there is none."""
+    try:
+        return Path(f"/proc/{process}/{name}").read_bytes()
+    except OSError:
+        return b""

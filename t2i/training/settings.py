@@ -1,0 +1,119 @@
+"""What a resumed run may do otherwise than before: every option belongs to one of the groups below, by its own name or its part's."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from t2i.errors import UserError
+from t2i.training.config import TrainConfig
+from t2i.training.engine import deepspeed_config
+
+log = logging.getLogger(__name__)
+
+MUST_MATCH = (
+    "method",
+    "tuning",
+    "lora",
+    "train_image_layers",
+    "backbone",
+    "batch_size",
+    "seed",
+    "data",
+    "condition_dropout",
+    "token_dropout",
+)
+"""With another value the run would be another one."""
+OF_THE_STATE = ("engine.zero_stage", "engine.precision", "engine.micro_batch")
+"""With another value DeepSpeed's state would not fit, or the continuation differ; so with another number of processes."""
+BY_CONTENT = (
+    "data.source",
+    "backbone.weights",
+    "backbone.tokenizer",
+    "backbone.text_encoder",
+    "engine.deepspeed_config",
+)
+"""Names of files, which may have moved: what is in them is compared, not where they are."""
+APPLIED = ("optim", "steps", "epochs", "sampling")
+"""May change for a reason, but not unnoticed; the new value holds from the next step on."""
+FREE = ("run_dir", "log", "resume", "check", "data.cache_dir", "engine.gradient_checkpointing")
+"""Nothing that is computed depends on them."""
+
+
+def plain(value):
+    """As JSON would give it back."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def options(config: dict, part: str = "") -> Iterator[tuple[str, object]]:
+    """Every option of a `plain` config by its full name, such as "optim.betas"."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from options(value, f"{part}{name}.")
+        else:
+            yield part + name, value
+
+
+def group_of(name: str) -> tuple[str, ...]:
+    """The group of an option: that of its own name, else of its part's."""
+    groups = (OF_THE_STATE, BY_CONTENT, FREE, APPLIED, MUST_MATCH)
+    for known in (name, name.partition(".")[0]):
+        for group in groups:
+            if known in group:
+                return group
+    raise AssertionError(f"{name} belongs to none of the groups of {__name__}")
+
+
+def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
+    """UserError if a setting differs without which the run is another one; a warning for those that may be changed.
+
+    `stored` may lack options that it was written before.
+    """
+    before = dict(options(stored))
+    changed = {
+        name: f"{name}: {before[name]} -> {value}"
+        for name, value in options(plain(asdict(config)))
+        if name in before and before[name] != value
+    }
+    if others := [text for name, text in changed.items() if group_of(name) is MUST_MATCH]:
+        raise UserError(
+            f"cannot resume {where} with other settings ({'; '.join(others)}); start a new run_dir"
+        )
+    if allowed := [text for name, text in changed.items() if group_of(name) is APPLIED]:
+        log.warning("resuming %s with changed settings: %s", where, "; ".join(allowed))
+
+
+def state_facts(config: TrainConfig, world_size: int) -> dict:
+    """What the training state fits only, for `check_state`."""
+    own = dict(options(plain(asdict(config))))
+    zero = deepspeed_config(config, world_size)["zero_optimization"]
+    return {
+        "world_size": world_size,
+        **{name: own[name] for name in OF_THE_STATE},
+        **{f"zero_optimization.{name}": value for name, value in options(plain(zero))},
+    }
+
+
+def check_state(config: TrainConfig, world_size: int, stored: dict, where: Path) -> None:
+    """UserError if the training state was saved by other processes, or by another engine, than this run has."""
+    before = stored["state"] if "state" in stored else _older_facts(stored)
+    now = state_facts(config, world_size)
+    names = (
+        list(before) if "state" not in stored else [*before, *(n for n in now if n not in before)]
+    )
+    for name in names:
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"{where} was saved with {name}={before.get(name)}, this run has {now.get(name)}: the continuation would "
+                f"differ, or DeepSpeed's optimizer shards not fit; start it with {name}={before.get(name)}"
+            )
+
+
+def _older_facts(stored: dict) -> dict:
+    """Older versions stored less."""
+    own = dict(options(stored["config"]))
+    return {"world_size": stored["world_size"], **{name: own[name] for name in OF_THE_STATE}}

@@ -1,0 +1,223 @@
+"""Case 4: launchers. What srun and mpirun say is understood, and a launcher that is stopped or killed takes no step with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+from runs import metrics
+
+from t2i import checkpoint, launcher
+from t2i.errors import UserError
+from t2i.processes import ALONE
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def adopted(monkeypatch):
+    """A function that gives torchrun's variables as they are set in a process with these of another launcher."""
+
+    def adopt(**variables: object) -> dict[str, str]:
+        with monkeypatch.context() as patch:
+            for name in list(os.environ):
+                if name in TORCHRUN or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_", "MV2_")):
+                    patch.delenv(name)
+            before = dict(os.environ)
+            for name, value in variables.items():
+                patch.setenv(name, str(value))
+            try:
+                launcher.adopt_launcher()
+                return {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
+
+    return adopt
+
+
+def test_tasks_of_srun_are_one_launch(adopted):
+    step = {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 1, "SLURM_STEP_NUM_TASKS": 4, "SLURM_PROCID": 3}
+    alone = {"SLURM_LOCALID": 3, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_NODELIST": "n1"}
+    assert adopted(**step, **alone) == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "20008",
+    }
+    several = {"SLURM_LOCALID": 1, "SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NODELIST": "n[07-09],x"}
+    got = adopted(**step, **several)
+    assert (got["LOCAL_RANK"], got["MASTER_ADDR"]) == ("1", "n07")
+    assert adopted(**step, **several, MASTER_ADDR="n3", MASTER_PORT=1)["MASTER_ADDR"] == "n3"
+    assert adopted(SLURM_PROCID=1, SLURM_NTASKS=2)["WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[1,3]", "n1"),
+        ("n[001-4]-ib,z", "n001-ib"),
+        ("r1-n[5]", "r1-n5"),
+    ],
+)
+def test_the_first_machine_of_slurms_list(hosts, first):
+    assert launcher._first_host(hosts) == first
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 4},  # a shell of salloc
+        {"SLURM_PROCID": 0, "SLURM_NTASKS": 4, "ENVIRONMENT": "BATCH"},  # a batch script's shell
+        {"SLURM_PROCID": 0, "SLURM_NTASKS": 4, "SLURM_STEP_NUM_TASKS": 1},  # srun --pty bash
+        {"SLURM_PROCID": 0},
+        {"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 1},
+    ],
+    ids=str,
+)
+def test_a_single_process_stays_alone(adopted, variables):
+    assert adopted(**variables) == {}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {
+            "OMPI_COMM_WORLD_RANK": 1,
+            "OMPI_COMM_WORLD_SIZE": 2,
+            "OMPI_COMM_WORLD_LOCAL_RANK": 1,
+            "OMPI_COMM_WORLD_LOCAL_SIZE": 2,
+        },
+        {"PMI_RANK": 1, "PMI_SIZE": 2, "MPI_LOCALRANKID": 1, "MPI_LOCALNRANKS": 2},
+        {"MV2_COMM_WORLD_RANK": 1, "MV2_COMM_WORLD_SIZE": 2},
+        {
+            "OMPI_COMM_WORLD_RANK": 1,
+            "OMPI_COMM_WORLD_SIZE": 2,
+            "SLURM_PROCID": 0,
+            "SLURM_NTASKS": 1,
+        },
+    ],
+    ids=lambda v: next(iter(v)),
+)
+def test_processes_of_mpirun_are_one_launch(adopted, variables):
+    got = adopted(**variables)
+    assert (got["RANK"], got["WORLD_SIZE"], got["LOCAL_RANK"]) == ("1", "2", "1")
+    assert got["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_launch_that_cannot_be_understood_is_refused(adopted):
+    with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_SIZE is not.*torchrun"):
+        adopted(OMPI_COMM_WORLD_RANK=1)
+    with pytest.raises(UserError, match=r"SLURM_NTASKS is not.*torchrun"):
+        adopted(SLURM_PROCID=1)
+    several = {"PMI_RANK": 1, "PMI_SIZE": 4, "MPI_LOCALNRANKS": 2}
+    with pytest.raises(UserError, match=r"several machines.*MASTER_ADDR=HOST"):
+        adopted(**several)
+    assert adopted(**several, MASTER_ADDR="n1")["RANK"] == "1"
+    assert adopted(RANK=0, OMPI_COMM_WORLD_RANK=1) == {"RANK": "0"}, "torchrun's win"
+
+
+def test_only_the_main_process_does_it_and_all_hear_of_it():
+    def wrong() -> None:
+        raise UserError("wrong")
+
+    assert ALONE.on_main(lambda: 3) == 3 and ALONE.gather(1) == [1] and not ALONE.any(False)
+    with pytest.raises(UserError, match="wrong"):
+        ALONE.on_main(wrong)
+
+
+# -- real processes -----------------------------------------------------------------------------------------------------------
+def options(root: Path, name: str) -> list[str]:
+    """Of a run that goes on until it is stopped."""
+    text = f"""shapes-iclr2026 --backbone.weights {root / "base"} --method.k 3 --data.source {root / "data"}
+        --data.cache-dir {root / "cache"} --data.validation-samples 9 --engine.micro-batch 4
+        --log.log-every 1 --log.validate-every 0 --log.sample-every 0 --log.save-every 0 --log.tracker none
+        --batch-size 16 --steps 100000 --run-dir {root / "runs" / name}"""
+    return [str(ROOT / "launch" / "train_llamagen.py"), *text.split()]
+
+
+def environment(**more: str) -> dict[str, str]:
+    plain = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    return plain | own | {"PYTHONPATH": str(ROOT)} | more
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def of_run(run_dir: Path) -> list[int]:
+    """Processes that have the run folder among their arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(run_dir).encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
+    """SIGTERM to `deepspeed` ends that process alone: its ranks notice, save and end."""
+    run_dir = tiny_world / "runs" / "deepspeed-stopped"
+    port = str(23000 + os.getpid() % 5000)
+    command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    process = subprocess.Popen(
+        [sys.executable, *command, *options(tiny_world, run_dir.name)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = run_dir / "metrics.jsonl"
+    wait_for(lambda: process.poll() is not None or (log.exists() and log.stat().st_size > 0))
+    assert process.poll() is None and len(of_run(run_dir)) == 4, "runner, launch, two ranks"
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    wait_for(lambda: not of_run(run_dir), 60)
+    (saved,) = checkpoint.run_checkpoints(run_dir)
+    assert int(saved.name[5:]) == metrics(tiny_world, run_dir.name)[-1]["step"]
+    checkpoint.read_config(saved, with_state=True, contents=True)
+
+
+def test_tasks_of_srun_join(tmp_path):
+    """Two processes with Slurm's variables alone: one of them is the main one, and its mistakes are known to both."""
+    code = """if True:
+        import torch
+        from t2i import cli
+        from t2i.errors import UserError
+        from t2i.processes import join_processes
+        def wrong():
+            raise UserError("wrong")
+        def main():
+            here = join_processes(torch.device("cpu"))
+            print(here.gather(here.rank), here.any(here.rank == 1), here.on_main(lambda: here.rank))
+            print(cli.is_main_process(), flush=True)
+            here.on_main(wrong)
+        cli.run(main)"""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment(**job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for task, main in zip(tasks, ("True", "False"), strict=True):
+        out, err = task.communicate(timeout=120)
+        assert out.split("\n")[:2] == ["[0, 1] True 0", main], err
+        assert task.returncode == 1 and err.endswith("error: wrong\n")
