@@ -26,8 +26,8 @@ FAMILIES = {
 }
 """Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are what is called here.
 
-`PUBLISHED_AS_FOLDER` says that weights, tokenizers and configuration are published as one folder (there is then an `outline` for what
-needs no files), `TOKENIZER_INSIDE` that the published weight file holds the image tokenizer, too.
+Its `outline` builds a published size on the meta device, without any file. `PUBLISHED_AS_FOLDER` says that weights, tokenizers and
+configuration are published as one folder, `TOKENIZER_INSIDE` that the published weight file holds the image tokenizer, too.
 """
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,7 +61,7 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     if Path(text).exists():
         return Path(text)
     repo, _, filename = text.partition(":")
-    if repo.count("/") == 1 and bool(filename) != folder:
+    if _on_hub(text, folder):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -70,7 +70,24 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             what = f"{filename} of {repo}" if filename else repo
             raise UserError(f"cannot download {what}: {error}") from error
-    raise UserError(
+    raise _nowhere(text, folder)
+
+
+def check_named(source: str | Path, *, folder: bool = False) -> None:
+    """UserError if a source is nothing that `resolve` could take: no local path, no shipped base, no name on the hub."""
+    text = str(source)
+    if not (Path(text).exists() or text in shipped_bases() or _on_hub(text, folder)):
+        raise _nowhere(text, folder)
+
+
+def _on_hub(text: str, folder: bool) -> bool:
+    """Whether it is written like a file, or a folder, on the hub."""
+    repo, _, filename = text.partition(":")
+    return repo.count("/") == 1 and all(repo.split("/")) and bool(filename) != folder
+
+
+def _nowhere(text: str, folder: bool) -> UserError:
+    return UserError(
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
         f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
     )
@@ -111,7 +128,7 @@ def load_backbone(
         config: the family's config dataclass, for shapes that were never published.
         grid: height and width in codes, where the file's name does not tell.
         generation_only: leave out what drawing images does not need (Janus-Pro's understanding tower and text head).
-        device: "meta" checks names and shapes without reading the weights, for the families that publish a folder.
+        device: "meta" builds the shapes alone: of a published name no file is fetched, of a local Janus-Pro no data read.
 
     Raises:
         UserError: what is wrong with the name, file or keys, and what is allowed.
@@ -144,7 +161,7 @@ def load_source(
 ) -> Backbone:
     """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a checkpoint folder).
 
-    On the "meta" device a family that publishes a folder is loaded without its data, a published size without any file.
+    On the "meta" device a published size needs no file; what is not local of its tokenizer and text encoder is left out.
     """
     _check(source)
     module, files = import_module(FAMILIES[source.family]), expand_folder(source)
@@ -155,10 +172,20 @@ def load_source(
     folder = published_as_folder(source.family)
     if folder:  # the other families are generators and nothing else
         options["generation_only"] = source.generation_only
-    if folder and torch.device(device).type == "meta":
-        backbone = module.outline(files.weights, **options) or module.load(
-            resolve(files.weights, folder=True), shapes_only=True, **options
-        )
+    on_meta = torch.device(device).type == "meta"
+    outlined = None
+    if on_meta and not Path(files.weights).exists():
+        outlined = module.outline(files.weights, **options)
+    if outlined is not None:
+        backbone = outlined
+        for name in (files.tokenizer, files.text_encoder):
+            if name is not None:
+                check_named(name, folder=name == files.text_encoder)
+        missing = [n for n in ("tokenizer", "text_encoder") if not _is_local(getattr(files, n))]
+        files = replace(files, **dict.fromkeys(missing))
+    elif on_meta and folder:
+        path = resolve(files.weights, folder=True)
+        backbone = module.load(path, shapes_only=True, **options)
     else:
         path = weights or resolve(files.weights, folder=folder)
         if weights is None and source.sha256 is not None and weights_sha256(path) != source.sha256:
@@ -184,6 +211,10 @@ def load_source(
             device=device,
         )
     return backbone.to(device)
+
+
+def _is_local(source: str | None) -> bool:
+    return source is not None and Path(source).exists()
 
 
 def _check(source: BackboneSource) -> None:

@@ -18,6 +18,7 @@ from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
 from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
+from t2i.training.zero_options import check_zero_options
 
 
 def start_processes() -> Processes:
@@ -25,9 +26,7 @@ def start_processes() -> Processes:
 
     Works without a GPU and without a compiler; DS_ACCELERATOR=cpu in the environment keeps it off a GPU that is there.
     """
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    cuda = _on_gpu()
     if "RANK" not in os.environ:  # plain `python`: no launcher
         alone = {
             "RANK": "0",
@@ -51,6 +50,14 @@ def start_processes() -> Processes:
     if cuda:
         torch.cuda.set_device(device)
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _on_gpu() -> bool:
+    """Whether DeepSpeed works on a GPU; it asks the environment when it is imported first."""
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return cuda
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
@@ -96,6 +103,8 @@ def _zero_settings(path: Path, stage: int) -> dict:
             f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this program's options"
         )
     settings = content.get("zero_optimization", {})
+    _on_gpu()
+    check_zero_options(settings, path)
     if settings.get("stage", stage) != stage:
         raise UserError(
             f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
@@ -170,7 +179,7 @@ def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, f
     """Set the learning rates of a step; a pure function of the step."""
     rates = {
         "codec": config.optim.codec_rate(step, steps),
-        "backbone": config.optim.backbone_rate(step),
+        "backbone": config.optim.backbone_rate(step, steps),
     }
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["part"]]

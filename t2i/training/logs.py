@@ -25,7 +25,7 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         kept = []
         if self.path.exists():
-            kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
+            kept = [row for row in read_metrics(run_dir) if 0 < start_step >= row["step"]]
         partial = self.path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self.path)

@@ -28,6 +28,7 @@ from t2i.training.data import TrainingData
 from t2i.training.engine import autocast, set_rates, start_engine, start_processes
 from t2i.training.examples import check_backbone
 from t2i.training.logs import MetricsLog, choose_tracker
+from t2i.training.preflight import look_before_work, sheet_prompts
 from t2i.training.run_page import write_run_page
 from t2i.training.validation import validate
 
@@ -74,12 +75,14 @@ class Run:
         checkpoint = run_state.claim_run_dir(config)
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
+        look_before_work(config, processes.world_size)
         self.model = build_model(config).to(processes.device)
         check_backbone(self.model.backbone, config.data)
-        self.prompts = conditions(self.model.backbone, config.log.prompts)
+        self.prompts = conditions(self.model.backbone, sheet_prompts(config))
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes)
-        self.steps = self.data.steps()
+        self.plan, self.steps = self.data.plan, self.data.plan.steps
+        self.prompts = self.prompts or self.data.held_out_conditions(4)
         self.engine = start_engine(self.model, config, processes)
         self.step = (
             0
@@ -93,7 +96,8 @@ class Run:
         self.stop_requested = self.stop_agreed = False
         if processes.is_main:
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(config.run_dir / "config.json", run_state.plain(asdict(config)))
+            settled = {"plan": asdict(self.plan), "sheet_prompts": self.prompts}
+            write_json(config.run_dir / "config.json", run_state.plain(asdict(config)) | settled)
             self.metrics = MetricsLog(
                 config.run_dir,
                 self.step,
@@ -168,6 +172,15 @@ class Run:
             self.model.train()
         self.processes.barrier()
 
+    def first_look(self) -> None:
+        """What the base does by itself: losses and a sheet before the first step (under ZeRO-3 without the sheet)."""
+        metrics = self.validate()
+        if self.plan.sample_every and self.config.engine.zero_stage < 3:
+            self.sample_sheet()
+        if self.processes.is_main:
+            self.metrics.log(0, metrics)
+            write_run_page(self.config.run_dir)
+
     def _whole_model(self) -> TensorAR:
         """A model that one process can sample from: under ZeRO-3 that is the checkpoint that was just written."""
         if self.config.engine.zero_stage < 3:
@@ -197,7 +210,10 @@ def train(config: TrainConfig) -> Path:
         KeyboardInterrupt: stopped on request (Ctrl-C or SIGTERM), after a checkpoint.
     """
 
-    run, options = Run(config), config.log
+    run = Run(config)
+    plan = run.plan
+    if config.log.at_start and run.step == 0:
+        run.first_look()
     started, first = time.perf_counter(), run.step
     run.model.train()
     bar = progress_bar(
@@ -212,24 +228,24 @@ def train(config: TrainConfig) -> Path:
             metrics = run.train_step()
             done = run.step == run.steps
             rate = (run.step - first) * config.batch_size / (time.perf_counter() - started)
-            validated = done or _due(options.validate_every, run.step)
+            validated = done or _due(plan.validate_every, run.step)
             if validated:
                 metrics |= run.validate()
             if run.processes.is_main:
                 shown = {"loss": f"{metrics['train/loss']:.3f}", "images_s": f"{rate:.1f}"}
                 bar.set_postfix(shown, refresh=False)  # by itself it would redraw at every step
                 bar.update()
-                if validated or _due(options.log_every, run.step):
+                if validated or _due(plan.log_every, run.step):
                     run.metrics.log(run.step, metrics | {"images_per_s": rate})
-            saved = done or run.stop_agreed or _due(options.save_every, run.step)
+            saved = done or run.stop_agreed or _due(plan.save_every, run.step)
             if saved:
                 run.save()
             sheet_due = (
                 saved
                 if config.engine.zero_stage == 3
-                else _due(options.sample_every, run.step) or done
+                else _due(plan.sample_every, run.step) or done
             )
-            if options.sample_every and sheet_due and not run.stop_agreed:
+            if plan.sample_every and sheet_due and not run.stop_agreed:
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
                 write_run_page(config.run_dir)
