@@ -73,6 +73,9 @@ class Run:
         """The training run, in a folder of its own."""
         arm, steps = arm or self.arm, experiment.steps
         recipe = RECIPES["shapes-control"][1]
+        half = -(
+            -steps // 2
+        )  # rounded up: of an odd number, too, nothing is saved between it and the end
         config = replace(
             recipe,
             backbone=replace(recipe.backbone, weights=self.weights),
@@ -87,8 +90,8 @@ class Run:
             log=replace(
                 recipe.log,
                 log_every=max(1, steps // 20),
-                validate_every=max(1, steps // 2),
-                save_every=max(1, steps // 2),
+                validate_every=half,
+                save_every=half,
                 sample_every=0,
                 keep_last=2,
             ),
@@ -159,8 +162,8 @@ def do(run: Run, experiment: Experiment) -> None:
     config, steps = run.config(experiment), experiment.steps
     todo = [(steps, name, options) for name, options in [("", {}), *run.arm.sampling.items()]]
     if run.arm.curve:
-        every = config.log.save_every
-        todo = [(step, "", {}) for step in range(every, steps, every)] + todo
+        half = config.log.save_every
+        todo = [(half, "", {})] * (half < steps) + todo
     done = {line["key"] for line in results(experiment.out)}
     todo = [
         (key_of(run, experiment, step, options), step, *rest, options)

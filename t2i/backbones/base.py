@@ -264,6 +264,10 @@ class Backbone(nn.Module, ABC):
             "(backbone.text_encoder)"
         )
 
+    def unreadable(self, captions: Sequence[str]) -> list[str]:
+        """Those captions of which nothing is left for the model to read."""
+        return []
+
     @abstractmethod
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None

@@ -183,6 +183,11 @@ class LlamaGen(LlamaBackbone):
         features, mask = left_pad(encoded, self.config.caption_tokens)
         return {"features": features.to(self.device), "mask": mask.to(self.device)}
 
+    def unreadable(self, captions: Sequence[str]) -> list[str]:
+        from t2i.conditioning.captions import clean_caption
+
+        return [caption for caption in captions if not clean_caption(caption)]
+
     def caption_features(self) -> CaptionFeatures | None:
         encoder = self.frozen.text_encoder
         if self.config.cond == "class" or encoder is None:

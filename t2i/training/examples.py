@@ -181,11 +181,6 @@ class Captioned:
         return self.cache.caption(index)
 
 
-NO_CLASSES = (
-    "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's codes, or RAR's .jsonl)"
-)
-
-
 # -- classes ------------------------------------------------------------------------------------------------------------------
 class Labelled:
     """Images with a class: an ImageNet folder that is encoded once, or codes that others computed."""
@@ -236,6 +231,22 @@ class Labelled:
         return int(self.codes.labels(torch.tensor([index]))[0])
 
 
+def labelled_sources(options: LabelledOptions) -> list[Path]:
+    """What data.source names: one place, or several folders of LlamaGen's codes; UserError if it is neither, or not there."""
+    sources = [Path(source) for source in options.source]
+    if not sources:
+        raise UserError(
+            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's codes, or RAR's .jsonl)"
+        )
+    if len(sources) > 1 and not all(is_llamagen_folder(source) for source in sources):
+        raise UserError(
+            f"data.source: only folders of LlamaGen's codes may be several, not {', '.join(map(str, sources))}"
+        )
+    if not sources[0].exists():
+        raise UserError(f"data.source: {sources[0]} is no folder and no file")
+    return sources
+
+
 def open_labelled(
     options: LabelledOptions, backbone: Backbone
 ) -> LabelledFolder | LlamaGenCodes | Path:
@@ -244,15 +255,9 @@ def open_labelled(
     Raises:
         UserError: nothing there, or not what this backbone is trained on.
     """
-    spec, sources = backbone.spec, [Path(source) for source in options.source]
-    if not sources:
-        raise UserError(NO_CLASSES)
-    if all(is_llamagen_folder(source) for source in sources):
+    spec, sources = backbone.spec, labelled_sources(options)
+    if is_llamagen_folder(sources[0]):
         return LlamaGenCodes(*sources)
-    if len(sources) > 1:
-        raise UserError(
-            f"data.source: only folders of LlamaGen's codes may be several, not {', '.join(map(str, sources))}"
-        )
     if sources[0].suffix == ".jsonl":
         if len(spec.subvocabs) > 1:
             raise UserError(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.backbones.base import Backbone, Condition
 from t2i.tensorar.model import TensorAR
@@ -25,8 +26,8 @@ _ENCODED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on the fullest device."""
+class Cost:
+    """Bytes on the fullest device, and work."""
 
     state: float
     """Weights, gradients and optimizer at the chosen ZeRO stage."""
@@ -38,6 +39,8 @@ class Memory:
     """The largest things that live for a moment: a block's recomputation, gradients of the logits, own drafts' probabilities."""
     encoding: float
     """Weights, frozen helpers and feature maps while the data set is encoded, before there is an optimizer."""
+    flops: float
+    """Floating-point operations per sample of a training step, attention's own left out."""
 
     @property
     def total(self) -> float:
@@ -66,29 +69,31 @@ def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
     return 4 * config.engine.micro_batch * slots * sum(model.backbone.spec.subvocabs)
 
 
-def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Memory:
-    """The memory of one of the processes. `model` must be on the meta device; it is cast to the type that it computes in."""
+def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
+    """What one of the processes needs. `model` must be on the meta device; it is cast to the type that it computes in."""
     state = state_bytes(model, config, world_size, config.engine.zero_stage)
     if config.engine.precision != "fp32":
         model.bfloat16()
     model.train()
     recompute = config.engine.gradient_checkpointing
     layers = len(model.backbone.new_cache(1, 1).keys)
-    kept = passing = _kept(model, config, recompute=False)
+    kept, forward = _forward(model, config, recompute=False)
+    passing = 0.0
     if recompute:
-        outside = _kept(model, config, recompute=True)
-        block = (kept - outside) / layers
+        outside, _ = _forward(model, config, recompute=True)
         width = model.backbone.spec.dim * next(model.parameters()).element_size()
         inputs = config.engine.micro_batch * _length(model) * width
-        kept, passing = outside + layers * inputs, block
-    else:
-        passing = 0
+        kept, passing = outside + layers * inputs, (kept - outside) / layers
+    # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
+    passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
     logits = logit_bytes(model, config)
     # Their gradient, once in fp32 and once in the head's type; or own drafts: softmax, and its sums in float64 (`model.draw`).
     passing += max(1.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
-    return Memory(state, frozen, kept, passing, weights + frozen + _map_bytes(model.backbone))
+    encoding = weights + frozen + _map_bytes(model.backbone)
+    flops = passes * forward / config.engine.micro_batch
+    return Cost(state, frozen, kept, passing, encoding, flops)
 
 
 def _map_bytes(backbone: Backbone) -> float:
@@ -121,8 +126,8 @@ def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
     return parts + count * (2 if config.backbone.text_encoder_dtype == "bfloat16" else 4)
 
 
-def _kept(model: TensorAR, config: TrainConfig, *, recompute: bool) -> int:
-    """Bytes that autograd keeps of one forward pass, less the parameters and (with `recompute`) what is computed again."""
+def _forward(model: TensorAR, config: TrainConfig, *, recompute: bool) -> tuple[int, int]:
+    """One forward pass: bytes that autograd keeps, less parameters and (with `recompute`) what is computed again; operations."""
     backbone, batch, spec = model.backbone, config.engine.micro_batch, model.backbone.spec
     shape = (batch, spec.num_tokens, len(spec.subvocabs))
     codes = torch.zeros(shape, dtype=torch.long, device="meta")
@@ -137,10 +142,12 @@ def _kept(model: TensorAR, config: TrainConfig, *, recompute: bool) -> int:
         return tensor
 
     backbone.gradient_checkpointing = recompute
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+    counter = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with counter, hooks, _FusedAttention():
         losses = model(codes, _condition(backbone, batch), model.windows.gather(codes))
         losses.weighted(model.config.weights())
-    return sum(storage.nbytes() for storage in seen.values())
+    return sum(storage.nbytes() for storage in seen.values()), counter.get_total_flops()
 
 
 def _condition(backbone: Backbone, batch: int) -> Condition:

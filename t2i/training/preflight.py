@@ -1,28 +1,26 @@
 """Cheap mistakes, named before anything is fetched, loaded or encoded: both --check and training look here first."""
 
-from pathlib import Path
-
 from t2i.data.samples import Source
-from t2i.errors import UserError
+from t2i.loading import check_named, published_as_folder
 from t2i.training.config import DataOptions, TrainConfig
 from t2i.training.engine import deepspeed_config
-from t2i.training.examples import NO_CLASSES, open_data
+from t2i.training.examples import labelled_sources, open_data
 from t2i.training.plan import plan_run
 
 
 def look_before_work(config: TrainConfig, world_size: int) -> Source | None:
-    """Look at the batch arithmetic, the DeepSpeed JSON and the data; returns the opened source of captioned images.
+    """Look at the batch arithmetic, the DeepSpeed JSON, local names and the data; returns the opened source of captioned images.
 
     Raises:
         UserError: one of them is impossible.
     """
     deepspeed_config(config, world_size)
+    base = config.backbone
+    check_named(base.weights, folder=published_as_folder(base.family))
+    if base.tokenizer is not None:
+        check_named(base.tokenizer)
     if not isinstance(config.data, DataOptions):
-        if not config.data.source:
-            raise UserError(NO_CLASSES)
-        for source in config.data.source:
-            if not Path(source).exists():
-                raise UserError(f"data.source: {source} is no folder and no file")
+        labelled_sources(config.data)
         return None
     source = open_data(config.data)
     if (total := count_samples(source, config.data)) is not None:

@@ -21,6 +21,7 @@ from t2i.training.config import (
 )
 from t2i.training.recipes_llamagen import OWN_PICTURES, small_data
 
+
 def _janus_pro(
     size: str, method: TensorARConfig, backbone_lr: float, engine: EngineOptions, **changes
 ) -> TrainConfig:
