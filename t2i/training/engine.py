@@ -104,7 +104,7 @@ def _zero_settings(path: Path, stage: int) -> dict:
         )
     settings = content.get("zero_optimization", {})
     _on_gpu()
-    check_zero_options(settings, path)
+    check_zero_options(settings, stage, path)
     if settings.get("stage", stage) != stage:
         raise UserError(
             f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"

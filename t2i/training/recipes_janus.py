@@ -131,6 +131,13 @@ JANUS_RECIPES: dict[str, tuple[str, TrainConfig]] = {
         "offline shapes world, tiny Janus as a whole, ICLR 2026 method with light drafts",
         _shapes_janus(_LIGHT_DRAFTS, tuning="full", train_image_layers=False),
     ),
+    "shapes-janus-small-data": (
+        "the small-data recipe on the offline tiny Janus, for your own pictures at 64 px on two cores",
+        small_data(
+            _shapes_janus(_LIGHT_DRAFTS, data=DataOptions(), log=OWN_PICTURES, steps=None),
+            "shapes-janus-small-data",
+        ),
+    ),
     "shapes-janus-control": (
         "offline shapes world, tiny Janus: LoRA and image layers, fine-tuned as usual",
         _shapes_janus(presets.base()),

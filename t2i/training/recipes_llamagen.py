@@ -38,7 +38,7 @@ def small_data(config: TrainConfig, name: str) -> TrainConfig:
         method=presets.tuned(own_drafts=1.0),
         tuning="lora",
         train_image_layers=False,
-        optim=replace(config.optim, codec_lr=3e-4, backbone_lr=1e-4),
+        optim=replace(config.optim, codec_lr=3e-4, backbone_lr=1e-4, warmup_steps=None),
         engine=replace(config.engine, zero_stage=1),
         log=replace(config.log, keep_last=5),  # the best one need not be the last
         batch_size=32,
@@ -91,6 +91,13 @@ RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "shapes-control": (
         "offline shapes world, the base fine-tuned as usual",
         _shapes(presets.base()),
+    ),
+    "shapes-small-data": (
+        "the small-data recipe on the offline base, for your own pictures at 64 px on two cores",
+        small_data(
+            replace(_shapes(presets.tuned()), data=DataOptions(), log=OWN_PICTURES, steps=None),
+            "shapes-small-data",
+        ),
     ),
     "t2i-xl-256-iclr2026": (
         "LlamaGen text-to-image XL at 256 px, published recipe, ICLR 2026 method",

@@ -7,7 +7,7 @@ from typing import get_args
 from t2i.errors import UserError
 
 
-def check_zero_options(settings: dict, path: Path) -> None:
+def check_zero_options(settings: dict, stage: int, path: Path) -> None:
     """UserError names the first key or value in `settings` that DeepSpeed does not know, with the likeliest name."""
     # The class that DeepSpeed reads this part of its JSON with; the JSON is documented, the class says it for this version.
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -15,11 +15,12 @@ def check_zero_options(settings: dict, path: Path) -> None:
 
     _check_names(settings, DeepSpeedZeroConfig, "zero_optimization", path)
     try:
-        DeepSpeedZeroConfig(**settings)
+        DeepSpeedZeroConfig(**{**settings, "stage": stage})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise UserError(f"{path}: {place}={first['input']!r}: {first['msg']}") from error
+        given = f"={first['input']!r}" if first["loc"] else ""
+        raise UserError(f"{path}: {place}{given}: {first['msg']}") from error
 
 
 def _check_names(settings: dict, kind: type, where: str, path: Path) -> None:
