@@ -73,9 +73,8 @@ class Run:
         """The training run, in a folder of its own."""
         arm, steps = arm or self.arm, experiment.steps
         recipe = RECIPES["shapes-control"][1]
-        half = -(
-            -steps // 2
-        )  # rounded up: of an odd number, too, nothing is saved between it and the end
+        # Rounded up, so that of an odd number, too, nothing is saved between half and the end.
+        half = -(-steps // 2)
         config = replace(
             recipe,
             backbone=replace(recipe.backbone, weights=self.weights),
