@@ -30,7 +30,7 @@ class Benchmark:
 
     size: str | None = None
     """A published LlamaGen size (class-conditional, random weights); the shipped shapes base if not given."""
-    methods: tuple[str, ...] = ("base", "iclr2026", "arxiv2505")
+    methods: tuple[str, ...] = ("base", "tuned", "iclr2026", "arxiv2505")
     """Presets to compare; ratios are to the first."""
     batch: int = 32
     """Samples per training step."""
@@ -84,7 +84,7 @@ class Contender:
     def train_step(self) -> None:
         model = self.model.train()
         condition = model.backbone.encode_condition(self.prepared(self.config.batch))
-        windows = model.noised_windows(self.codes, self.keys)
+        windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
         loss = model(self.codes, condition, windows).weighted(model.config.weights())
         self.optimizer.zero_grad()
         loss.backward()

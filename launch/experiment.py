@@ -28,7 +28,8 @@ from launch.grids import CONTROL, GRIDS, Arm
 from t2i import cli
 from t2i.errors import UserError
 from t2i.tensorar.model import TensorARConfig
-from t2i.training.config import RECIPES, TrainConfig
+from t2i.training.config import TrainConfig
+from t2i.training.recipes_llamagen import RECIPES
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Run:
         """The training run, in a folder of its own."""
         arm, steps = arm or self.arm, experiment.steps
         recipe = RECIPES["shapes-control"][1]
+        # Rounded up, so that of an odd number, too, nothing is saved between half and the end.
+        half = -(-steps // 2)
         config = replace(
             recipe,
             backbone=replace(recipe.backbone, weights=self.weights),
@@ -86,8 +89,8 @@ class Run:
             log=replace(
                 recipe.log,
                 log_every=max(1, steps // 20),
-                validate_every=max(1, steps // 2),
-                save_every=max(1, steps // 2),
+                validate_every=half,
+                save_every=half,
                 sample_every=0,
                 keep_last=2,
             ),
@@ -158,8 +161,8 @@ def do(run: Run, experiment: Experiment) -> None:
     config, steps = run.config(experiment), experiment.steps
     todo = [(steps, name, options) for name, options in [("", {}), *run.arm.sampling.items()]]
     if run.arm.curve:
-        every = config.log.save_every
-        todo = [(step, "", {}) for step in range(every, steps, every)] + todo
+        half = config.log.save_every
+        todo = [(half, "", {})] * (half < steps) + todo
     done = {line["key"] for line in results(experiment.out)}
     todo = [
         (key_of(run, experiment, step, options), step, *rest, options)

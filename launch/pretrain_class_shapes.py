@@ -128,9 +128,7 @@ def pretraining(cfg: Pretrain, start: Path, images: Path) -> TrainConfig:
         data=LabelledOptions(
             source=(str(images),),
             views="flip",
-            validation_samples=min(
-                LabelledOptions().validation_samples, len(CLASSES) * cfg.images_per_class // 5
-            ),
+            validation_samples=min(256, len(CLASSES) * cfg.images_per_class // 5),
             cache_dir=cfg.out / "cache",
         ),
         optim=OptimOptions(backbone_lr=cfg.lr, warmup_steps=min(50, cfg.steps // 4)),

@@ -87,8 +87,8 @@ def main() -> None:
 
 def run_config(config: Quickstart, name: str):
     """The training run of a recipe inside this quickstart's folder."""
-    from t2i.training.config import RECIPES
     from t2i.training.recipes_janus import JANUS_RECIPES
+    from t2i.training.recipes_llamagen import RECIPES
 
     recipes = RECIPES | JANUS_RECIPES
     if name not in recipes:

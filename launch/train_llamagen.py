@@ -13,8 +13,8 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.training.config import RECIPES
 from t2i.training.program import run_recipe
+from t2i.training.recipes_llamagen import RECIPES
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from t2i.sources import ASSETS as ASSETS
 from t2i.sources import (
     FAMILIES,
     BackboneSource,
+    check_named,
     expand_folder,
     lasting,
     prove,
@@ -96,8 +97,8 @@ def load_backbone(
         config: the family's config dataclass, for shapes that were never published.
         grid: height and width in codes, where the file's name does not tell.
         generation_only: leave out what drawing images does not need (Janus-Pro's understanding tower and text head).
-        device: "auto" is a GPU where there is one, else the CPU; "meta" checks names and shapes without reading the weights, for
-            the families that publish a folder.
+        device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone: of a published name no file is
+            fetched, of a local Janus-Pro no data read.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
@@ -130,7 +131,7 @@ def load_source(
 ) -> Backbone:
     """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a checkpoint folder).
 
-    On the "meta" device a family that publishes a folder is loaded without its data, a published size without any file.
+    On the "meta" device a published size needs no file; what is not local of its tokenizer and text encoder is left out.
     """
     _check(source)
     module, files = import_module(FAMILIES[source.family]), expand_folder(source)
@@ -141,10 +142,20 @@ def load_source(
     folder = published_as_folder(source.family)
     if folder:  # the other families are generators and nothing else
         options["generation_only"] = source.generation_only
-    if folder and torch.device(device).type == "meta":
-        backbone = module.outline(files.weights, **options) or module.load(
-            resolve(files.weights, folder=True), shapes_only=True, **options
-        )
+    on_meta = torch.device(device).type == "meta"
+    outlined = None
+    if on_meta and not Path(files.weights).exists():
+        outlined = module.outline(files.weights, **options)
+    if outlined is not None:
+        backbone = outlined
+        for name in (files.tokenizer, files.text_encoder):
+            if name is not None:
+                check_named(name, folder=name == files.text_encoder)
+        missing = [n for n in ("tokenizer", "text_encoder") if not _is_local(getattr(files, n))]
+        files = replace(files, **dict.fromkeys(missing))
+    elif on_meta and folder:
+        path = resolve(files.weights, folder=True)
+        backbone = module.load(path, shapes_only=True, **options)
     else:
         prove(files, weights=weights is None)
         path = weights or resolve(files.weights, folder=folder)
@@ -172,6 +183,10 @@ def load_source(
             device=device,
         )
     return backbone.to(device)
+
+
+def _is_local(source: str | None) -> bool:
+    return source is not None and Path(source).exists()
 
 
 def _check(source: BackboneSource) -> None:

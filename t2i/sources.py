@@ -25,8 +25,8 @@ FAMILIES = {
 }
 """Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are what is called here.
 
-`PUBLISHED_AS_FOLDER` says that weights, tokenizers and configuration are published as one folder (there is then an `outline` for what
-needs no files), `TOKENIZER_INSIDE` that the published weight file holds the image tokenizer, too.
+Its `outline` builds a published size on the meta device, without any file. `PUBLISHED_AS_FOLDER` says that weights, tokenizers and
+configuration are published as one folder, `TOKENIZER_INSIDE` that the published weight file holds the image tokenizer, too.
 """
 ASSETS = Path(__file__).parent / "assets"
 _FILES = {"weights": "weight file", "tokenizer": "image tokenizer", "text_encoder": "text encoder"}
@@ -77,7 +77,7 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     if Path(text).exists():
         return Path(text)
     repo, _, filename = text.partition(":")
-    if repo.count("/") == 1 and bool(filename) != folder:
+    if _on_hub(text, folder):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -90,7 +90,24 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
             raise UserError(
                 f"{text} is not here, and the hub did not give {what}: {reason}"
             ) from error
-    raise UserError(
+    raise _nowhere(text, folder)
+
+
+def check_named(source: str | Path, *, folder: bool = False) -> None:
+    """UserError if a source is nothing that `resolve` could take: no local path, no shipped base, no name on the hub."""
+    text = str(source)
+    if not (Path(text).exists() or text in shipped_bases() or _on_hub(text, folder)):
+        raise _nowhere(text, folder)
+
+
+def _on_hub(text: str, folder: bool) -> bool:
+    """Whether it is written like a file, or a folder, on the hub."""
+    repo, _, filename = text.partition(":")
+    return repo.count("/") == 1 and all(repo.split("/")) and bool(filename) != folder
+
+
+def _nowhere(text: str, folder: bool) -> UserError:
+    return UserError(
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
         f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
     )

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launch import experiment, grids, recipe_report
+from launch import benchmark, experiment, grids, recipe_report
 from launch.recipe_report import estimate, rank_correlation
+from t2i.tensorar.model import TensorAR
 from t2i.training.examples import open_data
 
 
@@ -47,18 +48,18 @@ def test_a_grid_runs_once_and_is_reported(monkeypatch, tmp_path, capsys):
     text, recipe = experiment.RECIPES["shapes-control"]
     recipe = replace(recipe, data=replace(recipe.data, validation_samples=32))
     monkeypatch.setitem(experiment.RECIPES, "shapes-control", (text, recipe))
-    small = ("--seeds", 0, "--steps", 2, "--images", 100, "--prompts-per-task", 2, "--samples", 1)
+    small = ("--seeds", 0, "--steps", 3, "--images", 100, "--prompts-per-task", 2, "--samples", 1)
     run(monkeypatch, "levers", "--out", tmp_path, *small)
     lines = experiment.results(tmp_path)
     assert [(x["arm"], x["step"], x["sampling"]) for x in lines] == [
-        ("control", 2, ""),
-        ("tuned", 1, ""),
+        ("control", 3, ""),
         ("tuned", 2, ""),
-        ("tuned", 2, "window 1"),
+        ("tuned", 3, ""),
+        ("tuned", 3, "window 1"),
     ]
     final = lines[2]
     assert 0 <= final["repairs"]["corrected"] <= 1 and len(final["changes"]["flipped"]) == 3
-    assert final["course"][-1]["step"] == 2 and lines[3]["changes"] is None
+    assert final["course"][-1]["step"] == 3 and lines[3]["changes"] is None
     run(monkeypatch, "levers", "--out", tmp_path, *small)
     assert experiment.results(tmp_path) == lines, "what is finished is not done again"
 
@@ -69,6 +70,31 @@ def test_a_grid_runs_once_and_is_reported(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| tuned | window 1 | 1 |" in printed and "| control | 1 |" in printed
     assert (tmp_path / "report" / "courses.svg").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 300, 301])
+def test_what_is_scored_is_kept(tmp_path, steps):
+    """Case 26: of 301 steps the checkpoint at half was deleted before it was scored."""
+    config = experiment.Experiment(grid="presets", out=tmp_path, steps=steps)
+    log = experiment.planned(config)[0].config(config).log
+    saved = sorted({*range(log.save_every, steps, log.save_every), steps})
+    assert {log.save_every, steps} <= set(saved[-log.keep_last :])
+    assert steps // 2 <= log.save_every <= steps // 2 + 1
+
+
+def test_the_benchmark_trains_as_training_does(monkeypatch):
+    """Case 26: the time of `tuned` left out the pass that draws its own drafts."""
+    drawn = []
+
+    def record(self, codes, condition, keys, passes=2):
+        drawn.append(passes)
+        return self.windows.gather(codes)
+
+    monkeypatch.setattr(TensorAR, "own_draft_windows", record)
+    for method in ("iclr2026", "tuned"):
+        config = benchmark.Benchmark(batch=2, images=1)
+        benchmark.Contender(config, method).train_step()
+    assert drawn == [1]
 
 
 def test_standard_error_is_the_larger_of_seeds_and_prompts():

@@ -416,7 +416,9 @@ def test_files_that_moved_are_compared_by_content(plain, copy, tiny_world, tmp_p
     content = torch.load(base / "gpt.pt", weights_only=True)
     content["model"]["norm.weight"] += 1
     torch.save(content, base / "gpt.pt")
-    with pytest.raises(UserError, match="is not the base that the run was started from"):
+    with pytest.raises(
+        UserError, match="is not the weight file that the checkpoint was trained on"
+    ):
         train(config)
 
 

@@ -267,7 +267,7 @@ def test_learning_rates_are_functions_of_the_step(tiny_world, plain):
     optim = OptimOptions(codec_lr=1.0, backbone_lr=0.1, warmup_steps=3, backbone_delay_steps=2)
     assert [optim.codec_rate(s, 8) for s in range(4)] == [0.25, 0.5 * 7 / 8, 0.75 * 6 / 8, 5 / 8]
     assert optim.codec_rate(8, 8) == 0
-    assert [optim.backbone_rate(s) for s in range(5)] == pytest.approx([0, 0, 0.075, 0.1, 0.1])
+    assert [optim.backbone_rate(s, 8) for s in range(5)] == pytest.approx([0, 0, 0.075, 0.1, 0.1])
     rates = [row["lr/codec"] for row in metrics(tiny_world, "plain")]
     assert rates == [1e-2 * (1 - step / 3) for step in range(3)]
 

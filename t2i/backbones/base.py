@@ -205,6 +205,11 @@ def published_size(sizes: dict[str, dict], **known) -> str | None:
     )
 
 
+def published_stem(source: str | Path) -> str:
+    """Name, without its suffix, of a published file: of "owner/repo:file.pt" or of a path."""
+    return Path(str(source).rpartition(":")[2]).stem
+
+
 def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
     """RAR's guidance (1d-tokenizer `modeling/rar.py`): 1 + (scale - 1) (1 - cos(pi (step/steps)^power)) / 2, in fp32 as there."""
     if power == 0:

@@ -21,6 +21,7 @@ from t2i.backbones.base import (
     Condition,
     SamplingConfig,
     published_size,
+    published_stem,
     settle_config,
 )
 from t2i.backbones.llama import (
@@ -32,7 +33,7 @@ from t2i.backbones.llama import (
     normal_weights,
 )
 from t2i.errors import UserError
-from t2i.tokenizers.vq import VQTokenizer
+from t2i.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
 
@@ -248,6 +249,26 @@ def load(
 def _is_scratch(key: str) -> bool:
     """Position tables and sampling caches that some saved files carry along."""
     return key == "freqs_cis" or ".kv_cache." in key
+
+
+def outline(
+    source: str | Path,
+    *,
+    config: LlamaGenConfig | None = None,
+    grid: tuple[int, int] | None = None,
+) -> LlamaGen | None:
+    """A published file's model on the meta device, without the file; None for what has no published shape."""
+    stem = published_stem(source)
+    if config is None and stem in GRIDS:
+        kind, size, *_ = stem.split("_")
+        config = LlamaGenConfig(**SIZES[size], cond="class" if kind == "c2i" else "text")
+        config = replace(config, grid=grid or GRIDS[stem])
+    if config is None:
+        return None
+    with torch.device("meta"):
+        backbone, tokenizer = LlamaGen(config), VQTokenizer(VQConfig())
+    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+    return backbone.eval()
 
 
 load_tokenizer = VQTokenizer.load

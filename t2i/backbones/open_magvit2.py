@@ -25,6 +25,7 @@ from t2i.backbones.base import (
     Condition,
     SamplingConfig,
     published_size,
+    published_stem,
     settle_config,
 )
 from t2i.backbones.llama import (
@@ -36,7 +37,7 @@ from t2i.backbones.llama import (
     normal_weights,
 )
 from t2i.errors import UserError
-from t2i.tokenizers.lfq import LFQTokenizer, signs, tokenizer_part
+from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer, signs, tokenizer_part
 from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
 TOKENIZER_INSIDE = True
@@ -230,6 +231,24 @@ def load(
         backbone.frozen.tokenizer = LFQTokenizer.empty(inside, path)
     load_strict(ARCheckpoint(backbone), state_dict, path)
     return backbone
+
+
+def outline(
+    source: str | Path,
+    *,
+    config: OpenMAGVIT2Config | None = None,
+    grid: tuple[int, int] | None = None,
+) -> OpenMAGVIT2 | None:
+    """A published file's model on the meta device, without the file; None for what has no published shape."""
+    size = published_stem(source).removeprefix("AR_256_")
+    if config is None and size in SIZES:
+        config = OpenMAGVIT2Config(**SIZES[size], grid=grid or (16, 16))
+    if config is None:
+        return None
+    with torch.device("meta"):
+        backbone, tokenizer = OpenMAGVIT2(config), LFQTokenizer(LFQConfig())
+    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+    return backbone.eval()
 
 
 load_tokenizer = LFQTokenizer.load

@@ -29,10 +29,11 @@ from t2i.backbones.base import (
     Condition,
     SamplingConfig,
     published_size,
+    published_stem,
     settle_config,
 )
 from t2i.errors import UserError
-from t2i.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
 
 PREFIX = 2
@@ -302,6 +303,21 @@ def load(
     backbone = build_empty(lambda: RAR(config), dtype)
     load_strict(backbone.gpt, state_dict, path)
     return backbone
+
+
+def outline(
+    source: str | Path, *, config: RARConfig | None = None, grid: tuple[int, int] | None = None
+) -> RAR | None:
+    """A published file's model on the meta device, without the file; None for what has no published shape."""
+    size = published_stem(source).removeprefix("rar_").upper()
+    if config is None and size in SIZES:
+        config = RARConfig(**SIZES[size], grid=grid or (16, 16))
+    if config is None:
+        return None
+    with torch.device("meta"):
+        backbone, tokenizer = RAR(config), MaskGITVQGAN(MaskGITConfig())
+    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+    return backbone.eval()
 
 
 load_tokenizer = MaskGITVQGAN.load

@@ -1,12 +1,17 @@
-"""What a training run is: frozen dataclasses that `tyro` turns into command-line options, and the named recipes."""
+"""What a training run is: frozen dataclasses that `tyro` turns into command-line options.
 
-from dataclasses import dataclass, field, replace
+Numbers that suit a run only if they grow with it (how many samples are held out, how long the rates warm up, how often something is
+written) may be None: they are then settled from the data and the steps, see `t2i.training.plan`. The named recipes are in
+`recipes_llamagen.py`, `recipes_janus.py` and `recipes_imagenet.py`.
+"""
+
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from t2i import presets
 from t2i.checkpoint import Tuning
 from t2i.errors import UserError
 from t2i.lora import LoRAConfig
@@ -31,6 +36,9 @@ class BackboneOptions:
     """Leave unloaded what drawing images does not need: Janus-Pro's understanding tower and text head."""
 
 
+_CAPTION = "{caption}"
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Captioned images."""
@@ -52,8 +60,10 @@ class DataOptions:
     """Read hub and parquet data row by row without a copy on disk."""
     max_samples: int | None = None
     """Use the first so many samples only."""
-    validation_samples: int = 256
-    """Held out for the validation loss; never trained on."""
+    trigger: str | None = None
+    """Words put in front of every caption, such as "drawn by xyz", or around it: "{caption}, drawn by xyz"."""
+    validation_samples: int | None = None
+    """Held out for the validation loss, never trained on; None is 4 % of the data, see `t2i.training.plan`."""
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
     cache_dir: Path = Path("cache")
@@ -62,6 +72,21 @@ class DataOptions:
     def __post_init__(self):
         if self.max_samples is not None and self.max_samples < 1:
             raise UserError(f"data.max_samples={self.max_samples} must be at least 1")
+        if self.trigger is not None and not self.trigger.replace(_CAPTION, "").strip():
+            raise UserError(
+                f"data.trigger={self.trigger!r} has no words; leave it out, or write 'drawn by xyz' "
+                f"or '{_CAPTION}, drawn by xyz'"
+            )
+
+    def with_trigger(self, caption: str) -> str:
+        """A caption with the trigger words, as the model reads it; one that has them already stays as it is."""
+        if self.trigger is None:
+            return caption
+        words = re.escape(max(self.trigger.split(_CAPTION), key=len).strip(" ,.;:"))
+        if re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE):
+            return caption
+        template = self.trigger if _CAPTION in self.trigger else f"{self.trigger}, {_CAPTION}"
+        return template.replace(_CAPTION, caption)
 
 
 @dataclass(frozen=True)
@@ -76,10 +101,13 @@ class LabelledOptions:
     """Which crops of an image are encoded: five and their mirror images per crop range, or the centre and its mirror image."""
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
     """Ten-crop: sides of the squares that are cropped, relative to the image size."""
-    validation_samples: int = 256
-    """Held out for the validation loss; never trained on."""
+    validation_samples: int | None = None
+    """Held out for the validation loss, never trained on; None is 4 % of the data, see `t2i.training.plan`."""
     cache_dir: Path = Path("cache")
     """Where codes are kept; reused by every run on the same data."""
+
+
+_WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
 
 
 @dataclass(frozen=True)
@@ -90,8 +118,8 @@ class OptimOptions:
     """Peak learning rate of the input encoder and output decoder."""
     backbone_lr: float = 5e-5
     """Learning rate of the backbone (or of its adapters)."""
-    warmup_steps: int = 0
-    """Steps over which both rates rise from zero."""
+    warmup_steps: int | None = 0
+    """Steps over which both rates rise from zero; None is 3 % of the run's."""
     backbone_delay_steps: int = 0
     """The backbone stands still for so many steps, while the codec finds its feet."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -108,21 +136,29 @@ class OptimOptions:
             "backbone_delay_steps",
             "weight_decay",
         ):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"optim.{name}={getattr(self, name)} must not be negative")
         if self.grad_clip <= 0:
             raise UserError(f"optim.grad_clip={self.grad_clip} must be above 0")
 
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a run of so many steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(_MOST_WARMUP, round(_WARMUP_SHARE * steps))
+
     def codec_rate(self, step: int, steps: int) -> float:
         """Codec learning rate at a step of a run."""
-        return self.codec_lr * self._warm(step) * (1 - step / steps)
+        return self.codec_lr * self._warm(step, steps) * (1 - step / steps)
 
-    def backbone_rate(self, step: int) -> float:
-        """Backbone learning rate at a step."""
-        return 0.0 if step < self.backbone_delay_steps else self.backbone_lr * self._warm(step)
+    def backbone_rate(self, step: int, steps: int) -> float:
+        """Backbone learning rate at a step of a run."""
+        if step < self.backbone_delay_steps:
+            return 0.0
+        return self.backbone_lr * self._warm(step, steps)
 
-    def _warm(self, step: int) -> float:
-        return min(1.0, (step + 1) / (self.warmup_steps + 1))
+    def _warm(self, step: int, steps: int) -> float:
+        return min(1.0, (step + 1) / (self.warmup(steps) + 1))
 
 
 @dataclass(frozen=True)
@@ -145,14 +181,16 @@ class EngineOptions:
 class LogOptions:
     """What is written while training; `metrics.jsonl` always is."""
 
-    log_every: int = 10
-    """Steps between lines of metrics (0: only with validations)."""
-    validate_every: int = 100
-    """Steps between validations (0: only at the end)."""
-    sample_every: int = 100
-    """Steps between sample sheets (0: none). Under ZeRO-3 they are drawn from each checkpoint instead."""
-    save_every: int = 1000
-    """Steps between checkpoints (0: only at the end)."""
+    log_every: int | None = 10
+    """Steps between lines of metrics (0: only with validations; None: by the run's length, as below)."""
+    validate_every: int | None = 100
+    """Steps between validations (0: only at the end; None: ten times in a run)."""
+    sample_every: int | None = 100
+    """Steps between sample sheets (0: none; None: ten in a run). Under ZeRO-3 they are drawn from each checkpoint instead."""
+    save_every: int | None = 1000
+    """Steps between checkpoints (0: only at the end; None: five in a run)."""
+    at_start: bool = False
+    """Also validate and draw a sheet before the first step: what the base does by itself."""
     keep_last: int = 2
     """Newest checkpoints to keep; older ones are deleted."""
     prompts: tuple[str, ...] = (
@@ -161,7 +199,7 @@ class LogOptions:
         "a photo of a green star left of a blue ring",
         "a photo of a yellow heart and a black cross",
     )
-    """Fixed prompts (or class ids) of the sample sheets."""
+    """Fixed prompts (or class ids) of the sample sheets; of the first four held-out images where none are given."""
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
     """A further tracker; auto is TensorBoard if it is installed."""
     project: str = "tensorar"
@@ -234,82 +272,7 @@ class TrainConfig:
             raise UserError(
                 f"condition_dropout={self.condition_dropout} and token_dropout={self.token_dropout} must be in [0, 1)"
             )
-        if self.log.sample_every and not all(p.strip() for p in self.log.prompts or ("",)):
+        if self.log.sample_every and not all(p.strip() for p in self.log.prompts):
             raise UserError(
                 "log.prompts is empty or has an empty prompt; log.sample_every=0 draws no sample sheets"
             )
-
-
-def _shapes(method: TensorARConfig, codec_lr: float = 1e-3) -> TrainConfig:
-    """The offline world: the shipped base, small batches, two cores. All share one backbone learning rate."""
-    return TrainConfig(
-        run_dir=Path("runs/shapes"),
-        method=method,
-        data=DataOptions(source="shapes"),
-        optim=OptimOptions(codec_lr=codec_lr, backbone_lr=1e-4, warmup_steps=20),
-        engine=EngineOptions(micro_batch=32),
-        log=LogOptions(save_every=100),
-        batch_size=32,
-        steps=200,
-        token_dropout=0.0,
-    )
-
-
-def _llamagen_t2i(method: TensorARConfig, **changes) -> TrainConfig:
-    """LlamaGen GPT-XL, stage 1 (256 px), with the published recipe."""
-    config = TrainConfig(
-        run_dir=Path("runs/llamagen-t2i"),
-        backbone=BackboneOptions(
-            weights="peizesun/llamagen_t2i:t2i_XL_stage1_256.pt",
-            tokenizer="peizesun/llamagen_t2i:vq_ds16_t2i.pt",
-            text_encoder="google/flan-t5-xl",
-            text_encoder_dtype="bfloat16",
-        ),
-        method=method,
-        optim=OptimOptions(codec_lr=1e-4, backbone_lr=1e-5, warmup_steps=100),
-        engine=EngineOptions(
-            zero_stage=2, precision="bf16", micro_batch=8, gradient_checkpointing=True
-        ),
-        log=LogOptions(
-            sample_every=500,
-            validate_every=500,
-            prompts=(
-                "a photo of a red bus",
-                "a photo of two cats",
-                "a dog to the left of a bench, morning light",
-                "a bowl of oranges next to a blue cup",
-            ),
-        ),
-    )
-    return replace(config, **changes)
-
-
-RECIPES: dict[str, tuple[str, TrainConfig]] = {
-    "shapes-iclr2026": ("offline shapes world, ICLR 2026 method", _shapes(presets.iclr2026())),
-    "shapes-arxiv2505": ("offline shapes world, arXiv v1 method", _shapes(presets.arxiv2505())),
-    "shapes-tuned": (
-        "offline shapes world, ICLR 2026 method: light drafts, half of them its own, a faster codec",
-        _shapes(presets.tuned(), codec_lr=3e-3),
-    ),
-    "shapes-control": (
-        "offline shapes world, the base fine-tuned as usual",
-        _shapes(presets.base()),
-    ),
-    "t2i-xl-256-iclr2026": (
-        "LlamaGen text-to-image XL at 256 px, published recipe, ICLR 2026 method",
-        _llamagen_t2i(presets.iclr2026()),
-    ),
-    "t2i-xl-256-arxiv2505": (
-        "LlamaGen text-to-image XL at 256 px, published recipe, arXiv v1 method",
-        _llamagen_t2i(presets.arxiv2505()),
-    ),
-    "t2i-xl-256-tuned": (
-        "LlamaGen text-to-image XL at 256 px, light drafts, half of them its own",
-        _llamagen_t2i(presets.tuned()),
-    ),
-    "t2i-xl-256-lora": (
-        "LlamaGen text-to-image XL at 256 px, LoRA on the backbone",
-        _llamagen_t2i(presets.iclr2026(), tuning="lora"),
-    ),
-}
-"""Named starting points; every option can be changed on the command line."""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from t2i.rng import fold, make_keys, uniforms
 from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
 from t2i.training.examples import open_examples
+from t2i.training.plan import plan_run
 
 _NOISE, _DROP, _CHOICE = 1, 2, 3  # streams derived from a sample's key
 
@@ -37,17 +39,12 @@ class TrainingData:
     def __init__(self, config: TrainConfig, backbone: Backbone, processes: Processes):
         self.examples = open_examples(config, backbone, processes, stored_data_key(config))
         self.config, self.processes = config, processes
-        n_validation, total = config.data.validation_samples, len(self.examples)
-        if not processes.world_size <= n_validation < total:
-            raise UserError(
-                f"data.validation_samples={n_validation} must be at least one per process ({processes.world_size}) and "
-                f"fewer than the {total} usable samples"
-            )
-        same = self.examples.same_images()
-        self.train, self.validation = split_indices(total, n_validation, config.seed, same)
-        if len(self.validation) > n_validation and processes.is_main:
+        self.plan = plan_run(config, len(self.examples), processes.world_size)
+        held_out, same = self.plan.held_out, self.examples.same_images()
+        self.train, self.validation = split_indices(self.plan.samples, held_out, config.seed, same)
+        if len(self.validation) > held_out and processes.is_main:
             log.warning(
-                f"{len(self.validation)} samples are held out instead of {n_validation}, so that no held-out image is trained on: "
+                f"{len(self.validation)} samples are held out instead of {held_out}, so that no held-out image is trained on: "
                 "some images have several samples"
             )
 
@@ -58,9 +55,12 @@ class TrainingData:
 
     def steps(self) -> int:
         """Optimizer steps of the run."""
-        if self.config.steps is not None:
-            return self.config.steps
-        return max(1, round(self.config.epochs * len(self.train) / self.config.batch_size))
+        return self.plan.steps
+
+    def held_out_conditions(self, count: int) -> list[str | int]:
+        """Captions (as the model reads them) or classes of the first held-out samples, each once: prompts for sample sheets."""
+        found = (self.examples.condition(index) for index in self.validation.tolist())
+        return list(islice(dict.fromkeys(found), count))
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """This rank's part of an optimizer step. A sample's noise and dropout depend on its place in the run alone."""

@@ -19,6 +19,7 @@ from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
 from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
+from t2i.training.zero_options import check_zero_options
 
 
 def start_processes() -> Processes:
@@ -103,19 +104,12 @@ def _zero_settings(path: Path, stage: int) -> dict:
             f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this program's options"
         )
     settings = content.get("zero_optimization", {})
+    _choose_accelerator()
+    check_zero_options(settings, stage, path)
     if settings.get("stage", stage) != stage:
         raise UserError(
             f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
         )
-    _choose_accelerator()
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    try:
-        DeepSpeedZeroConfig(**settings)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{path}: DeepSpeed does not take zero_optimization ({wrong})") from error
     return settings
 
 
@@ -186,7 +180,7 @@ def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, f
     """Set the learning rates of a step; a pure function of the step."""
     rates = {
         "codec": config.optim.codec_rate(step, steps),
-        "backbone": config.optim.backbone_rate(step),
+        "backbone": config.optim.backbone_rate(step, steps),
     }
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["part"]]

@@ -7,7 +7,8 @@ Shapes: B samples, T image tokens, S sub-tokens.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from t2i.data.cache import CodeCache, build_cache, cache_key
 from t2i.data.code_array import CodeArray
 from t2i.data.imagenet import LabelledFolder, extract_codes, open_imagenet
 from t2i.data.pretokenized import LlamaGenCodes, convert_jsonl, is_llamagen_folder
-from t2i.data.samples import Source
+from t2i.data.samples import Sample, Source
 from t2i.data.shapes_source import parse_shapes
 from t2i.data.sources import open_source
 from t2i.data.views import Views
@@ -53,6 +54,9 @@ class Examples(Protocol):
 
         `choice` int64 [B] are random numbers that choose among several captions or views of an image; the first if None.
         """
+
+    def condition(self, index: int) -> str | int:
+        """The (first) caption or the class of one sample."""
 
 
 def open_examples(
@@ -107,7 +111,7 @@ def open_data(options: DataOptions) -> Source:
         raise UserError(
             "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
         )
-    return parse_shapes(options.source) or open_source(
+    source = parse_shapes(options.source) or open_source(
         options.source,
         image_column=options.image_column,
         caption_column=options.caption_column,
@@ -116,6 +120,26 @@ def open_data(options: DataOptions) -> Source:
         config_name=options.config_name,
         revision=options.revision,
     )
+    return source if options.trigger is None else TriggeredSource(source, options)
+
+
+class TriggeredSource(Source):
+    """A source whose captions all have the trigger words of `DataOptions.trigger`."""
+
+    def __init__(self, source: Source, options: DataOptions):
+        identity = {**source.identity, "trigger": options.trigger}
+        super().__init__(source.name, identity, source.length)
+        self.left_out = source.left_out
+        self._source, self._options = source, options
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._triggered(self._source[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._triggered, self._source)
+
+    def _triggered(self, sample: Sample) -> Sample:
+        return replace(sample, captions=[self._options.with_trigger(c) for c in sample.captions])
 
 
 class Captioned:
@@ -179,6 +203,9 @@ class Captioned:
         features, mask = self.cache.text(indices, self.backbone.spec.prefix_tokens, choice)
         return codes, {"features": features, "mask": mask}
 
+    def condition(self, index: int) -> str:
+        return self.cache.caption(index)
+
 
 # -- classes ------------------------------------------------------------------------------------------------------------------
 class Labelled:
@@ -234,6 +261,25 @@ class Labelled:
             )
         return codes, self.backbone.prepare(self.codes.labels(indices))
 
+    def condition(self, index: int) -> int:
+        return int(self.codes.labels(torch.tensor([index]))[0])
+
+
+def labelled_sources(options: LabelledOptions) -> list[Path]:
+    """What data.source names: one place, or several folders of LlamaGen's codes; UserError if it is neither, or not there."""
+    sources = [Path(source) for source in options.source]
+    if not sources:
+        raise UserError(
+            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's codes, or RAR's .jsonl)"
+        )
+    if len(sources) > 1 and not all(is_llamagen_folder(source) for source in sources):
+        raise UserError(
+            f"data.source: only folders of LlamaGen's codes may be several, not {', '.join(map(str, sources))}"
+        )
+    if not sources[0].exists():
+        raise UserError(f"data.source: {sources[0]} is no folder and no file")
+    return sources
+
 
 def open_labelled(
     options: LabelledOptions, backbone: Backbone
@@ -243,17 +289,9 @@ def open_labelled(
     Raises:
         UserError: nothing there, or not what this backbone is trained on.
     """
-    spec, sources = backbone.spec, [Path(source) for source in options.source]
-    if not sources:
-        raise UserError(
-            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's codes, or RAR's .jsonl)"
-        )
-    if all(is_llamagen_folder(source) for source in sources):
+    spec, sources = backbone.spec, labelled_sources(options)
+    if is_llamagen_folder(sources[0]):
         return LlamaGenCodes(*sources)
-    if len(sources) > 1:
-        raise UserError(
-            f"data.source: only folders of LlamaGen's codes may be several, not {', '.join(map(str, sources))}"
-        )
     if sources[0].suffix == ".jsonl":
         if len(spec.subvocabs) > 1:
             raise UserError(

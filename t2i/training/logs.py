@@ -26,7 +26,7 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         kept = []
         if self.path.exists():
-            kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
+            kept = [row for row in read_metrics(run_dir) if 0 < start_step >= row["step"]]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.tracker = _start_tracker(choose_tracker(tracker), run_dir, project, config)
 

@@ -44,9 +44,10 @@ from t2i.training.engine import (
 )
 from t2i.training.examples import check_backbone
 from t2i.training.logs import MetricsLog, choose_tracker
+from t2i.training.preflight import look_before_work, sheet_prompts
 from t2i.training.run_page import write_run_page
 from t2i.training.settings import plain
-from t2i.training.start import start_from, take_codec
+from t2i.training.start import is_local_base, start_from, take_codec
 from t2i.training.validation import validate
 
 _ONE_REQUEST_SECONDS = 2.0
@@ -69,7 +70,9 @@ def build_model(
     }
     earlier = resumed or options.weights
     if is_checkpoint(earlier):
-        backbone = start_from(earlier, resumed=resumed is not None, **loading)
+        # The base may lie elsewhere than when the run began; its hash proves that it is the same.
+        base = options.weights if resumed and is_local_base(options.weights) else None
+        backbone = start_from(earlier, resumed=resumed is not None, base=base, **loading)
     else:
         dtype = options.text_encoder_dtype
         backbone = load_backbone(options.family, earlier, text_encoder_dtype=dtype, **loading)
@@ -105,13 +108,15 @@ class Run:
         checkpoint = processes.on_main(lambda: run_state.claim_run_dir(config))
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
+        look_before_work(config, processes.world_size)
         check_cache_dir(config.data.cache_dir)
         self.model = build_model(config, resumed=checkpoint).to(processes.device)
         check_backbone(self.model.backbone, config.data)
-        self.prompts = conditions(self.model.backbone, config.log.prompts)
+        self.prompts = conditions(self.model.backbone, sheet_prompts(config))
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes)
-        self.steps = self.data.steps()
+        self.plan, self.steps = self.data.plan, self.data.plan.steps
+        self.prompts = self.prompts or self.data.held_out_conditions(4)
         self.engine = start_engine(self.model, config, processes)
         self.step = (
             0
@@ -127,7 +132,8 @@ class Run:
             if checkpoint is not None:
                 run_state.set_aside_damaged(config.run_dir, checkpoint)
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(config.run_dir / "config.json", plain(asdict(config)))
+            settled = {"plan": asdict(self.plan), "sheet_prompts": self.prompts}
+            write_json(config.run_dir / "config.json", plain(asdict(config)) | settled)
             self.metrics = MetricsLog(
                 config.run_dir,
                 self.step,
@@ -228,6 +234,15 @@ class Run:
             self.model.train()
         self.processes.barrier()
 
+    def first_look(self) -> None:
+        """What the base does by itself: losses and a sheet before the first step (under ZeRO-3 without the sheet)."""
+        metrics = self.validate()
+        if self.plan.sample_every and self.config.engine.zero_stage < 3:
+            self.sample_sheet()
+        if self.processes.is_main:
+            self.metrics.log(0, metrics)
+            write_run_page(self.config.run_dir)
+
     def _whole_model(self) -> TensorAR:
         """A model that one process can sample from: under ZeRO-3 that is the checkpoint that was just written."""
         if self.config.engine.zero_stage < 3:
@@ -274,7 +289,9 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(run: Run) -> Path:
-    config, options = run.config, run.config.log
+    config, plan = run.config, run.plan
+    if config.log.at_start and run.step == 0:
+        run.first_look()
     started, first = time.perf_counter(), run.step
     run.model.train()
     bar = progress_bar(
@@ -289,24 +306,24 @@ def _train(run: Run) -> Path:
             metrics = run.train_step()
             done = run.step == run.steps
             rate = (run.step - first) * config.batch_size / (time.perf_counter() - started)
-            validated = done or _due(options.validate_every, run.step)
+            validated = done or _due(plan.validate_every, run.step)
             if validated:
                 metrics |= run.validate()
             if run.processes.is_main:
                 shown = {"loss": f"{metrics['train/loss']:.3f}", "images_s": f"{rate:.1f}"}
                 bar.set_postfix(shown, refresh=False)  # by itself it would redraw at every step
                 bar.update()
-                if validated or _due(options.log_every, run.step):
+                if validated or _due(plan.log_every, run.step):
                     run.metrics.log(run.step, metrics | {"images_per_s": rate})
-            saved = done or run.stop_agreed or _due(options.save_every, run.step)
+            saved = done or run.stop_agreed or _due(plan.save_every, run.step)
             if saved:
                 run.save()
             sheet_due = (
                 saved
                 if config.engine.zero_stage == 3
-                else _due(options.sample_every, run.step) or done
+                else _due(plan.sample_every, run.step) or done
             )
-            if options.sample_every and sheet_due and not run.stop_agreed:
+            if plan.sample_every and sheet_due and not run.stop_agreed:
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
                 write_run_page(config.run_dir)

@@ -3,7 +3,7 @@
 import os
 
 from t2i import cli
-from t2i.training.config import TrainConfig
+from t2i.training.config import DataOptions, TrainConfig
 
 
 def run_recipe(recipes: dict[str, tuple[str, TrainConfig]], description: str) -> None:
@@ -25,3 +25,6 @@ def run_config(config: TrainConfig) -> None:
     folder = train(config)
     if cli.is_main_process():
         print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
+        if isinstance(config.data, DataOptions) and config.data.trigger:
+            prompt = config.data.with_trigger("your prompt")
+            print(f"trained with trigger words; draw with them: --prompt {prompt!r}")

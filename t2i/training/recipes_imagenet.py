@@ -8,7 +8,7 @@ Views of an image are those that the base was trained on: LlamaGen ten-crop of t
 on random crops along the longer side, unmirrored, encoded anew each time; its nearest fixed set is the centre and its mirror image.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from t2i.training.config import (
     OptimOptions,
     TrainConfig,
 )
+from t2i.training.recipes_llamagen import OWN_PICTURES
 
 SHAPES_ROOT = Path("runs/class-shapes")
 """Where the offline world is looked for."""
@@ -46,8 +47,9 @@ class ImageNetModel:
     """llamagen B, L, XL, XXL, 3B; open_magvit2 B, L, XL; rar B, L, XL, XXL; or shapes: the offline world."""
     resolution: Literal[256, 384] | None = None
     """Of the images, where a size was published at two (LlamaGen B and L; 256 if not given)."""
-    preset: Literal["iclr2026", "arxiv2505", "tuned", "base"] = "iclr2026"
-    """Settings of the method; base is the control, fine-tuned as usual."""
+    preset: Literal["tuned", "iclr2026", "arxiv2505", "base"] = "tuned"
+    """Settings of the method: tuned is the recommended one (docs/recipe.md), iclr2026 and arxiv2505 are the papers'; base is the
+    control, fine-tuned as usual."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,14 @@ def imagenet_recipe(model: ImageNetModel) -> TrainConfig:
         ),
         method=presets.method(model.preset),
         data=published.data,
-        optim=OptimOptions(codec_lr=1e-4, backbone_lr=1e-5, warmup_steps=100),
+        optim=OptimOptions(codec_lr=1e-4, backbone_lr=1e-5, warmup_steps=None),
         engine=EngineOptions(
             zero_stage=2,
             precision="bf16",
             micro_batch=published.micro_batches[model.size],
             gradient_checkpointing=model.size in ("XL", "XXL", "3B"),
         ),
-        log=LogOptions(validate_every=1000, sample_every=5000, save_every=5000, prompts=_CLASSES),
+        log=replace(OWN_PICTURES, prompts=_CLASSES),
     )
 
 
@@ -134,7 +136,7 @@ def _shapes(model: ImageNetModel) -> TrainConfig:
         run_dir=Path(f"runs/{model.backbone}-shapes"),
         backbone=BackboneOptions(family=model.backbone, weights=str(root / model.backbone)),
         method=presets.method(model.preset),
-        data=LabelledOptions(source=(str(root / "images"),), views="flip"),
+        data=LabelledOptions(source=(str(root / "images"),), views="flip", validation_samples=256),
         optim=OptimOptions(codec_lr=3e-3, backbone_lr=1e-4, warmup_steps=20),
         engine=EngineOptions(micro_batch=32),
         log=LogOptions(save_every=100, prompts=("0", "5", "10", "15")),

@@ -29,7 +29,6 @@ from t2i.checkpoint import (
 )
 from t2i.errors import UserError
 from t2i.files import owning, saving, writable_folder
-from t2i.loading import with_hash
 from t2i.manifest import TRAINING_STATE
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
@@ -101,21 +100,13 @@ def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
     """Load the training state (see also `check_resumable`); returns the number of steps done.
 
     Raises:
-        UserError: the data set or the base is not what it was, or the state is none that DeepSpeed wrote.
+        UserError: the data set is not what it was, or the state is none that DeepSpeed wrote.
     """
-    stored = read_config(folder)
-    training = stored["training"]
+    training = read_config(folder)["training"]
     if training["data_key"] != data_key:
         raise UserError(
             f"cannot resume {folder}: the data set has changed since (files were added, removed or edited), and with it "
             "the held-out split and the order; start a new run_dir"
-        )
-    backbone = engine.module.model.backbone
-    backbone.source = with_hash(backbone.source)
-    if backbone.source.sha256 != stored["backbone"]["sha256"]:
-        raise UserError(
-            f"cannot resume {folder}: {backbone.source.weights} is not the base that the run was started from (its "
-            "SHA-256 differs)"
         )
     # Frozen weights are not in the state: they are the base's, and already loaded.
     complete = all(p.requires_grad for p in engine.module.parameters())

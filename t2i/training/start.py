@@ -10,13 +10,14 @@ from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.checkpoint import (
     CODEC,
     find_checkpoint,
+    is_checkpoint,
     load_stored_backbone,
     read_config,
     stored_part,
     stored_source,
 )
 from t2i.lora import merge_lora
-from t2i.sources import moved
+from t2i.sources import expand_folder, moved, prove, shipped_bases
 from t2i.tensorar.model import TensorAR, TensorARConfig
 from t2i.weights import load_strict, read_state_dict
 
@@ -27,6 +28,7 @@ def start_from(
     folder: str | Path,
     *,
     resumed: bool = False,
+    base: str | Path | None = None,
     tokenizer: str | Path | None = None,
     text_encoder: str | Path | None = None,
     generation_only: bool = False,
@@ -40,6 +42,7 @@ def start_from(
     Args:
         folder: checkpoint, run or export folder.
         resumed: it is the new run's own checkpoint: its adapters are left out, since training goes on with them.
+        base: where the base's weights are now.
         tokenizer: where the base's image tokenizer is now.
         text_encoder: where its text encoder is now.
 
@@ -48,8 +51,12 @@ def start_from(
     """
     folder = find_checkpoint(folder)
     config = read_config(folder)
-    source = moved(stored_source(config, folder), tokenizer=tokenizer, text_encoder=text_encoder)
+    source = moved(
+        stored_source(config, folder), base=base, tokenizer=tokenizer, text_encoder=text_encoder
+    )
     source = replace(source, generation_only=generation_only)
+    if base is not None:
+        prove(expand_folder(source))
     merged = config.get("tuning") == "lora" and not resumed
     exact = torch.float32 if merged else dtype  # bf16 would round the adapters away
     backbone = load_stored_backbone(
@@ -69,6 +76,11 @@ def start_from(
         started_from=str(folder.resolve()) if changed else source.started_from,
     )
     return backbone
+
+
+def is_local_base(weights: str) -> bool:
+    """Whether it is a file or folder of base weights here: no shipped base, name on the hub, or earlier run."""
+    return weights not in shipped_bases() and Path(weights).exists() and not is_checkpoint(weights)
 
 
 def take_codec(model: TensorAR, folder: str | Path) -> None:

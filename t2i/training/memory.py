@@ -1,0 +1,178 @@
+"""How much memory a run needs, from shapes alone: nothing here holds a weight or computes a number of a model.
+
+State (weights, gradients, optimizer) follows from the parameter counts. Activations are counted: one forward pass runs on PyTorch's
+"meta" device, where tensors have shapes and no data, and what autograd would keep for the backward pass is added up. So the count holds
+for every family, and for whatever the method's settings are. Fused attention, as GPUs have it, is assumed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from t2i.backbones.base import Backbone, Condition
+from t2i.tensorar.model import TensorAR
+from t2i.training.config import TrainConfig
+
+_PROMPT_TOKENS = 128
+"""Prefix that is assumed where it varies with the caption."""
+_TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
+"""Encoder half of published T5 models, which is kept on the device beside the model."""
+_ENCODED_AT_ONCE = 32
+"""Images per call of the image tokenizer (`build_cache`)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes on the fullest device, and work."""
+
+    state: float
+    """Weights, gradients and optimizer at the chosen ZeRO stage."""
+    frozen: float
+    """Image tokenizer and text encoder."""
+    kept: float
+    """What autograd keeps of one forward pass."""
+    passing: float
+    """The largest things that live for a moment: a block's recomputation, gradients of the logits, own drafts' probabilities."""
+    encoding: float
+    """Weights, frozen helpers and feature maps while the data set is encoded, before there is an optimizer."""
+    flops: float
+    """Floating-point operations per sample of a training step, attention's own left out."""
+
+    @property
+    def total(self) -> float:
+        """The peak, with a tenth more for what the allocator and the libraries take."""
+        return 1.1 * max(self.state + self.frozen + self.kept + self.passing, self.encoding)
+
+
+def weight_bytes(config: TrainConfig) -> int:
+    """Bytes of a weight in the forward pass."""
+    return 2 if config.engine.precision == "bf16" else 4
+
+
+def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: int) -> float:
+    """Bytes of weights, gradients and optimizer on one of the processes."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weight, grad = weight_bytes(config), 4
+    optimizer = 12 if weight == 2 else 8  # two moments, and an fp32 copy under bf16
+    shards = [world_size if stage >= least else 1 for least in (3, 2, 1)]
+    return total * weight / shards[0] + trained * (grad / shards[1] + optimizer / shards[2])
+
+
+def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
+    """fp32 logits of one forward pass."""
+    slots = model.windows.count * model.windows.size
+    return 4 * config.engine.micro_batch * slots * sum(model.backbone.spec.subvocabs)
+
+
+def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
+    """What one of the processes needs. `model` must be on the meta device; it is cast to the type that it computes in."""
+    state = state_bytes(model, config, world_size, config.engine.zero_stage)
+    if config.engine.precision != "fp32":
+        model.bfloat16()
+    model.train()
+    recompute = config.engine.gradient_checkpointing
+    layers = len(model.backbone.new_cache(1, 1).keys)
+    kept, forward = _forward(model, config, recompute=False)
+    passing = 0.0
+    if recompute:
+        outside, _ = _forward(model, config, recompute=True)
+        width = model.backbone.spec.dim * next(model.parameters()).element_size()
+        inputs = config.engine.micro_batch * _length(model) * width
+        kept, passing = outside + layers * inputs, (kept - outside) / layers
+    # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
+    passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
+    logits = logit_bytes(model, config)
+    # Their gradient, once in fp32 and once in the head's type; or own drafts: softmax, and its sums in float64 (`model.draw`).
+    passing += max(1.5 * logits, _draft_bytes(model, config))
+    frozen = _frozen_bytes(model.backbone, config)
+    weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
+    encoding = weights + frozen + _map_bytes(model.backbone)
+    flops = passes * forward / config.engine.micro_batch
+    return Cost(state, frozen, kept, passing, encoding, flops)
+
+
+def _map_bytes(backbone: Backbone) -> float:
+    """The image tokenizer's widest feature maps, four of which live at once, in fp32."""
+    height, width = backbone.image_size
+    return 4 * 4 * _ENCODED_AT_ONCE * backbone.tokenizer.config.channels * height * width
+
+
+def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
+    """What drawing own drafts holds at once: logits, probabilities, and both again in float64; of validation, of all samples."""
+    k, stride = config.method.k, config.method.stride
+    if k == stride:
+        return 0
+    per_slot = 4 + 4 + 8 + 8
+    slots = model.windows.count * (k - stride)
+    return per_slot * config.engine.micro_batch * slots * max(model.backbone.spec.subvocabs)
+
+
+def _length(model: TensorAR) -> int:
+    """Inputs of the trunk."""
+    return min(model.backbone.spec.prefix_tokens, _PROMPT_TOKENS) + model.windows.count - 1
+
+
+def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
+    parts = 4 * sum(p.numel() for p in backbone.tokenizer.parameters())
+    encoder = getattr(backbone.frozen.text_encoder, "model", None)
+    count = _TEXT_ENCODER_PARAMETERS.get(config.backbone.text_encoder or "", 0)
+    if encoder is not None:
+        count = sum(p.numel() for p in encoder.parameters())
+    return parts + count * (2 if config.backbone.text_encoder_dtype == "bfloat16" else 4)
+
+
+def _forward(model: TensorAR, config: TrainConfig, *, recompute: bool) -> tuple[int, int]:
+    """One forward pass: bytes that autograd keeps, less parameters and (with `recompute`) what is computed again; operations."""
+    backbone, batch, spec = model.backbone, config.engine.micro_batch, model.backbone.spec
+    shape = (batch, spec.num_tokens, len(spec.subvocabs))
+    codes = torch.zeros(shape, dtype=torch.long, device="meta")
+    weights = [p.untyped_storage() for p in model.parameters()]
+    known = {id(storage) for storage in weights}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in known:
+            seen[id(storage)] = storage
+        return tensor
+
+    backbone.gradient_checkpointing = recompute
+    counter = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with counter, hooks, _FusedAttention():
+        losses = model(codes, _condition(backbone, batch), model.windows.gather(codes))
+        losses.weighted(model.config.weights())
+    return sum(storage.nbytes() for storage in seen.values()), counter.get_total_flops()
+
+
+def _condition(backbone: Backbone, batch: int) -> Condition:
+    """An encoded condition without data; of a text, of the length that is assumed."""
+    spec = backbone.spec
+    if spec.cond_kind == "class":
+        return backbone.encode_condition(backbone.prepare([0] * batch))
+    length = min(spec.prefix_tokens, _PROMPT_TOKENS)
+    dtype = next(backbone.parameters()).dtype
+    prefix = torch.zeros(batch, length, spec.dim, dtype=dtype, device="meta", requires_grad=True)
+    return Condition(prefix, mask=torch.ones(batch, length, dtype=torch.bool, device="meta"))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention that keeps its inputs and its output, as the kernels of GPUs do, and not the matrix of weights."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return _Attended.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
