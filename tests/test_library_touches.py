@@ -64,6 +64,32 @@ def engine(tmp_path: Path) -> None:
     assert wanted <= inspect.signature(started.load_checkpoint).parameters.keys()
 
 
+def state_classes(tmp_path: Path) -> None:
+    """A training state holds these classes and no others; whole resumes are in test_run_safety.py."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    stored = [LossScaler(1.0), ZeroStageEnum(2), fragment_address(numel=1, start=0)]
+    torch.save(stored, tmp_path / "state.pt")
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        assert torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "state.pt") == []
+
+
+def zero_options(_) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert "offload_optimizer" in DeepSpeedZeroConfig.model_fields
+    assert DeepSpeedZeroConfig(stage=2).stage == 2
+
+
+def clipping(_) -> None:
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (stage_1_and_2, stage3):
+        assert "self.clip_grad = clip_grad" in inspect.getsource(module)
+
+
 def adapters(_) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -173,6 +199,27 @@ TOUCHES = (
         engine,
     ),
     Touch(
+        "deepspeed",
+        "LossScaler, ZeroStageEnum and fragment_address are the classes in its training state",
+        "t2i/training/run_state.py: fragment_address",
+        "torch reads no other class, so that a training state runs no code",
+        state_classes,
+    ),
+    Touch(
+        "deepspeed",
+        "DeepSpeedZeroConfig has the options of zero_optimization as pydantic fields",
+        "t2i/training/zero_options.py: DeepSpeedZeroConfig",
+        "DeepSpeed itself ignores a misspelt option, or fails on it late",
+        zero_options,
+    ),
+    Touch(
+        "deepspeed",
+        "ZeRO's optimizers keep the largest norm of the gradient as clip_grad",
+        "t2i/training/engine.py: clip_grad",
+        "a resumed run may clip at another norm than the one that its state was saved with",
+        clipping,
+    ),
+    Touch(
         "peft",
         "BaseTunerLayer, and the names lora_A.default, lora_B.default and base_layer inside it",
         "t2i/lora.py: BaseTunerLayer",
@@ -234,7 +281,9 @@ DOCUMENTED = {
     "torch.distributed",
     "torch.nn",
     "torch.nn.functional",
+    "torch.overrides",
     "torch.utils.checkpoint",
+    "torch.utils.flop_counter",
     "torch.utils.tensorboard",
     "transformers.utils",
     "tyro.conf",
@@ -282,7 +331,12 @@ LIBRARIES = {
 
 
 def test_no_other_insides_are_imported():
-    listed = {"peft.tuners.tuners_utils"}
+    listed = {
+        "deepspeed.runtime.fp16.loss_scaler",
+        "deepspeed.runtime.zero.config",
+        "deepspeed.utils.tensor_fragment",
+        "peft.tuners.tuners_utils",
+    }
     unknown = {
         (file, module) for file, module in deep_imports() if module not in DOCUMENTED | listed
     }

@@ -148,8 +148,13 @@ def test_captions_that_come_out_empty(tmp_path):
     """Case 14, in the pre-flight: also where the text encoder has yet to be fetched."""
     folder = write_dataset_of_captions(tmp_path, "一只红色的圆", count=12, size=256)
     data = DataOptions(source=str(folder))
-    report = check(replace(ALL["t2i-xl-256-small-data"], data=data, run_dir=tmp_path / "run"))
-    assert "12 of the captions looked at are empty after the cleaning" in report
+    config = replace(ALL["t2i-xl-256-small-data"], data=data, run_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="12 caption has no text the encoder can read") as refused:
+        check(config)
+    assert "small-images" not in str(refused.value)
+    (folder / "0.txt").write_text("a red circle", encoding="utf-8")
+    report = check(config)
+    assert "11 of 12 samples looked at are skipped, caption has no text the encoder can" in report
     assert "not ready" in report
 
 
@@ -158,7 +163,7 @@ def test_small_images_are_told_the_size(tmp_path):
     folder = write_dataset_of_captions(tmp_path, "a red circle", count=3, size=96)
     data = DataOptions(source=str(folder))
     config = replace(ALL["t2i-xl-256-small-data"], data=data, run_dir=tmp_path / "run")
-    with pytest.raises(UserError, match=r"images are 256 px .--data.small-images upscale"):
+    with pytest.raises(UserError, match=r"needs 256; --data.small-images upscale"):
         check(config)
 
 

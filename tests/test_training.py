@@ -81,7 +81,7 @@ def test_resume_wants_the_same_data(tiny_world, tmp_path):
 def test_resume_knows_data_by_their_content(tiny_world, tmp_path):
     """Case 10: touched, copied elsewhere, named otherwise: the same data."""
     write_dataset(tmp_path / "data", 20, size=32)
-    config = tiny_run(tiny_world, "moved", data__source=str(tmp_path / "data"))
+    config = tiny_run(tiny_world, "data_moved", data__source=str(tmp_path / "data"))
     train(replace(config, steps=1))
     caches = set((tiny_world / "cache").iterdir())
     for image in (tmp_path / "data" / "images").iterdir():

@@ -46,7 +46,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
     check_cache_dir(config.data.cache_dir)
-    source = look_before_work(config, world_size)
+    source = look_before_work(config, world_size, resumed=checkpoint is not None)
     model = build_model(config, device="meta")
     _check_kind(model.backbone, config)
     conditions(model.backbone, sheet_prompts(config))
@@ -106,10 +106,7 @@ def _captioned(
         source, caption_notes=backbone.caption_notes, size=size, small=options.small_images
     )
     if not usable:
-        raise UserError(
-            f"none of the samples looked at can be used: {survey.describe()}. The model's images are {size} px "
-            "(--data.small-images upscale takes smaller ones)"
-        )
+        raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
     total = count_samples(source, options)
     count = "unknown number of" if total is None else total
     lines = [

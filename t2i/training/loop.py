@@ -108,7 +108,7 @@ class Run:
         checkpoint = processes.on_main(lambda: run_state.claim_run_dir(config))
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
-        look_before_work(config, processes.world_size)
+        look_before_work(config, processes.world_size, resumed=checkpoint is not None)
         check_cache_dir(config.data.cache_dir)
         self.model = build_model(config, resumed=checkpoint).to(processes.device)
         check_backbone(self.model.backbone, config.data)

@@ -8,15 +8,20 @@ from t2i.training.examples import labelled_sources, open_data
 from t2i.training.plan import plan_run
 
 
-def look_before_work(config: TrainConfig, world_size: int) -> Source | None:
+def look_before_work(
+    config: TrainConfig, world_size: int, *, resumed: bool = False
+) -> Source | None:
     """Look at the batch arithmetic, the DeepSpeed JSON, local names and the data; returns the opened source of captioned images.
+
+    A `resumed` run stands on its own checkpoint: what its first weights were called does not matter any more.
 
     Raises:
         UserError: one of them is impossible.
     """
     deepspeed_config(config, world_size)
     base = config.backbone
-    check_named(base.weights, folder=published_as_folder(base.family))
+    if not resumed:
+        check_named(base.weights, folder=published_as_folder(base.family))
     if base.tokenizer is not None:
         check_named(base.tokenizer)
     if not isinstance(config.data, DataOptions):
