@@ -68,7 +68,7 @@ class Contender:
         from t2i.tokenizers.vq import VQConfig, VQTokenizer
 
         if self.config.size is None:
-            return load_backbone("llamagen", "shapes")
+            return load_backbone("llamagen", "shapes", device=self.device, dtype="float32")
         if self.config.size not in SIZES:
             raise UserError(f"size {self.config.size!r} must be one of {', '.join(SIZES)}")
         backbone = LlamaGen(LlamaGenConfig(**SIZES[self.config.size]))

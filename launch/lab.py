@@ -27,7 +27,7 @@ def fine_tuned(run: TrainConfig) -> TensorAR:
         shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
     complete = done and done[-1].name == f"step_{run.steps:06d}"
     folder = done[-1] if complete else train(replace(run, resume=bool(done)))
-    return from_pretrained(folder, device=start_processes().device)
+    return from_pretrained(folder, device=start_processes().device, dtype=torch.float32)
 
 
 def held_out(run: TrainConfig, model: TensorAR) -> TrainingData:

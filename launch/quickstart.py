@@ -63,7 +63,10 @@ def main() -> None:
     print(f"[1/3] data set: {written} images drawn, {kept} there already")
     base_options = run_config(config, config.control).backbone
     backbone = load_backbone(
-        base_options.family, base_options.weights, device=start_processes().device
+        base_options.family,
+        base_options.weights,
+        device=start_processes().device,
+        dtype="float32",
     )
     models = {"base": attach(backbone, base())}
     for name in (config.control, *config.recipes):

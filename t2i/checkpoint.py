@@ -22,7 +22,16 @@ from t2i import __version__
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
 from t2i.files import write_json
-from t2i.loading import BackboneSource, load_source, published_as_folder, with_hash
+from t2i.loading import (
+    BackboneSource,
+    attach,
+    family_of,
+    load_backbone,
+    load_source,
+    pick_device,
+    published_as_folder,
+    with_hash,
+)
 from t2i.lora import load_adapter, save_adapter
 from t2i.tensorar.model import TensorAR, TensorARConfig
 from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights
@@ -184,8 +193,8 @@ def from_pretrained(
     *,
     base: str | Path | None = None,
     generation_only: bool | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
 ) -> TensorAR:
     """Load a checkpoint folder (or a run's newest, or an export), in eval mode.
 
@@ -193,6 +202,7 @@ def from_pretrained(
         base: where the base weights are now, if they moved.
         generation_only: whether to leave out what drawing images does not need; as in training if None.
     """
+    device, dtype = pick_device(device, dtype)
     folder = find_checkpoint(folder)
     config = read_config(folder)
     source = _section(BackboneSource, config["backbone"], folder)
@@ -224,6 +234,70 @@ def from_pretrained(
         load_strict(model.codec, read_state_dict(path), path)
     model.sampling = _section(SamplingConfig, config["sampling"], folder)
     return model.eval()
+
+
+def load_model(
+    source: str | Path,
+    *,
+    family: str | None = None,
+    base: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    text_encoder_dtype: str = "float32",
+    generation_only: bool | None = True,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
+) -> TensorAR:
+    """A model to draw with from whatever was typed: something trained, or a base by itself (k = 1), in eval mode.
+
+    Args:
+        source: a checkpoint, run or export folder; a shipped base ("shapes"); a backbone folder; a published weight file or
+            folder, or its name on the hub ("owner/repo:file", "owner/repo").
+        family: of a published base; a checkpoint, a shipped base and a backbone folder say it themselves.
+        base: where a checkpoint's base is now, if it moved (see `from_pretrained`).
+        tokenizer: image tokenizer of a base, or where a checkpoint's is now.
+        text_encoder: caption encoder of a base, or where a checkpoint's is now.
+        text_encoder_dtype: "float32" or "bfloat16", of a base's caption encoder.
+        generation_only: leave out what drawing images does not need; None: as in training.
+        device: "auto" is a GPU where there is one, else the CPU.
+        dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        UserError: it is none of these, a part is missing, or `base` is given for a base.
+    """
+    if is_checkpoint(source):
+        return from_pretrained(
+            source,
+            base=base,
+            generation_only=generation_only,
+            device=device,
+            dtype=dtype,
+        )
+    if base is not None:
+        raise UserError(
+            f"{source} is no checkpoint, so there is no other base to it: leave out base"
+        )
+    backbone = load_backbone(
+        family or family_of(source),
+        source,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        text_encoder_dtype=text_encoder_dtype,
+        generation_only=bool(generation_only),
+        device=device,
+        dtype=dtype,
+    )
+    return attach(backbone, TensorARConfig(k=1))
+
+
+def is_checkpoint(source: str | Path) -> bool:
+    """Whether this is a checkpoint, run or export folder (perhaps a damaged one), and not a base."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return False
+    if find_checkpoint(folder) != folder or (folder / MANIFEST).is_file():
+        return True
+    return (folder / "checkpoints").is_dir() or (folder / "codec.safetensors").is_file()
 
 
 def _section(cls: type, values: dict, folder: Path):

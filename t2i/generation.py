@@ -10,7 +10,7 @@ from torch import Tensor
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.conditioning.labels import class_ids
 from t2i.errors import UserError
-from t2i.loading import DTYPES
+from t2i.loading import pick_device as pick_device
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
@@ -114,15 +114,3 @@ def stage_images(model: TensorAR, windows: Tensor) -> list[list[Image.Image]]:
         to_images(model, geometry.stage_codes(windows, r + 1)) for r in range(geometry.stages)
     ]
     return [list(images) for images in zip(*per_stage, strict=True)]
-
-
-def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve "auto": a GPU in bfloat16 where there is one, else the CPU in float32."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"device {device!r} must be auto, cpu, or cuda where PyTorch sees a GPU")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
-    if dtype == "auto":
-        dtype = "bfloat16" if name.startswith("cuda") else "float32"
-    return torch.device(name), DTYPES[dtype]

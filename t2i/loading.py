@@ -6,6 +6,7 @@ A source is a file, a folder with a config.json (the layout of `t2i/assets/shape
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +32,49 @@ needs no files), `TOKENIZER_INSIDE` that the published weight file holds the ima
 """
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(
+    device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[torch.device, torch.dtype]:
+    """Resolve "auto": a GPU in bfloat16 where there is one, else the CPU in float32.
+
+    Raises:
+        UserError: there is no such device or type, or no GPU here.
+    """
+    name = str(device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|meta|cuda(:\d+)?", name):
+        raise UserError(f"device {name!r} must be auto, cpu or cuda (cuda:1 is the second GPU)")
+    if name.startswith("cuda"):
+        _check_gpu(name)
+    if isinstance(dtype, torch.dtype):
+        return torch.device(name), dtype
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = "bfloat16" if name.startswith("cuda") else "float32"
+    return torch.device(name), DTYPES[dtype]
+
+
+def _check_gpu(name: str) -> None:
+    """UserError if PyTorch does not see this GPU."""
+    if not torch.cuda.is_available():
+        why = (
+            "this PyTorch is built for CPUs only: install the build for your CUDA (pytorch.org)"
+            if torch.version.cuda is None
+            else "look at nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
+        )
+        raise UserError(
+            f"device {name!r} is asked for, but PyTorch found no GPU on this machine ({why}); "
+            "cpu or auto works without one"
+        )
+    number = torch.device(name).index or 0
+    if number >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"device {name!r} is asked for, but PyTorch found {count} GPU(s), from cuda:0"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,8 +141,8 @@ def load_backbone(
     config: object | None = None,
     grid: tuple[int, int] | None = None,
     generation_only: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
 ) -> Backbone:
     """Load a pre-trained backbone, strictly, in eval mode.
 
@@ -111,11 +155,13 @@ def load_backbone(
         config: the family's config dataclass, for shapes that were never published.
         grid: height and width in codes, where the file's name does not tell.
         generation_only: leave out what drawing images does not need (Janus-Pro's understanding tower and text head).
-        device: "meta" checks names and shapes without reading the weights, for the families that publish a folder.
+        dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
+        device: "auto" is a GPU where there is one, else the CPU; "meta" checks names and shapes without reading the weights, for the families that publish a folder.
 
     Raises:
         UserError: what is wrong with the name, file or keys, and what is allowed.
     """
+    device, dtype = pick_device(device, dtype)
     spec = BackboneSource(
         family=family,
         weights=_lasting(source),
@@ -263,6 +309,30 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
         text_encoder=source.text_encoder or files.get("text_encoder"),
         config=source.config or config,
         sampling=source.sampling or stored.get("sampling", {}),
+    )
+
+
+def family_of(source: str | Path) -> str:
+    """The family that a shipped base, a backbone folder or a published folder says it is of.
+
+    Raises:
+        UserError: it does not say.
+    """
+    shipped = str(source) in shipped_bases()
+    path = (ASSETS if shipped else Path()) / source / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = None
+    if isinstance(stored, dict):
+        if isinstance(stored.get("family"), str):
+            return stored["family"]
+        if stored.get("model_type") in ("janus", "multi_modality"):
+            return "janus"
+    if not Path(source).exists() and str(source).count("/") != 1:
+        resolve(source)  # says what it could have been
+    raise UserError(
+        f"{source} does not say which family it is of: give one of {', '.join(FAMILIES)}"
     )
 
 
