@@ -30,7 +30,7 @@ from t2i.evaluation.report import (
 )
 from t2i.evaluation.sampling import DrawOptions, draw_images, prompts_digest, read_generation
 from t2i.evaluation.store import sample_file
-from t2i.files import write_text
+from t2i.files import writable_folder
 from t2i.processes import ALONE, Processes
 from t2i.tensorar.model import TensorAR
 
@@ -127,11 +127,7 @@ def claim_output(out: Path, images: Path) -> None:
     Raises:
         UserError: it cannot be written, or holds the results of other images.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / ".writable", "").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error}); give another --out") from error
+    writable_folder(out)
     if (out / RESULTS_FILE).is_file():
         before = read_results(out)[0]["images"]
         if before != image_source(out, images):
