@@ -61,7 +61,7 @@ class GenerateConfig(ModelOptions):
 def main() -> None:
     config = cli.parse(GenerateConfig, __doc__, main=_MAIN)
     from t2i.evaluation.store import read_prompts, write_sheets
-    from t2i.files import owning, writable_folder
+    from t2i.files import owning, remove_leftovers, writable_folder
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = config.check()
@@ -86,6 +86,7 @@ def main() -> None:
         if out is None:
             out = _OUTPUTS / f"{config.name()}-{sampling.request_hash(model, entries, options)}"
             held.enter_context(owning(out, "image folder"))
+        remove_leftovers(out)
         sampling.draw_images(
             model,
             entries,

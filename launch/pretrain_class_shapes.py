@@ -10,7 +10,6 @@ random weights by the kit's own training loop, with k = 1. Nothing of it is ship
 killed goes on, the generator at its newest checkpoint; what is finished is kept, and only with the same recipe.
 """
 
-import json
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from t2i.data.imagenet import open_imagenet
 from t2i.data.images import load_pixels
 from t2i.data.shapes import PALETTE, Scene, SceneObject, render
 from t2i.errors import UserError
-from t2i.files import write_json
+from t2i.files import read_json, writable_folder, write_json
 from t2i.imaging import save_png
 from t2i.training.config import (
     BackboneOptions,
@@ -88,12 +87,12 @@ CLASSES = tuple((shape, color) for shape in SHAPES for color in COLORS)
 
 def claim(record: Path, settings: dict) -> None:
     """Note what a folder is made from; UserError if it was begun with something else."""
-    known = json.loads(record.read_text()) if record.exists() else settings
+    known = read_json(record) if record.exists() else settings
     if known != settings:
         raise UserError(
             f"{record} says that this was made otherwise: {known}, and now {settings} is asked for; give another --out, or delete it"
         )
-    record.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(record.parent)
     write_json(record, settings)
 
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import tempfile
 import uuid
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from t2i.errors import UserError
 
+_LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
 
 
@@ -126,6 +128,13 @@ def _forbidden(error: Exception) -> str | None:
     if getattr(error, "errno", None) == errno.EROFS:
         return "the file system is read-only. Choose another place"
     return None
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what `replacing` left below a folder when its process was killed. Only the folder's owner may do so."""
+    for path in Path(folder).rglob("*.tmp"):
+        if _LEFTOVER.search(path.name):
+            path.unlink(missing_ok=True)
 
 
 def writable_folder(folder: str | Path) -> Path:

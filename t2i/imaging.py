@@ -5,7 +5,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from t2i.errors import UserError
 from t2i.files import replacing, saving
 
 _GAP = 6
@@ -39,8 +38,7 @@ def grid(
     Args:
         cell: side of a cell in pixels; small images are enlarged without smoothing.
     """
-    if not images:
-        raise UserError("a grid needs at least one image")
+    assert images, "a grid needs at least one image"
     cell = cell or max(128, *(max(i.size) for i in images))
     text = _LABEL_HEIGHT if labels else 0
     rows = -(-len(images) // columns)

@@ -60,15 +60,21 @@ class ModelOptions:
             UserError: no model is given, there is none of this name, it is incomplete; there is no such device or type.
         """
         from t2i.checkpoint import find_checkpoint, read_config
-        from t2i.loading import family_of, pick_device
+        from t2i.loading import family_of, pick_device, shipped_bases
 
         if self.source is None:
             raise UserError(
                 "no model: give --ckpt (a checkpoint, or shapes) or --base.weights (a published base)"
             )
         place = pick_device(self.device, self.dtype)
-        if self.is_trained:
-            read_config(find_checkpoint(self.source))
+        folder = Path(self.source)
+        if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
+            raise UserError(
+                f"checkpoint folder {self.ckpt} does not exist (or is a file), and no base is shipped under this name "
+                f"(but {', '.join(shipped_bases())}); a published base is given as --base.weights"
+            )
+        if self.is_trained or (folder.is_dir() and not (folder / "config.json").is_file()):
+            read_config(find_checkpoint(folder))
         elif self.base.family is None:
             family_of(self.source)
         return place

@@ -65,7 +65,7 @@ class BenchmarkOptions(ModelOptions):
     def __post_init__(self):
         if (self.source is None) == (self.images is None):
             raise UserError(
-                "give either a model to draw and judge (--ckpt, or --base.weights), or --images (a folder)"
+                "give either --ckpt or --base.weights (a model to draw and judge), or --images (a folder)"
             )
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size} must be at least 1")

@@ -10,7 +10,7 @@ from t2i.evaluation.options import BenchmarkOptions
 from t2i.evaluation.report import table
 from t2i.evaluation.runner import Benchmark, claim_output, evaluate
 from t2i.evaluation.sampling import DrawOptions, check_folder, read_generation
-from t2i.files import owning
+from t2i.files import owning, remove_leftovers
 from t2i.loading import shipped_bases
 from t2i.processes import Processes, join_processes
 
@@ -37,6 +37,8 @@ def run(
     processes = join_processes(device)
     # One launch holds the folder: its main process for all of them.
     with owning(out, "output folder") if processes.is_main else nullcontext():
+        if processes.is_main:
+            remove_leftovers(out)
         if processes.is_main and images is None:
             claim_output(out, out / "images")
             check_folder(out / "images", entries, options.seed)

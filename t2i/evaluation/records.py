@@ -30,7 +30,7 @@ def claim(
     before = read_json(record) if record.is_file() else None
     if before is None and occupied:
         raise UserError(
-            f"{images} holds images or other files without {record.name}, so nobody can say how they were drawn; "
+            f"{images} holds files without {record.name}, so nobody can say how they were drawn; "
             "give another --out"
         )
     if before is None:

@@ -86,8 +86,7 @@ def evaluate(
     Raises:
         UserError: what is missing, unreadable, unexpected or contradictory in images or folders.
     """
-    if (model is None) == (images is None):
-        raise UserError("give a model, or a folder of images, and not both")
+    assert (model is None) != (images is None), "a model, or a folder of images"
     scope, processes = scope or Scope(), processes or ALONE
     selected = scope.select(len(benchmark.entries))
     folder = out / "images" if images is None else images
