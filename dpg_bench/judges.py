@@ -51,6 +51,8 @@ def answer_prompt(
 
     What `dpg_bench.score.score` takes as the answers of one item.
     """
+    if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
+        raise UserError(f"answer_prompt needs a list of PIL images, and got {images!r:.80}")
     ids = [str(question.proposition) for question in questions]
     return [dict(zip(ids, judge.answer(image, questions), strict=True)) for image in images]
 

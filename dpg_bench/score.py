@@ -134,6 +134,13 @@ def score(
         UserError: nothing to score, an item that the questions do not have, more images than
             there are, or a question without an answer.
     """
+    if not isinstance(graph, QuestionGraph):
+        raise UserError(f"score needs a QuestionGraph first, and got {graph!r:.80}")
+    if not isinstance(answers, Mapping):
+        raise UserError(
+            f"score judges answers, by item, and got {answers!r:.80}: "
+            "ask a judge with dpg_bench.judges.answer_prompt(judge, images, questions) for each item"
+        )
     judged = {item: answers[item] for item in graph.items if answers.get(item)}
     if strangers := [item for item in answers if item not in graph.items]:
         raise UserError(f"answers for items without questions: {', '.join(strangers[:10])}")

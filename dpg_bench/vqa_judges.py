@@ -26,7 +26,7 @@ from transformers import (
 
 from dpg_bench.questions import Question
 from t2i.errors import UserError
-from t2i.files import file_sha256
+from t2i.hashes import remembered_sha256
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space
@@ -89,7 +89,7 @@ class _YesNoJudge:
         if self.folder is None:
             return None
         files = sorted(f for kind in _WEIGHT_FILES for f in self.folder.glob(kind))
-        return {file.name: file_sha256(file) for file in files}
+        return {file.name: remembered_sha256(file) for file in files}
 
     def _says_yes(self, logits_V: Tensor) -> bool:
         log_probs = logits_V.float().log_softmax(dim=-1)

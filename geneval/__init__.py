@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from geneval.detector import Detections, Detector
@@ -43,39 +45,92 @@ class Report:
 
 
 def score(
-    images: Sequence[Image.Image],
-    metadata: Sequence[Mapping],
+    images: Sequence[Image.Image | np.ndarray | str | Path],
+    metadata: Sequence[Mapping | str],
     detector: Detector | None = None,
     *,
     options: JudgeOptions | None = None,
     seed: int = 0,
 ) -> Report:
-    """Judge images in memory and summarise.
+    """Judge images and summarise.
 
-    images: RGB, prompt by prompt: the same number of images for each entry of `metadata` (GenEval
-    schema: tag, prompt, include, exclude), in its order. detector: Mask2Former with CLIP, loaded once
-    and on a GPU where there is one, if None. seed: of the bootstrap standard errors.
+    images: PIL images, uint8 arrays [H, W, 3] or files, prompt by prompt: the same number of images for
+    each entry of `metadata`, in its order. metadata: in GenEval's schema (tag, prompt, include, exclude),
+    or the words of one of GenEval's 553 prompts, or of the shapes world's. detector: Mask2Former with
+    CLIP, loaded once and on a GPU where there is one, if None. seed: of the bootstrap standard errors.
 
-    Raises UserError when the numbers do not fit, or when the detector cannot name a class or
-    colour that the metadata asks for.
+    Raises UserError when an argument is of another kind, when the numbers do not fit, or when the
+    detector cannot name a class or colour that the metadata asks for.
     """
+    metadata = [metadata] if isinstance(metadata, str | Mapping) else list(metadata)
+    single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) == 3
+    images = [images] if single else list(images)
     if not metadata or not images or len(images) % len(metadata):
         raise UserError(
             f"{len(images)} images for {len(metadata)} prompts: "
             "give the same number of images, at least one, for every prompt"
         )
+    metadata = [_entry(given, place) for place, given in enumerate(metadata)]
+    pictures = [_picture(given, place) for place, given in enumerate(images)]
     detector = detector or _default_detector()
     each = len(images) // len(metadata)
     entries = [entry for entry in metadata for _ in range(each)]
     verdicts = [
         judge_image(image, entry, detector, options)
-        for image, entry in zip(images, entries, strict=True)
+        for image, entry in zip(pictures, entries, strict=True)
     ]
     rows = [
         result_row(f"{index // each:05d}/samples/{index % each:05d}.png", entry, verdict)
         for index, (entry, verdict) in enumerate(zip(entries, verdicts, strict=True))
     ]
     return Report(verdicts, summarize(rows, seed=seed))
+
+
+def _entry(given: Mapping | str, place: int) -> Mapping:
+    """Metadata as it is, or that of a prompt that GenEval or the shapes world knows."""
+    if isinstance(given, str):
+        if given in (known := _known_prompts()):
+            return known[given]
+        raise UserError(
+            f"score cannot know what {given!r:.200} asks for: it is none of GenEval's prompts. Give its metadata, such as "
+            '{"tag": "colors", "prompt": "a photo of a red bus", "include": [{"class": "bus", "count": 1, "color": "red"}]}'
+        )
+    wanted = given.get("include") if isinstance(given, Mapping) else None
+    whole = isinstance(wanted, Sequence) and all(
+        isinstance(item, Mapping) and "class" in item and "count" in item for item in wanted
+    )
+    if not whole or "tag" not in given or "prompt" not in given:
+        raise UserError(
+            f"metadata[{place}] is {given!r:.200}: score needs GenEval's tag, prompt and include "
+            "(a list of objects with class and count), or the words of one of its prompts"
+        )
+    return given
+
+
+@lru_cache(maxsize=1)
+def _known_prompts() -> dict[str, dict]:
+    from geneval.prompts import official_prompts
+    from t2i.data.shapes_prompts import TAGS, all_prompts
+
+    shapes = [entry for tag in TAGS for entry in all_prompts(tag)]
+    return {entry["prompt"]: entry for entry in (*shapes, *official_prompts())}
+
+
+def _picture(given: Image.Image | np.ndarray | str | Path, place: int) -> Image.Image:
+    if isinstance(given, Image.Image):
+        return given
+    try:
+        if isinstance(given, str | Path):
+            with Image.open(given) as image:
+                return image.convert("RGB")
+        if isinstance(given, np.ndarray) and given.dtype == np.uint8:
+            return Image.fromarray(given).convert("RGB")
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"images[{place}] cannot be read as an image: {error}") from error
+    kind = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else f"{given!r:.80}"
+    raise UserError(
+        f"images[{place}] is {kind}: score takes PIL images, uint8 arrays [H, W, 3] and files"
+    )
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ from geneval.detector import Detections, Detector
 from geneval.weights import CLIP, MASK2FORMER
 from t2i.errors import UserError
 from t2i.evaluation.published import ProvenFile
-from t2i.files import file_sha256
+from t2i.hashes import remembered_sha256
 from t2i.hub import fetch_folder
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _approximation(weights: Path | None, device: torch.device | str) -> Detector
     return _detector(
         "mask2former-hf",
         model=lambda: load_hub_folder(folder),
-        described={file.name: file_sha256(file) for file in files},
+        described={file.name: remembered_sha256(file) for file in files},
         clip_file=CLIP.find(weights),
         official=False,
         device=device,

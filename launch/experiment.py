@@ -155,7 +155,7 @@ def share(experiment: Experiment) -> tuple[int, int]:
 
 def do(run: Run, experiment: Experiment) -> None:
     """Train unless it is trained, and score in every way that is not scored yet."""
-    from t2i.checkpoint import from_pretrained, run_checkpoints
+    from t2i.checkpoint import run_checkpoints
 
     config, steps = run.config(experiment), experiment.steps
     todo = [(steps, name, options) for name, options in [("", {}), *run.arm.sampling.items()]]
@@ -170,7 +170,7 @@ def do(run: Run, experiment: Experiment) -> None:
     todo = [item for item in todo if item[0] not in done]
     if not todo:
         return
-    from launch.lab import fine_tuned
+    from launch.lab import fine_tuned, loaded
 
     print(f"== {run.base}, {run.arm.name}, seed {run.seed}: {len(todo)} to score", flush=True)
     fine_tuned(config)
@@ -179,9 +179,9 @@ def do(run: Run, experiment: Experiment) -> None:
         line = {"key": key, "base": run.base, "arm": run.arm.name, "seed": run.seed, "steps": steps}
         line |= {"step": step, "sampling": name, "options": options}
         line |= {"method": asdict(run.arm.method), "optim": run.arm.optim}
-        line |= scored(from_pretrained(checkpoints[step]), run, experiment, options)
+        line |= scored(loaded(checkpoints[step]), run, experiment, options)
         if step == steps and not name:
-            line |= trained(from_pretrained(checkpoints[step]), run, experiment)
+            line |= trained(loaded(checkpoints[step]), run, experiment)
         append(experiment.out, line)
 
 
@@ -219,8 +219,7 @@ def scored(model, run: Run, experiment: Experiment, options: dict) -> dict:
 
 def trained(model, run: Run, experiment: Experiment) -> dict:
     """Losses on the held-out set, their course, and what refinement does there."""
-    from launch.lab import held_out, held_out_losses
-    from t2i.checkpoint import from_pretrained
+    from launch.lab import held_out, held_out_losses, loaded
     from t2i.evaluation.refinement import repairs
     from t2i.training.logs import read_metrics
 
@@ -233,7 +232,7 @@ def trained(model, run: Run, experiment: Experiment) -> dict:
         control_dir = run.config(experiment, control).run_dir
         if (control_dir / "checkpoints").exists():
             batches = (b for b, _ in held_out(config, model).validation_batches())
-            facts["repairs"] = asdict(repairs(model, from_pretrained(control_dir), batches))
+            facts["repairs"] = asdict(repairs(model, loaded(control_dir), batches))
     return facts
 
 

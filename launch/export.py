@@ -24,8 +24,12 @@ class ExportConfig:
     """Checkpoint folder, or a run folder (its newest checkpoint)."""
     out: Path
     """New folder; adapters are merged into the base in it."""
-    base: Path | None = None
-    """Where the base weights are now, if they moved since the training."""
+    base: str | None = None
+    """Where the base is now, if it moved since the training: its weight file, or the folder that its files moved to."""
+    tokenizer: str | None = None
+    """Where the image tokenizer is now."""
+    text_encoder: str | None = None
+    """Where the text encoder is now."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the stored weights."""
     prompt: tuple[str, ...] = ()
@@ -37,7 +41,7 @@ class ExportConfig:
     results: tuple[Path, ...] = ()
     """results.json files of benchmarks, for the model card."""
     push_to_hub: str | None = None
-    """Also upload the folder to this repository (owner/name); needs a login (`hf auth login`)."""
+    """Also upload the folder to this repository (owner/name); needs a login (`hf auth login`). If --out is complete, it is only uploaded."""
     private: bool = False
     """Create that repository as a private one."""
 
@@ -46,21 +50,29 @@ def main() -> None:
     config = cli.parse(ExportConfig, __doc__)
     import torch
 
-    from t2i.export import export, push_to_hub
+    from t2i.export import export, is_export_of, prepare_upload, push_to_hub
 
-    folder = export(
-        config.ckpt,
-        config.out,
-        base=config.base,
-        dtype=getattr(torch, config.dtype),
-        prompts=config.prompt,
-        samples=config.samples,
-        results=config.results,
-        device=config.device,
-    )
-    print(f"exported to {folder}")
-    if config.push_to_hub is not None:
-        print(f"uploaded to {push_to_hub(folder, config.push_to_hub, private=config.private)}")
+    repo = config.push_to_hub
+    if repo is not None:
+        prepare_upload(repo, private=config.private)
+    if repo is not None and is_export_of(config.out, config.ckpt):
+        print(f"{config.out} is the export of {config.ckpt}: uploading it as it is")
+    else:
+        export(
+            config.ckpt,
+            config.out,
+            base=config.base,
+            tokenizer=config.tokenizer,
+            text_encoder=config.text_encoder,
+            dtype=getattr(torch, config.dtype),
+            prompts=config.prompt,
+            samples=config.samples,
+            results=config.results,
+            device=config.device,
+        )
+        print(f"exported to {config.out}")
+    if repo is not None:
+        print(f"uploaded to {push_to_hub(config.out, repo)}")
 
 
 if __name__ == "__main__":

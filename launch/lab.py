@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,11 @@ def fine_tuned(run: TrainConfig) -> TensorAR:
         shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
     complete = done and done[-1].name == f"step_{run.steps:06d}"
     folder = done[-1] if complete else train(replace(run, resume=bool(done)))
+    return loaded(folder)
+
+
+def loaded(folder: Path) -> TensorAR:
+    """A checkpoint as it was trained: on the process's device, in fp32."""
     return from_pretrained(folder, device=start_processes().device, dtype=torch.float32)
 
 

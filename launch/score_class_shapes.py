@@ -97,7 +97,7 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
 
     if not (base / "config.json").exists():
         raise UserError(f"{base} is no base of launch/pretrain_class_shapes.py")
-    backbone = load_backbone(family_of(base), base)
+    backbone = load_backbone(family_of(base), base, device="cpu")
     labels = np.arange(len(CLASSES)).repeat(_TOKENIZED)
     side = backbone.image_size[0]
     new = [class_image(label, _NEW + i, side, seed=0) for i, label in enumerate(labels.tolist())]

@@ -3,13 +3,28 @@
     import t2i
     backbone = t2i.load_backbone("llamagen", "c2i_B_256.pt", tokenizer="vq_ds16_c2i.pt")
     model = t2i.attach(backbone, t2i.presets.iclr2026())   # equal to the base model until trained
-    model = t2i.from_pretrained("runs/my-checkpoint")      # a checkpoint folder
+    model = t2i.from_pretrained("runs/my-checkpoint")      # a checkpoint, run or export folder
+    model = t2i.load_model("shapes")                       # any of these, or a base by itself
     images = t2i.generate(model, ["a photo of a red circle"], seed=0, samples_per_prompt=4)
+    t2i.grid(images, columns=2).save("sheet.png")
 
 Names are resolved on first use, so that importing the package costs nothing.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from t2i import presets as presets
+    from t2i.backbones.base import SamplingConfig as SamplingConfig
+    from t2i.checkpoint import from_pretrained as from_pretrained
+    from t2i.checkpoint import load_model as load_model
+    from t2i.checkpoint import save_pretrained as save_pretrained
+    from t2i.errors import UserError as UserError
+    from t2i.generation import generate as generate
+    from t2i.imaging import grid as grid
+    from t2i.loading import attach as attach
+    from t2i.loading import load_backbone as load_backbone
 
 __version__ = "0.1.0"
 
@@ -17,8 +32,12 @@ _HOMES = {
     "load_backbone": "t2i.loading",
     "attach": "t2i.loading",
     "from_pretrained": "t2i.checkpoint",
+    "load_model": "t2i.checkpoint",
     "save_pretrained": "t2i.checkpoint",
     "generate": "t2i.generation",
+    "grid": "t2i.imaging",
+    "SamplingConfig": "t2i.backbones.base",
+    "UserError": "t2i.errors",
     "presets": None,
 }
 __all__ = list(_HOMES)
@@ -31,3 +50,7 @@ def __getattr__(name: str):
         )
     home = _HOMES[name]
     return import_module(f"t2i.{name}") if home is None else getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -2,7 +2,7 @@
 
 config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit version, training facts
 codec.safetensors      TensorAR's own weights (absent for k = 1)
-adapter/               a PEFT folder, when LoRA was used
+adapter/               a PEFT folder, when LoRA was used; it holds the image layers, too, where they were trained
 backbone.safetensors   what changed of the backbone itself, under official names: all of it, or its image layers
 manifest.json          name and size of every file: a folder without it is incomplete
 training_state/        what resume needs (see t2i.training.run_state); may be deleted from a model that is finished
@@ -12,27 +12,28 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from t2i import __version__
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
+from t2i.fields import from_json
 from t2i.files import write_json
-from t2i.loading import (
+from t2i.loading import attach, load_backbone, load_source, pick_device
+from t2i.lora import load_adapter, plain_weights, save_adapter
+from t2i.sources import (
     BackboneSource,
-    attach,
+    beside,
     family_of,
-    load_backbone,
-    load_source,
-    pick_device,
+    moved,
     published_as_folder,
-    with_hash,
+    refuse_gone,
+    with_hashes,
 )
-from t2i.lora import load_adapter, save_adapter
 from t2i.tensorar.model import TensorAR, TensorARConfig
 from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights
 
@@ -41,6 +42,7 @@ MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
 EXPORTED = "tensorar"
 """Name of the checkpoint folder within an export (see t2i.export); its base is given relative to it."""
+CODEC, _BACKBONE = "codec.safetensors", "backbone.safetensors"
 
 
 def save_pretrained(
@@ -91,15 +93,15 @@ def write_model(
 ) -> None:
     """Write all files but the manifest into an existing folder; arguments as in `save_pretrained`."""
     backbone = model.backbone
-    backbone.source = with_hash(
-        backbone.source
-    )  # kept: a large file is read once, not at every save
+    backbone.source = with_hashes(backbone.source, folder)
     if model.codec is not None:
-        save_weights(folder / "codec.safetensors", model.codec.state_dict())
+        save_weights(folder / CODEC, model.codec.state_dict())
     if tuning == "lora":
-        save_adapter(backbone, folder / "adapter")
-    if tuning == "full" or image_layers:
-        save_weights(folder / "backbone.safetensors", _changed_weights(backbone, tuning))
+        save_adapter(backbone, folder / "adapter", image_layers=image_layers)
+    if _holds_all(tuning, backbone.source):
+        save_weights(folder / _BACKBONE, plain_weights(backbone))
+    elif tuning == "codec" and image_layers:
+        save_weights(folder / _BACKBONE, _image_layers(backbone))
     write_json(
         folder / "config.json",
         {
@@ -130,10 +132,13 @@ def finish_folder(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _changed_weights(backbone: Backbone, tuning: Tuning) -> dict[str, torch.Tensor]:
-    """The backbone's own weights that a run with this tuning changes: all, or those of its image layers."""
-    if tuning == "full":
-        return backbone.official_state_dict()
+def _holds_all(tuning: Tuning, source: BackboneSource) -> bool:
+    """Whether a checkpoint holds all of the backbone's weights (and perhaps adapters to them), so that its base's are not needed."""
+    return tuning == "full" or source.started_from is not None
+
+
+def _image_layers(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """Weights of the layers that embed and predict image codes, under official names."""
     layers = backbone.image_layers().items()
     return {f"{name}.{k}": v for name, layer in layers for k, v in layer.state_dict().items()}
 
@@ -192,6 +197,8 @@ def from_pretrained(
     folder: str | Path,
     *,
     base: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
     generation_only: bool | None = None,
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
@@ -199,41 +206,77 @@ def from_pretrained(
     """Load a checkpoint folder (or a run's newest, or an export), in eval mode.
 
     Args:
-        base: where the base weights are now, if they moved.
+        base: where the base is now, if it moved: its weight file, or the folder that its files moved to (weights, image
+            tokenizer and text encoder are found there by their names and proven by their hashes).
+        tokenizer: where the image tokenizer is now.
+        text_encoder: where the text encoder is now.
         generation_only: whether to leave out what drawing images does not need; as in training if None.
+        device: "auto" is a GPU where there is one, else the CPU.
+        dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        UserError: no complete checkpoint, a file of the base is gone or another (each is named), or no such device.
     """
     device, dtype = pick_device(device, dtype)
     folder = find_checkpoint(folder)
     config = read_config(folder)
-    source = _section(BackboneSource, config["backbone"], folder)
+    source = moved(
+        stored_source(config, folder), base=base, tokenizer=tokenizer, text_encoder=text_encoder
+    )
     if generation_only is not None:
         source = replace(source, generation_only=generation_only)
-    if base is not None:
-        source = replace(source, weights=str(base))
-    elif source.weights.startswith(".."):
-        source = replace(source, weights=str((folder / source.weights).resolve()))
-    changed = folder / "backbone.safetensors"
-    replaces_base = config["tuning"] == "full" and not published_as_folder(source.family)
+    backbone = load_stored_backbone(folder, config, source, device=device, dtype=dtype)
+    model = TensorAR(backbone, stored_part(config, "method", TensorARConfig, folder))
+    if model.codec is not None:
+        load_strict(model.codec, read_state_dict(folder / CODEC), folder / CODEC)
+    model.sampling = stored_part(config, "sampling", SamplingConfig, folder)
+    model.trained = trained_parts(config["tuning"], config.get("image_layers", False))
+    return model.eval()
+
+
+def trained_parts(tuning: Tuning, image_layers: bool) -> str:
+    """What a run trains, in words."""
+    own = {"full": ["backbone"], "lora": ["LoRA"], "codec": []}[tuning]
+    return " + ".join([*own, *(["image layers"] if image_layers else []), "codec"])
+
+
+def stored_source(config: dict, folder: Path) -> BackboneSource:
+    """The base that a checkpoint's config.json names; one that lies relative to the folder as an absolute path."""
+    return beside(stored_part(config, "backbone", BackboneSource, folder), folder)
+
+
+def stored_part(config: dict, name: str, cls: type, folder: Path):
+    """A part of config.json, read strictly: a setting that is not known here may change what the weights mean."""
+    if name not in config:
+        raise UserError(f"{folder}: config.json lacks {name!r}; copy the folder again")
+    return from_json(cls, config[name], f"{folder}/config.json: {name}")
+
+
+def load_stored_backbone(
+    folder: Path,
+    config: dict,
+    source: BackboneSource,
+    *,
+    adapter: bool = True,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Backbone:
+    """The backbone of a checkpoint folder; without the adapter: what that was trained on."""
+    tuning, changed = config.get("tuning"), folder / _BACKBONE
+    if tuning not in get_args(Tuning):
+        raise UserError(f"{folder}: config.json has tuning {tuning!r}; copy the folder again")
+    holds_all = _holds_all(tuning, source)
+    replaces_base = holds_all and not published_as_folder(source.family)
+    # A base folder, and some weight files, bring the image tokenizer.
+    refuse_gone(source, folder, weights=not replaces_base or source.tokenizer is None)
     tuned = changed if replaces_base else None
-    local = Path(source.weights)
-    needed = tuned is None or source.tokenizer is None  # a base folder brings its tokenizer
-    if needed and local.is_absolute() and not local.exists():
-        raise UserError(
-            f"{folder} was trained from {local}, which is gone; base=PATH (--base PATH) says where it is now"
-        )
     backbone = load_source(source, weights=tuned, dtype=dtype, device=device)
     if changed.is_file() and not replaces_base:
-        own = _changed_weights(backbone, config["tuning"])
+        own = backbone.official_state_dict() if holds_all else _image_layers(backbone)
         copy_weights(own, read_state_dict(changed), "this backbone", changed)
-    if config["tuning"] == "lora":
+    if tuning == "lora" and adapter:
         load_adapter(backbone, folder / "adapter")
-    method = {**config["method"], "slot_weights": tuple(config["method"]["slot_weights"])}
-    model = TensorAR(backbone, _section(TensorARConfig, method, folder))
-    if model.codec is not None:
-        path = folder / "codec.safetensors"
-        load_strict(model.codec, read_state_dict(path), path)
-    model.sampling = _section(SamplingConfig, config["sampling"], folder)
-    return model.eval()
+    return backbone
 
 
 def load_model(
@@ -269,6 +312,8 @@ def load_model(
         return from_pretrained(
             source,
             base=base,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
             generation_only=generation_only,
             device=device,
             dtype=dtype,
@@ -297,14 +342,4 @@ def is_checkpoint(source: str | Path) -> bool:
         return False
     if find_checkpoint(folder) != folder or (folder / MANIFEST).is_file():
         return True
-    return (folder / "checkpoints").is_dir() or (folder / "codec.safetensors").is_file()
-
-
-def _section(cls: type, values: dict, folder: Path):
-    """A part of config.json. A setting that is not known here may change what the weights mean, so it is refused."""
-    if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
-        raise UserError(
-            f"{folder}: config.json has settings that this version ({__version__}) of the kit does not know: "
-            f"{', '.join(unknown)}; load it with the version that wrote it"
-        )
-    return cls(**values)
+    return (folder / "checkpoints").is_dir() or (folder / CODEC).is_file()

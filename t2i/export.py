@@ -1,22 +1,28 @@
 """From a checkpoint to a folder that stands alone: adapters merged, the base in its authors' layout, TensorAR beside it, a model card.
 
-OUT/                 the base with everything that training changed; for Janus-Pro what transformers' `from_pretrained` loads
+OUT/                 the base with everything that training changed: for Janus-Pro what transformers' `from_pretrained` loads, else
+                     a backbone folder (config.json, model.pt, tokenizer.safetensors, text_encoder/)
 OUT/tensorar/        a checkpoint folder with the codec; its base is the folder above, wherever that is moved
 OUT/samples/         images drawn with both, and grid.png
 OUT/README.md        the model card: recipe, scores, samples, how to load it
+
+Nothing in it names a place on the machine that wrote it. One thing may stay outside: a text encoder that came from the hub is named
+by its hub id, and not copied.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from t2i.checkpoint import (
     EXPORTED,
+    MANIFEST,
     find_checkpoint,
     from_pretrained,
     read_config,
@@ -24,18 +30,24 @@ from t2i.checkpoint import (
 )
 from t2i.errors import UserError
 from t2i.evaluation.store import write_generated
-from t2i.files import write_text
-from t2i.generation import iterate_images, pick_device
-from t2i.loading import expand_folder, published_as_folder, weights_sha256
+from t2i.files import file_sha256, saving, writable_folder, write_json, write_text
+from t2i.generation import conditions, iterate_images
+from t2i.loading import pick_device
 from t2i.lora import merge_lora
+from t2i.sources import BackboneSource, expand_folder, published_as_folder
 from t2i.tensorar.model import TensorAR
+from t2i.weights import save_weights
+
+_TOKENIZER, _TEXT_ENCODER = "tokenizer.safetensors", "text_encoder"
 
 
 def export(
     checkpoint: Path,
     out: Path,
     *,
-    base: Path | None = None,
+    base: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
     prompts: Sequence[str] = (),
     samples: int = 2,
@@ -45,58 +57,139 @@ def export(
     """Write the export of a checkpoint; `out` appears when it is complete.
 
     Args:
-        base: where the base weights are now, if they moved since the training.
+        base: where the base's files are now, if they moved since the training (see `from_pretrained`).
+        tokenizer: where the image tokenizer is now.
+        text_encoder: where the text encoder is now.
         dtype: type of the stored weights; adapters are merged in fp32.
-        prompts: what to draw for the model card; nothing if empty.
+        prompts: what to draw for the model card (class ids for a class-conditional model); nothing if empty.
         samples: images of each prompt.
         results: results files of benchmarks, for the model card.
         device: where to draw.
 
     Raises:
-        UserError: `out` exists, or something that is needed cannot be read.
+        UserError: `out` exists, or something that is needed cannot be read or written.
     """
     if out.exists():
         raise UserError(f"{out} exists; export to a new folder")
+    where, precision = pick_device(device, "auto")
     scores = [line for path in results for line in _score_rows(path)]
-    config = read_config(find_checkpoint(checkpoint))
-    model = from_pretrained(checkpoint, base=base, generation_only=False)
+    checkpoint = find_checkpoint(checkpoint)
+    config = read_config(checkpoint)
+    writable_folder(out.parent)
+    model = from_pretrained(
+        checkpoint,
+        base=base,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        generation_only=False,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    asked = conditions(model.backbone, prompts)
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    merge_lora(model.backbone)
-    _save(model, partial, dtype, config["training"])
-    del model
-    grid = None
-    if prompts:
-        where, precision = pick_device(device, "auto")
-        # What a user of the folder gets.
-        drawn = from_pretrained(
-            partial / EXPORTED, generation_only=True, device=where, dtype=precision
-        )
-        images = iterate_images(drawn, prompts, samples_per_prompt=samples)
-        entries = [{"prompt": prompt} for prompt in prompts]
-        folder = partial / "samples"
-        sheet = write_generated(images, entries, folder, samples_per_prompt=samples)[0]
-        grid = sheet.relative_to(partial).as_posix()
-    write_text(partial / "README.md", model_card(config, scores, grid))
-    os.rename(partial, out)
+    with saving(out):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        merge_lora(model.backbone)
+        facts = {name: config["training"].get(name) for name in ("step", "steps")}
+        facts["exported_from"] = _fingerprint(checkpoint)
+        parts = _save(model, partial, dtype, facts)
+        del model
+        grid = None
+        if prompts:
+            # What a user of the folder gets.
+            drawn = from_pretrained(partial / EXPORTED, device=where, dtype=precision)
+            images = iterate_images(drawn, asked, samples_per_prompt=samples)
+            entries = [{"prompt": prompt} for prompt in prompts]
+            folder = partial / "samples"
+            sheet = write_generated(images, entries, folder, samples_per_prompt=samples)[0]
+            grid = sheet.relative_to(partial).as_posix()
+        write_text(partial / "README.md", model_card(config, scores, grid, parts))
+        os.rename(partial, out)
     return out
 
 
-def _save(model: TensorAR, folder: Path, dtype: torch.dtype, training: dict) -> None:
-    """The merged base into `folder`, and a checkpoint folder with the codec that names it by a relative path."""
-    backbone, inner = model.backbone, folder / EXPORTED
+def is_export_of(folder: Path, checkpoint: Path) -> bool:
+    """Whether a folder is a complete export of this checkpoint."""
+    if not (folder / EXPORTED / MANIFEST).is_file() or not (folder / "README.md").is_file():
+        return False
+    checkpoint = find_checkpoint(checkpoint)
+    read_config(checkpoint)  # says what is wrong with it
+    made_from = read_config(folder / EXPORTED).get("training", {}).get("exported_from")
+    return made_from == _fingerprint(checkpoint)
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """Tells checkpoints apart without a path."""
+    return file_sha256(checkpoint / MANIFEST) + file_sha256(checkpoint / "config.json")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that the exported model consists of."""
+
+    name: str
+    place: str
+    """File or folder within the export, or a hub id."""
+    size: int
+    """Bytes."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.place}, {self.size / 1e9:.2f} GB"
+
+
+def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
+    """The merged base into `folder`, and a checkpoint folder with the codec whose base is the folder above it."""
+    backbone = model.backbone
+    files = expand_folder(backbone.source)
     weights = backbone.save_official(folder, dtype)
-    backbone.source = replace(
-        expand_folder(backbone.source),
-        weights=os.path.relpath(weights, inner),
-        sha256=weights_sha256(weights),
-        generation_only=False,
+    if published_as_folder(files.family):
+        place = "all files but those below"
+    else:
+        place = weights.name
+        write_json(folder / "config.json", _backbone_folder(model, files, weights, folder))
+    parts = [Part("base", place, _size(weights))]
+    if (folder / _TOKENIZER).exists():
+        parts.append(Part("image tokenizer", _TOKENIZER, _size(folder / _TOKENIZER)))
+    if files.text_encoder is not None:
+        copied = (folder / _TEXT_ENCODER).exists()
+        size = _size(folder / _TEXT_ENCODER if copied else backbone.frozen.text_encoder.folder)
+        hub = f"{files.text_encoder} (on the hub, not copied)"
+        parts.append(Part("text encoder", _TEXT_ENCODER + "/" if copied else hub, size))
+    backbone.source = BackboneSource(
+        files.family,
+        "..",
+        text_encoder_dtype=files.text_encoder_dtype,
+        config=asdict(backbone.config),
+        sampling=files.sampling,
     )
     if model.codec is not None:
         model.codec.to(dtype)
-    facts = {name: training.get(name) for name in ("step", "steps")}
+    inner = folder / EXPORTED
     save_pretrained(model, inner, tuning="codec", sampling=model.sampling, training=facts)
+    return [*parts, Part("TensorAR", EXPORTED + "/", _size(inner))]
+
+
+def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
+    """Write what a backbone needs besides its weights; returns the config.json that makes it a backbone folder."""
+    frozen = model.backbone.frozen
+    content = {"family": files.family, "weights": weights.name}
+    if frozen.tokenizer is not None:
+        save_weights(folder / _TOKENIZER, frozen.tokenizer.state_dict())
+        content["tokenizer"] = _TOKENIZER
+    if files.text_encoder is not None:
+        content["text_encoder"] = files.text_encoder
+        if Path(files.text_encoder).is_dir():
+            from t2i.conditioning.t5_files import copy_files
+
+            copy_files(Path(files.text_encoder), folder / _TEXT_ENCODER)
+            content["text_encoder"] = _TEXT_ENCODER
+    return {**content, "config": asdict(model.backbone.config), "sampling": files.sampling}
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files)
 
 
 def _score_rows(path: Path) -> list[str]:
@@ -119,24 +212,26 @@ def _score_rows(path: Path) -> list[str]:
     return rows
 
 
-def model_card(config: dict, scores: Sequence[str], grid: str | None) -> str:
+def model_card(
+    config: dict, scores: Sequence[str], grid: str | None, parts: Sequence[Part] = ()
+) -> str:
     """README.md of an export, from a checkpoint's config.json."""
     source, training = config["backbone"], config["training"]
     run = training.get("config", {})
     base = source["weights"]
-    on_hub = not Path(base).is_absolute() and base.count("/") == 1
-    head = ["pipeline_tag: text-to-image", "tags: [tensorar, autoregressive]"]
+    head = [f"pipeline_tag: {_pipeline(source)}", "tags: [tensorar, autoregressive]"]
     if published_as_folder(source["family"]):
         head.append("library_name: transformers")
-    if on_hub:
+    if _public_name(base) == base and base.count("/") == 1:
         head.append(f"base_model: {base.partition(':')[0]}")
+    data = run.get("data", {}).get("source") or []
     recipe = {
-        "base": _without_path(base),
+        "base": _public_name(base),
         "what was trained": _trained(config),
         "TensorAR": _listed(config["method"]),
         "optimizer steps": training.get("step"),
         "samples per step": run.get("batch_size"),
-        "data": _without_path(run.get("data", {}).get("source", "")) or None,
+        "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
         "optimizer": _listed(run["optim"]) if run else None,
         "precision": run.get("engine", {}).get("precision"),
         "kit version": config["kit_version"],
@@ -152,7 +247,8 @@ def model_card(config: dict, scores: Sequence[str], grid: str | None) -> str:
         if scores
         else ["None given."]
     )
-    lines += ["", "## Use", "", "```python", *_usage(source["family"]), "```", ""]
+    lines += ["", "## Files", "", *(f"- {part}" for part in parts)] if parts else []
+    lines += ["", "## Use", "", "```python", *_usage(source), "```", ""]
     lines += ["The licence of the base model applies.", ""]
     return "\n".join(lines)
 
@@ -168,9 +264,20 @@ def _listed(settings: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def _without_path(source: str) -> str:
-    """A name that may be published: of a local file or folder only its own."""
-    return Path(source).name if Path(source).is_absolute() else source
+def _public_name(source: str) -> str:
+    """A name that may be published: of what lies on this machine only its own, without the way to it."""
+    local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
+    return Path(source).resolve().name if local or Path(source).exists() else source
+
+
+def _draws_classes(source: dict) -> bool:
+    """Whether the model is asked with class ids: only a text-to-image family, or shape, reads captions."""
+    shape = source.get("config") or {}
+    return not published_as_folder(source["family"]) and shape.get("cond", "class") == "class"
+
+
+def _pipeline(source: dict) -> str:
+    return "unconditional-image-generation" if _draws_classes(source) else "text-to-image"
 
 
 def _trained(config: dict) -> str:
@@ -181,26 +288,59 @@ def _trained(config: dict) -> str:
     return ", ".join(part for part in (own, layers, "TensorAR's codec") if part)
 
 
-def _usage(family: str) -> list[str]:
+def _usage(source: dict) -> list[str]:
     """How to load the folder, with this kit and without it."""
+    asked = "[207]" if _draws_classes(source) else '["a photo of a red circle"]'
     kit = [
         "from huggingface_hub import snapshot_download",
         "import t2i",
         "",
         'model = t2i.from_pretrained(snapshot_download("OWNER/NAME"))',
-        'images = t2i.generate(model, ["a photo of a red circle"])',
+        f"images = t2i.generate(model, {asked})",
     ]
-    if not published_as_folder(family):
+    if not published_as_folder(source["family"]):
         return kit
     plain = "from transformers import JanusForConditionalGeneration"
     load = 'base = JanusForConditionalGeneration.from_pretrained("OWNER/NAME")  # without TensorAR'
     return [*kit, "", plain, load]
 
 
-def push_to_hub(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Upload an export; creates the repository if need be. Returns its address."""
+# -- the hub ------------------------------------------------------------------------------------------------------------------
+def prepare_upload(repo: str, *, private: bool = False) -> None:
+    """Create the repository if need be: what stands in the way of an upload is found before the work.
+
+    Raises:
+        UserError: no such name, no login, no right to write there, or no network.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(repo, private=private, exist_ok=True)
-    return str(api.upload_folder(folder_path=folder, repo_id=repo))
+    with _hub_errors(f"cannot write to {repo} on the hub"):
+        HfApi().create_repo(repo, private=private, exist_ok=True)
+
+
+def push_to_hub(folder: Path, repo: str) -> str:
+    """Upload an export to a repository that exists (`prepare_upload`). Returns its address.
+
+    Raises:
+        UserError: the upload did not succeed; the folder is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    with _hub_errors(f"{folder} is complete, but could not be uploaded to {repo}"):
+        return str(HfApi().upload_folder(folder_path=folder, repo_id=repo))
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """What the network, the hub or its rules refuse is the user's to mend, in one line."""
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and library not in ("httpx", "huggingface_hub"):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{what}: {reason} (a login: `hf auth login`; offline: HF_HUB_OFFLINE). "
+            "The same command again goes on from here"
+        ) from error

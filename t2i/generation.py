@@ -53,15 +53,7 @@ def iterate_images(
         prompts: captions, or class ids for a class-conditional backbone.
         jobs: (prompt index, sample index) pairs; all of them if None.
     """
-
-    if isinstance(prompts, str):
-        raise UserError('prompts must be a list: generate(model, ["a photo of a red circle"])')
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} must be between 0 and 2**63 - 1")
-    if samples_per_prompt < 1 or batch_size < 1:
-        raise UserError(
-            f"samples_per_prompt={samples_per_prompt} and batch_size={batch_size} must be at least 1"
-        )
+    check_request(model, prompts, seed, samples_per_prompt, sampling, batch_size)
     sampling = sampling or model.sampling
     jobs = list(
         jobs
@@ -89,6 +81,48 @@ def iterate_images(
                 yield Generated(p, s, prompts[p], images[i], windows[i].cpu(), tuple(staged[i]))
 
 
+def check_request(
+    model: TensorAR,
+    prompts: Sequence[str | int],
+    seed: int,
+    samples_per_prompt: int,
+    sampling: SamplingConfig | None,
+    batch_size: int,
+) -> None:
+    """UserError says, in the words of `generate`, which argument is of another kind or out of range."""
+    if isinstance(model, Backbone):
+        raise UserError(
+            "generate needs a TensorAR model, and got a backbone by itself: "
+            "wrap it in t2i.attach(backbone, t2i.presets.base())"
+        )
+    if not isinstance(model, TensorAR):
+        raise UserError(
+            f"generate needs a model, and got {model!r:.80}: load one with t2i.from_pretrained(folder)"
+        )
+    if isinstance(prompts, str | int):
+        kind = "[207]" if isinstance(prompts, int) else '["a photo of a red circle"]'
+        raise UserError(f"prompts must be a list: generate(model, {kind})")
+    if model.backbone.spec.cond_kind == "text":
+        for place, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise UserError(f"prompts[{place}] is {prompt!r:.80}: this model draws captions")
+    if sampling is not None and not isinstance(sampling, SamplingConfig):
+        raise UserError(
+            f"sampling is {sampling!r:.80}: give a t2i.SamplingConfig, "
+            "or change the model's own with dataclasses.replace(model.sampling, ...)"
+        )
+    numbers = {"seed": seed, "samples_per_prompt": samples_per_prompt, "batch_size": batch_size}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{name}={value!r:.80} must be a whole number")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be between 0 and 2**63 - 1")
+    if samples_per_prompt < 1 or batch_size < 1:
+        raise UserError(
+            f"samples_per_prompt={samples_per_prompt} and batch_size={batch_size} must be at least 1"
+        )
+
+
 def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
     """What was typed, as `prepare` takes it: captions, or class ids; UserError if a class id is none."""
     if backbone.spec.cond_kind == "text":
@@ -97,9 +131,40 @@ def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
     return class_ids(ids, backbone.spec.num_classes).tolist()
 
 
-def generate(model: TensorAR, prompts: Sequence[str | int], **options) -> list[Image.Image]:
-    """Sample images for prompts, prompt by prompt; options as in `iterate_images`. Returns PIL images."""
-    return [generated.image for generated in iterate_images(model, prompts, **options)]
+def generate(
+    model: TensorAR,
+    prompts: Sequence[str | int],
+    *,
+    seed: int = 0,
+    samples_per_prompt: int = 1,
+    sampling: SamplingConfig | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """Sample images for prompts: PIL images, RGB, prompt by prompt.
+
+    Args:
+        model: of `t2i.from_pretrained`, or a base in `t2i.attach(backbone, t2i.presets.base())`.
+        prompts: captions, or class ids for a class-conditional backbone.
+        seed: an image depends on (seed, prompt index, sample index) alone.
+        samples_per_prompt: images of each prompt.
+        sampling: how codes are drawn; the model's own settings (`model.sampling`) if None.
+        batch_size: images sampled at once.
+        progress: show a bar.
+
+    Raises:
+        UserError: an argument is of another kind or out of range.
+    """
+    drawn = iterate_images(
+        model,
+        prompts,
+        seed=seed,
+        samples_per_prompt=samples_per_prompt,
+        sampling=sampling,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [generated.image for generated in drawn]
 
 
 def to_images(model: TensorAR, codes: Tensor) -> list[Image.Image]:

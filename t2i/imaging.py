@@ -1,10 +1,12 @@
 """Writing images and contact sheets."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from t2i.errors import UserError
 from t2i.files import replacing, saving
 
 _GAP = 6
@@ -28,17 +30,27 @@ def save_image(image: Image.Image, path: str | Path, **options) -> Path:
 
 def grid(
     images: Sequence[Image.Image],
-    columns: int,
+    columns: int | None = None,
     *,
     labels: Sequence[str] | None = None,
     cell: int | None = None,
 ) -> Image.Image:
-    """Images row by row on white, each with a line of text below it if labels are given.
+    """Images row by row on white, each with a line of text below it if labels are given: one PIL image, RGB.
 
     Args:
+        columns: images in a row; as many as make the sheet about square if None.
+        labels: one for each image; "" leaves a place empty.
         cell: side of a cell in pixels; small images are enlarged without smoothing.
     """
-    assert images, "a grid needs at least one image"
+    if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
+        raise UserError(f"grid needs a list of PIL images, and got {images!r:.80}")
+    if not images:
+        raise UserError("a grid needs at least one image")
+    if columns is not None and columns < 1:
+        raise UserError(f"columns={columns} must be at least 1")
+    if labels is not None and len(labels) != len(images):
+        raise UserError(f"{len(labels)} labels for {len(images)} images: give one for each")
+    columns = columns or math.ceil(math.sqrt(len(images)))
     cell = cell or max(128, *(max(i.size) for i in images))
     text = _LABEL_HEIGHT if labels else 0
     rows = -(-len(images) // columns)

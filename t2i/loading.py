@@ -1,13 +1,8 @@
-"""From names to models: where weights come from, and the two calls that build a TensorAR.
+"""From sources (`t2i.sources`) to models: the calls that build a backbone, and TensorAR around it."""
 
-A source is a file, a folder with a config.json (the layout of `t2i/assets/shapes`), the name of a shipped offline base ("shapes",
-...), or a file on the hub as "owner/repo:file". Families that publish a folder (Janus-Pro) take that folder, or "owner/repo".
-"""
-
-import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -15,22 +10,22 @@ import torch
 
 from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
-from t2i.files import file_sha256
+from t2i.fields import from_json
+from t2i.hashes import remembered_sha256
+from t2i.sources import ASSETS as ASSETS
+from t2i.sources import (
+    FAMILIES,
+    BackboneSource,
+    expand_folder,
+    lasting,
+    prove,
+    published_as_folder,
+    resolve,
+)
+from t2i.sources import shipped_bases as shipped_bases
 from t2i.tensorar.model import TensorAR, TensorARConfig
-from t2i.weights import folder_sha256, state_dict_sha256
+from t2i.weights import state_dict_sha256
 
-FAMILIES = {
-    "llamagen": "t2i.backbones.llamagen",
-    "janus": "t2i.backbones.janus",
-    "open_magvit2": "t2i.backbones.open_magvit2",
-    "rar": "t2i.backbones.rar",
-}
-"""Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are what is called here.
-
-`PUBLISHED_AS_FOLDER` says that weights, tokenizers and configuration are published as one folder (there is then an `outline` for what
-needs no files), `TOKENIZER_INSIDE` that the published weight file holds the image tokenizer, too.
-"""
-ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -77,60 +72,6 @@ def _check_gpu(name: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class BackboneSource:
-    """Everything needed to load the same backbone again; stored in every checkpoint folder."""
-
-    family: str
-    weights: str
-    tokenizer: str | None = None
-    text_encoder: str | None = None
-    text_encoder_dtype: str = "float32"
-    config: dict | None = None
-    """Shape of the backbone, as its family's config dataclass has it."""
-    sampling: dict = field(default_factory=dict)
-    sha256: str | None = None
-    """Hash of the weight file, or over the weight files of a folder."""
-    generation_only: bool = False
-    """Only what drawing images needs was loaded."""
-
-
-def resolve(source: str | Path, *, folder: bool = False) -> Path:
-    """The local path of a source; downloads "owner/repo:file", or with `folder` "owner/repo", into the hub's cache.
-
-    Raises:
-        UserError: there is no such file, folder, shipped base or hub file.
-    """
-    text = str(source)
-    if Path(text).exists():
-        return Path(text)
-    repo, _, filename = text.partition(":")
-    if repo.count("/") == 1 and bool(filename) != folder:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            what = f"{filename} of {repo}" if filename else repo
-            raise UserError(f"cannot download {what}: {error}") from error
-    raise UserError(
-        f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
-        f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
-    )
-
-
-def _hub_folder(repo: str) -> Path:
-    """A published model folder: settings, tokenizer, and its weights in one format."""
-    from huggingface_hub import snapshot_download
-
-    settings = ["*.json", "*.jinja"]
-    folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.safetensors"]))
-    if not list(folder.glob("*.safetensors")):
-        folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.bin"]))
-    return folder
-
-
 def load_backbone(
     family: str,
     source: str | Path,
@@ -162,22 +103,20 @@ def load_backbone(
         UserError: what is wrong with the name, file or keys, and what is allowed.
     """
     device, dtype = pick_device(device, dtype)
+    if family in FAMILIES and config is not None:
+        wanted = import_module(FAMILIES[family]).CONFIG
+        if not isinstance(config, wanted):
+            raise UserError(f"config must be a {wanted.__name__}, and is {config!r:.80}")
     spec = BackboneSource(
         family=family,
-        weights=_lasting(source),
-        tokenizer=None if tokenizer is None else _lasting(tokenizer),
-        text_encoder=None if text_encoder is None else _lasting(text_encoder),
+        weights=lasting(source),
+        tokenizer=None if tokenizer is None else lasting(tokenizer),
+        text_encoder=None if text_encoder is None else lasting(text_encoder),
         text_encoder_dtype=text_encoder_dtype,
         config=None if config is None else asdict(config),
         generation_only=generation_only,
     )
     return load_source(spec, grid=grid, dtype=dtype, device=device)
-
-
-def _lasting(source: str | Path) -> str:
-    """A source as a checkpoint can store it: a local path holds from any working directory."""
-    local = str(source) not in shipped_bases() and Path(source).exists()
-    return str(Path(source).resolve() if local else source)
 
 
 def load_source(
@@ -195,9 +134,9 @@ def load_source(
     _check(source)
     module, files = import_module(FAMILIES[source.family]), expand_folder(source)
     options: dict = {"config": None, "grid": grid}
-    if files.config is not None:  # JSON has no tuples
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in files.config.items()}
-        options["config"] = module.CONFIG(**values)
+    if files.config is not None:
+        shape = f"the {source.family} shape of {files.weights}"
+        options["config"] = from_json(module.CONFIG, files.config, shape)
     folder = published_as_folder(source.family)
     if folder:  # the other families are generators and nothing else
         options["generation_only"] = source.generation_only
@@ -206,15 +145,17 @@ def load_source(
             resolve(files.weights, folder=True), shapes_only=True, **options
         )
     else:
+        prove(files, weights=weights is None)
         path = weights or resolve(files.weights, folder=folder)
-        if weights is None and source.sha256 is not None and weights_sha256(path) != source.sha256:
-            raise UserError(
-                f"{path} is not the weight file that the checkpoint was trained on (its SHA-256 differs)"
-            )
         backbone = module.load(path, dtype=dtype, **options)
     backbone.source = replace(source, config=asdict(backbone.config))
-    if files.sampling:
-        backbone.spec = replace(backbone.spec, sampling=SamplingConfig(**files.sampling))
+    own = from_json(
+        SamplingConfig,
+        files.sampling,
+        f"the sampling settings of {source.weights}",
+        defaults=backbone.spec.sampling,
+    )
+    backbone.spec = replace(backbone.spec, sampling=own)
     if files.tokenizer is not None and (weights is not None or files.tokenizer != files.weights):
         backbone.frozen.tokenizer = module.load_tokenizer(resolve(files.tokenizer))
     if backbone.frozen.tokenizer is not None:
@@ -255,94 +196,14 @@ def _check_codes(backbone: Backbone) -> None:
         )
 
 
-def with_hash(source: BackboneSource) -> BackboneSource:
-    """The source with the SHA-256 of its weights, so that a checkpoint can refuse another base."""
-    if source.sha256 is not None:
-        return source
-    folder = published_as_folder(source.family)
-    return replace(
-        source, sha256=weights_sha256(resolve(expand_folder(source).weights, folder=folder))
-    )
-
-
-def weights_sha256(path: Path) -> str:
-    """SHA-256 of a weight file, or over those of a folder."""
-    return folder_sha256(path) if path.is_dir() else file_sha256(path)
-
-
-def published_as_folder(family: str) -> bool:
-    """Whether the family's weights, tokenizers and configuration are published as one folder."""
-    return _says(family, "PUBLISHED_AS_FOLDER")
-
-
-def _says(family: str, fact: str) -> bool:
-    return family in FAMILIES and getattr(import_module(FAMILIES[family]), fact, False)
-
-
-def expand_folder(source: BackboneSource) -> BackboneSource:
-    """Fill in what a backbone folder's config.json says; what the caller gave wins."""
-    path = ASSETS / source.weights if source.weights in shipped_bases() else Path(source.weights)
-    embeds = _says(source.family, "TOKENIZER_INSIDE")
-    if not path.is_dir():
-        return replace(source, tokenizer=source.tokenizer or (source.weights if embeds else None))
-    try:
-        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if "family" not in stored and published_as_folder(source.family):
-            return replace(source, weights=str(path))  # the published folder itself
-        files = {
-            key: str(path / stored[key])
-            for key in ("weights", "tokenizer", "text_encoder")
-            if key in stored
-        }
-        family, weights = stored["family"], files["weights"]
-        config = stored.get("config") if published_as_folder(family) else stored["config"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is not a backbone folder: config.json is missing or incomplete ({error})"
-        ) from error
-    if family != source.family:
-        raise UserError(f"{path} holds a {family} backbone, not {source.family}")
-    return replace(
-        source,
-        weights=weights,
-        tokenizer=source.tokenizer or files.get("tokenizer") or (weights if embeds else None),
-        text_encoder=source.text_encoder or files.get("text_encoder"),
-        config=source.config or config,
-        sampling=source.sampling or stored.get("sampling", {}),
-    )
-
-
-def family_of(source: str | Path) -> str:
-    """The family that a shipped base, a backbone folder or a published folder says it is of.
-
-    Raises:
-        UserError: it does not say.
-    """
-    shipped = str(source) in shipped_bases()
-    path = (ASSETS if shipped else Path()) / source / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stored = None
-    if isinstance(stored, dict):
-        if isinstance(stored.get("family"), str):
-            return stored["family"]
-        if stored.get("model_type") in ("janus", "multi_modality"):
-            return "janus"
-    if not Path(source).exists() and str(source).count("/") != 1:
-        resolve(source)  # says what it could have been
-    raise UserError(
-        f"{source} does not say which family it is of: give one of {', '.join(FAMILIES)}"
-    )
-
-
-def shipped_bases() -> list[str]:
-    """Names of the base models in the package."""
-    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
-
-
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
     """Put a fresh codec around a backbone; equal to the base model, bit for bit, until it is trained."""
+    if not isinstance(backbone, Backbone):
+        raise UserError(
+            f"attach needs a backbone, and got {backbone!r:.80}: load one with t2i.load_backbone(family, source)"
+        )
+    if not isinstance(config, TensorARConfig):
+        raise UserError(f"config is {config!r:.80}: give one of t2i.presets, as iclr2026()")
     return TensorAR(backbone, config, seed=seed).eval()
 
 
@@ -350,5 +211,5 @@ def tokenizer_hash(backbone: Backbone) -> str:
     """SHA-256 of the image tokenizer's weights (of the file, where it has one to itself), for cache keys."""
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
-        return file_sha256(resolve(files.tokenizer))
+        return remembered_sha256(resolve(files.tokenizer))
     return state_dict_sha256(backbone.tokenizer.state_dict())

@@ -1,5 +1,6 @@
 """LoRA on the backbone with PEFT: injected into the trunk's linear layers, stored as a standard PEFT adapter folder."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,20 +59,39 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     backbone.to(backbone.device)
 
 
-def adapter_state_dict(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """Adapter weights under PEFT's file names."""
+def adapter_state_dict(
+    backbone: Backbone, *, image_layers: bool = False
+) -> dict[str, torch.Tensor]:
+    """Adapter weights, and those of the image layers if they are trained, under PEFT's file names."""
+    layers = tuple(f"{name}." for name in _image_layer_names(backbone)) if image_layers else ()
     return {
         _PEFT_PREFIX + name.replace(".default.", "."): value
         for name, value in backbone.lora_root.state_dict().items()
-        if "lora_" in name
+        if "lora_" in name or name.startswith(layers)
     }
 
 
-def save_adapter(backbone: Backbone, folder: Path) -> None:
-    """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors)."""
+def _image_layer_names(backbone: Backbone) -> list[str]:
+    """The layers that embed and predict image codes, by the names that an adapter file uses."""
+    layers = backbone.image_layers().values()
+    return [
+        name
+        for name, module in backbone.lora_root.named_modules()
+        if any(module is layer for layer in layers)
+    ]
+
+
+def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool = False) -> None:
+    """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors).
+
+    `image_layers`: these were trained as a whole; they are PEFT's `modules_to_save`, so that PEFT loads them, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    backbone.lora.save_pretrained(folder)
-    save_weights(folder / _WEIGHTS, adapter_state_dict(backbone))
+    whole = _image_layer_names(backbone) if image_layers else None
+    config = copy.copy(backbone.lora)
+    config.modules_to_save = whole
+    config.save_pretrained(folder)
+    save_weights(folder / _WEIGHTS, adapter_state_dict(backbone, image_layers=image_layers))
 
 
 def load_adapter(backbone: Backbone, folder: Path) -> None:
@@ -82,8 +102,15 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
     add_lora(
         backbone, LoRAConfig(rank=stored.r, alpha=stored.lora_alpha, dropout=stored.lora_dropout)
     )
-    path = folder / _WEIGHTS
-    copy_weights(adapter_state_dict(backbone), read_state_dict(path), "this backbone", path)
+    path, whole = folder / _WEIGHTS, bool(stored.modules_to_save)
+    own = adapter_state_dict(backbone, image_layers=whole)
+    copy_weights(own, read_state_dict(path), "this backbone", path)
+
+
+def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """The backbone's own weights under official names, also where adapters stand in front of them."""
+    weights = backbone.official_state_dict().items()
+    return {k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k}
 
 
 @contextmanager
@@ -106,6 +133,7 @@ def merge_lora(backbone: Backbone) -> None:
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, layer.get_base_layer())
     backbone.lora = None
+    vars(backbone.lora_root).pop("peft_config", None)  # PEFT's note that there are adapters
 
 
 def _adapted_layers(backbone: Backbone) -> list[tuple[str, torch.nn.Module]]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.files import file_sha256
+from t2i.hashes import remembered_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers look for them.
 _NESTING_KEYS = ("model", "module", "state_dict")
@@ -225,7 +225,7 @@ def folder_sha256(folder: str | Path) -> str:
     """SHA-256 over the hashes of a folder's weight files, in the order of their names."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
-        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+        digest.update(f"{path.name} {remembered_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

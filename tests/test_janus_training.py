@@ -123,13 +123,15 @@ def test_image_layers_of_a_llamagen_are_trained_and_kept(tiny_world):
 def test_lora_learns_and_draws(tiny_world, lora, tmp_path):
     losses = [row["train/loss"] for row in metrics(tiny_world, "janus-lora")]
     assert losses[-1] < losses[0]
-    adapter = load_file(lora / "adapter" / "adapter_model.safetensors")
+    stored = load_file(lora / "adapter" / "adapter_model.safetensors")
+    adapter = {k: v for k, v in stored.items() if "lora_" in k}
     assert len(adapter) == 2 * 2 * 7 and all(v.abs().max() > 0 for v in adapter.values())
-    assert {k.split(".")[1] for k in load_file(lora / "backbone.safetensors")} == {
+    assert {k.split(".")[3] for k in stored if k not in adapter} == {
         "generation_embeddings",
         "generation_aligner",
         "generation_head",
     }
+    assert not (lora / "backbone.safetensors").exists()
     whole = t2i.from_pretrained(lora, generation_only=False)
     assert whole.backbone.left_out == 0 and t2i.from_pretrained(lora).backbone.left_out > 0
     base = t2i.attach(t2i.load_backbone("janus", tiny_world / "janus"), t2i.presets.base())
@@ -286,19 +288,34 @@ def test_export_program(lora, tmp_path, monkeypatch, capsys):
     stored = load_file(out / "model.safetensors")
     assert {v.dtype for v in stored.values()} == {torch.bfloat16}
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    monkeypatch.setattr("sys.argv", ["export.py", *map(str, arguments[:4])])
     with pytest.raises(ValueError, match="exists; export to a new folder"):
         export.main()
 
 
+def image_logits(layers: dict[str, torch.nn.Module]) -> torch.Tensor:
+    """Logits of the image layers alone, without the trunk between them."""
+    embed, align, head = (
+        layers[f"model.generation_{n}"] for n in ("embeddings", "aligner", "head")
+    )
+    return head(align(embed(torch.arange(4))))
+
+
 def test_adapter_is_read_by_peft_on_transformers_model(tiny_world, lora):
+    """Case 9: with the image layers that were trained as a whole."""
     from peft import PeftModel
 
     theirs = JanusForConditionalGeneration.from_pretrained(tiny_world / "janus")
     ours = t2i.from_pretrained(lora, generation_only=False).backbone
     plain = text_logits(theirs, ours)
+    images = image_logits({name: theirs.get_submodule(name) for name in ours.image_layers()})
     theirs = PeftModel.from_pretrained(theirs, lora / "adapter")
     torch.testing.assert_close(text_logits(theirs, ours), text_logits(ours.janus, ours))
     assert not torch.allclose(text_logits(theirs, ours), plain, atol=1e-3)
+    loaded = theirs.base_model.model
+    theirs = image_logits({name: loaded.get_submodule(name) for name in ours.image_layers()})
+    assert torch.equal(theirs, image_logits(ours.image_layers()))
+    assert not torch.allclose(theirs, images, atol=1e-4)
 
 
 def test_a_llamagen_is_exported_in_its_own_layout(plain, tmp_path):

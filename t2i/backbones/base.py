@@ -213,6 +213,12 @@ def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
     return (1 + (scale - 1) * (1 - torch.cos(torch.pi * done)) / 2).item()
 
 
+def millions(module: nn.Module) -> str:
+    """Parameters of a module, for people."""
+    count = sum(p.numel() for p in module.parameters())
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
 class Backbone(nn.Module, ABC):
     """A pre-trained generator; its parameters are what fine-tuning may change."""
 
@@ -233,6 +239,13 @@ class Backbone(nn.Module, ABC):
         """Recompute the trunk's blocks in the backward pass."""
         self.token_dropout = nn.Dropout(0.0)
         """Element dropout on the trunk's inputs, in training."""
+
+    def __repr__(self) -> str:
+        """One line, not the modules."""
+        s, first = self.spec, next(self.parameters())
+        dtype = str(first.dtype).removeprefix("torch.")
+        codes = f"{s.grid[0]} x {s.grid[1]} codes"
+        return f"{type(self).__name__}({s.cond_kind}, {millions(self)}, {codes}, {dtype} on {first.device})"
 
     # -- the condition ----------------------------------------------------------------------------------------------------
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:

@@ -5,11 +5,11 @@ shards; a full T5 with its decoder will do) and tokenizer.json or spiece.model, 
 google/flan-t5-xl does.
 """
 
-import functools
 import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from t2i.errors import UserError
-from t2i.files import file_sha256
+from t2i.hashes import remembered_sha256
 from t2i.hub import fetch_folder
 
 _TOKENIZER_FILES = (
@@ -59,28 +59,24 @@ def weights_hash(path_or_hub_id: str | Path) -> str:
     """SHA-256 over names and contents of config, weights and tokenizer files of a T5 folder.
 
     For cache keys; needs no model in memory. Token limit, dtype and CAPTION_CLEANING_VERSION are
-    not covered. Files are read once per process, and not at all in the hub's cache, which names
-    large files by their hash.
+    not covered. Large files are read once (see `t2i.hashes`).
     """
     folder = find_folder(path_or_hub_id)
     small = [folder / name for name in ("config.json", *_TOKENIZER_FILES)]
     digest = hashlib.sha256()
     for path in [*(p for p in small if p.is_file()), *_weight_files(folder)]:
-        digest.update(f"{path.name} {_content_hash(path)}\n".encode())
+        digest.update(f"{path.name} {remembered_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _content_hash(path: Path) -> str:
-    target = path.resolve()
-    if target.parent.name == "blobs" and len(target.name) == 64:
-        return target.name
-    status = target.stat()
-    return _hash_once(str(target), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _hash_once(path: str, size: int, mtime_ns: int) -> str:
-    return file_sha256(path)
+def copy_files(folder: Path, target: Path) -> None:
+    """Copy what makes up a T5 folder, and nothing else that may lie in it, into a new folder."""
+    target.mkdir(parents=True)
+    weights = _weight_files(folder)
+    indices = [p for pattern in _WEIGHT_PATTERNS for p in folder.glob(f"{pattern}.index.json")]
+    settings = [folder / name for name in ("config.json", *_TOKENIZER_FILES)]
+    for path in [*(p for p in settings if p.is_file()), *indices, *weights]:
+        shutil.copyfile(path, target / path.name)
 
 
 def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:

@@ -5,7 +5,6 @@ under a temporary name: what is killed or cut short leaves nothing that is taken
 """
 
 import http.client
-import os
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from filelock import FileLock
 
 from t2i.errors import UserError
 from t2i.files import file_sha256, replacing
+from t2i.hashes import cache_root
 from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte
@@ -52,7 +52,7 @@ class PublishedFile:
     @property
     def cache_folder(self) -> Path:
         """Where downloads are kept: a folder of `T2I_CACHE`, or of `~/.cache/t2i`."""
-        return Path(os.environ.get("T2I_CACHE") or Path.home() / ".cache" / "t2i") / self.cache
+        return cache_root() / self.cache
 
     def given(self, path: Path) -> ProvenFile:
         """The file at `path`, or in the folder `path` under one of its names.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.backbones.base import Backbone, Condition
+from t2i.backbones.base import Backbone, Condition, millions
 from t2i.errors import UserError
 from t2i.rng import fold, integers, normals, uniforms
 from t2i.tensorar.codec import Codec, Residual
@@ -115,6 +115,8 @@ class TensorAR(nn.Module):
         self.windows = Windows(backbone.spec.num_tokens, config.k, config.stride)
         self.backbone = backbone
         self.sampling = backbone.spec.sampling
+        self.trained = "nothing yet"
+        """What training has changed, or is about to, in words."""
         self.codec: Codec | None = None
         if config.k > 1:
             if config.noise == "codebook":
@@ -134,6 +136,13 @@ class TensorAR(nn.Module):
                 codec.to_empty(device="cpu").initialize(torch.Generator().manual_seed(seed))
                 codec.to(device=first.device, dtype=first.dtype)
             self.codec = codec
+
+    def __repr__(self) -> str:
+        """One line; `print(model.backbone.gpt)` and the like show the modules."""
+        c = self.config
+        window = f"k={c.k}, stride={c.stride}" if self.codec is not None else "k=1, the base model"
+        size = "" if self.codec is None else f", codec {millions(self.codec)}"
+        return f"TensorAR({window}{size}, trained: {self.trained}, {self.backbone!r})"
 
     @property
     def uses_gaussian_noise(self) -> bool:

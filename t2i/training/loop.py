@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from t2i.backbones.base import Backbone
-from t2i.checkpoint import find_checkpoint, from_pretrained
+from t2i.checkpoint import find_checkpoint, from_pretrained, is_checkpoint, trained_parts
 from t2i.errors import UserError
 from t2i.files import write_json
 from t2i.generation import conditions, iterate_images
@@ -29,23 +29,34 @@ from t2i.training.engine import autocast, set_rates, start_engine, start_process
 from t2i.training.examples import check_backbone
 from t2i.training.logs import MetricsLog, choose_tracker
 from t2i.training.run_page import write_run_page
+from t2i.training.start import start_from, take_codec
 from t2i.training.validation import validate
 
 
-def build_model(config: TrainConfig, *, device: str = "cpu") -> TensorAR:
-    """The backbone with a fresh codec (and adapters), with exactly the chosen parameters trainable."""
+def build_model(
+    config: TrainConfig, *, device: str = "cpu", resumed: Path | None = None
+) -> TensorAR:
+    """The backbone with a fresh codec (and adapters), with exactly the chosen parameters trainable.
+
+    Where the weights are an earlier run's, its codec is taken, too. A `resumed` run stands on its own checkpoint.
+    """
     options = config.backbone
-    backbone = load_backbone(
-        options.family,
-        options.weights,
-        tokenizer=options.tokenizer,
-        text_encoder=options.text_encoder,
-        text_encoder_dtype=options.text_encoder_dtype,
-        generation_only=options.generation_only,
-        dtype=torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
-        device=device,
-    )
+    loading = {
+        "tokenizer": options.tokenizer,
+        "text_encoder": options.text_encoder,
+        "generation_only": options.generation_only,
+        "dtype": torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
+        "device": device,
+    }
+    earlier = resumed or options.weights
+    if is_checkpoint(earlier):
+        backbone = start_from(earlier, resumed=resumed is not None, **loading)
+    else:
+        dtype = options.text_encoder_dtype
+        backbone = load_backbone(options.family, earlier, text_encoder_dtype=dtype, **loading)
     model = TensorAR(backbone, config.method, seed=config.seed)
+    if resumed is None and is_checkpoint(earlier):
+        take_codec(model, earlier)
     backbone.requires_grad_(False)
     if config.tuning == "lora":
         add_lora(backbone, config.lora, seed=config.seed)
@@ -54,6 +65,7 @@ def build_model(config: TrainConfig, *, device: str = "cpu") -> TensorAR:
     backbone.token_dropout.p = config.token_dropout
     backbone.gradient_checkpointing = config.engine.gradient_checkpointing
     model.sampling = config.sampling.apply(model.sampling)
+    model.trained = trained_parts(config.tuning, config.train_image_layers)
     return model
 
 
@@ -74,7 +86,7 @@ class Run:
         checkpoint = run_state.claim_run_dir(config)
         if checkpoint is not None:
             run_state.check_resumable(config, processes.world_size, checkpoint)
-        self.model = build_model(config).to(processes.device)
+        self.model = build_model(config, resumed=checkpoint).to(processes.device)
         check_backbone(self.model.backbone, config.data)
         self.prompts = conditions(self.model.backbone, config.log.prompts)
         self._place_helpers()

@@ -1,0 +1,72 @@
+"""Settings dataclasses from the JSON of files that others may have written: unknown names and wrong types are a user's to mend."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
+from types import NoneType, UnionType
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from t2i import __version__
+from t2i.errors import UserError
+
+S = TypeVar("S")
+
+
+def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = None) -> S:
+    """A settings dataclass of what JSON says; what it leaves out is as in `defaults`, or the class's own default.
+
+    Args:
+        where: the file (and part of it) that it was read from, for messages.
+
+    Raises:
+        UserError: it is no JSON object, a setting is not known here (it may change what weights mean, so it is not passed over),
+            is missing, has another type, or a value that the class refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must be a JSON object of settings, and is {values!r:.80}")
+    if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
+        raise UserError(
+            f"{where} has settings that this version ({__version__}) of the kit does not know: "
+            f"{', '.join(unknown)}; load it with the version that wrote it"
+        )
+    needed = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+    if defaults is None and (missing := [name for name in needed if name not in values]):
+        raise UserError(f"{where} lacks {', '.join(missing)}; copy it again")
+    hints = get_type_hints(cls)
+    given = {k: _converted(v, hints[k], f"{where}: {k}") for k, v in values.items()}
+    try:
+        return cls(**given) if defaults is None else replace(defaults, **given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _converted(value: object, hint: object, where: str) -> object:
+    """The value as the type has it: JSON has no tuples."""
+    value = _tuples(value, hint)
+    if not _fits(value, hint):
+        kind = getattr(hint, "__name__", None) if get_origin(hint) is None else str(hint)
+        raise UserError(f"{where} is {value!r:.80}, which is not of the type {kind}")
+    return value
+
+
+def _tuples(value: object, hint: object) -> object:
+    holds_tuple = any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
+    return tuple(value) if isinstance(value, list) and holds_tuple else value
+
+
+def _fits(value: object, hint: object) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = args[:1] * len(value) if args[1:] == (...,) else args
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if hint in (None, NoneType):
+        return value is None
+    if hint in (int, float):  # a truth value is neither, and a whole number is a float, too
+        kinds = int if hint is int else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

@@ -1,0 +1,325 @@
+"""Where a backbone's files come from, what they were, and where they are now.
+
+A source is a file, a folder with a config.json (the layout of `t2i/assets/shapes`), the name of a shipped offline base ("shapes",
+...), or a file on the hub as "owner/repo:file". Families that publish a folder (Janus-Pro) take that folder, or "owner/repo".
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+
+from t2i.errors import UserError
+from t2i.hashes import remembered_sha256
+from t2i.weights import folder_sha256
+
+log = logging.getLogger(__name__)
+
+FAMILIES = {
+    "llamagen": "t2i.backbones.llamagen",
+    "janus": "t2i.backbones.janus",
+    "open_magvit2": "t2i.backbones.open_magvit2",
+    "rar": "t2i.backbones.rar",
+}
+"""Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are what is called here.
+
+`PUBLISHED_AS_FOLDER` says that weights, tokenizers and configuration are published as one folder (there is then an `outline` for what
+needs no files), `TOKENIZER_INSIDE` that the published weight file holds the image tokenizer, too.
+"""
+ASSETS = Path(__file__).parent / "assets"
+_FILES = {"weights": "weight file", "tokenizer": "image tokenizer", "text_encoder": "text encoder"}
+_HASHES = {
+    "weights": "sha256",
+    "tokenizer": "tokenizer_sha256",
+    "text_encoder": "text_encoder_sha256",
+}
+_OPTIONS = {
+    "weights": "--base PATH (base=)",
+    "tokenizer": "--tokenizer PATH (tokenizer=)",
+    "text_encoder": "--text-encoder PATH (text_encoder=)",
+}
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """Everything needed to load the same backbone again; stored in every checkpoint folder."""
+
+    family: str
+    weights: str
+    tokenizer: str | None = None
+    text_encoder: str | None = None
+    text_encoder_dtype: str = "float32"
+    config: dict | None = None
+    """Shape of the backbone, as its family's config dataclass has it."""
+    sampling: dict = field(default_factory=dict)
+    """Settings that differ from the family's defaults."""
+    sha256: str | None = None
+    """Hash of the weight file, or over the weight files of a folder."""
+    tokenizer_sha256: str | None = None
+    """Hash of the image tokenizer's file, where it has one."""
+    text_encoder_sha256: str | None = None
+    """Hash over the text encoder's files; of tokenizer.json for a family that is published as a folder."""
+    generation_only: bool = False
+    """Only what drawing images needs was loaded."""
+    started_from: str | None = None
+    """Checkpoint whose weights a run began with in place of the base's: its own checkpoints then hold all of the backbone's."""
+
+
+def resolve(source: str | Path, *, folder: bool = False) -> Path:
+    """The local path of a source; downloads "owner/repo:file", or with `folder` "owner/repo", into the hub's cache.
+
+    Raises:
+        UserError: there is no such file, folder, shipped base or hub file.
+    """
+    text = str(source)
+    if Path(text).exists():
+        return Path(text)
+    repo, _, filename = text.partition(":")
+    if repo.count("/") == 1 and bool(filename) != folder:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            what = f"{filename} of {repo}" if filename else repo
+            raise UserError(f"cannot download {what}: {error}") from error
+    raise UserError(
+        f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
+        f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
+    )
+
+
+def _hub_folder(repo: str) -> Path:
+    """A published model folder: settings, tokenizer, and its weights in one format."""
+    from huggingface_hub import snapshot_download
+
+    settings = ["*.json", "*.jinja"]
+    folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.safetensors"]))
+    if not list(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.bin"]))
+    return folder
+
+
+def lasting(source: str | Path) -> str:
+    """A source as a checkpoint can store it: a local path holds from any working directory."""
+    if str(source) in shipped_bases():
+        if (Path(source) / "config.json").is_file():
+            log.warning("%s is the shipped base; the folder %s here is written ./%s", *[source] * 3)
+        return str(source)
+    return str(Path(source).resolve() if Path(source).exists() else source)
+
+
+def shipped_bases() -> list[str]:
+    """Names of the base models in the package."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+
+
+def published_as_folder(family: str) -> bool:
+    """Whether the family's weights, tokenizers and configuration are published as one folder."""
+    return _says(family, "PUBLISHED_AS_FOLDER")
+
+
+def _says(family: str, fact: str) -> bool:
+    return family in FAMILIES and getattr(import_module(FAMILIES[family]), fact, False)
+
+
+def family_of(source: str | Path) -> str:
+    """The family that a shipped base, a backbone folder or a published folder says it is of.
+
+    Raises:
+        UserError: it does not say.
+    """
+    path = _folder(source) / "config.json"
+    stored = _read_json(path) if path.is_file() else {}
+    if isinstance(stored.get("family"), str):
+        return stored["family"]
+    if stored.get("model_type") in ("janus", "multi_modality"):
+        return "janus"
+    if not Path(source).exists() and str(source).count("/") != 1:
+        resolve(source)  # says what it could have been
+    raise UserError(
+        f"{source} does not say which family it is of: give one of {', '.join(FAMILIES)}"
+    )
+
+
+def _folder(source: str | Path) -> Path:
+    return (ASSETS if str(source) in shipped_bases() else Path()) / source
+
+
+def _read_json(path: Path) -> dict:
+    """UserError if the file holds no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, and holds {content!r:.80}")
+    return content
+
+
+def expand_folder(source: BackboneSource) -> BackboneSource:
+    """Fill in what a backbone folder's config.json says; what the caller gave wins."""
+    path = _folder(source.weights)
+    embeds = _says(source.family, "TOKENIZER_INSIDE")
+    if not path.is_dir():
+        return replace(source, tokenizer=source.tokenizer or (source.weights if embeds else None))
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is not a backbone folder: it has no config.json (a weight file is given by its own path)"
+        )
+    stored = _read_json(path / "config.json")
+    if "family" not in stored and published_as_folder(source.family):
+        return replace(source, weights=str(path))  # the published folder itself
+    wanted = {"family": str, "weights": str, "tokenizer": str, "text_encoder": str}
+    wanted |= {"config": dict, "sampling": dict}
+    needed = ("family", "weights") + (() if published_as_folder(source.family) else ("config",))
+    for name, kind in wanted.items():
+        if name in needed and name not in stored:
+            raise UserError(
+                f"{path} is not a backbone folder: config.json has no {name!r} "
+                "(a checkpoint or run folder is loaded with from_pretrained)"
+            )
+        if name in stored and not isinstance(stored[name], kind):
+            raise UserError(
+                f"{path / 'config.json'}: {name} is {stored[name]!r:.80}, "
+                f"which is not of the type {kind.__name__}"
+            )
+    if stored["family"] != source.family:
+        raise UserError(f"{path} holds a {stored['family']} backbone, not {source.family}")
+    files = {name: str(path / stored[name]) for name in _FILES if name in stored}
+    encoder = stored.get("text_encoder", "")
+    if encoder.count("/") == 1 and not (path / encoder).exists():
+        files["text_encoder"] = encoder  # a hub id
+    inside = files["weights"] if embeds else None
+    return replace(
+        source,
+        weights=files["weights"],
+        tokenizer=source.tokenizer or files.get("tokenizer") or inside,
+        text_encoder=source.text_encoder or files.get("text_encoder"),
+        config=source.config or stored.get("config"),
+        sampling=source.sampling or stored.get("sampling", {}),
+    )
+
+
+# -- what the files were ------------------------------------------------------------------------------------------------------
+def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
+    """The source of a checkpoint folder with the SHA-256 of its files, so that others are refused; those that it has are kept."""
+    files = expand_folder(beside(source, folder))
+    missing = [name for name, key in _HASHES.items() if getattr(source, key) is None]
+    return replace(source, **{_HASHES[name]: _file_hash(files, name) for name in missing})
+
+
+def _file_hash(files: BackboneSource, name: str) -> str | None:
+    """SHA-256 of one of the files of an expanded source; None where there is none."""
+    folder = published_as_folder(files.family)
+    if name == "weights":
+        return weights_sha256(resolve(files.weights, folder=folder))
+    if name == "tokenizer":
+        return files.tokenizer and remembered_sha256(resolve(files.tokenizer))
+    if folder:
+        return remembered_sha256(resolve(files.weights, folder=True) / "tokenizer.json")
+    if files.text_encoder is None:
+        return None
+    from t2i.conditioning.t5_files import weights_hash
+
+    return weights_hash(files.text_encoder)
+
+
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of a weight file, or over those of a folder."""
+    return folder_sha256(path) if path.is_dir() else remembered_sha256(path)
+
+
+def prove(files: BackboneSource, *, weights: bool = True) -> None:
+    """Compare an expanded source's files with the hashes that it has; `weights`: those of the backbone, too.
+
+    Raises:
+        UserError: a file is not the one that the checkpoint was trained with.
+    """
+    for name, key in _HASHES.items():
+        expected = getattr(files, key)
+        if expected is None or (name == "weights" and not weights):
+            continue
+        if _file_hash(files, name) != expected:
+            raise UserError(
+                f"{getattr(files, name) or files.weights} is not the {_FILES[name]} that the checkpoint was trained on "
+                f"(its SHA-256 differs); {_OPTIONS[name]} names another"
+            )
+
+
+# -- where the files are now --------------------------------------------------------------------------------------------------
+def beside(source: BackboneSource, folder: Path) -> BackboneSource:
+    """The source of a checkpoint folder whose base lies relative to it (an export's)."""
+    inner = {
+        name: str((folder / path).resolve())
+        for name in _FILES
+        if (path := getattr(source, name)) is not None and path.startswith("..")
+    }
+    return replace(source, **inner)
+
+
+def moved(
+    source: BackboneSource,
+    *,
+    base: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+) -> BackboneSource:
+    """A checkpoint's source with its files where they are now.
+
+    Args:
+        base: the weight file, or the folder that the files moved to: each is then found by its name, or by the end of its old
+            path. What lies beside a weight file is found, too. Files that still are where they were stay.
+        tokenizer: the image tokenizer's file.
+        text_encoder: the text encoder's folder or hub id.
+    """
+    given = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    given = {name: lasting(path) for name, path in given.items() if path is not None}
+    if base is None:
+        return replace(source, **given)
+    root = Path(base)
+    found = None
+    if root.is_file():
+        file, root = root, root.parent
+        # A backbone folder's own weight file stands for the folder, which brings the rest.
+        whole = source.tokenizer is None and (root / "config.json").is_file()
+        found = root if whole else file
+    elif root.is_dir():
+        found = _under(root, source.weights)
+        if found is None and (root / "config.json").is_file():
+            found = root
+    else:
+        return replace(source, weights=str(base), **given)  # a hub's file, or an error later
+    for name in ("tokenizer", "text_encoder"):
+        stored = getattr(source, name)
+        if name not in given and stored is not None and not Path(stored).exists():
+            given[name] = str(_under(root, stored) or stored)
+    return replace(source, weights=str(found or source.weights), **given)
+
+
+def _under(root: Path, stored: str) -> Path | None:
+    """What lies under the folder by the longest end of a stored path, or hub name, that is there."""
+    parts = [part for part in Path(stored.replace(":", "/")).parts if part != "/"]
+    ends = (root.joinpath(*parts[i:]).resolve() for i in range(len(parts)))
+    return next((end for end in ends if end.exists()), None)
+
+
+def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
+    """UserError that names every local file of a source that is gone; `weights`: those of the backbone are needed, too."""
+    gone = [
+        name
+        for name in _FILES
+        if (path := getattr(source, name)) is not None
+        and (weights or name != "weights")
+        and Path(path).is_absolute()
+        and not Path(path).exists()
+    ]
+    if gone:
+        named = "; ".join(
+            f"{getattr(source, name)} ({_FILES[name]}: {_OPTIONS[name]})" for name in gone
+        )
+        raise UserError(
+            f"{folder} was trained with files that are gone: {named}. --base FOLDER (base=) finds all that moved into one folder"
+        )

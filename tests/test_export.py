@@ -1,0 +1,169 @@
+"""Cases 9, 28: an export of every family stands alone, names nothing of the machine that wrote it, and is uploaded in a second try."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import JANUS_PROMPTS, tiny_open_magvit2, tiny_rar
+from programs import refused
+from runs import PROMPTS, write_tiny_base, write_tiny_janus
+
+import t2i
+from launch import export as program
+from t2i.export import export, model_card
+from t2i.files import write_json
+from t2i.lora import LoRAConfig, add_lora
+
+
+def class_base(backbone, folder):
+    """A backbone folder of a class-conditional family, its tokenizer a file of its own."""
+    folder.mkdir()
+    backbone.save_official(folder, torch.float32)
+    torch.save(backbone.tokenizer.state_dict(), folder / "vq.bin")
+    files = {"weights": "model.pt", "tokenizer": "vq.bin"}
+    config = vars(backbone.config)
+    write_json(folder / "config.json", {"family": backbone.spec.family, **files, "config": config})
+
+
+def magvit_with_its_tokenizer_inside(folder):
+    """As published: one file, given by its path."""
+    backbone = tiny_open_magvit2()
+    folder.mkdir()
+    inside = {f"first_stage_model.{k}": v for k, v in backbone.tokenizer.state_dict().items()}
+    torch.save({"state_dict": backbone.official_state_dict() | inside}, folder / "AR.ckpt")
+    return t2i.load_backbone("open_magvit2", folder / "AR.ckpt", config=backbone.config)
+
+
+def of_family(family, folder):
+    if family == "llamagen":
+        return t2i.load_backbone("llamagen", write_tiny_base(folder)), PROMPTS
+    if family == "janus":
+        write_tiny_janus(folder)
+        return t2i.load_backbone("janus", folder), JANUS_PROMPTS[:2]
+    if family == "rar":
+        class_base(tiny_rar(), folder)
+        return t2i.load_backbone("rar", folder), [1, 3]
+    return magvit_with_its_tokenizer_inside(folder), [1, 3]
+
+
+@pytest.mark.parametrize("family", ["llamagen", "janus", "rar", "open_magvit2"])
+def test_an_export_stands_alone(family, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    backbone, prompts = of_family(family, source)
+    if family in ("llamagen", "janus"):
+        add_lora(backbone, LoRAConfig(rank=2))
+        tuning = "lora"
+    else:
+        tuning = "full"
+    model = t2i.attach(backbone, t2i.presets.iclr2026(k=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01
+    run = {"data": {"source": [str(source / "pictures")]}, "optim": {"codec_lr": 1e-3}}
+    options = {"tuning": tuning, "image_layers": tuning == "lora"}
+    checkpoint = t2i.save_pretrained(
+        model, tmp_path / "checkpoint", **options, training={"step": 3, "config": run}
+    )
+    asked = [str(p) for p in prompts]
+    out = export(checkpoint, tmp_path / "out", dtype=torch.float32, prompts=asked, samples=1)
+    assert (out / "samples" / "grid.png").is_file()
+    expected = t2i.generate(t2i.from_pretrained(checkpoint), prompts, progress=False)
+    shutil.rmtree(source)
+    shutil.rmtree(checkpoint)
+    moved = out.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    drawn = t2i.generate(t2i.from_pretrained("moved"), prompts, progress=False)
+    assert [i.tobytes() for i in drawn] == [i.tobytes() for i in expected]
+    for file in moved.rglob("*"):
+        if file.is_file():
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+    # The base in it is a base like any other.
+    base = t2i.load_backbone(family, moved)
+    assert len(t2i.generate(t2i.attach(base, t2i.presets.base()), prompts[:1], progress=False)) == 1
+    card = (moved / "README.md").read_text()
+    assert "- base: " in card and "GB" in card
+    assert ("[207]" in card) == (family in ("rar", "open_magvit2"))
+
+
+def test_a_text_encoder_of_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):
+    base = write_tiny_base(tmp_path / "base")
+    encoder = shutil.move(base / "text_encoder", tmp_path / "snapshot")
+    monkeypatch.setattr("t2i.conditioning.t5_files.fetch_folder", lambda *a, **k: encoder)
+    content = json.loads((base / "config.json").read_text())
+    write_json(base / "config.json", content | {"text_encoder": "google/flan-t5-xl"})
+    model = t2i.attach(t2i.load_backbone("llamagen", base), t2i.presets.iclr2026(k=2))
+    checkpoint = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
+    out = export(checkpoint, tmp_path / "out")
+    assert not (out / "text_encoder").exists()
+    assert (
+        "text encoder: google/flan-t5-xl (on the hub, not copied)"
+        in (out / "README.md").read_text()
+    )
+    assert t2i.from_pretrained(out).backbone.frozen.text_encoder.folder == encoder
+
+
+def test_model_card_names_no_place():
+    source = {"family": "rar", "weights": "/home/me/rar.bin"}
+    run = {"data": {"source": ["../me/private/pictures", "/home/me/more"]}}
+    config = {"backbone": source, "tuning": "full", "kit_version": "1", "method": {"k": 2}}
+    card = model_card(config | {"training": {"config": run | {"optim": {}}}}, [], None)
+    assert "| data | pictures, more |" in card and "| base | rar.bin |" in card
+    assert "/me/" not in card and "base_model" not in card
+    source["weights"] = "owner/repo:file.bin"
+    assert "base_model: owner/repo" in model_card(config | {"training": {}}, [], None)
+
+
+# -- case 28: the upload --------------------------------------------------------------------------
+def test_upload_without_a_network(shapes_ckpt, tmp_path, capsys, monkeypatch):
+    """Found before the export; if it breaks after it, the same command uploads what is there."""
+    out, push = tmp_path / "out", ("--push-to-hub", "me/mine")
+    arguments = ("--ckpt", shapes_ckpt, "--out", out)
+    message = refused(program, capsys, *arguments, *push)
+    assert "cannot write to me/mine on the hub" in message and not out.exists()
+    assert "'me/mine/x'" in refused(program, capsys, *arguments, "--push-to-hub", "me/mine/x")
+
+    def broken(*args, **kwargs):
+        raise ConnectionError("the line is down\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", broken)
+    monkeypatch.setattr("sys.argv", ["export.py", *map(str, arguments + push)])
+    with pytest.raises(
+        t2i.UserError, match=r"is complete, but could not be uploaded.*line is down"
+    ):
+        program.main()
+    written = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    uploads = []
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **k: uploads.append(k))
+    program.main()
+    assert uploads == [{"folder_path": out, "repo_id": "me/mine"}]
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == written
+    other = shutil.copytree(shapes_ckpt, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    manifest = json.loads((other / "manifest.json").read_text())
+    monkeypatch.setattr(
+        "t2i.export.read_config", lambda f: json.loads((f / "config.json").read_text())
+    )
+    assert manifest and "exists; export to a new folder" in refused(
+        program, capsys, "--ckpt", other, "--out", out, *push
+    )
+
+
+def test_a_program_bug_keeps_its_traceback(monkeypatch):
+    from t2i.export import prepare_upload
+
+    def wrong(*args, **kwargs):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", wrong)
+    with pytest.raises(KeyError):
+        prepare_upload("me/mine")
+
+
+def test_places_are_looked_at_before_the_work(shapes_ckpt, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    inside = tmp_path / "file" / "out"
+    assert "cannot write" in refused(program, capsys, "--ckpt", shapes_ckpt, "--out", inside)
+    arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--device", "cuda")
+    assert "found no GPU" in refused(program, capsys, *arguments)

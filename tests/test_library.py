@@ -1,0 +1,192 @@
+"""Case 24: what a notebook user types, and is told."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_llamagen, tiny_rar
+from PIL import Image
+
+import geneval
+import t2i
+from dpg_bench.judges import answer_prompt, load_judge
+from dpg_bench.questions import QuestionGraph
+from dpg_bench.score import score as dpg_score
+from geneval.prompts import official_prompts
+from geneval.shapes_detector import ShapesDetector
+from t2i import loading
+from t2i.loading import pick_device
+from t2i.lora import LoRAConfig, add_lora
+
+
+@pytest.fixture(scope="module")
+def model():
+    return t2i.attach(tiny_llamagen("class"), t2i.presets.iclr2026(k=3))
+
+
+def test_every_name_is_listed_and_found():
+    assert set(t2i.__all__) <= set(dir(t2i)) and "__version__" in dir(t2i)
+    assert all(getattr(t2i, name) is not None for name in t2i.__all__)
+    for name in ("generate", "from_pretrained", "load_model", "load_backbone", "attach", "grid"):
+        signature = inspect.signature(getattr(t2i, name))
+        for parameter in signature.parameters.values():
+            assert parameter.kind is not parameter.VAR_KEYWORD
+            assert parameter.annotation is not parameter.empty, (name, parameter)
+    with pytest.raises(AttributeError, match="it offers load_backbone"):
+        t2i.nothing  # noqa: B018
+
+
+def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'typo'"):
+        t2i.generate(model, [1], typo=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("runs/mine", [1]), {}, "generate needs a model, and got 'runs/mine'"),
+        ((None, 3), {}, "prompts must be a list: generate"),
+        ((None, "a dog"), {}, "prompts must be a list: generate"),
+        ((None, [1]), {"sampling": {"top_k": 3}}, "sampling is .*give a t2i.SamplingConfig"),
+        ((None, [1]), {"seed": "3"}, "seed='3' must be a whole number"),
+        ((None, [1]), {"samples_per_prompt": 0}, "must be at least 1"),
+        ((None, [77]), {}, "class label 77 at position 0"),
+        ((None, ["1"]), {}, "class label '1' at position 0"),
+    ],
+)
+def test_generate_says_what_it_needs(model, arguments, options, message):
+    given, prompts = arguments
+    with pytest.raises(t2i.UserError, match=message):
+        t2i.generate(given or model, prompts, progress=False, **options)
+
+
+def test_generate_with_a_backbone_or_without_captions():
+    with pytest.raises(t2i.UserError, match=r"t2i.attach\(backbone, t2i.presets.base\(\)\)"):
+        t2i.generate(tiny_rar(), [1])
+    captions = t2i.attach(tiny_llamagen("text"), t2i.presets.base())
+    with pytest.raises(t2i.UserError, match=r"prompts\[1\] is 7: this model draws captions"):
+        t2i.generate(captions, ["a dog", 7])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: t2i.attach("shapes", t2i.presets.base()), "attach needs a backbone"),
+        (lambda: t2i.attach(tiny_rar(), "iclr2026"), "config is 'iclr2026'.*t2i.presets"),
+        (lambda: t2i.attach(tiny_rar(), t2i.presets.iclr2026), "config is .*t2i.presets"),
+        (lambda: t2i.load_backbone("shapes", "shapes"), "unknown backbone family 'shapes'"),
+        (lambda: t2i.load_backbone("rar", "shapes"), "holds a llamagen backbone, not rar"),
+        (lambda: t2i.load_backbone("rar", "shapes", config={"dim": 3}), "config .*RARConfig"),
+        (lambda: t2i.from_pretrained("shapes"), "does not exist"),
+    ],
+)
+def test_loaders_say_what_they_need(call, message):
+    with pytest.raises(t2i.UserError, match=message):
+        call()
+
+
+def test_one_line_says_what_a_model_is(model):
+    codec, gpt = (
+        sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.codec, model.backbone)
+    )
+    assert repr(model) == (
+        f"TensorAR(k=3, stride=1, codec {codec:.3g} M, trained: nothing yet, "
+        f"LlamaGen(class, {gpt:.3g} M, 4 x 4 codes, float32 on cpu))"
+    )
+    backbone = tiny_rar()
+    add_lora(backbone, LoRAConfig(rank=2))
+    assert "\n" not in repr(backbone) and len(repr(backbone)) < 120
+    assert repr(backbone).startswith("RAR(class, ") and "k=1, the base model" in repr(
+        t2i.attach(backbone, t2i.presets.base())
+    )
+
+
+def test_repr_of_a_checkpoint_says_what_was_trained(shapes_ckpt):
+    text = repr(t2i.from_pretrained(shapes_ckpt))
+    assert "k=4" in text and "trained: codec" in text and "\n" not in text and len(text) < 200
+
+
+# -- where and in what type ------------------------------------------------------------------------
+def test_the_machine_decides(monkeypatch):
+    assert pick_device() == (torch.device("cpu"), torch.float32)
+    assert pick_device("cpu", "bfloat16") == pick_device(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert pick_device() == (torch.device("cuda"), torch.bfloat16)
+    assert pick_device("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
+    with pytest.raises(t2i.UserError, match=r"PyTorch found 2 GPU\(s\), from cuda:0"):
+        pick_device("cuda:2")
+    placed = {}
+    monkeypatch.setattr(loading, "load_source", lambda source, **k: placed.update(k))
+    t2i.load_backbone("llamagen", "shapes")
+    assert placed["device"] == torch.device("cuda") and placed["dtype"] == torch.bfloat16
+
+
+def test_no_gpu_is_said(monkeypatch):
+    """Case 28: not what is allowed, but that none was found."""
+    with pytest.raises(t2i.UserError, match="PyTorch found no GPU on this machine"):
+        pick_device("cuda")
+    monkeypatch.setattr("torch.version.cuda", None)
+    with pytest.raises(t2i.UserError, match="built for CPUs only"):
+        t2i.load_model("shapes", device="cuda")
+    for wrong in ("gpu", "cuda:x", "0"):
+        with pytest.raises(t2i.UserError, match="must be auto, cpu or cuda"):
+            pick_device(wrong)
+    with pytest.raises(t2i.UserError, match="dtype 'half' must be auto"):
+        pick_device("cpu", "half")
+
+
+# -- pictures ---------------------------------------------------------------------------------------
+def test_grid():
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    sheet = t2i.grid(images, cell=128)
+    assert sheet.size == (2 * 134 + 6, 2 * 134 + 6) and sheet.getpixel((10, 10)) == (255, 0, 0)
+    assert t2i.grid(images, columns=3, labels=["a", "", "c"]).size == (3 * 134 + 6, 134 + 16 + 6)
+    for arguments, options, message in (
+        ((images[0],), {}, "needs a list of PIL images"),
+        (([np.zeros((8, 8, 3))],), {}, "needs a list of PIL images"),
+        (([],), {}, "at least one image"),
+        ((images, 0), {}, "columns=0"),
+        ((images,), {"labels": ["a"]}, "1 labels for 3 images"),
+    ):
+        with pytest.raises(t2i.UserError, match=message):
+            t2i.grid(*arguments, **options)
+
+
+def test_geneval_score_takes_what_has_a_meaning(tmp_path):
+    from t2i.data.shapes_prompts import colors
+
+    entry = colors("circle", "red")
+    image = Image.new("RGB", (64, 64), "white")
+    path = tmp_path / "image.png"
+    image.save(path)
+    detector = ShapesDetector()
+    plain = geneval.score([image], [entry], detector)
+    for images in ([image], image, [np.asarray(image)], np.asarray(image)[None], [path], str(path)):
+        for metadata in ([entry], entry, entry["prompt"], [entry["prompt"]]):
+            assert geneval.score(images, metadata, detector) == plain
+    official = official_prompts()[0]
+    assert geneval._known_prompts()[official["prompt"]] == official
+    for images, metadata, message in (
+        ([image], ["a poem"], "score cannot know what 'a poem' asks for.*include"),
+        ([image], [{"prompt": "a"}], r"metadata\[0\] is .*score needs GenEval's tag, prompt and"),
+        ([image], [{**entry, "include": ["circle"]}], "list of objects with class and count"),
+        ([image], [7], r"metadata\[0\] is 7"),
+        ([tmp_path / "none.png"], [entry], r"images\[0\] cannot be read"),
+        ([np.zeros((8, 8, 3))], [entry], r"images\[0\] is an array of float64: score takes PIL"),
+        ([None], [entry], r"images\[0\] is None: score takes"),
+        ([image] * 3, [entry] * 2, "3 images for 2 prompts"),
+    ):
+        with pytest.raises(t2i.UserError, match=message):
+            geneval.score(images, metadata, detector)
+
+
+def test_dpg_score_says_what_it_needs():
+    judge, image = load_judge("shapes"), Image.new("RGB", (64, 64))
+    with pytest.raises(t2i.UserError, match="answer_prompt needs a list of PIL images"):
+        answer_prompt(judge, image, [])
+    with pytest.raises(t2i.UserError, match="score needs a QuestionGraph first"):
+        dpg_score([image], ["a dog"])
+    with pytest.raises(t2i.UserError, match="score judges answers, by item"):
+        dpg_score(QuestionGraph((), ""), [image])

@@ -1,0 +1,272 @@
+"""Cases 8, 25, 26: a base's files are found where they are now and proven; partial settings; runs that begin with a checkpoint."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from helpers import tiny_llamagen, tiny_rar, tiny_vq
+from runs import PROMPTS, assert_same_weights, tiny_run, weights, write_tiny_base
+
+import t2i
+from t2i import hashes
+from t2i.checkpoint import is_checkpoint, load_model
+from t2i.files import file_sha256, write_json
+from t2i.hashes import remembered_sha256
+from t2i.loading import load_backbone
+from t2i.sources import family_of
+from t2i.training.loop import build_model, train
+
+
+# -- case 8: moved files --------------------------------------------------------------------------
+@pytest.fixture
+def trained(tiny_world, tmp_path):
+    """A folder of local files (weights, tokenizer, text encoder), and a checkpoint trained from them by their paths."""
+    files = write_tiny_base(tmp_path / "files")
+    (files / "tokenizers").mkdir()
+    (files / "vq.pt").rename(files / "tokenizers" / "vq.pt")
+    config = json.loads((files / "config.json").read_text())["config"]
+    (files / "config.json").unlink()
+    shape = load_backbone("llamagen", tiny_world / "base").config
+    assert config == json.loads(json.dumps(asdict(shape)))
+    backbone = load_backbone(
+        "llamagen",
+        files / "gpt.pt",
+        tokenizer=files / "tokenizers" / "vq.pt",
+        text_encoder=files / "text_encoder",
+        config=shape,
+    )
+    model = t2i.attach(backbone, t2i.presets.iclr2026(k=2))
+    return files, t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec"), model
+
+
+def test_one_folder_finds_all_moved_files(trained, tmp_path):
+    files, folder, model = trained
+    moved = files.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="files that are gone") as error:
+        t2i.from_pretrained(folder)
+    for name, option in (
+        ("gpt.pt", "--base"),
+        ("vq.pt", "--tokenizer"),
+        ("text_encoder", "--text-encoder"),
+    ):
+        assert name in str(error.value) and option in str(error.value)
+    expected = t2i.generate(model, PROMPTS, progress=False)
+    found = [
+        t2i.from_pretrained(folder, base=moved),
+        t2i.from_pretrained(folder, base=moved / "gpt.pt"),  # what lies beside it is found, too
+        t2i.from_pretrained(
+            folder,
+            base=shutil.copy(moved / "gpt.pt", tmp_path / "renamed.pt"),
+            tokenizer=moved / "tokenizers" / "vq.pt",
+            text_encoder=moved / "text_encoder",
+        ),
+    ]
+    for again in found:
+        drawn = t2i.generate(again, PROMPTS, progress=False)
+        assert [i.tobytes() for i in drawn] == [i.tobytes() for i in expected]
+
+
+def test_a_part_that_is_missing_is_named_alone(trained, tmp_path):
+    files, folder, _ = trained
+    moved = files.rename(tmp_path / "elsewhere")
+    shutil.rmtree(moved / "tokenizers")
+    with pytest.raises(ValueError, match=r"vq\.pt \(image tokenizer: --tokenizer") as error:
+        t2i.from_pretrained(folder, base=moved)
+    assert "gpt.pt" not in str(error.value) and "text_encoder (" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["weights", "tokenizer", "text_encoder"])
+def test_another_file_is_refused(trained, part):
+    files, folder, _ = trained
+    if part == "text_encoder":
+        path = files / "text_encoder" / "config.json"
+        path.write_text(path.read_text() + "\n")
+    else:
+        path = files / ("gpt.pt" if part == "weights" else "tokenizers/vq.pt")
+        content = torch.load(path, weights_only=True)
+        next(iter(content.get("model", content).values())).add_(1)
+        torch.save(content, path)
+    named = {"weights": "weight file", "tokenizer": "image tokenizer"}.get(part, "text encoder")
+    with pytest.raises(ValueError, match=f"is not the {named} that the checkpoint was trained on"):
+        t2i.from_pretrained(folder)
+
+
+def test_a_fully_tuned_model_needs_the_other_files_only(tiny_world, trained, tmp_path):
+    files, _, model = trained
+    folder = t2i.save_pretrained(model, tmp_path / "full", tuning="full")
+    (files / "gpt.pt").unlink()
+    moved = files.rename(tmp_path / "elsewhere")
+    again = t2i.from_pretrained(folder, base=moved)
+    assert_same_weights(again.state_dict(), model.state_dict())
+
+
+# -- hashes ---------------------------------------------------------------------------------------
+def test_large_files_are_hashed_once(tmp_path, monkeypatch):
+    """Case 26: until they change, in whatever way; files just written are not trusted to stay."""
+    monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "_LARGE", 10)
+    read = []
+    monkeypatch.setattr(hashes, "file_sha256", lambda p: read.append(p) or file_sha256(p))
+    path = tmp_path / "weights"
+    path.write_bytes(b"0123456789abcdef")
+    first = remembered_sha256(path)
+    assert remembered_sha256(path) == first and len(read) == 2  # too young
+    monkeypatch.setattr(hashes, "_SETTLED", -(10**12))
+    assert remembered_sha256(path) == remembered_sha256(path) == first and len(read) == 3
+    before = path.stat()
+    path.write_bytes(b"0123456789abcdeX")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert remembered_sha256(path) == file_sha256(path) != first
+    for entry in (tmp_path / "cache" / "hashes").iterdir():
+        entry.write_text('{"file": 3')
+    assert remembered_sha256(path) == file_sha256(path)
+    monkeypatch.setenv("T2I_CACHE", str(path / "no-folder"))
+    assert remembered_sha256(path) == file_sha256(path)
+
+
+# -- settings of a folder -------------------------------------------------------------------------
+def test_sampling_settings_change_only_what_they_name(tmp_path):
+    """Case 26: {"top_k": 100} left the family's guidance at 1."""
+    backbone = tiny_rar()
+    torch.save(backbone.official_state_dict(), tmp_path / "rar.bin")
+    content = {"family": "rar", "weights": "rar.bin", "config": vars(backbone.config)}
+    write_json(tmp_path / "config.json", {**content, "sampling": {"top_k": 7}})
+    own = load_backbone("rar", tmp_path).spec.sampling
+    assert own == replace(backbone.spec.sampling, top_k=7) and own.cfg_scale > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": 3}, "weights is 3, which is not of the type str"),
+        ({"family": ["rar"]}, "family is .*not of the type str"),
+        ({"config": "large"}, "config is 'large', which is not of the type dict"),
+        ({"config": {"dim": 32}}, "lacks n_layer"),
+        ({"config": {"width": 32}}, "does not know: width"),
+        ({"sampling": {"top_k": "many"}}, "top_k is 'many', which is not of the type"),
+        ({"sampling": {"topk": 1}}, "does not know: topk"),
+        ({"sampling": {"top_p": 7.0}}, r"top_p=7\.0 in \(0, 1\]"),
+        ({"sampling": []}, "sampling is .*not of the type dict"),
+    ],
+)
+def test_wrong_settings_of_a_backbone_folder_are_named(tmp_path, change, message):
+    backbone = tiny_rar()
+    torch.save(backbone.official_state_dict(), tmp_path / "rar.bin")
+    content = {"family": "rar", "weights": "rar.bin", "config": vars(backbone.config)}
+    write_json(tmp_path / "config.json", content | change)
+    with pytest.raises(t2i.UserError, match=message):
+        load_backbone("rar", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c.pop("method"), "lacks 'method'"),
+        (lambda c: c.update(method=7), "must be a JSON object of settings, and is 7"),
+        (lambda c: c["method"].update(k="4"), "k is '4', which is not of the type int"),
+        (lambda c: c["method"].update(slot_weights=[]), "slot_weights"),
+        (lambda c: c.update(tuning="most"), "tuning 'most'"),
+        (lambda c: c.pop("tuning"), "tuning None"),
+        (lambda c: c["backbone"].update(weights=None), "weights is None, which is not"),
+        (lambda c: c["backbone"].pop("family"), "lacks family"),
+        (lambda c: c["sampling"].update(cfg_scale=[]), "cfg_scale"),
+        (lambda c: c["backbone"].update(family="mine"), "unknown backbone family 'mine'"),
+    ],
+)
+def test_wrong_settings_of_a_checkpoint_are_named(plain, tmp_path, damage, message):
+    """A checkpoint's config.json that was torn, or written by something else."""
+    folder = shutil.copytree(plain, tmp_path / "copy", ignore=shutil.ignore_patterns("*.pt"))
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    damage(content)
+    write_json(path, content)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(t2i.UserError, match=message):
+        patch.setattr("t2i.checkpoint.read_config", lambda *a, **k: json.loads(path.read_text()))
+        t2i.from_pretrained(folder)
+
+
+# -- case 25: a base by itself, and runs that begin with a checkpoint -------------------------------
+def test_whatever_can_draw_is_loaded(tiny_world, plain):
+    base = load_model(tiny_world / "base")
+    assert base.config.k == 1 and base.codec is None
+    assert len(t2i.generate(base, PROMPTS[:1], progress=False)) == 1
+    assert load_model("shapes").config.k == 1
+    assert load_model(str(plain)).config.k == load_model(plain.parents[1]).config.k == 3
+    assert is_checkpoint(plain.parents[1]) and not is_checkpoint(tiny_world / "base")
+    assert [family_of(n) for n in ("shapes", "shapes-janus")] == ["llamagen", "janus"]
+    file = tiny_world / "base" / "gpt.pt"
+    for source, options, message in (
+        (file, {}, "does not say which family it is of: give one of llamagen"),
+        (tiny_world / "base", {"base": file}, "is no checkpoint"),
+        ("nowhere", {}, "is not a file, a folder, a shipped base"),
+        (tiny_world / "data", {}, "does not say which family"),
+    ):
+        with pytest.raises(t2i.UserError, match=message):
+            load_model(source, **options)
+
+
+@pytest.mark.parametrize(("old", "new"), [("lora", "lora"), ("full", "full")])
+def test_a_run_begins_with_the_weights_of_another(tiny_world, tmp_path, old, new):
+    """And needs neither its folder to be loaded later, nor to be resumed."""
+    lora = {"lora__rank": 2, "train_image_layers": True}
+    first = tiny_run(
+        tiny_world, f"{tmp_path.name}-old", tuning=old, **(lora if old == "lora" else {})
+    )
+    started_from = tmp_path / "old"
+    shutil.copytree(train(first), started_from)
+    config = tiny_run(
+        tiny_world,
+        f"{tmp_path.name}-new",
+        tuning=new,
+        backbone__weights=str(started_from),
+        steps=2,
+        log__save_every=1,
+    )
+    before, model = t2i.from_pretrained(started_from), build_model(config)
+    assert_same_weights(model.codec.state_dict(), before.codec.state_dict())
+    drawn = [t2i.generate(m.eval(), PROMPTS, progress=False) for m in (before, model)]
+    assert [i.tobytes() for i in drawn[0]] == [i.tobytes() for i in drawn[1]]
+    whole = train(config)
+    shutil.rmtree(started_from)
+    again = t2i.from_pretrained(whole)
+    assert again.backbone.source.weights == str((tiny_world / "base").resolve())
+    assert len(t2i.generate(again, PROMPTS, progress=False)) == 2
+    # Stopped after the first step and resumed without the old run: the same weights.
+    shutil.rmtree(whole)
+    resumed = train(replace(config, resume=True))
+    assert_same_weights(t2i.from_pretrained(resumed).state_dict(), again.state_dict())
+    assert weights(resumed).keys() >= {"backbone.safetensors:output.weight"}
+
+
+def test_another_codec_begins_anew(tiny_world, plain, caplog):
+    config = tiny_run(tiny_world, "-", backbone__weights=str(plain), method__k=2)
+    with caplog.at_level("INFO"):
+        model = build_model(config)
+    assert model.config.k == 2 and "codec begins anew" in caplog.text and "k 3 -> 2" in caplog.text
+
+
+def test_a_codec_checkpoint_is_no_detour(tiny_world, tmp_path):
+    """Its backbone is the base's: the new run's checkpoints do not hold it once more."""
+    old = train(tiny_run(tiny_world, f"{tmp_path.name}-codec", tuning="codec"))
+    changes = {"tuning": "codec", "backbone__weights": str(old), "steps": 1}
+    new = train(tiny_run(tiny_world, f"{tmp_path.name}-more", **changes))
+    assert not (new / "backbone.safetensors").exists()
+
+
+def test_helpers_are_not_needed_to_find_out(tmp_path):
+    """A generator without its tokenizer still loads, and says what it lacks when pixels are asked for."""
+    torch.save({"model": tiny_llamagen("class").official_state_dict()}, tmp_path / "gpt.pt")
+    config = tiny_llamagen("class").config
+    model = t2i.attach(
+        load_backbone("llamagen", tmp_path / "gpt.pt", config=config), t2i.presets.base()
+    )
+    with pytest.raises(t2i.UserError, match="no image tokenizer; pass tokenizer=PATH"):
+        t2i.generate(model, [1], progress=False)
+    torch.save(tiny_vq().state_dict(), tmp_path / "vq.pt")
+    whole = load_backbone(
+        "llamagen", tmp_path / "gpt.pt", config=config, tokenizer=tmp_path / "vq.pt"
+    )
+    assert len(t2i.generate(t2i.attach(whole, t2i.presets.base()), [1], progress=False)) == 1
