@@ -93,7 +93,7 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
 
     from t2i import load_backbone
     from t2i.data.images import to_pixels
-    from t2i.loading import family_of
+    from t2i.sources import family_of
 
     if not (base / "config.json").exists():
         raise UserError(f"{base} is no base of launch/pretrain_class_shapes.py")

@@ -20,7 +20,8 @@ class BaseOptions:
     family: Literal["llamagen", "janus", "open_magvit2", "rar"] | None = None
     """Of a published weight file; folders say it themselves."""
     weights: str | None = None
-    """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file, owner/repo)."""
+    """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file, owner/repo). Beside --ckpt also
+    the folder to which all files of the base moved."""
     tokenizer: str | None = None
     """Image tokenizer weights (folders and Open-MAGVIT2's files bring their own)."""
     text_encoder: str | None = None
@@ -60,7 +61,8 @@ class ModelOptions:
             UserError: no model is given, there is none of this name, it is incomplete; there is no such device or type.
         """
         from t2i.checkpoint import find_checkpoint, read_config
-        from t2i.loading import family_of, pick_device, shipped_bases
+        from t2i.loading import pick_device
+        from t2i.sources import family_of, shipped_bases
 
         if self.source is None:
             raise UserError(

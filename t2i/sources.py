@@ -12,6 +12,7 @@ from pathlib import Path
 
 from t2i.errors import UserError
 from t2i.hashes import remembered_sha256
+from t2i.hub import is_hub_error
 from t2i.weights import folder_sha256
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ _HASHES = {
     "text_encoder": "text_encoder_sha256",
 }
 _OPTIONS = {
-    "weights": "--base PATH (base=)",
-    "tokenizer": "--tokenizer PATH (tokenizer=)",
-    "text_encoder": "--text-encoder PATH (text_encoder=)",
+    "weights": "--base.weights PATH (base=)",
+    "tokenizer": "--base.tokenizer PATH (tokenizer=)",
+    "text_encoder": "--base.text-encoder PATH (text_encoder=)",
 }
 
 
@@ -78,11 +79,12 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     repo, _, filename = text.partition(":")
     if repo.count("/") == 1 and bool(filename) != folder:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except Exception as error:
+            if not is_hub_error(error):
+                raise
             what = f"{filename} of {repo}" if filename else repo
             raise UserError(f"cannot download {what}: {error}") from error
     raise UserError(
@@ -321,5 +323,5 @@ def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
             f"{getattr(source, name)} ({_FILES[name]}: {_OPTIONS[name]})" for name in gone
         )
         raise UserError(
-            f"{folder} was trained with files that are gone: {named}. --base FOLDER (base=) finds all that moved into one folder"
+            f"{folder} was trained with files that are gone: {named}. --base.weights FOLDER (base=) finds all that moved into one folder"
         )

@@ -115,6 +115,15 @@ def test_two_processes_do_what_one_does(finished, shapes_ckpt, tmp_path):
     assert folder_content(out) == folder_content(finished)
 
 
+def test_a_base_by_itself_is_judged(tmp_path):
+    """Case 25: what the kit ships, from the command line."""
+    out = tmp_path / "out"
+    program(run, "--ckpt", "shapes", "--limit", 1, "--samples", 1, "--out", out)
+    content = results(out)
+    assert content["label"].startswith("shapes prompts, judged by shapes")
+    assert content["generation"]["about"]["backbone"]["weights"] == "shapes"
+
+
 # -- mistakes -----------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def refusal(capsys):

@@ -241,7 +241,7 @@ def test_another_request_is_refused_by_name(draws, plain, tiny_world, capsys):
 
     base = ("--ckpt", tiny_world / "base")
     assert "seed 0 there, 1 now" in message(*base, "--seed", 1)
-    assert "sampling.top_k 0 there, 5 now" in message(*base, "--top-k", 5)
+    assert "sampling.top_k 1000 there, 5 now" in message(*base, "--top-k", 5)
     text = message("--ckpt", plain)
     assert f"{tiny_world / 'base'} there, {plain} now; weights.model" in text
     other = refused(generate, capsys, *base, "--prompt", "two squares", "--out", "o")

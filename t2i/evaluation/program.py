@@ -11,8 +11,8 @@ from t2i.evaluation.report import table
 from t2i.evaluation.runner import Benchmark, claim_output, evaluate
 from t2i.evaluation.sampling import DrawOptions, check_folder, read_generation
 from t2i.files import owning, remove_leftovers
-from t2i.loading import shipped_bases
 from t2i.processes import Processes, join_processes
+from t2i.sources import shipped_bases
 
 
 def run(
