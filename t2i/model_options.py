@@ -62,7 +62,7 @@ class ModelOptions:
         """
         from t2i.checkpoint import find_checkpoint, read_config
         from t2i.loading import pick_device
-        from t2i.sources import family_of, shipped_bases
+        from t2i.sources import family_of, resolve, shipped_bases
 
         if self.source is None:
             raise UserError(
@@ -75,6 +75,10 @@ class ModelOptions:
                 f"checkpoint folder {self.ckpt} does not exist (or is a file), and no base is shipped under this name "
                 f"(but {', '.join(shipped_bases())}); a published base is given as --base.weights"
             )
+        for given in filter(None, (self.source, self.base.tokenizer, self.base.text_encoder)):
+            on_hub = given.partition(":")[0].count("/") == 1
+            if not (on_hub or Path(given).exists() or given in shipped_bases()):
+                resolve(given)  # says what it could have been
         if self.is_trained or (folder.is_dir() and not (folder / "config.json").is_file()):
             read_config(find_checkpoint(folder))
         elif self.base.family is None:

@@ -174,6 +174,8 @@ def test_a_checkpoint_is_a_model(plain):
         (ModelOptions(ckpt="shapez"), "shapez does not exist .*shapes, shapes-janus"),
         (ModelOptions(ckpt="shapes", device="cuda"), "found no GPU"),
         (ModelOptions(base=BaseOptions(weights="none.pt")), "none.pt is not a file"),
+        (ModelOptions(base=BaseOptions("rar", "none.bin")), "none.bin is not a file"),
+        (ModelOptions(ckpt="shapes", base=BaseOptions(tokenizer="vq.pt")), "vq.pt is not a file"),
     ],
 )
 def test_no_such_model(options, message):
