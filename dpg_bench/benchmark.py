@@ -52,7 +52,7 @@ class DPGBench:
             judge.check(graph.questions)
         self.graph, self.answering = graph, judge
         self.items = list(graph.items)
-        self.entries = [{"item_id": i, "prompt": prompt} for i, prompt in graph.prompts.items()]
+        self.entries = prompt_entries(graph)
         self._official = official_items(graph)
         who = judge.identity()
         self.label = f"{questions} questions, judged by {who['judge']}"
@@ -163,6 +163,11 @@ def by_prompt(rows: Iterable[dict]) -> dict[str, dict[str, list[float]]]:
         if of_items
     }
     return groups | {f"{name} ({CORRECTED})": categories[name] for name in sorted(categories)}
+
+
+def prompt_entries(graph: QuestionGraph) -> list[dict]:
+    """The prompts' metadata, in the order of the folder numbers."""
+    return [{"item_id": item, "prompt": prompt} for item, prompt in graph.prompts.items()]
 
 
 def load_questions(name: str) -> QuestionGraph:

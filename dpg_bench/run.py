@@ -1,6 +1,7 @@
-"""DPG-Bench: draw a checkpoint's images and judge them, judge a folder of images, or compare two results.
+"""DPG-Bench: draw a model's images and judge them, judge a folder of images, or compare two results.
 
 python dpg_bench/run.py --ckpt runs/mine
+python dpg_bench/run.py --ckpt shapes                                  # the shipped base by itself
 python dpg_bench/run.py --images grids --resolution 512
 python dpg_bench/run.py compare outputs/dpg_bench/base outputs/dpg_bench/mine
 torchrun --nproc_per_node 8 dpg_bench/run.py --ckpt runs/mine
@@ -19,7 +20,7 @@ from t2i import cli
 from t2i.evaluation.options import BenchmarkOptions, CompareOptions, dispatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DPGOptions(BenchmarkOptions):
     """What to judge, and by whom."""
 
@@ -34,7 +35,7 @@ class DPGOptions(BenchmarkOptions):
 
 
 def main() -> None:
-    dispatch(DPGOptions, __doc__, judge, compare)
+    dispatch(DPGOptions, __doc__, judge, compare, main=("questions", "judge", "resolution"))
 
 
 def compare(options: CompareOptions) -> None:
@@ -47,11 +48,12 @@ def compare(options: CompareOptions) -> None:
 
 def judge(options: DPGOptions) -> None:
     """Draw if need be, judge, and report."""
-    from dpg_bench.benchmark import DPGBench, load_questions
+    from dpg_bench.benchmark import DPGBench, load_questions, prompt_entries
     from dpg_bench.image_files import arrange
     from dpg_bench.judges import load_judge
     from t2i.evaluation import program
 
+    options.check()
     questions, who = options.questions, options.judge
     if questions == "auto":
         questions = "shapes" if program.is_shapes_world(options) else "official"
@@ -74,7 +76,7 @@ def judge(options: DPGOptions) -> None:
             processes=processes,
         )
 
-    program.run(options, "dpg_bench", build, to_layout)
+    program.run(options, "dpg_bench", prompt_entries(graph), build, to_layout)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""GenEval: draw a checkpoint's images and judge them, judge a folder of images, or compare two results.
+"""GenEval: draw a model's images and judge them, judge a folder of images, or compare two results.
 
 python geneval/run.py --ckpt runs/mine
+python geneval/run.py --ckpt shapes                                    # the shipped base by itself
 python geneval/run.py --images any_models_images
 python geneval/run.py compare outputs/geneval/base outputs/geneval/mine
 torchrun --nproc_per_node 8 geneval/run.py --ckpt runs/mine
@@ -19,7 +20,7 @@ from t2i import cli
 from t2i.evaluation.options import BenchmarkOptions, CompareOptions, dispatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenEvalOptions(BenchmarkOptions):
     """What to judge, and by whom."""
 
@@ -34,7 +35,7 @@ class GenEvalOptions(BenchmarkOptions):
 
 
 def main() -> None:
-    dispatch(GenEvalOptions, __doc__, judge, compare)
+    dispatch(GenEvalOptions, __doc__, judge, compare, main=("prompts", "detector"))
 
 
 def compare(options: CompareOptions) -> None:
@@ -51,6 +52,7 @@ def judge(options: GenEvalOptions) -> None:
     from geneval.detectors import load_detector
     from t2i.evaluation import program
 
+    options.check()
     prompts, detector = options.prompts, options.detector
     if prompts == "auto":
         prompts = "shapes" if program.is_shapes_world(options) else "official"
@@ -67,7 +69,7 @@ def judge(options: GenEvalOptions) -> None:
         )
         return GenEval(entries, eyes, prompts=prompts)
 
-    program.run(options, "geneval", build)
+    program.run(options, "geneval", entries, build)
 
 
 if __name__ == "__main__":

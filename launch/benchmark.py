@@ -142,6 +142,10 @@ def main() -> None:
     config = cli.parse(Benchmark, __doc__)
     import torch
 
+    from t2i.files import writable_file, write_text
+
+    if config.out is not None:
+        writable_file(config.out)
     seconds = measure(config)
     first = seconds[config.methods[0]]
     where = (
@@ -168,8 +172,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(text + "\n", encoding="utf-8")
+        write_text(config.out, text + "\n")
 
 
 if __name__ == "__main__":

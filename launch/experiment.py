@@ -27,6 +27,7 @@ from tyro.conf import Positional
 from launch.grids import CONTROL, GRIDS, Arm
 from t2i import cli
 from t2i.errors import UserError
+from t2i.files import writable_folder
 from t2i.tensorar.model import TensorARConfig
 from t2i.training.config import TrainConfig
 from t2i.training.recipes_llamagen import RECIPES
@@ -116,6 +117,7 @@ def main() -> None:
     experiment = cli.parse(Experiment, __doc__)
     runs = planned(experiment)
     index, count = share(experiment)
+    writable_folder(experiment.out)
     for run in runs[index::count]:
         do(run, experiment)
 

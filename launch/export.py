@@ -5,7 +5,7 @@ python launch/export.py --ckpt runs/mine --out exported --push-to-hub owner/name
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,9 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.model_options import BaseOptions
+
+_MAIN = ("ckpt", "out", "base.weights", "dtype", "prompt", "results", "push_to_hub", "private")
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,7 @@ class ExportConfig:
     """Checkpoint folder, or a run folder (its newest checkpoint)."""
     out: Path
     """New folder; adapters are merged into the base in it."""
-    base: str | None = None
-    """Where the base is now, if it moved since the training: its weight file, or the folder that its files moved to."""
-    tokenizer: str | None = None
-    """Where the image tokenizer is now."""
-    text_encoder: str | None = None
-    """Where the text encoder is now."""
+    base: BaseOptions = field(default_factory=BaseOptions)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the stored weights."""
     prompt: tuple[str, ...] = ()
@@ -47,7 +45,7 @@ class ExportConfig:
 
 
 def main() -> None:
-    config = cli.parse(ExportConfig, __doc__)
+    config = cli.parse(ExportConfig, __doc__, main=_MAIN)
     import torch
 
     from t2i.export import export, is_exported, prepare_upload, push_to_hub
@@ -62,9 +60,9 @@ def main() -> None:
         export(
             config.ckpt,
             config.out,
-            base=config.base,
-            tokenizer=config.tokenizer,
-            text_encoder=config.text_encoder,
+            base=config.base.weights,
+            tokenizer=config.base.tokenizer,
+            text_encoder=config.base.text_encoder,
             dtype=getattr(torch, config.dtype),
             prompts=config.prompt,
             samples=config.samples,

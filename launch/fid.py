@@ -13,6 +13,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
+from t2i.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,22 @@ class FidConfig:
     device: str = "auto"
     """cpu, cuda, or auto."""
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+
 
 def main() -> None:
     config = cli.parse(FidConfig, __doc__)
     from t2i.evaluation.fid import check_inputs, score_images, table
     from t2i.evaluation.inception_weights import load_inception
-    from t2i.files import write_json
-    from t2i.generation import pick_device
+    from t2i.files import writable_file, write_json
+    from t2i.loading import pick_device
 
+    # All that can be told at once, before a download and an hour of work.
     device, _ = pick_device(config.device, "float32")
-    check_inputs(
-        config.samples, config.reference, allow_fewer=config.allow_fewer
-    )  # not after a download
+    check_inputs(config.samples, config.reference, allow_fewer=config.allow_fewer)
+    writable_file(config.out)
     network, weights_hash = load_inception(config.inception_weights, device)
     results = score_images(
         config.samples,
@@ -55,7 +60,6 @@ def main() -> None:
         batch_size=config.batch_size,
         allow_fewer=config.allow_fewer,
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(config.out, results)
     print(f"{table(results)}\n\nwrote {config.out}")
 

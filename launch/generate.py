@@ -1,10 +1,16 @@
-"""Sample images from a checkpoint, into the GenEval folder layout with a contact sheet.
+"""Draw images of prompts, into the GenEval folder layout with a contact sheet.
 
 python launch/generate.py --ckpt runs/shapes --prompt "a photo of a red circle" --samples 4
-python launch/generate.py --ckpt runs/shapes --prompt-file prompts.txt --stages
+python launch/generate.py --ckpt shapes --prompt-file prompts.txt                       # a base that the kit ships
+python launch/generate.py --base.family llamagen --base.weights peizesun/llamagen_t2i:t2i_XL_stage1_256.pt \\
+    --base.tokenizer peizesun/llamagen_t2i:vq_ds16_t2i.pt --base.text-encoder google/flan-t5-xl --prompt "a bus"
+
+Every request has a folder of its own unless --out names one: the same request goes on where it stopped, and another model, seed
+or prompt never gets into it.
 """
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,23 +22,23 @@ sys.path.insert(
 
 from t2i import cli
 from t2i.errors import UserError
+from t2i.model_options import ModelOptions
 from t2i.sampling_options import SamplingOverrides
 
+_OUTPUTS = Path("outputs")
+_MAIN = ("ckpt", "base.weights", "prompt", "prompt_file", "out", "samples", "seed", "stages")
 
-@dataclass(frozen=True)
-class GenerateConfig:
-    """What to draw."""
 
-    ckpt: Path
-    """Checkpoint folder, or a run folder (its newest checkpoint)."""
-    base: Path | None = None
-    """Where the base weights are now, if they moved since the training."""
-    out: Path = Path("outputs")
-    """Folder for 00000/samples/00000.png ... and grid.png."""
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ModelOptions):
+    """What to draw, and with which model."""
+
     prompt: tuple[str, ...] = ()
     """One or more prompts (class ids for a class-conditional model)."""
     prompt_file: Path | None = None
     """One prompt per line, or .jsonl with a "prompt" in every line (such as GenEval's metadata)."""
+    out: Path | None = None
+    """Folder for 00000/samples/00000.png ... and grid.png; outputs/<model>-<hash of the request> if not given."""
     samples: int = 4
     """Images per prompt."""
     seed: int = 0
@@ -41,10 +47,6 @@ class GenerateConfig:
     """Images sampled at once."""
     stages: bool = False
     """Also save every refinement stage, and a sheet that shows them side by side."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto (bfloat16 on a GPU)."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
         default_factory=SamplingOverrides
     )
@@ -57,29 +59,49 @@ class GenerateConfig:
 
 
 def main() -> None:
-    config = cli.parse(GenerateConfig, __doc__)
-    from t2i.checkpoint import from_pretrained
-    from t2i.evaluation.store import read_prompts, write_generated
-    from t2i.generation import conditions, iterate_images, pick_device
+    config = cli.parse(GenerateConfig, __doc__, main=_MAIN)
+    from t2i.evaluation.store import read_prompts, write_sheets
+    from t2i.files import owning, remove_leftovers, writable_folder
 
     entries = read_prompts(config.prompt, config.prompt_file)
-    device, dtype = pick_device(config.device, config.dtype)
-    model = from_pretrained(
-        config.ckpt, base=config.base, generation_only=True, device=device, dtype=dtype
-    )
-    sampling = config.sampling.apply(model.sampling)
-    prompts = [entry["prompt"] for entry in entries]
-    config.out.mkdir(parents=True, exist_ok=True)  # find out before sampling if that cannot be
-    images = iterate_images(
-        model,
-        conditions(model.backbone, prompts),
-        seed=config.seed,
-        samples_per_prompt=config.samples,
-        batch_size=config.batch_size,
-        sampling=sampling,
-        stages=config.stages,
-    )
-    sheets = write_generated(images, entries, config.out, samples_per_prompt=config.samples)
+    device, dtype = config.check()
+    config.sampling.check()
+    with ExitStack() as held:
+        from t2i.evaluation import sampling
+
+        if config.out is None:
+            writable_folder(_OUTPUTS)
+        else:
+            held.enter_context(owning(config.out, "image folder"))
+            sampling.check_folder(config.out, entries, config.seed)
+        model = config.load(device, dtype)
+        options = sampling.DrawOptions(
+            seed=config.seed,
+            sampling=config.sampling.apply(model.sampling),
+            batch_size=min(config.batch_size, len(entries) * config.samples),
+            stages=config.stages,
+            show_steps=True,
+        )
+        out = config.out
+        if out is None:
+            out = _OUTPUTS / f"{config.name()}-{sampling.request_hash(model, entries, options)}"
+            held.enter_context(owning(out, "image folder"))
+        remove_leftovers(out)
+        sampling.draw_images(
+            model,
+            entries,
+            range(len(entries)),
+            out,
+            samples=config.samples,
+            options=options,
+            about=config.about(model),
+        )
+        sheets = write_sheets(
+            out,
+            entries,
+            samples_per_prompt=config.samples,
+            stages=sampling.count_stages(model, options),
+        )
     print("\n".join(f"wrote {path}" for path in sheets))
 
 

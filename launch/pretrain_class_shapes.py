@@ -10,43 +10,27 @@ random weights by the kit's own training loop, with k = 1. Nothing of it is ship
 killed goes on, the generator at its newest checkpoint; what is finished is kept, and only with the same recipe.
 """
 
-import json
 import random
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from PIL import Image
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run from a clone, without installation
 
-from t2i import cli, presets
-from t2i.backbones.base import Backbone
-from t2i.data.imagenet import open_imagenet
-from t2i.data.images import load_pixels
+from t2i import cli
 from t2i.data.shapes import PALETTE, Scene, SceneObject, render
 from t2i.errors import UserError
-from t2i.files import write_json
+from t2i.files import read_json, writable_folder, write_json
 from t2i.imaging import save_png
-from t2i.training.config import (
-    BackboneOptions,
-    EngineOptions,
-    LabelledOptions,
-    LogOptions,
-    OptimOptions,
-    TrainConfig,
-)
-from t2i.training.tiny_classes import (
-    PIXELS_PER_CODE,
-    build_backbone,
-    build_tokenizer,
-    train_tokenizer,
-    write_base,
-)
+
+if TYPE_CHECKING:
+    from t2i.backbones.base import Backbone
+    from t2i.training.config import TrainConfig
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = tuple(PALETTE)[:5]
@@ -78,6 +62,8 @@ class Pretrain:
         for name in (*names, "dim", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        from t2i.training.tiny_classes import PIXELS_PER_CODE
+
         if self.image_size % PIXELS_PER_CODE:
             raise UserError(f"image_size={self.image_size} must be a multiple of {PIXELS_PER_CODE}")
 
@@ -88,12 +74,12 @@ CLASSES = tuple((shape, color) for shape in SHAPES for color in COLORS)
 
 def claim(record: Path, settings: dict) -> None:
     """Note what a folder is made from; UserError if it was begun with something else."""
-    known = json.loads(record.read_text()) if record.exists() else settings
+    known = read_json(record) if record.exists() else settings
     if known != settings:
         raise UserError(
             f"{record} says that this was made otherwise: {known}, and now {settings} is asked for; give another --out, or delete it"
         )
-    record.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(record.parent)
     write_json(record, settings)
 
 
@@ -116,11 +102,21 @@ def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
     return render(Scene((SceneObject(*CLASSES[label], x, y, side),), "single", "", {}), size)
 
 
-def pretraining(cfg: Pretrain, start: Path, images: Path) -> TrainConfig:
+def pretraining(cfg: Pretrain, start: Path, images: Path) -> "TrainConfig":
     """The generator's training as a run of the kit: k = 1, every weight at one rate.
 
     What fine-tuning holds out is held out here, too (the first of one random order): no base has seen it.
     """
+    from t2i import presets
+    from t2i.training.config import (
+        BackboneOptions,
+        EngineOptions,
+        LabelledOptions,
+        LogOptions,
+        OptimOptions,
+        TrainConfig,
+    )
+
     return TrainConfig(
         run_dir=cfg.out / f"{cfg.backbone}-pretraining",
         backbone=BackboneOptions(family=cfg.backbone, weights=str(start)),
@@ -148,7 +144,9 @@ def pretrain(cfg: Pretrain) -> Path:
         UserError: what is there was made with another recipe.
     """
     from launch.lab import fine_tuned
+    from t2i.training.tiny_classes import write_base
 
+    writable_folder(cfg.out)
     images, base = cfg.out / "images", cfg.out / cfg.backbone
     start = cfg.out / f"{cfg.backbone}-start"
     write_images(cfg, images)
@@ -161,8 +159,14 @@ def pretrain(cfg: Pretrain) -> Path:
     return base
 
 
-def untrained(cfg: Pretrain, images: Path) -> Backbone:
+def untrained(cfg: Pretrain, images: Path) -> "Backbone":
     """A generator with fresh weights behind a tokenizer that has learned the images."""
+    import torch
+
+    from t2i.data.imagenet import open_imagenet
+    from t2i.data.images import load_pixels
+    from t2i.training.tiny_classes import build_backbone, build_tokenizer, train_tokenizer
+
     files = open_imagenet(images).files
     pixels = torch.stack([load_pixels(path, cfg.image_size) for path in files])
     tokenizer = build_tokenizer(cfg.backbone, seed=cfg.seed)

@@ -50,6 +50,16 @@ class Quickstart:
 
 def main() -> None:
     config = cli.parse(Quickstart, __doc__)
+    from t2i.files import owning
+
+    for name in (config.control, *config.recipes):
+        run_config(config, name)  # named wrongly, it is refused before any work
+    with owning(config.out, "quickstart folder"):
+        compare(config)
+
+
+def compare(config: Quickstart) -> None:
+    """Fine-tune, judge, and write everything to an existing folder."""
     from launch.lab import fine_tuned, held_out_losses
     from t2i.data.shapes import write_dataset
     from t2i.data.shapes_prompts import benchmark_prompts

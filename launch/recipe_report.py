@@ -20,7 +20,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.files import write_text
+from t2i.files import reading, writable_folder, write_text
 
 CONTROL = "control"
 COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac")
@@ -324,9 +324,10 @@ def loss_course(
 
 def main() -> None:
     config = cli.parse(Report, __doc__)
-    lines = [json.loads(line) for line in config.results.read_text().splitlines()]
+    with reading(config.results):
+        lines = [json.loads(line) for line in config.results.read_text().splitlines()]
     results = Results(lines, config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    writable_folder(config.out)
     parts = []
     for base in results.bases():
         parts += [f"### {base}: training", arm_table(results, base)]

@@ -10,6 +10,7 @@ stopped.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,30 +22,28 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.model_options import ModelOptions
 from t2i.sampling_options import SamplingOverrides
 
+_MAIN = (
+    "out",
+    "ckpt",
+    "base.family",
+    "base.weights",
+    "base.tokenizer",
+    "count",
+    "labels",
+    "image_size",
+    "seed",
+)
 
-@dataclass(frozen=True)
-class BaseModel:
-    """A published model, to be sampled as it is instead of a checkpoint."""
 
-    family: Literal["llamagen", "open_magvit2", "rar"] = "llamagen"
-    weights: str | None = None
-    """Official weight file, backbone folder, or owner/repo:file on the hub."""
-    tokenizer: str | None = None
-    """Image tokenizer weights (a backbone folder and Open-MAGVIT2's files bring their own)."""
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """What to draw."""
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(ModelOptions):
+    """What to draw, and with which model."""
 
     out: Path
     """A name ending in .npz, or a folder for PNGs."""
-    ckpt: Path | None = None
-    """Checkpoint folder, or a run folder (its newest checkpoint)."""
-    base: BaseModel = field(default_factory=BaseModel)
     count: int = 50_000
     """Number of images; the protocol has 50,000."""
     labels: Literal["balanced", "random"] = "balanced"
@@ -55,46 +54,37 @@ class SampleConfig:
     """An image depends on the seed and its number."""
     batch_size: int = 64
     """Images sampled at once, per process."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto (bfloat16 on a GPU)."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
         default_factory=SamplingOverrides
     )
 
-    def __post_init__(self):
-        if (self.ckpt is None) == (self.base.weights is None):
-            raise UserError(
-                "give either --ckpt (a checkpoint) or --base.weights (a published model)"
-            )
-
 
 def main() -> None:
-    config = cli.parse(SampleConfig, __doc__)
-    from t2i import attach, from_pretrained, load_backbone, presets
+    config = cli.parse(SampleConfig, __doc__, main=_MAIN)
     from t2i.evaluation.class_samples import ClassSamples, draw_class_samples
-    from t2i.generation import pick_device
+    from t2i.evaluation.sample_writer import check_place
+    from t2i.files import owning
     from t2i.processes import join_processes
 
-    device, dtype = pick_device(config.device, config.dtype)
-    processes = join_processes(device)
-    placed = {"device": processes.device, "dtype": dtype}
-    if config.ckpt is not None:
-        model = from_pretrained(config.ckpt, **placed)
-    else:
-        base = config.base
-        backbone = load_backbone(base.family, base.weights, tokenizer=base.tokenizer, **placed)
-        model = attach(backbone, presets.base())
-    options = ClassSamples(
-        count=config.count,
-        labels=config.labels,
-        seed=config.seed,
-        image_size=config.image_size,
-        batch_size=config.batch_size,
-    )
-    sampling = config.sampling.apply(model.sampling)
-    out = draw_class_samples(model, config.out, options, sampling=sampling, processes=processes)
+    chosen = ("count", "labels", "seed", "batch_size")
+    given = {name: getattr(config, name) for name in chosen}
+    options = ClassSamples(image_size=config.image_size, **given)
+    device, dtype = config.check()
+    config.sampling.check()
+    out, processes = config.out, join_processes(device)
+    place = (out.parent, out.name) if out.suffix == ".npz" else (out, "")
+    with owning(place[0], "image set", place[1]) if processes.is_main else nullcontext():
+        if processes.is_main:
+            check_place(out, given)
+        model = config.load(processes.device, dtype)
+        draw_class_samples(
+            model,
+            out,
+            options,
+            sampling=config.sampling.apply(model.sampling),
+            processes=processes,
+            about=config.about(model),
+        )
     if processes.is_main:
         print(f"wrote {out}\nscore it: python launch/fid.py --samples {out} --reference REFERENCE")
 

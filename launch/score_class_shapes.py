@@ -7,7 +7,6 @@ The .npz files are those of `launch/sample_imagenet.py`. All must have been draw
 i of one can be compared with image i of another.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -70,13 +69,14 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
     """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file; UserError if it is none."""
     from t2i.evaluation.image_sets import open_images
     from t2i.evaluation.sample_writer import sample_labels
+    from t2i.files import read_json
 
     record = path.with_name(path.name + ".json")
     if path.suffix != ".npz" or not record.exists():
         raise UserError(
             f"{path} is no .npz of launch/sample_imagenet.py (with its settings in {record.name})"
         )
-    opened, settings = open_images(path), json.loads(record.read_text())
+    opened, settings = open_images(path), read_json(record)
     if settings["classes"] != len(CLASSES):
         raise UserError(f"{path} has images of {settings['classes']} classes, not of the shapes")
     images = np.stack(next(opened.batches(opened.count)))
@@ -93,12 +93,11 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
 
     from t2i import load_backbone
     from t2i.data.images import to_pixels
+    from t2i.sources import family_of
 
     if not (base / "config.json").exists():
         raise UserError(f"{base} is no base of launch/pretrain_class_shapes.py")
-    backbone = load_backbone(
-        json.loads((base / "config.json").read_text())["family"], base, device="cpu"
-    )
+    backbone = load_backbone(family_of(base), base, device="cpu")
     labels = np.arange(len(CLASSES)).repeat(_TOKENIZED)
     side = backbone.image_size[0]
     new = [class_image(label, _NEW + i, side, seed=0) for i, label in enumerate(labels.tolist())]
@@ -150,9 +149,11 @@ def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:
 
 def main() -> None:
     config = cli.parse(ScoreConfig, __doc__)
-    from t2i.files import write_json
+    from t2i.files import writable_file, write_json
     from t2i.imaging import grid, save_png
 
+    for place in filter(None, (config.out, config.sheet)):
+        writable_file(place)
     read = {str(path): read_samples(path) for path in config.samples}
     same = [{name: settings[name] for name in _SAME} for *_, settings in read.values()]
     if any(other != same[0] for other in same):
@@ -174,7 +175,6 @@ def main() -> None:
         )
     settings = {name: settings for name, (*_, settings) in read.items()}
     about = {"detector": ShapesDetector().identity(), "settings": settings}
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(config.out, {"scores": rows, **about})
     print(f"{table(rows)}\n\nwrote {config.out}")
 

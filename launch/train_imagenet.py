@@ -15,12 +15,12 @@ sys.path.insert(
 
 from t2i import cli
 from t2i.errors import UserError
-from t2i.training.program import run_config
+from t2i.training.program import MAIN_OPTIONS, run_config
 from t2i.training.recipes_imagenet import SHAPES_ROOT, ImageNetModel, imagenet_recipe
 
 
 def main() -> None:
-    config = cli.parse_selected(ImageNetModel, imagenet_recipe, __doc__)
+    config = cli.parse_selected(ImageNetModel, imagenet_recipe, __doc__, main=MAIN_OPTIONS)
     weights = Path(config.backbone.weights)
     if weights == SHAPES_ROOT / config.backbone.family and not weights.exists():
         raise UserError(

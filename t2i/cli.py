@@ -1,11 +1,12 @@
-"""What all scripts share: presets with overrides on the command line, logging, and one clear message for a user's mistake."""
+"""What all scripts share: presets with overrides on the command line, help, logging, and one clear message for a user's mistake."""
 
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -14,17 +15,31 @@ from t2i.launcher import is_main_process
 
 Config = TypeVar("Config")
 Selection = TypeVar("Selection")
+_HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
+_COMMANDS = ("python ", "torchrun ", "deepspeed ", "srun ", "mpirun ")
 
 
-def parse(default: Config | type[Config], description: str, skip: int = 0) -> Config:
-    """Parse a config dataclass; unknown options are refused with a suggestion. `skip` words are not for it."""
-    config = tyro.cli(default, description=description, args=_arguments()[skip:])
-    _quiet_libraries()
-    return config
+def parse(
+    default: Config | type[Config], description: str, skip: int = 0, main: Sequence[str] = ()
+) -> Config:
+    """Parse a config dataclass; unknown options are refused with a suggestion.
+
+    Args:
+        description: the module's docstring; its examples stay lines in the help.
+        skip: so many words of the command line are not for it.
+        main: fields that --help shows, in their class's order ("data.source" for one of a nested class); --help-all shows
+            all. Without it --help does.
+    """
+    return _parsed(default, _arguments()[skip:], description, main)
 
 
-def parse_recipe(recipes: dict[str, tuple[str, Config]], description: str) -> Config:
+def parse_recipe(
+    recipes: dict[str, tuple[str, Config]], description: str, main: Sequence[str] = ()
+) -> Config:
     """Parse `NAME --option value ...`: a named recipe with overrides.
+
+    Args:
+        main: as in `parse`, for the help of a recipe.
 
     Raises:
         UserError: there is no recipe of this name (the parser itself would then call every option unknown).
@@ -32,50 +47,109 @@ def parse_recipe(recipes: dict[str, tuple[str, Config]], description: str) -> Co
     name = next(iter(_arguments()), "--help")
     if not name.startswith("-") and name not in recipes:
         raise UserError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
-    if (
-        name in recipes
-    ):  # this recipe's parser alone: its help and suggestions are not repeated for every recipe
-        config = tyro.cli(
-            type(recipes[name][1]),
-            default=recipes[name][1],
-            prog=f"{Path(sys.argv[0]).name} {name}",
-            description=recipes[name][0],
-            args=_arguments()[1:],
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    else:
-        config = tyro.extras.overridable_config_cli(
-            recipes, description=description, args=_arguments()
-        )
+    if name in recipes:  # its parser alone: its help is not repeated for every recipe
+        about, recipe = recipes[name]
+        prog = f"{Path(sys.argv[0]).name} {name}"
+        return _parsed(recipe, _arguments()[1:], about, main, prog=prog)
+    given = ["--help" if a == _HELP_ALL else a for a in _arguments()]
+    about = (
+        f"{_help_text(description)}\n\n  {Path(sys.argv[0]).name} RECIPE --help shows its options"
+    )
+    config = tyro.extras.overridable_config_cli(recipes, description=about, args=given)
     _quiet_libraries()
     return config
 
 
 def parse_selected(
-    selection: type[Selection], recipe: Callable[[Selection], Config], description: str
+    selection: type[Selection],
+    recipe: Callable[[Selection], Config],
+    description: str,
+    main: Sequence[str] = (),
 ) -> Config:
     """Parse the few options of `selection`, and all others as overrides of the config that `recipe` makes of it.
+
+    Args:
+        main: as in `parse`, for the help when a selection is made.
 
     Raises:
         UserError: there is no such recipe.
     """
     given = _arguments()
-    help_wanted = [a for a in given if a in ("-h", "--help")]
+    help_wanted = [a for a in given if a in (*_HELP, _HELP_ALL)]
     if len(given) > len(help_wanted):  # a selection is made: the help is that of all options
         given = [a for a in given if a not in help_wanted]
     else:
-        help_wanted = []
-    own, rest = tyro.cli(selection, description=description, args=given, return_unknown_args=True)
+        given, help_wanted = ["--help" if a == _HELP_ALL else a for a in given], []
+    about = f"{_help_text(description)}\n\n  with the required options, --help shows the rest"
+    own, rest = tyro.cli(selection, description=about, args=given, return_unknown_args=True)
     chosen = " ".join(f"--{k} {v}" for k, v in vars(own).items() if v is not None)
+    prog = f"{Path(sys.argv[0]).name} {chosen}"
+    return _parsed(recipe(own), rest + help_wanted, "", main, prog=prog)
+
+
+def _parsed(
+    default: Config | type[Config],
+    given: list[str],
+    description: str,
+    main: Sequence[str],
+    prog: str | None = None,
+) -> Config:
+    description, kind = _help_text(description), default
+    options: dict[str, Any] = {}
+    if not isinstance(default, type):
+        kind, options = type(default), {"default": default}
+    if main and any(a in _HELP for a in given):
+        kind = _showing(kind, main, options.pop("default", None))
+        description += "\n\n  --help-all shows every option"
+    given = ["--help" if a == _HELP_ALL else a for a in given]
     config = tyro.cli(
-        type(default := recipe(own)),
-        default=default,
-        prog=f"{Path(sys.argv[0]).name} {chosen}",
-        args=rest + help_wanted,
+        kind,
+        prog=prog,
+        description=description,
+        args=given,
         config=(tyro.conf.AvoidSubcommands,),
+        **options,
     )
     _quiet_libraries()
     return config
+
+
+def _help_text(description: str) -> str:
+    """A docstring for the parser's help, which joins lines unless they are indented: so commands are."""
+    lines: list[str] = []
+    for line in description.splitlines():
+        goes_on = lines and lines[-1].startswith(" ") and lines[-1].endswith("\\")
+        lines.append(f"  {line}" if line.startswith(_COMMANDS) or goes_on else line)
+    return "\n".join(lines)
+
+
+def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
+    """A subclass of a config class, for help alone: fields that are not among `names` are neither shown nor parsed.
+
+    Its defaults are the values of `default`, if that is given.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    own: dict[str, Any] = {}
+    for f in fields(kind):
+        value = f.default if default is None else getattr(default, f.name)
+        if value is MISSING and f.default_factory is not MISSING:
+            value = f.default_factory()
+        below = [n.removeprefix(f"{f.name}.") for n in names if n.startswith(f"{f.name}.")]
+        if below:
+            shown = _showing(type(value), below, value)
+            hints[f.name], value = _annotated(shown, like=hints[f.name]), shown()
+        elif f.name not in names:
+            hints[f.name] = Annotated[hints[f.name], tyro.conf.Suppress]
+        if value is not MISSING:
+            own[f.name] = field(default_factory=lambda value=value: value)
+    own |= {"__annotations__": hints, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return dataclass(frozen=True, kw_only=True)(type(kind.__name__, (kind,), own))
+
+
+def _annotated(kind: type, like: Any) -> Any:
+    """`kind` with the parser's markers of the annotation `like`."""
+    markers = get_args(like)[1:] if get_origin(like) is Annotated else ()
+    return Annotated[(kind, *markers)] if markers else kind
 
 
 def _arguments() -> list[str]:
@@ -111,7 +185,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         _log_plainly()
         main()
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as stop:

@@ -7,17 +7,20 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from t2i.errors import UserError
 
+_LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
 
 
@@ -52,6 +55,35 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, content: object) -> Path:
     """Write indented JSON, whole or not at all."""
     return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def reading(what: str | Path) -> Iterator[None]:
+    """While something that the user named is read: that it is not there, or must not be read, is the user's to mend.
+
+    Raises:
+        UserError: there is no such file, it is of another kind (a folder), or permission is missing.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"{what} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON in UTF-8.
+    """
+    with reading(path):
+        content = Path(path).read_bytes()
+    try:
+        return json.loads(content)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(
+            f"{path} is damaged or not JSON ({error}); copy or make it again"
+        ) from error
 
 
 @contextmanager
@@ -102,6 +134,13 @@ def _forbidden(error: Exception) -> str | None:
     return None
 
 
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what `replacing` left below a folder when its process was killed. Only the folder's owner may do so."""
+    for path in Path(folder).rglob("*.tmp"):
+        if _LEFTOVER.search(path.name):
+            path.unlink(missing_ok=True)
+
+
 def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     """Make a folder if there is none and prove that files can be written there, before the work whose result goes there.
 
@@ -139,42 +178,44 @@ def writable_file(path: str | Path) -> Path:
 
 
 @contextmanager
-def owning(folder: str | Path, what: str) -> Iterator[None]:
-    """Hold a folder for one program at a time; the lock goes with the process, however that ends.
+def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
+    """Hold a folder, or a file in it, for one program at a time; the lock goes with the process, however that ends.
 
     A folder that was made for it goes again if nothing was put there.
 
     Args:
-        what: what the folder is, for the message: "run folder", ...
+        what: what is held, for the message: "run folder", ...
+        name: of the file; the folder as a whole if empty.
 
     Raises:
         UserError: another process holds it, or it cannot be written to.
     """
     made = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = writable_folder(folder)
-    lock = FileLock(folder / _LOCK, timeout=0)
+    held = f".{name}" if name else ""
+    lock, owner = FileLock(folder / f"{held}{_LOCK}", timeout=0), folder / f"{held}{_OWNER}"
     try:
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"{what} {folder} is in use by {_owner(folder)}: wait until it has ended, or give another folder"
+            f"{what} {folder / name} is in use by {_owner(owner)}: wait until it has ended, or give another place"
         ) from error
     try:
-        write_json(folder / _OWNER, {"host": socket.gethostname(), "process": os.getpid()})
+        write_json(owner, {"host": socket.gethostname(), "process": os.getpid()})
         yield
     finally:
-        (folder / _OWNER).unlink(missing_ok=True)
-        if made and [path.name for path in folder.iterdir()] == [_LOCK]:
-            (folder / _LOCK).unlink()
+        owner.unlink(missing_ok=True)
+        if made and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]:
+            Path(lock.lock_file).unlink()
             with suppress(OSError):  # a parent that others use, too
                 for path in made:
                     path.rmdir()
         lock.release()
 
 
-def _owner(folder: Path) -> str:
+def _owner(path: Path) -> str:
     try:
-        owner = json.loads((folder / _OWNER).read_text(encoding="utf-8"))
+        owner = json.loads(path.read_text(encoding="utf-8"))
         return f"process {owner['process']} on {owner['host']}"
     except (OSError, ValueError, KeyError, TypeError):  # just taken, or just left
         return "another process"

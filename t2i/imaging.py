@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from t2i.errors import UserError
-from t2i.files import replacing
+from t2i.files import replacing, saving
 
 _GAP = 6
 _LABEL_HEIGHT = 16
@@ -21,7 +21,8 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
 def save_image(image: Image.Image, path: str | Path, **options) -> Path:
     """The same in any format; options are those of `Image.save`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, **options)
     return path

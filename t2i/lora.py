@@ -54,7 +54,7 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     backbone.lora = peft_config
     adapted = [name for name, _ in backbone.named_parameters() if "lora_A" in name]
     if not adapted:
-        raise UserError(
+        raise ValueError(
             f"LoRA found no layer that matches {backbone.lora_targets!r} in {type(backbone).__name__}"
         )
     backbone.to(backbone.device)

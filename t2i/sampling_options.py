@@ -33,3 +33,9 @@ class SamplingOverrides:
     def apply(self, own: "SamplingConfig") -> "SamplingConfig":
         """The model's own settings with these in their place."""
         return replace(own, **{k: v for k, v in asdict(self).items() if v is not None})
+
+    def check(self) -> None:
+        """UserError for a value that no model takes, before one is loaded."""
+        from t2i.backbones.base import SamplingConfig
+
+        self.apply(SamplingConfig())

@@ -13,6 +13,7 @@ from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import namesake
 from t2i.hashes import remembered_sha256
+from t2i.hub import is_hub_error
 from t2i.weights import folder_sha256
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,9 @@ _HASHES = {
     "text_encoder": "text_encoder_sha256",
 }
 _OPTIONS = {
-    "weights": "--base PATH (base=)",
-    "tokenizer": "--tokenizer PATH (tokenizer=)",
-    "text_encoder": "--text-encoder PATH (text_encoder=)",
+    "weights": "--base.weights PATH (base=)",
+    "tokenizer": "--base.tokenizer PATH (tokenizer=)",
+    "text_encoder": "--base.text-encoder PATH (text_encoder=)",
 }
 
 
@@ -79,12 +80,12 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     repo, _, filename = text.partition(":")
     if _on_hub(text, folder):
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
-        # A ValueError: not a name that the hub could have.
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        except Exception as error:
+            if not is_hub_error(error):
+                raise
             what = f"{filename} of {repo}" if filename else repo
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
@@ -336,5 +337,5 @@ def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
             f"{getattr(source, name)} ({_FILES[name]}: {_OPTIONS[name]})" for name in gone
         )
         raise UserError(
-            f"{folder} was trained with files that are gone: {named}. --base FOLDER (base=) finds all that moved into one folder"
+            f"{folder} was trained with files that are gone: {named}. --base.weights FOLDER (base=) finds all that moved into one folder"
         )

@@ -83,7 +83,7 @@ def test_another_or_missing_base_is_refused(tiny_world, tmp_path):
     shutil.copytree(tiny_world / "base", base)
     folder = train(tiny_run(tiny_world, "moved", tuning="codec", backbone__weights=str(base)))
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"that are gone: .*--base PATH"):
+    with pytest.raises(ValueError, match=r"that are gone: .*--base\.weights PATH"):
         t2i.from_pretrained(folder)
     assert t2i.from_pretrained(folder, base=tmp_path / "elsewhere").backbone.tokenizer is not None
     content = torch.load(tmp_path / "elsewhere" / "gpt.pt", weights_only=True)

@@ -20,6 +20,7 @@ from t2i.checkpoint import run_checkpoints
 from t2i.data.imagenet import open_imagenet
 from t2i.data.order import split_indices
 from t2i.evaluation.sample_writer import sample_labels
+from t2i.training import tiny_classes
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run
 from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
@@ -130,7 +131,7 @@ def test_a_stopped_recipe_goes_on(recipe, tmp_path, monkeypatch):
         trained.append(arguments)
         raise Killed
 
-    monkeypatch.setattr(pretrain_class_shapes, "train_tokenizer", count)
+    monkeypatch.setattr(tiny_classes, "train_tokenizer", count)
     base = pretrain(recipe)
     assert (base / "config.json").exists() and not trained, "the tokenizer was finished"
     assert [f.name for f in run_checkpoints(run_dir)][-1] == "step_000004"

@@ -237,7 +237,7 @@ def test_drawn_images_are_not_mixed_with_copied_ones(drawn, grids, shapes_ckpt, 
     assert "holds drawn images; give another --out" in text
     program(run, "--images", grids, "--resolution", 64, *some[:-1], tmp_path / "new")
     text = refusal("--ckpt", shapes_ckpt, *some[:-1], tmp_path / "new")
-    assert "holds images without generation.json" in text
+    assert "holds files without generation.json" in text
 
 
 # -- questions ----------------------------------------------------------------------------------------------------------------

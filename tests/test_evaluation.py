@@ -1,5 +1,6 @@
 """The stages of a benchmark on a toy one: what is finished is kept, what is wrong is named, and numbers rest on all images."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2i.errors import UserError
 from t2i.evaluation.compare import compare_folders, paired_differences
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
@@ -95,6 +97,26 @@ def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images,
     stricter = Bright(threshold=250)
     evaluate(stricter, out, images=images, scope=SCOPE)
     assert len(stricter.asked) == 8
+
+
+@pytest.mark.parametrize("place", ["00002.jsonl", "index.html", "results.json"])
+def test_a_full_disk_is_named_and_the_rest_follows(images, tmp_path, monkeypatch, place):
+    """Case 7: while verdicts, gallery or report are written."""
+    replace_file = os.replace
+
+    def full(source, target):
+        if Path(target).name == place:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space is left"):
+        patch.setattr(os, "replace", full)
+        evaluate(first := Bright(), tmp_path / "out", images=images, scope=SCOPE)
+    assert not (tmp_path / "out/results.json").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    evaluate(second := Bright(), tmp_path / "out", images=images, scope=SCOPE)
+    twice = {*first.asked} & {*second.asked}
+    assert twice == ({"00002/samples/00000.png"} if place == "00002.jsonl" else set())
 
 
 def test_the_result_does_not_depend_on_what_was_asked_for_before(images, tmp_path):

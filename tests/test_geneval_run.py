@@ -115,6 +115,15 @@ def test_two_processes_do_what_one_does(finished, shapes_ckpt, tmp_path):
     assert folder_content(out) == folder_content(finished)
 
 
+def test_a_base_by_itself_is_judged(tmp_path):
+    """Case 25: what the kit ships, from the command line."""
+    out = tmp_path / "out"
+    program(run, "--ckpt", "shapes", "--limit", 1, "--samples", 1, "--out", out)
+    content = results(out)
+    assert content["label"].startswith("shapes prompts, judged by shapes")
+    assert content["generation"]["about"]["backbone"]["weights"] == "shapes"
+
+
 # -- mistakes -----------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def refusal(capsys):
@@ -128,9 +137,9 @@ def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
     def message(*arguments) -> str:
         return refusal("--ckpt", shapes_ckpt, "--out", finished, *SMALL, *arguments)
 
-    assert "drawn otherwise (seed: 0 -> 1)" in message("--seed", 1)
+    assert "drawn otherwise (seed 0 there, 1 now)" in message("--seed", 1)
     text = message("--cfg-scale", 3, "--dtype", "bfloat16")
-    assert "'cfg_scale': 2.5" in text and "'cfg_scale': 3" in text and "float32 -> bfloat16" in text
+    assert "sampling.cfg_scale 2.5 there, 3" in text and "dtype 'float32' there, 'bfloat16'" in text
     images = finished / "images"
     assert f"holds the results of {images}" not in refusal("--images", images, "--out", finished)
     assert folder_content(finished) == before
@@ -193,7 +202,7 @@ def test_mistakes_are_named(refusal, finished, shapes_ckpt, tiny_world, tmp_path
     assert "nowhere does not exist" in refusal(
         "--images", tmp_path / "nowhere", "--prompts", "shapes", *out
     )
-    assert "is not a complete checkpoint folder" in refusal("--ckpt", tiny_world / "base", *out)
+    assert "is not a complete checkpoint folder" in refusal("--ckpt", tiny_world / "data", *out)
     assert "--detector-weights" in refusal("--ckpt", shapes_ckpt, *out, "--detector-weight", "x")
     prompts = tmp_path / "prompts.jsonl"
     for line, message in (
@@ -209,7 +218,7 @@ def test_mistakes_are_named(refusal, finished, shapes_ckpt, tiny_world, tmp_path
         assert message in refusal(
             "--images", finished / "images", "--prompts", prompts, "--detector", "shapes", *out
         )
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+    assert not any((tmp_path / "out").glob("[!.]*"))
 
 
 def test_a_model_of_classes_is_refused(refusal, tmp_path):
@@ -228,7 +237,7 @@ def test_a_model_of_classes_is_refused(refusal, tmp_path):
 def test_images_without_a_record_are_not_completed(refusal, finished, shapes_ckpt, tmp_path):
     save_png(Image.new("RGB", (64, 64)), tmp_path / "out/images/00000/samples/00000.png")
     text = refusal("--ckpt", shapes_ckpt, "--out", tmp_path / "out", *SMALL)
-    assert "holds images without generation.json" in text
+    assert "holds files without generation.json" in text
 
 
 def test_compare_prints_paired_differences(finished, tmp_path, capsys):

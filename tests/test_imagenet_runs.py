@@ -262,8 +262,8 @@ def test_mistakes_end_in_one_line(base, tmp_path, monkeypatch, capsys):
 
     sample_error = partial(refused, sample_imagenet, capsys, "--out", "out.npz")
     assert "checkpoint folder none does not exist" in sample_error("--ckpt", "none")
-    assert "is not a complete checkpoint folder" in sample_error("--ckpt", base)
-    assert "give either --ckpt" in sample_error()
+    assert "is not a complete checkpoint folder" in sample_error("--ckpt", "empty")
+    assert "no model: give --ckpt" in sample_error()
     published = ("--base.family", base.name, "--base.weights")
     assert "none.bin is not a file" in sample_error(*published, "none.bin")
     assert "count=0" in sample_error(*published, base, "--count", 0)

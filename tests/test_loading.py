@@ -48,9 +48,9 @@ def test_one_folder_finds_all_moved_files(trained, tmp_path):
     with pytest.raises(ValueError, match="files that are gone") as error:
         t2i.from_pretrained(folder)
     for name, option in (
-        ("gpt.pt", "--base"),
-        ("vq.pt", "--tokenizer"),
-        ("text_encoder", "--text-encoder"),
+        ("gpt.pt", "--base.weights"),
+        ("vq.pt", "--base.tokenizer"),
+        ("text_encoder", "--base.text-encoder"),
     ):
         assert name in str(error.value) and option in str(error.value)
     expected = t2i.generate(model, PROMPTS, progress=False)
@@ -73,7 +73,7 @@ def test_a_part_that_is_missing_is_named_alone(trained, tmp_path):
     files, folder, _ = trained
     moved = files.rename(tmp_path / "elsewhere")
     shutil.rmtree(moved / "tokenizers")
-    with pytest.raises(ValueError, match=r"vq\.pt \(image tokenizer: --tokenizer") as error:
+    with pytest.raises(ValueError, match=r"vq\.pt \(image tokenizer: --base\.tokenizer") as error:
         t2i.from_pretrained(folder, base=moved)
     assert "gpt.pt" not in str(error.value) and "text_encoder (" not in str(error.value)
 

@@ -207,7 +207,7 @@ def test_the_tokenizer_comes_with_the_base(tmp_path, content):
     assert again.sampling == sampling
     images = [t2i.generate(m, [1, 7], sampling=sampling, progress=False) for m in (model, again)]
     assert [i.tobytes() for i in images[0]] == [i.tobytes() for i in images[1]]
-    with pytest.raises(ValueError, match=r"that are gone: .*AR\.ckpt.*--base PATH"):
+    with pytest.raises(ValueError, match=r"that are gone: .*AR\.ckpt.*--base\.weights PATH"):
         from_pretrained(tmp_path / "tuned")
 
 

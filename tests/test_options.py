@@ -7,8 +7,8 @@ from helpers import tiny_llamagen
 from t2i import presets
 from t2i.data.shapes import render, sample_scene
 from t2i.data.shapes_source import FINE_TUNING_SEED, parse_shapes
-from t2i.evaluation.store import write_generated
-from t2i.generation import generate
+from t2i.errors import UserError
+from t2i.evaluation.store import refuse_other_images
 from t2i.lora import LoRAConfig
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
@@ -38,8 +38,6 @@ def test_shapes_source_draws_the_fine_tuning_world():
         (lambda: OptimOptions(grad_clip=0.0), "grad_clip"),
         (lambda: LoRAConfig(rank=0), "lora.rank"),
         (lambda: choose_tracker("no_such_package"), "pip install"),
-        (lambda: generate(None, "a photo"), "must be a list"),
-        (lambda: generate(None, ["a photo"], seed=2**64), "seed="),
     ],
 )
 def test_refused_with_a_reason(build, message):
@@ -67,5 +65,5 @@ def test_training_windows_mix_own_drafts_by_sample():
 def test_a_folder_with_other_prompts_is_refused(tmp_path):
     (tmp_path / "00000").mkdir()
     (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "a cat"}\n')
-    with pytest.raises(ValueError, match="other prompts"):
-        write_generated([], [{"prompt": "a dog"}], tmp_path, samples_per_prompt=1)
+    with pytest.raises(UserError, match="00000: 'a cat' there, 'a dog' now"):
+        refuse_other_images(tmp_path, [{"prompt": "a dog"}])

@@ -61,8 +61,8 @@ def test_readme_command_parses(command, monkeypatch):
         pass
 
     def stop_after(parse):
-        def wrapper(*args):
-            parsed["config"] = parse(*args)
+        def wrapper(*args, **options):
+            parsed["config"] = parse(*args, **options)
             raise Parsed
 
         return wrapper

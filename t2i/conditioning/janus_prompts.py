@@ -144,7 +144,7 @@ class JanusPrompts:
         longest = max((len(ids) for ids in encoded), default=0)
         length = longest if length is None else length
         if longest > length:
-            raise UserError(f"a prompt has {longest} tokens, more than length={length}")
+            raise ValueError(f"a prompt has {longest} tokens, more than length={length}")
         ids = torch.full((len(encoded), length), self.pad_id)
         mask = torch.zeros(len(encoded), length, dtype=torch.bool)
         for row, own in enumerate(encoded):

@@ -177,15 +177,15 @@ def left_pad(features: Sequence[Tensor], max_tokens: int) -> tuple[Tensor, Tenso
         mask [B, P] bool, True for the caption's own entries.
 
     Raises:
-        UserError: there is no caption, one is longer than `max_tokens`, or widths differ.
+        ValueError: there is no caption, one is longer than `max_tokens`, or widths differ.
     """
     widths = {tuple(f.shape[1:]) for f in features}
     if len(widths) != 1 or any(f.ndim != 2 for f in features):
         shapes = [tuple(f.shape) for f in features][:8]
-        raise UserError(f"expected caption features [n_i, C] with one width C, got {shapes}")
+        raise ValueError(f"expected caption features [n_i, C] with one width C, got {shapes}")
     longest = max(len(f) for f in features)
     if longest > max_tokens:
-        raise UserError(
+        raise ValueError(
             f"a caption has {longest} features but the model takes {max_tokens}; "
             f"encode with max_tokens={max_tokens}"
         )

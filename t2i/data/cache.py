@@ -224,7 +224,7 @@ class CodeCache:
                 the first caption by default.
         """
         if self.manifest["text_dim"] is None:
-            raise UserError(f"{self.folder} was built without text features")
+            raise ValueError(f"{self.folder} was built without text features")
         indices = _as_list(indices)
         choices = [0] * len(indices) if choice is None else _as_list(choice)
         features_BPC = torch.zeros(len(indices), max_tokens, self.manifest["text_dim"])

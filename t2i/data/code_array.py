@@ -81,7 +81,7 @@ def build_code_array(
 def _checked(chunk: CodeChunk, shape: tuple[int, ...], vocab: int) -> np.ndarray:
     """The codes, with zeros in the rows of skipped images."""
     if chunk.codes.shape != (len(chunk.rows), *shape[1:]):
-        raise UserError(
+        raise ValueError(
             f"codes of {len(chunk.rows)} images have the shape {list(chunk.codes.shape)}, expected "
             f"{[len(chunk.rows), *shape[1:]]} (images, views, positions, sub-tokens)"
         )

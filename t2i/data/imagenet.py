@@ -193,7 +193,7 @@ class _Extraction:
         usable = [black if isinstance(views, SkipSample) else views for views in loaded]
         codes = self.encode(torch.cat(usable)).cpu()
         if len(codes) != len(part) * self.views.count:
-            raise UserError(f"encode_images gave codes of the shape {tuple(codes.shape)}")
+            raise ValueError(f"encode_images gave codes of the shape {tuple(codes.shape)}")
         skipped = [
             {
                 "index": index,

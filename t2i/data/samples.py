@@ -66,7 +66,7 @@ class Source:
         self.remarks: list[str] = []
 
     def __getitem__(self, index: int) -> Sample:
-        raise UserError(f"{self.name} is a stream and has no random access")
+        raise ValueError(f"{self.name} is a stream and has no random access")
 
     def __iter__(self) -> Iterator[Sample]:
         assert self.length is not None, "a stream defines its own iteration"

@@ -17,8 +17,6 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 
-from t2i.errors import UserError
-
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "heart", "ring")
 # Eight of GenEval's ten colours: white is lost on a light background, and brown is what an
 # autoencoder makes of the edge between orange and black.
@@ -121,7 +119,7 @@ def all_prompts(tag: str) -> list[dict]:
         return [position(a, r, b) for a, b in pairs for r in RELATIONS]
     if tag == "color_attr":
         return [color_attr(a, ca, b, cb) for a, b in pairs for ca, cb in color_pairs]
-    raise UserError(f"unknown tag {tag!r}: choose from {', '.join(TAGS)}")
+    raise ValueError(f"unknown tag {tag!r}: choose from {', '.join(TAGS)}")
 
 
 def _item(shape: str, count: int = 1, color: str | None = None) -> dict:

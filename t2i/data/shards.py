@@ -65,7 +65,7 @@ class ShardWriter:
     ) -> None:
         """Add one batch: hashes of the pixels, codes, and float [n_i, C] for every caption of every sample."""
         if codes_BTS.ndim != 3 or len(codes_BTS) != len(samples):
-            raise UserError(
+            raise ValueError(
                 f"encode_images must give codes [{len(samples)}, T, S], got "
                 f"{tuple(codes_BTS.shape)}"
             )
@@ -159,7 +159,7 @@ def _storable(feature: Tensor, caption: str) -> Tensor:
     """float [n, C] on the CPU, two bytes a number: bfloat16 stays, the rest becomes float16."""
     feature = torch.as_tensor(feature).detach().cpu()
     if feature.ndim != 2:
-        raise UserError(
+        raise ValueError(
             f"encode_captions must give [tokens, C] for each caption, got {tuple(feature.shape)}"
         )
     if feature.dtype != torch.bfloat16:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from t2i.errors import UserError
-
 RESAMPLES = 1000
 
 
@@ -23,6 +21,6 @@ def resampled_means(
     totals_P, counts_P = np.asarray(totals, dtype=np.float64), np.asarray(counts)
     assert totals_P.shape == counts_P.shape, (totals_P.shape, counts_P.shape)
     if len(counts_P) == 0 or counts_P.min() < 1:
-        raise UserError("every prompt needs at least one image; leave out those without")
+        raise ValueError("every prompt needs at least one image; leave out those without")
     drawn_RP = rng.integers(len(totals_P), size=(resamples, len(totals_P)))
     return totals_P[drawn_RP].sum(axis=1) / counts_P[drawn_RP].sum(axis=1)

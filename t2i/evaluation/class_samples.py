@@ -39,6 +39,13 @@ class ClassSamples:
     batch_size: int = 64
     """Images per batch; another size changes rounding."""
 
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
+        for name in ("count", "batch_size", "image_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+
 
 def draw_class_samples(
     model: TensorAR,
@@ -47,12 +54,16 @@ def draw_class_samples(
     *,
     sampling: SamplingConfig,
     processes: Processes,
+    about: dict | None = None,
     progress: bool = True,
 ) -> Path:
     """Draw the images that `out` (.npz or a folder) does not hold yet; every process calls it. Returns `out` when it is complete.
 
+    Args:
+        about: facts about the model that are recorded, but not compared.
+
     Raises:
-        UserError: not a class-conditional model, impossible options, or `out` holds images of other settings.
+        UserError: not a class-conditional model, or `out` holds images of other settings.
         TimeoutError: another process stopped.
     """
     spec = model.backbone.spec
@@ -60,10 +71,6 @@ def draw_class_samples(
         raise UserError(
             f"this {spec.family} model draws captions, not classes: launch/generate.py samples it"
         )
-    if not 0 <= options.seed < 2**63:
-        raise UserError(f"seed={options.seed} must be between 0 and 2**63 - 1")
-    if options.image_size is not None and options.image_size < 1:
-        raise UserError(f"image_size={options.image_size} must be at least 1")
     side = options.image_size
     size = model.backbone.image_size if side is None else (side, side)
     settings = {
@@ -81,6 +88,7 @@ def draw_class_samples(
         size,
         drawer(model, options, sampling, size),
         settings=settings,
+        about=about,
         batch_size=options.batch_size,
         processes=processes,
         progress=progress,

@@ -17,7 +17,7 @@ from PIL import Image
 
 from t2i.evaluation.report import Score, by_way
 from t2i.evaluation.store import load_image
-from t2i.files import write_text
+from t2i.files import writable_folder, write_text
 from t2i.imaging import save_image
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "gallery"
@@ -77,7 +77,7 @@ def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> P
         results: the content of results.json.
     """
     pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    writable_folder(pictures)
     shown: set[Path] = set()
     sections: dict[str, list[str]] = {}
     for exhibit in exhibits:

@@ -22,6 +22,7 @@ from t2i.data.images import SkipSample, open_image
 from t2i.errors import UserError
 
 _SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
+_RECORDS = ("generation.json", "settings.json")  # what drawing leaves in a folder of images
 _IMAGES_MEMBER = "arr_0.npy"
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError)
 
@@ -65,16 +66,24 @@ class FolderImages:
     """Every image below a folder, sorted by path.
 
     Raises:
-        UserError: no such folder, or no image in it.
+        UserError: no such folder, no image in it, or images of several generations (models, seeds, settings).
     """
 
     kind = "folder"
 
     def __init__(self, path: Path):
         self.path = path
-        found = [file for file in list_files(path) if is_image(file)]
+        files = list_files(path)
+        found = [file for file in files if is_image(file)]
         if not found:
             raise UserError(f"{path} holds no images")
+        records = sorted({file.parent for file in files if file.name in _RECORDS})
+        if len(records) > 1:
+            names = ", ".join(str(record.relative_to(path)) for record in records[:4])
+            raise UserError(
+                f"{path} holds {len(records)} sets of generated images ({names} ...): they must not be scored as one; "
+                "give one of them"
+            )
         samples = [f for f in found if _SAMPLE.search(f.relative_to(path).as_posix())]
         self.files = samples or found
         self.left_out = len(found) - len(self.files)

@@ -18,7 +18,7 @@ from PIL import Image
 from t2i.errors import UserError
 from t2i.evaluation.inventory import Inventory
 from t2i.evaluation.store import load_image, prompt_folder, sample_file
-from t2i.files import write_json, write_text
+from t2i.files import reading, writable_folder, write_json, write_text
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
@@ -83,7 +83,7 @@ def judge_images(
 ) -> None:
     """Judge what has no verdict yet; every process takes every n-th prompt and calls this."""
     if processes.is_main:
-        verdicts.folder.mkdir(parents=True, exist_ok=True)
+        writable_folder(verdicts.folder)
         write_json(verdicts.folder / "judge.json", verdicts.about)
     processes.barrier()
     prompts = sorted(inventory.found)[processes.rank :: processes.world_size]
@@ -97,8 +97,8 @@ def judge_images(
             recorded = verdicts.read(index)
             lines = {sample: recorded[sample] for sample in images if sample in recorded}
             for sample, path in images.items():
-                content = path.read_bytes()
-                digest = hashlib.sha256(content).hexdigest()
+                with reading(path):
+                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 if lines.get(sample, {}).get("sha256") != digest:
                     answer = _answer(judge, index, sample, path, verdicts.overlay(index, sample))
                     lines[sample] = {"sample": sample, "sha256": digest, **answer}

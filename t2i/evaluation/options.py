@@ -1,16 +1,22 @@
 """What the benchmarks' programs can be told; cheap to import, so that --help and mistakes are answered at once."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
 from t2i import cli
 from t2i.errors import UserError
+from t2i.model_options import ModelOptions
 from t2i.sampling_options import SamplingOverrides
+
+if TYPE_CHECKING:
+    import torch
+
+_MAIN = ("ckpt", "base.weights", "images", "out", "samples", "limit", "seed")
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,14 @@ class Scope:
         return [i * count // wanted for i in range(wanted)]
 
 
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What to judge, and where to."""
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(ModelOptions):
+    """What to judge, and where to: a model (its images are drawn first), or images that are there."""
 
-    ckpt: Path | None = None
-    """Checkpoint folder, or a run folder (its newest checkpoint): draw the images and judge them."""
     images: Path | None = None
-    """Or judge a folder of images in GenEval's layout (00000/metadata.jsonl, 00000/samples/00000.png)."""
+    """Instead of a model, a folder of images in GenEval's layout (00000/metadata.jsonl, 00000/samples/00000.png)."""
     out: Path | None = None
     """Folder for images, verdicts, results and gallery; outputs/<benchmark>/<name of the model> if not given."""
-    base: Path | None = None
-    """Where the base weights are now, if they moved since the training."""
     samples: int = 4
     """Images per prompt."""
     limit: int | None = None
@@ -56,20 +58,29 @@ class BenchmarkOptions:
     """An image depends on (seed, prompt index, sample index) alone."""
     batch_size: int = 16
     """Images sampled at once."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto (bfloat16 on a GPU); of the model that draws."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
         default_factory=SamplingOverrides
     )
 
     def __post_init__(self):
-        if (self.ckpt is None) == (self.images is None):
-            raise UserError("give either --ckpt (a model to draw and judge) or --images (a folder)")
+        if (self.source is None) == (self.images is None):
+            raise UserError(
+                "give either --ckpt or --base.weights (a model to draw and judge), or --images (a folder)"
+            )
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size} must be at least 1")
         self.scope()
+
+    def check(self) -> "tuple[torch.device, torch.dtype]":
+        """As of any model; and whether there are images, where they are to be judged."""
+        from t2i.loading import pick_device
+
+        self.sampling.check()
+        if self.images is None:
+            return super().check()
+        if not self.images.exists():
+            raise UserError(f"{self.images} does not exist; --images is a folder that holds images")
+        return pick_device(self.device, self.dtype)
 
     def scope(self) -> Scope:
         """How much of the benchmark is asked for."""
@@ -94,9 +105,14 @@ def dispatch(
     description: str,
     judge: Callable[[Options], None],
     compare: Callable[[CompareOptions], None],
+    main: Sequence[str],
 ) -> None:
-    """A benchmark's program: compare if the first word says so, else draw and judge."""
+    """A benchmark's program: compare if the first word says so, else draw and judge.
+
+    Args:
+        main: options of this benchmark that --help shows, besides those of all.
+    """
     if sys.argv[1:2] == ["compare"]:
         compare(cli.parse(CompareOptions, description, 1))
     else:
-        judge(cli.parse(options, description))
+        judge(cli.parse(options, description, main=(*_MAIN, *main)))

@@ -30,7 +30,7 @@ from t2i.evaluation.report import (
 )
 from t2i.evaluation.sampling import DrawOptions, draw_images, prompts_digest, read_generation
 from t2i.evaluation.store import sample_file
-from t2i.files import write_text
+from t2i.files import writable_folder
 from t2i.processes import ALONE, Processes
 from t2i.tensorar.model import TensorAR
 
@@ -86,8 +86,7 @@ def evaluate(
     Raises:
         UserError: what is missing, unreadable, unexpected or contradictory in images or folders.
     """
-    if (model is None) == (images is None):
-        raise UserError("give a model, or a folder of images, and not both")
+    assert (model is None) != (images is None), "a model, or a folder of images"
     scope, processes = scope or Scope(), processes or ALONE
     selected = scope.select(len(benchmark.entries))
     folder = out / "images" if images is None else images
@@ -127,11 +126,7 @@ def claim_output(out: Path, images: Path) -> None:
     Raises:
         UserError: it cannot be written, or holds the results of other images.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / ".writable", "").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error}); give another --out") from error
+    writable_folder(out)
     if (out / RESULTS_FILE).is_file():
         before = read_results(out)[0]["images"]
         if before != image_source(out, images):

@@ -10,7 +10,6 @@ complete or absent, so a killed run goes on at the batches that are missing, and
 Shape legend: N = images, B = batch, H, W = pixels.
 """
 
-import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from t2i.data.array_file import ArrayFile, remove_markers
 from t2i.data.cache import wait_for
-from t2i.errors import UserError
-from t2i.files import replacing
+from t2i.evaluation.records import claim, refuse_others
+from t2i.files import read_json, replacing, saving, writable_file, writable_folder
 from t2i.imaging import save_png
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
@@ -54,6 +53,7 @@ def write_samples(
     *,
     settings: dict,
     batch_size: int,
+    about: dict | None = None,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> Path:
@@ -66,17 +66,16 @@ def write_samples(
         draw: numbers of images, B consecutive ones -> uint8 [B, H, W, 3]. The last batch may be shorter.
         settings: JSON-able, whatever the images depend on; compared with those of what is already there.
         batch_size: images per call of `draw`, a part of the settings.
+        about: facts about the model that are recorded, but not compared.
 
     Raises:
         UserError: `out` holds images of other settings, which are named; images of another size.
         TimeoutError: another process stopped.
     """
-    if count < 1 or batch_size < 1:
-        raise UserError(f"count={count} and batch_size={batch_size} must be at least 1")
+    assert count > 0 and batch_size > 0, (count, batch_size)
     settings = {**settings, "count": count, "size": list(size), "batch_size": batch_size}
+    _claim(out, settings, about or {}, processes)
     as_npz = out.suffix == ".npz"
-    record = out.with_name(out.name + ".json") if as_npz else out / "settings.json"
-    _claim(out, record, settings, processes)
     shape = (count, *size, 3)
     if as_npz:
         part = out.with_name(out.name + ".part.npy")
@@ -99,11 +98,10 @@ def write_samples(
     ) as bar:
         for rows in missing:
             images = draw(rows)
-            if images.shape != (len(rows), *shape[1:]) or images.dtype != np.uint8:
-                raise UserError(
-                    f"drawn were {images.dtype} {list(images.shape)}, expected uint8 {[len(rows), *shape[1:]]}"
-                )
-            write(rows, images)
+            assert images.shape == (len(rows), *shape[1:]), (images.shape, shape)
+            assert images.dtype == np.uint8, images.dtype
+            with saving(out):
+                write(rows, images)
             bar.update(len(rows))
     if not as_npz:
         wait_for([_png(out, i) for i in range(count)], processes.patience)
@@ -115,22 +113,31 @@ def write_samples(
     return _tidy(part, out, processes)
 
 
-def _claim(out: Path, record: Path, settings: dict, processes: Processes) -> None:
+def record_file(out: Path) -> Path:
+    """Where the settings are that the images of `out` depend on."""
+    return out.with_name(out.name + ".json") if out.suffix == ".npz" else out / "settings.json"
+
+
+def check_place(out: Path, settings: dict) -> None:
+    """Whether images with these settings (some of them) can be added to `out`, before anything is drawn.
+
+    Raises:
+        UserError: it cannot be written, or holds images of other settings.
+    """
+    (writable_file if out.suffix == ".npz" else writable_folder)(out)
+    if (record := record_file(out)).is_file():
+        refuse_others(read_json(record), settings, images=out, compared=set(settings))
+
+
+def _claim(out: Path, settings: dict, about: dict, processes: Processes) -> None:
     """Write the settings before the first image, or compare them with those of the images that are there."""
-    if processes.is_main and not record.exists():
-        if out.exists() and (out.suffix == ".npz" or any(out.iterdir())):
-            raise UserError(f"{out} is not empty and was not written here; give another name")
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(record) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
+    record, settings_now = record_file(out), settings | {"about": about}
+    if processes.is_main:
+        check_place(out, {})
+        occupied = out.exists() if out.suffix == ".npz" else any(out.glob("[!.]*"))
+        claim(record, settings_now, images=out, compared=set(settings), occupied=occupied)
     wait_for([record], processes.patience)
-    known, wanted = json.loads(record.read_text()), json.loads(json.dumps(settings))
-    differing = sorted(k for k in known.keys() | wanted.keys() if known.get(k) != wanted.get(k))
-    if differing:
-        changes = ", ".join(f"{k} {known.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
-        raise UserError(
-            f"{out} holds images of other settings ({changes}); give another name, or delete {record} and them"
-        )
+    refuse_others(read_json(record), settings_now, images=out, compared=set(settings))
 
 
 def _png(folder: Path, number: int) -> Path:

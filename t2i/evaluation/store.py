@@ -11,13 +11,16 @@ import codecs
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
 from t2i.errors import UserError
-from t2i.files import write_text
-from t2i.generation import Generated
+from t2i.files import read_json, reading, saving, write_text
 from t2i.imaging import grid, save_png
+
+if TYPE_CHECKING:
+    from t2i.generation import Generated
 
 _MAX_GRID_IMAGES = 64
 
@@ -30,10 +33,8 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
     """
     entries = [{"prompt": p} for p in prompts]
     if path is not None:
-        try:
+        with reading(f"prompt file {path}"):
             lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        except OSError as error:
-            raise UserError(f"prompt file {path} cannot be read: {error}") from error
         parse = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
         entries += [
             parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()
@@ -74,19 +75,25 @@ def sample_file(prompt_index: int, sample_index: int) -> str:
     return f"{prompt_folder(prompt_index)}/samples/{sample_index:05d}.png"
 
 
+def stage_file(prompt_index: int, sample_index: int, stage: int) -> str:
+    """The file of an image's refinement stage, from 1."""
+    return f"{prompt_folder(prompt_index)}/stages/{sample_index:05d}_{stage}.png"
+
+
 def write_prompt(out: Path, index: int, entry: dict) -> None:
     """Write a prompt's metadata line."""
     folder = out / prompt_folder(index)
-    folder.mkdir(parents=True, exist_ok=True)
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metadata.jsonl", json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def write_sample(out: Path, generated: Generated) -> Path:
+def write_sample(out: Path, generated: "Generated") -> Path:
     """Write an image, and its refinement stages where it has any."""
-    path = out / sample_file(generated.prompt_index, generated.sample_index)
+    job = (generated.prompt_index, generated.sample_index)
     for r, stage in enumerate(generated.stages):
-        save_png(stage, path.parent.with_name("stages") / f"{path.stem}_{r + 1}.png")
-    return save_png(generated.image, path)
+        save_png(stage, out / stage_file(*job, r + 1))
+    return save_png(generated.image, out / sample_file(*job))
 
 
 def load_image(path: Path) -> Image.Image:
@@ -105,44 +112,47 @@ def load_image(path: Path) -> Image.Image:
 def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
     """UserError if the folder holds images of other prompts, which a judge would count."""
     for folder in sorted(out.glob("[0-9]" * 5)):
-        index = int(folder.name)
-        path = folder / "metadata.jsonl"
-        try:
-            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it") from error
-        if index >= len(entries) or known not in (None, entries[index]):
+        index, path = int(folder.name), folder / "metadata.jsonl"
+        if not path.is_file():
+            continue
+        known, wanted = read_json(path), entries[index] if index < len(entries) else None
+        if known != wanted:
+            was, now = (e.get("prompt") if isinstance(e, dict) else e for e in (known, wanted))
             raise UserError(
-                f"{out} holds images of other prompts ({folder.name}); give another --out or delete it"
+                f"{out} holds images of other prompts ({folder.name}: {was!r} there, {now!r} now); "
+                "give another --out, or delete it"
             )
 
 
 def write_generated(
-    images: Iterable[Generated], entries: Sequence[dict], out: Path, *, samples_per_prompt: int
+    images: "Iterable[Generated]", entries: Sequence[dict], out: Path, *, samples_per_prompt: int
 ) -> list[Path]:
-    """Write images as they come; returns the sheets (a grid, and one of the stages where there are any).
-
-    Raises:
-        UserError: the folder holds images of other prompts, which a judge would count.
-    """
-    refuse_other_images(out, entries)
-    shown, staged = [], []
+    """Write images as they come into a new folder; returns the sheets (see `write_sheets`)."""
     for generated in images:
         if generated.sample_index == 0:
             write_prompt(out, generated.prompt_index, entries[generated.prompt_index])
         write_sample(out, generated)
-        if len(shown) < _MAX_GRID_IMAGES:
-            shown.append(generated)
-        if generated.stages and generated.sample_index == 0 and len(staged) < _MAX_GRID_IMAGES:
-            staged.append(generated)
-    labels = [str(g.prompt) if g.sample_index == 0 else "" for g in shown]
-    sheet = grid([g.image for g in shown], columns=samples_per_prompt, labels=labels)
+    return write_sheets(out, entries, samples_per_prompt=samples_per_prompt)
+
+
+def write_sheets(
+    out: Path, entries: Sequence[dict], *, samples_per_prompt: int, stages: int = 0
+) -> list[Path]:
+    """Sheets of the images in a folder: grid.png, a row for each prompt, and stages.png, a row for each first sample.
+
+    Args:
+        stages: refinement stages of an image; 0 draws no second sheet.
+    """
+    jobs = [(p, s) for p in range(len(entries)) for s in range(samples_per_prompt)]
+    jobs = jobs[:_MAX_GRID_IMAGES]
+    prompts = [str(entry["prompt"]) for entry in entries]
+    images = [load_image(out / sample_file(*job)) for job in jobs]
+    labels = [prompts[p] if s == 0 else "" for p, s in jobs]
+    sheet = grid(images, columns=samples_per_prompt, labels=labels)
     written = [save_png(sheet, out / "grid.png")]
-    if staged:
-        count = len(staged[0].stages)
-        names = [
-            f"{g.prompt} (draft 1)" if r == 0 else f"{r + 1}" for g in staged for r in range(count)
-        ]
-        sheet = grid([s for g in staged for s in g.stages], columns=count, labels=names)
-        written.append(save_png(sheet, out / "stages.png"))
+    if stages:
+        rows, numbers = prompts[:_MAX_GRID_IMAGES], range(1, stages + 1)
+        images = [load_image(out / stage_file(p, 0, r)) for p in range(len(rows)) for r in numbers]
+        labels = [f"{text} (draft 1)" if r == 1 else f"{r}" for text in rows for r in numbers]
+        written.append(save_png(grid(images, columns=stages, labels=labels), out / "stages.png"))
     return written

@@ -77,7 +77,7 @@ class Windows:
         window exists, from the earliest that does.
         """
         if not 1 <= stage <= self.stages:
-            raise UserError(
+            raise ValueError(
                 f"stage {stage} must be between 1 and {self.stages} (window {self.size}, stride {self.stride})"
             )
         position = torch.arange(self.tokens, device=windows.device)

@@ -5,10 +5,18 @@ import os
 from t2i import cli
 from t2i.training.config import DataOptions, TrainConfig
 
+MAIN_OPTIONS = (
+    *("data.source", "data.caption_column", "data.validation_samples"),
+    *("run_dir", "resume", "check", "backbone.weights", "batch_size", "epochs", "steps", "seed"),
+    *("engine.micro_batch", "engine.zero_stage", "method.k", "optim.codec_lr", "optim.backbone_lr"),
+    *("log.prompts", "log.sample_every", "log.save_every"),
+)
+"""What --help shows of a recipe."""
+
 
 def run_recipe(recipes: dict[str, tuple[str, TrainConfig]], description: str) -> None:
     """Parse a named recipe with overrides, and run it."""
-    run_config(cli.parse_recipe(recipes, description))
+    run_config(cli.parse_recipe(recipes, description, main=MAIN_OPTIONS))
 
 
 def run_config(config: TrainConfig) -> None:

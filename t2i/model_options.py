@@ -1,0 +1,138 @@
+"""Which model a program draws with: one description for all of them; cheap to import, so that mistakes are answered at once."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from t2i.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from t2i.tensorar.model import TensorAR
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """A published base by itself; beside --ckpt: where the files of its base are now, if they moved."""
+
+    family: Literal["llamagen", "janus", "open_magvit2", "rar"] | None = None
+    """Of a published weight file; folders say it themselves."""
+    weights: str | None = None
+    """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file, owner/repo). Beside --ckpt also
+    the folder to which all files of the base moved."""
+    tokenizer: str | None = None
+    """Image tokenizer weights (folders and Open-MAGVIT2's files bring their own)."""
+    text_encoder: str | None = None
+    """Caption encoder of LlamaGen text-to-image: folder or hub id (a backbone folder brings its own)."""
+    text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of its features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Something trained, or a base by itself; and what it is computed on."""
+
+    ckpt: str | None = None
+    """Checkpoint, run (its newest checkpoint) or export folder, or a base that the kit ships: shapes, shapes-janus."""
+    base: BaseOptions = field(default_factory=BaseOptions)
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto (bfloat16 on a GPU); of the model that draws."""
+
+    @property
+    def source(self) -> str | None:
+        """What is drawn with, as it was typed."""
+        return self.ckpt or self.base.weights
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a checkpoint, and not a base by itself."""
+        from t2i.checkpoint import is_checkpoint
+
+        return self.ckpt is not None and is_checkpoint(self.ckpt)
+
+    def check(self) -> "tuple[torch.device, torch.dtype]":
+        """Device and type, after all that can be told without loading.
+
+        Raises:
+            UserError: no model is given, there is none of this name, it is incomplete; there is no such device or type.
+        """
+        from t2i.checkpoint import find_checkpoint, read_config
+        from t2i.loading import pick_device
+        from t2i.sources import family_of, resolve, shipped_bases
+
+        if self.source is None:
+            raise UserError(
+                "no model: give --ckpt (a checkpoint, or shapes) or --base.weights (a published base)"
+            )
+        place = pick_device(self.device, self.dtype)
+        folder = Path(self.source)
+        if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
+            raise UserError(
+                f"checkpoint folder {self.ckpt} does not exist (or is a file), and no base is shipped under this name "
+                f"(but {', '.join(shipped_bases())}); a published base is given as --base.weights"
+            )
+        for given in filter(None, (self.source, self.base.tokenizer, self.base.text_encoder)):
+            on_hub = given.partition(":")[0].count("/") == 1
+            if not (on_hub or Path(given).exists() or given in shipped_bases()):
+                resolve(given)  # says what it could have been
+        if self.is_trained or (folder.is_dir() and not (folder / "config.json").is_file()):
+            read_config(find_checkpoint(folder))
+        elif self.base.family is None:
+            family_of(self.source)
+        return place
+
+    def load(self, device: "torch.device | str", dtype: "torch.dtype | str") -> "TensorAR":
+        """The model in eval mode, without what drawing images does not need.
+
+        Raises:
+            UserError: as `t2i.checkpoint.load_model`; a part that drawing needs is not given.
+        """
+        from t2i.checkpoint import load_model
+
+        base = self.base
+        assert self.source is not None, "check comes first"
+        model = load_model(
+            self.source,
+            family=base.family,
+            base=base.weights if self.ckpt is not None else None,
+            tokenizer=base.tokenizer,
+            text_encoder=base.text_encoder,
+            text_encoder_dtype=base.text_encoder_dtype,
+            device=device,
+            dtype=dtype,
+        )
+        frozen, spec = model.backbone.frozen, model.backbone.spec
+        if frozen.tokenizer is None:
+            raise UserError(f"{self.source} brings no image tokenizer: give --base.tokenizer")
+        if spec.cond_kind == "text" and frozen.text_encoder is None:
+            raise UserError(f"{self.source} brings no caption encoder: give --base.text-encoder")
+        return model
+
+    def name(self) -> str:
+        """What to call the model in the name of a folder: run and step, or the base's file."""
+        from t2i.checkpoint import find_checkpoint
+
+        assert self.source is not None, "check comes first"
+        if not self.is_trained:
+            name = Path(self.source.rpartition(":")[2]).resolve().name
+            return re.sub(r"\.(pt|pth|ckpt|bin|safetensors)$", "", name)
+        folder = find_checkpoint(self.source).resolve()
+        in_run = folder.parent.name == "checkpoints"
+        return f"{folder.parents[1].name}-{folder.name}" if in_run else folder.name
+
+    def about(self, model: "TensorAR") -> dict[str, Any]:
+        """What files of results say about the model."""
+        from t2i import __version__
+        from t2i.checkpoint import find_checkpoint, read_config
+
+        if not self.is_trained:
+            return {"kit_version": __version__, "backbone": asdict(model.backbone.source)}
+        folder = find_checkpoint(self.source)
+        config = read_config(folder)
+        facts = {key: config[key] for key in ("kit_version", "tuning", "method", "backbone")}
+        step = config["training"].get("step")
+        return {"checkpoint": str(folder.resolve()), "step": step, **facts}

@@ -1,0 +1,357 @@
+"""Cases 5, 7, 19, 25, 27, 28 and the programs' help: what every program does with its options, its output place and its errors."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import folder_content
+from PIL import Image
+from programs import ROOT, program, refused
+
+from geneval import run as geneval_run
+from launch import fid, generate, sample_imagenet
+from t2i import cli
+from t2i.checkpoint import load_model
+from t2i.errors import UserError
+from t2i.evaluation import sampling
+from t2i.evaluation.image_sets import open_images
+from t2i.evaluation.store import sample_file
+from t2i.files import owning, write_json
+from t2i.imaging import save_png
+from t2i.model_options import BaseOptions, ModelOptions
+
+
+# -- errors -------------------------------------------------------------------------------------------------------------------
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda: list(zip([1], [], strict=True)),
+        lambda: _raise(FloatingPointError("loss")),
+        lambda: _raise(OSError(errno.EIO, "Input/output error")),
+    ],
+    ids=["zip", "float", "disk"],
+)
+def test_a_bug_keeps_its_traceback(bug):
+    """Case 27."""
+    with pytest.raises((ValueError, FloatingPointError, OSError)):
+        cli.run(bug)
+
+
+def test_a_mistake_ends_in_one_line(capsys):
+    """Case 27."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: _raise(UserError("k=0 must be at least 1")))
+    assert stopped.value.code == 1
+    assert capsys.readouterr() == ("", "error: k=0 must be at least 1\n")
+
+
+# -- help ---------------------------------------------------------------------------------------------------------------------
+_PROGRAMS = (
+    *(f"launch/{name}.py" for name in ("generate", "fid", "sample_imagenet", "quickstart")),
+    *("launch/score_class_shapes.py", "launch/pretrain_class_shapes.py"),
+    *("launch/benchmark.py", "launch/export.py", "geneval/run.py", "dpg_bench/run.py"),
+)
+
+
+def test_help_needs_no_torch():
+    """It answers at once: nothing heavy is imported before the command line is read."""
+    code = (
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try: runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as stopped: assert not stopped.code, script\n"
+        "    assert 'torch' not in sys.modules, script\n"
+    )
+    command = [sys.executable, "-c", code, *_PROGRAMS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for script in _PROGRAMS:
+        examples = [
+            line
+            for line in (ROOT / script).read_text().split('"""')[1].splitlines()
+            if line.startswith("python ") and not line.endswith("\\")
+        ]
+        assert all(f"\n  {line}\n" in done.stdout for line in examples), script
+
+
+@dataclass(frozen=True)
+class _Inner:
+    a: int = 1
+    """First."""
+    b: int = 2
+    """Second."""
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """All."""
+
+    needed: str
+    """Needed."""
+    inner: _Inner = field(default_factory=_Inner)
+    c: int = 3
+    """Third."""
+
+
+def _help(capsys, monkeypatch, call, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["program.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    assert stopped.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_main_options_and_how_to_see_the_rest(capsys, monkeypatch):
+    text = "Does it.\n\npython program.py a \\\n    --b\ntorchrun program.py\n"
+
+    def parse():
+        return cli.parse(_Outer, text, main=("needed", "inner.b"))
+
+    short = _help(capsys, monkeypatch, parse, "--help")
+    assert "\n  python program.py a \\\n      --b\n  torchrun program.py\n" in short
+    assert all(word in short for word in ("--needed", "--inner.b", "Second.", "--help-all"))
+    assert not any(word in short for word in ("--inner.a", "--c INT"))
+    everything = _help(capsys, monkeypatch, parse, "--help-all")
+    assert all(word in everything for word in ("--needed", "--inner.a", "--inner.b", "--c INT"))
+    monkeypatch.setattr(sys, "argv", ["program.py", "--needed", "x", "--inner.a", "5", "--c", "6"])
+    assert parse() == _Outer("x", _Inner(5, 2), 6), (
+        "what help does not show is an option all the same"
+    )
+
+
+def test_help_of_a_recipe_shows_its_own_values(capsys, monkeypatch):
+    recipes = {
+        "one": ("the first", _Outer("x", _Inner(7))),
+        "two": ("the second", _Outer("y")),
+    }
+
+    def parse():
+        return cli.parse_recipe(recipes, "Trains.\n\npython p.py one", main=("inner.a",))
+
+    short = _help(capsys, monkeypatch, parse, "one", "--help")
+    assert "(default: 7)" in short and "--c INT" not in short and "--help-all" in short
+    assert "--c INT" in _help(capsys, monkeypatch, parse, "one", "--help-all")
+    names = _help(capsys, monkeypatch, parse, "--help")
+    assert "the second" in names and "\n  python p.py one\n" in names and "RECIPE --help" in names
+
+
+# -- which model --------------------------------------------------------------------------------------------------------------
+def test_a_base_by_itself_is_a_model(tiny_world):
+    """Case 25: a backbone folder as --ckpt or as --base.weights, with or without its family."""
+    folder = str(tiny_world / "base")
+    for options in (
+        ModelOptions(ckpt=folder),
+        ModelOptions(base=BaseOptions(weights=folder)),
+        ModelOptions(base=BaseOptions("llamagen", folder)),
+    ):
+        model = options.load(*options.check())
+        assert model.config.k == 1 and not options.is_trained and options.name() == "base"
+        assert options.about(model)["backbone"]["weights"] == folder
+
+
+def test_a_checkpoint_is_a_model(plain):
+    """Case 25."""
+    options = ModelOptions(ckpt=str(plain))
+    assert options.is_trained and options.name() == "plain-step_000003"
+    assert options.load(*options.check()).config.k == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ModelOptions(), "give --ckpt .* or --base.weights"),
+        (ModelOptions(ckpt="shapez"), "shapez does not exist .*shapes, shapes-janus"),
+        (ModelOptions(ckpt="shapes", device="cuda"), "found no GPU"),
+        (ModelOptions(base=BaseOptions(weights="none.pt")), "none.pt is not a file"),
+        (ModelOptions(base=BaseOptions("rar", "none.bin")), "none.bin is not a file"),
+        (ModelOptions(ckpt="shapes", base=BaseOptions(tokenizer="vq.pt")), "vq.pt is not a file"),
+    ],
+)
+def test_no_such_model(options, message):
+    """Cases 25, 28: told before anything is loaded."""
+    with pytest.raises(UserError, match=message):
+        options.check()
+
+
+def test_missing_parts_are_named_as_options(tiny_world, monkeypatch):
+    """Case 25: published weights come without tokenizer and text encoder."""
+    options = ModelOptions(base=BaseOptions(weights=str(tiny_world / "base")))
+    model = load_model(tiny_world / "base")
+    monkeypatch.setattr("t2i.checkpoint.load_model", lambda *args, **given: model)
+    model.backbone.frozen.text_encoder = None
+    with pytest.raises(UserError, match=r"give --base\.text-encoder"):
+        options.load("cpu", "float32")
+    model.backbone.frozen.tokenizer = None
+    with pytest.raises(UserError, match=r"give --base\.tokenizer"):
+        options.load("cpu", "float32")
+
+
+# -- one folder, one request --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def draws(tiny_world, tmp_path, monkeypatch):
+    """Runs `generate` in an empty working directory, on the tiny base unless told; returns the folders below outputs/."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments) -> list[Path]:
+        ckpt = () if "--ckpt" in arguments else ("--ckpt", tiny_world / "base")
+        program(generate, *ckpt, *arguments)
+        return sorted(Path("outputs").glob("*"))
+
+    return run
+
+
+def test_one_prompt_after_another_just_works(draws, plain, monkeypatch):
+    """Case 19: every request has a folder of its own, and the same one again draws nothing."""
+    circle = ("--prompt", "a red circle", "--samples", 2)
+    assert len(draws(*circle)) == 1
+    folder = Path(draws(*circle, "--prompt-file", os.devnull)[0])
+    assert folder.name.startswith("base-") and (folder / "grid.png").is_file()
+    assert len(draws("--prompt", "two squares", "--samples", 2)) == 2
+    assert len(draws(*circle, "--seed", 1)) == 3
+    assert len(draws(*circle, "--top-k", 5)) == 4
+    assert len(draws(*circle, "--ckpt", plain)) == 5
+    drawn = folder_content(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "iterate_images", None)
+        assert len(draws(*circle)) == 5
+    assert folder_content(folder) == drawn
+    draws("--prompt", "a red circle", "--samples", 3)
+    first, more = (drawn, folder_content(folder))
+    assert len(list(folder.glob("*/samples/*.png"))) == 3
+    assert all(more[name] == first[name] for name in first if "samples" in name)
+
+
+def test_another_request_is_refused_by_name(draws, plain, tiny_world, capsys):
+    """Case 19: nothing gets into a folder of another model, seed or prompt."""
+    request = ("--prompt", "a red circle", "--samples", 2, "--out", "o")
+    draws(*request)
+    before = folder_content(Path("o"))
+
+    def message(*arguments) -> str:
+        return refused(generate, capsys, *request, *arguments)
+
+    base = ("--ckpt", tiny_world / "base")
+    assert "seed 0 there, 1 now" in message(*base, "--seed", 1)
+    assert "sampling.top_k 1000 there, 5 now" in message(*base, "--top-k", 5)
+    text = message("--ckpt", plain)
+    assert f"{tiny_world / 'base'} there, {plain} now; weights.model" in text
+    other = refused(generate, capsys, *base, "--prompt", "two squares", "--out", "o")
+    assert "00000: 'a red circle' there, 'two squares' now" in other
+    assert folder_content(Path("o")) == before
+    Path("mine/00000/samples").mkdir(parents=True)
+    save_png(Image.new("RGB", (8, 8)), Path("mine") / sample_file(0, 0))
+    assert "without generation.json" in refused(
+        generate, capsys, *base, *request[:4], "--out", "mine"
+    )
+
+
+def test_stages_are_added_to_a_folder(draws, plain):
+    """Case 19: the sheet of the stages is of this request."""
+    request = ("--ckpt", plain, "--prompt", "a red circle", "--samples", 1)
+    folder = draws(*request)[0]
+    drawn = (folder / sample_file(0, 0)).read_bytes()
+    assert draws(*request, "--stages") == [folder]
+    assert len(list(folder.glob("00000/stages/*.png"))) == 3 and (folder / "stages.png").is_file()
+    assert (folder / sample_file(0, 0)).read_bytes() == drawn
+
+
+def test_several_generations_are_not_scored_as_one(tmp_path):
+    """Case 19: FID of a folder that holds the images of two models."""
+    for name in ("a", "b"):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / name / sample_file(0, 0))
+        write_json(tmp_path / name / sampling.GENERATION_FILE, {})
+    assert open_images(tmp_path / "a").count == 1
+    with pytest.raises(UserError, match=r"holds 2 sets of generated images \(a, b"):
+        open_images(tmp_path)
+
+
+# -- the output place ---------------------------------------------------------------------------------------------------------
+def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
+    """Case 5: by name, before a model or a judge is loaded."""
+    ckpt, mine = ("--ckpt", tiny_world / "base"), f"in use by process {os.getpid()}"
+    place = ("--out", tmp_path / "out")
+    with owning(tmp_path / "out", "folder"):
+        assert mine in refused(generate, capsys, *ckpt, "--prompt", "x", *place)
+        shapes = ("--prompts", "shapes")
+        assert mine in refused(geneval_run, capsys, *ckpt, *shapes, *place)
+        assert mine in refused(sample_imagenet, capsys, *ckpt, *place)
+    with owning(tmp_path, "image set", "a.npz"):
+        text = refused(sample_imagenet, capsys, *ckpt, "--out", tmp_path / "a.npz")
+        assert f"image set {tmp_path / 'a.npz'} is {mine}" in text
+        text = refused(sample_imagenet, capsys, *ckpt, "--out", tmp_path / "b.npz")
+        assert "draws captions, not classes" in text, "a neighbour does not mind"
+
+
+def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monkeypatch):
+    """Case 7 and its siblings: `fid.py --out FOLDER` computed everything first."""
+    monkeypatch.setattr("t2i.checkpoint.load_model", None)
+    monkeypatch.setattr("t2i.evaluation.inception_weights.load_inception", None)
+    (file := tmp_path / "file").touch()
+    ckpt = ("--ckpt", tiny_world / "base")
+    for out in (file, file / "below"):
+        text = refused(generate, capsys, *ckpt, "--prompt", "x", "--out", out)
+        assert f"cannot write to {out}" in text
+        assert f"cannot write to {out}" in refused(geneval_run, capsys, *ckpt, "--out", out)
+        assert f"cannot write to {out}" in refused(sample_imagenet, capsys, *ckpt, "--out", out)
+    (tmp_path / "folder.npz").mkdir()
+    text = refused(sample_imagenet, capsys, *ckpt, "--out", tmp_path / "folder.npz")
+    assert "folder.npz: it is a folder" in text
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    sets = ("--samples", tmp_path / "images.npz", "--reference", tmp_path / "images.npz")
+    text = refused(fid, capsys, *sets, "--allow-fewer", "--out", tmp_path)
+    assert f"{tmp_path}: it is a folder; give the name of a file" in text
+
+
+def test_impossible_options_are_named_before_the_model_is_loaded(tiny_world, capsys, monkeypatch):
+    """No time is spent before a cheap mistake is named."""
+    monkeypatch.setattr("t2i.checkpoint.load_model", None)
+    ckpt = ("--ckpt", tiny_world / "base", "--out", tiny_world / "nothing")
+    drawing = ((generate, ("--prompt", "x")), (geneval_run, ()), (sample_imagenet, ()))
+    for module, own in drawing:
+        assert "cfg_scale=0.5" in refused(module, capsys, *ckpt, *own, "--cfg-scale", 0.5)
+        assert "found no GPU" in refused(module, capsys, *ckpt, *own, "--device", "cuda")
+    assert "count=0" in refused(sample_imagenet, capsys, *ckpt, "--count", 0)
+    assert not (tiny_world / "nothing").exists()
+
+
+def test_a_full_disk_while_drawing_is_named_and_the_rest_follows(
+    draws, capsys, monkeypatch, tiny_world
+):
+    """Case 7: one line, and the same command goes on later."""
+    request = ("--prompt", "a red circle", "--samples", 4, "--out", "o")
+    save = Image.Image.save
+
+    def full(image, path, **options):
+        if ".png." in str(path) and len(list(Path("o").glob("*/samples/*.png"))) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(image, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        text = refused(generate, capsys, "--ckpt", tiny_world / "base", *request)
+    assert "no space is left on the disk" in text
+    kept = {p: p.stat().st_mtime_ns for p in Path("o").glob("*/samples/*.png")}
+    assert len(kept) == 2 and not list(Path("o").rglob("*.tmp"))
+    draws(*request)
+    assert len(list(Path("o").glob("*/samples/*.png"))) == 4
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+def test_what_a_kill_left_is_removed(draws):
+    """Case 5: the owner of a folder may remove half-written files."""
+    request = ("--prompt", "a red circle", "--samples", 1, "--out", "o")
+    draws(*request)
+    (left := Path("o/00000/samples/00000.png.0123abcd.tmp")).touch()
+    draws(*request)
+    assert not left.exists() and json.loads(Path("o/generation.json").read_text())["seed"] == 0
