@@ -129,13 +129,10 @@ def draw_window(
     for s, own in enumerate(config.by_sub_token(u_BkS.shape[-1])):
         drafts = replace(own, temperature=own.temperature * own.draft_temperature)
         logits = window_logits(model, d_RkD, window, index, state, own)
-        codes = torch.cat(
-            [
-                pick(logits[:, :stride], u_BkS[:, :stride, s], own),
-                pick(logits[:, stride:], u_BkS[:, stride:, s], drafts),
-            ],
-            dim=1,
-        )
+        codes = pick(logits[:, :stride], u_BkS[:, :stride, s], own)
+        if logits.shape[1] > stride:  # k = 1 has no drafts
+            own_drafts = pick(logits[:, stride:], u_BkS[:, stride:, s], drafts)
+            codes = torch.cat([codes, own_drafts], dim=1)
         window = torch.cat([window, codes[..., None]], dim=-1)
     return window
 
