@@ -67,8 +67,7 @@ class _YesNoJudge:
             model, report = cls.model_class.from_pretrained(
                 folder, dtype="auto", output_loading_info=True
             )
-            # Otherwise a terminal is asked whether to run code that the folder brings.
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            processor = AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"judge {cls.name}: {folder} cannot be loaded: {error}") from error
         if lost := [*report["missing_keys"], *report["mismatched_keys"]]:

@@ -233,18 +233,6 @@ def test_foreign_tokenizers_are_refused(broken):
         T5Captions.load(broken)
 
 
-def test_code_in_the_folder_is_not_run(broken, tmp_path, monkeypatch):
-    """Case 1: nor is anyone asked whether it may be."""
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    ran = tmp_path / "ran"
-    (broken / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Mine: pass\n")
-    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
-    (broken / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="the tokenizer in"):
-        T5Captions.load(broken)
-    assert not ran.exists()
-
-
 def test_pickled_weights_load_the_same(folder, broken):
     torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
     (broken / "model.safetensors").unlink()
