@@ -31,7 +31,7 @@ from t2i.checkpoint import (
 )
 from t2i.errors import UserError
 from t2i.evaluation.store import write_generated
-from t2i.files import file_sha256, saving, writable_folder, write_json, write_text
+from t2i.files import file_sha256, owning, saving, writable_folder, write_json, write_text
 from t2i.generation import conditions, iterate_images
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
@@ -70,7 +70,7 @@ def export(
         device: where to draw.
 
     Raises:
-        UserError: `out` exists, or something that is needed cannot be read or written.
+        UserError: `out` exists or is being written by another process, or something that is needed cannot be read or written.
     """
     if out.exists():
         raise UserError(f"{out} exists; export to a new folder")
@@ -90,7 +90,7 @@ def export(
     )
     asked = conditions(model.backbone, prompts)
     partial = out.with_name(out.name + ".partial")
-    with saving(out):
+    with owning(out.parent, "export", out.name), saving(out):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         merge_lora(model.backbone)

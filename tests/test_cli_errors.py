@@ -108,6 +108,23 @@ def test_bad_values(train_fails):
     assert "nothing to train" in train_fails("--method.k", 1, "--tuning", "codec")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--optim.backbone-lr", "nan", "optim.backbone_lr=nan must be a number, and not negative"),
+        ("--optim.codec-lr", "inf", "optim.codec_lr=inf must be a number"),
+        ("--optim.weight-decay", "-1", "optim.weight_decay=-1.0 must be a number"),
+        ("--optim.grad-clip", "nan", "optim.grad_clip=nan must be above 0"),
+        ("--optim.betas", "0.9 1.5", "optim.betas=(0.9, 1.5) must be two numbers in [0, 1)"),
+        ("--epochs", "nan", "epochs=nan must be a number above 0"),
+        ("--log.save-every", "-1", "log.save_every=-1 must be a number of steps, or 0"),
+    ],
+)
+def test_numbers_that_are_none(train_fails, option, value, message):
+    """Case 2: what can only make weights that are no numbers is refused before anything is loaded."""
+    assert message in train_fails(option, *value.split())
+
+
 def test_batch_that_cannot_be_split():
     config = TrainConfig(batch_size=16, engine=EngineOptions(micro_batch=4))
     with pytest.raises(ValueError, match=r"cannot be split over 3 processes.*use a multiple of 12"):

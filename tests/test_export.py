@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 from helpers import JANUS_PROMPTS, tiny_open_magvit2, tiny_rar
+from programs import program as program_run
 from programs import refused
 from runs import PROMPTS, write_tiny_base, write_tiny_janus
 
 import t2i
 from launch import export as program
 from t2i.export import export, model_card
-from t2i.files import write_json
+from t2i.files import owning, write_json
 from t2i.lora import add_lora
 from t2i.tuning import LoRAConfig
 
@@ -102,6 +103,16 @@ def test_a_text_encoder_of_the_hub_is_named_and_not_copied(tmp_path, monkeypatch
         in (out / "README.md").read_text()
     )
     assert t2i.from_pretrained(out).backbone.frozen.text_encoder.folder == encoder
+
+
+def test_a_second_export_to_a_folder_is_refused(shapes_ckpt, tmp_path, capsys):
+    """Case 5: it would delete what the first one writes, and then fail to put its own there."""
+    with owning(tmp_path, "export", "out"):
+        (tmp_path / "out.partial").mkdir()
+        message = refused(program, capsys, "--ckpt", shapes_ckpt, "--out", tmp_path / "out")
+        assert "is in use by process" in message and (tmp_path / "out.partial").is_dir()
+    program_run(program, "--ckpt", shapes_ckpt, "--out", tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_model_card_names_no_place():

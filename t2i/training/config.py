@@ -5,6 +5,7 @@ written) may be None: they are then settled from the data and the steps, see `t2
 `recipes_llamagen.py`, `recipes_janus.py` and `recipes_imagenet.py`.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,10 +136,13 @@ class OptimOptions:
             "backbone_delay_steps",
             "weight_decay",
         ):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"optim.{name}={getattr(self, name)} must not be negative")
-        if self.grad_clip <= 0:
+            value = getattr(self, name) or 0
+            if not 0 <= value < math.inf:  # nor NaN
+                raise UserError(f"optim.{name}={value} must be a number, and not negative")
+        if not self.grad_clip > 0:  # nor NaN
             raise UserError(f"optim.grad_clip={self.grad_clip} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
 
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a run of so many steps."""
@@ -204,6 +208,13 @@ class LogOptions:
     project: str = "tensorar"
     """Project name for wandb."""
 
+    def __post_init__(self):
+        for name in ("log_every", "validate_every", "sample_every", "save_every"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(
+                    f"log.{name}={getattr(self, name)} must be a number of steps, or 0: see its help"
+                )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -253,8 +264,8 @@ class TrainConfig:
         for name, value in least_one.items():
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        if self.epochs <= 0:
-            raise UserError(f"epochs={self.epochs} must be above 0")
+        if not 0 < self.epochs < math.inf:
+            raise UserError(f"epochs={self.epochs} must be a number above 0")
         if self.batch_size % self.engine.micro_batch:
             raise UserError(
                 f"batch_size={self.batch_size} must be a multiple of engine.micro_batch={self.engine.micro_batch}"
