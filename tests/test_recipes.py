@@ -365,6 +365,18 @@ def test_triggers_reach_every_caption_and_the_caches_key():
         DataOptions(trigger="{caption} ")
 
 
+def test_a_trigger_hides_nothing_of_the_source(tmp_path):
+    """Cases 10, 13: with trigger words, too, content is part of the cache's key and remarks are said."""
+    for name in ("train", "bus"):
+        write_dataset(tmp_path / name, 1)
+    (tmp_path / "bus" / "gone.png").symlink_to("nowhere")
+    plain, source = (
+        open_data(DataOptions(source=str(tmp_path), trigger=trigger)) for trigger in (None, "xyz")
+    )
+    assert source.files() == plain.files() and len(source.files()) > 2
+    assert source.remarks == plain.remarks != [] and source.left_out == plain.left_out != []
+
+
 # -- the first hour ---------------------------------------------------------------------------------------------------
 def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     """Cases 21, 23: a folder of 30 own pictures -> --check -> train -> draw, as docs/first_hour.md has it."""

@@ -129,8 +129,11 @@ class TriggeredSource(Source):
     def __init__(self, source: Source, options: DataOptions):
         identity = {**source.identity, "trigger": options.trigger}
         super().__init__(source.name, identity, source.length)
-        self.left_out = source.left_out
+        self.left_out, self.remarks = source.left_out, source.remarks
         self._source, self._options = source, options
+
+    def files(self) -> list[tuple[str, Path]]:
+        return self._source.files()
 
     def __getitem__(self, index: int) -> Sample:
         return self._triggered(self._source[index])
