@@ -188,6 +188,7 @@ def generate_fails(fails, plain, tmp_path):
 def test_bad_prompts(generate_fails, tmp_path):
     assert "no prompt: give --prompt TEXT" in generate_fails()
     assert "no prompt: give --prompt TEXT" in generate_fails("--prompt", "a circle", "")
+    assert r"--prompt: 'a \udcff' holds a lone surrogate" in generate_fails("--prompt", "a \udcff")
     path = tmp_path / "prompts.jsonl"
     assert "cannot be read" in generate_fails("--prompt-file", path)
     for bad in (
@@ -196,6 +197,7 @@ def test_bad_prompts(generate_fails, tmp_path):
         b'["a circle"]',
         b'{"prompt": " "}',
         b'{"prompt": "\xff"}',
+        b'{"prompt": "a \\ud83d"}',  # case 15, as the next one
     ):
         path.write_bytes(b'{"prompt": "a \xe2\x80\xa8 circle"}\n\n' + bad + b"\n")
         assert f"{path} line 3 " in generate_fails("--prompt-file", path)
