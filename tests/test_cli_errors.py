@@ -200,7 +200,7 @@ def test_bad_prompts(generate_fails, tmp_path):
         b'{"prompt": "a \\ud83d"}',  # case 15, as the next one
     ):
         path.write_bytes(b'{"prompt": "a \xe2\x80\xa8 circle"}\n\n' + bad + b"\n")
-        assert f"{path} line 3 " in generate_fails("--prompt-file", path)
+        assert f"{path} line 3" in generate_fails("--prompt-file", path)
     path = tmp_path / "prompts.txt"
     for bad in (b"a \xff circle", b"a \x00 circle"):
         path.write_bytes(b"a circle\n" + bad)
