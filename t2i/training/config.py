@@ -5,6 +5,7 @@ written) may be None: they are then settled from the data and the steps, see `t2
 `recipes_llamagen.py`, `recipes_janus.py` and `recipes_imagenet.py`.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,8 @@ class OptimOptions:
         ):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={self.betas} must be from 0 to less than 1")
         if self.grad_clip <= 0:
             raise UserError(f"optim.grad_clip={self.grad_clip} must be above 0")
 
@@ -254,8 +257,8 @@ class TrainConfig:
         for name, value in least_one.items():
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        if self.epochs <= 0:
-            raise UserError(f"epochs={self.epochs} must be above 0")
+        if not 0 < self.epochs < math.inf:
+            raise UserError(f"epochs={self.epochs} must be above 0, and finite")
         if self.batch_size % self.engine.micro_batch:
             raise UserError(
                 f"batch_size={self.batch_size} must be a multiple of engine.micro_batch={self.engine.micro_batch}"
