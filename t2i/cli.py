@@ -3,8 +3,8 @@
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -102,6 +102,7 @@ def _parsed(
         kind = _showing(kind, main, options.pop("default", None))
         description += "\n\n  --help-all shows every option"
     given = ["--help" if a == _HELP_ALL else a for a in given]
+    _refuse_repeats(default, given)
     config = tyro.cli(
         kind,
         prog=prog,
@@ -110,8 +111,41 @@ def _parsed(
         config=(tyro.conf.AvoidSubcommands,),
         **options,
     )
+    _refuse_nan(config)
     _quiet_libraries()
     return config
+
+
+def _refuse_repeats(config: object, given: Sequence[str]) -> None:
+    """UserError for an option of several values that is given twice: the parser would drop the first ones without a word."""
+    names = [a.partition("=")[0].replace("_", "-") for a in given if a.startswith("--")]
+    for name in _lists(config):
+        if (count := names.count(name)) > 1:
+            raise UserError(
+                f"{name} is given {count} times: give it once, with all values behind it"
+            )
+
+
+def _lists(config: object, prefix: str = "--") -> Iterator[str]:
+    """Options of a config (or its class) that take any number of values."""
+    hints = get_type_hints(config if isinstance(config, type) else type(config))
+    for f in fields(config):
+        name, hint = prefix + f.name.replace("_", "-"), hints[f.name]
+        inner = hint if isinstance(config, type) else getattr(config, f.name)
+        if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+            yield name
+        elif is_dataclass(inner):
+            yield from _lists(inner, f"{name}.")
+
+
+def _refuse_nan(config: object, prefix: str = "") -> None:
+    """UserError for a number that is none: it passes every comparison with a limit, and shows only in what comes of it."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            _refuse_nan(value, f"{prefix}{f.name}.")
+        elif any(v != v for v in (value if isinstance(value, tuple) else (value,))):
+            raise UserError(f"{prefix}{f.name}={value} must be a number")
 
 
 def _help_text(description: str) -> str:

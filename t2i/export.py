@@ -35,7 +35,7 @@ from t2i.files import file_sha256, owning, saving, writable_folder, write_json, 
 from t2i.generation import conditions, iterate_images
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
-from t2i.sources import BackboneSource, expand_folder, published_as_folder
+from t2i.sources import BackboneSource, expand_folder, published_as_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
 from t2i.weights import save_weights
 
@@ -153,7 +153,7 @@ class Part:
 def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
     """The merged base into `folder`, and a checkpoint folder with the codec whose base is the folder above it."""
     backbone = model.backbone
-    files = expand_folder(backbone.source)
+    files, base = expand_folder(backbone.source), backbone.source.weights
     weights = backbone.save_official(folder, dtype)
     if published_as_folder(files.family):
         place = "all files but those below"
@@ -174,6 +174,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
         text_encoder_dtype=files.text_encoder_dtype,
         config=asdict(backbone.config),
         sampling=files.sampling,
+        shipped_base=files.shipped_base or (base if base in shipped_bases() else None),
     )
     if model.codec is not None:
         model.codec.to(dtype)

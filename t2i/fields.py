@@ -83,7 +83,10 @@ def _fits(value: object, hint: object) -> bool:
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if hint in (None, NoneType):
         return value is None
-    if hint in (int, float):  # a truth value is neither, and a whole number is a float, too
+    if hint in (
+        int,
+        float,
+    ):  # a truth value is neither, a whole number is a float, and NaN is no number
         kinds = int if hint is int else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool)
+        return isinstance(value, kinds) and not isinstance(value, bool) and value == value
     return isinstance(value, origin or hint)

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from t2i.backbones.base import Backbone, SamplingConfig
+from t2i.conditioning.captions import check_captions
 from t2i.conditioning.labels import class_ids
 from t2i.errors import UserError
 from t2i.loading import pick_device as pick_device
@@ -139,10 +140,11 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
 
 
 def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
-    """What was typed, as `prepare` takes it: captions, or class ids; UserError if a class id is none."""
+    """What was typed, as `prepare` takes it: captions, or class ids; UserError if one is neither."""
     if backbone.spec.cond_kind == "text":
+        check_captions(texts, "prompts")
         return list(texts)
-    ids = [int(text) if text.isdigit() else text for text in texts]
+    ids = [int(text) if text.isdecimal() else text for text in texts]
     return class_ids(ids, backbone.spec.num_classes).tolist()
 
 

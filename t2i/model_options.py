@@ -113,16 +113,17 @@ class ModelOptions:
         return model
 
     def name(self) -> str:
-        """What to call the model in the name of a folder: run and step, or the base's file."""
-        from t2i.checkpoint import find_checkpoint
+        """What to call the model in the name of a folder: run and step, the export, or the base's file."""
+        from t2i.checkpoint import EXPORTED, find_checkpoint
 
         assert self.source is not None, "check comes first"
         if not self.is_trained:
             name = Path(self.source.rpartition(":")[2]).resolve().name
             return re.sub(r"\.(pt|pth|ckpt|bin|safetensors)$", "", name)
         folder = find_checkpoint(self.source).resolve()
-        in_run = folder.parent.name == "checkpoints"
-        return f"{folder.parents[1].name}-{folder.name}" if in_run else folder.name
+        if folder.parent.name == "checkpoints":
+            return f"{folder.parents[1].name}-{folder.name}"
+        return folder.parent.name if folder.name == EXPORTED else folder.name
 
     def about(self, model: "TensorAR") -> dict[str, Any]:
         """What files of results say about the model."""

@@ -66,6 +66,8 @@ class BackboneSource:
     """Only what drawing images needs was loaded."""
     started_from: str | None = None
     """Checkpoint whose weights a run began with in place of the base's: its own checkpoints then hold all of the backbone's."""
+    shipped_base: str | None = None
+    """Shipped base that an export was made from; its name is not in `weights` any more."""
 
 
 def resolve(source: str | Path, *, folder: bool = False) -> Path:

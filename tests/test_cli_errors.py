@@ -16,6 +16,9 @@ from PIL import Image
 
 from launch import generate, train_llamagen
 from t2i import cli
+from t2i.backbones.base import SamplingConfig
+from t2i.errors import UserError
+from t2i.fields import from_json
 from t2i.training.config import EngineOptions, TrainConfig
 from t2i.training.engine import deepspeed_config
 
@@ -205,6 +208,7 @@ def generate_fails(fails, plain, tmp_path):
 def test_bad_prompts(generate_fails, tmp_path):
     assert "no prompt: give --prompt TEXT" in generate_fails()
     assert "no prompt: give --prompt TEXT" in generate_fails("--prompt", "a circle", "")
+    assert r"--prompt: 'a \udcff' holds a lone surrogate" in generate_fails("--prompt", "a \udcff")
     path = tmp_path / "prompts.jsonl"
     assert "cannot be read" in generate_fails("--prompt-file", path)
     for bad in (
@@ -213,9 +217,10 @@ def test_bad_prompts(generate_fails, tmp_path):
         b'["a circle"]',
         b'{"prompt": " "}',
         b'{"prompt": "\xff"}',
+        b'{"prompt": "a \\ud83d"}',  # case 15, as the next one
     ):
         path.write_bytes(b'{"prompt": "a \xe2\x80\xa8 circle"}\n\n' + bad + b"\n")
-        assert f"{path} line 3 " in generate_fails("--prompt-file", path)
+        assert f"{path} line 3" in generate_fails("--prompt-file", path)
     path = tmp_path / "prompts.txt"
     for bad in (b"a \xff circle", b"a \x00 circle"):
         path.write_bytes(b"a circle\n" + bad)
@@ -229,6 +234,22 @@ def test_bad_options(generate_fails):
     assert "dtype 'half' must be" in generate_fails(*prompt, "--dtype", "half")
     assert "must be at least 1" in generate_fails(*prompt, "--samples", 0)
     assert "--cfg-scale" in generate_fails(*prompt, "--cfg-scal", 3)
+
+
+def test_values_that_would_get_lost(generate_fails, train_fails):
+    """Cases 19, 27: of two --prompt the parser keeps the last; NaN passes every comparison with a limit."""
+    twice = generate_fails("--prompt", "a circle", "--prompt", "a square")
+    assert "--prompt is given 2 times: give it once, with all values behind it" in twice
+    assert "--log.prompts is given 2 times" in train_fails("--log.prompts", "a", "--log.prompts=b")
+    assert "steps=0 must" in train_fails("--steps", 3, "--steps", 0)  # of one value the last holds
+    assert "sampling.temperature=nan must" in generate_fails(
+        "--prompt", "a", "--temperature", "nan"
+    )
+    assert "optim.codec_lr=nan must be a number" in train_fails("--optim.codec-lr", "nan")
+    assert "optim.betas=(0.9, 1.0) must be" in train_fails("--optim.betas", 0.9, 1)
+    assert "epochs=inf must be above 0, and finite" in train_fails("--epochs", "inf")
+    with pytest.raises(UserError, match="temperature is nan, which is not of the type"):
+        from_json(SamplingConfig, {"temperature": float("nan")}, "config.json")
 
 
 def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):

@@ -120,6 +120,34 @@ def test_classes_named_as_splits(tmp_path):
         open_source(tmp_path / "tars", split="test")
 
 
+def test_splits_that_a_user_may_not_mean(tmp_path):
+    """Case 13: folders that are named as splits and used all the same are named; data/train beside data/val are splits."""
+    for name in ("no_train/val", "no_train/test", "classes/test", "classes/dog"):
+        sidecars(tmp_path / name)
+    source = open_source(tmp_path / "no_train")
+    assert source.length == 4 and "(test, val), since none is named train" in source.remarks[0]
+    source = open_source(tmp_path / "classes")
+    assert source.length == 4 and "give " + str(tmp_path / "classes/test") in source.remarks[0]
+    for name in ("train", "val"):
+        sidecars(tmp_path / "deep" / "data" / name)
+    source = open_source(tmp_path / "deep")
+    assert source.length == 2 and source[0].key == "0.png" and source.remarks == []
+    assert source.left_out == [("val/ (2 files)", "not of the split train")]
+    assert open_source(tmp_path / "deep", split="val").length == 2
+    sidecars(tmp_path / "one" / "dog")
+    assert open_source(tmp_path / "one")[0].key == "dog/0.png"
+
+
+def test_metadata_that_is_not_read_is_named(tmp_path):
+    """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take instead."""
+    sidecars(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,another\n")
+    (tmp_path / "0.json").write_text("{}")
+    assert open_source(tmp_path).remarks == [
+        "metadata.csv is not read: captions are in the .txt files beside the images"
+    ]
+
+
 def test_folders_that_are_passed_over(tmp_path):
     """Case 13: hidden folders with images are named, others are no one's business; images beside a metadata.jsonl, too."""
     sidecars(tmp_path)

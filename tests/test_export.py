@@ -12,9 +12,12 @@ from runs import PROMPTS, write_tiny_base, write_tiny_janus
 
 import t2i
 from launch import export as program
+from t2i.evaluation.options import BenchmarkOptions
+from t2i.evaluation.program import is_shapes_world
 from t2i.export import export, model_card
 from t2i.files import owning, write_json
 from t2i.lora import add_lora
+from t2i.training.start import start_from
 from t2i.tuning import LoRAConfig
 
 
@@ -86,6 +89,16 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
     card = (moved / "README.md").read_text()
     assert "- base: " in card and "GB" in card
     assert ("[207]" in card) == (family in ("rar", "open_magvit2"))
+
+
+def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
+    """Case 25: GenEval takes the shapes world's prompts and judge for it, and for a run that starts from it."""
+    model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
+    out = export(t2i.save_pretrained(model, tmp_path / "old", tuning="codec"), tmp_path / "out")
+    assert start_from(out).source.shipped_base == "shapes"
+    again = t2i.save_pretrained(t2i.from_pretrained(out), tmp_path / "again", tuning="codec")
+    export(again, tmp_path / "second")
+    assert is_shapes_world(BenchmarkOptions(ckpt=str(tmp_path / "second")))
 
 
 def test_a_text_encoder_of_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):

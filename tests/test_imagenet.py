@@ -140,6 +140,16 @@ def test_a_class_may_be_named_as_a_split(dataset):
     assert open_imagenet(dataset / "train").classes == ["n01", "n02", "n03", "train"]
 
 
+def test_what_is_passed_over_is_named(dataset, caplog):
+    """Cases 13, 18: broken links and hidden images in the folders of classes."""
+    files = open_imagenet(dataset).files
+    assert "left out" not in caplog.text
+    (dataset / "train" / "n01" / "z.png").symlink_to("/gone")
+    picture(1).save(dataset / "train" / "n02" / ".a.png")
+    assert open_imagenet(dataset).files == files
+    assert "2 left out (n01/z.png: broken link, n02/.a.png: hidden file)" in caplog.text
+
+
 def test_other_folders_are_refused(tmp_path, caplog):
     with pytest.raises(
         ValueError, match=r"gone is no folder; give the one that holds val/<class>/"

@@ -4,6 +4,7 @@ Also what the pre-flight warns of (cases 14 and 28), and the first hour of docs/
 """
 
 import json
+import shutil
 import sys
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -12,11 +13,13 @@ import pytest
 import torch
 from runs import tiny_run
 
+from geneval import run as geneval_run
+from launch import export as export_program
+from launch import generate as draw_program
 from launch import train_llamagen
 from t2i import cli, presets
 from t2i.data.shapes import write_dataset
 from t2i.errors import UserError
-from t2i.generation import generate
 from t2i.loading import FAMILIES
 from t2i.training import loop
 from t2i.training.advice import about_settings, peak_rates
@@ -153,8 +156,10 @@ def test_captions_that_come_out_empty(tmp_path):
         check(config)
     assert "small-images" not in str(refused.value)
     (folder / "0.txt").write_text("a red circle", encoding="utf-8")
+    (folder / "README.txt").write_text("mine")
     report = check(config)
     assert "11 of 12 samples looked at are skipped, caption has no text the encoder can" in report
+    assert "1 left out, caption without image (README.txt)" in report
     assert "not ready" in report
 
 
@@ -213,6 +218,16 @@ def test_data_come_before_the_model(look, changes, words, no_files, tmp_path):
     with pytest.raises(UserError, match=words):
         look(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("look", [check, train])
+def test_classes_come_before_the_model(look, no_files, tmp_path):
+    """Case 23: images that do not lie in folders of classes are named before the model is fetched, in training too."""
+    folder = write_dataset_of_captions(tmp_path, "a dog", count=2, size=8)
+    config = imagenet_recipe(ImageNetModel(backbone="rar", size="B"))
+    data = replace(config.data, source=(str(folder),))
+    with pytest.raises(UserError, match="one sub-folder per class and nothing else"):
+        look(replace(config, data=data, run_dir=tmp_path / "run"))
 
 
 def test_a_misspelt_local_name_comes_before_the_model(no_files, tmp_path):
@@ -365,21 +380,36 @@ def test_triggers_reach_every_caption_and_the_caches_key():
         DataOptions(trigger="{caption} ")
 
 
+def test_a_trigger_hides_nothing_of_the_source(tmp_path):
+    """Cases 10, 13: with trigger words, too, content is part of the cache's key and remarks are said."""
+    for name in ("train", "bus"):
+        write_dataset(tmp_path / name, 1)
+    (tmp_path / "bus" / "gone.png").symlink_to("nowhere")
+    plain, source = (
+        open_data(DataOptions(source=str(tmp_path), trigger=trigger)) for trigger in (None, "xyz")
+    )
+    assert source.files() == plain.files() and len(source.files()) > 2
+    assert source.remarks == plain.remarks != [] and source.left_out == plain.left_out != []
+
+
 # -- the first hour ---------------------------------------------------------------------------------------------------
 def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
-    """Cases 21, 23: a folder of 30 own pictures -> --check -> train -> draw, as docs/first_hour.md has it."""
+    """Cases 9, 19, 21, 23: 30 own pictures -> --check -> train -> draw -> judge -> export, as docs/first_hour.md has it."""
     monkeypatch.chdir(tmp_path)
+
+    def enter(program, *arguments):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        cli.run(program.main)
+        return capsys.readouterr().out
+
     write_dataset(tmp_path / "my_images", 30, seed=5)
-    command = ["train", "shapes-small-data", "--data.source", "my_images", "--epochs", "1"]
+    command = ["shapes-small-data", "--data.source", "my_images", "--epochs", "1"]
     command += ["--batch-size", "8", "--engine.micro-batch", "8", "--data.trigger", "drawn by xyz"]
     command += ["--log.sample-every", "3"]
-    monkeypatch.setattr(sys, "argv", [*command, "--check"])
-    cli.run(train_llamagen.main)
-    assert "6 of 30 samples held out" in (said := capsys.readouterr().out)
+    said = enter(train_llamagen, *command, "--check")
+    assert "6 of 30 samples held out" in said
     assert "3 steps = 1.00 passes over 24 training samples" in said and "\nready" in said
-    monkeypatch.setattr(sys, "argv", command)
-    cli.run(train_llamagen.main)
-    assert "--prompt 'drawn by xyz, your prompt'" in capsys.readouterr().out
+    assert "--prompt 'drawn by xyz, your prompt'" in enter(train_llamagen, *command)
 
     run = tmp_path / "runs" / "shapes-small-data"
     stored = json.loads((run / "config.json").read_text())
@@ -390,13 +420,23 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     assert all("validation/own_drafts/slot0" in row for row in read_metrics(run))
     sheets = sorted(path.name for path in (run / "samples").iterdir())
     assert sheets == ["step_000000.png", "step_000003.png"]
-    from t2i.checkpoint import from_pretrained, read_config, run_checkpoints
+    from t2i.checkpoint import read_config, run_checkpoints
 
     assert [folder.name for folder in run_checkpoints(run)] == [f"step_00000{i}" for i in (1, 2, 3)]
-    model = from_pretrained(run)
     training = read_config(run_checkpoints(run)[-1])["training"]
     assert training["config"]["data"]["trigger"] == "drawn by xyz"
-    assert len(generate(model, prompts[:1], progress=False)) == 1
+
+    for prompt in prompts[:2]:  # one after the other, into folders of their own
+        enter(draw_program, "--ckpt", str(run), "--prompt", prompt, "--samples", "1")
+    few = ["--limit", "1", "--samples", "1"]
+    enter(geneval_run, "--ckpt", str(run), *few)
+    enter(export_program, "--ckpt", str(run), "--out", "exported/mine")
+    shutil.rmtree(run)
+    assert "judged by shapes" in enter(geneval_run, "--ckpt", "exported/mine", *few)
+    drawn = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    assert len(drawn) == 3 and all("small-data-step_000003" in name for name in drawn[1:])
+    judged = sorted(path.name for path in (tmp_path / "outputs" / "geneval").iterdir())
+    assert judged == ["mine", "shapes-small-data-step_000003"]
 
 
 def test_given_prompts_get_the_trigger_and_the_base_is_looked_at_once(tiny_world):

@@ -194,6 +194,11 @@ class SidecarFolder(Source):
             for path in files
             if path.suffix.lower() == ".txt" and path not in used
         ]
+        self.remarks = [
+            f"{printable(str(path.relative_to(folder)))} is not read: captions are in the .txt files beside the images"
+            for path in files
+            if path.stem.lower() == "metadata" and _looks_like_metadata(path)
+        ]
 
     def files(self) -> list[tuple[str, Path]]:
         """The images, each followed by its captions."""

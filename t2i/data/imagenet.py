@@ -22,7 +22,7 @@ from t2i.data.cache import cache_key
 from t2i.data.code_array import SKIPPED, CodeChunk, build_code_array
 from t2i.data.content import contents_key, hash_files
 from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
-from t2i.data.folders import is_image, list_files
+from t2i.data.folders import is_image, walk
 from t2i.data.images import PIXELS_VERSION, SkipSample, open_image
 from t2i.data.views import Views
 from t2i.errors import UserError
@@ -61,6 +61,31 @@ def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:
     Raises:
         UserError: no such folder, no sub-folders, images beside them, or no images.
     """
+    root, classes = find_classes(folder, split)
+    files, labels, empty, left_out = [], [], [], []
+    for label, name in enumerate(classes):
+        inside, passed_over = walk(root / name)
+        found = [path for path in inside if is_image(path)]
+        files += found
+        labels += [label] * len(found)
+        empty += [] if found else [name]
+        left_out += [f"{name}/{key}: {reason}" for key, reason in passed_over]
+    if not files:
+        raise UserError(f"{root} has {len(classes)} sub-folders, and no images in them")
+    if empty:
+        log.warning(f"{len(empty)} of {len(classes)} classes have no images ({empty[0]}, ...)")
+    if left_out:
+        more = ", ..." if len(left_out) > 3 else ""
+        log.warning(f"{root}: {len(left_out)} left out ({', '.join(left_out[:3])}{more})")
+    return LabelledFolder(root, classes, files, labels)
+
+
+def find_classes(folder: str | Path, split: str) -> tuple[Path, list[str]]:
+    """The folder of the split and its sub-folders, whose images are not looked for yet.
+
+    Raises:
+        UserError: no such folder, no sub-folders, or images beside them.
+    """
     root = Path(folder)
     part = root / split
     if part.is_dir() and any(path.is_dir() for path in part.iterdir()):  # or it is a class
@@ -79,17 +104,7 @@ def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:
                 else "it has no sub-folders"
             )
         )
-    files, labels, empty = [], [], []
-    for label, name in enumerate(classes):
-        found = [path for path in list_files(root / name) if is_image(path)]
-        files += found
-        labels += [label] * len(found)
-        empty += [] if found else [name]
-    if not files:
-        raise UserError(f"{root} has {len(classes)} sub-folders, and no images in them")
-    if empty:
-        log.warning(f"{len(empty)} of {len(classes)} classes have no images ({empty[0]}, ...)")
-    return LabelledFolder(root, classes, files, labels)
+    return root, classes
 
 
 def extract_codes(

@@ -145,7 +145,8 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     """The files of a split.
 
     A folder is divided into splits if it holds no data itself and each of its sub-folders that holds data is named as a split:
-    `train` beside `val` is a split, `train` beside `bus` a class. Parquet and tar files are told by their names.
+    `train` beside `val` is a split, `train` beside `bus` a class. Where all data are in one sub-folder of another name, that
+    one is looked at. Parquet and tar files are told by their names.
     """
     files, left_out = walk(folder)
     data = [path for path in files if _is_data(path)]
@@ -162,25 +163,37 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         return _Found(
             folder, chosen, left_out + [(name, f"not of the split {split}") for name in names]
         )
-    parts = Counter(path.relative_to(folder).parts[0] for path in data if path.parent != folder)
-    own = any(path.parent == folder for path in data)
+    where, parts = _sub_folders(folder, data)
+    own = any(path.parent == where for path in data)
     chosen_part = next((name for name in sorted(parts) if name.lower() == split.lower()), None)
     divided = not own and all(name.lower() in _SPLITS for name in parts)
     if chosen_part is not None and (divided or (split != "train" and not own)):
         others = [(f"{printable(n)}/", c) for n, c in sorted(parts.items()) if n != chosen_part]
         left_out += [(f"{n} ({count} files)", f"not of the split {split}") for n, count in others]
-        inside = [path for path in files if path.relative_to(folder).parts[0] == chosen_part]
-        return _Found(folder / chosen_part, inside, left_out)
+        chosen_folder = where / chosen_part
+        inside = [path for path in files if path.is_relative_to(chosen_folder)]
+        return _Found(chosen_folder, inside, left_out)
     if split != "train":
-        raise UserError(f"{folder} has no sub-folder for the split {split!r}")
+        raise UserError(f"{where} has no sub-folder for the split {split!r}")
     remarks = []
-    if chosen_part is not None and not own:
-        names = ", ".join(map(printable, sorted(parts)))
+    named = [name for name in sorted(parts) if name.lower() in _SPLITS]
+    if named and not own:
+        names, why = ", ".join(map(printable, sorted(parts))), "they are not all named as splits"
         remarks = [
-            f"all sub-folders of {folder} are used ({names}), since they are not all named as splits; "
-            f"give {folder / chosen_part} to use it alone"
+            f"all sub-folders of {where} are used ({names}), since {'none is named train' if divided else why}; "
+            f"give {where / (chosen_part or named[0])} to use it alone"
         ]
     return _Found(folder, files, left_out, remarks)
+
+
+def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]]:
+    """The folder that is divided, this one or the only one with data in it, and the files of data in its sub-folders."""
+    inside = [path.relative_to(folder).parts for path in data]
+    parts = Counter(names[0] for names in inside if len(names) > 1)
+    only = next(iter(parts), "")
+    if len(parts) == 1 and all(len(names) > 2 for names in inside) and only.lower() not in _SPLITS:
+        return _sub_folders(folder / only, data)
+    return folder, parts
 
 
 def _is_table(path: Path, *suffixes: str) -> bool:

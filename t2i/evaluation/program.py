@@ -83,9 +83,9 @@ def is_shapes_world(options: BenchmarkOptions) -> bool:
     """Whether the model (also the one that drew a folder of images) was made from a shipped base; all of them draw shapes."""
     if options.images is not None:
         generation = read_generation(options.images) or {}
-        weights = generation.get("about", {}).get("backbone", {}).get("weights")
+        base = generation.get("about", {}).get("backbone", {})
     elif options.is_trained:
-        weights = read_config(find_checkpoint(options.source))["backbone"]["weights"]
+        base = read_config(find_checkpoint(options.source))["backbone"]
     else:
-        weights = options.source
-    return weights in shipped_bases()
+        base = {"weights": options.source}
+    return not {base.get("weights"), base.get("shipped_base")}.isdisjoint(shipped_bases())

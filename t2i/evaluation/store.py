@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
+from t2i.conditioning.captions import check_captions
 from t2i.errors import UserError
 from t2i.files import read_json, reading, saving, write_text
 from t2i.imaging import grid, save_png
@@ -29,8 +30,9 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
     """Entries with at least a "prompt", from the command line and from a text or .jsonl file.
 
     Raises:
-        UserError: no prompt at all, an unreadable file, or a bad line, which is named.
+        UserError: no prompt at all, an unreadable file, or a bad line or prompt, which is named.
     """
+    check_captions(prompts, "--prompt")
     entries = [{"prompt": p} for p in prompts]
     if path is not None:
         with reading(f"prompt file {path}"):
@@ -62,6 +64,7 @@ def _parse_json_line(line: bytes, where: str) -> dict:
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f'{where} has no text under "prompt"')
+    check_captions([prompt], where)
     return entry
 
 

@@ -1,5 +1,6 @@
 """What will not work, or not make sense, in settings that are possible: sentences for the pre-flight, and nothing else."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from t2i.data.report import Report
@@ -98,12 +99,16 @@ def peak_rates(config: TrainConfig, plan: Plan) -> dict[str, tuple[float, int]]:
 
 
 def about_captions(survey: Report, size: int) -> Iterator[str]:
-    """On the samples that were looked at."""
+    """On the samples that were looked at, and on files that belong to no sample."""
+    around = Counter(line["reason"] for line in survey.skipped if line["index"] is None)
     for reason, keys in survey.keys.items():
         advice = ""
         if reason == "too small":
             advice = f": the model's images are {size} px; --data.small-images upscale takes smaller ones"
-        yield f"{len(keys)} of {survey.seen} samples looked at are skipped, {reason} ({keys[0]}){advice}"
+        if count := len(keys) - around[reason]:
+            yield f"{count} of {survey.seen} samples looked at are skipped, {reason} ({keys[0]}){advice}"
+        if count := around[reason]:
+            yield f"{count} left out, {reason} ({keys[-1]})"
 
 
 def about_windows(config: TrainConfig, logits: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from t2i.backbones.base import Backbone
 from t2i.data.cache import CodeCache, build_cache, cache_key
 from t2i.data.code_array import CodeArray
-from t2i.data.imagenet import LabelledFolder, extract_codes, open_imagenet
+from t2i.data.imagenet import LabelledFolder, extract_codes, find_classes, open_imagenet
 from t2i.data.pretokenized import LlamaGenCodes, convert_jsonl, is_llamagen_folder
 from t2i.data.samples import Sample, Source
 from t2i.data.shapes_source import parse_shapes
@@ -129,8 +129,11 @@ class TriggeredSource(Source):
     def __init__(self, source: Source, options: DataOptions):
         identity = {**source.identity, "trigger": options.trigger}
         super().__init__(source.name, identity, source.length)
-        self.left_out = source.left_out
+        self.left_out, self.remarks = source.left_out, source.remarks
         self._source, self._options = source, options
+
+    def files(self) -> list[tuple[str, Path]]:
+        return self._source.files()
 
     def __getitem__(self, index: int) -> Sample:
         return self._triggered(self._source[index])
@@ -278,6 +281,8 @@ def labelled_sources(options: LabelledOptions) -> list[Path]:
         )
     if not sources[0].exists():
         raise UserError(f"data.source: {sources[0]} is no folder and no file")
+    if sources[0].is_dir() and not is_llamagen_folder(sources[0]):
+        find_classes(sources[0], options.split)  # says what is wrong with it
     return sources
 
 
