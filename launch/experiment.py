@@ -28,7 +28,7 @@ from launch.grids import CONTROL, GRIDS, Arm
 from t2i import cli
 from t2i.errors import UserError
 from t2i.files import writable_folder
-from t2i.tensorar.model import TensorARConfig
+from t2i.tensorar.config import TensorARConfig
 from t2i.training.config import TrainConfig
 from t2i.training.recipes_llamagen import RECIPES
 

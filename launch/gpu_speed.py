@@ -23,7 +23,8 @@ from t2i.backbones.llamagen import SIZES, LlamaGen, LlamaGenConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.training.check import memory_lines
-from t2i.training.config import RECIPES, EngineOptions
+from t2i.training.config import EngineOptions
+from t2i.training.recipes_llamagen import RECIPES
 
 SAMPLING = (
     "bf16, eager, guided (two rows an image), codes only. floor_ms = (weights + keys and values) / bandwidth: weights = all but "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from t2i import presets
-from t2i.tensorar.model import TensorARConfig
+from t2i.tensorar.config import TensorARConfig
 
 CONTROL = "control"
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
@@ -38,10 +38,11 @@ from t2i.sources import (
     refuse_gone,
     with_hashes,
 )
-from t2i.tensorar.model import TensorAR, TensorARConfig
+from t2i.tensorar.config import TensorARConfig
+from t2i.tensorar.model import TensorAR
+from t2i.tuning import Tuning
 from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights
 
-Tuning = Literal["full", "codec", "lora"]
 log = logging.getLogger(__name__)
 
 EXPORTED = "tensorar"

@@ -194,3 +194,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        _leave_processes()
+
+
+def _leave_processes() -> None:
+    """Leave the group of several processes in order: an end with a connection open can abort, and hide the exit code."""
+    group = sys.modules.get("torch.distributed")  # never imported for this alone
+    if group and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        group.destroy_process_group()

@@ -24,7 +24,8 @@ from t2i.sources import (
     resolve,
 )
 from t2i.sources import shipped_bases as shipped_bases
-from t2i.tensorar.model import TensorAR, TensorARConfig
+from t2i.tensorar.config import TensorARConfig
+from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

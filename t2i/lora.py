@@ -3,36 +3,17 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from t2i.backbones.base import Backbone
-from t2i.errors import UserError
 from t2i.fields import from_json, read_object
+from t2i.tuning import LoRAConfig
 from t2i.weights import copy_weights, read_state_dict, save_weights
 
 _PEFT_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters on the backbone's attention and feed-forward layers."""
-
-    rank: int = 16
-    """Rank of the update."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input."""
-
-    def __post_init__(self):
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise UserError(
-                f"lora.rank={self.rank} must be at least 1 and lora.dropout={self.dropout} in [0, 1)"
-            )
 
 
 def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:

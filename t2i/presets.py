@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 
 from t2i.errors import UserError
-from t2i.tensorar.model import TensorARConfig
+from t2i.tensorar.config import TensorARConfig
 
 
 def iclr2026(**overrides) -> TensorARConfig:

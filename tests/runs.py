@@ -13,7 +13,7 @@ from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
 from t2i.backbones.tiny_janus import build_tiny_janus
 from t2i.files import write_json
 from t2i.imaging import save_png
-from t2i.tensorar.model import TensorARConfig
+from t2i.tensorar.config import TensorARConfig
 from t2i.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.training.config import (
     BackboneOptions,

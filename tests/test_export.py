@@ -13,7 +13,8 @@ import t2i
 from launch import export as program
 from t2i.export import export, model_card
 from t2i.files import write_json
-from t2i.lora import LoRAConfig, add_lora
+from t2i.lora import add_lora
+from t2i.tuning import LoRAConfig
 
 
 def class_base(backbone, folder):

@@ -21,8 +21,9 @@ from t2i.backbones.janus_config import JanusShape
 from t2i.backbones.tiny_janus import build_tokenizer
 from t2i.conditioning.janus_prompts import BOS, PAD, JanusPrompts
 from t2i.generation import iterate_images
-from t2i.lora import LoRAConfig, add_lora, merge_lora, without_lora
+from t2i.lora import add_lora, merge_lora, without_lora
 from t2i.tensorar.model import TensorAR
+from t2i.tuning import LoRAConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")

@@ -18,7 +18,8 @@ from geneval.prompts import official_prompts
 from geneval.shapes_detector import ShapesDetector
 from t2i import loading
 from t2i.loading import pick_device
-from t2i.lora import LoRAConfig, add_lora, load_adapter, save_adapter
+from t2i.lora import add_lora, load_adapter, save_adapter
+from t2i.tuning import LoRAConfig
 
 
 @pytest.fixture(scope="module")

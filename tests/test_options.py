@@ -9,11 +9,11 @@ from t2i.data.shapes import render, sample_scene
 from t2i.data.shapes_source import FINE_TUNING_SEED, parse_shapes
 from t2i.errors import UserError
 from t2i.evaluation.store import refuse_other_images
-from t2i.lora import LoRAConfig
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import OptimOptions
 from t2i.training.logs import choose_tracker
+from t2i.tuning import LoRAConfig
 
 
 def test_shapes_source_draws_the_fine_tuning_world():

@@ -12,11 +12,12 @@ from t2i.backbones import rar
 from t2i.backbones.base import SamplingConfig
 from t2i.backbones.rar import RAR, SIZES, RARConfig
 from t2i.files import write_json
-from t2i.lora import LoRAConfig, add_lora
+from t2i.lora import add_lora
 from t2i.rng import make_keys
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
+from t2i.tuning import LoRAConfig
 
 COUNTS = {"B": 260_923_648, "L": 461_668_352, "XL": 955_425_024, "XXL": 1_498_520_704}
 GUIDANCE = {  # of the reference at steps 0, 64, 128, 192, 255 of 256, to two digits

@@ -13,13 +13,11 @@ default: if they do (`residual="all"`), all slots pull on one h and the base's o
 Shapes: M rows (batch x windows), m memory entries, q queries, k slots, D width, H heads.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Residual = Literal["first", "all", "none"]
+from t2i.tensorar.config import Residual
 
 
 class CodecBlock(nn.Module):

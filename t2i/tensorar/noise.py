@@ -15,16 +15,13 @@ Shapes: B batch, N windows, k slots, S sub-tokens, V vocabulary, C codebook widt
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.rng import fold, integers, uniforms
-
-Schedule = Literal["linear", "sine", "sqrt", "exponential"]
-NoiseKind = Literal["categorical", "codebook", "gaussian"]
+from t2i.tensorar.config import Schedule
 
 GAUSSIAN_VARIANCE = 0.1
 """Variance of the ablation's embedding noise (arXiv 2505.16324, section 4.3)."""

@@ -12,11 +12,10 @@ from typing import Literal
 
 import tyro
 
-from t2i.checkpoint import Tuning
 from t2i.errors import UserError
-from t2i.lora import LoRAConfig
 from t2i.sampling_options import SamplingOverrides
-from t2i.tensorar.model import TensorARConfig
+from t2i.tensorar.config import TensorARConfig
+from t2i.tuning import LoRAConfig, Tuning
 
 
 @dataclass(frozen=True)

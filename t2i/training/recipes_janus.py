@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from t2i import presets
-from t2i.lora import LoRAConfig
-from t2i.tensorar.model import TensorARConfig
+from t2i.tensorar.config import TensorARConfig
 from t2i.training.config import (
     BackboneOptions,
     DataOptions,
@@ -20,6 +19,7 @@ from t2i.training.config import (
     TrainConfig,
 )
 from t2i.training.recipes_llamagen import OWN_PICTURES, small_data
+from t2i.tuning import LoRAConfig
 
 
 def _janus_pro(

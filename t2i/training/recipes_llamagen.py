@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from t2i import presets
-from t2i.tensorar.model import TensorARConfig
+from t2i.tensorar.config import TensorARConfig
 from t2i.training.config import (
     BackboneOptions,
     DataOptions,

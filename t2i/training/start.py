@@ -18,7 +18,8 @@ from t2i.checkpoint import (
 )
 from t2i.lora import merge_lora
 from t2i.sources import expand_folder, moved, prove, shipped_bases
-from t2i.tensorar.model import TensorAR, TensorARConfig
+from t2i.tensorar.config import TensorARConfig
+from t2i.tensorar.model import TensorAR
 from t2i.weights import load_strict, read_state_dict
 
 log = logging.getLogger(__name__)
