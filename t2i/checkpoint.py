@@ -36,6 +36,7 @@ from t2i.sources import (
     moved,
     published_as_folder,
     refuse_gone,
+    shipped_bases,
     with_hashes,
 )
 from t2i.tensorar.config import TensorARConfig
@@ -374,9 +375,12 @@ def load_model(
 
 
 def is_checkpoint(source: str | Path) -> bool:
-    """Whether this is a checkpoint, run or export folder (perhaps a damaged one), and not a base."""
+    """Whether this is a checkpoint, run or export folder (perhaps a damaged one), and not a base.
+
+    The bare name of a shipped base is that base, also where a folder here has this name.
+    """
     folder = Path(source)
-    if not folder.is_dir():
+    if str(source) in shipped_bases() or not folder.is_dir():
         return False
     if find_checkpoint(folder) != folder or (folder / MANIFEST).is_file():
         return True

@@ -17,6 +17,7 @@ from test_data_sources import (
     write_parquet,
 )
 
+from t2i.checkpoint import is_checkpoint, load_model
 from t2i.data import content
 from t2i.data.cache import check_cache_dir
 from t2i.data.content import ABSENT, describe_changes, hash_files
@@ -145,6 +146,16 @@ def test_a_folder_of_a_shipped_name(tmp_path, monkeypatch):
         "'shapes' is taken for the scenes that the kit draws; write './shapes'" in report.describe()
     )
     assert parse_shapes("./shapes") is None and open_source("./shapes").length == 3
+
+
+def test_a_run_of_a_shipped_name(tmp_path, monkeypatch, caplog):
+    """Case 11, for models: the run is ./shapes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "shapes" / "config.json").write_text("{}")
+    assert is_checkpoint("./shapes") and not is_checkpoint("shapes")
+    assert load_model("shapes").config.k == 1
+    assert "'shapes' is taken for the base that the kit ships; write './shapes'" in caplog.text
 
 
 # -- 7: the cache's place -----------------------------------------------------------------------------------------------------
