@@ -4,6 +4,7 @@ import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
 
 import pytest
 import torch

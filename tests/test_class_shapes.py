@@ -165,6 +165,7 @@ def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
     assert not set(seen.tolist()) & set(held_out.tolist())
 
 
+@pytest.mark.slow
 # -- processes ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("program", ["sample_imagenet", "train_imagenet"])
 def test_one_or_two_processes_and_any_kill_leave_the_same(killed, program):

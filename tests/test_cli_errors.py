@@ -293,7 +293,12 @@ def test_scripts_end_in_one_line(command, message, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_in_one_line(number, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: os.kill(os.getpid(), number))
+    # A shell starts jobs in the background with SIGINT ignored, and with them the tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(lambda: os.kill(os.getpid(), number))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler goes with the program"

@@ -42,6 +42,7 @@ def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
         run(monkeypatch, *arguments, "--out", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_grid_runs_once_and_is_reported(monkeypatch, tmp_path, capsys):
     tuned = grids._tuned("tuned", sampling={"window 1": {"window": 1}}, curve=True)
     monkeypatch.setitem(experiment.GRIDS, "levers", (grids._control(), tuned))

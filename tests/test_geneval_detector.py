@@ -246,6 +246,7 @@ def tiny_model():
     return load_mmdet(golden.CHECKPOINT, SHAPE)
 
 
+@pytest.mark.slow
 def test_the_released_size_runs_on_a_384_px_image():
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(DetectorShape().config())

@@ -108,6 +108,7 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
     assert folder_content(out) == folder_content(finished)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(finished, shapes_ckpt, tmp_path):
     out = tmp_path / "out"
     printed = by_two_processes(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)

@@ -169,6 +169,7 @@ def of_run(run_dir: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
     """SIGTERM to `deepspeed` ends that process alone: its ranks notice, save and end."""
     run_dir = tiny_world / "runs" / "deepspeed-stopped"

@@ -4,6 +4,7 @@ import json
 import time
 
 import numpy as np
+import pytest
 import torch
 
 import t2i
@@ -19,6 +20,7 @@ def recipe(out, **changes) -> Pretrain:
     return Pretrain(out=out, **{**sizes, **files, **changes})
 
 
+@pytest.mark.slow
 def test_worker_processes_draw_the_same_scenes_in_order(tmp_path):
     alone, shared = (list(drawn_scenes(recipe(tmp_path, workers=w), 8)) for w in (0, 2))
     assert [len(images) for images, _ in alone] == [8, 8, 4]

@@ -78,6 +78,7 @@ def test_readme_has_commands():
     assert len(readme_commands()) >= 5
 
 
+@pytest.mark.slow
 def test_quickstart_runs(tmp_path, monkeypatch, capsys):
     arguments = ["--steps", "2", "--images", "300", "--prompts-per-task", "1", "--samples", "1"]
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out", str(tmp_path), *arguments])
