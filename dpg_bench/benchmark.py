@@ -1,9 +1,11 @@
-"""DPG-Bench as a benchmark for `t2i.evaluation.runner`: its prompts, its judge, its numbers, its gallery cards.
+"""DPG-Bench as a benchmark for `t2i.evaluation.runner`: its prompts, its judge, its numbers, its
+gallery cards.
 
 evaluate(DPGBench(graph, judge), out, model=model)
 evaluate(DPGBench(graph, judge), out, images=folder)
 
-A row of results.jsonl is an image: every question with its category, parents and answer, and the image's score both ways.
+A row of results.jsonl is an image: every question with its category, parents and answer, and the
+image's score both ways.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +63,9 @@ class DPGBench:
             self.label += f" ({', '.join(filter(None, facts))})"
 
     def identity(self) -> dict:
-        """Who answers which questions; the weights by their hash, whatever their folder is called."""
+        """Who answers which questions; the weights by their hash, whatever their folder is
+        called.
+        """
         who = dict(self.answering.identity())
         if who.get("sha256"):
             who.pop("weights", None)
@@ -118,7 +122,9 @@ class DPGBench:
 
 
 def _passed(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[int, float]:
-    """Proposition -> whether it passed, 1 or 0; empty for a prompt that cannot be scored (see `MissingParentError`)."""
+    """Proposition -> whether it passed, 1 or 0; empty for a prompt that cannot be scored (see
+    `MissingParentError`).
+    """
     try:
         return score_questions(questions, answers)[1]
     except MissingParentError:
@@ -131,7 +137,9 @@ def _mean(passed: Mapping[int, float]) -> float | None:
 
 
 def _reason(question: dict, by_id: Mapping[int, dict]) -> str:
-    """A failed question with its answer; below it what it depends on. A yes without one of those is void."""
+    """A failed question with its answer; below it what it depends on. A yes without one of those is
+    void.
+    """
     parents = [f"depends on: {_outcome(by_id[parent])}" for parent in question["parents"]]
     return "\n".join([_outcome(question), *parents])
 
@@ -144,7 +152,8 @@ def _outcome(question: dict) -> str:
 def by_prompt(rows: Iterable[dict]) -> dict[str, dict[str, list[float]]]:
     """What two results are compared in: score -> item -> values in 0..100.
 
-    The overall scores have one value a prompt, the mean of its images; the categories (corrected) one an answer.
+    The overall scores have one value a prompt, the mean of its images; the categories (corrected)
+    one an answer.
     """
     images: dict[str, dict[str, list[float]]] = {OFFICIAL: {}, CORRECTED: {}}
     categories: dict[str, dict[str, list[float]]] = {}

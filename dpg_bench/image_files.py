@@ -1,10 +1,11 @@
-"""DPG-Bench's image files brought into the layout that all evaluators here read (t2i.evaluation.store).
+"""DPG-Bench's image files brought into the layout that all evaluators here read
+(t2i.evaluation.store).
 
-ITEM.png                   the official form, a 2 x 2 grid of a prompt's images; or one image, where one is all there is
-ITEM_0.png, ITEM_1.png     single files
+ITEM.png                   the official form, a 2 x 2 grid of a prompt's images; or one image, where
+one is all there is ITEM_0.png, ITEM_1.png     single files
 
-They are copied to OUT/images/00000/samples/..., and OUT/source.json says from where; a prompt whose files have not changed
-since is not copied again.
+They are copied to OUT/images/00000/samples/..., and OUT/source.json says from where; a prompt whose
+files have not changed since is not copied again.
 """
 
 import hashlib
@@ -40,7 +41,9 @@ Files = dict[int, dict[int, Path]]
 
 @dataclass(frozen=True)
 class Form:
-    """How files hold images: so many a prompt; resolution: side of an image in a grid, None without grids."""
+    """How files hold images: so many a prompt; resolution: side of an image in a grid, None without
+    grids.
+    """
 
     samples: int
     resolution: int | None
@@ -77,7 +80,8 @@ def arrange(
     resolution: int | None,
     processes: Processes,
 ) -> Path:
-    """The folder to judge: `folder` itself if it is in the common layout, else OUT/images; every process calls it.
+    """The folder to judge: `folder` itself if it is in the common layout, else OUT/images; every
+    process calls it.
 
     Args:
         entries: all prompts, each with "item_id" and "prompt".
@@ -128,7 +132,9 @@ def _find(folder: Path, entries: Sequence[dict]) -> Files:
 def _check(
     folder: Path, files: Files, entries: Sequence[dict], selected: Sequence[int], scope: Scope
 ) -> None:
-    """UserError names what is missing (as grids, where no file is numbered), more than wanted, or there twice."""
+    """UserError names what is missing (as grids, where no file is numbered), more than wanted, or
+    there twice.
+    """
     inventory = Inventory(folder, 0)
     by_number = any(set(of_prompt) - {_WHOLE} for of_prompt in files.values())
     for index in selected:
@@ -173,7 +179,8 @@ def _read_source(out: Path) -> dict | None:
 def _copy(
     files: Files, entries: Sequence[dict], selected: Sequence[int], out: Path, form: Form
 ) -> list[str]:
-    """Write the images of prompts whose files have changed, and remove those of files that are gone.
+    """Write the images of prompts whose files have changed, and remove those of files that are
+    gone.
 
     Returns:
         What is wrong with files that give no images.

@@ -1,7 +1,8 @@
-"""Who answers DPG-Bench's questions: one interface, chosen by name, and always named beside the score.
+"""Who answers DPG-Bench's questions: one interface, chosen by name, and always named beside the
+score.
 
-mplug     the official judge (mPLUG-large); the only one whose numbers belong in a table with others'
-shapes    the exact detector, for the shapes world's own questions
+mplug     the official judge (mPLUG-large); the only one whose numbers belong in a table with
+others' shapes    the exact detector, for the shapes world's own questions
 blip-vqa  BLIP's VQA model, the nearest relative of mPLUG in `transformers`
 vlm       any image-text-to-text model of `transformers`, by P("yes") against P("no")
 """

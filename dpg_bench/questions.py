@@ -203,7 +203,9 @@ def _question(row: dict, line: int) -> Question:
 
 
 def graph_problems(questions: Sequence[Question]) -> list[str]:
-    """What keeps these questions from being scored, each named by its row; empty when all is well."""
+    """What keeps these questions from being scored, each named by its row; empty when all is
+    well.
+    """
     problems = []
     last_of_item: dict[str, int] = {}
     for index, question in enumerate(questions):
@@ -240,7 +242,9 @@ def _item_problems(rows: Sequence[Question]) -> list[str]:
 
 
 def _circle(parents: dict[int, tuple[int, ...]]) -> list[int] | None:
-    """One circle of dependencies, first proposition repeated at its end; None where there is none."""
+    """One circle of dependencies, first proposition repeated at its end; None where there is
+    none.
+    """
     sound: set[int] = set()
     for start in parents:
         way, choices = [start], [iter(parents[start])]

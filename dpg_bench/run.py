@@ -1,4 +1,5 @@
-"""DPG-Bench: draw a model's images and judge them, judge a folder of images, or compare two results.
+"""DPG-Bench: draw a model's images and judge them, judge a folder of images, or compare two
+results.
 
 python dpg_bench/run.py --ckpt runs/mine
 python dpg_bench/run.py --ckpt shapes                                  # the shipped base by itself
@@ -25,13 +26,19 @@ class DPGOptions(BenchmarkOptions):
     """What to judge, and by whom."""
 
     questions: str = "auto"
-    """official (downloaded on first use), shapes (the shapes world's), a .csv file, or auto (by the model)."""
+    """official (downloaded on first use), shapes (the shapes world's), a .csv file, or auto (by the
+    model).
+    """
     judge: Literal["auto", "mplug", "shapes", "blip-vqa", "vlm"] = "auto"
-    """mplug (the official one), shapes (exact, for the shapes world), blip-vqa, vlm, or auto (by questions and model)."""
+    """mplug (the official one), shapes (exact, for the shapes world), blip-vqa, vlm, or auto (by
+    questions and model).
+    """
     judge_weights: str | None = None
     """Folder or hub id of the judge's weights, if not its usual ones."""
     resolution: int | None = None
-    """--images holds 2 x 2 grids ITEM.png of images of so many pixels a side (without: ITEM.png or ITEM_0.png ... are images)."""
+    """--images holds 2 x 2 grids ITEM.png of images of so many pixels a side (without: ITEM.png or
+    ITEM_0.png ... are images).
+    """
 
 
 def main() -> None:

@@ -43,9 +43,11 @@ Answers = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean in 0..100 (None of nothing), its bootstrap standard error (None of one prompt), and of what.
+    """A mean in 0..100 (None of nothing), its bootstrap standard error (None of one prompt), and of
+    what.
 
-    n: values (prompts for the overall score, answers for a category), of so many images and prompts.
+    n: values (prompts for the overall score, answers for a category), of so many images and
+    prompts.
     """
 
     mean: float | None
@@ -77,7 +79,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class Report:
-    """Both ways to count, and what a complete run would have had: "item" or "item: 3 of 4 images"."""
+    """Both ways to count, and what a complete run would have had: "item" or "item: 3 of 4
+    images".
+    """
 
     official: Summary
     corrected: Summary
@@ -235,7 +239,9 @@ def _mean(
 
 
 def list_scores(report: Report) -> list[Score]:
-    """Both ways to count, the overall scores first, then each L1 category with its L2 categories."""
+    """Both ways to count, the overall scores first, then each L1 category with its L2
+    categories.
+    """
     columns = {OFFICIAL: report.official, CORRECTED: report.corrected}
     names = [OVERALL]
     for broad in report.corrected.l1:

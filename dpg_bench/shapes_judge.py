@@ -1,7 +1,7 @@
 """The shapes world's judge: its propositions answered by the exact detector and GenEval's rules.
 
-It reads a question's `tuple` (see `dpg_bench.shapes_questions`), not its words, and answers "yes" or
-"no". Shapes: H x W image.
+It reads a question's `tuple` (see `dpg_bench.shapes_questions`), not its words, and answers "yes"
+or "no". Shapes: H x W image.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class ShapesJudge:
         return judge(entry, detections, colors_of).correct
 
     def _geneval_entry(self, question: Question, arguments: list[str]) -> dict:
-        """The proposition as a GenEval prompt: one definition of what counting or "left of" means."""
+        """The proposition as a GenEval prompt: one definition of what counting or "left of"
+        means.
+        """
         match question.category, arguments:
             case "entity - whole", [shape]:
                 include = [{"class": shape, "count": 1}]

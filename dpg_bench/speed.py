@@ -1,4 +1,5 @@
-"""Questions per second of the mPLUG judge: the image encoded once, against once per question as in the official script.
+"""Questions per second of the mPLUG judge: the image encoded once, against once per question as in
+the official script.
 
 Random weights in the shape of the published model (566 M parameters), one image, in turns, so that
 whatever else the machine does hits all ways alike.
@@ -37,9 +38,12 @@ class Timing:
     image_res: int = 504
     """Side of the judge's input in pixels: 504 gives 1,297 image tokens."""
     stride_layer: int = 6
-    """Every how many fusion layers text and image attend to each other in both directions (6: never)."""
+    """Every how many fusion layers text and image attend to each other in both directions (6:
+    never).
+    """
     answer_tokens: int = 2
-    """Tokens of an answer with its end: "yes" is 2. Random weights would go on to the limit of 10."""
+    """Tokens of an answer with its end: "yes" is 2. Random weights would go on to the limit of 10.
+    """
     rounds: int = 1
     device: str = "cpu"
     small: bool = False

@@ -1,4 +1,5 @@
-"""Other judges, through `transformers`: they answer "yes" or "no", whichever is likelier as the first token.
+"""Other judges, through `transformers`: they answer "yes" or "no", whichever is likelier as the
+first token.
 
 Their scores are not DPG-Bench's: a judge moves a score by points and can change a ranking. A number
 from here is for comparing a model with itself, and always carries the judge's name.
@@ -134,7 +135,9 @@ class BlipJudge(_YesNoJudge):
 
 
 class ChatJudge(_YesNoJudge):
-    """An image-text-to-text model with a chat template (Qwen-VL and its like), one question at a time."""
+    """An image-text-to-text model with a chat template (Qwen-VL and its like), one question at a
+    time.
+    """
 
     name = "vlm"
     model_class = AutoModelForImageTextToText

@@ -1,7 +1,8 @@
 """GenEval (arXiv 2310.11513) as a library: detector, judge, summary.
 
-`score(images, metadata)` does it all for images in memory, as a reward does; `geneval.benchmark.GenEval` is the whole benchmark
-with files and pages, for `t2i.evaluation.runner.evaluate`.
+`score(images, metadata)` does it all for images in memory, as a reward does;
+`geneval.benchmark.GenEval` is the whole benchmark with files and pages, for
+`t2i.evaluation.runner.evaluate`.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ def score(
 ) -> Report:
     """Judge images and summarise.
 
-    images: PIL images, uint8 arrays [H, W, 3] or files, prompt by prompt: the same number of images for
-    each entry of `metadata`, in its order. metadata: in GenEval's schema (tag, prompt, include, exclude),
-    or the words of one of GenEval's 553 prompts, or of the shapes world's. detector: Mask2Former with
-    CLIP, loaded once and on a GPU where there is one, if None. seed: of the bootstrap standard errors.
+    images: PIL images, uint8 arrays [H, W, 3] or files, prompt by prompt: the same number of images
+    for each entry of `metadata`, in its order. metadata: in GenEval's schema (tag, prompt, include,
+    exclude), or the words of one of GenEval's 553 prompts, or of the shapes world's. detector:
+    Mask2Former with CLIP, loaded once and on a GPU where there is one, if None. seed: of the
+    bootstrap standard errors.
 
     Raises UserError when an argument is of another kind, when the numbers do not fit, or when the
     detector cannot name a class or colour that the metadata asks for.

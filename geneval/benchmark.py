@@ -1,4 +1,5 @@
-"""GenEval as a benchmark for `t2i.evaluation.runner`: its prompts, its judge, its numbers, its gallery cards.
+"""GenEval as a benchmark for `t2i.evaluation.runner`: its prompts, its judge, its numbers, its
+gallery cards.
 
 evaluate(GenEval(metadata, detector), out, model=model)
 evaluate(GenEval(metadata, detector), out, images=folder)
@@ -48,7 +49,8 @@ class GenEval:
         """entries: GenEval metadata in the order of the folder numbers. prompts: what to call them.
 
         Raises:
-            UserError: an entry is not in GenEval's schema, or asks for what the detector cannot name.
+            UserError: an entry is not in GenEval's schema, or asks for what the detector cannot
+                name.
         """
         for index, entry in enumerate(entries):
             _check_schema(index, entry)
@@ -106,7 +108,8 @@ class GenEval:
 
 
 def load_prompts(name: str) -> list[dict]:
-    """The entries of "official" (553), "shapes" (the shapes world's own, 120), or of a metadata file.
+    """The entries of "official" (553), "shapes" (the shapes world's own, 120), or of a metadata
+    file.
 
     Raises:
         UserError: the file cannot be read.
@@ -123,7 +126,9 @@ def load_prompts(name: str) -> list[dict]:
 
 
 def _check_schema(index: int, entry: Mapping) -> None:
-    """UserError unless the entry has a tag and asks for something, with a class and a count each time."""
+    """UserError unless the entry has a tag and asks for something, with a class and a count each
+    time.
+    """
     items = [*entry.get("include", []), *entry.get("exclude", [])]
     whole = all(isinstance(i, dict) and {"class", "count"} <= set(i) for i in items)
     if not isinstance(entry.get("tag"), str) or not items or not whole:
@@ -136,7 +141,8 @@ def _check_schema(index: int, entry: Mapping) -> None:
 def draw_masks(
     size: tuple[int, int], detections: Mapping[str, Detections], verdict: Verdict
 ) -> Image.Image | None:
-    """The masks of the detections that the verdict rests on, one colour per class; the most confident on top.
+    """The masks of the detections that the verdict rests on, one colour per class; the most
+    confident on top.
 
     Masks are hatched, because a tint would change the colours that a verdict may be about.
 

@@ -68,7 +68,9 @@ class ColorClassifier:
 
     @torch.inference_mode()
     def classify(self, image: Image.Image, name: str, detections: Detections) -> list[str]:
-        """One colour for each detection of the class `name`; boxes and masks in the upright image."""
+        """One colour for each detection of the class `name`; boxes and masks in the upright
+        image.
+        """
         if name not in self._classifiers:
             self._classifiers[name] = self._classifier(name)
         crops = object_crops(image, detections)

@@ -1,8 +1,9 @@
 """The judges' eyes by name: the official detector, its approximation, and the shapes world's.
 
 - `mask2former`: Mask2Former Swin-S with the weights that GenEval is defined by, and CLIP's colours.
-- `mask2former-hf`: the same code with the weights of the hub's facebook/mask2former-swin-small-coco-
-  instance, another training run. Its scores are near GenEval's and are not GenEval's.
+- `mask2former-hf`: the same code with the weights of the hub's
+  facebook/mask2former-swin-small-coco- instance, another training run. Its scores are near
+  GenEval's and are not GenEval's.
 - `shapes`: exact, for pictures of the offline shapes world.
 """
 

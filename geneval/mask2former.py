@@ -59,7 +59,8 @@ class Mask2FormerDetector:
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> dict[str, Detections]:
-        """Class -> its detections with masks (boxes in the upright image), classes without any left out.
+        """Class -> its detections with masks (boxes in the upright image), classes without any left
+        out.
 
         Most probable class first within a class; an empty mask has score 0 and box 0, 0, 0, 0.
         """

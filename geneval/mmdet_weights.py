@@ -1,4 +1,6 @@
-"""Loading Mask2Former into transformers, strictly: from mmdet's checkpoint, or a transformers folder."""
+"""Loading Mask2Former into transformers, strictly: from mmdet's checkpoint, or a transformers
+folder.
+"""
 
 from __future__ import annotations
 

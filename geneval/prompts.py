@@ -62,7 +62,9 @@ def draw_prompts(seed: int, per_task: int) -> list[dict]:
 
 
 def metadata_line(entry: dict) -> str:
-    """One line of `evaluation_metadata.jsonl`, and a folder's `metadata.jsonl`, less the newline."""
+    """One line of `evaluation_metadata.jsonl`, and a folder's `metadata.jsonl`, less the
+    newline.
+    """
     return json.dumps(entry)
 
 

@@ -1,5 +1,5 @@
-"""The judge's weight files. Detector files carry the first eight digits of their SHA-256 in their names (OpenMMLab's rule), CLIP's
-has all 64 in its address.
+"""The judge's weight files. Detector files carry the first eight digits of their SHA-256 in their
+names (OpenMMLab's rule), CLIP's has all 64 in its address.
 """
 
 from t2i.evaluation.published import PublishedFile

@@ -1,10 +1,12 @@
-"""Seconds per training step and per image, and peak memory, for the base and for TensorAR, as ratios inside one run.
+"""Seconds per training step and per image, and peak memory, for the base and for TensorAR, as
+ratios inside one run.
 
-Contenders take turns in every round, so that whatever else the machine does hits all of them; the table gives medians and the ratio
-to the base. Memory is measured in a fresh process per contender.
+Contenders take turns in every round, so that whatever else the machine does hits all of them; the
+table gives medians and the ratio to the base. Memory is measured in a fresh process per contender.
 
     python launch/benchmark.py                                # the shapes base
-    python launch/benchmark.py --size B --batch 4 --rounds 3  # LlamaGen-B's shape with random weights
+    # LlamaGen-B's shape with random weights
+    python launch/benchmark.py --size B --batch 4 --rounds 3
 """
 
 import multiprocessing
@@ -29,7 +31,9 @@ class Benchmark:
     """What to time."""
 
     size: str | None = None
-    """A published LlamaGen size (class-conditional, random weights); the shipped shapes base if not given."""
+    """A published LlamaGen size (class-conditional, random weights); the shipped shapes base if not
+    given.
+    """
     methods: tuple[str, ...] = ("base", "tuned", "iclr2026", "arxiv2505")
     """Presets to compare; ratios are to the first."""
     batch: int = 32
@@ -38,7 +42,9 @@ class Benchmark:
     """Images sampled at once."""
     rounds: int = 5
     memory: bool = True
-    """Also measure peak memory, each in its own process (on the CPU: of the whole process, Linux only)."""
+    """Also measure peak memory, each in its own process (on the CPU: of the whole process, Linux
+    only).
+    """
     out: Path | None = None
     """Also write the table to this file."""
 

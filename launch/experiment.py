@@ -1,8 +1,10 @@
-"""Run a declared grid of fine-tunings on the shapes world, score every one, and keep one JSON line per result.
+"""Run a declared grid of fine-tunings on the shapes world, score every one, and keep one JSON line
+per result.
 
-A grid (`launch/grids.py`) names arms: settings of the method, of the optimizer and of sampling. Every arm starts from the same base in
-the same data order as the control, which is an arm as well. What is in results.jsonl is not done again; a run that was stopped goes
-on from its last checkpoint; several processes may work on one grid with --share.
+A grid (`launch/grids.py`) names arms: settings of the method, of the optimizer and of sampling.
+Every arm starts from the same base in the same data order as the control, which is an arm as well.
+What is in results.jsonl is not done again; a run that was stopped goes on from its last checkpoint;
+several processes may work on one grid with --share.
 
     python launch/experiment.py levers --bases 1m=runs/shapes-1m 3m=shapes
     python launch/experiment.py levers --share 0/2 & python launch/experiment.py levers --share 1/2

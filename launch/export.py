@@ -1,6 +1,8 @@
-"""Merge a checkpoint into a folder that stands alone, for transformers and the hub, with TensorAR's codec and a model card.
+"""Merge a checkpoint into a folder that stands alone, for transformers and the hub, with TensorAR's
+codec and a model card.
 
-python launch/export.py --ckpt runs/mine --out exported --prompt "a red bus in the rain" --results eval/results.json
+python launch/export.py --ckpt runs/mine --out exported --prompt "a red bus in the rain" \\
+    --results eval/results.json
 python launch/export.py --ckpt runs/mine --out exported --push-to-hub owner/name
 """
 
@@ -39,7 +41,9 @@ class ExportConfig:
     results: tuple[Path, ...] = ()
     """results.json files of benchmarks, for the model card."""
     push_to_hub: str | None = None
-    """Also upload the folder to this repository (owner/name); needs a login (`hf auth login`). If --out is complete, it is only uploaded."""
+    """Also upload the folder to this repository (owner/name); needs a login (`hf auth login`). If
+    --out is complete, it is only uploaded.
+    """
     private: bool = False
     """Create that repository as a private one."""
 

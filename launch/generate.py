@@ -1,12 +1,15 @@
 """Draw images of prompts, into the GenEval folder layout with a contact sheet.
 
 python launch/generate.py --ckpt runs/shapes --prompt "a photo of a red circle" --samples 4
-python launch/generate.py --ckpt shapes --prompt-file prompts.txt                       # a base that the kit ships
-python launch/generate.py --base.family llamagen --base.weights peizesun/llamagen_t2i:t2i_XL_stage1_256.pt \\
-    --base.tokenizer peizesun/llamagen_t2i:vq_ds16_t2i.pt --base.text-encoder google/flan-t5-xl --prompt "a bus"
+# a base that the kit ships
+python launch/generate.py --ckpt shapes --prompt-file prompts.txt
+python launch/generate.py --base.family llamagen \\
+    --base.weights peizesun/llamagen_t2i:t2i_XL_stage1_256.pt \\
+    --base.tokenizer peizesun/llamagen_t2i:vq_ds16_t2i.pt \\
+    --base.text-encoder google/flan-t5-xl --prompt "a bus"
 
-Every request has a folder of its own unless --out names one: the same request goes on where it stopped, and another model, seed
-or prompt never gets into it.
+Every request has a folder of its own unless --out names one: the same request goes on where it
+stopped, and another model, seed or prompt never gets into it.
 """
 
 import sys
@@ -38,7 +41,9 @@ class GenerateConfig(ModelOptions):
     prompt_file: Path | None = None
     """One prompt per line, or .jsonl with a "prompt" in every line (such as GenEval's metadata)."""
     out: Path | None = None
-    """Folder for 00000/samples/00000.png ... and grid.png; outputs/<model>-<hash of the request> if not given."""
+    """Folder for 00000/samples/00000.png ... and grid.png; outputs/<model>-<hash of the request> if
+    not given.
+    """
     samples: int = 4
     """Images per prompt."""
     seed: int = 0

@@ -1,11 +1,14 @@
 """What only a GPU can show, in one command of at most eight minutes, the most valuable first.
 
-Every result is written to --out at once (`results.jsonl`; `report.md` after each part), so a run that is cut off keeps what it has;
-a part that fails is recorded and the rest goes on. Exit code 1 says that something computes other numbers than the official code,
-or than itself another way. It needs a clone with its tests (the golden data are there), pytest and peft, but neither deepspeed nor datasets.
+Every result is written to --out at once (`results.jsonl`; `report.md` after each part), so a run
+that is cut off keeps what it has; a part that fails is recorded and the rest goes on. Exit code 1
+says that something computes other numbers than the official code, or than itself another way. It
+needs a clone with its tests (the golden data are there), pytest and peft, but neither deepspeed nor
+datasets.
 
     python launch/gpu_check.py --out runs/gpu-check
-    python launch/gpu_check.py --out runs/rehearsal --tiny                    # on a CPU, in a minute
+    # on a CPU, in a minute
+    python launch/gpu_check.py --out runs/rehearsal --tiny
     python launch/gpu_check.py --out runs/gpu-check --parts sampling training
 """
 
@@ -40,7 +43,9 @@ class Part:
     """A question and the time that its answer may take."""
 
     rows: Callable[[torch.device, bool], Iterator[tuple[dict, Callable[[], dict]]]]
-    """Of the device and "tiny": yields what a row of results is about, and the work that fills it; a row with "ok" is a check."""
+    """Of the device and "tiny": yields what a row of results is about, and the work that fills it;
+    a row with "ok" is a check.
+    """
     seconds: float
     """No further row is begun after so long."""
     about: str
@@ -128,7 +133,9 @@ def _text(value: object) -> str:
 
 
 def run_part(name: str, device: torch.device, tiny: bool, end: float, record: Record) -> None:
-    """All rows of a part, until its time or the whole run's is over; what goes wrong is a row, too."""
+    """All rows of a part, until its time or the whole run's is over; what goes wrong is a row,
+    too.
+    """
     start = time.time()
     end = min(end, start + PARTS[name].seconds)
     for about, work in PARTS[name].rows(device, tiny):

@@ -1,4 +1,6 @@
-"""Do the models compute on this device what the official code computed, and the same thing every way? (parts of `gpu_check.py`)"""
+"""Do the models compute on this device what the official code computed, and the same thing every
+way? (parts of `gpu_check.py`)
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -141,7 +143,9 @@ FAMILIES = {
 
 
 def golden(device: torch.device, tiny: bool) -> Rows:
-    """Each golden checkpoint in fp32 and bf16. In bf16 codes may differ: one rounding changes all that follow."""
+    """Each golden checkpoint in fp32 and bf16. In bf16 codes may differ: one rounding changes all
+    that follow.
+    """
     for family, read in FAMILIES.items():
         for parameter in helpers.golden_cases(family):
             case = parameter.values[0]

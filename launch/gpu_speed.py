@@ -1,4 +1,5 @@
-"""How fast are sampling and training here, and how near to what the hardware allows? (parts of `gpu_check.py`)
+"""How fast are sampling and training here, and how near to what the hardware allows? (parts of
+`gpu_check.py`)
 
 Models have published shapes and random weights: speed does not depend on their values.
 """

@@ -17,7 +17,9 @@ class Arm:
     optim: dict = field(default_factory=dict)
     """Overrides of `OptimOptions`."""
     sampling: dict[str, dict] = field(default_factory=dict)
-    """Further ways of sampling, as overrides of the base's `SamplingConfig`; the base's own is always scored."""
+    """Further ways of sampling, as overrides of the base's `SamplingConfig`; the base's own is
+    always scored.
+    """
     curve: bool = False
     """Score the checkpoint at half of the run as well."""
 

@@ -1,4 +1,6 @@
-"""Fine-tune, validate, sample, judge on the shapes world: what the quickstart and the experiments share."""
+"""Fine-tune, validate, sample, judge on the shapes world: what the quickstart and the experiments
+share.
+"""
 
 import shutil
 from collections.abc import Sequence
@@ -37,7 +39,9 @@ def loaded(folder: Path) -> TensorAR:
 
 
 def held_out(run: TrainConfig, model: TensorAR) -> TrainingData:
-    """The run's data; its held-out set depends on the data and the seed only, so all methods share it."""
+    """The run's data; its held-out set depends on the data and the seed only, so all methods share
+    it.
+    """
     return TrainingData(run, model.backbone, start_processes())
 
 

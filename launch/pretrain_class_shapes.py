@@ -1,13 +1,16 @@
-"""Make the offline world of `launch/train_imagenet.py --size shapes`: images by class, and a tiny base of a family.
+"""Make the offline world of `launch/train_imagenet.py --size shapes`: images by class, and a tiny
+base of a family.
 
     python launch/pretrain_class_shapes.py --backbone rar --out runs/class-shapes
 
     runs/class-shapes/images/train/<class>/000000.png ...      one shape in one colour: its class
-    runs/class-shapes/rar/                                     tokenizer.pt, model.pt (official layouts), config.json
+    runs/class-shapes/rar/                                     tokenizer.pt, model.pt (official
+    layouts), config.json
 
-A class of the folder is shape x colour, named as in ImageNet (n00000000 ...). The tokenizer is trained first, then the generator from
-random weights by the kit's own training loop, with k = 1. Nothing of it is shipped: a few minutes on one core make it again. What was
-killed goes on, the generator at its newest checkpoint; what is finished is kept, and only with the same recipe.
+A class of the folder is shape x colour, named as in ImageNet (n00000000 ...). The tokenizer is
+trained first, then the generator from random weights by the kit's own training loop, with k = 1.
+Nothing of it is shipped: a few minutes on one core make it again. What was killed goes on, the
+generator at its newest checkpoint; what is finished is kept, and only with the same recipe.
 """
 
 import random
@@ -95,7 +98,9 @@ def write_images(cfg: Pretrain, folder: Path) -> None:
 
 
 def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
-    """Image `number` of a class, `size` pixels wide: one shape at a random place and of a random size."""
+    """Image `number` of a class, `size` pixels wide: one shape at a random place and of a random
+    size.
+    """
     dice = random.Random(f"class shapes {seed} {label} {number}")
     side = dice.randrange(24, 34, 2)
     x, y = (dice.randint(side // 2 + 2, 62 - side // 2) for _ in range(2))
@@ -105,7 +110,8 @@ def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
 def pretraining(cfg: Pretrain, start: Path, images: Path) -> "TrainConfig":
     """The generator's training as a run of the kit: k = 1, every weight at one rate.
 
-    What fine-tuning holds out is held out here, too (the first of one random order): no base has seen it.
+    What fine-tuning holds out is held out here, too (the first of one random order): no base has
+    seen it.
     """
     from t2i import presets
     from t2i.training.config import (

@@ -1,6 +1,8 @@
-"""Pre-train the tiny offline Janus on the shapes world, with the image tokenizer of the shapes base.
+"""Pre-train the tiny offline Janus on the shapes world, with the image tokenizer of the shapes
+base.
 
-This is how `t2i/assets/shapes-janus/` was made: a folder in transformers' layout, loaded by the same code as the published models.
+This is how `t2i/assets/shapes-janus/` was made: a folder in transformers' layout, loaded by the
+same code as the published models.
 
     python launch/pretrain_janus_shapes.py --out runs/shapes-janus-base
 """
@@ -68,7 +70,9 @@ def build(cfg: PretrainJanus, tokenizer: VQTokenizer, side: int) -> Janus:
 
 
 def train(cfg: PretrainJanus, backbone: Janus, scenes: Scenes) -> None:
-    """The usual next-code loss, a tenth of the prompts dropped; the understanding side stays as it is."""
+    """The usual next-code loss, a tenth of the prompts dropped; the understanding side stays as it
+    is.
+    """
     prepared = backbone.prepare(every_prompt())
     model = TensorAR(backbone, base_method()).train()
     trained = nn.ModuleList(backbone.trained_modules())

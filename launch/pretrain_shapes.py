@@ -1,17 +1,23 @@
-"""Pre-train the tiny offline base model: VQ tokenizer, then T5-style text encoder + LlamaGen text-to-image GPT.
+"""Pre-train the tiny offline base model: VQ tokenizer, then T5-style text encoder + LlamaGen
+text-to-image GPT.
 
-This is how `t2i/assets/shapes/` was made. Files have official layouts, so that the shipped base is loaded by the same code as the
-published checkpoints; what is finished is kept. Bases of other sizes may share one tokenizer and its codes:
+This is how `t2i/assets/shapes/` was made. Files have official layouts, so that the shipped base is
+loaded by the same code as the published checkpoints; what is finished is kept. Bases of other sizes
+may share one tokenizer and its codes:
 
     python launch/pretrain_shapes.py --out runs/shapes-base
-    python launch/pretrain_shapes.py --out runs/shapes-1m --dim 128 --layers 4 --tokenizer runs/shapes-base/vq.pt
+    python launch/pretrain_shapes.py --out runs/shapes-1m --dim 128 --layers 4 \\
+        --tokenizer runs/shapes-base/vq.pt
 
-A GPU with some CPU cores beside it makes a larger one in minutes; OUT/partial is what there is if it is stopped:
+A GPU with some CPU cores beside it makes a larger one in minutes; OUT/partial is what there is if
+it is stopped:
 
-    python launch/pretrain_shapes.py --out runs/shapes-7m --tokenizer t2i/assets/shapes/vq.pt --dim 256 --layers 8 --workers 16 \\
-        --scenes 2000000 --minutes 6 --gpt-steps 1000000 --gpt-batch 512 --gpt-lr 1.5e-3 --compile
+    python launch/pretrain_shapes.py --out runs/shapes-7m --tokenizer t2i/assets/shapes/vq.pt \\
+        --dim 256 --layers 8 --workers 16 --scenes 2000000 --minutes 6 \\
+        --gpt-steps 1000000 --gpt-batch 512 --gpt-lr 1.5e-3 --compile
 
-OUT/constant_rate is the base before its rate fell (published bases are of that kind); OUT/scores.json judges both as the quickstart does.
+OUT/constant_rate is the base before its rate fell (published bases are of that kind);
+OUT/scores.json judges both as the quickstart does.
 """
 
 import logging
@@ -66,7 +72,9 @@ class Pretrain:
     tokenizer: Path | None = None
     """Finished tokenizer to use instead of training one."""
     scenes: int = 96000
-    """Number of captioned scenes for the GPT: enough to see each about twice, or a few million parameters learn them by heart."""
+    """Number of captioned scenes for the GPT: enough to see each about twice, or a few million
+    parameters learn them by heart.
+    """
     gpt_steps: int = 3000
     gpt_batch: int = 64
     gpt_lr: float = 2e-3
@@ -77,7 +85,9 @@ class Pretrain:
     text_dim: int = 128
     """Width of the text encoder."""
     minutes: float | None = None
-    """End scenes (after a third of it) and training after so long, if `scenes` and `gpt_steps` have not ended them before."""
+    """End scenes (after a third of it) and training after so long, if `scenes` and `gpt_steps` have
+    not ended them before.
+    """
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0
@@ -123,7 +133,9 @@ def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 
 
 def drawn_scenes(cfg: Pretrain, chunk: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """All scenes in order, `chunk` at a time, by `cfg.workers` processes that stay a little ahead."""
+    """All scenes in order, `chunk` at a time, by `cfg.workers` processes that stay a little
+    ahead.
+    """
     draw = partial(draw_scenes, cfg.seed, cfg.image_size)
     chunks = (range(i, min(i + chunk, cfg.scenes)) for i in range(0, cfg.scenes, chunk))
     if not cfg.workers:
@@ -144,7 +156,9 @@ def drawn_scenes(cfg: Pretrain, chunk: int) -> Iterator[tuple[np.ndarray, list[s
 
 
 def scene_codes(cfg: Pretrain, tokenizer: Path, end: float = float("inf")) -> Scenes:
-    """Codes and prompts of the scenes, as many as there are at the time `end`; all of them are kept beside the tokenizer."""
+    """Codes and prompts of the scenes, as many as there are at the time `end`; all of them are kept
+    beside the tokenizer.
+    """
     path = tokenizer.with_name(f"codes-{cfg.seed}-{cfg.scenes}.npz")
     if path.exists():
         stored = dict(np.load(path))
@@ -183,7 +197,9 @@ def encode_scenes(cfg: Pretrain, tokenizer: Path, end: float) -> dict[str, np.nd
 
 
 def train_tokenizer(cfg: Pretrain) -> VQTokenizer:
-    """L1 + MSE reconstruction, cosine codebook; codes that nothing uses move onto latents of a batch."""
+    """L1 + MSE reconstruction, cosine codebook; codes that nothing uses move onto latents of a
+    batch.
+    """
     torch.manual_seed(cfg.seed)
     model = VQTokenizer(VQConfig(32, (1, 1, 2, 2), 1, 64, codebook_size=1024, codebook_dim=8))
     model.to(memory_format=torch.channels_last)
@@ -225,7 +241,9 @@ def revive_codes(model: VQTokenizer, z_NE: Tensor, used: Tensor) -> None:
 
 
 def train_gpt(cfg: Pretrain, scenes: Scenes, end: float) -> None:
-    """Train the GPT and its text encoder together, until `gpt_steps` or the time `end`, and save the base."""
+    """Train the GPT and its text encoder together, until `gpt_steps` or the time `end`, and save
+    the base.
+    """
     from transformers import AutoTokenizer, T5EncoderModel
 
     torch.manual_seed(cfg.seed + 1)
@@ -269,7 +287,9 @@ def train_gpt(cfg: Pretrain, scenes: Scenes, end: float) -> None:
 
 
 def batch_loss(cfg: Pretrain, base: "Base", tokenizer, scenes: Scenes) -> Callable[[], Tensor]:
-    """A function that returns the loss of the next random batch; a tenth of the captions is dropped."""
+    """A function that returns the loss of the next random batch; a tenth of the captions is
+    dropped.
+    """
     device = cfg.torch_device
     tokens = tokenizer(
         [clean_caption(prompt) for prompt in every_prompt()],
@@ -319,7 +339,9 @@ def gpt_config(cfg: Pretrain, codes_side: int) -> LlamaGenConfig:
 
 
 def left_padded(features: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Rotate right-padded features to the right end, differentiably (cf. conditioning.t5.left_pad)."""
+    """Rotate right-padded features to the right end, differentiably (cf.
+    conditioning.t5.left_pad).
+    """
     shift = (~mask).sum(1, keepdim=True)
     source = (torch.arange(mask.shape[1], device=mask.device) - shift) % mask.shape[1]
     mask = mask.gather(1, source)
@@ -331,7 +353,9 @@ def left_padded(features: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, done: float) -> None:
-    """Warm-up over 50 steps, then constant, then linear to zero over the last 40 %; `done` is the share of the run."""
+    """Warm-up over 50 steps, then constant, then linear to zero over the last 40 %; `done` is the
+    share of the run.
+    """
     for group in optimizer.param_groups:
         group["lr"] = peak * min(1, (step + 1) / 50, (1 - done) / (1 - CONSTANT_RATE))
 
@@ -359,7 +383,9 @@ class Base:
 
 
 def save_base(base: Base, folder: Path, tokenizer: str) -> None:
-    """Write the trained parts of a backbone folder, the GPT last; `tokenizer` is the image tokenizer's file as seen from there."""
+    """Write the trained parts of a backbone folder, the GPT last; `tokenizer` is the image
+    tokenizer's file as seen from there.
+    """
     base.encoder.save_pretrained(folder / "text_encoder")
     settings = {
         "family": "llamagen",
@@ -385,7 +411,9 @@ def snapshot(base: Base, folder: Path) -> None:
 
 
 def score(cfg: Pretrain) -> None:
-    """GenEval's scores of the base, and of the one before its rate fell, on the quickstart's prompts and seeds."""
+    """GenEval's scores of the base, and of the one before its rate fell, on the quickstart's
+    prompts and seeds.
+    """
     from launch.lab import judge
     from t2i.loading import attach, load_backbone
 

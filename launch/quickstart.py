@@ -1,7 +1,8 @@
 """The whole kit in ten minutes on two CPU cores, offline, on the shapes world.
 
-Builds a data set, fine-tunes the shipped base as usual (the control) and with TensorAR for the same number of steps in the same data
-order, samples held-out prompts from all three, judges them with GenEval's rules and an exact detector, and writes to --out:
+Builds a data set, fine-tunes the shipped base as usual (the control) and with TensorAR for the same
+number of steps in the same data order, samples held-out prompts from all three, judges them with
+GenEval's rules and an exact detector, and writes to --out:
 
     comparison.png   base, control and TensorAR at the same seeds, and TensorAR's refinement stages
     results.json     scores with standard errors and held-out losses by slot
@@ -9,7 +10,8 @@ order, samples held-out prompts from all three, judges them with GenEval's rules
     <recipe>/        each run: metrics.jsonl, sample sheets, index.html, checkpoint
 
     python launch/quickstart.py                                    # the README's table
-    python launch/quickstart.py --control shapes-janus-control --recipes shapes-janus-lora --out runs/janus-table
+    python launch/quickstart.py --control shapes-janus-control \\
+        --recipes shapes-janus-lora --out runs/janus-table
     python launch/quickstart.py --recipes shapes-iclr2026 shapes-arxiv2505 shapes-tuned
 """
 
@@ -114,7 +116,9 @@ def run_config(config: Quickstart, name: str):
 
 
 def judge(model, name: str, metadata: list[dict], config: Quickstart) -> dict[str, dict]:
-    """GenEval by `geneval/run.py`'s own code, with files and gallery; returns its scores by name."""
+    """GenEval by `geneval/run.py`'s own code, with files and gallery; returns its scores by
+    name.
+    """
     from geneval.benchmark import GenEval
     from geneval.detectors import load_detector
     from t2i.evaluation.options import Scope
@@ -178,7 +182,9 @@ def write_results(scores: dict, losses: dict, config: Quickstart) -> None:
 
 
 def table(scores: dict, losses: dict) -> str:
-    """A markdown table: score by task and overall, held-out loss of slot 0 on noised truth and on own drafts."""
+    """A markdown table: score by task and overall, held-out loss of slot 0 on noised truth and on
+    own drafts.
+    """
     from t2i.data.shapes_prompts import TAGS
 
     head = ["model", *TAGS, "overall", "loss, noised truth (slots)", "loss, own drafts (slots)"]

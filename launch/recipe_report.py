@@ -1,9 +1,11 @@
 """The tables and plots of docs/recipe.md, from the results of `launch/experiment.py`.
 
-    python launch/recipe_report.py --results docs/recipe/presets/results.jsonl --out docs/recipe/presets --samples 3
+    python launch/recipe_report.py --results docs/recipe/presets/results.jsonl \\
+        --out docs/recipe/presets --samples 3
 
-Writes tables.md and the plots. A standard error is the larger of two: over training seeds, and over prompts (stratified by task,
-of the mean over seeds); differences to the control are taken seed by seed and prompt by prompt before that.
+Writes tables.md and the plots. A standard error is the larger of two: over training seeds, and over
+prompts (stratified by task, of the mean over seeds); differences to the control are taken seed by
+seed and prompt by prompt before that.
 
 Shapes: R seeds, P prompts.
 """
@@ -55,7 +57,9 @@ class Estimate:
 
 
 def estimate(rates_RP: np.ndarray, tasks: int) -> Estimate:
-    """Mean over seeds and prompts of per-prompt rates (or differences of rates), with the larger of the two standard errors."""
+    """Mean over seeds and prompts of per-prompt rates (or differences of rates), with the larger of
+    the two standard errors.
+    """
     seeds = len(rates_RP)
     by_task = rates_RP.mean(0).reshape(tasks, -1)
     over_prompts = np.sqrt((by_task.var(1, ddof=1) / by_task.shape[1]).sum()) / tasks
@@ -121,9 +125,11 @@ def losses(by_seed: dict, kind: str) -> str:
 
 
 def loss_gain(results: Results, base: str, arm: str, kind: str) -> str:
-    """Slot 0's loss less that of the control of the same seed, mean and standard error over seeds in thousandths of a nat.
+    """Slot 0's loss less that of the control of the same seed, mean and standard error over seeds
+    in thousandths of a nat.
 
-    The seeds hold out different images, whose losses differ by far more than the arms'; a difference within a seed is exact.
+    The seeds hold out different images, whose losses differ by far more than the arms'; a
+    difference within a seed is exact.
     """
     ours, control = results.find(base, arm), results.find(base, CONTROL)
     name = f"validation/{kind}/slot0"
@@ -202,7 +208,9 @@ def refinement_table(results: Results, base: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: its final own-drafts loss of slot 0, and its score when sampled in the base's own way."""
+    """One run: its final own-drafts loss of slot 0, and its score when sampled in the base's own
+    way.
+    """
 
     base: str
     arm: str
@@ -232,9 +240,11 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 
 
 def correlation_lines(results: Results) -> str:
-    """Rank correlation of loss and score by base: over all runs, and of their differences to the control of the same seed.
+    """Rank correlation of loss and score by base: over all runs, and of their differences to the
+    control of the same seed.
 
-    A seed holds out its own images, so that losses differ between seeds for a reason that has nothing to do with the arms.
+    A seed holds out its own images, so that losses differ between seeds for a reason that has
+    nothing to do with the arms.
     """
     lines = [
         "| base | runs | rank correlation | of differences to the control |",
@@ -255,7 +265,9 @@ def correlation_lines(results: Results) -> str:
 
 
 def _save(figure, path: Path) -> None:
-    """Write an SVG that depends on the figure alone, so that plots do not change without their data."""
+    """Write an SVG that depends on the figure alone, so that plots do not change without their
+    data.
+    """
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": path.stem}):

@@ -1,12 +1,15 @@
-"""Draw the 50,000 images of an ImageNet evaluation from a class-conditional model, for `launch/fid.py`.
+"""Draw the 50,000 images of an ImageNet evaluation from a class-conditional model, for
+`launch/fid.py`.
 
 python launch/sample_imagenet.py --ckpt runs/rar-b-256 --out outputs/rar-b.npz
-torchrun --nproc_per_node 8 launch/sample_imagenet.py --ckpt runs/llamagen-l-384 --image-size 256 --labels random --out outputs/l384.npz
+torchrun --nproc_per_node 8 launch/sample_imagenet.py --ckpt runs/llamagen-l-384 \\
+    --image-size 256 --labels random --out outputs/l384.npz
 python launch/sample_imagenet.py --base.family rar --base.weights yucornetto/RAR:rar_b.bin \\
-    --base.tokenizer fun-research/TiTok:maskgit-vqgan-imagenet-f16-256.bin --out outputs/rar-b-base.npz
+    --base.tokenizer fun-research/TiTok:maskgit-vqgan-imagenet-f16-256.bin --out
+    outputs/rar-b-base.npz
 
-Each family and size is sampled as its authors did for their FID, unless options say otherwise. A run that was killed goes on where it
-stopped.
+Each family and size is sampled as its authors did for their FID, unless options say otherwise. A
+run that was killed goes on where it stopped.
 """
 
 import sys
@@ -49,7 +52,9 @@ class SampleConfig(ModelOptions):
     labels: Literal["balanced", "random"] = "balanced"
     """As many images of every class, or each image's class at random (LlamaGen's protocol)."""
     image_size: int | None = None
-    """Side in pixels that images are resized to (256 for the published FID of 384 px models); the model's own if not given."""
+    """Side in pixels that images are resized to (256 for the published FID of 384 px models); the
+    model's own if not given.
+    """
     seed: int = 0
     """An image depends on the seed and its number."""
     batch_size: int = 64

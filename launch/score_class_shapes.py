@@ -1,10 +1,13 @@
-"""Score images of the classes of shapes by the exact detector: how many show the shape and the colour of their class, and nothing else.
+"""Score images of the classes of shapes by the exact detector: how many show the shape and the
+colour of their class, and nothing else.
 
-python launch/score_class_shapes.py outputs/rar-base.npz outputs/rar-control.npz outputs/rar-tuned.npz --sheet outputs/rar.png
-python launch/score_class_shapes.py outputs/rar-base.npz --base runs/class-shapes/rar    # and what the tokenizer loses
+python launch/score_class_shapes.py outputs/rar-base.npz outputs/rar-control.npz \\
+    outputs/rar-tuned.npz --sheet outputs/rar.png
+# and what the tokenizer loses
+python launch/score_class_shapes.py outputs/rar-base.npz --base runs/class-shapes/rar
 
-The .npz files are those of `launch/sample_imagenet.py`. All must have been drawn for the same classes in the same order, so that image
-i of one can be compared with image i of another.
+The .npz files are those of `launch/sample_imagenet.py`. All must have been drawn for the same
+classes in the same order, so that image i of one can be compared with image i of another.
 """
 
 import math
@@ -41,7 +44,9 @@ class ScoreConfig:
     samples: tyro.conf.Positional[tuple[Path, ...]]
     """.npz files of launch/sample_imagenet.py; the others are compared with the first."""
     base: Path | None = None
-    """Base of launch/pretrain_class_shapes.py: also score its images, encoded and decoded, the ceiling of all scores."""
+    """Base of launch/pretrain_class_shapes.py: also score its images, encoded and decoded, the
+    ceiling of all scores.
+    """
     sheet: Path | None = None
     """PNG with an image of every class, one row for each file."""
     out: Path = Path("outputs/class-shapes/results.json")
@@ -49,7 +54,8 @@ class ScoreConfig:
 
 
 def judge(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether each of the images uint8 [N, H, W, 3] shows its class: bool [N, 3] for both, its shape, its colour.
+    """Whether each of the images uint8 [N, H, W, 3] shows its class: bool [N, 3] for both, its
+    shape, its colour.
 
     An image with no object or with several has neither.
     """
@@ -66,7 +72,9 @@ def judge(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file; UserError if it is none."""
+    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file; UserError if
+    it is none.
+    """
     from t2i.evaluation.image_sets import open_images
     from t2i.evaluation.sample_writer import sample_labels
     from t2i.files import read_json
@@ -107,7 +115,9 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row(verdicts: np.ndarray, first: np.ndarray | None = None) -> dict:
-    """Shares with standard errors, and how much more than the first file's, pairing images of the same number."""
+    """Shares with standard errors, and how much more than the first file's, pairing images of the
+    same number.
+    """
     share, n = verdicts.mean(axis=0), len(verdicts)
     result = {
         "n": n,

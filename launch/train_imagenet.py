@@ -1,9 +1,13 @@
-"""Fine-tune a class-conditional model with TensorAR: LlamaGen, Open-MAGVIT2 or RAR on ImageNet, or offline on classes of shapes.
+"""Fine-tune a class-conditional model with TensorAR: LlamaGen, Open-MAGVIT2 or RAR on ImageNet, or
+offline on classes of shapes.
 
-deepspeed launch/train_imagenet.py --backbone llamagen --size L --resolution 384 --data.source /data/imagenet
+deepspeed launch/train_imagenet.py --backbone llamagen --size L --resolution 384 \\
+    --data.source /data/imagenet
 deepspeed launch/train_imagenet.py --backbone rar --size B --data.source maskgitvq.jsonl --epochs 2
-python launch/train_imagenet.py --backbone open_magvit2 --size B --data.source /data/imagenet --check
-python launch/train_imagenet.py --backbone rar --size shapes        # after launch/pretrain_class_shapes.py
+python launch/train_imagenet.py --backbone open_magvit2 --size B \\
+    --data.source /data/imagenet --check
+# after launch/pretrain_class_shapes.py
+python launch/train_imagenet.py --backbone rar --size shapes
 """
 
 import sys

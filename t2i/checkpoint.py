@@ -1,11 +1,13 @@
-"""Checkpoint folders: everything a model needs to be loaded again, and a manifest that is written last.
+"""Checkpoint folders: everything a model needs to be loaded again, and a manifest that is written
+last.
 
-config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit version, training facts
-codec.safetensors      TensorAR's own weights (absent for k = 1)
-adapter/               a PEFT folder, when LoRA was used; it holds the image layers, too, where they were trained
-backbone.safetensors   what changed of the backbone itself, under official names: all of it, or its image layers
-manifest.json          name, size and SHA-256 of every file: a folder without it is incomplete (see t2i.manifest)
-training_state/        what resume needs (see t2i.training.run_state); may be deleted from a model that is finished
+config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit
+version, training facts codec.safetensors      TensorAR's own weights (absent for k = 1)
+adapter/               a PEFT folder, when LoRA was used; it holds the image layers, too, where they
+were trained backbone.safetensors   what changed of the backbone itself, under official names: all
+of it, or its image layers manifest.json          name, size and SHA-256 of every file: a folder
+without it is incomplete (see t2i.manifest) training_state/        what resume needs (see
+t2i.training.run_state); may be deleted from a model that is finished
 """
 
 import json
@@ -47,7 +49,9 @@ from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights
 log = logging.getLogger(__name__)
 
 EXPORTED = "tensorar"
-"""Name of the checkpoint folder within an export (see t2i.export); its base is given relative to it."""
+"""Name of the checkpoint folder within an export (see t2i.export); its base is given relative to
+it.
+"""
 CODEC, _BACKBONE = "codec.safetensors", "backbone.safetensors"
 
 
@@ -63,7 +67,8 @@ def save_pretrained(
     """Write a checkpoint folder under a temporary name and rename it.
 
     Args:
-        tuning: which weights differ from the base: all of the backbone, none ("codec"), or the adapters.
+        tuning: which weights differ from the base: all of the backbone, none ("codec"), or the
+            adapters.
         image_layers: the layers that embed and predict image codes differ, too.
         sampling: what `generate` uses by default; the model's or backbone's own settings if None.
         training: facts about the run, stored as they are.
@@ -112,7 +117,9 @@ def write_model(
     sampling: SamplingConfig | None = None,
     training: dict | None = None,
 ) -> None:
-    """Write all files but the manifest into an existing folder; arguments as in `save_pretrained`."""
+    """Write all files but the manifest into an existing folder; arguments as in
+    `save_pretrained`.
+    """
     backbone = model.backbone
     backbone.source = with_hashes(backbone.source, folder)
     if model.codec is not None:
@@ -149,7 +156,9 @@ def finish_folder(partial: Path, folder: Path) -> None:
 
 
 def _holds_all(tuning: Tuning, source: BackboneSource) -> bool:
-    """Whether a checkpoint holds all of the backbone's weights (and perhaps adapters to them), so that its base's are not needed."""
+    """Whether a checkpoint holds all of the backbone's weights (and perhaps adapters to them), so
+    that its base's are not needed.
+    """
     return tuning == "full" or source.started_from is not None
 
 
@@ -197,7 +206,8 @@ def run_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | None:
-    """The newest checkpoint of a run whose files are what was written; None if the run has no complete one.
+    """The newest checkpoint of a run whose files are what was written; None if the run has no
+    complete one.
 
     Goes back from a damaged one with a warning that names the file.
 
@@ -221,7 +231,8 @@ def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | N
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The folder itself, the newest healthy checkpoint of a run folder, or the one within an export.
+    """The folder itself, the newest healthy checkpoint of a run folder, or the one within an
+    export.
 
     Raises:
         DamagedError: it is a run folder, and all its checkpoints are damaged.
@@ -245,16 +256,19 @@ def from_pretrained(
     """Load a checkpoint folder (or a run's newest, or an export), in eval mode.
 
     Args:
-        base: where the base is now, if it moved: its weight file, or the folder that its files moved to (weights, image
-            tokenizer and text encoder are found there by their names and proven by their hashes).
+        base: where the base is now, if it moved: its weight file, or the folder that its files
+            moved to (weights, image tokenizer and text encoder are found there by their names and
+            proven by their hashes).
         tokenizer: where the image tokenizer is now.
         text_encoder: where the text encoder is now.
-        generation_only: whether to leave out what drawing images does not need; as in training if None.
+        generation_only: whether to leave out what drawing images does not need; as in training if
+            None.
         device: "auto" is a GPU where there is one, else the CPU.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
-        UserError: no complete checkpoint, a file of the base is gone or another (each is named), or no such device.
+        UserError: no complete checkpoint, a file of the base is gone or another (each is named), or
+            no such device.
     """
     device, dtype = pick_device(device, dtype)
     folder = find_checkpoint(folder)
@@ -280,12 +294,16 @@ def trained_parts(tuning: Tuning, image_layers: bool) -> str:
 
 
 def stored_source(config: dict, folder: Path) -> BackboneSource:
-    """The base that a checkpoint's config.json names; one that lies relative to the folder as an absolute path."""
+    """The base that a checkpoint's config.json names; one that lies relative to the folder as an
+    absolute path.
+    """
     return beside(stored_part(config, "backbone", BackboneSource, folder), folder)
 
 
 def stored_part(config: dict, name: str, cls: type, folder: Path):
-    """A part of config.json, read strictly: a setting that is not known here may change what the weights mean."""
+    """A part of config.json, read strictly: a setting that is not known here may change what the
+    weights mean.
+    """
     if name not in config:
         raise UserError(f"{folder}: config.json lacks {name!r}; copy the folder again")
     return from_json(cls, config[name], f"{folder}/config.json: {name}")
@@ -330,12 +348,15 @@ def load_model(
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
 ) -> TensorAR:
-    """A model to draw with from whatever was typed: something trained, or a base by itself (k = 1), in eval mode.
+    """A model to draw with from whatever was typed: something trained, or a base by itself (k = 1),
+    in eval mode.
 
     Args:
-        source: a checkpoint, run or export folder; a shipped base ("shapes"); a backbone folder; a published weight file or
-            folder, or its name on the hub ("owner/repo:file", "owner/repo").
-        family: of a published base; a checkpoint, a shipped base and a backbone folder say it themselves.
+        source: a checkpoint, run or export folder; a shipped base ("shapes"); a backbone folder; a
+            published weight file or folder, or its name on the hub ("owner/repo:file",
+            "owner/repo").
+        family: of a published base; a checkpoint, a shipped base and a backbone folder say it
+            themselves.
         base: where a checkpoint's base is now, if it moved (see `from_pretrained`).
         tokenizer: image tokenizer of a base, or where a checkpoint's is now.
         text_encoder: caption encoder of a base, or where a checkpoint's is now.

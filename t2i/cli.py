@@ -1,4 +1,6 @@
-"""What all scripts share: presets with overrides on the command line, help, logging, and one clear message for a user's mistake."""
+"""What all scripts share: presets with overrides on the command line, help, logging, and one clear
+message for a user's mistake.
+"""
 
 import logging
 import signal
@@ -27,8 +29,8 @@ def parse(
     Args:
         description: the module's docstring; its examples stay lines in the help.
         skip: so many words of the command line are not for it.
-        main: fields that --help shows, in their class's order ("data.source" for one of a nested class); --help-all shows
-            all. Without it --help does.
+        main: fields that --help shows, in their class's order ("data.source" for one of a nested
+            class); --help-all shows all. Without it --help does.
     """
     return _parsed(default, _arguments()[skip:], description, main)
 
@@ -42,7 +44,8 @@ def parse_recipe(
         main: as in `parse`, for the help of a recipe.
 
     Raises:
-        UserError: there is no recipe of this name (the parser itself would then call every option unknown).
+        UserError: there is no recipe of this name (the parser itself would then call every option
+            unknown).
     """
     name = next(iter(_arguments()), "--help")
     if not name.startswith("-") and name not in recipes:
@@ -66,7 +69,8 @@ def parse_selected(
     description: str,
     main: Sequence[str] = (),
 ) -> Config:
-    """Parse the few options of `selection`, and all others as overrides of the config that `recipe` makes of it.
+    """Parse the few options of `selection`, and all others as overrides of the config that `recipe`
+    makes of it.
 
     Args:
         main: as in `parse`, for the help when a selection is made.
@@ -117,7 +121,9 @@ def _parsed(
 
 
 def _refuse_repeats(config: object, given: Sequence[str]) -> None:
-    """UserError for an option of several values that is given twice: the parser would drop the first ones without a word."""
+    """UserError for an option of several values that is given twice: the parser would drop the
+    first ones without a word.
+    """
     names = [a.partition("=")[0].replace("_", "-") for a in given if a.startswith("--")]
     for name in _lists(config):
         if (count := names.count(name)) > 1:
@@ -139,7 +145,9 @@ def _lists(config: object, prefix: str = "--") -> Iterator[str]:
 
 
 def _refuse_nan(config: object, prefix: str = "") -> None:
-    """UserError for a number that is none: it passes every comparison with a limit, and shows only in what comes of it."""
+    """UserError for a number that is none: it passes every comparison with a limit, and shows only
+    in what comes of it.
+    """
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
@@ -149,7 +157,9 @@ def _refuse_nan(config: object, prefix: str = "") -> None:
 
 
 def _help_text(description: str) -> str:
-    """A docstring for the parser's help, which joins lines unless they are indented: so commands are."""
+    """A docstring for the parser's help, which joins lines unless they are indented: so commands
+    are.
+    """
     lines: list[str] = []
     for line in description.splitlines():
         goes_on = lines and lines[-1].startswith(" ") and lines[-1].endswith("\\")
@@ -158,7 +168,8 @@ def _help_text(description: str) -> str:
 
 
 def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
-    """A subclass of a config class, for help alone: fields that are not among `names` are neither shown nor parsed.
+    """A subclass of a config class, for help alone: fields that are not among `names` are neither
+    shown nor parsed.
 
     Its defaults are the values of `default`, if that is given.
     """
@@ -213,7 +224,9 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: a user's mistake (UserError), Ctrl-C and SIGTERM end in a message alone; anything else keeps its traceback."""
+    """Run a script: a user's mistake (UserError), Ctrl-C and SIGTERM end in a message alone;
+    anything else keeps its traceback.
+    """
     # SIGTERM ends like Ctrl-C; a training run has handlers of its own.
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -232,7 +245,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _leave_processes() -> None:
-    """Leave the group of several processes in order: an end with a connection open can abort, and hide the exit code."""
+    """Leave the group of several processes in order: an end with a connection open can abort, and
+    hide the exit code.
+    """
     group = sys.modules.get("torch.distributed")  # never imported for this alone
     if group and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         group.destroy_process_group()

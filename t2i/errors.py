@@ -4,9 +4,12 @@
 class UserError(ValueError):
     """Something that the caller gave cannot be used: what was given, what is allowed, what to do.
 
-    Programs end in its message alone. Every other exception is taken for a bug and keeps its traceback.
+    Programs end in its message alone. Every other exception is taken for a bug and keeps its
+    traceback.
     """
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """A training run whose loss, gradient or weights are no numbers any more: its settings, or its data, cannot be used."""
+    """A training run whose loss, gradient or weights are no numbers any more: its settings, or its
+    data, cannot be used.
+    """

@@ -1,13 +1,15 @@
-"""From a checkpoint to a folder that stands alone: adapters merged, the base in its authors' layout, TensorAR beside it, a model card.
+"""From a checkpoint to a folder that stands alone: adapters merged, the base in its authors'
+layout, TensorAR beside it, a model card.
 
-OUT/                 the base with everything that training changed: for Janus-Pro what transformers' `from_pretrained` loads, else
+OUT/                 the base with everything that training changed: for Janus-Pro what
+transformers' `from_pretrained` loads, else
                      a backbone folder (config.json, model.pt, tokenizer.safetensors, text_encoder/)
-OUT/tensorar/        a checkpoint folder with the codec; its base is the folder above, wherever that is moved
-OUT/samples/         images drawn with both, and grid.png
+OUT/tensorar/        a checkpoint folder with the codec; its base is the folder above, wherever that
+is moved OUT/samples/         images drawn with both, and grid.png
 OUT/README.md        the model card: recipe, scores, samples, how to load it
 
-Nothing in it names a place on the machine that wrote it. One thing may stay outside: a text encoder that came from the hub is named
-by its hub id, and not copied.
+Nothing in it names a place on the machine that wrote it. One thing may stay outside: a text encoder
+that came from the hub is named by its hub id, and not copied.
 """
 
 import json
@@ -60,17 +62,20 @@ def export(
     """Write the export of a checkpoint; `out` appears when it is complete.
 
     Args:
-        base: where the base's files are now, if they moved since the training (see `from_pretrained`).
+        base: where the base's files are now, if they moved since the training (see
+            `from_pretrained`).
         tokenizer: where the image tokenizer is now.
         text_encoder: where the text encoder is now.
         dtype: type of the stored weights; adapters are merged in fp32.
-        prompts: what to draw for the model card (class ids for a class-conditional model); nothing if empty.
+        prompts: what to draw for the model card (class ids for a class-conditional model); nothing
+            if empty.
         samples: images of each prompt.
         results: results files of benchmarks, for the model card.
         device: where to draw.
 
     Raises:
-        UserError: `out` exists or is being written by another process, or something that is needed cannot be read or written.
+        UserError: `out` exists or is being written by another process, or something that is needed
+            cannot be read or written.
     """
     if out.exists():
         raise UserError(f"{out} exists; export to a new folder")
@@ -151,7 +156,9 @@ class Part:
 
 
 def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
-    """The merged base into `folder`, and a checkpoint folder with the codec whose base is the folder above it."""
+    """The merged base into `folder`, and a checkpoint folder with the codec whose base is the
+    folder above it.
+    """
     backbone = model.backbone
     files, base = expand_folder(backbone.source), backbone.source.weights
     weights = backbone.save_official(folder, dtype)
@@ -184,7 +191,9 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
 
 
 def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
-    """Write what a backbone needs besides its weights; returns the config.json that makes it a backbone folder."""
+    """Write what a backbone needs besides its weights; returns the config.json that makes it a
+    backbone folder.
+    """
     frozen = model.backbone.frozen
     content = {"family": files.family, "weights": weights.name}
     if frozen.tokenizer is not None:
@@ -206,7 +215,9 @@ def _size(path: Path) -> int:
 
 
 def _score_rows(path: Path) -> list[str]:
-    """Table rows of a results file: `scores` maps names to numbers, or to {"mean", "stderr"} or {"overall", "overall_stderr"}."""
+    """Table rows of a results file: `scores` maps names to numbers, or to {"mean", "stderr"} or
+    {"overall", "overall_stderr"}.
+    """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         scores = results["scores"].items()
@@ -278,13 +289,17 @@ def _listed(settings: dict) -> str:
 
 
 def _public_name(source: str) -> str:
-    """A name that may be published: of what lies on this machine only its own, without the way to it."""
+    """A name that may be published: of what lies on this machine only its own, without the way to
+    it.
+    """
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
     return Path(source).resolve().name if local or Path(source).exists() else source
 
 
 def _draws_classes(source: dict) -> bool:
-    """Whether the model is asked with class ids: only a text-to-image family, or shape, reads captions."""
+    """Whether the model is asked with class ids: only a text-to-image family, or shape, reads
+    captions.
+    """
     shape = source.get("config") or {}
     return not published_as_folder(source["family"]) and shape.get("cond", "class") == "class"
 
@@ -318,9 +333,10 @@ def _usage(source: dict) -> list[str]:
     return [*kit, "", plain, load]
 
 
-# -- the hub ------------------------------------------------------------------------------------------------------------------
+# -- the hub ---------------------------------------------------------------------------------------
 def prepare_upload(repo: str, *, private: bool = False) -> None:
-    """Create the repository if need be: what stands in the way of an upload is found before the work.
+    """Create the repository if need be: what stands in the way of an upload is found before the
+    work.
 
     Raises:
         UserError: no such name, no login, no right to write there, or no network.

@@ -1,4 +1,6 @@
-"""Settings dataclasses from the JSON of files that others may have written: unknown names and wrong types are a user's to mend."""
+"""Settings dataclasses from the JSON of files that others may have written: unknown names and wrong
+types are a user's to mend.
+"""
 
 import json
 from collections.abc import Mapping
@@ -29,14 +31,16 @@ def read_object(path: str | Path) -> dict:
 
 
 def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = None) -> S:
-    """A settings dataclass of what JSON says; what it leaves out is as in `defaults`, or the class's own default.
+    """A settings dataclass of what JSON says; what it leaves out is as in `defaults`, or the
+    class's own default.
 
     Args:
         where: the file (and part of it) that it was read from, for messages.
 
     Raises:
-        UserError: it is no JSON object, a setting is not known here (it may change what weights mean, so it is not passed over),
-            is missing, has another type, or a value that the class refuses.
+        UserError: it is no JSON object, a setting is not known here (it may change what weights
+            mean, so it is not passed over), is missing, has another type, or a value that the class
+            refuses.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a JSON object of settings, and is {values!r:.80}")

@@ -1,4 +1,5 @@
-"""Files and folders, for every part of the kit: whole-or-nothing writes, one owner a folder, hashes, checks before the work.
+"""Files and folders, for every part of the kit: whole-or-nothing writes, one owner a folder,
+hashes, checks before the work.
 
 Nothing here knows what a file is about.
 """
@@ -26,9 +27,11 @@ _LOCK, _OWNER = ".lock", ".owner.json"
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it takes the final name, safely on disk, when the block ends.
+    """A temporary name beside `path` to write to; it takes the final name, safely on disk, when the
+    block ends.
 
-    A reader sees the old file or the new one, also after a power cut. Several processes may write the same file at once.
+    A reader sees the old file or the new one, also after a power cut. Several processes may write
+    the same file at once.
 
     Raises:
         UserError: the disk is full, or the place cannot be written to (see `saving`).
@@ -59,10 +62,12 @@ def write_json(path: str | Path, content: object) -> Path:
 
 @contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """While something that the user named is read: that it is not there, or must not be read, is the user's to mend.
+    """While something that the user named is read: that it is not there, or must not be read, is
+    the user's to mend.
 
     Raises:
-        UserError: there is no such file, it is of another kind (a folder), or permission is missing.
+        UserError: there is no such file, it is of another kind (a folder), or permission is
+            missing.
     """
     try:
         yield
@@ -88,9 +93,11 @@ def read_json(path: str | Path) -> Any:
 
 @contextmanager
 def saving(what: str | Path) -> Iterator[None]:
-    """While something is written: no room and no permission are the user's to mend; other errors keep their traceback.
+    """While something is written: no room and no permission are the user's to mend; other errors
+    keep their traceback.
 
-    Libraries wrap the system's error (torch in a RuntimeError, safetensors in its own class), so the words are looked at, too.
+    Libraries wrap the system's error (torch in a RuntimeError, safetensors in its own class), so
+    the words are looked at, too.
 
     Raises:
         UserError: the disk is full, a quota is reached, or the place cannot be written to.
@@ -109,7 +116,8 @@ def saving(what: str | Path) -> Iterator[None]:
 def _full(error: Exception) -> str | None:
     text = str(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    # torch's zip writer knows no reason: it says "unexpected pos" or "file write failed" where a write came back short.
+    # torch's zip writer knows no reason: it says "unexpected pos" or "file write failed" where a
+    # write came back short.
     words = (
         "No space left",
         "quota exceeded",
@@ -135,16 +143,20 @@ def _forbidden(error: Exception) -> str | None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what `replacing` left below a folder when its process was killed. Only the folder's owner may do so."""
+    """Remove what `replacing` left below a folder when its process was killed. Only the folder's
+    owner may do so.
+    """
     for path in Path(folder).rglob("*.tmp"):
         if _LEFTOVER.search(path.name):
             path.unlink(missing_ok=True)
 
 
 def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
-    """Make a folder if there is none and prove that files can be written there, before the work whose result goes there.
+    """Make a folder if there is none and prove that files can be written there, before the work
+    whose result goes there.
 
-    Without `make` nothing is written: where the folder is not there yet, it is proved that it could be made.
+    Without `make` nothing is written: where the folder is not there yet, it is proved that it could
+    be made.
 
     Raises:
         UserError: it is a file, or cannot be made or written to.
@@ -165,7 +177,8 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
 
 
 def writable_file(path: str | Path) -> Path:
-    """Prove that a file can be written (again), before the work whose result goes there; makes its folder.
+    """Prove that a file can be written (again), before the work whose result goes there; makes its
+    folder.
 
     Raises:
         UserError: it is a folder, or its folder cannot be written to.
@@ -179,7 +192,8 @@ def writable_file(path: str | Path) -> Path:
 
 @contextmanager
 def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
-    """Hold a folder, or a file in it, for one program at a time; the lock goes with the process, however that ends.
+    """Hold a folder, or a file in it, for one program at a time; the lock goes with the process,
+    however that ends.
 
     A folder that was made for it goes again if nothing was put there.
 
@@ -222,7 +236,8 @@ def _owner(path: Path) -> str:
 
 
 def namesake(name: str, meaning: str) -> str | None:
-    """A sentence where a name that has a meaning of its own is also that of a file or folder here, else None.
+    """A sentence where a name that has a meaning of its own is also that of a file or folder here,
+    else None.
 
     The rule everywhere: a bare name means what the kit ships, `./name` the file or folder.
     """

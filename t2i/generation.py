@@ -49,9 +49,10 @@ def iterate_images(
 ) -> Iterator[Generated]:
     """Sample images one batch at a time, in the order of `jobs`.
 
-    An image's random numbers depend on (seed, prompt index, sample index) only. Every batch has the same number of
-    rows, the last one filled up: within a request larger than a batch, all images are computed in the same matrix shapes, so
-    that sharding it changes no bit. Between batch sizes rounding differs, as it does everywhere.
+    An image's random numbers depend on (seed, prompt index, sample index) only. Every batch has the
+    same number of rows, the last one filled up: within a request larger than a batch, all images
+    are computed in the same matrix shapes, so that sharding it changes no bit. Between batch sizes
+    rounding differs, as it does everywhere.
 
     Args:
         prompts: captions, or class ids for a class-conditional backbone.
@@ -66,7 +67,8 @@ def iterate_images(
     )
     _warn_of_prompts(model.backbone, [prompts[p] for p in sorted({p for p, _ in jobs})])
     batch_size = max(1, min(batch_size, len(jobs)))
-    # Of all prompts, not of a batch's or this process's: padding is masked, but it moves the rounding.
+    # Of all prompts, not of a batch's or this process's: padding is masked, but it moves the
+    # rounding.
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     bar = progress_bar(
@@ -94,7 +96,9 @@ def check_request(
     sampling: SamplingConfig | None,
     batch_size: int,
 ) -> None:
-    """UserError says, in the words of `generate`, which argument is of another kind or out of range."""
+    """UserError says, in the words of `generate`, which argument is of another kind or out of
+    range.
+    """
     if isinstance(model, Backbone):
         raise UserError(
             "generate needs a TensorAR model, and got a backbone by itself: "
@@ -140,7 +144,9 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
 
 
 def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
-    """What was typed, as `prepare` takes it: captions, or class ids; UserError if one is neither."""
+    """What was typed, as `prepare` takes it: captions, or class ids; UserError if one is
+    neither.
+    """
     if backbone.spec.cond_kind == "text":
         check_captions(texts, "prompts")
         return list(texts)

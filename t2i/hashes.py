@@ -1,7 +1,9 @@
-"""SHA-256 of weight files: a file of gigabytes is read once, and its hash remembered in the user's cache.
+"""SHA-256 of weight files: a file of gigabytes is read once, and its hash remembered in the user's
+cache.
 
-A remembered hash holds for a file of the same place, size, inode and times. The time of change (ctime) cannot be set by a copying
-program, so a file that was overwritten is read again even if its date was put back.
+A remembered hash holds for a file of the same place, size, inode and times. The time of change
+(ctime) cannot be set by a copying program, so a file that was overwritten is read again even if its
+date was put back.
 """
 
 import hashlib
@@ -24,7 +26,9 @@ def cache_root() -> Path:
 
 
 def remembered_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as lower-case hex; a large file that has not changed since the last time is not read."""
+    """SHA-256 of a file's bytes, as lower-case hex; a large file that has not changed since the
+    last time is not read.
+    """
     target = Path(path).resolve()
     if target.parent.name == "blobs" and len(target.name) == 64:
         return target.name  # the hub's cache names large files by their hash

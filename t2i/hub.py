@@ -32,7 +32,9 @@ def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: 
 
 
 def is_hub_error(error: Exception) -> bool:
-    """Whether the hub refused, or did not answer, or the name is none that it could have: not a bug of ours."""
+    """Whether the hub refused, or did not answer, or the name is none that it could have: not a bug
+    of ours.
+    """
     from huggingface_hub.errors import HFValidationError
 
     # The hub's client has changed its HTTP library twice; its errors come through as they are.

@@ -35,7 +35,8 @@ def grid(
     labels: Sequence[str] | None = None,
     cell: int | None = None,
 ) -> Image.Image:
-    """Images row by row on white, each with a line of text below it if labels are given: one PIL image, RGB.
+    """Images row by row on white, each with a line of text below it if labels are given: one PIL
+    image, RGB.
 
     Args:
         columns: images in a row; as many as make the sheet about square if None.

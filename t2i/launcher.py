@@ -1,7 +1,9 @@
-"""What started this process: nothing, or torchrun, deepspeed, srun or mpirun as one of several. Without torch, so that a parser can ask.
+"""What started this process: nothing, or torchrun, deepspeed, srun or mpirun as one of several.
+Without torch, so that a parser can ask.
 
-torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are the ones that everything else reads; deepspeed sets
-them, too. `adopt_launcher` gives them to a process of srun or mpirun.
+torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are the ones that
+everything else reads; deepspeed sets them, too. `adopt_launcher` gives them to a process of srun or
+mpirun.
 """
 
 import logging
@@ -61,7 +63,8 @@ def world_size() -> int:
 
 
 def adopt_launcher() -> None:
-    """Set torchrun's variables in a process that srun or mpirun started as one of several; leaves any other as it is.
+    """Set torchrun's variables in a process that srun or mpirun started as one of several; leaves
+    any other as it is.
 
     Raises:
         UserError: it is one of several, but not all that is needed is known.
@@ -104,7 +107,9 @@ def _mpi_task() -> _Task | None:
 
 
 def _slurm_task() -> _Task | None:
-    """A task of srun. The shell of a batch script, or of salloc, is none: it has the job's variables, but not a step's."""
+    """A task of srun. The shell of a batch script, or of salloc, is none: it has the job's
+    variables, but not a step's.
+    """
     rank, size = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
     if rank is None or (size is None and os.environ.get("ENVIRONMENT") == "BATCH"):
         return None
@@ -138,9 +143,10 @@ def _number(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-# -- a launcher that goes ------------------------------------------------------------------------------------------------------
+# -- a launcher that goes --------------------------------------------------------------------------
 def watch_launcher() -> None:
-    """Get SIGTERM when the launcher is gone without having passed one on, as `deepspeed` does when it is stopped or killed.
+    """Get SIGTERM when the launcher is gone without having passed one on, as `deepspeed` does when
+    it is stopped or killed.
 
     Without a launcher nothing is watched: a parent that is a shell may go (nohup).
     """
@@ -160,7 +166,9 @@ def watch_launcher() -> None:
 
 
 def _launchers(count: int | None = None) -> list[int]:
-    """Process ids of the launcher, and of the program that started it where a signal to that one is not passed on."""
+    """Process ids of the launcher, and of the program that started it where a signal to that one is
+    not passed on.
+    """
     parent = os.getppid()
     if count is None:
         # deepspeed starts deepspeed.launcher.launch, which starts the ranks.

@@ -1,4 +1,6 @@
-"""From sources (`t2i.sources`) to models: the calls that build a backbone, and TensorAR around it."""
+"""From sources (`t2i.sources`) to models: the calls that build a backbone, and TensorAR around
+it.
+"""
 
 import math
 import re
@@ -91,15 +93,20 @@ def load_backbone(
 
     Args:
         family: one of `FAMILIES`.
-        source: official weight file or folder, folder with config.json, a shipped base, "owner/repo:file" or "owner/repo".
-        tokenizer: image tokenizer weights, needed for pixels and for codebook noise; Open-MAGVIT2's checkpoints hold their own.
-        text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image: google/flan-t5-xl).
-        text_encoder_dtype: "float32" or "bfloat16" (what LlamaGen's features were computed in), whatever the backbone's is.
+        source: official weight file or folder, folder with config.json, a shipped base,
+            "owner/repo:file" or "owner/repo".
+        tokenizer: image tokenizer weights, needed for pixels and for codebook noise; Open-MAGVIT2's
+            checkpoints hold their own.
+        text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image:
+            google/flan-t5-xl).
+        text_encoder_dtype: "float32" or "bfloat16" (what LlamaGen's features were computed in),
+            whatever the backbone's is.
         config: the family's config dataclass, for shapes that were never published.
         grid: height and width in codes, where the file's name does not tell.
-        generation_only: leave out what drawing images does not need (Janus-Pro's understanding tower and text head).
-        device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone: of a published name no file is
-            fetched, of a local Janus-Pro no data read.
+        generation_only: leave out what drawing images does not need (Janus-Pro's understanding
+            tower and text head).
+        device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone: of
+            a published name no file is fetched, of a local Janus-Pro no data read.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
@@ -130,9 +137,11 @@ def load_source(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a checkpoint folder).
+    """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a
+    checkpoint folder).
 
-    On the "meta" device a published size needs no file; what is not local of its tokenizer and text encoder is left out.
+    On the "meta" device a published size needs no file; what is not local of its tokenizer and text
+    encoder is left out.
     """
     _check(source)
     module, files = import_module(FAMILIES[source.family]), expand_folder(source)
@@ -214,7 +223,9 @@ def _check_codes(backbone: Backbone) -> None:
 
 
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
-    """Put a fresh codec around a backbone; equal to the base model, bit for bit, until it is trained."""
+    """Put a fresh codec around a backbone; equal to the base model, bit for bit, until it is
+    trained.
+    """
     if not isinstance(backbone, Backbone):
         raise UserError(
             f"attach needs a backbone, and got {backbone!r:.80}: load one with t2i.load_backbone(family, source)"
@@ -225,7 +236,9 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
 
 
 def tokenizer_hash(backbone: Backbone) -> str:
-    """SHA-256 of the image tokenizer's weights (of the file, where it has one to itself), for cache keys."""
+    """SHA-256 of the image tokenizer's weights (of the file, where it has one to itself), for cache
+    keys.
+    """
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
         return remembered_sha256(resolve(files.tokenizer))

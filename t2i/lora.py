@@ -1,4 +1,6 @@
-"""LoRA on the backbone with PEFT: injected into the trunk's linear layers, stored as a standard PEFT adapter folder."""
+"""LoRA on the backbone with PEFT: injected into the trunk's linear layers, stored as a standard
+PEFT adapter folder.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
-    """Freeze the backbone and inject trainable adapters: the identity until trained, the same for every call with a seed."""
+    """Freeze the backbone and inject trainable adapters: the identity until trained, the same for
+    every call with a seed.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     backbone.requires_grad_(False)
@@ -44,7 +48,9 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
 def adapter_state_dict(
     backbone: Backbone, *, image_layers: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Adapter weights, and those of the image layers if they are trained, under PEFT's file names."""
+    """Adapter weights, and those of the image layers if they are trained, under PEFT's file
+    names.
+    """
     layers = tuple(f"{name}." for name in _image_layer_names(backbone)) if image_layers else ()
     return {
         _PEFT_PREFIX + name.replace(".default.", "."): value
@@ -70,7 +76,8 @@ def _image_layer_names(backbone: Backbone) -> list[str]:
 def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool = False) -> None:
     """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors).
 
-    `image_layers`: these were trained as a whole; they are PEFT's `modules_to_save`, so that PEFT loads them, too.
+    `image_layers`: these were trained as a whole; they are PEFT's `modules_to_save`, so that PEFT
+    loads them, too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole = _image_layer_names(backbone) if image_layers else None
@@ -92,7 +99,9 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
 
 
 def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The backbone's own weights under official names, also where adapters stand in front of them."""
+    """The backbone's own weights under official names, also where adapters stand in front of
+    them.
+    """
     weights = backbone.official_state_dict().items()
     return {k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k}
 
@@ -111,7 +120,9 @@ def without_lora(backbone: Backbone) -> Iterator[None]:
 
 
 def merge_lora(backbone: Backbone) -> None:
-    """Add the adapters to the weights they adapt and remove them: plain layers again, under their official names."""
+    """Add the adapters to the weights they adapt and remove them: plain layers again, under their
+    official names.
+    """
     for name, layer in _adapted_layers(backbone):
         layer.merge()
         parent, _, child = name.rpartition(".")

@@ -1,4 +1,6 @@
-"""The manifest of a checkpoint folder: name, size and SHA-256 of each file, written last; and whether the files are still so."""
+"""The manifest of a checkpoint folder: name, size and SHA-256 of each file, written last; and
+whether the files are still so.
+"""
 
 import json
 import logging
@@ -18,7 +20,9 @@ _hashes: dict[tuple, str] = {}
 
 
 class DamagedError(UserError):
-    """A checkpoint folder is incomplete, or a file of it is not what was written; the message names the file."""
+    """A checkpoint folder is incomplete, or a file of it is not what was written; the message names
+    the file.
+    """
 
 
 def write_manifest(folder: Path) -> None:
@@ -38,7 +42,8 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
     """Compare a folder with its manifest: the sizes, and the contents if asked for.
 
     Raises:
-        DamagedError: names the file that is missing, cut short, changed, not listed, or not within the folder.
+        DamagedError: names the file that is missing, cut short, changed, not listed, or not within
+            the folder.
     """
     files = _read(folder)
     if with_state and not any(name.startswith(f"{TRAINING_STATE}/") for name in files):
@@ -103,14 +108,18 @@ def _entry(entry: object) -> tuple[int, str | None]:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file is within the folder, also if links are followed. The hub's cache links to a folder of blobs of its own."""
+    """Whether a file is within the folder, also if links are followed. The hub's cache links to a
+    folder of blobs of its own.
+    """
     home = folder.resolve()
     homes = [home, *(p.parent / "blobs" for p in home.parents if p.name == "snapshots")]
     return any(path.resolve().is_relative_to(h) for h in homes)
 
 
 def _sha256(path: Path) -> str:
-    """The hash of a file. A program looks at a folder several times: a file that has not been touched since is read once."""
+    """The hash of a file. A program looks at a folder several times: a file that has not been
+    touched since is read once.
+    """
     stat = path.stat()
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key in _hashes:

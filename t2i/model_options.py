@@ -1,4 +1,6 @@
-"""Which model a program draws with: one description for all of them; cheap to import, so that mistakes are answered at once."""
+"""Which model a program draws with: one description for all of them; cheap to import, so that
+mistakes are answered at once.
+"""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -15,17 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """A published base by itself; beside --ckpt: where the files of its base are now, if they moved."""
+    """A published base by itself; beside --ckpt: where the files of its base are now, if they
+    moved.
+    """
 
     family: Literal["llamagen", "janus", "open_magvit2", "rar"] | None = None
     """Of a published weight file; folders say it themselves."""
     weights: str | None = None
-    """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file, owner/repo). Beside --ckpt also
-    the folder to which all files of the base moved."""
+    """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file,
+    owner/repo). Beside --ckpt also the folder to which all files of the base moved.
+    """
     tokenizer: str | None = None
     """Image tokenizer weights (folders and Open-MAGVIT2's files bring their own)."""
     text_encoder: str | None = None
-    """Caption encoder of LlamaGen text-to-image: folder or hub id (a backbone folder brings its own)."""
+    """Caption encoder of LlamaGen text-to-image: folder or hub id (a backbone folder brings its
+    own).
+    """
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of its features."""
 
@@ -35,7 +42,9 @@ class ModelOptions:
     """Something trained, or a base by itself; and what it is computed on."""
 
     ckpt: str | None = None
-    """Checkpoint, run (its newest checkpoint) or export folder, or a base that the kit ships: shapes, shapes-janus."""
+    """Checkpoint, run (its newest checkpoint) or export folder, or a base that the kit ships:
+    shapes, shapes-janus.
+    """
     base: BaseOptions = field(default_factory=BaseOptions)
     device: str = "auto"
     """cpu, cuda, or auto."""
@@ -58,7 +67,8 @@ class ModelOptions:
         """Device and type, after all that can be told without loading.
 
         Raises:
-            UserError: no model is given, there is none of this name, it is incomplete; there is no such device or type.
+            UserError: no model is given, there is none of this name, it is incomplete; there is no
+                such device or type.
         """
         from t2i.checkpoint import find_checkpoint, read_config
         from t2i.loading import pick_device
@@ -113,7 +123,9 @@ class ModelOptions:
         return model
 
     def name(self) -> str:
-        """What to call the model in the name of a folder: run and step, the export, or the base's file."""
+        """What to call the model in the name of a folder: run and step, the export, or the base's
+        file.
+        """
         from t2i.checkpoint import EXPORTED, find_checkpoint
 
         assert self.source is not None, "check comes first"

@@ -8,7 +8,9 @@ from t2i.tensorar.config import TensorARConfig
 
 
 def iclr2026(**overrides) -> TensorARConfig:
-    """The ICLR 2026 version: one attention block on each side, exponential schedule, categorical noise."""
+    """The ICLR 2026 version: one attention block on each side, exponential schedule, categorical
+    noise.
+    """
     return _changed(
         TensorARConfig(k=4, depth=1, mlp=False, schedule="exponential", noise="categorical"),
         overrides,
@@ -16,14 +18,18 @@ def iclr2026(**overrides) -> TensorARConfig:
 
 
 def arxiv2505(**overrides) -> TensorARConfig:
-    """arXiv 2505.16324 v1: two full transformer blocks on each side, sine schedule, codebook noise."""
+    """arXiv 2505.16324 v1: two full transformer blocks on each side, sine schedule, codebook
+    noise.
+    """
     return _changed(
         TensorARConfig(k=4, depth=2, mlp=True, schedule="sine", noise="codebook"), overrides
     )
 
 
 def tuned(**overrides) -> TensorARConfig:
-    """Not from the papers: drafts that weigh little, and half of them the model's own (evidence: docs/recipe.md)."""
+    """Not from the papers: drafts that weigh little, and half of them the model's own (evidence:
+    docs/recipe.md).
+    """
     return iclr2026(**{"slot_weights": (1.0, 0.03), "own_drafts": 0.5, **overrides})
 
 

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingOverrides:
-    """Each field as in `SamplingConfig` (several numbers: one per sub-token of a code); None keeps the model's own setting."""
+    """Each field as in `SamplingConfig` (several numbers: one per sub-token of a code); None keeps
+    the model's own setting.
+    """
 
     cfg_scale: float | tuple[float, ...] | None = None
     """Classifier-free guidance; 1 is off."""

@@ -1,7 +1,8 @@
 """Where a backbone's files come from, what they were, and where they are now.
 
-A source is a file, a folder with a config.json (the layout of `t2i/assets/shapes`), the name of a shipped offline base ("shapes",
-...), or a file on the hub as "owner/repo:file". Families that publish a folder (Janus-Pro) take that folder, or "owner/repo".
+A source is a file, a folder with a config.json (the layout of `t2i/assets/shapes`), the name of a
+shipped offline base ("shapes", ...), or a file on the hub as "owner/repo:file". Families that
+publish a folder (Janus-Pro) take that folder, or "owner/repo".
 """
 
 import logging
@@ -24,10 +25,12 @@ FAMILIES = {
     "open_magvit2": "t2i.backbones.open_magvit2",
     "rar": "t2i.backbones.rar",
 }
-"""Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are what is called here.
+"""Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are
+what is called here.
 
-Its `outline` builds a published size on the meta device, without any file. `PUBLISHED_AS_FOLDER` says that weights, tokenizers and
-configuration are published as one folder, `TOKENIZER_INSIDE` that the published weight file holds the image tokenizer, too.
+Its `outline` builds a published size on the meta device, without any file. `PUBLISHED_AS_FOLDER`
+says that weights, tokenizers and configuration are published as one folder, `TOKENIZER_INSIDE` that
+the published weight file holds the image tokenizer, too.
 """
 ASSETS = Path(__file__).parent / "assets"
 _FILES = {"weights": "weight file", "tokenizer": "image tokenizer", "text_encoder": "text encoder"}
@@ -61,17 +64,22 @@ class BackboneSource:
     tokenizer_sha256: str | None = None
     """Hash of the image tokenizer's file, where it has one."""
     text_encoder_sha256: str | None = None
-    """Hash over the text encoder's files; of tokenizer.json for a family that is published as a folder."""
+    """Hash over the text encoder's files; of tokenizer.json for a family that is published as a
+    folder.
+    """
     generation_only: bool = False
     """Only what drawing images needs was loaded."""
     started_from: str | None = None
-    """Checkpoint whose weights a run began with in place of the base's: its own checkpoints then hold all of the backbone's."""
+    """Checkpoint whose weights a run began with in place of the base's: its own checkpoints then
+    hold all of the backbone's.
+    """
     shipped_base: str | None = None
     """Shipped base that an export was made from; its name is not in `weights` any more."""
 
 
 def resolve(source: str | Path, *, folder: bool = False) -> Path:
-    """The local path of a source; downloads "owner/repo:file", or with `folder` "owner/repo", into the hub's cache.
+    """The local path of a source; downloads "owner/repo:file", or with `folder` "owner/repo", into
+    the hub's cache.
 
     Raises:
         UserError: there is no such file, folder, shipped base or hub file.
@@ -97,7 +105,9 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 
 
 def check_named(source: str | Path, *, folder: bool = False) -> None:
-    """UserError if a source is nothing that `resolve` could take: no local path, no shipped base, no name on the hub."""
+    """UserError if a source is nothing that `resolve` could take: no local path, no shipped base,
+    no name on the hub.
+    """
     text = str(source)
     if not (Path(text).exists() or text in shipped_bases() or _on_hub(text, folder)):
         raise _nowhere(text, folder)
@@ -217,9 +227,11 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
     )
 
 
-# -- what the files were ------------------------------------------------------------------------------------------------------
+# -- what the files were ---------------------------------------------------------------------------
 def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
-    """The source of a checkpoint folder with the SHA-256 of its files, so that others are refused; those that it has are kept."""
+    """The source of a checkpoint folder with the SHA-256 of its files, so that others are refused;
+    those that it has are kept.
+    """
     files = expand_folder(beside(source, folder))
     missing = [name for name, key in _HASHES.items() if getattr(source, key) is None]
     return replace(source, **{_HASHES[name]: _file_hash(files, name) for name in missing})
@@ -247,7 +259,8 @@ def weights_sha256(path: Path) -> str:
 
 
 def prove(files: BackboneSource, *, weights: bool = True) -> None:
-    """Compare an expanded source's files with the hashes that it has; `weights`: those of the backbone, too.
+    """Compare an expanded source's files with the hashes that it has; `weights`: those of the
+    backbone, too.
 
     Raises:
         UserError: a file is not the one that the checkpoint was trained with.
@@ -267,7 +280,7 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
             )
 
 
-# -- where the files are now --------------------------------------------------------------------------------------------------
+# -- where the files are now -----------------------------------------------------------------------
 def beside(source: BackboneSource, folder: Path) -> BackboneSource:
     """The source of a checkpoint folder whose base lies relative to it (an export's)."""
     inner = {
@@ -288,8 +301,9 @@ def moved(
     """A checkpoint's source with its files where they are now.
 
     Args:
-        base: the weight file, or the folder that the files moved to: each is then found by its name, or by the end of its old
-            path. What lies beside a weight file is found, too. Files that still are where they were stay.
+        base: the weight file, or the folder that the files moved to: each is then found by its
+            name, or by the end of its old path. What lies beside a weight file is found, too. Files
+            that still are where they were stay.
         tokenizer: the image tokenizer's file.
         text_encoder: the text encoder's folder or hub id.
     """
@@ -318,14 +332,18 @@ def moved(
 
 
 def _under(root: Path, stored: str) -> Path | None:
-    """What lies under the folder by the longest end of a stored path, or hub name, that is there."""
+    """What lies under the folder by the longest end of a stored path, or hub name, that is
+    there.
+    """
     parts = [part for part in Path(stored.replace(":", "/")).parts if part != "/"]
     ends = (root.joinpath(*parts[i:]).resolve() for i in range(len(parts)))
     return next((end for end in ends if end.exists()), None)
 
 
 def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
-    """UserError that names every local file of a source that is gone; `weights`: those of the backbone are needed, too."""
+    """UserError that names every local file of a source that is gone; `weights`: those of the
+    backbone are needed, too.
+    """
     gone = [
         name
         for name in _FILES

@@ -1,8 +1,9 @@
 """Reading published weight files safely and loading them strictly.
 
-Every checkpoint of every family passes through `read_state_dict` (dialects of the file) and `load_strict` (which names each
-key that does not fit). Pickles are only read with `weights_only=True`; the one class allowed inside besides tensors is
-`argparse.Namespace`, which LlamaGen's own training scripts store next to the weights.
+Every checkpoint of every family passes through `read_state_dict` (dialects of the file) and
+`load_strict` (which names each key that does not fit). Pickles are only read with
+`weights_only=True`; the one class allowed inside besides tensors is `argparse.Namespace`, which
+LlamaGen's own training scripts store next to the weights.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from t2i.errors import UserError
 from t2i.hashes import remembered_sha256
 
-# The key under which a training script nests its weights, in the order in which LlamaGen's samplers look for them.
+# The key under which a training script nests its weights, in the order in which LlamaGen's samplers
+# look for them.
 _NESTING_KEYS = ("model", "module", "state_dict")
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 _MAX_KEYS_IN_MESSAGE = 40
@@ -30,15 +32,18 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
-    """Read one weight file (.safetensors, or a .pt/.pth/.bin pickle) into a flat state dict on the CPU.
+    """Read one weight file (.safetensors, or a .pt/.pth/.bin pickle) into a flat state dict on the
+    CPU.
 
     `mmap` maps a pickle into memory instead of reading it, as is always done with safetensors.
 
-    Understands `{"model" | "module" | "state_dict": {...}}`, consolidated FSDP files (the state dict at top level), files of
-    LlamaGen's own training (with an argparse namespace inside) and prefixes left by `torch.compile` or DDP.
+    Understands `{"model" | "module" | "state_dict": {...}}`, consolidated FSDP files (the state
+    dict at top level), files of LlamaGen's own training (with an argparse namespace inside) and
+    prefixes left by `torch.compile` or DDP.
 
     Raises:
-        UserError: the file is missing, truncated, not a weight file, or holds objects that are unsafe to unpickle.
+        UserError: the file is missing, truncated, not a weight file, or holds objects that are
+            unsafe to unpickle.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +64,8 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The weight files of a folder in transformers' layout: safetensors before .bin, one file or the shards of an index.
+    """The weight files of a folder in transformers' layout: safetensors before .bin, one file or
+    the shards of an index.
 
     Raises:
         UserError: there are none, or the index is damaged or names files that are not there.
@@ -91,7 +97,9 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """All weights of a folder in transformers' layout (see `weight_files`); `shapes_only` gives meta tensors and reads no data."""
+    """All weights of a folder in transformers' layout (see `weight_files`); `shapes_only` gives
+    meta tensors and reads no data.
+    """
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
@@ -133,14 +141,18 @@ def _strip_wrappers(key: str) -> str:
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
-    """Length of the stored list of modules whose names begin with `prefix` (which ends with a dot); 0 if there is none."""
+    """Length of the stored list of modules whose names begin with `prefix` (which ends with a dot);
+    0 if there is none.
+    """
     places = {k.removeprefix(prefix).split(".")[0] for k in state_dict if k.startswith(prefix)}
     return 1 + max((int(place) for place in places if place.isdecimal()), default=-1)
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """While a shape is read off weights: a missing key is the UserError that they are not `what`."""
+    """While a shape is read off weights: a missing key is the UserError that they are not
+    `what`.
+    """
     try:
         yield
     except KeyError as error:
@@ -157,7 +169,9 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def build_empty(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
-    """A module in eval mode on the CPU whose weights hold anything: for `load_strict`, with no time spent on initial ones."""
+    """A module in eval mode on the CPU whose weights hold anything: for `load_strict`, with no time
+    spent on initial ones.
+    """
     with torch.device("meta"):
         module = build()
     return module.to_empty(device="cpu").to(dtype).eval()
@@ -166,7 +180,8 @@ def build_empty(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M
 def load_strict(
     module: nn.Module, state_dict: dict[str, Tensor], source: str | Path, *, assign: bool = False
 ) -> None:
-    """Copy `state_dict` into `module`, which must have exactly these keys and shapes; `assign` uses its tensors themselves.
+    """Copy `state_dict` into `module`, which must have exactly these keys and shapes; `assign` uses
+    its tensors themselves.
 
     Raises:
         UserError: names every key that is missing, unexpected or mis-shaped.
@@ -179,7 +194,9 @@ def load_strict(
 def copy_weights(
     target: dict[str, Tensor], state_dict: dict[str, Tensor], what: str, source: str | Path
 ) -> None:
-    """Copy `state_dict` into the tensors of `target`, which must have exactly these keys and shapes; `what` names the target."""
+    """Copy `state_dict` into the tensors of `target`, which must have exactly these keys and
+    shapes; `what` names the target.
+    """
     _compare(target, state_dict, what, source)
     for name, tensor in target.items():
         tensor.copy_(state_dict[name])
@@ -230,7 +247,9 @@ def folder_sha256(folder: str | Path) -> str:
 
 
 def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes: of weights in memory, or in a part of a larger file."""
+    """SHA-256 over names, types, shapes and bytes: of weights in memory, or in a part of a larger
+    file.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(state_dict.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -1,7 +1,8 @@
-"""Drives a headless Chromium by its DevTools protocol: opens a page, evaluates JavaScript in it, takes screenshots.
+"""Drives a headless Chromium by its DevTools protocol: opens a page, evaluates JavaScript in it,
+takes screenshots.
 
-The protocol runs over a pair of pipes (--remote-debugging-pipe: JSON messages that end in a zero byte), so that nothing but the
-browser has to be installed.
+The protocol runs over a pair of pipes (--remote-debugging-pipe: JSON messages that end in a zero
+byte), so that nothing but the browser has to be installed.
 """
 
 import base64
@@ -39,7 +40,9 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params) -> dict:
-        """A command of the protocol and its result; see chromedevtools.github.io/devtools-protocol."""
+        """A command of the protocol and its result; see
+        chromedevtools.github.io/devtools-protocol.
+        """
         self.count += 1
         message = {"id": self.count, "method": method, "params": params, **self.session}
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")

@@ -1,4 +1,6 @@
-"""Every test runs offline, on one CPU thread and without CUDA, so that bits and timings do not depend on the machine's load."""
+"""Every test runs offline, on one CPU thread and without CUDA, so that bits and timings do not
+depend on the machine's load.
+"""
 
 import os
 
@@ -30,7 +32,9 @@ def backbone(request):
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
-    """A folder with base/ and janus/ (tiny backbones), data/ (60 captioned images) and, once a run has built it, cache/."""
+    """A folder with base/ and janus/ (tiny backbones), data/ (60 captioned images) and, once a run
+    has built it, cache/.
+    """
     from runs import write_tiny_base, write_tiny_janus
 
     from t2i.data.shapes import write_dataset
@@ -54,7 +58,9 @@ def shapes_ckpt(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain(tiny_world):
-    """The checkpoint folder of a run of three steps in one process, without ZeRO: what other ways to train are compared with."""
+    """The checkpoint folder of a run of three steps in one process, without ZeRO: what other ways
+    to train are compared with.
+    """
     from runs import tiny_run
 
     from t2i.training.loop import train

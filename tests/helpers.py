@@ -1,4 +1,6 @@
-"""What several test files share: golden cases found by their config.json, and tiny models with random weights."""
+"""What several test files share: golden cases found by their config.json, and tiny models with
+random weights.
+"""
 
 import json
 import os
@@ -70,7 +72,9 @@ def golden_folder(name: str) -> Path:
 
 
 def golden_table(name: str) -> dict:
-    """A JSON table of this name anywhere under the golden root; skips the test where there is none."""
+    """A JSON table of this name anywhere under the golden root; skips the test where there is
+    none.
+    """
     path = next(GOLDEN_ROOT.rglob(name), None)
     if path is None:
         pytest.skip(f"no {name} under {GOLDEN_ROOT}")
@@ -104,7 +108,9 @@ def base_loss(model: TensorAR, prepared: dict, codes: Tensor) -> Tensor:
 
 
 def drawn_by_torch(model: TensorAR, prepared: dict, config: SamplingConfig, steps: int) -> Tensor:
-    """Codes [B, steps, S] with torch's own generator in the official order: for each code one multinomial over the batch per sub-token."""
+    """Codes [B, steps, S] with torch's own generator in the official order: for each code one
+    multinomial over the batch per sub-token.
+    """
     h, state = prefill(model, prepared, config)
     drawn = []
     for t in range(steps):
@@ -131,7 +137,9 @@ def check_uint8_rule(backbone: Backbone) -> None:
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Random weights at which every part matters: heads and null embeddings non-zero, norms away from 1."""
+    """Random weights at which every part matters: heads and null embeddings non-zero, norms away
+    from 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     stored = module.state_dict()
     with torch.no_grad():
@@ -274,6 +282,8 @@ def folder_content(folder: Path) -> dict[str, bytes]:
 
 
 def in_threads(work: Callable[[int], object], ranks: Sequence[int] = (0, 1)) -> list:
-    """What `work(rank)` returns, for all ranks at once, as processes would run it; raises what one of them raises."""
+    """What `work(rank)` returns, for all ranks at once, as processes would run it; raises what one
+    of them raises.
+    """
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(work, ranks))

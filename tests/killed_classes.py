@@ -1,10 +1,13 @@
-"""Run by test_class_shapes.py: programs for classes, as one process and as two, killed in the middle of their work.
+"""Run by test_class_shapes.py: programs for classes, as one process and as two, killed in the
+middle of their work.
 
     python tests/killed_classes.py BASE OUT
 
-BASE is a base of launch/pretrain_class_shapes.py with its images beside it. Processes are forked from this one, which imports what they
-need once (most of their time otherwise); each has the environment that torchrun would give it, and is killed by SIGKILL. In OUT, `<program>-whole` holds what one
-process leaves that nobody disturbs, `<program>-<processes>` what the killed ones and then a last run leave, and kills.json how many died.
+BASE is a base of launch/pretrain_class_shapes.py with its images beside it. Processes are forked
+from this one, which imports what they need once (most of their time otherwise); each has the
+environment that torchrun would give it, and is killed by SIGKILL. In OUT, `<program>-whole` holds
+what one process leaves that nobody disturbs, `<program>-<processes>` what the killed ones and then
+a last run leave, and kills.json how many died.
 """
 
 import json
@@ -84,7 +87,9 @@ def main(base: Path, out: Path) -> None:
 
 
 def kill(ids: list[int], folder: Path, pieces: int) -> bool:
-    """Kill processes when so many pieces of work are marked as done; whether they were still alive."""
+    """Kill processes when so many pieces of work are marked as done; whether they were still
+    alive.
+    """
     alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while len(list(folder.glob("**/*.chunks/*.json"))) < pieces:
         if any(os.waitid(os.P_PID, i, alive) for i in ids):

@@ -1,4 +1,6 @@
-"""Tiny training runs, and how they are compared: shared by the tests of training, checkpoints and processes."""
+"""Tiny training runs, and how they are compared: shared by the tests of training, checkpoints and
+processes.
+"""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +33,9 @@ SAME_SUM = 1e-5
 
 
 def write_tiny_base(folder: Path) -> Path:
-    """A backbone folder as `--backbone.weights` takes it: text-to-image, 4x4 codes of 8 pixels, without dropout of its own."""
+    """A backbone folder as `--backbone.weights` takes it: text-to-image, 4x4 codes of 8 pixels,
+    without dropout of its own.
+    """
     from t2i.conditioning.tiny_t5 import build_tiny_t5
 
     vq = _tiny_vq()
@@ -86,7 +90,8 @@ def tiny_janus_run(root: Path, name: str, **changes) -> TrainConfig:
 
 
 def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
-    """A training run on the LlamaGen and data under `root` (see the `tiny_world` fixture): 16 of the samples a step, k = 3.
+    """A training run on the LlamaGen and data under `root` (see the `tiny_world` fixture): 16 of
+    the samples a step, k = 3.
 
     Options of the parts are given by their path, such as `engine__zero_stage=2`.
     """
@@ -112,7 +117,9 @@ def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
 
 
 def metrics(root: Path, name: str) -> list[dict]:
-    """A run's metrics without the ones that depend on the machine or that only some ZeRO stages have."""
+    """A run's metrics without the ones that depend on the machine or that only some ZeRO stages
+    have.
+    """
     skipped = ("images_per_s", "train/grad_norm")
     rows = read_metrics(root / "runs" / name)
     return [{k: v for k, v in row.items() if k not in skipped} for row in rows]

@@ -1,4 +1,6 @@
-"""The offline world of class-conditional models: its images, its exact score, and what its recipe does after a kill."""
+"""The offline world of class-conditional models: its images, its exact score, and what its recipe
+does after a kill.
+"""
 
 import json
 import os
@@ -31,7 +33,7 @@ def drawn(labels, size=32, first=0) -> np.ndarray:
     return np.stack([np.asarray(class_image(c, first + i, size, 0)) for i, c in enumerate(labels)])
 
 
-# -- the score ----------------------------------------------------------------------------------------------------------------
+# -- the score -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [24, 32, 64])
 def test_true_images_are_right_and_others_are_not(size):
     labels = list(range(20))
@@ -61,7 +63,9 @@ def test_standard_errors_are_those_of_shares_and_of_pairs():
 
 
 def write_samples(path, *, count=40, seed=0, classes=20, wrong=0):
-    """A file as launch/sample_imagenet.py leaves it, of true images; the first few are of another class."""
+    """A file as launch/sample_imagenet.py leaves it, of true images; the first few are of another
+    class.
+    """
     labels = sample_labels(count, 20, balanced=True, seed=seed).numpy()
     shown = labels.copy()
     shown[:wrong] = (shown[:wrong] + 1) % 20
@@ -100,7 +104,7 @@ def test_wrong_files_are_named(tmp_path, capsys):
     assert "needs an image of every class" in message(few, "--sheet", tmp_path / "sheet.png")
 
 
-# -- the recipe ---------------------------------------------------------------------------------------------------------------
+# -- the recipe ------------------------------------------------------------------------------------
 @pytest.fixture
 def recipe(tmp_path):
     return tiny_recipe(tmp_path)
@@ -166,7 +170,7 @@ def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
 
 
 @pytest.mark.slow
-# -- processes ----------------------------------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("program", ["sample_imagenet", "train_imagenet"])
 def test_one_or_two_processes_and_any_kill_leave_the_same(killed, program):
     whole, *others = (killed / f"{program}-{name}" for name in ("whole", "1", "2"))

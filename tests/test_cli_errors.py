@@ -1,4 +1,6 @@
-"""A user's mistake ends in one clear message and a non-zero exit code, without a traceback and with nothing half-written."""
+"""A user's mistake ends in one clear message and a non-zero exit code, without a traceback and with
+nothing half-written.
+"""
 
 import json
 import os
@@ -70,7 +72,7 @@ def train_fails(tiny_world, tmp_path, fails):
     return run
 
 
-# -- training -----------------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 def test_missing_data(train_fails, tmp_path):
     folder = tmp_path / "nothing"
     assert f"{folder} does not exist" in train_fails("--data.source", folder)
@@ -124,7 +126,9 @@ def test_bad_values(train_fails):
     ],
 )
 def test_numbers_that_are_none(train_fails, option, value, message):
-    """Case 2: what can only make weights that are no numbers is refused before anything is loaded."""
+    """Case 2: what can only make weights that are no numbers is refused before anything is
+    loaded.
+    """
     assert message in train_fails(option, *value.split())
 
 
@@ -193,7 +197,7 @@ def test_check_finds_what_training_would(train_fails):
     assert "nothing to train" in train_fails("--method.k", 1, "--tuning", "codec", "--check")
 
 
-# -- generation ---------------------------------------------------------------------------------------------------------------
+# -- generation ------------------------------------------------------------------------------------
 @pytest.fixture
 def generate_fails(fails, plain, tmp_path):
     """Runs the generator with further options, on a good checkpoint if none is given."""
@@ -237,7 +241,9 @@ def test_bad_options(generate_fails):
 
 
 def test_values_that_would_get_lost(generate_fails, train_fails):
-    """Cases 19, 27: of two --prompt the parser keeps the last; NaN passes every comparison with a limit."""
+    """Cases 19, 27: of two --prompt the parser keeps the last; NaN passes every comparison with a
+    limit.
+    """
     twice = generate_fails("--prompt", "a circle", "--prompt", "a square")
     assert "--prompt is given 2 times: give it once, with all values behind it" in twice
     assert "--log.prompts is given 2 times" in train_fails("--log.prompts", "a", "--log.prompts=b")
@@ -266,7 +272,7 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
     assert "manifest.json is missing" in message(copy)
 
 
-# -- the real thing -----------------------------------------------------------------------------------------------------------
+# -- the real thing --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("command", "message"),
     [

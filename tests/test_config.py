@@ -1,4 +1,6 @@
-"""The command line: every recipe parses, every option is read by something, and the pre-flight says what a run would do."""
+"""The command line: every recipe parses, every option is read by something, and the pre-flight says
+what a run would do.
+"""
 
 import ast
 import dataclasses

@@ -1,4 +1,6 @@
-"""Cases 7, 10 and 11: a data set is known by its content, a name has one meaning, and the cache's place is looked at first."""
+"""Cases 7, 10 and 11: a data set is known by its content, a name has one meaning, and the cache's
+place is looked at first.
+"""
 
 import os
 import shutil
@@ -28,7 +30,7 @@ from t2i.errors import UserError
 from t2i.processes import Processes
 
 
-# -- 10: a data set is its content --------------------------------------------------------------------------------------------
+# -- 10: a data set is its content -----------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["metadata", "sidecar", "parquet", "webdataset"])
 def test_place_and_clock_do_not_matter(kind, tmp_path, monkeypatch):
     """Case 10: touched, moved, a slash more, another working directory: the same cache."""
@@ -104,7 +106,9 @@ def test_changes_are_named(tmp_path):
 
 
 def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
-    """Case 10: the index spares a million images from being read at every start, and trusts no file of this moment."""
+    """Case 10: the index spares a million images from being read at every start, and trusts no file
+    of this moment.
+    """
     monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
     monkeypatch.setattr(content, "_RACY_NS", 10**7)
     source = open_source(make("metadata", tmp_path / "data"))
@@ -135,7 +139,7 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
         hash_files(source.files(), tmp_path, Processes(1, 2, patience=0.1))
 
 
-# -- 11: names ----------------------------------------------------------------------------------------------------------------
+# -- 11: names -------------------------------------------------------------------------------------
 def test_a_folder_of_a_shipped_name(tmp_path, monkeypatch):
     """Case 11: a bare name is the kit's, ./name the folder; where both are, it is said."""
     monkeypatch.chdir(tmp_path)
@@ -158,7 +162,7 @@ def test_a_run_of_a_shipped_name(tmp_path, monkeypatch, caplog):
     assert "'shapes' is taken for the base that the kit ships; write './shapes'" in caplog.text
 
 
-# -- 7: the cache's place -----------------------------------------------------------------------------------------------------
+# -- 7: the cache's place --------------------------------------------------------------------------
 def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch):
     """Case 7: while a shard is written, whoever words the error."""
 

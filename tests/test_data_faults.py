@@ -37,7 +37,7 @@ def report_of(folder) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
-# -- 12: the held-out split ---------------------------------------------------------------------------------------------------
+# -- 12: the held-out split ------------------------------------------------------------------------
 def several_rows(kind, folder):
     """Three images with five samples each, whatever tells that they are the same."""
     images = [i for i in range(3) for _ in range(5)]
@@ -86,7 +86,7 @@ def test_the_split_of_different_images_is_what_it_was():
             assert torch.equal(a, b)
 
 
-# -- 13: sub-folders ----------------------------------------------------------------------------------------------------------
+# -- 13: sub-folders -------------------------------------------------------------------------------
 def sidecars(folder, count=2):
     write_images(folder, count)
     for i in range(count):
@@ -94,7 +94,9 @@ def sidecars(folder, count=2):
 
 
 def test_classes_named_as_splits(tmp_path):
-    """Case 13: train beside bus and cat is a class; beside val a split. What is left out is named."""
+    """Case 13: train beside bus and cat is a class; beside val a split. What is left out is
+    named.
+    """
     for name in ("bus", "train", "cat"):
         sidecars(tmp_path / "cl" / name)
     source = open_source(tmp_path / "cl")
@@ -121,7 +123,9 @@ def test_classes_named_as_splits(tmp_path):
 
 
 def test_splits_that_a_user_may_not_mean(tmp_path):
-    """Case 13: folders that are named as splits and used all the same are named; data/train beside data/val are splits."""
+    """Case 13: folders that are named as splits and used all the same are named; data/train beside
+    data/val are splits.
+    """
     for name in ("no_train/val", "no_train/test", "classes/test", "classes/dog"):
         sidecars(tmp_path / name)
     source = open_source(tmp_path / "no_train")
@@ -139,7 +143,9 @@ def test_splits_that_a_user_may_not_mean(tmp_path):
 
 
 def test_metadata_that_is_not_read_is_named(tmp_path):
-    """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take instead."""
+    """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take
+    instead.
+    """
     sidecars(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,another\n")
     (tmp_path / "0.json").write_text("{}")
@@ -149,7 +155,9 @@ def test_metadata_that_is_not_read_is_named(tmp_path):
 
 
 def test_folders_that_are_passed_over(tmp_path):
-    """Case 13: hidden folders with images are named, others are no one's business; images beside a metadata.jsonl, too."""
+    """Case 13: hidden folders with images are named, others are no one's business; images beside a
+    metadata.jsonl, too.
+    """
     sidecars(tmp_path)
     sidecars(tmp_path / ".ipynb_checkpoints")
     sidecars(tmp_path / "__MACOSX")
@@ -166,14 +174,16 @@ def test_folders_that_are_passed_over(tmp_path):
     assert names == ["1.png", "more/0.png"]
 
 
-# -- 14: captions that cleaning empties ---------------------------------------------------------------------------------------
+# -- 14: captions that cleaning empties ------------------------------------------------------------
 def notes(captions):
     """As a text encoder that reads no Chinese and three words."""
     return [None if c == "\u5706" else ["caption cut"] * (len(c.split()) > 3) for c in captions]
 
 
 def test_unreadable_captions(tmp_path):
-    """Case 14: skipped and cut captions are named by the survey, at the encoding and on a cache hit."""
+    """Case 14: skipped and cut captions are named by the survey, at the encoding and on a cache
+    hit.
+    """
     write_images(tmp_path / "data", 4)
     values = ["a dot", "\u5706", ["\u5706", "a dot"], "a dot with more"]
     rows = [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
@@ -220,7 +230,7 @@ def test_prompts_of_which_something_is_lost(family, tiny_world, monkeypatch, cap
     assert f": caption cut to {12 if family == 'llamagen' else 512} tokens" in cut
 
 
-# -- 15 and 16: what a caption is -------------------------------------------------------------------------------------------
+# -- 15 and 16: what a caption is ------------------------------------------------------------------
 NO_TEXT = "caption holds characters that are no text"
 
 
@@ -253,7 +263,9 @@ def test_captions_of_any_value(value, captions, said):
     "kind", ["metadata", "sidecar", "webdataset", "webdataset json", "parquet"]
 )
 def test_the_same_text_is_the_same_captions(kind, tmp_path):
-    """Case 16: three lines are three alternatives in a .txt, a tar, JSON and a table; case 15: a caption that is none."""
+    """Case 16: three lines are three alternatives in a .txt, a tar, JSON and a table; case 15: a
+    caption that is none.
+    """
     text, surrogate = "one\ntwo\nthree", "a \ud83d dot"
     values = [text, surrogate, 7]
     if kind == "metadata":
@@ -302,7 +314,7 @@ def test_damaged_json_and_huge_files(tmp_path):
         open_source(tmp_path)
 
 
-# -- 17: names in tars --------------------------------------------------------------------------------------------------------
+# -- 17: names in tars -----------------------------------------------------------------------------
 def test_repeated_names_in_a_tar(tmp_path):
     """Case 17: both samples are kept, and named."""
     write_members(
@@ -335,9 +347,11 @@ def write_members(path, members):
             tar.addfile(member, io.BytesIO(data))
 
 
-# -- 18: links and names ------------------------------------------------------------------------------------------------------
+# -- 18: links and names ---------------------------------------------------------------------------
 def test_odd_files_are_passed_over_by_name(tmp_path):
-    """Case 18: broken links, loops, links to folders, pipes, sockets, names that are no text, empty files."""
+    """Case 18: broken links, loops, links to folders, pipes, sockets, names that are no text, empty
+    files.
+    """
     data = tmp_path / "data"
     sidecars(data, 1)
     sidecars(tmp_path / "linked", 1)
@@ -408,7 +422,7 @@ def test_a_cache_hit_reports_the_files_of_today(tmp_path):
     assert report_of(folder)["skipped"]["broken link"]["first"] == ["zz.png"]
 
 
-# -- 28 --------------------------------------------------------------------------------------------------------------
+# -- 28 --------------------------------------------------------------------------------------------
 def test_small_images_say_what_is_wanted(tmp_path):
     """Case 28: the size, and the option."""
     sidecars(tmp_path)

@@ -1,4 +1,6 @@
-"""Judges other than mPLUG: tiny random models of `transformers`, and what `load_judge` says to mistakes."""
+"""Judges other than mPLUG: tiny random models of `transformers`, and what `load_judge` says to
+mistakes.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Question files: what is read, what is refused and where, and the official file's way into the cache."""
+"""Question files: what is read, what is refused and where, and the official file's way into the
+cache.
+"""
 
 import logging
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""`dpg_bench/run.py` on the shipped shapes base: both scores, kills, processes, grids, mistakes, and its page in a browser."""
+"""`dpg_bench/run.py` on the shipped shapes base: both scores, kills, processes, grids, mistakes,
+and its page in a browser.
+"""
 
 import json
 import os
@@ -80,7 +82,7 @@ def refusal(capsys):
     return partial(refused, run, capsys)
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 def test_results_show_both_ways_to_count_and_the_judge(drawn):
     content = results(drawn)
     assert content["status"] == "PARTIAL: 4 of 60 prompts"
@@ -145,7 +147,7 @@ def test_two_processes_do_what_one_does(drawn, shapes_ckpt, tmp_path):
     assert folder_content(out) == folder_content(drawn)
 
 
-# -- folders of images --------------------------------------------------------------------------------------------------------
+# -- folders of images -----------------------------------------------------------------------------
 def test_a_folder_of_images_gives_the_same_numbers(drawn, tmp_path):
     program(run, "--images", drawn / "images", "--out", tmp_path / "out", *FEW)
     assert numbers(tmp_path / "out") == numbers(drawn)
@@ -243,7 +245,7 @@ def test_drawn_images_are_not_mixed_with_copied_ones(drawn, grids, shapes_ckpt, 
     assert "holds files without generation.json" in text
 
 
-# -- questions ----------------------------------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -299,7 +301,7 @@ def test_the_official_judge_answers_any_questions(drawn, tmp_path, capsys):
     assert set(results(tmp_path / "out")["judge"]["answers"]["sha256"]) > {"pytorch_model.bin"}
 
 
-# -- comparison ---------------------------------------------------------------------------------------------------------------
+# -- comparison ------------------------------------------------------------------------------------
 class YesMan:
     """A judge that agrees to everything, or to nothing."""
 
@@ -345,7 +347,7 @@ def test_the_same_weights_are_the_same_judge_wherever_they_are():
     assert bench.label == label
 
 
-# -- the page -----------------------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------
 def row_of(answers: dict[int, str], item="dense0") -> dict:
     """A row about an item's image; what is not in `answers` is a yes."""
     graph = shapes_questions()

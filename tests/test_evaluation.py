@@ -1,4 +1,6 @@
-"""The stages of a benchmark on a toy one: what is finished is kept, what is wrong is named, and numbers rest on all images."""
+"""The stages of a benchmark on a toy one: what is finished is kept, what is wrong is named, and
+numbers rest on all images.
+"""
 
 import errno
 import json
@@ -237,7 +239,7 @@ def test_harmless_names_are_left_alone(images, tmp_path, caplog):
     assert "names that are not read: notes.txt" in caplog.text
 
 
-# -- comparison ---------------------------------------------------------------------------------------------------------------
+# -- comparison ------------------------------------------------------------------------------------
 def test_paired_differences_cancel_what_prompts_share():
     rng = np.random.default_rng(0)
     hard, gain = rng.uniform(0.1, 0.9, 60), rng.normal(0.05, 0.02, 60)

@@ -1,4 +1,6 @@
-"""Cases 9, 28: an export of every family stands alone, names nothing of the machine that wrote it, and is uploaded in a second try."""
+"""Cases 9, 28: an export of every family stands alone, names nothing of the machine that wrote it,
+and is uploaded in a second try.
+"""
 
 import json
 import shutil
@@ -92,7 +94,9 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
 
 
 def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
-    """Case 25: GenEval takes the shapes world's prompts and judge for it, and for a run that starts from it."""
+    """Case 25: GenEval takes the shapes world's prompts and judge for it, and for a run that starts
+    from it.
+    """
     model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
     out = export(t2i.save_pretrained(model, tmp_path / "old", tuning="codec"), tmp_path / "out")
     assert start_from(out).source.shipped_base == "shapes"

@@ -62,7 +62,7 @@ def score(samples, reference, network, **options):
     return fid.score_images(samples, reference, network, "abc", **options)
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("compressed", [False, True])
 def test_npz_is_read_in_file_order_and_not_at_once(tmp_path, compressed):
     images = pictures(7)
@@ -143,7 +143,7 @@ def test_a_broken_image_is_named(tmp_path):
         read(folder)
 
 
-# -- scores -------------------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 def test_a_set_against_itself(tmp_path, network):
     images = pictures(12)
     folder = write_folder(tmp_path / "images", images)
@@ -224,7 +224,9 @@ def test_statistics_that_do_not_fit(tmp_path, network, statistics, message):
 
 
 def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeypatch):
-    """Sorted by class, the parts of a set hold one class each: a file is scored so, a folder is shuffled first."""
+    """Sorted by class, the parts of a set hold one class each: a file is scored so, a folder is
+    shuffled first.
+    """
     monkeypatch.setattr(frechet.inception_score, "__defaults__", (10,))
     images = np.zeros((40, 2, 2, 3), np.uint8)
     images[:20, ..., 0], images[20:, ..., 2] = 20, 20
@@ -288,7 +290,7 @@ def test_statistics_of_many_rows(monkeypatch):
     np.testing.assert_allclose(found.covariance, np.cov(features.double().T), rtol=1e-9)
 
 
-# -- weights and the program --------------------------------------------------------------------------------------------------
+# -- weights and the program -----------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def random_network():
     return inception_weights.load_inception("random")

@@ -1,4 +1,6 @@
-"""`geneval/run.py` on the shipped shapes base: its numbers, kills, processes, mistakes, and its page in a real browser."""
+"""`geneval/run.py` on the shipped shapes base: its numbers, kills, processes, mistakes, and its
+page in a real browser.
+"""
 
 import json
 import os
@@ -125,7 +127,7 @@ def test_a_base_by_itself_is_judged(tmp_path):
     assert content["generation"]["about"]["backbone"]["weights"] == "shapes"
 
 
-# -- mistakes -----------------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 @pytest.fixture
 def refusal(capsys):
     """Runs the program with arguments and returns its message."""
@@ -252,7 +254,7 @@ def test_compare_prints_paired_differences(finished, tmp_path, capsys):
     assert printed.count("| 1 |") == 6, "one prompt of each task"
 
 
-# -- the page -----------------------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 def test_the_gallery_works_in_a_browser(finished, tmp_path):
     failed = [row for row in result_rows(finished) if not row["correct"]]

@@ -1,4 +1,6 @@
-"""FID, sFID, Inception Score, precision, recall, resize and network against outputs of OpenAI's ADM evaluator under TensorFlow."""
+"""FID, sFID, Inception Score, precision, recall, resize and network against outputs of OpenAI's ADM
+evaluator under TensorFlow.
+"""
 
 import json
 import os

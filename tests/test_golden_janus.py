@@ -1,4 +1,6 @@
-"""Janus-Pro against outputs of the official implementation, from every layout that it is published in, through our sampler and loss."""
+"""Janus-Pro against outputs of the official implementation, from every layout that it is published
+in, through our sampler and loss.
+"""
 
 import json
 from functools import cache
@@ -22,7 +24,9 @@ if not CASES:
 
 
 def layouts() -> list:
-    """(case, folder) for both namings of every case, and for .bin shards of the same tensors elsewhere."""
+    """(case, folder) for both namings of every case, and for .bin shards of the same tensors
+    elsewhere.
+    """
     found = []
     for parameter in CASES:
         case = parameter.values[0]
@@ -133,7 +137,9 @@ def test_greedy_ids(case, model, prepared, run):
 
 
 def test_sampled_ids(case, model):
-    """With torch's own generator in the official order: one multinomial over the batch per token."""
+    """With torch's own generator in the official order: one multinomial over the batch per
+    token.
+    """
     expected, settings = case.expected("sampled_ids"), case.config["sampling_example"]
     text = examples(case.folder)[settings["prompt_index"]]["text"]
     config = SamplingConfig(cfg_scale=settings["cfg_weight"], temperature=settings["temperature"])

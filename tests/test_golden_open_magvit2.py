@@ -1,4 +1,6 @@
-"""Open-MAGVIT2's generator and its tokenizers against outputs of the official implementation, through our sampler and loss."""
+"""Open-MAGVIT2's generator and its tokenizers against outputs of the official implementation,
+through our sampler and loss.
+"""
 
 import pytest
 import torch
@@ -104,7 +106,9 @@ def test_greedy_codes(case, model, prepared, run):
 
 
 def test_sampled_codes(case, model, prepared):
-    """With torch's own generator in the official order: for each code one multinomial for `pre`, then one for `post`."""
+    """With torch's own generator in the official order: for each code one multinomial for `pre`,
+    then one for `post`.
+    """
     expected = codes_of(case.expected, "sampled_{}")
     settings = dict(case.config["sampling_example"])
     torch.manual_seed(settings.pop("seed"))
@@ -201,7 +205,9 @@ def test_uint8_rule():
 
 
 def backbone_around(codes, bits) -> OpenMAGVIT2:
-    """A backbone of one code per image, whose tokenizer gives these codes and keeps the ones that it is given."""
+    """A backbone of one code per image, whose tokenizer gives these codes and keeps the ones that
+    it is given.
+    """
 
     class Tokenizer:
         def encode(self, _):

@@ -1,4 +1,6 @@
-"""RAR and its tokenizer against outputs of the official implementation, through our sampler and loss."""
+"""RAR and its tokenizer against outputs of the official implementation, through our sampler and
+loss.
+"""
 
 import copy
 
@@ -122,7 +124,9 @@ def test_last_position(case, model, prepared):
 
 
 def test_permuted_orders(case, model, prepared):
-    """Another order permutes the rows of image positions and of targets, but neither the timesteps nor the prefix."""
+    """Another order permutes the rows of image positions and of targets, but neither the timesteps
+    nor the prefix.
+    """
     orders, codes = case.input("orders"), case.input("image_codes")
     expected, labels = case.expected("tf_logits_permuted"), case.expected("labels_permuted")
     shuffled = codes.gather(1, orders)
@@ -139,7 +143,9 @@ def test_permuted_orders(case, model, prepared):
 
 
 def test_epsilon(case, model):
-    """Too small to move logits by more than their tolerance: seen where the variance is as small as it."""
+    """Too small to move logits by more than their tolerance: seen where the variance is as small as
+    it.
+    """
     eps, gpt = case.config["layer_norm_eps"], model.backbone.gpt
     assert {m.eps for m in gpt.modules() if isinstance(m, torch.nn.LayerNorm)} == {eps}
     x = eps**0.5 * torch.randn(1, 4, gpt.lm_head.in_features)
@@ -189,7 +195,9 @@ def test_guidance_table(model):
 
 
 def test_sampled_ids(case, model, prepared):
-    """With torch's own generator in the official order: a condition-drop mask, then one multinomial over the batch per token."""
+    """With torch's own generator in the official order: a condition-drop mask, then one multinomial
+    over the batch per token.
+    """
     expected, settings = case.expected("sampled_ids"), case.config["sampling_example"]
     config = sampling_of(
         settings["guidance_scale"],

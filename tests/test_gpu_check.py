@@ -1,4 +1,6 @@
-"""The GPU check, rehearsed on the CPU: one row of each kind, and what the program does with what goes wrong."""
+"""The GPU check, rehearsed on the CPU: one row of each kind, and what the program does with what
+goes wrong.
+"""
 
 import json
 import time

@@ -43,7 +43,9 @@ def dataset(tmp_path):
 
 
 def encode(pixels):
-    """Codes [B, 2, 1]: the red of the first and the green of the last pixel, dark pixels being the highest."""
+    """Codes [B, 2, 1]: the red of the first and the green of the last pixel, dark pixels being the
+    highest.
+    """
     levels = torch.stack([pixels[:, 0, 0, 0], pixels[:, 1, -1, -1]], 1)
     return ((1 - levels) * 127.5).round().long()[..., None]
 
@@ -82,7 +84,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(imagenet, "_ROWS_PER_CHUNK", 3)
 
 
-# -- views --------------------------------------------------------------------------------------------------------------------
+# -- views -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [(17, 17), (18, 18), (19, 19)])
 def test_ten_crop_is_torchvisions(size):
     image = picture(1, *size)
@@ -120,7 +122,7 @@ def test_crop_ranges_are_llamagens():
         assert torch.equal(top_left[:, -overlap:, -overlap:], bottom_right[:, :overlap, :overlap])
 
 
-# -- the folder ---------------------------------------------------------------------------------------------------------------
+# -- the folder ------------------------------------------------------------------------------------
 def test_labels_are_positions_of_sorted_classes(dataset, tmp_path):
     found = open_imagenet(dataset)
     assert found.classes == ["n01", "n02", "n03"]
@@ -169,7 +171,7 @@ def test_other_folders_are_refused(tmp_path, caplog):
         open_imagenet(tmp_path)
 
 
-# -- extraction ---------------------------------------------------------------------------------------------------------------
+# -- extraction ------------------------------------------------------------------------------------
 def test_content(dataset, tmp_path):
     folder = extract(dataset, tmp_path / "cache")
     assert {path.name for path in folder.iterdir()} == {
@@ -245,8 +247,9 @@ def test_resume_after_a_kill_while_writing(dataset, tmp_path, monkeypatch, momen
 
         return call
 
-    # Each of the three chunks is one fsync of the data, then one fsync and one replacement for the marker. The array itself
-    # is created before them, and skipped.jsonl, labels and manifest follow.
+    # Each of the three chunks is one fsync of the data, then one fsync and one replacement for the
+    # marker. The array itself is created before them, and skipped.jsonl, labels and manifest
+    # follow.
     with monkeypatch.context() as patch:
         if moment == "data":
             patch.setattr(array_file.os, "fsync", counting("fsync", os.fsync, 4))
@@ -333,7 +336,9 @@ def test_patience_begins_anew_with_every_chunk(tmp_path, monkeypatch):
     now, todo = 0.0, array.missing()
 
     def sleep(seconds):
-        """Eight of the ten seconds pass, in which another process does a chunk or, at last, finishes."""
+        """Eight of the ten seconds pass, in which another process does a chunk or, at last,
+        finishes.
+        """
         nonlocal now
         now += 8
         if todo:
@@ -369,7 +374,9 @@ def test_chunks_of_another_size_do_not_count_as_done(tmp_path):
 
 
 def test_nothing_is_missing_once_the_sign_is_there(tmp_path):
-    """A process that comes late, when another has finished and removed the markers or the file itself."""
+    """A process that comes late, when another has finished and removed the markers or the file
+    itself.
+    """
     (tmp_path / "sign").touch()
     late = Processes(1, 2, patience=0.1)
     assert (

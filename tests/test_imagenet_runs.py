@@ -1,4 +1,6 @@
-"""Class-conditional models of every family offline: images by class -> base -> TensorAR -> resume -> 50,000 images (well, 8) -> FID."""
+"""Class-conditional models of every family offline: images by class -> base -> TensorAR -> resume
+-> 50,000 images (well, 8) -> FID.
+"""
 
 import sys
 from dataclasses import replace
@@ -121,7 +123,7 @@ def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
     assert result.exists()
 
 
-# -- sampling -----------------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def model():
     return t2i.attach(tiny_rar(), t2i.presets.iclr2026())
@@ -198,7 +200,7 @@ def test_images_are_resized_before_they_are_clamped():
     assert backbone.decode_images(codes).shape == (2, 8, 8, 3)
 
 
-# -- settings and mistakes ----------------------------------------------------------------------------------------------------
+# -- settings and mistakes -------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recipes_of_all_published_sizes(family):
     for size in _PUBLISHED[family].micro_batches:

@@ -1,4 +1,6 @@
-"""Case 24: installed from a copy of the sources, without a network, and used from another folder."""
+"""Case 24: installed from a copy of the sources, without a network, and used from another
+folder.
+"""
 
 import os
 import shutil
@@ -55,7 +57,9 @@ def install(*arguments) -> None:
 
 
 def use(site: Path, packages: Path, elsewhere: Path, script: str) -> None:
-    """Use what is installed in `site` from another folder; the modules must be those of `packages`."""
+    """Use what is installed in `site` from another folder; the modules must be those of
+    `packages`.
+    """
     # As for an installed package, .pth files count: an editable install is one.
     start = f"import site; site.addsitedir({str(site)!r})\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -1,6 +1,8 @@
-"""The traps of Janus-Pro, each with a test that falls into it; what the golden cases already pin down is in test_golden_janus.py.
+"""The traps of Janus-Pro, each with a test that falls into it; what the golden cases already pin
+down is in test_golden_janus.py.
 
-Case 20: the modules are the kit's own. Where transformers is imported here it is the reference that they are compared with.
+Case 20: the modules are the kit's own. Where transformers is imported here it is the reference that
+they are compared with.
 """
 
 import json
@@ -195,7 +197,9 @@ def test_one_model_in_both_libraries(janus, settings):
 
 
 def test_what_a_file_leaves_out_has_transformers_defaults():
-    """`to_diff_dict`, with which transformers writes config.json, leaves out whatever is the default."""
+    """`to_diff_dict`, with which transformers writes config.json, leaves out whatever is the
+    default.
+    """
     left_out = JanusShape({})
     whole = JanusConfig().to_dict()
     for part in ("text_config", "vision_config", "vq_config"):
@@ -297,7 +301,9 @@ def test_full_training_leaves_understanding_alone(janus):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_checkpointing_trains(recompute):
-    """Without a codec the trunk's input needs no gradient: reentrant checkpointing would train nothing, and say nothing."""
+    """Without a codec the trunk's input needs no gradient: reentrant checkpointing would train
+    nothing, and say nothing.
+    """
     backbone = tiny_janus()
     add_lora(backbone, LoRAConfig(rank=2))
     backbone.gradient_checkpointing = recompute
@@ -379,7 +385,9 @@ def test_attaching_a_codec_leaves_the_text_side_alone(folder):
 
 
 def test_published_sizes_need_no_files():
-    """Counts by part; reference counts are those of transformers' model with the published dimensions."""
+    """Counts by part; reference counts are those of transformers' model with the published
+    dimensions.
+    """
     for size, language, image, rest in (
         ("1B", 1_442_940_928, 42_113_024, 519_699_456),
         ("7B", 6_490_935_296, 100_855_808, 744_098_816),

@@ -1,4 +1,6 @@
-"""Case 4: launchers. What srun and mpirun say is understood, and a launcher that is stopped or killed takes no step with it."""
+"""Case 4: launchers. What srun and mpirun say is understood, and a launcher that is stopped or
+killed takes no step with it.
+"""
 
 import os
 import signal
@@ -20,7 +22,9 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture
 def adopted(monkeypatch):
-    """A function that gives torchrun's variables as they are set in a process with these of another launcher."""
+    """A function that gives torchrun's variables as they are set in a process with these of another
+    launcher.
+    """
 
     def adopt(**variables: object) -> dict[str, str]:
         with monkeypatch.context() as patch:
@@ -134,7 +138,7 @@ def test_only_the_main_process_does_it_and_all_hear_of_it():
         ALONE.on_main(wrong)
 
 
-# -- real processes -----------------------------------------------------------------------------------------------------------
+# -- real processes --------------------------------------------------------------------------------
 def options(root: Path, name: str) -> list[str]:
     """Of a run that goes on until it is stopped."""
     text = f"""shapes-iclr2026 --backbone.weights {root / "base"} --method.k 3 --data.source {root / "data"}
@@ -193,7 +197,9 @@ def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
 
 
 def test_tasks_of_srun_join(tmp_path):
-    """Two processes with Slurm's variables alone: one of them is the main one, and its mistakes are known to both."""
+    """Two processes with Slurm's variables alone: one of them is the main one, and its mistakes are
+    known to both.
+    """
     code = """if True:
         import torch
         from t2i import cli

@@ -1,4 +1,6 @@
-"""The options beyond the papers: each does what its help says, and what it must not touch it leaves alone."""
+"""The options beyond the papers: each does what its help says, and what it must not touch it leaves
+alone.
+"""
 
 import pytest
 import torch

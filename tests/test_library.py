@@ -167,7 +167,7 @@ def test_no_gpu_is_said(monkeypatch):
         pick_device("cpu", "half")
 
 
-# -- pictures ---------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 def test_grid():
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
     sheet = t2i.grid(images, cell=128)

@@ -1,7 +1,9 @@
-"""Every touch of a private or undocumented piece of another library, in one table; each row's test fails by name when it moves.
+"""Every touch of a private or undocumented piece of another library, in one table; each row's test
+fails by name when it moves.
 
-What is in no row is documented by its library. Case 20: the kit once imitated a class of transformers, which changed in a minor release.
-A warning that something will go away is an error in these tests (`filterwarnings` in pyproject.toml).
+What is in no row is documented by its library. Case 20: the kit once imitated a class of
+transformers, which changed in a minor release. A warning that something will go away is an error in
+these tests (`filterwarnings` in pyproject.toml).
 """
 
 import ast
@@ -65,7 +67,9 @@ def engine(tmp_path: Path) -> None:
 
 
 def state_classes(tmp_path: Path) -> None:
-    """A training state holds these classes and no others; whole resumes are in test_run_safety.py."""
+    """A training state holds these classes and no others; whole resumes are in
+    test_run_safety.py.
+    """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -288,7 +292,9 @@ DOCUMENTED = {
     "transformers.utils",
     "tyro.conf",
 }
-"""Modules below the top of a library whose names are documented as such; where a row relies on another, it is not here."""
+"""Modules below the top of a library whose names are documented as such; where a row relies on
+another, it is not here.
+"""
 
 
 @pytest.mark.parametrize("touch", TOUCHES, ids=lambda t: f"{t.library}: {t.what}")
@@ -299,7 +305,9 @@ def test_it_is_still_there(touch, tmp_path):
 
 
 def deep_imports() -> Iterator[tuple[str, str]]:
-    """(file, module) of everything imported from below the top of an installed library, or of a private name."""
+    """(file, module) of everything imported from below the top of an installed library, or of a
+    private name.
+    """
     for folder in PROGRAMS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

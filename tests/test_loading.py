@@ -1,4 +1,6 @@
-"""Cases 8, 25, 26: a base's files are found where they are now and proven; partial settings; runs that begin with a checkpoint."""
+"""Cases 8, 25, 26: a base's files are found where they are now and proven; partial settings; runs
+that begin with a checkpoint.
+"""
 
 import json
 import os
@@ -23,7 +25,9 @@ from t2i.training.loop import build_model, train
 # -- case 8: moved files --------------------------------------------------------------------------
 @pytest.fixture
 def trained(tiny_world, tmp_path):
-    """A folder of local files (weights, tokenizer, text encoder), and a checkpoint trained from them by their paths."""
+    """A folder of local files (weights, tokenizer, text encoder), and a checkpoint trained from
+    them by their paths.
+    """
     files = write_tiny_base(tmp_path / "files")
     (files / "tokenizers").mkdir()
     (files / "vq.pt").rename(files / "tokenizers" / "vq.pt")
@@ -188,7 +192,7 @@ def test_wrong_settings_of_a_checkpoint_are_named(plain, tmp_path, damage, messa
         t2i.from_pretrained(folder)
 
 
-# -- case 25: a base by itself, and runs that begin with a checkpoint -------------------------------
+# -- case 25: a base by itself, and runs that begin with a checkpoint ------------------------------
 def test_whatever_can_draw_is_loaded(tiny_world, plain):
     base = load_model(tiny_world / "base")
     assert base.config.k == 1 and base.codec is None
@@ -258,7 +262,9 @@ def test_a_codec_checkpoint_is_no_detour(tiny_world, tmp_path):
 
 
 def test_helpers_are_not_needed_to_find_out(tmp_path):
-    """A generator without its tokenizer still loads, and says what it lacks when pixels are asked for."""
+    """A generator without its tokenizer still loads, and says what it lacks when pixels are asked
+    for.
+    """
     torch.save({"model": tiny_llamagen("class").official_state_dict()}, tmp_path / "gpt.pt")
     config = tiny_llamagen("class").config
     model = t2i.attach(

@@ -193,7 +193,9 @@ def test_wrong_files(tmp_path, content):
 
 
 def test_the_tokenizer_comes_with_the_base(tmp_path, content):
-    """Also for a fine-tuned backbone, whose own file holds the generator alone, and when the base has moved."""
+    """Also for a fine-tuned backbone, whose own file holds the generator alone, and when the base
+    has moved.
+    """
     path = write(tmp_path / "AR.ckpt", content)
     backbone = t2i.load_backbone("open_magvit2", path, config=CONFIG)
     assert tokenizer_hash(backbone) == file_sha256(path)

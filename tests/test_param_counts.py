@@ -1,4 +1,6 @@
-"""Sizes of the published LlamaGen models and of both presets, on the meta device (nothing is allocated)."""
+"""Sizes of the published LlamaGen models and of both presets, on the meta device (nothing is
+allocated).
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once, whatever is killed meanwhile."""
+"""ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once, whatever
+is killed meanwhile.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Cases 5, 7, 19, 25, 27, 28 and the programs' help: what every program does with its options, its output place and its errors."""
+"""Cases 5, 7, 19, 25, 27, 28 and the programs' help: what every program does with its options, its
+output place and its errors.
+"""
 
 import errno
 import json
@@ -27,7 +29,7 @@ from t2i.imaging import save_png
 from t2i.model_options import BaseOptions, ModelOptions
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 def _raise(error: Exception) -> None:
     raise error
 
@@ -55,7 +57,7 @@ def test_a_mistake_ends_in_one_line(capsys):
     assert capsys.readouterr() == ("", "error: k=0 must be at least 1\n")
 
 
-# -- help ---------------------------------------------------------------------------------------------------------------------
+# -- help ------------------------------------------------------------------------------------------
 _PROGRAMS = (
     *(f"launch/{name}.py" for name in ("generate", "fid", "sample_imagenet", "quickstart")),
     *("launch/score_class_shapes.py", "launch/pretrain_class_shapes.py"),
@@ -146,7 +148,7 @@ def test_help_of_a_recipe_shows_its_own_values(capsys, monkeypatch):
     assert "the second" in names and "\n  python p.py one\n" in names and "RECIPE --help" in names
 
 
-# -- which model --------------------------------------------------------------------------------------------------------------
+# -- which model -----------------------------------------------------------------------------------
 def test_a_base_by_itself_is_a_model(tiny_world):
     """Case 25: a backbone folder as --ckpt or as --base.weights, with or without its family."""
     folder = str(tiny_world / "base")
@@ -197,10 +199,12 @@ def test_missing_parts_are_named_as_options(tiny_world, monkeypatch):
         options.load("cpu", "float32")
 
 
-# -- one folder, one request --------------------------------------------------------------------------------------------------
+# -- one folder, one request -----------------------------------------------------------------------
 @pytest.fixture
 def draws(tiny_world, tmp_path, monkeypatch):
-    """Runs `generate` in an empty working directory, on the tiny base unless told; returns the folders below outputs/."""
+    """Runs `generate` in an empty working directory, on the tiny base unless told; returns the
+    folders below outputs/.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments) -> list[Path]:
@@ -276,7 +280,7 @@ def test_several_generations_are_not_scored_as_one(tmp_path):
         open_images(tmp_path)
 
 
-# -- the output place ---------------------------------------------------------------------------------------------------------
+# -- the output place ------------------------------------------------------------------------------
 def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
     """Case 5: by name, before a model or a judge is loaded."""
     ckpt, mine = ("--ckpt", tiny_world / "base"), f"in use by process {os.getpid()}"

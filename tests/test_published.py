@@ -1,4 +1,6 @@
-"""Published files: found, downloaded whole or not at all, proven, and what a user without a network is told."""
+"""Published files: found, downloaded whole or not at all, proven, and what a user without a network
+is told.
+"""
 
 import hashlib
 import urllib.request

@@ -1,6 +1,8 @@
-"""Cases 21, 22, 23: recipes that follow the run's length, controls and small-data recipes, and a pre-flight that looks at data first.
+"""Cases 21, 22, 23: recipes that follow the run's length, controls and small-data recipes, and a
+pre-flight that looks at data first.
 
-Also what the pre-flight warns of (cases 14 and 28), and the first hour of docs/first_hour.md on the offline base.
+Also what the pre-flight warns of (cases 14 and 28), and the first hour of docs/first_hour.md on the
+offline base.
 """
 
 import json
@@ -39,7 +41,7 @@ ALL = {name: config for name, (_, config) in (RECIPES | JANUS_RECIPES).items()}
 REAL = {name: config for name, config in ALL.items() if not name.startswith("shapes")}
 
 
-# -- recipes ----------------------------------------------------------------------------------------------------------
+# -- recipes ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["shapes-tuned", "shapes-control"])
 def test_the_quickstarts_numbers_are_what_they_were(name):
     config = ALL[name]
@@ -63,7 +65,9 @@ def test_the_quickstarts_numbers_are_what_they_were(name):
 
 
 def test_2000_pictures_with_the_xl_recipe():
-    """Case 21: 13 % were held out, 100 of 136 steps warmed up, and nothing was written before the end."""
+    """Case 21: 13 % were held out, 100 of 136 steps warmed up, and nothing was written before the
+    end.
+    """
     plan = plan_run(config := ALL["t2i-xl-256-tuned"], 2000)
     assert plan.held_out == 80 and plan.steps == 150 and plan.warmup_steps == 4
     assert (plan.validate_every, plan.sample_every, plan.save_every) == (15, 15, 30)
@@ -112,7 +116,7 @@ def test_recipes_have_nothing_to_warn_of(name):
     assert list(about_settings(ALL[name], plan_run(ALL[name], 2000))) == []
 
 
-# -- warnings ---------------------------------------------------------------------------------------------------------
+# -- warnings --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -182,7 +186,7 @@ def write_dataset_of_captions(folder, caption: str, *, count: int, size: int):
     return folder / "data"
 
 
-# -- the pre-flight's order, and what it needs ------------------------------------------------------------------------
+# -- the pre-flight's order, and what it needs -----------------------------------------------------
 @pytest.fixture
 def no_files(monkeypatch):
     """Fetching from the hub and reading weights fail."""
@@ -213,7 +217,9 @@ def no_files(monkeypatch):
     ],
 )
 def test_data_come_before_the_model(look, changes, words, no_files, tmp_path):
-    """Case 23: weights were fetched, and a data set encoded, before a missing source or an impossible split was named."""
+    """Case 23: weights were fetched, and a data set encoded, before a missing source or an
+    impossible split was named.
+    """
     config = replace(ALL["t2i-xl-256-small-data"], run_dir=tmp_path / "run", **changes)
     with pytest.raises(UserError, match=words):
         look(config)
@@ -222,7 +228,9 @@ def test_data_come_before_the_model(look, changes, words, no_files, tmp_path):
 
 @pytest.mark.parametrize("look", [check, train])
 def test_classes_come_before_the_model(look, no_files, tmp_path):
-    """Case 23: images that do not lie in folders of classes are named before the model is fetched, in training too."""
+    """Case 23: images that do not lie in folders of classes are named before the model is fetched,
+    in training too.
+    """
     folder = write_dataset_of_captions(tmp_path, "a dog", count=2, size=8)
     config = imagenet_recipe(ImageNetModel(backbone="rar", size="B"))
     data = replace(config.data, source=(str(folder),))
@@ -289,7 +297,7 @@ def test_outlines_have_the_shapes_of_real_files(backbone, tmp_path):
     assert module.outline("unheard-of") is None
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_activations_are_what_autograd_keeps(tiny_world, tuning):
     config = tiny_run(tiny_world, "-", tuning=tuning)
@@ -330,7 +338,7 @@ def test_what_changes_memory(tiny_world):
     assert cost(tuning="lora").state < plain.state
 
 
-# -- DeepSpeed's JSON -------------------------------------------------------------------------------------------------
+# -- DeepSpeed's JSON ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -345,7 +353,9 @@ def test_what_changes_memory(tiny_world):
     ],
 )
 def test_misspelt_deepspeed_keys(settings, words, tmp_path):
-    """Case 28: DeepSpeed's own reader takes no notice of them, or fails when everything is loaded and encoded."""
+    """Case 28: DeepSpeed's own reader takes no notice of them, or fails when everything is loaded
+    and encoded.
+    """
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": settings}))
     config = TrainConfig(engine=replace(TrainConfig().engine, deepspeed_config=path, zero_stage=3))
@@ -356,7 +366,7 @@ def test_misspelt_deepspeed_keys(settings, words, tmp_path):
     assert deepspeed_config(config, 1)["zero_optimization"]["offload_optimizer"]["ratio"] == 0.5
 
 
-# -- trigger words ----------------------------------------------------------------------------------------------------
+# -- trigger words ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("trigger", "caption", "told"),
     [
@@ -381,7 +391,9 @@ def test_triggers_reach_every_caption_and_the_caches_key():
 
 
 def test_a_trigger_hides_nothing_of_the_source(tmp_path):
-    """Cases 10, 13: with trigger words, too, content is part of the cache's key and remarks are said."""
+    """Cases 10, 13: with trigger words, too, content is part of the cache's key and remarks are
+    said.
+    """
     for name in ("train", "bus"):
         write_dataset(tmp_path / name, 1)
     (tmp_path / "bus" / "gone.png").symlink_to("nowhere")
@@ -392,9 +404,11 @@ def test_a_trigger_hides_nothing_of_the_source(tmp_path):
     assert source.remarks == plain.remarks != [] and source.left_out == plain.left_out != []
 
 
-# -- the first hour ---------------------------------------------------------------------------------------------------
+# -- the first hour --------------------------------------------------------------------------------
 def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
-    """Cases 9, 19, 21, 23: 30 own pictures -> --check -> train -> draw -> judge -> export, as docs/first_hour.md has it."""
+    """Cases 9, 19, 21, 23: 30 own pictures -> --check -> train -> draw -> judge -> export, as
+    docs/first_hour.md has it.
+    """
     monkeypatch.chdir(tmp_path)
 
     def enter(program, *arguments):

@@ -1,5 +1,6 @@
-"""Cases 1-7: what a run does with files that others wrote or that were damaged, with numbers that are none, with a full disk, with other
-runs beside it, and with settings that change on the way. Launchers (case 4) are in test_launchers.py.
+"""Cases 1-7: what a run does with files that others wrote or that were damaged, with numbers that
+are none, with a full disk, with other runs beside it, and with settings that change on the way.
+Launchers (case 4) are in test_launchers.py.
 """
 
 import errno
@@ -43,7 +44,9 @@ def staged(root: Path, name: str, stage: str, **changes) -> TrainConfig:
 
 @pytest.fixture
 def copy(tiny_world, request):
-    """A function that copies the `plain` run's folder, for a test to damage; returns its checkpoint folder."""
+    """A function that copies the `plain` run's folder, for a test to damage; returns its checkpoint
+    folder.
+    """
 
     def make(plain: Path, name: str = request.node.name) -> Path:
         run_dir = tiny_world / "runs" / name
@@ -67,7 +70,7 @@ def flip(path: Path, place: float = 0.5) -> None:
     path.write_bytes(content)
 
 
-# -- 1: no pickle is run ------------------------------------------------------------------------------------------------------
+# -- 1: no pickle is run ---------------------------------------------------------------------------
 class Evil:
     """Creates a file when it is unpickled without care."""
 
@@ -82,7 +85,9 @@ class Evil:
 def test_a_pickle_in_the_training_state_is_refused_by_name(
     plain, copy, tiny_world, tmp_path, where
 ):
-    """Case 1: also by somebody who made the manifest fit, with sizes alone as older versions wrote it or with checksums."""
+    """Case 1: also by somebody who made the manifest fit, with sizes alone as older versions wrote
+    it or with checksums.
+    """
     folder, trace = copy(plain, f"evil-{where}"), tmp_path / "executed"
     path = next((folder / "training_state").glob("*.pt"))
     if where == "raw":
@@ -103,7 +108,9 @@ def test_a_pickle_in_the_training_state_is_refused_by_name(
 
 
 def test_a_pickle_that_hides_its_code_is_refused(plain, copy, tiny_world, monkeypatch, tmp_path):
-    """Case 1: the look at a file's names is for the message; what keeps code from running is the way it is loaded."""
+    """Case 1: the look at a file's names is for the message; what keeps code from running is the
+    way it is loaded.
+    """
     folder, trace = copy(plain), tmp_path / "executed"
     path = next((folder / "training_state").glob("*.pt"))
     torch.save(Evil(trace), path)
@@ -118,7 +125,9 @@ def test_a_pickle_that_hides_its_code_is_refused(plain, copy, tiny_world, monkey
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_state_that_deepspeed_writes_is_read(tiny_world, stage):
-    """Case 1: with the few classes that are allowed, a run goes on bit for bit under every stage; case 6: with the new settings."""
+    """Case 1: with the few classes that are allowed, a run goes on bit for bit under every stage;
+    case 6: with the new settings.
+    """
     names = [f"{stage}-whole", f"{stage}-halves"]
     options = {"steps": 4, "batch_size": 4, "token_dropout": 0.1}
     whole = train(staged(tiny_world, names[0], stage, **options))
@@ -146,11 +155,13 @@ def test_every_state_that_deepspeed_writes_is_read(tiny_world, stage):
     )
 
 
-# -- 2: numbers that are none -------------------------------------------------------------------------------------------------
+# -- 2: numbers that are none ----------------------------------------------------------------------
 @pytest.mark.parametrize("stage", ["zero0", "zero2-offload", "zero3-lora"])
 @pytest.mark.parametrize("own_drafts", [0.0, 1.0])
 def test_a_run_that_diverges_names_step_and_samples(tiny_world, stage, own_drafts):
-    """Case 2: judged after each update and before anything is saved; own drafts of such a model are no IndexError."""
+    """Case 2: judged after each update and before anything is saved; own drafts of such a model are
+    no IndexError.
+    """
     name = f"diverged-{stage}-{own_drafts:g}"
     options = {"optim__backbone_lr": 1e9, "optim__codec_lr": 1e9, "method__own_drafts": own_drafts}
     with pytest.raises(NotFiniteError) as stopped:
@@ -214,7 +225,7 @@ def test_validation_of_a_diverged_model_says_so(tiny_world):
         run.validate()
 
 
-# -- 3: files that changed ----------------------------------------------------------------------------------------------------
+# -- 3: files that changed -------------------------------------------------------------------------
 def test_every_file_is_listed_with_its_checksum(plain):
     listed = json.loads((plain / "manifest.json").read_text())["files"]
     content = folder_content(plain)
@@ -246,7 +257,9 @@ def test_a_flipped_bit_is_noticed(plain, copy, tiny_world, file, place):
 
 
 def test_a_damaged_checkpoint_makes_resume_go_back(two_saved, tiny_world, caplog):
-    """Case 3: to the newest healthy one, with a warning that names the file; the run then ends as it would have."""
+    """Case 3: to the newest healthy one, with a warning that names the file; the run then ends as
+    it would have.
+    """
     run_dir = shutil.copytree(two_saved, tiny_world / "runs" / "goes-back")
     first, last = checkpoint.run_checkpoints(run_dir)
     expected = weights(last)
@@ -356,9 +369,11 @@ def test_manifests_of_older_versions_are_read_with_a_warning(plain, copy, tiny_w
     assert f"{folder} has no checksums" in caplog.text
 
 
-# -- 5: one run in a folder ---------------------------------------------------------------------------------------------------
+# -- 5: one run in a folder ------------------------------------------------------------------------
 def test_a_second_run_in_a_folder_is_refused_by_name(tiny_world):
-    """Case 5: at once, before a model is loaded; a fresh one and a resumed one; the folder is free again afterwards."""
+    """Case 5: at once, before a model is loaded; a fresh one and a resumed one; the folder is free
+    again afterwards.
+    """
     config = tiny_run(tiny_world, "in-use", backbone__weights="not even there")
     with owning(config.run_dir, "run folder"):
         for resume in (False, True):
@@ -374,9 +389,11 @@ def test_a_second_run_in_a_folder_is_refused_by_name(tiny_world):
     train(tiny_run(tiny_world, "in-use", steps=1))
 
 
-# -- 6: settings that change --------------------------------------------------------------------------------------------------
+# -- 6: settings that change -----------------------------------------------------------------------
 def test_every_option_belongs_to_a_group():
-    """Case 6: so that none can be forgotten: a new one fails here until it is said what a resumed run does with another value."""
+    """Case 6: so that none can be forgotten: a new one fails here until it is said what a resumed
+    run does with another value.
+    """
     for data in (DataOptions(), LabelledOptions()):
         config = settings.plain(asdict(TrainConfig(data=data)))
         for name, _ in settings.options(config):
@@ -401,7 +418,9 @@ def test_changed_settings_are_announced_one_by_one(plain, copy, tiny_world, capl
 
 
 def test_files_that_moved_are_compared_by_content(plain, copy, tiny_world, tmp_path):
-    """Case 6: the base and DeepSpeed's settings from elsewhere are the same run, another base is not."""
+    """Case 6: the base and DeepSpeed's settings from elsewhere are the same run, another base is
+    not.
+    """
     folder = copy(plain)
     name = folder.parents[1].name
     base = shutil.copytree(tiny_world / "base", tmp_path / "moved")
@@ -422,7 +441,7 @@ def test_files_that_moved_are_compared_by_content(plain, copy, tiny_world, tmp_p
         train(config)
 
 
-# -- 7: the disk --------------------------------------------------------------------------------------------------------------
+# -- 7: the disk -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("writer", ["deepspeed", "safetensors", "manifest"])
 def test_a_full_disk_leaves_the_newest_checkpoint(two_saved, tiny_world, monkeypatch, writer):
     """Case 7: one line, nothing half-written, and the run goes on once there is room."""
@@ -456,7 +475,9 @@ def test_a_full_disk_leaves_the_newest_checkpoint(two_saved, tiny_world, monkeyp
 
 
 def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_path):
-    """Case 7: before a model is loaded or an image encoded, in a check, too; a check makes no folder."""
+    """Case 7: before a model is loaded or an image encoded, in a check, too; a check makes no
+    folder.
+    """
     (tmp_path / "file").write_text("mine")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
         config = tiny_run(tiny_world, run_dir, backbone__weights="not even there")
@@ -468,7 +489,7 @@ def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_pa
     assert not (tmp_path / "later").exists()
 
 
-# -- 26: own drafts -----------------------------------------------------------------------------------------------------------
+# -- 26: own drafts --------------------------------------------------------------------------------
 def test_own_drafts_are_drawn_without_dropout(tiny_world):
     """Case 26: in training, too; the mode stays, and with it the dropout of the step itself."""
     run = Run(tiny_run(tiny_world, "draft-mode", method__own_drafts=1.0, token_dropout=0.5))

@@ -1,4 +1,6 @@
-"""50,000 images into one file: streamed, resumed after a kill, shared by processes, in an order that scores can use."""
+"""50,000 images into one file: streamed, resumed after a kill, shared by processes, in an order
+that scores can use.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The method's promises: equal to the base until trained, causal, cached = teacher-forced, and the loss it says."""
+"""The method's promises: equal to the base until trained, causal, cached = teacher-forced, and the
+loss it says.
+"""
 
 import math
 
@@ -14,7 +16,9 @@ from t2i.tensorar.sampler import prefill, sample_windows, step
 
 BATCH = 3
 BF16_RMS, BF16_MAX = 0.03, 0.3
-"""Bounds on the error of bf16 logits, as shares of the standard deviation of the fp32 ones: root mean square, and largest."""
+"""Bounds on the error of bf16 logits, as shares of the standard deviation of the fp32 ones: root
+mean square, and largest.
+"""
 KEYS = make_keys(0, torch.arange(BATCH))
 GEOMETRIES = [(1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (5, 3), (16, 16)]  # (k, stride)
 
@@ -36,7 +40,9 @@ def codes_of(model, batch=BATCH) -> torch.Tensor:
 
 
 def predict(model, windows, seed=1):
-    """Teacher-forced logits [B, N, k, sum of V]; later sub-tokens are given earlier ones that do not depend on the windows."""
+    """Teacher-forced logits [B, N, k, sum of V]; later sub-tokens are given earlier ones that do
+    not depend on the windows.
+    """
     given = tiny_codes(model.backbone, *windows.shape[:3], seed=seed)
     with torch.no_grad():
         d = model.decode_slots(model.hidden(condition_of(model), windows))
@@ -79,7 +85,9 @@ def test_attached_model_is_the_base_bit_for_bit(backbone, preset, k):
 
 
 def test_bf16(backbone):
-    """bf16 moves teacher-forced logits by less than the bound that docs/imagenet.md states, and samples."""
+    """bf16 moves teacher-forced logits by less than the bound that docs/imagenet.md states, and
+    samples.
+    """
     model = trained(backbone)
     windows = model.noised_windows(codes_of(model), KEYS)
     exact = predict(model, windows)
@@ -106,7 +114,9 @@ def test_drafts_start_near_uniform(backbone, preset):
 
 
 def test_training_can_leave_the_base(backbone):
-    """At initialisation the gates and the draft slots have gradients; behind open gates everything has."""
+    """At initialisation the gates and the draft slots have gradients; behind open gates everything
+    has.
+    """
     model = attach(backbone)
     codes = codes_of(model)
     for gates_open in (False, True):
@@ -335,7 +345,9 @@ def test_own_drafts_depend_on_their_own_key(backbone):
 
 
 def test_own_drafts_follow_the_models_distribution():
-    """The first window's draft is drawn from the prefix's output alone: many keys, one distribution."""
+    """The first window's draft is drawn from the prefix's output alone: many keys, one
+    distribution.
+    """
     model = trained(tiny_llamagen("class"), k=2)
     codes = codes_of(model)
     draws = [own_drafts(model, codes, make_keys(s, torch.arange(BATCH))) for s in range(300)]

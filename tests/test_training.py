@@ -1,4 +1,6 @@
-"""Training runs in one process: resume, splits, ZeRO stages, tuning modes, schedules and validation do exactly what they should."""
+"""Training runs in one process: resume, splits, ZeRO stages, tuning modes, schedules and validation
+do exactly what they should.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ from t2i.weights import read_state_dict
 EXACT = 0.0
 
 
-# -- resume -------------------------------------------------------------------------------------------------------------------
+# -- resume ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_and_resume_changes_no_bit(tiny_world, monkeypatch, number):
     names = [f"{name}-{number.name}" for name in ("whole", "halves", "no-dropout")]
@@ -124,7 +126,7 @@ def test_resume_without_a_checkpoint(tiny_world, monkeypatch):
     assert [row["step"] for row in metrics(tiny_world, "killed-early")] == [1, 2, 3]
 
 
-# -- one step, done in different ways -----------------------------------------------------------------------------------------
+# -- one step, done in different ways --------------------------------------------------------------
 @pytest.mark.parametrize(
     "changes",
     [
@@ -200,7 +202,7 @@ def test_a_diverged_run_stops_and_saves_nothing(tiny_world):
     assert checkpoint.run_checkpoints(tiny_world / "runs" / "diverged") == []
 
 
-# -- tuning modes -------------------------------------------------------------------------------------------------------------
+# -- tuning modes ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("tuning", ["full", "codec", "lora"])
 def test_tuning_modes_change_what_they_say(tiny_world, tuning):
     run = Run(tiny_run(tiny_world, f"mode-{tuning}", tuning=tuning))
@@ -262,7 +264,7 @@ def test_lora_starts_the_same_for_a_seed(tiny_world):
     assert not any(torch.equal(first[name], other[name]) for name in adapters)
 
 
-# -- optimizer ----------------------------------------------------------------------------------------------------------------
+# -- optimizer -------------------------------------------------------------------------------------
 def test_learning_rates_are_functions_of_the_step(tiny_world, plain):
     optim = OptimOptions(codec_lr=1.0, backbone_lr=0.1, warmup_steps=3, backbone_delay_steps=2)
     assert [optim.codec_rate(s, 8) for s in range(4)] == [0.25, 0.5 * 7 / 8, 0.75 * 6 / 8, 5 / 8]
@@ -293,7 +295,7 @@ def test_backbone_waits_for_the_codec(tiny_world):
     assert not torch.equal(moved["tok_embeddings.weight"], base["tok_embeddings.weight"])
 
 
-# -- data and validation ------------------------------------------------------------------------------------------------------
+# -- data and validation ---------------------------------------------------------------------------
 def test_ranks_share_the_batches(tiny_world, plain):
     config = tiny_run(tiny_world, "-", engine__micro_batch=4, condition_dropout=0.5)
     backbone = t2i.load_backbone("llamagen", tiny_world / "base")
@@ -356,7 +358,7 @@ def test_validation(tiny_world, plain):
     assert without_drafts.own_drafts == without_drafts.noised_truth
 
 
-# -- what is written ----------------------------------------------------------------------------------------------------------
+# -- what is written -------------------------------------------------------------------------------
 def test_a_run_leaves_its_page(tiny_world):
     options = {"log__sample_every": 2, "log__validate_every": 2, "log__log_every": 2, "steps": 5}
     train(tiny_run(tiny_world, "page", **options))

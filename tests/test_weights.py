@@ -1,4 +1,6 @@
-"""Every layout of weight file loads; every damaged or foreign one ends in one ValueError that says why."""
+"""Every layout of weight file loads; every damaged or foreign one ends in one ValueError that says
+why.
+"""
 
 import argparse
 from pathlib import Path

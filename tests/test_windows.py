@@ -33,7 +33,9 @@ def test_final_codes_invert_gather(windows):
 
 
 def test_stage_codes_against_a_loop(windows):
-    """Position p is drafted by every window that holds it; stage `stages` is the last of them, stage 1 the first."""
+    """Position p is drafted by every window that holds it; stage `stages` is the last of them,
+    stage 1 the first.
+    """
     drawn = torch.arange(windows.count * windows.size).view(1, windows.count, windows.size, 1)
     for stage in range(1, windows.stages + 1):
         expected = []
@@ -51,7 +53,9 @@ def test_stage_codes_against_a_loop(windows):
 
 
 def test_stage_codes_with_stride_one():
-    """The definition: stage r of position p is slot k - r of window p - (k - r), or the deepest slot near the start."""
+    """The definition: stage r of position p is slot k - r of window p - (k - r), or the deepest
+    slot near the start.
+    """
     windows, k = Windows(6, 3), 3
     drawn = torch.arange(18).view(1, 6, 3, 1)
     for r in range(1, k + 1):

@@ -1,9 +1,10 @@
-"""Run by test_training.py on two processes of one torchrun launch (importing PyTorch and DeepSpeed is what takes long).
+"""Run by test_training.py on two processes of one torchrun launch (importing PyTorch and DeepSpeed
+is what takes long).
 
     torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER
 
-FOLDER is a `tiny_world`. It trains under the ZeRO stages that the `deepspeed` launch of the tests leaves out, and stops a run by
-a signal that only one rank gets.
+FOLDER is a `tiny_world`. It trains under the ZeRO stages that the `deepspeed` launch of the tests
+leaves out, and stops a run by a signal that only one rank gets.
 """
 
 import json
@@ -20,7 +21,8 @@ from t2i.training.loop import Run, train
 
 
 def main(root: Path) -> None:
-    # DeepSpeed keeps small parameters whole by default, which would hide errors with sharded ones in a tiny model.
+    # DeepSpeed keeps small parameters whole by default, which would hide errors with sharded ones
+    # in a tiny model.
     settings = root / "zero3.json"
     content = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     settings.write_text(json.dumps(content))

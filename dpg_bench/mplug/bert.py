@@ -1,4 +1,5 @@
-"""mPLUG's text side: BERT layers as text encoder, and as the fusion encoder that joins text and image.
+"""mPLUG's text side: BERT layers as text encoder, and as the fusion encoder that joins text and
+image.
 
 Reference: `models/multi_modal/mplug/modeling_mplug.py` of modelscope at 2905da1. Module names are
 those of the published checkpoint. In the fusion encoder, layer k > 0 with k % stride == 0 is a
@@ -181,7 +182,9 @@ class FusionEncoder(nn.Module):
         )
 
     def forward(self, text_QLD: Tensor, mask_QL: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [1 or Q, N, D]. Returns the image (of batch Q after a connected layer) and the text."""
+        """image [1 or Q, N, D]. Returns the image (of batch Q after a connected layer) and the
+        text.
+        """
         image_tokens = image.shape[1]
         text_mask = mask_QL[:, None, None]
         joint_mask = F.pad(text_mask, (image_tokens, 0), value=True)

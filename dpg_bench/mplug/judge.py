@@ -28,7 +28,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class MPlugJudge:
-    """See `dpg_bench.judges.Judge`. An image is encoded once; its questions are answered in batches.
+    """See `dpg_bench.judges.Judge`. An image is encoded once; its questions are answered in
+    batches.
 
     batch: questions answered at once. The answers do not depend on it (the scores do by rounding).
     """
@@ -92,7 +93,9 @@ class MPlugJudge:
         }
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        """The answer to each question, in their order, as the model writes it ("yes", "no", "2")."""
+        """The answer to each question, in their order, as the model writes it ("yes", "no",
+        "2").
+        """
         found = self.search(image, [question.text for question in questions])
         return [self.tokenizer.decode(best[0].ids, skip_special_tokens=True) for best in found]
 

@@ -1,4 +1,5 @@
-"""mPLUG for visual question answering: the network as a whole, and loading its published folder strictly.
+"""mPLUG for visual question answering: the network as a whole, and loading its published folder
+strictly.
 
 The folder is ModelScope's `damo/mplug_visual-question-answering_coco_large_en`: config.yaml,
 config_bert.json, vocab.txt, pytorch_model.bin. The reference loads it with `strict=False` into
@@ -30,7 +31,9 @@ _FUSION_LAYER = re.compile(r"fusion_encoder\.encoder\.layer\.(\d+)\.")
 
 @dataclass(frozen=True)
 class MPlugConfig:
-    """The parts of config.yaml that matter; defaults are the reference's (`configuration_mplug.py`)."""
+    """The parts of config.yaml that matter; defaults are the reference's
+    (`configuration_mplug.py`).
+    """
 
     image_res: int = 504
     vision_width: int = 1024

@@ -1,4 +1,5 @@
-"""mPLUG's image side: CLIP's ViT (arXiv 2103.00020), every token after the last norm, not projected.
+"""mPLUG's image side: CLIP's ViT (arXiv 2103.00020), every token after the last norm, not
+projected.
 
 Reference: `models/multi_modal/mplug/clip` of modelscope at 2905da1, called with `skip_last_layer`.
 Module names are those of the published checkpoint.

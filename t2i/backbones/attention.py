@@ -1,4 +1,5 @@
-"""What causal transformers of all families need: the key-value cache, the attention mask, and a pass through blocks.
+"""What causal transformers of all families need: the key-value cache, the attention mask, and a
+pass through blocks.
 
 Shapes: B batch, L inputs, P prefix length, D model width, H heads, K width of a head.
 """
@@ -14,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 class KVCache:
     """Preallocated keys and values, [B, H, length, K] per layer.
 
-    `at(start, count)` says which entries the next trunk call writes. `extent` is how many leading entries attention reads: the
-    loop may fix it to a bucket so that every step has one shape; a mask made from `index` hides what is not filled yet.
+    `at(start, count)` says which entries the next trunk call writes. `extent` is how many leading
+    entries attention reads: the loop may fix it to a bucket so that every step has one shape; a
+    mask made from `index` hides what is not filled yet.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class KVCache:
 def causal_mask(
     x_BLD: Tensor, prefix_mask_BP: Tensor | None, cache: KVCache | None
 ) -> Tensor | None:
-    """Which entries the inputs may attend to, bool [B or 1, 1, L, extent]; None where they are all and in order.
+    """Which entries the inputs may attend to, bool [B or 1, 1, L, extent]; None where they are all
+    and in order.
 
     Every entry sees itself, also a masked-out prefix entry: a row without any key would give NaN.
     """
@@ -75,9 +78,11 @@ def attend(
     *,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of one layer's queries to its keys and values, after what the cache holds of them: [B, L, H*K].
+    """Attention of one layer's queries to its keys and values, after what the cache holds of them:
+    [B, L, H*K].
 
-    Keys and values may have fewer heads than queries. Without a mask attention is causal (see `causal_mask`).
+    Keys and values may have fewer heads than queries. Without a mask attention is causal (see
+    `causal_mask`).
     """
     if cache is not None:
         k, v = cache.update(layer, k_BHLK, v_BHLK)
@@ -97,10 +102,13 @@ def attend(
 def run_blocks(
     blocks: Iterable[Callable[..., Tensor]], x_BLD: Tensor, *shared, recompute: bool
 ) -> Tensor:
-    """Apply blocks in turn, each to (x, *shared); `recompute` computes their activations again in the backward pass."""
+    """Apply blocks in turn, each to (x, *shared); `recompute` computes their activations again in
+    the backward pass.
+    """
     for block in blocks:
         if recompute and torch.is_grad_enabled():
-            # Not the reentrant kind, which trains nothing when its input needs no gradient, as with frozen embeddings.
+            # Not the reentrant kind, which trains nothing when its input needs no gradient, as with
+            # frozen embeddings.
             x_BLD = checkpoint(block, x_BLD, *shared, use_reentrant=False)
         else:
             x_BLD = block(x_BLD, *shared)

@@ -1,10 +1,13 @@
-"""What TensorAR needs of an autoregressive image generator: `head(trunk(embed(token) + position, condition))`.
+"""What TensorAR needs of an autoregressive image generator: `head(trunk(embed(token) + position,
+condition))`.
 
-A backbone predicts codes in raster order with a causal transformer. The method (`t2i.tensorar`) talks to this interface only,
-so a new family is one file here. Positions and cache indices are separate things: position P + p belongs to image token p
-(with stride s, window i sits at position P + i*s), the cache index counts the inputs seen so far.
+A backbone predicts codes in raster order with a causal transformer. The method (`t2i.tensorar`)
+talks to this interface only, so a new family is one file here. Positions and cache indices are
+separate things: position P + p belongs to image token p (with stride s, window i sits at position P
++ i*s), the cache index counts the inputs seen so far.
 
-Shapes: B batch, L inputs, P prefix length, D model width, T image tokens, S sub-tokens of a code, V vocabulary.
+Shapes: B batch, L inputs, P prefix length, D model width, T image tokens, S sub-tokens of a code, V
+vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -25,14 +28,21 @@ from t2i.weights import naming
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How codes are drawn. A tuple has one number per sub-token of a code; a number holds for all of them."""
+    """How codes are drawn. A tuple has one number per sub-token of a code; a number holds for all
+    of them.
+    """
 
     cfg_scale: float | tuple[float, ...] = 1.0
-    """Classifier-free guidance: null + scale * (cond - null); 1 turns it off and halves the work."""
+    """Classifier-free guidance: null + scale * (cond - null); 1 turns it off and halves the work.
+    """
     cfg_interval: int = -1
-    """Guide the first image token and the next `cfg_interval` + 1 only (LlamaGen's option); -1 guides all."""
+    """Guide the first image token and the next `cfg_interval` + 1 only (LlamaGen's option); -1
+    guides all.
+    """
     cfg_power: float = 0.0
-    """Let guidance grow from 1 to `cfg_scale` along a power-cosine (RAR's option); the higher, the later. 0 is constant."""
+    """Let guidance grow from 1 to `cfg_scale` along a power-cosine (RAR's option); the higher, the
+    later. 0 is constant.
+    """
     temperature: float | tuple[float, ...] = 1.0
     """0 takes the most likely code."""
     top_k: int | tuple[int, ...] = 0
@@ -40,7 +50,9 @@ class SamplingConfig:
     top_p: float | tuple[float, ...] = 1.0
     """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
     window: int = 0
-    """Slots that a TensorAR model predicts and feeds back per step; 0 is all k, fewer are fewer drafts."""
+    """Slots that a TensorAR model predicts and feeds back per step; 0 is all k, fewer are fewer
+    drafts.
+    """
     draft_temperature: float = 1.0
     """Factor on the temperature of the drafts; 0 takes the most likely."""
     renoise: float = 0.0
@@ -73,7 +85,9 @@ class SamplingConfig:
             raise UserError(f"renoise={self.renoise} must be from 0 to 1")
 
     def by_sub_token(self, count: int) -> tuple["SamplingConfig", ...]:
-        """The settings of each of `count` sub-tokens, in plain numbers; UserError if a tuple has another length."""
+        """The settings of each of `count` sub-tokens, in plain numbers; UserError if a tuple has
+        another length.
+        """
         given = {n: getattr(self, n) for n in _PER_SUB_TOKEN if isinstance(getattr(self, n), tuple)}
         for name, values in given.items():
             if len(values) != count:
@@ -112,7 +126,9 @@ class BackboneSpec:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the base model was sampled by its authors."""
     sign_codebook: bool = False
-    """Codes are sign patterns, a sub-token's bits one latent channel each: noise between neighbours draws bits anew."""
+    """Codes are sign patterns, a sub-token's bits one latent channel each: noise between neighbours
+    draws bits anew.
+    """
 
     @property
     def num_tokens(self) -> int:
@@ -162,7 +178,9 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class CaptionFeatures:
-    """What a data set's cache keeps of its captions besides their text, for a backbone with an expensive caption encoder."""
+    """What a data set's cache keeps of its captions besides their text, for a backbone with an
+    expensive caption encoder.
+    """
 
     encode: Callable[[list[str]], list[Tensor]]
     """Captions to features [n_i, C] each."""
@@ -172,7 +190,9 @@ class CaptionFeatures:
 
 @dataclass
 class Frozen:
-    """Frozen helpers of a backbone. A plain object and not a submodule, so that they are never trained, cast or sharded."""
+    """Frozen helpers of a backbone. A plain object and not a submodule, so that they are never
+    trained, cast or sharded.
+    """
 
     tokenizer: Tokenizer | None = None
     text_encoder: object | None = None
@@ -186,7 +206,8 @@ C = TypeVar("C")
 def settle_config(
     config: C | None, grid: tuple[int, int] | None, path: str | Path, infer: Callable[[], C]
 ) -> C:
-    """The configuration given (with the grid, if that is given, too), or else what `infer` reads off the file's weights.
+    """The configuration given (with the grid, if that is given, too), or else what `infer` reads
+    off the file's weights.
 
     Raises:
         UserError: `infer`'s, with the path.
@@ -211,7 +232,9 @@ def published_stem(source: str | Path) -> str:
 
 
 def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
-    """RAR's guidance (1d-tokenizer `modeling/rar.py`): 1 + (scale - 1) (1 - cos(pi (step/steps)^power)) / 2, in fp32 as there."""
+    """RAR's guidance (1d-tokenizer `modeling/rar.py`): 1 + (scale - 1) (1 - cos(pi
+    (step/steps)^power)) / 2, in fp32 as there.
+    """
     if power == 0:
         return scale
     done = torch.tensor(step / steps, dtype=torch.float32) ** power
@@ -231,7 +254,9 @@ class Backbone(nn.Module, ABC):
     lora_targets: str
     """Regular expression of the linear layers that LoRA may adapt."""
     left_out: int = 0
-    """Parameters of the published model that were not loaded, because drawing images does not need them."""
+    """Parameters of the published model that were not loaded, because drawing images does not need
+    them.
+    """
 
     def __init__(self):
         super().__init__()
@@ -252,22 +277,27 @@ class Backbone(nn.Module, ABC):
         codes = f"{s.grid[0]} x {s.grid[1]} codes"
         return f"{type(self).__name__}({s.cond_kind}, {parameter_count(self)}, {codes}, {dtype} on {first.device})"
 
-    # -- the condition ----------------------------------------------------------------------------------------------------
+    # -- the condition -----------------------------------------------------------------------------
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
         """Turn class ids or prompts into batched tensors by frozen means only; here class ids.
 
-        Where the prefix varies with the prompts, `length` pads it to so many tokens (`prefix_length` of a larger set of prompts).
+        Where the prefix varies with the prompts, `length` pads it to so many tokens
+        (`prefix_length` of a larger set of prompts).
         """
         return {"labels": class_ids(conditions, self.spec.num_classes).to(self.device)}
 
     def prefix_length(self, conditions: Sequence) -> int:
-        """Prefix tokens of the longest of these conditions: images drawn with one `length` do not depend on how they are batched."""
+        """Prefix tokens of the longest of these conditions: images drawn with one `length` do not
+        depend on how they are batched.
+        """
         return self.spec.prefix_tokens
 
     def caption_features(self) -> CaptionFeatures | None:
-        """How a data set's captions are encoded once and cached; None if `prepare` is cheap enough to read them as text each time.
+        """How a data set's captions are encoded once and cached; None if `prepare` is cheap enough
+        to read them as text each time.
 
-        Cached features come back padded on the left to `spec.prefix_tokens`, as {"features", "mask"}: what `prepare` gives.
+        Cached features come back padded on the left to `spec.prefix_tokens`, as {"features",
+        "mask"}: what `prepare` gives.
 
         Raises:
             UserError: this backbone cannot be trained on captions.
@@ -278,16 +308,20 @@ class Backbone(nn.Module, ABC):
         )
 
     def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
-        """What is lost of each caption when it is encoded, in fixed phrases; None if nothing of it is left."""
+        """What is lost of each caption when it is encoded, in fixed phrases; None if nothing of it
+        is left.
+        """
         return [[] for _ in captions]
 
     @abstractmethod
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
-        """Embed prepared conditions. `drop` [B] bool puts the unconditional form in their place, exactly as the base was trained."""
+        """Embed prepared conditions. `drop` [B] bool puts the unconditional form in their place,
+        exactly as the base was trained.
+        """
 
-    # -- the model --------------------------------------------------------------------------------------------------------
+    # -- the model ---------------------------------------------------------------------------------
     @abstractmethod
     def embed_tokens(self, codes: Tensor) -> Tensor:
         """Content embeddings [..., D] of codes int64 [..., S]: no position, no dropout."""
@@ -296,14 +330,20 @@ class Backbone(nn.Module, ABC):
     def trunk(
         self, x_BLD: Tensor, positions_L: Tensor, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        """Causal transformer on embeddings: positions 0..P-1 are the prefix, P + p image token p. Returns what the head reads."""
+        """Causal transformer on embeddings: positions 0..P-1 are the prefix, P + p image token p.
+        Returns what the head reads.
+        """
 
     @abstractmethod
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
-        """fp32 logits [..., V_s] of sub-token s = earlier.shape[-1], given hidden [..., D] and sub-tokens 0..s-1 [..., s]."""
+        """fp32 logits [..., V_s] of sub-token s = earlier.shape[-1], given hidden [..., D] and
+        sub-tokens 0..s-1 [..., s].
+        """
 
     def all_logits(self, h: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
-        """Teacher-forced logits of every sub-token, given the true codes [..., S]; one pass where the family can."""
+        """Teacher-forced logits of every sub-token, given the true codes [..., S]; one pass where
+        the family can.
+        """
         return tuple(self.next_logits(h, codes[..., :s]) for s in range(len(self.spec.subvocabs)))
 
     @abstractmethod
@@ -311,7 +351,9 @@ class Backbone(nn.Module, ABC):
         """The weights that fine-tuning may change, under their official names."""
 
     def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
-        """Write all weights, in this type, in the layout of the family's authors; returns what `load` then takes."""
+        """Write all weights, in this type, in the layout of the family's authors; returns what
+        `load` then takes.
+        """
         weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
         torch.save({"model": weights}, folder / "model.pt")
         return folder / "model.pt"
@@ -322,11 +364,15 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def image_layers(self) -> dict[str, nn.Module]:
-        """The layers that embed and predict image codes, by official name: LoRA leaves them alone, but they may be trained whole."""
+        """The layers that embed and predict image codes, by official name: LoRA leaves them alone,
+        but they may be trained whole.
+        """
 
     @property
     def lora_root(self) -> nn.Module:
-        """The module whose names an adapter file uses: the published model's, where another library may load the adapter."""
+        """The module whose names an adapter file uses: the published model's, where another library
+        may load the adapter.
+        """
         return self
 
     def parts(self) -> dict[str, Sequence[nn.Module]]:
@@ -338,10 +384,12 @@ class Backbone(nn.Module, ABC):
         """An empty cache for `length` inputs, with the dtype and device of the parameters."""
 
     def guidance(self, config: SamplingConfig, step: int, steps: int) -> float:
-        """CFG scale at a step of the sampling loop, by the settings of one sub-token (`SamplingConfig.by_sub_token`)."""
+        """CFG scale at a step of the sampling loop, by the settings of one sub-token
+        (`SamplingConfig.by_sub_token`).
+        """
         return power_cosine(config.cfg_scale, config.cfg_power, step, steps)
 
-    # -- pixels -----------------------------------------------------------------------------------------------------------
+    # -- pixels ------------------------------------------------------------------------------------
     @property
     def tokenizer(self) -> Tokenizer:
         if self.frozen.tokenizer is None:
@@ -351,11 +399,15 @@ class Backbone(nn.Module, ABC):
         return self.frozen.tokenizer
 
     def code_vectors(self) -> tuple[Tensor, ...]:
-        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes; here of a stored codebook."""
+        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes; here
+        of a stored codebook.
+        """
         return (self.tokenizer.quantize.vectors(),)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here of a tokenizer with one sub-token."""
+        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here of a tokenizer with one
+        sub-token.
+        """
         return self.tokenizer.encode(pixels).flatten(1)[..., None]
 
     @property
@@ -366,8 +418,9 @@ class Backbone(nn.Module, ABC):
     def decode_images(self, codes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Images uint8 [B, H, W, 3] of codes [B, T, S], rounded as the family's authors do.
 
-        With a `size` (H, W) that is not the model's own, the decoder's raw output is resized before it is clamped, by bicubic
-        interpolation without antialiasing: so LlamaGen's 384 px images become the 256 px ones of its FID (`sample_c2i_ddp.py`).
+        With a `size` (H, W) that is not the model's own, the decoder's raw output is resized before
+        it is clamped, by bicubic interpolation without antialiasing: so LlamaGen's 384 px images
+        become the 256 px ones of its FID (`sample_c2i_ddp.py`).
         """
         pixels = self.decode_pixels(codes)
         if size is not None and size != tuple(pixels.shape[-2:]):
@@ -375,12 +428,16 @@ class Backbone(nn.Module, ABC):
         return self.quantize_pixels(pixels).permute(0, 2, 3, 1)
 
     def decode_pixels(self, codes: Tensor) -> Tensor:
-        """Pixels fp32 [B, 3, H, W] of codes [B, T, S], nominally in [-1, 1]; here of a tokenizer with one sub-token."""
+        """Pixels fp32 [B, 3, H, W] of codes [B, T, S], nominally in [-1, 1]; here of a tokenizer
+        with one sub-token.
+        """
         return self.tokenizer.decode(codes[..., 0].unflatten(1, self.spec.grid)).float()
 
     @abstractmethod
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 of pixels nominally in [-1, 1], in the same shape, rounded as the family's authors do."""
+        """uint8 of pixels nominally in [-1, 1], in the same shape, rounded as the family's authors
+        do.
+        """
 
     @property
     def device(self) -> torch.device:

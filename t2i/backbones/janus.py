@@ -1,10 +1,14 @@
-"""Janus-Pro as a text-to-image generator (arXiv 2501.17811; deepseek-ai/Janus, transformers' `models/janus`).
+"""Janus-Pro as a text-to-image generator (arXiv 2501.17811; deepseek-ai/Janus, transformers'
+`models/janus`).
 
-A Llama reads [prompt | image codes]: the prompt through its own token embedding, codes through a table of their own and a small MLP,
-never through the token embedding; a separate head predicts codes. Three things matter for parity:
+A Llama reads [prompt | image codes]: the prompt through its own token embedding, codes through a
+table of their own and a small MLP, never through the token embedding; a separate head predicts
+codes. Three things matter for parity:
 
-- the unconditional prompt keeps BOS and begin-of-image, and its padding is attended to; only padding left of a prompt is masked;
-- the image tokenizer is our `VQTokenizer`: transformers' copy does not normalise when it encodes, and draws other codes;
+- the unconditional prompt keeps BOS and begin-of-image, and its padding is attended to; only
+  padding left of a prompt is masked;
+- the image tokenizer is our `VQTokenizer`: transformers' copy does not normalise when it encodes,
+  and draws other codes;
 - the padding token's embedding is trained: it is most of the unconditional prompt.
 
 Shapes: B batch, L inputs, P prompt tokens, D width, T image tokens.
@@ -63,7 +67,7 @@ class Janus(LlamaBackbone):
             sampling=SamplingConfig(cfg_scale=5.0),
         )
 
-    # -- modules ----------------------------------------------------------------------------------------------------------
+    # -- modules -----------------------------------------------------------------------------------
     @property
     def language_model(self) -> nn.Module:
         return self.janus.model.language_model
@@ -116,7 +120,7 @@ class Janus(LlamaBackbone):
         save_folder(folder, weights, self.config.transformers, self.prompts, self.spec.sampling)
         return folder
 
-    # -- the condition ----------------------------------------------------------------------------------------------------
+    # -- the condition -----------------------------------------------------------------------------
     @property
     def prompts(self) -> JanusPrompts:
         if self.frozen.text_encoder is None:
@@ -147,7 +151,7 @@ class Janus(LlamaBackbone):
             ids = torch.where(drop[:, None], prepared["null_ids"], ids)
         return Condition(self.language_model.embed_tokens(ids), mask=prepared["mask"])
 
-    # -- the model --------------------------------------------------------------------------------------------------------
+    # -- the model ---------------------------------------------------------------------------------
     def embed_tokens(self, codes: Tensor) -> Tensor:
         model = self.janus.model
         return model.generation_aligner(model.generation_embeddings(codes[..., 0]))
@@ -162,7 +166,8 @@ class Janus(LlamaBackbone):
         return self.janus.model.generation_head(h).float()
 
     def text_logits(self, ids: Tensor) -> Tensor:
-        """Logits [B, L, words] of the word after each of these ids int64 [B, L], as the published model reads text.
+        """Logits [B, L, words] of the word after each of these ids int64 [B, L], as the published
+        model reads text.
 
         Raises:
             UserError: the text head was left out.
@@ -173,7 +178,7 @@ class Janus(LlamaBackbone):
         positions = torch.arange(ids.shape[1], device=ids.device)
         return self.janus.lm_head(self.trunk(words, positions, Condition(words[:, :0])))
 
-    # -- pixels -----------------------------------------------------------------------------------------------------------
+    # -- pixels ------------------------------------------------------------------------------------
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
         """Janus cuts off where LlamaGen rounds."""
         return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
@@ -188,13 +193,15 @@ def load(
     generation_only: bool = False,
     shapes_only: bool = False,
 ) -> Janus:
-    """Load a published folder in DeepSeek's or transformers' layout, strictly, with its image tokenizer and its prompts.
+    """Load a published folder in DeepSeek's or transformers' layout, strictly, with its image
+    tokenizer and its prompts.
 
     Args:
         config: overrides the folder's own configuration.
         grid: height and width in codes, if not those of the configuration.
         generation_only: leave out the understanding tower, its aligner and the text head.
-        shapes_only: a model on the meta device, its names and shapes checked against the files without reading their data.
+        shapes_only: a model on the meta device, its names and shapes checked against the files
+            without reading their data.
 
     Raises:
         UserError: unreadable files, another model, or keys that do not fit, each named.
@@ -237,7 +244,9 @@ def load(
 def _attach_tokenizer(
     backbone: Janus, config: VQConfig, weights: dict[str, Tensor] | None, source: str | Path
 ) -> None:
-    """Give the backbone its image tokenizer, in fp32; without weights it stays on the meta device."""
+    """Give the backbone its image tokenizer, in fp32; without weights it stays on the meta
+    device.
+    """
     with torch.device("meta"):
         tokenizer = VQTokenizer(config)
     if weights is not None:
@@ -252,7 +261,9 @@ def outline(
     grid: tuple[int, int] | None = None,
     generation_only: bool = False,
 ) -> Janus | None:
-    """A published size on the meta device, without any file; None for what has no published shape."""
+    """A published size on the meta device, without any file; None for what has no published
+    shape.
+    """
     size = janus_config.PUBLISHED.get(str(source))
     if size is None:
         return None

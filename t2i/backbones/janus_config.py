@@ -1,4 +1,6 @@
-"""Configuration of a Janus-Pro: plain data in the words of transformers' config.json, whichever layout it was read from."""
+"""Configuration of a Janus-Pro: plain data in the words of transformers' config.json, whichever
+layout it was read from.
+"""
 
 import json
 import logging
@@ -99,7 +101,9 @@ class JanusShape:
     transformers: dict = field(repr=False)
     """The content of transformers' config.json; what it leaves out is filled in."""
     grid: tuple[int, int] | None = None
-    """Height and width of an image in codes; None is as many as the understanding tower has patches."""
+    """Height and width of an image in codes; None is as many as the understanding tower has
+    patches.
+    """
 
     def __post_init__(self):
         whole = _DEFAULTS | self.transformers
@@ -143,7 +147,9 @@ class JanusShape:
 
     @property
     def _rope(self) -> dict:
-        """Settings of the rotation: `rope_parameters` since transformers 5, `rope_scaling` before."""
+        """Settings of the rotation: `rope_parameters` since transformers 5, `rope_scaling`
+        before.
+        """
         return (self.text.get("rope_scaling") or {}) | (self.text.get("rope_parameters") or {})
 
     @property
@@ -177,7 +183,8 @@ def published_shape(size: str, grid: tuple[int, int] | None = None) -> JanusShap
 
 
 def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
-    """The content of config.json of a folder in either layout, in transformers' words; `weights` have transformers' names.
+    """The content of config.json of a folder in either layout, in transformers' words; `weights`
+    have transformers' names.
 
     Raises:
         UserError: config.json is missing, damaged, or another model's.

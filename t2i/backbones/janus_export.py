@@ -1,4 +1,6 @@
-"""Writing a Janus-Pro folder that transformers' own `JanusForConditionalGeneration.from_pretrained` loads, whatever layout it came from."""
+"""Writing a Janus-Pro folder that transformers' own `JanusForConditionalGeneration.from_pretrained`
+loads, whatever layout it came from.
+"""
 
 import json
 import shutil
@@ -12,7 +14,8 @@ from t2i.backbones.base import SamplingConfig
 from t2i.conditioning.janus_prompts import JanusPrompts
 from t2i.files import write_json
 
-# What transformers' JanusProcessor reads besides the tokenizer; only a folder in its own layout has them.
+# What transformers' JanusProcessor reads besides the tokenizer; only a folder in its own layout has
+# them.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 
 

@@ -1,8 +1,9 @@
 """The modules of a Janus-Pro, named as in transformers' checkpoints (and so in adapter files).
 
-The language model is a Llama: pre-norm blocks, rotation of the halves of a head, no biases. Images have an embedding, an MLP into the
-language model and a head of their own. The understanding tower, its aligner and the text head belong to a complete checkpoint; drawing
-uses none of them, and of the first two only the weights are kept.
+The language model is a Llama: pre-norm blocks, rotation of the halves of a head, no biases. Images
+have an embedding, an MLP into the language model and a head of their own. The understanding tower,
+its aligner and the text head belong to a complete checkpoint; drawing uses none of them, and of the
+first two only the weights are kept.
 """
 
 import torch
@@ -128,7 +129,9 @@ def _tower_layer(dim: int, mlp_ratio: float) -> nn.ModuleDict:
 
 
 class JanusParts(nn.Module):
-    """What transformers calls `model`, without the image tokenizer, which is a `VQTokenizer` of the backbone's."""
+    """What transformers calls `model`, without the image tokenizer, which is a `VQTokenizer` of the
+    backbone's.
+    """
 
     def __init__(self, shape: JanusShape):
         super().__init__()

@@ -1,7 +1,9 @@
-"""Names in published Janus-Pro checkpoints: DeepSeek's layout, transformers' layout, and the way between them.
+"""Names in published Janus-Pro checkpoints: DeepSeek's layout, transformers' layout, and the way
+between them.
 
-DeepSeek's repositories (`model_type: multi_modality`) name modules after `janus/models/modeling_vlm.py`; transformers' conversions
-(`model_type: janus`) after its own `JanusForConditionalGeneration`. Everything here works on transformers' names; the image tokenizer
+DeepSeek's repositories (`model_type: multi_modality`) name modules after
+`janus/models/modeling_vlm.py`; transformers' conversions (`model_type: janus`) after its own
+`JanusForConditionalGeneration`. Everything here works on transformers' names; the image tokenizer
 inside is handed to our `VQTokenizer`, whose names are DeepSeek's.
 """
 
@@ -46,7 +48,9 @@ _UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.co
 
 
 def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under transformers' names, from either layout; keys that neither layout has stay as they are."""
+    """Weights under transformers' names, from either layout; keys that neither layout has stay as
+    they are.
+    """
     weights = {k: v for k, v in weights.items() if not k.endswith(_COMPUTED)}
     if any(key.startswith("model.") for key in weights):
         return weights
@@ -89,7 +93,9 @@ def _replace(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def vq_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The image tokenizer's part of weights under transformers' names, under the names of `VQTokenizer`."""
+    """The image tokenizer's part of weights under transformers' names, under the names of
+    `VQTokenizer`.
+    """
     back = tuple((theirs, ours) for ours, theirs in _VQ_NAMES)
     return {_replace(k[len(VQ) :], back): v for k, v in weights.items() if k.startswith(VQ)}
 

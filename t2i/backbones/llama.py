@@ -1,11 +1,14 @@
-"""What Llama-like families share: the trunk, its norm and rotation; and the block of LlamaGen and Open-MAGVIT2.
+"""What Llama-like families share: the trunk, its norm and rotation; and the block of LlamaGen and
+Open-MAGVIT2.
 
-Their block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and SwiGLU. Two things differ from the
-Llama that everyone knows, which is Janus-Pro's (`janus_model.py`), and matter for parity:
+Their block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
+SwiGLU. Two things differ from the Llama that everyone knows, which is Janus-Pro's
+(`janus_model.py`), and matter for parity:
 
-- RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the second with the column.
-- The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys vanish: every attention logit
-  to or from a prefix entry is 0.
+- RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the
+  second with the column.
+- The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys
+  vanish: every attention logit to or from a prefix entry is 0.
 
 Shapes: B batch, L inputs, P prefix, D width, H heads, K head width, T image tokens.
 """
@@ -84,7 +87,9 @@ def rope_table(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x_BLHK: Tensor, rope_LK2: Tensor, *, halves: bool = False) -> Tensor:
-    """Turn pairs by the table's angles, in fp32: neighbours, or with `halves` entry i of each half."""
+    """Turn pairs by the table's angles, in fp32: neighbours, or with `halves` entry i of each
+    half.
+    """
     axis, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
     cos, sin = rope_LK2[None, :, None].unbind(-1)
     first, second = x_BLHK.float().unflatten(-1, shape).unbind(axis)
@@ -161,7 +166,9 @@ def normal_weights(module: nn.Module, generator: torch.Generator) -> None:
 
 
 class LlamaBackbone(Backbone):
-    """The trunk of a Llama-like family: dropout, then blocks that are called with (x, rope, mask, cache), then perhaps a norm."""
+    """The trunk of a Llama-like family: dropout, then blocks that are called with (x, rope, mask,
+    cache), then perhaps a norm.
+    """
 
     def __init__(self, trunk: LlamaConfig):
         super().__init__()

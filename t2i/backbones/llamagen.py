@@ -1,7 +1,9 @@
-"""LlamaGen's GPT, class-conditional and text-conditional (arXiv 2406.06525; `autoregressive/models/gpt.py`).
+"""LlamaGen's GPT, class-conditional and text-conditional (arXiv 2406.06525;
+`autoregressive/models/gpt.py`).
 
-The blocks are in `llama.py`. Text acts through the attention's values alone, since the prefix has neither queries nor keys there. A
-caption that was dropped for guidance becomes the stored `uncond_embedding` but keeps its own padding mask.
+The blocks are in `llama.py`. Text acts through the attention's values alone, since the prefix has
+neither queries nor keys there. A caption that was dropped for guidance becomes the stored
+`uncond_embedding` but keeps its own padding mask.
 
 Shapes: B batch, L inputs, P prefix, D width, T image tokens, C caption feature width.
 """
@@ -66,7 +68,9 @@ SIZES = {
 """Published sizes; 3B has the odd head width 100."""
 
 CLASS_GUIDANCE = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
-"""How the published FID of each class-conditional size was sampled: this guidance, and all codes (`GETTING_STARTED.md`)."""
+"""How the published FID of each class-conditional size was sampled: this guidance, and all codes
+(`GETTING_STARTED.md`).
+"""
 
 
 GRIDS = {
@@ -80,7 +84,8 @@ GRIDS = {
 def infer_config(
     state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
 ) -> LlamaGenConfig:
-    """Read the configuration off an official state dict; head count and grid come from the published tables.
+    """Read the configuration off an official state dict; head count and grid come from the
+    published tables.
 
     Raises:
         UserError: not a LlamaGen GPT, or an unpublished shape for which `config=` must be given.
@@ -199,7 +204,8 @@ class LlamaGen(LlamaBackbone):
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
-        # A dropped caption keeps its own mask. Modules return tensors: DeepSpeed's hooks look into nothing else.
+        # A dropped caption keeps its own mask. Modules return tensors: DeepSpeed's hooks look into
+        # nothing else.
         return Condition(self.gpt.cls_embedding(prepared, drop), mask=prepared.get("mask"))
 
     def embed_tokens(self, codes: Tensor) -> Tensor:
@@ -232,10 +238,12 @@ def load(
     grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LlamaGen:
-    """Load an official GPT file (c2i_B_256.pt, t2i_XL_stage1_256.pt, ... DDP, FSDP or self-trained), strictly.
+    """Load an official GPT file (c2i_B_256.pt, t2i_XL_stage1_256.pt, ... DDP, FSDP or
+    self-trained), strictly.
 
     Raises:
-        UserError: unreadable file, another family, an unpublished shape without `config`, or keys that do not fit.
+        UserError: unreadable file, another family, an unpublished shape without `config`, or keys
+            that do not fit.
     """
     state_dict = {k: v for k, v in read_state_dict(path).items() if not _is_scratch(k)}
     config = settle_config(
@@ -257,7 +265,9 @@ def outline(
     config: LlamaGenConfig | None = None,
     grid: tuple[int, int] | None = None,
 ) -> LlamaGen | None:
-    """A published file's model on the meta device, without the file; None for what has no published shape."""
+    """A published file's model on the meta device, without the file; None for what has no published
+    shape.
+    """
     stem = published_stem(source)
     if config is None and stem in GRIDS:
         kind, size, *_ = stem.split("_")

@@ -1,12 +1,15 @@
-"""Open-MAGVIT2's class-conditional generator (arXiv 2409.04410; SEED-Voken `modules/transformer/gpt.py`).
+"""Open-MAGVIT2's class-conditional generator (arXiv 2409.04410; SEED-Voken
+`modules/transformer/gpt.py`).
 
-A code of 18 bits is two sub-tokens: `pre`, the first 6 bits, and `post`, the other 12. The trunk is LlamaGen's (`llama.py`): one
-position per code, whose input is the sum of both sub-tokens' embeddings. What follows the trunk is different:
+A code of 18 bits is two sub-tokens: `pre`, the first 6 bits, and `post`, the other 12. The trunk is
+LlamaGen's (`llama.py`): one position per code, whose input is the sum of both sub-tokens'
+embeddings. What follows the trunk is different:
 
-- The trunk's output is not normalised. It starts a sequence [h, embedding of `pre`] of length 2, for which a few more blocks of the
-  same kind (the intra-token transformer) predict `pre` at its first place and `post` at its second; the norm comes after them.
-- There the rows of the rotary table are those of the class and of the first code: zero at the first place (its queries and keys
-  vanish), no rotation at the second.
+- The trunk's output is not normalised. It starts a sequence [h, embedding of `pre`] of length 2,
+  for which a few more blocks of the same kind (the intra-token transformer) predict `pre` at its
+  first place and `post` at its second; the norm comes after them.
+- There the rows of the rotary table are those of the class and of the first code: zero at the first
+  place (its queries and keys vanish), no rotation at the second.
 
 TensorAR's codec sits between trunk and intra-token transformer, which then serves every slot.
 
@@ -68,14 +71,18 @@ SAMPLING = {
     "L": SamplingConfig(cfg_scale=(1.9, 1.9), temperature=(1.1, 1.0)),
     "XL": SamplingConfig(cfg_scale=(1.75, 1.85), temperature=(1.1, 1.0)),
 }
-"""How the authors drew the images of their FID, per sub-token (SEED-Voken `scripts/evaluation/sample_gpu.sh`)."""
+"""How the authors drew the images of their FID, per sub-token (SEED-Voken
+`scripts/evaluation/sample_gpu.sh`).
+"""
 
 
 def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) -> OpenMAGVIT2Config:
-    """Read the configuration off an official state dict; the head count comes from the published sizes.
+    """Read the configuration off an official state dict; the head count comes from the published
+    sizes.
 
     Raises:
-        UserError: not an Open-MAGVIT2 generator, or an unpublished shape for which `config=` must be given.
+        UserError: not an Open-MAGVIT2 generator, or an unpublished shape for which `config=` must
+            be given.
     """
     with reading("an Open-MAGVIT2 generator"):
         pre, dim = state_dict[f"{_PREFIX}pre_emb.weight"].shape
@@ -154,7 +161,9 @@ class OpenMAGVIT2(LlamaBackbone):
         return self.transformer.spatial_blocks
 
     def _intra_token(self, h: Tensor, earlier: Tensor) -> Tensor:
-        """Intra-token transformer on [h, embeddings of `earlier`]: [..., D] and [..., s] -> normalised [..., 1 + s, D]."""
+        """Intra-token transformer on [h, embeddings of `earlier`]: [..., D] and [..., s] ->
+        normalised [..., 1 + s, D].
+        """
         places = [h]
         if earlier.shape[-1]:
             places.append(self.transformer.pre_emb(earlier[..., 0]))
@@ -219,10 +228,12 @@ def load(
 ) -> OpenMAGVIT2:
     """Load an official checkpoint (AR_256_B.ckpt, ...) with the tokenizer inside it, strictly.
 
-    A file of the generator alone is read, too; its tokenizer is then a file of its own (`load_tokenizer`).
+    A file of the generator alone is read, too; its tokenizer is then a file of its own
+    (`load_tokenizer`).
 
     Raises:
-        UserError: unreadable file, another family, an unpublished shape without `config`, or keys that do not fit.
+        UserError: unreadable file, another family, an unpublished shape without `config`, or keys
+            that do not fit.
     """
     state_dict = read_state_dict(path)
     config = settle_config(config, grid, path, lambda: infer_config(state_dict, grid))
@@ -239,7 +250,9 @@ def outline(
     config: OpenMAGVIT2Config | None = None,
     grid: tuple[int, int] | None = None,
 ) -> OpenMAGVIT2 | None:
-    """A published file's model on the meta device, without the file; None for what has no published shape."""
+    """A published file's model on the meta device, without the file; None for what has no published
+    shape.
+    """
     size = published_stem(source).removeprefix("AR_256_")
     if config is None and size in SIZES:
         config = OpenMAGVIT2Config(**SIZES[size], grid=grid or (16, 16))
@@ -252,4 +265,6 @@ def outline(
 
 
 load_tokenizer = LFQTokenizer.load
-"""The image tokenizer inside an AR checkpoint, or of its own file (imagenet_256_L.ckpt; the raw weights, see `LFQTokenizer`)."""
+"""The image tokenizer inside an AR checkpoint, or of its own file (imagenet_256_L.ckpt; the raw
+weights, see `LFQTokenizer`).
+"""

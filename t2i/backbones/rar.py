@@ -1,15 +1,19 @@
 """RAR, class-conditional (arXiv 2411.00776; 1d-tokenizer `modeling/rar.py`), in raster order.
 
-RAR was pre-trained on random orders that were annealed to raster order for the last quarter of its training, so fine-tuning in
-raster order goes on where it ended. A ViT block with biases, per-head LayerNorm on queries and keys, exact GELU, no RoPE. What
-matters for parity:
+RAR was pre-trained on random orders that were annealed to raster order for the last quarter of its
+training, so fine-tuning in raster order goes on where it ended. A ViT block with biases, per-head
+LayerNorm on queries and keys, exact GELU, no RoPE. What matters for parity:
 
 - Two prefix entries: a learned cls token, then the class. The output at the class predicts token 0.
-- Every input is told which position it predicts: besides its own position it gets the target-aware row of the next one.
-- adaLN acts on every position: its condition is the class row plus a "timestep" row of the position. It also modulates the last,
-  affine-free norm, whose two chunks are (scale, shift), while a block's are (shift, scale, gate) twice.
-- One embedding table holds codes, an unused mask row, the classes and the null class, in this order.
-- Guidance grows from 1 to its full scale along a power-cosine (`SamplingConfig.cfg_power`), with other numbers for each size.
+- Every input is told which position it predicts: besides its own position it gets the target-aware
+  row of the next one.
+- adaLN acts on every position: its condition is the class row plus a "timestep" row of the
+  position. It also modulates the last, affine-free norm, whose two chunks are (scale, shift), while
+  a block's are (shift, scale, gate) twice.
+- One embedding table holds codes, an unused mask row, the classes and the null class, in this
+  order.
+- Guidance grows from 1 to its full scale along a power-cosine (`SamplingConfig.cfg_power`), with
+  other numbers for each size.
 
 Shapes: B batch, L inputs, P = 2 prefix, D width, H heads, K head width, T image tokens.
 """
@@ -63,7 +67,9 @@ class RARConfig:
 
     @property
     def first_class_id(self) -> int:
-        """Row of class 0 in the embedding table; the row before it is the mask token of other MaskGIT models, unused here."""
+        """Row of class 0 in the embedding table; the row before it is the mask token of other
+        MaskGIT models, unused here.
+        """
         return self.vocab_size + 1
 
     @property
@@ -94,7 +100,8 @@ DEMO_SAMPLING = SamplingConfig(cfg_scale=4.0)
 
 
 def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) -> RARConfig:
-    """Read the configuration off an official state dict; only a grid that is not square has to be given.
+    """Read the configuration off an official state dict; only a grid that is not square has to be
+    given.
 
     Raises:
         UserError: not a RAR generator, or its number of tokens does not fit a grid.
@@ -201,20 +208,24 @@ class GPT(nn.Module):
     def forward(
         self, x_BLD: Tensor, class_BD: Tensor, positions_L: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the first block reads [B, L, D], and the adaLN condition of every position [B, L, D].
+        """What the first block reads [B, L, D], and the adaLN condition of every position [B, L,
+        D].
 
         A module's own parameters are used in its forward only: ZeRO-3 gathers them there.
         """
         x = x_BLD + torch.where((positions_L == 0)[:, None], self.cls_token[0], 0)
         x = x + self.pos_embed[0, positions_L]
-        # Position p predicts position p + 1; the cls token and the last image token have no target. (With a stride s > 1 the
-        # predicted window starts at p + s instead: training has to learn that, as it has with every backbone.)
+        # Position p predicts position p + 1; the cls token and the last image token have no target.
+        # (With a stride s > 1 the predicted window starts at p + s instead: training has to learn
+        # that, as it has with every backbone.)
         targeted = (positions_L > 0) & (positions_L <= self.num_tokens)
         x = x + torch.where(targeted[:, None], self.target_aware_pos_embed[0, positions_L + 1], 0)
         return x, class_BD[:, None] + self.timesteps_embeddings[0, positions_L]
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Weights for pre-training from scratch: truncated N(0, 0.02), zero cls token, biases and adaLN (so blocks start as nothing)."""
+        """Weights for pre-training from scratch: truncated N(0, 0.02), zero cls token, biases and
+        adaLN (so blocks start as nothing).
+        """
         for name, parameter in self.named_parameters():
             if name == "cls_token" or name.endswith("bias") or "adaLN_modulation" in name:
                 nn.init.zeros_(parameter)
@@ -252,7 +263,8 @@ class RAR(Backbone):
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
         row_BD = self.gpt.embeddings(self.condition_ids(prepared["labels"], drop))
-        # The cls token is the same for all images: the trunk adds it, as it does everything that belongs to a position.
+        # The cls token is the same for all images: the trunk adds it, as it does everything that
+        # belongs to a position.
         prefix = torch.stack([torch.zeros_like(row_BD), row_BD], dim=1)
         return Condition(prefix, extras={"class": row_BD})
 
@@ -293,7 +305,8 @@ def load(
     grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> RAR:
-    """Load an official generator (rar_b.bin, rar_l.bin, rar_xl.bin, rar_xxl.bin) or one of its layout, strictly.
+    """Load an official generator (rar_b.bin, rar_l.bin, rar_xl.bin, rar_xxl.bin) or one of its
+    layout, strictly.
 
     Raises:
         UserError: unreadable file, another family, or keys that do not fit.
@@ -308,7 +321,9 @@ def load(
 def outline(
     source: str | Path, *, config: RARConfig | None = None, grid: tuple[int, int] | None = None
 ) -> RAR | None:
-    """A published file's model on the meta device, without the file; None for what has no published shape."""
+    """A published file's model on the meta device, without the file; None for what has no published
+    shape.
+    """
     size = published_stem(source).removeprefix("rar_").upper()
     if config is None and size in SIZES:
         config = RARConfig(**SIZES[size], grid=grid or (16, 16))

@@ -1,7 +1,9 @@
-"""A tiny Janus with random weights in the published layout: the start of the offline shapes base, and what tests load.
+"""A tiny Janus with random weights in the published layout: the start of the offline shapes base,
+and what tests load.
 
-Its tokenizer is byte-level BPE with DeepSeek's special tokens, as the real one, so that everything in front of the model is exercised
-for real. The understanding tower is there, as small as can be, so that the folder is a complete Janus for transformers.
+Its tokenizer is byte-level BPE with DeepSeek's special tokens, as the real one, so that everything
+in front of the model is exercised for real. The understanding tower is there, as small as can be,
+so that the folder is a complete Janus for transformers.
 """
 
 from collections.abc import Iterable
@@ -18,7 +20,9 @@ from t2i.tokenizers.vq import VQTokenizer
 
 
 def build_tokenizer(prompts: Iterable[str], *, vocab_size: int = 512) -> Tokenizer:
-    """Byte-level BPE whose merges come from these prompts; any other text is spelt in bytes. A function of the arguments alone."""
+    """Byte-level BPE whose merges come from these prompts; any other text is spelt in bytes. A
+    function of the arguments alone.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,7 +51,9 @@ def build_tiny_janus(
     vocab_size: int = 512,
     seed: int = 0,
 ) -> Janus:
-    """A random Janus that draws `side` x `side` codes of this image tokenizer; its words are those of the prompts."""
+    """A random Janus that draws `side` x `side` codes of this image tokenizer; its words are those
+    of the prompts.
+    """
     words = build_tokenizer(prompts, vocab_size=vocab_size)
     config = {
         "text_config": {
@@ -87,7 +93,9 @@ def build_tiny_janus(
 
 @torch.no_grad()
 def initialize(backbone: Janus, tokenizer: VQTokenizer, generator: torch.Generator) -> None:
-    """N(0, 0.02) for matrices, as Llama's authors do; codes start as what the image tokenizer takes them for."""
+    """N(0, 0.02) for matrices, as Llama's authors do; codes start as what the image tokenizer takes
+    them for.
+    """
     for name, parameter in backbone.janus.named_parameters():
         if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.02, generator=generator)

@@ -78,11 +78,13 @@ def check_captions(captions: Sequence[str], what: str = "captions") -> None:
 
 
 def caption_losses(caption: str, cleaned: str, known: bool = True) -> list[str] | None:
-    """What cleaning takes from a caption, in fixed phrases; None if nothing is left that an encoder could read.
+    """What cleaning takes from a caption, in fixed phrases; None if nothing is left that an encoder
+    could read.
 
     Args:
-        known: whether the encoder knows any of its words. It does not matter where there are Latin letters or digits: what a
-            small vocabulary lacks is told apart from a script that it does not have.
+        known: whether the encoder knows any of its words. It does not matter where there are Latin
+            letters or digits: what a small vocabulary lacks is told apart from a script that it
+            does not have.
     """
     if not caption.strip():
         return []  # nothing to lose: the unconditional form

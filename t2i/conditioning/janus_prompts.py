@@ -1,11 +1,14 @@
-"""Janus-Pro's prompts: the chat string it was trained with, as token ids, and the unconditional form that guidance uses.
+"""Janus-Pro's prompts: the chat string it was trained with, as token ids, and the unconditional
+form that guidance uses.
 
     <BOS><|User|>: a red fox\\n\\n<|Assistant|>:<begin_of_image>
 
-(`janus/utils/conversation.py` and `generation_inference.py` of deepseek-ai/Janus). For guidance every token between the first and the
-last becomes padding that IS attended to. Three things go wrong elsewhere and are settled here: ids differ between 1B and 7B and are
-resolved by string; tokenizer.json is read by the `tokenizers` library itself, because transformers 5 may put a tokenizer class in
-front of it that eats spaces; and BOS is put in front by us, exactly once, whether the file would add it or not.
+(`janus/utils/conversation.py` and `generation_inference.py` of deepseek-ai/Janus). For guidance
+every token between the first and the last becomes padding that IS attended to. Three things go
+wrong elsewhere and are settled here: ids differ between 1B and 7B and are resolved by string;
+tokenizer.json is read by the `tokenizers` library itself, because transformers 5 may put a
+tokenizer class in front of it that eats spaces; and BOS is put in front by us, exactly once,
+whether the file would add it or not.
 
 Shapes: B prompts, P tokens of the longest.
 """
@@ -53,7 +56,9 @@ class JanusPrompts:
 
     @staticmethod
     def load(folder: str | Path, max_tokens: int = 512) -> "JanusPrompts":
-        """Read tokenizer.json, and the names of BOS and EOS from tokenizer_config.json, of a published folder."""
+        """Read tokenizer.json, and the names of BOS and EOS from tokenizer_config.json, of a
+        published folder.
+        """
         path = Path(folder) / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -71,7 +76,9 @@ class JanusPrompts:
         return prompts
 
     def save(self, folder: Path) -> None:
-        """Write a tokenizer for transformers: one that puts BOS in front by itself, since version 5 reads no `add_bos_token`."""
+        """Write a tokenizer for transformers: one that puts BOS in front by itself, since version 5
+        reads no `add_bos_token`.
+        """
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         if tokenizer.encode("x").ids[:1] != [self.bos_id]:
             tokenizer.post_processor = TemplateProcessing(
@@ -135,7 +142,8 @@ class JanusPrompts:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def batch(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Prompts padded on the left: ids int64 [B, P] and mask bool [B, P], True for a prompt's own tokens.
+        """Prompts padded on the left: ids int64 [B, P] and mask bool [B, P], True for a prompt's
+        own tokens.
 
         Args:
             length: pad to so many tokens; to the longest prompt if None.
@@ -153,7 +161,9 @@ class JanusPrompts:
         return ids, mask
 
     def unconditional(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Ids of the unconditional form: padding between the first and the last token of each prompt. It keeps the prompt's mask."""
+        """Ids of the unconditional form: padding between the first and the last token of each
+        prompt. It keeps the prompt's mask.
+        """
         inner = mask.clone()
         inner[:, -1] = False
         inner[:, 1:] &= mask[:, :-1]  # not the first token, which has none of its own before it
@@ -162,7 +172,9 @@ class JanusPrompts:
 
 
 def chat(prompt: str) -> str:
-    """The chat string of a prompt, without BOS; an empty prompt has no blank and no line breaks, as in the original code."""
+    """The chat string of a prompt, without BOS; an empty prompt has no blank and no line breaks, as
+    in the original code.
+    """
     text = prompt.strip()
     message = f": {text}\n\n" if text else ":"
     return f"{USER}{message}{ASSISTANT}:{BEGIN_OF_IMAGE}"

@@ -80,7 +80,8 @@ class T5Captions:
     def encode(self, captions: Sequence[str], clean: bool = True) -> list[Tensor]:
         """Features [n_i, C] of each caption: its valid tokens, the last one being the end token.
 
-        n_i is at most `max_tokens` (see `notes`). Dtype and device are the encoder's. An empty caption is the end token alone.
+        n_i is at most `max_tokens` (see `notes`). Dtype and device are the encoder's. An empty
+        caption is the end token alone.
 
         A caption's features do not depend on its companions: padding is hidden exactly, and a
         caption is padded to the next multiple of 8 of its own length whatever stands beside it.

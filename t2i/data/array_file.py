@@ -1,11 +1,14 @@
-"""One large array on disk, filled chunk by chunk by any number of processes, each of which may be killed at any moment.
+"""One large array on disk, filled chunk by chunk by any number of processes, each of which may be
+killed at any moment.
 
-    codes.npy                                   the whole array from the start, zeros where nothing was written yet
-    codes.npy.chunks/00000000-00000256.json     a marker for every chunk that is complete, with what is to be said of it
-    (another file)                              the sign that all is done; then the markers are removed
+    codes.npy                                   the whole array from the start, zeros where nothing
+    was written yet codes.npy.chunks/00000000-00000256.json     a marker for every chunk that is
+    complete, with what is to be said of it (another file)                              the sign
+    that all is done; then the markers are removed
 
-A chunk's rows are written and forced to disk before its marker appears. So what has a marker is never done again, and what has none
-is done again from its first row, which gives the same bytes. Which process does which chunk follows from their numbers alone.
+A chunk's rows are written and forced to disk before its marker appears. So what has a marker is
+never done again, and what has none is done again from its first row, which gives the same bytes.
+Which process does which chunk follows from their numbers alone.
 """
 
 import json
@@ -30,9 +33,11 @@ class ArrayFile:
 
     Args:
         shape: of the array; rows are its first axis.
-        rows_per_chunk: written at once. With another number, chunks of the old one do not count as done.
+        rows_per_chunk: written at once. With another number, chunks of the old one do not count as
+            done.
         sign: the file whose existence says that the array is complete and used.
-        processes: one does the chunks i with i % world_size == rank. The main one also creates the file; the others wait for it.
+        processes: one does the chunks i with i % world_size == rank. The main one also creates the
+            file; the others wait for it.
 
     Raises:
         UserError: the file exists with another shape or type.
@@ -82,7 +87,9 @@ class ArrayFile:
         return [] if self._sign.exists() else missing
 
     def write(self, rows: range, values: np.ndarray, note: object = None) -> None:
-        """Complete a chunk. The note, anything JSON can hold, is kept until the markers are removed."""
+        """Complete a chunk. The note, anything JSON can hold, is kept until the markers are
+        removed.
+        """
         expected = (len(rows), *self.shape[1:])
         assert values.shape == expected and values.dtype == self.dtype, (values.shape, expected)
         row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
@@ -97,7 +104,8 @@ class ArrayFile:
             temporary.write_text(json.dumps(note), encoding="utf-8")
 
     def wait_for_chunks(self) -> list:
-        """Wait until every chunk of every process is complete; their notes in the order of the rows.
+        """Wait until every chunk of every process is complete; their notes in the order of the
+        rows.
 
         Raises:
             TimeoutError: another process stopped.
@@ -107,7 +115,8 @@ class ArrayFile:
         return [json.loads(marker.read_text(encoding="utf-8")) for marker in markers]
 
     def wait_for_sign(self) -> None:
-        """Wait until the main process says that all is done, as long as chunks become complete meanwhile.
+        """Wait until the main process says that all is done, as long as chunks become complete
+        meanwhile.
 
         Raises:
             TimeoutError: neither happened for as long as patience lasts.

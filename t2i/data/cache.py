@@ -70,8 +70,8 @@ def build_cache(
             other types are stored as float16. None for a cache without text features.
         key_parts: JSON-able, whatever else the content depends on: hashes of the tokenizer's and
             the text encoder's weights, the version of the caption cleaning.
-        caption_notes: what the text encoder makes of captions (see `CaptionNotes`); a sample of which it
-            reads nothing is skipped.
+        caption_notes: what the text encoder makes of captions (see `CaptionNotes`); a sample of
+            which it reads nothing is skipped.
         expected_key: refuse data of another content, before anything is encoded.
         batch_size: images, and captions, per call of an encoder. Does not change the content.
         shard_size: samples of the source per shard.
@@ -145,7 +145,9 @@ def build_cache(
 
 
 def check_cache_dir(cache_dir: Path) -> None:
-    """UserError if nothing can be written there, and no finished cache is there either. Makes no folder."""
+    """UserError if nothing can be written there, and no finished cache is there either. Makes no
+    folder.
+    """
     if any(cache_dir.glob("*/manifest.json")):
         return
     place = cache_dir.absolute()

@@ -1,7 +1,9 @@
-"""What a data set contains, as hashes of its files: the same for a copy elsewhere, another for any edit.
+"""What a data set contains, as hashes of its files: the same for a copy elsewhere, another for any
+edit.
 
-Hashing reads every byte once. What was found is kept in an index beside the caches, with the size and the times of each file, so that the
-next run only asks the file system. The change time is part of it, since `cp -p` and `touch -r` can restore the others.
+Hashing reads every byte once. What was found is kept in an index beside the caches, with the size
+and the times of each file, so that the next run only asks the file system. The change time is part
+of it, since `cp -p` and `touch -r` can restore the others.
 """
 
 import hashlib
@@ -19,7 +21,9 @@ from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
 Contents = list[tuple[str, str]]
-"""(name, hash) of each file, in the order of the data set; the hash of a file that cannot be read is `ABSENT`."""
+"""(name, hash) of each file, in the order of the data set; the hash of a file that cannot be read
+is `ABSENT`.
+"""
 
 ABSENT = "absent"
 _WORTH_AN_INDEX = 64 << 20  # bytes: less is hashed in a moment

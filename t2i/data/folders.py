@@ -36,8 +36,9 @@ def list_files(folder: Path) -> list[Path]:
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """Every file below the folder, sorted, and (name, reason) of what was passed over.
 
-    Links are followed, to folders as well, but every folder is read once: loops end, and what lies around this folder is
-    not read. Hidden files and folders (and __MACOSX) are passed over, and named where they are or hold images.
+    Links are followed, to folders as well, but every folder is read once: loops end, and what lies
+    around this folder is not read. Hidden files and folders (and __MACOSX) are passed over, and
+    named where they are or hold images.
 
     Raises:
         UserError: the folder cannot be read.

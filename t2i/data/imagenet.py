@@ -1,9 +1,11 @@
-"""An ImageNet folder, one sub-folder per class, as codes: every view of every image encoded once, before training.
+"""An ImageNet folder, one sub-folder per class, as codes: every view of every image encoded once,
+before training.
 
     ImageNet/train/n01440764/n01440764_10026.JPEG ...
 
-Class ids are the positions of the sorted folder names, as for every published class-conditional model. What is left of the images is one
-memory-mapped array (`code_array.py`), not a file per image.
+Class ids are the positions of the sorted folder names, as for every published class-conditional
+model. What is left of the images is one memory-mapped array (`code_array.py`), not a file per
+image.
 
 Shape legend: B = images, A = views, T = positions, S = sub-tokens.
 """
@@ -123,12 +125,14 @@ def extract_codes(
 ) -> Path:
     """Encode every view of every image, or find that done; returns the folder for `CodeArray`.
 
-    A killed run goes on at the chunks of 256 images that are missing. The result depends on no number of processes; an image
-    that cannot be read is skipped and listed.
+    A killed run goes on at the chunks of 256 images that are missing. The result depends on no
+    number of processes; an image that cannot be read is skipped and listed.
 
     Args:
-        encode_images: pixels float32 [B * A, 3, resolution, resolution] in [-1, 1] -> int64 [B * A, T, S].
-        key_parts: JSON-able, whatever else the content depends on: the hash of the tokenizer's weights.
+        encode_images: pixels float32 [B * A, 3, resolution, resolution] in [-1, 1] -> int64 [B * A,
+            T, S].
+        key_parts: JSON-able, whatever else the content depends on: the hash of the tokenizer's
+            weights.
         code_shape: (T, S).
         vocab: number of codes (of the largest sub-vocabulary).
         batch_size: views at once.
@@ -202,7 +206,9 @@ class _Extraction:
     def _encode(
         self, part: list[int], loaded: list[Tensor | SkipSample]
     ) -> tuple[np.ndarray, list[dict]]:
-        """Codes [B, A, T, S], of black views where an image is skipped, so that batches keep their shape."""
+        """Codes [B, A, T, S], of black views where an image is skipped, so that batches keep their
+        shape.
+        """
         size = self.resolution
         black = torch.full((self.views.count, 3, size, size), -1.0)
         usable = [black if isinstance(views, SkipSample) else views for views in loaded]

@@ -73,7 +73,8 @@ ImageRef = bytes | Path | FileSlice | RemoteFile | Image.Image | None
 
 
 def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -> bytes:
-    """Read a file or a part of one; SkipSample missing, unreadable, corrupt, or too large if that fails.
+    """Read a file or a part of one; SkipSample missing, unreadable, corrupt, or too large if that
+    fails.
 
     Args:
         limit: bytes from which on a local file is too large.

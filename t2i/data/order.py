@@ -50,8 +50,9 @@ def split_indices(
     """A fixed held-out split: sorted int64 indices of the training and of the validation samples.
 
     Args:
-        images: int64 [n], equal for samples that show the same image. They are held out together, so that no held-out
-            image is trained on; `n_validation` is then the least number of held-out samples.
+        images: int64 [n], equal for samples that show the same image. They are held out together,
+            so that no held-out image is trained on; `n_validation` is then the least number of
+            held-out samples.
 
     Raises:
         UserError: nothing would be left to train on.

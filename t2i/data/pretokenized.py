@@ -1,10 +1,11 @@
 """Codes of ImageNet that others computed, in the two formats in which they are passed around.
 
-- LlamaGen's `extract_codes_c2i.py`: `imagenet256_codes/17.npy` int64 [1, A, T] and `imagenet256_labels/17.npy` [1] for image 17. They are
-  read as they are. Where ten-crop codes of a second crop range lie in a folder of their own, both are given, and their views are
-  counted together.
-- RAR's `maskgitvq.jsonl`: a line {"class_id": 3, "tokens": [...]} for every view of every image. 12.8 million lines are no format for
-  random access, so they are converted once.
+- LlamaGen's `extract_codes_c2i.py`: `imagenet256_codes/17.npy` int64 [1, A, T] and
+  `imagenet256_labels/17.npy` [1] for image 17. They are read as they are. Where ten-crop codes of a
+  second crop range lie in a folder of their own, both are given, and their views are counted
+  together.
+- RAR's `maskgitvq.jsonl`: a line {"class_id": 3, "tokens": [...]} for every view of every image.
+  12.8 million lines are no format for random access, so they are converted once.
 
 Shape legend: N = images, A = views of an image, B = batch, T = positions, S = 1 sub-token.
 """
@@ -65,7 +66,9 @@ class LlamaGenCodes:
 
     @property
     def identity(self) -> dict:
-        """JSON-able, the same for a copy elsewhere: the content of every n-th image, since a million small files take too long."""
+        """JSON-able, the same for a copy elsewhere: the content of every n-th image, since a
+        million small files take too long.
+        """
         digest, step = hashlib.sha256(), max(1, len(self) // _SAMPLED)
         for codes, labels in self._folders:
             for number in self._numbers[::step]:
@@ -163,11 +166,12 @@ def convert_jsonl(
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> Path:
-    """Convert RAR's file, or find that done; returns the folder for `CodeArray` (one view per row, [lines, 1, T, 1]).
+    """Convert RAR's file, or find that done; returns the folder for `CodeArray` (one view per row,
+    [lines, 1, T, 1]).
 
     Raises:
-        UserError: no such file, or a line (which is named) that is not {"class_id": int, "tokens": [T ints]} within the
-            vocabulary and the classes.
+        UserError: no such file, or a line (which is named) that is not {"class_id": int, "tokens":
+            [T ints]} within the vocabulary and the classes.
         TimeoutError: another process stopped.
     """
     path = Path(path)

@@ -29,7 +29,8 @@ class Report:
         usable: those of them that can be used; in a cache, that are in it.
         skipped: one {index, key, reason, detail} for each of the others, and for each file that
             belongs to no sample (index None).
-        noted: the keys of samples that are used although something is unusual about them, by what it is.
+        noted: the keys of samples that are used although something is unusual about them, by what
+            it is.
         remarks: sentences on the source as a whole.
     """
 
@@ -77,7 +78,9 @@ class Report:
         return "; ".join(self.lines()) or "nothing skipped"
 
     def lines(self) -> list[str]:
-        """Sentences for people: what is skipped, what is used but unusual, remarks; empty if all is well."""
+        """Sentences for people: what is skipped, what is used but unusual, remarks; empty if all is
+        well.
+        """
         skipped = _listing(self.keys, self._advice)
         noted = _listing(_by_count(self.noted))
         return [

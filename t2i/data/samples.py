@@ -21,7 +21,8 @@ _LONGEST_CAPTION = 5000  # characters; no text encoder here reads more
 _MOST_CAPTIONS = 100
 _LARGEST_FILE = 1 << 20
 _LINE = re.compile(r"\r\n|\r|\n")
-# Control characters that are no white space, lone surrogates, and code points that are no characters.
+# Control characters that are no white space, lone surrogates, and code points that are no
+# characters.
 _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
@@ -51,8 +52,8 @@ class Source:
 
     Attributes:
         name: what the user gave, for messages.
-        identity: JSON-able: what the samples depend on besides the content of `files()`. It names no
-            place on this machine.
+        identity: JSON-able: what the samples depend on besides the content of `files()`. It names
+            no place on this machine.
         length: number of samples, None for a stream.
         left_out: (key, reason) of files that look like data but belong to no sample.
         remarks: sentences on how the source was read, where a user may have meant something else.
@@ -86,12 +87,14 @@ def make_sample(index: int, key: str, image: ImageRef, captions: Any) -> Sample:
 
 
 def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
-    """The captions in a text, a list, or the place of a text file, and what was wrong with some of them.
+    """The captions in a text, a list, or the place of a text file, and what was wrong with some of
+    them.
 
-    One rule for every source (.txt files, tar members, JSON, tables): each line of a text is a caption, and a list holds
-    captions or texts; several captions are alternatives, of which training picks one each time. They are stripped, empty ones do not
-    count. Bytes are UTF-8. Characters that are no text (control characters, lone surrogates) are taken out; of a caption the
-    first 5,000 characters count, of a sample the first 100 captions.
+    One rule for every source (.txt files, tar members, JSON, tables): each line of a text is a
+    caption, and a list holds captions or texts; several captions are alternatives, of which
+    training picks one each time. They are stripped, empty ones do not count. Bytes are UTF-8.
+    Characters that are no text (control characters, lone surrogates) are taken out; of a caption
+    the first 5,000 characters count, of a sample the first 100 captions.
     """
     texts: list[str] = []
     notes: dict[str, None] = {}
@@ -135,12 +138,16 @@ def _as_text(value: Any) -> str:
 
 
 CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
-"""What a text encoder makes of each caption: None if nothing of it is left, else what was lost of it, in fixed phrases."""
+"""What a text encoder makes of each caption: None if nothing of it is left, else what was lost of
+it, in fixed phrases.
+"""
 UNREADABLE = "caption has no text the encoder can read"
 
 
 def drop_unreadable(samples: Sequence[Sample], caption_notes: CaptionNotes | None) -> list[Sample]:
-    """The samples without captions of which the text encoder would read nothing, and with notes on the others."""
+    """The samples without captions of which the text encoder would read nothing, and with notes on
+    the others.
+    """
     if caption_notes is None:
         return list(samples)
     found = iter(caption_notes([caption for sample in samples for caption in sample.captions]))

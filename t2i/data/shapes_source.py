@@ -1,4 +1,5 @@
-"""The shapes world as a data source: `--data.source shapes` (or shapes:5000 for so many scenes), drawn as they are read.
+"""The shapes world as a data source: `--data.source shapes` (or shapes:5000 for so many scenes),
+drawn as they are read.
 
 A folder named shapes is given as `./shapes`.
 """

@@ -63,7 +63,9 @@ class ShardWriter:
         codes_BTS: Tensor,
         features: list | None,
     ) -> None:
-        """Add one batch: hashes of the pixels, codes, and float [n_i, C] for every caption of every sample."""
+        """Add one batch: hashes of the pixels, codes, and float [n_i, C] for every caption of every
+        sample.
+        """
         if codes_BTS.ndim != 3 or len(codes_BTS) != len(samples):
             raise ValueError(
                 f"encode_images must give codes [{len(samples)}, T, S], got "

@@ -144,9 +144,10 @@ def _find_files(source: str | Path | Sequence[str | Path], split: str) -> _Found
 def _find_in_folder(folder: Path, split: str) -> _Found:
     """The files of a split.
 
-    A folder is divided into splits if it holds no data itself and each of its sub-folders that holds data is named as a split:
-    `train` beside `val` is a split, `train` beside `bus` a class. Where all data are in one sub-folder of another name, that
-    one is looked at. Parquet and tar files are told by their names.
+    A folder is divided into splits if it holds no data itself and each of its sub-folders that
+    holds data is named as a split: `train` beside `val` is a split, `train` beside `bus` a class.
+    Where all data are in one sub-folder of another name, that one is looked at. Parquet and tar
+    files are told by their names.
     """
     files, left_out = walk(folder)
     data = [path for path in files if _is_data(path)]
@@ -187,7 +188,9 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
 
 
 def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]]:
-    """The folder that is divided, this one or the only one with data in it, and the files of data in its sub-folders."""
+    """The folder that is divided, this one or the only one with data in it, and the files of data
+    in its sub-folders.
+    """
     inside = [path.relative_to(folder).parts for path in data]
     parts = Counter(names[0] for names in inside if len(names) > 1)
     only = next(iter(parts), "")

@@ -63,7 +63,9 @@ def open_hub(
 
 
 class _Rows(Source):
-    """What both kinds share. `paths` are the parquet files, of a data set on the hub there are none."""
+    """What both kinds share. `paths` are the parquet files, of a data set on the hub there are
+    none.
+    """
 
     def __init__(
         self,

@@ -46,7 +46,8 @@ class _Entry:
 class TarSource(Source):
     """Samples of one or more tars, in the order of the files and of their members.
 
-    A member whose extension the sample has already begins another sample of the same name, so that nothing is overwritten.
+    A member whose extension the sample has already begins another sample of the same name, so that
+    nothing is overwritten.
 
     The caption is a text member (`txt`, `text`, `caption`, `prompt`) or, named "json.caption", a
     field of the json member; the image is the only member with an image extension.

@@ -1,9 +1,11 @@
-"""The views of an ImageNet image whose codes class-conditional models are trained on, as their authors cut them.
+"""The views of an ImageNet image whose codes class-conditional models are trained on, as their
+authors cut them.
 
 - `flip`: the centre crop and its mirror image (LlamaGen's and RandAR's plain set).
-- `ten-crop`: the image is cropped to a square a little larger than the target (by the factor of the crop range), of which the four
-  corners and the centre are taken, then the same five of its mirror image. LlamaGen has two such sets, 1.1 and 1.05, and picks
-  among them with equal chance; RAR has the first.
+- `ten-crop`: the image is cropped to a square a little larger than the target (by the factor of the
+  crop range), of which the four corners and the centre are taken, then the same five of its mirror
+  image. LlamaGen has two such sets, 1.1 and 1.05, and picks among them with equal chance; RAR has
+  the first.
 
 Shape legend: A = views, H, W = pixels.
 """
@@ -54,7 +56,9 @@ class Views:
         return {"kind": self.kind, **ranges}
 
     def cut(self, image: Image.Image, size: int) -> Tensor:
-        """All views of an RGB image, float32 [A, 3, size, size] in [-1, 1]; small images are enlarged."""
+        """All views of an RGB image, float32 [A, 3, size, size] in [-1, 1]; small images are
+        enlarged.
+        """
         if self.kind == "flip":
             square = center_crop(image, size)
             views = [square, ImageOps.mirror(square)]
@@ -66,7 +70,9 @@ class Views:
 
 
 def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
-    """Top left, top right, bottom left, bottom right and centre, then those of the mirror image: torchvision's order."""
+    """Top left, top right, bottom left, bottom right and centre, then those of the mirror image:
+    torchvision's order.
+    """
     views = []
     for side in (image, ImageOps.mirror(image)):
         right, bottom = side.width - size, side.height - size

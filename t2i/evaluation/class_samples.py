@@ -1,7 +1,8 @@
-"""A class-conditional model's images for FID: labels, codes, pixels, batch by batch (`sample_writer.py` stores them).
+"""A class-conditional model's images for FID: labels, codes, pixels, batch by batch
+(`sample_writer.py` stores them).
 
-An image depends on its number, the seed and the settings: not on which process draws it, nor on what was interrupted before. Its class
-and its codes come from different random streams.
+An image depends on its number, the seed and the settings: not on which process draws it, nor on
+what was interrupted before. Its class and its codes come from different random streams.
 
 Shapes: B images, H x W pixels.
 """
@@ -32,7 +33,9 @@ class ClassSamples:
 
     count: int = 50_000
     labels: Literal["balanced", "random"] = "balanced"
-    """As many of every class (as RAR and Open-MAGVIT2 are scored), or each image's class at random (as LlamaGen is)."""
+    """As many of every class (as RAR and Open-MAGVIT2 are scored), or each image's class at random
+    (as LlamaGen is).
+    """
     seed: int = 0
     image_size: int | None = None
     """Side in pixels that images are resized to; the model's own if None."""
@@ -57,7 +60,8 @@ def draw_class_samples(
     about: dict | None = None,
     progress: bool = True,
 ) -> Path:
-    """Draw the images that `out` (.npz or a folder) does not hold yet; every process calls it. Returns `out` when it is complete.
+    """Draw the images that `out` (.npz or a folder) does not hold yet; every process calls it.
+    Returns `out` when it is complete.
 
     Args:
         about: facts about the model that are recorded, but not compared.

@@ -1,7 +1,7 @@
 """Two results of one benchmark against each other: paired bootstrap over prompts.
 
-Both models are given the same resampled prompts, so that what a prompt's difficulty adds to both scores cancels and small
-differences become visible. Differences are B - A.
+Both models are given the same resampled prompts, so that what a prompt's difficulty adds to both
+scores cancels and small differences become visible. Differences are B - A.
 """
 
 import zlib
@@ -16,7 +16,8 @@ from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
 from t2i.evaluation.report import read_results
 
 Groups = Mapping[str, Mapping[str, Sequence[float]]]
-"""Group (such as a task, or a category) -> prompt -> its values (of its images, or of its answers)."""
+"""Group (such as a task, or a category) -> prompt -> its values (of its images, or of its answers).
+"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def compare_folders(
 
     Args:
         groups_of: the benchmark's rows as groups.
-        mean_of_groups: whether the groups' unweighted mean is a score of the benchmark, to be printed first.
+        mean_of_groups: whether the groups' unweighted mean is a score of the benchmark, to be
+            printed first.
 
     Raises:
         UserError: a folder has no results, or the two are of other benchmarks, judges or prompts.
@@ -129,7 +131,9 @@ def compare_folders(
 
 
 def _who(results: dict) -> dict:
-    """What must be equal for numbers to be comparable: the judge, but not the versions of its code."""
+    """What must be equal for numbers to be comparable: the judge, but not the versions of its
+    code.
+    """
     judge = {key: value for key, value in results["judge"].items() if key != "versions"}
     return {"benchmark": results["benchmark"], **judge}
 

@@ -1,7 +1,9 @@
-"""From sets of images to what the scores are computed of: features by the network, and their statistics.
+"""From sets of images to what the scores are computed of: features by the network, and their
+statistics.
 
-An .npz may bring its statistics along, as the official reference does: `mu` and `sigma` of the pooled features, `mu_s` and `sigma_s` of
-the spatial ones. Then those count, and its images only serve the scores that compare image by image.
+An .npz may bring its statistics along, as the official reference does: `mu` and `sigma` of the
+pooled features, `mu_s` and `sigma_s` of the spatial ones. Then those count, and its images only
+serve the scores that compare image by image.
 """
 
 import hashlib
@@ -47,7 +49,8 @@ def measure(
     """Features and statistics of an .npz file or a folder of images, on the network's device.
 
     Raises:
-        UserError: neither images nor statistics of this network in it; an unreadable image, which is named.
+        UserError: neither images nor statistics of this network in it; an unreadable image, which
+            is named.
     """
     path = Path(path)
     device = network.fc.weight.device

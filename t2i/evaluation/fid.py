@@ -1,15 +1,18 @@
-"""FID, sFID, Inception Score, precision and recall of a set of images, as OpenAI's ADM evaluator computes them.
+"""FID, sFID, Inception Score, precision and recall of a set of images, as OpenAI's ADM evaluator
+computes them.
 
-The numbers that papers print for class-conditional ImageNet at 256 pixels: 50,000 samples against `VIRTUAL_imagenet256_labeled.npz`,
-whose stored statistics (of the whole training set) serve FID and sFID, and whose 10,000 images precision and recall. Any other .npz or
-folder of images can be the reference; then the statistics are those of its images. All scores depend on the number of samples, so
-those of fewer images are marked and have to be asked for.
+The numbers that papers print for class-conditional ImageNet at 256 pixels: 50,000 samples against
+`VIRTUAL_imagenet256_labeled.npz`, whose stored statistics (of the whole training set) serve FID and
+sFID, and whose 10,000 images precision and recall. Any other .npz or folder of images can be the
+reference; then the statistics are those of its images. All scores depend on the number of samples,
+so those of fewer images are marked and have to be asked for.
 
     network, digest = load_inception()
     results = score_images("samples.npz", "VIRTUAL_imagenet256_labeled.npz", network, digest)
 
-The Inception Score depends on the order of the images. An .npz is scored in the order of the file, as the evaluator does; a folder,
-whose paths often are in the order of the classes, is shuffled with a fixed seed. The results hold both.
+The Inception Score depends on the order of the images. An .npz is scored in the order of the file,
+as the evaluator does; a folder, whose paths often are in the order of the classes, is shuffled with
+a fixed seed. The results hold both.
 """
 
 import logging
@@ -50,10 +53,12 @@ def score_images(
     allow_fewer: bool = False,
     progress: bool = True,
 ) -> dict:
-    """All five scores of the samples (an .npz or a folder), as the content of a results file that explains itself.
+    """All five scores of the samples (an .npz or a folder), as the content of a results file that
+    explains itself.
 
     Args:
-        reference: an .npz with images, statistics or both, or a folder of images. Scores that it cannot give are None.
+        reference: an .npz with images, statistics or both, or a folder of images. Scores that it
+            cannot give are None.
         network, weights_hash: as `load_inception` returns them.
         batch_size: images at once; another size changes rounding, and nothing else.
         allow_fewer: score fewer than 50,000 samples, under the status PARTIAL.
@@ -96,7 +101,9 @@ def score_images(
 
 
 def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: bool) -> ImageSet:
-    """The samples, opened; UserError if they are too few, or if one of the two sets cannot be used. Computes nothing."""
+    """The samples, opened; UserError if they are too few, or if one of the two sets cannot be used.
+    Computes nothing.
+    """
     images = open_images(samples)
     if images.count < PROTOCOL_IMAGES and not allow_fewer:
         raise UserError(

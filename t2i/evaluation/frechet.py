@@ -1,9 +1,11 @@
 """Fréchet distance between Gaussians, and the Inception Score, with the evaluator's conventions.
 
-As in openai/guided-diffusion, evaluations/evaluator.py: the mean is kept in float32, the covariance in float64 with N - 1; the
-Inception Score takes softmax(features @ weight) without the bias, in consecutive parts of 5,000 images, of which a shorter last
-one counts like the others. The square root of the product of covariances is only needed by its trace, which is the sum of the
-square roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2): no general matrix square root, and no complex numbers.
+As in openai/guided-diffusion, evaluations/evaluator.py: the mean is kept in float32, the covariance
+in float64 with N - 1; the Inception Score takes softmax(features @ weight) without the bias, in
+consecutive parts of 5,000 images, of which a shorter last one counts like the others. The square
+root of the product of covariances is only needed by its trace, which is the sum of the square roots
+of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2): no general matrix square root, and no
+complex numbers.
 
 Shape legend: N = images, D = features, K = classes.
 """
@@ -71,7 +73,9 @@ def _symmetric_root(covariance_DD: Tensor) -> Tensor:
 
 
 def class_probabilities(features_ND: Tensor, weight_KD: Tensor) -> Tensor:
-    """softmax(features @ weight^T), float32 [N, K]: the bias of the layer is left out, as the evaluator does."""
+    """softmax(features @ weight^T), float32 [N, K]: the bias of the layer is left out, as the
+    evaluator does.
+    """
     return torch.cat([(part @ weight_KD.T).softmax(1) for part in features_ND.split(_ROWS)])
 
 

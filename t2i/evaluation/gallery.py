@@ -1,7 +1,8 @@
 """A static page of what went wrong: every failed image with what the judge saw and why it said no.
 
-The page is a folder that can be moved, zipped or put on a web server: index.html (styles and script inside) and pictures/ with
-copies of the images of at most `_SIDE` pixels, named by content. It needs no network, and JavaScript only for filter and zoom.
+The page is a folder that can be moved, zipped or put on a web server: index.html (styles and script
+inside) and pictures/ with copies of the images of at most `_SIDE` pixels, named by content. It
+needs no network, and JavaScript only for filter and zoom.
 """
 
 import hashlib
@@ -51,7 +52,9 @@ class Card:
     note: str = ""
     """One line below the title."""
     tags: Sequence[str] = ()
-    """Scores that it counts against, where they are not its section: what the page can be filtered by."""
+    """Scores that it counts against, where they are not its section: what the page can be filtered
+    by.
+    """
 
     @property
     def filters(self) -> Sequence[str]:
@@ -71,7 +74,8 @@ class Exhibit:
 
 
 def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> Path:
-    """Write FOLDER/index.html and its pictures; those of earlier runs that it does not show are removed.
+    """Write FOLDER/index.html and its pictures; those of earlier runs that it does not show are
+    removed.
 
     Args:
         results: the content of results.json.
@@ -227,7 +231,9 @@ def _reason_html(reason: str) -> str:
 
 
 def _box_html(box: Box, size: tuple[int, int]) -> str:
-    """A rectangle in percent of the image, its label inside where there is no room above, and never beyond the right edge."""
+    """A rectangle in percent of the image, its label inside where there is no room above, and never
+    beyond the right edge.
+    """
     x0, y0, x1, y1 = (c / size[i % 2] for i, c in enumerate(box.corners))
     place = f"left:{x0:.2%};top:{y0:.2%};width:{x1 - x0:.2%};height:{y1 - y0:.2%}"
     sides = (" inside" if y0 < 0.1 else "") + (" right" if x0 > 0.55 else "")

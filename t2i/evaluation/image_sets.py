@@ -1,8 +1,10 @@
-"""Sets of images to be judged, read one batch at a time: an .npz with `arr_0`, as ADM's evaluator takes it, or a folder.
+"""Sets of images to be judged, read one batch at a time: an .npz with `arr_0`, as ADM's evaluator
+takes it, or a folder.
 
-50,000 images of 256 x 256 pixels are 9.8 GB, so an .npz is read straight from its zip member, in file order. Of a folder all images
-below it are read, sorted by path; in a folder that this kit generated (`00000/samples/00000.png`) only the samples, not the contact
-sheets and refinement stages beside them.
+50,000 images of 256 x 256 pixels are 9.8 GB, so an .npz is read straight from its zip member, in
+file order. Of a folder all images below it are read, sorted by path; in a folder that this kit
+generated (`00000/samples/00000.png`) only the samples, not the contact sheets and refinement stages
+beside them.
 """
 
 import re
@@ -66,7 +68,8 @@ class FolderImages:
     """Every image below a folder, sorted by path.
 
     Raises:
-        UserError: no such folder, no image in it, or images of several generations (models, seeds, settings).
+        UserError: no such folder, no image in it, or images of several generations (models, seeds,
+            settings).
     """
 
     kind = "folder"

@@ -1,10 +1,13 @@
-"""The Inception network of 2015 that FID is defined by, in torch, and TensorFlow 1's way of resizing for it.
+"""The Inception network of 2015 that FID is defined by, in torch, and TensorFlow 1's way of
+resizing for it.
 
-OpenAI's ADM evaluator (openai/guided-diffusion, evaluations/evaluator.py) runs a frozen TensorFlow graph: resize to 299 pixels,
-scale to [-1, 1], Inception-v3, and reads two layers: `pool_3` (2048 numbers) for FID, the Inception Score, precision and recall,
-and the first seven channels of `mixed_6/conv` for sFID. The graph's weights are public in torch's format
-(`pt_inception-2015-12-05`); that graph differs from today's Inception-v3 in three things: average pools leave the padding out,
-the last block pools by maximum, and there are 1,008 classes, whose bias the Inception Score leaves out.
+OpenAI's ADM evaluator (openai/guided-diffusion, evaluations/evaluator.py) runs a frozen TensorFlow
+graph: resize to 299 pixels, scale to [-1, 1], Inception-v3, and reads two layers: `pool_3` (2048
+numbers) for FID, the Inception Score, precision and recall, and the first seven channels of
+`mixed_6/conv` for sFID. The graph's weights are public in torch's format
+(`pt_inception-2015-12-05`); that graph differs from today's Inception-v3 in three things: average
+pools leave the padding out, the last block pools by maximum, and there are 1,008 classes, whose
+bias the Inception Score leaves out.
 
 Shape legend: B = images, H, W = pixels, C = channels.
 """
@@ -114,7 +117,9 @@ def _mixed_8(pool: str) -> list[Branch]:
 
 
 class FrozenNorm(nn.Module):
-    """Batch norm with stored statistics, without the step counter that only some copies of the weights have."""
+    """Batch norm with stored statistics, without the step counter that only some copies of the
+    weights have.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -225,7 +230,9 @@ class Inception(nn.Module):
         self.fc = nn.Linear(POOL_WIDTH, 1008)
 
     def forward(self, x_BCHW: Tensor) -> InceptionFeatures:
-        """Features of images float32 [B, 3, 299, 299] in the range 0..255, as `tf1_resize` gives them."""
+        """Features of images float32 [B, 3, 299, 299] in the range 0..255, as `tf1_resize` gives
+        them.
+        """
         x = (x_BCHW - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = functional.max_pool2d(x, 3, stride=2)
@@ -239,15 +246,17 @@ class Inception(nn.Module):
 
 
 def flatten_spatial(x_BCHW: Tensor, channels: int = SPATIAL_CHANNELS) -> Tensor:
-    """sFID's features [B, H * W * 7]: the first seven channels, with the channel innermost as TensorFlow stores them."""
+    """sFID's features [B, H * W * 7]: the first seven channels, with the channel innermost as
+    TensorFlow stores them.
+    """
     return x_BCHW[:, :channels].movedim(1, -1).flatten(1)
 
 
 def tf1_resize(images_BHWC: Tensor, size: int = INPUT_SIZE) -> Tensor:
     """TensorFlow 1's bilinear resize: uint8 [B, H, W, 3] -> float32 [B, 3, size, size] in 0..255.
 
-    Output pixel i samples the input at i * in / out, not at the pixel's centre, and there is no antialiasing; no mode of
-    `interpolate` does the same.
+    Output pixel i samples the input at i * in / out, not at the pixel's centre, and there is no
+    antialiasing; no mode of `interpolate` does the same.
     """
     x_BCHW = images_BHWC.movedim(-1, 1).float()
     for axis in (3, 2):
@@ -266,7 +275,9 @@ def tf1_resize(images_BHWC: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 @torch.no_grad()
 def extract(network: Inception, images: Sequence[np.ndarray]) -> InceptionFeatures:
-    """Features of uint8 images [H, W, 3] of any sizes; float32 on the network's device, TF32 off."""
+    """Features of uint8 images [H, W, 3] of any sizes; float32 on the network's device, TF32
+    off.
+    """
     device = network.fc.weight.device
     same = len({image.shape for image in images}) == 1
     groups = [np.stack(images)] if same else [np.stack([image]) for image in images]

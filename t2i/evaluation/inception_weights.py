@@ -1,4 +1,6 @@
-"""Where the weights of the evaluation network come from, and how they are proven to be the published ones."""
+"""Where the weights of the evaluation network come from, and how they are proven to be the
+published ones.
+"""
 
 import zlib
 from pathlib import Path
@@ -29,9 +31,10 @@ def load_inception(
     """The network in eval mode, and the SHA-256 of its weight file.
 
     Args:
-        weights: the published file, or a folder that holds it; None looks in the cache (`T2I_CACHE`, or ~/.cache/t2i) and
-            downloads it there; "random" draws fixed random weights, with which every step can be tried offline, and whose
-            scores compare with nothing else. The hash then is "random".
+        weights: the published file, or a folder that holds it; None looks in the cache
+            (`T2I_CACHE`, or ~/.cache/t2i) and downloads it there; "random" draws fixed random
+            weights, with which every step can be tried offline, and whose scores compare with
+            nothing else. The hash then is "random".
 
     Raises:
         UserError: the file does not exist, is not the published one, or cannot be downloaded.

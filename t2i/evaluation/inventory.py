@@ -1,11 +1,13 @@
-"""What a generation folder holds against what it should hold: nothing that an evaluator would read goes unnoticed.
+"""What a generation folder holds against what it should hold: nothing that an evaluator would read
+goes unnoticed.
 
 Three kinds of deviation, and no image ever counts as a wrong one because it is not there:
 
 - missing: expected images without a file;
-- problems: what would be judged as something that it is not (an extra sample, a folder for no prompt, another prompt's
-  metadata), which is always refused;
-- unread: files and folders whose names no evaluator of this layout reads; they are named, and left alone.
+- problems: what would be judged as something that it is not (an extra sample, a folder for no
+  prompt, another prompt's metadata), which is always refused;
+- unread: files and folders whose names no evaluator of this layout reads; they are named, and left
+  alone.
 """
 
 import json
@@ -52,7 +54,9 @@ class Inventory:
     def numbered(
         self, folder: Path, pattern: str, is_kind: Callable[[Path], bool]
     ) -> dict[int, Path]:
-        """Children by the number in their names; other names go to `unread`, repetitions to `problems`."""
+        """Children by the number in their names; other names go to `unread`, repetitions to
+        `problems`.
+        """
         children: dict[int, Path] = {}
         for child in sorted(folder.iterdir()) if folder.is_dir() else ():
             match = re.fullmatch(pattern, child.name)
@@ -86,7 +90,8 @@ def take_inventory(
     """Look at names and metadata (images are opened when they are judged).
 
     Args:
-        entries: all prompts of the benchmark; folders of prompts that are not `selected` are allowed.
+        entries: all prompts of the benchmark; folders of prompts that are not `selected` are
+            allowed.
         samples: images per prompt.
 
     Raises:

@@ -1,10 +1,12 @@
 """The stage that judges: one verdict per image, kept in small files that are whole or absent.
 
-OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it, so judges never mix
-OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
-OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, where it gave that
+OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it, so judges
+never mix OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
+OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, where it gave
+that
 
-A verdict carries the SHA-256 of the image file that it is about: it is repeated if and only if the image has changed.
+A verdict carries the SHA-256 of the image file that it is about: it is repeated if and only if the
+image has changed.
 """
 
 import hashlib
@@ -38,7 +40,9 @@ class Judge(Protocol):
     """What gives verdicts."""
 
     def identity(self) -> dict:
-        """JSON-able: all that a verdict depends on besides the image and its prompt; weights by hash, code under "versions"."""
+        """JSON-able: all that a verdict depends on besides the image and its prompt; weights by
+        hash, code under "versions".
+        """
         ...
 
     def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
@@ -47,7 +51,9 @@ class Judge(Protocol):
 
 
 class Verdicts:
-    """The verdicts of one judge on one list of prompts in an output folder; both are given as JSON-able facts."""
+    """The verdicts of one judge on one list of prompts in an output folder; both are given as
+    JSON-able facts.
+    """
 
     def __init__(self, out: Path, judge: dict, prompts: dict):
         self.about = {"judge": judge, "prompts": prompts}
@@ -59,7 +65,9 @@ class Verdicts:
         return self.folder / "overlays" / f"{prompt_index:05d}_{sample:05d}.png"
 
     def read(self, prompt_index: int) -> dict[int, dict]:
-        """Recorded lines of a prompt by sample: {sample, sha256, row} or {sample, sha256, unreadable}."""
+        """Recorded lines of a prompt by sample: {sample, sha256, row} or {sample, sha256,
+        unreadable}.
+        """
         path = self._file(prompt_index)
         if not path.is_file():
             return {}
@@ -108,7 +116,9 @@ def judge_images(
 
 
 def _answer(judge: Judge, index: int, sample: int, path: Path, overlay: Path) -> dict:
-    """The recorded form of a verdict; its overlay is written before it, so that a verdict implies it."""
+    """The recorded form of a verdict; its overlay is written before it, so that a verdict implies
+    it.
+    """
     try:
         image = load_image(path)
     except UserError as error:
@@ -131,7 +141,9 @@ class JudgedImage:
 
 
 def collect(inventory: Inventory, verdicts: Verdicts) -> tuple[list[JudgedImage], list[str]]:
-    """The verdicts in the order of prompts and samples, and what is unreadable; after all processes have judged."""
+    """The verdicts in the order of prompts and samples, and what is unreadable; after all processes
+    have judged.
+    """
     judged, unreadable = [], []
     for index, images in sorted(inventory.found.items()):
         lines = verdicts.read(index)

@@ -1,11 +1,14 @@
-"""Precision and recall of generated images (Kynkäänniemi et al., NeurIPS 2019), with the numerics of ADM's evaluator.
+"""Precision and recall of generated images (Kynkäänniemi et al., NeurIPS 2019), with the numerics
+of ADM's evaluator.
 
-Every image has a ball around it whose radius is the distance to its third neighbour. Precision is the share of samples that lie
-in a reference's ball, recall the share of references that lie in a sample's ball.
+Every image has a ball around it whose radius is the distance to its third neighbour. Precision is
+the share of samples that lie in a reference's ball, recall the share of references that lie in a
+sample's ball.
 
-The evaluator computes squared distances in half precision, in blocks of 10,000 x 10,000 images, and repeats a block in single
-precision if anything in it overflows. That shifts the scores by about 0.001, so it is done here, too: every operation is rounded to
-half precision, with products summed in single precision as GPUs do.
+The evaluator computes squared distances in half precision, in blocks of 10,000 x 10,000 images, and
+repeats a block in single precision if anything in it overflows. That shifts the scores by about
+0.001, so it is done here, too: every operation is rounded to half precision, with products summed
+in single precision as GPUs do.
 
 Shape legend: N, M = images of either set, D = features.
 """
@@ -26,7 +29,9 @@ Distances = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Manifold:
-    """The outcome, image by image: squared radii float32, and whether an image lies in a ball of the other set."""
+    """The outcome, image by image: squared radii float32, and whether an image lies in a ball of
+    the other set.
+    """
 
     reference_radii: Tensor
     sample_radii: Tensor
@@ -43,7 +48,9 @@ class Manifold:
 
 
 def half_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
-    """Squared distances float16 [N, M], rounded to half precision after every operation; may overflow."""
+    """Squared distances float16 [N, M], rounded to half precision after every operation; may
+    overflow.
+    """
     u, v = u_ND.half().float(), v_MD.half().float()
     norm_u, norm_v = (
         u.square().half().float().sum(1).half(),
@@ -60,7 +67,9 @@ def full_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
 
 
 def official_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
-    """Squared distances float32 [N, M] of one block: half precision, or single if a value is not finite in half."""
+    """Squared distances float32 [N, M] of one block: half precision, or single if a value is not
+    finite in half.
+    """
     distances = half_distances(u_ND, v_MD)
     return distances.float() if distances.isfinite().all() else full_distances(u_ND, v_MD)
 

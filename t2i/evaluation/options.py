@@ -1,4 +1,6 @@
-"""What the benchmarks' programs can be told; cheap to import, so that --help and mistakes are answered at once."""
+"""What the benchmarks' programs can be told; cheap to import, so that --help and mistakes are
+answered at once.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -42,12 +44,18 @@ class Scope:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions(ModelOptions):
-    """What to judge, and where to: a model (its images are drawn first), or images that are there."""
+    """What to judge, and where to: a model (its images are drawn first), or images that are
+    there.
+    """
 
     images: Path | None = None
-    """Instead of a model, a folder of images in GenEval's layout (00000/metadata.jsonl, 00000/samples/00000.png)."""
+    """Instead of a model, a folder of images in GenEval's layout (00000/metadata.jsonl,
+    00000/samples/00000.png).
+    """
     out: Path | None = None
-    """Folder for images, verdicts, results and gallery; outputs/<benchmark>/<name of the model> if not given."""
+    """Folder for images, verdicts, results and gallery; outputs/<benchmark>/<name of the model> if
+    not given.
+    """
     samples: int = 4
     """Images per prompt."""
     limit: int | None = None

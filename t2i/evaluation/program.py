@@ -27,10 +27,11 @@ def run(
     Args:
         name: of the benchmark, as in its default output folder.
         entries: the benchmark's prompts.
-        build: the benchmark with its judge on the process's device; called before anything is drawn, so that wrong
-            weights are found early.
-        arrange: given the benchmark, OUT and the processes, brings the images of `options.images` into the common layout
-            and returns their folder; every process calls it. They are in that layout already if None.
+        build: the benchmark with its judge on the process's device; called before anything is
+            drawn, so that wrong weights are found early.
+        arrange: given the benchmark, OUT and the processes, brings the images of `options.images`
+            into the common layout and returns their folder; every process calls it. They are in
+            that layout already if None.
     """
     out, images = options.out or default_out(options, name), options.images
     device, dtype = options.check()
@@ -72,7 +73,9 @@ def run(
 
 
 def default_out(options: BenchmarkOptions, name: str) -> Path:
-    """outputs/<benchmark>/ and the model's name, or that of the image folder (of its parent if it is called images)."""
+    """outputs/<benchmark>/ and the model's name, or that of the image folder (of its parent if it
+    is called images).
+    """
     if options.images is None:
         return Path("outputs") / name / options.name()
     folder = options.images.resolve()
@@ -80,7 +83,9 @@ def default_out(options: BenchmarkOptions, name: str) -> Path:
 
 
 def is_shapes_world(options: BenchmarkOptions) -> bool:
-    """Whether the model (also the one that drew a folder of images) was made from a shipped base; all of them draw shapes."""
+    """Whether the model (also the one that drew a folder of images) was made from a shipped base;
+    all of them draw shapes.
+    """
     if options.images is not None:
         generation = read_generation(options.images) or {}
         base = generation.get("about", {}).get("backbone", {})

@@ -1,7 +1,9 @@
-"""The published files that a benchmark is defined by: found or downloaded, and proven before they are used.
+"""The published files that a benchmark is defined by: found or downloaded, and proven before they
+are used.
 
-A file is used only if its hash is the published one, so that a wrong or damaged file never turns into scores. A download is proven
-under a temporary name: what is killed or cut short leaves nothing that is taken for the file.
+A file is used only if its hash is the published one, so that a wrong or damaged file never turns
+into scores. A download is proven under a temporary name: what is killed or cut short leaves nothing
+that is taken for the file.
 """
 
 import http.client
@@ -73,7 +75,8 @@ class PublishedFile:
         """The file in `folder` or the cache, or else downloaded into the cache.
 
         Raises:
-            UserError: what was found is another file, or it cannot be downloaded; the message says what to put where.
+            UserError: what was found is another file, or it cannot be downloaded; the message says
+                what to put where.
         """
         for place in (folder, self.cache_folder):
             if place is not None and (held := self._held_by(place)):

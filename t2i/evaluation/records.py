@@ -1,6 +1,8 @@
-"""What images depend on: written beside them before the first one, and compared before another is added.
+"""What images depend on: written beside them before the first one, and compared before another is
+added.
 
-So a folder (or an .npz) of images is of one model, one seed and one way to sample, or it is refused by name.
+So a folder (or an .npz) of images is of one model, one seed and one way to sample, or it is refused
+by name.
 """
 
 import re
@@ -25,7 +27,8 @@ def claim(
         occupied: whether there are images, or anything else, in the place already.
 
     Raises:
-        UserError: the place holds images of other settings, or of unknown ones; it cannot be read or written.
+        UserError: the place holds images of other settings, or of unknown ones; it cannot be read
+            or written.
     """
     before = read_json(record) if record.is_file() else None
     if before is None and occupied:
@@ -41,7 +44,9 @@ def claim(
 
 
 def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]) -> None:
-    """UserError names what differs between recorded settings and those of now, among the keys that are compared."""
+    """UserError names what differs between recorded settings and those of now, among the keys that
+    are compared.
+    """
     known = before if isinstance(before, dict) else {}
     there, here = (dict(_flat({k: d.get(k) for k in compared})) for d in (known, now))
     changes = [

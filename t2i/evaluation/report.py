@@ -1,7 +1,7 @@
 """What a benchmark run leaves for people and programs: results.json, results.jsonl and report.md.
 
-A results file explains itself: scores with standard errors, how many images they rest on and which are missing, who judged
-(weights by hash), how the images were drawn, and with which versions.
+A results file explains itself: scores with standard errors, how many images they rest on and which
+are missing, who judged (weights by hash), how the images were drawn, and with which versions.
 """
 
 import json
@@ -64,7 +64,9 @@ class Coverage:
         return "; ".join(parts) or "complete"
 
     def check(self, *, allow_incomplete: bool) -> None:
-        """UserError names unreadable images, unless they are allowed, and a run without any verdict."""
+        """UserError names unreadable images, unless they are allowed, and a run without any
+        verdict.
+        """
         if self.unreadable and not (allow_incomplete and self.judged):
             raise UserError(
                 f"{len(self.unreadable)} of {self.expected} images cannot be judged: {shorten(self.unreadable, '; ')}; "
@@ -84,7 +86,9 @@ def versions() -> dict[str, str]:
 
 
 def image_source(out: Path, images: Path) -> str:
-    """How results name their images: within the output folder, so that it may be moved, or by an absolute path."""
+    """How results name their images: within the output folder, so that it may be moved, or by an
+    absolute path.
+    """
     out, images = out.resolve(), images.resolve()
     return str(images.relative_to(out) if images.is_relative_to(out) else images)
 
@@ -146,7 +150,9 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
 
 
 def table(results: dict) -> str:
-    """A markdown table of the scores, under a line that says what they must not be taken for, above their legend."""
+    """A markdown table of the scores, under a line that says what they must not be taken for, above
+    their legend.
+    """
     scores = [Score(**score) for score in results["scores"].values()]
     flag = "" if results["status"] == "complete" else f"**{results['status']}**\n\n"
     title = f"{results['benchmark']}: {results['label']}"
@@ -154,7 +160,9 @@ def table(results: dict) -> str:
 
 
 def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
-    """A markdown table: a line per name, and columns for each way to count. `title` (who judged what) is copied with it."""
+    """A markdown table: a line per name, and columns for each way to count. `title` (who judged
+    what) is copied with it.
+    """
     ways, rows = by_way(scores)
     columns = "".join(f" {way or 'mean'} | ± | images | prompts |" for way in ways)
     lines = [f"| {title} |{columns}", "|---" * (1 + 4 * len(ways)) + "|"]

@@ -1,10 +1,11 @@
 """A benchmark from end to end: draw, judge, report.
 
-Each stage repeats nothing that is finished, so a run that was stopped at any moment is completed by the same call; one process
-and many give the same result. A benchmark brings its prompts, its judge and its arithmetic (`Benchmark`); all else is here.
+Each stage repeats nothing that is finished, so a run that was stopped at any moment is completed by
+the same call; one process and many give the same result. A benchmark brings its prompts, its judge
+and its arithmetic (`Benchmark`); all else is here.
 
-OUT/images/                      the model's images, in GenEval's layout (or any folder given as `images`)
-OUT/verdicts/                    see t2i.evaluation.judging
+OUT/images/                      the model's images, in GenEval's layout (or any folder given as
+`images`) OUT/verdicts/                    see t2i.evaluation.judging
 OUT/results.json, results.jsonl, report.md
 OUT/gallery/index.html           the failures
 """

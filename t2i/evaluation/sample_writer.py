@@ -1,11 +1,13 @@
-"""The images of a class-conditional evaluation: 50,000 of them into one .npz or into a folder of PNGs.
+"""The images of a class-conditional evaluation: 50,000 of them into one .npz or into a folder of
+PNGs.
 
-    samples.npz                    arr_0 uint8 [N, H, W, 3], what ADM's evaluator and `launch/fid.py` read
-    samples.npz.json               the settings that the images depend on, written before the first of them
-    samples.npz.part.npy           the images until all are there
+    samples.npz                    arr_0 uint8 [N, H, W, 3], what ADM's evaluator and
+    `launch/fid.py` read samples.npz.json               the settings that the images depend on,
+    written before the first of them samples.npz.part.npy           the images until all are there
 
-or, for a folder, 000000.png, 000001.png, ... and settings.json. Images are drawn in batches that are fixed by the request. A batch is
-complete or absent, so a killed run goes on at the batches that are missing, and any number of processes give the same file.
+or, for a folder, 000000.png, 000001.png, ... and settings.json. Images are drawn in batches that
+are fixed by the request. A batch is complete or absent, so a killed run goes on at the batches that
+are missing, and any number of processes give the same file.
 
 Shape legend: N = images, B = batch, H, W = pixels.
 """
@@ -33,10 +35,11 @@ Draw = Callable[[range], np.ndarray]
 
 
 def sample_labels(count: int, num_classes: int, *, balanced: bool, seed: int) -> Tensor:
-    """The class of every image, int64 [count]; an image's class depends on its number, the seed and these arguments alone.
+    """The class of every image, int64 [count]; an image's class depends on its number, the seed and
+    these arguments alone.
 
-    Balanced classes have counts that differ by one at most. They come in random order, not sorted: the Inception Score
-    of sorted images is wrong.
+    Balanced classes have counts that differ by one at most. They come in random order, not sorted:
+    the Inception Score of sorted images is wrong.
     """
     keys = make_keys(seed, torch.arange(count))
     if not balanced:
@@ -63,8 +66,10 @@ def write_samples(
         out: a name ending in .npz, or a folder for PNGs.
         count: N.
         size: (H, W).
-        draw: numbers of images, B consecutive ones -> uint8 [B, H, W, 3]. The last batch may be shorter.
-        settings: JSON-able, whatever the images depend on; compared with those of what is already there.
+        draw: numbers of images, B consecutive ones -> uint8 [B, H, W, 3]. The last batch may be
+            shorter.
+        settings: JSON-able, whatever the images depend on; compared with those of what is already
+            there.
         batch_size: images per call of `draw`, a part of the settings.
         about: facts about the model that are recorded, but not compared.
 
@@ -119,7 +124,8 @@ def record_file(out: Path) -> Path:
 
 
 def check_place(out: Path, settings: dict) -> None:
-    """Whether images with these settings (some of them) can be added to `out`, before anything is drawn.
+    """Whether images with these settings (some of them) can be added to `out`, before anything is
+    drawn.
 
     Raises:
         UserError: it cannot be written, or holds images of other settings.
@@ -130,7 +136,9 @@ def check_place(out: Path, settings: dict) -> None:
 
 
 def _claim(out: Path, settings: dict, about: dict, processes: Processes) -> None:
-    """Write the settings before the first image, or compare them with those of the images that are there."""
+    """Write the settings before the first image, or compare them with those of the images that are
+    there.
+    """
     record, settings_now = record_file(out), settings | {"about": about}
     if processes.is_main:
         check_place(out, {})

@@ -1,8 +1,10 @@
-"""Drawing into a folder: a benchmark's images, or anybody's prompts; resumable at any moment and split over processes.
+"""Drawing into a folder: a benchmark's images, or anybody's prompts; resumable at any moment and
+split over processes.
 
-Images are drawn in batches that are fixed by the request, always with the same rows in the same places: whatever was interrupted
-before, and however many processes share the work, an image comes out of the same matrix products. What a folder's images depend
-on is written beside them before the first of them, and a folder is never completed with other settings.
+Images are drawn in batches that are fixed by the request, always with the same rows in the same
+places: whatever was interrupted before, and however many processes share the work, an image comes
+out of the same matrix products. What a folder's images depend on is written beside them before the
+first of them, and a folder is never completed with other settings.
 """
 
 import hashlib
@@ -72,7 +74,8 @@ def draw_images(
     about: dict,
     processes: Processes = ALONE,
 ) -> None:
-    """Draw what is not there yet of `samples` images for each selected prompt; every process calls it.
+    """Draw what is not there yet of `samples` images for each selected prompt; every process calls
+    it.
 
     Args:
         entries: all prompts, whatever is selected; the index in it is the prompt's number.
@@ -124,7 +127,9 @@ def _draw_batch(
     folder: Path,
     options: DrawOptions,
 ) -> None:
-    """Compute all rows of a batch, filled up to the full size, and write those that are not there."""
+    """Compute all rows of a batch, filled up to the full size, and write those that are not
+    there.
+    """
     rows = batch + [batch[-1]] * (options.batch_size - len(batch))
     drawn = iterate_images(
         model,
@@ -156,7 +161,7 @@ def _undrawn(batch: Batch, folder: Path, stages: int) -> Batch:
     return undrawn
 
 
-# -- what images depend on ----------------------------------------------------------------------------------------------------
+# -- what images depend on -------------------------------------------------------------------------
 def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> dict:
     """Everything that decides what the images are, as JSON would give it back."""
     return {
@@ -184,7 +189,9 @@ def prompts_digest(entries: Sequence[dict]) -> dict:
 
 
 def weights_hashes(model: TensorAR) -> dict[str, str]:
-    """SHA-256 of the weights in memory: of the model, and of the frozen helpers that have a part in its images."""
+    """SHA-256 of the weights in memory: of the model, and of the frozen helpers that have a part in
+    its images.
+    """
     frozen = model.backbone.frozen
     hashes = {"model": state_dict_sha256(model.state_dict())}
     if isinstance(frozen.tokenizer, nn.Module):
@@ -195,7 +202,9 @@ def weights_hashes(model: TensorAR) -> dict[str, str]:
 
 
 def read_generation(folder: Path) -> dict | None:
-    """What `draw_images` recorded about a folder's images; None for a folder that something else has written."""
+    """What `draw_images` recorded about a folder's images; None for a folder that something else
+    has written.
+    """
     path = folder / GENERATION_FILE
     return read_json(path) if path.is_file() else None
 

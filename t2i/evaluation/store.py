@@ -141,7 +141,8 @@ def write_generated(
 def write_sheets(
     out: Path, entries: Sequence[dict], *, samples_per_prompt: int, stages: int = 0
 ) -> list[Path]:
-    """Sheets of the images in a folder: grid.png, a row for each prompt, and stages.png, a row for each first sample.
+    """Sheets of the images in a folder: grid.png, a row for each prompt, and stages.png, a row for
+    each first sample.
 
     Args:
         stages: refinement stages of an image; 0 draws no second sheet.

@@ -1,14 +1,16 @@
-"""Input encoder (k -> 1) and output decoder (1 -> k): the plug-in around an unchanged trunk (arXiv 2505.16324, section 3.2).
+"""Input encoder (k -> 1) and output decoder (1 -> k): the plug-in around an unchanged trunk (arXiv
+2505.16324, section 3.2).
 
-Both are query transformers: learned queries read a short memory. The queries attend to the memory and to each other, so that one
-hidden state can answer every slot's query differently.
+Both are query transformers: learned queries read a short memory. The queries attend to the memory
+and to each other, so that one hidden state can answer every slot's query differently.
 
     E(w)    = e(w[0]) + z_in * QT_in(e(w[0]) .. e(w[k-1]))
     D(h)[0] = h       + z_out * QT_out(h)[0]
     D(h)[j] =                   QT_out(h)[j]          for drafts j >= 1
 
-z_in and z_out are zero at initialisation, so an attached model is the base model bit for bit. Drafts do not get h itself by
-default: if they do (`residual="all"`), all slots pull on one h and the base's own prediction suffers.
+z_in and z_out are zero at initialisation, so an attached model is the base model bit for bit.
+Drafts do not get h itself by default: if they do (`residual="all"`), all slots pull on one h and
+the base's own prediction suffers.
 
 Shapes: M rows (batch x windows), m memory entries, q queries, k slots, D width, H heads.
 """
@@ -21,7 +23,9 @@ from t2i.tensorar.config import Residual
 
 
 class CodecBlock(nn.Module):
-    """Queries attend to [memory; queries], then an optional SwiGLU of 8 D^2 parameters; pre-norm."""
+    """Queries attend to [memory; queries], then an optional SwiGLU of 8 D^2 parameters;
+    pre-norm.
+    """
 
     def __init__(self, dim: int, heads: int, mlp: bool):
         super().__init__()
@@ -129,11 +133,13 @@ class Codec(nn.Module):
         self.decoder = OutputDecoder(k, dim, heads, depth, mlp, residual, detach)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one for the norms.
+        """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one
+        for the norms.
 
-        What the decoder's blocks add is a tenth of that: drafts then start near the uniform distribution. At full scale they
-        start well above its loss, and that error would reach the trunk and the shared head. (Where a norm follows the decoder, as
-        in Open-MAGVIT2's head, their size is lost, and drafts start there anyway.)
+        What the decoder's blocks add is a tenth of that: drafts then start near the uniform
+        distribution. At full scale they start well above its loss, and that error would reach the
+        trunk and the shared head. (Where a norm follows the decoder, as in Open-MAGVIT2's head,
+        their size is lost, and drafts start there anyway.)
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and name.endswith(".weight"):

@@ -23,7 +23,9 @@ class TensorARConfig:
     mlp: bool = False
     """Give each block a SwiGLU of 8 D^2 parameters."""
     residual: Residual = "first"
-    """Which output slots get the trunk's hidden state added: slot 0 only, all, or none (then neither does the input encoder)."""
+    """Which output slots get the trunk's hidden state added: slot 0 only, all, or none (then
+    neither does the input encoder).
+    """
     noise: NoiseKind = "categorical"
     """How drafts in the input windows are corrupted in training."""
     schedule: Schedule = "exponential"
@@ -31,11 +33,15 @@ class TensorARConfig:
     noise_floor: float = 0.0
     """Smallest corruption of a draft: the schedule is squeezed into [floor, 1]."""
     own_drafts: float = 0.0
-    """Share of training samples whose drafts are the model's own samples, as in sampling, instead of noised truth."""
+    """Share of training samples whose drafts are the model's own samples, as in sampling, instead
+    of noised truth.
+    """
     anneal: bool = False
     """Let that share grow linearly from 0 at the first step to `own_drafts` at the last."""
     detach: bool = False
-    """The output decoder reads the trunk's state without a gradient: drafts cannot pull on the trunk, only on the head."""
+    """The output decoder reads the trunk's state without a gradient: drafts cannot pull on the
+    trunk, only on the head.
+    """
     slot_weights: tuple[float, ...] = (1.0,)
     """Loss weight of slot 0, 1, ...; the last entry holds for all further slots."""
 

@@ -1,4 +1,5 @@
-"""TensorAR = a backbone + a codec: the training loss, and the pieces that the sampler is made of (arXiv 2505.16324).
+"""TensorAR = a backbone + a codec: the training loss, and the pieces that the sampler is made of
+(arXiv 2505.16324).
 
 Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 """
@@ -42,10 +43,12 @@ class SlotLosses:
 
 
 class TensorAR(nn.Module):
-    """A backbone that predicts windows. With `config.k == 1` there is no codec and this is the base model.
+    """A backbone that predicts windows. With `config.k == 1` there is no codec and this is the base
+    model.
 
     Raises:
-        UserError: k does not fit the image, or codebook noise is asked for without an image tokenizer.
+        UserError: k does not fit the image, or codebook noise is asked for without an image
+            tokenizer.
     """
 
     def __init__(self, backbone: Backbone, config: TensorARConfig, *, seed: int = 0):
@@ -88,16 +91,20 @@ class TensorAR(nn.Module):
         """Training noise is added to embeddings, not to codes."""
         return self.config.noise == "gaussian" and self.config.k > 1
 
-    # -- inputs -----------------------------------------------------------------------------------------------------------
+    # -- inputs ------------------------------------------------------------------------------------
     def noised_windows(self, codes: Tensor, keys: Tensor) -> Tensor:
-        """Input windows int64 [B, N, k, S] of codes [B, T, S], drafts corrupted by the configured noise; keys int64 [B]."""
+        """Input windows int64 [B, N, k, S] of codes [B, T, S], drafts corrupted by the configured
+        noise; keys int64 [B].
+        """
         clean = self.windows.gather(codes)
         if self.config.k == 1 or self.config.noise == "gaussian":
             return clean
         return self.corrupt(clean, keys)
 
     def corrupt(self, windows: Tensor, keys: Tensor, share: float = 1.0) -> Tensor:
-        """Corrupt the drafts of windows int64 [B, n, k', S] with `share` of the configured strengths."""
+        """Corrupt the drafts of windows int64 [B, n, k', S] with `share` of the configured
+        strengths.
+        """
         b_k = torch.tensor(
             schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
         )
@@ -114,7 +121,8 @@ class TensorAR(nn.Module):
     def training_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, progress: float = 1.0
     ) -> Tensor:
-        """What a training step reads, int64 [B, N, k, S]: noised truth, or own drafts for the configured share of samples.
+        """What a training step reads, int64 [B, N, k, S]: noised truth, or own drafts for the
+        configured share of samples.
 
         progress: share of the run that is done, for annealing.
         """
@@ -123,7 +131,8 @@ class TensorAR(nn.Module):
         share = self.config.own_drafts * (progress if self.config.anneal else 1.0)
         if share == 0 or self.config.k == final:
             return windows
-        # Only the chosen rows pass the model again; at least one does, since under ZeRO-3 a pass is collective.
+        # Only the chosen rows pass the model again; at least one does, since under ZeRO-3 a pass is
+        # collective.
         chosen = torch.nonzero(uniforms(fold(keys, 2001)) < share)[:, 0]
         rows = chosen if len(chosen) else torch.zeros(1, dtype=torch.long, device=keys.device)
         own = self.own_draft_windows(
@@ -134,7 +143,9 @@ class TensorAR(nn.Module):
     def embed_windows(
         self, windows: Tensor, first: int = 0, gaussian_keys: Tensor | None = None
     ) -> Tensor:
-        """E(w): windows [B, n, k' <= k, S], of which the first has index `first`, -> embeddings [B, n, D]."""
+        """E(w): windows [B, n, k' <= k, S], of which the first has index `first`, -> embeddings [B,
+        n, D].
+        """
         e_BnkD = self.backbone.embed_tokens(windows)
         if self.codec is None:
             return e_BnkD[:, :, 0]
@@ -147,11 +158,13 @@ class TensorAR(nn.Module):
         valid = valid_nk.expand(len(windows), -1, -1).flatten(0, 1)
         return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (len(windows), n))
 
-    # -- teacher forcing --------------------------------------------------------------------------------------------------
+    # -- teacher forcing ---------------------------------------------------------------------------
     def hidden(
         self, condition: Condition, windows: Tensor, gaussian_keys: Tensor | None = None
     ) -> Tensor:
-        """Trunk outputs [B, N, D] that predict windows 0..N-1, from input windows 0..N-2 (the last one given is not read)."""
+        """Trunk outputs [B, N, D] that predict windows 0..N-1, from input windows 0..N-2 (the last
+        one given is not read).
+        """
         prefix = condition.prefix
         x = torch.cat([prefix, self.embed_windows(windows[:, :-1], 0, gaussian_keys)], dim=1)
         return self.backbone.trunk(x, self.input_positions(prefix), condition)[
@@ -171,7 +184,9 @@ class TensorAR(nn.Module):
         return self.codec.decoder(h.reshape(-1, h.shape[-1])).view(*h.shape[:-1], self.config.k, -1)
 
     def slot_logits(self, d_kD: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
-        """Teacher-forced logits [..., k, V_s] per sub-token, from decoded slots [..., k, D] and their codes [..., k, S]."""
+        """Teacher-forced logits [..., k, V_s] per sub-token, from decoded slots [..., k, D] and
+        their codes [..., k, S].
+        """
         parts = [
             self.backbone.all_logits(d_kD[..., part, :], codes[..., part, :])
             for part in slot_parts(d_kD.shape[-2])
@@ -185,7 +200,9 @@ class TensorAR(nn.Module):
         windows: Tensor,
         gaussian_keys: Tensor | None = None,
     ) -> SlotLosses:
-        """Cross entropy of the true codes [B, T, S] by slot, given input windows [B, N, k, S] (noised, or own drafts)."""
+        """Cross entropy of the true codes [B, T, S] by slot, given input windows [B, N, k, S]
+        (noised, or own drafts).
+        """
         targets = self.windows.gather(codes)
         d_BNkD = self.decode_slots(self.hidden(condition, windows, gaussian_keys))
         valid_kN = self.windows.valid(codes.device).T.float()
@@ -201,16 +218,18 @@ class TensorAR(nn.Module):
                 ).sum((0, 1))
         return SlotLosses(sums, valid_kN.sum(1) * len(codes))
 
-    # -- own drafts -------------------------------------------------------------------------------------------------------
+    # -- own drafts --------------------------------------------------------------------------------
     @torch.no_grad()
     def own_draft_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, passes: int = 2
     ) -> Tensor:
-        """Input windows with the true code in the final slots and the model's own samples behind them, int64 [B, N, k, S].
+        """Input windows with the true code in the final slots and the model's own samples behind
+        them, int64 [B, N, k, S].
 
-        Each pass predicts all windows in parallel and takes their samples as the next pass's drafts; the first pass sees pure
-        noise as drafts, so no truth can leak into them. This is what sampling feeds the model, up to the true final slots; as
-        there, nothing is dropped out, also in training. Leaves the model in the mode it was in.
+        Each pass predicts all windows in parallel and takes their samples as the next pass's
+        drafts; the first pass sees pure noise as drafts, so no truth can leak into them. This is
+        what sampling feeds the model, up to the true final slots; as there, nothing is dropped out,
+        also in training. Leaves the model in the mode it was in.
         """
         truth, stride = self.windows.gather(codes), self.config.stride
         if self.config.k == stride:
@@ -229,7 +248,8 @@ class TensorAR(nn.Module):
             for s, vocab in enumerate(self.backbone.spec.subvocabs):
                 probabilities = self.backbone.next_logits(d, drafts).softmax(-1)
                 u = uniforms(fold(keys, 1000 + p, s), *shape)
-                # The clamp is for a model that has diverged: its loss, and no index out of range, shall tell.
+                # The clamp is for a model that has diverged: its loss, and no index out of range,
+                # shall tell.
                 code = draw(probabilities, u).clamp(max=vocab - 1)
                 drafts = torch.cat([drafts, code[..., None]], dim=-1)
             windows = torch.cat([final, drafts], dim=2)
@@ -238,12 +258,16 @@ class TensorAR(nn.Module):
 
 
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first index whose cumulative probability exceeds u. [..., V], [...] in [0, 1) -> int64 [...]."""
+    """Inverse-CDF sampling: the first index whose cumulative probability exceeds u. [..., V], [...]
+    in [0, 1) -> int64 [...].
+    """
     cdf = probabilities.double().cumsum(-1)
     target = (u.double()[..., None] * cdf[..., -1:]).contiguous()
     return torch.searchsorted(cdf, target, right=True)[..., 0]
 
 
 def slot_parts(k: int) -> list[slice]:
-    """Slot 0 and the drafts: slot 0 passes the head by itself, in the base model's shape and hence with its bits."""
+    """Slot 0 and the drafts: slot 0 passes the head by itself, in the base model's shape and hence
+    with its bits.
+    """
     return [slice(0, 1), slice(1, k)] if k > 1 else [slice(0, 1)]

@@ -1,15 +1,16 @@
 """Noise schedules and corruptions of the drafts that a window feeds back (training only).
 
-Slot 0 of an input window is the true code. Slot j >= 1 is corrupted with strength b(j), more the further it is from being final.
+Slot 0 of an input window is the true code. Slot j >= 1 is corrupted with strength b(j), more the
+further it is from being final.
 
 Schedules, with u = j / k:
     linear       b = u
     sine         b = sin(pi u / 2)
     sqrt         b = u ** 0.5
     exponential  b = 1 - exp(-2 u), that is 1 - exp(-j / (k / 2))
-The papers name these four; their table of formulas is lost in every copy that we have (a public review quotes the "1/(k/2)" of
-the exponential one). With u = j / k the last draft keeps some signal (b < 1 for j = k - 1), which k = 2 needs: its only draft
-would be pure noise otherwise.
+The papers name these four; their table of formulas is lost in every copy that we have (a public
+review quotes the "1/(k/2)" of the exponential one). With u = j / k the last draft keeps some signal
+(b < 1 for j = k - 1), which k = 2 needs: its only draft would be pure noise otherwise.
 
 Shapes: B batch, N windows, k slots, S sub-tokens, V vocabulary, C codebook width.
 """
@@ -28,7 +29,9 @@ GAUSSIAN_VARIANCE = 0.1
 
 
 def schedule_strengths(schedule: Schedule, k: int, floor: float = 0.0) -> list[float]:
-    """b(0) .. b(k-1); b(0) is 0. A floor squeezes the others into [floor, 1]: drafts that are wrong more often than not."""
+    """b(0) .. b(k-1); b(0) is 0. A floor squeezes the others into [floor, 1]: drafts that are wrong
+    more often than not.
+    """
     b = {
         "linear": lambda u: u,
         "sine": lambda u: math.sin(math.pi * u / 2),
@@ -56,9 +59,11 @@ def corrupt_categorical(
 def corrupt_codebook(
     windows: Tensor, strengths_k: Tensor, vectors: tuple[Tensor, ...], keys: Tensor
 ) -> Tensor:
-    """Mix each code's vector with a random code's and take the codebook entry nearest by cosine (arXiv version, Algorithm 2).
+    """Mix each code's vector with a random code's and take the codebook entry nearest by cosine
+    (arXiv version, Algorithm 2).
 
-    windows int64 [B, N, k, S], strengths fp32 [k], vectors [V_s, C] per sub-token, keys int64 [B] -> int64 [B, N, k, S].
+    windows int64 [B, N, k, S], strengths fp32 [k], vectors [V_s, C] per sub-token, keys int64 [B]
+    -> int64 [B, N, k, S].
     """
     mixed = []
     for s, table_VC in enumerate(vectors):
@@ -74,7 +79,9 @@ def corrupt_codebook(
 
 
 def _nearest_by_cosine(x: Tensor, unit_VC: Tensor, rows: int = 8192) -> Tensor:
-    """Index of the row with the largest cosine; in chunks, because [B, N, k, V] scores would not fit."""
+    """Index of the row with the largest cosine; in chunks, because [B, N, k, V] scores would not
+    fit.
+    """
     flat = x.reshape(-1, x.shape[-1])
     return torch.cat([(chunk @ unit_VC.T).argmax(-1) for chunk in flat.split(rows)]).view(
         x.shape[:-1]
@@ -84,13 +91,16 @@ def _nearest_by_cosine(x: Tensor, unit_VC: Tensor, rows: int = 8192) -> Tensor:
 def corrupt_bits(
     windows: Tensor, strengths_k: Tensor, subvocabs: tuple[int, ...], keys: Tensor
 ) -> Tensor:
-    """Draw every bit of a code anew with probability b(j), that is flip it with probability b(j) / 2.
+    """Draw every bit of a code anew with probability b(j), that is flip it with probability b(j) /
+    2.
 
-    Codebook noise where the codebook is all sign patterns (Open-MAGVIT2): squared distances there are 4 per differing bit, so that
-    a kernel that falls off exponentially with them treats each bit by itself. b = 0 changes nothing, b = 1 gives uniform codes.
-    At the same b a whole code survives less often than under the other kinds: (1 - b/2)^18 for 18 bits.
+    Codebook noise where the codebook is all sign patterns (Open-MAGVIT2): squared distances there
+    are 4 per differing bit, so that a kernel that falls off exponentially with them treats each bit
+    by itself. b = 0 changes nothing, b = 1 gives uniform codes. At the same b a whole code survives
+    less often than under the other kinds: (1 - b/2)^18 for 18 bits.
 
-    windows int64 [B, N, k, S], strengths fp32 [k], subvocabs powers of 2, keys int64 [B] -> int64 [B, N, k, S].
+    windows int64 [B, N, k, S], strengths fp32 [k], subvocabs powers of 2, keys int64 [B] -> int64
+    [B, N, k, S].
     """
     flipped = []
     for s, vocab in enumerate(subvocabs):

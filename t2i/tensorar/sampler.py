@@ -1,9 +1,11 @@
 """Sampling windows (arXiv 2505.16324, Algorithm 1): prefill, step, loop.
 
-Every step samples one whole window, feeds it back un-noised and keeps slots 0..stride-1 as final. All slots share the filters and
-the guidance scale. Random numbers are drawn up front from per-image keys, so an image does not depend on its neighbours.
+Every step samples one whole window, feeds it back un-noised and keeps slots 0..stride-1 as final.
+All slots share the filters and the guidance scale. Random numbers are drawn up front from per-image
+keys, so an image does not depend on its neighbours.
 
-Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, k slots, S sub-tokens, D width, V vocabulary.
+Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, k slots, S
+sub-tokens, D width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,9 @@ from t2i.tensorar.model import TensorAR, draw, slot_parts
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Temperature, then top-k (ties stay), then top-p (the code that crosses the threshold stays); fp32 [..., V]."""
+    """Temperature, then top-k (ties stay), then top-p (the code that crosses the threshold stays);
+    fp32 [..., V].
+    """
     logits = logits / max(config.temperature, 1e-5)
     if 0 < config.top_k < logits.shape[-1]:
         kth = logits.topk(config.top_k, dim=-1).values[..., -1:]
@@ -53,7 +57,9 @@ class DecodeState:
 def prefill(
     model: TensorAR, prepared: dict[str, Tensor], config: SamplingConfig
 ) -> tuple[Tensor, DecodeState]:
-    """Run the condition prefix. Returns the hidden state [R, D] that predicts window 0, and the state."""
+    """Run the condition prefix. Returns the hidden state [R, D] that predicts window 0, and the
+    state.
+    """
     backbone = model.backbone
     condition = backbone.encode_condition(prepared)
     guided = any(c.cfg_scale > 1 for c in config.by_sub_token(len(backbone.spec.subvocabs)))
@@ -71,7 +77,9 @@ def prefill(
 
 @torch.no_grad()
 def step(model: TensorAR, window: Tensor, index: int, state: DecodeState) -> Tensor:
-    """Feed window `index` [B, k, S]; returns the hidden state [R, D] that predicts window `index` + 1."""
+    """Feed window `index` [B, k, S]; returns the hidden state [R, D] that predicts window `index` +
+    1.
+    """
     x = model.embed_windows(window[:, None], first=index)
     if state.guided:
         x = torch.cat([x, x])  # the window is the same on both sides: encode it once
@@ -91,7 +99,8 @@ def window_logits(
     state: DecodeState,
     config: SamplingConfig,
 ) -> Tensor:
-    """Guided fp32 logits [B, k, V_s] of the next sub-token of window `index`, from decoded slots and earlier sub-tokens [B, k, s].
+    """Guided fp32 logits [B, k, V_s] of the next sub-token of window `index`, from decoded slots
+    and earlier sub-tokens [B, k, s].
 
     The settings are those of this sub-token (`SamplingConfig.by_sub_token`).
     """
@@ -144,7 +153,8 @@ def sample_windows(
     config: SamplingConfig,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Sample images as all their windows, int64 [B, N, k, S]: `Windows` reads the final codes and every stage off them.
+    """Sample images as all their windows, int64 [B, N, k, S]: `Windows` reads the final codes and
+    every stage off them.
 
     Args:
         prepared: conditions of B images, from `Backbone.prepare`.
@@ -153,7 +163,8 @@ def sample_windows(
     """
     assert not model.training, "sampling needs model.eval(): dropout would act"
     spec, windows = model.backbone.spec, model.windows.shrunk(config.window)
-    # Slot-major: slot 0 gets the same numbers for every k, so that base and TensorAR can be compared image by image.
+    # Slot-major: slot 0 gets the same numbers for every k, so that base and TensorAR can be
+    # compared image by image.
     u = uniforms(keys, windows.size, windows.count, len(spec.subvocabs)).to(model.backbone.device)
     drawn = []
     h, state = prefill(model, prepared, config)

@@ -1,7 +1,8 @@
 """Codes <-> overlapping windows (arXiv 2505.16324, section 3.2; strides are our extension).
 
-Window i starts at position p_i = i * stride and holds positions p_i .. p_i + k - 1; slots past the last position are padding.
-With stride 1 a position is drafted in the last slot and then moves one slot forward per step: k looks at every code.
+Window i starts at position p_i = i * stride and holds positions p_i .. p_i + k - 1; slots past the
+last position are padding. With stride 1 a position is drafted in the last slot and then moves one
+slot forward per step: k looks at every code.
 
 Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens.
 """
@@ -62,7 +63,9 @@ class Windows:
         return self.positions(device) < self.tokens
 
     def gather(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, S] -> windows [B, N, k, S]; padding repeats the last code and must be masked by `valid`."""
+        """Codes [B, T, S] -> windows [B, N, k, S]; padding repeats the last code and must be masked
+        by `valid`.
+        """
         assert codes.shape[1] == self.tokens, (codes.shape, self.tokens)
         return codes[:, self.positions(codes.device).clamp(max=self.tokens - 1)]
 
@@ -71,10 +74,11 @@ class Windows:
         return windows[:, :, : self.stride].flatten(1, 2)[:, : self.tokens]
 
     def stage_codes(self, windows: Tensor, stage: int) -> Tensor:
-        """The image as it stood at refinement `stage` (1 = first drafts .. `stages` = final), codes [B, T, S].
+        """The image as it stood at refinement `stage` (1 = first drafts .. `stages` = final), codes
+        [B, T, S].
 
-        Position p is read from the window that saw it `stages - stage` steps before its last; near the start, where no earlier
-        window exists, from the earliest that does.
+        Position p is read from the window that saw it `stages - stage` steps before its last; near
+        the start, where no earlier window exists, from the earliest that does.
         """
         if not 1 <= stage <= self.stages:
             raise ValueError(

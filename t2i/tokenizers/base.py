@@ -1,4 +1,5 @@
-"""What the convolutional tokenizers share: how a shape is read off official weights, and how these are loaded.
+"""What the convolutional tokenizers share: how a shape is read off official weights, and how these
+are loaded.
 
 Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimension.
 """
@@ -17,7 +18,9 @@ T = TypeVar("T", bound="ConvTokenizer")
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Resolutions of the encoder, which the decoder goes through the other way; the defaults are the published ones."""
+    """Resolutions of the encoder, which the decoder goes through the other way; the defaults are
+    the published ones.
+    """
 
     channels: int = 128
     """Channels at full resolution."""
@@ -26,7 +29,8 @@ class ConvConfig:
 
 
 def encoder_shape(state_dict: dict[str, Tensor], levels: str, blocks: str) -> dict:
-    """Channels, multipliers and residual blocks of an encoder, from the names of its list of levels and of a level's blocks.
+    """Channels, multipliers and residual blocks of an encoder, from the names of its list of levels
+    and of a level's blocks.
 
     Raises:
         KeyError: a key that such an encoder has is missing.
@@ -59,7 +63,9 @@ class Codebook(nn.Module):
 
 
 class ConvTokenizer(nn.Module):
-    """Images <-> codes; parameter names are those of the official checkpoints. A family adds `encode` and `decode_vectors`."""
+    """Images <-> codes; parameter names are those of the official checkpoints. A family adds
+    `encode` and `decode_vectors`.
+    """
 
     config_type: type[ConvConfig]
     ignored_keys: tuple[str, ...] = ()
@@ -102,7 +108,9 @@ class ConvTokenizer(nn.Module):
 
     @classmethod
     def empty(cls: type[T], state_dict: dict[str, Tensor], path: str | Path) -> T:
-        """A frozen tokenizer in eval mode of the shape that a file's weights have, to be filled with them."""
+        """A frozen tokenizer in eval mode of the shape that a file's weights have, to be filled
+        with them.
+        """
         with naming(path):
             config = cls.config_type.from_state_dict(state_dict)
         return build_empty(lambda: cls(config)).requires_grad_(False)

@@ -1,8 +1,10 @@
-"""The look-up-free tokenizer of Open-MAGVIT2 (arXiv 2409.04410; SEED-Voken `modules/diffusionmodules/improved_model.py`).
+"""The look-up-free tokenizer of Open-MAGVIT2 (arXiv 2409.04410; SEED-Voken
+`modules/diffusionmodules/improved_model.py`).
 
-There is no learned codebook: a code is the sign pattern of E latent channels, its index the pattern read as a binary number.
-Channel i is bit i, least significant first; +1 is 1, and -1 (and 0) is 0. The decoder's adaptive group norms take mean and
-standard deviation of the code vectors over the whole image, so every pixel depends on every code.
+There is no learned codebook: a code is the sign pattern of E latent channels, its index the pattern
+read as a binary number. Channel i is bit i, least significant first; +1 is 1, and -1 (and 0) is 0.
+The decoder's adaptive group norms take mean and standard deviation of the code vectors over the
+whole image, so every pixel depends on every code.
 
 Shapes: B images, H x W pixels, h x w codes, C channels, E bits.
 """
@@ -82,7 +84,8 @@ class Level(nn.Module):
 class Upsample(nn.Module):
     """A convolution to four times the channels, which become 2 x 2 pixels.
 
-    The channel index is (row, column, channel), where `F.pixel_shuffle` wants (channel, row, column).
+    The channel index is (row, column, channel), where `F.pixel_shuffle` wants (channel, row,
+    column).
     """
 
     def __init__(self, c: int):
@@ -95,7 +98,9 @@ class Upsample(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift come from the code vectors' standard deviation and mean over the image."""
+    """Group norm whose scale and shift come from the code vectors' standard deviation and mean over
+    the image.
+    """
 
     def __init__(self, bits: int, c: int):
         super().__init__()
@@ -135,7 +140,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`up` and `adaptive` are stored from the finest resolution to the coarsest and run the other way."""
+    """`up` and `adaptive` are stored from the finest resolution to the coarsest and run the other
+    way.
+    """
 
     def __init__(self, cfg: LFQConfig):
         super().__init__()
@@ -170,7 +177,9 @@ class LFQTokenizer(ConvTokenizer):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Real-valued latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]; their signs are the code vectors."""
+        """Real-valued latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]; their signs are the
+        code vectors.
+        """
         return self.encoder(pixels)
 
     @torch.no_grad()
@@ -186,13 +195,16 @@ class LFQTokenizer(ConvTokenizer):
 
     @classmethod
     def load(cls, path: str | Path, *, ema: bool = False) -> "LFQTokenizer":
-        """Load an official file, frozen, fp32: a tokenizer's own (imagenet_256_L.ckpt), or the one inside an AR checkpoint.
+        """Load an official file, frozen, fp32: a tokenizer's own (imagenet_256_L.ckpt), or the one
+        inside an AR checkpoint.
 
-        A tokenizer's own file has two sets of weights. `ema` takes the averaged ones, with which its reconstruction FID was
-        measured; the configurations of the published autoregressive models read the others.
+        A tokenizer's own file has two sets of weights. `ema` takes the averaged ones, with which
+        its reconstruction FID was measured; the configurations of the published autoregressive
+        models read the others.
 
         Raises:
-            UserError: unreadable file, another family, no averaged weights where `ema` asks for them, or keys that do not fit.
+            UserError: unreadable file, another family, no averaged weights where `ema` asks for
+                them, or keys that do not fit.
         """
         state_dict = read_state_dict(path)
         state_dict = tokenizer_part(state_dict) or state_dict
@@ -212,5 +224,7 @@ class LFQTokenizer(ConvTokenizer):
 
 
 def tokenizer_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What an AR checkpoint's state dict holds of a tokenizer, under the tokenizer's own names; empty if nothing."""
+    """What an AR checkpoint's state dict holds of a tokenizer, under the tokenizer's own names;
+    empty if nothing.
+    """
     return {k.removeprefix(_EMBEDDED): v for k, v in state_dict.items() if k.startswith(_EMBEDDED)}

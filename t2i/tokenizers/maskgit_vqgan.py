@@ -1,13 +1,18 @@
-"""The MaskGIT VQGAN that RAR uses (1d-tokenizer `modeling/modules/maskgit_vqgan.py`, weights of TiTok's PretrainedTokenizer).
+"""The MaskGIT VQGAN that RAR uses (1d-tokenizer `modeling/modules/maskgit_vqgan.py`, weights of
+TiTok's PretrainedTokenizer).
 
 A convolutional VQ-GAN without attention. What differs from LlamaGen's VQ and matters for parity:
 
-- It works on pixels in [0, 1]. Here, as in the rest of the kit, pixels are in [-1, 1] on both sides.
-- Where a residual block changes its width, the 1x1 shortcut is applied to the block's own output and not to its input.
+- It works on pixels in [0, 1]. Here, as in the rest of the kit, pixels are in [-1, 1] on both
+  sides.
+- Where a residual block changes its width, the 1x1 shortcut is applied to the block's own output
+  and not to its input.
 - The nearest code is that of smallest Euclidean distance: neither side is normalised.
-- Average pooling halves the resolution; most convolutions have no bias; `decoder.up` is stored from fine to coarse.
+- Average pooling halves the resolution; most convolutions have no bias; `decoder.up` is stored from
+  fine to coarse.
 
-All strides are 1 and all kernels odd, so that TensorFlow's SAME padding is an equal margin on every side.
+All strides are 1 and all kernels odd, so that TensorFlow's SAME padding is an equal margin on every
+side.
 
 Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimension.
 """
@@ -65,7 +70,9 @@ def _res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, and in the decoder the convolution that follows the enlargement to the next."""
+    """One resolution: residual blocks, and in the decoder the convolution that follows the
+    enlargement to the next.
+    """
 
     def __init__(self, c_in: int, c_out: int, blocks: int, enlarge: bool = False):
         super().__init__()
@@ -138,7 +145,9 @@ class MaskGITVQGAN(ConvTokenizer):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: in bf16 nearly equal distances change places."""
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: in bf16 nearly equal
+        distances change places.
+        """
         z_BhwE = self.latents(pixels).permute(0, 2, 3, 1).float()
         rows_VE = self.quantize.vectors().float()
         # |z - e|^2 without |z|^2, which is the same for all codes.

@@ -1,7 +1,9 @@
-"""The VQ tokenizer that LlamaGen and Janus share (LlamaGen `tokenizer/tokenizer_image/vq_model.py`, Janus `vq_model.py`).
+"""The VQ tokenizer that LlamaGen and Janus share (LlamaGen `tokenizer/tokenizer_image/vq_model.py`,
+Janus `vq_model.py`).
 
-A convolutional encoder, a codebook compared by cosine (both sides L2-normalised at every call: the stored rows need not be
-unit vectors) and a convolutional decoder. VQ-16 has channel multipliers (1, 1, 2, 2, 4), VQ-8 (1, 2, 2, 4).
+A convolutional encoder, a codebook compared by cosine (both sides L2-normalised at every call: the
+stored rows need not be unit vectors) and a convolutional decoder. VQ-16 has channel multipliers (1,
+1, 2, 2, 4), VQ-8 (1, 2, 2, 4).
 
 Shapes: B images, H x W pixels, h x w codes, C channels, V codebook rows, E codebook dimension.
 """
@@ -91,7 +93,9 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where `attend`, then an optional resampling."""
+    """One resolution: residual blocks, each followed by attention where `attend`, then an optional
+    resampling.
+    """
 
     def __init__(
         self,
@@ -181,7 +185,9 @@ class UnitCodebook(Codebook):
 
 
 class VQTokenizer(ConvTokenizer):
-    """The files vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model weights."""
+    """The files vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model
+    weights.
+    """
 
     config_type = VQConfig
     ignored_keys = ("quantize.codebook_used",)  # a usage counter of the reference's training loop
@@ -199,7 +205,9 @@ class VQTokenizer(ConvTokenizer):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes several per cent of the codes."""
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes several
+        per cent of the codes.
+        """
         z_BhwE = F.normalize(self.latents(pixels).permute(0, 2, 3, 1).float(), dim=-1)
         return (z_BhwE @ self.quantize.vectors().float().T).argmax(-1)
 

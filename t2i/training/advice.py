@@ -1,4 +1,6 @@
-"""What will not work, or not make sense, in settings that are possible: sentences for the pre-flight, and nothing else."""
+"""What will not work, or not make sense, in settings that are possible: sentences for the
+pre-flight, and nothing else.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +10,9 @@ from t2i.training.config import TrainConfig
 from t2i.training.plan import Plan
 
 PUBLISHED_K = 8
-"""The largest window that the papers report (k = 2, 4 and 8: the largest was the best by less than the spread of its repeats)."""
+"""The largest window that the papers report (k = 2, 4 and 8: the largest was the best by less than
+the spread of its repeats).
+"""
 _LONG = 400
 """Steps from which docs/recipe.md finds own drafts alone better than half of them."""
 _SHORT = 50

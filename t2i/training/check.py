@@ -1,8 +1,10 @@
-"""The pre-flight: look at settings, data and model, and say what a run would do and when, without training.
+"""The pre-flight: look at settings, data and model, and say what a run would do and when, without
+training.
 
-Cheap mistakes come first: run folder, DeepSpeed JSON, batch and data are looked at before any model. Parameter counts, memory and work
-come from the shapes of the model that would be trained, built without data: for a published size nothing is fetched or read. Nothing is
-written, not even the code cache.
+Cheap mistakes come first: run folder, DeepSpeed JSON, batch and data are looked at before any
+model. Parameter counts, memory and work come from the shapes of the model that would be trained,
+built without data: for a published size nothing is fetched or read. Nothing is written, not even
+the code cache.
 """
 
 from pathlib import Path
@@ -32,7 +34,9 @@ from t2i.training.run_state import check_resumable, claim_run_dir
 _CARDS = (24, 40, 80)
 """Sizes of common cards in GB, where this machine has none."""
 _FLOPS = 1e14
-"""Floating-point operations per second that the time is reckoned with: a third of an A100's peak in bf16."""
+"""Floating-point operations per second that the time is reckoned with: a third of an A100's peak in
+bf16.
+"""
 
 
 def check(config: TrainConfig, world_size: int = 1) -> str:
@@ -89,14 +93,16 @@ def _verdict(warnings: list[str]) -> list[str]:
 
 
 def _check_kind(backbone: Backbone, config: TrainConfig) -> None:
-    """UserError if this backbone cannot be trained on such data; a text encoder that is to be fetched counts as there."""
+    """UserError if this backbone cannot be trained on such data; a text encoder that is to be
+    fetched counts as there.
+    """
     to_fetch = config.backbone.text_encoder is not None and backbone.frozen.text_encoder is None
     captions = isinstance(config.data, DataOptions) and backbone.spec.cond_kind == "text"
     if not (to_fetch and captions):
         check_backbone(backbone, config.data)
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 def _captioned(
     options: DataOptions, source: Source, backbone: Backbone
 ) -> tuple[int | None, list[str], list[str]]:
@@ -135,7 +141,7 @@ def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int | None,
     ]
 
 
-# -- what happens when ------------------------------------------------------------------------------------------------
+# -- what happens when -----------------------------------------------------------------------------
 def _batch_lines(config: TrainConfig, plan: Plan | None, world_size: int) -> list[str]:
     accumulated = deepspeed_config(config, world_size)["gradient_accumulation_steps"]
     lines = [
@@ -178,7 +184,7 @@ def when_lines(config: TrainConfig, plan: Plan | None) -> list[str]:
     return lines
 
 
-# -- size -------------------------------------------------------------------------------------------------------------
+# -- size ------------------------------------------------------------------------------------------
 def parameter_lines(model: TensorAR) -> list[str]:
     """Total and trainable parameters by part."""
     parts = {
@@ -228,7 +234,9 @@ def _cost_lines(cost: Cost, logits: str) -> list[str]:
 
 
 def _fits(cost: Cost) -> tuple[str, list[str]]:
-    """Whether it fits this machine's card, or which of the common ones; and the warning where it does not."""
+    """Whether it fits this machine's card, or which of the common ones; and the warning where it
+    does not.
+    """
     need = _size(cost.total)
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -1,8 +1,9 @@
 """What a training run is: frozen dataclasses that `tyro` turns into command-line options.
 
-Numbers that suit a run only if they grow with it (how many samples are held out, how long the rates warm up, how often something is
-written) may be None: they are then settled from the data and the steps, see `t2i.training.plan`. The named recipes are in
-`recipes_llamagen.py`, `recipes_janus.py` and `recipes_imagenet.py`.
+Numbers that suit a run only if they grow with it (how many samples are held out, how long the rates
+warm up, how often something is written) may be None: they are then settled from the data and the
+steps, see `t2i.training.plan`. The named recipes are in `recipes_llamagen.py`, `recipes_janus.py`
+and `recipes_imagenet.py`.
 """
 
 import math
@@ -25,7 +26,9 @@ class BackboneOptions:
 
     family: str = "llamagen"
     weights: str = "shapes"
-    """Official weight file, backbone folder, "shapes" (the shipped offline base), owner/repo:file on the hub, or an earlier run."""
+    """Official weight file, backbone folder, "shapes" (the shipped offline base), owner/repo:file
+    on the hub, or an earlier run.
+    """
     tokenizer: str | None = None
     """Image tokenizer weights (a folder or "shapes" brings its own)."""
     text_encoder: str | None = None
@@ -33,7 +36,9 @@ class BackboneOptions:
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the caption features."""
     generation_only: bool = False
-    """Leave unloaded what drawing images does not need: Janus-Pro's understanding tower and text head."""
+    """Leave unloaded what drawing images does not need: Janus-Pro's understanding tower and text
+    head.
+    """
 
 
 _CAPTION = "{caption}"
@@ -44,8 +49,9 @@ class DataOptions:
     """Captioned images."""
 
     source: str = ""
-    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, a hub id, or "shapes" (offline; a folder of that
-    name is ./shapes)."""
+    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, a hub id, or
+    "shapes" (offline; a folder of that name is ./shapes).
+    """
     image_column: str | None = None
     """Column of the images; found by itself where it is clear."""
     caption_column: str | None = None
@@ -61,9 +67,13 @@ class DataOptions:
     max_samples: int | None = None
     """Use the first so many samples only."""
     trigger: str | None = None
-    """Words put in front of every caption, such as "drawn by xyz", or around it: "{caption}, drawn by xyz"."""
+    """Words put in front of every caption, such as "drawn by xyz", or around it: "{caption}, drawn
+    by xyz".
+    """
     validation_samples: int | None = None
-    """Held out for the validation loss, never trained on; None is 4 % of the data, see `t2i.training.plan`."""
+    """Held out for the validation loss, never trained on; None is 4 % of the data, see
+    `t2i.training.plan`.
+    """
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
     cache_dir: Path = Path("cache")
@@ -79,7 +89,9 @@ class DataOptions:
             )
 
     def with_trigger(self, caption: str) -> str:
-        """A caption with the trigger words, as the model reads it; one that has them already stays as it is."""
+        """A caption with the trigger words, as the model reads it; one that has them already stays
+        as it is.
+        """
         if self.trigger is None:
             return caption
         words = re.escape(max(self.trigger.split(_CAPTION), key=len).strip(" ,.;:"))
@@ -94,15 +106,21 @@ class LabelledOptions:
     """Images of classes, for class-conditional backbones."""
 
     source: tuple[str, ...] = ()
-    """Folder with train/<class>/, or codes that others computed: LlamaGen's folders (one for each crop range), RAR's .jsonl."""
+    """Folder with train/<class>/, or codes that others computed: LlamaGen's folders (one for each
+    crop range), RAR's .jsonl.
+    """
     split: str = "train"
     """Sub-folder with the classes."""
     views: Literal["ten-crop", "flip"] = "ten-crop"
-    """Which crops of an image are encoded: five and their mirror images per crop range, or the centre and its mirror image."""
+    """Which crops of an image are encoded: five and their mirror images per crop range, or the
+    centre and its mirror image.
+    """
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
     """Ten-crop: sides of the squares that are cropped, relative to the image size."""
     validation_samples: int | None = None
-    """Held out for the validation loss, never trained on; None is 4 % of the data, see `t2i.training.plan`."""
+    """Held out for the validation loss, never trained on; None is 4 % of the data, see
+    `t2i.training.plan`.
+    """
     cache_dir: Path = Path("cache")
     """Where codes are kept; reused by every run on the same data."""
 
@@ -112,7 +130,9 @@ _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW. Codec: linear warm-up, then linear decay to zero; backbone: constant after its delay."""
+    """AdamW. Codec: linear warm-up, then linear decay to zero; backbone: constant after its
+    delay.
+    """
 
     codec_lr: float = 1e-3
     """Peak learning rate of the input encoder and output decoder."""
@@ -171,7 +191,9 @@ class EngineOptions:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What ZeRO shards over the processes: 1 optimizer, 2 and gradients, 3 and weights."""
     precision: Literal["fp32", "autocast", "bf16"] = "fp32"
-    """autocast multiplies matrices in bf16 and keeps fp32 weights; bf16 keeps fp32 master weights in the optimizer only."""
+    """autocast multiplies matrices in bf16 and keeps fp32 weights; bf16 keeps fp32 master weights
+    in the optimizer only.
+    """
     micro_batch: int = 32
     """Samples per process and forward pass; the rest of the batch is accumulated."""
     gradient_checkpointing: bool = False
@@ -185,11 +207,15 @@ class LogOptions:
     """What is written while training; `metrics.jsonl` always is."""
 
     log_every: int | None = 10
-    """Steps between lines of metrics (0: only with validations; None: by the run's length, as below)."""
+    """Steps between lines of metrics (0: only with validations; None: by the run's length, as
+    below).
+    """
     validate_every: int | None = 100
     """Steps between validations (0: only at the end; None: ten times in a run)."""
     sample_every: int | None = 100
-    """Steps between sample sheets (0: none; None: ten in a run). Under ZeRO-3 they are drawn from each checkpoint instead."""
+    """Steps between sample sheets (0: none; None: ten in a run). Under ZeRO-3 they are drawn from
+    each checkpoint instead.
+    """
     save_every: int | None = 1000
     """Steps between checkpoints (0: only at the end; None: five in a run)."""
     at_start: bool = False
@@ -202,7 +228,9 @@ class LogOptions:
         "a photo of a green star left of a blue ring",
         "a photo of a yellow heart and a black cross",
     )
-    """Fixed prompts (or class ids) of the sample sheets; of the first four held-out images where none are given."""
+    """Fixed prompts (or class ids) of the sample sheets; of the first four held-out images where
+    none are given.
+    """
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
     """A further tracker; auto is TensorBoard if it is installed."""
     project: str = "tensorar"
@@ -228,7 +256,8 @@ class TrainConfig:
     """Train the whole backbone, only the codec, or LoRA adapters (and the codec)."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_image_layers: bool = False
-    """With "lora" or "codec", also train the layers that embed and predict image codes, as a whole."""
+    """With "lora" or "codec", also train the layers that embed and predict image codes, as a whole.
+    """
     data: tyro.conf.AvoidSubcommands[DataOptions | LabelledOptions] = field(
         default_factory=DataOptions
     )

@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 
 
 def stored_data_key(config: TrainConfig) -> str | None:
-    """The key of the data that a run to be resumed was trained on, by its newest readable checkpoint."""
+    """The key of the data that a run to be resumed was trained on, by its newest readable
+    checkpoint.
+    """
     for folder in reversed(run_checkpoints(config.run_dir) if config.resume else []):
         with suppress(UserError):
             return read_config(folder)["training"]["data_key"]
@@ -58,12 +60,16 @@ class TrainingData:
         return self.plan.steps
 
     def held_out_conditions(self, count: int) -> list[str | int]:
-        """Captions (as the model reads them) or classes of the first held-out samples, each once: prompts for sample sheets."""
+        """Captions (as the model reads them) or classes of the first held-out samples, each once:
+        prompts for sample sheets.
+        """
         found = (self.examples.condition(index) for index in self.validation.tolist())
         return list(islice(dict.fromkeys(found), count))
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's part of an optimizer step. A sample's noise and dropout depend on its place in the run alone."""
+        """This rank's part of an optimizer step. A sample's noise and dropout depend on its place
+        in the run alone.
+        """
         config, processes = self.config, self.processes
         share = config.batch_size // processes.world_size
         where = batch_indices(
@@ -90,8 +96,8 @@ class TrainingData:
     def validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped.
 
-        Every rank gets the same number of batches, since under ZeRO-3 each forward pass is collective; those with False only
-        fill up and are not to be counted.
+        Every rank gets the same number of batches, since under ZeRO-3 each forward pass is
+        collective; those with False only fill up and are not to be counted.
         """
         size, world_size = self.config.engine.micro_batch, self.processes.world_size
         mine = self.validation[self.processes.rank :: world_size].split(size)

@@ -1,6 +1,7 @@
 """DeepSpeed: processes, the engine, and what differs between ZeRO stages.
 
-The DeepSpeed configuration is built from our own; a JSON file may only add to "zero_optimization", so that nothing can disagree.
+The DeepSpeed configuration is built from our own; a JSON file may only add to "zero_optimization",
+so that nothing can disagree.
 """
 
 import json
@@ -25,7 +26,8 @@ from t2i.training.zero_options import check_zero_options
 def start_processes() -> Processes:
     """Join the process group that the launcher describes, or be the only process.
 
-    Works without a GPU and without a compiler; DS_ACCELERATOR=cpu in the environment keeps it off a GPU that is there.
+    Works without a GPU and without a compiler; DS_ACCELERATOR=cpu in the environment keeps it off a
+    GPU that is there.
     """
     cuda = _choose_accelerator()
     launcher.adopt_launcher()
@@ -42,7 +44,8 @@ def start_processes() -> Processes:
 
     deepspeed.utils.logger.setLevel("WARNING")
     if not cuda:
-        # Otherwise the CPU accelerator compiles a shared-memory extension at first start (a minute, and a compiler).
+        # Otherwise the CPU accelerator compiles a shared-memory extension at first start (a minute,
+        # and a compiler).
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     device = local_gpu() if cuda else torch.device("cpu")
     if not dist.is_initialized():
@@ -65,7 +68,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     """The DeepSpeed configuration of a run.
 
     Raises:
-        UserError: the batch cannot be split over the processes, or the JSON file sets something that is derived here.
+        UserError: the batch cannot be split over the processes, or the JSON file sets something
+            that is derived here.
     """
     engine = config.engine
     per_step = engine.micro_batch * world_size
@@ -139,7 +143,9 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 class TrainingLoss(nn.Module):
-    """What DeepSpeed wraps: one forward pass from a batch to plain tensors (its hooks do not look into other objects)."""
+    """What DeepSpeed wraps: one forward pass from a batch to plain tensors (its hooks do not look
+    into other objects).
+    """
 
     def __init__(self, model: TensorAR, precision: str):
         super().__init__()
@@ -189,7 +195,9 @@ def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, f
 
 @contextmanager
 def settings_kept(engine) -> Iterator[None]:
-    """Keep this run's settings of the optimizer while a state is loaded, which brings those that it was saved with."""
+    """Keep this run's settings of the optimizer while a state is loaded, which brings those that it
+    was saved with.
+    """
     kept = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     clip = engine.gradient_clipping()
     yield
@@ -200,9 +208,11 @@ def settings_kept(engine) -> Iterator[None]:
 
 
 def grad_norm(engine) -> Tensor | float | None:
-    """Norm of the gradient over all processes, for the step that `engine.step` is about to take; None if only that tells.
+    """Norm of the gradient over all processes, for the step that `engine.step` is about to take;
+    None if only that tells.
 
-    ZeRO shards gradients and tells the norm afterwards; without it they are whole, and DeepSpeed keeps no norm.
+    ZeRO shards gradients and tells the norm afterwards; without it they are whole, and DeepSpeed
+    keeps no norm.
     """
     if engine.zero_optimization_stage() > 0:
         return None

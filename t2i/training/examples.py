@@ -1,7 +1,8 @@
 """What a run is trained on: images that were encoded once, each with its condition.
 
-A `TrainingData` orders, splits and batches examples and knows nothing else of them. There are two kinds: captioned images, and images with
-a class. Both are built by all processes together, and by a run that was killed go on where it stopped.
+A `TrainingData` orders, splits and batches examples and knows nothing else of them. There are two
+kinds: captioned images, and images with a class. Both are built by all processes together, and by a
+run that was killed go on where it stopped.
 
 Shapes: B samples, T image tokens, S sub-tokens.
 """
@@ -44,7 +45,9 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def same_images(self) -> Tensor | None:
-        """int64 [n], equal for examples that show the same image; None if all images are different, as far as known."""
+        """int64 [n], equal for examples that show the same image; None if all images are different,
+        as far as known.
+        """
 
     def name(self, index: int) -> str:
         """What a sample is called in its source."""
@@ -52,7 +55,8 @@ class Examples(Protocol):
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
 
-        `choice` int64 [B] are random numbers that choose among several captions or views of an image; the first if None.
+        `choice` int64 [B] are random numbers that choose among several captions or views of an
+        image; the first if None.
         """
 
     def condition(self, index: int) -> str | int:
@@ -71,7 +75,8 @@ def open_examples(
         expected_key: of the data that a resumed run was trained on.
 
     Raises:
-        UserError: something is wrong with the data, it is not of the backbone's kind, or not what was expected.
+        UserError: something is wrong with the data, it is not of the backbone's kind, or not what
+            was expected.
     """
     if isinstance(config.data, LabelledOptions):
         return Labelled(config.data, backbone, processes)
@@ -98,13 +103,15 @@ def image_size(backbone: Backbone) -> int:
 
 
 def say_what_is_odd(usable: int, seen: int, lines: Sequence[str], folder: Path) -> None:
-    """Warn about images that are not trained on, and captions that are not what their authors wrote."""
+    """Warn about images that are not trained on, and captions that are not what their authors
+    wrote.
+    """
     if lines:
         where = f"more in {folder / 'report.json'} and skipped.jsonl"
         log.warning(f"{usable} of {seen} samples are used; {'; '.join(lines)} ({where})")
 
 
-# -- captions -----------------------------------------------------------------------------------------------------------------
+# -- captions --------------------------------------------------------------------------------------
 def open_data(options: DataOptions) -> Source:
     """Captioned images, not yet encoded; UserError says what is wrong with them."""
     if not options.source:
@@ -210,9 +217,11 @@ class Captioned:
         return self.cache.caption(index)
 
 
-# -- classes ------------------------------------------------------------------------------------------------------------------
+# -- classes ---------------------------------------------------------------------------------------
 class Labelled:
-    """Images with a class: an ImageNet folder that is encoded once, or codes that others computed."""
+    """Images with a class: an ImageNet folder that is encoded once, or codes that others
+    computed.
+    """
 
     def __init__(self, options: LabelledOptions, backbone: Backbone, processes: Processes):
         check_backbone(backbone, options)
@@ -269,7 +278,9 @@ class Labelled:
 
 
 def labelled_sources(options: LabelledOptions) -> list[Path]:
-    """What data.source names: one place, or several folders of LlamaGen's codes; UserError if it is neither, or not there."""
+    """What data.source names: one place, or several folders of LlamaGen's codes; UserError if it is
+    neither, or not there.
+    """
     sources = [Path(source) for source in options.source]
     if not sources:
         raise UserError(
@@ -289,7 +300,8 @@ def labelled_sources(options: LabelledOptions) -> list[Path]:
 def open_labelled(
     options: LabelledOptions, backbone: Backbone
 ) -> LabelledFolder | LlamaGenCodes | Path:
-    """Images of classes or their codes, whatever data.source names; a path is RAR's .jsonl. Encodes nothing.
+    """Images of classes or their codes, whatever data.source names; a path is RAR's .jsonl. Encodes
+    nothing.
 
     Raises:
         UserError: nothing there, or not what this backbone is trained on.

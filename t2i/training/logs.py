@@ -39,13 +39,17 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; one that was cut short when the run was killed does not count."""
+    """The lines of a run's metrics.jsonl; one that was cut short when the run was killed does not
+    count.
+    """
     lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def choose_tracker(name: str) -> str:
-    """Resolve "auto" to TensorBoard where it is installed; UserError if the package that was asked for is not."""
+    """Resolve "auto" to TensorBoard where it is installed; UserError if the package that was asked
+    for is not.
+    """
     if name == "auto":
         return "tensorboard" if find_spec("tensorboard") else "none"
     if name != "none" and not find_spec(name):

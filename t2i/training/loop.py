@@ -1,4 +1,6 @@
-"""The training run: build, step, validate, sample, save. `launch/train_*.py` parse a `TrainConfig` and call `train`."""
+"""The training run: build, step, validate, sample, save. `launch/train_*.py` parse a `TrainConfig`
+and call `train`.
+"""
 
 import math
 import signal
@@ -58,7 +60,8 @@ def build_model(
 ) -> TensorAR:
     """The backbone with a fresh codec (and adapters), with exactly the chosen parameters trainable.
 
-    Where the weights are an earlier run's, its codec is taken, too. A `resumed` run stands on its own checkpoint.
+    Where the weights are an earlier run's, its codec is taken, too. A `resumed` run stands on its
+    own checkpoint.
     """
     options = config.backbone
     loading = {
@@ -152,7 +155,8 @@ class Run:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
         config = self.config
         rates = set_rates(self.engine, config, self.step, self.steps)
-        # Dropout is the one user of torch's global generator: seeding it per step makes resume exact.
+        # Dropout is the one user of torch's global generator: seeding it per step makes resume
+        # exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
         parts, norm = [], None
         for batch in self.data.micro_batches(self.step):
@@ -195,7 +199,9 @@ class Run:
         )
 
     def _refuse_batch(self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses) -> NoReturn:
-        """NotFiniteError names the step and the samples: those of the passes whose loss is no number, else all."""
+        """NotFiniteError names the step and the samples: those of the passes whose loss is no
+        number, else all.
+        """
         finite = bool(total.sums.isfinite().all())
         named = [i for i, losses in parts if not losses.sums.isfinite().all()]
         if not self.processes.any(bool(named)):
@@ -219,7 +225,9 @@ class Run:
         return metrics
 
     def sample_sheet(self) -> None:
-        """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws, the others wait."""
+        """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws,
+        the others wait.
+        """
         self.check_weights()
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
@@ -235,7 +243,9 @@ class Run:
         self.processes.barrier()
 
     def first_look(self) -> None:
-        """What the base does by itself: losses and a sheet before the first step (under ZeRO-3 without the sheet)."""
+        """What the base does by itself: losses and a sheet before the first step (under ZeRO-3
+        without the sheet).
+        """
         metrics = self.validate()
         if self.plan.sample_every and self.config.engine.zero_stage < 3:
             self.sample_sheet()
@@ -244,7 +254,9 @@ class Run:
             write_run_page(self.config.run_dir)
 
     def _whole_model(self) -> TensorAR:
-        """A model that one process can sample from: under ZeRO-3 that is the checkpoint that was just written."""
+        """A model that one process can sample from: under ZeRO-3 that is the checkpoint that was
+        just written.
+        """
         if self.config.engine.zero_stage < 3:
             return self.model
         dtype = next(self.model.parameters()).dtype
@@ -252,7 +264,9 @@ class Run:
         return from_pretrained(folder, dtype=dtype, device=self.processes.device)
 
     def check_weights(self) -> None:
-        """NotFiniteError if a weight that is trained is no number; every rank calls it, before weights are drawn with or saved."""
+        """NotFiniteError if a weight that is trained is no number; every rank calls it, before
+        weights are drawn with or saved.
+        """
         with whole_weights(self.model, self.config.engine.zero_stage):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             finite = all(bool(p.isfinite().all()) for p in trained)
@@ -280,8 +294,10 @@ def train(config: TrainConfig) -> Path:
     """Run (or resume) a training; returns the last checkpoint folder.
 
     Raises:
-        UserError: something in the configuration or the data is wrong, run_dir is in use, or the disk is full.
-        NotFiniteError: loss, gradient or weights are not finite any more; no such checkpoint is written.
+        UserError: something in the configuration or the data is wrong, run_dir is in use, or the
+            disk is full.
+        NotFiniteError: loss, gradient or weights are not finite any more; no such checkpoint is
+            written.
         KeyboardInterrupt: stopped on request (Ctrl-C or SIGTERM), after a checkpoint.
     """
     with run_state.owned(config, start_processes()):
@@ -339,13 +355,16 @@ def _due(every: int, step: int) -> bool:
 
 @contextmanager
 def _stop_on_signals(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a checkpoint after the step in progress, and then the end; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM ask for a checkpoint after the step in progress, and then the end; a
+    second Ctrl-C ends at once.
+    """
 
     asked = math.inf
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
-        # A terminal's Ctrl-C reaches launcher and ranks, and the launcher passes it on: that is one request.
+        # A terminal's Ctrl-C reaches launcher and ranks, and the launcher passes it on: that is one
+        # request.
         if number == signal.SIGINT and time.monotonic() > asked + _ONE_REQUEST_SECONDS:
             raise KeyboardInterrupt
         asked = min(asked, time.monotonic())

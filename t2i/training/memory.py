@@ -1,8 +1,10 @@
-"""How much memory a run needs, from shapes alone: nothing here holds a weight or computes a number of a model.
+"""How much memory a run needs, from shapes alone: nothing here holds a weight or computes a number
+of a model.
 
-State (weights, gradients, optimizer) follows from the parameter counts. Activations are counted: one forward pass runs on PyTorch's
-"meta" device, where tensors have shapes and no data, and what autograd would keep for the backward pass is added up. So the count holds
-for every family, and for whatever the method's settings are. Fused attention, as GPUs have it, is assumed.
+State (weights, gradients, optimizer) follows from the parameter counts. Activations are counted:
+one forward pass runs on PyTorch's "meta" device, where tensors have shapes and no data, and what
+autograd would keep for the backward pass is added up. So the count holds for every family, and for
+whatever the method's settings are. Fused attention, as GPUs have it, is assumed.
 """
 
 from dataclasses import dataclass
@@ -36,9 +38,13 @@ class Cost:
     kept: float
     """What autograd keeps of one forward pass."""
     passing: float
-    """The largest things that live for a moment: a block's recomputation, gradients of the logits, own drafts' probabilities."""
+    """The largest things that live for a moment: a block's recomputation, gradients of the logits,
+    own drafts' probabilities.
+    """
     encoding: float
-    """Weights, frozen helpers and feature maps while the data set is encoded, before there is an optimizer."""
+    """Weights, frozen helpers and feature maps while the data set is encoded, before there is an
+    optimizer.
+    """
     flops: float
     """Floating-point operations per sample of a training step, attention's own left out."""
 
@@ -70,7 +76,9 @@ def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
 
 
 def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
-    """What one of the processes needs. `model` must be on the meta device; it is cast to the type that it computes in."""
+    """What one of the processes needs. `model` must be on the meta device; it is cast to the type
+    that it computes in.
+    """
     state = state_bytes(model, config, world_size, config.engine.zero_stage)
     if config.engine.precision != "fp32":
         model.bfloat16()
@@ -87,7 +95,8 @@ def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
     # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
     passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
     logits = logit_bytes(model, config)
-    # Their gradient, once in fp32 and once in the head's type; or own drafts: softmax, and its sums in float64 (`model.draw`).
+    # Their gradient, once in fp32 and once in the head's type; or own drafts: softmax, and its sums
+    # in float64 (`model.draw`).
     passing += max(1.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
@@ -103,7 +112,9 @@ def _map_bytes(backbone: Backbone) -> float:
 
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
-    """What drawing own drafts holds at once: logits, probabilities, and both again in float64; of validation, of all samples."""
+    """What drawing own drafts holds at once: logits, probabilities, and both again in float64; of
+    validation, of all samples.
+    """
     k, stride = config.method.k, config.method.stride
     if k == stride:
         return 0
@@ -127,7 +138,9 @@ def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
 
 
 def _forward(model: TensorAR, config: TrainConfig, *, recompute: bool) -> tuple[int, int]:
-    """One forward pass: bytes that autograd keeps, less parameters and (with `recompute`) what is computed again; operations."""
+    """One forward pass: bytes that autograd keeps, less parameters and (with `recompute`) what is
+    computed again; operations.
+    """
     backbone, batch, spec = model.backbone, config.engine.micro_batch, model.backbone.spec
     shape = (batch, spec.num_tokens, len(spec.subvocabs))
     codes = torch.zeros(shape, dtype=torch.long, device="meta")
@@ -162,7 +175,9 @@ def _condition(backbone: Backbone, batch: int) -> Condition:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention that keeps its inputs and its output, as the kernels of GPUs do, and not the matrix of weights."""
+    """Attention that keeps its inputs and its output, as the kernels of GPUs do, and not the matrix
+    of weights.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:

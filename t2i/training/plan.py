@@ -1,10 +1,12 @@
-"""What a run does when, in numbers: settled from the settings, the number of samples and nothing else.
+"""What a run does when, in numbers: settled from the settings, the number of samples and nothing
+else.
 
 A setting that is a number is taken as it is. One that is None follows the run's length:
 
 - held out: 4 % of the samples, 8 to 256 of them, but never more than a fifth;
 - warm-up: 3 % of the steps, at most 2,000 (`OptimOptions.warmup`);
-- validations and sample sheets: ten in a run, checkpoints: five; at least one in 1,000 steps (checkpoints: 2,000);
+- validations and sample sheets: ten in a run, checkpoints: five; at least one in 1,000 steps
+  (checkpoints: 2,000);
 - lines of metrics: a hundred in a run, at least one in ten steps.
 """
 

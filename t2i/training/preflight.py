@@ -1,4 +1,6 @@
-"""Cheap mistakes, named before anything is fetched, loaded or encoded: both --check and training look here first."""
+"""Cheap mistakes, named before anything is fetched, loaded or encoded: both --check and training
+look here first.
+"""
 
 from t2i.data.samples import Source
 from t2i.sources import check_named, published_as_folder
@@ -11,9 +13,11 @@ from t2i.training.plan import plan_run
 def look_before_work(
     config: TrainConfig, world_size: int, *, resumed: bool = False
 ) -> Source | None:
-    """Look at the batch arithmetic, the DeepSpeed JSON, local names and the data; returns the opened source of captioned images.
+    """Look at the batch arithmetic, the DeepSpeed JSON, local names and the data; returns the
+    opened source of captioned images.
 
-    A `resumed` run stands on its own checkpoint: what its first weights were called does not matter any more.
+    A `resumed` run stands on its own checkpoint: what its first weights were called does not matter
+    any more.
 
     Raises:
         UserError: one of them is impossible.
@@ -39,7 +43,9 @@ def count_samples(source: Source, options: DataOptions) -> int | None:
 
 
 def sheet_prompts(config: TrainConfig) -> list[str]:
-    """The prompts of the sample sheets that were given, with the trigger words; empty: those of held-out samples are taken."""
+    """The prompts of the sample sheets that were given, with the trigger words; empty: those of
+    held-out samples are taken.
+    """
     if isinstance(config.data, DataOptions):
         return [config.data.with_trigger(prompt) for prompt in config.log.prompts]
     return list(config.log.prompts)

@@ -1,4 +1,6 @@
-"""What every `launch/train_*.py` does: parse a named recipe with overrides, then check it or train."""
+"""What every `launch/train_*.py` does: parse a named recipe with overrides, then check it or
+train.
+"""
 
 import os
 

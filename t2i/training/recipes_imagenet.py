@@ -1,11 +1,14 @@
-"""Settings for class-conditional models on ImageNet: every published size of LlamaGen, Open-MAGVIT2 and RAR.
+"""Settings for class-conditional models on ImageNet: every published size of LlamaGen, Open-MAGVIT2
+and RAR.
 
-The recipe is the paper's (arXiv 2505.16324): batch 256, 20 epochs, AdamW (0.9, 0.95), weight decay 0.05, clipping at 1.0, 10 % of the
-classes dropped, token dropout 0.1, the codec's rate falling to 0, a lower constant one for the backbone. Both rates are lost in all copies
-of the paper: those here are our choice, a tenth of the usual pre-training rates for the backbone.
+The recipe is the paper's (arXiv 2505.16324): batch 256, 20 epochs, AdamW (0.9, 0.95), weight decay
+0.05, clipping at 1.0, 10 % of the classes dropped, token dropout 0.1, the codec's rate falling to
+0, a lower constant one for the backbone. Both rates are lost in all copies of the paper: those here
+are our choice, a tenth of the usual pre-training rates for the backbone.
 
-Views of an image are those that the base was trained on: LlamaGen ten-crop of two ranges, RAR ten-crop of one. Open-MAGVIT2 was trained
-on random crops along the longer side, unmirrored, encoded anew each time; its nearest fixed set is the centre and its mirror image.
+Views of an image are those that the base was trained on: LlamaGen ten-crop of two ranges, RAR
+ten-crop of one. Open-MAGVIT2 was trained on random crops along the longer side, unmirrored, encoded
+anew each time; its nearest fixed set is the centre and its mirror image.
 """
 
 from dataclasses import dataclass, field, replace
@@ -44,12 +47,15 @@ class ImageNetModel:
 
     backbone: Literal["llamagen", "open_magvit2", "rar"]
     size: str
-    """llamagen B, L, XL, XXL, 3B; open_magvit2 B, L, XL; rar B, L, XL, XXL; or shapes: the offline world."""
+    """llamagen B, L, XL, XXL, 3B; open_magvit2 B, L, XL; rar B, L, XL, XXL; or shapes: the offline
+    world.
+    """
     resolution: Literal[256, 384] | None = None
     """Of the images, where a size was published at two (LlamaGen B and L; 256 if not given)."""
     preset: Literal["tuned", "iclr2026", "arxiv2505", "base"] = "tuned"
-    """Settings of the method: tuned is the recommended one (docs/recipe.md), iclr2026 and arxiv2505 are the papers'; base is the
-    control, fine-tuned as usual."""
+    """Settings of the method: tuned is the recommended one (docs/recipe.md), iclr2026 and arxiv2505
+    are the papers'; base is the control, fine-tuned as usual.
+    """
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,9 @@ def imagenet_recipe(model: ImageNetModel) -> TrainConfig:
 
 
 def _shapes(model: ImageNetModel) -> TrainConfig:
-    """The offline world of `launch/pretrain_class_shapes.py`: small batches, two cores, a few minutes."""
+    """The offline world of `launch/pretrain_class_shapes.py`: small batches, two cores, a few
+    minutes.
+    """
     root = SHAPES_ROOT
     return TrainConfig(
         run_dir=Path(f"runs/{model.backbone}-shapes"),

@@ -1,8 +1,8 @@
 """Named starting points for Janus-Pro.
 
-From its report (arXiv 2501.17811, table 2, stage III): AdamW with betas (0.9, 0.95), no weight decay, clipping at 1.0, batch 128, rate
-4e-5 for full training; no dropout. The rates of adapters and codec are the usual ones for LoRA and those of our LlamaGen recipes:
-nobody has published any.
+From its report (arXiv 2501.17811, table 2, stage III): AdamW with betas (0.9, 0.95), no weight
+decay, clipping at 1.0, batch 128, rate 4e-5 for full training; no dropout. The rates of adapters
+and codec are the usual ones for LoRA and those of our LlamaGen recipes: nobody has published any.
 """
 
 from dataclasses import replace
@@ -25,7 +25,9 @@ from t2i.tuning import LoRAConfig
 def _janus_pro(
     size: str, method: TensorARConfig, backbone_lr: float, engine: EngineOptions, **changes
 ) -> TrainConfig:
-    """Janus-Pro at 384 px from transformers' conversion on the hub, without its understanding tower."""
+    """Janus-Pro at 384 px from transformers' conversion on the hub, without its understanding
+    tower.
+    """
     config = TrainConfig(
         run_dir=Path(f"runs/janus-pro-{size.lower()}"),
         backbone=BackboneOptions(

@@ -1,8 +1,9 @@
 """Named starting points for LlamaGen text-to-image, and for the offline shapes world.
 
-`tuned` is what our own evidence recommends (docs/recipe.md): level with the control where both published methods fall below it. Runs
-of more than some 400 steps should train on own drafts alone, and so does `small-data`. Rates of the real sizes are not measured: those of
-adapters are the usual ones for LoRA, the others a tenth of pre-training's.
+`tuned` is what our own evidence recommends (docs/recipe.md): level with the control where both
+published methods fall below it. Runs of more than some 400 steps should train on own drafts alone,
+and so does `small-data`. Rates of the real sizes are not measured: those of adapters are the usual
+ones for LoRA, the others a tenth of pre-training's.
 """
 
 from dataclasses import replace
@@ -31,7 +32,9 @@ OWN_PICTURES = LogOptions(
 
 
 def small_data(config: TrainConfig, name: str) -> TrainConfig:
-    """A recipe for some hundred to some thousand pictures on one GPU: adapters and codec, ten passes in small batches."""
+    """A recipe for some hundred to some thousand pictures on one GPU: adapters and codec, ten
+    passes in small batches.
+    """
     return replace(
         config,
         run_dir=Path(f"runs/{name}"),
@@ -47,7 +50,9 @@ def small_data(config: TrainConfig, name: str) -> TrainConfig:
 
 
 def _shapes(method: TensorARConfig, codec_lr: float = 1e-3) -> TrainConfig:
-    """The offline world: the shipped base, small batches, two cores. All share one backbone learning rate."""
+    """The offline world: the shipped base, small batches, two cores. All share one backbone
+    learning rate.
+    """
     return TrainConfig(
         run_dir=Path("runs/shapes"),
         method=method,

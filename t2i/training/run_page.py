@@ -1,4 +1,6 @@
-"""One static page per run: loss curves, the sample sheets and the settings, to be opened in any browser, offline."""
+"""One static page per run: loss curves, the sample sheets and the settings, to be opened in any
+browser, offline.
+"""
 
 import html
 import json

@@ -1,9 +1,11 @@
-"""Checkpoints of a run: model folder and resumable training state in one folder per step, complete or absent.
+"""Checkpoints of a run: model folder and resumable training state in one folder per step, complete
+or absent.
 
     run_dir/checkpoints/step_000100/            as in t2i.checkpoint, plus
     run_dir/checkpoints/step_000100/training_state/   DeepSpeed's optimizer shards
 
-Noise, data order, dropout and learning rates are functions of the step, so the step is all the state that is ours.
+Noise, data order, dropout and learning rates are functions of the step, so the step is all the
+state that is ours.
 """
 
 import json
@@ -47,7 +49,8 @@ def save(
     steps: int,
     data_key: str,
 ) -> Path:
-    """Save after `step` optimizer steps; every rank calls it. `data_key` identifies the data's content.
+    """Save after `step` optimizer steps; every rank calls it. `data_key` identifies the data's
+    content.
 
     Raises:
         UserError: the disk is full.
@@ -123,7 +126,8 @@ def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
 
 @contextmanager
 def _without_code(state: Path) -> Iterator[None]:
-    """While DeepSpeed reads its files: no pickle runs anything but tensors and the three plain classes that DeepSpeed stores.
+    """While DeepSpeed reads its files: no pickle runs anything but tensors and the three plain
+    classes that DeepSpeed stores.
 
     Raises:
         UserError: a file asks for something else; it is named, and has not been run.
@@ -153,7 +157,9 @@ def _without_code(state: Path) -> Iterator[None]:
 
 
 def _refuse_code(path: Path) -> None:
-    """UserError names the file and what it would run. Nothing hangs on it: `torch.load` itself refuses to run anything."""
+    """UserError names the file and what it would run. Nothing hangs on it: `torch.load` itself
+    refuses to run anything.
+    """
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # a damaged file can make it raise anything
@@ -193,11 +199,12 @@ def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
 
 
 def claim_run_dir(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run; refuses to overwrite another run. Writes nothing.
+    """The checkpoint to resume from, or None for a fresh run; refuses to overwrite another run.
+    Writes nothing.
 
     Raises:
-        UserError: run_dir has a run and --resume is not given, or --resume is given and there is nothing to resume; it
-            cannot be written to.
+        UserError: run_dir has a run and --resume is not given, or --resume is given and there is
+            nothing to resume; it cannot be written to.
     """
     writable_folder(config.run_dir, make=False)
     if config.resume:
@@ -217,7 +224,9 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
 
 
 def set_aside_damaged(run_dir: Path, newest: Path) -> None:
-    """Rename the checkpoints after the one that is resumed from, which are damaged, so that they are not counted any more."""
+    """Rename the checkpoints after the one that is resumed from, which are damaged, so that they
+    are not counted any more.
+    """
     found = run_checkpoints(run_dir)
     for folder in found[found.index(newest) + 1 :]:
         damaged = folder.with_name(folder.name + ".damaged")

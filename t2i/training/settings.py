@@ -1,4 +1,6 @@
-"""What a resumed run may do otherwise than before: every option belongs to one of the groups below, by its own name or its part's."""
+"""What a resumed run may do otherwise than before: every option belongs to one of the groups below,
+by its own name or its part's.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -25,7 +27,9 @@ MUST_MATCH = (
 )
 """With another value the run would be another one."""
 OF_THE_STATE = ("engine.zero_stage", "engine.precision", "engine.micro_batch")
-"""With another value DeepSpeed's state would not fit, or the continuation differ; so with another number of processes."""
+"""With another value DeepSpeed's state would not fit, or the continuation differ; so with another
+number of processes.
+"""
 BY_CONTENT = (
     "data.source",
     "backbone.weights",
@@ -69,7 +73,8 @@ def group_of(name: str) -> tuple[str, ...]:
 
 
 def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
-    """UserError if a setting differs without which the run is another one; a warning for those that may be changed.
+    """UserError if a setting differs without which the run is another one; a warning for those that
+    may be changed.
 
     `stored` may lack options that it was written before.
     """
@@ -99,7 +104,9 @@ def state_facts(config: TrainConfig, world_size: int) -> dict:
 
 
 def check_state(config: TrainConfig, world_size: int, stored: dict, where: Path) -> None:
-    """UserError if the training state was saved by other processes, or by another engine, than this run has."""
+    """UserError if the training state was saved by other processes, or by another engine, than this
+    run has.
+    """
     before = stored["state"] if "state" in stored else _older_facts(stored)
     now = state_facts(config, world_size)
     names = (

@@ -1,4 +1,6 @@
-"""A new run that begins with the weights of an earlier one: its checkpoint takes the place of a published base."""
+"""A new run that begins with the weights of an earlier one: its checkpoint takes the place of a
+published base.
+"""
 
 import logging
 from dataclasses import asdict, replace
@@ -36,13 +38,16 @@ def start_from(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Backbone:
-    """The backbone of a checkpoint as the base of a new run: changed weights, merged adapters, sampling settings.
+    """The backbone of a checkpoint as the base of a new run: changed weights, merged adapters,
+    sampling settings.
 
-    The new run's checkpoints hold all of these weights: they do not need the old folder, only the base's other files.
+    The new run's checkpoints hold all of these weights: they do not need the old folder, only the
+    base's other files.
 
     Args:
         folder: checkpoint, run or export folder.
-        resumed: it is the new run's own checkpoint: its adapters are left out, since training goes on with them.
+        resumed: it is the new run's own checkpoint: its adapters are left out, since training goes
+            on with them.
         base: where the base's weights are now.
         tokenizer: where the base's image tokenizer is now.
         text_encoder: where its text encoder is now.
@@ -80,12 +85,16 @@ def start_from(
 
 
 def is_local_base(weights: str) -> bool:
-    """Whether it is a file or folder of base weights here: no shipped base, name on the hub, or earlier run."""
+    """Whether it is a file or folder of base weights here: no shipped base, name on the hub, or
+    earlier run.
+    """
     return weights not in shipped_bases() and Path(weights).exists() and not is_checkpoint(weights)
 
 
 def take_codec(model: TensorAR, folder: str | Path) -> None:
-    """Copy a checkpoint's codec into a model whose codec has the same shape; a log line says if it has not."""
+    """Copy a checkpoint's codec into a model whose codec has the same shape; a log line says if it
+    has not.
+    """
     folder = find_checkpoint(folder)
     method = stored_part(read_config(folder), "method", TensorARConfig, folder)
     if model.codec is None or method.k == 1:

@@ -1,4 +1,5 @@
-"""Tiny class-conditional bases of every family, from nothing: tokenizers and generators for the offline world.
+"""Tiny class-conditional bases of every family, from nothing: tokenizers and generators for the
+offline world.
 
 Shapes: N images, B batch, H x W pixels, h x w codes, E codebook dimension.
 """
@@ -26,7 +27,9 @@ _HEAD = 32  # width of an attention head
 
 
 def build_tokenizer(family: str, *, seed: int = 0) -> nn.Module:
-    """A small tokenizer of the family's kind with fresh weights: 4 pixels a code, 512 codes or 12 bits."""
+    """A small tokenizer of the family's kind with fresh weights: 4 pixels a code, 512 codes or 12
+    bits.
+    """
     torch.manual_seed(seed)
     shape = {"channels": 32, "multipliers": (1, 1, 1), "res_blocks": 1}
     if family == "llamagen":
@@ -69,7 +72,8 @@ def build_backbone(
 def train_tokenizer(
     tokenizer: nn.Module, pixels: Tensor, *, steps: int, lr: float, seed: int, batch: int = 32
 ) -> None:
-    """Reconstruction of pixels [N, 3, H, W] with straight-through codes; the tokenizer is frozen afterwards.
+    """Reconstruction of pixels [N, 3, H, W] with straight-through codes; the tokenizer is frozen
+    afterwards.
 
     The learning rate falls to zero.
     """
@@ -94,7 +98,9 @@ def train_tokenizer(
 
 
 def _quantized(tokenizer: nn.Module, images: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Code vectors [B, E, h, w] of the images, and the latents that they stand for (on the sphere for cosine codebooks)."""
+    """Code vectors [B, E, h, w] of the images, and the latents that they stand for (on the sphere
+    for cosine codebooks).
+    """
     if isinstance(tokenizer, LFQTokenizer):
         return torch.where(latents > 0, 1.0, -1.0), latents
     z = F.normalize(latents, dim=1) if isinstance(tokenizer, VQTokenizer) else latents
@@ -102,7 +108,8 @@ def _quantized(tokenizer: nn.Module, images: Tensor, latents: Tensor) -> tuple[T
 
 
 def _code_loss(tokenizer: nn.Module, rows: Tensor, z: Tensor) -> Tensor:
-    """Draws code vectors and latents together; without a codebook, asks that every bit says something (after arXiv 2310.05737).
+    """Draws code vectors and latents together; without a codebook, asks that every bit says
+    something (after arXiv 2310.05737).
 
     Commitment to the signs would freeze them: with it, 60 of 256 codes came to be used here.
     """
@@ -124,7 +131,9 @@ def _move_idle_codes(tokenizer: nn.Module, images: Tensor, latents: Tensor) -> N
 
 
 def write_base(backbone: Backbone, folder: Path) -> Path:
-    """A backbone folder as `--backbone.weights` takes it, in official layouts; config.json is written last."""
+    """A backbone folder as `--backbone.weights` takes it, in official layouts; config.json is
+    written last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(backbone.tokenizer.state_dict(), folder / "tokenizer.pt")
     backbone.save_official(folder, torch.float32)

@@ -1,7 +1,8 @@
-"""The held-out loss by slot, with two kinds of input: noised truth (what training sees) and the model's own drafts.
+"""The held-out loss by slot, with two kinds of input: noised truth (what training sees) and the
+model's own drafts.
 
-In training a draft is the truth with probability 1 - b; in sampling it is a guess. The loss on own drafts is therefore the honest
-one: it is what the model can do with what it will really be fed.
+In training a draft is the truth with probability 1 - b; in sampling it is a guess. The loss on own
+drafts is therefore the honest one: it is what the model can do with what it will really be fed.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ class Validation:
 
 @torch.no_grad()
 def validate(model: TensorAR, data: TrainingData) -> Validation:
-    """Both losses on the held-out set; the same on any number of processes. Leaves the model in the mode it was in."""
+    """Both losses on the held-out set; the same on any number of processes. Leaves the model in the
+    mode it was in.
+    """
     was_training = model.training
     model.eval()
     totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised", "own")}

@@ -1,4 +1,6 @@
-"""The names that DeepSpeed knows inside "zero_optimization", at every level: it ignores, or crashes late on, those that it does not."""
+"""The names that DeepSpeed knows inside "zero_optimization", at every level: it ignores, or crashes
+late on, those that it does not.
+"""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,8 +10,11 @@ from t2i.errors import UserError
 
 
 def check_zero_options(settings: dict, stage: int, path: Path) -> None:
-    """UserError names the first key or value in `settings` that DeepSpeed does not know, with the likeliest name."""
-    # The class that DeepSpeed reads this part of its JSON with; the JSON is documented, the class says it for this version.
+    """UserError names the first key or value in `settings` that DeepSpeed does not know, with the
+    likeliest name.
+    """
+    # The class that DeepSpeed reads this part of its JSON with; the JSON is documented, the class
+    # says it for this version.
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
