@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpg_bench.grids import IMAGES_PER_PROMPT, split_grid
+from dpg_bench.image_grids import IMAGES_PER_PROMPT, split_grid
 from t2i.errors import UserError
 from t2i.evaluation.inventory import Inventory, shorten
 from t2i.evaluation.options import Scope

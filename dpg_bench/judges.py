@@ -72,14 +72,14 @@ def load_judge(
     if name not in DEFAULT_WEIGHTS:
         raise UserError(f"unknown judge {name!r}; choose one of {', '.join(DEFAULT_WEIGHTS)}")
     if name == "shapes":
-        from dpg_bench.shapes_judge import ShapesJudge
+        from t2i.shapes.shapes_judge import ShapesJudge
 
         if weights is not None:
             raise UserError("the shapes judge is an exact detector and takes no weights")
         return ShapesJudge()
     folder, source = find_folder(name, weights)
     if name == OFFICIAL_JUDGE:
-        from dpg_bench.mplug.judge import MPlugJudge
+        from dpg_bench.mplug.mplug_judge import MPlugJudge
 
         return MPlugJudge.load(folder, source, device)
     from dpg_bench.vqa_judges import BlipJudge, ChatJudge

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpg_bench import questions
-from t2i.evaluation.published import PublishedFile
+from t2i.published import PublishedFile
 
 OFFICIAL = PublishedFile(
     title="question file of DPG-Bench",

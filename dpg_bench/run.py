@@ -47,7 +47,7 @@ def main() -> None:
 
 def compare(options: CompareOptions) -> None:
     """Print the differences of two finished runs."""
-    from dpg_bench.benchmark import by_prompt
+    from dpg_bench.dpg_benchmark import by_prompt
     from t2i.evaluation.compare import compare_folders
 
     print(compare_folders(options.a, options.b, by_prompt, mean_of_groups=False))
@@ -55,10 +55,10 @@ def compare(options: CompareOptions) -> None:
 
 def judge(options: DPGOptions) -> None:
     """Draw if need be, judge, and report."""
-    from dpg_bench.benchmark import DPGBench, load_questions, prompt_entries
+    from dpg_bench.dpg_benchmark import DPGBench, load_questions, prompt_entries
     from dpg_bench.image_files import arrange
     from dpg_bench.judges import load_judge
-    from t2i.evaluation import program
+    from t2i.evaluation import evaluator_program as program
 
     options.check()
     questions, who = options.questions, options.judge

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpg_bench.grids import IMAGES_PER_PROMPT
+from dpg_bench.image_grids import IMAGES_PER_PROMPT
 from dpg_bench.questions import Question, QuestionGraph, group_by_item
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
-from t2i.evaluation.report import Score, score_table
+from t2i.evaluation.results import Score, score_table
 
 YES = "yes"
 OFFICIAL, CORRECTED = "official", "corrected"

@@ -1,7 +1,7 @@
 """GenEval (arXiv 2310.11513) as a library: detector, judge, summary.
 
 `score(images, metadata)` does it all for images in memory, as a reward does;
-`geneval.benchmark.GenEval` is the whole benchmark with files and pages, for
+`geneval.geneval_benchmark.GenEval` is the whole benchmark with files and pages, for
 `t2i.evaluation.runner.evaluate`.
 """
 
@@ -112,7 +112,7 @@ def _entry(given: Mapping | str, place: int) -> Mapping:
 @lru_cache(maxsize=1)
 def _known_prompts() -> dict[str, dict]:
     from geneval.prompts import official_prompts
-    from t2i.data.shapes_prompts import TAGS, all_prompts
+    from t2i.shapes.shapes_prompts import TAGS, all_prompts
 
     shapes = [entry for tag in TAGS for entry in all_prompts(tag)]
     return {entry["prompt"]: entry for entry in (*shapes, *official_prompts())}

@@ -22,11 +22,11 @@ from filelock import FileLock
 from PIL import Image
 
 from geneval.detector import Detections, Detector
-from geneval.weights import CLIP, MASK2FORMER
+from geneval.judge_files import CLIP, MASK2FORMER
 from t2i.errors import UserError
-from t2i.evaluation.published import ProvenFile
 from t2i.hashes import remembered_sha256
 from t2i.hub import fetch_folder
+from t2i.published import ProvenFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ def load_detector(
     if name == "shapes":
         if weights is not None or sha256 is not None:
             raise UserError("the shapes detector has no weights: leave out --detector-weights")
-        from geneval.shapes_detector import ShapesDetector
+        from t2i.shapes.shapes_detector import ShapesDetector
 
         return ShapesDetector()
     weights = None if weights is None else Path(weights).expanduser()

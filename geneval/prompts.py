@@ -18,9 +18,9 @@ import numpy as np
 
 from geneval.judge import COLORS
 from geneval.object_names import OBJECT_NAMES
-from t2i.data import shapes_prompts as grammar
-from t2i.data.shapes_prompts import RELATIONS, TAGS
 from t2i.files import write_text
+from t2i.shapes import shapes_prompts as grammar
+from t2i.shapes.shapes_prompts import RELATIONS, TAGS
 
 OFFICIAL_SEED = 43
 OFFICIAL_PER_TASK = 100

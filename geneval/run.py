@@ -52,9 +52,9 @@ def compare(options: CompareOptions) -> None:
 
 def judge(options: GenEvalOptions) -> None:
     """Draw if need be, judge, and report."""
-    from geneval.benchmark import GenEval, load_prompts
     from geneval.detectors import load_detector
-    from t2i.evaluation import program
+    from geneval.geneval_benchmark import GenEval, load_prompts
+    from t2i.evaluation import evaluator_program as program
 
     options.check()
     prompts, detector = options.prompts, options.detector

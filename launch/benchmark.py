@@ -55,8 +55,8 @@ class Contender:
     def __init__(self, config: Benchmark, method: str):
         import torch
 
-        from t2i import presets
         from t2i.loading import attach
+        from t2i.tensorar import presets
 
         torch.manual_seed(0)
         self.torch, self.config = torch, config
@@ -69,9 +69,9 @@ class Contender:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
 
     def _backbone(self):
-        from t2i.backbones.llamagen import SIZES, LlamaGen, LlamaGenConfig
         from t2i.loading import load_backbone
-        from t2i.tokenizers.vq import VQConfig, VQTokenizer
+        from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
+        from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 
         if self.config.size is None:
             return load_backbone("llamagen", "shapes", device=self.device, dtype="float32")

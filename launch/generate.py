@@ -26,7 +26,7 @@ sys.path.insert(
 from t2i import cli
 from t2i.errors import UserError
 from t2i.model_options import ModelOptions
-from t2i.sampling_options import SamplingOverrides
+from t2i.sampling import SamplingOverrides
 
 _OUTPUTS = Path("outputs")
 _MAIN = ("ckpt", "base.weights", "prompt", "prompt_file", "out", "samples", "seed", "stages")

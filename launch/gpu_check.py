@@ -30,7 +30,7 @@ sys.path.append(
 
 import torch
 
-from launch import gpu_parity, gpu_speed
+from launch.lab import gpu_parity, gpu_speed
 from t2i import cli
 from t2i.errors import UserError
 from t2i.files import writable_folder, write_text

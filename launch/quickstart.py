@@ -62,12 +62,12 @@ def main() -> None:
 
 def compare(config: Quickstart) -> None:
     """Fine-tune, judge, and write everything to an existing folder."""
-    from launch.lab import fine_tuned, held_out_losses
-    from t2i.data.shapes import write_dataset
-    from t2i.data.shapes_prompts import benchmark_prompts
-    from t2i.data.shapes_source import FINE_TUNING_SEED
+    from launch.lab.fine_tuning import fine_tuned, held_out_losses
     from t2i.loading import attach, load_backbone
-    from t2i.presets import base
+    from t2i.shapes.scenes import write_dataset
+    from t2i.shapes.shapes_prompts import benchmark_prompts
+    from t2i.shapes.shapes_source import FINE_TUNING_SEED
+    from t2i.tensorar.presets import base
     from t2i.training.engine import start_processes
 
     started = time.time()
@@ -99,8 +99,8 @@ def compare(config: Quickstart) -> None:
 
 def run_config(config: Quickstart, name: str):
     """The training run of a recipe inside this quickstart's folder."""
-    from t2i.training.recipes_janus import JANUS_RECIPES
-    from t2i.training.recipes_llamagen import RECIPES
+    from t2i.models.janus.janus_recipes import JANUS_RECIPES
+    from t2i.models.llamagen.llamagen_recipes import RECIPES
 
     recipes = RECIPES | JANUS_RECIPES
     if name not in recipes:
@@ -119,8 +119,8 @@ def judge(model, name: str, metadata: list[dict], config: Quickstart) -> dict[st
     """GenEval by `geneval/run.py`'s own code, with files and gallery; returns its scores by
     name.
     """
-    from geneval.benchmark import GenEval
     from geneval.detectors import load_detector
+    from geneval.geneval_benchmark import GenEval
     from t2i.evaluation.options import Scope
     from t2i.evaluation.runner import evaluate
     from t2i.evaluation.sampling import DrawOptions
@@ -185,7 +185,7 @@ def table(scores: dict, losses: dict) -> str:
     """A markdown table: score by task and overall, held-out loss of slot 0 on noised truth and on
     own drafts.
     """
-    from t2i.data.shapes_prompts import TAGS
+    from t2i.shapes.shapes_prompts import TAGS
 
     head = ["model", *TAGS, "overall", "loss, noised truth (slots)", "loss, own drafts (slots)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

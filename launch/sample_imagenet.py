@@ -26,7 +26,7 @@ sys.path.insert(
 
 from t2i import cli
 from t2i.model_options import ModelOptions
-from t2i.sampling_options import SamplingOverrides
+from t2i.sampling import SamplingOverrides
 
 _MAIN = (
     "out",

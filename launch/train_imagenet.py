@@ -6,7 +6,7 @@ deepspeed launch/train_imagenet.py --backbone llamagen --size L --resolution 384
 deepspeed launch/train_imagenet.py --backbone rar --size B --data.source maskgitvq.jsonl --epochs 2
 python launch/train_imagenet.py --backbone open_magvit2 --size B \\
     --data.source /data/imagenet --check
-# after launch/pretrain_class_shapes.py
+# after launch/lab/pretrain_class_shapes.py
 python launch/train_imagenet.py --backbone rar --size shapes
 """
 
@@ -19,8 +19,8 @@ sys.path.insert(
 
 from t2i import cli
 from t2i.errors import UserError
-from t2i.training.program import MAIN_OPTIONS, run_config
 from t2i.training.recipes_imagenet import SHAPES_ROOT, ImageNetModel, imagenet_recipe
+from t2i.training.training_program import MAIN_OPTIONS, run_config
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     weights = Path(config.backbone.weights)
     if weights == SHAPES_ROOT / config.backbone.family and not weights.exists():
         raise UserError(
-            f"{weights} is not there yet: python launch/pretrain_class_shapes.py --backbone {weights.name}"
+            f"{weights} is not there yet: python launch/lab/pretrain_class_shapes.py --backbone {weights.name}"
         )
     run_config(config)
 

@@ -13,8 +13,8 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.training.program import run_recipe
-from t2i.training.recipes_janus import JANUS_RECIPES
+from t2i.models.janus.janus_recipes import JANUS_RECIPES
+from t2i.training.training_program import run_recipe
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.training.program import run_recipe
-from t2i.training.recipes_llamagen import RECIPES
+from t2i.models.llamagen.llamagen_recipes import RECIPES
+from t2i.training.training_program import run_recipe
 
 
 def main() -> None:

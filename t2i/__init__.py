@@ -15,8 +15,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
-    from t2i import presets as presets
-    from t2i.backbones.base import SamplingConfig as SamplingConfig
     from t2i.checkpoint import from_pretrained as from_pretrained
     from t2i.checkpoint import load_model as load_model
     from t2i.checkpoint import save_pretrained as save_pretrained
@@ -25,6 +23,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from t2i.imaging import grid as grid
     from t2i.loading import attach as attach
     from t2i.loading import load_backbone as load_backbone
+    from t2i.sampling import SamplingConfig as SamplingConfig
+    from t2i.tensorar import presets as presets
 
 __version__ = "0.1.0"
 
@@ -36,9 +36,9 @@ _HOMES = {
     "save_pretrained": "t2i.checkpoint",
     "generate": "t2i.generation",
     "grid": "t2i.imaging",
-    "SamplingConfig": "t2i.backbones.base",
+    "SamplingConfig": "t2i.sampling",
     "UserError": "t2i.errors",
-    "presets": None,
+    "presets": "t2i.tensorar",
 }
 __all__ = list(_HOMES)
 
@@ -48,8 +48,11 @@ def __getattr__(name: str):
         raise AttributeError(
             f"module 't2i' has no attribute {name!r}; it offers {', '.join(_HOMES)}"
         )
-    home = _HOMES[name]
-    return import_module(f"t2i.{name}") if home is None else getattr(import_module(home), name)
+    return (
+        import_module("t2i.tensorar.presets")
+        if name == "presets"
+        else getattr(import_module(_HOMES[name]), name)
+    )
 
 
 def __dir__() -> list[str]:

@@ -24,13 +24,14 @@ from typing import get_args
 import torch
 
 from t2i import __version__
-from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
 from t2i.fields import from_json
 from t2i.files import saving, write_json
 from t2i.loading import attach, load_backbone, load_source, pick_device
 from t2i.lora import load_adapter, plain_weights, save_adapter
 from t2i.manifest import MANIFEST, DamagedError, check_files, write_manifest
+from t2i.models.base import Backbone
+from t2i.sampling import SamplingConfig
 from t2i.sources import (
     BackboneSource,
     beside,
@@ -41,7 +42,7 @@ from t2i.sources import (
     shipped_bases,
     with_hashes,
 )
-from t2i.tensorar.config import TensorARConfig
+from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tuning import Tuning
 from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights

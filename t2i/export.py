@@ -202,7 +202,7 @@ def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, fold
     if files.text_encoder is not None:
         content["text_encoder"] = files.text_encoder
         if Path(files.text_encoder).is_dir():
-            from t2i.conditioning.t5_files import copy_files
+            from t2i.models.llamagen.t5_files import copy_files
 
             copy_files(Path(files.text_encoder), folder / _TEXT_ENCODER)
             content["text_encoder"] = _TEXT_ENCODER

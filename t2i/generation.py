@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from t2i.backbones.base import Backbone, SamplingConfig
-from t2i.conditioning.captions import check_captions
-from t2i.conditioning.labels import class_ids
 from t2i.errors import UserError
 from t2i.loading import pick_device as pick_device
+from t2i.models.base import Backbone
+from t2i.models.captions import check_captions
+from t2i.models.labels import class_ids
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.errors import UserError
 from t2i.fields import from_json
 from t2i.hashes import remembered_sha256
+from t2i.models.base import Backbone
+from t2i.sampling import SamplingConfig
 from t2i.sources import ASSETS as ASSETS
 from t2i.sources import (
     FAMILIES,
@@ -26,7 +27,7 @@ from t2i.sources import (
     resolve,
 )
 from t2i.sources import shipped_bases as shipped_bases
-from t2i.tensorar.config import TensorARConfig
+from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
 
@@ -184,7 +185,7 @@ def load_source(
         _check_codes(backbone)
         backbone.frozen.tokenizer.to(device)
     if files.text_encoder is not None:
-        from t2i.conditioning.t5 import T5Captions
+        from t2i.models.llamagen.t5 import T5Captions
 
         backbone.frozen.text_encoder = T5Captions.load(
             files.text_encoder,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from t2i.backbones.base import Backbone
 from t2i.fields import from_json, read_object
+from t2i.models.base import Backbone
 from t2i.tuning import LoRAConfig
 from t2i.weights import copy_weights, read_state_dict, save_weights
 

@@ -20,10 +20,10 @@ from t2i.weights import folder_sha256
 log = logging.getLogger(__name__)
 
 FAMILIES = {
-    "llamagen": "t2i.backbones.llamagen",
-    "janus": "t2i.backbones.janus",
-    "open_magvit2": "t2i.backbones.open_magvit2",
-    "rar": "t2i.backbones.rar",
+    "llamagen": "t2i.models.llamagen.llamagen_model",
+    "janus": "t2i.models.janus.janus_model",
+    "open_magvit2": "t2i.models.open_magvit2.open_magvit2_model",
+    "rar": "t2i.models.rar.rar_model",
 }
 """Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are
 what is called here.
@@ -248,7 +248,7 @@ def _file_hash(files: BackboneSource, name: str) -> str | None:
         return remembered_sha256(resolve(files.weights, folder=True) / "tokenizer.json")
     if files.text_encoder is None:
         return None
-    from t2i.conditioning.t5_files import weights_hash
+    from t2i.models.llamagen.t5_files import weights_hash
 
     return weights_hash(files.text_encoder)
 

@@ -16,17 +16,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from t2i.backbones.base import Backbone, SamplingConfig
-from t2i.backbones.janus import Janus
-from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
-from t2i.backbones.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config
-from t2i.backbones.rar import RAR, RARConfig
-from t2i.backbones.tiny_janus import build_tiny_janus
+from t2i.models.base import Backbone
+from t2i.models.janus.janus_model import Janus
+from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
+from t2i.models.open_magvit2.open_magvit2_model import OpenMAGVIT2, OpenMAGVIT2Config
+from t2i.models.rar.rar_model import RAR, RARConfig
+from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer
+from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
+from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.sampling import SamplingConfig
+from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import filter_logits, prefill, step, window_logits
-from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer
-from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
-from t2i.tokenizers.vq import VQConfig, VQTokenizer
 
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 

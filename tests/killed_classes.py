@@ -3,8 +3,8 @@ middle of their work.
 
     python tests/killed_classes.py BASE OUT
 
-BASE is a base of launch/pretrain_class_shapes.py with its images beside it. Processes are forked
-from this one, which imports what they need once (most of their time otherwise); each has the
+BASE is a base of launch/lab/pretrain_class_shapes.py with its images beside it. Processes are
+forked from this one, which imports what they need once (most of their time otherwise); each has the
 environment that torchrun would give it, and is killed by SIGKILL. In OUT, `<program>-whole` holds
 what one process leaves that nobody disturbs, `<program>-<processes>` what the killed ones and then
 a last run leave, and kills.json how many died.
@@ -26,7 +26,7 @@ import t2i.evaluation.class_samples
 import t2i.training.loop  # noqa: F401
 from launch import sample_imagenet, train_imagenet
 from t2i import cli
-from t2i.data import imagenet
+from t2i.data.sources import classes as imagenet
 
 MOMENTS = (2, 7)
 """Of the ten pieces of work, how many are done when a kill comes."""

@@ -11,12 +11,12 @@ from helpers import randomize
 from safetensors.torch import load_file
 
 import t2i
-from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
-from t2i.backbones.tiny_janus import build_tiny_janus
 from t2i.files import write_json
 from t2i.imaging import save_png
-from t2i.tensorar.config import TensorARConfig
-from t2i.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
+from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.shapes.tiny_janus import build_tiny_janus
+from t2i.tensorar.method import TensorARConfig
 from t2i.training.config import (
     BackboneOptions,
     DataOptions,
@@ -36,7 +36,7 @@ def write_tiny_base(folder: Path) -> Path:
     """A backbone folder as `--backbone.weights` takes it: text-to-image, 4x4 codes of 8 pixels,
     without dropout of its own.
     """
-    from t2i.conditioning.tiny_t5 import build_tiny_t5
+    from t2i.shapes.tiny_t5 import build_tiny_t5
 
     vq = _tiny_vq()
     config = LlamaGenConfig(

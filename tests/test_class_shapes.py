@@ -15,14 +15,14 @@ from PIL import Image
 from programs import ROOT, program, refused
 from runs import SAME_SUM
 
-from launch import pretrain_class_shapes, score_class_shapes
-from launch.pretrain_class_shapes import CLASSES, Pretrain, class_image, pretrain
-from launch.score_class_shapes import judge, row
+from launch.lab import pretrain_class_shapes, score_class_shapes
+from launch.lab.pretrain_class_shapes import CLASSES, Pretrain, class_image, pretrain
+from launch.lab.score_class_shapes import judge, row
 from t2i.checkpoint import run_checkpoints
-from t2i.data.imagenet import open_imagenet
 from t2i.data.order import split_indices
+from t2i.data.sources.classes import open_imagenet
 from t2i.evaluation.sample_writer import sample_labels
-from t2i.training import tiny_classes
+from t2i.shapes import tiny_classes
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run
 from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
@@ -99,7 +99,7 @@ def test_wrong_files_are_named(tmp_path, capsys):
     assert "is no .npz of launch/sample_imagenet.py" in message(tmp_path / "none.npz")
     assert "drawn for other classes" in message(a, seed)
     assert "has images of 1000 classes" in message(photos)
-    assert "is no base of launch/pretrain_class_shapes.py" in message(a, "--base", tmp_path)
+    assert "is no base of launch/lab/pretrain_class_shapes.py" in message(a, "--base", tmp_path)
     few = write_samples(tmp_path / "few.npz", count=19)
     assert "needs an image of every class" in message(few, "--sheet", tmp_path / "sheet.png")
 

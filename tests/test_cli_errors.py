@@ -18,9 +18,9 @@ from PIL import Image
 
 from launch import generate, train_llamagen
 from t2i import cli
-from t2i.backbones.base import SamplingConfig
 from t2i.errors import UserError
 from t2i.fields import from_json
+from t2i.sampling import SamplingConfig
 from t2i.training.config import EngineOptions, TrainConfig
 from t2i.training.engine import deepspeed_config
 

@@ -13,9 +13,9 @@ from runs import tiny_run
 
 from launch import generate, train_llamagen
 from t2i import cli
+from t2i.models.llamagen.llamagen_recipes import RECIPES
 from t2i.training.check import check
 from t2i.training.config import TrainConfig
-from t2i.training.recipes_llamagen import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from t2i.data.cache import CodeCache, build_cache
 from t2i.data.samples import Sample, Source
-from t2i.data.sources import open_source
+from t2i.data.sources.open_source import open_source
 from t2i.processes import Processes
 
 WIDTH = 4  # of the text features

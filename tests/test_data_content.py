@@ -23,11 +23,11 @@ from t2i.checkpoint import is_checkpoint, load_model
 from t2i.data import content
 from t2i.data.cache import check_cache_dir
 from t2i.data.content import ABSENT, describe_changes, hash_files
-from t2i.data.report import survey_source
-from t2i.data.shapes_source import parse_shapes
-from t2i.data.sources import open_source
+from t2i.data.data_report import survey_source
+from t2i.data.sources.open_source import open_source
 from t2i.errors import UserError
 from t2i.processes import Processes
+from t2i.shapes.shapes_source import parse_shapes
 
 
 # -- 10: a data set is its content -----------------------------------------------------------------

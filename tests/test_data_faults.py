@@ -26,10 +26,10 @@ from test_data_sources import (
 
 import t2i
 from t2i.data.cache import CodeCache
+from t2i.data.data_report import survey_source
 from t2i.data.order import split_indices
-from t2i.data.report import survey_source
 from t2i.data.samples import UNREADABLE, read_captions
-from t2i.data.sources import open_source
+from t2i.data.sources.open_source import open_source
 from t2i.errors import UserError
 
 

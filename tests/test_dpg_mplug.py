@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dpg_bench import speed
+from dpg_bench import mplug_speed as speed
 from dpg_bench.mplug.bert import BertConfig
 from dpg_bench.mplug.decoder import beam_search
-from dpg_bench.mplug.judge import MPlugJudge, preprocess
-from dpg_bench.mplug.model import MPlug, MPlugConfig
+from dpg_bench.mplug.mplug_judge import MPlugJudge, preprocess
+from dpg_bench.mplug.mplug_model import MPlug, MPlugConfig
 from dpg_bench.questions import Question
 
 TINY = Path(__file__).parent / "golden" / "dpg_mplug" / "with_visn_fc"

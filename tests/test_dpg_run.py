@@ -23,17 +23,17 @@ from programs import (
 )
 
 from dpg_bench import image_files, run
-from dpg_bench.benchmark import DPGBench
+from dpg_bench.dpg_benchmark import DPGBench
 from dpg_bench.judges import answer_prompt, load_judge
 from dpg_bench.questions import QuestionGraph
 from dpg_bench.score import format_report, score
-from dpg_bench.shapes_questions import PATH, shapes_questions
 from t2i.evaluation import judging, sampling
 from t2i.evaluation.options import Scope
-from t2i.evaluation.report import table
+from t2i.evaluation.results import table
 from t2i.evaluation.runner import evaluate
 from t2i.evaluation.store import load_image, sample_file, write_prompt
 from t2i.imaging import save_png
+from t2i.shapes.shapes_questions import PATH, shapes_questions
 
 FEW = ("--limit", "4", "--samples", "2")
 # Three batches, the last one not full; hot enough that the base errs.

@@ -9,16 +9,16 @@ from PIL import Image
 from dpg_bench.judges import answer_prompt, load_judge
 from dpg_bench.questions import Question
 from dpg_bench.score import score
-from dpg_bench.shapes_questions import (
+from geneval.detector import Detections
+from t2i.shapes.scenes import Scene, SceneObject, arrange, render
+from t2i.shapes.shapes_prompts import TAGS, all_prompts
+from t2i.shapes.shapes_questions import (
     PATH,
     graph_csv,
     questions_of,
     shapes_prompts,
     shapes_questions,
 )
-from geneval.detector import Detections
-from t2i.data.shapes import Scene, SceneObject, arrange, render
-from t2i.data.shapes_prompts import TAGS, all_prompts
 
 GRAPH = shapes_questions()
 ENTRIES = shapes_prompts()

@@ -17,7 +17,7 @@ from t2i.evaluation.compare import compare_folders, paired_differences
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.options import BenchmarkOptions, Scope
-from t2i.evaluation.report import Score
+from t2i.evaluation.results import Score
 from t2i.evaluation.runner import evaluate
 from t2i.imaging import save_png
 

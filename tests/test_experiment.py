@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launch import benchmark, experiment, grids, recipe_report
-from launch.recipe_report import estimate, rank_correlation
+from launch import benchmark
+from launch.lab import experiment, recipe_report
+from launch.lab import experiment_grids as grids
+from launch.lab.recipe_report import estimate, rank_correlation
 from t2i.tensorar.model import TensorAR
 from t2i.training.examples import open_data
 

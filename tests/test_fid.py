@@ -14,9 +14,10 @@ from PIL import Image
 
 from launch import fid as program
 from t2i import cli
-from t2i.evaluation import features, fid, frechet, inception_weights, manifold
-from t2i.evaluation.image_sets import open_images
-from t2i.evaluation.inception import InceptionFeatures, extract
+from t2i.evaluation.fid import features, frechet, inception_weights, manifold
+from t2i.evaluation.fid import fid_score as fid
+from t2i.evaluation.fid.image_sets import open_images
+from t2i.evaluation.fid.inception import InceptionFeatures, extract
 from t2i.rng import integers, make_keys, normals
 
 

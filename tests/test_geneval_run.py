@@ -29,11 +29,11 @@ from geneval.detector import Detections
 from geneval.judge import COLORS
 from geneval.object_names import OBJECT_NAMES
 from geneval.prompts import metadata_line, official_prompts
-from geneval.shapes_detector import ShapesDetector
 from t2i.checkpoint import save_pretrained
-from t2i.data.shapes_prompts import benchmark_prompts
 from t2i.evaluation import sampling
 from t2i.imaging import save_png
+from t2i.shapes.shapes_detector import ShapesDetector
+from t2i.shapes.shapes_prompts import benchmark_prompts
 
 SMALL = (
     "--limit",
@@ -309,6 +309,6 @@ def drive(page, failed: list[dict], tmp_path: Path) -> None:
 
 
 def test_shapes_prompts_are_those_of_the_quickstart():
-    from geneval.benchmark import load_prompts
+    from geneval.geneval_benchmark import load_prompts
 
     assert load_prompts("shapes") == benchmark_prompts(seed=0, per_tag=20)

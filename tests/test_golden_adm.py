@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import GOLDEN_ROOT
 
-from t2i.evaluation import frechet, inception, manifold
-from t2i.evaluation.features import read_statistics
+from t2i.evaluation.fid import frechet, inception, manifold
+from t2i.evaluation.fid.features import read_statistics
 from t2i.weights import load_strict
 
 

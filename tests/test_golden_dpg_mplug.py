@@ -11,7 +11,7 @@ from helpers import GOLDEN_ROOT
 from PIL import Image
 
 from dpg_bench.judges import load_judge
-from dpg_bench.mplug.judge import preprocess, tokenize
+from dpg_bench.mplug.mplug_judge import preprocess, tokenize
 from dpg_bench.questions import Question
 
 FOLDERS = [path.parent for path in sorted(GOLDEN_ROOT.rglob("config_bert.json"))]

@@ -8,7 +8,7 @@ import pytest
 from helpers import GOLDEN_ROOT
 from PIL import Image
 
-from dpg_bench.grids import crop_grid, split_grid
+from dpg_bench.image_grids import crop_grid, split_grid
 from dpg_bench.questions import COLUMNS, read_questions
 from dpg_bench.score import format_report, score
 

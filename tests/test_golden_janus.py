@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import GOLDEN_ROOT, base_loss, cached, drawn_by_torch, golden_cases, teacher_forced
 
-from t2i import presets
-from t2i.backbones.base import SamplingConfig
-from t2i.backbones.janus import load
-from t2i.conditioning.janus_prompts import JanusPrompts
+from t2i.models.janus.janus_model import load
+from t2i.models.janus.janus_prompts import JanusPrompts
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.weights import read_folder

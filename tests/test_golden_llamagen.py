@@ -12,10 +12,10 @@ from helpers import (
     teacher_forced,
 )
 
-from t2i import presets
-from t2i.backbones.base import SamplingConfig
-from t2i.backbones.llama import rope_table, rotate
-from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig, load
+from t2i.models.llama import rope_table, rotate
+from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig, load
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 

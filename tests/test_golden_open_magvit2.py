@@ -14,12 +14,17 @@ from helpers import (
     teacher_forced,
 )
 
-from t2i import presets
-from t2i.backbones.base import SamplingConfig
-from t2i.backbones.open_magvit2 import OpenMAGVIT2, OpenMAGVIT2Config, load, load_tokenizer
+from t2i.models.open_magvit2.open_magvit2_model import (
+    OpenMAGVIT2,
+    OpenMAGVIT2Config,
+    load,
+    load_tokenizer,
+)
+from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer, indices, signs
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
-from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer, indices, signs
 
 SUB_TOKENS = ("pre", "post")
 

@@ -17,12 +17,12 @@ from helpers import (
     teacher_forced,
 )
 
-from t2i import presets
-from t2i.backbones.base import SamplingConfig
-from t2i.backbones.rar import RAR, RARConfig, load, load_tokenizer
+from t2i.models.rar.rar_model import RAR, RARConfig, load, load_tokenizer
+from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
-from t2i.tokenizers.maskgit_vqgan import MaskGITConfig
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
 IMAGES = {"atol": 5e-4, "rtol": 0}

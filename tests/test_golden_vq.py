@@ -6,8 +6,8 @@ import torch
 from helpers import golden_cases
 from PIL import Image
 
-from t2i.backbones.llamagen import LlamaGen, LlamaGenConfig
-from t2i.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
+from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 
 
 @pytest.fixture(scope="module", params=golden_cases("VQ tokenizer"))

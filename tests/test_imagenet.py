@@ -10,11 +10,12 @@ from helpers import Killed, folder_content, in_threads
 from PIL import Image
 from torchvision import transforms
 
-from t2i.data import array_file, code_array, imagenet
+from t2i.data import array_file, code_array
 from t2i.data.array_file import ArrayFile
 from t2i.data.code_array import CodeArray
 from t2i.data.content import hash_files
-from t2i.data.imagenet import extract_codes, open_imagenet
+from t2i.data.sources import classes as imagenet
+from t2i.data.sources.classes import extract_codes, open_imagenet
 from t2i.data.views import Views, ten_crop
 from t2i.processes import ALONE, Processes
 from t2i.rng import integers, make_keys

@@ -17,16 +17,17 @@ from runs import assert_same_weights, weights
 
 import t2i
 from launch import fid as fid_program
-from launch import pretrain_class_shapes, sample_imagenet, train_imagenet
+from launch import sample_imagenet, train_imagenet
+from launch.lab import pretrain_class_shapes
 from t2i import cli
 from t2i.evaluation import class_samples
 from t2i.evaluation.class_samples import ClassSamples, draw_class_samples, drawer
 from t2i.evaluation.sample_writer import sample_labels
 from t2i.processes import ALONE, Processes
 from t2i.rng import integers, make_keys
+from t2i.training.batches import TrainingData
 from t2i.training.check import check
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
-from t2i.training.data import TrainingData
 from t2i.training.examples import check_backbone
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run, train
@@ -256,7 +257,7 @@ def test_mistakes_end_in_one_line(base, tmp_path, monkeypatch, capsys):
     train_error = partial(refused, train_imagenet, capsys)
     assert "was published as B, L" in train_error("--backbone", base.name, "--size", "huge")
     missing = train_error("--backbone", base.name, "--size", "shapes")
-    assert f"python launch/pretrain_class_shapes.py --backbone {base.name}" in missing
+    assert f"python launch/lab/pretrain_class_shapes.py --backbone {base.name}" in missing
     assert "none is no folder" in train_error(*given, "--data.source", "none")
     assert "has no sub-folders" in train_error(*given, "--data.source", "empty")
     few = train_error(*given, "--data.source", _nineteen_classes(base.parent))

@@ -24,9 +24,9 @@ assert (Path(t2i.__file__).parent / "assets" / "gallery" / "page.css").is_file()
 print("used", t2i.__version__)
 """
 USE = """
-from dpg_bench.shapes_questions import shapes_questions
+from t2i.shapes.shapes_questions import shapes_questions
 from geneval.prompts import official_prompts
-from geneval.shapes_detector import ShapesDetector
+from t2i.shapes.shapes_detector import ShapesDetector
 model = t2i.load_model("shapes", device="cpu")
 images = t2i.generate(model, ["a photo of a red circle"], progress=False)
 assert len(images) == 1 and images[0].size == (64, 64)

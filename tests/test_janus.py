@@ -16,14 +16,14 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration
 
 import t2i
-from t2i import presets
-from t2i.backbones import janus_config
-from t2i.backbones.janus import Janus, load
-from t2i.backbones.janus_config import JanusShape
-from t2i.backbones.tiny_janus import build_tokenizer
-from t2i.conditioning.janus_prompts import BOS, PAD, JanusPrompts
 from t2i.generation import iterate_images
 from t2i.lora import add_lora, merge_lora, without_lora
+from t2i.models.janus import janus_config
+from t2i.models.janus.janus_config import JanusShape
+from t2i.models.janus.janus_model import Janus, load
+from t2i.models.janus.janus_prompts import BOS, PAD, JanusPrompts
+from t2i.shapes.tiny_janus import build_tokenizer
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tuning import LoRAConfig
 
@@ -420,7 +420,7 @@ def test_captions_are_cached_as_text(tiny_world):
     from runs import tiny_janus_run
 
     from t2i.processes import ALONE
-    from t2i.training.data import TrainingData
+    from t2i.training.batches import TrainingData
 
     config = tiny_janus_run(tiny_world, "-")
     backbone = t2i.load_backbone("janus", tiny_world / "janus")

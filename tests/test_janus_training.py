@@ -26,15 +26,15 @@ from transformers import JanusForConditionalGeneration
 
 import t2i
 from launch import export, generate, train_janus
-from t2i.backbones import janus_weights
 from t2i.export import export as export_folder
 from t2i.lora import merge_lora
+from t2i.models.janus import janus_weights
+from t2i.models.janus.janus_recipes import JANUS_RECIPES
 from t2i.processes import ALONE
+from t2i.training.batches import TrainingData
 from t2i.training.check import check
-from t2i.training.data import TrainingData
 from t2i.training.engine import TrainingLoss
 from t2i.training.loop import Run, build_model, train
-from t2i.training.recipes_janus import JANUS_RECIPES
 
 EXACT = 0.0
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import open_gates, tiny_codes, tiny_llamagen, tiny_prepared
 
-from t2i import presets
-from t2i.backbones.base import SamplingConfig
 from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.noise import schedule_strengths
 from t2i.tensorar.sampler import sample_windows

@@ -15,10 +15,10 @@ from dpg_bench.judges import answer_prompt, load_judge
 from dpg_bench.questions import QuestionGraph
 from dpg_bench.score import score as dpg_score
 from geneval.prompts import official_prompts
-from geneval.shapes_detector import ShapesDetector
 from t2i import loading
 from t2i.loading import pick_device
 from t2i.lora import add_lora, load_adapter, save_adapter
+from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.tuning import LoRAConfig
 
 
@@ -185,7 +185,7 @@ def test_grid():
 
 
 def test_geneval_score_takes_what_has_a_meaning(tmp_path):
-    from t2i.data.shapes_prompts import colors
+    from t2i.shapes.shapes_prompts import colors
 
     entry = colors("circle", "red")
     image = Image.new("RGB", (64, 64), "white")

@@ -131,7 +131,7 @@ def loading_report(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import T5EncoderModel
 
-    from t2i.conditioning.tiny_t5 import build_tiny_t5
+    from t2i.shapes.tiny_t5 import build_tiny_t5
 
     folder = build_tiny_t5(tmp_path, ["a b"], d_model=8, num_layers=1, num_heads=2, d_ff=8)
     weights = load_file(folder / "model.safetensors")
@@ -240,7 +240,7 @@ TOUCHES = (
     Touch(
         "transformers",
         "keys of the report of from_pretrained(output_loading_info=True)",
-        "t2i/conditioning/t5_files.py: mismatched_keys",
+        "t2i/models/llamagen/t5_files.py: mismatched_keys",
         "weights that do not fit have to be refused by name (also geneval/mmdet_weights.py, dpg_bench/vqa_judges.py)",
         loading_report,
     ),
@@ -261,7 +261,7 @@ TOUCHES = (
     Touch(
         "datasets",
         "DatasetBuilder.hash",
-        "t2i/data/tables.py: builder.hash",
+        "t2i/data/sources/tables.py: builder.hash",
         "it follows the commit of a hub data set, so that codes of older images are not used again",
         builder_hash,
     ),

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny_codes, tiny_llamagen, tiny_open_magvit2
 
-from t2i import presets
 from t2i.rng import fold, integers, make_keys
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.noise import (
     corrupt_bits,

@@ -15,10 +15,12 @@ from helpers import (
 )
 
 import t2i
-from t2i import presets
-from t2i.backbones import open_magvit2
-from t2i.backbones.base import SamplingConfig
-from t2i.backbones.open_magvit2 import (
+from t2i.checkpoint import from_pretrained, save_pretrained
+from t2i.files import file_sha256
+from t2i.loading import tokenizer_hash
+from t2i.lora import add_lora
+from t2i.models.open_magvit2 import open_magvit2_model as open_magvit2
+from t2i.models.open_magvit2.open_magvit2_model import (
     SAMPLING,
     SIZES,
     ARCheckpoint,
@@ -26,14 +28,12 @@ from t2i.backbones.open_magvit2 import (
     OpenMAGVIT2Config,
     infer_config,
 )
-from t2i.checkpoint import from_pretrained, save_pretrained
-from t2i.files import file_sha256
-from t2i.loading import tokenizer_hash
-from t2i.lora import add_lora
+from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
-from t2i.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.tuning import LoRAConfig
 
 COUNTS = {"B": 343_570_432, "L": 804_362_240, "XL": 1_486_679_040}

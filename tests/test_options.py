@@ -4,12 +4,12 @@ import pytest
 import torch
 from helpers import tiny_llamagen
 
-from t2i import presets
-from t2i.data.shapes import render, sample_scene
-from t2i.data.shapes_source import FINE_TUNING_SEED, parse_shapes
 from t2i.errors import UserError
 from t2i.evaluation.store import refuse_other_images
 from t2i.rng import make_keys
+from t2i.shapes.scenes import render, sample_scene
+from t2i.shapes.shapes_source import FINE_TUNING_SEED, parse_shapes
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import OptimOptions
 from t2i.training.logs import choose_tracker

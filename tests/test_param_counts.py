@@ -5,8 +5,8 @@ allocated).
 import pytest
 import torch
 
-from t2i import presets
-from t2i.backbones.llamagen import SIZES, LlamaGen, LlamaGenConfig, infer_config
+from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig, infer_config
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 
 CLASS_COUNTS = {

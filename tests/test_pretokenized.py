@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import Killed, folder_content, in_threads
 
-from t2i.data import pretokenized
 from t2i.data.code_array import CodeArray
-from t2i.data.pretokenized import LlamaGenCodes, convert_jsonl
+from t2i.data.sources import pretokenized
+from t2i.data.sources.pretokenized import LlamaGenCodes, convert_jsonl
 from t2i.processes import Processes
 
 

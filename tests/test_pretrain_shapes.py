@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import t2i
-from launch import pretrain_shapes
-from launch.pretrain_shapes import Pretrain, drawn_scenes, every_prompt, scene_codes
-from t2i.data.shapes_prompts import TAGS, all_prompts, benchmark_prompts, is_held_out
+from launch.lab import pretrain_shapes
+from launch.lab.pretrain_shapes import Pretrain, drawn_scenes, every_prompt, scene_codes
 from t2i.loading import ASSETS
+from t2i.shapes.shapes_prompts import TAGS, all_prompts, benchmark_prompts, is_held_out
 
 
 def recipe(out, **changes) -> Pretrain:

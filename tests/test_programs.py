@@ -22,7 +22,7 @@ from t2i import cli
 from t2i.checkpoint import load_model
 from t2i.errors import UserError
 from t2i.evaluation import sampling
-from t2i.evaluation.image_sets import open_images
+from t2i.evaluation.fid.image_sets import open_images
 from t2i.evaluation.store import sample_file
 from t2i.files import owning, write_json
 from t2i.imaging import save_png
@@ -60,7 +60,7 @@ def test_a_mistake_ends_in_one_line(capsys):
 # -- help ------------------------------------------------------------------------------------------
 _PROGRAMS = (
     *(f"launch/{name}.py" for name in ("generate", "fid", "sample_imagenet", "quickstart")),
-    *("launch/score_class_shapes.py", "launch/pretrain_class_shapes.py"),
+    *("launch/lab/score_class_shapes.py", "launch/lab/pretrain_class_shapes.py"),
     *("launch/benchmark.py", "launch/export.py", "geneval/run.py", "dpg_bench/run.py"),
 )
 
@@ -300,7 +300,7 @@ def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
 def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monkeypatch):
     """Case 7 and its siblings: `fid.py --out FOLDER` computed everything first."""
     monkeypatch.setattr("t2i.checkpoint.load_model", None)
-    monkeypatch.setattr("t2i.evaluation.inception_weights.load_inception", None)
+    monkeypatch.setattr("t2i.evaluation.fid.inception_weights.load_inception", None)
     (file := tmp_path / "file").touch()
     ckpt = ("--ckpt", tiny_world / "base")
     for out in (file, file / "below"):

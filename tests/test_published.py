@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import in_threads
 
-from t2i.evaluation import published
-from t2i.evaluation.published import PublishedFile
+from t2i import published
+from t2i.published import PublishedFile
 
 CONTENT = b"weights" * 1000
 

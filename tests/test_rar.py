@@ -9,16 +9,16 @@ import torch
 from helpers import tiny_codes, tiny_prepared, tiny_rar
 
 import t2i
-from t2i import presets
-from t2i.backbones import rar
-from t2i.backbones.base import SamplingConfig
-from t2i.backbones.rar import RAR, SIZES, RARConfig
 from t2i.files import write_json
 from t2i.lora import add_lora
+from t2i.models.rar import rar_model as rar
+from t2i.models.rar.rar_model import RAR, SIZES, RARConfig
+from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
-from t2i.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.tuning import LoRAConfig
 
 COUNTS = {"B": 260_923_648, "L": 461_668_352, "XL": 955_425_024, "XXL": 1_498_520_704}

@@ -19,10 +19,13 @@ from geneval import run as geneval_run
 from launch import export as export_program
 from launch import generate as draw_program
 from launch import train_llamagen
-from t2i import cli, presets
-from t2i.data.shapes import write_dataset
+from t2i import cli
 from t2i.errors import UserError
 from t2i.loading import FAMILIES
+from t2i.models.janus.janus_recipes import JANUS_RECIPES
+from t2i.models.llamagen.llamagen_recipes import OWN_PICTURES, RECIPES
+from t2i.shapes.scenes import write_dataset
+from t2i.tensorar import presets
 from t2i.training import loop
 from t2i.training.advice import about_settings, peak_rates
 from t2i.training.check import check
@@ -34,8 +37,6 @@ from t2i.training.loop import build_model, train
 from t2i.training.memory import _condition, estimate
 from t2i.training.plan import plan_run
 from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
-from t2i.training.recipes_janus import JANUS_RECIPES
-from t2i.training.recipes_llamagen import OWN_PICTURES, RECIPES
 
 ALL = {name: config for name, (_, config) in (RECIPES | JANUS_RECIPES).items()}
 REAL = {name: config for name, config in ALL.items() if not name.startswith("shapes")}

@@ -13,7 +13,7 @@ from helpers import Killed, folder_content, in_threads
 from PIL import Image
 
 from t2i.evaluation import sample_writer
-from t2i.evaluation.image_sets import open_images
+from t2i.evaluation.fid.image_sets import open_images
 from t2i.evaluation.sample_writer import sample_labels, write_samples
 from t2i.processes import Processes
 

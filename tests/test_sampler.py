@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import golden_table, open_gates, tiny_codes, tiny_llamagen, tiny_prepared
 
-from t2i import presets
-from t2i.backbones.base import SamplingConfig
 from t2i.rng import make_keys, uniforms
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR, draw
 from t2i.tensorar.sampler import (
     filter_logits,

@@ -11,8 +11,7 @@ from PIL import Image, ImageFilter
 import geneval
 from geneval.judge import COLORS as GENEVAL_COLORS
 from geneval.judge import relative_position
-from geneval.shapes_detector import ShapesDetector
-from t2i.data.shapes import (
+from t2i.shapes.scenes import (
     BACKGROUND,
     GAP,
     PALETTE,
@@ -22,7 +21,8 @@ from t2i.data.shapes import (
     sample_scene,
     write_dataset,
 )
-from t2i.data.shapes_prompts import (
+from t2i.shapes.shapes_detector import ShapesDetector
+from t2i.shapes.shapes_prompts import (
     COLORS,
     HELD_OUT_TAGS,
     SHAPES,

@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import open_gates, other_codes, tiny_codes, tiny_llamagen, tiny_prepared
 
-from t2i import presets
-from t2i.backbones.base import Condition, SamplingConfig
+from t2i.models.base import Condition
 from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import prefill, sample_windows, step
 

@@ -10,9 +10,9 @@ import torch
 from helpers import tiny_config, tiny_llamagen, tiny_vq
 from safetensors.torch import save_file
 
-from t2i.backbones import llamagen
 from t2i.files import file_sha256, write_json
-from t2i.tokenizers.vq import VQTokenizer
+from t2i.models.llamagen import llamagen_model as llamagen
+from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.weights import read_state_dict
 
 CONFIG = tiny_config("text")

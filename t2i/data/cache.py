@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from t2i.data.content import Contents, contents_key, describe_changes, hash_files
+from t2i.data.data_report import Report
 from t2i.data.encoding import Encoders, ShardPlan, encode_shards
 from t2i.data.images import PIXELS_VERSION, check_small_policy
-from t2i.data.report import Report
 from t2i.data.samples import CaptionNotes, Source, load_sample
 from t2i.data.shards import ShardReader, shard_path
 from t2i.errors import UserError

@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from t2i.backbones.base import SamplingConfig
 from t2i.errors import UserError
 from t2i.evaluation.sample_writer import sample_labels, write_samples
 from t2i.evaluation.sampling import weights_hashes
 from t2i.processes import Processes
 from t2i.rng import fold, make_keys
+from t2i.sampling import SamplingConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
-from t2i.evaluation.report import read_results
+from t2i.evaluation.results import read_results
 
 Groups = Mapping[str, Mapping[str, Sequence[float]]]
 """Group (such as a task, or a category) -> prompt -> its values (of its images, or of its answers).

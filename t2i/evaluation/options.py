@@ -13,7 +13,7 @@ import tyro
 from t2i import cli
 from t2i.errors import UserError
 from t2i.model_options import ModelOptions
-from t2i.sampling_options import SamplingOverrides
+from t2i.sampling import SamplingOverrides
 
 if TYPE_CHECKING:
     import torch

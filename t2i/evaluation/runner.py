@@ -20,7 +20,7 @@ from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.inventory import Inventory, shorten, take_inventory
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
 from t2i.evaluation.options import Scope
-from t2i.evaluation.report import (
+from t2i.evaluation.results import (
     RESULTS_FILE,
     Coverage,
     Score,

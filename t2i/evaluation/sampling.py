@@ -17,7 +17,6 @@ from pathlib import Path
 from torch import nn
 
 from t2i import __version__
-from t2i.backbones.base import SamplingConfig
 from t2i.errors import UserError
 from t2i.evaluation.records import claim, refuse_others
 from t2i.evaluation.store import (
@@ -32,6 +31,7 @@ from t2i.files import read_json
 from t2i.generation import conditions, iterate_images
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
+from t2i.sampling import SamplingConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from t2i.conditioning.captions import check_captions
 from t2i.errors import UserError
 from t2i.files import read_json, reading, saving, write_text
 from t2i.imaging import grid, save_png
+from t2i.models.captions import check_captions
 
 if TYPE_CHECKING:
     from t2i.generation import Generated

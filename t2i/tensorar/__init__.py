@@ -1,3 +1,3 @@
-"""The method: windows, noise, codec, model and sampler. It knows `t2i.backbones.base` and no model
+"""The method: windows, noise, codec, model and sampler. It knows `t2i.models.base` and no model
 by name.
 """

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.tensorar.config import Residual
+from t2i.tensorar.method import Residual
 
 
 class CodecBlock(nn.Module):

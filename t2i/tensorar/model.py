@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.backbones.base import Backbone, Condition, parameter_count
+from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
 from t2i.tensorar.codec import Codec
-from t2i.tensorar.config import TensorARConfig
+from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.noise import (
     GAUSSIAN_VARIANCE,
     corrupt_bits,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.rng import fold, integers, uniforms
-from t2i.tensorar.config import Schedule
+from t2i.tensorar.method import Schedule
 
 GAUSSIAN_VARIANCE = 0.1
 """Variance of the ablation's embedding noise (arXiv 2505.16324, section 4.3)."""

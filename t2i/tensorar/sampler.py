@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i.backbones.base import Condition, KVCache, SamplingConfig
+from t2i.models.base import Condition, KVCache
 from t2i.rng import fold, uniforms
+from t2i.sampling import SamplingConfig
 from t2i.tensorar.model import TensorAR, draw, slot_parts
 
 

@@ -5,7 +5,7 @@ pre-flight, and nothing else.
 from collections import Counter
 from collections.abc import Iterator
 
-from t2i.data.report import Report
+from t2i.data.data_report import Report
 from t2i.training.config import TrainConfig
 from t2i.training.plan import Plan
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from t2i.backbones.base import Backbone
 from t2i.data.cache import check_cache_dir
-from t2i.data.pretokenized import LlamaGenCodes
-from t2i.data.report import survey_source
+from t2i.data.data_report import survey_source
 from t2i.data.samples import Source
+from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.data.views import Views
 from t2i.errors import UserError
 from t2i.generation import conditions
+from t2i.models.base import Backbone
 from t2i.tensorar.model import TensorAR
 from t2i.training import advice
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig

@@ -15,8 +15,8 @@ from typing import Literal
 import tyro
 
 from t2i.errors import UserError
-from t2i.sampling_options import SamplingOverrides
-from t2i.tensorar.config import TensorARConfig
+from t2i.sampling import SamplingOverrides
+from t2i.tensorar.method import TensorARConfig
 from t2i.tuning import LoRAConfig, Tuning
 
 

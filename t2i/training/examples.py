@@ -16,18 +16,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from t2i.backbones.base import Backbone
 from t2i.data.cache import CodeCache, build_cache, cache_key
 from t2i.data.code_array import CodeArray
-from t2i.data.imagenet import LabelledFolder, extract_codes, find_classes, open_imagenet
-from t2i.data.pretokenized import LlamaGenCodes, convert_jsonl, is_llamagen_folder
 from t2i.data.samples import Sample, Source
-from t2i.data.shapes_source import parse_shapes
-from t2i.data.sources import open_source
+from t2i.data.sources.classes import LabelledFolder, extract_codes, find_classes, open_imagenet
+from t2i.data.sources.open_source import open_source
+from t2i.data.sources.pretokenized import LlamaGenCodes, convert_jsonl, is_llamagen_folder
 from t2i.data.views import Views
 from t2i.errors import UserError
 from t2i.loading import tokenizer_hash
+from t2i.models.base import Backbone
 from t2i.processes import Processes
+from t2i.shapes.shapes_source import parse_shapes
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from t2i.backbones.base import Backbone
 from t2i.checkpoint import (
     find_checkpoint,
     from_pretrained,
@@ -30,12 +29,13 @@ from t2i.generation import conditions, iterate_images
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
 from t2i.lora import add_lora
+from t2i.models.base import Backbone
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
+from t2i.training.batches import TrainingData
 from t2i.training.config import TrainConfig
-from t2i.training.data import TrainingData
 from t2i.training.engine import (
     autocast,
     grad_norm,

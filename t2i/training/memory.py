@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i.backbones.base import Backbone, Condition
+from t2i.models.base import Backbone, Condition
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 

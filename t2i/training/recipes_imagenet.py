@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from t2i import presets
 from t2i.errors import UserError
+from t2i.models.llamagen.llamagen_recipes import OWN_PICTURES
+from t2i.tensorar import presets
 from t2i.training.config import (
     BackboneOptions,
     EngineOptions,
@@ -25,7 +26,6 @@ from t2i.training.config import (
     OptimOptions,
     TrainConfig,
 )
-from t2i.training.recipes_llamagen import OWN_PICTURES
 
 SHAPES_ROOT = Path("runs/class-shapes")
 """Where the offline world is looked for."""
@@ -136,7 +136,7 @@ def imagenet_recipe(model: ImageNetModel) -> TrainConfig:
 
 
 def _shapes(model: ImageNetModel) -> TrainConfig:
-    """The offline world of `launch/pretrain_class_shapes.py`: small batches, two cores, a few
+    """The offline world of `launch/lab/pretrain_class_shapes.py`: small batches, two cores, a few
     minutes.
     """
     root = SHAPES_ROOT

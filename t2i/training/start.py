@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from t2i.backbones.base import Backbone, SamplingConfig
 from t2i.checkpoint import (
     CODEC,
     find_checkpoint,
@@ -19,8 +18,10 @@ from t2i.checkpoint import (
     stored_source,
 )
 from t2i.lora import merge_lora
+from t2i.models.base import Backbone
+from t2i.sampling import SamplingConfig
 from t2i.sources import expand_folder, moved, prove, shipped_bases
-from t2i.tensorar.config import TensorARConfig
+from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import load_strict, read_state_dict
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from t2i.tensorar.model import TensorAR
-from t2i.training.data import TrainingData
+from t2i.training.batches import TrainingData
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""mPLUG as a judge: images and questions in, answers out, with the reference's preprocessing.
+
+Reference: `preprocessors/multi_modal.py` (MPlugPreprocessor) of modelscope at 2905da1: the image is
+squashed to a square, the question is lower-cased and cut to 25 tokens, however long it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import BertWordPieceTokenizer
+from torch import Tensor
+
+from dpg_bench.mplug.decoder import Hypothesis
+from dpg_bench.mplug.mplug_model import CONFIG, VOCABULARY, WEIGHTS, MPlug
+from dpg_bench.questions import Question
+from t2i.errors import UserError
+from t2i.hashes import remembered_sha256
+
+QUESTION_TOKENS = 25
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class MPlugJudge:
+    """See `dpg_bench.judges.Judge`. An image is encoded once; its questions are answered in
+    batches.
+
+    batch: questions answered at once. The answers do not depend on it (the scores do by rounding).
+    """
+
+    name = "mplug"
+
+    def __init__(
+        self,
+        model: MPlug,
+        tokenizer: BertWordPieceTokenizer,
+        *,
+        folder: Path | None = None,
+        source: str = "random",
+        batch: int = 16,
+    ):
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.source, self.batch = source, batch
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, source: str = "", device: torch.device | str = "cpu"
+    ) -> MPlugJudge:
+        """The judge of a published folder (see `dpg_bench.mplug.mplug_model`).
+
+        source: what the weights are called in results (default: the folder's name).
+
+        Raises:
+            UserError: the folder is incomplete, or its files do not fit together.
+        """
+        folder = Path(folder)
+        tokenizer = load_tokenizer(folder / VOCABULARY)
+        ends = (tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"))
+        model = MPlug.load(folder, start=ends[0], end=ends[1])
+        if tokenizer.get_vocab_size() > model.config.bert.vocab_size:
+            raise UserError(
+                f"{folder / VOCABULARY} has {tokenizer.get_vocab_size()} words, the model only "
+                f"{model.config.bert.vocab_size}: the files belong to different models"
+            )
+        return cls(model.to(device), tokenizer, folder=folder, source=source or folder.name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def identity(self) -> dict:
+        """Name, hash of the weights, and what of the settings an answer depends on."""
+        return {
+            "judge": self.name,
+            "weights": self.source,
+            "sha256": self._hashes,
+            "image_res": self.model.config.image_res,
+            "question_tokens": QUESTION_TOKENS,
+        }
+
+    @cached_property
+    def _hashes(self) -> dict[str, str] | None:
+        if self.folder is None:
+            return None
+        return {
+            name: remembered_sha256(self.folder / name) for name in (WEIGHTS, CONFIG, VOCABULARY)
+        }
+
+    def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
+        """The answer to each question, in their order, as the model writes it ("yes", "no",
+        "2").
+        """
+        found = self.search(image, [question.text for question in questions])
+        return [self.tokenizer.decode(best[0].ids, skip_special_tokens=True) for best in found]
+
+    def search(self, image: Image.Image, texts: Sequence[str]) -> list[list[Hypothesis]]:
+        """What the beam search ended with for each question, best first."""
+        return self.search_encoded(self.encode(image), texts)
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> Tensor:
+        """The image's features [1, N, D], good for any number of questions."""
+        pixels = preprocess(image, self.model.config.image_res)
+        return self.model.encode_images(pixels[None].to(self.device))
+
+    @torch.inference_mode()
+    def search_encoded(self, image_1ND: Tensor, texts: Sequence[str]) -> list[list[Hypothesis]]:
+        """`search` for an image that is encoded."""
+        found = []
+        for start in range(0, len(texts), self.batch):
+            ids_QL, mask_QL = tokenize(self.tokenizer, texts[start : start + self.batch])
+            found += self.model.answer(image_1ND, ids_QL.to(self.device), mask_QL.to(self.device))
+        return found
+
+
+def preprocess(image: Image.Image, side: int) -> Tensor:
+    """CLIP's normalised pixels, float32 [3, side, side], of an image of any shape and mode."""
+    squashed = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    pixels_HW3 = torch.from_numpy(np.array(squashed)).float() / 255
+    return ((pixels_HW3 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
+
+
+def load_tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:
+    """BERT's uncased tokenizer, padding and cutting to 25 tokens.
+
+    Raises:
+        UserError: there is no such file, or it lacks a special token.
+    """
+    if not vocabulary.is_file():
+        raise UserError(f"{vocabulary} does not exist; it belongs to the judge's folder")
+    tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
+    for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(f"{vocabulary} has no {token}: it is not a BERT vocabulary")
+    tokenizer.enable_truncation(QUESTION_TOKENS)
+    tokenizer.enable_padding(length=QUESTION_TOKENS, pad_id=tokenizer.token_to_id("[PAD]"))
+    return tokenizer
+
+
+def tokenize(tokenizer: BertWordPieceTokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids (int64 [Q, 25]) and mask (bool [Q, 25], False on padding) of questions."""
+    encoded = tokenizer.encode_batch([text.lower() for text in texts])
+    ids_QL = torch.tensor([one.ids for one in encoded])
+    return ids_QL, torch.tensor([one.attention_mask for one in encoded]).bool()

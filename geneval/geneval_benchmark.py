@@ -1,0 +1,177 @@
+"""GenEval as a benchmark for `t2i.evaluation.runner`: its prompts, its judge, its numbers, its
+gallery cards.
+
+evaluate(GenEval(metadata, detector), out, model=model)
+evaluate(GenEval(metadata, detector), out, images=folder)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from geneval.detector import Detections, Detector
+from geneval.judge import JudgeOptions, Verdict, check_vocabulary, judge_detected
+from geneval.summary import by_prompt, result_row, summarize
+from t2i import __version__
+from t2i.errors import UserError
+from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
+from t2i.evaluation.gallery import TINTS, Box, Card
+from t2i.evaluation.judging import Judged
+from t2i.evaluation.results import Score
+from t2i.evaluation.store import read_prompts
+
+SHAPES_PROMPTS_PER_TASK = 20
+
+
+class GenEval:
+    """The prompts and rules of GenEval around a detector; see `t2i.evaluation.runner.Benchmark`."""
+
+    name = "GenEval"
+    best = 1.0
+    decimals = 3
+    legend = (
+        "overall: the unweighted mean of the tasks, each the rate of its correct images; "
+        "a prompt is correct if any of its images is."
+    )
+
+    def __init__(
+        self,
+        entries: Sequence[dict],
+        detector: Detector,
+        *,
+        options: JudgeOptions | None = None,
+        prompts: str = "own",
+    ):
+        """entries: GenEval metadata in the order of the folder numbers. prompts: what to call them.
+
+        Raises:
+            UserError: an entry is not in GenEval's schema, or asks for what the detector cannot
+                name.
+        """
+        for index, entry in enumerate(entries):
+            _check_schema(index, entry)
+            check_vocabulary(entry, detector)
+        self.entries = entries
+        self.detector = detector
+        self.options = options or JudgeOptions()
+        judge = detector.identity()
+        mark = "" if judge["official"] else " (not the official judge)"
+        self.label = f"{prompts} prompts, judged by {judge['name']}{mark}"
+
+    def identity(self) -> dict:
+        """Who judges: detector with weights, and thresholds."""
+        detector = dict(self.detector.identity())
+        versions = {"t2i": __version__, **detector.pop("libraries")}
+        return {"detector": detector, "options": asdict(self.options), "versions": versions}
+
+    def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
+        """The official verdict; for a failure also the masks of what was detected."""
+        entry = self.entries[prompt_index]
+        detections = self.detector.detect(image)
+        verdict = judge_detected(image, entry, self.detector, detections, self.options)
+        overlay = None if verdict.correct else draw_masks(image.size, detections, verdict)
+        return Judged(result_row(filename, entry, verdict), overlay)
+
+    def scores(self, rows: Sequence[dict]) -> list[Score]:
+        """Overall and by task, then the rates over all images and prompts."""
+        summary = summarize(rows)
+        images, prompts = summary.total_images, summary.total_prompts
+        overall = Score(
+            "overall", summary.overall, summary.overall_stderr, images, prompts, headline=True
+        )
+        tasks = [
+            Score(name, tag.mean, tag.stderr, tag.total, tag.prompts)
+            for name, tag in summary.tags.items()
+        ]
+        correct = [values for group in by_prompt(rows).values() for values in group.values()]
+        return [
+            overall,
+            *tasks,
+            _rate("correct images", correct),
+            _rate("correct prompts", [[any(values)] for values in correct], images=images),
+        ]
+
+    def card(self, row: dict) -> Card | None:
+        """A failure with its reasons, and boxes in the colours of `draw_masks`."""
+        if row["correct"]:
+            return None
+        boxes = [
+            Box(f"{name} {score:.2f}", tuple(corners), tint)
+            for tint, (name, found) in enumerate(json.loads(row["details"]).items())
+            for *corners, score in found
+        ]
+        return Card(row["tag"], row["prompt"], row["reason"].split("\n"), boxes)
+
+
+def load_prompts(name: str) -> list[dict]:
+    """The entries of "official" (553), "shapes" (the shapes world's own, 120), or of a metadata
+    file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if name == "official":
+        from geneval.prompts import official_prompts
+
+        return official_prompts()
+    if name == "shapes":
+        from t2i.shapes.shapes_prompts import benchmark_prompts
+
+        return benchmark_prompts(seed=0, per_tag=SHAPES_PROMPTS_PER_TASK)
+    return read_prompts((), Path(name))
+
+
+def _check_schema(index: int, entry: Mapping) -> None:
+    """UserError unless the entry has a tag and asks for something, with a class and a count each
+    time.
+    """
+    items = [*entry.get("include", []), *entry.get("exclude", [])]
+    whole = all(isinstance(i, dict) and {"class", "count"} <= set(i) for i in items)
+    if not isinstance(entry.get("tag"), str) or not items or not whole:
+        raise UserError(
+            f"prompt {index} ({entry.get('prompt')!r}) is not GenEval metadata: it needs a tag, and "
+            'include (or exclude) with {"class": ..., "count": ...}'
+        )
+
+
+def draw_masks(
+    size: tuple[int, int], detections: Mapping[str, Detections], verdict: Verdict
+) -> Image.Image | None:
+    """The masks of the detections that the verdict rests on, one colour per class; the most
+    confident on top.
+
+    Masks are hatched, because a tint would change the colours that a verdict may be about.
+
+    Returns:
+        A palette image of `size` (width, height) with a transparent ground, or None without masks.
+    """
+    layers = [
+        (detections[name].scores[i], 1 + tint % len(TINTS), detections[name].masks[i])
+        for tint, (name, indices) in enumerate(verdict.kept.items())
+        for i in indices
+        if detections[name].masks is not None
+    ]
+    if not layers:
+        return None
+    label_HW = np.zeros(size[::-1], dtype=np.uint8)
+    for _, label, mask_HW in sorted(layers, key=lambda layer: layer[0]):
+        label_HW[mask_HW] = label
+    period = max(4, min(size) // 32)
+    label_HW[np.add(*np.ogrid[: size[1], : size[0]]) % period >= max(1, period // 4)] = 0
+    overlay = Image.fromarray(label_HW).convert("P")
+    overlay.putpalette([0, 0, 0, *(c for tint in TINTS for c in ImageColor.getrgb(tint))])
+    overlay.info["transparency"] = 0
+    return overlay
+
+
+def _rate(name: str, values: Sequence[Sequence[bool]], images: int | None = None) -> Score:
+    """The mean over all values, with its standard error over prompts."""
+    totals, counts = np.array([sum(v) for v in values]), np.array([len(v) for v in values])
+    means = resampled_means(totals, counts, np.random.default_rng(0), RESAMPLES)
+    stderr = float(means.std(ddof=1)) if len(values) > 1 else None
+    mean = float(totals.sum() / counts.sum())
+    return Score(name, mean, stderr, images or int(counts.sum()), len(values))

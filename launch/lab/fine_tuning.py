@@ -1,0 +1,84 @@
+"""Fine-tune, validate, sample, judge on the shapes world: what the quickstart and the experiments
+share.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import geneval
+from t2i.checkpoint import from_pretrained, run_checkpoints
+from t2i.evaluation.refinement import StageChanges, stage_changes
+from t2i.generation import iterate_images
+from t2i.sampling import SamplingConfig
+from t2i.shapes.shapes_detector import ShapesDetector
+from t2i.tensorar.model import TensorAR
+from t2i.training.batches import TrainingData
+from t2i.training.config import TrainConfig
+from t2i.training.engine import start_processes
+from t2i.training.loop import train
+from t2i.training.validation import validate
+
+
+def fine_tuned(run: TrainConfig) -> TensorAR:
+    """The model after its run, which is done (or continued) now unless it is complete."""
+    done = run_checkpoints(run.run_dir)
+    if not done:
+        shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
+    complete = done and done[-1].name == f"step_{run.steps:06d}"
+    folder = done[-1] if complete else train(replace(run, resume=bool(done)))
+    return loaded(folder)
+
+
+def loaded(folder: Path) -> TensorAR:
+    """A checkpoint as it was trained: on the process's device, in fp32."""
+    return from_pretrained(folder, device=start_processes().device, dtype=torch.float32)
+
+
+def held_out(run: TrainConfig, model: TensorAR) -> TrainingData:
+    """The run's data; its held-out set depends on the data and the seed only, so all methods share
+    it.
+    """
+    return TrainingData(run, model.backbone, start_processes())
+
+
+def held_out_losses(run: TrainConfig, model: TensorAR) -> dict[str, float]:
+    """Loss by slot with noised truth and with own drafts as input."""
+    return validate(model, held_out(run, model)).metrics()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model's images of the benchmark prompts."""
+
+    report: geneval.Report
+    changes: StageChanges | None
+    """None where there are no drafts."""
+
+
+def judge(
+    model: TensorAR,
+    metadata: Sequence[dict],
+    *,
+    seed: int,
+    samples: int,
+    sampling: SamplingConfig | None = None,
+) -> Judged:
+    """GenEval's verdicts of the exact detector on freshly sampled images."""
+    generated = list(
+        iterate_images(
+            model,
+            [entry["prompt"] for entry in metadata],
+            seed=seed,
+            samples_per_prompt=samples,
+            sampling=sampling,
+            batch_size=48,
+        )
+    )
+    report = geneval.score([g.image for g in generated], metadata, ShapesDetector())
+    windows = torch.stack([g.windows for g in generated])
+    geometry = model.windows.shrunk(windows.shape[2])
+    return Judged(report, stage_changes(windows, geometry) if geometry.stages > 1 else None)

@@ -1,0 +1,309 @@
+"""Do the models compute on this device what the official code computed, and the same thing every
+way? (parts of `gpu_check.py`)
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import helpers
+import test_golden_llamagen
+import test_golden_open_magvit2
+import test_golden_rar
+import torch
+from helpers import GoldenCase
+from torch import Tensor
+
+from t2i.loading import load_backbone
+from t2i.models.base import Backbone
+from t2i.models.janus import janus_model as janus
+from t2i.models.llamagen import llamagen_model as llamagen
+from t2i.models.open_magvit2 import open_magvit2_model as open_magvit2
+from t2i.models.rar import rar_model as rar
+from t2i.models.tokenizers.lfq import LFQTokenizer
+from t2i.models.tokenizers.vq import VQTokenizer
+from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows
+
+LOGITS, PIXELS = 1e-4, 5e-4  # the golden tests' tolerances, fp32
+BF16 = 0.08  # largest difference of logits in bf16, as a share of the largest logit
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GREEDY = SamplingConfig(temperature=0.0)
+Rows = Iterator[tuple[dict, Callable[[], dict]]]
+"""What each row of a part is about, and the work that fills it."""
+
+
+# -- official outputs ------------------------------------------------------------------------------
+
+
+@dataclass
+class Golden:
+    """A tiny official checkpoint with what the official code made of it."""
+
+    backbone: Backbone
+    prepared: dict[str, Tensor]
+    codes: Tensor
+    """Codes [B, T, S] for the teacher-forced logits."""
+    logits: dict[bool, tuple[Tensor, ...]]
+    """By "drop": of each sub-token [B, T, V_s]."""
+    greedy: list[tuple[SamplingConfig, Tensor]]
+    """Settings and the codes [B, T, S] they give."""
+
+
+def _stored(case: GoldenCase, name: str) -> bool:
+    return f"expected.{name}" in case.tensors
+
+
+def llamagen_case(case: GoldenCase) -> Golden:
+    config, text = case.config, case.config["model_type"] == "t2i"
+    prepared = {"labels": case.tensors.get("input.class_ids")}
+    if text:
+        mask = case.input("caption_mask").bool()
+        prepared = {"features": case.input("caption_features"), "mask": mask}
+    guided = replace(GREEDY, cfg_scale=config["cfg_scale"])
+    runs = {"cfg": guided, "cfg1": GREEDY}
+    if _stored(case, "greedy_ids_cfg_interval"):
+        runs["cfg_interval"] = replace(guided, cfg_interval=config["cfg_interval"])
+    return Golden(
+        llamagen.load(
+            case.folder / config["checkpoint_file"], config=test_golden_llamagen.config_of(config)
+        ),
+        prepared,
+        case.input("image_codes")[..., None],
+        {d: (case.expected(f"tf_logits_{'null' if d else 'cond'}"),) for d in (False, True)},
+        [(run, case.expected(f"greedy_ids_{name}")[..., None]) for name, run in runs.items()],
+    )
+
+
+def rar_case(case: GoldenCase) -> Golden:
+    config = case.config
+    return Golden(
+        rar.load(case.folder / config["checkpoint_file"], grid=tuple(config["grid"])),
+        {"labels": case.input("class_ids")},
+        case.input("image_codes")[..., None],
+        {d: (case.expected(f"tf_logits_{'null' if d else 'cond'}"),) for d in (False, True)},
+        [
+            (
+                test_golden_rar.sampling_of(*settings, temperature=0.0),
+                case.expected(f"greedy_ids_{name}")[..., None],
+            )
+            for name, settings in config["guidance"].items()
+            if _stored(case, f"greedy_ids_{name}")
+        ],
+    )
+
+
+def open_magvit2_case(case: GoldenCase) -> Golden:
+    config, codes_of = case.config, test_golden_open_magvit2.codes_of
+    return Golden(
+        open_magvit2.load(
+            case.folder / config["checkpoint_file"],
+            config=test_golden_open_magvit2.config_of(config),
+        ),
+        {"labels": case.input("class_ids")},
+        codes_of(case.input, "codes_{}"),
+        {
+            d: tuple(
+                case.expected(f"tf_logits_{part}_{'null' if d else 'cond'}")
+                for part in test_golden_open_magvit2.SUB_TOKENS
+            )
+            for d in (False, True)
+        },
+        [
+            (replace(GREEDY, cfg_scale=scale), codes_of(case.expected, f"greedy_{{}}_{name}"))
+            for name, scale in (("cfg", tuple(config["cfg_scale"])), ("nocfg", 1.0))
+        ],
+    )
+
+
+def janus_case(case: GoldenCase) -> Golden:
+    backbone = janus.load(case.folder / case.config["original_dir"])
+    examples = json.loads((case.folder / "prompts.json").read_text(encoding="utf-8"))["examples"]
+    return Golden(
+        backbone,
+        backbone.prepare([example["text"] for example in examples[:2]]),
+        case.input("image_codes")[..., None],
+        {d: (case.expected(f"tf_logits_{'uncond' if d else 'cond'}"),) for d in (False, True)},
+        [
+            (
+                replace(GREEDY, cfg_scale=scale),
+                case.expected(f"greedy_ids_{name}")[..., None],
+            )
+            for name, scale in (("cfg", case.config["cfg_weight"]), ("cfg1", 1.0))
+        ],
+    )
+
+
+FAMILIES = {
+    "LlamaGen GPT": llamagen_case,
+    "Janus-Pro": janus_case,
+    "Open-MAGVIT2 AR": open_magvit2_case,
+    "RAR generator": rar_case,
+}
+
+
+def golden(device: torch.device, tiny: bool) -> Rows:
+    """Each golden checkpoint in fp32 and bf16. In bf16 codes may differ: one rounding changes all
+    that follow.
+    """
+    for family, read in FAMILIES.items():
+        for parameter in helpers.golden_cases(family):
+            case = parameter.values[0]
+            for dtype in DTYPES:
+                about = {"case": case.folder.name, "dtype": dtype}
+                yield about, partial(compare, read, case, device, dtype)
+
+
+def compare(read, case: GoldenCase, device: torch.device, dtype: str) -> dict:
+    stored: Golden = read(case)
+    model = TensorAR(stored.backbone, presets.base()).to(device, DTYPES[dtype]).eval()
+    prepared = {k: v.to(device) for k, v in stored.prepared.items()}
+    codes = stored.codes.to(device)
+    with torch.device(device):
+        forced = {d: helpers.teacher_forced(model, prepared, codes, d) for d in stored.logits}
+    stepped = helpers.cached(model, prepared, codes)
+    expected = [torch.cat(halves) for halves in zip(*stored.logits.values(), strict=True)]
+    largest = max(e.abs().max().item() for e in expected)
+    forced_off = difference([torch.cat(h) for h in zip(*forced.values(), strict=True)], expected)
+    cached_off = difference(stepped, expected)
+    equal = [share(greedy(model, prepared, run), codes) for run, codes in stored.greedy]
+    ok = max(forced_off, cached_off) <= (LOGITS if dtype == "fp32" else BF16 * largest)
+    return {
+        "teacher_forced": forced_off,
+        "cached": cached_off,
+        "largest_logit": largest,
+        "greedy_equal": min(equal),
+        "ok": ok and (min(equal) == 1 or dtype != "fp32"),
+    }
+
+
+def difference(ours, expected) -> float:
+    return max((a.cpu() - b).abs().max().item() for a, b in zip(ours, expected, strict=True))
+
+
+def share(ours: Tensor, expected: Tensor) -> float:
+    """Share of equal codes."""
+    return (ours.cpu() == expected.cpu()).float().mean().item()
+
+
+def greedy(model: TensorAR, prepared: dict[str, Tensor], run: SamplingConfig) -> Tensor:
+    rows = len(next(iter(prepared.values())))
+    return drawn(model, prepared, torch.zeros(rows, dtype=torch.long), run)
+
+
+def drawn(model: TensorAR, prepared: dict, keys: Tensor, run: SamplingConfig) -> Tensor:
+    return model.windows.final_codes(sample_windows(model, prepared, keys, run))
+
+
+# -- image tokenizers ------------------------------------------------------------------------------
+
+
+def tokenizers(device: torch.device, tiny: bool) -> Rows:
+    """Each golden image tokenizer in fp32, as it is always used."""
+    for family, read in TOKENIZERS.items():
+        for parameter in helpers.golden_cases(family):
+            case = parameter.values[0]
+            yield {"case": case.folder.name}, partial(compare_tokenizer, read, case, device)
+
+
+def compare_tokenizer(read, case: GoldenCase, device: torch.device) -> dict:
+    codes, expected_codes, pixels, expected_pixels = read(case, device)
+    equal = share(codes.flatten(), expected_codes.flatten())
+    off = difference([pixels], [expected_pixels])
+    return {"codes_equal": equal, "pixels": off, "ok": equal == 1 and off <= PIXELS}
+
+
+def vq_case(case: GoldenCase, device: torch.device) -> tuple[Tensor, ...]:
+    tokenizer = VQTokenizer.load(case.folder / case.config["checkpoint_file"]).to(device)
+    codes = tokenizer.encode(case.input("image").to(device))
+    stored = case.expected("image_codes"), case.expected("image_decoded")
+    return codes, stored[0], tokenizer.decode(stored[0].view(codes.shape).to(device)), stored[1]
+
+
+def lfq_case(case: GoldenCase, device: torch.device) -> tuple[Tensor, ...]:
+    tokenizer = LFQTokenizer.load(case.folder / case.config["checkpoint_file"], ema=True).to(device)
+    codes = tokenizer.encode(case.input("image").to(device))
+    pre, post = test_golden_open_magvit2.codes_of(case.expected, "ema_codes_{}").unbind(-1)
+    stored = pre + (post << case.config["factorized_bits"][0])
+    pixels = tokenizer.decode(stored.view(codes.shape).to(device))
+    return codes, stored, pixels, case.expected("ema_decoded")
+
+
+def maskgit_case(case: GoldenCase, device: torch.device) -> tuple[Tensor, ...]:
+    path = case.folder / case.config["tokenizer"]["checkpoint_file"]
+    tokenizer = rar.load_tokenizer(path).to(device)
+    codes = tokenizer.encode(2 * case.input("image").to(device) - 1)
+    stored = case.expected("image_codes_encoded")
+    pixels = tokenizer.decode(stored.view(codes.shape).to(device))
+    return codes, stored, (pixels + 1) / 2, case.expected("image_decoded_unclamped")
+
+
+TOKENIZERS = {
+    "VQ tokenizer": vq_case,
+    "Open-MAGVIT2 LFQ": lfq_case,
+    "RAR generator": maskgit_case,
+}
+
+
+# -- one thing, several ways -----------------------------------------------------------------------
+
+BACKBONES = {
+    "llamagen class": lambda: helpers.tiny_llamagen("class"),
+    "llamagen text": lambda: helpers.tiny_llamagen("text"),
+    "janus": helpers.tiny_janus,
+    "open_magvit2": helpers.tiny_open_magvit2,
+    "rar": helpers.tiny_rar,
+}
+SHIPPED = {
+    "shapes base": lambda: load_backbone("llamagen", "shapes"),
+    "janus shapes base": lambda: load_backbone("janus", "shapes-janus"),
+}
+
+
+def identities(device: torch.device, tiny: bool) -> Rows:
+    """Each kind of backbone, tiny with random weights, and the shipped bases, in fp32 and bf16."""
+    for name, build in (BACKBONES if tiny else BACKBONES | SHIPPED).items():
+        for dtype in DTYPES:
+            about = {"backbone": name, "dtype": dtype}
+            yield about, partial(several_ways, build, device, dtype)
+
+
+@torch.no_grad()
+def several_ways(
+    build: Callable[[], Backbone], device: torch.device, dtype: str, batch: int = 6
+) -> dict:
+    backbone = build().to(device, DTYPES[dtype])
+    base, refined = (TensorAR(backbone, m()).eval() for m in (presets.base, presets.iclr2026))
+    prepared = {
+        k: v.to(device, DTYPES[dtype] if v.is_floating_point() else None)
+        for k, v in _conditions(backbone, batch).items()
+    }
+    codes = helpers.tiny_codes(backbone, batch, backbone.spec.num_tokens).to(device)
+    with torch.device(device):
+        halves = [helpers.teacher_forced(base, prepared, codes, drop) for drop in (False, True)]
+    forced = [torch.cat(h).cpu() for h in zip(*halves, strict=True)]
+    off, largest = difference(helpers.cached(base, prepared, codes), forced), forced[0].abs().max()
+    guided, settings = replace(GREEDY, cfg_scale=2.0), SamplingConfig(cfg_scale=2.0)
+    same = share(greedy(refined, prepared, guided), greedy(base, prepared, guided))
+    keys = make_keys(0, torch.arange(batch))
+    together = drawn(base, prepared, keys, settings)
+    rows = [slice(i, i + 1) for i in range(batch)]
+    alone = [drawn(base, {k: v[r] for k, v in prepared.items()}, keys[r], settings) for r in rows]
+    ok = off <= (LOGITS if dtype == "fp32" else BF16 * largest.item()) and same == 1
+    return {
+        "cached": off,
+        "largest_logit": largest.item(),
+        "slot_0_equal": same,
+        "alone_equal": share(torch.cat(alone), together),
+        "ok": ok,
+    }
+
+
+def _conditions(backbone: Backbone, batch: int) -> dict[str, Tensor]:
+    if backbone.frozen.text_encoder is not None:
+        return backbone.prepare([helpers.JANUS_PROMPTS[i % 3] for i in range(batch)])
+    return helpers.tiny_prepared(backbone, batch)

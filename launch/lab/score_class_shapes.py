@@ -1,0 +1,193 @@
+"""Score images of the classes of shapes by the exact detector: how many show the shape and the
+colour of their class, and nothing else.
+
+python launch/lab/score_class_shapes.py outputs/rar-base.npz outputs/rar-control.npz \\
+    outputs/rar-tuned.npz --sheet outputs/rar.png
+# and what the tokenizer loses
+python launch/lab/score_class_shapes.py outputs/rar-base.npz --base runs/class-shapes/rar
+
+The .npz files are those of `launch/sample_imagenet.py`. All must have been drawn for the same
+classes in the same order, so that image i of one can be compared with image i of another.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # run from a clone, without installation
+
+from geneval.judge import JudgeOptions
+from launch.lab.pretrain_class_shapes import CLASSES, class_image
+from t2i import cli
+from t2i.errors import UserError
+from t2i.shapes.shapes_detector import ShapesDetector
+
+_SAME = ("count", "labels", "seed")
+_TOKENIZED = 20
+"""Images of each class that are encoded and decoded,"""
+_SHEET_COLORS = 128  # a third of the bytes, and no visible difference
+_NEW = 1_000_000
+"""from this number on: no base has seen them."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What to score."""
+
+    samples: tyro.conf.Positional[tuple[Path, ...]]
+    """.npz files of launch/sample_imagenet.py; the others are compared with the first."""
+    base: Path | None = None
+    """Base of launch/lab/pretrain_class_shapes.py: also score its images, encoded and decoded, the
+    ceiling of all scores.
+    """
+    sheet: Path | None = None
+    """PNG with an image of every class, one row for each file."""
+    out: Path = Path("outputs/class-shapes/results.json")
+    """Where the scores are written."""
+
+
+def judge(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether each of the images uint8 [N, H, W, 3] shows its class: bool [N, 3] for both, its
+    shape, its colour.
+
+    An image with no object or with several has neither.
+    """
+    detector, verdicts = ShapesDetector(), np.zeros((len(images), 3), dtype=bool)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        found = []
+        for shape, detections in detector.detect(image).items():
+            clear = detections.take(np.flatnonzero(detections.scores > JudgeOptions().threshold))
+            found += [(shape, c) for c in detector.classify_colors(image, shape, clear)]
+        if len(found) == 1:
+            shape, color = (a == b for a, b in zip(found[0], CLASSES[label], strict=True))
+            verdicts[i] = shape and color, shape, color
+    return verdicts
+
+
+def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file; UserError if
+    it is none.
+    """
+    from t2i.evaluation.fid.image_sets import open_images
+    from t2i.evaluation.sample_writer import sample_labels
+    from t2i.files import read_json
+
+    record = path.with_name(path.name + ".json")
+    if path.suffix != ".npz" or not record.exists():
+        raise UserError(
+            f"{path} is no .npz of launch/sample_imagenet.py (with its settings in {record.name})"
+        )
+    opened, settings = open_images(path), read_json(record)
+    if settings["classes"] != len(CLASSES):
+        raise UserError(f"{path} has images of {settings['classes']} classes, not of the shapes")
+    images = np.stack(next(opened.batches(opened.count)))
+    balanced = settings["labels"] == "balanced"
+    labels = sample_labels(
+        settings["count"], len(CLASSES), balanced=balanced, seed=settings["seed"]
+    )
+    return images, labels.numpy(), settings
+
+
+def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
+    """New images, which no training has seen, after the base's tokenizer; and their class ids."""
+    import torch
+
+    from t2i import load_backbone
+    from t2i.data.images import to_pixels
+    from t2i.sources import family_of
+
+    if not (base / "config.json").exists():
+        raise UserError(f"{base} is no base of launch/lab/pretrain_class_shapes.py")
+    backbone = load_backbone(family_of(base), base, device="cpu")
+    labels = np.arange(len(CLASSES)).repeat(_TOKENIZED)
+    side = backbone.image_size[0]
+    new = [class_image(label, _NEW + i, side, seed=0) for i, label in enumerate(labels.tolist())]
+    with torch.no_grad():
+        codes = backbone.encode_images(torch.stack([to_pixels(image) for image in new]))
+        return backbone.decode_images(codes).numpy(), labels
+
+
+def row(verdicts: np.ndarray, first: np.ndarray | None = None) -> dict:
+    """Shares with standard errors, and how much more than the first file's, pairing images of the
+    same number.
+    """
+    share, n = verdicts.mean(axis=0), len(verdicts)
+    result = {
+        "n": n,
+        **dict(zip(("right", "shape", "color"), share.tolist(), strict=True)),
+        "stderr": math.sqrt(share[0] * (1 - share[0]) / n),
+    }
+    if first is not None:
+        difference = verdicts[:, 0].astype(float) - first[:, 0]
+        result |= {
+            "minus_first": difference.mean(),
+            "minus_first_stderr": difference.std() / n**0.5,
+        }
+    return result
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The rows as markdown."""
+    lines = ["| images | n | right | shape | colour | minus the first |", "|---" * 6 + "|"]
+    for name, r in rows.items():
+        minus = "-"
+        if "minus_first" in r:
+            minus = f"{r['minus_first']:+.3f} ± {r['minus_first_stderr']:.3f}"
+        right = f"{r['right']:.3f} ± {r['stderr']:.3f}"
+        lines.append(
+            f"| {name} | {r['n']} | {right} | {r['shape']:.3f} | {r['color']:.3f} | {minus} |"
+        )
+    return "\n".join(lines)
+
+
+def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:
+    """The first image of every class; UserError if a class has none."""
+    missing = sorted(set(range(len(CLASSES))) - set(labels.tolist()))
+    if missing:
+        raise UserError(
+            f"a sheet needs an image of every class; of class {missing[0]} there is none"
+        )
+    return [Image.fromarray(images[labels.tolist().index(c)]) for c in range(len(CLASSES))]
+
+
+def main() -> None:
+    config = cli.parse(ScoreConfig, __doc__)
+    from t2i.files import writable_file, write_json
+    from t2i.imaging import grid, save_png
+
+    for place in filter(None, (config.out, config.sheet)):
+        writable_file(place)
+    read = {str(path): read_samples(path) for path in config.samples}
+    same = [{name: settings[name] for name in _SAME} for *_, settings in read.values()]
+    if any(other != same[0] for other in same):
+        raise UserError(f"the files were drawn for other classes: {same}; draw them alike")
+    if config.sheet is not None:
+        cells = [
+            cell for images, labels, _ in read.values() for cell in one_of_each(images, labels)
+        ]
+        sheet = grid(cells, columns=len(CLASSES), cell=48)
+        save_png(sheet.quantize(_SHEET_COLORS), config.sheet)
+    rows, first = {}, None
+    for name, (images, labels, _) in read.items():
+        verdicts = judge(images, labels)
+        rows[name] = row(verdicts, first)
+        first = verdicts if first is None else first
+    if config.base is not None:
+        rows[f"new images through the tokenizer of {config.base}"] = row(
+            judge(*tokenized(config.base))
+        )
+    settings = {name: settings for name, (*_, settings) in read.items()}
+    about = {"detector": ShapesDetector().identity(), "settings": settings}
+    write_json(config.out, {"scores": rows, **about})
+    print(f"{table(rows)}\n\nwrote {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,1 +1,0 @@
-"""Backbone families, one file each, behind the interface in `base`."""

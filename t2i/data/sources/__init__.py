@@ -1,0 +1,1 @@
+"""Where captioned or labelled images come from: folders, tables, tars, hub data sets, classes."""

@@ -1,0 +1,226 @@
+"""Open any caption-image data set: `open_source` finds out what it was given.
+
+| given                                    | read by                                        |
+|------------------------------------------|------------------------------------------------|
+| folder with metadata.jsonl               | folders.MetadataFolder                         |
+| folder with a.png + a.txt                | folders.SidecarFolder                          |
+| *.tar (file, files, glob, folder)        | tars.TarSource                                 |
+| *.parquet (file, files, glob, folder)    | tables.TableSource, streaming: StreamSource    |
+| hub id "owner/name"                      | the same                                       |
+
+A source opens nothing but its index; images are opened one by one by images.open_image.
+"""
+
+import glob
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from t2i.data.content import printable
+from t2i.data.samples import Sample, Source
+from t2i.data.sources.folders import METADATA, is_image, open_folder, walk
+from t2i.data.sources.tars import TarSource
+from t2i.errors import UserError
+
+__all__ = ["Sample", "Source", "open_source"]
+
+TABLE_SUFFIXES = (".parquet", ".tar")
+_OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}
+_SPLITS = {"train", *_OTHER_SPLITS}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def open_source(
+    source: str | Path | Sequence[str | Path],
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    config_name: str | None = None,
+    revision: str | None = None,
+) -> Source:
+    """Open a data set of captioned images.
+
+    Args:
+        source: a folder, a file, several files, a glob pattern, or a hub id "owner/name".
+        image_column: names the image; found by itself when there is only one candidate.
+        caption_column: holds the caption, or a list of alternative captions; "json.prompt" reads
+            the field of a struct or of a json member. Found by itself when there is only one
+            candidate (text, caption, prompt, txt).
+        split: of a hub data set or a folder: its sub-folder, or the files named after it.
+        streaming: read parquet and hub data row by row, without a copy on disk and without random
+            access. Folders and tars are never copied and keep random access either way.
+        config_name: of a hub data set with several.
+        revision: branch, tag or commit of a hub data set.
+
+    Raises:
+        UserError: nothing there, no images, no captions, an unknown or ambiguous column or split.
+    """
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    text = str(source)
+    if isinstance(source, str) and _is_hub_id(text):
+        from t2i.data.sources.tables import (
+            open_hub,  # imports the datasets library, which takes a second
+        )
+
+        return open_hub(text, split, streaming, config_name, revision, **columns)
+    found = _find_files(source, split)
+    opened = _open_files(found, text, split, streaming, columns)
+    opened.left_out += found.left_out
+    opened.remarks += found.remarks
+    return opened
+
+
+@dataclass
+class _Found:
+    """What may belong to a data set: `root` is the folder, or the first file."""
+
+    root: Path
+    files: list[Path]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def _open_files(
+    found: _Found, text: str, split: str, streaming: bool, columns: dict[str, str | None]
+) -> Source:
+    root = found.root
+    for suffix in TABLE_SUFFIXES:
+        chosen = [path for path in found.files if _is_table(path, suffix)]
+        if not chosen:
+            continue
+        _check_one_kind(root, found.files, suffix)
+        empty = [path for path in chosen if path.stat().st_size == 0]
+        if len(empty) < len(chosen):  # otherwise the reader says what is wrong
+            chosen = [path for path in chosen if path not in empty]
+            found.left_out += [(printable(path.name), "empty") for path in empty]
+        if suffix == ".tar":
+            return TarSource(root, chosen, **columns)
+        from t2i.data.sources.tables import open_parquet
+
+        return open_parquet(root, chosen, split, streaming, **columns)
+    if not root.is_dir():
+        raise UserError(f"{text}: neither .parquet nor .tar. Give the folder that holds the images")
+    return open_folder(root, found.files, **columns)
+
+
+def _is_hub_id(text: str) -> bool:
+    """owner/name that is no path; with a local folder `owner`, a mistyped path is likelier."""
+    if Path(text).exists() or not _HUB_ID.fullmatch(text):
+        return False
+    return not Path(text).parent.is_dir() and not _is_table(Path(text))
+
+
+def _find_files(source: str | Path | Sequence[str | Path], split: str) -> _Found:
+    """Every file that may belong to the data set."""
+    left_out = []
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser().resolve()
+        if path.is_dir():
+            return _find_in_folder(path, split)
+        names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
+        files = [name for name in names if name.is_file()]
+        left_out = [
+            (printable(name.name), "broken link" if name.is_symlink() else "not a regular file")
+            for name in names
+            if name not in files
+        ]
+        if not files:
+            raise UserError(
+                f"{source} {'is no file' if names else 'does not exist'}. Give a folder, .parquet or .tar "
+                "files, or a hub id such as owner/name"
+            )
+    else:
+        files = [Path(name).expanduser().resolve() for name in source]
+        missing = [str(path) for path in files if not path.is_file()]
+        if missing or not files:
+            raise UserError(f"no such file: {', '.join(missing) or 'the list is empty'}")
+    if split != "train":
+        raise UserError(f"split {split!r}: files that are given by name have no splits")
+    return _Found(files[0], files, left_out)
+
+
+def _find_in_folder(folder: Path, split: str) -> _Found:
+    """The files of a split.
+
+    A folder is divided into splits if it holds no data itself and each of its sub-folders that
+    holds data is named as a split: `train` beside `val` is a split, `train` beside `bus` a class.
+    Where all data are in one sub-folder of another name, that one is looked at. Parquet and tar
+    files are told by their names.
+    """
+    files, left_out = walk(folder)
+    data = [path for path in files if _is_data(path)]
+    if any(map(_is_table, files)):
+        chosen = [path for path in files if _in_split(path.relative_to(folder), split)]
+        of_split = set(chosen)
+        others = [path for path in files if _is_table(path) and path not in of_split]
+        if not any(map(_is_table, chosen)):
+            raise UserError(
+                f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
+                "give the split, or the files by name"
+            )
+        names = [printable(str(path.relative_to(folder))) for path in others]
+        return _Found(
+            folder, chosen, left_out + [(name, f"not of the split {split}") for name in names]
+        )
+    where, parts = _sub_folders(folder, data)
+    own = any(path.parent == where for path in data)
+    chosen_part = next((name for name in sorted(parts) if name.lower() == split.lower()), None)
+    divided = not own and all(name.lower() in _SPLITS for name in parts)
+    if chosen_part is not None and (divided or (split != "train" and not own)):
+        others = [(f"{printable(n)}/", c) for n, c in sorted(parts.items()) if n != chosen_part]
+        left_out += [(f"{n} ({count} files)", f"not of the split {split}") for n, count in others]
+        chosen_folder = where / chosen_part
+        inside = [path for path in files if path.is_relative_to(chosen_folder)]
+        return _Found(chosen_folder, inside, left_out)
+    if split != "train":
+        raise UserError(f"{where} has no sub-folder for the split {split!r}")
+    remarks = []
+    named = [name for name in sorted(parts) if name.lower() in _SPLITS]
+    if named and not own:
+        names, why = ", ".join(map(printable, sorted(parts))), "they are not all named as splits"
+        remarks = [
+            f"all sub-folders of {where} are used ({names}), since {'none is named train' if divided else why}; "
+            f"give {where / (chosen_part or named[0])} to use it alone"
+        ]
+    return _Found(folder, files, left_out, remarks)
+
+
+def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]]:
+    """The folder that is divided, this one or the only one with data in it, and the files of data
+    in its sub-folders.
+    """
+    inside = [path.relative_to(folder).parts for path in data]
+    parts = Counter(names[0] for names in inside if len(names) > 1)
+    only = next(iter(parts), "")
+    if len(parts) == 1 and all(len(names) > 2 for names in inside) and only.lower() not in _SPLITS:
+        return _sub_folders(folder / only, data)
+    return folder, parts
+
+
+def _is_table(path: Path, *suffixes: str) -> bool:
+    return path.suffix.lower() in (suffixes or TABLE_SUFFIXES)
+
+
+def _in_split(name: Path, split: str) -> bool:
+    """train-00000.parquet and train/00000.parquet are of `train`, and so are names of no split."""
+    words = set(re.findall("[a-z]+", str(name).lower()))
+    if "train" in words or not words & _OTHER_SPLITS:
+        return split.lower() == "train"
+    return split.lower() in words
+
+
+def _is_data(path: Path) -> bool:
+    return path.name == METADATA or _is_table(path) or is_image(path)
+
+
+def _check_one_kind(root: Path, files: Sequence[Path], suffix: str) -> None:
+    others = [path for path in files if not _is_table(path, suffix) and _is_data(path)]
+    if others:
+        raise UserError(
+            f"{root} holds {suffix} files and also {others[0].name}, so the data set is not "
+            f"clear. Give the files by name, such as '{root}/*{suffix}', or a folder of one kind"
+        )

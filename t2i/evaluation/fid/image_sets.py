@@ -1,0 +1,166 @@
+"""Sets of images to be judged, read one batch at a time: an .npz with `arr_0`, as ADM's evaluator
+takes it, or a folder.
+
+50,000 images of 256 x 256 pixels are 9.8 GB, so an .npz is read straight from its zip member, in
+file order. Of a folder all images below it are read, sorted by path; in a folder that this kit
+generated (`00000/samples/00000.png`) only the samples, not the contact sheets and refinement stages
+beside them.
+"""
+
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
+from t2i.data.images import SkipSample, open_image
+from t2i.data.sources.folders import is_image, list_files
+from t2i.errors import UserError
+
+_SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
+_RECORDS = ("generation.json", "settings.json")  # what drawing leaves in a folder of images
+_IMAGES_MEMBER = "arr_0.npy"
+_BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError)
+
+
+class NpzImages:
+    """The images `arr_0` uint8 [N, H, W, 3] of an .npz file.
+
+    Raises:
+        UserError: no such file, not an .npz, no `arr_0`, or an array of another kind.
+    """
+
+    kind = "npz"
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _open_member(path, _IMAGES_MEMBER) as file:
+            shape, order, dtype = _read_header(file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or order or not all(shape):
+            layout = "Fortran order " if order else ""
+            raise UserError(
+                f"{path}: arr_0 is {layout}{dtype} {list(shape)}; images must be uint8 [N, H, W, 3] in C order"
+            )
+        self.shape = tuple(shape[1:])
+        self.count = shape[0]
+        self.left_out = 0
+
+    def batches(self, size: int) -> Iterator[list[np.ndarray]]:
+        """uint8 images [H, W, 3], at most `size` at a time, in file order."""
+        bytes_per_image = int(np.prod(self.shape))
+        with _open_member(self.path, _IMAGES_MEMBER) as file:
+            _read_header(file)
+            for start in range(0, self.count, size):
+                count = min(size, self.count - start)
+                data = file.read(count * bytes_per_image)
+                if len(data) < count * bytes_per_image:
+                    raise UserError(f"{self.path} ends before image {start + count}: it is cut")
+                yield list(np.frombuffer(data, np.uint8).reshape(count, *self.shape))
+
+
+class FolderImages:
+    """Every image below a folder, sorted by path.
+
+    Raises:
+        UserError: no such folder, no image in it, or images of several generations (models, seeds,
+            settings).
+    """
+
+    kind = "folder"
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = list_files(path)
+        found = [file for file in files if is_image(file)]
+        if not found:
+            raise UserError(f"{path} holds no images")
+        records = sorted({file.parent for file in files if file.name in _RECORDS})
+        if len(records) > 1:
+            names = ", ".join(str(record.relative_to(path)) for record in records[:4])
+            raise UserError(
+                f"{path} holds {len(records)} sets of generated images ({names} ...): they must not be scored as one; "
+                "give one of them"
+            )
+        samples = [f for f in found if _SAMPLE.search(f.relative_to(path).as_posix())]
+        self.files = samples or found
+        self.left_out = len(found) - len(self.files)
+        self.count = len(self.files)
+
+    def batches(self, size: int) -> Iterator[list[np.ndarray]]:
+        """uint8 images [H, W, 3], at most `size` at a time; the next ones are decoded meanwhile.
+
+        Raises:
+            UserError: an image cannot be read; nothing is left out silently.
+        """
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            loading = (pool.map(_read_image, files) for files in batches(iter(self.files), size))
+            yield from map(list, one_ahead(loading))
+
+
+ImageSet = NpzImages | FolderImages
+
+
+def open_images(path: str | Path) -> ImageSet:
+    """The images of an .npz file or of a folder.
+
+    Raises:
+        UserError: neither, or nothing usable in it; the message says what was looked for.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FolderImages(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give an .npz file or a folder of images")
+    return NpzImages(path)
+
+
+def npz_arrays(path: Path) -> set[str]:
+    """The names of the arrays in an .npz file; UserError if it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except _BROKEN as error:
+        raise UserError(f"{path} is not a readable .npz file: {error}") from error
+
+
+def read_npz_array(path: Path, name: str) -> np.ndarray:
+    """One array of an .npz file; pickled objects are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except (*_BROKEN, KeyError) as error:
+        raise UserError(f"{path}: {name} cannot be read: {error}") from error
+
+
+def _read_image(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(open_image(path))
+    except SkipSample as error:
+        raise UserError(f"{path} cannot be judged: {error}; replace or remove it") from error
+
+
+@contextmanager
+def _open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
+    if name.removesuffix(".npy") not in (names := npz_arrays(path)):
+        raise UserError(
+            f"{path} has no {name.removesuffix('.npy')}; it holds {', '.join(sorted(names))}"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+            yield file
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is in Fortran order, and dtype of the .npy that the file begins with."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)

@@ -1,0 +1,1 @@
+"""Janus-Pro as a text-to-image generator (arXiv 2501.17811)."""

@@ -1,0 +1,262 @@
+"""Configuration of a Janus-Pro: plain data in the words of transformers' config.json, whichever
+layout it was read from.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from t2i.errors import UserError
+from t2i.models.janus import janus_weights as names
+from t2i.models.llama import LlamaConfig
+from t2i.models.tokenizers.vq import VQConfig
+from t2i.weights import count_children
+
+log = logging.getLogger(__name__)
+
+_DEFAULTS: dict = {  # a file may leave out what has transformers' default value
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "image_size": 384,
+        "patch_size": 16,
+        "mlp_ratio": 4.0,
+        "projection_dim": 2048,
+        "depth": 2,
+        "num_image_tokens": 576,
+    },
+    "vq_config": {
+        "base_channels": 128,
+        "channel_multiplier": [1, 1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "latent_channels": 256,
+        "num_embeddings": 16384,
+        "embed_dim": 8,
+        "projection_dim": 2048,
+        "image_token_embed_dim": 2048,
+        "num_hidden_layers": 2,
+    },
+    "image_token_id": 100581,
+    "tie_word_embeddings": True,
+}
+_FIXED: dict = {  # what every Janus-Pro has and these modules compute
+    "text_config": {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0,
+        "mlp_bias": False,
+    },
+    "vision_config": {"attention_bias": True, "use_qk_norm": False},
+    "vq_config": {"hidden_act": "gelu"},
+}
+
+SIZES = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "7B": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 32,
+    },
+}
+"""Language models of Janus-Pro (arXiv 2501.17811, table 1)."""
+
+PUBLISHED = {
+    f"{owner}/Janus-Pro-{size}": size
+    for owner in ("deepseek-ai", "deepseek-community")
+    for size in SIZES
+}
+"""Hub ids whose shapes are known without a download."""
+
+
+@dataclass(frozen=True)
+class JanusShape:
+    """Shape of a Janus-Pro.
+
+    Raises:
+        UserError: a setting that no Janus-Pro has.
+    """
+
+    transformers: dict = field(repr=False)
+    """The content of transformers' config.json; what it leaves out is filled in."""
+    grid: tuple[int, int] | None = None
+    """Height and width of an image in codes; None is as many as the understanding tower has
+    patches.
+    """
+
+    def __post_init__(self):
+        whole = _DEFAULTS | self.transformers
+        for part in _FIXED:
+            whole[part] = _DEFAULTS[part] | (self.transformers.get(part) or {})
+        object.__setattr__(self, "transformers", whole)
+        side = self.vision["image_size"] // self.vision["patch_size"]
+        object.__setattr__(self, "grid", tuple(self.grid or (side, side)))
+        self._check()
+
+    def _check(self) -> None:
+        other = [
+            f"{part}.{key}={self.transformers[part][key]!r}, not {value!r}"
+            for part, settings in _FIXED.items()
+            for key, value in settings.items()
+            if self.transformers[part].get(key, value) != value
+        ]
+        kind = self._rope.get("rope_type", self._rope.get("type", "default"))
+        if kind != "default":
+            other.append(f"text_config.rope_parameters of type {kind!r}, not 'default'")
+        heads, width = self.text["num_attention_heads"], self.text["hidden_size"]
+        if width % heads or (self.text.get("head_dim") or width // heads) != width // heads:
+            other.append(f"text_config.head_dim is not hidden_size {width} / {heads} heads")
+        if other:
+            raise UserError("no Janus-Pro has this configuration: " + "; ".join(other))
+
+    @property
+    def text(self) -> dict:
+        """Settings of the language model."""
+        return self.transformers["text_config"]
+
+    @property
+    def vision(self) -> dict:
+        """Settings of the understanding tower."""
+        return self.transformers["vision_config"]
+
+    @property
+    def codes(self) -> dict:
+        """Settings of the image tokenizer and of what embeds and predicts its codes."""
+        return self.transformers["vq_config"]
+
+    @property
+    def _rope(self) -> dict:
+        """Settings of the rotation: `rope_parameters` since transformers 5, `rope_scaling`
+        before.
+        """
+        return (self.text.get("rope_scaling") or {}) | (self.text.get("rope_parameters") or {})
+
+    @property
+    def trunk(self) -> LlamaConfig:
+        """Shape of the language model."""
+        text = self.text
+        return LlamaConfig(
+            dim=text["hidden_size"],
+            n_layer=text["num_hidden_layers"],
+            n_head=text["num_attention_heads"],
+            n_kv_head=text.get("num_key_value_heads") or text["num_attention_heads"],
+            ffn_dim=text["intermediate_size"],
+            norm_eps=text["rms_norm_eps"],
+            rope_base=self._rope.get("rope_theta") or text.get("rope_theta") or 10000.0,
+            token_dropout=0.0,
+            resid_dropout=0.0,
+            ffn_dropout=0.0,
+        )
+
+
+def published_shape(size: str, grid: tuple[int, int] | None = None) -> JanusShape:
+    """Shape of a published size: 384 px, 24 x 24 codes of the VQ-16 tokenizer, SigLIP-L/16."""
+    width = SIZES[size]["hidden_size"]
+    config = {
+        "text_config": {"vocab_size": 102400, "max_position_embeddings": 16384, **SIZES[size]},
+        "vision_config": {"projection_dim": width},
+        "vq_config": {"projection_dim": width, "image_token_embed_dim": width},
+        "tie_word_embeddings": False,
+    }
+    return JanusShape(config, grid)
+
+
+def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
+    """The content of config.json of a folder in either layout, in transformers' words; `weights`
+    have transformers' names.
+
+    Raises:
+        UserError: config.json is missing, damaged, or another model's.
+    """
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = stored.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
+    if kind not in ("janus", "multi_modality"):
+        raise UserError(
+            f"{folder} is no Janus-Pro: config.json has model_type {kind!r}, not 'janus' (transformers) or "
+            "'multi_modality' (DeepSeek)"
+        )
+    try:
+        config = stored if kind == "janus" else _convert(stored, weights)
+        JanusShape(config)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json lacks a Janus-Pro setting: {error!r}") from error
+    return config
+
+
+def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
+    """DeepSeek's configuration says little: widths and depths are read off the weights."""
+    language = {k: v for k, v in stored["language_config"].items() if k != "torch_dtype"}
+    image_size = stored["vision_config"]["params"]["image_size"]
+    patches = weights["model.vision_model.embeddings.patch_embedding.weight"]
+    vision_width, _, patch, _ = patches.shape
+    layers = count_children(weights, "model.vision_model.encoder.layers.")
+    heads = 16
+    if vision_width != 1024:
+        heads = max(1, vision_width // 64)
+        log.warning(
+            "an understanding tower of width %d is not SigLIP-L: its head count is in no file, %d is assumed",
+            vision_width,
+            heads,
+        )
+    vq = VQConfig.from_state_dict(names.vq_weights(weights))
+    head = weights["model.generation_head.proj_out.weight"]
+    return {
+        "model_type": "janus",
+        "text_config": {"model_type": "llama", **language},
+        "vision_config": {
+            "hidden_size": vision_width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "image_size": image_size,
+            "patch_size": patch,
+            "mlp_ratio": weights["model.vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
+            / vision_width,
+            "projection_dim": weights["model.aligner.fc1.weight"].shape[0],
+            "depth": stored["aligner_config"]["params"]["depth"],
+            "num_image_tokens": (image_size // patch) ** 2,
+        },
+        "vq_config": {
+            **vq_settings(vq),
+            "projection_dim": head.shape[0],
+            "image_token_embed_dim": head.shape[1],
+            "num_hidden_layers": stored["gen_aligner_config"]["params"]["depth"],
+        },
+    }
+
+
+def vq_settings(vq: VQConfig) -> dict:
+    """The shape of an image tokenizer in transformers' words."""
+    return {
+        "base_channels": vq.channels,
+        "channel_multiplier": list(vq.multipliers),
+        "num_res_blocks": vq.res_blocks,
+        "latent_channels": vq.latent_channels,
+        "num_embeddings": vq.codebook_size,
+        "embed_dim": vq.codebook_dim,
+    }

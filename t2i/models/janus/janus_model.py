@@ -1,0 +1,278 @@
+"""Janus-Pro as a text-to-image generator (arXiv 2501.17811; deepseek-ai/Janus, transformers'
+`models/janus`).
+
+A Llama reads [prompt | image codes]: the prompt through its own token embedding, codes through a
+table of their own and a small MLP, never through the token embedding; a separate head predicts
+codes. Three things matter for parity:
+
+- the unconditional prompt keeps BOS and begin-of-image, and its padding is attended to; only
+  padding left of a prompt is masked;
+- the image tokenizer is our `VQTokenizer`: transformers' copy does not normalise when it encodes,
+  and draws other codes;
+- the padding token's embedding is trained: it is most of the unconditional prompt.
+
+Shapes: B batch, L inputs, P prompt tokens, D width, T image tokens.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from t2i.errors import UserError
+from t2i.models.base import BackboneSpec, Condition, settle_config
+from t2i.models.janus import janus_config
+from t2i.models.janus import janus_weights as names
+from t2i.models.janus.janus_config import JanusShape
+from t2i.models.janus.janus_modules import JanusModel, rope_table
+from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
+from t2i.models.llama import LlamaBackbone
+from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.sampling import SamplingConfig
+from t2i.weights import load_strict, naming, read_folder, reading
+
+PUBLISHED_AS_FOLDER = True
+
+log = logging.getLogger(__name__)
+
+_MAX_PROMPT = 512
+_UNDERSTANDING = ("model.vision_model.", "model.aligner.", "lm_head.")
+
+CONFIG = JanusShape
+
+
+class Janus(LlamaBackbone):
+    lora_targets = (
+        r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    )
+
+    def __init__(self, config: JanusShape, *, generation_only: bool = False):
+        """`generation_only` leaves out the understanding tower, its aligner and the text head."""
+        super().__init__(config.trunk)
+        self.config = config
+        with torch.device("meta"):
+            self.janus = JanusModel(config)
+        if generation_only:
+            self.left_out = sum(p.numel() for m in self._understanding() for p in m.parameters())
+            del self.janus.model.vision_model, self.janus.model.aligner, self.janus.lm_head
+        self.spec = BackboneSpec(
+            family="janus",
+            dim=config.trunk.dim,
+            num_heads=config.trunk.n_head,
+            grid=config.grid,
+            subvocabs=(config.codes["num_embeddings"],),
+            cond_kind="text",
+            prefix_tokens=min(_MAX_PROMPT, self._positions - config.grid[0] * config.grid[1]),
+            sampling=SamplingConfig(cfg_scale=5.0),
+        )
+
+    # -- modules -----------------------------------------------------------------------------------
+    @property
+    def language_model(self) -> nn.Module:
+        return self.janus.model.language_model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.language_model.layers
+
+    @property
+    def _positions(self) -> int:
+        return self.config.text["max_position_embeddings"]
+
+    @property
+    def lora_root(self) -> nn.Module:
+        return self.janus
+
+    def _understanding(self) -> tuple[nn.Module, ...]:
+        model = self.janus.model
+        parts = (getattr(model, "vision_model", None), getattr(model, "aligner", None))
+        return tuple(m for m in (*parts, getattr(self.janus, "lm_head", None)) if m is not None)
+
+    def image_layers(self) -> dict[str, nn.Module]:
+        kinds = ("generation_embeddings", "generation_aligner", "generation_head")
+        return {f"model.{kind}": getattr(self.janus.model, kind) for kind in kinds}
+
+    def trained_modules(self) -> Sequence[nn.Module]:
+        return (self.language_model, *self.image_layers().values())
+
+    def parts(self) -> dict[str, Sequence[nn.Module]]:
+        understanding = self._understanding()
+        return {
+            "language model": (self.language_model,),
+            "image layers": tuple(self.image_layers().values()),
+            **({"understanding": understanding} if understanding else {}),
+        }
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        weights = self.janus.state_dict()
+        return {k: v for k, v in weights.items() if not k.startswith(_UNDERSTANDING)}
+
+    def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
+        from t2i.models.janus.janus_export import save_folder
+
+        if self.left_out:
+            raise UserError(
+                "a Janus loaded with generation_only lacks a part of what a whole folder holds; load it without"
+            )
+        weights = self.janus.state_dict() | names.vq_to_transformers(self.tokenizer.state_dict())
+        weights = {name: value.detach().to("cpu", dtype) for name, value in weights.items()}
+        save_folder(folder, weights, self.config.transformers, self.prompts, self.spec.sampling)
+        return folder
+
+    # -- the condition -----------------------------------------------------------------------------
+    @property
+    def prompts(self) -> JanusPrompts:
+        if self.frozen.text_encoder is None:
+            raise UserError("this Janus has no prompt tokenizer; load it from its published folder")
+        return self.frozen.text_encoder
+
+    def prepare(self, conditions: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
+        ids, mask = self.prompts.batch(conditions, length)
+        null = self.prompts.unconditional(ids, mask)
+        prepared = {"ids": ids, "null_ids": null, "mask": mask}
+        return {name: value.to(self.device) for name, value in prepared.items()}
+
+    def prefix_length(self, conditions: Sequence[str]) -> int:
+        return max((len(ids) for ids in self.prompts.encode(conditions)), default=0)
+
+    def caption_features(self) -> None:
+        """Captions stay text: tokenizing them costs nothing."""
+
+    def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        known = self.frozen.text_encoder is not None  # not where only shapes were read
+        return self.prompts.notes(captions) if known else super().caption_notes(captions)
+
+    def encode_condition(
+        self, prepared: dict[str, Tensor], drop: Tensor | None = None
+    ) -> Condition:
+        ids = prepared["ids"]
+        if drop is not None:
+            ids = torch.where(drop[:, None], prepared["null_ids"], ids)
+        return Condition(self.language_model.embed_tokens(ids), mask=prepared["mask"])
+
+    # -- the model ---------------------------------------------------------------------------------
+    def embed_tokens(self, codes: Tensor) -> Tensor:
+        model = self.janus.model
+        return model.generation_aligner(model.generation_embeddings(codes[..., 0]))
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.language_model.norm(x)
+
+    def rope_table(self) -> Tensor:
+        return rope_table(self.trunk_shape, self._positions)
+
+    def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
+        return self.janus.model.generation_head(h).float()
+
+    def text_logits(self, ids: Tensor) -> Tensor:
+        """Logits [B, L, words] of the word after each of these ids int64 [B, L], as the published
+        model reads text.
+
+        Raises:
+            UserError: the text head was left out.
+        """
+        if self.left_out:
+            raise UserError("a Janus loaded with generation_only has no text head; load it without")
+        words = self.language_model.embed_tokens(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self.janus.lm_head(self.trunk(words, positions, Condition(words[:, :0])))
+
+    # -- pixels ------------------------------------------------------------------------------------
+    def quantize_pixels(self, pixels: Tensor) -> Tensor:
+        """Janus cuts off where LlamaGen rounds."""
+        return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
+
+
+def load(
+    path: str | Path,
+    *,
+    config: JanusShape | None = None,
+    grid: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    generation_only: bool = False,
+    shapes_only: bool = False,
+) -> Janus:
+    """Load a published folder in DeepSeek's or transformers' layout, strictly, with its image
+    tokenizer and its prompts.
+
+    Args:
+        config: overrides the folder's own configuration.
+        grid: height and width in codes, if not those of the configuration.
+        generation_only: leave out the understanding tower, its aligner and the text head.
+        shapes_only: a model on the meta device, its names and shapes checked against the files
+            without reading their data.
+
+    Raises:
+        UserError: unreadable files, another model, or keys that do not fit, each named.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a folder: Janus-Pro is published as one (config.json, weights, tokenizer.json)"
+        )
+    weights = names.to_transformers(read_folder(folder, shapes_only=shapes_only))
+    stored = config.transformers if config else janus_config.read_config(folder, weights)
+    tied = names.HEAD not in weights
+    with naming(folder), reading("a Janus-Pro"):
+        vq = VQConfig.from_state_dict(names.vq_weights(weights))
+        if tied:
+            weights[names.HEAD] = weights[names.EMBEDDING]
+    prompts = JanusPrompts.load(folder, _MAX_PROMPT)
+    known = {"tie_word_embeddings": tied}  # transformers' default is True, whatever the file holds
+    if (image := prompts.tokenizer.token_to_id(IMAGE)) is not None:
+        known["image_token_id"] = image
+    shape = JanusShape(stored | known, grid or (config.grid if config else None))
+    backbone = Janus(shape, generation_only=generation_only)
+    prompts.max_tokens = backbone.spec.prefix_tokens
+    backbone.frozen.text_encoder = prompts
+    _attach_tokenizer(backbone, vq, None if shapes_only else names.vq_weights(weights), folder)
+    other = (names.VQ, *_UNDERSTANDING) if generation_only else (names.VQ,)
+    kept = {k: v.to(dtype) for k, v in weights.items() if not k.startswith(other)}
+    load_strict(backbone.janus, kept, folder, assign=True)
+    if tied and not generation_only:
+        backbone.janus.lm_head.weight = backbone.language_model.embed_tokens.weight
+    if backbone.left_out:
+        size = backbone.left_out * dtype.itemsize / 1e9
+        log.info(
+            "not loaded: understanding tower, aligner and text head, %.2f GB that drawing images does not need",
+            size,
+        )
+    return backbone.eval()
+
+
+def _attach_tokenizer(
+    backbone: Janus, config: VQConfig, weights: dict[str, Tensor] | None, source: str | Path
+) -> None:
+    """Give the backbone its image tokenizer, in fp32; without weights it stays on the meta
+    device.
+    """
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(config)
+    if weights is not None:
+        load_strict(tokenizer, {k: v.float() for k, v in weights.items()}, source, assign=True)
+    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+
+
+def outline(
+    source: str | Path,
+    *,
+    config: JanusShape | None = None,
+    grid: tuple[int, int] | None = None,
+    generation_only: bool = False,
+) -> Janus | None:
+    """A published size on the meta device, without any file; None for what has no published
+    shape.
+    """
+    size = janus_config.PUBLISHED.get(str(source))
+    if size is None:
+        return None
+    shape = settle_config(config, grid, source, lambda: janus_config.published_shape(size, grid))
+    backbone = Janus(shape, generation_only=generation_only)
+    _attach_tokenizer(backbone, VQConfig(), None, source)
+    return backbone
+
+
+load_tokenizer = VQTokenizer.load
+"""An image tokenizer in place of the folder's own."""

@@ -1,0 +1,180 @@
+"""Janus-Pro's prompts: the chat string it was trained with, as token ids, and the unconditional
+form that guidance uses.
+
+    <BOS><|User|>: a red fox\\n\\n<|Assistant|>:<begin_of_image>
+
+(`janus/utils/conversation.py` and `generation_inference.py` of deepseek-ai/Janus). For guidance
+every token between the first and the last becomes padding that IS attended to. Three things go
+wrong elsewhere and are settled here: ids differ between 1B and 7B and are resolved by string;
+tokenizer.json is read by the `tokenizers` library itself, because transformers 5 may put a
+tokenizer class in front of it that eats spaces; and BOS is put in front by us, exactly once,
+whether the file would add it or not.
+
+Shapes: B prompts, P tokens of the longest.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from t2i.errors import UserError
+from t2i.fields import read_object
+from t2i.files import write_json
+from t2i.models.captions import check_captions
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+BEGIN_OF_IMAGE, END_OF_IMAGE = "<begin_of_image>", "<end_of_image>"
+IMAGE = "<image_placeholder>"
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+_SPACES = "two  spaces, and one"
+
+
+class JanusPrompts:
+    """Prompts to token ids. Not a module: it has no weights.
+
+    Raises:
+        UserError: the tokenizer lacks a special token of Janus, or loses spaces.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, bos: str = BOS, eos: str = EOS, max_tokens: int = 512
+    ):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.bos, self.eos = bos, eos
+        self.folder: Path | None = None
+        self.bos_id, self.pad_id, self.boi_id = map(self.token_id, (bos, PAD, BEGIN_OF_IMAGE))
+        if tokenizer.decode(self._ids(_SPACES), skip_special_tokens=False) != _SPACES:
+            raise UserError(
+                "this tokenizer does not keep spaces (transformers 5 writes such files for Janus); "
+                "take the file of the original repository"
+            )
+
+    @staticmethod
+    def load(folder: str | Path, max_tokens: int = 512) -> "JanusPrompts":
+        """Read tokenizer.json, and the names of BOS and EOS from tokenizer_config.json, of a
+        published folder.
+        """
+        path = Path(folder) / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises plain Exception for a damaged file
+            raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
+        settings = path.with_name("tokenizer_config.json")
+        stored = read_object(settings) if settings.is_file() else {}
+        named = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
+        named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
+        try:
+            prompts = JanusPrompts(tokenizer, max_tokens=max_tokens, **named)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        prompts.folder = Path(folder)
+        return prompts
+
+    def save(self, folder: Path) -> None:
+        """Write a tokenizer for transformers: one that puts BOS in front by itself, since version 5
+        reads no `add_bos_token`.
+        """
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        if tokenizer.encode("x").ids[:1] != [self.bos_id]:
+            tokenizer.post_processor = TemplateProcessing(
+                single=f"{self.bos} $A", special_tokens=[(self.bos, self.bos_id)]
+            )
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            "pad_token": PAD,
+            "image_token": IMAGE,
+            "boi_token": BEGIN_OF_IMAGE,
+            "eoi_token": END_OF_IMAGE,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        }
+        write_json(folder / "tokenizer_config.json", settings)
+
+    def token_id(self, token: str) -> int:
+        """Id of a special token; UserError if the tokenizer does not have it."""
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise UserError(f"the tokenizer has no token {token!r}; is it Janus-Pro's?")
+        return token_id
+
+    def to(self, device: torch.device | str) -> "JanusPrompts":
+        """Nothing to move."""
+        return self
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the tokenizer: all that an image can depend on here."""
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, from BOS to begin-of-image.
+
+        A prompt that makes more than `max_tokens` loses the end of its own text (see `notes`).
+        """
+        check_captions(prompts, "prompts")
+        return [self._encode_one(prompt)[0] for prompt in prompts]
+
+    def notes(self, prompts: Sequence[str]) -> list[list[str] | None]:
+        """What `encode` loses of each prompt, in fixed phrases."""
+        check_captions(prompts, "prompts")
+        cut = [f"caption cut to {self.max_tokens} tokens"]
+        return [cut[: self._encode_one(prompt)[1]] for prompt in prompts]
+
+    def _encode_one(self, prompt: str) -> tuple[list[int], bool]:
+        """Token ids, and whether some of the prompt was cut off."""
+        ids = self._ids(chat(prompt))
+        cut = len(ids) + 1 > self.max_tokens
+        if cut:
+            end = self._ids(chat("x").partition("x")[2])
+            ids = ids[: self.max_tokens - 1 - len(end)] + end
+        ids = [self.bos_id, *ids]
+        assert ids[-1] == self.boi_id, "the tokenizer does not end in begin-of-image"
+        return ids, cut
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def batch(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Prompts padded on the left: ids int64 [B, P] and mask bool [B, P], True for a prompt's
+        own tokens.
+
+        Args:
+            length: pad to so many tokens; to the longest prompt if None.
+        """
+        encoded = self.encode(prompts)
+        longest = max((len(ids) for ids in encoded), default=0)
+        length = longest if length is None else length
+        if longest > length:
+            raise ValueError(f"a prompt has {longest} tokens, more than length={length}")
+        ids = torch.full((len(encoded), length), self.pad_id)
+        mask = torch.zeros(len(encoded), length, dtype=torch.bool)
+        for row, own in enumerate(encoded):
+            ids[row, length - len(own) :] = torch.tensor(own)
+            mask[row, length - len(own) :] = True
+        return ids, mask
+
+    def unconditional(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids of the unconditional form: padding between the first and the last token of each
+        prompt. It keeps the prompt's mask.
+        """
+        inner = mask.clone()
+        inner[:, -1] = False
+        inner[:, 1:] &= mask[:, :-1]  # not the first token, which has none of its own before it
+        inner[:, 0] = False
+        return ids.masked_fill(inner, self.pad_id)
+
+
+def chat(prompt: str) -> str:
+    """The chat string of a prompt, without BOS; an empty prompt has no blank and no line breaks, as
+    in the original code.
+    """
+    text = prompt.strip()
+    message = f": {text}\n\n" if text else ":"
+    return f"{USER}{message}{ASSISTANT}:{BEGIN_OF_IMAGE}"

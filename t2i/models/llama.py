@@ -1,0 +1,210 @@
+"""What Llama-like families share: the trunk, its norm and rotation; and the block of LlamaGen and
+Open-MAGVIT2.
+
+Their block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
+SwiGLU. Two things differ from the Llama that everyone knows, which is Janus-Pro's
+(`janus_model.py`), and matter for parity:
+
+- RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the
+  second with the column.
+- The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys
+  vanish: every attention logit to or from a prefix entry is 0.
+
+Shapes: B batch, L inputs, P prefix, D width, H heads, K head width, T image tokens.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.models.attention import KVCache, attend, causal_mask, run_blocks
+from t2i.models.base import Backbone, Condition
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What the trunks' shapes have in common."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    grid: tuple[int, int] = (16, 16)
+    n_kv_head: int | None = None
+    ffn_dim: int | None = None
+    """Hidden width of the SwiGLU; None means 8/3 of dim rounded up to a multiple of 256."""
+    num_classes: int = 1000
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    token_dropout: float = 0.1
+    """Element dropout on all input embeddings of the trunk (training only)."""
+    resid_dropout: float = 0.1
+    ffn_dropout: float = 0.1
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.ffn_dim or -(-int(2 * 4 * self.dim / 3) // 256) * 256
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 1
+
+
+class RMSNorm(nn.Module):
+    """Normalise in fp32, cast back, then scale: the order matters in bf16."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        unit = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return unit.type_as(x) * self.weight
+
+
+def rope_table(config: LlamaConfig) -> Tensor:
+    """cos and sin for every position, [P + T, K/2, 2] fp32; zero for the prefix."""
+    half = config.head_dim // 2
+    frequencies = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+    rows, columns = config.grid
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = torch.cat([torch.outer(axis.flatten(), frequencies) for axis in (row, column)], dim=-1)
+    image = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([image.new_zeros(config.prefix_tokens, *image.shape[1:]), image])
+
+
+def rotate(x_BLHK: Tensor, rope_LK2: Tensor, *, halves: bool = False) -> Tensor:
+    """Turn pairs by the table's angles, in fp32: neighbours, or with `halves` entry i of each
+    half.
+    """
+    axis, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
+    cos, sin = rope_LK2[None, :, None].unbind(-1)
+    first, second = x_BLHK.float().unflatten(-1, shape).unbind(axis)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=axis)
+    return turned.flatten(-2).type_as(x_BLHK)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.n_head, config.kv_heads
+        self.head_dim = config.head_dim
+        self.wqkv = nn.Linear(
+            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
+        )
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(
+        self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        return self.dropout(self.wo(attend(q, k, v, mask, cache, self.layer)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedding(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.null_id = config.num_classes
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
+
+    def forward(self, prepared: dict[str, Tensor], drop: Tensor | None) -> Tensor:
+        labels = prepared["labels"]
+        if drop is not None:
+            labels = torch.where(drop, self.null_id, labels)
+        return self.embedding_table(labels)[:, None]
+
+
+def normal_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """N(0, 0.02) for all matrices, as the reference starts its pre-training."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02, generator=generator)
+
+
+class LlamaBackbone(Backbone):
+    """The trunk of a Llama-like family: dropout, then blocks that are called with (x, rope, mask,
+    cache), then perhaps a norm.
+    """
+
+    def __init__(self, trunk: LlamaConfig):
+        super().__init__()
+        self.trunk_shape = trunk
+        self.token_dropout = nn.Dropout(trunk.token_dropout)
+        # Not a buffer: it must stay fp32 when the model is cast to bf16.
+        self._rope: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Iterable[nn.Module]:
+        """The trunk's blocks, in order."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the last block, before the head."""
+        return x
+
+    def rope_table(self) -> Tensor:
+        """cos and sin for every position, [positions, K/2, 2] fp32."""
+        return rope_table(self.trunk_shape)
+
+    def rope_on(self, device: torch.device) -> Tensor:
+        """`rope_table` on a device."""
+        if self._rope is None or self._rope.device != device:
+            self._rope = self.rope_table().to(device)
+        return self._rope
+
+    def trunk(
+        self, x_BLD: Tensor, positions_L: Tensor, condition: Condition, cache: KVCache | None = None
+    ) -> Tensor:
+        rope = self.rope_on(x_BLD.device)[positions_L]
+        mask = causal_mask(x_BLD, condition.mask, cache)
+        x, recompute = self.token_dropout(x_BLD), self.gradient_checkpointing
+        return self.finish(run_blocks(self.blocks, x, rope, mask, cache, recompute=recompute))
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        c, first = self.trunk_shape, next(self.parameters())
+        shape = (c.n_layer, batch, c.kv_heads, length, c.head_dim)
+        return KVCache(*shape, dtype=first.dtype, device=first.device)

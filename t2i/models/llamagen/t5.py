@@ -1,0 +1,199 @@
+"""Captions as flan-t5 features: what LlamaGen's text-to-image models are conditioned on.
+
+The encoder is frozen. A caption is cleaned (`captions.py`), cut to P tokens including the
+end-of-sequence token, encoded, and later LEFT padded to P entries, so that the caption's last
+token stands right before the first image token (LlamaGen's `language/t5.py` and `sample_t2i.py`).
+
+Shapes: B captions, P caption tokens of the image model, C feature width, n_i tokens of caption i.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from t2i.errors import UserError
+from t2i.models.captions import (
+    CAPTION_CLEANING_VERSION,
+    UNKNOWN,
+    caption_losses,
+    check_captions,
+    clean_caption,
+)
+from t2i.models.llamagen.t5_files import find_folder, load_encoder, load_tokenizer, weights_hash
+
+_PAD_MULTIPLE = 8
+_ROWS_PER_PASS = 64
+
+
+class T5Captions:
+    """A frozen T5 encoder with its tokenizer. Not a module: it is never trained or sharded."""
+
+    def __init__(
+        self,
+        model: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        max_tokens: int = 120,
+    ):
+        if max_tokens < 2:
+            raise UserError(f"max_tokens is {max_tokens}; a word and its end need at least 2")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        max_tokens: int = 120,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "T5Captions":
+        """Load google/flan-t5-xl (the official encoder) or a local folder of the same layout.
+
+        LlamaGen was trained on features computed in bfloat16. See `t5_files` for the layout.
+
+        Raises:
+            UserError: a file is missing, unreadable or not a T5's, or weights do not fit (named).
+        """
+        folder = find_folder(path_or_hub_id)
+        model = load_encoder(folder, dtype)
+        tokenizer = load_tokenizer(folder, model.config.vocab_size)
+        return cls(model.to(device), tokenizer, folder, max_tokens)
+
+    @property
+    def dim(self) -> int:
+        """Feature width C."""
+        return self.model.config.d_model
+
+    def to(self, device: str | torch.device) -> "T5Captions":
+        """Move the encoder to another device."""
+        self.model.to(device)
+        return self
+
+    def encode(self, captions: Sequence[str], clean: bool = True) -> list[Tensor]:
+        """Features [n_i, C] of each caption: its valid tokens, the last one being the end token.
+
+        n_i is at most `max_tokens` (see `notes`). Dtype and device are the encoder's. An empty
+        caption is the end token alone.
+
+        A caption's features do not depend on its companions: padding is hidden exactly, and a
+        caption is padded to the next multiple of 8 of its own length whatever stands beside it.
+        What remains is rounding, since the number of captions in a matrix product may change the
+        order of its sums: none seen on CPUs (bit-identical), the last bits on GPUs.
+
+        Raises:
+            UserError: `captions` is a single string or holds something else than strings, or the
+                features are not finite (float16 is too narrow for flan-t5).
+        """
+        most = self.max_tokens
+        token_ids = [
+            ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+            for ids in self._tokenize(captions, clean)[1]
+        ]
+        groups: dict[int, list[int]] = {}
+        for index, ids in enumerate(token_ids):
+            length = math.ceil(len(ids) / _PAD_MULTIPLE) * _PAD_MULTIPLE
+            groups.setdefault(length, []).append(index)
+        features: dict[int, Tensor] = {}
+        for length, members in groups.items():
+            for start in range(0, len(members), _ROWS_PER_PASS):
+                rows = members[start : start + _ROWS_PER_PASS]
+                encoded = self._encode_rows([token_ids[i] for i in rows], length)
+                features.update(zip(rows, encoded, strict=True))
+        return [features[index] for index in range(len(token_ids))]
+
+    def notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        """What `encode` loses of each caption, in fixed phrases; None if it reads nothing of it.
+
+        Raises:
+            UserError: as for `encode`.
+        """
+        texts, all_ids = self._tokenize(captions, clean=True)
+        unknown = self.tokenizer.unk_token_id
+        blank = self.tokenizer.convert_tokens_to_ids("\u2581")  # sentencepiece's space
+        no_words = {unknown, blank, self.tokenizer.eos_token_id}
+        notes = []
+        for caption, text, ids in zip(captions, texts, all_ids, strict=True):
+            lost = caption_losses(caption, text, known=not set(ids) <= no_words)
+            if lost is not None and len(ids) > self.max_tokens:
+                lost.append(f"caption cut to {self.max_tokens} tokens")
+            if lost is not None and unknown in ids:
+                lost.append(UNKNOWN)
+            notes.append(lost)
+        return notes
+
+    def _tokenize(self, captions: Sequence[str], clean: bool) -> tuple[list[str], list[list[int]]]:
+        check_captions(captions)
+        if not captions:
+            return [], []
+        texts = [clean_caption(c) for c in captions] if clean else list(captions)
+        return texts, self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+
+    # Not inference_mode: such tensors cannot take part in a later backward pass.
+    @torch.no_grad()
+    def _encode_rows(self, token_ids: list[list[int]], length: int) -> list[Tensor]:
+        ids = torch.full((len(token_ids), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, values in enumerate(token_ids):
+            ids[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = 1
+        device = self.model.device
+        mask = mask.to(device)
+        hidden = self.model(input_ids=ids.to(device), attention_mask=mask)[0]
+        valid = hidden[mask.bool()]
+        if not torch.isfinite(valid).all():
+            raise UserError(
+                f"the text encoder returned values that are not finite in {self.model.dtype}; "
+                "load it in bfloat16 or float32"
+            )
+        # Copies, because a view would keep (and save) the features of all its companions.
+        return [f.clone() for f in valid.split([len(values) for values in token_ids])]
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the encoder's files; see the function `weights_hash`."""
+        return weights_hash(self.folder)
+
+    def cache_key(self) -> dict:
+        """What the features depend on."""
+        return {
+            "text_encoder": self.weights_hash(),
+            "text_encoder_dtype": str(self.model.dtype).removeprefix("torch."),
+            "caption_cleaning": CAPTION_CLEANING_VERSION,
+            "caption_tokens": self.max_tokens,
+        }
+
+
+def left_pad(features: Sequence[Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Batch caption features [n_i, C] as LlamaGen reads them.
+
+    Returns:
+        features [B, P, C] with P = max_tokens, zero in the padding, which comes first, and
+        mask [B, P] bool, True for the caption's own entries.
+
+    Raises:
+        ValueError: there is no caption, one is longer than `max_tokens`, or widths differ.
+    """
+    widths = {tuple(f.shape[1:]) for f in features}
+    if len(widths) != 1 or any(f.ndim != 2 for f in features):
+        shapes = [tuple(f.shape) for f in features][:8]
+        raise ValueError(f"expected caption features [n_i, C] with one width C, got {shapes}")
+    longest = max(len(f) for f in features)
+    if longest > max_tokens:
+        raise ValueError(
+            f"a caption has {longest} features but the model takes {max_tokens}; "
+            f"encode with max_tokens={max_tokens}"
+        )
+    first = features[0]
+    features_BPC = first.new_zeros(len(features), max_tokens, first.shape[1])
+    mask_BP = torch.zeros(features_BPC.shape[:2], dtype=torch.bool, device=first.device)
+    for row, caption in enumerate(features):
+        features_BPC[row, max_tokens - len(caption) :] = caption
+        mask_BP[row, max_tokens - len(caption) :] = True
+    return features_BPC, mask_BP

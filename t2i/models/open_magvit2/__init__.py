@@ -1,0 +1,1 @@
+"""Open-MAGVIT2's class-conditional generator (arXiv 2409.04410)."""

@@ -1,0 +1,1 @@
+"""RAR, class-conditional (arXiv 2411.00776)."""

@@ -1,0 +1,339 @@
+"""RAR, class-conditional (arXiv 2411.00776; 1d-tokenizer `modeling/rar.py`), in raster order.
+
+RAR was pre-trained on random orders that were annealed to raster order for the last quarter of its
+training, so fine-tuning in raster order goes on where it ended. A ViT block with biases, per-head
+LayerNorm on queries and keys, exact GELU, no RoPE. What matters for parity:
+
+- Two prefix entries: a learned cls token, then the class. The output at the class predicts token 0.
+- Every input is told which position it predicts: besides its own position it gets the target-aware
+  row of the next one.
+- adaLN acts on every position: its condition is the class row plus a "timestep" row of the
+  position. It also modulates the last, affine-free norm, whose two chunks are (scale, shift), while
+  a block's are (shift, scale, gate) twice.
+- One embedding table holds codes, an unused mask row, the classes and the null class, in this
+  order.
+- Guidance grows from 1 to its full scale along a power-cosine (`SamplingConfig.cfg_power`), with
+  other numbers for each size.
+
+Shapes: B batch, L inputs, P = 2 prefix, D width, H heads, K head width, T image tokens.
+"""
+
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.errors import UserError
+from t2i.models.attention import KVCache, attend, causal_mask, run_blocks
+from t2i.models.base import (
+    Backbone,
+    BackboneSpec,
+    Condition,
+    published_size,
+    published_stem,
+    settle_config,
+)
+from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
+from t2i.sampling import SamplingConfig
+from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
+
+PREFIX = 2
+_EPS = 1e-6
+# The official tables have this many more rows than image tokens; rows past T + 1 are never used.
+_SPARE_POSITIONS, _SPARE_TIMESTEPS = 1024, 100
+
+
+@dataclass(frozen=True)
+class RARConfig:
+    """Shape of a RAR generator."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    mlp_dim: int
+    grid: tuple[int, int] = (16, 16)
+    vocab_size: int = 1024
+    num_classes: int = 1000
+    dropout: float = 0.1
+    """After the attention's projection and after both layers of the MLP (training only)."""
+    attn_dropout: float = 0.1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def first_class_id(self) -> int:
+        """Row of class 0 in the embedding table; the row before it is the mask token of other
+        MaskGIT models, unused here.
+        """
+        return self.vocab_size + 1
+
+    @property
+    def null_id(self) -> int:
+        return self.first_class_id + self.num_classes
+
+
+CONFIG = RARConfig
+
+SIZES = {
+    "B": {"n_layer": 24, "n_head": 16, "dim": 768, "mlp_dim": 3072},
+    "L": {"n_layer": 24, "n_head": 16, "dim": 1024, "mlp_dim": 4096},
+    "XL": {"n_layer": 32, "n_head": 16, "dim": 1280, "mlp_dim": 5120},
+    "XXL": {"n_layer": 40, "n_head": 16, "dim": 1408, "mlp_dim": 6144},
+}
+"""Published sizes."""
+
+SAMPLING = {
+    "B": SamplingConfig(cfg_scale=16.0, cfg_power=2.75),
+    "L": SamplingConfig(cfg_scale=15.5, cfg_power=2.5, temperature=1.02),
+    "XL": SamplingConfig(cfg_scale=6.9, cfg_power=1.5, temperature=1.02),
+    "XXL": SamplingConfig(cfg_scale=8.0, cfg_power=1.2, temperature=1.02),
+}
+"""How the published FID of each size was sampled."""
+
+DEMO_SAMPLING = SamplingConfig(cfg_scale=4.0)
+"""The authors' demonstration: constant guidance. Used for shapes that were never published."""
+
+
+def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) -> RARConfig:
+    """Read the configuration off an official state dict; only a grid that is not square has to be
+    given.
+
+    Raises:
+        UserError: not a RAR generator, or its number of tokens does not fit a grid.
+    """
+    with reading("a RAR generator"):
+        vocab, dim = state_dict["lm_head.weight"].shape
+        n_head = dim // state_dict["blocks.0.attn.q_norm.weight"].shape[0]
+        mlp_dim = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
+        classes = state_dict["embeddings.weight"].shape[0] - vocab - 2
+        tokens = state_dict["timesteps_embeddings"].shape[1] - _SPARE_TIMESTEPS
+    layers = count_children(state_dict, "blocks.")
+    side = isqrt(max(tokens, 0))
+    grid = grid or (side, side)
+    if grid[0] * grid[1] != tokens:
+        raise UserError(
+            f"the tables hold {tokens} image tokens, which is not a grid of {grid[0]} x {grid[1]}; pass grid=(h, w)"
+        )
+    return RARConfig(dim, layers, n_head, mlp_dim, grid, vocab, classes)
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    def __init__(self, config: RARConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads = layer, config.n_head
+        self.attn_dropout = config.attn_dropout
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        head_dim = config.dim // config.n_head
+        self.q_norm, self.k_norm = (nn.LayerNorm(head_dim, eps=_EPS) for _ in range(2))
+        self.proj = nn.Linear(config.dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        qkv_3BHLK = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv_3BHLK
+        q, k = self.q_norm(q), self.k_norm(k)
+        dropout = self.attn_dropout if self.training else 0.0
+        return self.dropout(self.proj(attend(q, k, v, mask, cache, self.layer, dropout=dropout)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: RARConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+def _modulation(dim: int, chunks: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(dim, chunks * dim))
+
+
+class Block(nn.Module):
+    def __init__(self, config: RARConfig, layer: int):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(config.dim, eps=_EPS) for _ in range(2))
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.adaLN_modulation = _modulation(config.dim, 6)
+
+    def forward(
+        self, x: Tensor, c_BLD: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BLD).chunk(
+            6, dim=-1
+        )
+        x = x + gate_a * self.attn(_modulated(self.norm1(x), shift_a, scale_a), mask, cache)
+        return x + gate_m * self.mlp(_modulated(self.norm2(x), shift_m, scale_m))
+
+
+class FinalNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.adaLN_modulation = _modulation(dim, 2)
+
+    def forward(self, x: Tensor, c_BLD: Tensor) -> Tensor:
+        scale, shift = self.adaLN_modulation(c_BLD).chunk(2, dim=-1)
+        return _modulated(F.layer_norm(x, x.shape[-1:], eps=_EPS), shift, scale)
+
+
+class GPT(nn.Module):
+    """The parameters, named as in the official checkpoints."""
+
+    def __init__(self, config: RARConfig):
+        super().__init__()
+        self.num_tokens = config.num_tokens
+        positions = (1, config.num_tokens + _SPARE_POSITIONS, config.dim)
+        timesteps = (1, config.num_tokens + _SPARE_TIMESTEPS, config.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(positions))
+        self.target_aware_pos_embed = nn.Parameter(torch.zeros(positions))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(timesteps))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.embeddings = nn.Embedding(config.null_id + 1, config.dim)
+        self.adaln_before_head = FinalNorm(config.dim)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size)
+
+    def forward(
+        self, x_BLD: Tensor, class_BD: Tensor, positions_L: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the first block reads [B, L, D], and the adaLN condition of every position [B, L,
+        D].
+
+        A module's own parameters are used in its forward only: ZeRO-3 gathers them there.
+        """
+        x = x_BLD + torch.where((positions_L == 0)[:, None], self.cls_token[0], 0)
+        x = x + self.pos_embed[0, positions_L]
+        # Position p predicts position p + 1; the cls token and the last image token have no target.
+        # (With a stride s > 1 the predicted window starts at p + s instead: training has to learn
+        # that, as it has with every backbone.)
+        targeted = (positions_L > 0) & (positions_L <= self.num_tokens)
+        x = x + torch.where(targeted[:, None], self.target_aware_pos_embed[0, positions_L + 1], 0)
+        return x, class_BD[:, None] + self.timesteps_embeddings[0, positions_L]
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Weights for pre-training from scratch: truncated N(0, 0.02), zero cls token, biases and
+        adaLN (so blocks start as nothing).
+        """
+        for name, parameter in self.named_parameters():
+            if name == "cls_token" or name.endswith("bias") or "adaLN_modulation" in name:
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+
+
+class RAR(Backbone):
+    lora_targets = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
+
+    def __init__(self, config: RARConfig):
+        super().__init__()
+        self.config = config
+        self.gpt = GPT(config)
+        self.spec = BackboneSpec(
+            family="rar",
+            dim=config.dim,
+            num_heads=config.n_head,
+            grid=config.grid,
+            subvocabs=(config.vocab_size,),
+            cond_kind="class",
+            prefix_tokens=PREFIX,
+            num_classes=config.num_classes,
+            sampling=SAMPLING.get(published_size(SIZES, **vars(config)), DEMO_SAMPLING),
+        )
+
+    def condition_ids(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Rows of the embedding table, int64 [B], for labels [B]; the null class where `drop`."""
+        ids = labels + self.config.first_class_id
+        return ids if drop is None else torch.where(drop, self.config.null_id, ids)
+
+    def encode_condition(
+        self, prepared: dict[str, Tensor], drop: Tensor | None = None
+    ) -> Condition:
+        row_BD = self.gpt.embeddings(self.condition_ids(prepared["labels"], drop))
+        # The cls token is the same for all images: the trunk adds it, as it does everything that
+        # belongs to a position.
+        prefix = torch.stack([torch.zeros_like(row_BD), row_BD], dim=1)
+        return Condition(prefix, extras={"class": row_BD})
+
+    def embed_tokens(self, codes: Tensor) -> Tensor:
+        return self.gpt.embeddings(codes[..., 0])
+
+    def trunk(
+        self, x_BLD, positions_L, condition: Condition, cache: KVCache | None = None
+    ) -> Tensor:
+        mask = causal_mask(x_BLD, condition.mask, cache)
+        x, c = self.gpt(self.token_dropout(x_BLD), condition.extras["class"], positions_L)
+        x = run_blocks(self.gpt.blocks, x, c, mask, cache, recompute=self.gradient_checkpointing)
+        return self.gpt.adaln_before_head(x, c)
+
+    def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
+        return self.gpt.lm_head(h).float()
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        return self.gpt.state_dict()
+
+    def image_layers(self) -> dict[str, nn.Module]:
+        return {"embeddings": self.gpt.embeddings, "lm_head": self.gpt.lm_head}
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        c, weight = self.config, self.gpt.embeddings.weight
+        shape = (c.n_layer, batch, c.n_head, length, c.dim // c.n_head)
+        return KVCache(*shape, dtype=weight.dtype, device=weight.device)
+
+    def quantize_pixels(self, pixels: Tensor) -> Tensor:
+        unit = ((pixels + 1) / 2).clamp(0, 1)
+        return (unit * 255).to(torch.uint8)
+
+
+def load(
+    path: str | Path,
+    *,
+    config: RARConfig | None = None,
+    grid: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> RAR:
+    """Load an official generator (rar_b.bin, rar_l.bin, rar_xl.bin, rar_xxl.bin) or one of its
+    layout, strictly.
+
+    Raises:
+        UserError: unreadable file, another family, or keys that do not fit.
+    """
+    state_dict = read_state_dict(path)
+    config = settle_config(config, grid, path, lambda: infer_config(state_dict, grid))
+    backbone = build_empty(lambda: RAR(config), dtype)
+    load_strict(backbone.gpt, state_dict, path)
+    return backbone
+
+
+def outline(
+    source: str | Path, *, config: RARConfig | None = None, grid: tuple[int, int] | None = None
+) -> RAR | None:
+    """A published file's model on the meta device, without the file; None for what has no published
+    shape.
+    """
+    size = published_stem(source).removeprefix("rar_").upper()
+    if config is None and size in SIZES:
+        config = RARConfig(**SIZES[size], grid=grid or (16, 16))
+    if config is None:
+        return None
+    with torch.device("meta"):
+        backbone, tokenizer = RAR(config), MaskGITVQGAN(MaskGITConfig())
+    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+    return backbone.eval()
+
+
+load_tokenizer = MaskGITVQGAN.load
+"""RAR's image tokenizer (maskgit-vqgan-imagenet-f16-256.bin)."""

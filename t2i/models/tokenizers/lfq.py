@@ -1,0 +1,235 @@
+"""The look-up-free tokenizer of Open-MAGVIT2 (arXiv 2409.04410; SEED-Voken
+`modules/diffusionmodules/improved_model.py`).
+
+There is no learned codebook: a code is the sign pattern of E latent channels, its index the pattern
+read as a binary number. Channel i is bit i, least significant first; +1 is 1, and -1 (and 0) is 0.
+The decoder's adaptive group norms take mean and standard deviation of the code vectors over the
+whole image, so every pixel depends on every code.
+
+Shapes: B images, H x W pixels, h x w codes, C channels, E bits.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.errors import UserError
+from t2i.models.tokenizers.conv_tokenizer import (
+    ConvConfig,
+    ConvTokenizer,
+    encoder_shape,
+    group_norm,
+)
+from t2i.models.tokenizers.vq import ResBlock
+from t2i.weights import load_strict, read_state_dict, reading
+
+_EMBEDDED = (
+    "first_stage_model."  # where a checkpoint of the autoregressive model keeps its tokenizer
+)
+_EMA = "model_ema."
+_EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+
+
+def signs(indices: Tensor, bits: int) -> Tensor:
+    """Code vectors fp32 [..., E] of -1 and +1, of indices int64 [...]."""
+    return 2.0 * (indices[..., None] >> torch.arange(bits, device=indices.device) & 1) - 1
+
+
+def indices(latents: Tensor) -> Tensor:
+    """Index int64 [...] of the signs of latents [..., E]."""
+    return ((latents > 0).long() << torch.arange(latents.shape[-1], device=latents.device)).sum(-1)
+
+
+@dataclass(frozen=True)
+class LFQConfig(ConvConfig):
+    """Shape of an LFQ tokenizer; the defaults are the published ones."""
+
+    res_blocks: int = 4
+    """Residual blocks per resolution, and in the middle."""
+    bits: int = 18
+    """Latent channels, each one bit of a code."""
+
+    @property
+    def codebook_size(self) -> int:
+        return 2**self.bits
+
+    @staticmethod
+    def from_state_dict(state_dict: dict[str, Tensor]) -> "LFQConfig":
+        """Read the shape off an official state dict; UserError if it is not an LFQ tokenizer."""
+        with reading("an LFQ tokenizer of Open-MAGVIT2's layout"):
+            shape = encoder_shape(state_dict, "down", "block")
+            return LFQConfig(**shape, bits=state_dict["encoder.conv_out.weight"].shape[0])
+
+
+def _res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        ResBlock(c_in if i == 0 else c_out, c_out, bias=False) for i in range(count)
+    )
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, then an optional resampling."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, resample: tuple[str, nn.Module] | None):
+        super().__init__()
+        self.block = _res_blocks(c_in, c_out, blocks)
+        self.resample_name = resample[0] if resample else None
+        if resample:
+            self.add_module(*resample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return getattr(self, self.resample_name)(x) if self.resample_name else x
+
+
+class Upsample(nn.Module):
+    """A convolution to four times the channels, which become 2 x 2 pixels.
+
+    The channel index is (row, column, channel), where `F.pixel_shuffle` wants (channel, row,
+    column).
+    """
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c, 4 * c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = self.conv1(x).unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
+        return F.pixel_shuffle(blocks, 2)
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose scale and shift come from the code vectors' standard deviation and mean over
+    the image.
+    """
+
+    def __init__(self, bits: int, c: int):
+        super().__init__()
+        self.norm = group_norm(c, affine=False)
+        self.gamma, self.beta = nn.Linear(bits, c), nn.Linear(bits, c)
+
+    def forward(self, x_BChw: Tensor, z_BEhw: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(z_BEhw.flatten(2), dim=-1)  # of a sample: divides by hw - 1
+        scale, shift = self.gamma((variance + self.norm.eps).sqrt()), self.beta(mean)
+        return scale[..., None, None] * self.norm(x_BChw) + shift[..., None, None]
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: LFQConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1, bias=False)
+        self.down = nn.ModuleList(
+            Level(
+                cfg.channels if i == 0 else widths[i - 1],
+                width,
+                cfg.res_blocks,
+                None if i == last else ("downsample", nn.Conv2d(width, width, 3, 2, padding=1)),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid_block = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], cfg.bits, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.down, *self.mid_block):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """`up` and `adaptive` are stored from the finest resolution to the coarsest and run the other
+    way.
+    """
+
+    def __init__(self, cfg: LFQConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        inputs = [*widths[1:], widths[-1]]
+        self.conv_in = nn.Conv2d(cfg.bits, widths[-1], 3, padding=1)
+        self.mid_block = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.up = nn.ModuleList(
+            Level(c, width, cfg.res_blocks, None if i == 0 else ("upsample", Upsample(width)))
+            for i, (c, width) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(cfg.bits, c) for c in inputs)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z_BEhw: Tensor) -> Tensor:
+        x = self.conv_in(z_BEhw)
+        for block in self.mid_block:
+            x = block(x)
+        for norm, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
+            x = level(norm(x, z_BEhw))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class LFQTokenizer(ConvTokenizer):
+    """Images <-> codes 0 .. 2^E - 1."""
+
+    config_type = LFQConfig
+
+    def __init__(self, config: LFQConfig):
+        super().__init__(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Real-valued latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]; their signs are the
+        code vectors.
+        """
+        return self.encoder(pixels)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
+        return indices(self.latents(pixels).movedim(1, -1))
+
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        return signs(codes, self.config.bits)
+
+    def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
+        return self.decoder(z_BEhw)
+
+    @classmethod
+    def load(cls, path: str | Path, *, ema: bool = False) -> "LFQTokenizer":
+        """Load an official file, frozen, fp32: a tokenizer's own (imagenet_256_L.ckpt), or the one
+        inside an AR checkpoint.
+
+        A tokenizer's own file has two sets of weights. `ema` takes the averaged ones, with which
+        its reconstruction FID was measured; the configurations of the published autoregressive
+        models read the others.
+
+        Raises:
+            UserError: unreadable file, another family, no averaged weights where `ema` asks for
+                them, or keys that do not fit.
+        """
+        state_dict = read_state_dict(path)
+        state_dict = tokenizer_part(state_dict) or state_dict
+        raw = {k: v for k, v in state_dict.items() if not k.startswith(_EMA)}
+        averaged = {k: v for k, v in state_dict.items() if k not in raw and k not in _EMA_COUNTERS}
+        if ema and not averaged:
+            raise UserError(f"{path} has no averaged weights ({_EMA}*); load it with ema=False")
+        tokenizer = cls.empty(raw, path)
+        # The name of an averaged weight has lost its dots.
+        names = {_EMA + name.replace(".", ""): name for name in tokenizer.state_dict()}
+        averaged = {names.get(k, k): v for k, v in averaged.items()}
+        parts = [(raw, path), (averaged, f"{path} (averaged weights, {_EMA}*)")]
+        for weights, source in parts if ema else reversed(parts):  # both must fit, the last stays
+            if weights:
+                load_strict(tokenizer, weights, source)
+        return tokenizer
+
+
+def tokenizer_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an AR checkpoint's state dict holds of a tokenizer, under the tokenizer's own names;
+    empty if nothing.
+    """
+    return {k.removeprefix(_EMBEDDED): v for k, v in state_dict.items() if k.startswith(_EMBEDDED)}

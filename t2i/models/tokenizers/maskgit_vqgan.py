@@ -1,0 +1,163 @@
+"""The MaskGIT VQGAN that RAR uses (1d-tokenizer `modeling/modules/maskgit_vqgan.py`, weights of
+TiTok's PretrainedTokenizer).
+
+A convolutional VQ-GAN without attention. What differs from LlamaGen's VQ and matters for parity:
+
+- It works on pixels in [0, 1]. Here, as in the rest of the kit, pixels are in [-1, 1] on both
+  sides.
+- Where a residual block changes its width, the 1x1 shortcut is applied to the block's own output
+  and not to its input.
+- The nearest code is that of smallest Euclidean distance: neither side is normalised.
+- Average pooling halves the resolution; most convolutions have no bias; `decoder.up` is stored from
+  fine to coarse.
+
+All strides are 1 and all kernels odd, so that TensorFlow's SAME padding is an equal margin on every
+side.
+
+Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimension.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.models.tokenizers.conv_tokenizer import (
+    Codebook,
+    ConvConfig,
+    ConvTokenizer,
+    encoder_shape,
+    group_norm,
+)
+from t2i.weights import reading
+
+
+@dataclass(frozen=True)
+class MaskGITConfig(ConvConfig):
+    """Shape of the tokenizer; the defaults are the published one (16 pixels per code)."""
+
+    res_blocks: int = 2
+    """Residual blocks per resolution and in the middle, in the encoder and in the decoder."""
+    codebook_size: int = 1024
+    codebook_dim: int = 256
+
+    @staticmethod
+    def from_state_dict(state_dict: dict[str, Tensor]) -> "MaskGITConfig":
+        """Read the shape off an official state dict; UserError if it is not a MaskGIT VQGAN."""
+        with reading("a MaskGIT VQGAN"):
+            shape = encoder_shape(state_dict, "down", "block")
+            size, dim = state_dict["quantize.embedding.weight"].shape
+            return MaskGITConfig(**shape, codebook_size=size, codebook_dim=dim)
+
+
+def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), _conv(c_in, c_out, bias=False)
+        self.norm2, self.conv2 = group_norm(c_out), _conv(c_out, c_out, bias=False)
+        if c_in != c_out:
+            self.nin_shortcut = _conv(c_out, c_out, kernel=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        # The shortcut reads the branch: odd, but the published weights were trained so.
+        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+
+
+def _res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, and in the decoder the convolution that follows the
+    enlargement to the next.
+    """
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, enlarge: bool = False):
+        super().__init__()
+        self.block = _res_blocks(c_in, c_out, blocks)
+        if enlarge:
+            self.upsample_conv = _conv(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "upsample_conv"):
+            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: MaskGITConfig):
+        super().__init__()
+        widths = [cfg.channels, *(cfg.channels * m for m in cfg.multipliers)]
+        self.conv_in = _conv(3, cfg.channels, bias=False)
+        self.down = nn.ModuleList(
+            Level(c_in, c_out, cfg.res_blocks) for c_in, c_out in pairwise(widths)
+        )
+        self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = _conv(widths[-1], cfg.codebook_dim, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = level(x if i == 0 else F.avg_pool2d(x, 2))
+        for block in self.mid:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg: MaskGITConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        self.conv_in = _conv(cfg.codebook_dim, widths[-1])
+        self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, len(widths) - 1)], width, cfg.res_blocks, enlarge=i > 0)
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = _conv(widths[0], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.mid, *reversed(self.up)):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class MaskGITVQGAN(ConvTokenizer):
+    """The file maskgit-vqgan-imagenet-f16-256.bin."""
+
+    config_type = MaskGITConfig
+
+    def __init__(self, config: MaskGITConfig):
+        super().__init__(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.codebook_dim)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
+        return self.encoder((pixels + 1) / 2)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: in bf16 nearly equal
+        distances change places.
+        """
+        z_BhwE = self.latents(pixels).permute(0, 2, 3, 1).float()
+        rows_VE = self.quantize.vectors().float()
+        # |z - e|^2 without |z|^2, which is the same for all codes.
+        return (rows_VE.pow(2).sum(-1) - 2 * (z_BhwE @ rows_VE.T)).argmin(-1)
+
+    def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
+        return 2 * self.decoder(z_BEhw) - 1

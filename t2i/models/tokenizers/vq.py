@@ -1,0 +1,221 @@
+"""The VQ tokenizer that LlamaGen and Janus share (LlamaGen `tokenizer/tokenizer_image/vq_model.py`,
+Janus `vq_model.py`).
+
+A convolutional encoder, a codebook compared by cosine (both sides L2-normalised at every call: the
+stored rows need not be unit vectors) and a convolutional decoder. VQ-16 has channel multipliers (1,
+1, 2, 2, 4), VQ-8 (1, 2, 2, 4).
+
+Shapes: B images, H x W pixels, h x w codes, C channels, V codebook rows, E codebook dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.models.tokenizers.conv_tokenizer import (
+    Codebook,
+    ConvConfig,
+    ConvTokenizer,
+    encoder_shape,
+    group_norm,
+)
+from t2i.weights import reading
+
+
+@dataclass(frozen=True)
+class VQConfig(ConvConfig):
+    """Shape of a VQ tokenizer; the defaults are VQ-16."""
+
+    res_blocks: int = 2
+    """Residual blocks per resolution in the encoder; the decoder has one more."""
+    latent_channels: int = 256
+    """Channels between the convolutions and the projection to the codebook."""
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+
+    @staticmethod
+    def from_state_dict(state_dict: dict[str, Tensor]) -> "VQConfig":
+        """Read the shape off an official state dict; UserError if it is not a VQ tokenizer."""
+        with reading("a VQ tokenizer of LlamaGen's layout"):
+            shape = encoder_shape(state_dict, "conv_blocks", "res")
+            size, dim = state_dict["quantize.embedding.weight"].shape
+            return VQConfig(
+                **shape,
+                latent_channels=state_dict["encoder.conv_out.weight"].shape[0],
+                codebook_size=size,
+                codebook_dim=dim,
+            )
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, bias: bool = True):
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all pixels of the feature map."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm = group_norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        q, k, v = (f(n).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the reference pads right and bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention where `attend`, then an optional
+    resampling.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        blocks: int,
+        attend: bool,
+        resample: tuple[str, nn.Module] | None,
+    ):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attend else 0))
+        self.resample_name = resample[0] if resample else None
+        if resample:
+            self.add_module(*resample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return getattr(self, self.resample_name)(x) if self.resample_name else x
+
+
+def _mid(c: int) -> nn.ModuleList:
+    return nn.ModuleList([ResBlock(c, c), AttnBlock(c), ResBlock(c, c)])
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: VQConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                cfg.channels if i == 0 else widths[i - 1],
+                width,
+                cfg.res_blocks,
+                attend=i == last,
+                resample=None if i == last else ("downsample", Downsample(width)),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid = _mid(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg: VQConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in reversed(cfg.multipliers)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
+        self.mid = _mid(widths[0])
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                cfg.res_blocks + 1,
+                attend=i == 0,
+                resample=None if i == last else ("upsample", Upsample(width)),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.mid, *self.conv_blocks):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class UnitCodebook(Codebook):
+    def vectors(self) -> Tensor:
+        """Unit-norm codebook rows [V, E], which is what the decoder receives."""
+        return F.normalize(self.embedding.weight, dim=-1)
+
+
+class VQTokenizer(ConvTokenizer):
+    """The files vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model
+    weights.
+    """
+
+    config_type = VQConfig
+    ignored_keys = ("quantize.codebook_used",)  # a usage counter of the reference's training loop
+
+    def __init__(self, config: VQConfig):
+        super().__init__(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = UnitCodebook(config.codebook_size, config.codebook_dim)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Un-normalised latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
+        return self.quant_conv(self.encoder(pixels))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes several
+        per cent of the codes.
+        """
+        z_BhwE = F.normalize(self.latents(pixels).permute(0, 2, 3, 1).float(), dim=-1)
+        return (z_BhwE @ self.quantize.vectors().float().T).argmax(-1)
+
+    def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z_BEhw))

@@ -1,0 +1,175 @@
+"""An analytic detector for the shapes world, behind the interface of GenEval's Mask2Former.
+
+It inverts the renderer of `t2i.shapes.scenes`: how much of each pixel is covered by which palette
+colour, connected regions of one colour, and for each region the shape whose template (the
+renderer's own mask, slid by a pixel and scaled by a few) overlaps it best. The best intersection
+over union, passed through a logistic curve, is the score. Clean, slightly blurred or slightly
+noisy shapes score near 1; broken or merged ones fall below GenEval's thresholds.
+
+Shapes: H x W image, K palette colours, C shape classes, P template canvas side.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from importlib.metadata import version
+
+import numpy as np
+from PIL import Image
+
+from geneval.detector import Detections
+from t2i.errors import UserError
+from t2i.shapes.scenes import BACKGROUND, PALETTE, UNITS, shape_mask
+from t2i.shapes.shapes_prompts import COLORS, SHAPES
+
+# Sides of a region that can be an object; the world's own are 14 to 30 units.
+SMALLEST, LARGEST = 9 / UNITS, 40 / UNITS
+SECOND_COLOR = 0.2  # a region is split when another colour holds this share of it
+# score = logistic((IoU - IOU_MIDDLE) / IOU_WIDTH): IoU 0.77 -> 0.3, IoU 0.83 -> 0.9.
+IOU_MIDDLE, IOU_WIDTH = 0.79, 0.02
+SHIFTS = (-1, 0, 1)  # pixels
+# Pixels: noise adds one to a region's side, blur takes one from either end of a thin tip.
+GROWTH = (-1, 0, 1, 2)
+
+
+class ShapesDetector:
+    """Finds the shapes world's shapes; see `geneval.detector.Detector` for the interface."""
+
+    classes = SHAPES
+    colors = COLORS
+
+    def detect(self, image: Image.Image | np.ndarray) -> dict[str, Detections]:
+        """Shape -> `Detections` (pixel boxes, scores, masks); shapes without any are left out.
+
+        image: RGB, PIL or uint8 [H, W, 3]. Each region becomes one detection, of the shape that
+        fits it best.
+        """
+        pixels = _pixels(image)
+        side = min(pixels.shape[:2])
+        found: dict[str, list[tuple[list[int], float, np.ndarray]]] = {}
+        for region in _color_regions(pixels):
+            rows, cols = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
+            box = [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1]
+            extent = max(box[2] - box[0], box[3] - box[1])
+            if not SMALLEST * side <= extent <= LARGEST * side:
+                continue
+            shape, iou = _match(region[box[1] : box[3], box[0] : box[2]])
+            score = 1 / (1 + math.exp((IOU_MIDDLE - iou) / IOU_WIDTH))
+            found.setdefault(shape, []).append((box, score, region))
+        return {
+            shape: Detections(*map(np.array, zip(*found[shape], strict=True)))
+            for shape in SHAPES
+            if shape in found
+        }
+
+    def classify_colors(
+        self, image: Image.Image | np.ndarray, class_name: str, detections: Detections
+    ) -> list[str]:
+        """The palette colour nearest to the median colour inside each detection's mask."""
+        pixels = _pixels(image)
+        assert detections.masks is not None
+        palette = np.array(list(PALETTE.values()), dtype=np.float32)
+        names = []
+        for mask in detections.masks:
+            median = np.median(pixels[mask], axis=0)
+            names.append(list(PALETTE)[np.linalg.norm(palette - median, axis=1).argmin()])
+        return names
+
+    def identity(self) -> dict[str, object]:
+        """It has no weights; Pillow draws its templates."""
+        libraries = {name: version(name) for name in ("numpy", "pillow")}
+        return {"name": "shapes", "official": False, "weights": {}, "libraries": libraries}
+
+
+def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    """float32 [H, W, 3], 0..255."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"give a PIL image or uint8 [H, W, 3], not {image.dtype} {image.shape}")
+    return image.astype(np.float32)
+
+
+def _color_regions(pixels: np.ndarray) -> list[np.ndarray]:
+    """Masks (bool [H, W]) of the connected regions of one palette colour."""
+    color, coverage = _unmix(pixels)
+    inside = coverage > 0.5
+    labels = np.zeros_like(color)  # 0 is background, 1 + k is palette colour k
+    for blob in _components(inside.astype(int)):
+        # A few pixels' wrong colour (edges, noise) must not tear a shape apart: only colours
+        # that hold a good part of the blob count, and its other pixels join the largest of them.
+        part = np.bincount(color[blob], minlength=len(PALETTE)) / blob.sum()
+        major = np.flatnonzero(part >= min(SECOND_COLOR, part.max()))
+        labels[blob] = 1 + np.where(np.isin(color[blob], major), color[blob], part.argmax())
+    return _components(labels)
+
+
+def _unmix(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each pixel as a mix of the background and one palette colour.
+
+    Returns the colour's index (int [H, W]) and its share (float [H, W], 0..1). A pixel on a red
+    edge is half red here; by plain distance it would be pink.
+    """
+    ground = np.array(BACKGROUND, dtype=np.float32)
+    axes_K3 = np.array(list(PALETTE.values()), dtype=np.float32) - ground
+    offset = pixels - ground
+    share_HWK = np.clip(offset @ axes_K3.T / (axes_K3**2).sum(axis=1), 0, 1)
+    rest_HWK = np.linalg.norm(offset[:, :, None] - share_HWK[..., None] * axes_K3, axis=-1)
+    color = rest_HWK.argmin(axis=-1)
+    return color, np.take_along_axis(share_HWK, color[..., None], axis=-1)[..., 0]
+
+
+def _components(labels: np.ndarray) -> list[np.ndarray]:
+    """Masks of the 8-connected regions of equal non-zero label, in raster order."""
+    height, width = labels.shape
+    ids = np.where(labels > 0, np.arange(1, labels.size + 1).reshape(labels.shape), 0)
+    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+    padded_labels = np.pad(labels, 1)
+    joined = [
+        (labels > 0) & (padded_labels[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] == labels)
+        for dy, dx in steps
+    ]
+    while True:  # every pixel takes its region's smallest id, one step further each time
+        padded = np.pad(ids, 1)
+        new = ids
+        for (dy, dx), same in zip(steps, joined, strict=True):
+            other = padded[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+            new = np.where(same, np.minimum(new, other), new)
+        if (new == ids).all():
+            break
+        ids = new
+    return [ids == i for i in np.unique(ids) if i > 0]
+
+
+def _match(region: np.ndarray) -> tuple[str, float]:
+    """The best-fitting shape for a tight bool crop, and the intersection over union."""
+    extent = max(region.shape)
+    canvas = extent + 2 * (max(GROWTH) + max(SHIFTS))
+    placed = np.zeros((canvas, canvas), dtype=np.float32)
+    y, x = (canvas - region.shape[0]) // 2, (canvas - region.shape[1]) // 2
+    placed[y : y + region.shape[0], x : x + region.shape[1]] = region
+    best = np.zeros(len(SHAPES))
+    for growth in GROWTH:
+        templates = _templates(extent + growth, canvas)
+        shared = templates @ placed.ravel()
+        union = templates.sum(axis=1) + placed.sum() - shared
+        best = np.maximum(best, (shared / union).reshape(len(SHAPES), -1).max(axis=1))
+    return SHAPES[best.argmax()], float(best.max())
+
+
+@lru_cache(maxsize=128)
+def _templates(size: int, canvas: int) -> np.ndarray:
+    """Every shape at every shift as float32 rows of 0 and 1 [C * shifts, P * P]."""
+    rows = []
+    for shape in SHAPES:
+        mask = np.asarray(shape_mask(shape, size, size)) > 127
+        occupied_y, occupied_x = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+        mask = mask[occupied_y[0] : occupied_y[-1] + 1, occupied_x[0] : occupied_x[-1] + 1]
+        y, x = (canvas - mask.shape[0]) // 2, (canvas - mask.shape[1]) // 2
+        for dy in SHIFTS:
+            for dx in SHIFTS:
+                row = np.zeros((canvas, canvas), dtype=np.float32)
+                row[y + dy : y + dy + mask.shape[0], x + dx : x + dx + mask.shape[1]] = mask
+                rows.append(row.ravel())
+    return np.stack(rows)

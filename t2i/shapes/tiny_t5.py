@@ -1,0 +1,99 @@
+"""A tiny random T5 encoder with a word tokenizer: the text encoder of the offline shapes world.
+
+It is saved in the layout of google/flan-t5-xl (config.json, model.safetensors, tokenizer.json), so
+`T5Captions.load` takes one like the other and everything behind it is exercised for real.
+
+Nothing trains these weights, hence one departure from T5's initialisation. With it alone, attention
+hardly sees word order, and "a red circle and a blue star" is encoded as the same bag of words as "a
+blue circle and a red star"; LlamaGen cannot repair that, because its image tokens average over the
+caption. So head h starts with a bias towards the word h + 1 places back, which makes the features
+random n-gram features. With an MLP per token, their mean, and an MLP behind that, trained on
+color_attr prompts of the shapes world, all colours of 99 % of the held-out prompts are read back
+(d_model 128; plain initialisation with d_model 64: 15 %).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from t2i.errors import UserError
+from t2i.models.captions import clean_caption
+
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2 as in T5
+
+_LOOK_BACK_BIAS = 8.0  # added to an attention logit; the content logits have a spread of about 1
+_EXACT_DISTANCES = 7  # T5 with 32 buckets tells distances up to 7 apart exactly
+
+
+def build_tiny_t5(
+    folder: str | Path,
+    captions: Iterable[str],
+    *,
+    d_model: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    d_ff: int = 256,
+    vocab_size: int = 4096,
+    seed: int = 0,
+) -> Path:
+    """Write a T5 encoder (gated GELU as in flan-t5) and its tokenizer to `folder` and return it.
+
+    The vocabulary holds the most frequent words and punctuation marks of the cleaned `captions`,
+    at most `vocab_size` with the three special tokens; any other word becomes <unk>. The files are
+    a function of the arguments alone.
+
+    Raises:
+        UserError: `captions` hold no word, or `d_model` is not a multiple of `num_heads`.
+    """
+    if d_model % num_heads:
+        raise UserError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
+    tokenizer = _word_tokenizer(captions, vocab_size)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=d_model,
+        d_kv=d_model // num_heads,
+        d_ff=d_ff,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = T5EncoderModel(config)
+    _look_back(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def _word_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    special = (PAD, EOS, UNK)
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, special_tokens=list(special), show_progress=False
+    )
+    tokenizer.train_from_iterator(map(clean_caption, captions), trainer)
+    if tokenizer.get_vocab_size() == len(special):
+        raise UserError(
+            "the captions hold no word to build a vocabulary from; pass the training captions"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, special.index(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK
+    )
+
+
+@torch.no_grad()
+def _look_back(model: T5EncoderModel) -> None:
+    # The table [buckets, heads] of the first layer serves all layers; bucket n < 8 is "n back".
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"  # as in files
+    table = model.get_parameter(name)
+    for head in range(table.shape[1]):
+        table[1 + head % _EXACT_DISTANCES, head] += _LOOK_BACK_BIAS

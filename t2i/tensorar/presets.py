@@ -1,0 +1,57 @@
+"""Named settings of the method."""
+
+from dataclasses import fields, replace
+from difflib import get_close_matches
+
+from t2i.errors import UserError
+from t2i.tensorar.method import TensorARConfig
+
+
+def iclr2026(**overrides) -> TensorARConfig:
+    """The ICLR 2026 version: one attention block on each side, exponential schedule, categorical
+    noise.
+    """
+    return _changed(
+        TensorARConfig(k=4, depth=1, mlp=False, schedule="exponential", noise="categorical"),
+        overrides,
+    )
+
+
+def arxiv2505(**overrides) -> TensorARConfig:
+    """arXiv 2505.16324 v1: two full transformer blocks on each side, sine schedule, codebook
+    noise.
+    """
+    return _changed(
+        TensorARConfig(k=4, depth=2, mlp=True, schedule="sine", noise="codebook"), overrides
+    )
+
+
+def tuned(**overrides) -> TensorARConfig:
+    """Not from the papers: drafts that weigh little, and half of them the model's own (evidence:
+    docs/recipe.md).
+    """
+    return iclr2026(**{"slot_weights": (1.0, 0.03), "own_drafts": 0.5, **overrides})
+
+
+def base(**overrides) -> TensorARConfig:
+    """No TensorAR: the backbone as it is (k = 1), for controls that go through the same code."""
+    return _changed(TensorARConfig(k=1), overrides)
+
+
+METHODS = {"iclr2026": iclr2026, "arxiv2505": arxiv2505, "tuned": tuned, "base": base}
+
+
+def method(name: str, **overrides) -> TensorARConfig:
+    """A preset by name; UserError lists the names."""
+    if name not in METHODS:
+        raise UserError(f"unknown preset {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name](**overrides)
+
+
+def _changed(config: TensorARConfig, overrides: dict) -> TensorARConfig:
+    names = [f.name for f in fields(config)]
+    for name in overrides:
+        if name not in names:
+            hint = "".join(f"; did you mean {m}?" for m in get_close_matches(name, names, 1))
+            raise UserError(f"the method has no setting {name!r} (it has {', '.join(names)}){hint}")
+    return replace(config, **overrides)
