@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.hashes import remembered_sha256
+from t2i.published import files_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers
 # look for them.
@@ -240,10 +240,7 @@ def shorten_keys(keys: list[str]) -> str:
 
 def folder_sha256(folder: str | Path) -> str:
     """SHA-256 over the hashes of a folder's weight files, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        digest.update(f"{path.name} {remembered_sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return files_sha256(weight_files(folder))
 
 
 def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
@@ -253,7 +250,7 @@ def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state_dict.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
