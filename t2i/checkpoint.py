@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
 
@@ -48,7 +48,10 @@ from t2i.tuning import Tuning
 from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights
 
 log = logging.getLogger(__name__)
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 EXPORTED = "tensorar"
 """Name of the checkpoint folder within an export, whose base is given relative to it."""

@@ -101,8 +101,9 @@ def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: 
     """
     from huggingface_hub import snapshot_download
 
+    wanted = None if patterns is None else list(patterns)
     with asking_hub(f"{hub_id} is neither a folder here nor a model of the hub", advice):
-        return Path(snapshot_download(hub_id, allow_patterns=patterns and list(patterns)))
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
 
 
 @contextmanager
