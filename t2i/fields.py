@@ -45,11 +45,11 @@ def read_object(path: str | Path) -> dict:
 
 
 def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = None) -> S:
-    """A settings dataclass of what JSON says; what it leaves out is as in `defaults`, or the
-    class's own default.
+    """A settings dataclass of what JSON says.
 
     Args:
         where: the file (and part of it) that it was read from, for messages.
+        defaults: what JSON leaves out; the class's own defaults if None.
 
     Raises:
         UserError: it is no JSON object, a setting is not known here (it may change what weights

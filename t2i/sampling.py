@@ -56,16 +56,28 @@ class SamplingConfig:
         if not 0 <= self.renoise <= 1:
             raise UserError(f"renoise={self.renoise} must be from 0 to 1")
 
-    def by_sub_token(self, count: int) -> tuple["SamplingConfig", ...]:
+    def by_sub_token(self, count: int) -> "tuple[SubTokenSampling, ...]":
         """The settings of each of `count` sub-tokens; UserError if numbers are missing for some."""
-        given = {n: getattr(self, n) for n in _PER_SUB_TOKEN if isinstance(getattr(self, n), tuple)}
+        settings = vars(self)
+        given = {n: v for n in _PER_SUB_TOKEN if isinstance(v := settings[n], tuple)}
         for name, values in given.items():
             if len(values) != count:
                 raise UserError(
                     f"{name}={values} must be one number, or one for each of the {count} "
                     "sub-token(s) of a code"
                 )
-        return tuple(replace(self, **{n: v[s] for n, v in given.items()}) for s in range(count))
+        own = ({n: v[s] for n, v in given.items()} for s in range(count))
+        return tuple(SubTokenSampling(**settings | numbers) for numbers in own)
+
+
+@dataclass(frozen=True)
+class SubTokenSampling(SamplingConfig):
+    """The settings of one sub-token: plain numbers."""
+
+    cfg_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 _PER_SUB_TOKEN = ("cfg_scale", "temperature", "top_k", "top_p")
