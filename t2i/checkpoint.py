@@ -172,9 +172,9 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
     wrong = [name for name in _SECTIONS if not isinstance(config.get(name), dict)]
     if config.get("tuning") not in get_args(Tuning):
         wrong.append("tuning")
-    for name in wrong:
+    if wrong:
         raise DamagedError(
-            f"{path} is not what a checkpoint has: {name} is {config.get(name)!r:.80}; "
+            f"{path} is not what a checkpoint has: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
             "copy the folder again"
         )
     return config

@@ -74,7 +74,8 @@ _PROGRAMS = [
 def test_help_needs_no_torch():
     """It answers at once: nothing heavy is imported before the command line is read."""
     code = (
-        "import runpy, sys\n"
+        "import runpy, sys, t2i\n"
+        "assert not {'torch', 'numpy', 'tyro'} & sys.modules.keys(), 'the package itself'\n"
         "for script in sys.argv[1:]:\n"
         "    sys.argv = [script, '--help']\n"
         "    try: runpy.run_path(script, run_name='__main__')\n"
