@@ -12,7 +12,6 @@ Nothing in it names a place on the machine that wrote it. One thing may stay out
 that came from the hub is named by its hub id, and not copied.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from t2i.checkpoint import (
 )
 from t2i.errors import UserError
 from t2i.evaluation.store import write_generated
+from t2i.fields import read_object
 from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
 from t2i.generation import conditions, iterate_images
 from t2i.loading import pick_device
@@ -215,13 +215,11 @@ def _score_rows(path: Path) -> list[str]:
     """Table rows of a results file: `scores` maps names to numbers, or to {"mean", "stderr"} or
     {"overall", "overall_stderr"}.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        scores = results["scores"].items()
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a results file with scores: {error!r}") from error
+    results = read_object(path)
+    if not isinstance(results.get("scores"), dict):
+        raise UserError(f"{path} is not a results file with scores")
     rows = []
-    for name, score in scores:
+    for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
         mean = values.get("mean", values.get("overall"))
         error = values.get("stderr", values.get("overall_stderr"))

@@ -8,7 +8,6 @@ Noise, data order, dropout and learning rates are functions of the step, so the 
 state that is ours.
 """
 
-import json
 import logging
 import os
 import pickle
@@ -29,7 +28,7 @@ from t2i.checkpoint import (
     write_model,
 )
 from t2i.errors import UserError
-from t2i.files import owning, partial_folder, saving, writable_folder
+from t2i.files import owning, partial_folder, read_json, saving, writable_folder
 from t2i.manifest import TRAINING_STATE
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
@@ -210,7 +209,7 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
         settings = config.run_dir / "config.json"
         if not settings.is_file():
             raise UserError(f"--resume: {config.run_dir} holds no run; start without --resume")
-        check_settings(config, json.loads(settings.read_text(encoding="utf-8")), config.run_dir)
+        check_settings(config, read_json(settings), config.run_dir)
         log.warning("%s was stopped before its first checkpoint: starting again", config.run_dir)
         return None
     if run_checkpoints(config.run_dir) or (config.run_dir / "metrics.jsonl").exists():
