@@ -26,7 +26,7 @@ VERBS = {
     "dpg-bench": ("dpg_bench.run", "score a model, or images, with DPG-Bench"),
     "sample-imagenet": ("launch.sample_imagenet", "draw the images of an ImageNet evaluation"),
     "fid": ("launch.fid", "score these images"),
-    "export": ("launch.export", "make a folder that stands alone of a checkpoint"),
+    "export": ("launch.export", "turn a checkpoint into a folder that stands alone"),
     "quickstart": ("launch.quickstart", "all of it once, small and offline"),
     "benchmark": ("launch.benchmark", "how fast a model draws here"),
 }
