@@ -17,7 +17,7 @@ from PIL import Image
 
 from dpg_bench.questions import Question
 from t2i.errors import UserError
-from t2i.hub import fetch_folder
+from t2i.published import fetch_folder
 
 if TYPE_CHECKING:
     import torch

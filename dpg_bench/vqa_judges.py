@@ -27,7 +27,7 @@ from transformers import (
 
 from dpg_bench.questions import Question
 from t2i.errors import UserError
-from t2i.hashes import remembered_sha256
+from t2i.published import remembered_sha256
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space

@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,9 +22,8 @@ from PIL import Image
 from geneval.detector import Detections, Detector
 from geneval.judge_files import CLIP, MASK2FORMER
 from t2i.errors import UserError
-from t2i.hashes import remembered_sha256
-from t2i.hub import fetch_folder
-from t2i.published import ProvenFile
+from t2i.files import replacing_folder, saving
+from t2i.published import ProvenFile, fetch_folder, remembered_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,16 +171,12 @@ def _converted(file: ProvenFile) -> PreTrainedModel:
 
     cache = MASK2FORMER.cache_folder
     folder = cache / f"mask2former-{file.digest[:16]}-v{_CONVERSION}"
-    try:
+    if folder.is_dir():
+        return load_hub_folder(folder)
+    with saving(f"{cache} (T2I_CACHE names another folder)"):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                with tempfile.TemporaryDirectory(dir=cache) as temporary:
-                    load_mmdet(file.path).save_pretrained(f"{temporary}/model")
-                    os.replace(f"{temporary}/model", folder)
-    except OSError as error:
-        raise UserError(
-            f"converted weights cannot be written to {cache} ({error}): set T2I_CACHE to "
-            "a folder that can be written"
-        ) from error
+                with replacing_folder(folder) as partial:
+                    load_mmdet(file.path).save_pretrained(partial)
     return load_hub_folder(folder)

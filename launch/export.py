@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
 from t2i.model_options import BaseOptions

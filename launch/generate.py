@@ -19,9 +19,8 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
 from t2i.errors import UserError

@@ -13,9 +13,8 @@ python launch/train_imagenet.py --backbone rar --size shapes
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
 from t2i.errors import UserError

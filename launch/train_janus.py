@@ -8,9 +8,8 @@ deepspeed launch/train_janus.py janus-pro-7b-full-zero3 --data.source my_images 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
 from t2i.models.janus.janus_recipes import JANUS_RECIPES

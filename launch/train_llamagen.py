@@ -8,9 +8,8 @@ python launch/train_llamagen.py t2i-xl-256-lora --data.source my_images --check
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
 from t2i.models.llamagen.llamagen_recipes import RECIPES

@@ -1,32 +1,32 @@
-"""Checkpoint folders: everything a model needs to be loaded again, and a manifest that is written
-last.
+"""Checkpoint folders: everything a model needs to be loaded again.
 
 config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit
-version, training facts codec.safetensors      TensorAR's own weights (absent for k = 1)
+                       version, training facts
+codec.safetensors      TensorAR's own weights (absent for k = 1)
 adapter/               a PEFT folder, when LoRA was used; it holds the image layers, too, where they
-were trained backbone.safetensors   what changed of the backbone itself, under official names: all
-of it, or its image layers manifest.json          name, size and SHA-256 of every file: a folder
-without it is incomplete (see t2i.manifest) training_state/        what resume needs (see
-t2i.training.run_state); may be deleted from a model that is finished
+                       were trained
+backbone.safetensors   what changed of the backbone itself, under official names: all of it, or its
+                       image layers
+manifest.json          name, size and SHA-256 of every file (see `t2i.manifest`); it is written
+                       last, and a folder without it is incomplete
+training_state/        what resume needs (see `t2i.training.run_state`); may be deleted from a model
+                       that is finished
 """
 
-import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
 
 from t2i import __version__
 from t2i.errors import UserError
-from t2i.fields import from_json
-from t2i.files import saving, write_json
+from t2i.fields import from_json, read_object
+from t2i.files import replacing_folder, write_json
 from t2i.loading import attach, load_backbone, load_source, pick_device
 from t2i.lora import load_adapter, plain_weights, save_adapter
 from t2i.manifest import MANIFEST, DamagedError, check_files, write_manifest
@@ -48,12 +48,15 @@ from t2i.tuning import Tuning
 from t2i.weights import copy_weights, load_strict, read_state_dict, save_weights
 
 log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 EXPORTED = "tensorar"
-"""Name of the checkpoint folder within an export (see t2i.export); its base is given relative to
-it.
-"""
+"""Name of the checkpoint folder within an export, whose base is given relative to it."""
 CODEC, _BACKBONE = "codec.safetensors", "backbone.safetensors"
+_SECTIONS = ("backbone", "method", "sampling", "training")
 
 
 def save_pretrained(
@@ -65,7 +68,7 @@ def save_pretrained(
     sampling: SamplingConfig | None = None,
     training: dict | None = None,
 ) -> Path:
-    """Write a checkpoint folder under a temporary name and rename it.
+    """Write a checkpoint folder, whole or not at all.
 
     Args:
         tuning: which weights differ from the base: all of the backbone, none ("codec"), or the
@@ -78,8 +81,7 @@ def save_pretrained(
         raise UserError(
             "this backbone was not loaded by load_backbone, so a checkpoint could not name its base"
         )
-    folder = Path(folder)
-    with partial_folder(folder) as partial:
+    with new_checkpoint(Path(folder)) as partial:
         write_model(
             model,
             partial,
@@ -88,25 +90,19 @@ def save_pretrained(
             sampling=sampling,
             training=training,
         )
-        finish_folder(partial, folder)
-    return folder
+    return Path(folder)
 
 
 @contextmanager
-def partial_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` to write to; whatever goes wrong until it is renamed, it goes.
+def new_checkpoint(folder: Path) -> Iterator[Path]:
+    """A fresh folder for the files of a checkpoint; the manifest is written when the block ends.
 
     Raises:
         UserError: the disk is full, or the place cannot be written to.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        with saving(folder):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replacing_folder(folder) as partial:
+        yield partial
+        write_manifest(partial)
 
 
 def write_model(
@@ -118,9 +114,7 @@ def write_model(
     sampling: SamplingConfig | None = None,
     training: dict | None = None,
 ) -> None:
-    """Write all files but the manifest into an existing folder; arguments as in
-    `save_pretrained`.
-    """
+    """Write all files but the manifest into a folder; arguments as in `save_pretrained`."""
     backbone = model.backbone
     backbone.source = with_hashes(backbone.source, folder)
     if model.codec is not None:
@@ -145,21 +139,8 @@ def write_model(
     )
 
 
-def finish_folder(partial: Path, folder: Path) -> None:
-    """Write the manifest, then rename the folder to its final name."""
-    write_manifest(partial)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _holds_all(tuning: Tuning, source: BackboneSource) -> bool:
-    """Whether a checkpoint holds all of the backbone's weights (and perhaps adapters to them), so
-    that its base's are not needed.
-    """
+    """Whether a checkpoint holds all of the backbone's weights, so that its base is not needed."""
     return tuning == "full" or source.started_from is not None
 
 
@@ -183,16 +164,19 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist (or is a file)")
     check_files(folder, with_state=with_state, contents=contents)
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sections = [config[name] for name in ("backbone", "method", "sampling", "training")]
-        tuning = config["tuning"]
-    except (ValueError, KeyError, TypeError) as error:
+        config = read_object(path)
+    except UserError as error:
+        raise DamagedError(f"{path} is not what a checkpoint has: {error}") from error
+    wrong = [name for name in _SECTIONS if not isinstance(config.get(name), dict)]
+    if config.get("tuning") not in get_args(Tuning):
+        wrong.append("tuning")
+    if wrong:
         raise DamagedError(
-            f"{folder / 'config.json'} is not what a checkpoint has ({error!r}); copy the folder again"
-        ) from error
-    if not all(isinstance(section, dict) for section in sections) or tuning not in get_args(Tuning):
-        raise DamagedError(f"{folder / 'config.json'} is not what a checkpoint has")
+            f"{path} is not what a checkpoint has: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
+            "copy the folder again"
+        )
     return config
 
 
@@ -207,8 +191,7 @@ def run_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | None:
-    """The newest checkpoint of a run whose files are what was written; None if the run has no
-    complete one.
+    """The newest checkpoint of a run whose files are what was written; None if it has none.
 
     Goes back from a damaged one with a warning that names the file.
 
@@ -232,8 +215,7 @@ def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | N
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The folder itself, the newest healthy checkpoint of a run folder, or the one within an
-    export.
+    """The folder itself, the newest healthy checkpoint of a run, or the one within an export.
 
     Raises:
         DamagedError: it is a run folder, and all its checkpoints are damaged.
@@ -295,18 +277,12 @@ def trained_parts(tuning: Tuning, image_layers: bool) -> str:
 
 
 def stored_source(config: dict, folder: Path) -> BackboneSource:
-    """The base that a checkpoint's config.json names; one that lies relative to the folder as an
-    absolute path.
-    """
+    """The base that a checkpoint's config.json names, by an absolute path if it is local."""
     return beside(stored_part(config, "backbone", BackboneSource, folder), folder)
 
 
-def stored_part(config: dict, name: str, cls: type, folder: Path):
-    """A part of config.json, read strictly: a setting that is not known here may change what the
-    weights mean.
-    """
-    if name not in config:
-        raise UserError(f"{folder}: config.json lacks {name!r}; copy the folder again")
+def stored_part(config: dict, name: str, cls: type[S], folder: Path) -> S:
+    """A part of config.json; UserError for a setting that is not known here."""
     return from_json(cls, config[name], f"{folder}/config.json: {name}")
 
 
@@ -320,9 +296,7 @@ def load_stored_backbone(
     dtype: torch.dtype,
 ) -> Backbone:
     """The backbone of a checkpoint folder; without the adapter: what that was trained on."""
-    tuning, changed = config.get("tuning"), folder / _BACKBONE
-    if tuning not in get_args(Tuning):
-        raise UserError(f"{folder}: config.json has tuning {tuning!r}; copy the folder again")
+    tuning, changed = config["tuning"], folder / _BACKBONE
     holds_all = _holds_all(tuning, source)
     replaces_base = holds_all and not published_as_folder(source.family)
     # A base folder, and some weight files, bring the image tokenizer.
@@ -349,8 +323,7 @@ def load_model(
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
 ) -> TensorAR:
-    """A model to draw with from whatever was typed: something trained, or a base by itself (k = 1),
-    in eval mode.
+    """A model to draw with, in eval mode: something trained, or a base by itself (k = 1).
 
     Args:
         source: a checkpoint, run or export folder; a shipped base ("shapes"); a backbone folder; a
@@ -380,9 +353,7 @@ def load_model(
             dtype=dtype,
         )
     if base is not None:
-        raise UserError(
-            f"{source} is no checkpoint, so there is no other base to it: leave out base"
-        )
+        raise UserError(f"{source} is no checkpoint, so it has no other base: leave out base")
     backbone = load_backbone(
         family or family_of(source),
         source,

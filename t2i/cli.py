@@ -1,21 +1,23 @@
-"""What all scripts share: presets with overrides on the command line, help, logging, and one clear
-message for a user's mistake.
-"""
+"""What all programs share: options, help, logging, and one clear message for a user's mistake."""
 
 import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from t2i.errors import UserError
 from t2i.launcher import is_main_process
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 Selection = TypeVar("Selection")
 _HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
 _COMMANDS = ("python ", "torchrun ", "deepspeed ", "srun ", "mpirun ")
@@ -98,10 +100,9 @@ def _parsed(
     main: Sequence[str],
     prog: str | None = None,
 ) -> Config:
-    description, kind = _help_text(description), default
-    options: dict[str, Any] = {}
-    if not isinstance(default, type):
-        kind, options = type(default), {"default": default}
+    description = _help_text(description)
+    kind: type[Any] = default if isinstance(default, type) else type(default)
+    options: dict[str, Any] = {} if isinstance(default, type) else {"default": default}
     if main and any(a in _HELP for a in given):
         kind = _showing(kind, main, options.pop("default", None))
         description += "\n\n  --help-all shows every option"
@@ -120,10 +121,9 @@ def _parsed(
     return config
 
 
-def _refuse_repeats(config: object, given: Sequence[str]) -> None:
-    """UserError for an option of several values that is given twice: the parser would drop the
-    first ones without a word.
-    """
+def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) -> None:
+    """UserError for an option of several values that is given twice."""
+    # The parser would drop the first ones without a word.
     names = [a.partition("=")[0].replace("_", "-") for a in given if a.startswith("--")]
     for name in _lists(config):
         if (count := names.count(name)) > 1:
@@ -132,7 +132,7 @@ def _refuse_repeats(config: object, given: Sequence[str]) -> None:
             )
 
 
-def _lists(config: object, prefix: str = "--") -> Iterator[str]:
+def _lists(config: "DataclassInstance | type", prefix: str = "--") -> Iterator[str]:
     """Options of a config (or its class) that take any number of values."""
     hints = get_type_hints(config if isinstance(config, type) else type(config))
     for f in fields(config):
@@ -144,22 +144,20 @@ def _lists(config: object, prefix: str = "--") -> Iterator[str]:
             yield from _lists(inner, f"{name}.")
 
 
-def _refuse_nan(config: object, prefix: str = "") -> None:
-    """UserError for a number that is none: it passes every comparison with a limit, and shows only
-    in what comes of it.
-    """
+def _refuse_nan(config: "DataclassInstance", prefix: str = "") -> None:
+    """UserError for a number that is none."""
+    # NaN passes every comparison with a limit, and shows only in what comes of it.
     for f in fields(config):
         value = getattr(config, f.name)
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             _refuse_nan(value, f"{prefix}{f.name}.")
         elif any(v != v for v in (value if isinstance(value, tuple) else (value,))):
             raise UserError(f"{prefix}{f.name}={value} must be a number")
 
 
 def _help_text(description: str) -> str:
-    """A docstring for the parser's help, which joins lines unless they are indented: so commands
-    are.
-    """
+    """A docstring for the parser's help."""
+    # The parser joins lines unless they are indented: so commands are.
     lines: list[str] = []
     for line in description.splitlines():
         goes_on = lines and lines[-1].startswith(" ") and lines[-1].endswith("\\")
@@ -168,8 +166,7 @@ def _help_text(description: str) -> str:
 
 
 def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
-    """A subclass of a config class, for help alone: fields that are not among `names` are neither
-    shown nor parsed.
+    """A subclass of a config class, for help alone: only the fields `names` are shown and parsed.
 
     Its defaults are the values of `default`, if that is given.
     """
@@ -186,9 +183,13 @@ def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
         elif f.name not in names:
             hints[f.name] = Annotated[hints[f.name], tyro.conf.Suppress]
         if value is not MISSING:
-            own[f.name] = field(default_factory=lambda value=value: value)
+            own[f.name] = field(default_factory=partial(_same, value))
     own |= {"__annotations__": hints, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return dataclass(frozen=True, kw_only=True)(type(kind.__name__, (kind,), own))
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _annotated(kind: type, like: Any) -> Any:
@@ -224,8 +225,9 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: a user's mistake (UserError), Ctrl-C and SIGTERM end in a message alone;
-    anything else keeps its traceback.
+    """Run a program: a user's mistake (UserError), Ctrl-C and SIGTERM end in a message alone.
+
+    Anything else keeps its traceback.
     """
     # SIGTERM ends like Ctrl-C; a training run has handlers of its own.
     previous = signal.signal(signal.SIGTERM, _terminate)
@@ -245,9 +247,8 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _leave_processes() -> None:
-    """Leave the group of several processes in order: an end with a connection open can abort, and
-    hide the exit code.
-    """
+    """Leave the group of several processes in order."""
+    # An end with a connection open can abort, and hide the exit code.
     group = sys.modules.get("torch.distributed")  # never imported for this alone
     if group and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         group.destroy_process_group()

@@ -10,6 +10,4 @@ class UserError(ValueError):
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """A training run whose loss, gradient or weights are no numbers any more: its settings, or its
-    data, cannot be used.
-    """
+    """A training run's loss, gradient or weights are no numbers: its settings cannot be used."""

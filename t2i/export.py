@@ -12,12 +12,8 @@ Nothing in it names a place on the machine that wrote it. One thing may stay out
 that came from the hub is named by its hub id, and not copied.
 """
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,10 +29,12 @@ from t2i.checkpoint import (
 )
 from t2i.errors import UserError
 from t2i.evaluation.store import write_generated
-from t2i.files import file_sha256, owning, saving, writable_folder, write_json, write_text
+from t2i.fields import read_object
+from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
 from t2i.generation import conditions, iterate_images
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
+from t2i.published import asking_hub
 from t2i.sources import BackboneSource, expand_folder, published_as_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
 from t2i.weights import save_weights
@@ -44,6 +42,9 @@ from t2i.weights import save_weights
 log = logging.getLogger(__name__)
 
 _TOKENIZER, _TEXT_ENCODER = "tokenizer.safetensors", "text_encoder"
+_GO_ON = (
+    "A login: `hf auth login`; offline: HF_HUB_OFFLINE. The same command again goes on from here"
+)
 
 
 def export(
@@ -94,10 +95,7 @@ def export(
         dtype=torch.float32,
     )
     asked = conditions(model.backbone, prompts)
-    partial = out.with_name(out.name + ".partial")
-    with owning(out.parent, "export", out.name), saving(out):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    with owning(out.parent, "export", out.name), replacing_folder(out) as partial:
         merge_lora(model.backbone)
         facts = {name: config["training"].get(name) for name in ("step", "steps")}
         facts["exported_from"] = _fingerprint(checkpoint)
@@ -115,7 +113,6 @@ def export(
         for part in parts:
             log.info("  %s", part)
         write_text(partial / "README.md", model_card(config, scores, grid, parts))
-        os.rename(partial, out)
     return out
 
 
@@ -218,13 +215,11 @@ def _score_rows(path: Path) -> list[str]:
     """Table rows of a results file: `scores` maps names to numbers, or to {"mean", "stderr"} or
     {"overall", "overall_stderr"}.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        scores = results["scores"].items()
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a results file with scores: {error!r}") from error
+    results = read_object(path)
+    if not isinstance(results.get("scores"), dict):
+        raise UserError(f"{path} is not a results file with scores")
     rows = []
-    for name, score in scores:
+    for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
         mean = values.get("mean", values.get("overall"))
         error = values.get("stderr", values.get("overall_stderr"))
@@ -343,7 +338,7 @@ def prepare_upload(repo: str, *, private: bool = False) -> None:
     """
     from huggingface_hub import HfApi
 
-    with _hub_errors(f"cannot write to {repo} on the hub"):
+    with asking_hub(f"cannot write to {repo} on the hub", _GO_ON):
         HfApi().create_repo(repo, private=private, exist_ok=True)
 
 
@@ -355,21 +350,5 @@ def push_to_hub(folder: Path, repo: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    with _hub_errors(f"{folder} is complete, but could not be uploaded to {repo}"):
+    with asking_hub(f"{folder} is complete, but could not be uploaded to {repo}", _GO_ON):
         return str(HfApi().upload_folder(folder_path=folder, repo_id=repo))
-
-
-@contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """What the network, the hub or its rules refuse is the user's to mend, in one line."""
-    try:
-        yield
-    except Exception as error:
-        library = type(error).__module__.partition(".")[0]
-        if not isinstance(error, OSError) and library not in ("httpx", "huggingface_hub"):
-            raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{what}: {reason} (a login: `hf auth login`; offline: HF_HUB_OFFLINE). "
-            "The same command again goes on from here"
-        ) from error

@@ -1,18 +1,35 @@
-"""Settings dataclasses from the JSON of files that others may have written: unknown names and wrong
-types are a user's to mend.
-"""
+"""Settings dataclasses: read from JSON that others may have written, and overridden by options."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, field, fields, make_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 from types import NoneType, UnionType
-from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import tyro
 
 from t2i import __version__
 from t2i.errors import UserError
+from t2i.files import read_json
 
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
+C = TypeVar("C")
 
 
 def read_object(path: str | Path) -> dict:
@@ -21,21 +38,18 @@ def read_object(path: str | Path) -> dict:
     Raises:
         UserError: it is missing, torn, or holds something else.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or not JSON ({error}); copy it again") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, and holds {content!r:.80}")
     return content
 
 
 def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = None) -> S:
-    """A settings dataclass of what JSON says; what it leaves out is as in `defaults`, or the
-    class's own default.
+    """A settings dataclass of what JSON says.
 
     Args:
         where: the file (and part of it) that it was read from, for messages.
+        defaults: what JSON leaves out; the class's own defaults if None.
 
     Raises:
         UserError: it is no JSON object, a setting is not known here (it may change what weights
@@ -87,10 +101,38 @@ def _fits(value: object, hint: object) -> bool:
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if hint in (None, NoneType):
         return value is None
-    if hint in (
-        int,
-        float,
-    ):  # a truth value is neither, a whole number is a float, and NaN is no number
-        kinds = int if hint is int else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool) and value == value
-    return isinstance(value, origin or hint)
+    if hint in (int, float):  # a truth value is neither, and NaN is no number
+        number = isinstance(value, int) or (hint is float and isinstance(value, float))
+        return number and not isinstance(value, bool) and value == value
+    kind = origin or hint
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+# -- overrides -------------------------------------------------------------------------------------
+def all_optional(settings: type) -> Callable[[type[C]], type[C]]:
+    """Class decorator: adds every field of a settings class, None by default, with its docstring.
+
+    So a command line can change settings of which the rest is known later.
+    """
+    hints, docs = get_type_hints(settings), _field_docs(settings)
+    optional = {
+        name: Annotated[hint | None, tyro.conf.arg(help=docs[name])] for name, hint in hints.items()
+    }
+
+    def add_fields(cls: type[C]) -> type[C]:
+        own = {"__doc__": cls.__doc__, "__module__": cls.__module__}
+        added = [(name, kind, field(default=None)) for name, kind in optional.items()]
+        return make_dataclass(cls.__name__, added, bases=(cls,), namespace=own, frozen=True)
+
+    return add_fields
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass."""
+    definition = ast.parse(dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(definition, ast.ClassDef), cls
+    return {
+        ast.unparse(line.target): ast.literal_eval(below.value)
+        for line, below in pairwise(definition.body)
+        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }

@@ -1,5 +1,5 @@
-"""Files and folders, for every part of the kit: whole-or-nothing writes, one owner a folder,
-hashes, checks before the work.
+"""Files and folders, for every part of the kit: whole-or-nothing writes, checks before the work,
+one owner a folder, waiting for other processes.
 
 Nothing here knows what a file is about.
 """
@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ from t2i.errors import UserError
 
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
+_POLL_SECONDS = 0.2
 
 
+# -- writing, whole or not at all ------------------------------------------------------------------
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it takes the final name, safely on disk, when the
-    block ends.
+    """A temporary name beside `path` to write to; it takes the final name when the block ends.
 
     A reader sees the old file or the new one, also after a power cut. Several processes may write
     the same file at once.
@@ -41,11 +44,53 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            _sync(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """A fresh folder beside `folder` to write to; it takes the final name when the block ends.
+
+    Whatever goes wrong before, it is removed. Its name is `partial_folder(folder)`, so that several
+    processes can write to it; one of them holds it.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to (see `saving`).
+    """
+    folder = Path(folder)
+    partial, old = partial_folder(folder), folder.with_name(folder.name + ".old")
+    try:
+        with saving(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    _sync(path)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where `replacing_folder` has a folder written."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def _sync(path: Path) -> None:
+    """Force a file's content to the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -61,9 +106,63 @@ def write_json(path: str | Path, content: object) -> Path:
 
 
 @contextmanager
+def saving(what: str | Path) -> Iterator[None]:
+    """While something is written: no room and no permission are the user's to mend.
+
+    Other errors keep their traceback. Libraries wrap the system's error (torch in a RuntimeError,
+    safetensors in its own class), so the words are looked at, too.
+
+    Raises:
+        UserError: the disk is full, a quota is reached, or the place cannot be written to.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _full(error) or _forbidden(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {what}: {reason}") from error
+
+
+# torch's zip writer knows no reason: it says "unexpected pos" or "file write failed" where a write
+# came back short.
+_FULL = ("No space left", "quota exceeded", "os error 28", "unexpected pos", "file write failed")
+_NOT_HERE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+def _full(error: Exception) -> str | None:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(words in str(error) for words in _FULL):
+        return "no space is left on the disk. Free some and start again"
+    return None
+
+
+def _forbidden(error: Exception) -> str | None:
+    if isinstance(error, _NOT_HERE):
+        return f"{error.strerror} ({error.filename}). Choose another place"
+    if getattr(error, "errno", None) == errno.EROFS:
+        return "the file system is read-only. Choose another place"
+    if getattr(error, "errno", None) == errno.EFBIG or "os error 27" in str(error):
+        return "the file is larger than the file system or a limit of the user's allows"
+    return None
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what `replacing` left below a folder when its process was killed.
+
+    Only the folder's owner may do so.
+    """
+    for path in Path(folder).rglob("*.tmp"):
+        if _LEFTOVER.search(path.name):
+            path.unlink(missing_ok=True)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+@contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """While something that the user named is read: that it is not there, or must not be read, is
-    the user's to mend.
+    """While something that the user named is read: if it is not there, the user has to mend it.
 
     Raises:
         UserError: there is no such file, it is of another kind (a folder), or permission is
@@ -86,77 +185,34 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(content)
     except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(
-            f"{path} is damaged or not JSON ({error}); copy or make it again"
-        ) from error
+        text = f"{path} is damaged or not JSON ({error}); copy or make it again"
+        raise UserError(text) from error
 
 
-@contextmanager
-def saving(what: str | Path) -> Iterator[None]:
-    """While something is written: no room and no permission are the user's to mend; other errors
-    keep their traceback.
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as lower-case hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Libraries wrap the system's error (torch in a RuntimeError, safetensors in its own class), so
-    the words are looked at, too.
 
-    Raises:
-        UserError: the disk is full, a quota is reached, or the place cannot be written to.
+def namesake(name: str, meaning: str) -> str | None:
+    """A sentence where a name with a meaning of its own is also that of a file here, else None.
+
+    The rule everywhere: a bare name means what the kit ships, `./name` the file or folder.
     """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = _full(error) or _forbidden(error)
-        if reason is None:
-            raise
-        raise UserError(f"cannot write {what}: {reason}") from error
-
-
-def _full(error: Exception) -> str | None:
-    text = str(error)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    # torch's zip writer knows no reason: it says "unexpected pos" or "file write failed" where a
-    # write came back short.
-    words = (
-        "No space left",
-        "quota exceeded",
-        "os error 28",
-        "unexpected pos",
-        "file write failed",
+    if not Path(name).exists():
+        return None
+    return (
+        f"{name!r} is taken for {meaning}; write './{name}' for the one of that name in this folder"
     )
-    if full or any(word in text for word in words):
-        return "no space is left on the disk. Free some and start again"
-    return None
 
 
-def _forbidden(error: Exception) -> str | None:
-    if isinstance(
-        error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError
-    ):
-        return f"{error.strerror} ({error.filename}). Choose another place"
-    if getattr(error, "errno", None) == errno.EROFS:
-        return "the file system is read-only. Choose another place"
-    if getattr(error, "errno", None) == errno.EFBIG or "os error 27" in str(error):
-        return "the file is larger than the file system or a limit of the user's allows"
-    return None
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove what `replacing` left below a folder when its process was killed. Only the folder's
-    owner may do so.
-    """
-    for path in Path(folder).rglob("*.tmp"):
-        if _LEFTOVER.search(path.name):
-            path.unlink(missing_ok=True)
-
-
+# -- before the work -------------------------------------------------------------------------------
 def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
-    """Make a folder if there is none and prove that files can be written there, before the work
-    whose result goes there.
+    """Make a folder if there is none, and prove that files can be written there.
 
-    Without `make` nothing is written: where the folder is not there yet, it is proved that it could
-    be made.
+    To be asked before the work whose result goes there. Without `make` nothing is written: where
+    the folder is not there yet, it is proved that it could be made.
 
     Raises:
         UserError: it is a file, or cannot be made or written to.
@@ -170,15 +226,13 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:  # whatever it is, it is about a place that the user chose
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}. Choose another place"
-        ) from error
+        text = f"cannot write to {folder}: {error.strerror}. Choose another place"
+        raise UserError(text) from error
     return folder
 
 
 def writable_file(path: str | Path) -> Path:
-    """Prove that a file can be written (again), before the work whose result goes there; makes its
-    folder.
+    """Prove that a file can be written (again); makes its folder.
 
     Raises:
         UserError: it is a folder, or its folder cannot be written to.
@@ -190,12 +244,13 @@ def writable_file(path: str | Path) -> Path:
     return path
 
 
+# -- other processes -------------------------------------------------------------------------------
 @contextmanager
 def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
-    """Hold a folder, or a file in it, for one program at a time; the lock goes with the process,
-    however that ends.
+    """Hold a folder, or a file in it, for one program at a time.
 
-    A folder that was made for it goes again if nothing was put there.
+    The lock goes with the process, however that ends. A folder that was made for it goes again if
+    nothing was put there.
 
     Args:
         what: what is held, for the message: "run folder", ...
@@ -212,7 +267,8 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"{what} {folder / name} is in use by {_owner(owner)}: wait until it has ended, or give another place"
+            f"{what} {folder / name} is in use by {_owner(owner)}: "
+            "wait until it has ended, or give another place"
         ) from error
     try:
         write_json(owner, {"host": socket.gethostname(), "process": os.getpid()})
@@ -235,23 +291,41 @@ def _owner(path: Path) -> str:
         return "another process"
 
 
-def namesake(name: str, meaning: str) -> str | None:
-    """A sentence where a name that has a meaning of its own is also that of a file or folder here,
-    else None.
+def wait_for(paths: Sequence[Path], patience: float) -> None:
+    """Wait until all of these files, which other processes make, exist.
 
-    The rule everywhere: a bare name means what the kit ships, `./name` the file or folder.
+    Raises:
+        TimeoutError: none appeared for `patience` seconds.
     """
-    if not Path(name).exists():
-        return None
-    return (
-        f"{name!r} is taken for {meaning}; write './{name}' for the one of that name in this folder"
-    )
+    waiting = list(paths)
+
+    def missing() -> Sequence[Path]:
+        waiting[:] = [path for path in waiting if not path.exists()]
+        return waiting
+
+    wait_until_none(missing, patience)
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as lower-case hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def wait_until_none(missing: Callable[[], Sequence[Path]], patience: float, what: str = "") -> None:
+    """Wait until nothing is missing of what other processes make.
+
+    Args:
+        missing: what is still missing; asked again and again.
+        what: of these files, as "the hash of ".
+
+    Raises:
+        TimeoutError: nothing was added to it for `patience` seconds.
+    """
+    still = missing()
+    deadline = time.monotonic() + patience
+    while still:
+        fewest = len(still)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"waited {patience:g} s for {what}{still[0]} without progress ({fewest} missing): "
+                "another process has stopped. Start again to go on"
+            )
+        time.sleep(_POLL_SECONDS)
+        still = missing()
+        if len(still) < fewest:
+            deadline = time.monotonic() + patience

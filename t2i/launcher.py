@@ -1,9 +1,8 @@
 """What started this process: nothing, or torchrun, deepspeed, srun or mpirun as one of several.
-Without torch, so that a parser can ask.
 
 torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are the ones that
 everything else reads; deepspeed sets them, too. `adopt_launcher` gives them to a process of srun or
-mpirun.
+mpirun. Without torch, so that a parser can ask.
 """
 
 import logging
@@ -63,8 +62,7 @@ def world_size() -> int:
 
 
 def adopt_launcher() -> None:
-    """Set torchrun's variables in a process that srun or mpirun started as one of several; leaves
-    any other as it is.
+    """Set torchrun's variables in a process that srun or mpirun started as one of several.
 
     Raises:
         UserError: it is one of several, but not all that is needed is known.
@@ -90,15 +88,16 @@ def _mpi_task() -> _Task | None:
         rank, size, local = (_number(name) for name in names)
         if rank is None or size is None:
             raise UserError(
-                f"{names[0]} is set and {names[1]} is not: this is one of several processes, and nothing says of how "
-                "many. Start with torchrun --nproc_per_node N (or deepspeed --num_gpus N)"
+                f"{names[0]} is set and {names[1]} is not: this is one of several processes, and "
+                "nothing says of how many. Start with torchrun --nproc_per_node N (or deepspeed --num_gpus N)"
             )
         on_machine = next((n for n in map(_number, _MPI_LOCAL_SIZE) if n is not None), None)
         several = on_machine is not None and on_machine < size
         if several and "MASTER_ADDR" not in os.environ:
             raise UserError(
-                f"mpirun started {size} processes on several machines: say which has rank 0, with MASTER_ADDR=HOST and "
-                "MASTER_PORT=PORT in the environment of all (mpirun -x MASTER_ADDR -x MASTER_PORT)"
+                f"mpirun started {size} processes on several machines: say which has rank 0, with "
+                "MASTER_ADDR=HOST and MASTER_PORT=PORT in the environment of all "
+                "(mpirun -x MASTER_ADDR -x MASTER_PORT)"
             )
         if local is None:
             local = _number("SLURM_LOCALID")  # srun --mpi=pmi2
@@ -107,9 +106,7 @@ def _mpi_task() -> _Task | None:
 
 
 def _slurm_task() -> _Task | None:
-    """A task of srun. The shell of a batch script, or of salloc, is none: it has the job's
-    variables, but not a step's.
-    """
+    """A task of srun; the shell of a batch script, or of salloc, has no step's variables."""
     rank, size = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
     if rank is None or (size is None and os.environ.get("ENVIRONMENT") == "BATCH"):
         return None
@@ -117,8 +114,8 @@ def _slurm_task() -> _Task | None:
         size = _number("SLURM_NTASKS")
     if size is None and rank > 0:
         raise UserError(
-            "SLURM_PROCID is set and SLURM_NTASKS is not: this is one of several tasks, and nothing says of how many. "
-            "Start with srun --ntasks N, or with torchrun"
+            "SLURM_PROCID is set and SLURM_NTASKS is not: this is one of several tasks, and nothing "
+            "says of how many. Start with srun --ntasks N, or with torchrun"
         )
     machines = _number("SLURM_STEP_NUM_NODES") or _number("SLURM_NNODES") or 1
     hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
@@ -133,7 +130,8 @@ def _first_host(hosts: str) -> str:
     match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", hosts)
     if match is None:
         raise UserError(
-            f"cannot tell the first machine of Slurm's list {hosts!r}: set MASTER_ADDR in the environment of all tasks"
+            f"cannot tell the first machine of Slurm's list {hosts!r}: "
+            "set MASTER_ADDR in the environment of all tasks"
         )
     return "".join(part or "" for part in match.groups())
 
@@ -145,10 +143,10 @@ def _number(name: str) -> int | None:
 
 # -- a launcher that goes --------------------------------------------------------------------------
 def watch_launcher() -> None:
-    """Get SIGTERM when the launcher is gone without having passed one on, as `deepspeed` does when
-    it is stopped or killed.
+    """Get SIGTERM when the launcher is gone without having passed one on.
 
-    Without a launcher nothing is watched: a parent that is a shell may go (nohup).
+    `deepspeed` passes none on when it is stopped or killed. Without a launcher nothing is watched:
+    a parent that is a shell may go (nohup).
     """
     global _watching
     parents = _launchers()
@@ -166,9 +164,7 @@ def watch_launcher() -> None:
 
 
 def _launchers(count: int | None = None) -> list[int]:
-    """Process ids of the launcher, and of the program that started it where a signal to that one is
-    not passed on.
-    """
+    """Ids of the launcher, and of its own parent where a signal to that one is not passed on."""
     parent = os.getppid()
     if count is None:
         # deepspeed starts deepspeed.launcher.launch, which starts the ranks.

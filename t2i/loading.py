@@ -12,8 +12,8 @@ import torch
 
 from t2i.errors import UserError
 from t2i.fields import from_json
-from t2i.hashes import remembered_sha256
 from t2i.models.base import Backbone
+from t2i.published import remembered_sha256
 from t2i.sampling import SamplingConfig
 from t2i.sources import ASSETS as ASSETS
 from t2i.sources import (

@@ -1,28 +1,22 @@
-"""The manifest of a checkpoint folder: name, size and SHA-256 of each file, written last; and
-whether the files are still so.
-"""
+"""The manifest of a checkpoint folder: name, size and SHA-256 of each file, written last."""
 
-import json
 import logging
-import time
 from pathlib import Path, PurePosixPath
 
 from t2i.errors import UserError
+from t2i.fields import read_object
 from t2i.files import file_sha256, write_json
+from t2i.published import remembered_sha256
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
 _LOADED = ("config.json", "codec.safetensors", "backbone.safetensors", "adapter/*")
-_FRESH_SECONDS = 2.0
-_hashes: dict[tuple, str] = {}
 
 
 class DamagedError(UserError):
-    """A checkpoint folder is incomplete, or a file of it is not what was written; the message names
-    the file.
-    """
+    """A checkpoint folder is incomplete, or a file of it is not what was written."""
 
 
 def write_manifest(folder: Path) -> None:
@@ -57,40 +51,32 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
         if name.startswith(f"{TRAINING_STATE}/") and not with_state:
             continue
         if not _is_inside(path, folder):
-            raise DamagedError(
-                f"{path} is not within the checkpoint folder: its {MANIFEST} or a link leads outside"
-            )
-        if not path.is_file() or path.stat().st_size != size:
-            raise DamagedError(
-                f"{path} is missing or has not the {size} bytes that the manifest says; copy the folder again"
-            )
-        if contents and sha256 is not None and _sha256(path) != sha256:
-            raise DamagedError(
-                f"{path} is damaged: its SHA-256 is not what the manifest says; copy the folder again"
-            )
+            what = f"is not within the checkpoint folder: its {MANIFEST} or a link leads out"
+        elif not path.is_file() or path.stat().st_size != size:
+            what = f"is missing or has not the {size} bytes that the manifest says"
+        elif contents and sha256 is not None and remembered_sha256(path) != sha256:
+            what = "is damaged: its SHA-256 is not what the manifest says"
+        else:
+            continue
+        raise DamagedError(f"{path} {what}; copy the folder again")
     if contents and any(sha256 is None for _, sha256 in files.values()):
-        log.warning(
-            "%s has no checksums (an older version wrote it): only the sizes of its files were checked",
-            folder,
-        )
+        log.warning("%s has no checksums (an older version wrote it): only sizes count", folder)
 
 
 def _read(folder: Path) -> dict[str, tuple[int, str | None]]:
     """Size and hash by name; older versions wrote the size alone."""
     path = folder / MANIFEST
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        found = {name: _entry(entry) for name, entry in files.items()}
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise DamagedError(
             f"{folder} is not a complete checkpoint folder: {MANIFEST} is missing "
-            "(a base model is loaded with load_backbone; a run stopped while saving leaves an earlier step)"
-        ) from error
-    except ValueError as error:  # JSON's and UTF-8's are such
-        raise DamagedError(f"{path} is not JSON ({error}); copy the folder again") from error
-    except (KeyError, TypeError, AttributeError, OSError) as error:
+            "(a base model is loaded with load_backbone; a run that stopped while saving leaves "
+            "an earlier step)"
+        )
+    try:
+        found = {name: _entry(entry) for name, entry in read_object(path)["files"].items()}
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
-            f"{path} is no list of files with their sizes ({error!r}); copy the folder again"
+            f"{path} is no list of files with their sizes ({error}); copy the folder again"
         ) from error
     if "config.json" not in found:
         raise DamagedError(f"{path} does not list config.json; copy the folder again")
@@ -108,23 +94,8 @@ def _entry(entry: object) -> tuple[int, str | None]:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file is within the folder, also if links are followed. The hub's cache links to a
-    folder of blobs of its own.
-    """
+    """Whether a file is within the folder, also if links are followed."""
+    # The hub's cache links to a folder of blobs of its own.
     home = folder.resolve()
     homes = [home, *(p.parent / "blobs" for p in home.parents if p.name == "snapshots")]
     return any(path.resolve().is_relative_to(h) for h in homes)
-
-
-def _sha256(path: Path) -> str:
-    """The hash of a file. A program looks at a folder several times: a file that has not been
-    touched since is read once.
-    """
-    stat = path.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key in _hashes:
-        return _hashes[key]
-    sha256 = file_sha256(path)
-    if time.time() - stat.st_mtime > _FRESH_SECONDS:  # a later change shows in the time for certain
-        _hashes[key] = sha256
-    return sha256

@@ -1,6 +1,4 @@
-"""This process among all that a launcher (torchrun, deepspeed, srun, mpirun) started; alone without
-one.
-"""
+"""This process among all that a launcher (torchrun, deepspeed, srun, mpirun) started."""
 
 import os
 from collections.abc import Callable
@@ -59,8 +57,9 @@ class Processes:
         return everywhere
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do something in the main process alone; all get its result, or raise its UserError. Every
-        process calls it.
+        """Do something in the main process alone; all get its result, or raise its UserError.
+
+        Every process calls it.
         """
         outcome: list = [None, None]
         if self.is_main:
@@ -95,9 +94,8 @@ def join_processes(device: torch.device) -> Processes:
 
 
 def local_gpu() -> torch.device:
-    """The GPU of this process, made the current one. Slurm may show each task its own GPU only, as
-    number 0.
-    """
+    """The GPU of this process, made the current one."""
+    # Slurm may show each task its own GPU only, as number 0.
     count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if count == 1:
         os.environ["LOCAL_RANK"], local = "0", 0  # DeepSpeed reads it, too

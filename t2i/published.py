@@ -1,27 +1,133 @@
-"""The published files that a benchmark is defined by: found or downloaded, and proven before they
-are used.
+"""Files that others published: fetched from the hub or an address, proven, and known by their hash.
 
-A file is used only if its hash is the published one, so that a wrong or damaged file never turns
-into scores. A download is proven under a temporary name: what is killed or cut short leaves nothing
-that is taken for the file.
+A file that a benchmark is defined by is used only if its hash is the published one, so that a wrong
+or damaged file never turns into scores. A download is proven under a temporary name: what is killed
+or cut short leaves nothing that is taken for the file.
+
+A file of gigabytes is hashed once, and its hash remembered in the user's cache. It holds for a file
+of the same place, size, inode and times. The time of change (ctime) cannot be set by a copying
+program, so a file that was overwritten is read again even if its date was put back.
 """
 
+import hashlib
 import http.client
+import json
+import os
+import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
 from t2i.errors import UserError
-from t2i.files import file_sha256, replacing
-from t2i.hashes import cache_root
+from t2i.files import file_sha256, reading, replacing, write_json
 from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte
+_LARGE = 16 << 20  # bytes; smaller files are read faster than their entry
+_SETTLED = 2 * 10**9  # nanoseconds; a younger file may change again within one tick of its clock
+# The hub's client has changed its HTTP library twice; its errors come through as they are.
+_HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "requests")
 
 
+def cache_root() -> Path:
+    """The folder of everything that is kept for the user: `T2I_CACHE`, or `~/.cache/t2i`."""
+    return Path(os.environ.get("T2I_CACHE") or Path.home() / ".cache" / "t2i")
+
+
+# -- hashes ----------------------------------------------------------------------------------------
+def remembered_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as lower-case hex; a large unchanged file is read only once."""
+    target = Path(path).resolve()
+    if target.parent.name == "blobs" and len(target.name) == 64:
+        return target.name  # the hub's cache names large files by their hash
+    started, identity = time.time_ns(), _identity(target)
+    if identity["size"] < _LARGE:
+        return file_sha256(target)
+    name = hashlib.sha256(str(target).encode()).hexdigest()
+    entry = cache_root() / "hashes" / f"{name[:32]}.json"
+    known = _read(entry)
+    if known.get("file") == identity and isinstance(known.get("sha256"), str):
+        return known["sha256"]
+    digest = file_sha256(target)
+    settled = max(identity["mtime_ns"], identity["ctime_ns"]) < started - _SETTLED
+    if settled and _identity(target) == identity:
+        with suppress(OSError, UserError):  # a cache that cannot be written is no reason to stop
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_json(entry, {"file": identity, "sha256": digest})
+    return digest
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and hashes of several files, in this order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name} {remembered_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _identity(path: Path) -> dict:
+    s = path.stat()
+    return {
+        "path": str(path),
+        "size": s.st_size,
+        "inode": s.st_ino,
+        "mtime_ns": s.st_mtime_ns,
+        "ctime_ns": s.st_ctime_ns,
+    }
+
+
+def _read(entry: Path) -> dict:
+    try:
+        content = json.loads(entry.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it is damaged: the file is read again
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# -- the hub ---------------------------------------------------------------------------------------
+def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: str) -> Path:
+    """The local copy of what is not a folder here, fetched if it is not in the hub's cache.
+
+    Args:
+        patterns: of the files to fetch; all of them if None.
+        advice: what the error's message says to do.
+
+    Raises:
+        UserError: the hub does not have it, or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = None if patterns is None else list(patterns)
+    with asking_hub(f"{hub_id} is neither a folder here nor a model of the hub", advice):
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+
+
+@contextmanager
+def asking_hub(what: str, advice: str = "") -> Iterator[None]:
+    """While the hub is asked: what it refuses, or no network gives, is the user's to mend.
+
+    Args:
+        what: went wrong then, for the message.
+        advice: what to do.
+
+    Raises:
+        UserError: the hub refused, did not answer, or cannot have a thing of this name.
+    """
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and library not in _HUB_LIBRARIES:
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{what} ({reason}). {advice}".rstrip()) from error
+
+
+# -- files of a benchmark --------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ProvenFile:
     """A file that passed the check, and its hash (hex)."""
@@ -49,7 +155,7 @@ class PublishedFile:
     hashes: tuple[str, ...]
     cache: str
     advice: str
-    digest: Callable[[Path], str] = file_sha256
+    digest: Callable[[Path], str] = remembered_sha256
 
     @property
     def cache_folder(self) -> Path:
@@ -89,14 +195,13 @@ class PublishedFile:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
     def _prove(self, path: Path) -> ProvenFile:
-        try:
+        with reading(path):
             digest = self.digest(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
         if not digest.startswith(self.hashes):
             raise UserError(
-                f"{path} is not the published {self.title}: its hash is {digest}, which should begin with "
-                f"{' or '.join(self.hashes)}. It is damaged or another file; delete it, or fetch {self.url} again"
+                f"{path} is not the published {self.title}: its hash is {digest}, which should "
+                f"begin with {' or '.join(self.hashes)}. It is damaged or another file; delete it, "
+                f"or fetch {self.url} again"
             )
         return ProvenFile(path, digest)
 
@@ -118,7 +223,8 @@ class PublishedFile:
                     size = _fetch(self.url, temporary)
                     if not self.digest(temporary).startswith(self.hashes):
                         raise UserError(
-                            f"{self.url} gave {size} bytes that are not the published {self.title}. {advice}"
+                            f"{self.url} gave {size} bytes that are not the published "
+                            f"{self.title}. {advice}"
                         )
         except (OSError, http.client.HTTPException) as error:  # no network, disk full, ...
             raise UserError(f"the {self.title} cannot be downloaded ({error}). {advice}") from error

@@ -1,10 +1,10 @@
-"""Random numbers that are a pure function of their key: no state, so no order, batch or device can
-change them.
+"""Random numbers that are a pure function of their key.
 
-A counter-based generator: the key (seed, sample, ...) and the position of a number in its array are
-mixed by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), vectorised on int64 tensors.
-Training noise is keyed by (seed, epoch, sample), images by (seed, prompt index, sample index): the
-same on any batch split, process count or device.
+There is no state, so no order, batch or device can change them. A counter-based generator: the key
+(seed, sample, ...) and the position of a number in its array are mixed by the finaliser of
+SplitMix64 (Steele et al., OOPSLA 2014), vectorised on int64 tensors. Training noise is keyed by
+(seed, epoch, sample), images by (seed, prompt index, sample index): the same on any batch split,
+process count or device.
 """
 
 import torch
@@ -16,9 +16,8 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & (
-        (1 << (64 - bits)) - 1
-    )  # int64 shifts carry the sign; the mask makes the shift logical
+    # int64 shifts carry the sign; the mask makes the shift logical.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -28,9 +27,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def fold(keys: Tensor, *values: int | Tensor) -> Tensor:
-    """Derive new keys int64 from keys int64 and further integers (each broadcast against the
-    keys).
-    """
+    """New keys int64 of keys int64 and further integers, each broadcast against the keys."""
     for value in values:
         keys = _mix(
             (keys ^ _mix(torch.as_tensor(value, device=keys.device) * _GOLDEN + 1)) + _GOLDEN

@@ -1,27 +1,21 @@
 """How codes are drawn: the settings, and how a command line overrides them. Without torch."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from t2i.errors import UserError
+from t2i.fields import all_optional
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How codes are drawn. A tuple has one number per sub-token of a code; a number holds for all
-    of them.
-    """
+    """How codes are drawn. Of several numbers, each is for one sub-token of a code."""
 
     cfg_scale: float | tuple[float, ...] = 1.0
-    """Classifier-free guidance: null + scale * (cond - null); 1 turns it off and halves the work.
-    """
+    """Classifier-free guidance: null + scale * (cond - null); 1 is off and halves the work."""
     cfg_interval: int = -1
-    """Guide the first image token and the next `cfg_interval` + 1 only (LlamaGen's option); -1
-    guides all.
-    """
+    """Guide the first image token and the next so many + 1 only (LlamaGen's option); -1: all."""
     cfg_power: float = 0.0
-    """Let guidance grow from 1 to `cfg_scale` along a power-cosine (RAR's option); the higher, the
-    later. 0 is constant.
-    """
+    """Let guidance grow along a power-cosine (RAR's option), the later the higher; 0: constant."""
     temperature: float | tuple[float, ...] = 1.0
     """0 takes the most likely code."""
     top_k: int | tuple[int, ...] = 0
@@ -29,9 +23,7 @@ class SamplingConfig:
     top_p: float | tuple[float, ...] = 1.0
     """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
     window: int = 0
-    """Slots that a TensorAR model predicts and feeds back per step; 0 is all k, fewer are fewer
-    drafts.
-    """
+    """Slots that a TensorAR model predicts and feeds back per step; 0 is all k."""
     draft_temperature: float = 1.0
     """Factor on the temperature of the drafts; 0 takes the most likely."""
     renoise: float = 0.0
@@ -58,22 +50,34 @@ class SamplingConfig:
             raise UserError(f"top_k={self.top_k} must be >= 0 and top_p={self.top_p} in (0, 1]")
         if self.window < 0 or self.draft_temperature < 0:
             raise UserError(
-                f"window={self.window} and draft_temperature={self.draft_temperature} must not be negative"
+                f"window={self.window} and draft_temperature={self.draft_temperature} must not be "
+                "negative"
             )
         if not 0 <= self.renoise <= 1:
             raise UserError(f"renoise={self.renoise} must be from 0 to 1")
 
-    def by_sub_token(self, count: int) -> tuple["SamplingConfig", ...]:
-        """The settings of each of `count` sub-tokens, in plain numbers; UserError if a tuple has
-        another length.
-        """
-        given = {n: getattr(self, n) for n in _PER_SUB_TOKEN if isinstance(getattr(self, n), tuple)}
+    def by_sub_token(self, count: int) -> "tuple[SubTokenSampling, ...]":
+        """The settings of each of `count` sub-tokens; UserError if numbers are missing for some."""
+        settings = vars(self)
+        given = {n: v for n in _PER_SUB_TOKEN if isinstance(v := settings[n], tuple)}
         for name, values in given.items():
             if len(values) != count:
                 raise UserError(
-                    f"{name}={values} must be one number, or one for each of the {count} sub-token(s) of a code"
+                    f"{name}={values} must be one number, or one for each of the {count} "
+                    "sub-token(s) of a code"
                 )
-        return tuple(replace(self, **{n: v[s] for n, v in given.items()}) for s in range(count))
+        own = ({n: v[s] for n, v in given.items()} for s in range(count))
+        return tuple(SubTokenSampling(**settings | numbers) for numbers in own)
+
+
+@dataclass(frozen=True)
+class SubTokenSampling(SamplingConfig):
+    """The settings of one sub-token: plain numbers."""
+
+    cfg_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 _PER_SUB_TOKEN = ("cfg_scale", "temperature", "top_k", "top_p")
@@ -84,34 +88,13 @@ def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
     return (value if isinstance(value, tuple) else (value,)) or (-1.0,)
 
 
-@dataclass(frozen=True)
+@all_optional(SamplingConfig)
 class SamplingOverrides:
-    """Each field as in `SamplingConfig` (several numbers: one per sub-token of a code); None keeps
-    the model's own setting.
-    """
-
-    cfg_scale: float | tuple[float, ...] | None = None
-    """Classifier-free guidance; 1 is off."""
-    cfg_interval: int | None = None
-    """Guide the first image token and the next so many + 1 only; -1 guides all."""
-    cfg_power: float | None = None
-    """Let guidance grow along a power-cosine; 0 is constant."""
-    temperature: float | tuple[float, ...] | None = None
-    """0 takes the most likely code."""
-    top_k: int | tuple[int, ...] | None = None
-    """Keep the k most likely codes; 0 keeps all."""
-    top_p: float | tuple[float, ...] | None = None
-    """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
-    window: int | None = None
-    """Slots per step of a TensorAR model; 0 is all."""
-    renoise: float | None = None
-    """Corrupt drafts before they are fed back, with this share of the training noise."""
-    draft_temperature: float | None = None
-    """Factor on the temperature of the drafts."""
+    """Each setting as in `SamplingConfig`; None keeps the model's own."""
 
     def apply(self, own: SamplingConfig) -> SamplingConfig:
         """The model's own settings with these in their place."""
-        return replace(own, **{k: v for k, v in asdict(self).items() if v is not None})
+        return replace(own, **{k: v for k, v in vars(self).items() if v is not None})
 
     def check(self) -> None:
         """UserError for a value that no model takes, before one is loaded."""

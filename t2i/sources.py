@@ -13,8 +13,7 @@ from pathlib import Path
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import namesake
-from t2i.hashes import remembered_sha256
-from t2i.hub import is_hub_error
+from t2i.published import asking_hub, remembered_sha256
 from t2i.weights import folder_sha256
 
 log = logging.getLogger(__name__)
@@ -91,16 +90,9 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     if _on_hub(text, folder):
         from huggingface_hub import hf_hub_download
 
-        try:
+        what = f"{filename} of {repo}" if filename else repo
+        with asking_hub(f"{text} is not here, and the hub did not give {what}"):
             return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
-        except Exception as error:
-            if not is_hub_error(error):
-                raise
-            what = f"{filename} of {repo}" if filename else repo
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"{text} is not here, and the hub did not give {what}: {reason}"
-            ) from error
     raise _nowhere(text, folder)
 
 

@@ -8,7 +8,6 @@ LlamaGen's own training scripts store next to the weights.
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.hashes import remembered_sha256
+from t2i.files import read_json
+from t2i.published import files_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers
 # look for them.
@@ -32,8 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
-    """Read one weight file (.safetensors, or a .pt/.pth/.bin pickle) into a flat state dict on the
-    CPU.
+    """A weight file (.safetensors, or a .pt/.pth/.bin pickle) as a flat state dict on the CPU.
 
     `mmap` maps a pickle into memory instead of reading it, as is always done with safetensors.
 
@@ -57,15 +56,14 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor
     except Exception as error:  # a damaged pickle stream can make the unpickler raise anything
         reason = str(error).strip().split("\n")[0][:300]
         raise UserError(
-            f"weight file {path} cannot be read: it is truncated, not a weight file, or holds unsafe objects ({reason}); "
-            "download or copy it again"
+            f"weight file {path} cannot be read: it is truncated, not a weight file, or holds "
+            f"unsafe objects ({reason}); download or copy it again"
         ) from error
     return _flatten(content, path)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The weight files of a folder in transformers' layout: safetensors before .bin, one file or
-    the shards of an index.
+    """The weight files of a folder in transformers' layout: one, or the shards of an index.
 
     Raises:
         UserError: there are none, or the index is damaged or names files that are not there.
@@ -79,27 +77,24 @@ def weight_files(folder: str | Path) -> list[Path]:
             return [folder / single]
         if (folder / index).is_file():
             try:
-                names = set(
-                    json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-                )
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
-                raise UserError(
-                    f"{folder / index} is damaged ({error!r}); download it again"
-                ) from error
+                names = set(read_json(folder / index)["weight_map"].values())
+            except (KeyError, TypeError, AttributeError) as error:
+                text = f"{folder / index} is damaged ({error!r}); download it again"
+                raise UserError(text) from error
             if missing := sorted(n for n in names if not (folder / n).is_file()):
                 raise UserError(
-                    f"{folder / index} names {', '.join(missing)}, which is not there; download it again"
+                    f"{folder / index} names {', '.join(missing)}, which is not there; "
+                    "download it again"
                 )
             return [folder / name for name in sorted(names)]
     raise UserError(
-        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of their shards"
+        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, "
+        "nor an index of their shards"
     )
 
 
 def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """All weights of a folder in transformers' layout (see `weight_files`); `shapes_only` gives
-    meta tensors and reads no data.
-    """
+    """All weights of a folder (see `weight_files`); `shapes_only`: on the meta device, unread."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
@@ -129,7 +124,8 @@ def _flatten(content: object, path: Path) -> dict[str, Tensor]:
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         raise UserError(
-            f"weight file {path} holds no state dict (looked at top level and under {', '.join(_NESTING_KEYS)})"
+            f"weight file {path} holds no state dict "
+            f"(looked at top level and under {', '.join(_NESTING_KEYS)})"
         )
     return {_strip_wrappers(key): value for key, value in content.items()}
 
@@ -141,18 +137,14 @@ def _strip_wrappers(key: str) -> str:
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
-    """Length of the stored list of modules whose names begin with `prefix` (which ends with a dot);
-    0 if there is none.
-    """
+    """Length of the stored list of modules with this prefix (it ends with a dot); 0 without any."""
     places = {k.removeprefix(prefix).split(".")[0] for k in state_dict if k.startswith(prefix)}
     return 1 + max((int(place) for place in places if place.isdecimal()), default=-1)
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """While a shape is read off weights: a missing key is the UserError that they are not
-    `what`.
-    """
+    """While a shape is read off weights: a missing key is the UserError that they are no `what`."""
     try:
         yield
     except KeyError as error:
@@ -169,9 +161,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def build_empty(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
-    """A module in eval mode on the CPU whose weights hold anything: for `load_strict`, with no time
-    spent on initial ones.
-    """
+    """A module in eval mode on the CPU, for `load_strict`; no time is spent on initial weights."""
     with torch.device("meta"):
         module = build()
     return module.to_empty(device="cpu").to(dtype).eval()
@@ -180,8 +170,9 @@ def build_empty(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M
 def load_strict(
     module: nn.Module, state_dict: dict[str, Tensor], source: str | Path, *, assign: bool = False
 ) -> None:
-    """Copy `state_dict` into `module`, which must have exactly these keys and shapes; `assign` uses
-    its tensors themselves.
+    """Copy `state_dict` into `module`, which must have exactly these keys and shapes.
+
+    `assign` uses its tensors themselves.
 
     Raises:
         UserError: names every key that is missing, unexpected or mis-shaped.
@@ -194,9 +185,7 @@ def load_strict(
 def copy_weights(
     target: dict[str, Tensor], state_dict: dict[str, Tensor], what: str, source: str | Path
 ) -> None:
-    """Copy `state_dict` into the tensors of `target`, which must have exactly these keys and
-    shapes; `what` names the target.
-    """
+    """The same with a dictionary of tensors as the target, which messages call `what`."""
     _compare(target, state_dict, what, source)
     for name, tensor in target.items():
         tensor.copy_(state_dict[name])
@@ -230,30 +219,21 @@ def _compare(
 
 def shorten_keys(keys: list[str]) -> str:
     """The first of many keys, for a message."""
-    shown = ", ".join(keys[:_MAX_KEYS_IN_MESSAGE])
-    return (
-        shown
-        if len(keys) <= _MAX_KEYS_IN_MESSAGE
-        else f"{shown}, ... and {len(keys) - _MAX_KEYS_IN_MESSAGE} more"
-    )
+    more = len(keys) - _MAX_KEYS_IN_MESSAGE
+    return ", ".join(keys[:_MAX_KEYS_IN_MESSAGE]) + (f", ... and {more} more" if more > 0 else "")
 
 
 def folder_sha256(folder: str | Path) -> str:
     """SHA-256 over the hashes of a folder's weight files, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        digest.update(f"{path.name} {remembered_sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return files_sha256(weight_files(folder))
 
 
 def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes: of weights in memory, or in a part of a larger
-    file.
-    """
+    """SHA-256 over names, types, shapes and bytes of weights in memory."""
     digest = hashlib.sha256()
     for name, value in sorted(state_dict.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ def test_incomplete_folders_are_refused(tiny_world, plain, tmp_path):
         return lambda folder: os.truncate(folder / name, 100)
 
     damaged("manifest.json is missing", lambda folder: (folder / "manifest.json").unlink())
-    damaged("is not JSON", cut("manifest.json"))
+    damaged("damaged or not JSON", cut("manifest.json"))
     damaged("codec.safetensors is missing or has not", cut("codec.safetensors"))
     damaged("backbone.safetensors is missing", lambda f: (f / "backbone.safetensors").unlink())
     with pytest.raises(ValueError, match="does not exist"):

@@ -348,8 +348,8 @@ def test_patience_begins_anew_with_every_chunk(tmp_path, monkeypatch):
         elif finishes:
             (tmp_path / "sign").touch()
 
-    monkeypatch.setattr(array_file.time, "monotonic", lambda: now)
-    monkeypatch.setattr(array_file.time, "sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", sleep)
     finishes = False
     with pytest.raises(TimeoutError, match=r"waited 10 s for .*sign without progress"):
         waiting.wait_for_sign()

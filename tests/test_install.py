@@ -1,6 +1,4 @@
-"""Case 24: installed from a copy of the sources, without a network, and used from another
-folder.
-"""
+"""Case 24: installed from a copy of the sources, without a network, and used elsewhere."""
 
 import os
 import shutil
@@ -41,19 +39,23 @@ def sources(tmp_path_factory):
     if any(find_spec(name) is None for name in ("pip", "setuptools")):
         pytest.skip("installing needs pip and setuptools in this environment")
     copy = tmp_path_factory.mktemp("sources")
-    for name in ("t2i", "geneval", "dpg_bench"):
+    for name in ("t2i", "geneval", "dpg_bench", "launch"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", *(p.name for p in ROOT.glob("requirements*"))):
         shutil.copy(ROOT / name, copy)
     return copy
 
 
-def install(*arguments) -> None:
-    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--no-compile")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    command = [*pip, *offline, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def run(*command, **options) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pip(command: str, *arguments) -> None:
+    offline = ("--no-deps", "--no-build-isolation", "--no-index")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", command, "-q")
+    run(*pip, *offline, *arguments)
 
 
 def use(site: Path, packages: Path, elsewhere: Path, script: str) -> None:
@@ -63,22 +65,26 @@ def use(site: Path, packages: Path, elsewhere: Path, script: str) -> None:
     # As for an installed package, .pth files count: an editable install is one.
     start = f"import site; site.addsitedir({str(site)!r})\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", start + script, str(packages)],
-        cwd=elsewhere,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "used" in done.stdout, done.stdout + done.stderr
+    command = (sys.executable, "-c", start + script, packages)
+    assert "used" in run(*command, cwd=elsewhere, env=environment)
 
 
-def test_installed(sources, tmp_path):
-    install("--target", tmp_path / "site", sources)
-    use(tmp_path / "site", tmp_path / "site", tmp_path, FOUND + USE)
+@pytest.mark.slow
+def test_a_wheel(sources, tmp_path):
+    """It holds all that a program needs, and brings the command."""
+    pip("wheel", "--wheel-dir", tmp_path, sources)
+    (wheel,) = tmp_path.glob("t2i-*.whl")
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    pip("install", "--no-compile", "--target", site, wheel)
+    assert not any((site / name).exists() for name in ("tests", "benchmarks", "docs"))
+    elsewhere.mkdir()
+    use(site, site, elsewhere, FOUND + USE)
+    draw = ("generate", "--ckpt", "shapes", "--prompt", "a photo of a red circle", "--samples", 1)
+    run(site / "bin" / "t2i", *draw, cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(site)})
+    assert len(list(elsewhere.glob("outputs/shapes-*/00000/samples/00000.png"))) == 1
 
 
 def test_installed_for_editing(sources, tmp_path):
-    install("--prefix", tmp_path / "prefix", "-e", sources)
+    pip("install", "--prefix", tmp_path / "prefix", "-e", sources)
     site = next((tmp_path / "prefix").rglob("site-packages"))
     use(site, sources, tmp_path, FOUND)

@@ -128,7 +128,7 @@ def test_peft_loads_adapters_with_image_layers(make, tmp_path):
     loaded = PeftModel.from_pretrained(theirs, tmp_path).base_model.model
     assert torch.equal(logits(loaded), logits(ours)) and not torch.allclose(logits(ours), plain)
     (tmp_path / "adapter_config.json").write_text('{"r": "2"')
-    with pytest.raises(t2i.UserError, match=r"adapter_config.json is missing or not JSON"):
+    with pytest.raises(t2i.UserError, match=r"adapter_config.json is damaged or not JSON"):
         load_adapter(make(), tmp_path)
 
 

@@ -13,11 +13,12 @@ from helpers import tiny_llamagen, tiny_rar, tiny_vq
 from runs import PROMPTS, assert_same_weights, tiny_run, weights, write_tiny_base
 
 import t2i
-from t2i import hashes
+from t2i import published
 from t2i.checkpoint import is_checkpoint, load_model
 from t2i.files import file_sha256, write_json
-from t2i.hashes import remembered_sha256
 from t2i.loading import load_backbone
+from t2i.manifest import write_manifest
+from t2i.published import remembered_sha256
 from t2i.sources import family_of
 from t2i.training.loop import build_model, train
 
@@ -111,14 +112,14 @@ def test_a_fully_tuned_model_needs_the_other_files_only(tiny_world, trained, tmp
 def test_large_files_are_hashed_once(tmp_path, monkeypatch):
     """Case 26: until they change, in whatever way; files just written are not trusted to stay."""
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashes, "_LARGE", 10)
+    monkeypatch.setattr(published, "_LARGE", 10)
     read = []
-    monkeypatch.setattr(hashes, "file_sha256", lambda p: read.append(p) or file_sha256(p))
+    monkeypatch.setattr(published, "file_sha256", lambda p: read.append(p) or file_sha256(p))
     path = tmp_path / "weights"
     path.write_bytes(b"0123456789abcdef")
     first = remembered_sha256(path)
     assert remembered_sha256(path) == first and len(read) == 2  # too young
-    monkeypatch.setattr(hashes, "_SETTLED", -(10**12))
+    monkeypatch.setattr(published, "_SETTLED", -(10**12))
     assert remembered_sha256(path) == remembered_sha256(path) == first and len(read) == 3
     before = path.stat()
     path.write_bytes(b"0123456789abcdeX")
@@ -168,12 +169,12 @@ def test_wrong_settings_of_a_backbone_folder_are_named(tmp_path, change, message
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda c: c.pop("method"), "lacks 'method'"),
-        (lambda c: c.update(method=7), "must be a JSON object of settings, and is 7"),
+        (lambda c: c.pop("method"), "method is None"),
+        (lambda c: c.update(method=7), "is not what a checkpoint has: method is 7"),
         (lambda c: c["method"].update(k="4"), "k is '4', which is not of the type int"),
         (lambda c: c["method"].update(slot_weights=[]), "slot_weights"),
-        (lambda c: c.update(tuning="most"), "tuning 'most'"),
-        (lambda c: c.pop("tuning"), "tuning None"),
+        (lambda c: c.update(tuning="most"), "tuning is 'most'"),
+        (lambda c: c.pop("tuning"), "tuning is None"),
         (lambda c: c["backbone"].update(weights=None), "weights is None, which is not"),
         (lambda c: c["backbone"].pop("family"), "lacks family"),
         (lambda c: c["sampling"].update(cfg_scale=[]), "cfg_scale"),
@@ -187,8 +188,9 @@ def test_wrong_settings_of_a_checkpoint_are_named(plain, tmp_path, damage, messa
     content = json.loads(path.read_text())
     damage(content)
     write_json(path, content)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(t2i.UserError, match=message):
-        patch.setattr("t2i.checkpoint.read_config", lambda *a, **k: json.loads(path.read_text()))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    with pytest.raises(t2i.UserError, match=message):
         t2i.from_pretrained(folder)
 
 

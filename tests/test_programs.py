@@ -17,6 +17,7 @@ from PIL import Image
 from programs import ROOT, program, refused
 
 from geneval import run as geneval_run
+from launch import __main__ as commands
 from launch import fid, generate, sample_imagenet
 from t2i import cli
 from t2i.checkpoint import load_model
@@ -58,17 +59,23 @@ def test_a_mistake_ends_in_one_line(capsys):
 
 
 # -- help ------------------------------------------------------------------------------------------
-_PROGRAMS = (
-    *(f"launch/{name}.py" for name in ("generate", "fid", "sample_imagenet", "quickstart")),
-    *("launch/lab/score_class_shapes.py", "launch/lab/pretrain_class_shapes.py"),
-    *("launch/benchmark.py", "launch/export.py", "geneval/run.py", "dpg_bench/run.py"),
-)
+_PLACES = ("launch/*.py", "launch/lab/*.py", "geneval/run.py", "dpg_bench/run.py")
+_SLOW = {
+    f"launch/{n}.py" for n in ("gpu_check", "lab/pretrain_shapes", "lab/pretrain_janus_shapes")
+}
+_PROGRAMS = [
+    str(path.relative_to(ROOT))
+    for place in _PLACES
+    for path in sorted(ROOT.glob(place))
+    if 'if __name__ == "__main__":' in path.read_text() and str(path.relative_to(ROOT)) not in _SLOW
+]
 
 
 def test_help_needs_no_torch():
     """It answers at once: nothing heavy is imported before the command line is read."""
     code = (
-        "import runpy, sys\n"
+        "import runpy, sys, t2i\n"
+        "assert not {'torch', 'numpy', 'tyro'} & sys.modules.keys(), 'the package itself'\n"
         "for script in sys.argv[1:]:\n"
         "    sys.argv = [script, '--help']\n"
         "    try: runpy.run_path(script, run_name='__main__')\n"
@@ -78,6 +85,7 @@ def test_help_needs_no_torch():
     command = [sys.executable, "-c", code, *_PROGRAMS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert len(_PROGRAMS) >= 13
     for script in _PROGRAMS:
         examples = [
             line
@@ -85,6 +93,18 @@ def test_help_needs_no_torch():
             if line.startswith("python ") and not line.endswith("\\")
         ]
         assert all(f"\n  {line}\n" in done.stdout for line in examples), script
+
+
+def test_one_command_for_all_programs(capsys, monkeypatch):
+    """Its help has every verb, a program's own help has its name, and no other verb is taken."""
+    text = _help(capsys, monkeypatch, commands.main, "--help")
+    assert all(f"\n  {verb} " in text for verb in commands.VERBS)
+    modules = {name.replace(".", "/") + ".py" for name, _ in commands.VERBS.values()}
+    listed = {p for p in _PROGRAMS if not p.startswith("launch/lab/")}
+    assert modules == listed - {"launch/__main__.py"}
+    launched = _help(capsys, monkeypatch, commands.main, "--local_rank=1", "fid", "--help")
+    assert "usage: t2i fid " in launched and "--reference" in launched
+    assert "there is no t2i fit; choose one of train-llamagen," in refused(commands, capsys, "fit")
 
 
 @dataclass(frozen=True)

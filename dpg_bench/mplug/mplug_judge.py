@@ -20,7 +20,7 @@ from dpg_bench.mplug.decoder import Hypothesis
 from dpg_bench.mplug.mplug_model import CONFIG, VOCABULARY, WEIGHTS, MPlug
 from dpg_bench.questions import Question
 from t2i.errors import UserError
-from t2i.hashes import remembered_sha256
+from t2i.published import remembered_sha256
 
 QUESTION_TOKENS = 25
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's

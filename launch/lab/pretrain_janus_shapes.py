@@ -30,7 +30,7 @@ from launch.lab.pretrain_shapes import (
     set_rate,
 )
 from t2i import cli
-from t2i.files import write_json
+from t2i.files import replacing_folder, write_json
 from t2i.loading import ASSETS
 from t2i.models.janus.janus_model import Janus
 from t2i.models.tokenizers.vq import VQTokenizer
@@ -101,12 +101,8 @@ def train(cfg: PretrainJanus, backbone: Janus, scenes: Scenes) -> None:
 
 def save(cfg: PretrainJanus, backbone: Janus) -> None:
     """Write the backbone folder, in half precision to keep the repository small."""
-    partial = cfg.out / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    backbone.save_official(partial, torch.float16)
-    shutil.rmtree(cfg.out / "model", ignore_errors=True)
-    partial.rename(cfg.out / "model")
+    with replacing_folder(cfg.out / "model") as partial:
+        backbone.save_official(partial, torch.float16)
     sampling = {"cfg_scale": 2.5, "top_p": 0.95}
     settings = {"family": "janus", "weights": "model", "sampling": sampling}
     write_json(cfg.out / "config.json", settings)

@@ -42,7 +42,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.files import replacing, write_json
+from t2i.files import replacing, replacing_folder, write_json
 from t2i.generation import pick_device
 from t2i.models.captions import clean_caption
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
@@ -401,12 +401,9 @@ def save_base(base: Base, folder: Path, tokenizer: str) -> None:
 
 def snapshot(base: Base, folder: Path) -> None:
     """Write or replace a backbone folder inside the run's, whole or not at all."""
-    new = folder.with_suffix(".tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(folder.parent / "text_encoder", new / "text_encoder")
-    save_base(base, new, tokenizer="../vq.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+    with replacing_folder(folder) as new:
+        shutil.copytree(folder.parent / "text_encoder", new / "text_encoder")
+        save_base(base, new, tokenizer="../vq.pt")
     log.info("saved %s", folder)
 
 

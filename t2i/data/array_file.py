@@ -14,18 +14,14 @@ Which process does which chunk follows from their numbers alone.
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from t2i.data.cache import wait_for
 from t2i.errors import UserError
-from t2i.files import replacing, saving, writable_folder
+from t2i.files import replacing, saving, wait_for, wait_until_none, writable_folder
 from t2i.processes import Processes
-
-_POLL_SECONDS = 0.2
 
 
 class ArrayFile:
@@ -125,17 +121,14 @@ class ArrayFile:
 
     def _wait(self, path: Path) -> None:
         """Wait for this file or the sign."""
-        complete, deadline = -1, 0.0
-        while not (path.exists() or self._sign.exists()):
-            markers = len(list(_markers(self.path).glob("*.json")))
-            if markers > complete:
-                complete, deadline = markers, time.monotonic() + self._processes.patience
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"waited {self._processes.patience:g} s for {path} without progress: another process has stopped. "
-                    "Start again to go on"
-                )
-            time.sleep(_POLL_SECONDS)
+        chunks = len(list(self.all_chunks()))
+
+        def missing() -> list[Path]:
+            if path.exists() or self._sign.exists():
+                return []
+            return [path] * (1 + chunks - len(list(_markers(self.path).glob("*.json"))))
+
+        wait_until_none(missing, self._processes.patience)
 
     def _marker(self, rows: range) -> Path:
         return _markers(self.path) / f"{rows.start:08d}-{rows.stop:08d}.json"

@@ -19,7 +19,6 @@ Shape legend: B = batch, T = positions, S = sub-tokens, P = caption tokens, C = 
 import bisect
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -36,7 +35,7 @@ from t2i.data.images import PIXELS_VERSION, check_small_policy
 from t2i.data.samples import CaptionNotes, Source, load_sample
 from t2i.data.shards import ShardReader, shard_path
 from t2i.errors import UserError
-from t2i.files import writable_folder, write_text
+from t2i.files import wait_for, writable_folder, write_text
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -264,24 +263,6 @@ class CodeCache:
 
 def _is_mine_to_do(shard: int, folder: Path, processes: Processes) -> bool:
     return shard % processes.world_size == processes.rank and not shard_path(folder, shard).exists()
-
-
-def wait_for(paths: Sequence[Path], patience: float) -> None:
-    """Wait until all of these files exist; TimeoutError if none appears for `patience` seconds."""
-    missing, deadline = list(paths), time.monotonic() + patience
-    while True:
-        still = [path for path in missing if not path.exists()]
-        if not still:
-            return
-        if len(still) < len(missing):
-            deadline = time.monotonic() + patience
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"waited {patience:g} s for {still[0].name} ({len(still)} missing) in "
-                f"{still[0].parent}: the process that builds it has stopped. Start again to go on"
-            )
-        missing = still
-        time.sleep(_POLL_SECONDS)
 
 
 def _report(source: Source, readers: Sequence[ShardReader]) -> Report:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from t2i.errors import UserError
-from t2i.files import file_sha256, write_text
+from t2i.files import file_sha256, wait_until_none, write_text
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -29,7 +29,6 @@ ABSENT = "absent"
 _WORTH_AN_INDEX = 64 << 20  # bytes: less is hashed in a moment
 _RACY_NS = 2 * 10**9  # a file that changed so shortly before it was hashed may change again unseen
 _SAVE_SECONDS = 60
-_POLL_SECONDS = 0.5
 _THREADS, _AT_ONCE = 8, 256
 _DIGITS = 16
 _NAMED = 3
@@ -177,19 +176,13 @@ def _wait_for_index(
     place: Path, statuses: dict[Path, list[int] | None], patience: float
 ) -> dict[Path, str]:
     """The hashes that the main process found."""
-    needed = {path: status for path, status in statuses.items() if status is not None}
-    missing, deadline = len(needed) + 1, 0.0
-    while True:
+    found: dict[Path, list | None] = {}
+
+    def missing() -> list[Path]:
         index = _read_index(place)
-        found = {path: _known(index, path, status) for path, status in needed.items()}
-        still = sum(entry is None for entry in found.values())
-        if not still:
-            return {path: entry[4] for path, entry in found.items()}
-        if still < missing:
-            missing, deadline = still, time.monotonic() + patience
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"waited {patience:g} s for the hashes of {still} files in {place}: the process that reads "
-                "them has stopped. Start again to go on"
-            )
-        time.sleep(_POLL_SECONDS)
+        needed = {path: status for path, status in statuses.items() if status is not None}
+        found.update((path, _known(index, path, status)) for path, status in needed.items())
+        return [path for path, entry in found.items() if entry is None]
+
+    wait_until_none(missing, patience, f"the hashes in {place} of ")
+    return {path: entry[4] for path, entry in found.items() if entry is not None}

@@ -22,6 +22,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from t2i.errors import UserError
+from t2i.files import write_text
+from t2i.imaging import save_png
 from t2i.shapes.shapes_prompts import COLORS, TAGS, training_prompts
 
 log = logging.getLogger(__name__)
@@ -231,12 +233,7 @@ def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> 
     present_names = set(os.listdir(folder / "images"))
     missing = [i for i, name in enumerate(names) if Path(name).name not in present_names]
     for index in missing:
-        path = folder / names[index]
-        partial = path.with_suffix(".tmp")
-        render(scenes[index], size).save(partial, format="PNG")
-        partial.replace(path)
-    partial = table.with_suffix(".tmp")
-    partial.write_text("".join(rows))
-    partial.replace(table)
+        save_png(render(scenes[index], size), folder / names[index])
+    write_text(table, "".join(rows))
     log.info("%s: %d images written, %d kept", folder, len(missing), n - len(missing))
     return len(missing), n - len(missing)

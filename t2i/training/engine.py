@@ -4,7 +4,6 @@ The DeepSpeed configuration is built from our own; a JSON file may only add to "
 so that nothing can disagree.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from t2i import launcher
 from t2i.errors import UserError
+from t2i.files import read_json
 from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
 from t2i.training.batch import Batch
@@ -94,10 +94,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
 
 
 def _zero_settings(path: Path, stage: int) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"engine.deepspeed_config {path} cannot be read: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):
         raise UserError(
             f'engine.deepspeed_config {path} must hold {{"zero_optimization": {{...}}}}'

@@ -8,7 +8,6 @@ Noise, data order, dropout and learning rates are functions of the step, so the 
 state that is ours.
 """
 
-import json
 import logging
 import os
 import pickle
@@ -22,15 +21,14 @@ from pathlib import Path
 import torch
 
 from t2i.checkpoint import (
-    finish_folder,
+    new_checkpoint,
     newest_healthy,
-    partial_folder,
     read_config,
     run_checkpoints,
     write_model,
 )
 from t2i.errors import UserError
-from t2i.files import owning, saving, writable_folder
+from t2i.files import owning, partial_folder, read_json, saving, writable_folder
 from t2i.manifest import TRAINING_STATE
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
@@ -65,9 +63,9 @@ def save(
     }
     with ExitStack() as stack:
         if processes.is_main:
-            partial = stack.enter_context(partial_folder(folder))
+            partial = stack.enter_context(new_checkpoint(folder))
         else:
-            partial = folder.with_name(folder.name + ".partial")
+            partial = partial_folder(folder)
             stack.enter_context(saving(folder))
         with whole_weights(model, config.engine.zero_stage):
             if processes.is_main:
@@ -83,8 +81,6 @@ def save(
             str(partial), tag=TRAINING_STATE, save_latest=False, exclude_frozen_parameters=True
         )
         processes.barrier()
-        if processes.is_main:
-            finish_folder(partial, folder)
     if processes.is_main:
         for old in run_checkpoints(config.run_dir)[: -config.log.keep_last]:
             shutil.rmtree(old)
@@ -213,7 +209,7 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
         settings = config.run_dir / "config.json"
         if not settings.is_file():
             raise UserError(f"--resume: {config.run_dir} holds no run; start without --resume")
-        check_settings(config, json.loads(settings.read_text(encoding="utf-8")), config.run_dir)
+        check_settings(config, read_json(settings), config.run_dir)
         log.warning("%s was stopped before its first checkpoint: starting again", config.run_dir)
         return None
     if run_checkpoints(config.run_dir) or (config.run_dir / "metrics.jsonl").exists():

@@ -23,8 +23,8 @@ from t2i.evaluation.fid.inception import (
     InceptionFeatures,
     extract,
 )
-from t2i.files import file_sha256
 from t2i.progress import progress_bar
+from t2i.published import remembered_sha256
 
 
 class Measured(NamedTuple):
@@ -57,7 +57,7 @@ def measure(
     stored = _stored_statistics(path, device) if has_statistics(path) else None
     about = {"path": str(path), "kind": "npz" if path.is_file() else "folder", "images": 0}
     if stored is not None and "arr_0" not in npz_arrays(path):
-        about |= {"statistics": "stored in the file", "sha256": file_sha256(path)}
+        about |= {"statistics": "stored in the file", "sha256": remembered_sha256(path)}
         return Measured(*stored, None, about)
 
     images = open_images(path)
@@ -65,7 +65,7 @@ def measure(
     about |= {"images": images.count, "left_out": images.left_out, "pixels_sha256": pixels_sha256}
     about["statistics"] = "computed from the images" if stored is None else "stored in the file"
     if stored is not None:  # the pixels' hash does not cover them
-        about["sha256"] = file_sha256(path)
+        about["sha256"] = remembered_sha256(path)
     pool, spatial = stored or map(feature_statistics, features)
     return Measured(pool, spatial, features.pool, about)
 

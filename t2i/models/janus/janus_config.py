@@ -2,7 +2,6 @@
 layout it was read from.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from t2i.errors import UserError
+from t2i.fields import read_object
 from t2i.models.janus import janus_weights as names
 from t2i.models.llama import LlamaConfig
 from t2i.models.tokenizers.vq import VQConfig
@@ -189,11 +189,8 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
     Raises:
         UserError: config.json is missing, damaged, or another model's.
     """
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = stored.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
+    stored = read_object(folder / "config.json")
+    kind = stored.get("model_type")
     if kind not in ("janus", "multi_modality"):
         raise UserError(
             f"{folder} is no Janus-Pro: config.json has model_type {kind!r}, not 'janus' (transformers) or "

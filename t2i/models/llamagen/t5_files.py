@@ -5,7 +5,6 @@ shards; a full T5 with its decoder will do) and tokenizer.json or spiece.model, 
 google/flan-t5-xl does.
 """
 
-import hashlib
 import os
 import pickle
 import shutil
@@ -17,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from t2i.errors import UserError
 from t2i.fields import read_object
-from t2i.hashes import remembered_sha256
-from t2i.hub import fetch_folder
+from t2i.published import fetch_folder, files_sha256
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,14 +57,11 @@ def weights_hash(path_or_hub_id: str | Path) -> str:
     """SHA-256 over names and contents of config, weights and tokenizer files of a T5 folder.
 
     For cache keys; needs no model in memory. Token limit, dtype and CAPTION_CLEANING_VERSION are
-    not covered. Large files are read once (see `t2i.hashes`).
+    not covered. Large files are read once (see `t2i.published`).
     """
     folder = find_folder(path_or_hub_id)
     small = [folder / name for name in ("config.json", *_TOKENIZER_FILES)]
-    digest = hashlib.sha256()
-    for path in [*(p for p in small if p.is_file()), *_weight_files(folder)]:
-        digest.update(f"{path.name} {remembered_sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return files_sha256([*(p for p in small if p.is_file()), *_weight_files(folder)])
 
 
 def copy_files(folder: Path, target: Path) -> None:

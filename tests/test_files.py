@@ -1,0 +1,89 @@
+"""Folders that are whole or not there, waiting for files, settings that are overridden."""
+
+import os
+from dataclasses import dataclass, fields
+from typing import get_type_hints
+
+import pytest
+from helpers import folder_content
+
+from t2i.errors import UserError
+from t2i.fields import all_optional
+from t2i.files import partial_folder, replacing_folder, wait_for, wait_until_none
+from t2i.sampling import SamplingConfig, SamplingOverrides
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "folder"
+    for text in ("first", "second"):
+        with replacing_folder(folder) as partial:
+            assert partial == partial_folder(folder)
+            (partial / "below").mkdir()
+            (partial / "below" / text).write_text(text)
+    whole = folder_content(folder)
+    assert list(whole) == ["below/second"]
+    for error in (KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error), replacing_folder(folder) as partial:
+            (partial / "third").touch()
+            raise error
+    assert folder_content(folder) == whole and os.listdir(tmp_path) == ["folder"]
+    inside = replacing_folder(folder / "below" / "second" / "third")
+    with pytest.raises(UserError, match=r"cannot write .*third"), inside:
+        pass
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power cut a folder that looks complete is."""
+    calls, real = [], (os.fsync, os.rename)
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or real[0](file))
+    monkeypatch.setattr(os, "rename", lambda *names: calls.append("rename") or real[1](*names))
+    with replacing_folder(tmp_path / "folder") as partial:
+        for name in ("a", "b"):
+            (partial / name).write_text(name)
+    assert calls == ["sync", "sync", "rename"]
+
+
+def test_waiting_goes_on_while_files_appear(tmp_path, monkeypatch):
+    paths, now = [tmp_path / name for name in "abc"], 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += 8
+        next(path for path in paths if not path.exists()).touch()
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", sleep)
+    wait_for(paths, patience=10)
+    assert now == 24, "each of them in time, all together not"
+    with pytest.raises(TimeoutError, match=r"waited -1 s for the hash of a .*\(2 missing\)"):
+        wait_until_none(lambda: ["a", "b"], -1, "the hash of ")
+
+
+def test_overrides_are_the_settings_themselves(monkeypatch):
+    assert [f.name for f in fields(SamplingOverrides)] == [f.name for f in fields(SamplingConfig)]
+    assert SamplingOverrides().apply(SamplingConfig(top_k=5)) == SamplingConfig(top_k=5)
+    changed = SamplingOverrides(top_k=0, cfg_scale=2.0).apply(SamplingConfig(top_k=5))
+    assert changed == SamplingConfig(cfg_scale=2.0)
+    with pytest.raises(UserError, match="top_p=7"):
+        SamplingOverrides(top_p=7).check()
+
+
+def test_any_settings_can_be_made_optional():
+    @dataclass(frozen=True)
+    class Settings:
+        a: int
+        """The first."""
+        b: tuple[float, ...] = (1.0,)
+        """The second."""
+
+    @all_optional(Settings)
+    class Changes:
+        """Of the settings."""
+
+        def given(self) -> set[str]:
+            return {name for name, value in vars(self).items() if value is not None}
+
+    assert Changes.__doc__ == "Of the settings." and Changes(b=(2.0,)).given() == {"b"}
+    assert get_type_hints(Changes) == {"a": int | None, "b": tuple[float, ...] | None}
+    hint = get_type_hints(Changes, include_extras=True)["a"]
+    assert "The first." in repr(hint.__metadata__)
