@@ -29,12 +29,13 @@ from launch import export, generate, train_janus
 from t2i.export import export as export_folder
 from t2i.lora import merge_lora
 from t2i.models.janus import janus_weights
-from t2i.models.janus.janus_recipes import JANUS_RECIPES
+from t2i.models.janus.janus_recipes import recipes
 from t2i.processes import ALONE
 from t2i.training.batches import TrainingData
 from t2i.training.check import check
 from t2i.training.engine import TrainingLoss
-from t2i.training.loop import Run, build_model, train
+from t2i.training.loop import Run, train
+from t2i.training.start import build_model
 
 EXACT = 0.0
 
@@ -181,7 +182,7 @@ def test_bf16_is_close_to_fp32(tiny_world, lora):
 
 
 # -- the pre-flight -------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [name for name in JANUS_RECIPES if name.startswith("janus-pro")])
+@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("janus-pro")])
 def test_check_of_the_real_sizes_needs_no_files(name, tiny_world, monkeypatch, capsys):
     arguments = ["--data.source", tiny_world / "data", "--data.small-images", "upscale"]
     arguments += ["--data.validation-samples", 8, "--run-dir", tiny_world / "nowhere", "--check"]
@@ -192,7 +193,7 @@ def test_check_of_the_real_sizes_needs_no_files(name, tiny_world, monkeypatch, c
     report = capsys.readouterr().out
     left = {"1b": "519,699,456", "7b": "744,098,816"}[name.split("-")[2]]
     assert f"not loaded: {left} parameters that drawing images does not need" in report
-    stage = JANUS_RECIPES[name][1].engine.zero_stage
+    stage = recipes()[name][1].engine.zero_stage
     marked = [line for line in report.splitlines() if line.endswith("<- chosen")]
     assert len(marked) == 1 and f"ZeRO-{stage} on {world_size} process(es)" in marked[0]
     if name == "janus-pro-7b-full-zero3":  # 6.73 G parameters x 18 bytes over 8

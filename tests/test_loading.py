@@ -19,7 +19,8 @@ from t2i.files import file_sha256, write_json
 from t2i.hashes import remembered_sha256
 from t2i.loading import load_backbone
 from t2i.sources import family_of
-from t2i.training.loop import build_model, train
+from t2i.training.loop import train
+from t2i.training.start import build_model
 
 
 # -- case 8: moved files --------------------------------------------------------------------------

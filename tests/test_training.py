@@ -22,7 +22,8 @@ from t2i.training.batches import TrainingData
 from t2i.training.config import OptimOptions
 from t2i.training.engine import TrainingLoss, parameter_groups
 from t2i.training.logs import read_metrics
-from t2i.training.loop import Run, build_model, train
+from t2i.training.loop import Run, train
+from t2i.training.start import build_model
 from t2i.training.validation import validate
 from t2i.weights import read_state_dict
 

@@ -14,8 +14,8 @@ from t2i.errors import UserError
 from t2i.models.base import Backbone
 from t2i.processes import Processes
 from t2i.rng import fold, make_keys, uniforms
-from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
+from t2i.training.engine import Batch
 from t2i.training.examples import open_examples
 from t2i.training.plan import plan_run
 

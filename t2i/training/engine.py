@@ -8,7 +8,10 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -18,9 +21,7 @@ from t2i import launcher
 from t2i.errors import UserError
 from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
-from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
-from t2i.training.zero_options import check_zero_options
 
 
 def start_processes() -> Processes:
@@ -109,12 +110,47 @@ def _zero_settings(path: Path, stage: int) -> dict:
         )
     settings = content.get("zero_optimization", {})
     _choose_accelerator()
-    check_zero_options(settings, stage, path)
+    _check_zero_options(settings, stage, path)
     if settings.get("stage", stage) != stage:
         raise UserError(
             f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
         )
     return settings
+
+
+def _check_zero_options(settings: dict, stage: int, path: Path) -> None:
+    """UserError names the first key or value that DeepSpeed does not know, with the likeliest name.
+
+    By itself it ignores such a key at any level, or crashes late on it.
+    """
+    # The class that DeepSpeed reads this part of its JSON with; the JSON is documented, the class
+    # says it for this version.
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    _check_names(settings, DeepSpeedZeroConfig, "zero_optimization", path)
+    try:
+        DeepSpeedZeroConfig(**{**settings, "stage": stage})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["zero_optimization", *map(str, first["loc"])])
+        given = f"={first['input']!r}" if first["loc"] else ""
+        raise UserError(f"{path}: {place}{given}: {first['msg']}") from error
+
+
+def _check_names(settings: dict, kind: type, where: str, path: Path) -> None:
+    fields = kind.model_fields
+    known = {name: field for key, field in fields.items() for name in (key, field.alias) if name}
+    for name, value in settings.items():
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}"
+            raise UserError(f"{path}: DeepSpeed knows no {where}.{name}; {hint}")
+        annotation = known[name].annotation
+        parts = (annotation, *get_args(annotation))
+        model = next((part for part in parts if hasattr(part, "model_fields")), None)
+        if isinstance(value, dict) and model is not None:
+            _check_names(value, model, f"{where}.{name}", path)
 
 
 def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
@@ -140,6 +176,24 @@ def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context of forward passes; does nothing unless the precision is "autocast"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
+
+
+@dataclass
+class Batch:
+    """One micro-batch of training data: what one forward pass reads."""
+
+    codes: Tensor
+    """int64 [B, T, S]"""
+    prepared: dict[str, Tensor]
+    """Conditions, as `Backbone.prepare` gives them."""
+    keys: Tensor
+    """int64 [B], of the noise."""
+    drop: Tensor | None
+    """bool [B], samples that lose their condition."""
+    progress: float
+    """Share of the run that is done."""
+    indices: Tensor
+    """int64 [B], of the samples in their set."""
 
 
 class TrainingLoss(nn.Module):

@@ -5,7 +5,7 @@ and call `train`.
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,28 +13,19 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from t2i.checkpoint import (
-    find_checkpoint,
-    from_pretrained,
-    is_checkpoint,
-    run_checkpoints,
-    trained_parts,
-)
-from t2i.data.cache import check_cache_dir
+from t2i.checkpoint import find_checkpoint, from_pretrained, run_checkpoints
 from t2i.errors import NotFiniteError, UserError
 from t2i.files import saving, write_json
-from t2i.generation import conditions, iterate_images
+from t2i.generation import iterate_images
 from t2i.imaging import grid, save_png
-from t2i.loading import load_backbone
-from t2i.lora import add_lora
-from t2i.models.base import Backbone
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
 from t2i.training.batches import TrainingData
+from t2i.training.check import look_at_model, look_before_work
 from t2i.training.config import TrainConfig
 from t2i.training.engine import (
     autocast,
@@ -44,61 +35,12 @@ from t2i.training.engine import (
     start_processes,
     whole_weights,
 )
-from t2i.training.examples import check_backbone
-from t2i.training.logs import MetricsLog, choose_tracker
-from t2i.training.preflight import look_before_work, sheet_prompts
-from t2i.training.run_page import write_run_page
+from t2i.training.logs import MetricsLog, write_run_page
 from t2i.training.settings import plain
-from t2i.training.start import is_local_base, start_from, take_codec
+from t2i.training.start import build_model
 from t2i.training.validation import validate
 
 _ONE_REQUEST_SECONDS = 2.0
-
-
-def build_model(
-    config: TrainConfig, *, device: str = "cpu", resumed: Path | None = None
-) -> TensorAR:
-    """The backbone with a fresh codec (and adapters), with exactly the chosen parameters trainable.
-
-    Where the weights are an earlier run's, its codec is taken, too. A `resumed` run stands on its
-    own checkpoint.
-    """
-    options = config.backbone
-    loading = {
-        "tokenizer": options.tokenizer,
-        "text_encoder": options.text_encoder,
-        "generation_only": options.generation_only,
-        "dtype": torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
-        "device": device,
-    }
-    earlier = resumed or options.weights
-    if is_checkpoint(earlier):
-        # The base may lie elsewhere than when the run began; its hash proves that it is the same.
-        base = options.weights if resumed and is_local_base(options.weights) else None
-        backbone = start_from(earlier, resumed=resumed is not None, base=base, **loading)
-    else:
-        dtype = options.text_encoder_dtype
-        backbone = load_backbone(options.family, earlier, text_encoder_dtype=dtype, **loading)
-    model = TensorAR(backbone, config.method, seed=config.seed)
-    if resumed is None and is_checkpoint(earlier):
-        take_codec(model, earlier)
-    backbone.requires_grad_(False)
-    if config.tuning == "lora":
-        add_lora(backbone, config.lora, seed=config.seed)
-    for module in _trained_whole(backbone, config):
-        module.requires_grad_(True)
-    backbone.token_dropout.p = config.token_dropout
-    backbone.gradient_checkpointing = config.engine.gradient_checkpointing
-    model.sampling = config.sampling.apply(model.sampling)
-    model.trained = trained_parts(config.tuning, config.train_image_layers)
-    return model
-
-
-def _trained_whole(backbone: Backbone, config: TrainConfig) -> Sequence[nn.Module]:
-    """The backbone's modules of which every parameter is trained."""
-    if config.tuning == "full":
-        return backbone.trained_modules()
-    return tuple(backbone.image_layers().values()) if config.train_image_layers else ()
 
 
 class Run:
@@ -107,19 +49,14 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.processes = processes = start_processes()
-        choose_tracker(config.log.tracker)
         checkpoint = processes.on_main(lambda: run_state.claim_run_dir(config))
-        if checkpoint is not None:
-            run_state.check_resumable(config, processes.world_size, checkpoint)
-        look_before_work(config, processes.world_size, resumed=checkpoint is not None)
-        check_cache_dir(config.data.cache_dir)
+        look_before_work(config, processes.world_size, checkpoint)
         self.model = build_model(config, resumed=checkpoint).to(processes.device)
-        check_backbone(self.model.backbone, config.data)
-        self.prompts = conditions(self.model.backbone, sheet_prompts(config))
+        prompts = look_at_model(self.model.backbone, config)
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes)
         self.plan, self.steps = self.data.plan, self.data.plan.steps
-        self.prompts = self.prompts or self.data.held_out_conditions(4)
+        self.prompts = prompts or self.data.held_out_conditions(4)
         self.engine = start_engine(self.model, config, processes)
         self.step = (
             0

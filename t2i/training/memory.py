@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from t2i.models.base import Backbone, Condition
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
+from t2i.training.plan import Plan, about_window
 
 _PROMPT_TOKENS = 128
 """Prefix that is assumed where it varies with the caption."""
@@ -25,6 +26,12 @@ _TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
 """Encoder half of published T5 models, which is kept on the device beside the model."""
 _ENCODED_AT_ONCE = 32
 """Images per call of the image tokenizer (`build_cache`)."""
+_CARDS = (24, 40, 80)
+"""Sizes of common cards in GB, where this machine has none."""
+_FLOPS = 1e14
+"""Floating-point operations per second that the time is reckoned with: a third of an A100's peak in
+bf16.
+"""
 
 
 @dataclass(frozen=True)
@@ -191,3 +198,115 @@ class _Attended(torch.autograd.Function):
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out)
         return out
+
+
+# -- the report ------------------------------------------------------------------------------------
+def size_lines(
+    model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
+) -> tuple[list[str], list[str]]:
+    """The pre-flight's lines on parameters, memory and work, and its warnings."""
+    backbone, logits = model.backbone, _size(logit_bytes(model, config))
+    state = memory_lines(model, config, world_size)
+    parameters = _parameter_lines(model)
+    if backbone.left_out:
+        saved = _size(backbone.left_out * weight_bytes(config))
+        parameters += [
+            f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, {saved}"
+        ]
+    cost = estimate(model, config, world_size)
+    fits, warnings = _fits(cost)
+    lines = [
+        "parameters",
+        *(f"  {line}" for line in parameters),
+        "memory per process: weights, gradients, optimizer",
+        *(f"  {line}" for line in state),
+        "memory per process: in all",
+        *(f"  {line}" for line in [*_cost_lines(cost, logits), fits]),
+        *(f"  {line}" for line in _work_lines(config, plan, cost)),
+    ]
+    return lines, [*warnings, *about_window(config, logits)]
+
+
+def _parameter_lines(model: TensorAR) -> list[str]:
+    """Total and trainable parameters by part."""
+    parts = {
+        **model.backbone.parts(),
+        **({"codec": (model.codec,)} if model.codec is not None else {}),
+    }
+    rows, seen = [], set()
+    for name, modules in parts.items():
+        parameters = [p for m in modules for p in m.parameters() if id(p) not in seen]
+        seen.update(map(id, parameters))  # a tied text head counts once
+        trainable = [p.numel() for p in parameters if p.requires_grad]
+        rows.append((name, sum(p.numel() for p in parameters), sum(trainable)))
+    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    width = max(len(name) for name, *_ in rows) + 2
+    return [
+        f"{name:<{width}}{total:>15,} of which trained {trained:>15,}"
+        for name, total, trained in rows
+    ]
+
+
+def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[str]:
+    """State bytes per ZeRO stage; the configured stage is marked."""
+    lines = []
+    for stage in range(4):
+        size = _size(state_bytes(model, config, world_size, stage))
+        mark = "  <- chosen" if stage == config.engine.zero_stage else ""
+        lines.append(f"ZeRO-{stage} on {world_size} process(es) {size:>9}{mark}")
+    return lines
+
+
+def _cost_lines(cost: Cost, logits: str) -> list[str]:
+    parts = {
+        "state, as above": _size(cost.state),
+        "image tokenizer and text encoder": _size(cost.frozen),
+        "activations of one pass": f"{_size(cost.kept)} ({logits} of logits, fp32, in it)",
+        "what lives for a moment": _size(cost.passing),
+        "while images are encoded": f"{_size(cost.encoding)}, before there is an optimizer",
+        "peak, and a tenth more": f"{_size(cost.total)} (computed from shapes, not measured)",
+    }
+    return [f"{name:<34}{size}" for name, size in parts.items()]
+
+
+def _fits(cost: Cost) -> tuple[str, list[str]]:
+    """Whether it fits this machine's card, or which of the common ones; and the warning where it
+    does not.
+    """
+    need = _size(cost.total)
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, size = card.name, card.total_memory
+        if cost.total <= size:
+            return f"fits this machine's {name} ({_size(size)})", []
+        warning = (
+            f"needs {need}, this machine's {name} has {_size(size)}: lower --engine.micro-batch, choose a higher "
+            "--engine.zero-stage on more GPUs, or a smaller model"
+        )
+        return f"does not fit this machine's {name} ({_size(size)})", [warning]
+    fitting = [f"{size} GB" for size in _CARDS if cost.total <= size * 1e9]
+    if fitting:
+        return f"fits cards of {', '.join(fitting)} (this machine has none)", []
+    what = f"fits no card of {', '.join(map(str, _CARDS))} GB"
+    return what, [f"{what}: needs {need}; more GPUs and --engine.zero-stage 3 share it"]
+
+
+def _work_lines(config: TrainConfig, plan: Plan | None, cost: Cost) -> list[str]:
+    if plan is None:
+        return []
+    work = cost.flops * plan.steps * config.batch_size
+    return [
+        f"work: {work:.2g} floating-point operations, {_duration(work / _FLOPS)} at {_FLOPS / 1e12:.0f} TFLOP/s "
+        "(estimated, not measured; without validations and sheets)"
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
