@@ -30,7 +30,7 @@ from t2i.training.examples import (
     open_labelled,
 )
 from t2i.training.logs import choose_tracker
-from t2i.training.memory import size_lines
+from t2i.training.memory import size_report
 from t2i.training.plan import Plan, about_settings, peak_rates, plan_run
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.start import build_model
@@ -101,35 +101,30 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     model = build_model(config, device="meta")
     look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained
-    warnings: list[str] = []
-    if source is not None:
-        lines, warnings = _captioned(config.data, source, total, model.backbone)
-    else:
+    if isinstance(config.data, LabelledOptions):
         total, lines = _labelled(config.data, model.backbone)
+        warnings: list[str] = []
+    else:
+        assert source is not None
+        lines, warnings = _captioned(config.data, source, total, model.backbone)
     plan = plan_run(config, total, world_size)
-    size, too_much = size_lines(model, config, plan, world_size)
-    lines = [
-        *("data", *_indented(lines)),
-        *("batch", *_indented(_batch_lines(config, plan, world_size))),
-        *("when", *_indented(_when_lines(config, plan))),
-        *size,
-        *("run folder", f"  {config.run_dir}"),
-    ]
+    size, too_much = size_report(model, config, plan, world_size)
+    sections = {
+        "data": lines,
+        "batch": _batch_lines(config, plan, world_size),
+        "when": _when_lines(config, plan),
+        **size,
+        "run folder": [str(config.run_dir)],
+    }
     warnings += too_much
     warnings += [] if plan is None else about_settings(config, plan)
-    return "\n".join([*lines, *_verdict(warnings)])
-
-
-def _indented(lines: list[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
-
-
-def _verdict(warnings: list[str]) -> list[str]:
-    if not warnings:
-        return ["ready: the same command without --check trains"]
-    count = f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
-    end = f"not ready, {count}: the same command without --check would train all the same"
-    return ["warnings", *_indented(warnings), end]
+    verdict = "ready: the same command without --check trains"
+    if warnings:
+        sections["warnings"] = warnings
+        count = f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
+        verdict = f"not ready, {count}: the same command without --check would train all the same"
+    indented = ["\n  ".join([title, *lines]) for title, lines in sections.items()]
+    return "\n".join([*indented, verdict])
 
 
 # -- data ------------------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
 Numbers that suit a run only if they grow with it (how many samples are held out, how long the rates
 warm up, how often something is written) may be None: they are then settled from the data and the
-steps, see `t2i.training.plan`. The named recipes are in `recipes_llamagen.py`, `recipes_janus.py`
-and `recipes_imagenet.py`.
+steps, see `t2i.training.plan`. The named recipes are in `t2i/models/*/*_recipes.py`.
 """
 
 import math
@@ -15,26 +14,22 @@ from typing import Literal
 import tyro
 
 from t2i.errors import UserError
+from t2i.model_options import BaseOptions
 from t2i.sampling import SamplingOverrides
 from t2i.tensorar.method import TensorARConfig
 from t2i.tuning import LoRAConfig, Tuning
 
 
 @dataclass(frozen=True)
-class BackboneOptions:
+class BackboneOptions(BaseOptions):
     """Which pre-trained model to start from."""
 
     family: str = "llamagen"
+    """Of a published weight file."""
     weights: str = "shapes"
     """Official weight file, backbone folder, "shapes" (the shipped offline base), owner/repo:file
     on the hub, or an earlier run.
     """
-    tokenizer: str | None = None
-    """Image tokenizer weights (a folder or "shapes" brings its own)."""
-    text_encoder: str | None = None
-    """Caption encoder: folder or hub id (a backbone folder or "shapes" brings its own)."""
-    text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the caption features."""
     generation_only: bool = False
     """Leave unloaded what drawing images does not need: Janus-Pro's understanding tower and text
     head.
@@ -45,7 +40,22 @@ _CAPTION = "{caption}"
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class _AnyData:
+    """What captioned images and images of classes have in common."""
+
+    source: str | tuple[str, ...] = ""
+    split: str = "train"
+    """Split of a hub data set, or sub-folder."""
+    validation_samples: int | None = None
+    """Held out for the validation loss, never trained on; None is 4 % of the data, see
+    `t2i.training.plan`.
+    """
+    cache_dir: Path = Path("cache")
+    """Where codes and text features are kept; reused by every run on the same data."""
+
+
+@dataclass(frozen=True)
+class DataOptions(_AnyData):
     """Captioned images."""
 
     source: str = ""
@@ -56,8 +66,6 @@ class DataOptions:
     """Column of the images; found by itself where it is clear."""
     caption_column: str | None = None
     """Column of the captions; found by itself where it is clear."""
-    split: str = "train"
-    """Split of a hub data set, or sub-folder."""
     config_name: str | None = None
     """Configuration of a hub data set that has several."""
     revision: str | None = None
@@ -70,14 +78,8 @@ class DataOptions:
     """Words put in front of every caption, such as "drawn by xyz", or around it: "{caption}, drawn
     by xyz".
     """
-    validation_samples: int | None = None
-    """Held out for the validation loss, never trained on; None is 4 % of the data, see
-    `t2i.training.plan`.
-    """
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
-    cache_dir: Path = Path("cache")
-    """Where codes and text features are kept; reused by every run on the same data."""
 
     def __post_init__(self):
         if self.max_samples is not None and self.max_samples < 1:
@@ -102,27 +104,19 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class LabelledOptions:
+class LabelledOptions(_AnyData):
     """Images of classes, for class-conditional backbones."""
 
     source: tuple[str, ...] = ()
     """Folder with train/<class>/, or codes that others computed: LlamaGen's folders (one for each
     crop range), RAR's .jsonl.
     """
-    split: str = "train"
-    """Sub-folder with the classes."""
     views: Literal["ten-crop", "flip"] = "ten-crop"
     """Which crops of an image are encoded: five and their mirror images per crop range, or the
     centre and its mirror image.
     """
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
     """Ten-crop: sides of the squares that are cropped, relative to the image size."""
-    validation_samples: int | None = None
-    """Held out for the validation loss, never trained on; None is 4 % of the data, see
-    `t2i.training.plan`.
-    """
-    cache_dir: Path = Path("cache")
-    """Where codes are kept; reused by every run on the same data."""
 
 
 _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
@@ -130,9 +124,7 @@ _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW. Codec: linear warm-up, then linear decay to zero; backbone: constant after its
-    delay.
-    """
+    """AdamW. Codec: linear warm-up and decay to zero; backbone: constant after its delay."""
 
     codec_lr: float = 1e-3
     """Peak learning rate of the input encoder and output decoder."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -138,7 +138,7 @@ def _check_zero_options(settings: dict, stage: int, path: Path) -> None:
         raise UserError(f"{path}: {place}{given}: {first['msg']}") from error
 
 
-def _check_names(settings: dict, kind: type, where: str, path: Path) -> None:
+def _check_names(settings: dict, kind: Any, where: str, path: Path) -> None:
     fields = kind.model_fields
     known = {name: field for key, field in fields.items() for name in (key, field.alias) if name}
     for name, value in settings.items():
@@ -155,7 +155,7 @@ def _check_names(settings: dict, kind: type, where: str, path: Path) -> None:
 
 def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
     """Trainable parameters by part and weight decay; the schedule finds a group by its "part"."""
-    parts = {"backbone": model.backbone}
+    parts: dict[str, nn.Module] = {"backbone": model.backbone}
     if model.codec is not None:
         parts["codec"] = model.codec
     groups = []

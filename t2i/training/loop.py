@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import NoReturn
 
@@ -106,7 +108,10 @@ class Run:
         self.step += 1
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        own = SlotLosses(sum(p.sums for _, p in parts), sum(p.counts for _, p in parts))
+        losses = [part for _, part in parts]
+        own = SlotLosses(
+            reduce(add, (p.sums for p in losses)), reduce(add, (p.counts for p in losses))
+        )
         total, healthy = self._over_ranks(own, norm)
         if not healthy:
             self._refuse_batch(parts, total)
@@ -167,9 +172,15 @@ class Run:
         """
         self.check_weights()
         if self.processes.is_main:
-            prompts, model = self.prompts, self._whole_model().eval()
-            options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
-            images = [generated.image for generated in iterate_images(model, prompts, **options)]
+            prompts = self.prompts
+            drawn = iterate_images(
+                self._whole_model().eval(),
+                prompts,
+                samples_per_prompt=2,
+                batch_size=2 * len(prompts),
+                progress=False,
+            )
+            images = [generated.image for generated in drawn]
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
             )

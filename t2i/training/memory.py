@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.models.base import Backbone, Condition
+from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 from t2i.training.plan import Plan, about_window
@@ -115,7 +116,12 @@ def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
 def _map_bytes(backbone: Backbone) -> float:
     """The image tokenizer's widest feature maps, four of which live at once, in fp32."""
     height, width = backbone.image_size
-    return 4 * 4 * _ENCODED_AT_ONCE * backbone.tokenizer.config.channels * height * width
+    return 4 * 4 * _ENCODED_AT_ONCE * _tokenizer(backbone).config.channels * height * width
+
+
+def _tokenizer(backbone: Backbone) -> ConvTokenizer:
+    assert isinstance(backbone.tokenizer, ConvTokenizer)
+    return backbone.tokenizer
 
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
@@ -136,7 +142,7 @@ def _length(model: TensorAR) -> int:
 
 
 def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
-    parts = 4 * sum(p.numel() for p in backbone.tokenizer.parameters())
+    parts = 4 * sum(p.numel() for p in _tokenizer(backbone).parameters())
     encoder = getattr(backbone.frozen.text_encoder, "model", None)
     count = _TEXT_ENCODER_PARAMETERS.get(config.backbone.text_encoder or "", 0)
     if encoder is not None:
@@ -201,10 +207,10 @@ class _Attended(torch.autograd.Function):
 
 
 # -- the report ------------------------------------------------------------------------------------
-def size_lines(
+def size_report(
     model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
-) -> tuple[list[str], list[str]]:
-    """The pre-flight's lines on parameters, memory and work, and its warnings."""
+) -> tuple[dict[str, list[str]], list[str]]:
+    """On parameters, memory and work: lines by title, and warnings."""
     backbone, logits = model.backbone, _size(logit_bytes(model, config))
     state = memory_lines(model, config, world_size)
     parameters = _parameter_lines(model)
@@ -215,15 +221,12 @@ def size_lines(
         ]
     cost = estimate(model, config, world_size)
     fits, warnings = _fits(cost)
-    lines = [
-        "parameters",
-        *(f"  {line}" for line in parameters),
-        "memory per process: weights, gradients, optimizer",
-        *(f"  {line}" for line in state),
-        "memory per process: in all",
-        *(f"  {line}" for line in [*_cost_lines(cost, logits), fits]),
-        *(f"  {line}" for line in _work_lines(config, plan, cost)),
-    ]
+    work = _work_lines(config, plan, cost)
+    lines = {
+        "parameters": parameters,
+        "memory per process: weights, gradients, optimizer": state,
+        "memory per process: in all": [*_cost_lines(cost, logits), fits, *work],
+    }
     return lines, [*warnings, *about_window(config, logits)]
 
 
@@ -233,7 +236,8 @@ def _parameter_lines(model: TensorAR) -> list[str]:
         **model.backbone.parts(),
         **({"codec": (model.codec,)} if model.codec is not None else {}),
     }
-    rows, seen = [], set()
+    seen: set[int] = set()
+    rows = []
     for name, modules in parts.items():
         parameters = [p for m in modules for p in m.parameters() if id(p) not in seen]
         seen.update(map(id, parameters))  # a tied text head counts once

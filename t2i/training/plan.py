@@ -13,6 +13,7 @@ A setting that is a number is taken as it is. One that is None follows the run's
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import overload
 
 from t2i.errors import UserError
 from t2i.training.config import TrainConfig
@@ -33,7 +34,8 @@ class Plan:
 
     samples: int | None
     """Usable samples; None where nobody has counted them yet."""
-    held_out: int | None
+    held_out: int
+    """0 where nobody has counted them yet."""
     steps: int
     warmup_steps: int
     log_every: int
@@ -47,13 +49,17 @@ class Plan:
         return None if self.samples is None else self.samples - self.held_out
 
 
+@overload
+def plan_run(config: TrainConfig, samples: int, world_size: int = 1) -> Plan: ...
+@overload
+def plan_run(config: TrainConfig, samples: int | None, world_size: int = 1) -> Plan | None: ...
 def plan_run(config: TrainConfig, samples: int | None, world_size: int = 1) -> Plan | None:
     """The numbers of a run on so many usable samples; None if neither they nor the steps are known.
 
     Raises:
         UserError: too few samples for what is held out.
     """
-    held_out = None if samples is None else _held_out(config, samples, world_size)
+    held_out = 0 if samples is None else _held_out(config, samples, world_size)
     steps = config.steps
     if steps is None and samples is not None:
         steps = max(1, round(config.epochs * (samples - held_out) / config.batch_size))
@@ -117,7 +123,7 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
 
 
 def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
-    if plan.samples is None:
+    if plan.samples is None or plan.training is None:
         return
     if plan.held_out > max(64, 0.1 * plan.samples):
         yield (

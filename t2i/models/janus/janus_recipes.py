@@ -7,6 +7,7 @@ and codec are the usual ones for LoRA and those of our LlamaGen recipes: nobody 
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from t2i.tensorar import presets
 from t2i.tensorar.method import TensorARConfig
@@ -105,7 +106,7 @@ def _janus_pro(
     return replace(config, **changes)
 
 
-def _bf16(micro_batch: int, zero_stage: int) -> EngineOptions:
+def _bf16(micro_batch: int, zero_stage: Literal[1, 2, 3]) -> EngineOptions:
     return EngineOptions(
         zero_stage=zero_stage,
         precision="bf16",
