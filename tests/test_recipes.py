@@ -42,7 +42,7 @@ from t2i.training.start import build_model
 
 FAMILIES_RECIPES = (llamagen_recipes, janus_recipes, open_magvit2_recipes, rar_recipes)
 ALL = {name: recipe[1] for family in FAMILIES_RECIPES for name, recipe in family.recipes().items()}
-REAL = {name: config for name, config in ALL.items() if not name.startswith("shapes")}
+REAL = [name for name in ALL if "shapes" not in name]
 
 
 # -- recipes ---------------------------------------------------------------------------------------

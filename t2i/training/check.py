@@ -153,9 +153,15 @@ def _about_captions(survey: Report, size: int) -> Iterator[str]:
     for reason, keys in survey.keys.items():
         advice = ""
         if reason == "too small":
-            advice = f": the model's images are {size} px; --data.small-images upscale takes smaller ones"
+            advice = (
+                f": the model's images are {size} px; --data.small-images upscale takes smaller "
+                "ones"
+            )
         if count := len(keys) - around[reason]:
-            yield f"{count} of {survey.seen} samples looked at are skipped, {reason} ({keys[0]}){advice}"
+            yield (
+                f"{count} of {survey.seen} samples looked at are skipped, {reason} "
+                f"({keys[0]}){advice}"
+            )
         if count := around[reason]:
             yield f"{count} left out, {reason} ({keys[-1]})"
 

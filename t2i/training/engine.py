@@ -76,8 +76,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     per_step = engine.micro_batch * world_size
     if config.batch_size % per_step:
         raise UserError(
-            f"batch_size={config.batch_size} cannot be split over {world_size} processes with engine.micro_batch="
-            f"{engine.micro_batch}; use a multiple of {per_step}"
+            f"batch_size={config.batch_size} cannot be split over {world_size} processes with "
+            f"engine.micro_batch={engine.micro_batch}; use a multiple of {per_step}"
         )
     zero: dict = {"stage": engine.zero_stage}
     if engine.deepspeed_config is not None:
@@ -106,7 +106,8 @@ def _zero_settings(path: Path, stage: int) -> dict:
     others = sorted(set(content) - {"zero_optimization"})
     if others:
         raise UserError(
-            f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this program's options"
+            f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this "
+            "program's options"
         )
     settings = content.get("zero_optimization", {})
     _choose_accelerator()
@@ -197,9 +198,7 @@ class Batch:
 
 
 class TrainingLoss(nn.Module):
-    """What DeepSpeed wraps: one forward pass from a batch to plain tensors (its hooks do not look
-    into other objects).
-    """
+    """What DeepSpeed wraps: a forward pass that returns plain tensors, as its hooks need them."""
 
     def __init__(self, model: TensorAR, precision: str):
         super().__init__()
@@ -249,9 +248,7 @@ def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, f
 
 @contextmanager
 def settings_kept(engine) -> Iterator[None]:
-    """Keep this run's settings of the optimizer while a state is loaded, which brings those that it
-    was saved with.
-    """
+    """Keep this run's settings of the optimizer while a state is loaded, which brings its own."""
     kept = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     clip = engine.gradient_clipping()
     yield

@@ -1,6 +1,4 @@
-"""The training run: build, step, validate, sample, save. `launch/train_*.py` parse a `TrainConfig`
-and call `train`.
-"""
+"""The training run: build, step, validate, sample, save; `train` does it all."""
 
 import math
 import signal
@@ -67,7 +65,8 @@ class Run:
         )
         if self.step > self.steps:
             raise UserError(
-                f"{config.run_dir} has done {self.step} steps already, more than the {self.steps} asked for"
+                f"{config.run_dir} has done {self.step} steps already, more than the {self.steps} "
+                "asked for"
             )
         self.stop_requested = self.stop_agreed = False
         if processes.is_main:
@@ -76,13 +75,7 @@ class Run:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             settled = {"plan": asdict(self.plan), "sheet_prompts": self.prompts}
             write_json(config.run_dir / "config.json", plain(asdict(config)) | settled)
-            self.metrics = MetricsLog(
-                config.run_dir,
-                self.step,
-                config.log.tracker,
-                config.log.project,
-                plain(asdict(config)),
-            )
+            self.metrics = MetricsLog(config, self.step)
 
     def _place_helpers(self) -> None:
         frozen, device = self.model.backbone.frozen, self.processes.device
@@ -141,9 +134,7 @@ class Run:
         )
 
     def _refuse_batch(self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses) -> NoReturn:
-        """NotFiniteError names the step and the samples: those of the passes whose loss is no
-        number, else all.
-        """
+        """NotFiniteError names the step, and the samples whose loss is no number, else all."""
         finite = bool(total.sums.isfinite().all())
         named = [i for i, losses in parts if not losses.sums.isfinite().all()]
         if not self.processes.any(bool(named)):
@@ -151,8 +142,8 @@ class Run:
         everywhere = [i for rank in self.processes.gather(named) for i in rank]
         what = "gradient" if finite else "loss"
         raise NotFiniteError(
-            f"the {what} is not finite at step {self.step}, with the samples {self.data.names(torch.cat(everywhere))}; "
-            f"{run_state.advice(self.config.run_dir)}"
+            f"the {what} is not finite at step {self.step}, with the samples "
+            f"{self.data.names(torch.cat(everywhere))}; {run_state.advice(self.config.run_dir)}"
         )
 
     def validate(self) -> dict[str, float]:
@@ -167,9 +158,7 @@ class Run:
         return metrics
 
     def sample_sheet(self) -> None:
-        """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws,
-        the others wait.
-        """
+        """Draw the fixed prompts with the fixed seed, a row each, in the main process."""
         self.check_weights()
         if self.processes.is_main:
             prompts = self.prompts
@@ -191,9 +180,7 @@ class Run:
         self.processes.barrier()
 
     def first_look(self) -> None:
-        """What the base does by itself: losses and a sheet before the first step (under ZeRO-3
-        without the sheet).
-        """
+        """What the base does by itself: losses, and a sheet (but not under ZeRO-3)."""
         metrics = self.validate()
         if self.plan.sample_every and self.config.engine.zero_stage < 3:
             self.sample_sheet()
@@ -202,9 +189,7 @@ class Run:
             write_run_page(self.config.run_dir)
 
     def _whole_model(self) -> TensorAR:
-        """A model that one process can sample from: under ZeRO-3 that is the checkpoint that was
-        just written.
-        """
+        """A model that one process can draw with: under ZeRO-3 the checkpoint just written."""
         if self.config.engine.zero_stage < 3:
             return self.model
         dtype = next(self.model.parameters()).dtype
@@ -212,9 +197,7 @@ class Run:
         return from_pretrained(folder, dtype=dtype, device=self.processes.device)
 
     def check_weights(self) -> None:
-        """NotFiniteError if a weight that is trained is no number; every rank calls it, before
-        weights are drawn with or saved.
-        """
+        """NotFiniteError if a trained weight is no number. Before any use; every rank calls it."""
         with whole_weights(self.model, self.config.engine.zero_stage):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             finite = all(bool(p.isfinite().all()) for p in trained)

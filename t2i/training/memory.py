@@ -30,9 +30,7 @@ _ENCODED_AT_ONCE = 32
 _CARDS = (24, 40, 80)
 """Sizes of common cards in GB, where this machine has none."""
 _FLOPS = 1e14
-"""Floating-point operations per second that the time is reckoned with: a third of an A100's peak in
-bf16.
-"""
+"""Operations per second that the time is reckoned with: a third of an A100's peak in bf16."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,7 @@ class Cost:
     own drafts' probabilities.
     """
     encoding: float
-    """Weights, frozen helpers and feature maps while the data set is encoded, before there is an
-    optimizer.
-    """
+    """Weights, helpers and feature maps while data are encoded, before there is an optimizer."""
     flops: float
     """Floating-point operations per sample of a training step, attention's own left out."""
 
@@ -125,9 +121,7 @@ def _tokenizer(backbone: Backbone) -> ConvTokenizer:
 
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
-    """What drawing own drafts holds at once: logits, probabilities, and both again in float64; of
-    validation, of all samples.
-    """
+    """What drawing own drafts holds at once: logits, probabilities, and both again in float64."""
     k, stride = config.method.k, config.method.stride
     if k == stride:
         return 0
@@ -151,9 +145,7 @@ def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
 
 
 def _forward(model: TensorAR, config: TrainConfig, *, recompute: bool) -> tuple[int, int]:
-    """One forward pass: bytes that autograd keeps, less parameters and (with `recompute`) what is
-    computed again; operations.
-    """
+    """Bytes that autograd keeps of a forward pass, less what is computed again; operations."""
     backbone, batch, spec = model.backbone, config.engine.micro_batch, model.backbone.spec
     shape = (batch, spec.num_tokens, len(spec.subvocabs))
     codes = torch.zeros(shape, dtype=torch.long, device="meta")
@@ -188,9 +180,7 @@ def _condition(backbone: Backbone, batch: int) -> Condition:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention that keeps its inputs and its output, as the kernels of GPUs do, and not the matrix
-    of weights.
-    """
+    """Attention that keeps its inputs and output, as GPUs' kernels do, and no matrix of weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -217,7 +207,8 @@ def size_report(
     if backbone.left_out:
         saved = _size(backbone.left_out * weight_bytes(config))
         parameters += [
-            f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, {saved}"
+            f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, "
+            f"{saved}"
         ]
     cost = estimate(model, config, world_size)
     fits, warnings = _fits(cost)
@@ -274,9 +265,7 @@ def _cost_lines(cost: Cost, logits: str) -> list[str]:
 
 
 def _fits(cost: Cost) -> tuple[str, list[str]]:
-    """Whether it fits this machine's card, or which of the common ones; and the warning where it
-    does not.
-    """
+    """Whether it fits this machine's card, or which of the common ones; a warning if none."""
     need = _size(cost.total)
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -284,8 +273,8 @@ def _fits(cost: Cost) -> tuple[str, list[str]]:
         if cost.total <= size:
             return f"fits this machine's {name} ({_size(size)})", []
         warning = (
-            f"needs {need}, this machine's {name} has {_size(size)}: lower --engine.micro-batch, choose a higher "
-            "--engine.zero-stage on more GPUs, or a smaller model"
+            f"needs {need}, this machine's {name} has {_size(size)}: lower --engine.micro-batch, "
+            "choose a higher --engine.zero-stage on more GPUs, or a smaller model"
         )
         return f"does not fit this machine's {name} ({_size(size)})", [warning]
     fitting = [f"{size} GB" for size in _CARDS if cost.total <= size * 1e9]
@@ -300,8 +289,8 @@ def _work_lines(config: TrainConfig, plan: Plan | None, cost: Cost) -> list[str]
         return []
     work = cost.flops * plan.steps * config.batch_size
     return [
-        f"work: {work:.2g} floating-point operations, {_duration(work / _FLOPS)} at {_FLOPS / 1e12:.0f} TFLOP/s "
-        "(estimated, not measured; without validations and sheets)"
+        f"work: {work:.2g} floating-point operations, {_duration(work / _FLOPS)} at "
+        f"{_FLOPS / 1e12:.0f} TFLOP/s (estimated, not measured; without validations and sheets)"
     ]
 
 

@@ -19,9 +19,7 @@ from t2i.errors import UserError
 from t2i.training.config import TrainConfig
 
 PUBLISHED_K = 8
-"""The largest window that the papers report (k = 2, 4 and 8: the largest was the best by less than
-the spread of its repeats).
-"""
+"""The largest window that the papers report; it was the best by less than its repeats' spread."""
 _LONG = 400
 """Steps from which docs/recipe.md finds own drafts alone better than half of them."""
 _SHORT = 50
@@ -111,14 +109,14 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
         looks = (sheets if 0 < sheets < plan.steps else 0) or (0 < validations < plan.steps)
         if not looks and not log.at_start:
             yield (
-                "no sample sheet and no validation before the end; give a smaller --log.sample-every "
-                "and --log.validate-every"
+                "no sample sheet and no validation before the end; give a smaller "
+                "--log.sample-every and --log.validate-every"
             )
     method = config.method
     if 0 < method.own_drafts < 1 and not method.anneal and plan.steps > _LONG and method.k > 1:
         yield (
-            f"{plan.steps} steps with method.own_drafts={method.own_drafts:g}: for more than {_LONG}, "
-            "docs/recipe.md recommends own drafts alone (--method.own-drafts 1)"
+            f"{plan.steps} steps with method.own_drafts={method.own_drafts:g}: for more than "
+            f"{_LONG}, docs/recipe.md recommends own drafts alone (--method.own-drafts 1)"
         )
 
 
@@ -132,13 +130,13 @@ def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
         )
     if config.batch_size > plan.training:
         yield (
-            f"batch_size={config.batch_size} is more than the {plan.training} training samples: every step "
-            "sees some of them twice; give a smaller --batch-size"
+            f"batch_size={config.batch_size} is more than the {plan.training} training samples: "
+            "every step sees some of them twice; give a smaller --batch-size"
         )
     elif plan.steps * config.batch_size < plan.training:
         yield (
-            f"{plan.steps} steps of {config.batch_size} see only {plan.steps * config.batch_size} of the "
-            f"{plan.training} training samples; give more --steps, or --epochs instead"
+            f"{plan.steps} steps of {config.batch_size} see only {plan.steps * config.batch_size} "
+            f"of the {plan.training} training samples; give more --steps, or --epochs instead"
         )
 
 
@@ -147,20 +145,27 @@ def _about_rates(config: TrainConfig, plan: Plan) -> Iterator[str]:
     peaks = peak_rates(config, plan)
     if plan.warmup_steps >= steps:
         yield (
-            f"optim.warmup_steps={plan.warmup_steps} is no less than the {steps} steps of the run: no rate "
-            "gets to its peak"
+            f"optim.warmup_steps={plan.warmup_steps} is no less than the {steps} steps of the run: "
+            "no rate gets to its peak"
         )
     for part, given in (("codec", optim.codec_lr), ("backbone", optim.backbone_lr)):
         if part in peaks and peaks[part][0] < 0.8 * given and plan.warmup_steps < steps:
             yield (
-                f"the {part}'s rate gets to {peaks[part][0] / given:.0%} of optim.{part}_lr={given:g}: "
+                f"the {part}'s rate gets to {peaks[part][0] / given:.0%} of "
+                f"optim.{part}_lr={given:g}: "
                 "shorten --optim.warmup-steps or --optim.backbone-delay-steps, or train longer"
             )
     rate = optim.backbone_lr
     if config.tuning == "lora" and not 3e-5 <= rate <= 3e-3:
-        yield f"optim.backbone_lr={rate:g} is unusual for adapters; 1e-4 is, with 3e-5 to 3e-3 around it"
+        yield (
+            f"optim.backbone_lr={rate:g} is unusual for adapters; 1e-4 is, with 3e-5 to 3e-3 "
+            "around it"
+        )
     if config.tuning == "full" and rate > 1e-3:
-        yield f"optim.backbone_lr={rate:g} is far above what fine-tuning a whole model stands (1e-5 to 1e-4)"
+        yield (
+            f"optim.backbone_lr={rate:g} is far above what fine-tuning a whole model stands (1e-5 "
+            "to 1e-4)"
+        )
     if config.method.k > 1 and optim.codec_lr > 2e-2:
         yield f"optim.codec_lr={optim.codec_lr:g} is far above what was ever tried (1e-4 to 3e-3)"
 
@@ -184,6 +189,7 @@ def about_window(config: TrainConfig, logits: str) -> Iterator[str]:
     k = config.method.k
     if k > PUBLISHED_K:
         yield (
-            f"method.k={k} is beyond everything that was tried (2 to {PUBLISHED_K}): head, loss and codec work on "
-            f"{k} times as many codes, {logits} of logits in each pass, and most drafts are far from what they predict"
+            f"method.k={k} is beyond everything that was tried (2 to {PUBLISHED_K}): head, loss "
+            f"and codec work on {k} times as many codes, {logits} of logits in each pass, and most "
+            "drafts are far from what they predict"
         )

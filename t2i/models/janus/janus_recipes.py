@@ -29,7 +29,8 @@ def recipes() -> Recipes:
         name, about = f"janus-pro-{size.lower()}", f"Janus-Pro {size}"
         found |= {
             f"{name}-small-data": (
-                f"{about}, a few thousand pictures on one GPU: LoRA on the language model, own drafts",
+                f"{about}, a few thousand pictures on one GPU: LoRA on the language model, own "
+                "drafts",
                 small_data(_lora(size, _LIGHT_DRAFTS), f"{name}-small-data"),
             ),
             f"{name}-lora": (
