@@ -37,13 +37,13 @@ OWN_PICTURES = LogOptions(
 """Everything by the run's length, and sheets of the captions of held-out pictures."""
 _CLASSES = ("207", "360", "387", "974", "88", "979", "417", "279")
 """Of the sheets: the examples of LlamaGen's demo."""
-_METHODS = {
-    "": ("tuned", "light drafts, half of them its own"),
-    "-iclr2026": ("iclr2026", "ICLR 2026 method"),
-    "-arxiv2505": ("arxiv2505", "arXiv v1 method"),
-    "-control": ("base", "the base fine-tuned as usual"),
+METHODS = {
+    "tuned": (presets.tuned(), "light drafts, half of them its own"),
+    "iclr2026": (presets.iclr2026(), "ICLR 2026 method"),
+    "arxiv2505": (presets.arxiv2505(), "arXiv v1 method"),
+    "control": (presets.base(), "the base fine-tuned as usual"),
 }
-"""End of a class-conditional recipe's name: preset of the method, and what it is."""
+"""How a recipe's name ends: the method, and what it is; of classes, tuned goes without saying."""
 _CLASS_SHAPES = Path("runs/class-shapes")
 """Where the offline classes are looked for."""
 _MAIN_OPTIONS = (
@@ -124,13 +124,12 @@ def class_shapes(family: str) -> Recipes:
 
 
 def _with_each_method(name: str, about: str, config: TrainConfig) -> Recipes:
-    return {
-        name + end: (
-            f"{about}, {words}",
-            replace(config, run_dir=Path(f"runs/{name}{end}"), method=presets.method(preset)),
-        )
-        for end, (preset, words) in _METHODS.items()
-    }
+    found: Recipes = {}
+    for end, (method, words) in METHODS.items():
+        own = name if end == "tuned" else f"{name}-{end}"
+        changed = replace(config, run_dir=Path("runs") / own, method=method)
+        found[own] = (f"{about}, {words}", changed)
+    return found
 
 
 # -- the program -----------------------------------------------------------------------------------

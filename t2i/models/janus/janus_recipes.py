@@ -46,34 +46,36 @@ def recipes() -> Recipes:
                 _lora(size, presets.base()),
             ),
         }
-    return found | {
-        "janus-pro-1b-full": (
-            "Janus-Pro 1B as a whole, light drafts",
-            _janus_pro("1B", _LIGHT_DRAFTS, 4e-5, _bf16(8, 2)),
-        ),
-        "janus-pro-7b-full-zero3": (
-            "Janus-Pro 7B as a whole, weights sharded over 8 GPUs, light drafts",
-            _janus_pro("7B", _LIGHT_DRAFTS, 4e-5, _bf16(4, 3)),
-        ),
+    found["janus-pro-1b-full"] = (
+        "Janus-Pro 1B as a whole, light drafts",
+        _janus_pro("1B", _LIGHT_DRAFTS, 4e-5, _bf16(8, 2)),
+    )
+    found["janus-pro-7b-full-zero3"] = (
+        "Janus-Pro 7B as a whole, weights sharded over 8 GPUs, light drafts",
+        _janus_pro("7B", _LIGHT_DRAFTS, 4e-5, _bf16(4, 3)),
+    )
+    return found | _shapes_recipes()
+
+
+def _shapes_recipes() -> Recipes:
+    tiny = "offline shapes world, tiny Janus"
+    own_pictures = _shapes_janus(_LIGHT_DRAFTS, data=DataOptions(), log=OWN_PICTURES, steps=None)
+    return {
         "shapes-janus-lora": (
-            "offline shapes world, tiny Janus: LoRA, image layers, ICLR 2026 method with light "
-            "drafts",
+            f"{tiny}: LoRA, image layers, ICLR 2026 method with light drafts",
             _shapes_janus(_LIGHT_DRAFTS),
         ),
         "shapes-janus-full": (
-            "offline shapes world, tiny Janus as a whole, ICLR 2026 method with light drafts",
+            f"{tiny} as a whole, ICLR 2026 method with light drafts",
             _shapes_janus(_LIGHT_DRAFTS, tuning="full", train_image_layers=False),
         ),
         "shapes-janus-small-data": (
             "the small-data recipe on the offline tiny Janus, for your own pictures at 64 px on "
             "two cores",
-            small_data(
-                _shapes_janus(_LIGHT_DRAFTS, data=DataOptions(), log=OWN_PICTURES, steps=None),
-                "shapes-janus-small-data",
-            ),
+            small_data(own_pictures, "shapes-janus-small-data"),
         ),
         "shapes-janus-control": (
-            "offline shapes world, tiny Janus: LoRA and image layers, fine-tuned as usual",
+            f"{tiny}: LoRA and image layers, fine-tuned as usual",
             _shapes_janus(presets.base()),
         ),
     }

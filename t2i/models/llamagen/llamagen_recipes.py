@@ -20,6 +20,7 @@ from t2i.training.config import (
     TrainConfig,
 )
 from t2i.training.recipes import (
+    METHODS,
     OWN_PICTURES,
     Recipes,
     class_shapes,
@@ -69,54 +70,27 @@ def class_recipes() -> Recipes:
 
 def text_recipes() -> Recipes:
     """Text-to-image, and offline captioned shapes."""
-    return {
-        "shapes-iclr2026": ("offline shapes world, ICLR 2026 method", _shapes(presets.iclr2026())),
-        "shapes-arxiv2505": ("offline shapes world, arXiv v1 method", _shapes(presets.arxiv2505())),
-        "shapes-tuned": (
-            "offline shapes world, ICLR 2026 method: light drafts, half of them its own, a faster "
-            "codec",
-            _shapes(presets.tuned(), codec_lr=3e-3),
-        ),
-        "shapes-control": (
-            "offline shapes world, the base fine-tuned as usual",
-            _shapes(presets.base()),
-        ),
-        "shapes-small-data": (
-            "the small-data recipe on the offline base, for your own pictures at 64 px on two "
-            "cores",
-            small_data(
-                replace(_shapes(presets.tuned()), data=DataOptions(), log=OWN_PICTURES, steps=None),
-                "shapes-small-data",
-            ),
-        ),
-        "t2i-xl-256-iclr2026": (
-            f"{_XL}, published recipe, ICLR 2026 method",
-            _llamagen_t2i(presets.iclr2026()),
-        ),
-        "t2i-xl-256-arxiv2505": (
-            f"{_XL}, published recipe, arXiv v1 method",
-            _llamagen_t2i(presets.arxiv2505()),
-        ),
-        "t2i-xl-256-tuned": (
-            f"{_XL}, light drafts, half of them its own",
-            _llamagen_t2i(presets.tuned()),
-        ),
-        "t2i-xl-256-control": (
-            f"{_XL}, the base fine-tuned as usual",
-            _llamagen_t2i(presets.base()),
-        ),
-        "t2i-xl-256-lora": (
-            f"{_XL}, LoRA on the backbone, light drafts, half of them its own",
-            _llamagen_t2i(presets.tuned(), tuning="lora", backbone_lr=1e-4),
-        ),
-        "t2i-xl-256-small-data": (
-            f"{_XL}, a few thousand pictures on one GPU: LoRA, own drafts",
-            small_data(_llamagen_t2i(presets.tuned()), "llamagen-small-data"),
-        ),
-    }
-
-
-_XL = "LlamaGen text-to-image XL at 256 px"
+    xl, shapes = "LlamaGen text-to-image XL at 256 px", "offline shapes world"
+    own_shapes = replace(_shapes(presets.tuned()), data=DataOptions(), log=OWN_PICTURES, steps=None)
+    found: Recipes = {}
+    for end, (method, words) in METHODS.items():
+        codec_lr = 3e-3 if end == "tuned" else 1e-3
+        found[f"shapes-{end}"] = (f"{shapes}, {words}", _shapes(method, codec_lr))
+    found["shapes-small-data"] = (
+        "the small-data recipe on the offline base, for your own pictures at 64 px on two cores",
+        small_data(own_shapes, "shapes-small-data"),
+    )
+    for end, (method, words) in METHODS.items():
+        found[f"t2i-xl-256-{end}"] = (f"{xl}, {words}", _llamagen_t2i(method))
+    found["t2i-xl-256-lora"] = (
+        f"{xl}, LoRA on the backbone, light drafts, half of them its own",
+        _llamagen_t2i(presets.tuned(), tuning="lora", backbone_lr=1e-4),
+    )
+    found["t2i-xl-256-small-data"] = (
+        f"{xl}, a few thousand pictures on one GPU: LoRA, own drafts",
+        small_data(_llamagen_t2i(presets.tuned()), "llamagen-small-data"),
+    )
+    return found
 
 
 def _shapes(method: TensorARConfig, codec_lr: float = 1e-3) -> TrainConfig:
