@@ -102,18 +102,24 @@ def test_resume_knows_data_by_their_content(tiny_world, tmp_path):
     assert set((tiny_world / "cache").iterdir()) == caches, "nothing is encoded again"
 
 
-def test_resume_wants_the_same_number_of_processes(tiny_world, plain):
-    run_dir = tiny_world / "runs" / "two-ranks-before"
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [({"world_size": 2}, "world_size=2, this run has 1"), (None, "was saved by an older version")],
+)
+def test_resume_wants_the_same_kind_of_state(tiny_world, plain, state, message):
+    run_dir = tiny_world / "runs" / f"other-state-{state is None}"
     folder = run_dir / "checkpoints" / plain.name
     shutil.copytree(plain, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["training"]["state"]["world_size"] = 2
+    stored = config["training"].pop("state")
+    if state is not None:
+        config["training"]["state"] = stored | state
     text = json.dumps(config)
     (folder / "config.json").write_text(text)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["config.json"] = len(text)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="world_size=2, this run has 1"):
+    with pytest.raises(ValueError, match=message):
         train(tiny_run(tiny_world, run_dir.name, resume=True))
 
 

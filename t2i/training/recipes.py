@@ -6,11 +6,10 @@ falling to 0, a lower constant one for the backbone. Both rates are lost in all 
 those here are our choice, a tenth of the usual pre-training rates for the backbone.
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from t2i import cli
+from t2i import cli, launcher
 from t2i.errors import UserError
 from t2i.tensorar import presets
 from t2i.training.config import (
@@ -148,14 +147,14 @@ def run_recipe(recipes: Recipes, description: str) -> None:
     if config.check:
         from t2i.training.check import check
 
-        report = check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        if cli.is_main_process():
+        report = check(config, launcher.world_size())
+        if launcher.is_main_process():
             print(report)
         return
     from t2i.training.loop import train
 
     folder = train(config)
-    if cli.is_main_process():
+    if launcher.is_main_process():
         print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
         if isinstance(config.data, DataOptions) and config.data.trigger:
             prompt = config.data.with_trigger("your prompt")
