@@ -55,7 +55,7 @@ class Run:
         prompts = look_at_model(self.model.backbone, config)
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes)
-        self.plan, self.steps = self.data.plan, self.data.plan.steps
+        self.plan = self.data.plan
         self.prompts = prompts or self.data.held_out_conditions(4)
         self.engine = start_engine(self.model, config, processes)
         self.step = (
@@ -63,10 +63,10 @@ class Run:
             if checkpoint is None
             else run_state.resume(self.engine, config, checkpoint, self.data.key)
         )
-        if self.step > self.steps:
+        if self.step > self.plan.steps:
             raise UserError(
-                f"{config.run_dir} has done {self.step} steps already, more than the {self.steps} "
-                "asked for"
+                f"{config.run_dir} has done {self.step} steps already, more than the "
+                f"{self.plan.steps} asked for"
             )
         self.stop_requested = self.stop_agreed = False
         if processes.is_main:
@@ -86,7 +86,7 @@ class Run:
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
         config = self.config
-        rates = set_rates(self.engine, config, self.step, self.steps)
+        rates = set_rates(self.engine, config, self.step, self.plan.steps)
         # Dropout is the one user of torch's global generator: seeding it per step makes resume
         # exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
@@ -216,7 +216,7 @@ class Run:
             self.config,
             self.processes,
             self.step,
-            self.steps,
+            self.plan.steps,
             self.data.key,
         )
 
@@ -242,16 +242,16 @@ def _train(run: Run) -> Path:
     started, first = time.perf_counter(), run.step
     run.model.train()
     bar = progress_bar(
-        total=run.steps,
+        total=plan.steps,
         initial=first,
         desc="training",
         unit="step",
         disable=not run.processes.is_main,
     )
     with bar, _stop_on_signals(run):
-        while run.step < run.steps and not run.stop_agreed:
+        while run.step < plan.steps and not run.stop_agreed:
             metrics = run.train_step()
-            done = run.step == run.steps
+            done = run.step == plan.steps
             rate = (run.step - first) * config.batch_size / (time.perf_counter() - started)
             validated = done or _due(plan.validate_every, run.step)
             if validated:
@@ -274,7 +274,7 @@ def _train(run: Run) -> Path:
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
                 write_run_page(config.run_dir)
-    if run.step < run.steps:
+    if run.step < plan.steps:
         raise KeyboardInterrupt(f"saved after step {run.step}; the same with --resume goes on")
     return run_checkpoints(config.run_dir)[-1]
 
