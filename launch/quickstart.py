@@ -98,10 +98,10 @@ def compare(config: Quickstart) -> None:
 
 def run_config(config: Quickstart, name: str):
     """The training run of a recipe inside this quickstart's folder."""
-    from t2i.models.janus.janus_recipes import JANUS_RECIPES
-    from t2i.models.llamagen.llamagen_recipes import RECIPES
+    from t2i.models.janus import janus_recipes
+    from t2i.models.llamagen import llamagen_recipes
 
-    recipes = RECIPES | JANUS_RECIPES
+    recipes = llamagen_recipes.text_recipes() | janus_recipes.recipes()
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
     recipe = recipes[name][1]

@@ -12,12 +12,12 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.models.janus.janus_recipes import JANUS_RECIPES
-from t2i.training.training_program import run_recipe
+from t2i.models.janus import janus_recipes
+from t2i.training.recipes import run_recipe
 
 
 def main() -> None:
-    run_recipe(JANUS_RECIPES, __doc__)
+    run_recipe(janus_recipes.recipes(), __doc__)
 
 
 if __name__ == "__main__":

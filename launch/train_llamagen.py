@@ -12,12 +12,12 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.models.llamagen.llamagen_recipes import RECIPES
-from t2i.training.training_program import run_recipe
+from t2i.models.llamagen import llamagen_recipes
+from t2i.training.recipes import run_recipe
 
 
 def main() -> None:
-    run_recipe(RECIPES, __doc__)
+    run_recipe(llamagen_recipes.text_recipes(), __doc__)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
-Selection = TypeVar("Selection")
 _HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
 _COMMANDS = ("python ", "torchrun ", "deepspeed ", "srun ", "mpirun ")
 
@@ -38,7 +39,7 @@ def parse(
 
 
 def parse_recipe(
-    recipes: dict[str, tuple[str, Config]], description: str, main: Sequence[str] = ()
+    recipes: Mapping[str, tuple[str, Config]], description: str, main: Sequence[str] = ()
 ) -> Config:
     """Parse `NAME --option value ...`: a named recipe with overrides.
 
@@ -46,51 +47,27 @@ def parse_recipe(
         main: as in `parse`, for the help of a recipe.
 
     Raises:
-        UserError: there is no recipe of this name (the parser itself would then call every option
-            unknown).
+        UserError: there is no recipe of this name, or none is named.
     """
-    name = next(iter(_arguments()), "--help")
-    if not name.startswith("-") and name not in recipes:
-        raise UserError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
-    if name in recipes:  # its parser alone: its help is not repeated for every recipe
+    given, program = _arguments() or ["--help"], Path(sys.argv[0]).name
+    name = given[0]
+    if name in recipes:
         about, recipe = recipes[name]
-        prog = f"{Path(sys.argv[0]).name} {name}"
-        return _parsed(recipe, _arguments()[1:], about, main, prog=prog)
-    given = ["--help" if a == _HELP_ALL else a for a in _arguments()]
-    about = (
-        f"{_help_text(description)}\n\n  {Path(sys.argv[0]).name} RECIPE --help shows its options"
-    )
-    config = tyro.extras.overridable_config_cli(recipes, description=about, args=given)
-    _quiet_libraries()
-    return config
-
-
-def parse_selected(
-    selection: type[Selection],
-    recipe: Callable[[Selection], Config],
-    description: str,
-    main: Sequence[str] = (),
-) -> Config:
-    """Parse the few options of `selection`, and all others as overrides of the config that `recipe`
-    makes of it.
-
-    Args:
-        main: as in `parse`, for the help when a selection is made.
-
-    Raises:
-        UserError: there is no such recipe.
-    """
-    given = _arguments()
-    help_wanted = [a for a in given if a in (*_HELP, _HELP_ALL)]
-    if len(given) > len(help_wanted):  # a selection is made: the help is that of all options
-        given = [a for a in given if a not in help_wanted]
-    else:
-        given, help_wanted = ["--help" if a == _HELP_ALL else a for a in given], []
-    about = f"{_help_text(description)}\n\n  with the required options, --help shows the rest"
-    own, rest = tyro.cli(selection, description=about, args=given, return_unknown_args=True)
-    chosen = " ".join(f"--{k} {v}" for k, v in vars(own).items() if v is not None)
-    prog = f"{Path(sys.argv[0]).name} {chosen}"
-    return _parsed(recipe(own), rest + help_wanted, "", main, prog=prog)
+        return _parsed(recipe, given[1:], about, main, prog=f"{program} {name}")
+    if name in (*_HELP, _HELP_ALL):
+        width = max(map(len, recipes))
+        print(f"{_help_text(description)}\n\n  {program} RECIPE --help shows its options\n")
+        print("\n".join(f"  {name:<{width}}  {about}" for name, (about, _) in recipes.items()))
+        sys.exit()
+    if name.startswith("-"):  # older versions took --backbone rar --size B
+        words = [w for w in takewhile(lambda w: "." not in w, given) if not w.startswith("-")]
+        wanted = "-".join(words).lower().replace("_", "-")
+        nearest = get_close_matches(wanted, recipes, 1, cutoff=0)[0]
+        raise UserError(
+            f"name a recipe first, then its options: {program} {nearest} ...; "
+            f"{program} --help lists them"
+        )
+    raise UserError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
 
 
 def _parsed(

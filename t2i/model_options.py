@@ -21,7 +21,7 @@ class BaseOptions:
     moved.
     """
 
-    family: Literal["llamagen", "janus", "open_magvit2", "rar"] | None = None
+    family: str | None = None
     """Of a published weight file; folders say it themselves."""
     weights: str | None = None
     """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file,

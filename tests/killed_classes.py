@@ -38,7 +38,7 @@ def arguments(program, base: Path, out: Path) -> list[str]:
         options = f"--base.family rar --base.weights {base} --count 40 --batch-size 4 --out {out}/images.npz"
     else:
         options = (
-            f"--backbone rar --size shapes --preset tuned --backbone.weights {base} --data.source {base.parent}/images "
+            f"rar-shapes --backbone.weights {base} --data.source {base.parent}/images "
             f"--data.cache-dir {out}/cache --run-dir {out}-run --data.validation-samples 16 --batch-size 16 "
             "--engine.micro-batch 8 --steps 1 --log.sample-every 0 --log.tracker none"
         )

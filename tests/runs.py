@@ -17,6 +17,7 @@ from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar.method import TensorARConfig
+from t2i.tensorar.model import TensorAR
 from t2i.training.config import (
     BackboneOptions,
     DataOptions,
@@ -26,6 +27,7 @@ from t2i.training.config import (
     TrainConfig,
 )
 from t2i.training.logs import read_metrics
+from t2i.training.loop import Run
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares"]
 SAME_SUM = 1e-5
@@ -114,6 +116,17 @@ def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
     own = parts.pop("", {})
     nested = {part: replace(getattr(config, part), **options) for part, options in parts.items()}
     return replace(config, **nested, **own)
+
+
+def saved_after_two_steps(run: Run) -> tuple[Path, TensorAR]:
+    """A checkpoint folder and its model, which has exactly the weights of the run."""
+    run.model.train()
+    run.train_step()
+    run.train_step()
+    folder = run.save()
+    reloaded = t2i.from_pretrained(folder)
+    assert_same_weights(run.model.state_dict(), reloaded.state_dict())
+    return folder, reloaded
 
 
 def metrics(root: Path, name: str) -> list[dict]:

@@ -22,10 +22,10 @@ from t2i.checkpoint import run_checkpoints
 from t2i.data.order import split_indices
 from t2i.data.sources.classes import open_imagenet
 from t2i.evaluation.sample_writer import sample_labels
+from t2i.models.rar.rar_recipes import recipes
 from t2i.shapes import tiny_classes
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run
-from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
 
 
 def drawn(labels, size=32, first=0) -> np.ndarray:
@@ -162,7 +162,7 @@ def test_nothing_is_kept_for_another_recipe(recipe, tmp_path):
 
 def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
     config = pretrain_class_shapes.pretraining(Pretrain("rar"), recipe.out, recipe.out)
-    tuning = imagenet_recipe(ImageNetModel("rar", "shapes"))
+    tuning = recipes()["rar-shapes"][1]
     total = len(CLASSES) * Pretrain("rar").images_per_class
     seen, _ = split_indices(total, config.data.validation_samples, config.seed)
     _, held_out = split_indices(total, tuning.data.validation_samples, tuning.seed)

@@ -93,7 +93,7 @@ def test_too_little_data(train_fails):
 
 def test_unknown_names(train_fails):
     message = train_fails(recipe="shapes-iclr2027")
-    assert "unknown recipe 'shapes-iclr2027'; choose one of shapes-iclr2026," in message
+    assert "unknown recipe 'shapes-iclr2027'; choose one of shapes-tuned," in message
     message = train_fails("--optim.codec-lrr", 1)
     assert "--optim.codec-lrr" in message and "Perhaps you meant: --optim.codec-lr " in message
     message = train_fails("--method.noise", "loud")

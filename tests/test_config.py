@@ -13,15 +13,21 @@ from runs import tiny_run
 
 from launch import generate, train_llamagen
 from t2i import cli
-from t2i.models.llamagen.llamagen_recipes import RECIPES
+from t2i.models.janus import janus_recipes
+from t2i.models.llamagen import llamagen_recipes
+from t2i.models.open_magvit2 import open_magvit2_recipes
+from t2i.models.rar import rar_recipes
 from t2i.training.check import check
 from t2i.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = (llamagen_recipes, janus_recipes, open_magvit2_recipes, rar_recipes)
+RECIPES = {name: recipe for family in FAMILIES for name, recipe in family.recipes().items()}
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) >= 6
+    assert len(RECIPES) == sum(len(family.recipes()) for family in FAMILIES) >= 80
+    assert all(about for about, _ in RECIPES.values())
 
 
 @pytest.mark.parametrize("name", RECIPES)

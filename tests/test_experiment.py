@@ -10,6 +10,7 @@ from launch import benchmark
 from launch.lab import experiment, recipe_report
 from launch.lab import experiment_grids as grids
 from launch.lab.recipe_report import estimate, rank_correlation
+from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.model import TensorAR
 from t2i.training.examples import open_data
 
@@ -48,9 +49,9 @@ def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
 def test_a_grid_runs_once_and_is_reported(monkeypatch, tmp_path, capsys):
     tuned = grids._tuned("tuned", sampling={"window 1": {"window": 1}}, curve=True)
     monkeypatch.setitem(experiment.GRIDS, "levers", (grids._control(), tuned))
-    text, recipe = experiment.RECIPES["shapes-control"]
+    text, recipe = text_recipes()["shapes-control"]
     recipe = replace(recipe, data=replace(recipe.data, validation_samples=32))
-    monkeypatch.setitem(experiment.RECIPES, "shapes-control", (text, recipe))
+    monkeypatch.setattr(experiment, "text_recipes", lambda: {"shapes-control": (text, recipe)})
     small = ("--seeds", 0, "--steps", 3, "--images", 100, "--prompts-per-task", 2, "--samples", 1)
     run(monkeypatch, "levers", "--out", tmp_path, *small)
     lines = experiment.results(tmp_path)

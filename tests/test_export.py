@@ -19,6 +19,7 @@ from t2i.evaluation.options import BenchmarkOptions
 from t2i.export import export, model_card
 from t2i.files import owning, write_json
 from t2i.lora import add_lora
+from t2i.training.config import BackboneOptions
 from t2i.training.start import start_from
 from t2i.tuning import LoRAConfig
 
@@ -99,7 +100,7 @@ def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
     """
     model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
     out = export(t2i.save_pretrained(model, tmp_path / "old", tuning="codec"), tmp_path / "out")
-    assert start_from(out).source.shipped_base == "shapes"
+    assert start_from(out, BackboneOptions()).source.shipped_base == "shapes"
     again = t2i.save_pretrained(t2i.from_pretrained(out), tmp_path / "again", tuning="codec")
     export(again, tmp_path / "second")
     assert is_shapes_world(BenchmarkOptions(ckpt=str(tmp_path / "second")))

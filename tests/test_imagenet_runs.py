@@ -23,6 +23,9 @@ from t2i import cli
 from t2i.evaluation import class_samples
 from t2i.evaluation.class_samples import ClassSamples, draw_class_samples, drawer
 from t2i.evaluation.sample_writer import sample_labels
+from t2i.models.llamagen.llamagen_recipes import class_recipes
+from t2i.models.open_magvit2 import open_magvit2_recipes
+from t2i.models.rar import rar_recipes
 from t2i.processes import ALONE, Processes
 from t2i.rng import integers, make_keys
 from t2i.training.batches import TrainingData
@@ -31,10 +34,10 @@ from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.examples import check_backbone
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run, train
-from t2i.training.recipes_imagenet import _PUBLISHED, ImageNetModel, imagenet_recipe
 from t2i.training.validation import validate
 
 FAMILIES = ("llamagen", "open_magvit2", "rar")
+RECIPES = class_recipes() | open_magvit2_recipes.recipes() | rar_recipes.recipes()
 
 
 def call(monkeypatch, program, *arguments):
@@ -64,9 +67,14 @@ def base(request, world):
     return pretrain_class_shapes.pretrain(recipe)
 
 
+def shapes_recipe(base: Path) -> str:
+    """Name of the recipe of the offline world."""
+    return f"{base.name.replace('_', '-')}-shapes"
+
+
 def tiny(base: Path, run: str, **changes) -> TrainConfig:
     """The recipe of the offline world, cut short."""
-    config = imagenet_recipe(ImageNetModel(base.name, "shapes"))
+    config = RECIPES[shapes_recipe(base)][1]
     config = replace(
         config,
         run_dir=base.parent / f"{base.name}-{run}",
@@ -202,29 +210,29 @@ def test_images_are_resized_before_they_are_clamped():
 
 
 # -- settings and mistakes -------------------------------------------------------------------------
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recipes_of_all_published_sizes(family):
-    for size in _PUBLISHED[family].micro_batches:
-        config = imagenet_recipe(ImageNetModel(family, size))
+def test_recipes_of_all_published_sizes():
+    published = {name: config for name, (_, config) in RECIPES.items() if "shapes" not in name}
+    names = {name for name in published if published[name].method == t2i.presets.tuned()}
+    assert names == {
+        *(f"llamagen-{size}" for size in ("b-256", "b-384", "l-256", "l-384")),
+        *(f"llamagen-{size}-384" for size in ("xl", "xxl", "3b")),
+        *(f"open-magvit2-{size}" for size in ("b", "l", "xl")),
+        *(f"rar-{size}" for size in ("b", "l", "xl", "xxl")),
+    }
+    assert len(published) == 4 * len(names)
+    for name, config in published.items():
         assert (config.batch_size, config.epochs, config.condition_dropout) == (256, 20, 0.1)
         assert config.optim.weight_decay == 0.05 and config.token_dropout == 0.1
-    with pytest.raises(ValueError, match="was published as B"):
-        imagenet_recipe(ImageNetModel(family, "huge"))
-
-
-def test_resolutions():
-    assert "c2i_XL_384.pt" in imagenet_recipe(ImageNetModel("llamagen", "XL")).backbone.weights
-    assert "c2i_L_256.pt" in imagenet_recipe(ImageNetModel("llamagen", "L")).backbone.weights
-    with pytest.raises(ValueError, match="published at 384 px"):
-        imagenet_recipe(ImageNetModel("llamagen", "XL", 256))
-    with pytest.raises(ValueError, match="published at 256 px"):
-        imagenet_recipe(ImageNetModel("rar", "B", 384))
+        assert config.run_dir == Path("runs") / name
+    assert "c2i_XL_384.pt" in published["llamagen-xl-384"].backbone.weights
+    assert "c2i_L_256.pt" in published["llamagen-l-256"].backbone.weights
+    assert "AR_256_B.ckpt" in published["open-magvit2-b"].backbone.weights
 
 
 def test_command_line(monkeypatch):
-    arguments = "--backbone rar --size B --data.source a b --optim.codec-lr 0.5 --preset arxiv2505"
+    arguments = "rar-b-arxiv2505 --data.source a b --optim.codec-lr 0.5"
     monkeypatch.setattr(sys, "argv", ["train_imagenet.py", *arguments.split()])
-    config = cli.parse_selected(ImageNetModel, imagenet_recipe, train_imagenet.__doc__)
+    config = cli.parse_recipe(RECIPES, train_imagenet.__doc__)
     assert config.data == LabelledOptions(source=("a", "b"), crop_ranges=(1.1,))
     assert config.optim.codec_lr == 0.5 and config.method == t2i.presets.arxiv2505()
     assert config.backbone.weights == "yucornetto/RAR:rar_b.bin"
@@ -253,10 +261,13 @@ def test_wrong_data_is_named(base):
 def test_mistakes_end_in_one_line(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    given = ("--backbone", base.name, "--size", "shapes", "--backbone.weights", base)
+    name = shapes_recipe(base)
+    given = (name, "--backbone.weights", base)
     train_error = partial(refused, train_imagenet, capsys)
-    assert "was published as B, L" in train_error("--backbone", base.name, "--size", "huge")
-    missing = train_error("--backbone", base.name, "--size", "shapes")
+    assert "choose one of llamagen-b-256, " in train_error(f"{base.name}-huge")
+    older = train_error("--backbone", base.name, "--size", "shapes", "--data.source", "none")
+    assert f"name a recipe first, then its options: train_imagenet.py {name} ..." in older
+    missing = train_error(name)
     assert f"python launch/lab/pretrain_class_shapes.py --backbone {base.name}" in missing
     assert "none is no folder" in train_error(*given, "--data.source", "none")
     assert "has no sub-folders" in train_error(*given, "--data.source", "empty")

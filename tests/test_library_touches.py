@@ -212,7 +212,7 @@ TOUCHES = (
     Touch(
         "deepspeed",
         "DeepSpeedZeroConfig has the options of zero_optimization as pydantic fields",
-        "t2i/training/zero_options.py: DeepSpeedZeroConfig",
+        "t2i/training/engine.py: DeepSpeedZeroConfig",
         "DeepSpeed itself ignores a misspelt option, or fails on it late",
         zero_options,
     ),

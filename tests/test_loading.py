@@ -20,7 +20,8 @@ from t2i.loading import load_backbone
 from t2i.manifest import write_manifest
 from t2i.published import remembered_sha256
 from t2i.sources import family_of
-from t2i.training.loop import build_model, train
+from t2i.training.loop import train
+from t2i.training.start import build_model
 
 
 # -- case 8: moved files --------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_readme_command_parses(command, monkeypatch):
 
         return wrapper
 
-    for name in ("parse", "parse_recipe", "parse_selected"):
+    for name in ("parse", "parse_recipe"):
         monkeypatch.setattr(cli, name, stop_after(getattr(cli, name)))
     with pytest.raises(Parsed):
         import_module(command[0].removesuffix(".py").replace("/", ".")).main()

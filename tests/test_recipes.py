@@ -22,24 +22,27 @@ from launch import train_llamagen
 from t2i import cli
 from t2i.errors import UserError
 from t2i.loading import FAMILIES
-from t2i.models.janus.janus_recipes import JANUS_RECIPES
-from t2i.models.llamagen.llamagen_recipes import OWN_PICTURES, RECIPES
+from t2i.models.janus import janus_recipes
+from t2i.models.llamagen import llamagen_recipes
+from t2i.models.open_magvit2 import open_magvit2_recipes
+from t2i.models.rar import rar_recipes
 from t2i.shapes.scenes import write_dataset
 from t2i.tensorar import presets
 from t2i.training import loop
-from t2i.training.advice import about_settings, peak_rates
 from t2i.training.check import check
 from t2i.training.config import DataOptions, LogOptions, OptimOptions, TrainConfig
 from t2i.training.engine import deepspeed_config
 from t2i.training.examples import open_data
 from t2i.training.logs import read_metrics
-from t2i.training.loop import build_model, train
+from t2i.training.loop import train
 from t2i.training.memory import _condition, estimate
-from t2i.training.plan import plan_run
-from t2i.training.recipes_imagenet import ImageNetModel, imagenet_recipe
+from t2i.training.plan import about_settings, peak_rates, plan_run
+from t2i.training.recipes import OWN_PICTURES
+from t2i.training.start import build_model
 
-ALL = {name: config for name, (_, config) in (RECIPES | JANUS_RECIPES).items()}
-REAL = {name: config for name, config in ALL.items() if not name.startswith("shapes")}
+FAMILIES_RECIPES = (llamagen_recipes, janus_recipes, open_magvit2_recipes, rar_recipes)
+ALL = {name: recipe[1] for family in FAMILIES_RECIPES for name, recipe in family.recipes().items()}
+REAL = [name for name in ALL if "shapes" not in name]
 
 
 # -- recipes ---------------------------------------------------------------------------------------
@@ -108,8 +111,11 @@ def test_every_family_has_its_control_and_the_recommended_recipe():
         assert ALL[f"{base}-iclr2026"].method == presets.iclr2026()
         assert ALL[f"{base}-lora"].method == presets.tuned()
         assert ALL[f"{base}-lora"].optim.backbone_lr == 1e-4
-    assert imagenet_recipe(ImageNetModel("rar", "B")).method == presets.tuned()
-    assert imagenet_recipe(ImageNetModel("rar", "B", preset="base")).method == presets.base()
+    for base in ("rar-b", "open-magvit2-xl", "llamagen-3b-384", "rar-shapes"):
+        methods = [
+            ALL[f"{base}{end}"].method for end in ("", "-iclr2026", "-arxiv2505", "-control")
+        ]
+        assert methods == [presets.METHODS[m]() for m in ("tuned", "iclr2026", "arxiv2505", "base")]
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -233,7 +239,7 @@ def test_classes_come_before_the_model(look, no_files, tmp_path):
     in training too.
     """
     folder = write_dataset_of_captions(tmp_path, "a dog", count=2, size=8)
-    config = imagenet_recipe(ImageNetModel(backbone="rar", size="B"))
+    config = ALL["rar-b"]
     data = replace(config.data, source=(str(folder),))
     with pytest.raises(UserError, match="one sub-folder per class and nothing else"):
         look(replace(config, data=data, run_dir=tmp_path / "run"))
@@ -260,32 +266,29 @@ def test_published_text_models_need_no_files(name, no_files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "resolution"),
-    [
-        ("llamagen", "B", 256),
-        ("llamagen", "3B", 384),
-        ("open_magvit2", "B", 256),
-        ("rar", "B", 256),
-    ],
+    ("name", "resolution"),
+    [("llamagen-b-256", 256), ("llamagen-3b-384", 384), ("open-magvit2-b", 256), ("rar-b", 256)],
 )
-def test_published_class_models_need_no_files(family, size, resolution, no_files):
-    config = imagenet_recipe(ImageNetModel(family, size, resolution))
-    model = build_model(config, device="meta")
+def test_published_class_models_need_no_files(name, resolution, no_files):
+    model = build_model(ALL[name], device="meta")
     assert all(p.is_meta for p in model.parameters())
     assert model.backbone.image_size == (resolution, resolution)
-    cost = estimate(model, config, world_size=8)
+    cost = estimate(model, ALL[name], world_size=8)
     assert cost.state < cost.total < 80e9, "micro-batches were chosen for 80 GB"
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"),
-    [("llamagen", ("L", "XL", "XXL")), ("open_magvit2", ("L", "XL")), ("rar", ("L", "XL", "XXL"))],
+    ("name", "size"),
+    [
+        *(("llamagen-l-256", "L"), ("llamagen-xl-384", "XL"), ("llamagen-xxl-384", "XXL")),
+        *(("open-magvit2-l", "L"), ("open-magvit2-xl", "XL")),
+        *(("rar-l", "L"), ("rar-xl", "XL"), ("rar-xxl", "XXL")),
+    ],
 )
-def test_the_other_published_sizes_have_an_outline(family, sizes, no_files):
-    module = import_module(FAMILIES[family])
-    for size in sizes:
-        outline = module.outline(imagenet_recipe(ImageNetModel(family, size)).backbone.weights)
-        assert outline.spec.dim == module.SIZES[size]["dim"]
+def test_the_other_published_sizes_have_an_outline(name, size, no_files):
+    base = ALL[name].backbone
+    module = import_module(FAMILIES[base.family])
+    assert module.outline(base.weights).spec.dim == module.SIZES[size]["dim"]
 
 
 def test_outlines_have_the_shapes_of_real_files(backbone, tmp_path):

@@ -31,7 +31,7 @@ from launch.lab.experiment_grids import CONTROL, GRIDS, Arm
 from t2i import cli
 from t2i.errors import UserError
 from t2i.files import writable_folder
-from t2i.models.llamagen.llamagen_recipes import RECIPES
+from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.method import TensorARConfig
 from t2i.training.config import TrainConfig
 
@@ -76,7 +76,7 @@ class Run:
     def config(self, experiment: Experiment, arm: Arm | None = None) -> TrainConfig:
         """The training run, in a folder of its own."""
         arm, steps = arm or self.arm, experiment.steps
-        recipe = RECIPES["shapes-control"][1]
+        recipe = text_recipes()["shapes-control"][1]
         # Rounded up, so that of an odd number, too, nothing is saved between half and the end.
         half = -(-steps // 2)
         config = replace(

@@ -20,13 +20,13 @@ from launch.lab.gpu_parity import Rows
 from t2i.models.base import Backbone
 from t2i.models.janus.janus_model import Janus, outline
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
-from t2i.models.llamagen.llamagen_recipes import RECIPES
+from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
-from t2i.training.check import memory_lines
 from t2i.training.config import EngineOptions
+from t2i.training.memory import memory_lines
 
 SAMPLING = (
     "bf16, eager, guided (two rows an image), codes only. floor_ms = (weights + keys and values) / bandwidth: weights = all but "
@@ -215,7 +215,9 @@ def time_training(
     taken = statistics.median(times[2:])
     inputs = batch * (prefix_of(backbone) + model.windows.count - 1)
     flops = 6 * multiplied(model) * inputs / taken
-    settings = replace(next(iter(RECIPES.values()))[1], engine=EngineOptions(precision="autocast"))
+    settings = replace(
+        text_recipes()["shapes-iclr2026"][1], engine=EngineOptions(precision="autocast")
+    )
     memory = {}
     if device.type == "cuda":
         memory = {

@@ -1,5 +1,5 @@
-"""Make the offline world of `launch/train_imagenet.py --size shapes`: images by class, and a tiny
-base of a family.
+"""Make the offline world of `launch/train_imagenet.py rar-shapes`: images by class, and a tiny base
+of a family.
 
     python launch/lab/pretrain_class_shapes.py --backbone rar --out runs/class-shapes
 

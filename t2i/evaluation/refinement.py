@@ -14,7 +14,7 @@ from torch import Tensor
 from t2i.rng import fold, uniforms
 from t2i.tensorar.model import TensorAR, draw
 from t2i.tensorar.windows import Windows
-from t2i.training.batch import Batch
+from t2i.training.engine import Batch
 
 
 @dataclass(frozen=True)

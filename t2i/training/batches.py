@@ -14,8 +14,8 @@ from t2i.errors import UserError
 from t2i.models.base import Backbone
 from t2i.processes import Processes
 from t2i.rng import fold, make_keys, uniforms
-from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
+from t2i.training.engine import Batch
 from t2i.training.examples import open_examples
 from t2i.training.plan import plan_run
 
@@ -43,7 +43,7 @@ class TrainingData:
         self.config, self.processes = config, processes
         self.plan = plan_run(config, len(self.examples), processes.world_size)
         held_out, same = self.plan.held_out, self.examples.same_images()
-        self.train, self.validation = split_indices(self.plan.samples, held_out, config.seed, same)
+        self.train, self.validation = split_indices(len(self.examples), held_out, config.seed, same)
         if len(self.validation) > held_out and processes.is_main:
             log.warning(
                 f"{len(self.validation)} samples are held out instead of {held_out}, so that no held-out image is trained on: "

@@ -2,8 +2,7 @@
 
 Numbers that suit a run only if they grow with it (how many samples are held out, how long the rates
 warm up, how often something is written) may be None: they are then settled from the data and the
-steps, see `t2i.training.plan`. The named recipes are in `recipes_llamagen.py`, `recipes_janus.py`
-and `recipes_imagenet.py`.
+steps, see `t2i.training.plan`. The named recipes are in `t2i/models/*/*_recipes.py`.
 """
 
 import math
@@ -15,37 +14,44 @@ from typing import Literal
 import tyro
 
 from t2i.errors import UserError
+from t2i.model_options import BaseOptions
 from t2i.sampling import SamplingOverrides
 from t2i.tensorar.method import TensorARConfig
 from t2i.tuning import LoRAConfig, Tuning
 
 
 @dataclass(frozen=True)
-class BackboneOptions:
+class BackboneOptions(BaseOptions):
     """Which pre-trained model to start from."""
 
     family: str = "llamagen"
+    """Of a published weight file."""
     weights: str = "shapes"
     """Official weight file, backbone folder, "shapes" (the shipped offline base), owner/repo:file
     on the hub, or an earlier run.
     """
-    tokenizer: str | None = None
-    """Image tokenizer weights (a folder or "shapes" brings its own)."""
-    text_encoder: str | None = None
-    """Caption encoder: folder or hub id (a backbone folder or "shapes" brings its own)."""
-    text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the caption features."""
     generation_only: bool = False
-    """Leave unloaded what drawing images does not need: Janus-Pro's understanding tower and text
-    head.
-    """
+    """Leave unloaded what drawing does not need: Janus-Pro's understanding tower and text head."""
 
 
 _CAPTION = "{caption}"
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class _AnyData:
+    """What captioned images and images of classes have in common."""
+
+    source: str | tuple[str, ...] = ""
+    split: str = "train"
+    """Split of a hub data set, or sub-folder."""
+    validation_samples: int | None = None
+    """Held out for the validation loss, never trained on; None: 4 %, see `t2i.training.plan`."""
+    cache_dir: Path = Path("cache")
+    """Where codes and text features are kept; reused by every run on the same data."""
+
+
+@dataclass(frozen=True)
+class DataOptions(_AnyData):
     """Captioned images."""
 
     source: str = ""
@@ -56,8 +62,6 @@ class DataOptions:
     """Column of the images; found by itself where it is clear."""
     caption_column: str | None = None
     """Column of the captions; found by itself where it is clear."""
-    split: str = "train"
-    """Split of a hub data set, or sub-folder."""
     config_name: str | None = None
     """Configuration of a hub data set that has several."""
     revision: str | None = None
@@ -70,28 +74,20 @@ class DataOptions:
     """Words put in front of every caption, such as "drawn by xyz", or around it: "{caption}, drawn
     by xyz".
     """
-    validation_samples: int | None = None
-    """Held out for the validation loss, never trained on; None is 4 % of the data, see
-    `t2i.training.plan`.
-    """
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
-    cache_dir: Path = Path("cache")
-    """Where codes and text features are kept; reused by every run on the same data."""
 
     def __post_init__(self):
         if self.max_samples is not None and self.max_samples < 1:
             raise UserError(f"data.max_samples={self.max_samples} must be at least 1")
         if self.trigger is not None and not self.trigger.replace(_CAPTION, "").strip():
             raise UserError(
-                f"data.trigger={self.trigger!r} has no words; leave it out, or write 'drawn by xyz' "
-                f"or '{_CAPTION}, drawn by xyz'"
+                f"data.trigger={self.trigger!r} has no words; leave it out, or write 'drawn by "
+                f"xyz' or '{_CAPTION}, drawn by xyz'"
             )
 
     def with_trigger(self, caption: str) -> str:
-        """A caption with the trigger words, as the model reads it; one that has them already stays
-        as it is.
-        """
+        """A caption with the trigger words, as the model reads it; as it is if it has them."""
         if self.trigger is None:
             return caption
         words = re.escape(max(self.trigger.split(_CAPTION), key=len).strip(" ,.;:"))
@@ -102,27 +98,19 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class LabelledOptions:
+class LabelledOptions(_AnyData):
     """Images of classes, for class-conditional backbones."""
 
     source: tuple[str, ...] = ()
     """Folder with train/<class>/, or codes that others computed: LlamaGen's folders (one for each
     crop range), RAR's .jsonl.
     """
-    split: str = "train"
-    """Sub-folder with the classes."""
     views: Literal["ten-crop", "flip"] = "ten-crop"
     """Which crops of an image are encoded: five and their mirror images per crop range, or the
     centre and its mirror image.
     """
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
     """Ten-crop: sides of the squares that are cropped, relative to the image size."""
-    validation_samples: int | None = None
-    """Held out for the validation loss, never trained on; None is 4 % of the data, see
-    `t2i.training.plan`.
-    """
-    cache_dir: Path = Path("cache")
-    """Where codes are kept; reused by every run on the same data."""
 
 
 _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
@@ -130,9 +118,7 @@ _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW. Codec: linear warm-up, then linear decay to zero; backbone: constant after its
-    delay.
-    """
+    """AdamW. Codec: linear warm-up and decay to zero; backbone: constant after its delay."""
 
     codec_lr: float = 1e-3
     """Peak learning rate of the input encoder and output decoder."""
@@ -207,15 +193,11 @@ class LogOptions:
     """What is written while training; `metrics.jsonl` always is."""
 
     log_every: int | None = 10
-    """Steps between lines of metrics (0: only with validations; None: by the run's length, as
-    below).
-    """
+    """Steps between lines of metrics (0: only with validations; None: by the run's length)."""
     validate_every: int | None = 100
     """Steps between validations (0: only at the end; None: ten times in a run)."""
     sample_every: int | None = 100
-    """Steps between sample sheets (0: none; None: ten in a run). Under ZeRO-3 they are drawn from
-    each checkpoint instead.
-    """
+    """Steps between sheets (0: none; None: ten in a run); under ZeRO-3 at each checkpoint."""
     save_every: int | None = 1000
     """Steps between checkpoints (0: only at the end; None: five in a run)."""
     at_start: bool = False
@@ -228,9 +210,7 @@ class LogOptions:
         "a photo of a green star left of a blue ring",
         "a photo of a yellow heart and a black cross",
     )
-    """Fixed prompts (or class ids) of the sample sheets; of the first four held-out images where
-    none are given.
-    """
+    """Fixed prompts or class ids of the sheets; none: of the first four held-out images."""
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
     """A further tracker; auto is TensorBoard if it is installed."""
     project: str = "tensorar"
@@ -240,7 +220,8 @@ class LogOptions:
         for name in ("log_every", "validate_every", "sample_every", "save_every"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(
-                    f"log.{name}={getattr(self, name)} must be a number of steps, or 0: see its help"
+                    f"log.{name}={getattr(self, name)} must be a number of steps, or 0: see its "
+                    "help"
                 )
 
 
@@ -256,8 +237,7 @@ class TrainConfig:
     """Train the whole backbone, only the codec, or LoRA adapters (and the codec)."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_image_layers: bool = False
-    """With "lora" or "codec", also train the layers that embed and predict image codes, as a whole.
-    """
+    """With "lora" or "codec", train the layers that embed and predict image codes, too."""
     data: tyro.conf.AvoidSubcommands[DataOptions | LabelledOptions] = field(
         default_factory=DataOptions
     )
@@ -297,7 +277,8 @@ class TrainConfig:
             raise UserError(f"epochs={self.epochs} must be a number above 0")
         if self.batch_size % self.engine.micro_batch:
             raise UserError(
-                f"batch_size={self.batch_size} must be a multiple of engine.micro_batch={self.engine.micro_batch}"
+                f"batch_size={self.batch_size} must be a multiple of "
+                f"engine.micro_batch={self.engine.micro_batch}"
             )
         if self.train_image_layers and self.tuning == "full":
             raise UserError(
@@ -305,13 +286,16 @@ class TrainConfig:
             )
         if self.engine.precision == "bf16" and self.engine.zero_stage == 0:
             raise UserError(
-                "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer step)"
+                "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer "
+                "step)"
             )
         if not 0 <= self.condition_dropout < 1 or not 0 <= self.token_dropout < 1:
             raise UserError(
-                f"condition_dropout={self.condition_dropout} and token_dropout={self.token_dropout} must be in [0, 1)"
+                f"condition_dropout={self.condition_dropout} and "
+                f"token_dropout={self.token_dropout} must be in [0, 1)"
             )
         if self.log.sample_every and not all(p.strip() for p in self.log.prompts):
             raise UserError(
-                "log.prompts is empty or has an empty prompt; log.sample_every=0 draws no sample sheets"
+                "log.prompts is empty or has an empty prompt; log.sample_every=0 draws no sample "
+                "sheets"
             )

@@ -7,7 +7,10 @@ so that nothing can disagree.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,9 +21,7 @@ from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
-from t2i.training.batch import Batch
 from t2i.training.config import TrainConfig
-from t2i.training.zero_options import check_zero_options
 
 
 def start_processes() -> Processes:
@@ -75,8 +76,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     per_step = engine.micro_batch * world_size
     if config.batch_size % per_step:
         raise UserError(
-            f"batch_size={config.batch_size} cannot be split over {world_size} processes with engine.micro_batch="
-            f"{engine.micro_batch}; use a multiple of {per_step}"
+            f"batch_size={config.batch_size} cannot be split over {world_size} processes with "
+            f"engine.micro_batch={engine.micro_batch}; use a multiple of {per_step}"
         )
     zero: dict = {"stage": engine.zero_stage}
     if engine.deepspeed_config is not None:
@@ -102,11 +103,12 @@ def _zero_settings(path: Path, stage: int) -> dict:
     others = sorted(set(content) - {"zero_optimization"})
     if others:
         raise UserError(
-            f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this program's options"
+            f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this "
+            "program's options"
         )
     settings = content.get("zero_optimization", {})
     _choose_accelerator()
-    check_zero_options(settings, stage, path)
+    _check_zero_options(settings, stage, path)
     if settings.get("stage", stage) != stage:
         raise UserError(
             f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
@@ -114,9 +116,44 @@ def _zero_settings(path: Path, stage: int) -> dict:
     return settings
 
 
+def _check_zero_options(settings: dict, stage: int, path: Path) -> None:
+    """UserError names the first key or value that DeepSpeed does not know, with the likeliest name.
+
+    By itself it ignores such a key at any level, or crashes late on it.
+    """
+    # The class that DeepSpeed reads this part of its JSON with; the JSON is documented, the class
+    # says it for this version.
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    _check_names(settings, DeepSpeedZeroConfig, "zero_optimization", path)
+    try:
+        DeepSpeedZeroConfig(**{**settings, "stage": stage})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["zero_optimization", *map(str, first["loc"])])
+        given = f"={first['input']!r}" if first["loc"] else ""
+        raise UserError(f"{path}: {place}{given}: {first['msg']}") from error
+
+
+def _check_names(settings: dict, kind: Any, where: str, path: Path) -> None:
+    fields = kind.model_fields
+    known = {name: field for key, field in fields.items() for name in (key, field.alias) if name}
+    for name, value in settings.items():
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}"
+            raise UserError(f"{path}: DeepSpeed knows no {where}.{name}; {hint}")
+        annotation = known[name].annotation
+        parts = (annotation, *get_args(annotation))
+        model = next((part for part in parts if hasattr(part, "model_fields")), None)
+        if isinstance(value, dict) and model is not None:
+            _check_names(value, model, f"{where}.{name}", path)
+
+
 def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
     """Trainable parameters by part and weight decay; the schedule finds a group by its "part"."""
-    parts = {"backbone": model.backbone}
+    parts: dict[str, nn.Module] = {"backbone": model.backbone}
     if model.codec is not None:
         parts["codec"] = model.codec
     groups = []
@@ -139,10 +176,26 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
 
 
+@dataclass
+class Batch:
+    """One micro-batch of training data: what one forward pass reads."""
+
+    codes: Tensor
+    """int64 [B, T, S]"""
+    prepared: dict[str, Tensor]
+    """Conditions, as `Backbone.prepare` gives them."""
+    keys: Tensor
+    """int64 [B], of the noise."""
+    drop: Tensor | None
+    """bool [B], samples that lose their condition."""
+    progress: float
+    """Share of the run that is done."""
+    indices: Tensor
+    """int64 [B], of the samples in their set."""
+
+
 class TrainingLoss(nn.Module):
-    """What DeepSpeed wraps: one forward pass from a batch to plain tensors (its hooks do not look
-    into other objects).
-    """
+    """What DeepSpeed wraps: a forward pass that returns plain tensors, as its hooks need them."""
 
     def __init__(self, model: TensorAR, precision: str):
         super().__init__()
@@ -192,9 +245,7 @@ def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, f
 
 @contextmanager
 def settings_kept(engine) -> Iterator[None]:
-    """Keep this run's settings of the optimizer while a state is loaded, which brings those that it
-    was saved with.
-    """
+    """Keep this run's settings of the optimizer while a state is loaded, which brings its own."""
     kept = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     clip = engine.gradient_clipping()
     yield

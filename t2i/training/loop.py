@@ -1,40 +1,31 @@
-"""The training run: build, step, validate, sample, save. `launch/train_*.py` parse a `TrainConfig`
-and call `train`.
-"""
+"""The training run: build, step, validate, sample, save; `train` does it all."""
 
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from t2i.checkpoint import (
-    find_checkpoint,
-    from_pretrained,
-    is_checkpoint,
-    run_checkpoints,
-    trained_parts,
-)
-from t2i.data.cache import check_cache_dir
+from t2i.checkpoint import find_checkpoint, from_pretrained, run_checkpoints
 from t2i.errors import NotFiniteError, UserError
 from t2i.files import saving, write_json
-from t2i.generation import conditions, iterate_images
+from t2i.generation import iterate_images
 from t2i.imaging import grid, save_png
-from t2i.loading import load_backbone
-from t2i.lora import add_lora
-from t2i.models.base import Backbone
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
 from t2i.training.batches import TrainingData
+from t2i.training.check import look_at_model, look_before_work
 from t2i.training.config import TrainConfig
 from t2i.training.engine import (
     autocast,
@@ -44,61 +35,12 @@ from t2i.training.engine import (
     start_processes,
     whole_weights,
 )
-from t2i.training.examples import check_backbone
-from t2i.training.logs import MetricsLog, choose_tracker
-from t2i.training.preflight import look_before_work, sheet_prompts
-from t2i.training.run_page import write_run_page
+from t2i.training.logs import MetricsLog, write_run_page
 from t2i.training.settings import plain
-from t2i.training.start import is_local_base, start_from, take_codec
+from t2i.training.start import build_model
 from t2i.training.validation import validate
 
 _ONE_REQUEST_SECONDS = 2.0
-
-
-def build_model(
-    config: TrainConfig, *, device: str = "cpu", resumed: Path | None = None
-) -> TensorAR:
-    """The backbone with a fresh codec (and adapters), with exactly the chosen parameters trainable.
-
-    Where the weights are an earlier run's, its codec is taken, too. A `resumed` run stands on its
-    own checkpoint.
-    """
-    options = config.backbone
-    loading = {
-        "tokenizer": options.tokenizer,
-        "text_encoder": options.text_encoder,
-        "generation_only": options.generation_only,
-        "dtype": torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
-        "device": device,
-    }
-    earlier = resumed or options.weights
-    if is_checkpoint(earlier):
-        # The base may lie elsewhere than when the run began; its hash proves that it is the same.
-        base = options.weights if resumed and is_local_base(options.weights) else None
-        backbone = start_from(earlier, resumed=resumed is not None, base=base, **loading)
-    else:
-        dtype = options.text_encoder_dtype
-        backbone = load_backbone(options.family, earlier, text_encoder_dtype=dtype, **loading)
-    model = TensorAR(backbone, config.method, seed=config.seed)
-    if resumed is None and is_checkpoint(earlier):
-        take_codec(model, earlier)
-    backbone.requires_grad_(False)
-    if config.tuning == "lora":
-        add_lora(backbone, config.lora, seed=config.seed)
-    for module in _trained_whole(backbone, config):
-        module.requires_grad_(True)
-    backbone.token_dropout.p = config.token_dropout
-    backbone.gradient_checkpointing = config.engine.gradient_checkpointing
-    model.sampling = config.sampling.apply(model.sampling)
-    model.trained = trained_parts(config.tuning, config.train_image_layers)
-    return model
-
-
-def _trained_whole(backbone: Backbone, config: TrainConfig) -> Sequence[nn.Module]:
-    """The backbone's modules of which every parameter is trained."""
-    if config.tuning == "full":
-        return backbone.trained_modules()
-    return tuple(backbone.image_layers().values()) if config.train_image_layers else ()
 
 
 class Run:
@@ -107,28 +49,24 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.processes = processes = start_processes()
-        choose_tracker(config.log.tracker)
         checkpoint = processes.on_main(lambda: run_state.claim_run_dir(config))
-        if checkpoint is not None:
-            run_state.check_resumable(config, processes.world_size, checkpoint)
-        look_before_work(config, processes.world_size, resumed=checkpoint is not None)
-        check_cache_dir(config.data.cache_dir)
+        look_before_work(config, processes.world_size, checkpoint)
         self.model = build_model(config, resumed=checkpoint).to(processes.device)
-        check_backbone(self.model.backbone, config.data)
-        self.prompts = conditions(self.model.backbone, sheet_prompts(config))
+        prompts = look_at_model(self.model.backbone, config)
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes)
-        self.plan, self.steps = self.data.plan, self.data.plan.steps
-        self.prompts = self.prompts or self.data.held_out_conditions(4)
+        self.plan = self.data.plan
+        self.prompts = prompts or self.data.held_out_conditions(4)
         self.engine = start_engine(self.model, config, processes)
         self.step = (
             0
             if checkpoint is None
             else run_state.resume(self.engine, config, checkpoint, self.data.key)
         )
-        if self.step > self.steps:
+        if self.step > self.plan.steps:
             raise UserError(
-                f"{config.run_dir} has done {self.step} steps already, more than the {self.steps} asked for"
+                f"{config.run_dir} has done {self.step} steps already, more than the "
+                f"{self.plan.steps} asked for"
             )
         self.stop_requested = self.stop_agreed = False
         if processes.is_main:
@@ -137,13 +75,7 @@ class Run:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             settled = {"plan": asdict(self.plan), "sheet_prompts": self.prompts}
             write_json(config.run_dir / "config.json", plain(asdict(config)) | settled)
-            self.metrics = MetricsLog(
-                config.run_dir,
-                self.step,
-                config.log.tracker,
-                config.log.project,
-                plain(asdict(config)),
-            )
+            self.metrics = MetricsLog(config, self.step)
 
     def _place_helpers(self) -> None:
         frozen, device = self.model.backbone.frozen, self.processes.device
@@ -154,7 +86,7 @@ class Run:
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
         config = self.config
-        rates = set_rates(self.engine, config, self.step, self.steps)
+        rates = set_rates(self.engine, config, self.step, self.plan.steps)
         # Dropout is the one user of torch's global generator: seeding it per step makes resume
         # exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
@@ -169,7 +101,10 @@ class Run:
         self.step += 1
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        own = SlotLosses(sum(p.sums for _, p in parts), sum(p.counts for _, p in parts))
+        losses = [part for _, part in parts]
+        own = SlotLosses(
+            reduce(add, (p.sums for p in losses)), reduce(add, (p.counts for p in losses))
+        )
         total, healthy = self._over_ranks(own, norm)
         if not healthy:
             self._refuse_batch(parts, total)
@@ -199,9 +134,7 @@ class Run:
         )
 
     def _refuse_batch(self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses) -> NoReturn:
-        """NotFiniteError names the step and the samples: those of the passes whose loss is no
-        number, else all.
-        """
+        """NotFiniteError names the step, and the samples whose loss is no number, else all."""
         finite = bool(total.sums.isfinite().all())
         named = [i for i, losses in parts if not losses.sums.isfinite().all()]
         if not self.processes.any(bool(named)):
@@ -209,8 +142,8 @@ class Run:
         everywhere = [i for rank in self.processes.gather(named) for i in rank]
         what = "gradient" if finite else "loss"
         raise NotFiniteError(
-            f"the {what} is not finite at step {self.step}, with the samples {self.data.names(torch.cat(everywhere))}; "
-            f"{run_state.advice(self.config.run_dir)}"
+            f"the {what} is not finite at step {self.step}, with the samples "
+            f"{self.data.names(torch.cat(everywhere))}; {run_state.advice(self.config.run_dir)}"
         )
 
     def validate(self) -> dict[str, float]:
@@ -225,14 +158,18 @@ class Run:
         return metrics
 
     def sample_sheet(self) -> None:
-        """Draw the fixed prompts with the fixed seed, one row per prompt; the main process draws,
-        the others wait.
-        """
+        """Draw the fixed prompts with the fixed seed, a row each, in the main process."""
         self.check_weights()
         if self.processes.is_main:
-            prompts, model = self.prompts, self._whole_model().eval()
-            options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
-            images = [generated.image for generated in iterate_images(model, prompts, **options)]
+            prompts = self.prompts
+            drawn = iterate_images(
+                self._whole_model().eval(),
+                prompts,
+                samples_per_prompt=2,
+                batch_size=2 * len(prompts),
+                progress=False,
+            )
+            images = [generated.image for generated in drawn]
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
             )
@@ -243,9 +180,7 @@ class Run:
         self.processes.barrier()
 
     def first_look(self) -> None:
-        """What the base does by itself: losses and a sheet before the first step (under ZeRO-3
-        without the sheet).
-        """
+        """What the base does by itself: losses, and a sheet (but not under ZeRO-3)."""
         metrics = self.validate()
         if self.plan.sample_every and self.config.engine.zero_stage < 3:
             self.sample_sheet()
@@ -254,9 +189,7 @@ class Run:
             write_run_page(self.config.run_dir)
 
     def _whole_model(self) -> TensorAR:
-        """A model that one process can sample from: under ZeRO-3 that is the checkpoint that was
-        just written.
-        """
+        """A model that one process can draw with: under ZeRO-3 the checkpoint just written."""
         if self.config.engine.zero_stage < 3:
             return self.model
         dtype = next(self.model.parameters()).dtype
@@ -264,9 +197,7 @@ class Run:
         return from_pretrained(folder, dtype=dtype, device=self.processes.device)
 
     def check_weights(self) -> None:
-        """NotFiniteError if a weight that is trained is no number; every rank calls it, before
-        weights are drawn with or saved.
-        """
+        """NotFiniteError if a trained weight is no number. Before any use; every rank calls it."""
         with whole_weights(self.model, self.config.engine.zero_stage):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             finite = all(bool(p.isfinite().all()) for p in trained)
@@ -285,7 +216,7 @@ class Run:
             self.config,
             self.processes,
             self.step,
-            self.steps,
+            self.plan.steps,
             self.data.key,
         )
 
@@ -311,16 +242,16 @@ def _train(run: Run) -> Path:
     started, first = time.perf_counter(), run.step
     run.model.train()
     bar = progress_bar(
-        total=run.steps,
+        total=plan.steps,
         initial=first,
         desc="training",
         unit="step",
         disable=not run.processes.is_main,
     )
     with bar, _stop_on_signals(run):
-        while run.step < run.steps and not run.stop_agreed:
+        while run.step < plan.steps and not run.stop_agreed:
             metrics = run.train_step()
-            done = run.step == run.steps
+            done = run.step == plan.steps
             rate = (run.step - first) * config.batch_size / (time.perf_counter() - started)
             validated = done or _due(plan.validate_every, run.step)
             if validated:
@@ -343,7 +274,7 @@ def _train(run: Run) -> Path:
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
                 write_run_page(config.run_dir)
-    if run.step < run.steps:
+    if run.step < plan.steps:
         raise KeyboardInterrupt(f"saved after step {run.step}; the same with --resume goes on")
     return run_checkpoints(config.run_dir)[-1]
 

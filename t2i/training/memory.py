@@ -16,8 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.models.base import Backbone, Condition
+from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
+from t2i.training.plan import Plan, about_window
 
 _PROMPT_TOKENS = 128
 """Prefix that is assumed where it varies with the caption."""
@@ -25,6 +27,10 @@ _TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
 """Encoder half of published T5 models, which is kept on the device beside the model."""
 _ENCODED_AT_ONCE = 32
 """Images per call of the image tokenizer (`build_cache`)."""
+_CARDS = (24, 40, 80)
+"""Sizes of common cards in GB, where this machine has none."""
+_FLOPS = 1e14
+"""Operations per second that the time is reckoned with: a third of an A100's peak in bf16."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,7 @@ class Cost:
     own drafts' probabilities.
     """
     encoding: float
-    """Weights, frozen helpers and feature maps while the data set is encoded, before there is an
-    optimizer.
-    """
+    """Weights, helpers and feature maps while data are encoded, before there is an optimizer."""
     flops: float
     """Floating-point operations per sample of a training step, attention's own left out."""
 
@@ -108,13 +112,16 @@ def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
 def _map_bytes(backbone: Backbone) -> float:
     """The image tokenizer's widest feature maps, four of which live at once, in fp32."""
     height, width = backbone.image_size
-    return 4 * 4 * _ENCODED_AT_ONCE * backbone.tokenizer.config.channels * height * width
+    return 4 * 4 * _ENCODED_AT_ONCE * _tokenizer(backbone).config.channels * height * width
+
+
+def _tokenizer(backbone: Backbone) -> ConvTokenizer:
+    assert isinstance(backbone.tokenizer, ConvTokenizer)
+    return backbone.tokenizer
 
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
-    """What drawing own drafts holds at once: logits, probabilities, and both again in float64; of
-    validation, of all samples.
-    """
+    """What drawing own drafts holds at once: logits, probabilities, and both again in float64."""
     k, stride = config.method.k, config.method.stride
     if k == stride:
         return 0
@@ -129,7 +136,7 @@ def _length(model: TensorAR) -> int:
 
 
 def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
-    parts = 4 * sum(p.numel() for p in backbone.tokenizer.parameters())
+    parts = 4 * sum(p.numel() for p in _tokenizer(backbone).parameters())
     encoder = getattr(backbone.frozen.text_encoder, "model", None)
     count = _TEXT_ENCODER_PARAMETERS.get(config.backbone.text_encoder or "", 0)
     if encoder is not None:
@@ -138,9 +145,7 @@ def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
 
 
 def _forward(model: TensorAR, config: TrainConfig, *, recompute: bool) -> tuple[int, int]:
-    """One forward pass: bytes that autograd keeps, less parameters and (with `recompute`) what is
-    computed again; operations.
-    """
+    """Bytes that autograd keeps of a forward pass, less what is computed again; operations."""
     backbone, batch, spec = model.backbone, config.engine.micro_batch, model.backbone.spec
     shape = (batch, spec.num_tokens, len(spec.subvocabs))
     codes = torch.zeros(shape, dtype=torch.long, device="meta")
@@ -175,9 +180,7 @@ def _condition(backbone: Backbone, batch: int) -> Condition:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention that keeps its inputs and its output, as the kernels of GPUs do, and not the matrix
-    of weights.
-    """
+    """Attention that keeps its inputs and output, as GPUs' kernels do, and no matrix of weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -191,3 +194,112 @@ class _Attended(torch.autograd.Function):
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out)
         return out
+
+
+# -- the report ------------------------------------------------------------------------------------
+def size_report(
+    model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
+) -> tuple[dict[str, list[str]], list[str]]:
+    """On parameters, memory and work: lines by title, and warnings."""
+    backbone, logits = model.backbone, _size(logit_bytes(model, config))
+    state = memory_lines(model, config, world_size)
+    parameters = _parameter_lines(model)
+    if backbone.left_out:
+        saved = _size(backbone.left_out * weight_bytes(config))
+        parameters += [
+            f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, "
+            f"{saved}"
+        ]
+    cost = estimate(model, config, world_size)
+    fits, warnings = _fits(cost)
+    work = _work_lines(config, plan, cost)
+    lines = {
+        "parameters": parameters,
+        "memory per process: weights, gradients, optimizer": state,
+        "memory per process: in all": [*_cost_lines(cost, logits), fits, *work],
+    }
+    return lines, [*warnings, *about_window(config, logits)]
+
+
+def _parameter_lines(model: TensorAR) -> list[str]:
+    """Total and trainable parameters by part."""
+    parts = {
+        **model.backbone.parts(),
+        **({"codec": (model.codec,)} if model.codec is not None else {}),
+    }
+    seen: set[int] = set()
+    rows = []
+    for name, modules in parts.items():
+        parameters = [p for m in modules for p in m.parameters() if id(p) not in seen]
+        seen.update(map(id, parameters))  # a tied text head counts once
+        trainable = [p.numel() for p in parameters if p.requires_grad]
+        rows.append((name, sum(p.numel() for p in parameters), sum(trainable)))
+    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    width = max(len(name) for name, *_ in rows) + 2
+    return [
+        f"{name:<{width}}{total:>15,} of which trained {trained:>15,}"
+        for name, total, trained in rows
+    ]
+
+
+def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[str]:
+    """State bytes per ZeRO stage; the configured stage is marked."""
+    lines = []
+    for stage in range(4):
+        size = _size(state_bytes(model, config, world_size, stage))
+        mark = "  <- chosen" if stage == config.engine.zero_stage else ""
+        lines.append(f"ZeRO-{stage} on {world_size} process(es) {size:>9}{mark}")
+    return lines
+
+
+def _cost_lines(cost: Cost, logits: str) -> list[str]:
+    parts = {
+        "state, as above": _size(cost.state),
+        "image tokenizer and text encoder": _size(cost.frozen),
+        "activations of one pass": f"{_size(cost.kept)} ({logits} of logits, fp32, in it)",
+        "what lives for a moment": _size(cost.passing),
+        "while images are encoded": f"{_size(cost.encoding)}, before there is an optimizer",
+        "peak, and a tenth more": f"{_size(cost.total)} (computed from shapes, not measured)",
+    }
+    return [f"{name:<34}{size}" for name, size in parts.items()]
+
+
+def _fits(cost: Cost) -> tuple[str, list[str]]:
+    """Whether it fits this machine's card, or which of the common ones; a warning if none."""
+    need = _size(cost.total)
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, size = card.name, card.total_memory
+        if cost.total <= size:
+            return f"fits this machine's {name} ({_size(size)})", []
+        warning = (
+            f"needs {need}, this machine's {name} has {_size(size)}: lower --engine.micro-batch, "
+            "choose a higher --engine.zero-stage on more GPUs, or a smaller model"
+        )
+        return f"does not fit this machine's {name} ({_size(size)})", [warning]
+    fitting = [f"{size} GB" for size in _CARDS if cost.total <= size * 1e9]
+    if fitting:
+        return f"fits cards of {', '.join(fitting)} (this machine has none)", []
+    what = f"fits no card of {', '.join(map(str, _CARDS))} GB"
+    return what, [f"{what}: needs {need}; more GPUs and --engine.zero-stage 3 share it"]
+
+
+def _work_lines(config: TrainConfig, plan: Plan | None, cost: Cost) -> list[str]:
+    if plan is None:
+        return []
+    work = cost.flops * plan.steps * config.batch_size
+    return [
+        f"work: {work:.2g} floating-point operations, {_duration(work / _FLOPS)} at "
+        f"{_FLOPS / 1e12:.0f} TFLOP/s (estimated, not measured; without validations and sheets)"
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -104,8 +104,8 @@ def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
     training = read_config(folder)["training"]
     if training["data_key"] != data_key:
         raise UserError(
-            f"cannot resume {folder}: the data set has changed since (files were added, removed or edited), and with it "
-            "the held-out split and the order; start a new run_dir"
+            f"cannot resume {folder}: the data set has changed since (files were added, removed or "
+            "edited), and with it the held-out split and the order; start a new run_dir"
         )
     # Frozen weights are not in the state: they are the base's, and already loaded.
     complete = all(p.requires_grad for p in engine.module.parameters())
@@ -160,11 +160,13 @@ def _refuse_code(path: Path) -> None:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # a damaged file can make it raise anything
         raise UserError(
-            f"{path} is not a training state that DeepSpeed wrote ({str(error)[:200]}); resume from another checkpoint"
+            f"{path} is not a training state that DeepSpeed wrote ({str(error)[:200]}); resume "
+            "from another checkpoint"
         ) from error
     if unsafe:
         raise UserError(
-            f"{path} would run {', '.join(sorted(unsafe))} when it is read, which DeepSpeed's own files never do: it is "
+            f"{path} would run {', '.join(sorted(unsafe))} when it is read, which DeepSpeed's own "
+            "files never do: it is "
             "refused and nothing was run. Resume from a checkpoint that you trust"
         )
 

@@ -107,20 +107,16 @@ def check_state(config: TrainConfig, world_size: int, stored: dict, where: Path)
     """UserError if the training state was saved by other processes, or by another engine, than this
     run has.
     """
-    before = stored["state"] if "state" in stored else _older_facts(stored)
-    now = state_facts(config, world_size)
-    names = (
-        list(before) if "state" not in stored else [*before, *(n for n in now if n not in before)]
-    )
-    for name in names:
+    before, now = stored.get("state"), state_facts(config, world_size)
+    if before is None:
+        raise UserError(
+            f"{where} was saved by an older version, whose training cannot go on here; start a new "
+            f"run_dir from its weights, with --backbone.weights {where}"
+        )
+    for name in before | now:
         if before.get(name) != now.get(name):
             raise UserError(
-                f"{where} was saved with {name}={before.get(name)}, this run has {now.get(name)}: the continuation would "
-                f"differ, or DeepSpeed's optimizer shards not fit; start it with {name}={before.get(name)}"
+                f"{where} was saved with {name}={before.get(name)}, this run has {now.get(name)}: "
+                "the continuation would differ, or DeepSpeed's optimizer shards not fit; start it "
+                f"with {name}={before.get(name)}"
             )
-
-
-def _older_facts(stored: dict) -> dict:
-    """Older versions stored less."""
-    own = dict(options(stored["config"]))
-    return {"world_size": stored["world_size"], **{name: own[name] for name in OF_THE_STATE}}

@@ -1,12 +1,12 @@
-"""A new run that begins with the weights of an earlier one: its checkpoint takes the place of a
-published base.
-"""
+"""The model that a run trains: a published base with a fresh codec, or an earlier run's weights."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from t2i.checkpoint import (
     CODEC,
@@ -16,26 +16,77 @@ from t2i.checkpoint import (
     read_config,
     stored_part,
     stored_source,
+    trained_parts,
 )
-from t2i.lora import merge_lora
+from t2i.loading import load_backbone
+from t2i.lora import add_lora, merge_lora
 from t2i.models.base import Backbone
 from t2i.sampling import SamplingConfig
 from t2i.sources import expand_folder, moved, prove, shipped_bases
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
+from t2i.training.config import BackboneOptions, TrainConfig
 from t2i.weights import load_strict, read_state_dict
 
 log = logging.getLogger(__name__)
 
 
+def build_model(
+    config: TrainConfig, *, device: str = "cpu", resumed: Path | None = None
+) -> TensorAR:
+    """The backbone with a fresh codec (and adapters), with exactly the chosen parameters trainable.
+
+    Where the weights are an earlier run's, its codec is taken, too. A `resumed` run stands on its
+    own checkpoint.
+    """
+    options = config.backbone
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    earlier = resumed or options.weights
+    if is_checkpoint(earlier):
+        # The base may lie elsewhere than when the run began; its hash proves that it is the same.
+        base = options.weights if resumed and _is_local_base(options.weights) else None
+        backbone = start_from(
+            earlier, options, resumed=resumed is not None, base=base, device=device, dtype=dtype
+        )
+    else:
+        backbone = load_backbone(
+            options.family,
+            earlier,
+            tokenizer=options.tokenizer,
+            text_encoder=options.text_encoder,
+            text_encoder_dtype=options.text_encoder_dtype,
+            generation_only=options.generation_only,
+            device=device,
+            dtype=dtype,
+        )
+    model = TensorAR(backbone, config.method, seed=config.seed)
+    if resumed is None and is_checkpoint(earlier):
+        _take_codec(model, earlier)
+    backbone.requires_grad_(False)
+    if config.tuning == "lora":
+        add_lora(backbone, config.lora, seed=config.seed)
+    for module in _trained_whole(backbone, config):
+        module.requires_grad_(True)
+    backbone.token_dropout.p = config.token_dropout
+    backbone.gradient_checkpointing = config.engine.gradient_checkpointing
+    model.sampling = config.sampling.apply(model.sampling)
+    model.trained = trained_parts(config.tuning, config.train_image_layers)
+    return model
+
+
+def _trained_whole(backbone: Backbone, config: TrainConfig) -> Sequence[nn.Module]:
+    """The backbone's modules of which every parameter is trained."""
+    if config.tuning == "full":
+        return backbone.trained_modules()
+    return tuple(backbone.image_layers().values()) if config.train_image_layers else ()
+
+
 def start_from(
     folder: str | Path,
+    options: BackboneOptions,
     *,
     resumed: bool = False,
     base: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-    generation_only: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Backbone:
@@ -47,11 +98,10 @@ def start_from(
 
     Args:
         folder: checkpoint, run or export folder.
+        options: where the base's tokenizer and text encoder are now, and what is left out.
         resumed: it is the new run's own checkpoint: its adapters are left out, since training goes
             on with them.
         base: where the base's weights are now.
-        tokenizer: where the base's image tokenizer is now.
-        text_encoder: where its text encoder is now.
 
     Raises:
         UserError: no complete checkpoint, or a file of its base is gone or another.
@@ -59,9 +109,12 @@ def start_from(
     folder = find_checkpoint(folder)
     config = read_config(folder)
     source = moved(
-        stored_source(config, folder), base=base, tokenizer=tokenizer, text_encoder=text_encoder
+        stored_source(config, folder),
+        base=base,
+        tokenizer=options.tokenizer,
+        text_encoder=options.text_encoder,
     )
-    source = replace(source, generation_only=generation_only)
+    source = replace(source, generation_only=options.generation_only)
     if base is not None:
         prove(expand_folder(source))
     merged = config.get("tuning") == "lora" and not resumed
@@ -85,14 +138,12 @@ def start_from(
     return backbone
 
 
-def is_local_base(weights: str) -> bool:
-    """Whether it is a file or folder of base weights here: no shipped base, name on the hub, or
-    earlier run.
-    """
+def _is_local_base(weights: str) -> bool:
+    """Whether it is base weights here: no shipped base, name on the hub, or earlier run."""
     return weights not in shipped_bases() and Path(weights).exists() and not is_checkpoint(weights)
 
 
-def take_codec(model: TensorAR, folder: str | Path) -> None:
+def _take_codec(model: TensorAR, folder: str | Path) -> None:
     """Copy a checkpoint's codec into a model whose codec has the same shape; a log line says if it
     has not.
     """

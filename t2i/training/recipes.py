@@ -1,0 +1,161 @@
+"""What the families' recipes share (`t2i/models/*/*_recipes.py`), and the program that runs one.
+
+The ImageNet recipe is the paper's (arXiv 2505.16324): batch 256, 20 epochs, AdamW (0.9, 0.95),
+weight decay 0.05, clipping at 1.0, 10 % of the classes dropped, token dropout 0.1, the codec's rate
+falling to 0, a lower constant one for the backbone. Both rates are lost in all copies of the paper:
+those here are our choice, a tenth of the usual pre-training rates for the backbone.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from t2i import cli, launcher
+from t2i.errors import UserError
+from t2i.tensorar import presets
+from t2i.training.config import (
+    BackboneOptions,
+    DataOptions,
+    EngineOptions,
+    LabelledOptions,
+    LogOptions,
+    OptimOptions,
+    TrainConfig,
+)
+
+Recipes = dict[str, tuple[str, TrainConfig]]
+"""By name: what it is, in one line, and the settings."""
+
+OWN_PICTURES = LogOptions(
+    log_every=None,
+    validate_every=None,
+    sample_every=None,
+    save_every=None,
+    at_start=True,
+    prompts=(),
+)
+"""Everything by the run's length, and sheets of the captions of held-out pictures."""
+_CLASSES = ("207", "360", "387", "974", "88", "979", "417", "279")
+"""Of the sheets: the examples of LlamaGen's demo."""
+METHODS = {
+    "tuned": (presets.tuned(), "light drafts, half of them its own"),
+    "iclr2026": (presets.iclr2026(), "ICLR 2026 method"),
+    "arxiv2505": (presets.arxiv2505(), "arXiv v1 method"),
+    "control": (presets.base(), "the base fine-tuned as usual"),
+}
+"""How a recipe's name ends: the method, and what it is; of classes, tuned goes without saying."""
+_CLASS_SHAPES = Path("runs/class-shapes")
+"""Where the offline classes are looked for."""
+_MAIN_OPTIONS = (
+    *("data.source", "data.caption_column", "data.validation_samples"),
+    *("run_dir", "resume", "check", "backbone.weights", "batch_size", "epochs", "steps", "seed"),
+    *("engine.micro_batch", "engine.zero_stage", "method.k", "optim.codec_lr", "optim.backbone_lr"),
+    *("log.prompts", "log.sample_every", "log.save_every"),
+)
+"""What --help shows of a recipe."""
+
+
+def small_data(config: TrainConfig, name: str) -> TrainConfig:
+    """For some hundred to some thousand pictures, on one GPU: adapters, ten passes."""
+    return replace(
+        config,
+        run_dir=Path(f"runs/{name}"),
+        method=presets.tuned(own_drafts=1.0),
+        tuning="lora",
+        train_image_layers=False,
+        optim=replace(config.optim, codec_lr=3e-4, backbone_lr=1e-4, warmup_steps=None),
+        engine=replace(config.engine, zero_stage=1),
+        log=replace(config.log, keep_last=5),  # the best one need not be the last
+        batch_size=32,
+        epochs=10.0,
+    )
+
+
+def on_two_cores(config: TrainConfig) -> TrainConfig:
+    """For the offline world: small batches, a few minutes."""
+    return replace(
+        config,
+        engine=EngineOptions(micro_batch=32),
+        log=replace(config.log, save_every=100),
+        batch_size=32,
+        steps=200,
+        token_dropout=0.0,
+    )
+
+
+def imagenet(
+    name: str,
+    about: str,
+    backbone: BackboneOptions,
+    data: LabelledOptions,
+    *,
+    micro_batch: int,
+    gradient_checkpointing: bool,
+) -> Recipes:
+    """A published class-conditional model with each method; the micro-batch fits into 80 GB."""
+    engine = EngineOptions(
+        zero_stage=2,
+        precision="bf16",
+        micro_batch=micro_batch,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    config = TrainConfig(
+        backbone=backbone,
+        data=data,
+        optim=OptimOptions(codec_lr=1e-4, backbone_lr=1e-5, warmup_steps=None),
+        engine=engine,
+        log=replace(OWN_PICTURES, prompts=_CLASSES),
+    )
+    return _with_each_method(name, about, config)
+
+
+def class_shapes(family: str) -> Recipes:
+    """The offline classes of `launch/lab/pretrain_class_shapes.py` with each method."""
+    config = TrainConfig(
+        backbone=BackboneOptions(family=family, weights=str(_CLASS_SHAPES / family)),
+        data=LabelledOptions(
+            source=(str(_CLASS_SHAPES / "images"),), views="flip", validation_samples=256
+        ),
+        optim=OptimOptions(codec_lr=3e-3, backbone_lr=1e-4, warmup_steps=20),
+        log=LogOptions(prompts=("0", "5", "10", "15")),
+    )
+    name = f"{family.replace('_', '-')}-shapes"
+    return _with_each_method(name, "offline classes of shapes", on_two_cores(config))
+
+
+def _with_each_method(name: str, about: str, config: TrainConfig) -> Recipes:
+    found: Recipes = {}
+    for end, (method, words) in METHODS.items():
+        own = name if end == "tuned" else f"{name}-{end}"
+        changed = replace(config, run_dir=Path("runs") / own, method=method)
+        found[own] = (f"{about}, {words}", changed)
+    return found
+
+
+# -- the program -----------------------------------------------------------------------------------
+def run_recipe(recipes: Recipes, description: str) -> None:
+    """What every `launch/train_*.py` does: parse a named recipe with overrides; check it or train.
+
+    The main process alone reports.
+    """
+    config = cli.parse_recipe(recipes, description, main=_MAIN_OPTIONS)
+    base = Path(config.backbone.weights)
+    if base.parent == _CLASS_SHAPES and not base.exists():
+        raise UserError(
+            f"{base} is not there yet: "
+            f"python launch/lab/pretrain_class_shapes.py --backbone {base.name}"
+        )
+    if config.check:
+        from t2i.training.check import check
+
+        report = check(config, launcher.world_size())
+        if launcher.is_main_process():
+            print(report)
+        return
+    from t2i.training.loop import train
+
+    folder = train(config)
+    if launcher.is_main_process():
+        print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
+        if isinstance(config.data, DataOptions) and config.data.trigger:
+            prompt = config.data.with_trigger("your prompt")
+            print(f"trained with trigger words; draw with them: --prompt {prompt!r}")
