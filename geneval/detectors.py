@@ -27,6 +27,7 @@ from t2i.errors import UserError
 from t2i.hashes import remembered_sha256
 from t2i.hub import fetch_folder
 from t2i.published import ProvenFile
+from t2i.worlds import open_world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,9 +65,7 @@ def load_detector(
     if name == "shapes":
         if weights is not None or sha256 is not None:
             raise UserError("the shapes detector has no weights: leave out --detector-weights")
-        from t2i.shapes.shapes_detector import ShapesDetector
-
-        return ShapesDetector()
+        return open_world(name).open_detector()
     weights = None if weights is None else Path(weights).expanduser()
     if name == "mask2former":
         return _official(weights, sha256, device)

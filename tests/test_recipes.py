@@ -24,7 +24,7 @@ from t2i.errors import UserError
 from t2i.loading import FAMILIES
 from t2i.models.janus.janus_recipes import JANUS_RECIPES
 from t2i.models.llamagen.llamagen_recipes import OWN_PICTURES, RECIPES
-from t2i.shapes.scenes import write_dataset
+from t2i.shapes.shapes_source import write_dataset
 from t2i.tensorar import presets
 from t2i.training import loop
 from t2i.training.advice import about_settings, peak_rates
