@@ -62,11 +62,10 @@ def main() -> None:
 
 def compare(config: Quickstart) -> None:
     """Fine-tune, judge, and write everything to an existing folder."""
-    from launch.lab.fine_tuning import fine_tuned, held_out_losses
     from t2i.loading import attach, load_backbone
-    from t2i.shapes.scenes import write_dataset
+    from t2i.shapes.fine_tuning import fine_tuned, held_out_losses
     from t2i.shapes.shapes_prompts import benchmark_prompts
-    from t2i.shapes.shapes_source import FINE_TUNING_SEED
+    from t2i.shapes.shapes_source import FINE_TUNING_SEED, write_dataset
     from t2i.tensorar.presets import base
     from t2i.training.engine import start_processes
 
@@ -88,7 +87,7 @@ def compare(config: Quickstart) -> None:
     losses = {name: held_out_losses(control, model) for name, model in models.items()}
     metadata = benchmark_prompts(config.seed, config.prompts_per_task)
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
-    scores = {name: judge(model, name, metadata, config) for name, model in models.items()}
+    scores = {name: scores_of(model, name, metadata, config) for name, model in models.items()}
     write_comparison(models, config)
     write_results(scores, losses, config)
     print(table(scores, losses))
@@ -115,10 +114,8 @@ def run_config(config: Quickstart, name: str):
     )
 
 
-def judge(model, name: str, metadata: list[dict], config: Quickstart) -> dict[str, dict]:
-    """GenEval by `geneval/run.py`'s own code, with files and gallery; returns its scores by
-    name.
-    """
+def scores_of(model, name: str, metadata: list[dict], config: Quickstart) -> dict[str, dict]:
+    """GenEval by `geneval/run.py`'s own code, with files and gallery: its scores by name."""
     from geneval.detectors import load_detector
     from geneval.geneval_benchmark import GenEval
     from t2i.evaluation.options import Scope
@@ -185,7 +182,7 @@ def table(scores: dict, losses: dict) -> str:
     """A markdown table: score by task and overall, held-out loss of slot 0 on noised truth and on
     own drafts.
     """
-    from t2i.shapes.shapes_prompts import TAGS
+    from geneval.prompts import TAGS
 
     head = ["model", *TAGS, "overall", "loss, noised truth (slots)", "loss, own drafts (slots)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -38,7 +38,7 @@ from t2i.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Experiment:
-    """Which runs, and how they are judged."""
+    """Which runs, and how they are examined."""
 
     grid: Positional[str]
     """Name of a grid in launch/lab/experiment_grids.py."""
@@ -176,7 +176,7 @@ def do(run: Run, experiment: Experiment) -> None:
     todo = [item for item in todo if item[0] not in done]
     if not todo:
         return
-    from launch.lab.fine_tuning import fine_tuned, loaded
+    from t2i.shapes.fine_tuning import fine_tuned, loaded
 
     print(f"== {run.base}, {run.arm.name}, seed {run.seed}: {len(todo)} to score", flush=True)
     fine_tuned(config)
@@ -200,33 +200,33 @@ def key_of(run: Run, experiment: Experiment, step: int, options: dict) -> str:
 
 def scored(model, run: Run, experiment: Experiment, options: dict) -> dict:
     """Sample and judge."""
-    from launch.lab.fine_tuning import judge
+    from t2i.shapes.fine_tuning import examine
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
     started = time.time()
-    judged = judge(
+    examined = examine(
         model,
         benchmark_prompts(0, experiment.prompts_per_task),
         seed=run.seed,
         samples=experiment.samples,
         sampling=replace(model.sampling, **options),
     )
-    summary = judged.report.summary
-    verdicts = [int(v.correct) for v in judged.report.verdicts]
+    summary = examined.report.summary
+    verdicts = [int(v.correct) for v in examined.report.verdicts]
     each = experiment.samples
     return {
         "score": summary.overall,
         "tags": {tag: s.mean for tag, s in summary.tags.items()},
         "correct": [sum(verdicts[i : i + each]) for i in range(0, len(verdicts), each)],
-        "changes": judged.changes and asdict(judged.changes),
+        "changes": examined.changes and asdict(examined.changes),
         "seconds_judging": round(time.time() - started, 1),
     }
 
 
 def trained(model, run: Run, experiment: Experiment) -> dict:
     """Losses on the held-out set, their course, and what refinement does there."""
-    from launch.lab.fine_tuning import held_out, held_out_losses, loaded
     from t2i.evaluation.refinement import repairs
+    from t2i.shapes.fine_tuning import held_out, held_out_losses, loaded
     from t2i.training.logs import read_metrics
 
     config = run.config(experiment)

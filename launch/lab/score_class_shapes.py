@@ -24,9 +24,9 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from geneval.judge import JudgeOptions
-from launch.lab.pretrain_class_shapes import CLASSES, class_image
 from t2i import cli
 from t2i.errors import UserError
+from t2i.shapes.scenes import CLASSES, class_image
 from t2i.shapes.shapes_detector import ShapesDetector
 
 _SAME = ("count", "labels", "seed")
@@ -53,7 +53,7 @@ class ScoreConfig:
     """Where the scores are written."""
 
 
-def judge(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def verdicts_on(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether each of the images uint8 [N, H, W, 3] shows its class: bool [N, 3] for both, its
     shape, its colour.
 
@@ -176,12 +176,12 @@ def main() -> None:
         save_png(sheet.quantize(_SHEET_COLORS), config.sheet)
     rows, first = {}, None
     for name, (images, labels, _) in read.items():
-        verdicts = judge(images, labels)
+        verdicts = verdicts_on(images, labels)
         rows[name] = row(verdicts, first)
         first = verdicts if first is None else first
     if config.base is not None:
         rows[f"new images through the tokenizer of {config.base}"] = row(
-            judge(*tokenized(config.base))
+            verdicts_on(*tokenized(config.base))
         )
     settings = {name: settings for name, (*_, settings) in read.items()}
     about = {"detector": ShapesDetector().identity(), "settings": settings}

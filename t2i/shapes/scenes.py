@@ -186,3 +186,19 @@ def _clearly(relation: str, a: tuple[int, int, int], b: tuple[int, int, int]) ->
     }[relation]
     distance = math.hypot(dx, dy)
     return along - 0.1 * (a[2] + b[2]) >= 0.6 * distance and abs(across) <= 0.4 * distance
+
+
+CLASSES = tuple(
+    (shape, color)
+    for shape in ("circle", "square", "triangle", "cross")
+    for color in tuple(PALETTE)[:5]
+)
+"""What a class id means in images by class: one shape in one colour."""
+
+
+def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
+    """Image `number` of a class, `size` pixels wide: its shape, placed and sized at random."""
+    dice = random.Random(f"class shapes {seed} {label} {number}")
+    side = dice.randrange(24, 34, 2)
+    x, y = (dice.randint(side // 2 + 2, 62 - side // 2) for _ in range(2))
+    return render(Scene((SceneObject(*CLASSES[label], x, y, side),), "single", "", {}), size)

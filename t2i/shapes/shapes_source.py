@@ -1,4 +1,4 @@
-"""The shapes world as data: captioned scenes as a source or a folder, and images by class.
+"""The shapes world as data: captioned scenes, as a source or as a folder.
 
 `--data.source shapes` (or shapes:5000 for so many scenes) draws them as they are read. A folder of
 that name is given as `./shapes`.
@@ -7,16 +7,13 @@ that name is given as `./shapes`.
 import json
 import logging
 import os
-import random
 from pathlib import Path
-
-from PIL import Image
 
 from t2i.data.samples import Sample, Source
 from t2i.errors import UserError
 from t2i.files import namesake, write_text
 from t2i.imaging import save_png
-from t2i.shapes.scenes import PALETTE, Scene, SceneObject, render, sample_scene
+from t2i.shapes.scenes import render, sample_scene
 
 log = logging.getLogger(__name__)
 
@@ -94,28 +91,3 @@ def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> 
     write_text(table, "".join(rows))
     log.info("%s: %d images written, %d kept", folder, len(missing), n - len(missing))
     return len(missing), n - len(missing)
-
-
-CLASSES = tuple(
-    (shape, color)
-    for shape in ("circle", "square", "triangle", "cross")
-    for color in tuple(PALETTE)[:5]
-)
-"""What a class id means in images by class: one shape in one colour."""
-
-
-def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
-    """Image `number` of a class, `size` pixels wide: its shape, placed and sized at random."""
-    dice = random.Random(f"class shapes {seed} {label} {number}")
-    side = dice.randrange(24, 34, 2)
-    x, y = (dice.randint(side // 2 + 2, 62 - side // 2) for _ in range(2))
-    return render(Scene((SceneObject(*CLASSES[label], x, y, side),), "single", "", {}), size)
-
-
-def write_class_images(folder: Path, per_class: int, size: int, seed: int) -> None:
-    """An ImageNet-style folder: train/n00000000/000000.png ...; what is there is kept."""
-    for label in range(len(CLASSES)):
-        for number in range(per_class):
-            path = folder / "train" / f"n{label:08d}" / f"{number:06d}.png"
-            if not path.exists():
-                save_png(class_image(label, number, size, seed), path)
