@@ -3,7 +3,7 @@ way? (parts of `gpu_check.py`)
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +15,7 @@ import torch
 from helpers import GoldenCase
 from torch import Tensor
 
+from launch.lab.gpu_speed import Rows
 from t2i.loading import load_backbone
 from t2i.models.base import Backbone
 from t2i.models.janus import janus_model as janus
@@ -33,8 +34,6 @@ LOGITS, PIXELS = 1e-4, 5e-4  # the golden tests' tolerances, fp32
 BF16 = 0.08  # largest difference of logits in bf16, as a share of the largest logit
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = SamplingConfig(temperature=0.0)
-Rows = Iterator[tuple[dict, Callable[[], dict]]]
-"""What each row of a part is about, and the work that fills it."""
 
 
 # -- official outputs ------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def train(cfg: CaptionBase, learner: Learner, scenes: Scenes, end: float) -> Non
 
     OUT/constant_rate is what it was before its rate fell, OUT/partial the newest of a stopped run.
     """
-    descent = Descent(learner.trained(), cfg.gpt_lr, weight_decay=0.05)
+    descent = Descent(learner.trained(), cfg.gpt_lr, weight_decay=0.05, warm_up=50)
     losses = _losses(cfg, learner, scenes)
     step, done, start = 0, 0.0, time.time()
     logged = saved = start

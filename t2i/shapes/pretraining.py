@@ -20,15 +20,17 @@ from t2i.progress import progress_bar
 
 CONSTANT_RATE = 0.6
 """Share of a run before its rate falls."""
-_WARM_UP = 50
 _IDLE_STEPS = 25
 
 
 class Descent:
     """AdamW whose rate warms up, stays, and falls to zero over the last 40 % of the run."""
 
-    def __init__(self, trained: nn.Module, lr: float, *, weight_decay: float = 0.01):
-        self._parameters, self._peak, self._steps = list(trained.parameters()), lr, 0
+    def __init__(
+        self, trained: nn.Module, lr: float, *, weight_decay: float = 0.01, warm_up: int = 20
+    ):
+        self._parameters, self._peak = list(trained.parameters()), lr
+        self._steps, self._warm_up = 0, warm_up
         self._optimizer = torch.optim.AdamW(
             self._parameters,
             betas=(0.9, 0.95),
@@ -39,7 +41,7 @@ class Descent:
     def step(self, loss: Tensor, done: float) -> None:
         """Follow the gradients of a loss, clipped; `done` is the share of the run before it."""
         self._steps += 1
-        share = min(1, self._steps / _WARM_UP, (1 - done) / (1 - CONSTANT_RATE))
+        share = min(1, self._steps / self._warm_up, (1 - done) / (1 - CONSTANT_RATE))
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak * share
         self._optimizer.zero_grad()
@@ -62,10 +64,10 @@ def train_tokenizer(
         if codebook is None:
             z, rows = latents, torch.where(latents > 0, 1.0, -1.0)
         else:
-            if step % _IDLE_STEPS == 0 and step < CONSTANT_RATE * steps:
-                _move_idle_codes(codebook.embedding.weight, latents, used)
             codes = tokenizer.encode(pixels)
             used[codes] = True
+            if step % _IDLE_STEPS == 0 and step < CONSTANT_RATE * steps:
+                _move_idle_codes(codebook.embedding.weight, latents, used)
             # A cosine codebook stands for directions.
             z = F.normalize(latents, dim=1) if isinstance(tokenizer, VQTokenizer) else latents
             rows = codebook.vectors()[codes].permute(0, 3, 1, 2)
