@@ -60,8 +60,10 @@ def test_a_mistake_ends_in_one_line(capsys):
 # -- help ------------------------------------------------------------------------------------------
 _PROGRAMS = (
     *(f"launch/{name}.py" for name in ("generate", "fid", "sample_imagenet", "quickstart")),
-    *("launch/lab/score_class_shapes.py", "launch/lab/pretrain_class_shapes.py"),
-    *("launch/benchmark.py", "launch/export.py", "geneval/run.py", "dpg_bench/run.py"),
+    *(f"launch/lab/{name}.py" for name in ("experiment", "recipe_report", "score_class_shapes")),
+    *("launch/lab/pretrain_shapes.py", "launch/lab/pretrain_class_shapes.py"),
+    *("launch/benchmark.py", "launch/gpu_check.py", "launch/export.py"),
+    *("geneval/run.py", "dpg_bench/run.py"),
 )
 
 
