@@ -29,7 +29,7 @@ COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac")
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportOptions:
     """What to read and where to write."""
 
     results: Path = Path("runs/experiments/results.jsonl")
@@ -70,7 +70,7 @@ def estimate(rates_RP: np.ndarray, tasks: int) -> Estimate:
 class Results:
     """Result lines, looked up by base, arm and way of sampling."""
 
-    def __init__(self, lines: list[dict], config: Report):
+    def __init__(self, lines: list[dict], config: ReportOptions):
         self.config = config
         self.lines = {
             (x["base"], x["arm"], x["seed"], x["step"], x["steps"], x["sampling"]): x for x in lines
@@ -79,13 +79,12 @@ class Results:
     def bases(self) -> list[str]:
         return sorted({key[0] for key in self.lines})
 
-    def find(self, base: str, arm: str, sampling: str = "", *, steps: int | None = None) -> dict:
+    def find(self, base: str, arm: str, sampling: str = "") -> dict:
         """The final results of an arm, by seed."""
         found = {
             key[2]: line
             for key, line in self.lines.items()
             if key[:2] == (base, arm) and key[3] == key[4] and key[5] == sampling
-            if steps is None or key[4] == steps
         }
         return dict(sorted(found.items()))
 
@@ -335,7 +334,7 @@ def loss_course(
 
 
 def main() -> None:
-    config = cli.parse(Report, __doc__)
+    config = cli.parse(ReportOptions, __doc__)
     with reading(config.results):
         lines = [json.loads(line) for line in config.results.read_text().splitlines()]
     results = Results(lines, config)

@@ -10,7 +10,7 @@ import multiprocessing
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,9 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from t2i.files import replacing, write_json
 from t2i.loading import attach, load_backbone, pick_device
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Condition
 from t2i.models.captions import clean_caption
+from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.shapes.fine_tuning import examine
@@ -81,7 +82,7 @@ def every_caption() -> list[str]:
     return [entry["prompt"] for entry in every_prompt()]
 
 
-def draw_scenes(seed: int, size: int, indices: Sequence[int]) -> tuple[np.ndarray, list[str]]:
+def draw_scenes(seed: int, size: int, indices: Iterable[int]) -> tuple[np.ndarray, list[str]]:
     """Images uint8 [B, H, W, 3] and prompts of these scenes; held-out prompts never come."""
     scenes = [sample_scene(seed, int(i)) for i in indices]
     return np.stack([np.asarray(render(s, size)) for s in scenes]), [s.prompt for s in scenes]
@@ -122,7 +123,7 @@ def scene_codes(cfg: CaptionBase, tokenizer: Path, end: float = float("inf")) ->
         stored = _encoded(cfg, tokenizer, end)
         if len(stored["codes"]) == cfg.scenes:
             with replacing(path) as partial_path, open(partial_path, "wb") as file:
-                np.savez(file, **stored)
+                np.savez(file, codes=stored["codes"], prompts=stored["prompts"])
     codes, prompts = (torch.from_numpy(stored[n].astype(np.int32)) for n in ("codes", "prompts"))
     return Scenes(codes, prompts.long())
 
@@ -170,7 +171,7 @@ def trained_tokenizer(cfg: CaptionBase) -> VQTokenizer:
 class Learner:
     """A generator, what reads its captions, and every caption ready to be read."""
 
-    backbone: Backbone
+    backbone: LlamaGen | Janus
     captions: dict[str, Tensor]
     """By `every_caption`: what `condition` takes rows of."""
     text_encoder: tuple[Any, ...] = ()

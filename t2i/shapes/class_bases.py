@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from t2i.models.base import Backbone
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.models.open_magvit2.open_magvit2_model import OpenMAGVIT2, OpenMAGVIT2Config
 from t2i.models.rar.rar_model import RAR, RARConfig
+from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
@@ -97,10 +99,10 @@ def _batches(pixels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
         yield pixels[torch.randint(len(pixels), (_TOKENIZER_BATCH,), generator=generator)]
 
 
-def build_tokenizer(family: str, *, seed: int = 0) -> nn.Module:
+def build_tokenizer(family: str, *, seed: int = 0) -> ConvTokenizer:
     """A small tokenizer of the family's kind with fresh weights: 512 codes, or 12 bits."""
     torch.manual_seed(seed)
-    shape = {"channels": 32, "multipliers": (1, 1, 1), "res_blocks": 1}
+    shape: dict[str, Any] = {"channels": 32, "multipliers": (1, 1, 1), "res_blocks": 1}
     if family == "llamagen":
         return VQTokenizer(VQConfig(**shape, latent_channels=32, codebook_size=_CODES))
     if family == "rar":
@@ -110,24 +112,25 @@ def build_tokenizer(family: str, *, seed: int = 0) -> nn.Module:
     return LFQTokenizer(LFQConfig(**shape, bits=sum(_BITS)))
 
 
-def build_backbone(cfg: ClassBase, tokenizer: nn.Module) -> Backbone:
+def build_backbone(cfg: ClassBase, tokenizer: ConvTokenizer) -> Backbone:
     """A generator with fresh weights, and without dropout."""
-    side, heads = cfg.image_size // tokenizer.downsample, max(1, cfg.dim // _HEAD)
-    shape = {"dim": cfg.dim, "n_layer": cfg.layers, "n_head": heads, "grid": (side, side)}
-    shape["num_classes"] = len(CLASSES)
+    side = cfg.image_size // tokenizer.downsample
+    shape: dict[str, Any] = {"dim": cfg.dim, "n_layer": cfg.layers, "grid": (side, side)}
+    shape |= {"n_head": max(1, cfg.dim // _HEAD), "num_classes": len(CLASSES)}
     no_dropout = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
     llama = {**shape, **no_dropout, "ffn_dim": 4 * cfg.dim}
+    generator = torch.Generator().manual_seed(cfg.seed)
+    backbone: Backbone
     if cfg.backbone == "llamagen":
         backbone = LlamaGen(LlamaGenConfig(**llama, vocab_size=_CODES))
-        weights = backbone.gpt
+        backbone.gpt.initialize(generator)
     elif cfg.backbone == "open_magvit2":
         backbone = OpenMAGVIT2(OpenMAGVIT2Config(**llama, n_intra_layer=1, bits=_BITS))
-        weights = backbone.transformer
+        backbone.transformer.initialize(generator)
     else:
-        plain = {"vocab_size": _CODES, "dropout": 0.0, "attn_dropout": 0.0}
-        backbone = RAR(RARConfig(**shape, mlp_dim=4 * cfg.dim, **plain))
-        weights = backbone.gpt
-    weights.initialize(torch.Generator().manual_seed(cfg.seed))
+        shape |= {"mlp_dim": 4 * cfg.dim, "dropout": 0.0, "attn_dropout": 0.0}
+        backbone = RAR(RARConfig(**shape, vocab_size=_CODES))
+        backbone.gpt.initialize(generator)
     backbone.frozen.tokenizer = tokenizer
     return backbone.eval()
 

@@ -12,6 +12,7 @@ Shapes: H x W image, K palette colours, C shape classes, P template canvas side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -36,8 +37,8 @@ GROWTH = (-1, 0, 1, 2)
 class ShapesDetector:
     """Finds the shapes world's shapes; see `geneval.detector.Detector` for the interface."""
 
-    classes = SHAPES
-    colors = COLORS
+    classes: Sequence[str] = SHAPES
+    colors: Sequence[str] = COLORS
 
     def detect(self, image: Image.Image | np.ndarray) -> dict[str, Detections]:
         """Shape -> `Detections` (pixel boxes, scores, masks); shapes without any are left out.
