@@ -1,5 +1,4 @@
-"""How fast are sampling and training here, and how near to what the hardware allows? (parts of
-`gpu_check.py`)
+"""Parts of `gpu_check.py`: how fast is drawing and training, and how near to what is possible?
 
 Models have published shapes and random weights: speed does not depend on their values.
 """
