@@ -17,12 +17,11 @@ from t2i.models.base import Backbone
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.models.open_magvit2.open_magvit2_model import OpenMAGVIT2, OpenMAGVIT2Config
 from t2i.models.rar.rar_model import RAR, RARConfig
-from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.shapes.fine_tuning import fine_tuned
-from t2i.shapes.pretraining import train_tokenizer, write_base
+from t2i.shapes.pretraining import ImageTokenizer, train_tokenizer, write_base
 from t2i.shapes.scenes import CLASSES, class_image
 from t2i.shapes.tiny_recipes import ClassBase
 from t2i.tensorar import presets
@@ -99,7 +98,7 @@ def _batches(pixels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
         yield pixels[torch.randint(len(pixels), (_TOKENIZER_BATCH,), generator=generator)]
 
 
-def build_tokenizer(family: str, *, seed: int = 0) -> ConvTokenizer:
+def build_tokenizer(family: str, *, seed: int = 0) -> ImageTokenizer:
     """A small tokenizer of the family's kind with fresh weights: 512 codes, or 12 bits."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"channels": 32, "multipliers": (1, 1, 1), "res_blocks": 1}
@@ -112,7 +111,7 @@ def build_tokenizer(family: str, *, seed: int = 0) -> ConvTokenizer:
     return LFQTokenizer(LFQConfig(**shape, bits=sum(_BITS)))
 
 
-def build_backbone(cfg: ClassBase, tokenizer: ConvTokenizer) -> Backbone:
+def build_backbone(cfg: ClassBase, tokenizer: ImageTokenizer) -> Backbone:
     """A generator with fresh weights, and without dropout."""
     side = cfg.image_size // tokenizer.downsample
     shape: dict[str, Any] = {"dim": cfg.dim, "n_layer": cfg.layers, "grid": (side, side)}

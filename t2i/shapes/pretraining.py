@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from t2i.files import replacing, write_json
 from t2i.models.base import Backbone
 from t2i.models.tokenizers.lfq import LFQTokenizer
+from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.progress import progress_bar
 
+ImageTokenizer = VQTokenizer | MaskGITVQGAN | LFQTokenizer
 CONSTANT_RATE = 0.6
 """Share of a run before its rate falls."""
 _IDLE_STEPS = 25
@@ -51,12 +53,12 @@ class Descent:
 
 
 def train_tokenizer(
-    tokenizer: nn.Module, batches: Iterable[Tensor], *, steps: int, lr: float
+    tokenizer: ImageTokenizer, batches: Iterable[Tensor], *, steps: int, lr: float
 ) -> None:
     """Reconstruction of pixels [B, 3, H, W] with straight-through codes; frozen afterwards."""
     descent = Descent(tokenizer, lr)
     codebook = None if isinstance(tokenizer, LFQTokenizer) else tokenizer.quantize
-    used = torch.zeros(0 if codebook is None else len(codebook.vectors()), dtype=torch.bool)
+    used = torch.zeros(tokenizer.codebook_size, dtype=torch.bool)
     tokenizer.train().to(memory_format=torch.channels_last)
     bar = progress_bar(range(steps), desc="tokenizer", unit="step")
     for step, pixels in zip(bar, batches, strict=False):
@@ -120,10 +122,12 @@ def write_base(
     """
     (folder / "model").mkdir(parents=True, exist_ok=True)
     weights = backbone.save_official(folder / "model", dtype)
+    content: dict[str, Any]
     content = {"family": backbone.spec.family, "weights": str(weights.relative_to(folder))}
     if weights.is_file():  # a published folder has its tokenizers and its configuration inside
-        save_tokenizer(backbone.tokenizer, folder / "tokenizer.pt", dtype)
-        content |= {"tokenizer": "tokenizer.pt", "config": asdict(backbone.config)}
+        save_tokenizer(backbone.frozen.tokenizer, folder / "tokenizer.pt", dtype)
+        shape: Any = backbone.config
+        content |= {"tokenizer": "tokenizer.pt", "config": asdict(shape)}
     if text_encoder:
         for part in text_encoder:
             part.save_pretrained(folder / "text_encoder")

@@ -16,7 +16,7 @@ from t2i.models.janus import janus_prompts as special
 from t2i.models.janus.janus_config import JanusShape, vq_settings
 from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import JanusPrompts, chat
-from t2i.models.tokenizers.vq import VQTokenizer
+from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 
 
 def build_tokenizer(prompts: Iterable[str], *, vocab_size: int = 512) -> Tokenizer:
@@ -24,8 +24,8 @@ def build_tokenizer(prompts: Iterable[str], *, vocab_size: int = 512) -> Tokeniz
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    marks = (special.BOS, special.EOS, special.PAD, special.BEGIN_OF_IMAGE, special.END_OF_IMAGE)
-    marks = (*marks, special.IMAGE, special.USER, special.ASSISTANT)
+    marks = [special.BOS, special.EOS, special.PAD, special.BEGIN_OF_IMAGE, special.END_OF_IMAGE]
+    marks += [special.IMAGE, special.USER, special.ASSISTANT]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(marks),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -56,6 +56,7 @@ def build_tiny_janus(
     prompts: whose words it knows. shape: what differs from `LanguageShape`.
     """
     sizes = LanguageShape(**shape)
+    assert isinstance(tokenizer.config, VQConfig)
     words = build_tokenizer(prompts, vocab_size=sizes.vocab_size)
     config = {
         "text_config": {
