@@ -1,6 +1,6 @@
 """DPG-Bench (ELLA, arXiv 2403.05135): dense prompts, judged question by question.
 
-graph = official_questions()                   # dpg_bench.official; or shapes_questions()
+graph = load_questions("official")             # dpg_bench.dpg_benchmark; or "shapes"
 judge = load_judge("mplug", device="cuda")     # dpg_bench.judges; or "shapes"
 answers = {item: answer_prompt(judge, images[item], rows) for item, rows in graph.items.items()}
 report = score(graph, answers)                 # dpg_bench.score: official and corrected

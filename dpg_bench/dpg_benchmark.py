@@ -32,8 +32,7 @@ from t2i import __version__
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score
-from t2i.shapes.shapes_judge import ShapesJudge
-from t2i.shapes.shapes_questions import shapes_questions
+from t2i.worlds import WORLDS, open_world
 
 
 class DPGBench:
@@ -50,7 +49,7 @@ class DPGBench:
         Raises:
             UserError: a question is not one of those that the judge can answer.
         """
-        if isinstance(judge, ShapesJudge):
+        if hasattr(judge, "check"):
             judge.check(graph.questions)
         self.graph, self.answering = graph, judge
         self.items = list(graph.items)
@@ -185,6 +184,6 @@ def load_questions(name: str) -> QuestionGraph:
     Raises:
         UserError: see `dpg_bench.official.official_questions`.
     """
-    if name == "shapes":
-        return shapes_questions()
+    if name in WORLDS:
+        return open_world(name).questions()
     return official_questions(None if name == "official" else Path(name))

@@ -18,6 +18,7 @@ from PIL import Image
 from dpg_bench.questions import Question
 from t2i.errors import UserError
 from t2i.published import fetch_folder
+from t2i.worlds import open_world
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,10 @@ DEFAULT_WEIGHTS = {
 
 
 class Judge(Protocol):
-    """Answers questions about images."""
+    """Answers questions about images.
+
+    One that knows certain questions only has `check(questions)` as well, which refuses others.
+    """
 
     def identity(self) -> dict:
         """For results files: "judge" (its name), its weights and their hash or revision."""
@@ -72,11 +76,9 @@ def load_judge(
     if name not in DEFAULT_WEIGHTS:
         raise UserError(f"unknown judge {name!r}; choose one of {', '.join(DEFAULT_WEIGHTS)}")
     if name == "shapes":
-        from t2i.shapes.shapes_judge import ShapesJudge
-
         if weights is not None:
             raise UserError("the shapes judge is an exact detector and takes no weights")
-        return ShapesJudge()
+        return open_world(name).open_judge()
     folder, source = find_folder(name, weights)
     if name == OFFICIAL_JUDGE:
         from dpg_bench.mplug.mplug_judge import MPlugJudge

@@ -112,9 +112,9 @@ def _entry(given: Mapping | str, place: int) -> Mapping:
 @lru_cache(maxsize=1)
 def _known_prompts() -> dict[str, dict]:
     from geneval.prompts import official_prompts
-    from t2i.shapes.shapes_prompts import TAGS, all_prompts
+    from t2i.worlds import open_world
 
-    shapes = [entry for tag in TAGS for entry in all_prompts(tag)]
+    shapes = open_world("shapes").every_prompt()
     return {entry["prompt"]: entry for entry in (*shapes, *official_prompts())}
 
 

@@ -1,7 +1,7 @@
 """What the GenEval judge needs from an object detector and a colour classifier.
 
 Two implementations share these interfaces: the shapes world's analytic detector
-(`t2i.shapes.shapes_detector`) and Mask2Former with CLIP for photographs.
+(`t2i.worlds`) and Mask2Former with CLIP for photographs.
 
 Shapes: n detections of one class, H x W image.
 """

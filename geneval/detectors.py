@@ -24,6 +24,7 @@ from geneval.judge_files import CLIP, MASK2FORMER
 from t2i.errors import UserError
 from t2i.files import replacing_folder, saving
 from t2i.published import ProvenFile, fetch_folder, remembered_sha256
+from t2i.worlds import open_world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,9 +62,7 @@ def load_detector(
     if name == "shapes":
         if weights is not None or sha256 is not None:
             raise UserError("the shapes detector has no weights: leave out --detector-weights")
-        from t2i.shapes.shapes_detector import ShapesDetector
-
-        return ShapesDetector()
+        return open_world(name).open_detector()
     weights = None if weights is None else Path(weights).expanduser()
     if name == "mask2former":
         return _official(weights, sha256, device)

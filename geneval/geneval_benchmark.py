@@ -23,8 +23,7 @@ from t2i.evaluation.gallery import TINTS, Box, Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score
 from t2i.evaluation.store import read_prompts
-
-SHAPES_PROMPTS_PER_TASK = 20
+from t2i.worlds import WORLDS, open_world
 
 
 class GenEval:
@@ -118,10 +117,8 @@ def load_prompts(name: str) -> list[dict]:
         from geneval.prompts import official_prompts
 
         return official_prompts()
-    if name == "shapes":
-        from t2i.shapes.shapes_prompts import benchmark_prompts
-
-        return benchmark_prompts(seed=0, per_tag=SHAPES_PROMPTS_PER_TASK)
+    if name in WORLDS:
+        return open_world(name).benchmark_prompts()
     return read_prompts((), Path(name))
 
 

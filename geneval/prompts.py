@@ -1,4 +1,4 @@
-"""The 553 prompts of GenEval, drawn again instead of copied.
+"""GenEval's grammar, and its 553 prompts, drawn again instead of copied.
 
 Facts from `prompts/create_prompts.py` of djghosh13/geneval (MIT, (c) 2023 Dhruba Ghosh); the
 SHA-256 of both official files proves the result (tests/test_geneval_prompts.py). One stream of
@@ -19,17 +19,78 @@ import numpy as np
 from geneval.judge import COLORS
 from geneval.object_names import OBJECT_NAMES
 from t2i.files import write_text
-from t2i.shapes import shapes_prompts as grammar
-from t2i.shapes.shapes_prompts import RELATIONS, TAGS
 
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
+"""How many objects a counting prompt may ask for."""
 OFFICIAL_SEED = 43
 OFFICIAL_PER_TASK = 100
-_COUNTS = (2, 4)  # least and most objects of a counting prompt
 # A person is asked for in every task but the two with colours; it is the first of the names.
 _NEVER_COLORED = 1
 assert OBJECT_NAMES[0] == "person"
 
 
+# -- the grammar -----------------------------------------------------------------------------------
+def with_article(noun: str) -> str:
+    """`noun` with "a" or "an", by its first letter."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def plural(noun: str) -> str:
+    """GenEval's plural: "es" after s, "s" otherwise."""
+    return f"{noun}es" if noun[-1] == "s" else f"{noun}s"
+
+
+def wanted(name: str, count: int = 1, color: str | None = None) -> dict:
+    """An item of an entry's `include` or `exclude`."""
+    item: dict = {"class": name, "count": count}
+    return item if color is None else item | {"color": color}
+
+
+def entry_of(tag: str, include: list[dict], phrase: str, exclude: list[dict] | None = None) -> dict:
+    """Metadata of "a photo of" what the phrase says, with GenEval's keys in GenEval's order."""
+    excluded = {} if exclude is None else {"exclude": exclude}
+    return {"tag": tag, "include": include, **excluded, "prompt": f"a photo of {phrase}"}
+
+
+def single_object(name: str) -> dict:
+    """Metadata of "a photo of a dog"."""
+    return entry_of("single_object", [wanted(name)], with_article(name))
+
+
+def two_object(first: str, second: str) -> dict:
+    """Metadata of "a photo of a dog and a bench"."""
+    phrase = f"{with_article(first)} and {with_article(second)}"
+    return entry_of("two_object", [wanted(first), wanted(second)], phrase)
+
+
+def counting(name: str, count: int) -> dict:
+    """Metadata of "a photo of three dogs"; exactly three, by `exclude`."""
+    phrase = f"{NUMBER_WORDS[count]} {plural(name)}"
+    return entry_of("counting", [wanted(name, count)], phrase, exclude=[wanted(name, count + 1)])
+
+
+def colors(name: str, color: str) -> dict:
+    """Metadata of "a photo of a red bus"."""
+    return entry_of("colors", [wanted(name, color=color)], f"{with_article(color)} {name}")
+
+
+def position(name: str, relation: str, reference: str) -> dict:
+    """Metadata of "a photo of a dog left of a bench"; the reference is `include[0]`."""
+    include = [wanted(reference), wanted(name) | {"position": [relation, 0]}]
+    phrase = f"{with_article(name)} {relation} {with_article(reference)}"
+    return entry_of("position", include, phrase)
+
+
+def color_attr(first: str, first_color: str, second: str, second_color: str) -> dict:
+    """Metadata of "a photo of a red bus and a blue bench"."""
+    include = [wanted(first, color=first_color), wanted(second, color=second_color)]
+    phrase = f"{with_article(first_color)} {first} and {with_article(second_color)} {second}"
+    return entry_of("color_attr", include, phrase)
+
+
+# -- the official prompts --------------------------------------------------------------------------
 def official_prompts() -> list[dict]:
     """The 553 entries of `evaluation_metadata.jsonl`, in its order (the caller's own copy)."""
     return [json.loads(line) for line in _official_lines()]
@@ -47,7 +108,7 @@ def draw_prompts(seed: int, per_task: int) -> list[dict]:
     include, exclude (counting only) and prompt.
     """
     rng = np.random.default_rng(seed)
-    drawn = [grammar.single_object(name) for name in _objects(rng, len(OBJECT_NAMES))]
+    drawn = [single_object(name) for name in _objects(rng, len(OBJECT_NAMES))]
     draw = {
         "two_object": _two_object,
         "counting": _counting,
@@ -62,9 +123,7 @@ def draw_prompts(seed: int, per_task: int) -> list[dict]:
 
 
 def metadata_line(entry: dict) -> str:
-    """One line of `evaluation_metadata.jsonl`, and a folder's `metadata.jsonl`, less the
-    newline.
-    """
+    """One line of `evaluation_metadata.jsonl` or a folder's `metadata.jsonl`, less the newline."""
     return json.dumps(entry)
 
 
@@ -89,25 +148,25 @@ def _one_of(rng: np.random.Generator, names: Sequence[str]) -> str:
 
 
 def _two_object(rng: np.random.Generator) -> dict:
-    return grammar.two_object(*_objects(rng, 2))
+    return two_object(*_objects(rng, 2))
 
 
 def _counting(rng: np.random.Generator) -> dict:
     name = _one_of(rng, OBJECT_NAMES)
-    return grammar.counting(name, int(rng.integers(*_COUNTS, endpoint=True)))
+    return counting(name, int(rng.integers(min(NUMBER_WORDS), max(NUMBER_WORDS), endpoint=True)))
 
 
 def _colors(rng: np.random.Generator) -> dict:
     name = _one_of(rng, OBJECT_NAMES[_NEVER_COLORED:])
-    return grammar.colors(name, _one_of(rng, COLORS))
+    return colors(name, _one_of(rng, COLORS))
 
 
 def _position(rng: np.random.Generator) -> dict:
     first, second = _objects(rng, 2)
-    return grammar.position(first, _one_of(rng, RELATIONS), second)
+    return position(first, _one_of(rng, RELATIONS), second)
 
 
 def _color_attr(rng: np.random.Generator) -> dict:
     first, second = _objects(rng, 2, first=_NEVER_COLORED)
     first_color, second_color = (COLORS[i] for i in rng.choice(len(COLORS), size=2, replace=False))
-    return grammar.color_attr(first, first_color, second, second_color)
+    return color_attr(first, first_color, second, second_color)

@@ -13,10 +13,10 @@ import multiprocessing
 import platform
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,119 +24,107 @@ if not __package__:  # run from a clone, without installation
 from t2i import cli
 from t2i.errors import UserError
 
+if TYPE_CHECKING:
+    from t2i.models.base import Backbone
+
 
 @dataclass(frozen=True)
-class Benchmark:
+class Timing:
     """What to time."""
 
     size: str | None = None
-    """A published LlamaGen size (class-conditional, random weights); the shipped shapes base if not
-    given.
-    """
+    """A published LlamaGen size (by class, random weights), or else the shipped shapes base."""
     methods: tuple[str, ...] = ("base", "tuned", "iclr2026", "arxiv2505")
     """Presets to compare; ratios are to the first."""
     batch: int = 32
     """Samples per training step."""
     images: int = 16
-    """Images sampled at once."""
+    """Images drawn at once."""
     rounds: int = 5
     memory: bool = True
-    """Also measure peak memory, each in its own process (on the CPU: of the whole process, Linux
-    only).
-    """
+    """Also measure peak memory, each in a process of its own (on the CPU: all of it, on Linux)."""
     out: Path | None = None
     """Also write the table to this file."""
 
 
 class Contender:
-    """One method: a training step and a sampling run, ready to be timed."""
+    """One method: a training step and a drawing run, ready to be timed."""
 
-    def __init__(self, config: Benchmark, method: str):
+    def __init__(self, config: Timing, method: str):
         import torch
 
+        from launch.lab.gpu_speed import TrainingStep
         from t2i.loading import attach
         from t2i.tensorar import presets
 
         torch.manual_seed(0)
-        self.torch, self.config = torch, config
+        self.images = config.images
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        backbone = self._backbone()
+        backbone = _backbone(config.size).to(self.device)
         self.model = attach(backbone, presets.method(method)).to(self.device)
-        vocab, tokens = backbone.spec.subvocabs[0], backbone.spec.num_tokens
-        self.codes = torch.randint(vocab, (config.batch, tokens, 1), device=self.device)
-        self.keys = torch.arange(config.batch, device=self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.train_step = TrainingStep(self.model, self._prepared(config.batch))
 
-    def _backbone(self):
-        from t2i.loading import load_backbone
-        from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
-        from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
-
-        if self.config.size is None:
-            return load_backbone("llamagen", "shapes", device=self.device, dtype="float32")
-        if self.config.size not in SIZES:
-            raise UserError(f"size {self.config.size!r} must be one of {', '.join(SIZES)}")
-        backbone = LlamaGen(LlamaGenConfig(**SIZES[self.config.size]))
-        backbone.frozen.tokenizer = VQTokenizer(VQConfig()).eval()
-        return backbone
-
-    def prepared(self, count: int) -> dict:
+    def _prepared(self, count: int) -> dict:
         kind = self.model.backbone.spec.cond_kind
         return self.model.backbone.prepare(
             ["a photo of two stars" if kind == "text" else 1] * count
         )
 
-    def train_step(self) -> None:
-        model = self.model.train()
-        condition = model.backbone.encode_condition(self.prepared(self.config.batch))
-        windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
-        loss = model(self.codes, condition, windows).weighted(model.config.weights())
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+    def draw(self) -> None:
+        import torch
 
-    def sample(self) -> None:
         from t2i.tensorar.sampler import sample_windows
 
-        model = self.model.eval()
-        count = self.config.images
-        keys = self.torch.arange(count)
-        sample_windows(model, self.prepared(count), keys, model.sampling)
-
-    def timed(self, work) -> float:
-        start = time.perf_counter()
-        work()
-        if self.device.type == "cuda":
-            self.torch.cuda.synchronize()
-        return time.perf_counter() - start
+        model, keys = self.model.eval(), torch.arange(self.images)
+        sample_windows(model, self._prepared(self.images), keys, model.sampling)
 
 
-def measure(config: Benchmark) -> dict[str, dict[str, float]]:
+def _backbone(size: str | None) -> "Backbone":
+    """The shapes base, or a published size with random weights."""
+    from t2i.loading import load_backbone
+    from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
+    from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+
+    if size is None:
+        return load_backbone("llamagen", "shapes", device="cpu", dtype="float32")
+    if size not in SIZES:
+        raise UserError(f"size {size!r} must be one of {', '.join(SIZES)}")
+    backbone = LlamaGen(LlamaGenConfig(**SIZES[size]))
+    backbone.frozen.tokenizer = VQTokenizer(VQConfig()).eval()  # noise may need its code vectors
+    return backbone
+
+
+def measure(config: Timing) -> dict[str, dict[str, float]]:
     """Median seconds by method: per training step, and per image (codes only)."""
+    from launch.lab.gpu_speed import seconds
+
     contenders = {name: Contender(config, name) for name in config.methods}
     times: dict[str, dict[str, list[float]]] = {n: {"step": [], "image": []} for n in contenders}
     for round_ in range(config.rounds + 1):
         for name, contender in contenders.items():
-            step, image = contender.timed(contender.train_step), contender.timed(contender.sample)
+            step = seconds(contender.train_step, contender.device)
+            image = seconds(contender.draw, contender.device)
             if round_ > 0:  # the first round warms up
                 times[name]["step"].append(step)
                 times[name]["image"].append(image / config.images)
     return {n: {k: statistics.median(v) for k, v in t.items()} for n, t in times.items()}
 
 
-def peak_memory(config: Benchmark, method: str, work: str) -> float:
+def peak_memory(config: Timing, method: str, work: str) -> float:
     """Peak GB of a fresh process that does one piece of work twice."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak, config, method, work).result()
 
 
-def _peak(config: Benchmark, method: str, work: str) -> float:
+def _peak(config: Timing, method: str, work: str) -> float:
     contender = Contender(config, method)
     for _ in range(2):
         getattr(contender, work)()
     if contender.device.type == "cuda":
-        return contender.torch.cuda.max_memory_allocated() / 1e9
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9
     # Not getrusage: its peak is inherited from the process that started this one.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
@@ -144,7 +132,7 @@ def _peak(config: Benchmark, method: str, work: str) -> float:
 
 
 def main() -> None:
-    config = cli.parse(Benchmark, __doc__)
+    config = cli.parse(Timing, __doc__)
     import torch
 
     from t2i.files import writable_file, write_text
@@ -159,20 +147,21 @@ def main() -> None:
         else f"{torch.get_num_threads()} CPU threads"
     )
     lines = [
-        f"{config.size or 'shapes base'}, batch {config.batch}, {config.images} images at once, {where}, "
-        f"torch {torch.__version__}, {platform.machine()}",
+        f"{config.size or 'shapes base'}, batch {config.batch}, {config.images} images at once, "
+        f"{where}, torch {torch.__version__}, {platform.machine()}",
         "",
-        "| method | s per training step | ratio | s per image (codes) | ratio | peak GB training | peak GB sampling |",
+        "| method | s per training step | ratio | s per image (codes) | ratio "
+        "| peak GB training | peak GB drawing |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in seconds.items():
         memory = [
             f"{peak_memory(config, name, w):.2f}" if config.memory else "-"
-            for w in ("train_step", "sample")
+            for w in ("train_step", "draw")
         ]
         lines.append(
-            f"| {name} | {row['step']:.3f} | {row['step'] / first['step']:.2f} | {row['image']:.4f} | "
-            f"{row['image'] / first['image']:.2f} | {' | '.join(memory)} |"
+            f"| {name} | {row['step']:.3f} | {row['step'] / first['step']:.2f} "
+            f"| {row['image']:.4f} | {row['image'] / first['image']:.2f} | {' | '.join(memory)} |"
         )
     text = "\n".join(lines)
     print(text)

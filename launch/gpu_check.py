@@ -17,9 +17,11 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
@@ -28,49 +30,76 @@ sys.path.append(
     str(Path(__file__).resolve().parents[1] / "tests")
 )  # the golden cases and how they are read
 
-import torch
-
-from launch.lab import gpu_parity, gpu_speed
 from t2i import cli
 from t2i.errors import UserError
 from t2i.files import writable_folder, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from launch.lab.gpu_speed import Rows
 
 log = logging.getLogger("gpu_check")
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckPart:
     """A question and the time that its answer may take."""
 
-    rows: Callable[[torch.device, bool], Iterator[tuple[dict, Callable[[], dict]]]]
-    """Of the device and "tiny": yields what a row of results is about, and the work that fills it;
-    a row with "ok" is a check.
-    """
+    rows: "Callable[[torch.device, bool], Rows]"
+    """Of the device and "tiny"; a row with "ok" is a check."""
     seconds: float
     """No further row is begun after so long."""
     about: str
 
 
+def _of(module: str, name: str) -> "Callable[[torch.device, bool], Rows]":
+    """A function of the laboratory, which is imported when it is called: it takes seconds."""
+
+    def rows(device: "torch.device", tiny: bool) -> "Rows":
+        return getattr(import_module(f"launch.lab.{module}"), name)(device, tiny)
+
+    return rows
+
+
 PARTS = {
-    "golden": Part(
-        gpu_parity.golden,
+    "golden": CheckPart(
+        _of("gpu_parity", "golden"),
         75,
-        "Official outputs of tiny checkpoints: largest difference of teacher-forced and of cached logits beside the largest logit, "
-        "greedy codes (share equal).",
+        "Official outputs of tiny checkpoints: largest difference of teacher-forced and of cached "
+        "logits beside the largest logit, greedy codes (share equal).",
     ),
-    "tokenizers": Part(
-        gpu_parity.tokenizers,
+    "tokenizers": CheckPart(
+        _of("gpu_parity", "tokenizers"),
         20,
         "Official codes (share equal) and pixels (largest difference) of tiny image tokenizers.",
     ),
-    "identities": Part(
-        gpu_parity.identities,
+    "identities": CheckPart(
+        _of("gpu_parity", "identities"),
         60,
-        "Cached against teacher-forced logits (largest difference), slot 0 of an untrained TensorAR against the base (greedy codes, "
-        "share equal), images drawn alone against drawn in a batch (codes, share equal).",
+        "Cached against teacher-forced logits (largest difference), slot 0 of an untrained "
+        "TensorAR against the base (greedy codes, share equal), images drawn alone against drawn "
+        "in a batch (codes, share equal).",
     ),
-    "sampling": Part(gpu_speed.sampling, 120, gpu_speed.SAMPLING),
-    "training": Part(gpu_speed.training, 90, gpu_speed.TRAINING),
+    "sampling": CheckPart(
+        _of("gpu_speed", "sampling"),
+        120,
+        "bf16, eager, guided (two rows an image), codes only. first_s = the first pass of this "
+        "model and number of images in this process, which loads kernels and plans attention for "
+        "each length of the cache; all other numbers are of a second pass. floor_ms = (weights + "
+        "keys and values) / bandwidth: weights = all but embedding tables, once a step; keys and "
+        "values = rows x (prefix + half of the codes) entries; bandwidth = bytes read and written "
+        "by a copy on this device. of_floor = floor_ms / ms_per_step.",
+    ),
+    "training": CheckPart(
+        _of("gpu_speed", "training"),
+        90,
+        "fp32 weights under bf16 autocast, forward + backward + fused AdamW, all parameters "
+        "trained. TFLOP/s = 6 x parameters (without embedding tables) x inputs of the trunk / "
+        "time; of_matmul = that over a large bf16 product's on this device. state_gb = memory "
+        "after a step (weights, gradients, optimizer), estimate = what `--check` says of it; "
+        "peak_gb has activations, too.",
+    ),
 }
 
 
@@ -96,14 +125,9 @@ class Check:
 class Record:
     """Rows of results, on disk as soon as they are there."""
 
-    def __init__(self, folder: Path, device: torch.device):
-        self.folder, self.rows = writable_folder(folder), []
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, a rehearsal"
-        self.machine = {
-            "card": card,
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
+    def __init__(self, folder: Path, machine: dict[str, str]):
+        self.folder, self.machine = writable_folder(folder), machine
+        self.rows: list[tuple[str, dict]] = []
         self.file = open(folder / "results.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
     def add(self, part: str, row: dict) -> None:
@@ -132,10 +156,10 @@ def _text(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def run_part(name: str, device: torch.device, tiny: bool, end: float, record: Record) -> None:
-    """All rows of a part, until its time or the whole run's is over; what goes wrong is a row,
-    too.
-    """
+def run_part(name: str, device: "torch.device", tiny: bool, end: float, record: Record) -> None:
+    """All rows of a part until its time or the whole run's is over; what goes wrong is one, too."""
+    import torch
+
     start = time.time()
     end = min(end, start + PARTS[name].seconds)
     for about, work in PARTS[name].rows(device, tiny):
@@ -155,11 +179,18 @@ def run_part(name: str, device: torch.device, tiny: bool, end: float, record: Re
 
 def main() -> None:
     config = cli.parse(Check, __doc__)
+    import torch
+
     if not torch.cuda.is_available() and not config.tiny:
         raise UserError("PyTorch sees no GPU here; --tiny rehearses on the CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    record, end = Record(config.out, device), time.time() + 60 * config.minutes
+    machine = {
+        "card": torch.cuda.get_device_name() if device.type == "cuda" else "CPU, a rehearsal",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    record, end = Record(config.out, machine), time.time() + 60 * config.minutes
     for name in (name for name in PARTS if name in config.parts):
         if time.time() > end:
             record.add(name, {"stopped": "no time was left"})

@@ -61,11 +61,11 @@ def main() -> None:
 
 def compare(config: Quickstart) -> None:
     """Fine-tune, judge, and write everything to an existing folder."""
-    from launch.lab.fine_tuning import fine_tuned, held_out_losses
+    from t2i.files import write_json
     from t2i.loading import attach, load_backbone
-    from t2i.shapes.scenes import write_dataset
+    from t2i.shapes.fine_tuning import fine_tuned, held_out_losses
     from t2i.shapes.shapes_prompts import benchmark_prompts
-    from t2i.shapes.shapes_source import FINE_TUNING_SEED
+    from t2i.shapes.shapes_source import FINE_TUNING_SEED, write_dataset
     from t2i.tensorar.presets import base
     from t2i.training.engine import start_processes
 
@@ -87,9 +87,11 @@ def compare(config: Quickstart) -> None:
     losses = {name: held_out_losses(control, model) for name, model in models.items()}
     metadata = benchmark_prompts(config.seed, config.prompts_per_task)
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
-    scores = {name: judge(model, name, metadata, config) for name, model in models.items()}
+    scores = {name: scores_of(model, name, metadata, config) for name, model in models.items()}
     write_comparison(models, config)
-    write_results(scores, losses, config)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    content = {"settings": settings, "scores": scores, "held_out_losses": losses}
+    write_json(config.out / "results.json", content)
     print(table(scores, losses))
     print(
         f"\nlook at {config.out / 'comparison.png'}   ({(time.time() - started) / 60:.1f} minutes)"
@@ -114,10 +116,8 @@ def run_config(config: Quickstart, name: str):
     )
 
 
-def judge(model, name: str, metadata: list[dict], config: Quickstart) -> dict[str, dict]:
-    """GenEval by `geneval/run.py`'s own code, with files and gallery; returns its scores by
-    name.
-    """
+def scores_of(model, name: str, metadata: list[dict], config: Quickstart) -> dict[str, dict]:
+    """GenEval by `geneval/run.py`'s own code, with files and gallery: its scores by name."""
     from geneval.detectors import load_detector
     from geneval.geneval_benchmark import GenEval
     from t2i.evaluation.options import Scope
@@ -147,44 +147,24 @@ def write_comparison(models: dict, config: Quickstart) -> None:
         "a photo of a purple diamond and an orange cross",
         "a photo of a heart right of a star",
     )
+    options = {"seed": config.seed, "batch_size": len(prompts), "progress": False}
     images, labels = [], []
     for name, model in models.items():
-        images += generate(
-            model, prompts, seed=config.seed, batch_size=len(prompts), progress=False
-        )
+        images += generate(model, prompts, **options)
         short = name.removeprefix("shapes-")
         labels += [f"{short}: {p.removeprefix('a photo of ')}" for p in prompts]
-    last, model = list(models.items())[-1]
-    staged = list(
-        iterate_images(
-            model, prompts, seed=config.seed, batch_size=len(prompts), stages=True, progress=False
-        )
-    )
-    for r in range(len(staged[0].stages)):
-        images += [g.stages[r] for g in staged]
-        labels += [
-            f"{last.removeprefix('shapes-')}: stage {r + 1} of {len(staged[0].stages)}"
-        ] * len(staged)
+    staged = [image.stages for image in iterate_images(model, prompts, stages=True, **options)]
+    for r, of_stage in enumerate(zip(*staged, strict=True), start=1):
+        images += of_stage
+        labels += [f"{short}: stage {r} of {len(staged[0])}"] * len(prompts)
     save_png(
         grid(images, columns=len(prompts), labels=labels, cell=192), config.out / "comparison.png"
     )
 
 
-def write_results(scores: dict, losses: dict, config: Quickstart) -> None:
-    from t2i.files import write_json
-
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    write_json(
-        config.out / "results.json",
-        {"settings": settings, "scores": scores, "held_out_losses": losses},
-    )
-
-
 def table(scores: dict, losses: dict) -> str:
-    """A markdown table: score by task and overall, held-out loss of slot 0 on noised truth and on
-    own drafts.
-    """
-    from t2i.shapes.shapes_prompts import TAGS
+    """A markdown table: scores by task and overall, held-out losses by slot."""
+    from geneval.prompts import TAGS
 
     head = ["model", *TAGS, "overall", "loss, noised truth (slots)", "loss, own drafts (slots)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -37,7 +37,7 @@ def tiny_world(tmp_path_factory):
     """
     from runs import write_tiny_base, write_tiny_janus
 
-    from t2i.shapes.scenes import write_dataset
+    from t2i.shapes.shapes_source import write_dataset
 
     root = tmp_path_factory.mktemp("tiny_world")
     write_tiny_base(root / "base")

@@ -15,15 +15,17 @@ from PIL import Image
 from programs import ROOT, program, refused
 from runs import SAME_SUM
 
-from launch.lab import pretrain_class_shapes, score_class_shapes
-from launch.lab.pretrain_class_shapes import CLASSES, Pretrain, class_image, pretrain
-from launch.lab.score_class_shapes import judge, row
+from launch.lab import score_class_shapes
+from launch.lab.score_class_shapes import row, verdicts_on
 from t2i.checkpoint import run_checkpoints
 from t2i.data.order import split_indices
 from t2i.data.sources.classes import open_imagenet
 from t2i.evaluation.sample_writer import sample_labels
 from t2i.models.rar.rar_recipes import recipes
-from t2i.shapes import tiny_classes
+from t2i.shapes import class_bases
+from t2i.shapes.class_bases import make_class_base
+from t2i.shapes.scenes import CLASSES, class_image
+from t2i.shapes.tiny_recipes import ClassBase
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run
 
@@ -38,11 +40,11 @@ def drawn(labels, size=32, first=0) -> np.ndarray:
 def test_true_images_are_right_and_others_are_not(size):
     labels = list(range(20))
     images = drawn(labels, size)
-    assert judge(images, labels).all()
+    assert verdicts_on(images, labels).all()
     other_color = [5 * (c // 5) + (c + 1) % 5 for c in labels]
-    assert (judge(images, other_color) == [False, True, False]).all()
+    assert (verdicts_on(images, other_color) == [False, True, False]).all()
     other_shape = [(c + 5) % 20 for c in labels]
-    assert (judge(images, other_shape) == [False, False, True]).all()
+    assert (verdicts_on(images, other_shape) == [False, False, True]).all()
 
 
 def test_no_object_and_two_objects_are_wrong():
@@ -50,7 +52,7 @@ def test_no_object_and_two_objects_are_wrong():
     empty = np.broadcast_to(image[0, 0], image.shape)
     left, right = (np.asarray(Image.fromarray(image).resize((32, 64))) for _ in range(2))
     both = np.concatenate([left, right], axis=1)
-    assert not judge(np.stack([empty, both]), [0, 0]).any()
+    assert not verdicts_on(np.stack([empty, both]), [0, 0]).any()
 
 
 def test_standard_errors_are_those_of_shares_and_of_pairs():
@@ -110,9 +112,9 @@ def recipe(tmp_path):
     return tiny_recipe(tmp_path)
 
 
-def tiny_recipe(out) -> Pretrain:
+def tiny_recipe(out) -> ClassBase:
     shape = {"images_per_class": 4, "batch_size": 16, "dim": 32, "layers": 1, "image_size": 16}
-    return Pretrain("rar", out=out, tokenizer_steps=2, steps=4, **shape)
+    return ClassBase("rar", out=out, tokenizer_steps=2, steps=4, **shape)
 
 
 def test_a_stopped_recipe_goes_on(recipe, tmp_path, monkeypatch):
@@ -127,7 +129,7 @@ def test_a_stopped_recipe_goes_on(recipe, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "train_step", stop)
-        pretrain(recipe)
+        make_class_base(recipe)
     run_dir = tmp_path / "rar-pretraining"
     assert [f.name for f in run_checkpoints(run_dir)] == ["step_000001"]
 
@@ -135,11 +137,11 @@ def test_a_stopped_recipe_goes_on(recipe, tmp_path, monkeypatch):
         trained.append(arguments)
         raise Killed
 
-    monkeypatch.setattr(tiny_classes, "train_tokenizer", count)
-    base = pretrain(recipe)
+    monkeypatch.setattr(class_bases, "train_tokenizer", count)
+    base = make_class_base(recipe)
     assert (base / "config.json").exists() and not trained, "the tokenizer was finished"
     assert [f.name for f in run_checkpoints(run_dir)][-1] == "step_000004"
-    assert pretrain(recipe) == base
+    assert make_class_base(recipe) == base
 
 
 @pytest.mark.parametrize(
@@ -147,23 +149,23 @@ def test_a_stopped_recipe_goes_on(recipe, tmp_path, monkeypatch):
 )
 def test_impossible_recipes_write_nothing(recipe, tmp_path, option, value):
     with pytest.raises(ValueError, match=f"{option}={value} must be"):
-        pretrain(replace(recipe, **{option: value}))
+        make_class_base(replace(recipe, **{option: value}))
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_kept_for_another_recipe(recipe, tmp_path):
-    pretrain(recipe)
+    make_class_base(recipe)
     with pytest.raises(ValueError, match=r"'steps': 4.*'steps': 5"):
-        pretrain(replace(recipe, steps=5))
+        make_class_base(replace(recipe, steps=5))
     with pytest.raises(ValueError, match=r"images/recipe\.json"):
-        pretrain(replace(recipe, backbone="llamagen", image_size=24))
+        make_class_base(replace(recipe, backbone="llamagen", image_size=24))
     assert len(open_imagenet(tmp_path / "images").files) == 4 * len(CLASSES)
 
 
 def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
-    config = pretrain_class_shapes.pretraining(Pretrain("rar"), recipe.out, recipe.out)
+    config = class_bases.pretraining(ClassBase("rar"), recipe.out, recipe.out)
     tuning = recipes()["rar-shapes"][1]
-    total = len(CLASSES) * Pretrain("rar").images_per_class
+    total = len(CLASSES) * ClassBase("rar").images_per_class
     seen, _ = split_indices(total, config.data.validation_samples, config.seed)
     _, held_out = split_indices(total, tuning.data.validation_samples, tuning.seed)
     assert not set(seen.tolist()) & set(held_out.tolist())
@@ -193,7 +195,7 @@ def test_one_or_two_processes_have_the_same_losses(killed):
 def killed(tmp_path_factory):
     """Programs that were killed at random moments, and what they left in the end."""
     root = tmp_path_factory.mktemp("killed")
-    base = pretrain(tiny_recipe(root / "classes"))
+    base = make_class_base(tiny_recipe(root / "classes"))
     script = ROOT / "tests" / "killed_classes.py"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     alone = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}

@@ -96,7 +96,7 @@ def test_the_benchmark_trains_as_training_does(monkeypatch):
 
     monkeypatch.setattr(TensorAR, "own_draft_windows", record)
     for method in ("iclr2026", "tuned"):
-        config = benchmark.Benchmark(batch=2, images=1)
+        config = benchmark.Timing(batch=2, images=1)
         benchmark.Contender(config, method).train_step()
     assert drawn == [1]
 

@@ -69,6 +69,23 @@ def test_the_floor_is_weights_and_cache_over_bandwidth():
     assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["ms_per_step"])
 
 
+def test_a_configuration_is_run_once_whole_before_it_is_timed(monkeypatch):
+    passes = []
+    plain = gpu_speed.sample_windows
+
+    def slow_at_first(*arguments):
+        passes.append(arguments)
+        if len(passes) == 1:
+            time.sleep(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(gpu_speed, "sample_windows", slow_at_first)
+    row = gpu_speed.time_sampling(gpu_speed.TINY["llamagen class"], 4, 1, CPU, speed=1e3)
+    assert len(passes) == 2 and row["first_s"] >= 1
+    assert row["s_per_image"] == pytest.approx(row["ms_per_step"] * 16 / 1e3)
+    assert row["s_per_image"] < row["first_s"]
+
+
 def test_training_row():
     (row,) = rows("training", {"model": "janus", "k": 4, "batch": 2})[-1:]
     assert row["ms_per_step"] > 0 and row["estimate"].endswith("B")
@@ -87,9 +104,9 @@ def test_errors_and_spent_time_are_rows_and_the_rest_goes_on(tmp_path, monkeypat
         return {"ok": True}
 
     parts = {
-        "golden": gpu_check.Part(part(fails, lambda: {"ok": True}), 60, "one"),
-        "sampling": gpu_check.Part(part(slow, slow), 0.01, "two"),
-        "training": gpu_check.Part(part(lambda: {"ms": 1.0}), 60, "three"),
+        "golden": gpu_check.CheckPart(part(fails, lambda: {"ok": True}), 60, "one"),
+        "sampling": gpu_check.CheckPart(part(slow, slow), 0.01, "two"),
+        "training": gpu_check.CheckPart(part(lambda: {"ms": 1.0}), 60, "three"),
     }
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     with pytest.raises(SystemExit) as stopped:
@@ -100,7 +117,7 @@ def test_errors_and_spent_time_are_rows_and_the_rest_goes_on(tmp_path, monkeypat
     assert second["ok"] and drawn["ok"] and "used up" in cut["stopped"]
     assert trained["ms"] == 1 and trained["card"] == "CPU, a rehearsal"
     assert "| 0 | RuntimeError: out of memory | NO |" in (tmp_path / "report.md").read_text()
-    program_ok = {"golden": gpu_check.Part(part(lambda: {"ok": True}), 60, "one")}
+    program_ok = {"golden": gpu_check.CheckPart(part(lambda: {"ok": True}), 60, "one")}
     monkeypatch.setattr(gpu_check, "PARTS", program_ok)
     with pytest.raises(SystemExit) as stopped:
         program(gpu_check, "--out", tmp_path, "--tiny", "--parts", "golden")

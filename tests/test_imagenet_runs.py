@@ -18,7 +18,6 @@ from runs import assert_same_weights, weights
 import t2i
 from launch import fid as fid_program
 from launch import sample_imagenet, train_imagenet
-from launch.lab import pretrain_class_shapes
 from t2i import cli
 from t2i.evaluation import class_samples
 from t2i.evaluation.class_samples import ClassSamples, draw_class_samples, drawer
@@ -28,6 +27,8 @@ from t2i.models.open_magvit2 import open_magvit2_recipes
 from t2i.models.rar import rar_recipes
 from t2i.processes import ALONE, Processes
 from t2i.rng import integers, make_keys
+from t2i.shapes.class_bases import make_class_base
+from t2i.shapes.tiny_recipes import ClassBase
 from t2i.training.batches import TrainingData
 from t2i.training.check import check
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
@@ -54,7 +55,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module", params=FAMILIES)
 def base(request, world):
     """A tiny base of 20 classes, hardly trained."""
-    recipe = pretrain_class_shapes.Pretrain(
+    recipe = ClassBase(
         request.param,
         out=world,
         images_per_class=4,
@@ -64,7 +65,7 @@ def base(request, world):
         dim=32,
         layers=2,
     )
-    return pretrain_class_shapes.pretrain(recipe)
+    return make_class_base(recipe)
 
 
 def shapes_recipe(base: Path) -> str:

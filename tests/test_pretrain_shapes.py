@@ -2,22 +2,26 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import t2i
-from launch.lab import pretrain_shapes
-from launch.lab.pretrain_shapes import Pretrain, drawn_scenes, every_prompt, scene_codes
+from geneval.prompts import TAGS
 from t2i.loading import ASSETS
-from t2i.shapes.shapes_prompts import TAGS, all_prompts, benchmark_prompts, is_held_out
+from t2i.models.tokenizers.vq import VQTokenizer
+from t2i.shapes import caption_bases
+from t2i.shapes.caption_bases import drawn_scenes, every_caption, scene_codes
+from t2i.shapes.shapes_prompts import every_prompt, is_held_out
+from t2i.shapes.tiny_recipes import CaptionBase
 
 
-def recipe(out, **changes) -> Pretrain:
+def recipe(out, **changes) -> CaptionBase:
     sizes = {"dim": 32, "layers": 1, "scenes": 20, "gpt_steps": 5, "gpt_batch": 4}
     files = {"tokenizer": ASSETS / "shapes" / "vq.pt", "device": "cpu"}
-    return Pretrain(out=out, **{**sizes, **files, **changes})
+    return CaptionBase(out=out, **{**sizes, **files, **changes})
 
 
 @pytest.mark.slow
@@ -29,41 +33,55 @@ def test_worker_processes_draw_the_same_scenes_in_order(tmp_path):
 
 
 def test_nothing_held_out_is_trained_on(tmp_path):
-    held_out = {m["prompt"] for tag in TAGS for m in all_prompts(tag) if is_held_out(m)}
+    held_out = {m["prompt"] for m in every_prompt() if is_held_out(m)}
     drawn = drawn_scenes(recipe(tmp_path, scenes=300), 300)
     assert held_out and not held_out & {text for _, texts in drawn for text in texts}
 
 
 def test_codes_are_those_of_their_scenes_and_kept(tmp_path):
-    cfg, vq = recipe(tmp_path), tmp_path / "vq.pt"
-    vq.write_bytes(cfg.tokenizer.read_bytes())
-    first, again = scene_codes(cfg, vq), scene_codes(cfg, vq)
+    cfg = recipe(tmp_path)
+    first, again = (scene_codes(cfg, cfg.tokenizer) for _ in range(2))
     assert torch.equal(first.codes, again.codes) and torch.equal(first.prompts, again.prompts)
     images, texts = next(drawn_scenes(cfg, 20))
-    assert [every_prompt()[i] for i in first.prompts] == texts
+    assert [every_caption()[i] for i in first.prompts] == texts
     backbone = t2i.load_backbone("llamagen", "shapes")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     assert torch.equal(backbone.encode_images(pixels)[..., 0], first.codes.long())
 
 
-def test_a_run_leaves_two_bases_and_their_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        pretrain_shapes, "benchmark_prompts", lambda seed, per_tag: benchmark_prompts(seed, 1)
-    )
-    cfg = recipe(tmp_path / "run", scenes=10**9, gpt_steps=10**9, minutes=0.05)
+@pytest.mark.parametrize("family", ["llamagen", "janus"])
+def test_a_run_leaves_two_bases_and_their_scores(family, tmp_path):
+    cfg = recipe(tmp_path / "run", family=family, scenes=10**9, gpt_steps=10**9, minutes=0.05)
     start = time.time()
     scenes = scene_codes(cfg, cfg.tokenizer, end=start)  # it stops after its first 64 scenes
     assert len(scenes.codes) == len(scenes.prompts) == 64
-    cfg.out.mkdir()
-    (cfg.out / "vq.pt").write_bytes(cfg.tokenizer.read_bytes())
-    pretrain_shapes.train_gpt(cfg, scenes, end=start + 3)
+    learner = caption_bases.new_learner(cfg, VQTokenizer.load(cfg.tokenizer))
+    caption_bases.train(cfg, learner, scenes, end=time.time() + 3)
     assert time.time() - start < 60
-    pretrain_shapes.score(cfg)
+    caption_bases.score(cfg, per_tag=1, samples=1)
     weights = [
-        t2i.load_backbone("llamagen", folder).gpt.output.weight
+        t2i.load_backbone(family, folder).official_state_dict()
         for folder in (cfg.out, cfg.out / "constant_rate")
     ]
-    assert not torch.equal(*weights) and all(w.abs().sum() > 0 for w in weights)
+    changed = [name for name in weights[0] if not torch.equal(*(w[name] for w in weights))]
+    assert changed and all(w.abs().sum() > 0 for w in weights[1].values())
     scores = json.loads((cfg.out / "scores.json").read_text())
     assert set(scores) == {"base", "constant_rate"}
     assert set(scores["base"]) == {*TAGS, "overall"}
+
+
+def test_the_tokenizer_and_the_text_encoder_learn(tmp_path):
+    cfg = recipe(tmp_path, tokenizer=None, image_size=16, vq_steps=30, vq_batch=8, scenes=8)
+    pixels = caption_bases.to_pixels(caption_bases.draw_scenes(1, 16, range(16))[0])
+
+    def error(steps: int) -> float:
+        tokenizer = caption_bases.trained_tokenizer(replace(cfg, vq_steps=steps))
+        return (tokenizer.decode(tokenizer.encode(pixels)) - pixels).abs().mean().item()
+
+    assert error(30) < 0.5 * error(1)
+    tokenizer = VQTokenizer.load(ASSETS / "shapes" / "vq.pt")
+    learner = caption_bases.new_learner(cfg, tokenizer)
+    before = learner.text_encoder[0].encoder.embed_tokens.weight.clone()
+    scenes = scene_codes(cfg, ASSETS / "shapes" / "vq.pt")
+    caption_bases.train(cfg, learner, scenes, end=time.time() + 60)
+    assert not torch.equal(learner.text_encoder[0].encoder.embed_tokens.weight, before)

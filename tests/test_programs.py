@@ -60,14 +60,11 @@ def test_a_mistake_ends_in_one_line(capsys):
 
 # -- help ------------------------------------------------------------------------------------------
 _PLACES = ("launch/*.py", "launch/lab/*.py", "geneval/run.py", "dpg_bench/run.py")
-_SLOW = {
-    f"launch/{n}.py" for n in ("gpu_check", "lab/pretrain_shapes", "lab/pretrain_janus_shapes")
-}
 _PROGRAMS = [
     str(path.relative_to(ROOT))
     for place in _PLACES
     for path in sorted(ROOT.glob(place))
-    if 'if __name__ == "__main__":' in path.read_text() and str(path.relative_to(ROOT)) not in _SLOW
+    if 'if __name__ == "__main__":' in path.read_text()
 ]
 
 

@@ -26,7 +26,7 @@ from t2i.models.janus import janus_recipes
 from t2i.models.llamagen import llamagen_recipes
 from t2i.models.open_magvit2 import open_magvit2_recipes
 from t2i.models.rar import rar_recipes
-from t2i.shapes.scenes import write_dataset
+from t2i.shapes.shapes_source import write_dataset
 from t2i.tensorar import presets
 from t2i.training import loop
 from t2i.training.check import check

@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 import geneval
 from geneval.judge import COLORS as GENEVAL_COLORS
 from geneval.judge import relative_position
+from geneval.prompts import TAGS, color_attr, colors, counting, position, two_object
 from t2i.shapes.scenes import (
     BACKGROUND,
     GAP,
@@ -19,23 +20,17 @@ from t2i.shapes.scenes import (
     SceneObject,
     render,
     sample_scene,
-    write_dataset,
 )
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.shapes.shapes_prompts import (
     COLORS,
     HELD_OUT_TAGS,
     SHAPES,
-    TAGS,
     all_prompts,
     benchmark_prompts,
-    color_attr,
-    colors,
-    counting,
     is_held_out,
-    position,
-    two_object,
 )
+from t2i.shapes.shapes_source import write_dataset
 
 DETECTOR = ShapesDetector()
 

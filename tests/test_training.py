@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import t2i
 from t2i.processes import ALONE, Processes
-from t2i.shapes.scenes import write_dataset
+from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData
 from t2i.training.config import OptimOptions
 from t2i.training.engine import TrainingLoss, parameter_groups

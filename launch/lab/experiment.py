@@ -1,5 +1,4 @@
-"""Run a declared grid of fine-tunings on the shapes world, score every one, and keep one JSON line
-per result.
+"""Run a declared grid of fine-tunings on the shapes world; a JSON line for each result.
 
 A grid (`experiment_grids.py`) names arms: settings of the method, of the optimizer and of sampling.
 Every arm starts from the same base in the same data order as the control, which is an arm as well.
@@ -38,7 +37,7 @@ from t2i.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Experiment:
-    """Which runs, and how they are judged."""
+    """Which runs, and how they are examined."""
 
     grid: Positional[str]
     """Name of a grid in launch/lab/experiment_grids.py."""
@@ -65,7 +64,7 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Run:
+class GridRun:
     """One fine-tuning of the grid."""
 
     base: str
@@ -125,7 +124,7 @@ def main() -> None:
         do(run, experiment)
 
 
-def planned(experiment: Experiment) -> list[Run]:
+def planned(experiment: Experiment) -> list[GridRun]:
     """All runs of the grid, seed by seed, so that an early stop leaves complete comparisons.
 
     Raises:
@@ -145,7 +144,7 @@ def planned(experiment: Experiment) -> list[Run]:
         raise UserError(f"bases={experiment.bases}: write name=folder")
     chosen = [arm for arm in grid if not experiment.arms or arm.name in experiment.arms]
     return [
-        Run(base, weights, arm, seed)
+        GridRun(base, weights, arm, seed)
         for seed in experiment.seeds
         for base, _, weights in bases
         for arm in chosen
@@ -159,24 +158,24 @@ def share(experiment: Experiment) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def do(run: Run, experiment: Experiment) -> None:
+def do(run: GridRun, experiment: Experiment) -> None:
     """Train unless it is trained, and score in every way that is not scored yet."""
     from t2i.checkpoint import run_checkpoints
 
     config, steps = run.config(experiment), experiment.steps
-    todo = [(steps, name, options) for name, options in [("", {}), *run.arm.sampling.items()]]
-    if run.arm.curve:
-        half = config.log.save_every
-        todo = [(half, "", {})] * (half < steps) + todo
+    ways = [(steps, name, options) for name, options in [("", {}), *run.arm.sampling.items()]]
+    half = config.log.save_every
+    if run.arm.curve and half < steps:
+        ways.insert(0, (half, "", {}))
     done = {line["key"] for line in results(experiment.out)}
-    todo = [
-        (key_of(run, experiment, step, options), step, *rest, options)
-        for step, *rest, options in todo
+    keyed = [
+        (key_of(run, experiment, step, options), step, name, options)
+        for step, name, options in ways
     ]
-    todo = [item for item in todo if item[0] not in done]
+    todo = [item for item in keyed if item[0] not in done]
     if not todo:
         return
-    from launch.lab.fine_tuning import fine_tuned, loaded
+    from t2i.shapes.fine_tuning import fine_tuned, loaded
 
     print(f"== {run.base}, {run.arm.name}, seed {run.seed}: {len(todo)} to score", flush=True)
     fine_tuned(config)
@@ -191,42 +190,42 @@ def do(run: Run, experiment: Experiment) -> None:
         append(experiment.out, line)
 
 
-def key_of(run: Run, experiment: Experiment, step: int, options: dict) -> str:
+def key_of(run: GridRun, experiment: Experiment, step: int, options: dict) -> str:
     """Identifies a result by everything that it depends on."""
     e = experiment
     judged = [e.prompts_per_task, e.samples, options]
     return f"{run.base}/{run.config(e).run_dir.name}/step{step}/{_digest(judged)}"
 
 
-def scored(model, run: Run, experiment: Experiment, options: dict) -> dict:
-    """Sample and judge."""
-    from launch.lab.fine_tuning import judge
+def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
+    """Draw and judge."""
+    from t2i.shapes.fine_tuning import examine
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
     started = time.time()
-    judged = judge(
+    examined = examine(
         model,
         benchmark_prompts(0, experiment.prompts_per_task),
         seed=run.seed,
         samples=experiment.samples,
         sampling=replace(model.sampling, **options),
     )
-    summary = judged.report.summary
-    verdicts = [int(v.correct) for v in judged.report.verdicts]
+    summary = examined.report.summary
+    verdicts = [int(v.correct) for v in examined.report.verdicts]
     each = experiment.samples
     return {
         "score": summary.overall,
         "tags": {tag: s.mean for tag, s in summary.tags.items()},
         "correct": [sum(verdicts[i : i + each]) for i in range(0, len(verdicts), each)],
-        "changes": judged.changes and asdict(judged.changes),
+        "changes": examined.changes and asdict(examined.changes),
         "seconds_judging": round(time.time() - started, 1),
     }
 
 
-def trained(model, run: Run, experiment: Experiment) -> dict:
+def trained(model, run: GridRun, experiment: Experiment) -> dict:
     """Losses on the held-out set, their course, and what refinement does there."""
-    from launch.lab.fine_tuning import held_out, held_out_losses, loaded
     from t2i.evaluation.refinement import repairs
+    from t2i.shapes.fine_tuning import held_out, held_out_losses, loaded
     from t2i.training.logs import read_metrics
 
     config = run.config(experiment)

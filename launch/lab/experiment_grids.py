@@ -17,45 +17,31 @@ class Arm:
     optim: dict = field(default_factory=dict)
     """Overrides of `OptimOptions`."""
     sampling: dict[str, dict] = field(default_factory=dict)
-    """Further ways of sampling, as overrides of the base's `SamplingConfig`; the base's own is
-    always scored.
-    """
+    """Further ways of sampling: changes to the base's own, which is always scored."""
     curve: bool = False
     """Score the checkpoint at half of the run as well."""
 
 
-_COLDER = {
-    "temperature 0.8": {"temperature": 0.8},
-    "temperature 0.6": {"temperature": 0.6},
-}
+_COLDER = {f"temperature {t}": {"temperature": t} for t in (0.8, 0.6)}
 _TRUST = {
     "renoise 1": {"renoise": 1.0},
     "draft temperature 0": {"draft_temperature": 0.0},
     "window 1": {"window": 1},
 }
-_SAMPLING = {
-    "temperature 0.6": {"temperature": 0.6},
-    **_TRUST,
-    "window 2": {"window": 2},
-}
+_SAMPLING = {"temperature 0.6": {"temperature": 0.6}, **_TRUST, "window 2": {"window": 2}}
 
 
-def _control(name: str = CONTROL, *, sampling=None, curve=False, optim=None, **method) -> Arm:
-    return Arm(name, presets.base(**method), optim or {}, sampling or {}, curve)
+def _control(*, sampling=None, curve=False) -> Arm:
+    return Arm(CONTROL, presets.base(), sampling=sampling or {}, curve=curve)
 
 
 def _tuned(name: str, *, sampling=None, curve=False, optim=None, **method) -> Arm:
     """The tuned preset with a faster codec; the levers of the grid are changes to it."""
-    return Arm(
-        name, presets.tuned(**method), {"codec_lr": 3e-3, **(optim or {})}, sampling or {}, curve
-    )
+    optim = {"codec_lr": 3e-3, **(optim or {})}
+    return Arm(name, presets.tuned(**method), optim, sampling or {}, curve)
 
 
 GRIDS: dict[str, tuple[Arm, ...]] = {
-    "rates": tuple(
-        _control(f"{CONTROL} {rate:g}", optim={"backbone_lr": rate})
-        for rate in (5e-5, 1e-4, 2e-4, 5e-4)
-    ),
     "presets": (
         _control(sampling=_COLDER, curve=True),
         _tuned("tuned", curve=True),

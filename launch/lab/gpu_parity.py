@@ -1,9 +1,7 @@
-"""Do the models compute on this device what the official code computed, and the same thing every
-way? (parts of `gpu_check.py`)
-"""
+"""Parts of `gpu_check.py`: are numbers here those of the official code, and the same every way?"""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +13,7 @@ import torch
 from helpers import GoldenCase
 from torch import Tensor
 
+from launch.lab.gpu_speed import Rows
 from t2i.loading import load_backbone
 from t2i.models.base import Backbone
 from t2i.models.janus import janus_model as janus
@@ -33,8 +32,6 @@ LOGITS, PIXELS = 1e-4, 5e-4  # the golden tests' tolerances, fp32
 BF16 = 0.08  # largest difference of logits in bf16, as a share of the largest logit
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = SamplingConfig(temperature=0.0)
-Rows = Iterator[tuple[dict, Callable[[], dict]]]
-"""What each row of a part is about, and the work that fills it."""
 
 
 # -- official outputs ------------------------------------------------------------------------------
@@ -58,6 +55,16 @@ def _stored(case: GoldenCase, name: str) -> bool:
     return f"expected.{name}" in case.tensors
 
 
+def _forced(
+    case: GoldenCase, *, null: str = "null", parts: tuple[str, ...] = ("",)
+) -> dict[bool, tuple[Tensor, ...]]:
+    """Stored teacher-forced logits of each sub-token, by whether the condition was dropped."""
+    return {
+        drop: tuple(case.expected(f"tf_logits_{part}{null if drop else 'cond'}") for part in parts)
+        for drop in (False, True)
+    }
+
+
 def llamagen_case(case: GoldenCase) -> Golden:
     config, text = case.config, case.config["model_type"] == "t2i"
     prepared = {"labels": case.tensors.get("input.class_ids")}
@@ -74,7 +81,7 @@ def llamagen_case(case: GoldenCase) -> Golden:
         ),
         prepared,
         case.input("image_codes")[..., None],
-        {d: (case.expected(f"tf_logits_{'null' if d else 'cond'}"),) for d in (False, True)},
+        _forced(case),
         [(run, case.expected(f"greedy_ids_{name}")[..., None]) for name, run in runs.items()],
     )
 
@@ -85,7 +92,7 @@ def rar_case(case: GoldenCase) -> Golden:
         rar.load(case.folder / config["checkpoint_file"], grid=tuple(config["grid"])),
         {"labels": case.input("class_ids")},
         case.input("image_codes")[..., None],
-        {d: (case.expected(f"tf_logits_{'null' if d else 'cond'}"),) for d in (False, True)},
+        _forced(case),
         [
             (
                 test_golden_rar.sampling_of(*settings, temperature=0.0),
@@ -106,13 +113,7 @@ def open_magvit2_case(case: GoldenCase) -> Golden:
         ),
         {"labels": case.input("class_ids")},
         codes_of(case.input, "codes_{}"),
-        {
-            d: tuple(
-                case.expected(f"tf_logits_{part}_{'null' if d else 'cond'}")
-                for part in test_golden_open_magvit2.SUB_TOKENS
-            )
-            for d in (False, True)
-        },
+        _forced(case, parts=tuple(f"{p}_" for p in test_golden_open_magvit2.SUB_TOKENS)),
         [
             (replace(GREEDY, cfg_scale=scale), codes_of(case.expected, f"greedy_{{}}_{name}"))
             for name, scale in (("cfg", tuple(config["cfg_scale"])), ("nocfg", 1.0))
@@ -127,12 +128,9 @@ def janus_case(case: GoldenCase) -> Golden:
         backbone,
         backbone.prepare([example["text"] for example in examples[:2]]),
         case.input("image_codes")[..., None],
-        {d: (case.expected(f"tf_logits_{'uncond' if d else 'cond'}"),) for d in (False, True)},
+        _forced(case, null="uncond"),
         [
-            (
-                replace(GREEDY, cfg_scale=scale),
-                case.expected(f"greedy_ids_{name}")[..., None],
-            )
+            (replace(GREEDY, cfg_scale=scale), case.expected(f"greedy_ids_{name}")[..., None])
             for name, scale in (("cfg", case.config["cfg_weight"]), ("cfg1", 1.0))
         ],
     )
@@ -147,9 +145,7 @@ FAMILIES = {
 
 
 def golden(device: torch.device, tiny: bool) -> Rows:
-    """Each golden checkpoint in fp32 and bf16. In bf16 codes may differ: one rounding changes all
-    that follow.
-    """
+    """Each golden checkpoint in fp32 and bf16, where one rounding changes all codes that follow."""
     for family, read in FAMILIES.items():
         for parameter in helpers.golden_cases(family):
             case = parameter.values[0]

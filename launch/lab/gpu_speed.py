@@ -1,62 +1,58 @@
-"""How fast are sampling and training here, and how near to what the hardware allows? (parts of
-`gpu_check.py`)
+"""Parts of `gpu_check.py`: how fast is drawing and training, and how near to what is possible?
 
 Models have published shapes and random weights: speed does not depend on their values.
 """
 
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
 
-import helpers
 import torch
 from torch import Tensor, nn
 
-from launch.lab.gpu_parity import Rows
 from t2i.models.base import Backbone
 from t2i.models.janus.janus_model import Janus, outline
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.models.llamagen.llamagen_recipes import text_recipes
-from t2i.sampling import SamplingConfig
+from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.training.config import EngineOptions
 from t2i.training.memory import memory_lines
 
-SAMPLING = (
-    "bf16, eager, guided (two rows an image), codes only. floor_ms = (weights + keys and values) / bandwidth: weights = all but "
-    "embedding tables, once a step; keys and values = rows x (prefix + half of the codes) entries; bandwidth = bytes read and written "
-    "by a copy on this device. of_floor = floor_ms / ms_per_step."
-)
-TRAINING = (
-    "fp32 weights under bf16 autocast, forward + backward + fused AdamW, all parameters trained. TFLOP/s = 6 x parameters (without "
-    "embedding tables) x inputs of the trunk / time; of_matmul = that over a large bf16 product's on this device. state_gb = memory "
-    "after a step (weights, gradients, optimizer), estimate = what `--check` says of it; peak_gb has activations, too."
-)
+Rows = Iterator[tuple[dict, Callable[[], dict]]]
+"""What each row of a part is about, and the work that fills it."""
 PROMPT_TOKENS = 16
 METHODS = {1: presets.base, 4: presets.iclr2026}
 
 
-def _llamagen(size: str, cond: str) -> LlamaGen:
+def _llamagen(**shape) -> LlamaGen:
     with torch.device("meta"):
-        return LlamaGen(LlamaGenConfig(**SIZES[size], cond=cond))
+        return LlamaGen(LlamaGenConfig(**shape))
+
+
+def _tiny_janus() -> Janus:
+    tokenizer = VQTokenizer(VQConfig(32, (1, 2), 1, 16, codebook_size=48, codebook_dim=8))
+    shape = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64, "vocab_size": 320}
+    return build_tiny_janus(["a red circle"], tokenizer, side=4, **shape)
 
 
 SHAPES: dict[str, Callable[[], Backbone]] = {
-    "LlamaGen-B class": partial(_llamagen, "B", "class"),
-    "LlamaGen-XL class": partial(_llamagen, "XL", "class"),
+    "LlamaGen-B class": partial(_llamagen, **SIZES["B"], cond="class"),
+    "LlamaGen-XL class": partial(_llamagen, **SIZES["XL"], cond="class"),
     "Janus-Pro-1B": partial(outline, "deepseek-ai/Janus-Pro-1B", generation_only=True),
-    "LlamaGen-XL text": partial(_llamagen, "XL", "text"),
+    "LlamaGen-XL text": partial(_llamagen, **SIZES["XL"], cond="text"),
 }
+_TINY = {"dim": 32, "n_layer": 2, "n_head": 2, "grid": (4, 4), "vocab_size": 48, "ffn_dim": 64}
 TINY: dict[str, Callable[[], Backbone]] = {
-    "llamagen class": partial(helpers.tiny_llamagen, "class"),
-    "llamagen text": partial(helpers.tiny_llamagen, "text"),
-    "janus": helpers.tiny_janus,
+    "llamagen class": partial(_llamagen, **_TINY, cond="class", num_classes=10),
+    "llamagen text": partial(_llamagen, **_TINY, cond="text", caption_tokens=6, caption_dim=12),
+    "janus": _tiny_janus,
 }
 TRAINED = {"LlamaGen-B class": 32, "LlamaGen-XL class": 16, "Janus-Pro-1B": 8}
 """Samples per step."""
@@ -140,13 +136,18 @@ def sampling(device: torch.device, tiny: bool) -> Rows:
 def time_sampling(
     build: Callable[[], Backbone], k: int, images: int, device: torch.device, speed: float
 ) -> dict:
-    """Milliseconds per step, and the least that this bandwidth allows."""
+    """Milliseconds per step, and the least that this bandwidth allows.
+
+    A first pass loads kernels and plans attention for each length of the cache; a user pays for it
+    once a process, so that it is a number of its own.
+    """
     model = random_model(build, k, torch.bfloat16, device).eval()
     backbone, keys = model.backbone, torch.arange(images)
     prepared = random_conditions(backbone, images, device)
     settings = replace(model.sampling, cfg_scale=2.0)
-    warm_up(model, prepared, keys, settings)
-    whole = seconds(lambda: sample_windows(model, prepared, keys, settings), device)
+    first, whole = (
+        seconds(lambda: sample_windows(model, prepared, keys, settings), device) for _ in range(2)
+    )
     entries = prefix_of(backbone) + backbone.spec.num_tokens / 2
     cache = backbone.new_cache(2 * images, 1).keys
     weights = multiplied(model) * cache.element_size()
@@ -155,25 +156,10 @@ def time_sampling(
     return {
         "ms_per_step": ms,
         "s_per_image": whole / images,
+        "first_s": first,
         "floor_ms": floor,
         "of_floor": floor / ms,
     }
-
-
-class _WarmedUp(Exception):
-    pass
-
-
-def warm_up(model: TensorAR, prepared: dict, keys: Tensor, settings: SamplingConfig) -> None:
-    """The first few steps, which load kernels and allocate memory."""
-    steps = iter(range(8))
-
-    def count() -> None:
-        if next(steps, None) is None:
-            raise _WarmedUp
-
-    with suppress(_WarmedUp):
-        sample_windows(model, prepared, keys, settings, on_step=count)
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -188,6 +174,31 @@ def training(device: torch.device, tiny: bool) -> Rows:
         yield about, partial(time_training, build, k, batch, device, peak)
 
 
+class TrainingStep:
+    """Forward, backward and AdamW over all parameters, on random codes; each call is a step."""
+
+    def __init__(self, model: TensorAR, prepared: dict[str, Tensor], *, autocast: bool = False):
+        spec, device = model.backbone.spec, model.backbone.device
+        batch = len(next(iter(prepared.values())))
+        self.model, self.prepared, self.autocast = model, prepared, autocast
+        self.codes = torch.stack(
+            [torch.randint(v, (batch, spec.num_tokens), device=device) for v in spec.subvocabs], -1
+        )
+        self.keys = torch.arange(batch, device=device)
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
+
+    def __call__(self) -> None:
+        model = self.model.train()
+        with torch.autocast(self.codes.device.type, torch.bfloat16, enabled=self.autocast):
+            condition = model.backbone.encode_condition(self.prepared)
+            windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
+            loss = model(self.codes, condition, windows).weighted(model.config.weights())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
 def time_training(
     build: Callable[[], Backbone], k: int, batch: int, device: torch.device, peak: float
 ) -> dict:
@@ -195,22 +206,7 @@ def time_training(
         torch.cuda.reset_peak_memory_stats()
     model = random_model(build, k, torch.float32, device).train()
     backbone = model.backbone
-    shape = (batch, backbone.spec.num_tokens)
-    codes = torch.stack(
-        [torch.randint(v, shape, device=device) for v in backbone.spec.subvocabs], dim=-1
-    )
-    prepared, keys = random_conditions(backbone, batch, device), torch.arange(batch, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            condition = backbone.encode_condition(prepared)
-            losses = model(codes, condition, model.noised_windows(codes, keys))
-            loss = losses.weighted(model.config.weights())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
+    step = TrainingStep(model, random_conditions(backbone, batch, device), autocast=True)
     times = [seconds(step, device) for _ in range(6)]
     taken = statistics.median(times[2:])
     inputs = batch * (prefix_of(backbone) + model.windows.count - 1)

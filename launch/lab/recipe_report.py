@@ -12,6 +12,7 @@ Shapes: R seeds, P prompts.
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac")
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportOptions:
     """What to read and where to write."""
 
     results: Path = Path("runs/experiments/results.jsonl")
@@ -57,9 +58,7 @@ class Estimate:
 
 
 def estimate(rates_RP: np.ndarray, tasks: int) -> Estimate:
-    """Mean over seeds and prompts of per-prompt rates (or differences of rates), with the larger of
-    the two standard errors.
-    """
+    """Mean of per-prompt rates (or differences), with the larger of the two standard errors."""
     seeds = len(rates_RP)
     by_task = rates_RP.mean(0).reshape(tasks, -1)
     over_prompts = np.sqrt((by_task.var(1, ddof=1) / by_task.shape[1]).sum()) / tasks
@@ -70,7 +69,7 @@ def estimate(rates_RP: np.ndarray, tasks: int) -> Estimate:
 class Results:
     """Result lines, looked up by base, arm and way of sampling."""
 
-    def __init__(self, lines: list[dict], config: Report):
+    def __init__(self, lines: list[dict], config: ReportOptions):
         self.config = config
         self.lines = {
             (x["base"], x["arm"], x["seed"], x["step"], x["steps"], x["sampling"]): x for x in lines
@@ -79,13 +78,12 @@ class Results:
     def bases(self) -> list[str]:
         return sorted({key[0] for key in self.lines})
 
-    def find(self, base: str, arm: str, sampling: str = "", *, steps: int | None = None) -> dict:
+    def find(self, base: str, arm: str, sampling: str = "") -> dict:
         """The final results of an arm, by seed."""
         found = {
             key[2]: line
             for key, line in self.lines.items()
             if key[:2] == (base, arm) and key[3] == key[4] and key[5] == sampling
-            if steps is None or key[4] == steps
         }
         return dict(sorted(found.items()))
 
@@ -125,8 +123,7 @@ def losses(by_seed: dict, kind: str) -> str:
 
 
 def loss_gain(results: Results, base: str, arm: str, kind: str) -> str:
-    """Slot 0's loss less that of the control of the same seed, mean and standard error over seeds
-    in thousandths of a nat.
+    """Slot 0's loss less that of the same seed's control, over seeds, in thousandths of a nat.
 
     The seeds hold out different images, whose losses differ by far more than the arms'; a
     difference within a seed is exact.
@@ -141,81 +138,90 @@ def loss_gain(results: Results, base: str, arm: str, kind: str) -> str:
     return f"{difference.mean():+.1f}{spread}"
 
 
+def markdown(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table; `head` has the columns' names between bars."""
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
 def arm_table(results: Results, base: str) -> str:
     """One row per arm, sampled in the base's own way."""
-    lines = [
+    head = (
         "| arm | seeds | score | against the control | slot loss, noised truth | slot loss, own drafts "
-        "| slot 0 less the control's, noised truth (mnat) | own drafts (mnat) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for arm, sampling in results.names(base):
-        if sampling:
-            continue
-        found, gain = results.find(base, arm), results.gain(base, arm)
-        cells = [arm, str(len(found)), str(results.score(base, arm)), gain.signed() if gain else ""]
-        kinds = ("noised_truth", "own_drafts")
-        cells += [losses(found, kind) for kind in kinds]
-        cells += [loss_gain(results, base, arm, kind) for kind in kinds]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        "| slot 0 less the control's, noised truth (mnat) | own drafts (mnat) |"
+    )
+    kinds = ("noised_truth", "own_drafts")
+    return markdown(
+        head,
+        (
+            [
+                *(arm, str(len(results.find(base, arm)))),
+                *(str(results.score(base, arm)), _signed(results.gain(base, arm))),
+                *(losses(results.find(base, arm), kind) for kind in kinds),
+                *(loss_gain(results, base, arm, kind) for kind in kinds),
+            ]
+            for arm, sampling in results.names(base)
+            if not sampling
+        ),
+    )
 
 
 def sampling_table(results: Results, base: str) -> str:
     """One row per way of sampling from the same runs."""
-    lines = ["| arm | sampling | seeds | score | against the control |", "|---|---|---|---|---|"]
     varied = {arm for arm, sampling in results.names(base) if sampling}
-    for arm, sampling in sorted(results.names(base), key=lambda name: name[0]):
-        if arm not in varied:
-            continue
-        found, gain = results.find(base, arm, sampling), results.gain(base, arm, sampling)
-        score = str(results.score(base, arm, sampling))
-        how = sampling or "as the base"
-        lines.append(
-            f"| {arm} | {how} | {len(found)} | {score} | {gain.signed() if gain else ''} |"
-        )
-    return "\n".join(lines)
+    names = sorted(results.names(base), key=lambda name: name[0])
+    return markdown(
+        "| arm | sampling | seeds | score | against the control |",
+        (
+            [
+                *(arm, sampling or "as the base", str(len(results.find(base, arm, sampling)))),
+                str(results.score(base, arm, sampling)),
+                _signed(results.gain(base, arm, sampling)),
+            ]
+            for arm, sampling in names
+            if arm in varied
+        ),
+    )
+
+
+def _signed(gain: Estimate | None) -> str:
+    return gain.signed() if gain else ""
 
 
 def refinement_table(results: Results, base: str) -> str:
     """What happens to drafts, in sampled images and on held-out ones."""
-    lines = [
-        "| arm | codes flipped 1-2 / 2-3 / 3-4 | stage 1 / 2 / 3 = final | last draft right | corrected | control there | spoilt | control there |",
-        "|---|---|---|---|---|---|---|---|",
+    head = (
+        "| arm | codes flipped 1-2 / 2-3 / 3-4 | stage 1 / 2 / 3 = final | last draft right "
+        "| corrected | control there | spoilt | control there |"
+    )
+    columns = [("changes", "flipped"), ("changes", "agreeing"), ("repairs", "draft_right")]
+    columns += [
+        ("repairs", f"{whose}{what}")
+        for what in ("corrected", "spoilt")
+        for whose in ("", "control_")
     ]
+
+    def mean(found: list[dict], part: str, name: str) -> str:
+        values = np.mean([np.atleast_1d(x[part][name]) for x in found], axis=0)
+        return " / ".join(f"{v:.1%}" for v in values)
+
+    rows = []
     for arm, sampling in results.names(base):
         found = [x for x in results.find(base, arm).values() if "repairs" in x]
-        if sampling or not found:
-            continue
-
-        def mean(part: str, name: str, found=found) -> str:
-            values = np.mean([np.atleast_1d(x[part][name]) for x in found], axis=0)
-            return " / ".join(f"{v:.1%}" for v in values)
-
-        cells = [arm, mean("changes", "flipped"), mean("changes", "agreeing")]
-        cells += [
-            mean("repairs", name)
-            for name in (
-                "draft_right",
-                "corrected",
-                "control_corrected",
-                "spoilt",
-                "control_spoilt",
-            )
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        if found and not sampling:
+            rows.append([arm, *(mean(found, *column) for column in columns)])
+    return markdown(head, rows)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: its final own-drafts loss of slot 0, and its score when sampled in the base's own
-    way.
-    """
+    """One run, sampled in the base's own way."""
 
     base: str
     arm: str
     seed: int
     loss: float
+    """Of slot 0 on own drafts, in the end."""
     score: float
 
 
@@ -240,16 +246,12 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 
 
 def correlation_lines(results: Results) -> str:
-    """Rank correlation of loss and score by base: over all runs, and of their differences to the
-    control of the same seed.
+    """Rank correlation of loss and score by base, of runs and of differences to their control.
 
     A seed holds out its own images, so that losses differ between seeds for a reason that has
     nothing to do with the arms.
     """
-    lines = [
-        "| base | runs | rank correlation | of differences to the control |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for base in results.bases():
         runs = [run for run in outcomes(results) if run.base == base]
         if len(runs) < 3:
@@ -260,14 +262,12 @@ def correlation_lines(results: Results) -> str:
         paired = rank_correlation(
             [r.loss - c.loss for r, c in pairs], [r.score - c.score for r, c in pairs]
         )
-        lines.append(f"| {base} | {len(runs)} | {both:+.2f} | {paired:+.2f} |")
-    return "\n".join(lines)
+        rows.append([base, str(len(runs)), f"{both:+.2f}", f"{paired:+.2f}"])
+    return markdown("| base | runs | rank correlation | of differences to the control |", rows)
 
 
 def _save(figure, path: Path) -> None:
-    """Write an SVG that depends on the figure alone, so that plots do not change without their
-    data.
-    """
+    """Write an SVG that depends on the figure alone: plots change with their data only."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": path.stem}):
@@ -335,7 +335,7 @@ def loss_course(
 
 
 def main() -> None:
-    config = cli.parse(Report, __doc__)
+    config = cli.parse(ReportOptions, __doc__)
     with reading(config.results):
         lines = [json.loads(line) for line in config.results.read_text().splitlines()]
     results = Results(lines, config)

@@ -1,5 +1,4 @@
-"""Score images of the classes of shapes by the exact detector: how many show the shape and the
-colour of their class, and nothing else.
+"""Score images of the classes of shapes: how many show their class and nothing else, exactly.
 
 python launch/lab/score_class_shapes.py outputs/rar-base.npz outputs/rar-control.npz \\
     outputs/rar-tuned.npz --sheet outputs/rar.png
@@ -24,17 +23,16 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from geneval.judge import JudgeOptions
-from launch.lab.pretrain_class_shapes import CLASSES, class_image
+from launch.lab.recipe_report import markdown
 from t2i import cli
 from t2i.errors import UserError
+from t2i.shapes.scenes import CLASSES, class_image
 from t2i.shapes.shapes_detector import ShapesDetector
 
 _SAME = ("count", "labels", "seed")
-_TOKENIZED = 20
-"""Images of each class that are encoded and decoded,"""
+_TOKENIZED = 20  # images of each class that are encoded and decoded,
+_NEW = 1_000_000  # from this number on: no base has seen them
 _SHEET_COLORS = 128  # a third of the bytes, and no visible difference
-_NEW = 1_000_000
-"""from this number on: no base has seen them."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,15 @@ class ScoreConfig:
     samples: tyro.conf.Positional[tuple[Path, ...]]
     """.npz files of launch/sample_imagenet.py; the others are compared with the first."""
     base: Path | None = None
-    """Base of launch/lab/pretrain_class_shapes.py: also score its images, encoded and decoded, the
-    ceiling of all scores.
-    """
+    """Base whose tokenizer is scored as well, on new images: the ceiling of all scores."""
     sheet: Path | None = None
     """PNG with an image of every class, one row for each file."""
     out: Path = Path("outputs/class-shapes/results.json")
     """Where the scores are written."""
 
 
-def judge(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether each of the images uint8 [N, H, W, 3] shows its class: bool [N, 3] for both, its
-    shape, its colour.
+def verdicts_on(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether images uint8 [N, H, W, 3] show their class: bool [N, 3], both, shape and colour.
 
     An image with no object or with several has neither.
     """
@@ -72,9 +67,7 @@ def judge(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file; UserError if
-    it is none.
-    """
+    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file."""
     from t2i.evaluation.fid.image_sets import open_images
     from t2i.evaluation.sample_writer import sample_labels
     from t2i.files import read_json
@@ -115,9 +108,7 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row(verdicts: np.ndarray, first: np.ndarray | None = None) -> dict:
-    """Shares with standard errors, and how much more than the first file's, pairing images of the
-    same number.
-    """
+    """Shares with standard errors, and how much more than the first file's, image by image."""
     share, n = verdicts.mean(axis=0), len(verdicts)
     result = {
         "n": n,
@@ -135,16 +126,14 @@ def row(verdicts: np.ndarray, first: np.ndarray | None = None) -> dict:
 
 def table(rows: dict[str, dict]) -> str:
     """The rows as markdown."""
-    lines = ["| images | n | right | shape | colour | minus the first |", "|---" * 6 + "|"]
+    cells = []
     for name, r in rows.items():
         minus = "-"
         if "minus_first" in r:
             minus = f"{r['minus_first']:+.3f} ± {r['minus_first_stderr']:.3f}"
-        right = f"{r['right']:.3f} ± {r['stderr']:.3f}"
-        lines.append(
-            f"| {name} | {r['n']} | {right} | {r['shape']:.3f} | {r['color']:.3f} | {minus} |"
-        )
-    return "\n".join(lines)
+        shares = [f"{r['right']:.3f} ± {r['stderr']:.3f}", f"{r['shape']:.3f}", f"{r['color']:.3f}"]
+        cells.append([name, str(r["n"]), *shares, minus])
+    return markdown("| images | n | right | shape | colour | minus the first |", cells)
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:
@@ -176,12 +165,12 @@ def main() -> None:
         save_png(sheet.quantize(_SHEET_COLORS), config.sheet)
     rows, first = {}, None
     for name, (images, labels, _) in read.items():
-        verdicts = judge(images, labels)
+        verdicts = verdicts_on(images, labels)
         rows[name] = row(verdicts, first)
         first = verdicts if first is None else first
     if config.base is not None:
         rows[f"new images through the tokenizer of {config.base}"] = row(
-            judge(*tokenized(config.base))
+            verdicts_on(*tokenized(config.base))
         )
     settings = {name: settings for name, (*_, settings) in read.items()}
     about = {"detector": ShapesDetector().identity(), "settings": settings}

@@ -2,31 +2,23 @@
 
 Everything is a pure function of (seed, index): what is in a scene, where it stands and what its
 prompt says. Geometry is in whole units of 1/64 of the image side, so that at 64 px (and its
-multiples) straight edges fall on pixel borders. `t2i.data.shapes_detector` reads the images back,
-`t2i.shapes.shapes_prompts` has the grammar.
+multiples) straight edges fall on pixel borders. `shapes_detector` reads the images back,
+`shapes_prompts` has the language, `shapes_source` makes data sets of them.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from t2i.errors import UserError
-from t2i.files import write_text
-from t2i.imaging import save_png
-from t2i.shapes.shapes_prompts import COLORS, TAGS, training_prompts
-
-log = logging.getLogger(__name__)
+from geneval.prompts import TAGS
+from t2i.shapes.shapes_prompts import COLORS, training_prompts
 
 UNITS = 64  # scene geometry is in units of 1/UNITS of the image side
 GAP = 3  # least distance between two boxes, units
@@ -159,10 +151,7 @@ def _fill_box(points: list[tuple[float, float]]) -> Outline:
 
 
 def _place(rng: random.Random, count: int, relation: str | None) -> list[tuple[int, int, int]]:
-    """Centres and even sizes (x, y, size) of boxes that keep their distance.
-
-    With a relation, box 1 stands in it to box 0.
-    """
+    """Boxes (x, y, even size) that keep their distance; box 1 stands in `relation` to box 0."""
     low, high = SIZES[count]
     for _ in range(10_000):
         boxes: list[tuple[int, int, int]] = []
@@ -199,41 +188,17 @@ def _clearly(relation: str, a: tuple[int, int, int], b: tuple[int, int, int]) ->
     return along - 0.1 * (a[2] + b[2]) >= 0.6 * distance and abs(across) <= 0.4 * distance
 
 
-def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> tuple[int, int]:
-    """Write scenes 0..n-1 of world `seed` as an image folder; return (images written, kept).
+CLASSES = tuple(
+    (shape, color)
+    for shape in ("circle", "square", "triangle", "cross")
+    for color in tuple(PALETTE)[:5]
+)
+"""What a class id means in images by class: one shape in one colour."""
 
-    Layout of the datasets library's "imagefolder": `images/*.png` and `metadata.jsonl` with the
-    columns file_name, text (the prompt) and metadata (the GenEval entry as a JSON string, for
-    scoring). A file is written under a temporary name and renamed, metadata.jsonl comes last, and
-    images that are there are kept: a stopped call is continued, a finished one repeated at no cost,
-    a larger `n` extends the folder, and a smaller one takes nothing away.
 
-    Raises UserError where the folder holds another data set.
-    """
-    if n < 1:
-        raise UserError(f"n must be at least 1, not {n}")
-    folder = Path(folder)
-    scenes = [sample_scene(seed, index) for index in range(n)]
-    names = [f"images/seed{seed}_{size}px_{index:06d}.png" for index in range(n)]
-    rows = [
-        json.dumps({"file_name": name, "text": s.prompt, "metadata": json.dumps(s.metadata)}) + "\n"
-        for name, s in zip(names, scenes, strict=True)
-    ]
-    table = folder / "metadata.jsonl"
-    if table.exists():
-        present = table.read_text().splitlines(keepends=True)
-        shared = min(len(present), n)
-        if present[:shared] != rows[:shared]:
-            raise UserError(
-                f"{folder} holds another data set than seed {seed} at {size} px: "
-                "give another folder or delete this one"
-            )
-        rows += present[shared:]
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    present_names = set(os.listdir(folder / "images"))
-    missing = [i for i, name in enumerate(names) if Path(name).name not in present_names]
-    for index in missing:
-        save_png(render(scenes[index], size), folder / names[index])
-    write_text(table, "".join(rows))
-    log.info("%s: %d images written, %d kept", folder, len(missing), n - len(missing))
-    return len(missing), n - len(missing)
+def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
+    """Image `number` of a class, `size` pixels wide: its shape, placed and sized at random."""
+    dice = random.Random(f"class shapes {seed} {label} {number}")
+    side = dice.randrange(24, 34, 2)
+    x, y = (dice.randint(side // 2 + 2, 62 - side // 2) for _ in range(2))
+    return render(Scene((SceneObject(*CLASSES[label], x, y, side),), "single", "", {}), size)

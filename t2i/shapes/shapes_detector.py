@@ -12,6 +12,7 @@ Shapes: H x W image, K palette colours, C shape classes, P template canvas side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -36,8 +37,8 @@ GROWTH = (-1, 0, 1, 2)
 class ShapesDetector:
     """Finds the shapes world's shapes; see `geneval.detector.Detector` for the interface."""
 
-    classes = SHAPES
-    colors = COLORS
+    classes: Sequence[str] = SHAPES
+    colors: Sequence[str] = COLORS
 
     def detect(self, image: Image.Image | np.ndarray) -> dict[str, Detections]:
         """Shape -> `Detections` (pixel boxes, scores, masks); shapes without any are left out.
@@ -164,7 +165,7 @@ def _templates(size: int, canvas: int) -> np.ndarray:
     rows = []
     for shape in SHAPES:
         mask = np.asarray(shape_mask(shape, size, size)) > 127
-        occupied_y, occupied_x = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+        occupied_y, occupied_x = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         mask = mask[occupied_y[0] : occupied_y[-1] + 1, occupied_x[0] : occupied_x[-1] + 1]
         y, x = (canvas - mask.shape[0]) // 2, (canvas - mask.shape[1]) // 2
         for dy in SHIFTS:

@@ -1,9 +1,5 @@
 """The shapes world's language: GenEval's prompt grammar over eight shapes and eight colours.
 
-Metadata and prompts follow `prompts/create_prompts.py` and `evaluation_metadata.jsonl` of
-djghosh13/geneval: keys in the order tag, include, exclude (counting only), prompt; in a position
-prompt `include[0]` is the reference object and `include[1]` stands in the relation to it.
-
 Held-out convention: a fifth of all `position` and `color_attr` prompts (by CRC-32 of the prompt)
 is never drawn for training scenes, and `benchmark_prompts` draws these two tags from that fifth
 only. The other four tags have few prompts (8, 56, 24 and 64), which training and benchmark share:
@@ -17,25 +13,24 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 
+from geneval.prompts import (
+    NUMBER_WORDS,
+    RELATIONS,
+    TAGS,
+    color_attr,
+    colors,
+    counting,
+    position,
+    single_object,
+    two_object,
+)
+
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "heart", "ring")
 # Eight of GenEval's ten colours: white is lost on a light background, and brown is what an
 # autoencoder makes of the edge between orange and black.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RELATIONS = ("left of", "right of", "above", "below")
-NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
 HELD_OUT_TAGS = ("position", "color_attr")
 HELD_OUT_FRACTION = 5  # one prompt in five
-
-
-def with_article(noun: str) -> str:
-    """`noun` with "a" or "an", by its first letter."""
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-
-
-def plural(noun: str) -> str:
-    """GenEval's plural: "es" after s, "s" otherwise."""
-    return f"{noun}es" if noun[-1] == "s" else f"{noun}s"
 
 
 def is_held_out(metadata: dict) -> bool:
@@ -44,49 +39,13 @@ def is_held_out(metadata: dict) -> bool:
     return metadata["tag"] in HELD_OUT_TAGS and held_out
 
 
-def single_object(shape: str) -> dict:
-    """Metadata of "a photo of a circle"."""
-    return _metadata("single_object", [_item(shape)], with_article(shape))
-
-
-def two_object(first: str, second: str) -> dict:
-    """Metadata of "a photo of a circle and a ring"."""
-    phrase = f"{with_article(first)} and {with_article(second)}"
-    return _metadata("two_object", [_item(first), _item(second)], phrase)
-
-
-def counting(shape: str, count: int) -> dict:
-    """Metadata of "a photo of three circles"; exactly three, by `exclude`."""
-    phrase = f"{NUMBER_WORDS[count]} {plural(shape)}"
-    return _metadata("counting", [_item(shape, count)], phrase, exclude=[_item(shape, count + 1)])
-
-
-def colors(shape: str, color: str) -> dict:
-    """Metadata of "a photo of a red circle"."""
-    return _metadata("colors", [_item(shape, color=color)], f"{with_article(color)} {shape}")
-
-
-def position(shape: str, relation: str, reference: str) -> dict:
-    """Metadata of "a photo of a circle left of a ring": shape, relation, reference."""
-    include = [_item(reference), _item(shape) | {"position": [relation, 0]}]
-    phrase = f"{with_article(shape)} {relation} {with_article(reference)}"
-    return _metadata("position", include, phrase)
-
-
-def color_attr(first: str, first_color: str, second: str, second_color: str) -> dict:
-    """Metadata of "a photo of a red circle and a blue ring"."""
-    include = [_item(first, color=first_color), _item(second, color=second_color)]
-    phrase = f"{with_article(first_color)} {first} and {with_article(second_color)} {second}"
-    return _metadata("color_attr", include, phrase)
-
-
 @lru_cache
 def training_prompts(tag: str) -> tuple[dict, ...]:
     """The prompts of `tag` that training scenes may show."""
     return tuple(metadata for metadata in all_prompts(tag) if not is_held_out(metadata))
 
 
-def benchmark_prompts(seed: int, per_tag: int, tags: Sequence[str] = TAGS) -> list[dict]:
+def benchmark_prompts(seed: int = 0, per_tag: int = 20, tags: Sequence[str] = TAGS) -> list[dict]:
     """`per_tag` prompts of every tag, tag by tag, as GenEval metadata.
 
     Prompts are unique while the grammar lasts; a tag with fewer than `per_tag` prompts is gone
@@ -122,13 +81,6 @@ def all_prompts(tag: str) -> list[dict]:
     raise ValueError(f"unknown tag {tag!r}: choose from {', '.join(TAGS)}")
 
 
-def _item(shape: str, count: int = 1, color: str | None = None) -> dict:
-    item: dict = {"class": shape, "count": count}
-    return item if color is None else item | {"color": color}
-
-
-def _metadata(
-    tag: str, include: list[dict], phrase: str, exclude: list[dict] | None = None
-) -> dict:
-    excluded = {} if exclude is None else {"exclude": exclude}
-    return {"tag": tag, "include": include, **excluded, "prompt": f"a photo of {phrase}"}
+def every_prompt() -> list[dict]:
+    """Every prompt of every tag, in a fixed order."""
+    return [entry for tag in TAGS for entry in all_prompts(tag)]

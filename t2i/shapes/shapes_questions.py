@@ -1,9 +1,10 @@
-"""The shapes world's question graph, in DPG-Bench's schema: the whole benchmark without a network.
+"""The shapes world's DPG-Bench: a question graph in its schema, and the judge that answers it.
 
 60 prompts: eight of each of the shapes world's GenEval tasks, and twelve denser ones (two coloured
 shapes in a relation, a counted and coloured pair beside a third shape, three coloured shapes). The
-propositions follow from what a prompt asks for, and `t2i.shapes.shapes_judge` answers them exactly.
-`shapes_questions.csv` is the output of `graph_csv`.
+propositions follow from what a prompt asks for; `shapes_questions.csv` is the output of
+`graph_csv`. The judge reads a proposition (a question's `tuple`), not its words, and answers by the
+exact detector and GenEval's rules.
 
 A prompt's propositions (parents in brackets; a relation of coloured shapes hangs on their colours,
 which hang on the shapes, so that a missing shape takes its colour and its relation along):
@@ -20,26 +21,40 @@ from __future__ import annotations
 import csv
 import io
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageFilter
+
 from dpg_bench.questions import COLUMNS, Question, QuestionGraph, read_questions
-from t2i.shapes.shapes_prompts import (
-    COLORS,
+from geneval.detector import Detections
+from geneval.judge import JudgeOptions, judge
+from geneval.prompts import (
     NUMBER_WORDS,
     RELATIONS,
-    SHAPES,
     TAGS,
-    benchmark_prompts,
+    entry_of,
     plural,
+    wanted,
     with_article,
 )
+from t2i.errors import UserError
+from t2i.shapes.scenes import BACKGROUND, UNITS
+from t2i.shapes.shapes_detector import ShapesDetector
+from t2i.shapes.shapes_prompts import COLORS, SHAPES, benchmark_prompts
 
 PATH = Path(__file__).with_name("shapes_questions.csv")
 PER_TAG = 8
 PER_DENSE_KIND = 4
 ANY_SHAPE = "shape"
 PLAIN_BACKGROUND = "plain background"
+# A pixel of the ground may be this far (0..255, in each channel) from the world's ground, and this
+# share of the pixels that belong to no shape must be ground.
+GROUND_TOLERANCE = 24
+GROUND_SHARE = 0.97
+EDGE = 2 / UNITS  # of the image side: soft edges around a shape count as the shape's
 
 
 def shapes_questions() -> QuestionGraph:
@@ -63,27 +78,22 @@ def shapes_prompts(seed: int = 0) -> dict[str, dict]:
 def _related(rng: random.Random) -> dict:
     (shape, color), (other, other_color) = _objects(rng, 2)
     relation = rng.choice(RELATIONS)
-    include = [
-        {"class": other, "count": 1, "color": other_color},
-        {"class": shape, "count": 1, "color": color, "position": [relation, 0]},
-    ]
+    placed = wanted(shape, color=color) | {"position": [relation, 0]}
     phrase = f"{_one(shape, color)} {relation} {_one(other, other_color)}"
-    return _entry(include, phrase)
+    return entry_of("dense", [wanted(other, color=other_color), placed], phrase)
 
 
 def _counted(rng: random.Random) -> dict:
     (shape, color), (other, other_color) = _objects(rng, 2)
-    include = [
-        {"class": shape, "count": 2, "color": color},
-        {"class": other, "count": 1, "color": other_color},
-    ]
-    return _entry(include, f"two {color} {plural(shape)} and {_one(other, other_color)}")
+    include = [wanted(shape, 2, color), wanted(other, color=other_color)]
+    phrase = f"two {color} {plural(shape)} and {_one(other, other_color)}"
+    return entry_of("dense", include, phrase)
 
 
 def _three(rng: random.Random) -> dict:
     objects = _objects(rng, 3)
-    include = [{"class": shape, "count": 1, "color": color} for shape, color in objects]
-    return _entry(include, " and ".join(_one(*item) for item in objects))
+    include = [wanted(shape, color=color) for shape, color in objects]
+    return entry_of("dense", include, " and ".join(_one(*item) for item in objects))
 
 
 def _objects(rng: random.Random, count: int) -> list[tuple[str, str]]:
@@ -94,17 +104,12 @@ def _one(shape: str, color: str) -> str:
     return f"{with_article(color)} {shape}"
 
 
-def _entry(include: list[dict], phrase: str) -> dict:
-    return {"tag": "dense", "include": include, "prompt": f"a photo of {phrase}"}
-
-
 def questions_of(item: str, entry: dict) -> list[Question]:
     """The propositions of a prompt, parents before children."""
-    rows = [
+    return [
         Question(item, entry["prompt"], number, parents, proposition, text)
         for number, (parents, proposition, text) in enumerate(_propositions(entry), start=1)
     ]
-    return rows
 
 
 def _propositions(entry: dict) -> Iterator[tuple[tuple[int, ...], str, str]]:
@@ -112,38 +117,34 @@ def _propositions(entry: dict) -> Iterator[tuple[tuple[int, ...], str, str]]:
     include, number = entry["include"], 0
     entity: list[int] = []  # per object: the number of its entity
     latest: list[int] = []  # per object: the number of its colour, or else of its entity
-    for wanted in include:
-        shape, count = wanted["class"], wanted["count"]
+    for item in include:
+        shape, count = item["class"], item["count"]
         many = count > 1
         number += 1
         entity.append(number)
         latest.append(number)
         yield (), f"entity - whole ({shape})", f"Is there {with_article(shape)}?"
-        if "color" in wanted:
+        if "color" in item:
             number += 1
             latest[-1] = number
             exact = f", =={count}" if many else ""
             asked = f"Are the {plural(shape)}" if many else f"Is the {shape}"
-            proposition = f"attribute - color ({shape}, {wanted['color']}{exact})"
-            yield (entity[-1],), proposition, f"{asked} {wanted['color']}?"
+            proposition = f"attribute - color ({shape}, {item['color']}{exact})"
+            yield (entity[-1],), proposition, f"{asked} {item['color']}?"
         if many:
             number += 1
             text = f"Are there exactly {NUMBER_WORDS[count]} {plural(shape)}?"
             yield (entity[-1],), f"other - count ({shape}, =={count})", text
-    for index, wanted in enumerate(include):
-        if "position" in wanted:
-            relation, target = wanted["position"]
-            shape, other = wanted["class"], include[target]["class"]
+    for index, item in enumerate(include):
+        if "position" in item:
+            relation, target = item["position"]
+            shape, other = item["class"], include[target]["class"]
             proposition = f"relation - spatial ({shape}, {relation}, {other})"
             parents = tuple(sorted((latest[target], latest[index])))
             yield parents, proposition, f"Is the {shape} {relation} the {other}?"
-    total = sum(wanted["count"] for wanted in include)
-    word = NUMBER_WORDS.get(total, "one")
-    text = (
-        f"Are there exactly {word} shapes in the image?"
-        if total > 1
-        else "Is there only one shape?"
-    )
+    total, text = sum(item["count"] for item in include), "Is there only one shape?"
+    if total > 1:
+        text = f"Are there exactly {NUMBER_WORDS[total]} shapes in the image?"
     yield (), f"other - count ({ANY_SHAPE}, =={total})", text
     yield (), f"global - ({PLAIN_BACKGROUND})", "Is the background plain and light?"
 
@@ -153,14 +154,14 @@ def graph_csv(seed: int = 0) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for item, entry in shapes_prompts(seed).items():
-        for question in questions_of(item, entry):
+    for name, entry in shapes_prompts(seed).items():
+        for question in questions_of(name, entry):
             broad, _, detailed = question.category.partition("-")
             writer.writerow(
                 {
-                    "item_id": item,
+                    "item_id": name,
                     "text": question.prompt,
-                    "keywords": ", ".join(wanted["class"] for wanted in entry["include"]),
+                    "keywords": ", ".join(item["class"] for item in entry["include"]),
                     "proposition_id": question.proposition,
                     "dependency": ",".join(map(str, question.parents)) or "0",
                     "category_broad": broad.strip(),
@@ -170,3 +171,102 @@ def graph_csv(seed: int = 0) -> str:
                 }
             )
     return buffer.getvalue()
+
+
+# -- the judge -------------------------------------------------------------------------------------
+class ShapesJudge:
+    """See `dpg_bench.judges.Judge`."""
+
+    name = "shapes"
+
+    def __init__(self) -> None:
+        self.detector = ShapesDetector()
+
+    def identity(self) -> dict:
+        return {"judge": self.name, "weights": None, "detector": type(self.detector).__name__}
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """UserError for a proposition that is not the shapes world's, before there is any image."""
+        self.answer(Image.new("RGB", (UNITS, UNITS), BACKGROUND), questions)
+
+    def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
+        """The true answers. Raises UserError for a proposition that is not the shapes world's."""
+        image = image.convert("RGB")
+        detections = self.detector.detect(image)
+        return [
+            "yes" if self._holds(image, detections, question) else "no" for question in questions
+        ]
+
+    def _holds(
+        self, image: Image.Image, detections: Mapping[str, Detections], question: Question
+    ) -> bool:
+        arguments = _arguments(question)
+        if (question.category, arguments) == ("global -", [PLAIN_BACKGROUND]):
+            return has_plain_background(image, detections)
+        if question.category == "other - count" and arguments[0] == ANY_SHAPE:
+            sure = np.float32(JudgeOptions().counting_threshold)
+            found = sum(int((one.scores > sure).sum()) for one in detections.values())
+            return found == _count(question, arguments[1])
+        entry = self._geneval_entry(question, arguments)
+
+        def colors_of(shape: str, indices: Sequence[int]) -> list[str]:
+            return self.detector.classify_colors(image, shape, detections[shape].take(indices))
+
+        return judge(entry, detections, colors_of).correct
+
+    def _geneval_entry(self, question: Question, arguments: list[str]) -> dict:
+        """The proposition as a GenEval entry: one definition of counting and of "left of"."""
+        exclude = None
+        match question.category, arguments:
+            case "entity - whole", [shape]:
+                include = [wanted(shape)]
+            case "attribute - color", [shape, color, *count]:
+                include = [wanted(shape, _count(question, count[0]) if count else 1, color)]
+            case "other - count", [shape, count]:
+                number = _count(question, count)
+                include, exclude = [wanted(shape, number)], [wanted(shape, number + 1)]
+            case "relation - spatial", [shape, relation, other] if relation in RELATIONS:
+                include = [wanted(other), wanted(shape) | {"position": [relation, 0]}]
+            case _:
+                raise _foreign(question)
+        for item in include:
+            known = item.get("color", self.detector.colors[0]) in self.detector.colors
+            if item["class"] not in self.detector.classes or not known:
+                raise _foreign(question)
+        tag = "counting" if exclude else "single_object"
+        return entry_of(tag, include, question.text, exclude)
+
+
+def _arguments(question: Question) -> list[str]:
+    match = re.fullmatch(r"[^(]*\((.*)\)\s*", question.tuple)
+    if match is None:
+        raise _foreign(question)
+    return [part.strip() for part in match[1].split(",")]
+
+
+def _count(question: Question, text: str) -> int:
+    match = re.fullmatch(r"==(\d+)", text)
+    if match is None:
+        raise _foreign(question)
+    return int(match[1])
+
+
+def _foreign(question: Question) -> UserError:
+    return UserError(
+        f"the shapes judge cannot answer {question.tuple!r}, {question.place}: it knows the shapes "
+        "world's own questions only; choose another judge"
+    )
+
+
+def has_plain_background(image: Image.Image, detections: Mapping[str, Detections]) -> bool:
+    """Whether what belongs to no detected shape is the world's plain ground."""
+    shapes_HW = np.zeros(image.size[::-1], dtype=bool)
+    for found in detections.values():
+        assert found.masks is not None
+        shapes_HW |= found.masks.any(axis=0)
+    reach = max(1, round(EDGE * min(image.size)))
+    grown = Image.fromarray(shapes_HW).convert("L").filter(ImageFilter.MaxFilter(2 * reach + 1))
+    outside_HW = np.asarray(grown) == 0
+    offset = np.abs(np.asarray(image.convert("RGB"), dtype=np.int16) - np.array(BACKGROUND))
+    ground_HW = offset.max(axis=-1) <= GROUND_TOLERANCE
+    return bool(outside_HW.any() and ground_HW[outside_HW].mean() >= GROUND_SHARE)

@@ -1,13 +1,21 @@
-"""The shapes world as a data source: `--data.source shapes` (or shapes:5000 for so many scenes),
-drawn as they are read.
+"""The shapes world as data: captioned scenes, as a source or as a folder.
 
-A folder named shapes is given as `./shapes`.
+`--data.source shapes` (or shapes:5000 for so many scenes) draws them as they are read. A folder of
+that name is given as `./shapes`.
 """
+
+import json
+import logging
+import os
+from pathlib import Path
 
 from t2i.data.samples import Sample, Source
 from t2i.errors import UserError
-from t2i.files import namesake
+from t2i.files import namesake, write_text
+from t2i.imaging import save_png
 from t2i.shapes.scenes import render, sample_scene
+
+log = logging.getLogger(__name__)
 
 NAME = "shapes"
 DEFAULT_SCENES = 3000
@@ -43,3 +51,43 @@ def parse_shapes(text: str) -> ShapesSource | None:
     if said := namesake(text, "the scenes that the kit draws"):
         source.remarks.append(said)
     return source
+
+
+def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> tuple[int, int]:
+    """Write scenes 0..n-1 of world `seed` as an image folder; return (images written, kept).
+
+    Layout of the datasets library's "imagefolder": `images/*.png` and `metadata.jsonl` with the
+    columns file_name, text (the prompt) and metadata (the GenEval entry as a JSON string, for
+    scoring). metadata.jsonl comes last, and images that are there are kept: a stopped call is
+    continued, a finished one repeated at no cost, a larger `n` extends the folder, and a smaller
+    one takes nothing away.
+
+    Raises UserError where the folder holds another data set.
+    """
+    if n < 1:
+        raise UserError(f"n must be at least 1, not {n}")
+    folder = Path(folder)
+    scenes = [sample_scene(seed, index) for index in range(n)]
+    names = [f"images/seed{seed}_{size}px_{index:06d}.png" for index in range(n)]
+    rows = [
+        json.dumps({"file_name": name, "text": s.prompt, "metadata": json.dumps(s.metadata)}) + "\n"
+        for name, s in zip(names, scenes, strict=True)
+    ]
+    table = folder / "metadata.jsonl"
+    if table.exists():
+        present = table.read_text(encoding="utf-8").splitlines(keepends=True)
+        shared = min(len(present), n)
+        if present[:shared] != rows[:shared]:
+            raise UserError(
+                f"{folder} holds another data set than seed {seed} at {size} px: "
+                "give another folder or delete this one"
+            )
+        rows += present[shared:]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    present_names = set(os.listdir(folder / "images"))
+    missing = [i for i, name in enumerate(names) if Path(name).name not in present_names]
+    for index in missing:
+        save_png(render(scenes[index], size), folder / names[index])
+    write_text(table, "".join(rows))
+    log.info("%s: %d images written, %d kept", folder, len(missing), n - len(missing))
+    return len(missing), n - len(missing)

@@ -1,5 +1,4 @@
-"""A tiny Janus with random weights in the published layout: the start of the offline shapes base,
-and what tests load.
+"""A tiny Janus with random weights in the published layout: where the offline base starts from.
 
 Its tokenizer is byte-level BPE with DeepSeek's special tokens, as the real one, so that everything
 in front of the model is exercised for real. The understanding tower is there, as small as can be,
@@ -7,6 +6,7 @@ so that the folder is a complete Janus for transformers.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,18 +16,16 @@ from t2i.models.janus import janus_prompts as special
 from t2i.models.janus.janus_config import JanusShape, vq_settings
 from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import JanusPrompts, chat
-from t2i.models.tokenizers.vq import VQTokenizer
+from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 
 
 def build_tokenizer(prompts: Iterable[str], *, vocab_size: int = 512) -> Tokenizer:
-    """Byte-level BPE whose merges come from these prompts; any other text is spelt in bytes. A
-    function of the arguments alone.
-    """
+    """Byte-level BPE, a function of its arguments: merges from the prompts, bytes for the rest."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    marks = (special.BOS, special.EOS, special.PAD, special.BEGIN_OF_IMAGE, special.END_OF_IMAGE)
-    marks = (*marks, special.IMAGE, special.USER, special.ASSISTANT)
+    marks = [special.BOS, special.EOS, special.PAD, special.BEGIN_OF_IMAGE, special.END_OF_IMAGE]
+    marks += [special.IMAGE, special.USER, special.ASSISTANT]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(marks),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -39,30 +37,35 @@ def build_tokenizer(prompts: Iterable[str], *, vocab_size: int = 512) -> Tokeniz
     return tokenizer
 
 
+@dataclass(frozen=True)
+class LanguageShape:
+    """Sizes of a tiny language model."""
+
+    dim: int = 192
+    layers: int = 6
+    heads: int = 6
+    ffn_dim: int = 416
+    vocab_size: int = 512
+
+
 def build_tiny_janus(
-    prompts: Iterable[str],
-    tokenizer: VQTokenizer,
-    *,
-    side: int,
-    dim: int = 192,
-    layers: int = 6,
-    heads: int = 6,
-    ffn_dim: int = 416,
-    vocab_size: int = 512,
-    seed: int = 0,
+    prompts: Iterable[str], tokenizer: VQTokenizer, *, side: int, seed: int = 0, **shape: int
 ) -> Janus:
-    """A random Janus that draws `side` x `side` codes of this image tokenizer; its words are those
-    of the prompts.
+    """A random Janus that draws `side` x `side` codes of this image tokenizer.
+
+    prompts: whose words it knows. shape: what differs from `LanguageShape`.
     """
-    words = build_tokenizer(prompts, vocab_size=vocab_size)
+    sizes = LanguageShape(**shape)
+    assert isinstance(tokenizer.config, VQConfig)
+    words = build_tokenizer(prompts, vocab_size=sizes.vocab_size)
     config = {
         "text_config": {
             "vocab_size": words.get_vocab_size(),
-            "hidden_size": dim,
-            "intermediate_size": ffn_dim,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
+            "hidden_size": sizes.dim,
+            "intermediate_size": sizes.ffn_dim,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.heads,
             "max_position_embeddings": 1024,
         },
         "vision_config": {
@@ -72,13 +75,13 @@ def build_tiny_janus(
             "image_size": side * tokenizer.downsample,
             "patch_size": tokenizer.downsample,
             "mlp_ratio": 2.0,
-            "projection_dim": dim,
+            "projection_dim": sizes.dim,
             "num_image_tokens": side * side,
         },
         "vq_config": {
             **vq_settings(tokenizer.config),
-            "projection_dim": dim,
-            "image_token_embed_dim": dim,
+            "projection_dim": sizes.dim,
+            "image_token_embed_dim": sizes.dim,
         },
         "image_token_id": words.token_to_id(special.IMAGE),
         "tie_word_embeddings": False,
@@ -93,9 +96,7 @@ def build_tiny_janus(
 
 @torch.no_grad()
 def initialize(backbone: Janus, tokenizer: VQTokenizer, generator: torch.Generator) -> None:
-    """N(0, 0.02) for matrices, as Llama's authors do; codes start as what the image tokenizer takes
-    them for.
-    """
+    """N(0, 0.02) for matrices, as Llama's authors do; codes start as the image tokenizer's."""
     for name, parameter in backbone.janus.named_parameters():
         if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.02, generator=generator)

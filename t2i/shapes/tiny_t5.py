@@ -13,6 +13,7 @@ color_attr prompts of the shapes world, all colours of 99 % of the held-out prom
 """
 
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,36 +29,39 @@ _LOOK_BACK_BIAS = 8.0  # added to an attention logit; the content logits have a 
 _EXACT_DISTANCES = 7  # T5 with 32 buckets tells distances up to 7 apart exactly
 
 
+@dataclass(frozen=True)
+class T5Shape:
+    """Sizes of a tiny encoder, by the names of `T5Config`."""
+
+    d_model: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    d_ff: int = 256
+    vocab_size: int = 4096
+    """At most so many tokens, the three special ones included."""
+
+
 def build_tiny_t5(
-    folder: str | Path,
-    captions: Iterable[str],
-    *,
-    d_model: int = 128,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    d_ff: int = 256,
-    vocab_size: int = 4096,
-    seed: int = 0,
+    folder: str | Path, captions: Iterable[str], *, seed: int = 0, **shape: int
 ) -> Path:
     """Write a T5 encoder (gated GELU as in flan-t5) and its tokenizer to `folder` and return it.
 
-    The vocabulary holds the most frequent words and punctuation marks of the cleaned `captions`,
-    at most `vocab_size` with the three special tokens; any other word becomes <unk>. The files are
-    a function of the arguments alone.
+    The vocabulary holds the most frequent words and punctuation marks of the cleaned `captions`;
+    any other word becomes <unk>. The files are a function of the arguments alone.
+
+    Args:
+        shape: what differs from `T5Shape`.
 
     Raises:
         UserError: `captions` hold no word, or `d_model` is not a multiple of `num_heads`.
     """
-    if d_model % num_heads:
-        raise UserError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
-    tokenizer = _word_tokenizer(captions, vocab_size)
+    sizes = T5Shape(**shape)
+    if sizes.d_model % sizes.num_heads:
+        raise UserError(f"d_model {sizes.d_model} is not a multiple of num_heads {sizes.num_heads}")
+    tokenizer = _word_tokenizer(captions, sizes.vocab_size)
     config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=d_model,
-        d_kv=d_model // num_heads,
-        d_ff=d_ff,
-        num_layers=num_layers,
-        num_heads=num_heads,
+        **{**asdict(sizes), "vocab_size": len(tokenizer)},
+        d_kv=sizes.d_model // sizes.num_heads,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )

@@ -27,8 +27,8 @@ from t2i.errors import UserError
 from t2i.loading import tokenizer_hash
 from t2i.models.base import Backbone
 from t2i.processes import Processes
-from t2i.shapes.shapes_source import parse_shapes
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
+from t2i.worlds import WORLDS, open_world
 
 log = logging.getLogger(__name__)
 
@@ -118,15 +118,18 @@ def open_data(options: DataOptions) -> Source:
         raise UserError(
             "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
         )
-    source = parse_shapes(options.source) or open_source(
-        options.source,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        split=options.split,
-        streaming=options.streaming,
-        config_name=options.config_name,
-        revision=options.revision,
-    )
+    if (name := options.source.partition(":")[0]) in WORLDS:
+        source = open_world(name).open_source(options.source)
+    else:
+        source = open_source(
+            options.source,
+            image_column=options.image_column,
+            caption_column=options.caption_column,
+            split=options.split,
+            streaming=options.streaming,
+            config_name=options.config_name,
+            revision=options.revision,
+        )
     return source if options.trigger is None else TriggeredSource(source, options)
 
 

@@ -1,6 +1,4 @@
-"""Fine-tune, validate, sample, judge on the shapes world: what the quickstart and the experiments
-share.
-"""
+"""Fine-tune, validate, draw and judge on the shapes world: quickstart, experiments and bases."""
 
 import shutil
 from collections.abc import Sequence
@@ -29,8 +27,7 @@ def fine_tuned(run: TrainConfig) -> TensorAR:
     if not done:
         shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
     complete = done and done[-1].name == f"step_{run.steps:06d}"
-    folder = done[-1] if complete else train(replace(run, resume=bool(done)))
-    return loaded(folder)
+    return loaded(done[-1] if complete else train(replace(run, resume=bool(done))))
 
 
 def loaded(folder: Path) -> TensorAR:
@@ -39,9 +36,7 @@ def loaded(folder: Path) -> TensorAR:
 
 
 def held_out(run: TrainConfig, model: TensorAR) -> TrainingData:
-    """The run's data; its held-out set depends on the data and the seed only, so all methods share
-    it.
-    """
+    """The run's data; what it holds out depends on data and seed only, so all methods share it."""
     return TrainingData(run, model.backbone, start_processes())
 
 
@@ -51,24 +46,24 @@ def held_out_losses(run: TrainConfig, model: TensorAR) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One model's images of the benchmark prompts."""
+class Examined:
+    """What one model made of the benchmark prompts."""
 
     report: geneval.Report
     changes: StageChanges | None
     """None where there are no drafts."""
 
 
-def judge(
+def examine(
     model: TensorAR,
     metadata: Sequence[dict],
     *,
     seed: int,
     samples: int,
     sampling: SamplingConfig | None = None,
-) -> Judged:
-    """GenEval's verdicts of the exact detector on freshly sampled images."""
-    generated = list(
+) -> Examined:
+    """GenEval's verdicts, by the exact detector, on images drawn for them and not kept."""
+    drawn = list(
         iterate_images(
             model,
             [entry["prompt"] for entry in metadata],
@@ -78,7 +73,7 @@ def judge(
             batch_size=48,
         )
     )
-    report = geneval.score([g.image for g in generated], metadata, ShapesDetector())
-    windows = torch.stack([g.windows for g in generated])
+    report = geneval.score([image.image for image in drawn], metadata, ShapesDetector())
+    windows = torch.stack([image.windows for image in drawn])
     geometry = model.windows.shrunk(windows.shape[2])
-    return Judged(report, stage_changes(windows, geometry) if geometry.stages > 1 else None)
+    return Examined(report, stage_changes(windows, geometry) if geometry.stages > 1 else None)

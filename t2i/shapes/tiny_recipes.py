@@ -1,0 +1,82 @@
+"""How the tiny bases of the shapes world are made: what their programs ask for, without torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from t2i.errors import UserError
+
+PIXELS_PER_CODE = 4
+"""Of every tiny image tokenizer: the side of a code."""
+
+
+@dataclass(frozen=True)
+class CaptionBase:
+    """Recipe of a base that draws captions."""
+
+    out: Path
+    """Folder for the base."""
+    family: Literal["llamagen", "janus"] = "llamagen"
+    seed: int = 0
+    """World that the training scenes come from; also seeds the weights."""
+    image_size: int = 64
+    """Side of the images in pixels."""
+    vq_steps: int = 1500
+    vq_batch: int = 32
+    vq_lr: float = 1e-3
+    tokenizer: Path | None = None
+    """Finished image tokenizer to use instead of training one."""
+    scenes: int = 96000
+    """Number of captioned scenes for the GPT: enough to see each about twice, or a few million
+    parameters learn them by heart.
+    """
+    gpt_steps: int = 3000
+    gpt_batch: int = 64
+    gpt_lr: float = 2e-3
+    dim: int = 192
+    """Width of the GPT (its heads are 32 wide)."""
+    layers: int = 6
+    caption_tokens: int = 16
+    """Longest caption of LlamaGen; Janus has no limit."""
+    text_dim: int = 128
+    """Width of LlamaGen's text encoder."""
+    minutes: float | None = None
+    """End scenes (after a third of it) and training after so long, if `scenes` and `gpt_steps` have
+    not ended them before.
+    """
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    workers: int = 0
+    """Processes that draw scenes; 0 draws them in this one."""
+    compile: bool = False
+    """Compile the GPT's blocks: half a minute that pays on a GPU."""
+
+
+@dataclass(frozen=True)
+class ClassBase:
+    """Recipe of a base that draws classes."""
+
+    backbone: Literal["llamagen", "open_magvit2", "rar"]
+    out: Path = Path("runs/class-shapes")
+    """Folder for the images and the base of each family."""
+    images_per_class: int = 200
+    image_size: int = 24
+    """Side in pixels, 4 of which make a code."""
+    tokenizer_steps: int = 800
+    tokenizer_lr: float = 4e-3
+    """Peak learning rate."""
+    steps: int = 600
+    """Optimizer steps of the generator."""
+    lr: float = 2e-3
+    batch_size: int = 64
+    dim: int = 96
+    layers: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        names = ("images_per_class", "image_size", "tokenizer_steps", "steps", "batch_size")
+        for name in (*names, "dim", "layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.image_size % PIXELS_PER_CODE:
+            raise UserError(f"image_size={self.image_size} must be a multiple of {PIXELS_PER_CODE}")
