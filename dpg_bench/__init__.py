@@ -1,10 +1,10 @@
 """DPG-Bench (ELLA, arXiv 2403.05135): dense prompts, judged question by question.
 
-graph = official_questions()                   # dpg_bench.official; or shapes_questions()
-judge = load_judge("mplug", device="cuda")     # dpg_bench.judges; or "shapes"
-answers = {item: answer_prompt(judge, images[item], rows) for item, rows in graph.items.items()}
-report = score(graph, answers)                 # dpg_bench.score: official and corrected
-print(format_report(report, "mplug"))
+    graph = official_questions()                       # dpg_bench.questions; or shapes_questions()
+    answerer = load_answerer("mplug", device="cuda")   # dpg_bench.answerers; or "shapes"
+    answers = {item: answer_prompt(answerer, images[item], q) for item, q in graph.items.items()}
+    scores = score(graph, answers)                     # dpg_bench.score: official and corrected
+    print(format_scores(scores, "mplug"))
 
 With images from a checkpoint or a folder, files, resume and a page of failures: dpg_bench/run.py.
 """

@@ -18,7 +18,7 @@ sys.path.insert(
 )  # run from a clone, without installation
 
 from t2i import cli
-from t2i.evaluation.options import BenchmarkOptions, CompareOptions, dispatch
+from t2i.evaluation.options import BenchmarkOptions, CompareOptions, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,48 +42,34 @@ class DPGOptions(BenchmarkOptions):
 
 
 def main() -> None:
-    dispatch(DPGOptions, __doc__, judge, compare, main=("questions", "judge", "resolution"))
-
-
-def compare(options: CompareOptions) -> None:
-    """Print the differences of two finished runs."""
-    from dpg_bench.dpg_benchmark import by_prompt
-    from t2i.evaluation.compare import compare_folders
-
-    print(compare_folders(options.a, options.b, by_prompt, mean_of_groups=False))
-
-
-def judge(options: DPGOptions) -> None:
-    """Draw if need be, judge, and report."""
-    from dpg_bench.dpg_benchmark import DPGBench, load_questions, prompt_entries
+    options = parse(DPGOptions, __doc__, main=("questions", "judge", "resolution"))
+    from dpg_bench.answerers import load_answerer
+    from dpg_bench.dpg_benchmark import DPGBench, by_prompt, load_questions, prompt_entries
     from dpg_bench.image_files import arrange
-    from dpg_bench.judges import load_judge
-    from t2i.evaluation import evaluator_program as program
+    from t2i.evaluation import results, runner
 
+    if isinstance(options, CompareOptions):
+        print(results.compare_folders(options.a, options.b, by_prompt, mean_of_groups=False))
+        return
     options.check()
     questions, who = options.questions, options.judge
     if questions == "auto":
-        questions = "shapes" if program.is_shapes_world(options) else "official"
+        questions = "shapes" if runner.is_shapes_world(options) else "official"
     if who == "auto":
-        own = questions != "official" and program.is_shapes_world(options)
+        own = questions != "official" and runner.is_shapes_world(options)
         who = "shapes" if own or questions == "shapes" else "mplug"
     graph = load_questions(questions)
+    entries = prompt_entries(graph)
 
     def build(processes) -> DPGBench:
-        answering = load_judge(who, options.judge_weights, processes.device)
-        return DPGBench(graph, answering, questions=questions)
+        answerer = load_answerer(who, options.judge_weights, processes.device)
+        return DPGBench(graph, answerer, questions=questions)
 
-    def to_layout(benchmark, out: Path, processes) -> Path:
-        return arrange(
-            options.images,
-            benchmark.entries,
-            out,
-            scope=options.scope(),
-            resolution=options.resolution,
-            processes=processes,
-        )
+    def to_layout(out: Path, processes) -> Path:
+        given = {"scope": options.scope, "resolution": options.resolution}
+        return arrange(options.images, entries, out, **given, processes=processes)
 
-    program.run(options, "dpg_bench", prompt_entries(graph), build, to_layout)
+    runner.run(options, "dpg_bench", entries, build, to_layout)
 
 
 if __name__ == "__main__":

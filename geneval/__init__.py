@@ -1,4 +1,4 @@
-"""GenEval (arXiv 2310.11513) as a library: detector, judge, summary.
+"""GenEval (arXiv 2310.11513) as a library: detector, rules, summary.
 
 `score(images, metadata)` does it all for images in memory, as a reward does;
 `geneval.geneval_benchmark.GenEval` is the whole benchmark with files and pages, for
@@ -16,20 +16,20 @@ import numpy as np
 from PIL import Image
 
 from geneval.detector import Detections, Detector
-from geneval.judge import JudgeOptions, Verdict, judge, judge_image
+from geneval.rules import RuleOptions, Verdict, decide, judge_image
 from geneval.summary import Summary, TagScore, format_summary, result_row, summarize
 from t2i.errors import UserError
 
 __all__ = [
     "Detections",
     "Detector",
-    "JudgeOptions",
-    "Report",
+    "Judgement",
+    "RuleOptions",
     "Summary",
     "TagScore",
     "Verdict",
+    "decide",
     "format_summary",
-    "judge",
     "judge_image",
     "result_row",
     "score",
@@ -38,7 +38,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Report:
+class Judgement:
     """One verdict per image, in the order of the images, and their summary."""
 
     verdicts: list[Verdict]
@@ -50,9 +50,9 @@ def score(
     metadata: Sequence[Mapping | str],
     detector: Detector | None = None,
     *,
-    options: JudgeOptions | None = None,
+    options: RuleOptions | None = None,
     seed: int = 0,
-) -> Report:
+) -> Judgement:
     """Judge images and summarise.
 
     images: PIL images, uint8 arrays [H, W, 3] or files, prompt by prompt: the same number of images
@@ -85,7 +85,7 @@ def score(
         result_row(f"{index // each:05d}/samples/{index % each:05d}.png", entry, verdict)
         for index, (entry, verdict) in enumerate(zip(entries, verdicts, strict=True))
     ]
-    return Report(verdicts, summarize(rows, seed=seed))
+    return Judgement(verdicts, summarize(rows, seed=seed))
 
 
 def _entry(given: Mapping | str, place: int) -> Mapping:

@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from geneval.detector import Detections
-from geneval.judge import COLORS
-from geneval.mmdet_images import upright_rgb
+from geneval.detector import Detections, upright_rgb
+from geneval.rules import COLORS
 from t2i.errors import UserError
 from t2i.weights import load_strict
 

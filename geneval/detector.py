@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from t2i.errors import UserError
+
+_UNSUPPORTED_MODES = ("I", "F")  # 16- and 32-bit greyscale: Pillow's conversion clips to white
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,14 @@ class Detector(Protocol):
         """What judged, for the results file: name, whether GenEval is defined by it ("official"),
         weights (file name -> SHA-256) and library versions. JSON types only."""
         ...
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """EXIF orientation applied, alpha dropped without blending, mode RGB.
+
+    Raises:
+        UserError: more than 8 bits a channel, which the official judge has no rule for.
+    """
+    if image.mode.startswith(_UNSUPPORTED_MODES):
+        raise UserError(f"an image of mode {image.mode} cannot be judged: convert it to 8-bit RGB")
+    return ImageOps.exif_transpose(image).convert("RGB")

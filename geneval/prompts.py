@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from geneval.judge import COLORS
 from geneval.object_names import OBJECT_NAMES
+from geneval.rules import COLORS
 from t2i.files import write_text
 from t2i.shapes import shapes_prompts as grammar
 from t2i.shapes.shapes_prompts import RELATIONS, TAGS

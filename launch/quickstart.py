@@ -123,7 +123,7 @@ def judge(model, name: str, metadata: list[dict], config: Quickstart) -> dict[st
     from geneval.geneval_benchmark import GenEval
     from t2i.evaluation.options import Scope
     from t2i.evaluation.runner import evaluate
-    from t2i.evaluation.sampling import DrawOptions
+    from t2i.sampling import DrawOptions
 
     results = evaluate(
         GenEval(metadata, load_detector("shapes"), prompts="shapes"),
@@ -137,8 +137,9 @@ def judge(model, name: str, metadata: list[dict], config: Quickstart) -> dict[st
 
 def write_comparison(models: dict, config: Quickstart) -> None:
     """The same prompts and seeds by every model, then the stages of the last one."""
-    from t2i.generation import generate, iterate_images
+    from t2i.generation import draw_images, generate
     from t2i.imaging import grid, save_png
+    from t2i.sampling import DrawOptions
 
     prompts = (
         "a photo of a red circle",
@@ -156,11 +157,8 @@ def write_comparison(models: dict, config: Quickstart) -> None:
         short = name.removeprefix("shapes-")
         labels += [f"{short}: {p.removeprefix('a photo of ')}" for p in prompts]
     last, model = list(models.items())[-1]
-    staged = list(
-        iterate_images(
-            model, prompts, seed=config.seed, batch_size=len(prompts), stages=True, progress=False
-        )
-    )
+    options = DrawOptions(config.seed, batch_size=len(prompts), stages=True)
+    staged = list(draw_images(model, prompts, options, progress=False))
     for r in range(len(staged[0].stages)):
         images += [g.stages[r] for g in staged]
         labels += [

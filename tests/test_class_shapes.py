@@ -21,7 +21,7 @@ from launch.lab.score_class_shapes import judge, row
 from t2i.checkpoint import run_checkpoints
 from t2i.data.order import split_indices
 from t2i.data.sources.classes import open_imagenet
-from t2i.evaluation.sample_writer import sample_labels
+from t2i.evaluation.draw import sample_labels
 from t2i.shapes import tiny_classes
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run

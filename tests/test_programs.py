@@ -21,9 +21,9 @@ from launch import fid, generate, sample_imagenet
 from t2i import cli
 from t2i.checkpoint import load_model
 from t2i.errors import UserError
-from t2i.evaluation import sampling
+from t2i.evaluation import draw
 from t2i.evaluation.fid.image_sets import open_images
-from t2i.evaluation.store import sample_file
+from t2i.evaluation.generation_folder import GENERATION_FILE, sample_file
 from t2i.files import owning, write_json
 from t2i.imaging import save_png
 from t2i.model_options import BaseOptions, ModelOptions
@@ -227,7 +227,7 @@ def test_one_prompt_after_another_just_works(draws, plain, monkeypatch):
     assert len(draws(*circle, "--ckpt", plain)) == 5
     drawn = folder_content(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "iterate_images", None)
+        patch.setattr(draw, "draw_images", None)
         assert len(draws(*circle)) == 5
     assert folder_content(folder) == drawn
     draws("--prompt", "a red circle", "--samples", 3)
@@ -274,7 +274,7 @@ def test_several_generations_are_not_scored_as_one(tmp_path):
     """Case 19: FID of a folder that holds the images of two models."""
     for name in ("a", "b"):
         save_png(Image.new("RGB", (8, 8)), tmp_path / name / sample_file(0, 0))
-        write_json(tmp_path / name / sampling.GENERATION_FILE, {})
+        write_json(tmp_path / name / GENERATION_FILE, {})
     assert open_images(tmp_path / "a").count == 1
     with pytest.raises(UserError, match=r"holds 2 sets of generated images \(a, b"):
         open_images(tmp_path)

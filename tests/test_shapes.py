@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 import geneval
-from geneval.judge import COLORS as GENEVAL_COLORS
-from geneval.judge import relative_position
+from geneval.rules import COLORS as GENEVAL_COLORS
+from geneval.rules import relative_position
 from t2i.shapes.scenes import (
     BACKGROUND,
     GAP,

@@ -43,7 +43,7 @@ sys.path.insert(
 
 from t2i import cli
 from t2i.files import replacing, write_json
-from t2i.generation import pick_device
+from t2i.loading import pick_device
 from t2i.models.captions import clean_caption
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer

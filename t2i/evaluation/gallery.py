@@ -16,8 +16,8 @@ from urllib.parse import urlencode
 
 from PIL import Image
 
+from t2i.evaluation.generation_folder import load_image
 from t2i.evaluation.results import Score, by_way
-from t2i.evaluation.store import load_image
 from t2i.files import writable_folder, write_text
 from t2i.imaging import save_image
 

@@ -1,9 +1,8 @@
 """The stage that judges: one verdict per image, kept in small files that are whole or absent.
 
-OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it, so judges
-never mix OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
-OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, where it gave
-that
+    OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it
+    OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
+    OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, if it says so
 
 A verdict carries the SHA-256 of the image file that it is about: it is repeated if and only if the
 image has changed.
@@ -18,8 +17,7 @@ from typing import Protocol
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.evaluation.inventory import Inventory
-from t2i.evaluation.store import load_image, prompt_folder, sample_file
+from t2i.evaluation.generation_folder import Inventory, load_image, prompt_folder, sample_file
 from t2i.files import reading, writable_folder, write_json, write_text
 from t2i.imaging import save_png
 from t2i.processes import Processes

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from dpg_bench.questions import Question
 from geneval.detector import Detections
-from geneval.judge import JudgeOptions, judge
+from geneval.rules import RuleOptions, decide
 from t2i.errors import UserError
 from t2i.shapes.scenes import BACKGROUND, UNITS
 from t2i.shapes.shapes_detector import ShapesDetector
@@ -29,7 +29,7 @@ EDGE = 2 / UNITS  # of the image side: soft edges around a shape count as the sh
 
 
 class ShapesJudge:
-    """See `dpg_bench.judges.Judge`."""
+    """See `dpg_bench.answerers.Answerer`."""
 
     name = "shapes"
 
@@ -58,7 +58,7 @@ class ShapesJudge:
         if (question.category, arguments) == ("global -", [PLAIN_BACKGROUND]):
             return has_plain_background(image, detections)
         if question.category == "other - count" and arguments[0] == ANY_SHAPE:
-            sure = np.float32(JudgeOptions().counting_threshold)
+            sure = np.float32(RuleOptions().counting_threshold)
             found = sum(int((one.scores > sure).sum()) for one in detections.values())
             return found == _count(question, arguments[1])
         entry = self._geneval_entry(question, arguments)
@@ -66,7 +66,7 @@ class ShapesJudge:
         def colors_of(shape: str, indices: Sequence[int]) -> list[str]:
             return self.detector.classify_colors(image, shape, detections[shape].take(indices))
 
-        return judge(entry, detections, colors_of).correct
+        return decide(entry, detections, colors_of).correct
 
     def _geneval_entry(self, question: Question, arguments: list[str]) -> dict:
         """The proposition as a GenEval prompt: one definition of what counting or "left of"

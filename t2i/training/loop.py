@@ -25,7 +25,7 @@ from t2i.checkpoint import (
 from t2i.data.cache import check_cache_dir
 from t2i.errors import NotFiniteError, UserError
 from t2i.files import saving, write_json
-from t2i.generation import conditions, iterate_images
+from t2i.generation import conditions, generate
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
 from t2i.lora import add_lora
@@ -232,7 +232,7 @@ class Run:
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
             options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
-            images = [generated.image for generated in iterate_images(model, prompts, **options)]
+            images = generate(model, prompts, **options)
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
             )

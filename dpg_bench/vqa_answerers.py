@@ -1,8 +1,7 @@
-"""Other judges, through `transformers`: they answer "yes" or "no", whichever is likelier as the
-first token.
+"""Other answerers, through `transformers`: "yes" or "no", whichever is likelier as the first token.
 
-Their scores are not DPG-Bench's: a judge moves a score by points and can change a ranking. A number
-from here is for comparing a model with itself, and always carries the judge's name.
+Their scores are not DPG-Bench's: who answers moves a score by points and can change a ranking. A
+number from here is for comparing a model with itself, and always carries the answerer's name.
 
 Comparing two probabilities instead of reading generated text keeps "Yes." and "Yes, there is" from
 counting as no. Shapes: Q questions, L text tokens, N image tokens, D width, V vocabulary.
@@ -33,7 +32,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space
 
 
-class _YesNoJudge:
+class _YesNoAnswerer:
     """What the two share: loading, the name, and the comparison of two words."""
 
     name: str
@@ -56,8 +55,8 @@ class _YesNoJudge:
             )
 
     @classmethod
-    def load(cls, folder: Path, source: str, device: torch.device | str) -> _YesNoJudge:
-        """The judge of a folder in the layout of `transformers`, in the precision of its files.
+    def load(cls, folder: Path, source: str, device: torch.device | str) -> _YesNoAnswerer:
+        """The answerer of a folder in the layout of `transformers`, in the precision of its files.
 
         source: what the weights are called in results; "owner/name@commit" for the hub's.
 
@@ -109,7 +108,7 @@ def _first_tokens(tokenizer, word: str) -> set[int]:
     return ids
 
 
-class BlipJudge(_YesNoJudge):
+class BlipAnswerer(_YesNoAnswerer):
     """BLIP for visual question answering (arXiv 2201.12086); an image is encoded once."""
 
     name = "blip-vqa"
@@ -134,7 +133,7 @@ class BlipJudge(_YesNoJudge):
         return "yes" if self._says_yes(logits_V) else "no"
 
 
-class ChatJudge(_YesNoJudge):
+class ChatAnswerer(_YesNoAnswerer):
     """An image-text-to-text model with a chat template (Qwen-VL and its like), one question at a
     time.
     """
