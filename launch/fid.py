@@ -49,7 +49,7 @@ class FidConfig:
 def main() -> None:
     config = cli.parse(FidConfig, __doc__)
     from t2i.evaluation.fid.fid_score import check_inputs, score_images, table
-    from t2i.evaluation.fid.inception_weights import load_inception
+    from t2i.evaluation.fid.inception import load_inception
     from t2i.files import writable_file, write_json
     from t2i.loading import pick_device
 

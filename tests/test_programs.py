@@ -300,7 +300,7 @@ def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
 def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monkeypatch):
     """Case 7 and its siblings: `fid.py --out FOLDER` computed everything first."""
     monkeypatch.setattr("t2i.checkpoint.load_model", None)
-    monkeypatch.setattr("t2i.evaluation.fid.inception_weights.load_inception", None)
+    monkeypatch.setattr("t2i.evaluation.fid.inception.load_inception", None)
     (file := tmp_path / "file").touch()
     ckpt = ("--ckpt", tiny_world / "base")
     for out in (file, file / "below"):
