@@ -194,8 +194,10 @@ def _copy(
         What is wrong with files that give no images.
     """
     source, problems = _read_source(out), []
+    assert source is not None, "the source is claimed before"
     for index in progress_bar(selected, unit="prompt", desc="copying"):
-        found, images, wrong = files.get(index, {}), {}, []
+        found, wrong = files.get(index, {}), []
+        images: dict[int, Image.Image] = {}
         digest = hashlib.sha256(repr(form).encode())
         for number, path in sorted(found.items()):
             digest.update(f"{number} {file_sha256(path)}".encode())

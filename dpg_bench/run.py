@@ -66,8 +66,15 @@ def main() -> None:
         return DPGBench(graph, answerer, questions=questions)
 
     def to_layout(out: Path, processes) -> Path:
-        given = {"scope": options.scope, "resolution": options.resolution}
-        return arrange(options.images, entries, out, **given, processes=processes)
+        assert options.images is not None
+        return arrange(
+            options.images,
+            entries,
+            out,
+            scope=options.scope,
+            resolution=options.resolution,
+            processes=processes,
+        )
 
     runner.run(options, "dpg_bench", entries, build, to_layout)
 

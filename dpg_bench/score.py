@@ -202,9 +202,9 @@ def _summarize(
         for category in ("broad_category", "category")
     ]
     overall = {item: [prompt.score] for item, prompt in prompts.items()}
-    images = sum(len(prompt.per_image) for prompt in prompts.values())
-    mean = _mean("overall", overall, images, seed, resamples)
-    return Tally(mean, *by_level, prompts, skipped)
+    count = sum(len(prompt.per_image) for prompt in prompts.values())
+    l1, l2 = by_level
+    return Tally(_mean("overall", overall, count, seed, resamples), l1, l2, prompts, skipped)
 
 
 def _by_category(

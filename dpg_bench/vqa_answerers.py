@@ -9,9 +9,11 @@ counting as no. Shapes: Q questions, L text tokens, N image tokens, D width, V v
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,11 +34,11 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space
 
 
-class _YesNoAnswerer:
+class _YesNoAnswerer(ABC):
     """What the two share: loading, the name, and the comparison of two words."""
 
     name: str
-    model_class: type
+    model_class: Any
 
     def __init__(
         self,
@@ -90,6 +92,10 @@ class _YesNoAnswerer:
             return None
         files = sorted(f for kind in _WEIGHT_FILES for f in self.folder.glob(kind))
         return {file.name: remembered_sha256(file) for file in files}
+
+    @abstractmethod
+    def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
+        """As every answerer's."""
 
     def _says_yes(self, logits_V: Tensor) -> bool:
         log_probs = logits_V.float().log_softmax(dim=-1)
@@ -150,11 +156,11 @@ class ChatAnswerer(_YesNoAnswerer):
         return [self._answer(image.convert("RGB"), question.text) for question in questions]
 
     def _answer(self, image: Image.Image, question: str) -> str:
-        content = [
+        content: Any = [
             {"type": "image", "image": image},
             {"type": "text", "text": self.request.format(question)},
         ]
-        inputs = self.processor.apply_chat_template(
+        inputs: Any = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -64,19 +65,18 @@ def score(
     Raises UserError when an argument is of another kind, when the numbers do not fit, or when the
     detector cannot name a class or colour that the metadata asks for.
     """
-    metadata = [metadata] if isinstance(metadata, str | Mapping) else list(metadata)
+    asked: list[Any] = [metadata] if isinstance(metadata, str | Mapping) else list(metadata)
     single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) == 3
-    images = [images] if single else list(images)
-    if not metadata or not images or len(images) % len(metadata):
+    given: list[Any] = [images] if single else list(images)
+    if not asked or not given or len(given) % len(asked):
         raise UserError(
-            f"{len(images)} images for {len(metadata)} prompts: "
+            f"{len(given)} images for {len(asked)} prompts: "
             "give the same number of images, at least one, for every prompt"
         )
-    metadata = [_entry(given, place) for place, given in enumerate(metadata)]
-    pictures = [_picture(given, place) for place, given in enumerate(images)]
+    each = len(given) // len(asked)
+    entries = [entry for i, one in enumerate(asked) for entry in [_entry(one, i)] * each]
+    pictures = [_picture(one, place) for place, one in enumerate(given)]
     detector = detector or _default_detector()
-    each = len(images) // len(metadata)
-    entries = [entry for entry in metadata for _ in range(each)]
     verdicts = [
         judge_image(image, entry, detector, options)
         for image, entry in zip(pictures, entries, strict=True)
@@ -94,7 +94,8 @@ def _entry(given: Mapping | str, place: int) -> Mapping:
         if given in (known := _known_prompts()):
             return known[given]
         raise UserError(
-            f"score cannot know what {given!r:.200} asks for: it is none of GenEval's prompts. Give its metadata, such as "
+            f"score cannot know what {given!r:.200} asks for: it is none of GenEval's prompts. "
+            "Give its metadata, such as "
             '{"tag": "colors", "prompt": "a photo of a red bus", "include": [{"class": "bus", "count": 1, "color": "red"}]}'
         )
     wanted = given.get("include") if isinstance(given, Mapping) else None

@@ -152,7 +152,8 @@ def object_crops(image: Image.Image, detections: Detections) -> list[Image.Image
             mask = detections.masks[index]
             assert mask.shape == upright.size[::-1], (mask.shape, upright.size)
             shown = Image.composite(upright, blank, Image.fromarray(mask))
-        crops.append(shown.crop(tuple(round(float(edge)) for edge in box)))
+        left, top, right, bottom = (round(float(edge)) for edge in box)
+        crops.append(shown.crop((left, top, right, bottom)))
     return crops
 
 

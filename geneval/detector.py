@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -53,13 +53,17 @@ class Detections:
 
 
 class Detector(Protocol):
-    """Finds objects and names their colours.
+    """Finds objects and names their colours."""
 
-    classes: what `detect` can find. colors: what `classify_colors` can answer.
-    """
+    @property
+    def classes(self) -> Sequence[str]:
+        """What `detect` can find."""
+        ...
 
-    classes: Sequence[str]
-    colors: Sequence[str]
+    @property
+    def colors(self) -> Sequence[str]:
+        """What `classify_colors` can answer."""
+        ...
 
     def detect(self, image: Image.Image) -> Mapping[str, Detections]:
         """Class name -> detections, classes without any may be left out."""
@@ -71,7 +75,7 @@ class Detector(Protocol):
         """One of GenEval's colour names for each detection."""
         ...
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Any]:
         """What judged, for the results file: name, whether GenEval is defined by it ("official"),
         weights (file name -> SHA-256) and library versions. JSON types only."""
         ...

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -28,7 +28,7 @@ from t2i.hub import fetch_folder
 from t2i.published import ProvenFile, PublishedFile
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Mask2FormerForUniversalSegmentation
 
     from geneval.colors import ColorClassifier
     from geneval.mask2former import Mask2FormerDetector
@@ -109,7 +109,7 @@ class PhotoDetector:
         self,
         objects: Mask2FormerDetector,
         colors: ColorClassifier,
-        identity: Mapping[str, object],
+        identity: Mapping[str, Any],
     ):
         self.classes = objects.classes
         self.colors = colors.colors
@@ -125,7 +125,7 @@ class PhotoDetector:
         """One of the ten colours for each detection."""
         return self._colors.classify(image, class_name, detections)
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Any]:
         """Name, whether its scores are official, weight hashes, precision and library versions."""
         return dict(self._identity)
 
@@ -174,7 +174,7 @@ def _approximation(weights: Path | None, device: torch.device | str) -> Detector
 def _detector(
     name: str,
     *,
-    model: Callable[[], PreTrainedModel],
+    model: Callable[[], Mask2FormerForUniversalSegmentation],
     described: Mapping[str, str],
     clip_file: ProvenFile,
     official: bool,
@@ -195,7 +195,7 @@ def _detector(
     return PhotoDetector(Mask2FormerDetector(model(), device=device), colors, identity)
 
 
-def _converted(file: ProvenFile) -> PreTrainedModel:
+def _converted(file: ProvenFile) -> Mask2FormerForUniversalSegmentation:
     """The official weights for transformers: converted once, then read from the cache."""
     from geneval.mmdet_weights import load_hub_folder, load_mmdet
 

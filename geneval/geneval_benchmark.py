@@ -148,10 +148,10 @@ def draw_masks(
         A palette image of `size` (width, height) with a transparent ground, or None without masks.
     """
     layers = [
-        (detections[name].scores[i], 1 + tint % len(TINTS), detections[name].masks[i])
+        (detections[name].scores[i], 1 + tint % len(TINTS), masks[i])
         for tint, (name, indices) in enumerate(verdict.kept.items())
+        if (masks := detections[name].masks) is not None
         for i in indices
-        if detections[name].masks is not None
     ]
     if not layers:
         return None

@@ -193,7 +193,9 @@ def prepare(image: Image.Image, rules: ImageRules) -> tuple[np.ndarray, tuple[in
 
 def normalise(pixels: np.ndarray, rules: ImageRules) -> torch.Tensor:
     """uint8 [h, w, 3] -> float32 [1, 3, h, w]."""
-    scaled = (pixels.astype(np.float32) - np.float32(rules.mean)) / np.float32(rules.std)
+    scaled = (pixels.astype(np.float32) - np.array(rules.mean, np.float32)) / np.array(
+        rules.std, np.float32
+    )
     return torch.from_numpy(scaled).permute(2, 0, 1)[None].contiguous()
 
 
@@ -228,6 +230,6 @@ def _taps(
     if clamp_weights:
         share[(first < 0) | (first >= size_in - 1)] = 0
     one = np.float32(1 << _FIXED_BITS)
-    weights = [np.rint(one * part).astype(np.int32) for part in (1 - share, share)]
+    to_first, to_second = (np.rint(one * part).astype(np.int32) for part in (1 - share, share))
     limits = (0, size_in - 1)
-    return np.clip(first, *limits), np.clip(first + 1, *limits), *weights
+    return np.clip(first, *limits), np.clip(first + 1, *limits), to_first, to_second

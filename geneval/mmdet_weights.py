@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -52,17 +53,18 @@ class DetectorShape:
 
     def config(self) -> Mask2FormerConfig:
         """The same network as transformers describes it."""
-        swin = SwinConfig(
-            embed_dim=self.embed_dims,
-            depths=list(self.depths),
-            num_heads=list(self.num_heads),
-            window_size=self.window_size,
-            mlp_ratio=float(self.mlp_ratio),
-            out_features=[f"stage{i + 1}" for i in range(len(self.depths))],
-        )
+        swin: dict[str, Any] = {
+            "embed_dim": self.embed_dims,
+            "depths": list(self.depths),
+            "num_heads": list(self.num_heads),
+            "window_size": self.window_size,
+            "mlp_ratio": float(self.mlp_ratio),
+            "out_features": [f"stage{i + 1}" for i in range(len(self.depths))],
+        }
+        labels: dict[str, Any] = {"num_labels": self.num_classes}
         return Mask2FormerConfig(
-            backbone_config=swin,
-            num_labels=self.num_classes,
+            backbone_config=SwinConfig(**swin),
+            **labels,
             feature_size=self.feat_channels,
             mask_feature_size=self.feat_channels,
             hidden_dim=self.feat_channels,
@@ -85,7 +87,7 @@ def load_mmdet(
     """
     state_dict = _read(path)
     with _quiet():
-        loaded = Mask2FormerForUniversalSegmentation.from_pretrained(
+        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
             None,
             config=(shape or DetectorShape()).config(),
             state_dict=convert_keys(state_dict, path),
@@ -93,7 +95,7 @@ def load_mmdet(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
         )
-    return _complete(*loaded, path)
+    return _complete(model, info, path)
 
 
 def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
@@ -104,7 +106,7 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
     """
     try:
         with _quiet():
-            loaded = Mask2FormerForUniversalSegmentation.from_pretrained(
+            model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -116,7 +118,7 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
         raise UserError(
             f"{folder} is no readable folder of a transformers model: {reason}"
         ) from error
-    return _complete(*loaded, folder)
+    return _complete(model, info, folder)
 
 
 def _complete(
@@ -280,8 +282,10 @@ def _hub_names(key: str) -> list[str]:
     """Where an mmdet key's tensor goes: one name, three for joined projections, none if unknown."""
     for pattern, new in _RULES:
         if match := pattern.match(key):
-            numbers = iter(match.groups())
-            name = re.sub("#", lambda _, n=numbers: next(n), new) + key[match.end() :]
+            name = new
+            for number in match.groups():
+                name = name.replace("#", number, 1)
+            name += key[match.end() :]
             before, brace, rest = name.partition("{")
             if not brace:
                 return [name]

@@ -92,8 +92,8 @@ def summarize(rows: Iterable[Mapping], seed: int = 0, resamples: int = RESAMPLES
         tags[tag] = TagScore(*counts, found.mean, found.stderr)
     # Tags are redrawn independently: the variance of their mean is the sum of theirs over n^2
     # (sorted, so that the sum's rounding does not depend on the order of the rows).
-    stderrs = [score.stderr for score in tags.values()]
-    overall_stderr = None if None in stderrs else math.hypot(*sorted(stderrs)) / len(tags)
+    stderrs = sorted(score.stderr for score in tags.values() if score.stderr is not None)
+    overall_stderr = math.hypot(*stderrs) / len(tags) if len(stderrs) == len(tags) else None
     return Summary(
         overall=math.fsum(score.mean for score in tags.values()) / len(tags),
         overall_stderr=overall_stderr,

@@ -143,6 +143,7 @@ class ModelOptions:
         from t2i import __version__
         from t2i.checkpoint import find_checkpoint, read_config
 
+        assert self.source is not None, "check comes first"
         if not self.is_trained:
             return {"kit_version": __version__, "backbone": asdict(model.backbone.source)}
         folder = find_checkpoint(self.source)

@@ -147,7 +147,7 @@ class DrawOptions:
             raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
 
 
-def check_counts(**values: object) -> None:
+def check_counts(**values: Any) -> None:
     """UserError for one of these that is not a whole number of at least 1."""
     check_whole(**values)
     if any(value < 1 for value in values.values()):
@@ -155,7 +155,7 @@ def check_counts(**values: object) -> None:
         raise UserError(f"{named} must be at least 1")
 
 
-def check_whole(**values: object) -> None:
+def check_whole(**values: Any) -> None:
     """UserError for one of these that is not a whole number."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool):

@@ -85,7 +85,7 @@ class Output(nn.Module):
         return self.LayerNorm(self.dense(x) + residual)
 
 
-class Attention(nn.Module):
+class BertAttention(nn.Module):
     """Attention to keys and values that the caller makes with `keys_values`, of any sequence."""
 
     def __init__(self, config: BertConfig):
@@ -121,8 +121,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: BertConfig, *, cross: bool):
         super().__init__()
-        self.attention = Attention(config)
-        self.crossattention = Attention(config) if cross else None
+        self.attention = BertAttention(config)
+        self.crossattention = BertAttention(config) if cross else None
         self.intermediate = nn.ModuleDict(
             {"dense": nn.Linear(config.hidden_size, config.intermediate_size)}
         )

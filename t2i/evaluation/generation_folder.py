@@ -250,8 +250,8 @@ def take_inventory(
             inventory.numbered(folders[index], r"(?!)", Path.is_file)  # names what is not read
             images = inventory.numbered(folders[index] / "samples", r"(\d+)\.png", Path.is_file)
         for sample in sorted(set(images) - set(range(samples))):
-            name = images.pop(sample).relative_to(folder)
-            inventory.problems.append(f"{name} is more than the {samples} samples of a prompt")
+            path = images.pop(sample).relative_to(folder)
+            inventory.problems.append(f"{path} is more than the {samples} samples of a prompt")
         inventory.missing += [sample_file(index, s) for s in range(samples) if s not in images]
         inventory.found[index] = dict(sorted(images.items()))
     return inventory

@@ -227,7 +227,7 @@ def _who(results: dict) -> dict:
 
 def _line(name: str, d: Difference, digits: int) -> str:
     numbers = f"{d.a:.{digits}f} | {d.b:.{digits}f} | {d.difference:+.{digits}f}"
-    if d.stderr is None:
+    if d.stderr is None or d.low is None or d.high is None:
         return f"| {name} | {numbers} | - | - | {d.prompts} |"
     clear = " *" if d.low > 0 or d.high < 0 else ""
     interval = f"{d.low:+.{digits}f} to {d.high:+.{digits}f}{clear}"

@@ -63,8 +63,11 @@ class Benchmark(Judge, Protocol):
     """The best possible score."""
     decimals: int
     """Digits to print of a score."""
-    entries: Sequence[dict]
-    """Metadata with a "prompt", in the order of the folder numbers."""
+
+    @property
+    def entries(self) -> Sequence[dict]:
+        """Metadata with a "prompt", in the order of the folder numbers."""
+        ...
 
     def scores(self, rows: Sequence[dict]) -> list[Score]:
         """From all rows (see `Judged.row`) to the numbers, the headlines first."""
@@ -221,8 +224,15 @@ def run(
             draw = options.drawing(model)
         elif arrange is not None:
             images = arrange(out, processes)
-        given = {"model": model, "images": images, "scope": options.scope, "draw": draw}
-        results = evaluate(benchmark, out, **given, processes=processes)
+        results = evaluate(
+            benchmark,
+            out,
+            model=model,
+            images=images,
+            scope=options.scope,
+            draw=draw,
+            processes=processes,
+        )
     if processes.is_main:
         print(f"{table(results)}\n")
         print(f"± is the bootstrap standard error over prompts\nwrote {out / 'results.json'}")
@@ -246,7 +256,7 @@ def is_shapes_world(options: BenchmarkOptions) -> bool:
     if options.images is not None:
         generation = read_generation(options.images) or {}
         base = generation.get("about", {}).get("backbone", {})
-    elif options.is_trained:
+    elif options.is_trained and options.source is not None:
         base = read_config(find_checkpoint(options.source))["backbone"]
     else:
         base = {"weights": options.source}

@@ -191,9 +191,11 @@ def score_images(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     images = check_inputs(samples, reference, allow_fewer=allow_fewer)
-    options = {"batch_size": batch_size, "progress": progress}
-    against = measure(reference, network, description="reference", **options)
-    measured = measure(samples, network, description="samples", **options)
+    against, measured = (
+        measure(path, network, batch_size=batch_size, description=name, progress=progress)
+        for path, name in ((reference, "reference"), (samples, "samples"))
+    )
+    assert measured.features is not None, "a set of images has features"
     by_order = _inception_scores(measured.features, network.fc.weight)
     order = "file" if images.kind == "npz" else "shuffled"
     scores = {"inception_score": by_order[order]["mean"], **_compare(measured, against)}
@@ -258,7 +260,7 @@ def _compare(samples: Measured, reference: Measured) -> dict[str, float | None]:
     scores["fid"] = frechet_distance(samples.pool, reference.pool)
     if samples.spatial is not None and reference.spatial is not None:
         scores["sfid"] = frechet_distance(samples.spatial, reference.spatial)
-    if reference.features is not None:
+    if reference.features is not None and samples.features is not None:
         manifold = compare_manifolds(reference.features, samples.features)
         scores |= {"precision": manifold.precision, "recall": manifold.recall}
     return scores

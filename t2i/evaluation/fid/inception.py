@@ -138,6 +138,9 @@ class FrozenNorm(nn.Module):
     weights have.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
@@ -157,7 +160,7 @@ class ConvNormRelu(nn.Module):
         super().__init__()
         kernel = (conv.kernel,) * 2 if isinstance(conv.kernel, int) else conv.kernel
         same_size = same_size and conv.stride == 1
-        padding = tuple(side // 2 for side in kernel) if same_size else 0
+        padding = (kernel[0] // 2, kernel[1] // 2) if same_size else (0, 0)
         self.conv = nn.Conv2d(inputs, conv.channels, kernel, conv.stride, padding, bias=False)
         self.bn = FrozenNorm(conv.channels)
 
@@ -251,15 +254,20 @@ class Inception(nn.Module):
         them.
         """
         x = (x_BCHW - 128) / 128
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self._through(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3")
         x = functional.max_pool2d(x, 3, stride=2)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = self._through(x, "Conv2d_3b_1x1", "Conv2d_4a_3x3")
         x = functional.max_pool2d(x, 3, stride=2)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        x = self._through(x, "Mixed_5b", "Mixed_5c", "Mixed_5d")
+        x = self._through(x, "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d")
         spatial = flatten_spatial(x)  # the 1x1 branch, `mixed_6/conv`, comes first
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+        x = self._through(x, "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c")
         return InceptionFeatures(x.mean(dim=(2, 3)), spatial)
+
+    def _through(self, x: Tensor, *names: str) -> Tensor:
+        for name in names:
+            x = self.get_submodule(name)(x)
+        return x
 
 
 def flatten_spatial(x_BCHW: Tensor, channels: int = SPATIAL_CHANNELS) -> Tensor:

@@ -106,12 +106,12 @@ def inception_score(probabilities_NK: Tensor, split_size: int = SPLIT_SIZE) -> I
 
     Order matters: a part of a set that is sorted by class holds few classes, and scores low.
     """
-    scores = []
+    parts = []
     for part in probabilities_NK.split(split_size):
         p_NK = part.double()
         kl_NK = torch.xlogy(p_NK, p_NK) - torch.xlogy(p_NK, p_NK.mean(0))
-        scores.append(kl_NK.sum(1).mean().exp())
-    scores = torch.stack(scores)
+        parts.append(kl_NK.sum(1).mean().exp())
+    scores = torch.stack(parts)
     return InceptionScore(float(scores.mean()), float(scores.std()) if len(scores) > 1 else None)
 
 
