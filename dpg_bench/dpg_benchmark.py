@@ -131,9 +131,7 @@ def _mean(passed: Mapping[int, float]) -> float | None:
 
 
 def _reason(question: dict, by_id: Mapping[int, dict]) -> str:
-    """A failed question with its answer; below it what it depends on. A yes without one of those is
-    void.
-    """
+    """A failed question with its answer; below it what it depends on (a yes without it is void)."""
     parents = [f"depends on: {_outcome(by_id[parent])}" for parent in question["parents"]]
     return "\n".join([_outcome(question), *parents])
 

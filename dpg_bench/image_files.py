@@ -140,9 +140,7 @@ def _find(folder: Path, entries: Sequence[dict]) -> Files:
 def _check(
     folder: Path, files: Files, entries: Sequence[dict], selected: Sequence[int], scope: Scope
 ) -> None:
-    """UserError names what is missing (as grids, where no file is numbered), more than wanted, or
-    there twice.
-    """
+    """UserError names what is missing, there twice, or more than wanted."""
     inventory = Inventory(folder, 0)
     by_number = any(set(of_prompt) - {_WHOLE} for of_prompt in files.values())
     for index in selected:

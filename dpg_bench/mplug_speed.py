@@ -38,9 +38,7 @@ class Timing:
     image_res: int = 504
     """Side of mPLUG's input in pixels: 504 gives 1,297 image tokens."""
     stride_layer: int = 6
-    """Every how many fusion layers text and image attend to each other in both directions (6:
-    never).
-    """
+    """Every how many fusion layers text and image attend to each other (6: never)."""
     answer_tokens: int = 2
     """Tokens of an answer with its end: "yes" is 2. Random weights would go on to the limit of 10.
     """

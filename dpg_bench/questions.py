@@ -89,7 +89,6 @@ class QuestionGraph:
 
     questions: tuple[Question, ...]
     blob: str
-    source: str = ""
 
     @property
     def is_official(self) -> bool:
@@ -104,15 +103,6 @@ class QuestionGraph:
     def prompts(self) -> dict[str, str]:
         """Item id -> prompt, in the order of the file."""
         return {item: questions[0].prompt for item, questions in self.items.items()}
-
-    def identity(self) -> dict:
-        """For results files: which questions were asked."""
-        return {
-            "questions": "official" if self.is_official else self.source,
-            "git_blob_sha1": self.blob,
-            "prompts": len(self.items),
-            "propositions": len(self.questions),
-        }
 
 
 def broad(category: str) -> str:
@@ -167,7 +157,7 @@ def read_questions(path: str | Path) -> QuestionGraph:
         except UserError as error:
             problems.append(str(error))
     problems += graph_problems(questions)
-    graph = QuestionGraph(tuple(questions), git_blob_sha1(content), str(path))
+    graph = QuestionGraph(tuple(questions), git_blob_sha1(content))
     if problems:
         message = f"question file {path}: {_shorten(problems)}"
         if not graph.is_official or len(questions) < len(rows):
@@ -205,9 +195,7 @@ def _question(row: dict, line: int) -> Question:
 
 
 def graph_problems(questions: Sequence[Question]) -> list[str]:
-    """What keeps these questions from being scored, each named by its row; empty when all is
-    well.
-    """
+    """What keeps these questions from being scored, each named by its row."""
     problems = []
     last_of_item: dict[str, int] = {}
     for index, question in enumerate(questions):
@@ -244,9 +232,7 @@ def _item_problems(rows: Sequence[Question]) -> list[str]:
 
 
 def _circle(parents: dict[int, tuple[int, ...]]) -> list[int] | None:
-    """One circle of dependencies, first proposition repeated at its end; None where there is
-    none.
-    """
+    """One circle of dependencies, its first proposition repeated at the end; None without one."""
     sound: set[int] = set()
     for start in parents:
         way, choices = [start], [iter(parents[start])]

@@ -26,13 +26,9 @@ class DPGOptions(BenchmarkOptions):
     """What to judge, and by whom."""
 
     questions: str = "auto"
-    """official (downloaded on first use), shapes (the shapes world's), a .csv file, or auto (by the
-    model).
-    """
+    """official (downloaded once), shapes (its own), a .csv file, or auto (by the model)."""
     judge: Literal["auto", "mplug", "shapes", "blip-vqa", "vlm"] = "auto"
-    """mplug (the official one), shapes (exact, for the shapes world), blip-vqa, vlm, or auto (by
-    questions and model).
-    """
+    """mplug (the official one), shapes (exact), blip-vqa, vlm, or auto (by questions and model)."""
     judge_weights: str | None = None
     """Folder or hub id of the judge's weights, if not its usual ones."""
     resolution: int | None = None

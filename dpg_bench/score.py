@@ -231,9 +231,7 @@ def _mean(
 
 
 def list_scores(scores: BothWays) -> list[Score]:
-    """Both ways to count, the overall scores first, then each L1 category with its L2
-    categories.
-    """
+    """Both ways to count: the overall scores, then each L1 category with its L2 categories."""
     columns = {OFFICIAL: scores.official, CORRECTED: scores.corrected}
     names = [OVERALL]
     for broad in scores.corrected.l1:

@@ -140,9 +140,7 @@ class BlipAnswerer(_YesNoAnswerer):
 
 
 class ChatAnswerer(_YesNoAnswerer):
-    """An image-text-to-text model with a chat template (Qwen-VL and its like), one question at a
-    time.
-    """
+    """An image-text-to-text model with a chat template (Qwen-VL ...), one question at a time."""
 
     name = "vlm"
     model_class = AutoModelForImageTextToText
@@ -166,6 +164,7 @@ class ChatAnswerer(_YesNoAnswerer):
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
+        )
+        inputs = inputs.to(self.model.device, self.model.dtype)
         logits_V = self.model(**inputs).logits[0, -1]
         return "yes" if self._says_yes(logits_V) else "no"

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,16 +61,14 @@ class ColorClassifier:
             UserError: the model has another activation.
         """
         require_quick_gelu(clip)
-        self.clip = clip.to(device).eval()
+        self.clip: Any = clip.to(device).eval()
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self._classifiers: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def classify(self, image: Image.Image, name: str, detections: Detections) -> list[str]:
-        """One colour for each detection of the class `name`; boxes and masks in the upright
-        image.
-        """
+        """One colour for each detection of the class `name`, in the upright image."""
         if name not in self._classifiers:
             self._classifiers[name] = self._classifier(name)
         crops = object_crops(image, detections)

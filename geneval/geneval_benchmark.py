@@ -124,9 +124,7 @@ def load_prompts(name: str) -> list[dict]:
 
 
 def _check_schema(index: int, entry: Mapping) -> None:
-    """UserError unless the entry has a tag and asks for something, with a class and a count each
-    time.
-    """
+    """UserError unless the entry has a tag and asks for something, each with class and count."""
     items = [*entry.get("include", []), *entry.get("exclude", [])]
     whole = all(isinstance(i, dict) and {"class", "count"} <= set(i) for i in items)
     if not isinstance(entry.get("tag"), str) or not items or not whole:

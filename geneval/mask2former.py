@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,8 @@ class Mask2FormerDetector:
                 f"the model tells {model.config.num_labels} classes apart, GenEval needs "
                 f"{len(classes)}: give a model for COCO's instances"
             )
-        self.model = model.to(device).eval()
+        network: Any = model  # the library's decorator hides what `to` takes
+        self.model = network.to(device).eval()
         self.classes = tuple(classes)
         self.rules = rules or ImageRules()
         self.device = torch.device(device)

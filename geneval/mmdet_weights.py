@@ -87,7 +87,7 @@ def load_mmdet(
     """
     state_dict = _read(path)
     with _quiet():
-        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             None,
             config=(shape or DetectorShape()).config(),
             state_dict=convert_keys(state_dict, path),
@@ -95,6 +95,7 @@ def load_mmdet(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
         )
+    model, info = loaded
     return _complete(model, info, path)
 
 
@@ -106,7 +107,7 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
     """
     try:
         with _quiet():
-            model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -118,6 +119,7 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
         raise UserError(
             f"{folder} is no readable folder of a transformers model: {reason}"
         ) from error
+    model, info = loaded
     return _complete(model, info, folder)
 
 

@@ -25,13 +25,9 @@ class GenEvalOptions(BenchmarkOptions):
     """What to judge, and by whom."""
 
     prompts: str = "auto"
-    """official (553), shapes (the shapes world's 120), a .jsonl file of GenEval metadata, or auto
-    (by the model).
-    """
+    """official (553), shapes (120), a .jsonl file of GenEval metadata, or auto (by the model)."""
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
-    """mask2former (the official one), mask2former-hf (an approximation), shapes, or auto (by the
-    prompts).
-    """
+    """mask2former (official), mask2former-hf (nearly), shapes (exact), or auto (by the prompts)."""
     detector_weights: Path | None = None
     """Weights of the detector, if they are not to be downloaded."""
     detector_sha256: str | None = None

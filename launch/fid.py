@@ -23,17 +23,13 @@ class FidConfig:
     """What to compare."""
 
     samples: Path
-    """An .npz with arr_0, or a folder of images in any layout (of a generation folder, its
-    samples).
-    """
+    """An .npz with arr_0, or any folder of images (of a generation folder, its samples)."""
     reference: Path
     """ADM's reference .npz, any other .npz with images or statistics, or a folder of images."""
     out: Path = Path("outputs/fid/results.json")
     """Where the scores are written, with all that they depend on."""
     inception_weights: str | None = None
-    """pt_inception-2015-12-05-6726825d.pth; downloaded once if not given. "random" tries everything
-    but the numbers.
-    """
+    """pt_inception-2015-12-05-6726825d.pth; downloaded if not given. "random" is for trials."""
     allow_fewer: bool = False
     """Score fewer than 50,000 samples; the result says so."""
     batch_size: int = 64

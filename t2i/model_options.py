@@ -43,9 +43,7 @@ class ModelOptions:
     """Something trained, or a base by itself; and what it is computed on."""
 
     ckpt: str | None = None
-    """Checkpoint, run (its newest checkpoint) or export folder, or a base that the kit ships:
-    shapes, shapes-janus.
-    """
+    """Checkpoint, run (its newest checkpoint) or export folder, or shapes, shapes-janus."""
     base: BaseOptions = field(default_factory=BaseOptions)
     device: str = "auto"
     """cpu, cuda, or auto."""
@@ -124,9 +122,7 @@ class ModelOptions:
         return model
 
     def name(self) -> str:
-        """What to call the model in the name of a folder: run and step, the export, or the base's
-        file.
-        """
+        """The model's name in that of a folder: run and step, the export, or the base's file."""
         from t2i.checkpoint import EXPORTED, find_checkpoint
 
         assert self.source is not None, "check comes first"

@@ -182,9 +182,7 @@ class FusionEncoder(nn.Module):
         )
 
     def forward(self, text_QLD: Tensor, mask_QL: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [1 or Q, N, D]. Returns the image (of batch Q after a connected layer) and the
-        text.
-        """
+        """image [1 or Q, N, D]. Returns image (of batch Q after a connected layer) and text."""
         image_tokens = image.shape[1]
         text_mask = mask_QL[:, None, None]
         joint_mask = F.pad(text_mask, (image_tokens, 0), value=True)

@@ -93,9 +93,7 @@ class MPlugAnswerer:
         }
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        """The answer to each question, in their order, as the model writes it ("yes", "no",
-        "2").
-        """
+        """The answer to each question, in their order, as the model writes it ("yes", "2")."""
         found = self.search(image, [question.text for question in questions])
         return [self.tokenizer.decode(best[0].ids, skip_special_tokens=True) for best in found]
 

@@ -31,9 +31,7 @@ _FUSION_LAYER = re.compile(r"fusion_encoder\.encoder\.layer\.(\d+)\.")
 
 @dataclass(frozen=True)
 class MPlugConfig:
-    """The parts of config.yaml that matter; defaults are the reference's
-    (`configuration_mplug.py`).
-    """
+    """The parts of config.yaml that matter; defaults as in `configuration_mplug.py`."""
 
     image_res: int = 504
     vision_width: int = 1024

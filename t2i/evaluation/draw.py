@@ -47,7 +47,8 @@ def fill(
         draw: all images of a batch.
     """
     processes = place.processes
-    mine = [(batch, place.missing(batch)) for batch in _share(batches, processes)]
+    share = batches[processes.rank :: processes.world_size]
+    mine = [(batch, place.missing(batch)) for batch in share]
     total = sum(len(missing) for _, missing in mine)
     shown = progress and processes.is_main and total
     desc = "drawing" + processes.share
@@ -59,10 +60,6 @@ def fill(
                     place.write(list(images.values()))
                 bar.update(len(images))
     place.finish()
-
-
-def _share(batches: Sequence[Batch], processes: Processes) -> Sequence[Batch]:
-    return batches[processes.rank :: processes.world_size]
 
 
 def _batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:

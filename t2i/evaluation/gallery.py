@@ -52,9 +52,7 @@ class Card:
     note: str = ""
     """One line below the title."""
     tags: Sequence[str] = ()
-    """Scores that it counts against, where they are not its section: what the page can be filtered
-    by.
-    """
+    """Scores that it counts against, where not its section: what the page is filtered by."""
 
     @property
     def filters(self) -> Sequence[str]:
@@ -231,9 +229,7 @@ def _reason_html(reason: str) -> str:
 
 
 def _box_html(box: Box, size: tuple[int, int]) -> str:
-    """A rectangle in percent of the image, its label inside where there is no room above, and never
-    beyond the right edge.
-    """
+    """A rectangle in percent of the image, with its label where there is room."""
     x0, y0, x1, y1 = (c / size[i % 2] for i, c in enumerate(box.corners))
     place = f"left:{x0:.2%};top:{y0:.2%};width:{x1 - x0:.2%};height:{y1 - y0:.2%}"
     sides = (" inside" if y0 < 0.1 else "") + (" right" if x0 > 0.55 else "")

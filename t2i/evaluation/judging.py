@@ -38,9 +38,7 @@ class Judge(Protocol):
     """What gives verdicts."""
 
     def identity(self) -> dict:
-        """JSON-able: all that a verdict depends on besides the image and its prompt; weights by
-        hash, code under "versions".
-        """
+        """What a verdict depends on besides image and prompt: weights by hash, "versions"."""
         ...
 
     def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
@@ -49,9 +47,7 @@ class Judge(Protocol):
 
 
 class Verdicts:
-    """The verdicts of one judge on one list of prompts in an output folder; both are given as
-    JSON-able facts.
-    """
+    """One judge's verdicts on one list of prompts, in an output folder."""
 
     def __init__(self, out: Path, judge: dict, prompts: dict):
         self.about = {"judge": judge, "prompts": prompts}
@@ -63,9 +59,7 @@ class Verdicts:
         return self.folder / "overlays" / f"{prompt_index:05d}_{sample:05d}.png"
 
     def read(self, prompt_index: int) -> dict[int, dict]:
-        """Recorded lines of a prompt by sample: {sample, sha256, row} or {sample, sha256,
-        unreadable}.
-        """
+        """Lines of a prompt by sample: {sample, sha256, row} or {sample, sha256, unreadable}."""
         path = self._file(prompt_index)
         if not path.is_file():
             return {}
@@ -114,9 +108,7 @@ def judge_images(
 
 
 def _answer(judge: Judge, index: int, sample: int, path: Path, overlay: Path) -> dict:
-    """The recorded form of a verdict; its overlay is written before it, so that a verdict implies
-    it.
-    """
+    """A verdict as recorded; its overlay is written before it, so that a verdict implies it."""
     try:
         image = load_image(path)
     except UserError as error:
@@ -139,9 +131,7 @@ class JudgedImage:
 
 
 def collect(inventory: Inventory, verdicts: Verdicts) -> tuple[list[JudgedImage], list[str]]:
-    """The verdicts in the order of prompts and samples, and what is unreadable; after all processes
-    have judged.
-    """
+    """Verdicts in the order of prompts and samples, and what is unreadable; after all judged."""
     judged, unreadable = [], []
     for index, images in sorted(inventory.found.items()):
         lines = verdicts.read(index)

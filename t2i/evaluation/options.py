@@ -24,13 +24,9 @@ class ClassImages:
     count: int = 50_000
     """Number of images; the protocol has 50,000."""
     labels: Literal["balanced", "random"] = "balanced"
-    """As many images of every class (as RAR and Open-MAGVIT2 are scored), or each image's class at
-    random (as LlamaGen is).
-    """
+    """As many images of every class (as for RAR, Open-MAGVIT2), or at random (as for LlamaGen)."""
     image_size: int | None = None
-    """Side in pixels that images are resized to (256 for the published FID of 384 px models); the
-    model's own if not given.
-    """
+    """Side in pixels (256 for the published FID of 384 px models); the model's own if not given."""
 
     def __post_init__(self):
         check_counts(count=self.count)
@@ -64,13 +60,9 @@ class BenchmarkOptions(DrawingModelOptions):
     """What to judge: a model (its images are drawn first), or images that are there."""
 
     images: Path | None = None
-    """Instead of a model, a folder of images in GenEval's layout (00000/metadata.jsonl,
-    00000/samples/00000.png).
-    """
+    """Instead of a model, a folder of images in GenEval's layout (00000/samples/00000.png ...)."""
     out: Path | None = None
-    """Folder for images, verdicts, results and gallery; outputs/<benchmark>/<name of the model> if
-    not given.
-    """
+    """Folder for all that comes of it; outputs/<benchmark>/<name of the model> if not given."""
     scope: tyro.conf.OmitArgPrefixes[Scope] = field(default_factory=Scope)
 
     def __post_init__(self):

@@ -87,9 +87,7 @@ def versions() -> dict[str, str]:
 
 
 def image_source(out: Path, images: Path) -> str:
-    """How results name their images: within the output folder, so that it may be moved, or by an
-    absolute path.
-    """
+    """How results name their images: within the output folder (which may be moved), or absolute."""
     out, images = out.resolve(), images.resolve()
     return str(images.relative_to(out) if images.is_relative_to(out) else images)
 
@@ -117,9 +115,7 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
 
 
 def table(results: dict) -> str:
-    """A markdown table of the scores, under a line that says what they must not be taken for, above
-    their legend.
-    """
+    """A markdown table of the scores, with what they must not be taken for, and their legend."""
     scores = [Score(**score) for score in results["scores"].values()]
     flag = "" if results["status"] == "complete" else f"**{results['status']}**\n\n"
     title = f"{results['benchmark']}: {results['label']}"
@@ -127,9 +123,7 @@ def table(results: dict) -> str:
 
 
 def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
-    """A markdown table: a line per name, and columns for each way to count. `title` (who judged
-    what) is copied with it.
-    """
+    """A markdown table under `title` (who judged what): a line a name, columns a way to count."""
     ways, rows = by_way(scores)
     columns = "".join(f" {way or 'mean'} | ± | images | prompts |" for way in ways)
     lines = [f"| {title} |{columns}", "|---" * (1 + 4 * len(ways)) + "|"]

@@ -240,9 +240,7 @@ def run(
 
 
 def default_out(options: BenchmarkOptions, name: str) -> Path:
-    """outputs/<benchmark>/ and the model's name, or that of the image folder (of its parent if it
-    is called images).
-    """
+    """outputs/<benchmark>/ and the name of the model, or of the folder that holds the images."""
     if options.images is None:
         return Path("outputs") / name / options.name()
     folder = options.images.resolve()
@@ -250,9 +248,7 @@ def default_out(options: BenchmarkOptions, name: str) -> Path:
 
 
 def is_shapes_world(options: BenchmarkOptions) -> bool:
-    """Whether the model (also the one that drew a folder of images) was made from a shipped base;
-    all of them draw shapes.
-    """
+    """Whether the model (also of images that are there) is made from a shipped base, of shapes."""
     if options.images is not None:
         generation = read_generation(options.images) or {}
         base = generation.get("about", {}).get("backbone", {})

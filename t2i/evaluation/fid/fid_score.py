@@ -225,9 +225,7 @@ def score_images(
 
 
 def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: bool) -> ImageSet:
-    """The samples, opened; UserError if they are too few, or if one of the two sets cannot be used.
-    Computes nothing.
-    """
+    """The samples, opened; UserError if they are too few, or one of the sets cannot be used."""
     images = open_images(samples)
     if images.count < PROTOCOL_IMAGES and not allow_fewer:
         raise UserError(

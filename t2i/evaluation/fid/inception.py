@@ -134,9 +134,7 @@ def _mixed_8(pool: str) -> list[Branch]:
 
 
 class FrozenNorm(nn.Module):
-    """Batch norm with stored statistics, without the step counter that only some copies of the
-    weights have.
-    """
+    """Batch norm with stored statistics, without the step counter that few copies have."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -250,9 +248,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(POOL_WIDTH, 1008)
 
     def forward(self, x_BCHW: Tensor) -> InceptionFeatures:
-        """Features of images float32 [B, 3, 299, 299] in the range 0..255, as `tf1_resize` gives
-        them.
-        """
+        """Features of images float32 [B, 3, 299, 299] in 0..255, as `tf1_resize` gives them."""
         x = (x_BCHW - 128) / 128
         x = self._through(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3")
         x = functional.max_pool2d(x, 3, stride=2)
@@ -271,9 +267,7 @@ class Inception(nn.Module):
 
 
 def flatten_spatial(x_BCHW: Tensor, channels: int = SPATIAL_CHANNELS) -> Tensor:
-    """sFID's features [B, H * W * 7]: the first seven channels, with the channel innermost as
-    TensorFlow stores them.
-    """
+    """sFID's features [B, H * W * 7]: the first channels, innermost as TensorFlow stores them."""
     return x_BCHW[:, :channels].movedim(1, -1).flatten(1)
 
 
@@ -300,9 +294,7 @@ def tf1_resize(images_BHWC: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 @torch.no_grad()
 def extract(network: Inception, images: Sequence[np.ndarray]) -> InceptionFeatures:
-    """Features of uint8 images [H, W, 3] of any sizes; float32 on the network's device, TF32
-    off.
-    """
+    """Features of uint8 images [H, W, 3] of any sizes, float32, on the network's device."""
     device = network.fc.weight.device
     same = len({image.shape for image in images}) == 1
     groups = [np.stack(images)] if same else [np.stack([image]) for image in images]

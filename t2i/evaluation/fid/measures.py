@@ -88,9 +88,7 @@ def _symmetric_root(covariance_DD: Tensor) -> Tensor:
 
 
 def class_probabilities(features_ND: Tensor, weight_KD: Tensor) -> Tensor:
-    """softmax(features @ weight^T), float32 [N, K]: the bias of the layer is left out, as the
-    evaluator does.
-    """
+    """softmax(features @ weight^T), float32 [N, K], without the bias, as in the evaluator."""
     return torch.cat([(part @ weight_KD.T).softmax(1) for part in features_ND.split(_ROWS)])
 
 
@@ -118,9 +116,7 @@ def inception_score(probabilities_NK: Tensor, split_size: int = SPLIT_SIZE) -> I
 # -- precision and recall --------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Manifold:
-    """The outcome, image by image: squared radii float32, and whether an image lies in a ball of
-    the other set.
-    """
+    """By image: squared radii float32, and whether it lies in a ball of the other set."""
 
     reference_radii: Tensor
     sample_radii: Tensor
@@ -137,9 +133,7 @@ class Manifold:
 
 
 def half_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
-    """Squared distances float16 [N, M], rounded to half precision after every operation; may
-    overflow.
-    """
+    """Squared distances float16 [N, M], rounded after every operation; may overflow."""
     u, v = u_ND.half().float(), v_MD.half().float()
     norm_u, norm_v = (
         u.square().half().float().sum(1).half(),
@@ -156,9 +150,7 @@ def full_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
 
 
 def official_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
-    """Squared distances float32 [N, M] of one block: half precision, or single if a value is not
-    finite in half.
-    """
+    """Squared distances float32 [N, M] of a block: half precision, or single if it overflows."""
     distances = half_distances(u_ND, v_MD)
     return distances.float() if distances.isfinite().all() else full_distances(u_ND, v_MD)
 
