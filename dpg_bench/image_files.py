@@ -9,7 +9,6 @@ files have not changed since is not copied again.
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from t2i.evaluation.generation_folder import (
 )
 from t2i.evaluation.options import Scope
 from t2i.evaluation.runner import claim_output
-from t2i.files import file_sha256, write_json
+from t2i.files import file_sha256, read_json, write_json
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
@@ -174,12 +173,7 @@ def _claim_source(out: Path, folder: Path, form: Form) -> None:
 
 def _read_source(out: Path) -> dict | None:
     path = out / SOURCE_FILE
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); give another --out") from error
+    return read_json(path) if path.is_file() else None
 
 
 def _copy(

@@ -5,7 +5,6 @@ inside) and pictures/ with copies of the images of at most `_SIDE` pixels, named
 needs no network, and JavaScript only for filter and zoom.
 """
 
-import hashlib
 import html
 import json
 from collections import Counter
@@ -18,7 +17,7 @@ from PIL import Image
 
 from t2i.evaluation.generation_folder import load_image
 from t2i.evaluation.results import Score, by_way
-from t2i.files import writable_folder, write_text
+from t2i.files import file_sha256, writable_folder, write_text
 from t2i.imaging import save_image
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "gallery"
@@ -249,7 +248,7 @@ def _copy_image(exhibit: Exhibit, pictures: Path) -> tuple[Path, tuple[int, int]
 
 
 def _copy_overlay(overlay: Path, pictures: Path) -> Path:
-    path = pictures / f"{hashlib.sha256(overlay.read_bytes()).hexdigest()[:16]}.png"
+    path = pictures / f"{file_sha256(overlay)[:16]}.png"
     if not path.is_file():
         with Image.open(overlay) as image:
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)

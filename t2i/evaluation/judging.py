@@ -18,7 +18,7 @@ from PIL import Image
 
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import Inventory, load_image, prompt_folder, sample_file
-from t2i.files import reading, writable_folder, write_json, write_text
+from t2i.files import file_sha256, reading, writable_folder, write_json, write_text
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
@@ -98,7 +98,7 @@ def judge_images(
             lines = {sample: recorded[sample] for sample in images if sample in recorded}
             for sample, path in images.items():
                 with reading(path):
-                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    digest = file_sha256(path)
                 if lines.get(sample, {}).get("sha256") != digest:
                     answer = _answer(judge, index, sample, path, verdicts.overlay(index, sample))
                     lines[sample] = {"sample": sample, "sha256": digest, **answer}
