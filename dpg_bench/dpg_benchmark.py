@@ -1,8 +1,7 @@
-"""DPG-Bench as a benchmark for `t2i.evaluation.runner`: its prompts, its judge, its numbers, its
-gallery cards.
+"""DPG-Bench as a benchmark for `t2i.evaluation.runner`: prompts, judge, numbers, gallery cards.
 
-evaluate(DPGBench(graph, judge), out, model=model)
-evaluate(DPGBench(graph, judge), out, images=folder)
+    evaluate(DPGBench(graph, answerer), out, model=model)
+    evaluate(DPGBench(graph, answerer), out, images=folder)
 
 A row of results.jsonl is an image: every question with its category, parents and answer, and the
 image's score both ways.
@@ -13,9 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpg_bench.judges import OFFICIAL_JUDGE, Judge
-from dpg_bench.official import official_questions
-from dpg_bench.questions import Question, QuestionGraph, broad
+from dpg_bench.answerers import OFFICIAL_ANSWERER, Answerer
+from dpg_bench.questions import Question, QuestionGraph, broad, official_questions
 from dpg_bench.score import (
     CORRECTED,
     LEGEND,
@@ -43,29 +41,27 @@ class DPGBench:
     decimals = 2
     legend = LEGEND
 
-    def __init__(self, graph: QuestionGraph, judge: Judge, *, questions: str = "own"):
+    def __init__(self, graph: QuestionGraph, answerer: Answerer, *, questions: str = "own"):
         """questions: what to call the graph.
 
         Raises:
-            UserError: a question is not one of those that the judge can answer.
+            UserError: a question is not one of those that can be answered.
         """
-        if hasattr(judge, "check"):
-            judge.check(graph.questions)
-        self.graph, self.answering = graph, judge
+        if hasattr(answerer, "check"):
+            answerer.check(graph.questions)
+        self.graph, self.answerer = graph, answerer
         self.items = list(graph.items)
         self.entries = prompt_entries(graph)
         self._official = official_items(graph)
-        who = judge.identity()
+        who = answerer.identity()
         self.label = f"{questions} questions, judged by {who['judge']}"
-        if who["judge"] != OFFICIAL_JUDGE:
+        if who["judge"] != OFFICIAL_ANSWERER:
             facts = [who.get("weights"), "not the official judge"]
             self.label += f" ({', '.join(filter(None, facts))})"
 
     def identity(self) -> dict:
-        """Who answers which questions; the weights by their hash, whatever their folder is
-        called.
-        """
-        who = dict(self.answering.identity())
+        """Who answers which questions; weights by their hash, whatever their folder is called."""
+        who = dict(self.answerer.identity())
         if who.get("sha256"):
             who.pop("weights", None)
         graph = {"git_blob_sha1": self.graph.blob}
@@ -75,7 +71,7 @@ class DPGBench:
         """The answers to all questions of the prompt, and what they amount to."""
         item = self.items[prompt_index]
         questions = self.graph.items[item]
-        given = self.answering.answer(image, questions)
+        given = self.answerer.answer(image, questions)
         answers = {str(q.proposition): a for q, a in zip(questions, given, strict=True)}
         corrected = _passed(questions, answers)
         row = {
@@ -121,9 +117,7 @@ class DPGBench:
 
 
 def _passed(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[int, float]:
-    """Proposition -> whether it passed, 1 or 0; empty for a prompt that cannot be scored (see
-    `MissingParentError`).
-    """
+    """Proposition -> whether it passed, 1 or 0; empty for a `MissingParentError`."""
     try:
         return score_questions(questions, answers)[1]
     except MissingParentError:
@@ -136,9 +130,7 @@ def _mean(passed: Mapping[int, float]) -> float | None:
 
 
 def _reason(question: dict, by_id: Mapping[int, dict]) -> str:
-    """A failed question with its answer; below it what it depends on. A yes without one of those is
-    void.
-    """
+    """A failed question with its answer; below it what it depends on (a yes without it is void)."""
     parents = [f"depends on: {_outcome(by_id[parent])}" for parent in question["parents"]]
     return "\n".join([_outcome(question), *parents])
 
@@ -182,7 +174,7 @@ def load_questions(name: str) -> QuestionGraph:
     """The graph called "official" (fetched on first use) or "shapes" (shipped), or of a CSV file.
 
     Raises:
-        UserError: see `dpg_bench.official.official_questions`.
+        UserError: see `dpg_bench.questions.official_questions`.
     """
     if name in WORLDS:
         return open_world(name).questions()

@@ -1,8 +1,8 @@
-"""DPG-Bench's image files brought into the layout that all evaluators here read
-(t2i.evaluation.store).
+"""DPG-Bench's image files brought into the layout of `t2i.evaluation.generation_folder`.
 
-ITEM.png                   the official form, a 2 x 2 grid of a prompt's images; or one image, where
-one is all there is ITEM_0.png, ITEM_1.png     single files
+    ITEM.png                   the official form, a 2 x 2 grid of a prompt's images, row by row; or
+                               one image, where one is all there is
+    ITEM_0.png, ITEM_1.png     single files
 
 They are copied to OUT/images/00000/samples/..., and OUT/source.json says from where; a prompt whose
 files have not changed since is not copied again.
@@ -17,13 +17,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from dpg_bench.image_grids import IMAGES_PER_PROMPT, split_grid
+from dpg_bench.score import IMAGES_PER_PROMPT
 from t2i.errors import UserError
-from t2i.evaluation.inventory import Inventory, shorten
+from t2i.evaluation.generation_folder import (
+    Inventory,
+    load_image,
+    read_generation,
+    sample_file,
+    shorten,
+    write_prompt,
+)
 from t2i.evaluation.options import Scope
 from t2i.evaluation.runner import claim_output
-from t2i.evaluation.sampling import read_generation
-from t2i.evaluation.store import load_image, sample_file, write_prompt
 from t2i.files import file_sha256, read_json, write_json
 from t2i.imaging import save_png
 from t2i.processes import Processes
@@ -32,6 +37,7 @@ from t2i.progress import progress_bar
 log = logging.getLogger(__name__)
 
 SOURCE_FILE = "source.json"
+_SIDES = 2  # of a grid, in images
 _WHOLE = -1
 """Stands for the number of a file that has none: ITEM.png."""
 Files = dict[int, dict[int, Path]]
@@ -40,8 +46,9 @@ Files = dict[int, dict[int, Path]]
 
 @dataclass(frozen=True)
 class Form:
-    """How files hold images: so many a prompt; resolution: side of an image in a grid, None without
-    grids.
+    """How files hold images.
+
+    samples: images per prompt. resolution: side of an image in a grid, None without grids.
     """
 
     samples: int
@@ -79,8 +86,9 @@ def arrange(
     resolution: int | None,
     processes: Processes,
 ) -> Path:
-    """The folder to judge: `folder` itself if it is in the common layout, else OUT/images; every
-    process calls it.
+    """The folder to judge: `folder` itself in the common layout, else OUT/images.
+
+    Every process calls it.
 
     Args:
         entries: all prompts, each with "item_id" and "prompt".
@@ -101,8 +109,8 @@ def arrange(
         problems = _copy(files, entries, selected, out, form)
         if problems and not scope.allow_incomplete:
             raise UserError(
-                f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; replace them, or judge "
-                "the rest as INCOMPLETE with --allow-incomplete"
+                f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; "
+                "replace them, or judge the rest as INCOMPLETE with --allow-incomplete"
             )
         for problem in problems:
             log.error("%s; left out", problem)
@@ -131,9 +139,7 @@ def _find(folder: Path, entries: Sequence[dict]) -> Files:
 def _check(
     folder: Path, files: Files, entries: Sequence[dict], selected: Sequence[int], scope: Scope
 ) -> None:
-    """UserError names what is missing (as grids, where no file is numbered), more than wanted, or
-    there twice.
-    """
+    """UserError names what is missing, there twice, or more than wanted."""
     inventory = Inventory(folder, 0)
     by_number = any(set(of_prompt) - {_WHOLE} for of_prompt in files.values())
     for index in selected:
@@ -180,8 +186,10 @@ def _copy(
         What is wrong with files that give no images.
     """
     source, problems = _read_source(out), []
+    assert source is not None, "the source is claimed before"
     for index in progress_bar(selected, unit="prompt", desc="copying"):
-        found, images, wrong = files.get(index, {}), {}, []
+        found, wrong = files.get(index, {}), []
+        images: dict[int, Image.Image] = {}
         digest = hashlib.sha256(repr(form).encode())
         for number, path in sorted(found.items()):
             digest.update(f"{number} {file_sha256(path)}".encode())
@@ -208,3 +216,35 @@ def _write(images: dict[int, Image.Image], index: int, entry: dict, folder: Path
     for path in (folder / sample_file(index, 0)).parent.glob("*.png"):
         if path not in written:
             path.unlink()
+
+
+# -- grids -----------------------------------------------------------------------------------------
+def crop_grid(
+    grid: Image.Image, resolution: int, count: int = IMAGES_PER_PROMPT
+) -> list[Image.Image]:
+    """The first `count` images of a grid (top left, top right, bottom left, bottom right).
+
+    resolution: side of one image in pixels. As in the official script nothing is checked: what lies
+    outside the grid is black. `split_grid` is the safe way.
+    """
+    corners = [(x * resolution, y * resolution) for y in range(_SIDES) for x in range(_SIDES)]
+    return [grid.crop((x, y, x + resolution, y + resolution)) for x, y in corners[:count]]
+
+
+def split_grid(grid: Image.Image, resolution: int | None = None) -> list[Image.Image]:
+    """The four images of a grid.
+
+    resolution: the side of one image as the user believes it to be; checked where it is given.
+
+    Raises:
+        UserError: the grid is not a square of an even side, or of images of another side.
+    """
+    width, height = grid.size
+    if width != height or width % _SIDES:
+        raise UserError(f"{width} x {height} px is not a square grid of 2 x 2 equal images")
+    if resolution is not None and width != _SIDES * resolution:
+        raise UserError(
+            f"the grid of {width} x {height} px holds images of {width // _SIDES} px, not of "
+            f"{resolution} px: the official script would crop wrongly without a word"
+        )
+    return crop_grid(grid, width // _SIDES)

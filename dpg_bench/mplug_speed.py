@@ -1,4 +1,4 @@
-"""Questions per second of the mPLUG judge: the image encoded once, against once per question as in
+"""Questions per second of mPLUG: the image encoded once, against once per question as in
 the official script.
 
 Random weights in the shape of the published model (566 M parameters), one image, in turns, so that
@@ -36,11 +36,9 @@ class Timing:
     questions: int = 8
     """Questions about the image (DPG-Bench asks 13 on average)."""
     image_res: int = 504
-    """Side of the judge's input in pixels: 504 gives 1,297 image tokens."""
+    """Side of mPLUG's input in pixels: 504 gives 1,297 image tokens."""
     stride_layer: int = 6
-    """Every how many fusion layers text and image attend to each other in both directions (6:
-    never).
-    """
+    """Every how many fusion layers text and image attend to each other (6: never)."""
     answer_tokens: int = 2
     """Tokens of an answer with its end: "yes" is 2. Random weights would go on to the limit of 10.
     """
@@ -51,12 +49,12 @@ class Timing:
 
 
 def build(config: Timing):
-    """A judge with random weights, and a tokenizer of a few words."""
+    """mPLUG with random weights, and a tokenizer of a few words."""
     import torch
     from tokenizers import BertWordPieceTokenizer
 
     from dpg_bench.mplug.bert import BertConfig
-    from dpg_bench.mplug.mplug_judge import QUESTION_TOKENS, MPlugJudge
+    from dpg_bench.mplug.mplug_answerer import QUESTION_TOKENS, MPlugAnswerer
     from dpg_bench.mplug.mplug_model import MPlug, MPlugConfig
 
     torch.manual_seed(0)
@@ -75,24 +73,24 @@ def build(config: Timing):
     tokenizer = BertWordPieceTokenizer(special | words)
     tokenizer.enable_padding(length=QUESTION_TOKENS)
     tokenizer.enable_truncation(QUESTION_TOKENS)
-    return MPlugJudge(model, tokenizer)
+    return MPlugAnswerer(model, tokenizer)
 
 
-def ways(judge, image, questions: Sequence[str]) -> dict:
+def ways(answerer, image, questions: Sequence[str]) -> dict:
     """Name -> how to answer all questions about the image, the official way last."""
 
     def once_one_by_one():
-        encoded = judge.encode(image)
-        return [judge.search_encoded(encoded, [question])[0] for question in questions]
+        encoded = answerer.encode(image)
+        return [answerer.search_encoded(encoded, [question])[0] for question in questions]
 
     return {
-        "image once, questions in a batch": lambda: judge.search(image, questions),
+        "image once, questions in a batch": lambda: answerer.search(image, questions),
         "image once, questions one by one": once_one_by_one,
-        "image once per question": lambda: [judge.search(image, [q])[0] for q in questions],
+        "image once per question": lambda: [answerer.search(image, [q])[0] for q in questions],
     }
 
 
-def measure(config: Timing, judge) -> tuple[dict[str, float], bool]:
+def measure(config: Timing, answerer) -> tuple[dict[str, float], bool]:
     """Median seconds by way, and whether all ways gave the same answers."""
     import torch
     from PIL import Image
@@ -103,10 +101,10 @@ def measure(config: Timing, judge) -> tuple[dict[str, float], bool]:
     seconds: dict[str, list[float]] = {}
     answers = []
     for _ in range(config.rounds):
-        for name, work in ways(judge, image, questions).items():
+        for name, work in ways(answerer, image, questions).items():
             start = time.perf_counter()
             found = work()
-            if judge.device.type == "cuda":
+            if answerer.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.setdefault(name, []).append(time.perf_counter() - start)
             answers.append([best[0].ids for best in found])
@@ -121,9 +119,9 @@ def main() -> None:
         raise UserError("questions, rounds and answer_tokens must be at least 1")
     import torch
 
-    judge = build(config)
-    millions = sum(p.numel() for p in judge.model.parameters()) / 1e6
-    medians, same = measure(config, judge)
+    answerer = build(config)
+    millions = sum(p.numel() for p in answerer.model.parameters()) / 1e6
+    medians, same = measure(config, answerer)
     print(
         f"mPLUG, {millions:.1f} M random parameters, {config.image_res} px, stride "
         f"{config.stride_layer}, {config.questions} questions, answers of {config.answer_tokens} "

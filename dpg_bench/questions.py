@@ -1,13 +1,14 @@
 """DPG-Bench's question graph: reading the CSV, and refusing one that cannot be scored.
 
 The official file (`dpg_bench/dpg_bench.csv` of TencentQQGYLab/ELLA, arXiv 2403.05135) is not
-shipped: see `dpg_bench.official`. One row is one proposition of a prompt:
+shipped: it is given by path, or fetched once and proven by its git blob hash. One row is one
+proposition of a prompt:
 
-item_id                     the prompt's id (text, even where it looks like a number)
-text                        the prompt
-proposition_id, dependency  number, and comma list of the propositions it depends on (0: none)
-tuple                       "attribute - color (bike, red)": category, then its arguments
-question_natural_language   what the judge is asked
+    item_id                     the prompt's id (text, even where it looks like a number)
+    text                        the prompt
+    proposition_id, dependency  number, and comma list of the propositions it depends on (0: none)
+    tuple                       "attribute - color (bike, red)": category, then its arguments
+    question_natural_language   what is asked about an image
 
 The other columns are not used, `category_broad` and `category_detailed` included: the official
 script reads the category off the tuple.
@@ -25,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 
 from t2i.errors import UserError
+from t2i.published import PublishedFile
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,6 @@ class QuestionGraph:
 
     questions: tuple[Question, ...]
     blob: str
-    source: str = ""
 
     @property
     def is_official(self) -> bool:
@@ -102,15 +103,6 @@ class QuestionGraph:
     def prompts(self) -> dict[str, str]:
         """Item id -> prompt, in the order of the file."""
         return {item: questions[0].prompt for item, questions in self.items.items()}
-
-    def identity(self) -> dict:
-        """For results files: which questions were asked."""
-        return {
-            "questions": "official" if self.is_official else self.source,
-            "git_blob_sha1": self.blob,
-            "prompts": len(self.items),
-            "propositions": len(self.questions),
-        }
 
 
 def broad(category: str) -> str:
@@ -165,7 +157,7 @@ def read_questions(path: str | Path) -> QuestionGraph:
         except UserError as error:
             problems.append(str(error))
     problems += graph_problems(questions)
-    graph = QuestionGraph(tuple(questions), git_blob_sha1(content), str(path))
+    graph = QuestionGraph(tuple(questions), git_blob_sha1(content))
     if problems:
         message = f"question file {path}: {_shorten(problems)}"
         if not graph.is_official or len(questions) < len(rows):
@@ -203,9 +195,7 @@ def _question(row: dict, line: int) -> Question:
 
 
 def graph_problems(questions: Sequence[Question]) -> list[str]:
-    """What keeps these questions from being scored, each named by its row; empty when all is
-    well.
-    """
+    """What keeps these questions from being scored, each named by its row."""
     problems = []
     last_of_item: dict[str, int] = {}
     for index, question in enumerate(questions):
@@ -242,9 +232,7 @@ def _item_problems(rows: Sequence[Question]) -> list[str]:
 
 
 def _circle(parents: dict[int, tuple[int, ...]]) -> list[int] | None:
-    """One circle of dependencies, first proposition repeated at its end; None where there is
-    none.
-    """
+    """One circle of dependencies, its first proposition repeated at the end; None without one."""
     sound: set[int] = set()
     for start in parents:
         way, choices = [start], [iter(parents[start])]
@@ -264,3 +252,26 @@ def _circle(parents: dict[int, tuple[int, ...]]) -> list[int] | None:
 def _shorten(problems: Sequence[str]) -> str:
     more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return "\n  " + "\n  ".join(problems[:_SHOWN]) + more
+
+
+# -- the official file -----------------------------------------------------------------------------
+OFFICIAL_FILE = PublishedFile(
+    title="question file of DPG-Bench",
+    url="https://raw.githubusercontent.com/TencentQQGYLab/ELLA/"
+    "3c228f1dc6c4d3cad0a47493816151a419f14db3/dpg_bench/dpg_bench.csv",
+    names=("dpg_bench.csv",),
+    hashes=(OFFICIAL_BLOB,),
+    cache="dpg_bench",
+    advice="give it with --questions PATH, or use the shapes world's questions, which are shipped",
+    digest=lambda path: git_blob_sha1(path.read_bytes()),
+)
+
+
+def official_questions(path: str | Path | None = None) -> QuestionGraph:
+    """The questions at `path`, or the official ones from the cache, fetched there on first use.
+
+    Raises:
+        UserError: see `read_questions`; the file cannot be fetched (the
+            message says what to do offline), or what is there is not the official file.
+    """
+    return read_questions(OFFICIAL_FILE.find().path if path is None else path)

@@ -17,7 +17,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.evaluation.options import BenchmarkOptions, CompareOptions, dispatch
+from t2i.evaluation.options import BenchmarkOptions, CompareOptions, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,9 @@ class DPGOptions(BenchmarkOptions):
     """What to judge, and by whom."""
 
     questions: str = "auto"
-    """official (downloaded on first use), shapes (the shapes world's), a .csv file, or auto (by the
-    model).
-    """
+    """official (downloaded once), shapes (its own), a .csv file, or auto (by the model)."""
     judge: Literal["auto", "mplug", "shapes", "blip-vqa", "vlm"] = "auto"
-    """mplug (the official one), shapes (exact, for the shapes world), blip-vqa, vlm, or auto (by
-    questions and model).
-    """
+    """mplug (the official one), shapes (exact), blip-vqa, vlm, or auto (by questions and model)."""
     judge_weights: str | None = None
     """Folder or hub id of the judge's weights, if not its usual ones."""
     resolution: int | None = None
@@ -41,48 +37,41 @@ class DPGOptions(BenchmarkOptions):
 
 
 def main() -> None:
-    dispatch(DPGOptions, __doc__, judge, compare, main=("questions", "judge", "resolution"))
-
-
-def compare(options: CompareOptions) -> None:
-    """Print the differences of two finished runs."""
-    from dpg_bench.dpg_benchmark import by_prompt
-    from t2i.evaluation.compare import compare_folders
-
-    print(compare_folders(options.a, options.b, by_prompt, mean_of_groups=False))
-
-
-def judge(options: DPGOptions) -> None:
-    """Draw if need be, judge, and report."""
-    from dpg_bench.dpg_benchmark import DPGBench, load_questions, prompt_entries
+    options = parse(DPGOptions, __doc__, main=("questions", "judge", "resolution"))
+    from dpg_bench.answerers import load_answerer
+    from dpg_bench.dpg_benchmark import DPGBench, by_prompt, load_questions, prompt_entries
     from dpg_bench.image_files import arrange
-    from dpg_bench.judges import load_judge
-    from t2i.evaluation import evaluator_program as program
+    from t2i.evaluation import results, runner
 
+    if isinstance(options, CompareOptions):
+        print(results.compare_folders(options.a, options.b, by_prompt, mean_of_groups=False))
+        return
     options.check()
     questions, who = options.questions, options.judge
     if questions == "auto":
-        questions = "shapes" if program.is_shapes_world(options) else "official"
+        questions = "shapes" if runner.is_shapes_world(options) else "official"
     if who == "auto":
-        own = questions != "official" and program.is_shapes_world(options)
+        own = questions != "official" and runner.is_shapes_world(options)
         who = "shapes" if own or questions == "shapes" else "mplug"
     graph = load_questions(questions)
+    entries = prompt_entries(graph)
 
     def build(processes) -> DPGBench:
-        answering = load_judge(who, options.judge_weights, processes.device)
-        return DPGBench(graph, answering, questions=questions)
+        answerer = load_answerer(who, options.judge_weights, processes.device)
+        return DPGBench(graph, answerer, questions=questions)
 
-    def to_layout(benchmark, out: Path, processes) -> Path:
+    def to_layout(out: Path, processes) -> Path:
+        assert options.images is not None
         return arrange(
             options.images,
-            benchmark.entries,
+            entries,
             out,
-            scope=options.scope(),
+            scope=options.scope,
             resolution=options.resolution,
             processes=processes,
         )
 
-    program.run(options, "dpg_bench", prompt_entries(graph), build, to_layout)
+    runner.run(options, "dpg_bench", entries, build, to_layout)
 
 
 if __name__ == "__main__":

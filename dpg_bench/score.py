@@ -11,26 +11,23 @@ processes, only garbles its tables):
 - the first row of the CSV is dropped; a prompt that has a child of it, or nothing else, is skipped;
 - a category's average is over the last image of each prompt alone;
 - images that cannot be judged shrink the denominator.
-`corrected` takes every question of every image; what it lacks is listed in `Report.missing`.
+`corrected` takes every question of every image; what it lacks is listed in `BothWays.missing`.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from dpg_bench.image_grids import IMAGES_PER_PROMPT
 from dpg_bench.questions import Question, QuestionGraph, group_by_item
 from t2i.errors import UserError
-from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
+from t2i.evaluation.bootstrap import RESAMPLES, mean_over_prompts
 from t2i.evaluation.results import Score, score_table
 
 YES = "yes"
 OFFICIAL, CORRECTED = "official", "corrected"
 OVERALL = "overall"
+IMAGES_PER_PROMPT = 4
 LEGEND = (
     "official: as the official script counts (first row dropped, categories over the last image of "
     'each prompt); corrected: all questions of all images. Categories are rates of "yes" before '
@@ -67,7 +64,7 @@ class PromptScore:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Tally:
     """One way to count. l1, l2: categories by name, sorted. skipped: item id -> why."""
 
     overall: Mean
@@ -78,13 +75,13 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Report:
+class BothWays:
     """Both ways to count, and what a complete run would have had: "item" or "item: 3 of 4
     images".
     """
 
-    official: Summary
-    corrected: Summary
+    official: Tally
+    corrected: Tally
     missing: list[str]
 
 
@@ -128,8 +125,8 @@ def score(
     images_per_prompt: int = IMAGES_PER_PROMPT,
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> Report:
-    """Score the answers of a judge: item id -> one `Answers` an image, in the images' order.
+) -> BothWays:
+    """Score answers: item id -> one `Answers` an image, in the images' order.
 
     images_per_prompt: what is complete. seed: of the bootstrap standard errors, which redraw
     prompts; they do not depend on the order of the answers.
@@ -143,7 +140,7 @@ def score(
     if not isinstance(answers, Mapping):
         raise UserError(
             f"score judges answers, by item, and got {answers!r:.80}: "
-            "ask a judge with dpg_bench.judges.answer_prompt(judge, images, questions) for each item"
+            "ask with dpg_bench.answerers.answer_prompt(answerer, images, questions) for each item"
         )
     judged = {item: answers[item] for item in graph.items if answers.get(item)}
     if strangers := [item for item in answers if item not in graph.items]:
@@ -163,7 +160,7 @@ def score(
         for item in graph.items
         if len(judged.get(item, ())) < images_per_prompt
     ]
-    return Report(
+    return BothWays(
         official=_summarize(official_items(graph), judged, seed, resamples, last_image_only=True),
         corrected=_summarize(graph.items, judged, seed, resamples, last_image_only=False),
         missing=missing,
@@ -182,7 +179,7 @@ def _summarize(
     resamples: int,
     *,
     last_image_only: bool,
-) -> Summary:
+) -> Tally:
     prompts, skipped = {}, {}
     for item, images in judged.items():
         if item not in items:
@@ -205,9 +202,9 @@ def _summarize(
         for category in ("broad_category", "category")
     ]
     overall = {item: [prompt.score] for item, prompt in prompts.items()}
-    images = sum(len(prompt.per_image) for prompt in prompts.values())
-    mean = _mean("overall", overall, images, seed, resamples)
-    return Summary(mean, *by_level, prompts, skipped)
+    count = sum(len(prompt.per_image) for prompt in prompts.values())
+    l1, l2 = by_level
+    return Tally(_mean("overall", overall, count, seed, resamples), l1, l2, prompts, skipped)
 
 
 def _by_category(
@@ -228,24 +225,17 @@ def _mean(
     """Mean over all values of all items; items are what the bootstrap redraws."""
     if not values:
         return Mean(None, None, 0, 0, 0)
-    totals = np.array([sum(of_item) for of_item in values.values()])
-    counts = np.array([len(of_item) for of_item in values.values()])
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    stderr = None
-    if len(values) > 1:
-        stderr = float(100 * resampled_means(totals, counts, rng, resamples).std(ddof=1))
-    mean = float(100 * totals.sum() / counts.sum())
-    return Mean(mean, stderr, int(counts.sum()), images, len(values))
+    found, means_R = mean_over_prompts(list(values.values()), name, seed=seed, resamples=resamples)
+    stderr = float(100 * means_R.std(ddof=1)) if found.prompts > 1 else None
+    return Mean(100 * found.total / found.count, stderr, found.count, images, found.prompts)
 
 
-def list_scores(report: Report) -> list[Score]:
-    """Both ways to count, the overall scores first, then each L1 category with its L2
-    categories.
-    """
-    columns = {OFFICIAL: report.official, CORRECTED: report.corrected}
+def list_scores(scores: BothWays) -> list[Score]:
+    """Both ways to count: the overall scores, then each L1 category with its L2 categories."""
+    columns = {OFFICIAL: scores.official, CORRECTED: scores.corrected}
     names = [OVERALL]
-    for broad in report.corrected.l1:
-        names += [broad, *(n for n in report.corrected.l2 if n.startswith(f"{broad} -"))]
+    for broad in scores.corrected.l1:
+        names += [broad, *(n for n in scores.corrected.l2 if n.startswith(f"{broad} -"))]
     found = []
     for name in names:
         for way, summary in columns.items():
@@ -258,10 +248,10 @@ def list_scores(report: Report) -> list[Score]:
     return found
 
 
-def format_report(report: Report, judge: str) -> str:
-    """A markdown table of both ways to count, under the name of the judge that gave the answers."""
-    table = score_table(list_scores(report), f"DPG-Bench, judged by {judge}", digits=2)
+def format_scores(scores: BothWays, answerer: str) -> str:
+    """A markdown table of both ways to count, under the name of who answered."""
+    table = score_table(list_scores(scores), f"DPG-Bench, judged by {answerer}", digits=2)
     lacking = ""
-    if report.missing:
-        lacking = f"\nINCOMPLETE: {len(report.missing)} prompts lack images."
+    if scores.missing:
+        lacking = f"\nINCOMPLETE: {len(scores.missing)} prompts lack images."
     return f"{table}\n\n{LEGEND}{lacking}"

@@ -1,4 +1,4 @@
-"""GenEval (arXiv 2310.11513) as a library: detector, judge, summary.
+"""GenEval (arXiv 2310.11513) as a library: detector, rules, summary.
 
 `score(images, metadata)` does it all for images in memory, as a reward does;
 `geneval.geneval_benchmark.GenEval` is the whole benchmark with files and pages, for
@@ -11,25 +11,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from geneval.detector import Detections, Detector
-from geneval.judge import JudgeOptions, Verdict, judge, judge_image
+from geneval.rules import RuleOptions, Verdict, decide, judge_image
 from geneval.summary import Summary, TagScore, format_summary, result_row, summarize
 from t2i.errors import UserError
 
 __all__ = [
     "Detections",
     "Detector",
-    "JudgeOptions",
-    "Report",
+    "Judgement",
+    "RuleOptions",
     "Summary",
     "TagScore",
     "Verdict",
+    "decide",
     "format_summary",
-    "judge",
     "judge_image",
     "result_row",
     "score",
@@ -38,7 +39,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Report:
+class Judgement:
     """One verdict per image, in the order of the images, and their summary."""
 
     verdicts: list[Verdict]
@@ -50,9 +51,9 @@ def score(
     metadata: Sequence[Mapping | str],
     detector: Detector | None = None,
     *,
-    options: JudgeOptions | None = None,
+    options: RuleOptions | None = None,
     seed: int = 0,
-) -> Report:
+) -> Judgement:
     """Judge images and summarise.
 
     images: PIL images, uint8 arrays [H, W, 3] or files, prompt by prompt: the same number of images
@@ -64,19 +65,18 @@ def score(
     Raises UserError when an argument is of another kind, when the numbers do not fit, or when the
     detector cannot name a class or colour that the metadata asks for.
     """
-    metadata = [metadata] if isinstance(metadata, str | Mapping) else list(metadata)
+    asked: list[Any] = [metadata] if isinstance(metadata, str | Mapping) else list(metadata)
     single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) == 3
-    images = [images] if single else list(images)
-    if not metadata or not images or len(images) % len(metadata):
+    given: list[Any] = [images] if single else list(images)
+    if not asked or not given or len(given) % len(asked):
         raise UserError(
-            f"{len(images)} images for {len(metadata)} prompts: "
+            f"{len(given)} images for {len(asked)} prompts: "
             "give the same number of images, at least one, for every prompt"
         )
-    metadata = [_entry(given, place) for place, given in enumerate(metadata)]
-    pictures = [_picture(given, place) for place, given in enumerate(images)]
+    each = len(given) // len(asked)
+    entries = [entry for i, one in enumerate(asked) for entry in [_entry(one, i)] * each]
+    pictures = [_picture(one, place) for place, one in enumerate(given)]
     detector = detector or _default_detector()
-    each = len(images) // len(metadata)
-    entries = [entry for entry in metadata for _ in range(each)]
     verdicts = [
         judge_image(image, entry, detector, options)
         for image, entry in zip(pictures, entries, strict=True)
@@ -85,7 +85,7 @@ def score(
         result_row(f"{index // each:05d}/samples/{index % each:05d}.png", entry, verdict)
         for index, (entry, verdict) in enumerate(zip(entries, verdicts, strict=True))
     ]
-    return Report(verdicts, summarize(rows, seed=seed))
+    return Judgement(verdicts, summarize(rows, seed=seed))
 
 
 def _entry(given: Mapping | str, place: int) -> Mapping:
@@ -94,7 +94,8 @@ def _entry(given: Mapping | str, place: int) -> Mapping:
         if given in (known := _known_prompts()):
             return known[given]
         raise UserError(
-            f"score cannot know what {given!r:.200} asks for: it is none of GenEval's prompts. Give its metadata, such as "
+            f"score cannot know what {given!r:.200} asks for: it is none of GenEval's prompts. "
+            "Give its metadata, such as "
             '{"tag": "colors", "prompt": "a photo of a red bus", "include": [{"class": "bus", "count": 1, "color": "red"}]}'
         )
     wanted = given.get("include") if isinstance(given, Mapping) else None

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from geneval.detector import Detections
-from geneval.judge import COLORS
-from geneval.mmdet_images import upright_rgb
+from geneval.detector import Detections, upright_rgb
+from geneval.rules import COLORS
 from t2i.errors import UserError
 from t2i.weights import load_strict
 
@@ -61,16 +61,14 @@ class ColorClassifier:
             UserError: the model has another activation.
         """
         require_quick_gelu(clip)
-        self.clip = clip.to(device).eval()
+        self.clip: Any = clip.to(device).eval()
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self._classifiers: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def classify(self, image: Image.Image, name: str, detections: Detections) -> list[str]:
-        """One colour for each detection of the class `name`; boxes and masks in the upright
-        image.
-        """
+        """One colour for each detection of the class `name`, in the upright image."""
         if name not in self._classifiers:
             self._classifiers[name] = self._classifier(name)
         crops = object_crops(image, detections)
@@ -153,7 +151,8 @@ def object_crops(image: Image.Image, detections: Detections) -> list[Image.Image
             mask = detections.masks[index]
             assert mask.shape == upright.size[::-1], (mask.shape, upright.size)
             shown = Image.composite(upright, blank, Image.fromarray(mask))
-        crops.append(shown.crop(tuple(round(float(edge)) for edge in box)))
+        left, top, right, bottom = (round(float(edge)) for edge in box)
+        crops.append(shown.crop((left, top, right, bottom)))
     return crops
 
 

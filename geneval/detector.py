@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from t2i.errors import UserError
+
+_UNSUPPORTED_MODES = ("I", "F")  # 16- and 32-bit greyscale: Pillow's conversion clips to white
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,17 @@ class Detections:
 
 
 class Detector(Protocol):
-    """Finds objects and names their colours.
+    """Finds objects and names their colours."""
 
-    classes: what `detect` can find. colors: what `classify_colors` can answer.
-    """
+    @property
+    def classes(self) -> Sequence[str]:
+        """What `detect` can find."""
+        ...
 
-    classes: Sequence[str]
-    colors: Sequence[str]
+    @property
+    def colors(self) -> Sequence[str]:
+        """What `classify_colors` can answer."""
+        ...
 
     def detect(self, image: Image.Image) -> Mapping[str, Detections]:
         """Class name -> detections, classes without any may be left out."""
@@ -67,7 +75,18 @@ class Detector(Protocol):
         """One of GenEval's colour names for each detection."""
         ...
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Any]:
         """What judged, for the results file: name, whether GenEval is defined by it ("official"),
         weights (file name -> SHA-256) and library versions. JSON types only."""
         ...
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """EXIF orientation applied, alpha dropped without blending, mode RGB.
+
+    Raises:
+        UserError: more than 8 bits a channel, which the official judge has no rule for.
+    """
+    if image.mode.startswith(_UNSUPPORTED_MODES):
+        raise UserError(f"an image of mode {image.mode} cannot be judged: convert it to 8-bit RGB")
+    return ImageOps.exif_transpose(image).convert("RGB")

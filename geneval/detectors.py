@@ -1,8 +1,8 @@
-"""The judges' eyes by name: the official detector, its approximation, and the shapes world's.
+"""Detectors by name: the official one, its approximation, and the shapes world's.
 
 - `mask2former`: Mask2Former Swin-S with the weights that GenEval is defined by, and CLIP's colours.
 - `mask2former-hf`: the same code with the weights of the hub's
-  facebook/mask2former-swin-small-coco- instance, another training run. Its scores are near
+  facebook/mask2former-swin-small-coco-instance, another training run. Its scores are near
   GenEval's and are not GenEval's.
 - `shapes`: exact, for pictures of the offline shapes world.
 """
@@ -13,21 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
 from PIL import Image
 
 from geneval.detector import Detections, Detector
-from geneval.judge_files import CLIP, MASK2FORMER
 from t2i.errors import UserError
 from t2i.files import replacing_folder, saving
-from t2i.published import ProvenFile, fetch_folder, remembered_sha256
+from t2i.published import ProvenFile, PublishedFile, fetch_folder, remembered_sha256
 from t2i.worlds import open_world
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Mask2FormerForUniversalSegmentation
 
     from geneval.colors import ColorClassifier
     from geneval.mask2former import Mask2FormerDetector
@@ -37,6 +36,34 @@ HUB_APPROXIMATION = "facebook/mask2former-swin-small-coco-instance"
 _CONVERSION = 1  # of the cached folder; raise it when geneval.mmdet_weights gives something else
 _SHORTEST_HASH = 8
 _LIBRARIES = ("torch", "transformers", "open-clip-torch", "pillow", "numpy")
+# Files that carry the first digits of their SHA-256 in their names (OpenMMLab's rule), or all of it
+# in their address.
+_ADVICE = "copy it into the folder that you give as --detector-weights"
+
+# One training run under two names: mmdet 3.x's (what GenEval's download script fetches), 2.x's.
+MASK2FORMER = PublishedFile(
+    title="Mask2Former Swin-S (COCO instances)",
+    url="https://download.openmmlab.com/mmdetection/v3.0/mask2former/"
+    "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco/"
+    "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth",
+    names=(
+        "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth",
+        "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+        "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth",  # as GenEval's script renames it
+    ),
+    hashes=("c9d0c4f2", "743b7d99"),
+    cache="geneval",
+    advice=_ADVICE,
+)
+CLIP = PublishedFile(
+    title="OpenAI CLIP ViT-L/14",
+    url="https://openaipublic.azureedge.net/clip/models/"
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    names=("ViT-L-14.pt",),
+    hashes=("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",),
+    cache="geneval",
+    advice=_ADVICE,
+)
 
 
 def load_detector(
@@ -78,7 +105,7 @@ class PhotoDetector:
         self,
         objects: Mask2FormerDetector,
         colors: ColorClassifier,
-        identity: Mapping[str, object],
+        identity: Mapping[str, Any],
     ):
         self.classes = objects.classes
         self.colors = colors.colors
@@ -94,7 +121,7 @@ class PhotoDetector:
         """One of the ten colours for each detection."""
         return self._colors.classify(image, class_name, detections)
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Any]:
         """Name, whether its scores are official, weight hashes, precision and library versions."""
         return dict(self._identity)
 
@@ -143,7 +170,7 @@ def _approximation(weights: Path | None, device: torch.device | str) -> Detector
 def _detector(
     name: str,
     *,
-    model: Callable[[], PreTrainedModel],
+    model: Callable[[], Mask2FormerForUniversalSegmentation],
     described: Mapping[str, str],
     clip_file: ProvenFile,
     official: bool,
@@ -164,7 +191,7 @@ def _detector(
     return PhotoDetector(Mask2FormerDetector(model(), device=device), colors, identity)
 
 
-def _converted(file: ProvenFile) -> PreTrainedModel:
+def _converted(file: ProvenFile) -> Mask2FormerForUniversalSegmentation:
     """The official weights for transformers: converted once, then read from the cache."""
     from geneval.mmdet_weights import load_hub_folder, load_mmdet
 

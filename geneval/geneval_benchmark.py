@@ -1,5 +1,4 @@
-"""GenEval as a benchmark for `t2i.evaluation.runner`: its prompts, its judge, its numbers, its
-gallery cards.
+"""GenEval as a benchmark for `t2i.evaluation.runner`: prompts, judge, numbers, gallery cards.
 
 evaluate(GenEval(metadata, detector), out, model=model)
 evaluate(GenEval(metadata, detector), out, images=folder)
@@ -14,16 +13,18 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from geneval.detector import Detections, Detector
-from geneval.judge import JudgeOptions, Verdict, check_vocabulary, judge_detected
+from geneval.rules import RuleOptions, Verdict, check_vocabulary, judge_detected
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
 from t2i.errors import UserError
-from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
+from t2i.evaluation.bootstrap import mean_over_prompts
 from t2i.evaluation.gallery import TINTS, Box, Card
+from t2i.evaluation.generation_folder import read_prompts
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score
-from t2i.evaluation.store import read_prompts
 from t2i.worlds import WORLDS, open_world
+
+SHAPES_PROMPTS_PER_TASK = 20
 
 
 class GenEval:
@@ -42,7 +43,7 @@ class GenEval:
         entries: Sequence[dict],
         detector: Detector,
         *,
-        options: JudgeOptions | None = None,
+        options: RuleOptions | None = None,
         prompts: str = "own",
     ):
         """entries: GenEval metadata in the order of the folder numbers. prompts: what to call them.
@@ -56,7 +57,7 @@ class GenEval:
             check_vocabulary(entry, detector)
         self.entries = entries
         self.detector = detector
-        self.options = options or JudgeOptions()
+        self.options = options or RuleOptions()
         judge = detector.identity()
         mark = "" if judge["official"] else " (not the official judge)"
         self.label = f"{prompts} prompts, judged by {judge['name']}{mark}"
@@ -87,12 +88,11 @@ class GenEval:
             for name, tag in summary.tags.items()
         ]
         correct = [values for group in by_prompt(rows).values() for values in group.values()]
-        return [
-            overall,
-            *tasks,
-            _rate("correct images", correct),
-            _rate("correct prompts", [[any(values)] for values in correct], images=images),
-        ]
+        rates = {"correct images": correct, "correct prompts": [[any(v)] for v in correct]}
+        for name, values in rates.items():
+            rate, _ = mean_over_prompts(values)
+            tasks.append(Score(name, rate.mean, rate.stderr, images, prompts))
+        return [overall, *tasks]
 
     def card(self, row: dict) -> Card | None:
         """A failure with its reasons, and boxes in the colours of `draw_masks`."""
@@ -123,9 +123,7 @@ def load_prompts(name: str) -> list[dict]:
 
 
 def _check_schema(index: int, entry: Mapping) -> None:
-    """UserError unless the entry has a tag and asks for something, with a class and a count each
-    time.
-    """
+    """UserError unless the entry has a tag and asks for something, each with class and count."""
     items = [*entry.get("include", []), *entry.get("exclude", [])]
     whole = all(isinstance(i, dict) and {"class", "count"} <= set(i) for i in items)
     if not isinstance(entry.get("tag"), str) or not items or not whole:
@@ -147,10 +145,10 @@ def draw_masks(
         A palette image of `size` (width, height) with a transparent ground, or None without masks.
     """
     layers = [
-        (detections[name].scores[i], 1 + tint % len(TINTS), detections[name].masks[i])
+        (detections[name].scores[i], 1 + tint % len(TINTS), masks[i])
         for tint, (name, indices) in enumerate(verdict.kept.items())
+        if (masks := detections[name].masks) is not None
         for i in indices
-        if detections[name].masks is not None
     ]
     if not layers:
         return None
@@ -163,12 +161,3 @@ def draw_masks(
     overlay.putpalette([0, 0, 0, *(c for tint in TINTS for c in ImageColor.getrgb(tint))])
     overlay.info["transparency"] = 0
     return overlay
-
-
-def _rate(name: str, values: Sequence[Sequence[bool]], images: int | None = None) -> Score:
-    """The mean over all values, with its standard error over prompts."""
-    totals, counts = np.array([sum(v) for v in values]), np.array([len(v) for v in values])
-    means = resampled_means(totals, counts, np.random.default_rng(0), RESAMPLES)
-    stderr = float(means.std(ddof=1)) if len(values) > 1 else None
-    mean = float(totals.sum() / counts.sum())
-    return Score(name, mean, stderr, images or int(counts.sum()), len(values))

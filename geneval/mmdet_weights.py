@@ -1,5 +1,9 @@
-"""Loading Mask2Former into transformers, strictly: from mmdet's checkpoint, or a transformers
-folder.
+"""Loading Mask2Former into transformers, strictly: from mmdet's checkpoint, or the hub's folder.
+
+Both key styles of the one published training run are read (mmdet 2.x and 3.x), and given the names
+of the hub's checkpoints, which transformers reads and writes whatever its modules are called
+inside. One thing would load silently and be wrong, patch merging: mmdet joins four pixels in the
+channel order of `nn.Unfold`, the original Swin and transformers pixel by pixel.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +21,6 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.utils import logging
 
-from geneval.mmdet_keys import convert
 from t2i.errors import UserError
 from t2i.weights import read_state_dict, shorten_keys
 
@@ -49,17 +53,18 @@ class DetectorShape:
 
     def config(self) -> Mask2FormerConfig:
         """The same network as transformers describes it."""
-        swin = SwinConfig(
-            embed_dim=self.embed_dims,
-            depths=list(self.depths),
-            num_heads=list(self.num_heads),
-            window_size=self.window_size,
-            mlp_ratio=float(self.mlp_ratio),
-            out_features=[f"stage{i + 1}" for i in range(len(self.depths))],
-        )
+        swin: dict[str, Any] = {
+            "embed_dim": self.embed_dims,
+            "depths": list(self.depths),
+            "num_heads": list(self.num_heads),
+            "window_size": self.window_size,
+            "mlp_ratio": float(self.mlp_ratio),
+            "out_features": [f"stage{i + 1}" for i in range(len(self.depths))],
+        }
+        labels: dict[str, Any] = {"num_labels": self.num_classes}
         return Mask2FormerConfig(
-            backbone_config=swin,
-            num_labels=self.num_classes,
+            backbone_config=SwinConfig(**swin),
+            **labels,
             feature_size=self.feat_channels,
             mask_feature_size=self.feat_channels,
             hidden_dim=self.feat_channels,
@@ -82,15 +87,16 @@ def load_mmdet(
     """
     state_dict = _read(path)
     with _quiet():
-        loaded = Mask2FormerForUniversalSegmentation.from_pretrained(
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             None,
             config=(shape or DetectorShape()).config(),
-            state_dict=convert(state_dict, path),
+            state_dict=convert_keys(state_dict, path),
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
         )
-    return _complete(*loaded, path)
+    model, info = loaded
+    return _complete(model, info, path)
 
 
 def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
@@ -101,7 +107,7 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
     """
     try:
         with _quiet():
-            loaded = Mask2FormerForUniversalSegmentation.from_pretrained(
+            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -113,7 +119,8 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
         raise UserError(
             f"{folder} is no readable folder of a transformers model: {reason}"
         ) from error
-    return _complete(*loaded, folder)
+    model, info = loaded
+    return _complete(model, info, folder)
 
 
 def _complete(
@@ -168,3 +175,131 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+# -- names and layouts -----------------------------------------------------------------------------
+# mmdet's name = the hub's, from the left; what follows on the left is kept. "#" is a number, a
+# name in braces takes an equal share of the tensor's rows. Where the styles differ, 2.x is first.
+_NAMES = """
+backbone.patch_embed.projection. = BACKBONE.embeddings.patch_embeddings.projection.
+backbone.patch_embed.norm. = BACKBONE.embeddings.norm.
+backbone.stages.#.blocks.#.norm1. = BACKBONE.encoder.layers.#.blocks.#.layernorm_before.
+backbone.stages.#.blocks.#.norm2. = BACKBONE.encoder.layers.#.blocks.#.layernorm_after.
+backbone.stages.#.blocks.#.attn.w_msa.relative_position_bias_table = BACKBONE.encoder.layers.#.blocks.#.attention.self.relative_position_bias_table
+backbone.stages.#.blocks.#.attn.w_msa.qkv. = BACKBONE.encoder.layers.#.blocks.#.attention.self.{query,key,value}.
+backbone.stages.#.blocks.#.attn.w_msa.proj. = BACKBONE.encoder.layers.#.blocks.#.attention.output.dense.
+backbone.stages.#.blocks.#.ffn.layers.0.0. = BACKBONE.encoder.layers.#.blocks.#.intermediate.dense.
+backbone.stages.#.blocks.#.ffn.layers.1. = BACKBONE.encoder.layers.#.blocks.#.output.dense.
+backbone.stages.#.downsample. = BACKBONE.encoder.layers.#.downsample.
+backbone.norm0. = BACKBONE.hidden_states_norms.stage1.
+backbone.norm1. = BACKBONE.hidden_states_norms.stage2.
+backbone.norm2. = BACKBONE.hidden_states_norms.stage3.
+backbone.norm3. = BACKBONE.hidden_states_norms.stage4.
+panoptic_head.pixel_decoder.input_convs.#.conv. = PIXELS.input_projections.#.0.
+panoptic_head.pixel_decoder.input_convs.#.gn. = PIXELS.input_projections.#.1.
+panoptic_head.pixel_decoder.level_encoding.weight = PIXELS.level_embed
+panoptic_head.pixel_decoder.encoder.layers.#.attentions.0. = PIXELS.encoder.layers.#.self_attn.
+panoptic_head.pixel_decoder.encoder.layers.#.self_attn. = PIXELS.encoder.layers.#.self_attn.
+panoptic_head.pixel_decoder.encoder.layers.#.norms.0. = PIXELS.encoder.layers.#.self_attn_layer_norm.
+panoptic_head.pixel_decoder.encoder.layers.#.norms.1. = PIXELS.encoder.layers.#.final_layer_norm.
+panoptic_head.pixel_decoder.encoder.layers.#.ffns.0.layers.0.0. = PIXELS.encoder.layers.#.fc1.
+panoptic_head.pixel_decoder.encoder.layers.#.ffn.layers.0.0. = PIXELS.encoder.layers.#.fc1.
+panoptic_head.pixel_decoder.encoder.layers.#.ffns.0.layers.1. = PIXELS.encoder.layers.#.fc2.
+panoptic_head.pixel_decoder.encoder.layers.#.ffn.layers.1. = PIXELS.encoder.layers.#.fc2.
+panoptic_head.pixel_decoder.lateral_convs.0.conv. = PIXELS.adapter_1.0.
+panoptic_head.pixel_decoder.lateral_convs.0.gn. = PIXELS.adapter_1.1.
+panoptic_head.pixel_decoder.output_convs.0.conv. = PIXELS.layer_1.0.
+panoptic_head.pixel_decoder.output_convs.0.gn. = PIXELS.layer_1.1.
+panoptic_head.pixel_decoder.mask_feature. = PIXELS.mask_projection.
+panoptic_head.query_embed. = QUERIES.queries_embedder.
+panoptic_head.query_feat. = QUERIES.queries_features.
+panoptic_head.level_embed. = QUERIES.level_embed.
+panoptic_head.transformer_decoder.layers.#.attentions.0.attn. = QUERIES.decoder.layers.#.cross_attn.
+panoptic_head.transformer_decoder.layers.#.cross_attn.attn. = QUERIES.decoder.layers.#.cross_attn.
+panoptic_head.transformer_decoder.layers.#.attentions.1.attn.in_proj_ = QUERIES.decoder.layers.#.self_attn.{q_proj,k_proj,v_proj}.
+panoptic_head.transformer_decoder.layers.#.self_attn.attn.in_proj_ = QUERIES.decoder.layers.#.self_attn.{q_proj,k_proj,v_proj}.
+panoptic_head.transformer_decoder.layers.#.attentions.1.attn.out_proj. = QUERIES.decoder.layers.#.self_attn.out_proj.
+panoptic_head.transformer_decoder.layers.#.self_attn.attn.out_proj. = QUERIES.decoder.layers.#.self_attn.out_proj.
+panoptic_head.transformer_decoder.layers.#.norms.0. = QUERIES.decoder.layers.#.cross_attn_layer_norm.
+panoptic_head.transformer_decoder.layers.#.norms.1. = QUERIES.decoder.layers.#.self_attn_layer_norm.
+panoptic_head.transformer_decoder.layers.#.norms.2. = QUERIES.decoder.layers.#.final_layer_norm.
+panoptic_head.transformer_decoder.layers.#.ffns.0.layers.0.0. = QUERIES.decoder.layers.#.fc1.
+panoptic_head.transformer_decoder.layers.#.ffn.layers.0.0. = QUERIES.decoder.layers.#.fc1.
+panoptic_head.transformer_decoder.layers.#.ffns.0.layers.1. = QUERIES.decoder.layers.#.fc2.
+panoptic_head.transformer_decoder.layers.#.ffn.layers.1. = QUERIES.decoder.layers.#.fc2.
+panoptic_head.transformer_decoder.post_norm. = QUERIES.decoder.layernorm.
+panoptic_head.mask_embed.0. = QUERIES.decoder.mask_predictor.mask_embedder.0.0.
+panoptic_head.mask_embed.2. = QUERIES.decoder.mask_predictor.mask_embedder.1.0.
+panoptic_head.mask_embed.4. = QUERIES.decoder.mask_predictor.mask_embedder.2.0.
+panoptic_head.cls_embed. = class_predictor.
+"""
+_MODULES = {
+    "BACKBONE": "model.pixel_level_module.encoder",
+    "PIXELS": "model.pixel_level_module.decoder",
+    "QUERIES": "model.transformer_module",
+}
+_RECOMPUTED = ".relative_position_index"  # a table of constants
+_PATCH_MERGING = ".downsample."
+
+
+def convert_keys(state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """An mmdet state dict (2.x or 3.x names) under the hub's names.
+
+    Raises:
+        UserError: names the keys that no Mask2Former with a Swin backbone has, or that say the
+            same thing twice.
+    """
+    converted: dict[str, Tensor] = {}
+    problems = []
+    for key, tensor in state_dict.items():
+        if key.endswith(_RECOMPUTED):
+            continue
+        names = _hub_names(key)
+        if not names or any(name in converted for name in names) or len(tensor) % len(names):
+            problems.append(key)
+            continue
+        if _PATCH_MERGING in names[0]:
+            tensor = _merge_pixel_by_pixel(tensor)
+        converted.update(zip(names, tensor.chunk(len(names)), strict=True))
+    if problems:
+        raise UserError(
+            f"{source} does not hold mmdet's Mask2Former with a Swin backbone: unexpected "
+            f"{shorten_keys(problems)}"
+        )
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
+
+
+def _rules() -> Iterator[tuple[re.Pattern, str]]:
+    for line in _NAMES.strip().splitlines():
+        old, new = line.split(" = ")
+        for module, name in _MODULES.items():
+            new = new.replace(module, name)
+        yield re.compile(re.escape(old).replace(r"\#", r"(\d+)")), new
+
+
+_RULES = tuple(_rules())
+
+
+def _hub_names(key: str) -> list[str]:
+    """Where an mmdet key's tensor goes: one name, three for joined projections, none if unknown."""
+    for pattern, new in _RULES:
+        if match := pattern.match(key):
+            name = new
+            for number in match.groups():
+                name = name.replace("#", number, 1)
+            name += key[match.end() :]
+            before, brace, rest = name.partition("{")
+            if not brace:
+                return [name]
+            shares, _, after = rest.partition("}")
+            return [before + share + after for share in shares.split(",")]
+    return []
+
+
+def _merge_pixel_by_pixel(tensor: Tensor) -> Tensor:
+    """Patch merging's last axis, 4C, from mmdet's order (channel, row, column) to Swin's.
+
+    Swin joins the pixels (0, 0), (1, 0), (0, 1), (1, 1) (row, column), each with all C channels.
+    """
+    by_pixel = tensor.unflatten(-1, (-1, 2, 2))  # ..., channel, row, column
+    return by_pixel.movedim((-1, -2), (-3, -2)).flatten(-3)

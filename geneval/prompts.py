@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from geneval.judge import COLORS
 from geneval.object_names import OBJECT_NAMES
+from geneval.rules import COLORS
 from t2i.files import write_text
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

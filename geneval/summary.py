@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from geneval.judge import Verdict
+from geneval.rules import Verdict
 from t2i.errors import UserError
-from t2i.evaluation.bootstrap import RESAMPLES, resampled_means
+from t2i.evaluation.bootstrap import RESAMPLES, mean_over_prompts
 
 
 @dataclass(frozen=True)
@@ -90,16 +87,13 @@ def summarize(rows: Iterable[Mapping], seed: int = 0, resamples: int = RESAMPLES
     tags: dict[str, TagScore] = {}
     for tag, prompts in by_tag.items():
         images = [prompts[key] for key in sorted(prompts)]
-        totals, counts = np.array([sum(i) for i in images]), np.array([len(i) for i in images])
-        rng = np.random.default_rng([seed, zlib.crc32(tag.encode())])
-        means = resampled_means(totals, counts, rng, resamples)
-        correct, total = int(totals.sum()), int(counts.sum())
-        stderr = float(means.std(ddof=1)) if len(images) > 1 else None
-        tags[tag] = TagScore(correct, total, len(images), correct / total, stderr)
+        found, _ = mean_over_prompts(images, tag, seed=seed, resamples=resamples)
+        counts = (int(found.total), found.count, found.prompts)
+        tags[tag] = TagScore(*counts, found.mean, found.stderr)
     # Tags are redrawn independently: the variance of their mean is the sum of theirs over n^2
     # (sorted, so that the sum's rounding does not depend on the order of the rows).
-    stderrs = [score.stderr for score in tags.values()]
-    overall_stderr = None if None in stderrs else math.hypot(*sorted(stderrs)) / len(tags)
+    stderrs = sorted(score.stderr for score in tags.values() if score.stderr is not None)
+    overall_stderr = math.hypot(*stderrs) / len(tags) if len(stderrs) == len(tags) else None
     return Summary(
         overall=math.fsum(score.mean for score in tags.values()) / len(tags),
         overall_stderr=overall_stderr,

@@ -22,17 +22,13 @@ class FidConfig:
     """What to compare."""
 
     samples: Path
-    """An .npz with arr_0, or a folder of images in any layout (of a generation folder, its
-    samples).
-    """
+    """An .npz with arr_0, or any folder of images (of a generation folder, its samples)."""
     reference: Path
     """ADM's reference .npz, any other .npz with images or statistics, or a folder of images."""
     out: Path = Path("outputs/fid/results.json")
     """Where the scores are written, with all that they depend on."""
     inception_weights: str | None = None
-    """pt_inception-2015-12-05-6726825d.pth; downloaded once if not given. "random" tries everything
-    but the numbers.
-    """
+    """pt_inception-2015-12-05-6726825d.pth; downloaded if not given. "random" is for trials."""
     allow_fewer: bool = False
     """Score fewer than 50,000 samples; the result says so."""
     batch_size: int = 64
@@ -48,7 +44,7 @@ class FidConfig:
 def main() -> None:
     config = cli.parse(FidConfig, __doc__)
     from t2i.evaluation.fid.fid_score import check_inputs, score_images, table
-    from t2i.evaluation.fid.inception_weights import load_inception
+    from t2i.evaluation.fid.inception import load_inception
     from t2i.files import writable_file, write_json
     from t2i.loading import pick_device
 

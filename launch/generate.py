@@ -14,25 +14,22 @@ stopped, and another model, seed or prompt never gets into it.
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import tyro
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError
-from t2i.model_options import ModelOptions
-from t2i.sampling import SamplingOverrides
+from t2i.model_options import DrawingModelOptions
+from t2i.sampling import check_counts
 
 _OUTPUTS = Path("outputs")
 _MAIN = ("ckpt", "base.weights", "prompt", "prompt_file", "out", "samples", "seed", "stages")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelOptions):
+class GenerateConfig(DrawingModelOptions):
     """What to draw, and with which model."""
 
     prompt: tuple[str, ...] = ()
@@ -45,67 +42,44 @@ class GenerateConfig(ModelOptions):
     """
     samples: int = 4
     """Images per prompt."""
-    seed: int = 0
-    """An image depends on (seed, prompt index, sample index) alone."""
-    batch_size: int = 16
-    """Images sampled at once."""
     stages: bool = False
     """Also save every refinement stage, and a sheet that shows them side by side."""
-    sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
-        default_factory=SamplingOverrides
-    )
 
     def __post_init__(self):
-        if self.samples < 1 or self.batch_size < 1:
-            raise UserError(
-                f"samples={self.samples} and batch_size={self.batch_size} must be at least 1"
-            )
+        super().__post_init__()
+        check_counts(samples=self.samples)
 
 
 def main() -> None:
     config = cli.parse(GenerateConfig, __doc__, main=_MAIN)
-    from t2i.evaluation.store import read_prompts, write_sheets
+    from t2i.evaluation.generation_folder import read_prompts, write_sheets
     from t2i.files import owning, remove_leftovers, writable_folder
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = config.check()
-    config.sampling.check()
     with ExitStack() as held:
-        from t2i.evaluation import sampling
+        from t2i.evaluation import draw
+        from t2i.evaluation.places import GenerationFolder
+        from t2i.generation import all_jobs
 
         if config.out is None:
             writable_folder(_OUTPUTS)
         else:
             held.enter_context(owning(config.out, "image folder"))
-            sampling.check_folder(config.out, entries, config.seed)
+            known = {"prompts": draw.prompts_digest(entries), "seed": config.seed}
+            GenerationFolder(config.out, entries).check(known)
         model = config.load(device, dtype)
-        options = sampling.DrawOptions(
-            seed=config.seed,
-            sampling=config.sampling.apply(model.sampling),
-            batch_size=min(config.batch_size, len(entries) * config.samples),
-            stages=config.stages,
-            show_steps=True,
-        )
+        jobs = all_jobs(range(len(entries)), config.samples)
+        rows = min(config.batch_size, len(jobs))
+        options = replace(config.drawing(model), batch_size=rows, stages=config.stages)
         out = config.out
         if out is None:
-            out = _OUTPUTS / f"{config.name()}-{sampling.request_hash(model, entries, options)}"
+            out = _OUTPUTS / f"{config.name()}-{draw.request_hash(model, entries, options)}"
             held.enter_context(owning(out, "image folder"))
         remove_leftovers(out)
-        sampling.draw_images(
-            model,
-            entries,
-            range(len(entries)),
-            out,
-            samples=config.samples,
-            options=options,
-            about=config.about(model),
-        )
-        sheets = write_sheets(
-            out,
-            entries,
-            samples_per_prompt=config.samples,
-            stages=sampling.count_stages(model, options),
-        )
+        draw.draw_prompts(model, entries, jobs, out, options, show_steps=True)
+        stages = draw.count_stages(model, options)
+        sheets = write_sheets(out, entries, samples_per_prompt=config.samples, stages=stages)
     print("\n".join(f"wrote {path}" for path in sheets))
 
 

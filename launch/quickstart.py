@@ -122,7 +122,7 @@ def scores_of(model, name: str, metadata: list[dict], config: Quickstart) -> dic
     from geneval.geneval_benchmark import GenEval
     from t2i.evaluation.options import Scope
     from t2i.evaluation.runner import evaluate
-    from t2i.evaluation.sampling import DrawOptions
+    from t2i.sampling import DrawOptions
 
     results = evaluate(
         GenEval(metadata, load_detector("shapes"), prompts="shapes"),
@@ -136,8 +136,9 @@ def scores_of(model, name: str, metadata: list[dict], config: Quickstart) -> dic
 
 def write_comparison(models: dict, config: Quickstart) -> None:
     """The same prompts and seeds by every model, then the stages of the last one."""
-    from t2i.generation import generate, iterate_images
+    from t2i.generation import draw_images, generate
     from t2i.imaging import grid, save_png
+    from t2i.sampling import DrawOptions
 
     prompts = (
         "a photo of a red circle",
@@ -153,7 +154,8 @@ def write_comparison(models: dict, config: Quickstart) -> None:
         images += generate(model, prompts, **options)
         short = name.removeprefix("shapes-")
         labels += [f"{short}: {p.removeprefix('a photo of ')}" for p in prompts]
-    staged = [image.stages for image in iterate_images(model, prompts, stages=True, **options)]
+    drawing = DrawOptions(config.seed, batch_size=len(prompts), stages=True)
+    staged = [drawn.stages for drawn in draw_images(model, prompts, drawing, progress=False)]
     for r, of_stage in enumerate(zip(*staged, strict=True), start=1):
         images += of_stage
         labels += [f"{short}: stage {r} of {len(staged[0])}"] * len(prompts)

@@ -28,13 +28,15 @@ from t2i.checkpoint import (
     save_pretrained,
 )
 from t2i.errors import UserError
-from t2i.evaluation.store import write_generated
+from t2i.evaluation.draw import draw_prompts
+from t2i.evaluation.generation_folder import write_sheets
 from t2i.fields import read_object
 from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
-from t2i.generation import conditions, iterate_images
+from t2i.generation import all_jobs, conditions
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
 from t2i.published import asking_hub
+from t2i.sampling import DrawOptions
 from t2i.sources import BackboneSource, expand_folder, published_as_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
 from t2i.weights import save_weights
@@ -94,7 +96,7 @@ def export(
         device="cpu",
         dtype=torch.float32,
     )
-    asked = conditions(model.backbone, prompts)
+    conditions(model.backbone, prompts)  # what is wrong with one is named before the work
     with owning(out.parent, "export", out.name), replacing_folder(out) as partial:
         merge_lora(model.backbone)
         facts = {name: config["training"].get(name) for name in ("step", "steps")}
@@ -105,10 +107,11 @@ def export(
         if prompts:
             # What a user of the folder gets.
             drawn = from_pretrained(partial / EXPORTED, device=where, dtype=precision)
-            images = iterate_images(drawn, asked, samples_per_prompt=samples)
-            entries = [{"prompt": prompt} for prompt in prompts]
-            folder = partial / "samples"
-            sheet = write_generated(images, entries, folder, samples_per_prompt=samples)[0]
+            entries, folder = [{"prompt": prompt} for prompt in prompts], partial / "samples"
+            jobs = all_jobs(range(len(entries)), samples)
+            options = DrawOptions(batch_size=min(16, len(jobs)))
+            draw_prompts(drawn, entries, jobs, folder, options, show_steps=True)
+            sheet = write_sheets(folder, entries, samples_per_prompt=samples)[0]
             grid = sheet.relative_to(partial).as_posix()
         for part in parts:
             log.info("  %s", part)

@@ -1,54 +1,64 @@
 """Prompts to images: batching, per-image random numbers, decoding to pixels."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from t2i.errors import UserError
-from t2i.loading import pick_device as pick_device
 from t2i.models.base import Backbone
 from t2i.models.captions import check_captions
 from t2i.models.labels import class_ids
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
-from t2i.sampling import SamplingConfig
+from t2i.sampling import DrawOptions, SamplingConfig, check_counts
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
 log = logging.getLogger(__name__)
 
 
+Job = tuple[int, int]
+"""Prompt index and sample index: with the seed, all that an image's random numbers depend on."""
+
+
 @dataclass(frozen=True)
-class Generated:
-    """One sampled image."""
+class Drawn:
+    """One image that was drawn."""
 
     prompt_index: int
     sample_index: int
     prompt: str | int
     image: Image.Image
     windows: Tensor
-    """All sampled windows, int64 [N, k, S]."""
+    """All windows, int64 [N, k, S]."""
     stages: tuple[Image.Image, ...] = ()
     """The image at refinement stage 1 .. last, if asked for."""
 
+    @property
+    def job(self) -> Job:
+        return self.prompt_index, self.sample_index
 
-def iterate_images(
+
+def all_jobs(prompts: Iterable[int], samples: int) -> list[Job]:
+    """So many samples of each of these prompt indices, prompt by prompt."""
+    return [(p, s) for p in prompts for s in range(samples)]
+
+
+def draw_images(
     model: TensorAR,
     prompts: Sequence[str | int],
+    options: DrawOptions | None = None,
     *,
-    seed: int = 0,
     samples_per_prompt: int = 1,
-    sampling: SamplingConfig | None = None,
-    batch_size: int = 16,
-    stages: bool = False,
+    jobs: Sequence[Job] | None = None,
     progress: bool = True,
-    jobs: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[Generated]:
-    """Sample images one batch at a time, in the order of `jobs`.
+) -> Iterator[Drawn]:
+    """Draw images one batch at a time, in the order of `jobs`.
 
     An image's random numbers depend on (seed, prompt index, sample index) only. Every batch has the
     same number of rows, the last one filled up: within a request larger than a batch, all images
@@ -57,49 +67,38 @@ def iterate_images(
 
     Args:
         prompts: captions, or class ids for a class-conditional backbone.
-        jobs: (prompt index, sample index) pairs; all of them if None.
+        jobs: `samples_per_prompt` of every prompt if None.
     """
-    check_request(model, prompts, seed, samples_per_prompt, sampling, batch_size)
-    sampling = sampling or model.sampling
-    jobs = list(
-        jobs
-        if jobs is not None
-        else [(p, s) for p in range(len(prompts)) for s in range(samples_per_prompt)]
-    )
+    options = options or DrawOptions()
+    check_request(model, prompts, samples_per_prompt)
+    jobs = all_jobs(range(len(prompts)), samples_per_prompt) if jobs is None else list(jobs)
     _warn_of_prompts(model.backbone, [prompts[p] for p in sorted({p for p, _ in jobs})])
-    batch_size = max(1, min(batch_size, len(jobs)))
+    batch_size = max(1, min(options.batch_size, len(jobs)))
     # Of all prompts, not of a batch's or this process's: padding is masked, but it moves the
     # rounding.
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     bar = progress_bar(
-        total=len(batches) * model.windows.count, unit="step", desc="sampling", disable=not progress
+        total=len(batches) * model.windows.count, unit="step", desc="drawing", disable=not progress
     )
     with bar:
         for batch in batches:
             rows = batch + [batch[-1]] * (batch_size - len(batch))
             prepared = model.backbone.prepare([prompts[p] for p, _ in rows], length)
-            keys = make_keys(seed, *torch.tensor(rows).T)
-            windows = sample_windows(model, prepared, keys, sampling, on_step=bar.update)[
-                : len(batch)
-            ]
-            images = to_images(model, model.windows.final_codes(windows))
-            staged = stage_images(model, windows) if stages else [()] * len(batch)
+            keys = make_keys(options.seed, *torch.tensor(rows).T)
+            sampling = options.sampling or model.sampling
+            windows = sample_windows(model, prepared, keys, sampling, on_step=bar.update)
+            windows = windows[: len(batch)]
+            images = to_images(model, model.windows.final_codes(windows), options.size)
+            staged = stage_images(model, windows) if options.stages else [()] * len(batch)
             for i, (p, s) in enumerate(batch):
-                yield Generated(p, s, prompts[p], images[i], windows[i].cpu(), tuple(staged[i]))
+                yield Drawn(p, s, prompts[p], images[i], windows[i].cpu(), tuple(staged[i]))
 
 
 def check_request(
-    model: TensorAR,
-    prompts: Sequence[str | int],
-    seed: int,
-    samples_per_prompt: int,
-    sampling: SamplingConfig | None,
-    batch_size: int,
+    model: TensorAR, prompts: Sequence[str | int], samples_per_prompt: int = 1
 ) -> None:
-    """UserError says, in the words of `generate`, which argument is of another kind or out of
-    range.
-    """
+    """UserError says, in the words of `generate`, which argument is of another kind."""
     if isinstance(model, Backbone):
         raise UserError(
             "generate needs a TensorAR model, and got a backbone by itself: "
@@ -107,7 +106,8 @@ def check_request(
         )
     if not isinstance(model, TensorAR):
         raise UserError(
-            f"generate needs a model, and got {model!r:.80}: load one with t2i.from_pretrained(folder)"
+            f"generate needs a model, and got {model!r:.80}: "
+            "load one with t2i.from_pretrained(folder)"
         )
     if isinstance(prompts, str | int):
         kind = "[207]" if isinstance(prompts, int) else '["a photo of a red circle"]'
@@ -116,28 +116,15 @@ def check_request(
         for place, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise UserError(f"prompts[{place}] is {prompt!r:.80}: this model draws captions")
-    if sampling is not None and not isinstance(sampling, SamplingConfig):
-        raise UserError(
-            f"sampling is {sampling!r:.80}: give a t2i.SamplingConfig, "
-            "or change the model's own with dataclasses.replace(model.sampling, ...)"
-        )
-    numbers = {"seed": seed, "samples_per_prompt": samples_per_prompt, "batch_size": batch_size}
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{name}={value!r:.80} must be a whole number")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} must be between 0 and 2**63 - 1")
-    if samples_per_prompt < 1 or batch_size < 1:
-        raise UserError(
-            f"samples_per_prompt={samples_per_prompt} and batch_size={batch_size} must be at least 1"
-        )
+    check_counts(samples_per_prompt=samples_per_prompt)
 
 
 def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
     """Say once of each prompt what the backbone does not read of it."""
     if backbone.spec.cond_kind != "text":
         return
-    for prompt, lost in zip(prompts, backbone.caption_notes(prompts), strict=True):
+    notes = backbone.caption_notes([str(prompt) for prompt in prompts])
+    for prompt, lost in zip(prompts, notes, strict=True):
         said = "has no text the encoder can read" if lost is None else "; ".join(lost)
         if said and prompt not in backbone.frozen.warned:
             backbone.frozen.warned.add(prompt)
@@ -145,13 +132,11 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
 
 
 def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
-    """What was typed, as `prepare` takes it: captions, or class ids; UserError if one is
-    neither.
-    """
+    """What was typed, as `prepare` takes it: captions, or class ids; UserError for neither."""
     if backbone.spec.cond_kind == "text":
         check_captions(texts, "prompts")
         return list(texts)
-    ids = [int(text) if text.isdecimal() else text for text in texts]
+    ids: list[Any] = [int(text) if text.isdecimal() else text for text in texts]
     return class_ids(ids, backbone.spec.num_classes).tolist()
 
 
@@ -165,7 +150,7 @@ def generate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[Image.Image]:
-    """Sample images for prompts: PIL images, RGB, prompt by prompt.
+    """Draw images of prompts: PIL images, RGB, prompt by prompt.
 
     Args:
         model: of `t2i.from_pretrained`, or a base in `t2i.attach(backbone, t2i.presets.base())`.
@@ -173,27 +158,25 @@ def generate(
         seed: an image depends on (seed, prompt index, sample index) alone.
         samples_per_prompt: images of each prompt.
         sampling: how codes are drawn; the model's own settings (`model.sampling`) if None.
-        batch_size: images sampled at once.
+        batch_size: images drawn at once.
         progress: show a bar.
 
     Raises:
         UserError: an argument is of another kind or out of range.
     """
-    drawn = iterate_images(
-        model,
-        prompts,
-        seed=seed,
-        samples_per_prompt=samples_per_prompt,
-        sampling=sampling,
-        batch_size=batch_size,
-        progress=progress,
+    options = DrawOptions(seed, sampling, batch_size)
+    drawn = draw_images(
+        model, prompts, options, samples_per_prompt=samples_per_prompt, progress=progress
     )
-    return [generated.image for generated in drawn]
+    return [one.image for one in drawn]
 
 
-def to_images(model: TensorAR, codes: Tensor) -> list[Image.Image]:
-    """Codes [B, T, S] -> PIL images."""
-    return [Image.fromarray(array) for array in model.backbone.decode_images(codes).cpu().numpy()]
+def to_images(
+    model: TensorAR, codes: Tensor, size: tuple[int, int] | None = None
+) -> list[Image.Image]:
+    """Codes [B, T, S] -> PIL images, of the model's own (height, width) if none is given."""
+    pixels = model.backbone.decode_images(codes, size).cpu().numpy()
+    return [Image.fromarray(array) for array in pixels]
 
 
 def stage_images(model: TensorAR, windows: Tensor) -> list[list[Image.Image]]:

@@ -74,7 +74,7 @@ def grid(
     return sheet
 
 
-def _fit(text: str, width: int, font: ImageFont.ImageFont) -> str:
+def _fit(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
     """The text, cut so that it does not run into the next cell."""
     while text and font.getlength(text) > width:
         text = text[:-2] + "…" if len(text) > 2 else ""

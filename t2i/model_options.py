@@ -1,13 +1,14 @@
-"""Which model a program draws with: one description for all of them; cheap to import, so that
-mistakes are answered at once.
-"""
+"""Which model a program draws with, and how: one description for all of them. Without torch."""
 
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import tyro
+
 from t2i.errors import UserError
+from t2i.sampling import DrawOptions, SamplingOverrides
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +43,7 @@ class ModelOptions:
     """Something trained, or a base by itself; and what it is computed on."""
 
     ckpt: str | None = None
-    """Checkpoint, run (its newest checkpoint) or export folder, or a base that the kit ships:
-    shapes, shapes-janus.
-    """
+    """Checkpoint, run (its newest checkpoint) or export folder, or shapes, shapes-janus."""
     base: BaseOptions = field(default_factory=BaseOptions)
     device: str = "auto"
     """cpu, cuda, or auto."""
@@ -123,9 +122,7 @@ class ModelOptions:
         return model
 
     def name(self) -> str:
-        """What to call the model in the name of a folder: run and step, the export, or the base's
-        file.
-        """
+        """The model's name in that of a folder: run and step, the export, or the base's file."""
         from t2i.checkpoint import EXPORTED, find_checkpoint
 
         assert self.source is not None, "check comes first"
@@ -142,6 +139,7 @@ class ModelOptions:
         from t2i import __version__
         from t2i.checkpoint import find_checkpoint, read_config
 
+        assert self.source is not None, "check comes first"
         if not self.is_trained:
             return {"kit_version": __version__, "backbone": asdict(model.backbone.source)}
         folder = find_checkpoint(self.source)
@@ -149,3 +147,29 @@ class ModelOptions:
         facts = {key: config[key] for key in ("kit_version", "tuning", "method", "backbone")}
         step = config["training"].get("step")
         return {"checkpoint": str(folder.resolve()), "step": step, **facts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingModelOptions(ModelOptions):
+    """A model, and how a program draws with it."""
+
+    seed: int = 0
+    """An image depends on (seed, prompt index, sample index) alone."""
+    batch_size: int = 16
+    """Images drawn at once, per process."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
+        default_factory=SamplingOverrides
+    )
+
+    def __post_init__(self):
+        DrawOptions(self.seed, batch_size=self.batch_size)
+
+    def check(self) -> "tuple[torch.device, torch.dtype]":
+        """As of any model; and whether the sampling settings are possible."""
+        self.sampling.check()
+        return super().check()
+
+    def drawing(self, model: "TensorAR") -> DrawOptions:
+        """How this model is to draw."""
+        sampling = self.sampling.apply(model.sampling)
+        return DrawOptions(self.seed, sampling, self.batch_size, about=self.about(model))

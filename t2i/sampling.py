@@ -1,6 +1,7 @@
-"""How codes are drawn: the settings, and how a command line overrides them. Without torch."""
+"""How codes and images are drawn: the settings, and what overrides them. Without torch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from t2i.errors import UserError
 from t2i.fields import all_optional
@@ -99,3 +100,46 @@ class SamplingOverrides:
     def check(self) -> None:
         """UserError for a value that no model takes, before one is loaded."""
         self.apply(SamplingConfig())
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How images are drawn."""
+
+    seed: int = 0
+    sampling: SamplingConfig | None = None
+    """How codes are drawn; the model's own settings if None."""
+    batch_size: int = 16
+    """Rows of a batch; another size changes rounding, and nothing else."""
+    stages: bool = False
+    """Also keep every refinement stage."""
+    size: tuple[int, int] | None = None
+    """Height and width that images are resized to; the model's own if None."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Facts about the model that are recorded beside the images, but not compared."""
+
+    def __post_init__(self):
+        if self.sampling is not None and not isinstance(self.sampling, SamplingConfig):
+            raise UserError(
+                f"sampling is {self.sampling!r:.80}: give a t2i.SamplingConfig, "
+                "or change the model's own with dataclasses.replace(model.sampling, ...)"
+            )
+        check_counts(batch_size=self.batch_size)
+        check_whole(seed=self.seed)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
+
+
+def check_counts(**values: Any) -> None:
+    """UserError for one of these that is not a whole number of at least 1."""
+    check_whole(**values)
+    if any(value < 1 for value in values.values()):
+        named = " and ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(f"{named} must be at least 1")
+
+
+def check_whole(**values: Any) -> None:
+    """UserError for one of these that is not a whole number."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{name}={value!r:.80} must be a whole number")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from helpers import golden_folder
 
-from geneval.mmdet_images import ImageRules
+from geneval.mask2former import ImageRules
 from geneval.mmdet_weights import DetectorShape
 
 ROOT = golden_folder("geneval_detector")

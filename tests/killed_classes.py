@@ -22,7 +22,7 @@ import deepspeed  # noqa: F401
 import torch
 import transformers.modeling_utils  # noqa: F401
 
-import t2i.evaluation.class_samples
+import t2i.evaluation.draw
 import t2i.training.loop  # noqa: F401
 from launch import sample_imagenet, train_imagenet
 from t2i import cli

@@ -20,7 +20,7 @@ from launch.lab.score_class_shapes import row, verdicts_on
 from t2i.checkpoint import run_checkpoints
 from t2i.data.order import split_indices
 from t2i.data.sources.classes import open_imagenet
-from t2i.evaluation.sample_writer import sample_labels
+from t2i.evaluation.draw import sample_labels
 from t2i.models.rar.rar_recipes import recipes
 from t2i.shapes import class_bases
 from t2i.shapes.class_bases import make_class_base

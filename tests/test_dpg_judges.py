@@ -1,4 +1,4 @@
-"""Judges other than mPLUG: tiny random models of `transformers`, and what `load_judge` says to
+"""Judges other than mPLUG: tiny random models of `transformers`, and what `load_answerer` says to
 mistakes.
 """
 
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dpg_bench.judges import DEFAULT_WEIGHTS, load_judge
+from dpg_bench.answerers import DEFAULT_WEIGHTS, load_answerer
 from dpg_bench.questions import Question
 
 QUESTIONS = ["is it red ?", "is there a dog ?", "dog", "red dog ?", "is a dog there ?"]
@@ -123,12 +123,12 @@ def chat_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def blip(blip_folder):
-    return load_judge("blip-vqa", blip_folder)
+    return load_answerer("blip-vqa", blip_folder)
 
 
 @pytest.fixture(scope="module")
 def chat(chat_folder):
-    return load_judge("vlm", chat_folder)
+    return load_answerer("vlm", chat_folder)
 
 
 @torch.no_grad()
@@ -197,16 +197,16 @@ def test_weights_that_are_not_there(blip_folder, tmp_path):
     with pytest.raises(
         ValueError, match=r"lacks weights: text_encoder\.embeddings\.word_embeddings"
     ):
-        load_judge("blip-vqa", folder)
+        load_answerer("blip-vqa", folder)
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_judge("vlm", tmp_path)
+        load_answerer("vlm", tmp_path)
 
 
 def test_unknown_judges_and_folders():
     with pytest.raises(ValueError, match="unknown judge 'gpt'; choose one of mplug, shapes"):
-        load_judge("gpt")
+        load_answerer("gpt")
     for name in ("mplug", "blip-vqa", "vlm"):
         with pytest.raises(
             ValueError, match=rf"{DEFAULT_WEIGHTS[name]} is neither.*Offline.*judge {name}"
         ):
-            load_judge(name)
+            load_answerer(name)

@@ -11,7 +11,7 @@ from PIL import Image
 from dpg_bench import mplug_speed as speed
 from dpg_bench.mplug.bert import BertConfig
 from dpg_bench.mplug.decoder import beam_search
-from dpg_bench.mplug.mplug_judge import MPlugJudge, preprocess
+from dpg_bench.mplug.mplug_answerer import MPlugAnswerer, preprocess
 from dpg_bench.mplug.mplug_model import MPlug, MPlugConfig
 from dpg_bench.questions import Question
 
@@ -94,7 +94,7 @@ def test_length_penalty_is_undone_between_steps():
 
 @pytest.fixture(scope="module")
 def judge():
-    return MPlugJudge.load(TINY)
+    return MPlugAnswerer.load(TINY)
 
 
 def test_an_image_is_encoded_once_for_all_its_questions(judge, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_missing_file_is_named(tmp_path, name):
     shutil.copytree(TINY, folder)
     (folder / name).unlink()
     with pytest.raises(ValueError, match=name):
-        MPlugJudge.load(folder)
+        MPlugAnswerer.load(folder)
 
 
 def test_a_vocabulary_of_another_model_is_refused(tmp_path):
@@ -191,7 +191,7 @@ def test_a_vocabulary_of_another_model_is_refused(tmp_path):
     with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
         file.write("".join(f"more{i}\n" for i in range(300)))
     with pytest.raises(ValueError, match="belong to different models"):
-        MPlugJudge.load(folder)
+        MPlugAnswerer.load(folder)
 
 
 def test_speed_script_runs_and_its_ways_agree(monkeypatch, capsys):

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from dpg_bench import official, questions
-from dpg_bench.official import official_questions
-from dpg_bench.questions import COLUMNS, git_blob_sha1, read_questions
+from dpg_bench import questions
+from dpg_bench.questions import COLUMNS, git_blob_sha1, official_questions, read_questions
 
 ROWS = [
     # item, text, proposition, dependency, tuple, question
@@ -45,8 +44,7 @@ def test_reading(tmp_path):
     last = graph.questions[-1]
     assert (last.category, last.broad_category) == ("attribute - color", "attribute")
     assert graph.questions[3].category == "global -"
-    assert graph.identity()["questions"] == str(tmp_path / "questions.csv")
-    assert graph.identity()["propositions"] == 5
+    assert len(graph.questions) == 5
 
 
 @pytest.mark.parametrize(
@@ -102,7 +100,7 @@ def test_the_official_file_is_taken_with_its_oddities(tmp_path, monkeypatch, cap
     monkeypatch.setattr(questions, "OFFICIAL_BLOB", git_blob_sha1(path.read_bytes()))
     with caplog.at_level(logging.WARNING):
         graph = read_questions(path)
-    assert graph.is_official and graph.identity()["questions"] == "official"
+    assert graph.is_official
     assert "depends on itself" in caplog.text
 
 
@@ -112,8 +110,8 @@ def published(tmp_path, monkeypatch):
     path = write(tmp_path)
     blob = git_blob_sha1(path.read_bytes())
     monkeypatch.setattr(questions, "OFFICIAL_BLOB", blob)
-    source = replace(official.OFFICIAL, url=path.as_uri(), hashes=(blob,))
-    monkeypatch.setattr(official, "OFFICIAL", source)
+    source = replace(questions.OFFICIAL_FILE, url=path.as_uri(), hashes=(blob,))
+    monkeypatch.setattr(questions, "OFFICIAL_FILE", source)
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     return path
@@ -143,5 +141,5 @@ def test_another_file_at_the_address_is_refused_and_not_kept(tmp_path, published
 
 
 def test_a_given_file_needs_no_network(tmp_path):
-    assert official.OFFICIAL.hashes == (questions.OFFICIAL_BLOB,)
+    assert questions.OFFICIAL_FILE.hashes == (questions.OFFICIAL_BLOB,)
     assert not official_questions(write(tmp_path)).is_official

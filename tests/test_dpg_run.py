@@ -23,15 +23,15 @@ from programs import (
 )
 
 from dpg_bench import image_files, run
+from dpg_bench.answerers import answer_prompt, load_answerer
 from dpg_bench.dpg_benchmark import DPGBench
-from dpg_bench.judges import answer_prompt, load_judge
 from dpg_bench.questions import QuestionGraph
-from dpg_bench.score import format_report, score
-from t2i.evaluation import judging, sampling
+from dpg_bench.score import format_scores, score
+from t2i.evaluation import draw, judging
+from t2i.evaluation.generation_folder import load_image, sample_file, write_prompt
 from t2i.evaluation.options import Scope
 from t2i.evaluation.results import table
 from t2i.evaluation.runner import evaluate
-from t2i.evaluation.store import load_image, sample_file, write_prompt
 from t2i.imaging import save_png
 from t2i.shapes.shapes_questions import PATH, shapes_questions
 
@@ -52,7 +52,7 @@ def drawn(shapes_ckpt, tmp_path_factory):
 def folder(drawn, tmp_path):
     """The drawn images as four of each of two prompts, in the common layout."""
     images = [load_image(drawn / "images" / row["filename"]) for row in result_rows(drawn)]
-    entries = DPGBench(shapes_questions(), load_judge("shapes")).entries
+    entries = DPGBench(shapes_questions(), load_answerer("shapes")).entries
     for place, index in enumerate(Scope(limit=2).select(60)):
         write_prompt(tmp_path / "folder", index, entries[index])
         for sample in range(4):
@@ -105,7 +105,7 @@ def test_results_show_both_ways_to_count_and_the_judge(drawn):
 
 
 def test_the_library_gives_the_same_scores(drawn):
-    graph, judge = shapes_questions(), load_judge("shapes")
+    graph, judge = shapes_questions(), load_answerer("shapes")
     answers = {}
     for path in sorted((drawn / "images").glob("0*")):
         images = [load_image(p) for p in sorted(path.glob("samples/*.png"))]
@@ -117,7 +117,7 @@ def test_the_library_gives_the_same_scores(drawn):
         assert scores[f"overall ({way})"]["mean"] == overall.mean
         assert scores[f"overall ({way})"]["stderr"] == overall.stderr > 0
     assert 0 < scores["overall (corrected)"]["mean"] < 100, "the base draws some of them"
-    lines = format_report(report, "shapes").splitlines()
+    lines = format_scores(report, "shapes").splitlines()
     assert lines[2:-4] == table(results(drawn)).splitlines()[4 : 4 + len(lines[2:-4])]
 
 
@@ -133,7 +133,7 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
     monkeypatch.setattr(judging, "_answer", lambda *a: asked.append(a[3]) or answer(*a))
     program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert {p: p.stat().st_mtime_ns for p in before} == before and len(asked) == 8
-    monkeypatch.setattr(sampling, "iterate_images", None)  # nothing is drawn any more
+    monkeypatch.setattr(draw, "draw_images", None)  # nothing is drawn any more
     program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert len(asked) == 8, "nothing is judged again"
     assert folder_content(out) == folder_content(drawn)
@@ -293,7 +293,7 @@ def test_the_official_judge_answers_any_questions(drawn, tmp_path, capsys):
     some = ("--images", drawn / "images", "--questions", PATH, "--judge", "mplug")
     program(run, *some, "--judge-weights", weights, "--out", tmp_path / "out", *FEW)
     assert f"DPG-Bench: {PATH} questions, judged by mplug |" in capsys.readouterr().out
-    judge = load_judge("mplug", weights)
+    judge = load_answerer("mplug", weights)
     row = result_rows(tmp_path / "out")[0]
     questions = shapes_questions().items[row["item_id"]]
     image = load_image(drawn / "images" / row["filename"])
@@ -358,7 +358,7 @@ def row_of(answers: dict[int, str], item="dense0") -> dict:
 
 
 def test_a_card_shows_failed_questions_with_what_they_depend_on():
-    bench = DPGBench(shapes_questions(), load_judge("shapes"))
+    bench = DPGBench(shapes_questions(), load_answerer("shapes"))
     assert bench.card(row_of({})) is None
     row = row_of({1: "no"})
     asked = {q["proposition"]: q for q in row["questions"]}

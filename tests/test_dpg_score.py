@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dpg_bench.judges import answer_prompt
+from dpg_bench.answerers import answer_prompt
 from dpg_bench.questions import Question, QuestionGraph
-from dpg_bench.score import format_report, score, score_image
+from dpg_bench.score import format_scores, score, score_image
 
 
 def questions(item, *parents, category="entity - whole"):
@@ -56,14 +56,14 @@ def test_both_ways_to_count():
     assert {k: v.mean for k, v in report.corrected.l1.items()} == {"entity": 25, "global": 50}
     assert {k: v.mean for k, v in report.official.l1.items()} == {"entity": 0, "global": 0}  # last
     assert [c.l2["global -"].n for c in (report.corrected, report.official)] == [2, 1]
-    assert "| global - | 0.00 | - | 1 | 1 | 50.00 | - | 2 | 1 |" in format_report(report, "mplug")
+    assert "| global - | 0.00 | - | 1 | 1 | 50.00 | - | 2 | 1 |" in format_scores(report, "mplug")
 
 
 def test_nothing_is_left_of_a_prompt_whose_only_row_is_dropped():
     report = score(graph_of(questions("a", ())), {"a": [said("y")] * 4})
     assert report.official.overall.mean is None and report.official.l1 == {}
     assert report.official.skipped == {"a": "its only question is dropped"}
-    text = format_report(report, "mplug")
+    text = format_scores(report, "mplug")
     assert "| **overall** | - | - | - | - | **100.00** |" in text
 
 

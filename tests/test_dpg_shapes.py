@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpg_bench.judges import answer_prompt, load_judge
+from dpg_bench.answerers import answer_prompt, load_answerer
 from dpg_bench.questions import Question
 from dpg_bench.score import score
 from geneval.detector import Detections
@@ -26,7 +26,7 @@ ENTRIES = shapes_prompts()
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_judge("shapes")
+    return load_answerer("shapes")
 
 
 def draw(item, seed=0):
@@ -179,6 +179,6 @@ def test_foreign_propositions_are_refused(judge, proposition):
 
 
 def test_the_shapes_judge_has_no_weights():
-    assert load_judge("shapes").identity()["judge"] == "shapes"
+    assert load_answerer("shapes").identity()["judge"] == "shapes"
     with pytest.raises(ValueError, match="takes no weights"):
-        load_judge("shapes", "somewhere")
+        load_answerer("shapes", "somewhere")

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.evaluation.compare import compare_folders, paired_differences
+from t2i.evaluation.bootstrap import paired_differences
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.options import BenchmarkOptions, Scope
-from t2i.evaluation.results import Score
+from t2i.evaluation.results import Score, compare_folders
 from t2i.evaluation.runner import evaluate
 from t2i.imaging import save_png
 

@@ -14,8 +14,8 @@ from runs import PROMPTS, write_tiny_base, write_tiny_janus
 
 import t2i
 from launch import export as program
-from t2i.evaluation.evaluator_program import is_shapes_world
 from t2i.evaluation.options import BenchmarkOptions
+from t2i.evaluation.runner import is_shapes_world
 from t2i.export import export, model_card
 from t2i.files import owning, write_json
 from t2i.lora import add_lora

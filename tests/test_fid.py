@@ -14,8 +14,8 @@ from PIL import Image
 
 from launch import fid as program
 from t2i import cli
-from t2i.evaluation.fid import features, frechet, inception_weights, manifold
 from t2i.evaluation.fid import fid_score as fid
+from t2i.evaluation.fid import inception, measures
 from t2i.evaluation.fid.image_sets import open_images
 from t2i.evaluation.fid.inception import InceptionFeatures, extract
 from t2i.rng import integers, make_keys, normals
@@ -52,9 +52,9 @@ def network(monkeypatch):
         pool = torch.stack([torch.tensor(i).float().mean((0, 1)) @ weights for i in images])
         return InceptionFeatures(pool, pool[:, :2] * 2)
 
-    monkeypatch.setattr(features, "extract", tiny)
-    monkeypatch.setattr(features, "POOL_WIDTH", 4)
-    monkeypatch.setattr(features, "SPATIAL_WIDTH", 2)
+    monkeypatch.setattr(fid, "extract", tiny)
+    monkeypatch.setattr(fid, "POOL_WIDTH", 4)
+    monkeypatch.setattr(fid, "SPATIAL_WIDTH", 2)
     return SimpleNamespace(fc=SimpleNamespace(weight=torch.eye(4)[:2]))
 
 
@@ -193,13 +193,13 @@ def test_stored_statistics_win_over_the_images(tmp_path, network):
     assert len(official["reference"]["sha256"]) == 64
     for name in ("precision", "recall", "inception_score"):
         assert official["scores"][name] == plain["scores"][name]
-    measured = features.measure(samples, network, batch_size=4, description="", progress=False)
+    measured = fid.measure(samples, network, batch_size=4, description="", progress=False)
     for name, found, mean in (
         ("fid", measured.pool, torch.zeros(4)),
         ("sfid", measured.spatial, torch.ones(2)),
     ):
-        stored = frechet.Statistics(mean, torch.eye(len(mean), dtype=torch.float64))
-        assert official["scores"][name] == pytest.approx(frechet.frechet_distance(found, stored))
+        stored = measures.Statistics(mean, torch.eye(len(mean), dtype=torch.float64))
+        assert official["scores"][name] == pytest.approx(measures.frechet_distance(found, stored))
 
     np.savez(tmp_path / "statistics.npz", **statistics)
     alone = score(samples, tmp_path / "statistics.npz", network)["scores"]
@@ -228,7 +228,7 @@ def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeyp
     """Sorted by class, the parts of a set hold one class each: a file is scored so, a folder is
     shuffled first.
     """
-    monkeypatch.setattr(frechet.inception_score, "__defaults__", (10,))
+    monkeypatch.setattr(measures.inception_score, "__defaults__", (10,))
     images = np.zeros((40, 2, 2, 3), np.uint8)
     images[:20, ..., 0], images[20:, ..., 2] = 20, 20
     folder = write_folder(tmp_path / "images", images)
@@ -267,10 +267,10 @@ def test_too_few_for_any_statistics(tmp_path, network):
 
 def test_blocks_do_not_change_the_manifold(monkeypatch):
     reference, samples = normals(make_keys(1), 23, 6), normals(make_keys(2), 17, 6) + 1
-    whole = manifold.compare_manifolds(reference, samples)
+    whole = measures.compare_manifolds(reference, samples)
     assert 0 < whole.precision < 1 and 0 < whole.recall < 1
-    monkeypatch.setattr(manifold, "_BLOCK", 5)
-    parts = manifold.compare_manifolds(reference, samples)
+    monkeypatch.setattr(measures, "_BLOCK", 5)
+    parts = measures.compare_manifolds(reference, samples)
     for name in ("reference_radii", "sample_radii", "reference_inside", "sample_inside"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
 
@@ -278,52 +278,52 @@ def test_blocks_do_not_change_the_manifold(monkeypatch):
 def test_half_precision_is_left_only_where_a_block_overflows(monkeypatch):
     features = normals(make_keys(1), 8, 6)
     features[4:] += 300  # squared norms beyond 65,504
-    single = manifold.full_distances(features[:4], features[:4])
-    assert not torch.equal(manifold.official_distances(features[:4], features[:4]), single)
-    whole = manifold.official_distances(features, features)
-    assert torch.equal(whole, manifold.full_distances(features, features))
+    single = measures.full_distances(features[:4], features[:4])
+    assert not torch.equal(measures.official_distances(features[:4], features[:4]), single)
+    whole = measures.official_distances(features, features)
+    assert torch.equal(whole, measures.full_distances(features, features))
 
 
 def test_statistics_of_many_rows(monkeypatch):
     features = normals(make_keys(1), 50, 6) + 100
-    monkeypatch.setattr(frechet, "_ROWS", 7)
-    found = frechet.feature_statistics(features)
+    monkeypatch.setattr(measures, "_ROWS", 7)
+    found = measures.feature_statistics(features)
     np.testing.assert_allclose(found.covariance, np.cov(features.double().T), rtol=1e-9)
 
 
 # -- weights and the program -----------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def random_network():
-    return inception_weights.load_inception("random")
+    return inception.load_inception("random")
 
 
 def test_wrong_weights_are_refused(tmp_path, random_network, monkeypatch):
     network, digest = random_network
     assert digest == "random"
-    path = tmp_path / inception_weights.PUBLISHED.names[0]
+    path = tmp_path / inception.PUBLISHED.names[0]
     with pytest.raises(ValueError, match="does not exist"):
-        inception_weights.load_inception(path)
+        inception.load_inception(path)
     counter = {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(1)}
     torch.save(network.state_dict() | counter, path)
     with pytest.raises(
         ValueError, match=r"is not the published Inception network.*should begin with 6726825d"
     ):
-        inception_weights.load_inception(path)
-    trusted = replace(inception_weights.PUBLISHED, hashes=("",))
-    monkeypatch.setattr(inception_weights, "PUBLISHED", trusted)
-    loaded, digest = inception_weights.load_inception(tmp_path)  # the folder
+        inception.load_inception(path)
+    trusted = replace(inception.PUBLISHED, hashes=("",))
+    monkeypatch.setattr(inception, "PUBLISHED", trusted)
+    loaded, digest = inception.load_inception(tmp_path)  # the folder
     assert len(digest) == 64
     assert torch.equal(loaded.fc.weight, network.fc.weight)
     torch.save({"fc.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"missing .*Conv2d_1a_3x3"):
-        inception_weights.load_inception(path)
+        inception.load_inception(path)
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set.*download https.*--inception-w"):
-        inception_weights.load_inception()
+        inception.load_inception()
     (tmp_path / "cache" / "fid").mkdir(parents=True)
     path.rename(tmp_path / "cache" / "fid" / path.name)
     with pytest.raises(ValueError, match=r"cache.* does not fit Inception"):
-        inception_weights.load_inception()
+        inception.load_inception()
 
 
 def test_images_of_several_sizes(random_network):
@@ -337,8 +337,8 @@ def test_images_of_several_sizes(random_network):
 
 
 def test_the_program(tmp_path, network, monkeypatch, capsys):
-    loaded = network, inception_weights.RANDOM
-    monkeypatch.setattr(inception_weights, "load_inception", lambda *_: loaded)
+    loaded = network, inception.RANDOM
+    monkeypatch.setattr(inception, "load_inception", lambda *_: loaded)
     write_folder(tmp_path / "samples", pictures(4))
     write_folder(tmp_path / "reference", pictures(4, seed=1))
     arguments = ["--samples", "samples", "--reference", "reference", "--device", "cpu"]

@@ -12,12 +12,21 @@ from geneval_golden import CASES, CONFIG, ROOT, RULES, SHAPE, state_dict, write_
 from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation
 
-from geneval import mmdet_keys
-from geneval.judge import judge
-from geneval.mask2former import MAX_DETECTIONS, Mask2FormerDetector, mask_boxes, read_instances
-from geneval.mmdet_images import ImageRules, prepare, resize_bilinear, scaled_size, upright_rgb
+from geneval import mmdet_weights
+from geneval.detector import upright_rgb
+from geneval.mask2former import (
+    MAX_DETECTIONS,
+    ImageRules,
+    Mask2FormerDetector,
+    mask_boxes,
+    prepare,
+    read_instances,
+    resize_bilinear,
+    scaled_size,
+)
 from geneval.mmdet_weights import DetectorShape, load_mmdet
 from geneval.object_names import OBJECT_NAMES
+from geneval.rules import decide
 
 LOGITS, SCORES, MASK_PIXELS = 1e-3, 1e-3, 2  # tolerances of the golden data
 
@@ -108,7 +117,7 @@ def test_golden_detections(detector, case):
 def test_the_judge_keeps_what_the_official_one_keeps(detector, tag):
     threshold = 0.9 if tag == "counting" else 0.3
     for case in CASES:
-        kept = judge({"tag": tag, "prompt": ""}, detector.detect(image_of(case)), None).details
+        kept = decide({"tag": tag, "prompt": ""}, detector.detect(image_of(case)), None).details
         assert certain(kept, threshold) == {
             name: pytest.approx(np.array(rows), abs=2 * SCORES)
             for name, rows in certain(case[f"official_details_tag_{tag}"], threshold).items()
@@ -123,7 +132,7 @@ def certain(details, threshold):
 
 
 def test_a_wrong_patch_merging_order_is_seen(monkeypatch, tmp_path):
-    monkeypatch.setattr(mmdet_keys, "_merge_pixel_by_pixel", lambda tensor: tensor)
+    monkeypatch.setattr(mmdet_weights, "_merge_pixel_by_pixel", lambda tensor: tensor)
     path = write_checkpoint(tmp_path / "wrong.pth", state_dict())
     wrong = Mask2FormerDetector(load_mmdet(path, SHAPE), classes=CONFIG["classnames"], rules=RULES)
     for case in CASES[:2]:
@@ -137,11 +146,11 @@ def test_patch_merging_order():
     channels = 3
     column = torch.arange(4 * channels)
     weight = torch.stack([column, column + 100])
-    merged = mmdet_keys._merge_pixel_by_pixel(weight)
+    merged = mmdet_weights._merge_pixel_by_pixel(weight)
     pixel = [0, 2, 1, 3]  # (row, column) (0, 0), (1, 0), (0, 1), (1, 1) as 2 row + column
     expected = [4 * channel + p for p in pixel for channel in range(channels)]
     assert merged.tolist() == [expected, [100 + i for i in expected]]
-    assert mmdet_keys._merge_pixel_by_pixel(column).tolist() == expected  # the norm's vectors
+    assert mmdet_weights._merge_pixel_by_pixel(column).tolist() == expected  # the norm's vectors
 
 
 def damaged(name):

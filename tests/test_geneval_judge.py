@@ -1,4 +1,4 @@
-"""The judge and the summary against golden verdicts of the official GenEval."""
+"""The rules and the summary against golden verdicts of the official GenEval."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from PIL import Image
 
 import geneval
 from geneval.detector import Detections
-from geneval.judge import COLORS, JudgeOptions, judge, relative_position
+from geneval.rules import COLORS, RuleOptions, decide, relative_position
 from geneval.summary import format_summary, result_row, summarize
 
 ROOT = Path(os.environ.get("T2I_GOLDEN", Path(__file__).parent / "golden")) / "geneval_judge"
@@ -25,11 +25,11 @@ def read_lines(name):
 def verdict_of(case, **options):
     found = case["detections"]
     detections = {name: Detections(d["boxes"], d["scores"]) for name, d in found.items()}
-    return judge(
+    return decide(
         case["metadata"],
         detections,
         lambda name, indices: [found[name]["colors"][i] for i in indices],
-        JudgeOptions(**options),
+        RuleOptions(**options),
     )
 
 
@@ -43,8 +43,8 @@ def unordered(reason):
 
 
 def test_defaults_are_the_official_ones():
-    options = {name: CONFIG[name] for name in JudgeOptions.__dataclass_fields__}
-    assert JudgeOptions() == JudgeOptions(**options)
+    options = {name: CONFIG[name] for name in RuleOptions.__dataclass_fields__}
+    assert RuleOptions() == RuleOptions(**options)
     assert list(COLORS) == CONFIG["colors"]
 
 

@@ -26,11 +26,11 @@ import geneval
 import t2i
 from geneval import detectors, run
 from geneval.detector import Detections
-from geneval.judge import COLORS
 from geneval.object_names import OBJECT_NAMES
 from geneval.prompts import metadata_line, official_prompts
+from geneval.rules import COLORS
 from t2i.checkpoint import save_pretrained
-from t2i.evaluation import sampling
+from t2i.evaluation import draw, places
 from t2i.imaging import save_png
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.shapes.shapes_prompts import benchmark_prompts
@@ -100,12 +100,12 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
     drawn = start_and_kill(run, out, "--ckpt", shapes_ckpt, *SMALL)
     assert 2 <= len(drawn) < 12 and not (out / "results.json").exists()
     written = []
-    write = sampling.write_sample
-    monkeypatch.setattr(sampling, "write_sample", lambda *args: written.append(write(*args)))
+    write = places.save_png
+    monkeypatch.setattr(places, "save_png", lambda *args: written.append(write(*args)))
     program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert len(written) == 12 - len(drawn) and not set(written) & set(drawn)
     assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
-    monkeypatch.setattr(sampling, "iterate_images", None)  # nothing is drawn any more
+    monkeypatch.setattr(draw, "draw_images", None)  # nothing is drawn any more
     program(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
     assert folder_content(out) == folder_content(finished)
 

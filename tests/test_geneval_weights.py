@@ -16,10 +16,9 @@ from torch import nn
 
 from geneval import colors, detectors, mmdet_weights
 from geneval.colors import load_clip
-from geneval.detectors import DETECTORS, load_detector
-from geneval.judge import judge_image
-from geneval.judge_files import CLIP, MASK2FORMER
+from geneval.detectors import CLIP, DETECTORS, MASK2FORMER, load_detector
 from geneval.mmdet_weights import load_hub_folder, load_mmdet
+from geneval.rules import judge_image
 
 TINY_CLIP = {
     "embed_dim": 24,

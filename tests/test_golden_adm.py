@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import GOLDEN_ROOT
 
-from t2i.evaluation.fid import frechet, inception, manifold
-from t2i.evaluation.fid.features import read_statistics
+from t2i.evaluation.fid import inception, measures
+from t2i.evaluation.fid.fid_score import read_statistics
 from t2i.weights import load_strict
 
 
@@ -69,12 +69,12 @@ def close(value, expected, relative=0.0, absolute=0.0):
 
 
 def test_defaults_are_the_official_ones():
-    assert (manifold.NEIGHBOUR, frechet.SPLIT_SIZE, inception.INPUT_SIZE) == (3, 5000, 299)
+    assert (measures.NEIGHBOUR, measures.SPLIT_SIZE, inception.INPUT_SIZE) == (3, 5000, 299)
     assert (inception.POOL_WIDTH, inception.SPATIAL_WIDTH) == (2048, 2023)
 
 
 def test_statistics(case):
-    found, arrays = frechet.feature_statistics(case.array("sample")), case.arrays
+    found, arrays = measures.feature_statistics(case.array("sample")), case.arrays
     assert str(found.mean.dtype).endswith(case.expected["dtypes"]["mu"])
     assert str(found.covariance.dtype).endswith(case.expected["dtypes"]["sigma"])
     np.testing.assert_allclose(found.mean, arrays["sample_mu"], rtol=1e-5, atol=1e-7)
@@ -92,29 +92,29 @@ def test_fid(case):
         if "stats_file" in entry:
             reference = read_statistics(case.folder / entry["stats_file"], "mu", "sigma")
         else:
-            reference = frechet.feature_statistics(
+            reference = measures.feature_statistics(
                 case.array(entry["ref_array"], entry["ref_first_n"])
             )
-        value = frechet.frechet_distance(frechet.feature_statistics(samples), reference)
+        value = measures.frechet_distance(measures.feature_statistics(samples), reference)
         relative = 1e-4 if "singular" in name else 1e-6
         assert close(value, entry["official"], relative, absolute=1e-6), name
 
 
 def test_sfid(case):
     expected = case.expected["sfid"]
-    samples = frechet.feature_statistics(case.spatial("sample"))
+    samples = measures.feature_statistics(case.spatial("sample"))
     assert len(samples.mean) == expected["dim"]
     stored = read_statistics(case.folder / "ref_batch_with_stats.npz", "mu_s", "sigma_s")
-    value = frechet.frechet_distance(samples, stored)
+    value = measures.frechet_distance(samples, stored)
     assert close(value, expected["sample_vs_stored_ref_stats"], 1e-6)
-    reference = frechet.feature_statistics(case.spatial("ref"))
-    value = frechet.frechet_distance(samples, reference)
+    reference = measures.feature_statistics(case.spatial("ref"))
+    value = measures.frechet_distance(samples, reference)
     assert close(value, expected["sample_vs_ref_both_from_activations"], 1e-6)
 
 
 def test_inception_score(case):
     weight = case.array("softmax_w").T
-    probabilities = frechet.class_probabilities(case.array("sample"), weight)
+    probabilities = measures.class_probabilities(case.array("sample"), weight)
     first = case.arrays["softmax_sample_first_8"]
     np.testing.assert_allclose(probabilities[: len(first)], first, atol=1e-6)
     for name, expected in case.expected["inception_score"].items():
@@ -124,8 +124,8 @@ def test_inception_score(case):
         features = case.array(array.split("_")[0])
         if "sorted_by_predicted_class" in array:
             features = features[(features @ weight.T).argmax(1).argsort(stable=True)]
-        probabilities = frechet.class_probabilities(features, weight)
-        assert close(frechet.inception_score(probabilities, int(split_size)).mean, expected, 1e-5)
+        probabilities = measures.class_probabilities(features, weight)
+        assert close(measures.inception_score(probabilities, int(split_size)).mean, expected, 1e-5)
 
 
 def test_precision_and_recall_as_the_evaluator_rounds(case):
@@ -135,8 +135,8 @@ def test_precision_and_recall_as_the_evaluator_rounds(case):
         for pair, took in entry["official_took_fp16_branch"].items():
             sets = {"ref": reference, "sample": samples}
             u, v = (sets[side] for side in pair.split("_"))
-            assert bool(manifold.half_distances(u, v).isfinite().all()) == took, (name, pair)
-        found = manifold.compare_manifolds(reference, samples, neighbour=case.neighbour)
+            assert bool(measures.half_distances(u, v).isfinite().all()) == took, (name, pair)
+        found = measures.compare_manifolds(reference, samples, neighbour=case.neighbour)
         # The only case in which rounding decides; the expected values are those of one CPU.
         tolerance = 0.01 if name == "small" else 0
         assert close(found.precision, entry["official_precision"], absolute=tolerance), name
@@ -152,7 +152,7 @@ def test_precision_and_recall_without_half_precision(case, dtype):
     for name in case.config["precision_recall_cases"]:
         entry = case.expected["precision_recall"][name]
         sides = (features.to(dtype) for features in case.sides(entry))
-        found = manifold.compare_manifolds(*sides, manifold.full_distances, case.neighbour)
+        found = measures.compare_manifolds(*sides, measures.full_distances, case.neighbour)
         assert close(found.precision, entry[f"fp{bits}_precision"], absolute=1e-12), name
         assert close(found.recall, entry[f"fp{bits}_recall"], absolute=1e-12), name
         np.testing.assert_allclose(

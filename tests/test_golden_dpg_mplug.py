@@ -10,8 +10,8 @@ import torch
 from helpers import GOLDEN_ROOT
 from PIL import Image
 
-from dpg_bench.judges import load_judge
-from dpg_bench.mplug.mplug_judge import preprocess, tokenize
+from dpg_bench.answerers import load_answerer
+from dpg_bench.mplug.mplug_answerer import preprocess, tokenize
 from dpg_bench.questions import Question
 
 FOLDERS = [path.parent for path in sorted(GOLDEN_ROOT.rglob("config_bert.json"))]
@@ -23,7 +23,7 @@ class Case:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.judge = load_judge("mplug", folder)
+        self.judge = load_answerer("mplug", folder)
         self.model = self.judge.model
         self.cases = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
         self.images = [case["image"] for case in self.cases]

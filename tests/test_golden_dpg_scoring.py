@@ -8,9 +8,9 @@ import pytest
 from helpers import GOLDEN_ROOT
 from PIL import Image
 
-from dpg_bench.image_grids import crop_grid, split_grid
+from dpg_bench.image_files import crop_grid, split_grid
 from dpg_bench.questions import COLUMNS, read_questions
-from dpg_bench.score import format_report, score
+from dpg_bench.score import format_scores, score
 
 FOLDERS = {
     path.parent: config
@@ -85,7 +85,7 @@ def test_corrected(case):
     assert_equal(report.corrected, expected["corrected"])
     assert report.corrected.skipped == {}
     # The two are told apart, and the judge is named.
-    text = format_report(report, "a table")
+    text = format_scores(report, "a table")
     columns = " | ± | images | prompts |"
     assert f"judged by a table | official{columns} corrected{columns}" in text
     for summary in (report.official, report.corrected):
@@ -110,7 +110,7 @@ def test_missing_images(case):
     report = score(graph, there, images_per_prompt=count)
     assert_equal(report.official, want)
     assert sorted(report.missing) == sorted(want["missing_images"])
-    assert f"INCOMPLETE: {len(report.missing)} prompts" in format_report(report, "a table")
+    assert f"INCOMPLETE: {len(report.missing)} prompts" in format_scores(report, "a table")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -19,14 +19,14 @@ import t2i
 from launch import fid as fid_program
 from launch import sample_imagenet, train_imagenet
 from t2i import cli
-from t2i.evaluation import class_samples
-from t2i.evaluation.class_samples import ClassSamples, draw_class_samples, drawer
-from t2i.evaluation.sample_writer import sample_labels
+from t2i.evaluation.draw import draw_classes, sample_labels
+from t2i.evaluation.options import ClassImages
 from t2i.models.llamagen.llamagen_recipes import class_recipes
 from t2i.models.open_magvit2 import open_magvit2_recipes
 from t2i.models.rar import rar_recipes
 from t2i.processes import ALONE, Processes
 from t2i.rng import integers, make_keys
+from t2i.sampling import DrawOptions
 from t2i.shapes.class_bases import make_class_base
 from t2i.shapes.tiny_recipes import ClassBase
 from t2i.training.batches import TrainingData
@@ -140,12 +140,9 @@ def model():
 
 
 def draw_all(model, out, rank=0, world_size=1, **changes):
-    options = ClassSamples(**{"count": 7, "batch_size": 2, **changes})
+    options = DrawOptions(**{"batch_size": 2, **changes})
     processes = Processes(rank, world_size, patience=60)
-    draw_class_samples(
-        model, out, options, sampling=model.sampling, processes=processes, progress=False
-    )
-    return out
+    return draw_classes(model, out, ClassImages(7), options, processes, progress=False)
 
 
 @pytest.mark.parametrize("name", ["a.npz", "folder"])
@@ -178,17 +175,17 @@ def test_killed_and_shared_sampling_give_the_same_files(model, tmp_path, monkeyp
         draw_all(model, shared, seed=1)
 
 
-def test_classes_and_codes_come_from_different_streams(model, monkeypatch):
+def test_classes_and_codes_come_from_different_streams(model, tmp_path, monkeypatch):
     """Or the first code of an image would tell its class."""
     keys = []
 
-    def spy(model, prepared, image_keys, sampling):
+    def spy(model, prepared, image_keys, sampling, on_step):
         keys.append(image_keys)
         raise Killed
 
-    monkeypatch.setattr(class_samples, "sample_windows", spy)
+    monkeypatch.setattr("t2i.generation.sample_windows", spy)
     with pytest.raises(Killed):
-        drawer(model, ClassSamples(count=40, labels="random"), model.sampling, (8, 8))(range(40))
+        draw_classes(model, tmp_path / "a", ClassImages(40, "random"), DrawOptions(batch_size=40))
     labels = sample_labels(40, 10, balanced=False, seed=0)
     assert torch.equal(integers(make_keys(0, torch.arange(40)), 10, 1)[:, 0], labels)
     assert not torch.equal(integers(keys[0], 10, 1)[:, 0], labels)

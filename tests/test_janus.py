@@ -16,12 +16,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration
 
 import t2i
-from t2i.generation import iterate_images
+from t2i.generation import draw_images
 from t2i.lora import add_lora, merge_lora, without_lora
 from t2i.models.janus import janus_config
 from t2i.models.janus.janus_config import JanusShape
 from t2i.models.janus.janus_model import Janus, load
 from t2i.models.janus.janus_prompts import BOS, PAD, JanusPrompts
+from t2i.sampling import DrawOptions
 from t2i.shapes.tiny_janus import build_tokenizer
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
@@ -134,9 +135,9 @@ def test_padding_does_not_depend_on_how_images_are_batched(janus, monkeypatch):
         return prepare(self, conditions, length)
 
     monkeypatch.setattr(Janus, "prepare", spy)
-    options = {"batch_size": 1, "progress": False}
-    whole = list(iterate_images(model, JANUS_PROMPTS, **options))
-    part = list(iterate_images(model, JANUS_PROMPTS, jobs=[(2, 0)], **options))
+    options = DrawOptions(batch_size=1)
+    whole = list(draw_images(model, JANUS_PROMPTS, options, progress=False))
+    part = list(draw_images(model, JANUS_PROMPTS, options, jobs=[(2, 0)], progress=False))
     assert len(set(lengths)) == 1
     assert torch.equal(whole[2].windows, part[0].windows)
 

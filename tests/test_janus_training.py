@@ -32,6 +32,7 @@ from t2i.lora import merge_lora
 from t2i.models.janus import janus_weights
 from t2i.models.janus.janus_recipes import recipes
 from t2i.processes import ALONE
+from t2i.sampling import DrawOptions
 from t2i.training.batches import TrainingData
 from t2i.training.check import check
 from t2i.training.engine import TrainingLoss
@@ -232,11 +233,8 @@ def test_export_is_a_model_of_transformers(tiny_world, lora, exported):
     inputs = {"input_ids": prepared["ids"], "attention_mask": prepared["mask"].long()}
     drawn = model.generate(**inputs, generation_mode="image", do_sample=False)
     config = t2i.checkpoint.SamplingConfig(temperature=0.0, cfg_scale=5.0)
-    images = [
-        g.windows
-        for g in t2i.generation.iterate_images(base, PROMPTS, sampling=config, progress=False)
-    ]
-    assert torch.equal(drawn, torch.stack(images)[:, :, 0, 0])
+    images = t2i.generation.draw_images(base, PROMPTS, DrawOptions(sampling=config), progress=False)
+    assert torch.equal(drawn, torch.stack([one.windows for one in images])[:, :, 0, 0])
 
 
 def test_export_draws_what_the_checkpoint_draws_and_can_be_moved(lora, exported, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import geneval
 import t2i
-from dpg_bench.judges import answer_prompt, load_judge
+from dpg_bench.answerers import answer_prompt, load_answerer
 from dpg_bench.questions import QuestionGraph
 from dpg_bench.score import score as dpg_score
 from geneval.prompts import official_prompts
@@ -213,7 +213,7 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
 
 
 def test_dpg_score_says_what_it_needs():
-    judge, image = load_judge("shapes"), Image.new("RGB", (64, 64))
+    judge, image = load_answerer("shapes"), Image.new("RGB", (64, 64))
     with pytest.raises(t2i.UserError, match="answer_prompt needs a list of PIL images"):
         answer_prompt(judge, image, [])
     with pytest.raises(t2i.UserError, match="score needs a QuestionGraph first"):

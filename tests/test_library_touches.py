@@ -233,7 +233,7 @@ TOUCHES = (
     Touch(
         "transformers",
         "the parts of BlipForQuestionAnswering and their arguments",
-        "dpg_bench/vqa_judges.py: self.model.text_decoder",
+        "dpg_bench/vqa_answerers.py: self.model.text_decoder",
         "generate() encodes the image anew for each question and gives no log-probabilities of two words",
         blip_parts,
     ),
@@ -241,7 +241,7 @@ TOUCHES = (
         "transformers",
         "keys of the report of from_pretrained(output_loading_info=True)",
         "t2i/models/llamagen/t5_files.py: mismatched_keys",
-        "weights that do not fit have to be refused by name (also geneval/mmdet_weights.py, dpg_bench/vqa_judges.py)",
+        "weights that do not fit have to be refused by name (also geneval/mmdet_weights.py, dpg_bench/vqa_answerers.py)",
         loading_report,
     ),
     Touch(

@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_llamagen
 
 from t2i.errors import UserError
-from t2i.evaluation.store import refuse_other_images
+from t2i.evaluation.generation_folder import refuse_other_images
 from t2i.rng import make_keys
 from t2i.shapes.scenes import render, sample_scene
 from t2i.shapes.shapes_source import FINE_TUNING_SEED, parse_shapes

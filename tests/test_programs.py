@@ -22,9 +22,9 @@ from launch import fid, generate, sample_imagenet
 from t2i import cli
 from t2i.checkpoint import load_model
 from t2i.errors import UserError
-from t2i.evaluation import sampling
+from t2i.evaluation import draw
 from t2i.evaluation.fid.image_sets import open_images
-from t2i.evaluation.store import sample_file
+from t2i.evaluation.generation_folder import GENERATION_FILE, sample_file
 from t2i.files import owning, write_json
 from t2i.imaging import save_png
 from t2i.model_options import BaseOptions, ModelOptions
@@ -244,7 +244,7 @@ def test_one_prompt_after_another_just_works(draws, plain, monkeypatch):
     assert len(draws(*circle, "--ckpt", plain)) == 5
     drawn = folder_content(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "iterate_images", None)
+        patch.setattr(draw, "draw_images", None)
         assert len(draws(*circle)) == 5
     assert folder_content(folder) == drawn
     draws("--prompt", "a red circle", "--samples", 3)
@@ -291,7 +291,7 @@ def test_several_generations_are_not_scored_as_one(tmp_path):
     """Case 19: FID of a folder that holds the images of two models."""
     for name in ("a", "b"):
         save_png(Image.new("RGB", (8, 8)), tmp_path / name / sample_file(0, 0))
-        write_json(tmp_path / name / sampling.GENERATION_FILE, {})
+        write_json(tmp_path / name / GENERATION_FILE, {})
     assert open_images(tmp_path / "a").count == 1
     with pytest.raises(UserError, match=r"holds 2 sets of generated images \(a, b"):
         open_images(tmp_path)
@@ -317,7 +317,7 @@ def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
 def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monkeypatch):
     """Case 7 and its siblings: `fid.py --out FOLDER` computed everything first."""
     monkeypatch.setattr("t2i.checkpoint.load_model", None)
-    monkeypatch.setattr("t2i.evaluation.fid.inception_weights.load_inception", None)
+    monkeypatch.setattr("t2i.evaluation.fid.inception.load_inception", None)
     (file := tmp_path / "file").touch()
     ckpt = ("--ckpt", tiny_world / "base")
     for out in (file, file / "below"):

@@ -12,9 +12,10 @@ import torch
 from helpers import Killed, folder_content, in_threads
 from PIL import Image
 
-from t2i.evaluation import sample_writer
+from t2i.evaluation import places
+from t2i.evaluation.draw import fill, numbered_batches, numbered_place, sample_labels
 from t2i.evaluation.fid.image_sets import open_images
-from t2i.evaluation.sample_writer import sample_labels, write_samples
+from t2i.generation import Drawn
 from t2i.processes import Processes
 
 SIZE = (4, 6)
@@ -26,18 +27,20 @@ class Draw:
     def __init__(self, dies_at=None):
         self.drawn, self.dies_at = [], dies_at
 
-    def __call__(self, rows):
+    def __call__(self, batch):
         if self.dies_at == len(self.drawn):
             raise Killed
-        self.drawn.append((rows.start, rows.stop))
-        return np.stack([np.full((*SIZE, 3), i, np.uint8) for i in rows])
+        self.drawn.append((batch[0][0], batch[-1][0] + 1))
+        pixels = [np.full((*SIZE, 3), i, np.uint8) for i, _ in batch]
+        return [Drawn(*j, 0, Image.fromarray(p), None) for j, p in zip(batch, pixels, strict=True)]
 
 
-def write(out, draw=None, **options):
-    options = {"settings": {"seed": 0}, "batch_size": 3, "progress": False, **options}
-    return write_samples(
-        out, 10, SIZE, draw or Draw(), **{"processes": Processes(patience=20), **options}
-    )
+def write(out, draw=None, settings=None, batch_size=3, processes=None):
+    place = numbered_place(out, 10, processes or Processes(patience=20))
+    settings = settings or {"seed": 0}
+    place.claim({**settings, "count": 10, "size": list(SIZE), "batch_size": batch_size}, {})
+    fill(place, numbered_batches(10, batch_size), draw or Draw(), progress=False)
+    return out
 
 
 def check(out):
@@ -111,10 +114,10 @@ def test_resume_after_a_kill_while_writing_an_npz(tmp_path, monkeypatch, moment)
     # os.replace: the record, the part, a marker for each of four batches, the .npz.
     with monkeypatch.context() as patch:
         if moment == "packing":
-            copy = "t2i.evaluation.sample_writer.shutil.copyfileobj"
+            copy = "t2i.evaluation.places.shutil.copyfileobj"
             patch.setattr(copy, lambda source, target, size: _die_half_way(source, target))
         elif moment == "tidying":
-            patch.setattr(sample_writer, "remove_markers", dying(None, 1))
+            patch.setattr(places, "remove_markers", dying(None, 1))
         else:
             dies_at = {"record": 1, "part": 2, "marker": 4, "packed": 7}[moment]
             patch.setattr(os, "replace", dying(os.replace, dies_at))

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageFilter
 
 import geneval
-from geneval.judge import COLORS as GENEVAL_COLORS
-from geneval.judge import relative_position
 from geneval.prompts import TAGS, color_attr, colors, counting, position, two_object
+from geneval.rules import COLORS as GENEVAL_COLORS
+from geneval.rules import relative_position
 from t2i.shapes.scenes import (
     BACKGROUND,
     GAP,

@@ -85,7 +85,7 @@ class Output(nn.Module):
         return self.LayerNorm(self.dense(x) + residual)
 
 
-class Attention(nn.Module):
+class BertAttention(nn.Module):
     """Attention to keys and values that the caller makes with `keys_values`, of any sequence."""
 
     def __init__(self, config: BertConfig):
@@ -121,8 +121,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: BertConfig, *, cross: bool):
         super().__init__()
-        self.attention = Attention(config)
-        self.crossattention = Attention(config) if cross else None
+        self.attention = BertAttention(config)
+        self.crossattention = BertAttention(config) if cross else None
         self.intermediate = nn.ModuleDict(
             {"dense": nn.Linear(config.hidden_size, config.intermediate_size)}
         )
@@ -182,9 +182,7 @@ class FusionEncoder(nn.Module):
         )
 
     def forward(self, text_QLD: Tensor, mask_QL: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [1 or Q, N, D]. Returns the image (of batch Q after a connected layer) and the
-        text.
-        """
+        """image [1 or Q, N, D]. Returns image (of batch Q after a connected layer) and text."""
         image_tokens = image.shape[1]
         text_mask = mask_QL[:, None, None]
         joint_mask = F.pad(text_mask, (image_tokens, 0), value=True)

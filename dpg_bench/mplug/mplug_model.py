@@ -31,9 +31,7 @@ _FUSION_LAYER = re.compile(r"fusion_encoder\.encoder\.layer\.(\d+)\.")
 
 @dataclass(frozen=True)
 class MPlugConfig:
-    """The parts of config.yaml that matter; defaults are the reference's
-    (`configuration_mplug.py`).
-    """
+    """The parts of config.yaml that matter; defaults as in `configuration_mplug.py`."""
 
     image_res: int = 504
     vision_width: int = 1024
@@ -141,8 +139,8 @@ class MPlug(nn.Module):
         kept = used_weights(stored, model.config.bert)
         head, words = "text_decoder.cls.predictions", "text_decoder.bert.embeddings.word_embeddings"
         for one, same in (("decoder.weight", f"{words}.weight"), ("decoder.bias", f"{head}.bias")):
-            pair = [kept.get(key) for key in (f"{head}.{one}", same)]
-            if None not in pair and not torch.equal(*pair):
+            a, b = (kept.get(key) for key in (f"{head}.{one}", same))
+            if a is not None and b is not None and not torch.equal(a, b):
                 raise UserError(f"{folder / WEIGHTS}: {head}.{one} is not {same}, as it must be")
         load_strict(model, kept, folder / WEIGHTS)
         return model.eval().requires_grad_(False)

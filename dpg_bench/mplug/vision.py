@@ -35,7 +35,7 @@ class SelfAttention(nn.Module):
         return self.out_proj(mixed_BHNd.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """A pre-norm transformer block with CLIP's sigmoid approximation of GELU."""
 
     def __init__(self, width: int):
@@ -64,7 +64,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleDict(
-            {"resblocks": nn.ModuleList(Block(width) for _ in range(layers))}
+            {"resblocks": nn.ModuleList(VisionBlock(width) for _ in range(layers))}
         )
         self.ln_post = nn.LayerNorm(width)
 

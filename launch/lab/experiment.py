@@ -224,7 +224,7 @@ def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
 
 def trained(model, run: GridRun, experiment: Experiment) -> dict:
     """Losses on the held-out set, their course, and what refinement does there."""
-    from t2i.evaluation.refinement import repairs
+    from launch.lab.refinement import repairs
     from t2i.shapes.fine_tuning import held_out, held_out_losses, loaded
     from t2i.training.logs import read_metrics
 

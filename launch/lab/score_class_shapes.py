@@ -22,7 +22,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # run from a clone, without installation
 
-from geneval.judge import JudgeOptions
+from geneval.rules import RuleOptions
 from launch.lab.recipe_report import markdown
 from t2i import cli
 from t2i.errors import UserError
@@ -58,7 +58,7 @@ def verdicts_on(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         found = []
         for shape, detections in detector.detect(image).items():
-            clear = detections.take(np.flatnonzero(detections.scores > JudgeOptions().threshold))
+            clear = detections.take(np.flatnonzero(detections.scores > RuleOptions().threshold))
             found += [(shape, c) for c in detector.classify_colors(image, shape, clear)]
         if len(found) == 1:
             shape, color = (a == b for a, b in zip(found[0], CLASSES[label], strict=True))
@@ -68,8 +68,8 @@ def verdicts_on(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
     """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file."""
+    from t2i.evaluation.draw import sample_labels
     from t2i.evaluation.fid.image_sets import open_images
-    from t2i.evaluation.sample_writer import sample_labels
     from t2i.files import read_json
 
     record = path.with_name(path.name + ".json")

@@ -1,13 +1,25 @@
-"""Bootstrap over prompts: the images of one prompt are correlated, so prompts are what is redrawn.
+"""Standard errors and differences by bootstrap over prompts: the images of one prompt are
+correlated, so prompts are what is redrawn.
+
+Two models are given the same resampled prompts, so that what a prompt's difficulty adds to both
+scores cancels and small differences become visible. Differences are B - A.
 
 Shapes: P prompts, R resamples.
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
+from t2i.errors import UserError
+
 RESAMPLES = 1000
+Groups = Mapping[str, Mapping[str, Sequence[float]]]
+"""Group (such as a task, or a category) -> prompt -> its values (of its images, or answers)."""
 
 
 def resampled_means(
@@ -24,3 +36,102 @@ def resampled_means(
         raise ValueError("every prompt needs at least one image; leave out those without")
     drawn_RP = rng.integers(len(totals_P), size=(resamples, len(totals_P)))
     return totals_P[drawn_RP].sum(axis=1) / counts_P[drawn_RP].sum(axis=1)
+
+
+@dataclass(frozen=True)
+class PromptMean:
+    """A mean over all values of all prompts.
+
+    stderr: None where a single prompt gives no idea of the spread.
+    """
+
+    mean: float
+    stderr: float | None
+    total: float
+    count: int
+    prompts: int
+
+
+def mean_over_prompts(
+    prompts: Sequence[Sequence[float]],
+    name: str | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[PromptMean, np.ndarray]:
+    """The mean of every prompt's values, and its resampled means [R].
+
+    name: of what the mean is of; each has random numbers of its own.
+    """
+    totals, counts = np.array([sum(v) for v in prompts]), np.array([len(v) for v in prompts])
+    rng = np.random.default_rng(seed if name is None else [seed, zlib.crc32(name.encode())])
+    means_R = resampled_means(totals, counts, rng, resamples)
+    stderr = float(means_R.std(ddof=1)) if len(prompts) > 1 else None
+    total, count = float(totals.sum()), int(counts.sum())
+    return PromptMean(total / count, stderr, total, count, len(prompts)), means_R
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One group's means, and their difference with its bootstrap standard error and 95 % interval.
+
+    The last three are None where a single prompt gives no idea of the spread.
+    """
+
+    a: float
+    b: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    prompts: int
+
+    @property
+    def difference(self) -> float:
+        return self.b - self.a
+
+
+def paired_differences(
+    a: Groups, b: Groups, *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[Difference, dict[str, Difference]]:
+    """The difference overall (the unweighted mean of the groups) and by group.
+
+    Raises:
+        UserError: the two were not asked the same prompts.
+    """
+    prompts_a, prompts_b = ({(g, p) for g in groups for p in groups[g]} for groups in (a, b))
+    if prompts_a != prompts_b or not prompts_a:
+        raise UserError(
+            "the two results are not about the same prompts: "
+            f"{len(prompts_a & prompts_b)} in both, {len(prompts_a - prompts_b)} only in A, "
+            f"{len(prompts_b - prompts_a)} only in B; judge both on the same prompts (and --limit)"
+        )
+    by_group, drawn = {}, []
+    for name in a:
+        # The same draws for both: they have the same name and prompts.
+        (mean_a, means_a), (mean_b, means_b) = (
+            mean_over_prompts(
+                [values[prompt] for prompt in sorted(values)], name, seed=seed, resamples=resamples
+            )
+            for values in (a[name], b[name])
+        )
+        differences_R, prompts = means_b - means_a, mean_a.prompts
+        pair = (mean_a.mean, mean_b.mean)
+        by_group[name] = _difference(*pair, differences_R, prompts, known=prompts > 1)
+        drawn.append(differences_R)
+    overall = _difference(
+        float(np.mean([d.a for d in by_group.values()])),
+        float(np.mean([d.b for d in by_group.values()])),
+        np.mean(drawn, axis=0),
+        len(prompts_a),
+        known=all(d.stderr is not None for d in by_group.values()),
+    )
+    return overall, by_group
+
+
+def _difference(
+    a: float, b: float, drawn_R: np.ndarray, prompts: int, *, known: bool
+) -> Difference:
+    if not known:
+        return Difference(a, b, None, None, None, prompts)
+    low, high = np.quantile(drawn_R, [0.025, 0.975])
+    return Difference(a, b, float(drawn_R.std(ddof=1)), float(low), float(high), prompts)

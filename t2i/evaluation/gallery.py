@@ -5,7 +5,6 @@ inside) and pictures/ with copies of the images of at most `_SIDE` pixels, named
 needs no network, and JavaScript only for filter and zoom.
 """
 
-import hashlib
 import html
 import json
 from collections import Counter
@@ -16,9 +15,9 @@ from urllib.parse import urlencode
 
 from PIL import Image
 
+from t2i.evaluation.generation_folder import load_image
 from t2i.evaluation.results import Score, by_way
-from t2i.evaluation.store import load_image
-from t2i.files import writable_folder, write_text
+from t2i.files import file_sha256, writable_folder, write_text
 from t2i.imaging import save_image
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "gallery"
@@ -52,9 +51,7 @@ class Card:
     note: str = ""
     """One line below the title."""
     tags: Sequence[str] = ()
-    """Scores that it counts against, where they are not its section: what the page can be filtered
-    by.
-    """
+    """Scores that it counts against, where not its section: what the page is filtered by."""
 
     @property
     def filters(self) -> Sequence[str]:
@@ -231,9 +228,7 @@ def _reason_html(reason: str) -> str:
 
 
 def _box_html(box: Box, size: tuple[int, int]) -> str:
-    """A rectangle in percent of the image, its label inside where there is no room above, and never
-    beyond the right edge.
-    """
+    """A rectangle in percent of the image, with its label where there is room."""
     x0, y0, x1, y1 = (c / size[i % 2] for i, c in enumerate(box.corners))
     place = f"left:{x0:.2%};top:{y0:.2%};width:{x1 - x0:.2%};height:{y1 - y0:.2%}"
     sides = (" inside" if y0 < 0.1 else "") + (" right" if x0 > 0.55 else "")
@@ -253,7 +248,7 @@ def _copy_image(exhibit: Exhibit, pictures: Path) -> tuple[Path, tuple[int, int]
 
 
 def _copy_overlay(overlay: Path, pictures: Path) -> Path:
-    path = pictures / f"{hashlib.sha256(overlay.read_bytes()).hexdigest()[:16]}.png"
+    path = pictures / f"{file_sha256(overlay)[:16]}.png"
     if not path.is_file():
         with Image.open(overlay) as image:
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)

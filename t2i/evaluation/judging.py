@@ -1,9 +1,8 @@
 """The stage that judges: one verdict per image, kept in small files that are whole or absent.
 
-OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it, so judges
-never mix OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
-OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, where it gave
-that
+    OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it
+    OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
+    OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, if it says so
 
 A verdict carries the SHA-256 of the image file that it is about: it is repeated if and only if the
 image has changed.
@@ -18,9 +17,8 @@ from typing import Protocol
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.evaluation.inventory import Inventory
-from t2i.evaluation.store import load_image, prompt_folder, sample_file
-from t2i.files import reading, writable_folder, write_json, write_text
+from t2i.evaluation.generation_folder import Inventory, load_image, prompt_folder, sample_file
+from t2i.files import file_sha256, reading, writable_folder, write_json, write_text
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
@@ -40,9 +38,7 @@ class Judge(Protocol):
     """What gives verdicts."""
 
     def identity(self) -> dict:
-        """JSON-able: all that a verdict depends on besides the image and its prompt; weights by
-        hash, code under "versions".
-        """
+        """What a verdict depends on besides image and prompt: weights by hash, "versions"."""
         ...
 
     def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
@@ -51,9 +47,7 @@ class Judge(Protocol):
 
 
 class Verdicts:
-    """The verdicts of one judge on one list of prompts in an output folder; both are given as
-    JSON-able facts.
-    """
+    """One judge's verdicts on one list of prompts, in an output folder."""
 
     def __init__(self, out: Path, judge: dict, prompts: dict):
         self.about = {"judge": judge, "prompts": prompts}
@@ -65,9 +59,7 @@ class Verdicts:
         return self.folder / "overlays" / f"{prompt_index:05d}_{sample:05d}.png"
 
     def read(self, prompt_index: int) -> dict[int, dict]:
-        """Recorded lines of a prompt by sample: {sample, sha256, row} or {sample, sha256,
-        unreadable}.
-        """
+        """Lines of a prompt by sample: {sample, sha256, row} or {sample, sha256, unreadable}."""
         path = self._file(prompt_index)
         if not path.is_file():
             return {}
@@ -106,7 +98,7 @@ def judge_images(
             lines = {sample: recorded[sample] for sample in images if sample in recorded}
             for sample, path in images.items():
                 with reading(path):
-                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    digest = file_sha256(path)
                 if lines.get(sample, {}).get("sha256") != digest:
                     answer = _answer(judge, index, sample, path, verdicts.overlay(index, sample))
                     lines[sample] = {"sample": sample, "sha256": digest, **answer}
@@ -116,9 +108,7 @@ def judge_images(
 
 
 def _answer(judge: Judge, index: int, sample: int, path: Path, overlay: Path) -> dict:
-    """The recorded form of a verdict; its overlay is written before it, so that a verdict implies
-    it.
-    """
+    """A verdict as recorded; its overlay is written before it, so that a verdict implies it."""
     try:
         image = load_image(path)
     except UserError as error:
@@ -141,9 +131,7 @@ class JudgedImage:
 
 
 def collect(inventory: Inventory, verdicts: Verdicts) -> tuple[list[JudgedImage], list[str]]:
-    """The verdicts in the order of prompts and samples, and what is unreadable; after all processes
-    have judged.
-    """
+    """Verdicts in the order of prompts and samples, and what is unreadable; after all judged."""
     judged, unreadable = [], []
     for index, images in sorted(inventory.found.items()):
         lines = verdicts.read(index)

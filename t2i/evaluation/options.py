@@ -1,24 +1,37 @@
-"""What the benchmarks' programs can be told; cheap to import, so that --help and mistakes are
-answered at once.
-"""
+"""What is to be drawn and judged, as programs can be told it. Without torch."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import tyro
 
 from t2i import cli
 from t2i.errors import UserError
-from t2i.model_options import ModelOptions
-from t2i.sampling import SamplingOverrides
+from t2i.model_options import DrawingModelOptions
+from t2i.sampling import check_counts
 
 if TYPE_CHECKING:
     import torch
 
-_MAIN = ("ckpt", "base.weights", "images", "out", "samples", "limit", "seed")
+
+@dataclass(frozen=True)
+class ClassImages:
+    """Which images to draw of a class-conditional model."""
+
+    count: int = 50_000
+    """Number of images; the protocol has 50,000."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """As many images of every class (as for RAR, Open-MAGVIT2), or at random (as for LlamaGen)."""
+    image_size: int | None = None
+    """Side in pixels (256 for the published FID of 384 px models); the model's own if not given."""
+
+    def __post_init__(self):
+        check_counts(count=self.count)
+        if self.image_size is not None:
+            check_counts(image_size=self.image_size)
 
 
 @dataclass(frozen=True)
@@ -43,56 +56,33 @@ class Scope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions(ModelOptions):
-    """What to judge, and where to: a model (its images are drawn first), or images that are
-    there.
-    """
+class BenchmarkOptions(DrawingModelOptions):
+    """What to judge: a model (its images are drawn first), or images that are there."""
 
     images: Path | None = None
-    """Instead of a model, a folder of images in GenEval's layout (00000/metadata.jsonl,
-    00000/samples/00000.png).
-    """
+    """Instead of a model, a folder of images in GenEval's layout (00000/samples/00000.png ...)."""
     out: Path | None = None
-    """Folder for images, verdicts, results and gallery; outputs/<benchmark>/<name of the model> if
-    not given.
-    """
-    samples: int = 4
-    """Images per prompt."""
-    limit: int | None = None
-    """Only so many prompts, spread evenly over all; the result is marked PARTIAL."""
-    allow_incomplete: bool = False
-    """Report what is there if images are missing or unreadable; the result is marked INCOMPLETE."""
-    seed: int = 0
-    """An image depends on (seed, prompt index, sample index) alone."""
-    batch_size: int = 16
-    """Images sampled at once."""
-    sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
-        default_factory=SamplingOverrides
-    )
+    """Folder for all that comes of it; outputs/<benchmark>/<name of the model> if not given."""
+    scope: tyro.conf.OmitArgPrefixes[Scope] = field(default_factory=Scope)
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.source is None) == (self.images is None):
             raise UserError(
-                "give either --ckpt or --base.weights (a model to draw and judge), or --images (a folder)"
+                "give either --ckpt or --base.weights (a model to draw and judge), "
+                "or --images (a folder)"
             )
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1")
-        self.scope()
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
         """As of any model; and whether there are images, where they are to be judged."""
+        if self.images is None:
+            return super().check()
         from t2i.loading import pick_device
 
         self.sampling.check()
-        if self.images is None:
-            return super().check()
         if not self.images.exists():
             raise UserError(f"{self.images} does not exist; --images is a folder that holds images")
         return pick_device(self.device, self.dtype)
-
-    def scope(self) -> Scope:
-        """How much of the benchmark is asked for."""
-        return Scope(self.samples, self.limit, self.allow_incomplete)
 
 
 @dataclass(frozen=True)
@@ -105,22 +95,18 @@ class CompareOptions:
     """The second; differences are b - a."""
 
 
+_MAIN = ("ckpt", "base.weights", "images", "out", "scope.samples", "scope.limit", "seed")
 Options = TypeVar("Options", bound=BenchmarkOptions)
 
 
-def dispatch(
-    options: type[Options],
-    description: str,
-    judge: Callable[[Options], None],
-    compare: Callable[[CompareOptions], None],
-    main: Sequence[str],
-) -> None:
-    """A benchmark's program: compare if the first word says so, else draw and judge.
+def parse(
+    options: type[Options], description: str, main: Sequence[str]
+) -> Options | CompareOptions:
+    """A benchmark program's command line: `compare A B`, or what to judge.
 
     Args:
         main: options of this benchmark that --help shows, besides those of all.
     """
     if sys.argv[1:2] == ["compare"]:
-        compare(cli.parse(CompareOptions, description, 1))
-    else:
-        judge(cli.parse(options, description, main=(*_MAIN, *main)))
+        return cli.parse(CompareOptions, description, 1)
+    return cli.parse(options, description, main=(*_MAIN, *main))

@@ -1,4 +1,5 @@
-"""What a benchmark run leaves for people and programs: results.json, results.jsonl and report.md.
+"""What a benchmark run leaves for people and programs: results.json, results.jsonl and report.md;
+and two of them compared.
 
 A results file explains itself: scores with standard errors, how many images they rest on and which
 are missing, who judged (weights by hash), how the images were drawn, and with which versions.
@@ -6,14 +7,15 @@ are missing, who judged (weights by hash), how the images were drawn, and with w
 
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from t2i import __version__
 from t2i.errors import UserError
-from t2i.evaluation.inventory import shorten
+from t2i.evaluation.bootstrap import Difference, Groups, paired_differences
+from t2i.evaluation.generation_folder import shorten
 from t2i.files import write_json, write_text
 
 RESULTS_FILE, ROWS_FILE, REPORT_FILE = "results.json", "results.jsonl", "report.md"
@@ -64,13 +66,12 @@ class Coverage:
         return "; ".join(parts) or "complete"
 
     def check(self, *, allow_incomplete: bool) -> None:
-        """UserError names unreadable images, unless they are allowed, and a run without any
-        verdict.
-        """
+        """UserError names unreadable images, unless they are allowed, or where none was judged."""
         if self.unreadable and not (allow_incomplete and self.judged):
             raise UserError(
-                f"{len(self.unreadable)} of {self.expected} images cannot be judged: {shorten(self.unreadable, '; ')}; "
-                "replace them, or report the rest as INCOMPLETE with --allow-incomplete (finished verdicts are kept)"
+                f"{len(self.unreadable)} of {self.expected} images cannot be judged: "
+                f"{shorten(self.unreadable, '; ')}; replace them, or report the rest as INCOMPLETE "
+                "with --allow-incomplete (finished verdicts are kept)"
             )
 
 
@@ -86,48 +87,12 @@ def versions() -> dict[str, str]:
 
 
 def image_source(out: Path, images: Path) -> str:
-    """How results name their images: within the output folder, so that it may be moved, or by an
-    absolute path.
-    """
+    """How results name their images: within the output folder (which may be moved), or absolute."""
     out, images = out.resolve(), images.resolve()
     return str(images.relative_to(out) if images.is_relative_to(out) else images)
 
 
-def make_results(
-    benchmark: str,
-    label: str,
-    scores: Sequence[Score],
-    coverage: Coverage,
-    *,
-    legend: str,
-    prompts: dict,
-    best: float,
-    decimals: int,
-    judge: dict,
-    images: str,
-    samples: int,
-    generation: dict | None,
-) -> dict:
-    """The content of results.json."""
-    return {
-        "benchmark": benchmark,
-        "label": label,
-        "status": coverage.status,
-        "scores": {score.key: asdict(score) for score in scores},
-        "legend": legend,
-        "best_possible": best,
-        "decimals": decimals,
-        "prompts": prompts,
-        "coverage": asdict(coverage),
-        "samples_per_prompt": samples,
-        "judge": judge,
-        "images": images,
-        "generation": generation,
-        "versions": versions(),
-    }
-
-
-def write_report(out: Path, results: dict, rows: Sequence[dict]) -> None:
+def write_results(out: Path, results: dict, rows: Sequence[dict]) -> None:
     """Write the three files; results.json, which says that there is a result, comes last."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_text(out / ROWS_FILE, "".join(lines))
@@ -150,9 +115,7 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
 
 
 def table(results: dict) -> str:
-    """A markdown table of the scores, under a line that says what they must not be taken for, above
-    their legend.
-    """
+    """A markdown table of the scores, with what they must not be taken for, and their legend."""
     scores = [Score(**score) for score in results["scores"].values()]
     flag = "" if results["status"] == "complete" else f"**{results['status']}**\n\n"
     title = f"{results['benchmark']}: {results['label']}"
@@ -160,9 +123,7 @@ def table(results: dict) -> str:
 
 
 def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
-    """A markdown table: a line per name, and columns for each way to count. `title` (who judged
-    what) is copied with it.
-    """
+    """A markdown table under `title` (who judged what): a line a name, columns a way to count."""
     ways, rows = by_way(scores)
     columns = "".join(f" {way or 'mean'} | ± | images | prompts |" for way in ways)
     lines = [f"| {title} |{columns}", "|---" * (1 + 4 * len(ways)) + "|"]
@@ -205,3 +166,63 @@ def markdown(results: dict) -> str:
     note = "± is the bootstrap standard error over prompts.\n\n"
     where = f"Images: `{results['images']}`, {results['samples_per_prompt']} per prompt.\n\n"
     return head + note + where + "\n".join(details)
+
+
+# -- two results -----------------------------------------------------------------------------------
+def compare_folders(
+    a: Path, b: Path, groups_of: Callable[[list[dict]], Groups], *, mean_of_groups: bool = True
+) -> str:
+    """A markdown table of B against A; both are output folders of one benchmark.
+
+    Args:
+        groups_of: the benchmark's rows as groups.
+        mean_of_groups: whether the groups' unweighted mean is a score of the benchmark, to be
+            printed first.
+
+    Raises:
+        UserError: a folder has no results, or the two are of other benchmarks, judges or prompts.
+    """
+    results_a, rows_a = read_results(a)
+    results_b, rows_b = read_results(b)
+    who_a, who_b = _who(results_a), _who(results_b)
+    if who_a != who_b:
+        raise UserError(
+            f"{a} and {b} were judged differently, so their numbers cannot be compared:\n"
+            f"A: {who_a}\nB: {who_b}"
+        )
+    overall, by_group = paired_differences(groups_of(rows_a), groups_of(rows_b))
+    digits = results_a["decimals"]
+    notes = [
+        f"**{name}: {results['status']}**\n"
+        for name, results in (("A", results_a), ("B", results_b))
+        if results["status"] != "complete"
+    ]
+    versions = [results["judge"]["versions"] for results in (results_a, results_b)]
+    if versions[0] != versions[1]:
+        notes.append(f"judged with different versions: {versions[0]} and {versions[1]}\n")
+    head = f"{results_a['benchmark']}: {results_a['label']}"
+    lines = [f"| {head} | A | B | B - A | ± | 95 % interval | prompts |", "|---" * 7 + "|"]
+    shown = {"overall": overall, **by_group} if mean_of_groups else by_group
+    for name, difference in shown.items():
+        headline = results_a["scores"].get(name, {}).get("headline")
+        lines.append(_line(f"**{name}**" if headline else name, difference, digits))
+    legend = (
+        f"A: {a}\nB: {b}\n± and interval: paired bootstrap over prompts; "
+        "* where the interval leaves out 0."
+    )
+    return "\n".join([f"{legend}\n", *notes, *lines])
+
+
+def _who(results: dict) -> dict:
+    """What must be equal for numbers to be comparable: the judge, whatever its code's versions."""
+    judge = {key: value for key, value in results["judge"].items() if key != "versions"}
+    return {"benchmark": results["benchmark"], **judge}
+
+
+def _line(name: str, d: Difference, digits: int) -> str:
+    numbers = f"{d.a:.{digits}f} | {d.b:.{digits}f} | {d.difference:+.{digits}f}"
+    if d.stderr is None or d.low is None or d.high is None:
+        return f"| {name} | {numbers} | - | - | {d.prompts} |"
+    clear = " *" if d.low > 0 or d.high < 0 else ""
+    interval = f"{d.low:+.{digits}f} to {d.high:+.{digits}f}{clear}"
+    return f"| {name} | {numbers} | {d.stderr:.{digits}f} | {interval} | {d.prompts} |"

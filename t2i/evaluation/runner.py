@@ -4,35 +4,48 @@ Each stage repeats nothing that is finished, so a run that was stopped at any mo
 the same call; one process and many give the same result. A benchmark brings its prompts, its judge
 and its arithmetic (`Benchmark`); all else is here.
 
-OUT/images/                      the model's images, in GenEval's layout (or any folder given as
-`images`) OUT/verdicts/                    see t2i.evaluation.judging
-OUT/results.json, results.jsonl, report.md
-OUT/gallery/index.html           the failures
+    OUT/images/                  a model's images, in GenEval's layout
+    OUT/verdicts/                see t2i.evaluation.judging
+    OUT/results.json, results.jsonl, report.md
+    OUT/gallery/index.html       the failures
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from t2i.checkpoint import find_checkpoint, read_config
 from t2i.errors import UserError
+from t2i.evaluation.draw import draw_prompts, prompts_digest
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
-from t2i.evaluation.inventory import Inventory, shorten, take_inventory
+from t2i.evaluation.generation_folder import (
+    Inventory,
+    read_generation,
+    sample_file,
+    shorten,
+    take_inventory,
+)
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
-from t2i.evaluation.options import Scope
+from t2i.evaluation.options import BenchmarkOptions, Scope
+from t2i.evaluation.places import GenerationFolder
 from t2i.evaluation.results import (
     RESULTS_FILE,
     Coverage,
     Score,
     image_source,
-    make_results,
     read_results,
-    write_report,
+    table,
+    versions,
+    write_results,
 )
-from t2i.evaluation.sampling import DrawOptions, draw_images, prompts_digest, read_generation
-from t2i.evaluation.store import sample_file
-from t2i.files import writable_folder
-from t2i.processes import ALONE, Processes
+from t2i.files import owning, remove_leftovers, writable_folder
+from t2i.generation import all_jobs
+from t2i.processes import ALONE, Processes, join_processes
+from t2i.sampling import DrawOptions
+from t2i.sources import shipped_bases
 from t2i.tensorar.model import TensorAR
 
 log = logging.getLogger(__name__)
@@ -50,8 +63,11 @@ class Benchmark(Judge, Protocol):
     """The best possible score."""
     decimals: int
     """Digits to print of a score."""
-    entries: Sequence[dict]
-    """Metadata with a "prompt", in the order of the folder numbers."""
+
+    @property
+    def entries(self) -> Sequence[dict]:
+        """Metadata with a "prompt", in the order of the folder numbers."""
+        ...
 
     def scores(self, rows: Sequence[dict]) -> list[Score]:
         """From all rows (see `Judged.row`) to the numbers, the headlines first."""
@@ -70,16 +86,14 @@ def evaluate(
     images: Path | None = None,
     scope: Scope | None = None,
     draw: DrawOptions | None = None,
-    processes: Processes | None = None,
-    about: dict | None = None,
+    processes: Processes = ALONE,
 ) -> dict:
     """Judge a model, or a folder of images that anything has drawn; every process calls it.
 
     Args:
         model: draws the images into OUT/images; or
         images: a folder in GenEval's layout.
-        draw: seed and sampling settings, for a model.
-        about: facts about the model, to be recorded.
+        draw: how a model draws.
 
     Returns:
         The content of results.json.
@@ -88,32 +102,23 @@ def evaluate(
         UserError: what is missing, unreadable, unexpected or contradictory in images or folders.
     """
     assert (model is None) != (images is None), "a model, or a folder of images"
-    scope, processes = scope or Scope(), processes or ALONE
-    selected = scope.select(len(benchmark.entries))
+    scope, entries = scope or Scope(), benchmark.entries
+    selected = scope.select(len(entries))
     folder = out / "images" if images is None else images
     if model is not None:
         if processes.is_main:
             claim_output(out, folder)
-        draw_images(
-            model,
-            benchmark.entries,
-            selected,
-            folder,
-            samples=scope.samples,
-            options=draw or DrawOptions(),
-            processes=processes,
-            about=about or {},
-        )
+        jobs = all_jobs(selected, scope.samples)
+        draw_prompts(model, entries, jobs, folder, draw or DrawOptions(), processes)
     if processes.is_main:
-        inventory = take_inventory(folder, benchmark.entries, selected, scope.samples)
+        inventory = take_inventory(folder, entries, selected, scope.samples)
         inventory.check(allow_missing=scope.allow_incomplete)
         if inventory.unread:
             log.warning("%s: names that are not read: %s", folder, shorten(inventory.unread))
         claim_output(out, folder)
     processes.barrier()
-    inventory = take_inventory(folder, benchmark.entries, selected, scope.samples)
-    prompts = prompts_digest(benchmark.entries)
-    verdicts = Verdicts(out, benchmark.identity(), prompts)
+    inventory = take_inventory(folder, entries, selected, scope.samples)
+    verdicts = Verdicts(out, benchmark.identity(), prompts_digest(entries))
     judge_images(benchmark, inventory, verdicts, processes)
     if processes.is_main:
         _report(benchmark, out, inventory, verdicts, scope)
@@ -148,19 +153,21 @@ def _report(
         unreadable=unreadable,
     )
     coverage.check(allow_incomplete=scope.allow_incomplete)
-    results = make_results(
-        benchmark.name,
-        benchmark.label,
-        benchmark.scores(rows),
-        coverage,
+    results = {
+        "benchmark": benchmark.name,
+        "label": benchmark.label,
+        "status": coverage.status,
+        "scores": {score.key: asdict(score) for score in benchmark.scores(rows)},
+        "legend": benchmark.legend,
+        "best_possible": benchmark.best,
+        "decimals": benchmark.decimals,
+        "coverage": asdict(coverage),
+        "samples_per_prompt": scope.samples,
         **verdicts.about,
-        legend=benchmark.legend,
-        best=benchmark.best,
-        decimals=benchmark.decimals,
-        images=image_source(out, inventory.folder),
-        samples=scope.samples,
-        generation=read_generation(inventory.folder),
-    )
+        "images": image_source(out, inventory.folder),
+        "generation": read_generation(inventory.folder),
+        "versions": versions(),
+    }
     exhibits = [
         Exhibit(
             card=card,
@@ -173,4 +180,80 @@ def _report(
         if (card := benchmark.card(image.row)) is not None
     ]
     write_gallery(out / "gallery", results, exhibits)
-    write_report(out, results, rows)
+    write_results(out, results, rows)
+
+
+# -- a benchmark's program -------------------------------------------------------------------------
+def run(
+    options: BenchmarkOptions,
+    name: str,
+    entries: Sequence[dict],
+    build: Callable[[Processes], Benchmark],
+    arrange: Callable[[Path, Processes], Path] | None = None,
+) -> None:
+    """Draw, judge and report; the main process prints the table and where to look.
+
+    Args:
+        name: of the benchmark, as in its default output folder.
+        entries: the benchmark's prompts.
+        build: the benchmark with its judge on the process's device; called before anything is
+            drawn, so that wrong weights are found early.
+        arrange: given OUT and the processes, brings the images of `options.images` into the common
+            layout and returns their folder; every process calls it. They are in that layout already
+            if None.
+    """
+    device, dtype = options.check()
+    out, images = options.out or default_out(options, name), options.images
+    processes = join_processes(device)
+    # One launch holds the folder: its main process for all of them.
+    with owning(out, "output folder") if processes.is_main else nullcontext():
+        if processes.is_main:
+            remove_leftovers(out)
+        if processes.is_main and images is None:
+            claim_output(out, out / "images")
+            known = {"prompts": prompts_digest(entries), "seed": options.seed}
+            GenerationFolder(out / "images", entries).check(known)
+        benchmark = build(processes)
+        model, draw = None, None
+        if images is None:
+            model = options.load(processes.device, dtype)
+            if model.backbone.spec.cond_kind != "text":
+                raise UserError(
+                    f"{options.source} draws classes, but {benchmark.name} asks with captions"
+                )
+            draw = options.drawing(model)
+        elif arrange is not None:
+            images = arrange(out, processes)
+        results = evaluate(
+            benchmark,
+            out,
+            model=model,
+            images=images,
+            scope=options.scope,
+            draw=draw,
+            processes=processes,
+        )
+    if processes.is_main:
+        print(f"{table(results)}\n")
+        print(f"± is the bootstrap standard error over prompts\nwrote {out / 'results.json'}")
+        print(f"look at {out / 'gallery' / 'index.html'}")
+
+
+def default_out(options: BenchmarkOptions, name: str) -> Path:
+    """outputs/<benchmark>/ and the name of the model, or of the folder that holds the images."""
+    if options.images is None:
+        return Path("outputs") / name / options.name()
+    folder = options.images.resolve()
+    return Path("outputs") / name / (folder.parent if folder.name == "images" else folder).name
+
+
+def is_shapes_world(options: BenchmarkOptions) -> bool:
+    """Whether the model (also of images that are there) is made from a shipped base, of shapes."""
+    if options.images is not None:
+        generation = read_generation(options.images) or {}
+        base = generation.get("about", {}).get("backbone", {})
+    elif options.is_trained and options.source is not None:
+        base = read_config(find_checkpoint(options.source))["backbone"]
+    else:
+        base = {"weights": options.source}
+    return not {base.get("weights"), base.get("shipped_base")}.isdisjoint(shipped_bases())

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 import geneval
+from launch.lab.refinement import StageChanges, stage_changes
 from t2i.checkpoint import from_pretrained, run_checkpoints
-from t2i.evaluation.refinement import StageChanges, stage_changes
-from t2i.generation import iterate_images
-from t2i.sampling import SamplingConfig
+from t2i.generation import draw_images
+from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import TrainingData
@@ -49,7 +49,7 @@ def held_out_losses(run: TrainConfig, model: TensorAR) -> dict[str, float]:
 class Examined:
     """What one model made of the benchmark prompts."""
 
-    report: geneval.Report
+    report: geneval.Judgement
     changes: StageChanges | None
     """None where there are no drafts."""
 
@@ -63,17 +63,10 @@ def examine(
     sampling: SamplingConfig | None = None,
 ) -> Examined:
     """GenEval's verdicts, by the exact detector, on images drawn for them and not kept."""
-    drawn = list(
-        iterate_images(
-            model,
-            [entry["prompt"] for entry in metadata],
-            seed=seed,
-            samples_per_prompt=samples,
-            sampling=sampling,
-            batch_size=48,
-        )
-    )
-    report = geneval.score([image.image for image in drawn], metadata, ShapesDetector())
-    windows = torch.stack([image.windows for image in drawn])
+    prompts = [entry["prompt"] for entry in metadata]
+    options = DrawOptions(seed, sampling, batch_size=48)
+    drawn = list(draw_images(model, prompts, options, samples_per_prompt=samples))
+    report = geneval.score([one.image for one in drawn], metadata, ShapesDetector())
+    windows = torch.stack([one.windows for one in drawn])
     geometry = model.windows.shrunk(windows.shape[2])
     return Examined(report, stage_changes(windows, geometry) if geometry.stages > 1 else None)

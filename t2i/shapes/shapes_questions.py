@@ -30,7 +30,6 @@ from PIL import Image, ImageFilter
 
 from dpg_bench.questions import COLUMNS, Question, QuestionGraph, read_questions
 from geneval.detector import Detections
-from geneval.judge import JudgeOptions, judge
 from geneval.prompts import (
     NUMBER_WORDS,
     RELATIONS,
@@ -40,6 +39,7 @@ from geneval.prompts import (
     wanted,
     with_article,
 )
+from geneval.rules import RuleOptions, decide
 from t2i.errors import UserError
 from t2i.shapes.scenes import BACKGROUND, UNITS
 from t2i.shapes.shapes_detector import ShapesDetector
@@ -175,7 +175,7 @@ def graph_csv(seed: int = 0) -> str:
 
 # -- the judge -------------------------------------------------------------------------------------
 class ShapesJudge:
-    """See `dpg_bench.judges.Judge`."""
+    """See `dpg_bench.answerers.Answerer`."""
 
     name = "shapes"
 
@@ -204,7 +204,7 @@ class ShapesJudge:
         if (question.category, arguments) == ("global -", [PLAIN_BACKGROUND]):
             return has_plain_background(image, detections)
         if question.category == "other - count" and arguments[0] == ANY_SHAPE:
-            sure = np.float32(JudgeOptions().counting_threshold)
+            sure = np.float32(RuleOptions().counting_threshold)
             found = sum(int((one.scores > sure).sum()) for one in detections.values())
             return found == _count(question, arguments[1])
         entry = self._geneval_entry(question, arguments)
@@ -212,7 +212,7 @@ class ShapesJudge:
         def colors_of(shape: str, indices: Sequence[int]) -> list[str]:
             return self.detector.classify_colors(image, shape, detections[shape].take(indices))
 
-        return judge(entry, detections, colors_of).correct
+        return decide(entry, detections, colors_of).correct
 
     def _geneval_entry(self, question: Question, arguments: list[str]) -> dict:
         """The proposition as a GenEval entry: one definition of counting and of "left of"."""

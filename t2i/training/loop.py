@@ -18,7 +18,7 @@ from torch import Tensor
 from t2i.checkpoint import find_checkpoint, from_pretrained, run_checkpoints
 from t2i.errors import NotFiniteError, UserError
 from t2i.files import saving, write_json
-from t2i.generation import iterate_images
+from t2i.generation import generate
 from t2i.imaging import grid, save_png
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
@@ -161,15 +161,9 @@ class Run:
         """Draw the fixed prompts with the fixed seed, a row each, in the main process."""
         self.check_weights()
         if self.processes.is_main:
-            prompts = self.prompts
-            drawn = iterate_images(
-                self._whole_model().eval(),
-                prompts,
-                samples_per_prompt=2,
-                batch_size=2 * len(prompts),
-                progress=False,
-            )
-            images = [generated.image for generated in drawn]
+            prompts, model = self.prompts, self._whole_model().eval()
+            options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
+            images = generate(model, prompts, **options)
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
             )

@@ -10,29 +10,46 @@ so those of fewer images are marked and have to be asked for.
     network, digest = load_inception()
     results = score_images("samples.npz", "VIRTUAL_imagenet256_labeled.npz", network, digest)
 
+An .npz may bring its statistics along, as the official reference does: `mu` and `sigma` of the
+pooled features, `mu_s` and `sigma_s` of the spatial ones. Then those count, and its images only
+serve the scores that compare image by image.
+
 The Inception Score depends on the order of the images. An .npz is scored in the order of the file,
 as the evaluator does; a folder, whose paths often are in the order of the classes, is shuffled with
 a fixed seed. The results hold both.
 """
 
+import hashlib
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from t2i.errors import UserError
-from t2i.evaluation.fid.features import Measured, has_statistics, measure
-from t2i.evaluation.fid.frechet import (
+from t2i.evaluation.fid.image_sets import ImageSet, npz_arrays, open_images, read_npz_array
+from t2i.evaluation.fid.inception import (
+    POOL_WIDTH,
+    RANDOM,
+    SPATIAL_WIDTH,
+    Inception,
+    InceptionFeatures,
+    extract,
+)
+from t2i.evaluation.fid.measures import (
+    NEIGHBOUR,
     SPLIT_SIZE,
+    Statistics,
     class_probabilities,
+    compare_manifolds,
+    feature_statistics,
     frechet_distance,
     inception_score,
 )
-from t2i.evaluation.fid.image_sets import ImageSet, open_images
-from t2i.evaluation.fid.inception import Inception
-from t2i.evaluation.fid.inception_weights import RANDOM
-from t2i.evaluation.fid.manifold import NEIGHBOUR, compare_manifolds
 from t2i.evaluation.results import versions
+from t2i.files import file_sha256
+from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 
 log = logging.getLogger(__name__)
@@ -43,6 +60,111 @@ _SORTED_BELOW = (
 )
 
 
+# -- features --------------------------------------------------------------------------------------
+class Measured(NamedTuple):
+    """One side of a comparison; None for what a file of statistics alone does not give."""
+
+    pool: Statistics
+    spatial: Statistics | None
+    features: Tensor | None
+    """Pooled features float32 [N, 2048], in the order of the set."""
+    about: dict
+    """Where it came from, how many images it has, and hashes."""
+
+
+def measure(
+    path: str | Path,
+    network: Inception,
+    *,
+    batch_size: int,
+    description: str,
+    progress: bool = True,
+) -> Measured:
+    """Features and statistics of an .npz file or a folder of images, on the network's device.
+
+    Raises:
+        UserError: neither images nor statistics of this network in it; an unreadable image, which
+            is named.
+    """
+    path = Path(path)
+    device = network.fc.weight.device
+    stored = _stored_statistics(path, device) if has_statistics(path) else None
+    about = {"path": str(path), "kind": "npz" if path.is_file() else "folder", "images": 0}
+    if stored is not None and "arr_0" not in npz_arrays(path):
+        about |= {"statistics": "stored in the file", "sha256": file_sha256(path)}
+        return Measured(*stored, None, about)
+
+    images = open_images(path)
+    features, pixels_sha256 = _extract_all(images, network, batch_size, description, progress)
+    about |= {"images": images.count, "left_out": images.left_out, "pixels_sha256": pixels_sha256}
+    about["statistics"] = "computed from the images" if stored is None else "stored in the file"
+    if stored is not None:  # the pixels' hash does not cover them
+        about["sha256"] = file_sha256(path)
+    pool, spatial = stored or map(feature_statistics, features)
+    return Measured(pool, spatial, features.pool, about)
+
+
+def _extract_all(
+    images: ImageSet, network: Inception, batch_size: int, description: str, progress: bool
+) -> tuple[InceptionFeatures, str]:
+    """Features of all images, and the SHA-256 of their sizes and pixels in order."""
+    device = network.fc.weight.device
+    pool = torch.empty(images.count, POOL_WIDTH, device=device)
+    spatial = torch.empty(images.count, SPATIAL_WIDTH, device=device)
+    digest = hashlib.sha256()
+    done = 0
+    with progress_bar(
+        total=images.count, desc=description, unit=" images", disable=not progress
+    ) as bar:
+        for batch in images.batches(batch_size):
+            for image in batch:
+                digest.update(str(image.shape).encode() + image.tobytes())
+            part = slice(done, done + len(batch))
+            pool[part], spatial[part] = extract(network, batch)
+            done += len(batch)
+            bar.update(len(batch))
+    assert done == images.count, (done, images.count)
+    return InceptionFeatures(pool, spatial), digest.hexdigest()
+
+
+def has_statistics(path: str | Path) -> bool:
+    """Whether this is an .npz with statistics in it."""
+    path = Path(path)
+    return path.is_file() and "mu" in npz_arrays(path)
+
+
+def _stored_statistics(path: Path, device: torch.device) -> tuple[Statistics, Statistics | None]:
+    pool = read_statistics(path, "mu", "sigma", device)
+    if len(pool.mean) != POOL_WIDTH:
+        raise UserError(
+            f"{path}: mu has {len(pool.mean)} features, this network has {POOL_WIDTH}; they are of another network"
+        )
+    spatial = (
+        read_statistics(path, "mu_s", "sigma_s", device) if "mu_s" in npz_arrays(path) else None
+    )
+    return pool, spatial
+
+
+def read_statistics(
+    path: Path, mean: str, covariance: str, device: torch.device | str = "cpu"
+) -> Statistics:
+    """Statistics stored in an .npz under these two names.
+
+    Raises:
+        UserError: one of them is missing, or they do not belong together.
+    """
+    mean_D, covariance_DD = (
+        torch.from_numpy(read_npz_array(path, name)).to(device) for name in (mean, covariance)
+    )
+    if mean_D.dim() != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
+        raise UserError(
+            f"{path}: {mean} is {list(mean_D.shape)} and {covariance} is {list(covariance_DD.shape)}; "
+            "expected [D] and [D, D]"
+        )
+    return Statistics(mean_D.float(), covariance_DD.double())
+
+
+# -- scores ----------------------------------------------------------------------------------------
 def score_images(
     samples: str | Path,
     reference: str | Path,
@@ -69,9 +191,11 @@ def score_images(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     images = check_inputs(samples, reference, allow_fewer=allow_fewer)
-    options = {"batch_size": batch_size, "progress": progress}
-    against = measure(reference, network, description="reference", **options)
-    measured = measure(samples, network, description="samples", **options)
+    against, measured = (
+        measure(path, network, batch_size=batch_size, description=name, progress=progress)
+        for path, name in ((reference, "reference"), (samples, "samples"))
+    )
+    assert measured.features is not None, "a set of images has features"
     by_order = _inception_scores(measured.features, network.fc.weight)
     order = "file" if images.kind == "npz" else "shuffled"
     scores = {"inception_score": by_order[order]["mean"], **_compare(measured, against)}
@@ -101,9 +225,7 @@ def score_images(
 
 
 def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: bool) -> ImageSet:
-    """The samples, opened; UserError if they are too few, or if one of the two sets cannot be used.
-    Computes nothing.
-    """
+    """The samples, opened; UserError if they are too few, or one of the sets cannot be used."""
     images = open_images(samples)
     if images.count < PROTOCOL_IMAGES and not allow_fewer:
         raise UserError(
@@ -136,7 +258,7 @@ def _compare(samples: Measured, reference: Measured) -> dict[str, float | None]:
     scores["fid"] = frechet_distance(samples.pool, reference.pool)
     if samples.spatial is not None and reference.spatial is not None:
         scores["sfid"] = frechet_distance(samples.spatial, reference.spatial)
-    if reference.features is not None:
+    if reference.features is not None and samples.features is not None:
         manifold = compare_manifolds(reference.features, samples.features)
         scores |= {"precision": manifold.precision, "recall": manifold.recall}
     return scores

@@ -12,7 +12,9 @@ bias the Inception Score leaves out.
 Shape legend: B = images, H, W = pixels, C = channels.
 """
 
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +22,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from t2i.published import PublishedFile
+from t2i.rng import make_keys, uniforms
+from t2i.weights import load_strict, read_state_dict
+
 INPUT_SIZE = 299
 POOL_WIDTH = 2048
 SPATIAL_CHANNELS = 7
 SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17
+RANDOM = "random"
+_NAME = "pt_inception-2015-12-05-6726825d.pth"
+PUBLISHED = PublishedFile(
+    title="Inception network of FID (96 MB)",
+    url=f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_NAME}",
+    names=(_NAME,),
+    hashes=("6726825d",),
+    cache="fid",
+    advice="give its place as --inception-weights; "
+    f"'--inception-weights {RANDOM}' tries everything but the numbers",
+)
 
 
 class Conv(NamedTuple):
@@ -117,9 +134,10 @@ def _mixed_8(pool: str) -> list[Branch]:
 
 
 class FrozenNorm(nn.Module):
-    """Batch norm with stored statistics, without the step counter that only some copies of the
-    weights have.
-    """
+    """Batch norm with stored statistics, without the step counter that few copies have."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -140,7 +158,7 @@ class ConvNormRelu(nn.Module):
         super().__init__()
         kernel = (conv.kernel,) * 2 if isinstance(conv.kernel, int) else conv.kernel
         same_size = same_size and conv.stride == 1
-        padding = tuple(side // 2 for side in kernel) if same_size else 0
+        padding = (kernel[0] // 2, kernel[1] // 2) if same_size else (0, 0)
         self.conv = nn.Conv2d(inputs, conv.channels, kernel, conv.stride, padding, bias=False)
         self.bn = FrozenNorm(conv.channels)
 
@@ -230,25 +248,26 @@ class Inception(nn.Module):
         self.fc = nn.Linear(POOL_WIDTH, 1008)
 
     def forward(self, x_BCHW: Tensor) -> InceptionFeatures:
-        """Features of images float32 [B, 3, 299, 299] in the range 0..255, as `tf1_resize` gives
-        them.
-        """
+        """Features of images float32 [B, 3, 299, 299] in 0..255, as `tf1_resize` gives them."""
         x = (x_BCHW - 128) / 128
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self._through(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3")
         x = functional.max_pool2d(x, 3, stride=2)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = self._through(x, "Conv2d_3b_1x1", "Conv2d_4a_3x3")
         x = functional.max_pool2d(x, 3, stride=2)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        x = self._through(x, "Mixed_5b", "Mixed_5c", "Mixed_5d")
+        x = self._through(x, "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d")
         spatial = flatten_spatial(x)  # the 1x1 branch, `mixed_6/conv`, comes first
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+        x = self._through(x, "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c")
         return InceptionFeatures(x.mean(dim=(2, 3)), spatial)
+
+    def _through(self, x: Tensor, *names: str) -> Tensor:
+        for name in names:
+            x = self.get_submodule(name)(x)
+        return x
 
 
 def flatten_spatial(x_BCHW: Tensor, channels: int = SPATIAL_CHANNELS) -> Tensor:
-    """sFID's features [B, H * W * 7]: the first seven channels, with the channel innermost as
-    TensorFlow stores them.
-    """
+    """sFID's features [B, H * W * 7]: the first channels, innermost as TensorFlow stores them."""
     return x_BCHW[:, :channels].movedim(1, -1).flatten(1)
 
 
@@ -275,12 +294,49 @@ def tf1_resize(images_BHWC: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 @torch.no_grad()
 def extract(network: Inception, images: Sequence[np.ndarray]) -> InceptionFeatures:
-    """Features of uint8 images [H, W, 3] of any sizes; float32 on the network's device, TF32
-    off.
-    """
+    """Features of uint8 images [H, W, 3] of any sizes, float32, on the network's device."""
     device = network.fc.weight.device
     same = len({image.shape for image in images}) == 1
     groups = [np.stack(images)] if same else [np.stack([image]) for image in images]
     inputs = torch.cat([tf1_resize(torch.from_numpy(group).to(device)) for group in groups])
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return network(inputs)
+
+
+# -- weights ---------------------------------------------------------------------------------------
+def load_inception(
+    weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> tuple[Inception, str]:
+    """The network in eval mode, and the SHA-256 of its weight file.
+
+    Args:
+        weights: the published file, or a folder that holds it; None looks in the cache
+            (`T2I_CACHE`, or ~/.cache/t2i) and downloads it there; "random" draws fixed random
+            weights, with which every step can be tried offline, and whose scores compare with
+            nothing else. The hash then is "random".
+
+    Raises:
+        UserError: the file does not exist, is not the published one, or cannot be downloaded.
+    """
+    network = Inception()
+    if str(weights) == RANDOM:
+        _randomize(network)
+        digest = RANDOM
+    else:
+        found = PUBLISHED.find() if weights is None else PUBLISHED.given(Path(weights))
+        path, digest = found.path, found.digest
+        state = read_state_dict(path)
+        counters = ("num_batches_tracked",)
+        load_strict(network, {k: v for k, v in state.items() if not k.endswith(counters)}, path)
+    return network.eval().requires_grad_(False).to(device), digest
+
+
+def _randomize(network: Inception) -> None:
+    """He's uniform distribution for the layers; a value depends on its name and place alone."""
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            if value.dim() > 1:
+                bound = (6 / value[0].numel()) ** 0.5
+                keys = make_keys(zlib.crc32(name.encode()))
+                value.copy_((2 * uniforms(keys, *value.shape) - 1) * bound)
+        network.fc.bias.zero_()

@@ -1,8 +1,7 @@
-"""Other judges, through `transformers`: they answer "yes" or "no", whichever is likelier as the
-first token.
+"""Other answerers, through `transformers`: "yes" or "no", whichever is likelier as the first token.
 
-Their scores are not DPG-Bench's: a judge moves a score by points and can change a ranking. A number
-from here is for comparing a model with itself, and always carries the judge's name.
+Their scores are not DPG-Bench's: who answers moves a score by points and can change a ranking. A
+number from here is for comparing a model with itself, and always carries the answerer's name.
 
 Comparing two probabilities instead of reading generated text keeps "Yes." and "Yes, there is" from
 counting as no. Shapes: Q questions, L text tokens, N image tokens, D width, V vocabulary.
@@ -10,9 +9,11 @@ counting as no. Shapes: Q questions, L text tokens, N image tokens, D width, V v
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,11 +34,11 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space
 
 
-class _YesNoJudge:
+class _YesNoAnswerer(ABC):
     """What the two share: loading, the name, and the comparison of two words."""
 
     name: str
-    model_class: type
+    model_class: Any
 
     def __init__(
         self,
@@ -56,8 +57,8 @@ class _YesNoJudge:
             )
 
     @classmethod
-    def load(cls, folder: Path, source: str, device: torch.device | str) -> _YesNoJudge:
-        """The judge of a folder in the layout of `transformers`, in the precision of its files.
+    def load(cls, folder: Path, source: str, device: torch.device | str) -> _YesNoAnswerer:
+        """The answerer of a folder in the layout of `transformers`, in the precision of its files.
 
         source: what the weights are called in results; "owner/name@commit" for the hub's.
 
@@ -92,6 +93,10 @@ class _YesNoJudge:
         files = sorted(f for kind in _WEIGHT_FILES for f in self.folder.glob(kind))
         return {file.name: remembered_sha256(file) for file in files}
 
+    @abstractmethod
+    def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
+        """As every answerer's."""
+
     def _says_yes(self, logits_V: Tensor) -> bool:
         log_probs = logits_V.float().log_softmax(dim=-1)
         yes, no = (log_probs[sorted(ids)].logsumexp(dim=0) for ids in (self.yes, self.no))
@@ -109,7 +114,7 @@ def _first_tokens(tokenizer, word: str) -> set[int]:
     return ids
 
 
-class BlipJudge(_YesNoJudge):
+class BlipAnswerer(_YesNoAnswerer):
     """BLIP for visual question answering (arXiv 2201.12086); an image is encoded once."""
 
     name = "blip-vqa"
@@ -134,10 +139,8 @@ class BlipJudge(_YesNoJudge):
         return "yes" if self._says_yes(logits_V) else "no"
 
 
-class ChatJudge(_YesNoJudge):
-    """An image-text-to-text model with a chat template (Qwen-VL and its like), one question at a
-    time.
-    """
+class ChatAnswerer(_YesNoAnswerer):
+    """An image-text-to-text model with a chat template (Qwen-VL ...), one question at a time."""
 
     name = "vlm"
     model_class = AutoModelForImageTextToText
@@ -151,16 +154,17 @@ class ChatJudge(_YesNoJudge):
         return [self._answer(image.convert("RGB"), question.text) for question in questions]
 
     def _answer(self, image: Image.Image, question: str) -> str:
-        content = [
+        content: Any = [
             {"type": "image", "image": image},
             {"type": "text", "text": self.request.format(question)},
         ]
-        inputs = self.processor.apply_chat_template(
+        inputs: Any = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
+        )
+        inputs = inputs.to(self.model.device, self.model.dtype)
         logits_V = self.model(**inputs).logits[0, -1]
         return "yes" if self._says_yes(logits_V) else "no"

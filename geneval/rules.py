@@ -1,4 +1,4 @@
-"""GenEval's rules: from detections to a verdict, equal to the official judge to the letter.
+"""GenEval's rules: from detections to a verdict, equal to the official one to the letter.
 
 Reference: `evaluation/evaluate_images.py` of djghosh13/geneval at af4902f (arXiv 2310.11513).
 Easy to get wrong, and tested against golden verdicts:
@@ -20,16 +20,8 @@ from geneval.detector import Detections, Detector
 from t2i.errors import UserError
 
 COLORS = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "black",
-    "white",
+    *("red", "orange", "yellow", "green", "blue"),
+    *("purple", "pink", "brown", "black", "white"),
 )
 
 _NOTHING = Detections(np.zeros((0, 4)), np.zeros(0))
@@ -38,7 +30,7 @@ ColorsOf = Callable[[str, Sequence[int]], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
+class RuleOptions:
     """The official command line's options and their defaults.
 
     max_overlap 1.0 means no non-maximum suppression.
@@ -65,19 +57,19 @@ class Verdict:
     kept: dict[str, list[int]] = field(default_factory=dict)
 
 
-def judge(
+def decide(
     metadata: Mapping,
     detections: Mapping[str, Detections],
     colors_of: ColorsOf,
-    options: JudgeOptions | None = None,
+    options: RuleOptions | None = None,
 ) -> Verdict:
-    """Judge one image against one GenEval prompt.
+    """The verdict on one image, against one GenEval prompt.
 
     metadata: the prompt's entry (tag, include, exclude). detections: class -> `Detections`.
     colors_of(class name, indices into that class's detections) -> one colour name each; it is
     called only for objects whose colour the prompt names.
     """
-    options = options or JudgeOptions()
+    options = options or RuleOptions()
     threshold = options.counting_threshold if metadata["tag"] == "counting" else options.threshold
     kept = {name: _select(found, threshold, options) for name, found in detections.items()}
     reasons: list[str] = []
@@ -105,7 +97,7 @@ def judge(
 
 
 def judge_image(
-    image: Image.Image, metadata: Mapping, detector: Detector, options: JudgeOptions | None = None
+    image: Image.Image, metadata: Mapping, detector: Detector, options: RuleOptions | None = None
 ) -> Verdict:
     """Detect, then judge. Raises UserError for a class or colour that the detector cannot name."""
     check_vocabulary(metadata, detector)
@@ -132,17 +124,17 @@ def judge_detected(
     metadata: Mapping,
     detector: Detector,
     detections: Mapping[str, Detections],
-    options: JudgeOptions | None = None,
+    options: RuleOptions | None = None,
 ) -> Verdict:
     """Judge what the detector found in an image; it is asked again for colours only."""
 
     def colors_of(name: str, indices: Sequence[int]) -> list[str]:
         return detector.classify_colors(image, name, detections[name].take(indices))
 
-    return judge(metadata, detections, colors_of, options)
+    return decide(metadata, detections, colors_of, options)
 
 
-def _select(found: Detections, threshold: float, options: JudgeOptions) -> list[int]:
+def _select(found: Detections, threshold: float, options: RuleOptions) -> list[int]:
     """Indices that pass the threshold, most confident first, after the cap and the suppression."""
     # An ascending stable sort read backwards puts the last of equal scores first.
     order = np.argsort(found.scores, kind="stable")[::-1]

@@ -1,4 +1,4 @@
-"""mPLUG as a judge: images and questions in, answers out, with the reference's preprocessing.
+"""mPLUG as an answerer: images and questions in, answers out, with the reference's preprocessing.
 
 Reference: `preprocessors/multi_modal.py` (MPlugPreprocessor) of modelscope at 2905da1: the image is
 squashed to a square, the question is lower-cased and cut to 25 tokens, however long it is.
@@ -27,8 +27,8 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class MPlugJudge:
-    """See `dpg_bench.judges.Judge`. An image is encoded once; its questions are answered in
+class MPlugAnswerer:
+    """See `dpg_bench.answerers.Answerer`. An image is encoded once; its questions are answered in
     batches.
 
     batch: questions answered at once. The answers do not depend on it (the scores do by rounding).
@@ -51,8 +51,8 @@ class MPlugJudge:
     @classmethod
     def load(
         cls, folder: str | Path, source: str = "", device: torch.device | str = "cpu"
-    ) -> MPlugJudge:
-        """The judge of a published folder (see `dpg_bench.mplug.mplug_model`).
+    ) -> MPlugAnswerer:
+        """The answerer of a published folder (see `dpg_bench.mplug.mplug_model`).
 
         source: what the weights are called in results (default: the folder's name).
 
@@ -93,9 +93,7 @@ class MPlugJudge:
         }
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        """The answer to each question, in their order, as the model writes it ("yes", "no",
-        "2").
-        """
+        """The answer to each question, in their order, as the model writes it ("yes", "2")."""
         found = self.search(image, [question.text for question in questions])
         return [self.tokenizer.decode(best[0].ids, skip_special_tokens=True) for best in found]
 

@@ -1,10 +1,10 @@
-"""Who answers DPG-Bench's questions: one interface, chosen by name, and always named beside the
-score.
+"""Who answers DPG-Bench's questions: one interface, chosen by name (--judge), and always named
+beside the score.
 
-mplug     the official judge (mPLUG-large); the only one whose numbers belong in a table with
-others' shapes    the exact detector, for the shapes world's own questions
-blip-vqa  BLIP's VQA model, the nearest relative of mPLUG in `transformers`
-vlm       any image-text-to-text model of `transformers`, by P("yes") against P("no")
+    mplug     the official one (mPLUG-large), whose numbers alone belong in a table with others'
+    shapes    the exact detector, for the shapes world's own questions
+    blip-vqa  BLIP's VQA model, the nearest relative of mPLUG in `transformers`
+    vlm       any image-text-to-text model of `transformers`, by P("yes") against P("no")
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from t2i.worlds import open_world
 if TYPE_CHECKING:
     import torch
 
-OFFICIAL_JUDGE = "mplug"
+OFFICIAL_ANSWERER = "mplug"
 # The hub's copies; ModelScope's damo/mplug_visual-question-answering_coco_large_en is the origin of
 # the first. An empty one needs no weights.
 DEFAULT_WEIGHTS = {
-    OFFICIAL_JUDGE: "xingjianleng/mplug_visual-question-answering_coco_large_en",
+    OFFICIAL_ANSWERER: "xingjianleng/mplug_visual-question-answering_coco_large_en",
     "shapes": "",
     "blip-vqa": "Salesforce/blip-vqa-capfilt-large",
     "vlm": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
 
 
-class Judge(Protocol):
+class Answerer(Protocol):
     """Answers questions about images.
 
     One that knows certain questions only has `check(questions)` as well, which refuses others.
@@ -50,7 +50,7 @@ class Judge(Protocol):
 
 
 def answer_prompt(
-    judge: Judge, images: Sequence[Image.Image], questions: Sequence[Question]
+    answerer: Answerer, images: Sequence[Image.Image], questions: Sequence[Question]
 ) -> list[dict[str, str]]:
     """All questions of a prompt about each of its images: proposition id -> answer, an image each.
 
@@ -59,16 +59,15 @@ def answer_prompt(
     if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
         raise UserError(f"answer_prompt needs a list of PIL images, and got {images!r:.80}")
     ids = [str(question.proposition) for question in questions]
-    return [dict(zip(ids, judge.answer(image, questions), strict=True)) for image in images]
+    return [dict(zip(ids, answerer.answer(image, questions), strict=True)) for image in images]
 
 
-def load_judge(
+def load_answerer(
     name: str, weights: str | Path | None = None, device: torch.device | str = "cpu"
-) -> Judge:
-    """A judge by name.
+) -> Answerer:
+    """An answerer by name.
 
-    weights: a local folder or a hub id; None for the judge's own (see DEFAULT_WEIGHTS), which are
-        fetched on first use.
+    weights: a local folder or a hub id; None for its own, fetched on first use.
 
     Raises:
         UserError: no such judge, or its weights cannot be found, fetched or loaded.
@@ -80,17 +79,17 @@ def load_judge(
             raise UserError("the shapes judge is an exact detector and takes no weights")
         return open_world(name).open_judge()
     folder, source = find_folder(name, weights)
-    if name == OFFICIAL_JUDGE:
-        from dpg_bench.mplug.mplug_judge import MPlugJudge
+    if name == OFFICIAL_ANSWERER:
+        from dpg_bench.mplug.mplug_answerer import MPlugAnswerer
 
-        return MPlugJudge.load(folder, source, device)
-    from dpg_bench.vqa_judges import BlipJudge, ChatJudge
+        return MPlugAnswerer.load(folder, source, device)
+    from dpg_bench.vqa_answerers import BlipAnswerer, ChatAnswerer
 
-    return (BlipJudge if name == "blip-vqa" else ChatJudge).load(folder, source, device)
+    return (BlipAnswerer if name == "blip-vqa" else ChatAnswerer).load(folder, source, device)
 
 
 def find_folder(name: str, weights: str | Path | None) -> tuple[Path, str]:
-    """The local folder of a judge's weights, and what they are called in results.
+    """The local folder of an answerer's weights, and what they are called in results.
 
     Raises:
         UserError: it is no folder here, and the hub cannot give it.

@@ -1,0 +1,218 @@
+"""The resumable drawer: prompts into a generation folder, classes into a set of numbered images.
+
+Images are drawn in batches that are fixed by the request, always with the same rows in the same
+places: whatever was interrupted before, and however many processes share the work, an image comes
+out of the same matrix products. Where they go, and which are there, is a `Place`'s to say.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from t2i import __version__
+from t2i.errors import UserError
+from t2i.evaluation.options import ClassImages
+from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
+from t2i.files import saving
+from t2i.generation import Drawn, Job, conditions, draw_images
+from t2i.processes import ALONE, Processes
+from t2i.progress import progress_bar
+from t2i.rng import integers, make_keys
+from t2i.sampling import DrawOptions
+from t2i.tensorar.model import TensorAR
+from t2i.weights import state_dict_sha256
+
+Batch = Sequence[Job]
+_MUST_MATCH = {"prompts", "seed", "sampling", "dtype", "weights"}
+_CODES = 1
+"""In place of a sample index: an image's class is drawn from the key without it."""
+
+
+def fill(
+    place: Place,
+    batches: Sequence[Batch],
+    draw: Callable[[Batch], Iterable[Drawn]],
+    *,
+    progress: bool = True,
+) -> None:
+    """Draw what a claimed place lacks; every process calls it and does every n-th batch.
+
+    Args:
+        batches: of jobs; one that occurs twice in a batch fills it up, and is written once.
+        draw: all images of a batch.
+    """
+    processes = place.processes
+    share = batches[processes.rank :: processes.world_size]
+    mine = [(batch, place.missing(batch)) for batch in share]
+    total = sum(len(missing) for _, missing in mine)
+    shown = progress and processes.is_main and total
+    desc = "drawing" + processes.share
+    with progress_bar(total=total, unit=" images", desc=desc, disable=not shown) as bar:
+        for batch, missing in mine:
+            if missing:
+                images = {drawn.job: drawn for drawn in draw(batch) if drawn.job in missing}
+                with saving(place.out):
+                    place.write(list(images.values()))
+                bar.update(len(images))
+    place.finish()
+
+
+def _batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    return [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+def draw_prompts(
+    model: TensorAR,
+    entries: Sequence[dict],
+    jobs: Sequence[Job],
+    folder: Path,
+    options: DrawOptions,
+    processes: Processes = ALONE,
+    *,
+    show_steps: bool = False,
+) -> None:
+    """Draw what a generation folder lacks of these images; every process calls it.
+
+    Args:
+        entries: all prompts, whichever are drawn; the index in it is the prompt's number.
+        show_steps: let the progress bar count the steps of each batch, instead of all images.
+
+    Raises:
+        UserError: the folder holds images of other prompts, settings or weights.
+    """
+    prompts = conditions(model.backbone, [entry["prompt"] for entry in entries])
+    place = GenerationFolder(folder, entries, processes, stages=count_stages(model, options))
+    settings = generation_settings(model, entries, options)
+    place.claim(settings, options.about, compared=_MUST_MATCH)
+    place.write_prompts(sorted({prompt for prompt, _ in jobs}))
+    batches = _batches(jobs, options.batch_size)
+    for batch in batches:  # the last one is filled up: all come out of the same matrix shapes
+        batch += [batch[-1]] * (options.batch_size - len(batch))
+
+    def draw(batch: Batch) -> Iterable[Drawn]:
+        return draw_images(model, prompts, options, jobs=batch, progress=show_steps)
+
+    fill(place, batches, draw, progress=not show_steps)
+
+
+def count_stages(model: TensorAR, options: DrawOptions) -> int:
+    """Refinement stages that are kept of an image; 0 if none are asked for."""
+    geometry = model.windows.shrunk((options.sampling or model.sampling).window)
+    return geometry.stages if options.stages else 0
+
+
+def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> dict:
+    """All that decides what the images of prompts are, as JSON would give it back."""
+    settings = image_settings(model, options) | {"kit_version": __version__}
+    return {"prompts": prompts_digest(entries), **settings}
+
+
+def request_hash(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> str:
+    """A short name for all that must match in a folder of images."""
+    settings = generation_settings(model, entries, options)
+    text = json.dumps({key: settings[key] for key in sorted(_MUST_MATCH)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def prompts_digest(entries: Sequence[dict]) -> dict:
+    """Number of the prompts, and SHA-256 of all their metadata."""
+    text = json.dumps(list(entries), sort_keys=True)
+    return {"count": len(entries), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def image_settings(model: TensorAR, options: DrawOptions) -> dict:
+    """What any image depends on besides its condition and its key."""
+    return {
+        "seed": options.seed,
+        "sampling": asdict(options.sampling or model.sampling),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "weights": weights_hashes(model),
+        "batch_size": options.batch_size,
+    }
+
+
+def weights_hashes(model: TensorAR) -> dict[str, str]:
+    """SHA-256 of the weights in memory: of the model, and of the frozen parts of its images."""
+    frozen = model.backbone.frozen
+    hashes = {"model": state_dict_sha256(model.state_dict())}
+    if isinstance(frozen.tokenizer, nn.Module):
+        hashes["tokenizer"] = state_dict_sha256(frozen.tokenizer.state_dict())
+    if frozen.text_encoder is not None:
+        hashes["text_encoder"] = frozen.text_encoder.weights_hash()
+    return hashes
+
+
+# -- classes ---------------------------------------------------------------------------------------
+def draw_classes(
+    model: TensorAR,
+    out: Path,
+    images: ClassImages,
+    options: DrawOptions,
+    processes: Processes = ALONE,
+    *,
+    progress: bool = True,
+) -> Path:
+    """Draw the images that `out` (.npz or a folder) lacks; every process calls it.
+
+    An image depends on its number, the seed and the settings; its class and its codes come from
+    different random streams. Returns `out` when it is complete.
+
+    Raises:
+        UserError: not a class-conditional model, or `out` holds images of other settings.
+        TimeoutError: another process stopped.
+    """
+    spec, side = model.backbone.spec, images.image_size
+    if spec.cond_kind != "class":
+        raise UserError(
+            f"this {spec.family} model draws captions, not classes: launch/generate.py draws them"
+        )
+    size = model.backbone.image_size if side is None else (side, side)
+    options = replace(options, size=size)
+    settings = {
+        "family": spec.family,
+        "classes": spec.num_classes,
+        "labels": images.labels,
+        "count": images.count,
+        "size": list(size),
+        **image_settings(model, options),
+    }
+    place = numbered_place(out, images.count, processes)
+    place.claim(settings, options.about)
+    balanced = images.labels == "balanced"
+    labels = sample_labels(images.count, spec.num_classes, balanced=balanced, seed=options.seed)
+    classes = labels.tolist()
+
+    def draw(batch: Batch) -> Iterable[Drawn]:
+        return draw_images(model, classes, options, jobs=batch, progress=False)
+
+    fill(place, numbered_batches(images.count, options.batch_size), draw, progress=progress)
+    return out
+
+
+def numbered_place(out: Path, count: int, processes: Processes = ALONE) -> Place:
+    """The place that a name stands for: an .npz, or else a folder of PNGs."""
+    return (ImageArray if out.suffix == ".npz" else NumberedImages)(out, count, processes)
+
+
+def numbered_batches(count: int, size: int) -> list[list[Job]]:
+    """The batches of images that have a number; the last one may be shorter."""
+    return _batches([(number, _CODES) for number in range(count)], size)
+
+
+def sample_labels(count: int, num_classes: int, *, balanced: bool, seed: int) -> Tensor:
+    """The class of every image, int64 [count]; it depends on its number and these arguments alone.
+
+    Balanced classes have counts that differ by one at most. They come in random order, not sorted:
+    the Inception Score of sorted images is wrong.
+    """
+    keys = make_keys(seed, torch.arange(count))
+    if not balanced:
+        return integers(keys, num_classes, 1)[:, 0]
+    order = integers(keys, 1 << 62, 1)[:, 0].argsort(stable=True)
+    return (torch.arange(count) % num_classes)[order]

@@ -1,0 +1,269 @@
+"""GenEval's folder layout, which every evaluator here reads and writes.
+
+    OUT/00000/metadata.jsonl         the prompt's line
+    OUT/00000/samples/00000.png      sample 0 of prompt 0
+    OUT/00000/stages/00000_1.png     its refinement stages, if asked for
+    OUT/grid.png                     all samples, one row per prompt (launch/generate.py)
+    OUT/generation.json              how the images were drawn (t2i.evaluation.places)
+
+Nothing that an evaluator would read goes unnoticed (`Inventory`).
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from t2i.errors import UserError
+from t2i.files import read_json, reading, saving, write_text
+from t2i.imaging import grid, save_png
+from t2i.models.captions import check_captions
+
+GENERATION_FILE = "generation.json"
+_MAX_GRID_IMAGES = 64
+_KNOWN = {"grid.png", "stages.png", "stages", "samples", "metadata.jsonl", GENERATION_FILE}
+_SHOWN = 6
+
+
+def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
+    """Entries with at least a "prompt", from the command line and from a text or .jsonl file.
+
+    Raises:
+        UserError: no prompt at all, an unreadable file, or a bad line or prompt, which is named.
+    """
+    check_captions(prompts, "--prompt")
+    entries = [{"prompt": p} for p in prompts]
+    if path is not None:
+        with reading(f"prompt file {path}"):
+            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        parse = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
+        entries += [
+            parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()
+        ]
+    if not entries or any(not e["prompt"].strip() for e in entries):
+        raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE, none of them empty")
+    return entries
+
+
+def _parse_text_line(line: bytes, where: str) -> dict:
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text: {error}") from error
+    if any(ord(c) < 32 and c != "\t" for c in text):
+        raise UserError(f"{where} is not text: it has control characters ({text[:80]!r})")
+    return {"prompt": text}
+
+
+def _parse_json_line(line: bytes, where: str) -> dict:
+    try:
+        entry = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f'{where} has no text under "prompt"')
+    check_captions([prompt], where)
+    return entry
+
+
+def prompt_folder(index: int) -> str:
+    """Folder name of a prompt."""
+    return f"{index:05d}"
+
+
+def sample_file(prompt_index: int, sample_index: int) -> str:
+    """An image's file within a generation folder, which is also its name in results."""
+    return f"{prompt_folder(prompt_index)}/samples/{sample_index:05d}.png"
+
+
+def stage_file(prompt_index: int, sample_index: int, stage: int) -> str:
+    """The file of an image's refinement stage, from 1."""
+    return f"{prompt_folder(prompt_index)}/stages/{sample_index:05d}_{stage}.png"
+
+
+def write_prompt(out: Path, index: int, entry: dict) -> None:
+    """Write a prompt's metadata line."""
+    folder = out / prompt_folder(index)
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "metadata.jsonl", json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def load_image(path: Path) -> Image.Image:
+    """An image as judges see it: upright, RGB.
+
+    Raises:
+        UserError: the file is not a whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for damage
+        raise UserError(f"{path} is not a readable image ({error})") from error
+
+
+def read_generation(folder: Path) -> dict | None:
+    """How a folder's images were drawn; None where something else has written them."""
+    path = folder / GENERATION_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
+    """UserError if the folder holds images of other prompts, which a judge would count."""
+    for folder in sorted(out.glob("[0-9]" * 5)):
+        index, path = int(folder.name), folder / "metadata.jsonl"
+        if not path.is_file():
+            continue
+        known, wanted = read_json(path), entries[index] if index < len(entries) else None
+        if known != wanted:
+            was, now = (e.get("prompt") if isinstance(e, dict) else e for e in (known, wanted))
+            raise UserError(
+                f"{out} holds images of other prompts ({folder.name}: {was!r} there, {now!r} now); "
+                "give another --out, or delete it"
+            )
+
+
+def write_sheets(
+    out: Path, entries: Sequence[dict], *, samples_per_prompt: int, stages: int = 0
+) -> list[Path]:
+    """Sheets of the images in a folder: grid.png, a row for each prompt, and stages.png, a row for
+    each first sample.
+
+    Args:
+        stages: refinement stages of an image; 0 draws no second sheet.
+    """
+    jobs = [(p, s) for p in range(len(entries)) for s in range(samples_per_prompt)]
+    jobs = jobs[:_MAX_GRID_IMAGES]
+    prompts = [str(entry["prompt"]) for entry in entries]
+    images = [load_image(out / sample_file(*job)) for job in jobs]
+    labels = [prompts[p] if s == 0 else "" for p, s in jobs]
+    sheet = grid(images, columns=samples_per_prompt, labels=labels)
+    written = [save_png(sheet, out / "grid.png")]
+    if stages:
+        rows, numbers = prompts[:_MAX_GRID_IMAGES], range(1, stages + 1)
+        images = [load_image(out / stage_file(p, 0, r)) for p in range(len(rows)) for r in numbers]
+        labels = [f"{text} (draft 1)" if r == 1 else f"{r}" for text in rows for r in numbers]
+        written.append(save_png(grid(images, columns=stages, labels=labels), out / "stages.png"))
+    return written
+
+
+# -- what is there against what should be ----------------------------------------------------------
+@dataclass
+class Inventory:
+    """The images of a generation folder, and what is wrong with it.
+
+    No image ever counts as a wrong one because it is not there.
+    """
+
+    folder: Path
+    expected: int
+    """Images that there should be."""
+    found: dict[int, dict[int, Path]] = field(default_factory=dict)
+    """Prompt index -> sample index -> file."""
+    missing: list[str] = field(default_factory=list)
+    """Expected images without a file."""
+    problems: list[str] = field(default_factory=list)
+    """What would be judged as something that it is not (an extra sample, a folder for no prompt,
+    another prompt's metadata); always refused.
+    """
+    unread: list[str] = field(default_factory=list)
+    """Names that no evaluator of this layout reads; they are left alone."""
+
+    def check(self, *, allow_missing: bool) -> None:
+        """UserError names what forbids judging."""
+        if self.problems:
+            raise UserError(f"{self.folder} cannot be judged: {shorten(self.problems, '; ')}")
+        if not any(self.found.values()):
+            raise UserError(
+                f"{self.folder} holds none of the {self.expected} expected images "
+                f"({self.missing[0]} ...){self._unread_note()}"
+            )
+        if self.missing and not allow_missing:
+            raise UserError(
+                f"{self.folder}: {len(self.missing)} of {self.expected} images are missing: "
+                f"{shorten(self.missing)}{self._unread_note()}; "
+                "add them, or judge the rest as INCOMPLETE with --allow-incomplete"
+            )
+
+    def numbered(
+        self, folder: Path, pattern: str, is_kind: Callable[[Path], bool]
+    ) -> dict[int, Path]:
+        """Children by number; other names go to `unread`, repetitions to `problems`."""
+        children: dict[int, Path] = {}
+        for child in sorted(folder.iterdir()) if folder.is_dir() else ():
+            match = re.fullmatch(pattern, child.name)
+            if match and is_kind(child):
+                first = children.setdefault(int(match[1]), child)
+                if first is not child:
+                    self.problems.append(
+                        f"{first.relative_to(self.folder)} and {child.name} are the same number"
+                    )
+            elif (
+                child.name not in _KNOWN
+                and not child.name.startswith(".")
+                and child.suffix != ".tmp"
+            ):
+                self.unread.append(str(child.relative_to(self.folder)))
+        return children
+
+    def _unread_note(self) -> str:
+        return f"; names that are not read: {shorten(self.unread)}" if self.unread else ""
+
+
+def shorten(names: Sequence[str], separator: str = ", ") -> str:
+    """The first few names, and how many more there are."""
+    more = f"{separator}and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return separator.join(names[:_SHOWN]) + more
+
+
+def take_inventory(
+    folder: Path, entries: Sequence[dict], selected: Sequence[int], samples: int
+) -> Inventory:
+    """Look at names and metadata (images are opened when they are judged).
+
+    Args:
+        entries: all prompts of the benchmark; folders of prompts that are not `selected` are
+            allowed.
+        samples: images per prompt.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"image folder {folder} does not exist (or is a file)")
+    inventory = Inventory(folder, len(selected) * samples)
+    folders = inventory.numbered(folder, r"(\d+)", Path.is_dir)
+    for index in sorted(folders):
+        if index >= len(entries):
+            name = folders[index].name
+            inventory.problems.append(f"folder {name} belongs to none of {len(entries)} prompts")
+        elif problem := _metadata_problem(folders[index], entries[index]):
+            inventory.problems.append(problem)
+    for index in selected:
+        images = {}
+        if index in folders:
+            inventory.numbered(folders[index], r"(?!)", Path.is_file)  # names what is not read
+            images = inventory.numbered(folders[index] / "samples", r"(\d+)\.png", Path.is_file)
+        for sample in sorted(set(images) - set(range(samples))):
+            path = images.pop(sample).relative_to(folder)
+            inventory.problems.append(f"{path} is more than the {samples} samples of a prompt")
+        inventory.missing += [sample_file(index, s) for s in range(samples) if s not in images]
+        inventory.found[index] = dict(sorted(images.items()))
+    return inventory
+
+
+def _metadata_problem(folder: Path, entry: dict) -> str | None:
+    path = folder / "metadata.jsonl"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return f"{folder.name}/metadata.jsonl cannot be read ({error})"
+    if known != entry:
+        prompt = known.get("prompt") if isinstance(known, dict) else known
+        return f"{folder.name} holds images of {prompt!r} instead of {entry['prompt']!r}"
+    return None

@@ -1,0 +1,280 @@
+"""Places for drawn images: what they hold already, and what their images depend on.
+
+    OUT/00000/samples/00000.png   a generation folder (t2i.evaluation.generation_folder)
+    OUT/000000.png                a folder of numbered PNGs
+    OUT.npz                       one array `arr_0` uint8 [N, H, W, 3], as ADM's evaluator reads it
+
+What images depend on is written beside them before the first one (generation.json, settings.json,
+OUT.npz.json), and compared before another is added: all are of one model, one seed and one way to
+draw, or the place is refused by name. An image is there whole or not at all (for an .npz: a batch,
+in OUT.npz.part.npy), so a run that was killed goes on with what is missing, and any number of
+processes give the same files.
+"""
+
+import logging
+import re
+import shutil
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t2i.data.array_file import ArrayFile, remove_markers
+from t2i.data.cache import wait_for
+from t2i.errors import UserError
+from t2i.evaluation.generation_folder import (
+    GENERATION_FILE,
+    load_image,
+    refuse_other_images,
+    sample_file,
+    stage_file,
+    write_prompt,
+)
+from t2i.files import read_json, replacing, writable_file, writable_folder, write_json
+from t2i.generation import Drawn, Job
+from t2i.imaging import save_png
+from t2i.processes import ALONE, Processes
+
+log = logging.getLogger(__name__)
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class Place(ABC):
+    """Where images are drawn to."""
+
+    def __init__(self, out: Path, record: Path, processes: Processes):
+        """record: the file that says what the images depend on."""
+        self.out, self.record, self.processes = out, record, processes
+
+    def check(self, known: dict) -> None:
+        """UserError for what `claim` would refuse and can be told before the model is loaded.
+
+        Args:
+            known: some of the settings, those that are known by then.
+        """
+        writable_folder(self.record.parent, make=False)
+        if self.record.is_file():
+            refuse_others(read_json(self.record), known, images=self.out, compared=set(known))
+
+    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> None:
+        """Record the settings of new images, or compare them with those of the images that are
+        there; every process calls it.
+
+        Args:
+            about: facts that are recorded, but not compared.
+            compared: the keys of the settings that images depend on; all of them if None.
+
+        Raises:
+            UserError: the place holds images of other settings, or of unknown ones, or it cannot
+                be written.
+            TimeoutError: the main process stopped.
+        """
+        settings, compared = settings | {"about": about}, compared or set(settings)
+        if self.processes.is_main:
+            self.check({})
+            if not self.record.is_file():
+                self._begin(settings)
+        wait_for([self.record], self.processes.patience)
+        refuse_others(read_json(self.record), settings, images=self.out, compared=compared)
+
+    def _begin(self, settings: dict) -> None:
+        if self.is_occupied():
+            raise UserError(
+                f"{self.out} holds files without {self.record.name}, so nobody can say how they "
+                "were drawn; give another --out"
+            )
+        writable_folder(self.record.parent)
+        write_json(self.record, settings)
+
+    @abstractmethod
+    def is_occupied(self) -> bool:
+        """Whether images, or anything else, are in the place."""
+
+    @abstractmethod
+    def missing(self, batch: Sequence[Job]) -> set[Job]:
+        """Which images of a batch are not there; after `claim`."""
+
+    @abstractmethod
+    def write(self, images: Sequence[Drawn]) -> None:
+        """Add the images of a batch that were missing."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until all processes have added theirs; every process calls it."""
+
+
+class GenerationFolder(Place):
+    """GenEval's layout: prompt by prompt, with the prompts' metadata and refinement stages."""
+
+    def __init__(
+        self, out: Path, entries: Sequence[dict], processes: Processes = ALONE, *, stages: int = 0
+    ):
+        """entries: all prompts. stages: refinement stages to keep of an image."""
+        super().__init__(out, out / GENERATION_FILE, processes)
+        self.entries, self.stages = entries, stages
+
+    def check(self, known: dict) -> None:
+        refuse_other_images(self.out, self.entries)
+        super().check(known)
+
+    def is_occupied(self) -> bool:
+        return any(self.out.glob("[0-9]*/samples/*"))
+
+    def missing(self, batch: Sequence[Job]) -> set[Job]:
+        return {job for job in batch if not self._has(job)}
+
+    def _has(self, job: Job) -> bool:
+        """Whether there is a readable file of an image, and as many stages as are asked for."""
+        path = self.out / sample_file(*job)
+        stages = [self.out / stage_file(*job, self.stages)] if self.stages else []
+        if not all(file.is_file() for file in (path, *stages)):
+            return False
+        try:
+            load_image(path)
+        except UserError as error:
+            log.error("%s; drawing it again", error)
+            return False
+        return True
+
+    def write_prompts(self, indices: Sequence[int]) -> None:
+        """Write the metadata of these prompts; the main process does."""
+        if self.processes.is_main:
+            for index in indices:
+                write_prompt(self.out, index, self.entries[index])
+
+    def write(self, images: Sequence[Drawn]) -> None:
+        for drawn in images:
+            for r, stage in enumerate(drawn.stages):
+                save_png(stage, self.out / stage_file(*drawn.job, r + 1))
+            save_png(drawn.image, self.out / sample_file(*drawn.job))
+
+    def finish(self) -> None:
+        # Not by waiting for files: one that is damaged is there before it is drawn again.
+        self.processes.barrier()
+
+
+class NumberedImages(Place):
+    """So many images by number: PNGs in a folder."""
+
+    def __init__(self, out: Path, count: int, processes: Processes = ALONE):
+        super().__init__(out, out / "settings.json", processes)
+        self.count = count
+
+    def is_occupied(self) -> bool:
+        return any(self.out.glob("[!.]*"))
+
+    def _file(self, number: int) -> Path:
+        return self.out / f"{number:06d}.png"
+
+    def missing(self, batch: Sequence[Job]) -> set[Job]:
+        return {job for job in batch if not self._file(job[0]).exists()}
+
+    def write(self, images: Sequence[Drawn]) -> None:
+        for drawn in images:
+            save_png(drawn.image, self._file(drawn.prompt_index))
+
+    def finish(self) -> None:
+        wait_for([self._file(i) for i in range(self.count)], self.processes.patience)
+
+
+class ImageArray(Place):
+    """So many images by number: one array in an .npz, a batch of them at a time."""
+
+    def __init__(self, out: Path, count: int, processes: Processes = ALONE):
+        super().__init__(out, out.with_name(out.name + ".json"), processes)
+        self.count, self._part = count, out.with_name(out.name + ".part.npy")
+        self._array: ArrayFile | None = None
+        self._missing: list[range] = []
+
+    def check(self, known: dict) -> None:
+        writable_file(self.out)
+        super().check(known)
+
+    def is_occupied(self) -> bool:
+        return self.out.exists()
+
+    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> None:
+        """As of any place; the settings name the images' "size" and the "batch_size"."""
+        super().claim(settings, about, compared=compared)
+        if not self.out.exists():
+            shape, rows = (self.count, *settings["size"], 3), settings["batch_size"]
+            self._array = ArrayFile(self._part, shape, np.uint8, rows, self.out, self.processes)
+            self._missing = self._array.missing()
+
+    def missing(self, batch: Sequence[Job]) -> set[Job]:
+        return set(batch) if _numbers(batch) in self._missing else set()
+
+    def write(self, images: Sequence[Drawn]) -> None:
+        assert self._array is not None, "claim comes first"
+        pixels = np.stack([np.asarray(drawn.image) for drawn in images])
+        self._array.write(_numbers([drawn.job for drawn in images]), pixels)
+
+    def finish(self) -> None:
+        if self._array is not None:
+            if self.processes.is_main:
+                self._array.wait_for_chunks()
+                _pack(self._part, self.out)
+            self._array.wait_for_sign()
+        if self.processes.is_main:
+            remove_markers(self._part)
+            self._part.unlink(missing_ok=True)
+
+
+def _numbers(batch: Sequence[Job]) -> range:
+    return range(batch[0][0], batch[-1][0] + 1)
+
+
+def _pack(array: Path, out: Path) -> None:
+    """An uncompressed .npz of one array; its bytes depend on the array alone."""
+    for left in out.parent.glob(f"{out.name}.*.tmp"):  # gigabytes, if this was killed before
+        left.unlink()
+    with replacing(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        member = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
+        with open(array, "rb") as source, archive.open(member, "w", force_zip64=True) as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+
+
+# -- what images depend on -------------------------------------------------------------------------
+def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]) -> None:
+    """UserError names what differs between recorded settings and those of now.
+
+    Args:
+        images: the folder or file of the images.
+        compared: the keys that are looked at.
+    """
+    known = before if isinstance(before, dict) else {}
+    there, here = (dict(_flat({k: d.get(k) for k in compared})) for d in (known, now))
+    changes = [
+        f"{key} {_shown(there.get(key))} there, {_shown(here.get(key))} now"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if any(change.startswith("weights.") for change in changes):
+        changes.insert(0, f"{_who(known)} there, {_who(now)} now")
+    if changes:
+        raise UserError(
+            f"{images} holds images drawn otherwise ({'; '.join(changes)}); "
+            "give another --out, or delete it"
+        )
+
+
+def _who(settings: dict) -> str:
+    """The model, as its program recorded it."""
+    about = settings.get("about", {})
+    return about.get("checkpoint") or about.get("backbone", {}).get("weights") or "another model"
+
+
+def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted names and values of nested settings, as JSON would give them back."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: object) -> str:
+    return value[:8] if isinstance(value, str) and _HASH.fullmatch(value) else repr(value)
