@@ -169,12 +169,12 @@ def untrained(cfg: Pretrain, images: Path) -> "Backbone":
     """A generator with fresh weights behind a tokenizer that has learned the images."""
     import torch
 
-    from t2i.data.images import load_pixels
+    from t2i.data.images import ImageRules
     from t2i.data.sources.classes import open_imagenet
     from t2i.shapes.tiny_classes import build_backbone, build_tokenizer, train_tokenizer
 
-    files = open_imagenet(images).files
-    pixels = torch.stack([load_pixels(path, cfg.image_size) for path in files])
+    paths = open_imagenet(images).paths
+    pixels = torch.cat([ImageRules(cfg.image_size).load(path) for path in paths])
     tokenizer = build_tokenizer(cfg.backbone, seed=cfg.seed)
     train_tokenizer(
         tokenizer, pixels, steps=cfg.tokenizer_steps, lr=cfg.tokenizer_lr, seed=cfg.seed

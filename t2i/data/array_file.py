@@ -1,10 +1,10 @@
-"""One large array on disk, filled chunk by chunk by any number of processes, each of which may be
-killed at any moment.
+"""One large array on disk, filled chunk by chunk by processes that may be killed at any moment.
 
-    codes.npy                                   the whole array from the start, zeros where nothing
-    was written yet codes.npy.chunks/00000000-00000256.json     a marker for every chunk that is
-    complete, with what is to be said of it (another file)                              the sign
-    that all is done; then the markers are removed
+    images.npy                               the whole array from the start, zeros where nothing was
+                                             written yet
+    images.npy.chunks/00000000-00000256.json a marker for every chunk that is complete, with what is
+                                             to be said of it
+    (another file)                           the sign that all is done; then the markers are removed
 
 A chunk's rows are written and forced to disk before its marker appears. So what has a marker is
 never done again, and what has none is done again from its first row, which gives the same bytes.
@@ -14,18 +14,14 @@ Which process does which chunk follows from their numbers alone.
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from t2i.data.cache import wait_for
 from t2i.errors import UserError
 from t2i.files import replacing, saving, writable_folder
-from t2i.processes import Processes
-
-_POLL_SECONDS = 0.2
+from t2i.processes import Processes, wait_for, wait_until
 
 
 class ArrayFile:
@@ -104,47 +100,43 @@ class ArrayFile:
             temporary.write_text(json.dumps(note), encoding="utf-8")
 
     def wait_for_chunks(self) -> list:
-        """Wait until every chunk of every process is complete; their notes in the order of the
-        rows.
+        """The notes of all chunks, in the order of the rows, once every process is done.
 
         Raises:
             TimeoutError: another process stopped.
         """
-        markers = [self._marker(rows) for rows in self.all_chunks()]
-        wait_for(markers, self._processes.patience)
-        return [json.loads(marker.read_text(encoding="utf-8")) for marker in markers]
+        wait_for(self._markers(), self._processes.patience)
+        return [json.loads(marker.read_text(encoding="utf-8")) for marker in self._markers()]
 
     def wait_for_sign(self) -> None:
-        """Wait until the main process says that all is done, as long as chunks become complete
-        meanwhile.
+        """Wait until the main process says that all is done.
 
         Raises:
-            TimeoutError: neither happened for as long as patience lasts.
+            TimeoutError: it does not, and no chunk became complete for as long as patience lasts.
         """
         self._wait(self._sign)
 
     def _wait(self, path: Path) -> None:
         """Wait for this file or the sign."""
-        complete, deadline = -1, 0.0
-        while not (path.exists() or self._sign.exists()):
-            markers = len(list(_markers(self.path).glob("*.json")))
-            if markers > complete:
-                complete, deadline = markers, time.monotonic() + self._processes.patience
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"waited {self._processes.patience:g} s for {path} without progress: another process has stopped. "
-                    "Start again to go on"
-                )
-            time.sleep(_POLL_SECONDS)
+
+        def missing() -> list[Path]:
+            if path.exists() or self._sign.exists():
+                return []
+            return [path, *(marker for marker in self._markers() if not marker.exists())]
+
+        wait_until(missing, self._processes.patience)
+
+    def _markers(self) -> list[Path]:
+        return [self._marker(rows) for rows in self.all_chunks()]
 
     def _marker(self, rows: range) -> Path:
-        return _markers(self.path) / f"{rows.start:08d}-{rows.stop:08d}.json"
+        return _marker_folder(self.path) / f"{rows.start:08d}-{rows.stop:08d}.json"
 
 
 def remove_markers(path: Path) -> None:
     """Remove the markers of an array file, if it has any, when its sign is there."""
-    shutil.rmtree(_markers(path), ignore_errors=True)
+    shutil.rmtree(_marker_folder(path), ignore_errors=True)
 
 
-def _markers(path: Path) -> Path:
+def _marker_folder(path: Path) -> Path:
     return path.with_name(path.name + ".chunks")

@@ -1,5 +1,4 @@
-"""What a data set contains, as hashes of its files: the same for a copy elsewhere, another for any
-edit.
+"""What a data set contains, as hashes: the same for a copy elsewhere, another for any edit.
 
 Hashing reads every byte once. What was found is kept in an index beside the caches, with the size
 and the times of each file, so that the next run only asks the file system. The change time is part
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from t2i.errors import UserError
 from t2i.files import file_sha256, write_text
-from t2i.processes import ALONE, Processes
+from t2i.processes import ALONE, Processes, wait_until
 from t2i.progress import progress_bar
 
 Contents = list[tuple[str, str]]
@@ -29,7 +28,6 @@ ABSENT = "absent"
 _WORTH_AN_INDEX = 64 << 20  # bytes: less is hashed in a moment
 _RACY_NS = 2 * 10**9  # a file that changed so shortly before it was hashed may change again unseen
 _SAVE_SECONDS = 60
-_POLL_SECONDS = 0.5
 _THREADS, _AT_ONCE = 8, 256
 _DIGITS = 16
 _NAMED = 3
@@ -64,6 +62,12 @@ def contents_key(contents: Contents) -> str:
     for name, content in contents:
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def content_key(parts: dict) -> str:
+    """A name for what JSON-able parts say: 20 hexadecimal digits of the SHA-256 of their JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def describe_changes(before: Iterable[Sequence[str]], after: Contents) -> str:
@@ -177,19 +181,14 @@ def _wait_for_index(
     place: Path, statuses: dict[Path, list[int] | None], patience: float
 ) -> dict[Path, str]:
     """The hashes that the main process found."""
-    needed = {path: status for path, status in statuses.items() if status is not None}
-    missing, deadline = len(needed) + 1, 0.0
-    while True:
+    found: dict[Path, list | None] = {
+        path: None for path, status in statuses.items() if status is not None
+    }
+
+    def missing() -> list[Path]:
         index = _read_index(place)
-        found = {path: _known(index, path, status) for path, status in needed.items()}
-        still = sum(entry is None for entry in found.values())
-        if not still:
-            return {path: entry[4] for path, entry in found.items()}
-        if still < missing:
-            missing, deadline = still, time.monotonic() + patience
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"waited {patience:g} s for the hashes of {still} files in {place}: the process that reads "
-                "them has stopped. Start again to go on"
-            )
-        time.sleep(_POLL_SECONDS)
+        found.update({path: _known(index, path, statuses[path]) for path in found})
+        return [path for path, entry in found.items() if entry is None]
+
+    wait_until(missing, patience)
+    return {path: entry[4] for path, entry in found.items() if entry is not None}

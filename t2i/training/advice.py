@@ -5,7 +5,7 @@ pre-flight, and nothing else.
 from collections import Counter
 from collections.abc import Iterator
 
-from t2i.data.data_report import Report
+from t2i.data.data_report import DataReport
 from t2i.training.config import TrainConfig
 from t2i.training.plan import Plan
 
@@ -102,7 +102,7 @@ def peak_rates(config: TrainConfig, plan: Plan) -> dict[str, tuple[float, int]]:
     return {part: (rates[part](step), step) for part, step in best.items()}
 
 
-def about_captions(survey: Report, size: int) -> Iterator[str]:
+def about_captions(survey: DataReport, size: int) -> Iterator[str]:
     """On the samples that were looked at, and on files that belong to no sample."""
     around = Counter(line["reason"] for line in survey.skipped if line["index"] is None)
     for reason, keys in survey.keys.items():

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from t2i.data.cache import check_cache_dir
-from t2i.data.data_report import survey_source
+from t2i.data.data_report import DataReport, survey_source
+from t2i.data.encoding import check_cache_dir
+from t2i.data.images import ImageRules, Views
 from t2i.data.samples import Source
 from t2i.data.sources.pretokenized import LlamaGenCodes
-from t2i.data.views import Views
 from t2i.errors import UserError
 from t2i.generation import conditions
 from t2i.models.base import Backbone
@@ -108,9 +108,8 @@ def _captioned(
 ) -> tuple[int | None, list[str], list[str]]:
     """Number of samples, if it is known, the lines on them, and the warnings."""
     size = image_size(backbone)
-    survey, usable = survey_source(
-        source, caption_notes=backbone.caption_notes, size=size, small=options.small_images
-    )
+    rules = ImageRules(size, small=options.small_images)
+    survey, usable = survey_source(source, rules, caption_notes=backbone.caption_notes)
     if not usable:
         raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
     total = count_samples(source, options)
@@ -133,10 +132,10 @@ def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int | None,
         return len(opened), ["data", line]
     views = Views(options.views, options.crop_ranges)
     per_image = views.count * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
-    gigabytes = len(opened.files) * per_image / 1e9
-    return len(opened.files), [
+    gigabytes = len(opened.paths) * per_image / 1e9
+    return len(opened.paths), [
         "data",
-        f"  source        {names}: {len(opened.files)} images of {len(opened.classes)} classes",
+        f"  source        {names}: {len(opened.paths)} images of {len(opened.classes)} classes",
         f"  codes         {views.count} views of each, {gigabytes:.2f} GB in {options.cache_dir}",
     ]
 

@@ -22,7 +22,7 @@ from t2i.checkpoint import (
     run_checkpoints,
     trained_parts,
 )
-from t2i.data.cache import check_cache_dir
+from t2i.data.encoding import check_cache_dir
 from t2i.errors import NotFiniteError, UserError
 from t2i.files import saving, write_json
 from t2i.generation import conditions, iterate_images

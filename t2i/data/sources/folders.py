@@ -28,11 +28,6 @@ _ADVICE = (
 )
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Every file below the folder, sorted, as `walk` finds them."""
-    return walk(folder)[0]
-
-
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """Every file below the folder, sorted, and (name, reason) of what was passed over.
 
