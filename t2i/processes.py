@@ -123,9 +123,8 @@ def wait_until(missing: Callable[[], Collection], patience: float) -> None:
             fewest, deadline = len(left), time.monotonic() + patience
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"waited {patience:g} s without progress for {next(iter(left))} "
-                f"({len(left)} missing): the process that makes it has stopped. "
-                "Start again to go on"
+                f"waited {patience:g} s for {next(iter(left))}, without progress ({len(left)} "
+                "missing): the process that makes it has stopped. Start again to go on"
             )
         time.sleep(_POLL_SECONDS)
 

@@ -78,7 +78,7 @@ class DataReport:
         return "; ".join(self.lines()) or "nothing skipped"
 
     def lines(self) -> list[str]:
-        """Sentences for people: what is skipped, used but unusual, remarks; empty if all is well."""
+        """Sentences for people: what is skipped or unusual, remarks; empty if all is well."""
         skipped = _listing(self.keys, self._advice)
         noted = _listing(_by_count(self.noted))
         return [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from t2i.data.data_report import DataReport, survey_source
+from t2i.data.data_report import survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules, Views
 from t2i.data.samples import Source

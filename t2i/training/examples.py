@@ -28,6 +28,7 @@ from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 
 log = logging.getLogger(__name__)
 
+_IMAGES_PER_SHARD = 1024
 _LINES_PER_SHARD = 8192  # of codes that others computed, one view each
 
 
@@ -119,7 +120,9 @@ class Examples:
         if isinstance(options, LabelledOptions):
             views = Views(options.views, options.crop_ranges)
             rules = ImageRules(size, views, small="upscale")
-            return Encoding(encode_images, rules, key=key, batch_size=64)
+            return Encoding(
+                encode_images, rules, key=key, batch_size=64, shard_size=_IMAGES_PER_SHARD
+            )
         return Encoding(
             encode_images,
             ImageRules(size, small=options.small_images),
@@ -127,6 +130,7 @@ class Examples:
             caption_notes=backbone.caption_notes,
             key=key if features is None else key | features.key,
             max_samples=options.max_samples,
+            shard_size=_IMAGES_PER_SHARD,
         )
 
 

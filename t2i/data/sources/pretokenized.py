@@ -12,8 +12,8 @@ Shape legend: N = images, A = views of an image, B = batch, T = positions, S = 1
 
 import hashlib
 import json
-from functools import cached_property
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
