@@ -65,8 +65,8 @@ class ArrayFile:
         array = np.load(self.path, mmap_mode="r")
         if array.shape != self.shape or array.dtype != self.dtype:
             raise UserError(
-                f"{self.path} holds {array.dtype} {list(array.shape)}, needed is {self.dtype} {list(self.shape)}; "
-                "delete it, or use another folder"
+                f"{self.path} holds {array.dtype} {list(array.shape)}, needed is {self.dtype} "
+                f"{list(self.shape)}; delete it, or use another folder"
             )
         return array.offset
 

@@ -46,8 +46,9 @@ def hash_files(
     Raises:
         TimeoutError: the main process stopped.
     """
-    statuses = {path: _status(path) for _, path in files}
-    total = sum(status[0] for status in statuses.values() if status is not None)
+    found = ((path, _status(path)) for _, path in files)
+    statuses = {path: status for path, status in found if status is not None}
+    total = sum(size for size, *_ in statuses.values())
     place = _index_path(files, cache_dir) if total >= _WORTH_AN_INDEX else None
     if place is not None and not processes.is_main:
         hashes = _wait_for_index(place, statuses, processes.patience)
@@ -70,7 +71,7 @@ def content_key(parts: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def describe_changes(before: Iterable[Sequence[str]], after: Contents) -> str:
+def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:
     """What is different, in words; empty if nothing is."""
     old, new = dict(before), dict(after)
     both = old.keys() & new.keys()
@@ -127,21 +128,19 @@ def _read_index(place: Path | None) -> dict[str, list]:
     return index if isinstance(index, dict) else {}
 
 
-def _known(index: dict[str, list], path: Path, status: list[int] | None) -> list | None:
+def _known(index: dict[str, list], path: Path, status: list[int]) -> list | None:
     entry = index.get(os.path.abspath(path))
     return entry if entry is not None and entry[:3] == status else None
 
 
-def _hash_new(
-    place: Path | None, statuses: dict[Path, list[int] | None], quiet: bool
-) -> dict[Path, str]:
+def _hash_new(place: Path | None, statuses: dict[Path, list[int]], quiet: bool) -> dict[Path, str]:
     """Hash what the index does not know, and bring the index up to date."""
-    index, known = _read_index(place), {}
+    index, known = _read_index(place), dict[Path, list]()
     for path, status in statuses.items():
         entry = _known(index, path, status)
         if entry is not None and entry[3] - status[2] > _RACY_NS:
             known[path] = entry
-    new = [path for path, status in statuses.items() if status is not None and path not in known]
+    new = [path for path in statuses if path not in known]
     saved = time.monotonic()
     with (
         ThreadPoolExecutor(_THREADS) as pool,
@@ -178,17 +177,17 @@ def _write_index(place: Path | None, index: dict[str, list], known: dict[Path, l
 
 
 def _wait_for_index(
-    place: Path, statuses: dict[Path, list[int] | None], patience: float
+    place: Path, statuses: dict[Path, list[int]], patience: float
 ) -> dict[Path, str]:
     """The hashes that the main process found."""
-    found: dict[Path, list | None] = {
-        path: None for path, status in statuses.items() if status is not None
-    }
+    found: dict[Path, str] = {}
 
     def missing() -> list[Path]:
         index = _read_index(place)
-        found.update({path: _known(index, path, statuses[path]) for path in found})
-        return [path for path, entry in found.items() if entry is None]
+        for path, status in statuses.items():
+            if (entry := _known(index, path, status)) is not None:
+                found[path] = entry[4]
+        return [path for path in statuses if path not in found]
 
     wait_until(missing, patience)
-    return {path: entry[4] for path, entry in found.items() if entry is not None}
+    return found

@@ -287,7 +287,7 @@ def _normalise(image: Image.Image, max_megapixels: float) -> Image.Image:
     _check_megapixels(*image.size, max_megapixels)
     image.load()
     # Not ImageOps.exif_transpose: it rewrites the whole EXIF block and raises on a damaged tag.
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
     image = image if turn is None else image.transpose(turn)
     if image.has_transparency_data:
         if image.mode == "La":  # Pillow has no direct way from here to RGBA

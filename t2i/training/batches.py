@@ -39,13 +39,15 @@ class TrainingData:
     def __init__(self, config: TrainConfig, backbone: Backbone, processes: Processes):
         self.examples = Examples(config, backbone, processes, stored_data_key(config))
         self.config, self.processes = config, processes
-        self.plan = plan_run(config, len(self.examples), processes.world_size)
-        held_out, same = self.plan.held_out, self.examples.codes.same_images()
-        self.train, self.validation = split_indices(self.plan.samples, held_out, config.seed, same)
+        plan = plan_run(config, len(self.examples), processes.world_size)
+        assert plan is not None and plan.held_out is not None, "the samples are counted"
+        self.plan, held_out, same = plan, plan.held_out, self.examples.store.same_images()
+        total = len(self.examples)
+        self.train, self.validation = split_indices(total, held_out, config.seed, same)
         if len(self.validation) > held_out and processes.is_main:
             log.warning(
-                f"{len(self.validation)} samples are held out instead of {held_out}, so that no held-out image is trained on: "
-                "some images have several samples"
+                f"{len(self.validation)} samples are held out instead of {held_out}, so that no "
+                "held-out image is trained on: some images have several samples"
             )
 
     @property
@@ -58,15 +60,14 @@ class TrainingData:
         return self.plan.steps
 
     def held_out_conditions(self, count: int) -> list[str | int]:
-        """Captions (as the model reads them) or classes of the first held-out samples, each once:
-        prompts for sample sheets.
-        """
-        found = (self.examples.codes.condition(index) for index in self.validation.tolist())
+        """Captions or classes of the first held-out samples, each once: prompts for sheets."""
+        found = (self.examples.store.condition(index) for index in self.validation.tolist())
         return list(islice(dict.fromkeys(found), count))
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's part of an optimizer step. A sample's noise and dropout depend on its place
-        in the run alone.
+        """This rank's part of an optimizer step.
+
+        A sample's noise and dropout depend on its place in the run alone.
         """
         config, processes = self.config, self.processes
         share = config.batch_size // processes.world_size
@@ -107,7 +108,7 @@ class TrainingData:
     def names(self, indices: Tensor) -> str:
         """Samples by their names and numbers in the set, for a message."""
         shown = ", ".join(
-            f"{self.examples.codes.name(i)} (number {i})" for i in indices[:8].tolist()
+            f"{self.examples.store.name(i)} (number {i})" for i in indices[:8].tolist()
         )
         return shown + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
 

@@ -7,15 +7,13 @@ built without data: for a published size nothing is fetched or read. Nothing is 
 the code cache.
 """
 
-from pathlib import Path
-
 import torch
 
-from t2i.data.data_report import survey_source
+from t2i.data.data_report import DataReport, survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules, Views
 from t2i.data.samples import Source
-from t2i.data.sources.pretokenized import LlamaGenCodes
+from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError
 from t2i.generation import conditions
 from t2i.models.base import Backbone
@@ -58,8 +56,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     if source is not None:
         total, lines, warnings = _captioned(config.data, source, model.backbone)
     else:
-        total, lines = _labelled(config.data, model.backbone)
-        warnings = []
+        total, lines, warnings = _labelled(config.data, model.backbone)
     plan = plan_run(config, total, world_size)
     lines += ["batch", *_indented(_batch_lines(config, plan, world_size))]
     lines += ["when", *_indented(when_lines(config, plan))]
@@ -123,21 +120,24 @@ def _captioned(
     return total, lines, list(advice.about_captions(survey, size))
 
 
-def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int | None, list[str]]:
-    opened, names = open_labelled(options, backbone), ", ".join(options.source)
-    if isinstance(opened, Path):
-        return None, ["data", f"  source        {names}: lines are counted at the start"]
+def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int, list[str], list[str]]:
+    """Number of images (or of their codes), the lines on them, and the warnings."""
+    opened = open_labelled(options, backbone)
+    source = f"  source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
-        line = f"  source        {names}: {len(opened)} x {opened.views} views"
-        return len(opened), ["data", line]
+        return len(opened), ["data", f"{source}{len(opened)} x {opened.views} views"], []
+    count = opened.length or 0
+    if isinstance(opened, JsonlCodes):
+        return count, ["data", f"{source}{count} lines"], []
     views = Views(options.views, options.crop_ranges)
     per_image = views.count * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
-    gigabytes = len(opened.paths) * per_image / 1e9
-    return len(opened.paths), [
+    gigabytes = count * per_image / 1e9
+    lines = [
         "data",
-        f"  source        {names}: {len(opened.paths)} images of {len(opened.classes)} classes",
+        f"{source}{count} images of {len(opened.classes)} classes",
         f"  codes         {views.count} views of each, {gigabytes:.2f} GB in {options.cache_dir}",
     ]
+    return count, lines, DataReport.collect((), opened).lines()
 
 
 # -- what happens when -----------------------------------------------------------------------------

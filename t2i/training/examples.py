@@ -39,7 +39,7 @@ class Examples:
         expected_key: of the data that a resumed run was trained on.
 
     Attributes:
-        codes: the images' codes, with the captions or the class of each.
+        store: the images' codes, with the captions or the class of each.
 
     Raises:
         UserError: something is wrong with the data, it is not of the backbone's kind, or not what
@@ -55,34 +55,32 @@ class Examples:
     ):
         options = config.data
         check_backbone(backbone, options)
-        self.backbone = backbone
-        self._features = backbone.caption_features() if isinstance(options, DataOptions) else None
-        self.codes: CodeStore | LlamaGenCodes
-        opened = open_any(options, backbone)
+        self.backbone, self._features = backbone, None
+        opened: Source | LlamaGenCodes
+        if isinstance(options, DataOptions):
+            self._features, opened = backbone.caption_features(), open_data(options)
+        else:
+            opened = open_labelled(options, backbone)
+        self.store: CodeStore | LlamaGenCodes
         if isinstance(opened, LlamaGenCodes):
-            self.codes = opened
+            self.store = opened
         else:
             encoding = self._encoding(opened, options)
-            self.codes = CodeStore(
-                build_store(
-                    opened,
-                    options.cache_dir,
-                    encoding,
-                    expected_key=expected_key,
-                    processes=processes,
-                )
+            folder = build_store(
+                opened, options.cache_dir, encoding, expected_key=expected_key, processes=processes
             )
+            self.store = CodeStore(folder)
             if processes.is_main:
-                _say_what_is_odd(self.codes)
-        _check_codes(self.codes.codes([0]), backbone.spec)
+                _say_what_is_odd(self.store)
+        _check_codes(self.store.codes([0]), backbone.spec)
 
     @property
     def key(self) -> str:
         """Identifies the content, for resume."""
-        return self.codes.key
+        return self.store.key
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self.store)
 
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
@@ -90,16 +88,16 @@ class Examples:
         `choice` int64 [B] are random numbers that choose among several captions or views of an
         image; the first if None.
         """
-        codes = self.codes.codes(indices, choice)
+        codes = self.store.codes(indices, choice)
         _check_codes(codes, self.backbone.spec)
         if self._features is not None:
-            assert isinstance(self.codes, CodeStore), "others store no features"
+            assert isinstance(self.store, CodeStore), "others store no features"
             length = self.backbone.spec.prefix_tokens
-            features = self.codes.features(indices, length, choice)
+            features = self.store.features(indices, length, choice)
             return codes, self.backbone.collate_features(features)
         picked = torch.zeros_like(indices) if choice is None else choice
         pairs = zip(indices.tolist(), picked.tolist(), strict=True)
-        return codes, self.backbone.prepare([self.codes.condition(i, c) for i, c in pairs])
+        return codes, self.backbone.prepare([self.store.condition(i, c) for i, c in pairs])
 
     def _encoding(self, source: Source, options: DataOptions | LabelledOptions) -> Encoding:
         """How a source of images, or of codes, becomes a store."""
@@ -178,17 +176,6 @@ def image_size(backbone: Backbone) -> int:
     return height
 
 
-def open_any(options: DataOptions | LabelledOptions, backbone: Backbone) -> Source | LlamaGenCodes:
-    """Whatever data.source names; encodes nothing. UserError says what is wrong with it."""
-    if isinstance(options, DataOptions):
-        return open_data(options)
-    opened = open_labelled(options, backbone)
-    if isinstance(opened, Path):
-        spec = backbone.spec
-        return JsonlCodes(opened, vocab=spec.subvocabs[0], num_classes=spec.num_classes)
-    return opened
-
-
 # -- captions --------------------------------------------------------------------------------------
 def open_data(options: DataOptions) -> Source:
     """Captioned images, not yet encoded; UserError says what is wrong with them."""
@@ -212,17 +199,21 @@ def open_data(options: DataOptions) -> Source:
 
 # -- classes ---------------------------------------------------------------------------------------
 def labelled_sources(options: LabelledOptions) -> list[Path]:
-    """What data.source names: one place, or several folders of LlamaGen's codes; UserError if it is
-    neither, or not there.
+    """What data.source names: one place, or several folders of LlamaGen's codes.
+
+    Raises:
+        UserError: it is neither, or not there.
     """
     sources = [Path(source) for source in options.source]
     if not sources:
         raise UserError(
-            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's codes, or RAR's .jsonl)"
+            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's "
+            "codes, or RAR's .jsonl)"
         )
     if len(sources) > 1 and not all(is_llamagen_folder(source) for source in sources):
         raise UserError(
-            f"data.source: only folders of LlamaGen's codes may be several, not {', '.join(map(str, sources))}"
+            "data.source: only folders of LlamaGen's codes may be several, not "
+            + ", ".join(map(str, sources))
         )
     if not sources[0].exists():
         raise UserError(f"data.source: {sources[0]} is no folder and no file")
@@ -233,9 +224,8 @@ def labelled_sources(options: LabelledOptions) -> list[Path]:
 
 def open_labelled(
     options: LabelledOptions, backbone: Backbone
-) -> LabelledFolder | LlamaGenCodes | Path:
-    """Images of classes or their codes, whatever data.source names; a path is RAR's .jsonl. Encodes
-    nothing.
+) -> LabelledFolder | LlamaGenCodes | JsonlCodes:
+    """Images of classes or their codes, whatever data.source names. Encodes nothing.
 
     Raises:
         UserError: nothing there, or not what this backbone is trained on.
@@ -246,13 +236,15 @@ def open_labelled(
     if sources[0].suffix == ".jsonl":
         if len(spec.subvocabs) > 1:
             raise UserError(
-                f"{sources[0]} has one number per code, {spec.family} has {len(spec.subvocabs)}: give the images"
+                f"{sources[0]} has one number per code, {spec.family} has {len(spec.subvocabs)}: "
+                "give the images"
             )
-        return sources[0]
+        return JsonlCodes(sources[0], vocab=spec.subvocabs[0], num_classes=spec.num_classes)
     images = open_imagenet(sources[0], options.split)
     if len(images.classes) != spec.num_classes:
         raise UserError(
-            f"{images.name} has {len(images.classes)} classes and this {spec.family} backbone {spec.num_classes}: labels are "
-            "positions of the sorted folder names, so all classes must be there (an empty folder will do)"
+            f"{images.name} has {len(images.classes)} classes and this {spec.family} backbone "
+            f"{spec.num_classes}: labels are positions of the sorted folder names, so all classes "
+            "must be there (an empty folder will do)"
         )
     return images

@@ -42,7 +42,7 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     files: list[Path] = []
     left_out: list[tuple[str, str]] = []
     seen: set[str] = set()
-    pending, links = [folder], []
+    pending, links = [folder], list[Path]()
     while pending or links:  # links last, so that a file's name is the one without them
         parent = pending.pop() if pending else links.pop(0)
         real, name = os.path.realpath(parent), printable(os.path.relpath(parent, folder))
@@ -191,7 +191,8 @@ class SidecarFolder(Source):
             if path.suffix.lower() == ".txt" and path not in used
         ]
         self.remarks = [
-            f"{printable(str(path.relative_to(folder)))} is not read: captions are in the .txt files beside the images"
+            f"{printable(str(path.relative_to(folder)))} is not read: "
+            "captions are in the .txt files beside the images"
             for path in files
             if path.stem.lower() == "metadata" and _looks_like_metadata(path)
         ]

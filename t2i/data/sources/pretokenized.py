@@ -53,7 +53,8 @@ class LlamaGenCodes:
         classes = [[_label(labels, n) for n in ends] for _, labels in self._folders]
         if any(labels != classes[0] for labels in classes):
             raise UserError(
-                f"{', '.join(map(str, roots))} hold different images: images {ends} have the classes {classes}"
+                f"{', '.join(map(str, roots))} hold different images: "
+                f"images {ends} have the classes {classes}"
             )
         first = [self._read(codes, self._numbers[0]) for codes, _ in self._folders]
         self._counts = [array.shape[0] for array in first]
@@ -103,7 +104,8 @@ class LlamaGenCodes:
         array = _load(path)
         if array.ndim != 3 or len(array) != 1 or array.dtype.kind not in "iu":
             raise UserError(
-                f"{path} holds {array.dtype} {list(array.shape)}, expected integers [1, views, positions]"
+                f"{path} holds {array.dtype} {list(array.shape)}, "
+                "expected integers [1, views, positions]"
             )
         return array[0]
 

@@ -81,8 +81,8 @@ class TarSource(Source):
         if not any(counts):
             listing = ", ".join(sorted(columns)) or "none"
             raise UserError(
-                f"{name} holds no images; the members have the extensions: {listing}. (A sample's name ends at "
-                "the first dot: rename a.b.png to a_b.png)"
+                f"{name} holds no images; the members have the extensions: {listing}. "
+                "(A sample's name ends at the first dot: rename a.b.png to a_b.png)"
             )
         if max(counts) > 1:
             entry = self._entries[counts.index(max(counts))]
