@@ -91,7 +91,7 @@ def kill(ids: list[int], folder: Path, pieces: int) -> bool:
     alive.
     """
     alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    marks = ("*.chunks/*.json", "shard_*.safetensors")
+    marks = ("*.chunks/*.done", "shard_*.safetensors")
     while sum(len(list(folder.glob(f"**/{mark}"))) for mark in marks) < pieces:
         if any(os.waitid(os.P_PID, i, alive) for i in ids):
             break

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from t2i import processes
-from t2i.data.array_file import ArrayFile
+from t2i.evaluation.array_file import ArrayFile
 from t2i.processes import ALONE, Processes
 
 

@@ -98,6 +98,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def name_in(folder: Path, path: Path) -> str:
+    """A file's path below a folder, as it can be printed."""
+    return printable(str(path.relative_to(folder)))
+
+
 def _status(path: Path) -> list[int] | None:
     """[size, modification time, change time]; None if there is no such file."""
     try:

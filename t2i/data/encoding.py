@@ -131,13 +131,9 @@ def build_store(
     if processes.is_main:
         write_text(folder / "source.json", json.dumps({"key": key, "files": contents}))
 
-    plan = _ShardPlan(source, encoding)
-    wanted = partial(_is_mine_to_do, folder=folder, processes=processes)
     quiet = not (progress and processes.is_main)
-    with progress_bar(total=plan.total(wanted), desc="codes", unit=" images", disable=quiet) as bar:
-        for shard, samples in plan.samples(wanted):
-            _encode_shard(ShardWriter(folder, shard), samples, encoding, bar.update)
-    paths = [shard_path(folder, shard) for shard in range(plan.count)]
+    count = _encode_missing(source, folder, encoding, processes, quiet)
+    paths = [shard_path(folder, shard) for shard in range(count)]
     wait_for(paths, processes.patience)
     readers = list(map(ShardReader, paths))
     if processes.is_main or not any(reader.codes_shape[0] for reader in readers):
@@ -176,45 +172,31 @@ def _leaves(value: dict, prefix: str = "") -> dict[str, object]:
 
 
 # -- shards ----------------------------------------------------------------------------------------
-class _ShardPlan:
-    """Which samples make which shard.
+def _encode_missing(
+    source: Source, folder: Path, encoding: Encoding, processes: Processes, quiet: bool
+) -> int:
+    """Encode this process's share of the missing shards; returns how many shards there are."""
 
-    Attributes:
-        count: number of shards; of a stream, of those met so far.
-    """
+    def mine_to_do(shard: int) -> bool:
+        mine = shard % processes.world_size == processes.rank
+        return mine and not shard_path(folder, shard).exists()
 
-    def __init__(self, source: Source, encoding: Encoding):
-        self._source, self._size = source, encoding.shard_size
-        self._max_samples, self._length = encoding.max_samples, source.length
-        if self._length is not None and self._max_samples is not None:
-            self._length = min(self._length, self._max_samples)
-        self.count = 0 if self._length is None else -(-self._length // self._size)
-
-    def samples(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Iterator[Sample]]]:
-        """(shard, its samples) of the wanted shards. A stream is read through in any case."""
-        if self._length is not None:
-            for shard in filter(wanted, range(self.count)):
-                yield shard, map(self._source.__getitem__, self._indices(shard))
-            return
-        stream = islice(self._source, self._max_samples)
-        for shard, samples in groupby(stream, lambda sample: sample.index // self._size):
-            self.count = shard + 1
-            if wanted(shard):
-                yield shard, samples
-
-    def total(self, wanted: Callable[[int], bool]) -> int | None:
-        """Samples in the wanted shards; None for a stream."""
-        if self._length is None:
-            return None
-        return sum(len(self._indices(shard)) for shard in filter(wanted, range(self.count)))
-
-    def _indices(self, shard: int) -> range:
-        assert self._length is not None, "a stream has no indices"
-        return range(shard * self._size, min((shard + 1) * self._size, self._length))
-
-
-def _is_mine_to_do(shard: int, folder: Path, processes: Processes) -> bool:
-    return shard % processes.world_size == processes.rank and not shard_path(folder, shard).exists()
+    size, length, count, total = encoding.shard_size, source.length, 0, None
+    if length is None:  # a stream is read through in any case
+        samples: Iterator[Sample] = islice(source, encoding.max_samples)
+    else:
+        length = min(length, encoding.max_samples or length)
+        count = -(-length // size)
+        starts = [shard * size for shard in range(count) if mine_to_do(shard)]
+        wanted = [range(start, min(start + size, length)) for start in starts]
+        samples = (source[index] for indices in wanted for index in indices)
+        total = sum(map(len, wanted))
+    with progress_bar(total=total, desc="codes", unit=" images", disable=quiet) as bar:
+        for shard, part in groupby(samples, lambda sample: sample.index // size):
+            count = max(count, shard + 1)
+            if mine_to_do(shard):
+                _encode_shard(ShardWriter(folder, shard), part, encoding, bar.update)
+    return count
 
 
 def _encode_shard(

@@ -14,6 +14,7 @@ from t2i.data.images import FileSlice, ImageRef, ImageRules, SkipSample, read_by
 from t2i.errors import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+_TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)  # of tables and tars
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 )
@@ -222,3 +223,16 @@ def choose_column(
         else f"no {kind} column found (looked for {', '.join(candidates)})"
     )
     raise UserError(f"{where}: {problem}; {listing}. Name one with {kind}_column")
+
+
+def choose_caption(
+    columns: Iterable[str], fields: Sequence[str], given: str | None, where: str
+) -> str:
+    """The column of captions, or else the field ("json.caption") of one; raises as above."""
+    columns = list(columns)
+    candidates: Sequence[str] = _TEXT_COLUMNS
+    if given is None and not set(candidates) & set(columns):
+        candidates = [field for field in fields if field.rpartition(".")[2] in CAPTION_COLUMNS]
+    return choose_column(
+        [*columns, *fields], given, candidates or CAPTION_COLUMNS, "caption", where
+    )

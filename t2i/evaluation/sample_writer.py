@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from t2i.data.array_file import ArrayFile, remove_markers
+from t2i.evaluation.array_file import ArrayFile, remove_markers
 from t2i.evaluation.records import claim, refuse_others
 from t2i.files import read_json, replacing, saving, writable_file, writable_folder
 from t2i.imaging import save_png

@@ -8,7 +8,7 @@ model.
 
 from pathlib import Path
 
-from t2i.data.content import printable
+from t2i.data.content import name_in, printable
 from t2i.data.samples import Sample, Source
 from t2i.data.sources.folders import is_image, walk
 from t2i.errors import UserError
@@ -52,8 +52,7 @@ class LabelledFolder(Source):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.paths[index]
-        key = printable(str(path.relative_to(self._root)))
-        return Sample(index, key, path, [], label=self.labels[index])
+        return Sample(index, name_in(self._root, path), path, [], label=self.labels[index])
 
 
 def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:

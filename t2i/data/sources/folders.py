@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from t2i.data.content import printable
+from t2i.data.content import name_in, printable
 from t2i.data.samples import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -140,9 +140,7 @@ class MetadataFolder(Source):
         super().__init__(str(folder), identity, len(self._rows))
         listed = {self._folder / name for name in self._listed()}
         self.left_out = [
-            (printable(str(path.relative_to(folder))), "not in metadata")
-            for path in images
-            if path not in listed
+            (name_in(folder, path), "not in metadata") for path in images if path not in listed
         ]
 
     def files(self) -> list[tuple[str, Path]]:
@@ -186,13 +184,12 @@ class SidecarFolder(Source):
         super().__init__(str(folder), {"kind": "sidecar folder"}, len(images))
         used = set(self._texts.values())
         self.left_out = [
-            (printable(str(path.relative_to(folder))), "caption without image")
+            (name_in(folder, path), "caption without image")
             for path in files
             if path.suffix.lower() == ".txt" and path not in used
         ]
         self.remarks = [
-            f"{printable(str(path.relative_to(folder)))} is not read: "
-            "captions are in the .txt files beside the images"
+            f"{name_in(folder, path)} is not read: captions are in the .txt files beside the images"
             for path in files
             if path.stem.lower() == "metadata" and _looks_like_metadata(path)
         ]

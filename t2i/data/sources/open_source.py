@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from t2i.data.content import printable
+from t2i.data.content import name_in, printable
 from t2i.data.samples import Sample, Source
 from t2i.data.sources.folders import METADATA, is_image, open_folder, walk
 from t2i.data.sources.tars import TarSource
@@ -161,7 +161,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
                 f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
                 "give the split, or the files by name"
             )
-        names = [printable(str(path.relative_to(folder))) for path in others]
+        names = [name_in(folder, path) for path in others]
         return _Found(
             folder, chosen, left_out + [(name, f"not of the split {split}") for name in names]
         )

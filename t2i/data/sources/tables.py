@@ -17,13 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from t2i.data.images import ImageRef, RemoteFile
-from t2i.data.samples import (
-    CAPTION_COLUMNS,
-    Sample,
-    Source,
-    choose_column,
-    make_sample,
-)
+from t2i.data.samples import Sample, Source, choose_caption, choose_column, make_sample
 from t2i.errors import UserError
 
 NOT_UTF8 = b"\xff"
@@ -63,9 +57,7 @@ def open_hub(
 
 
 class _Rows(Source):
-    """What both kinds share. `paths` are the parquet files, of a data set on the hub there are
-    none.
-    """
+    """What both kinds share. `paths` are the parquet files; on the hub there are none."""
 
     def __init__(
         self,
@@ -206,11 +198,7 @@ def _choose_caption(name: str, first: dict[str, Any], given: str | None, image: 
         if isinstance(value, dict) and column != image
         for key in value
     ]
-    candidates: Sequence[str] = ("txt", *CAPTION_COLUMNS)
-    if given is None and not set(candidates) & set(first):
-        candidates = [path for path in fields if path.rpartition(".")[2] in CAPTION_COLUMNS]
-        candidates = candidates or CAPTION_COLUMNS
-    return choose_column([*first, *fields], given, candidates, "caption", name)
+    return choose_caption(first, fields, given, name)
 
 
 def _undecoded(

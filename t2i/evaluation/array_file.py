@@ -1,17 +1,15 @@
 """One large array on disk, filled chunk by chunk by processes that may be killed at any moment.
 
-    images.npy                               the whole array from the start, zeros where nothing was
-                                             written yet
-    images.npy.chunks/00000000-00000256.json a marker for every chunk that is complete, with what is
-                                             to be said of it
-    (another file)                           the sign that all is done; then the markers are removed
+    images.npy                                  the whole array from the start, zeros where nothing
+                                                was written yet
+    images.npy.chunks/00000000-00000256.done    a marker for every chunk that is complete
+    (another file)                              the sign that all is done; then the markers go
 
 A chunk's rows are written and forced to disk before its marker appears. So what has a marker is
 never done again, and what has none is done again from its first row, which gives the same bytes.
 Which process does which chunk follows from their numbers alone.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -82,10 +80,8 @@ class ArrayFile:
         # Asked in this order: the markers are removed after the sign is given.
         return [] if self._sign.exists() else missing
 
-    def write(self, rows: range, values: np.ndarray, note: object = None) -> None:
-        """Complete a chunk. The note, anything JSON can hold, is kept until the markers are
-        removed.
-        """
+    def write(self, rows: range, values: np.ndarray) -> None:
+        """Complete a chunk."""
         expected = (len(rows), *self.shape[1:])
         assert values.shape == expected and values.dtype == self.dtype, (values.shape, expected)
         row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
@@ -97,16 +93,15 @@ class ArrayFile:
         marker = self._marker(rows)
         marker.parent.mkdir(exist_ok=True)
         with replacing(marker) as temporary:
-            temporary.write_text(json.dumps(note), encoding="utf-8")
+            temporary.touch()
 
-    def wait_for_chunks(self) -> list:
-        """The notes of all chunks, in the order of the rows, once every process is done.
+    def wait_for_chunks(self) -> None:
+        """Wait until every chunk of every process is complete.
 
         Raises:
             TimeoutError: another process stopped.
         """
         wait_for(self._markers(), self._processes.patience)
-        return [json.loads(marker.read_text(encoding="utf-8")) for marker in self._markers()]
 
     def wait_for_sign(self) -> None:
         """Wait until the main process says that all is done.
@@ -130,7 +125,7 @@ class ArrayFile:
         return [self._marker(rows) for rows in self.all_chunks()]
 
     def _marker(self, rows: range) -> Path:
-        return _marker_folder(self.path) / f"{rows.start:08d}-{rows.stop:08d}.json"
+        return _marker_folder(self.path) / f"{rows.start:08d}-{rows.stop:08d}.done"
 
 
 def remove_markers(path: Path) -> None:
