@@ -11,8 +11,9 @@ import os
 import re
 import socket
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from t2i.errors import UserError
 
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
+_POLL_SECONDS = 0.2
 
 
 @contextmanager
@@ -255,3 +257,43 @@ def file_sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def wait_for(paths: Sequence[Path], patience: float) -> None:
+    """Wait until all of these files, which other processes make, exist.
+
+    Raises:
+        TimeoutError: none appeared for `patience` seconds.
+    """
+    waiting = list(paths)
+
+    def missing() -> Sequence[Path]:
+        waiting[:] = [path for path in waiting if not path.exists()]
+        return waiting
+
+    wait_until_none(missing, patience)
+
+
+def wait_until_none(missing: Callable[[], Sequence[Path]], patience: float, what: str = "") -> None:
+    """Wait until nothing is missing of what other processes make.
+
+    Args:
+        missing: what is still missing; asked again and again.
+        what: of these files, as "the hash of ".
+
+    Raises:
+        TimeoutError: nothing was added to it for `patience` seconds.
+    """
+    still = missing()
+    deadline = time.monotonic() + patience
+    while still:
+        fewest = len(still)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"waited {patience:g} s for {what}{still[0]} without progress ({fewest} missing): "
+                "another process has stopped. Start again to go on"
+            )
+        time.sleep(_POLL_SECONDS)
+        still = missing()
+        if len(still) < fewest:
+            deadline = time.monotonic() + patience

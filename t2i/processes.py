@@ -1,11 +1,11 @@
-"""This process among all that a launcher (torchrun, deepspeed, srun, mpirun) started; or alone."""
+"""This process among all that a launcher (torchrun, deepspeed, srun, mpirun) started; alone without
+one.
+"""
 
 import os
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,6 @@ from t2i import launcher
 from t2i.errors import UserError
 
 _CPU = torch.device("cpu")
-_POLL_SECONDS = 0.2
 
 T = TypeVar("T")
 
@@ -105,36 +104,3 @@ def local_gpu() -> torch.device:
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
-
-
-def wait_until(missing: Callable[[], Collection], patience: float) -> None:
-    """Wait for other processes until nothing is missing of what they make.
-
-    Args:
-        missing: gives what is still missing; that it is less than ever before is progress.
-        patience: seconds to wait without any progress.
-
-    Raises:
-        TimeoutError: there was none for so long.
-    """
-    fewest, deadline = -1, 0.0
-    while left := missing():
-        if fewest < 0 or len(left) < fewest:
-            fewest, deadline = len(left), time.monotonic() + patience
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"waited {patience:g} s for {next(iter(left))}, without progress ({len(left)} "
-                "missing): the process that makes it has stopped. Start again to go on"
-            )
-        time.sleep(_POLL_SECONDS)
-
-
-def wait_for(paths: Sequence[Path], patience: float) -> None:
-    """Wait until all of these files exist, as `wait_until` does."""
-    missing = list(paths)
-
-    def look_again() -> list[Path]:
-        missing[:] = [path for path in missing if not path.exists()]
-        return missing
-
-    wait_until(look_again, patience)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from t2i import processes
 from t2i.evaluation.array_file import ArrayFile
 from t2i.processes import ALONE, Processes
 
@@ -28,10 +27,10 @@ def test_patience_begins_anew_with_every_chunk(tmp_path, monkeypatch):
         elif finishes:
             (tmp_path / "sign").touch()
 
-    monkeypatch.setattr(processes.time, "monotonic", lambda: now)
-    monkeypatch.setattr(processes.time, "sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", sleep)
     finishes = False
-    with pytest.raises(TimeoutError, match=r"waited 10 s for .*sign, without progress"):
+    with pytest.raises(TimeoutError, match=r"waited 10 s for .*sign without progress"):
         waiting.wait_for_sign()
     assert todo == [] and now == 8 * 6
     finishes = True

@@ -135,7 +135,7 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
     (index,) = (tmp_path / "file_hashes").iterdir()
     index.write_text("{")
     assert len(hash_files(source.files(), tmp_path)) == 4
-    with pytest.raises(TimeoutError, match=r"1\.png, .*\(1 missing\)"):
+    with pytest.raises(TimeoutError, match=r"the hashes in .*\(1 missing\)"):
         path.write_bytes(png(5))
         hash_files(source.files(), tmp_path, Processes(1, 2, patience=0.1))
 

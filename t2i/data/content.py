@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from t2i.errors import UserError
-from t2i.files import file_sha256, write_text
-from t2i.processes import ALONE, Processes, wait_until
+from t2i.files import file_sha256, wait_until_none, write_text
+from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
 Contents = list[tuple[str, str]]
@@ -194,5 +194,5 @@ def _wait_for_index(
                 found[path] = entry[4]
         return [path for path in statuses if path not in found]
 
-    wait_until(missing, patience)
+    wait_until_none(missing, patience, f"the hashes in {place} of ")
     return found

@@ -33,8 +33,8 @@ from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import CaptionNotes, Sample, Source, check_captions, load_sample
 from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path
 from t2i.errors import UserError
-from t2i.files import writable_folder, write_text
-from t2i.processes import ALONE, Processes, wait_for
+from t2i.files import wait_for, writable_folder, write_text
+from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
 _DECODE_THREADS = 4  # Pillow decodes outside Python's lock

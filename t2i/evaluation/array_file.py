@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from t2i.errors import UserError
-from t2i.files import replacing, saving, writable_folder
-from t2i.processes import Processes, wait_for, wait_until
+from t2i.files import replacing, saving, wait_for, wait_until_none, writable_folder
+from t2i.processes import Processes
 
 
 class ArrayFile:
@@ -119,7 +119,7 @@ class ArrayFile:
                 return []
             return [path, *(marker for marker in self._markers() if not marker.exists())]
 
-        wait_until(missing, self._processes.patience)
+        wait_until_none(missing, self._processes.patience)
 
     def _markers(self) -> list[Path]:
         return [self._marker(rows) for rows in self.all_chunks()]

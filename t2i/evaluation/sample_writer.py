@@ -24,9 +24,9 @@ from torch import Tensor
 
 from t2i.evaluation.array_file import ArrayFile, remove_markers
 from t2i.evaluation.records import claim, refuse_others
-from t2i.files import read_json, replacing, saving, writable_file, writable_folder
+from t2i.files import read_json, replacing, saving, wait_for, writable_file, writable_folder
 from t2i.imaging import save_png
-from t2i.processes import ALONE, Processes, wait_for
+from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 

@@ -19,12 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from t2i.data.content import name_in, printable
-from t2i.data.samples import Sample, Source
+from t2i.data.samples import Source
 from t2i.data.sources.folders import METADATA, is_image, open_folder, walk
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError
-
-__all__ = ["Sample", "Source", "open_source"]
 
 TABLE_SUFFIXES = (".parquet", ".tar")
 _OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}
