@@ -96,6 +96,9 @@ def test_content(tmp_path):
     assert store.condition(7) == "xxxxxxxxxx is 9"
     with pytest.raises(IndexError):
         store.codes([8])
+    for path in tmp_path.rglob("shard_*"):
+        path.unlink()
+    assert len(CodeStore(store.folder)) == 8, "opening reads the manifest only"
 
 
 def test_features_are_cut_on_the_right(tmp_path):
@@ -199,8 +202,10 @@ def test_resume_after_a_kill_while_writing(tmp_path, monkeypatch, dies_at):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", replace_or_die)
         build(make_samples(), tmp_path / "killed")
+    (folder,) = (tmp_path / "killed").iterdir()
+    (folder / "shard_00000.safetensors.01234567.tmp").touch()  # as SIGKILL would leave it
     rest = Encoder()
-    folder = build(make_samples(), tmp_path / "killed", images=rest)
+    assert build(make_samples(), tmp_path / "killed", images=rest) == folder
     assert rest.seen == [8, 5, 2, 0, 0, 0][(dies_at - 2) // 2 if dies_at > 1 else 0]
     assert files(folder) == files(whole)
 

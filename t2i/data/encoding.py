@@ -15,6 +15,7 @@ width.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -127,6 +128,7 @@ def build_store(
         if processes.is_main:
             _refresh(folder, source)
         return folder
+    started = time.time()
     writable_folder(folder)
     if processes.is_main:
         write_text(folder / "source.json", json.dumps({"key": key, "files": contents}))
@@ -139,6 +141,8 @@ def build_store(
     if processes.is_main or not any(reader.codes_shape[0] for reader in readers):
         _finish(folder, key, source, readers)  # where nothing is usable, every process says so
     wait_for([folder / MANIFEST], processes.patience)
+    if processes.is_main:
+        _remove_leftovers(folder, started)
     return folder
 
 
@@ -303,6 +307,13 @@ def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardRead
         "report": report.summary(),
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _remove_leftovers(folder: Path, before: float) -> None:
+    """Remove what killed processes left; another run may be writing what is younger."""
+    for path in folder.glob("*.tmp"):
+        if path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
 
 
 def _surroundings(source: Source) -> str:
