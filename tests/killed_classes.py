@@ -87,9 +87,7 @@ def main(base: Path, out: Path) -> None:
 
 
 def kill(ids: list[int], folder: Path, pieces: int) -> bool:
-    """Kill processes when so many pieces of work are marked as done; whether they were still
-    alive.
-    """
+    """Kill processes when so many pieces of work are done; whether they were still alive."""
     alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
     marks = ("*.chunks/*.done", "shard_*.safetensors")
     while sum(len(list(folder.glob(f"**/{mark}"))) for mark in marks) < pieces:

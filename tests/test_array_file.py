@@ -16,9 +16,7 @@ def test_patience_begins_anew_with_every_chunk(tmp_path, monkeypatch):
     now, todo = 0.0, array.missing()
 
     def sleep(seconds):
-        """Eight of the ten seconds pass, in which another process does a chunk or, at last,
-        finishes.
-        """
+        """Eight of ten seconds pass, in which another process does a chunk or, at last, ends."""
         nonlocal now
         now += 8
         if todo:
@@ -54,9 +52,7 @@ def test_chunks_of_another_size_do_not_count_as_done(tmp_path):
 
 
 def test_nothing_is_missing_once_the_sign_is_there(tmp_path):
-    """A process that comes late, when another has finished and removed the markers or the file
-    itself.
-    """
+    """A process that comes late, when another has removed the markers or the file itself."""
     (tmp_path / "sign").touch()
     late = Processes(1, 2, patience=0.1)
     assert (

@@ -1,6 +1,4 @@
-"""Cases 7, 10 and 11: a data set is known by its content, a name has one meaning, and the cache's
-place is looked at first.
-"""
+"""Cases 7, 10, 11: data are their content, a name has one meaning, the cache's place is checked."""
 
 import os
 import shutil
@@ -107,9 +105,7 @@ def test_changes_are_named(tmp_path):
 
 
 def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
-    """Case 10: the index spares a million images from being read at every start, and trusts no file
-    of this moment.
-    """
+    """Case 10: the index spares reading a million images again; it trusts no file of now."""
     monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
     monkeypatch.setattr(content, "_RACY_NS", 10**7)
     source = open_source(make("metadata", tmp_path / "data"))

@@ -95,9 +95,7 @@ def sidecars(folder, count=2):
 
 
 def test_classes_named_as_splits(tmp_path):
-    """Case 13: train beside bus and cat is a class; beside val a split. What is left out is
-    named.
-    """
+    """Case 13: train beside bus is a class, beside val a split. What is left out is named."""
     for name in ("bus", "train", "cat"):
         sidecars(tmp_path / "cl" / name)
     source = open_source(tmp_path / "cl")
@@ -124,9 +122,7 @@ def test_classes_named_as_splits(tmp_path):
 
 
 def test_splits_that_a_user_may_not_mean(tmp_path):
-    """Case 13: folders that are named as splits and used all the same are named; data/train beside
-    data/val are splits.
-    """
+    """Case 13: folders that have the names of splits and are used all the same are reported."""
     for name in ("no_train/val", "no_train/test", "classes/test", "classes/dog"):
         sidecars(tmp_path / name)
     source = open_source(tmp_path / "no_train")
@@ -144,9 +140,7 @@ def test_splits_that_a_user_may_not_mean(tmp_path):
 
 
 def test_metadata_that_is_not_read_is_named(tmp_path):
-    """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take
-    instead.
-    """
+    """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take."""
     sidecars(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,another\n")
     (tmp_path / "0.json").write_text("{}")
@@ -156,9 +150,7 @@ def test_metadata_that_is_not_read_is_named(tmp_path):
 
 
 def test_folders_that_are_passed_over(tmp_path):
-    """Case 13: hidden folders with images are named, others are no one's business; images beside a
-    metadata.jsonl, too.
-    """
+    """Case 13: hidden folders with images, and images that metadata.jsonl does not name."""
     sidecars(tmp_path)
     sidecars(tmp_path / ".ipynb_checkpoints")
     sidecars(tmp_path / "__MACOSX")
@@ -182,9 +174,7 @@ def notes(captions):
 
 
 def test_unreadable_captions(tmp_path):
-    """Case 14: skipped and cut captions are named by the survey, at the encoding and on a cache
-    hit.
-    """
+    """Case 14: the survey, the encoding and a cache hit name skipped and cut captions."""
     write_images(tmp_path / "data", 4)
     values = ["a dot", "\u5706", ["\u5706", "a dot"], "a dot with more"]
     rows = [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
@@ -264,9 +254,7 @@ def test_captions_of_any_value(value, captions, said):
     "kind", ["metadata", "sidecar", "webdataset", "webdataset json", "parquet"]
 )
 def test_the_same_text_is_the_same_captions(kind, tmp_path):
-    """Case 16: three lines are three alternatives in a .txt, a tar, JSON and a table; case 15: a
-    caption that is none.
-    """
+    """Cases 15, 16: three lines are three alternatives everywhere; a caption that is no text."""
     text, surrogate = "one\ntwo\nthree", "a \ud83d dot"
     values = [text, surrogate, 7]
     if kind == "metadata":
@@ -350,9 +338,7 @@ def write_members(path, members):
 
 # -- 18: links and names ---------------------------------------------------------------------------
 def test_odd_files_are_passed_over_by_name(tmp_path):
-    """Case 18: broken links, loops, links to folders, pipes, sockets, names that are no text, empty
-    files.
-    """
+    """Case 18: broken links, loops, pipes, sockets, names that are no text, empty files."""
     data = tmp_path / "data"
     sidecars(data, 1)
     sidecars(tmp_path / "linked", 1)

@@ -41,9 +41,7 @@ def dataset(tmp_path):
 
 
 def encode(pixels):
-    """Codes [B, 2, 1]: the red of the first and the green of the last pixel, dark pixels being the
-    highest.
-    """
+    """Codes [B, 2, 1]: red of the first and green of the last pixel, the darkest the highest."""
     levels = torch.stack([pixels[:, 0, 0, 0], pixels[:, 1, -1, -1]], 1)
     return ((1 - levels) * 127.5).round().long()[..., None]
 

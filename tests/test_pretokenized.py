@@ -1,6 +1,4 @@
-"""ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once, whatever
-is killed meanwhile.
-"""
+"""ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once."""
 
 import json
 

@@ -56,9 +56,12 @@ class LlamaGenCodes:
                 f"{', '.join(map(str, roots))} hold different images: "
                 f"images {ends} have the classes {classes}"
             )
-        first = [self._read(codes, self._numbers[0]) for codes, _ in self._folders]
-        self._counts = [array.shape[0] for array in first]
-        self.views = sum(self._counts)
+        self._views = [
+            (folder, view)
+            for folder, _ in self._folders
+            for view in range(len(self._read(folder, self._numbers[0])))
+        ]
+        self.views = len(self._views)
 
     @cached_property
     def key(self) -> str:
@@ -78,15 +81,13 @@ class LlamaGenCodes:
         self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None = None
     ) -> Tensor:
         """int64 [B, T, 1]: of each image the view with this number, modulo their count."""
-        rows, chosen = [], [0] * len(indices) if choice is None else choice
-        for index, view in zip(np.asarray(indices), np.asarray(chosen) % self.views, strict=True):
-            part = 0
-            while view >= self._counts[part]:
-                view -= self._counts[part]
-                part += 1
-            array = self._read(self._folders[part][0], self._numbers[index])
-            rows.append(torch.from_numpy(array[view].astype(np.int64)))
-        return torch.stack(rows)[..., None]
+        where = torch.as_tensor(indices).tolist()
+        chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
+        rows = []
+        for index, pick in zip(where, chosen, strict=True):
+            folder, view = self._views[pick % self.views]
+            rows.append(self._read(folder, self._numbers[index])[view].astype(np.int64))
+        return torch.from_numpy(np.stack(rows))[..., None]
 
     def condition(self, index: int, choice: int = 0) -> int:
         """The class id."""
