@@ -186,8 +186,7 @@ def check_captions(sample: Sample, caption_notes: CaptionNotes | None) -> Sample
 def load_sample(sample: Sample, rules: ImageRules | None) -> Tensor | SkipSample:
     """The views of a sample's image (or their codes), or why it is skipped: returned, not raised.
 
-    Args:
-        rules: None for a source of codes. More reasons than images have: those of captions.
+    Captions have reasons of their own, such as `no caption`. A source of codes needs no rules.
     """
     if sample.label is None and not sample.captions:
         return SkipSample(sample.problem)

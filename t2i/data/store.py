@@ -2,8 +2,8 @@
 
     <folder>/source.json                 what the folder's name was made of, and the source's files
              shard_00003.safetensors     codes [n, A, T, S] uint16 or int32
-                                         labels [n] int64, or else
-                                         pixels [n] int64: hashes, equal for the same image
+                                         labels [n] int64: of images of classes
+                                         pixels [n] int64: of others, equal for the same image
                                          text [tokens, C] float16 or bfloat16: features of the
                                            captions, valid tokens only, back to back
                                          text_offsets [captions + 1] int64: rows of caption c in it
