@@ -64,7 +64,8 @@ class ShardWriter:
     def __init__(self, folder: Path, shard: int):
         self._path = shard_path(folder, shard)
         self._lines: list[dict] = []
-        self._samples: list[Sample] = []
+        self._labels: list[int] = []
+        self._captions: list[int] = []  # how many each sample has; samples may hold whole images
         self._codes: list[Tensor] = []
         self._pixels: list[int] = []
         self._text: list[Tensor] = []
@@ -82,7 +83,8 @@ class ShardWriter:
             features: float [n_i, C] for every caption of every sample; none without text features.
         """
         self._lines += map(sample_line, samples)
-        self._samples += samples
+        self._labels += [sample.label for sample in samples if sample.label is not None]
+        self._captions += [len(sample.captions) for sample in samples]
         self._codes.append(codes_BATS)
         self._pixels += pixels
         captions = [caption for sample in samples for caption in sample.captions]
@@ -96,16 +98,15 @@ class ShardWriter:
         fits = codes.numel() == 0 or int(codes.max()) < 2**16
         assert codes.numel() == 0 or int(codes.min()) >= 0, "negative code"
         tensors = {"codes": codes.to(torch.uint16 if fits else torch.int32).contiguous()}
-        labels = [sample.label for sample in self._samples if sample.label is not None]
-        if labels:
-            assert len(labels) == len(codes), "labels of some samples only"
-            tensors["labels"] = torch.tensor(labels)
+        if self._labels:
+            assert len(self._labels) == len(codes), "labels of some samples only"
+            tensors["labels"] = torch.tensor(self._labels)
         else:
             tensors["pixels"] = torch.tensor(self._pixels, dtype=torch.long)
         if self._text:
             tensors["text"] = torch.cat(self._text)
             tensors["text_offsets"] = _offsets([len(feature) for feature in self._text])
-            tensors["caption_offsets"] = _offsets([len(s.captions) for s in self._samples])
+            tensors["caption_offsets"] = _offsets(self._captions)
         with replacing(self._path.with_suffix(".jsonl")) as temporary:
             lines = sorted(self._lines, key=lambda line: line["index"])
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
