@@ -26,7 +26,7 @@ import t2i.evaluation.draw
 import t2i.training.loop  # noqa: F401
 from launch import sample_imagenet, train_imagenet
 from t2i import cli
-from t2i.data.sources import classes as imagenet
+from t2i.training import examples
 
 MOMENTS = (2, 7)
 """Of the ten pieces of work, how many are done when a kill comes."""
@@ -73,7 +73,7 @@ def wait(ids: list[int]) -> list[int]:
 
 def main(base: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    imagenet._ROWS_PER_CHUNK = 8  # or the few images were one chunk
+    examples._IMAGES_PER_SHARD = 8  # or the few images were one shard
     kills = {}
     for program in (sample_imagenet, train_imagenet):
         name = Path(program.__file__).stem
@@ -87,11 +87,10 @@ def main(base: Path, out: Path) -> None:
 
 
 def kill(ids: list[int], folder: Path, pieces: int) -> bool:
-    """Kill processes when so many pieces of work are marked as done; whether they were still
-    alive.
-    """
+    """Kill processes when so many pieces of work are done; whether they were still alive."""
     alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    while len(list(folder.glob("**/*.chunks/*.json"))) < pieces:
+    marks = ("*.chunks/*.done", "shard_*.safetensors")
+    while sum(len(list(folder.glob(f"**/{mark}"))) for mark in marks) < pieces:
         if any(os.waitid(os.P_PID, i, alive) for i in ids):
             break
         time.sleep(0.001)

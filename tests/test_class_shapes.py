@@ -159,7 +159,7 @@ def test_nothing_is_kept_for_another_recipe(recipe, tmp_path):
         make_class_base(replace(recipe, steps=5))
     with pytest.raises(ValueError, match=r"images/recipe\.json"):
         make_class_base(replace(recipe, backbone="llamagen", image_size=24))
-    assert len(open_imagenet(tmp_path / "images").files) == 4 * len(CLASSES)
+    assert len(open_imagenet(tmp_path / "images").paths) == 4 * len(CLASSES)
 
 
 def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
@@ -177,7 +177,7 @@ def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
 def test_one_or_two_processes_and_any_kill_leave_the_same(killed, program):
     whole, *others = (killed / f"{program}-{name}" for name in ("whole", "1", "2"))
     for folder in others:
-        assert folder_content(folder) == folder_content(whole), "images, or the array of codes"
+        assert folder_content(folder) == folder_content(whole), "images, or the store of codes"
     kills = json.loads((killed / "kills.json").read_text())
     assert all(kills[folder.name] for folder in others), kills
 

@@ -1,6 +1,4 @@
-"""Cases 7, 10 and 11: a data set is known by its content, a name has one meaning, and the cache's
-place is looked at first.
-"""
+"""Cases 7, 10, 11: data are their content, a name has one meaning, the cache's place is checked."""
 
 import os
 import shutil
@@ -8,7 +6,6 @@ import time
 
 import pytest
 from helpers import in_threads
-from test_data_cache import build, encode_images
 from test_data_sources import (
     CAPTIONS,
     make,
@@ -18,12 +15,14 @@ from test_data_sources import (
     write_metadata,
     write_parquet,
 )
+from test_data_store import build, encode_images
 
 from t2i.checkpoint import is_checkpoint, load_model
 from t2i.data import content
-from t2i.data.cache import check_cache_dir
 from t2i.data.content import ABSENT, describe_changes, hash_files
 from t2i.data.data_report import survey_source
+from t2i.data.encoding import check_cache_dir
+from t2i.data.images import ImageRules
 from t2i.data.sources.open_source import open_source
 from t2i.errors import UserError
 from t2i.processes import Processes
@@ -44,7 +43,7 @@ def test_place_and_clock_do_not_matter(kind, tmp_path, monkeypatch):
         raise AssertionError("encoded again")
 
     for name in ("place", "place/", "../other/place", tmp_path / "other" / "place"):
-        assert build(open_source(name), tmp_path / "cache", encode_images=never) == folder
+        assert build(open_source(name), tmp_path / "cache", images=never) == folder
 
 
 @pytest.mark.parametrize("kind", ["metadata", "sidecar", "parquet", "webdataset"])
@@ -90,7 +89,7 @@ def test_changes_are_named(tmp_path):
     data = make("sidecar", tmp_path / "data")
     key = build(open_source(data), tmp_path / "cache").name
     with pytest.raises(UserError, match=r"resolution: 8 -> 4"):
-        build(open_source(data), tmp_path / "cache", expected_key=key, resolution=4)
+        build(open_source(data), tmp_path / "cache", expected_key=key, rules=ImageRules(4))
     (data / "0.txt").write_text("edited")
     (data / "1.png").unlink()
     write_images(data, 7)
@@ -101,14 +100,12 @@ def test_changes_are_named(tmp_path):
         "1 file was edited (0.txt), 4 files were added (3.png, 4.png, 5.png, ...), 2 files were"
         in str(caught.value)
     )
-    with pytest.raises(UserError, match=r"cache .* is gone"):
+    with pytest.raises(UserError, match=r"none is gone or of another version"):
         build(open_source(data), tmp_path / "cache", expected_key="none")
 
 
 def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
-    """Case 10: the index spares a million images from being read at every start, and trusts no file
-    of this moment.
-    """
+    """Case 10: the index spares reading a million images again; it trusts no file of now."""
     monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
     monkeypatch.setattr(content, "_RACY_NS", 10**7)
     source = open_source(make("metadata", tmp_path / "data"))
@@ -145,7 +142,7 @@ def test_a_folder_of_a_shipped_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse_shapes("shapes").remarks == []
     make("sidecar", tmp_path / "shapes")
-    report, _ = survey_source(parse_shapes("shapes"), limit=1, size=64)
+    report, _ = survey_source(parse_shapes("shapes"), rules=ImageRules(64), limit=1)
     assert (
         "'shapes' is taken for the scenes that the kit draws; write './shapes'" in report.describe()
     )
@@ -170,7 +167,7 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise RuntimeError("Error while serializing: IoError(Os { code: 28, ... os error 28 })")
 
-    monkeypatch.setattr("t2i.data.shards.save_file", full)
+    monkeypatch.setattr("t2i.data.store.save_file", full)
     source = open_source(make("sidecar", tmp_path / "data"))
     with pytest.raises(UserError, match=r"shard_00000\.safetensors: no space is left on the disk"):
         build(source, tmp_path / "cache")
@@ -185,7 +182,7 @@ def test_an_unwritable_cache_is_noticed_first(tmp_path):
         with pytest.raises(UserError, match="cannot write to"):
             check_cache_dir(place)
         with pytest.raises(UserError, match="cannot write to"):
-            build(source, place, encode_images=lambda p: seen.append(p) or encode_images(p))
+            build(source, place, images=lambda p: seen.append(p) or encode_images(p))
     assert not seen
     check_cache_dir(tmp_path / "new" / "cache")
     assert not (tmp_path / "new").exists()

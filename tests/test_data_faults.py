@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import Killed
 from PIL import Image
-from test_data_cache import build
 from test_data_sources import (
     image_structs,
     levels,
@@ -23,13 +22,15 @@ from test_data_sources import (
     write_parquet,
     write_tar,
 )
+from test_data_store import build
 
 import t2i
-from t2i.data.cache import CodeCache
 from t2i.data.data_report import survey_source
+from t2i.data.images import ImageRules
 from t2i.data.order import split_indices
 from t2i.data.samples import UNREADABLE, read_captions
 from t2i.data.sources.open_source import open_source
+from t2i.data.store import CodeStore
 from t2i.errors import UserError
 
 
@@ -66,7 +67,7 @@ def several_rows(kind, folder):
 def test_rows_of_one_image_are_held_out_together(kind, tmp_path):
     """Case 12: several rows of an image are several samples, on one side of the split."""
     source = open_source(several_rows(kind, tmp_path / "data"))
-    cache = CodeCache(build(source, tmp_path / "cache"))
+    cache = CodeStore(build(source, tmp_path / "cache"))
     same = cache.same_images()
     assert len(cache) == 15 and same.tolist() == [i * 5 for i in range(3) for _ in range(5)]
     train, held_out = split_indices(15, 3, 0, same)
@@ -94,9 +95,7 @@ def sidecars(folder, count=2):
 
 
 def test_classes_named_as_splits(tmp_path):
-    """Case 13: train beside bus and cat is a class; beside val a split. What is left out is
-    named.
-    """
+    """Case 13: train beside bus is a class, beside val a split. What is left out is named."""
     for name in ("bus", "train", "cat"):
         sidecars(tmp_path / "cl" / name)
     source = open_source(tmp_path / "cl")
@@ -123,9 +122,7 @@ def test_classes_named_as_splits(tmp_path):
 
 
 def test_splits_that_a_user_may_not_mean(tmp_path):
-    """Case 13: folders that are named as splits and used all the same are named; data/train beside
-    data/val are splits.
-    """
+    """Case 13: folders that have the names of splits and are used all the same are reported."""
     for name in ("no_train/val", "no_train/test", "classes/test", "classes/dog"):
         sidecars(tmp_path / name)
     source = open_source(tmp_path / "no_train")
@@ -143,9 +140,7 @@ def test_splits_that_a_user_may_not_mean(tmp_path):
 
 
 def test_metadata_that_is_not_read_is_named(tmp_path):
-    """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take
-    instead.
-    """
+    """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take."""
     sidecars(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,another\n")
     (tmp_path / "0.json").write_text("{}")
@@ -155,9 +150,7 @@ def test_metadata_that_is_not_read_is_named(tmp_path):
 
 
 def test_folders_that_are_passed_over(tmp_path):
-    """Case 13: hidden folders with images are named, others are no one's business; images beside a
-    metadata.jsonl, too.
-    """
+    """Case 13: hidden folders with images, and images that metadata.jsonl does not name."""
     sidecars(tmp_path)
     sidecars(tmp_path / ".ipynb_checkpoints")
     sidecars(tmp_path / "__MACOSX")
@@ -181,15 +174,13 @@ def notes(captions):
 
 
 def test_unreadable_captions(tmp_path):
-    """Case 14: skipped and cut captions are named by the survey, at the encoding and on a cache
-    hit.
-    """
+    """Case 14: the survey, the encoding and a cache hit name skipped and cut captions."""
     write_images(tmp_path / "data", 4)
     values = ["a dot", "\u5706", ["\u5706", "a dot"], "a dot with more"]
     rows = [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
     write_metadata(tmp_path / "data", rows)
     source = open_source(tmp_path / "data")
-    survey, usable = survey_source(source, caption_notes=notes, size=8)
+    survey, usable = survey_source(source, caption_notes=notes, rules=ImageRules(8))
     for _ in range(2):
         folder = build(source, tmp_path / "cache", caption_notes=notes)
         report = report_of(folder)
@@ -198,9 +189,9 @@ def test_unreadable_captions(tmp_path):
             UNREADABLE: ["2.png"],
             "caption cut": ["3.png"],
         }
-        assert report["lines"] == CodeCache(folder).manifest["report"]["lines"] == survey.lines()
-    cache = CodeCache(folder)
-    assert [cache.caption(i, 1) for i in range(3)] == ["a dot", "a dot", "a dot with more"]
+        assert report["lines"] == CodeStore(folder).manifest["report"]["lines"] == survey.lines()
+    cache = CodeStore(folder)
+    assert [cache.condition(i, 1) for i in range(3)] == ["a dot", "a dot", "a dot with more"]
     assert len(usable) == len(cache) == 3
     write_metadata(tmp_path / "data", [{"file_name": "0.png", "text": "\u5706"}])
     with pytest.raises(UserError, match=rf"no usable sample .*1 {UNREADABLE} \(0\.png\)"):
@@ -263,9 +254,7 @@ def test_captions_of_any_value(value, captions, said):
     "kind", ["metadata", "sidecar", "webdataset", "webdataset json", "parquet"]
 )
 def test_the_same_text_is_the_same_captions(kind, tmp_path):
-    """Case 16: three lines are three alternatives in a .txt, a tar, JSON and a table; case 15: a
-    caption that is none.
-    """
+    """Cases 15, 16: three lines are three alternatives everywhere; a caption that is no text."""
     text, surrogate = "one\ntwo\nthree", "a \ud83d dot"
     values = [text, surrogate, 7]
     if kind == "metadata":
@@ -294,7 +283,7 @@ def test_the_same_text_is_the_same_captions(kind, tmp_path):
         write_tar(tmp_path / "0.tar", members)
     source = open_source(tmp_path)
     assert source[0].captions == ["one", "two", "three"]
-    survey, _ = survey_source(source, size=8)
+    survey, _ = survey_source(source, rules=ImageRules(8))
     assert "1 have several captions (lines of a text or items of a list)" in survey.describe()
     json_like = kind in ("metadata", "webdataset json")
     assert source[1].captions == (["a  dot"] if json_like else [])
@@ -349,9 +338,7 @@ def write_members(path, members):
 
 # -- 18: links and names ---------------------------------------------------------------------------
 def test_odd_files_are_passed_over_by_name(tmp_path):
-    """Case 18: broken links, loops, links to folders, pipes, sockets, names that are no text, empty
-    files.
-    """
+    """Case 18: broken links, loops, pipes, sockets, names that are no text, empty files."""
     data = tmp_path / "data"
     sidecars(data, 1)
     sidecars(tmp_path / "linked", 1)
@@ -372,7 +359,7 @@ def test_odd_files_are_passed_over_by_name(tmp_path):
         listener.bind(str(data / "s.png"))
         source = open_source(data)
     folder = build(source, tmp_path / "cache")
-    assert len(CodeCache(folder)) == 5
+    assert len(CodeStore(folder)) == 5
     report = report_of(folder)
     skipped = {reason: entry["first"] for reason, entry in report["skipped"].items()}
     assert skipped == {
@@ -381,7 +368,7 @@ def test_odd_files_are_passed_over_by_name(tmp_path):
         "link to a folder that is read already": ["beside/", "loop/", "up/"],
         "not a regular file": ["0.pipe.txt", "pipe.png", "s.png"],
     }
-    keys = {CodeCache(folder).key(i) for i in range(5)}
+    keys = {CodeStore(folder).name(i) for i in range(5)}
     assert {"bad\\udcff.png", "two\\nlines.png", "again/0.png"} < keys
     print(report["lines"])  # can be printed
 
@@ -395,7 +382,7 @@ def test_pipes_that_are_named_do_not_hang(tmp_path):
     write_metadata(tmp_path / "data", rows)
     source = open_source(tmp_path / "data")
     assert levels(source) == ["unreadable", 0, "unreadable", "unreadable"]
-    assert len(CodeCache(build(source, tmp_path / "cache"))) == 1
+    assert len(CodeStore(build(source, tmp_path / "cache"))) == 1
     with pytest.raises(UserError, match=r"p\.tar is no file"):
         open_source(tmp_path / "p.tar")
 
@@ -415,10 +402,10 @@ def test_a_cache_hit_reports_the_files_of_today(tmp_path):
     """Case 18: what lies beside the samples is not part of the key, but of the report."""
     data = make("sidecar", tmp_path / "data")
     folder = build(open_source(data), tmp_path / "cache")
-    assert CodeCache(folder).manifest["report"]["lines"] == []
+    assert CodeStore(folder).manifest["report"]["lines"] == []
     (data / "zz.png").symlink_to("/gone")
     assert build(open_source(data), tmp_path / "cache") == folder
-    assert CodeCache(folder).manifest["report"]["lines"] == ["1 broken link (zz.png)"]
+    assert CodeStore(folder).manifest["report"]["lines"] == ["1 broken link (zz.png)"]
     assert report_of(folder)["skipped"]["broken link"]["first"] == ["zz.png"]
 
 
@@ -427,7 +414,7 @@ def test_small_images_say_what_is_wanted(tmp_path):
     """Case 28: the size, and the option."""
     sidecars(tmp_path)
     Image.new("RGB", (9, 7)).save(tmp_path / "0.png")
-    said = survey_source(open_source(tmp_path), size=8)[0].describe()
+    said = survey_source(open_source(tmp_path), rules=ImageRules(8))[0].describe()
     assert (
         said
         == "1 too small (0.png: 9 x 7 px, needs 8; --data.small-images upscale enlarges small images)"

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from t2i.data.images import (
     FileSlice,
+    ImageRules,
     RemoteFile,
     SkipSample,
     center_crop,
-    load_pixels,
     open_image,
     to_pixels,
 )
@@ -209,16 +209,16 @@ def test_too_large_is_skipped_before_decoding(monkeypatch):
 def test_small_images_follow_the_policy():
     data = encode(Image.new("RGB", (40, 20), "red"))
     with pytest.raises(SkipSample, match="too small: 40 x 20 px, needs 32"):
-        load_pixels(data, 32)
-    pixels = load_pixels(data, 32, small="upscale")
+        ImageRules(32).load(data)
+    (pixels,) = ImageRules(32, small="upscale").load(data)
     assert pixels.shape == (3, 32, 32)
     assert pixels.mean((1, 2)).tolist() == [1, -1, -1]
-    assert load_pixels(data, 20).shape == (3, 20, 20)
+    assert ImageRules(20).load(data).shape == (1, 3, 20, 20)
     with pytest.raises(ValueError, match="'skip' or 'upscale'"):
-        load_pixels(data, 32, small="crop")
+        ImageRules(32, small="crop")
 
 
 def test_a_thin_strip_is_not_blown_up():
     strip = encode(Image.new("L", (20000, 2)))
     with pytest.raises(SkipSample, match="too large"):
-        load_pixels(strip, 256, small="upscale")
+        ImageRules(256, small="upscale").load(strip)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from t2i.data.data_report import survey_source
-from t2i.data.images import SkipSample
+from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import load_sample
 from t2i.data.sources.open_source import open_source
 
@@ -56,9 +56,9 @@ def image_structs(count=3):
 
 def levels(source) -> list[float | str]:
     """The red level of each image (or why it is skipped), through the real loader."""
-    results = [load_sample(sample, size=8) for sample in source]
+    results = [load_sample(sample, ImageRules(8)) for sample in source]
     return [
-        r.reason if isinstance(r, SkipSample) else round((float(r[0, 0, 0]) + 1) * 127.5)
+        r.reason if isinstance(r, SkipSample) else round((float(r[0, 0, 0, 0]) + 1) * 127.5)
         for r in results
     ]
 
@@ -132,7 +132,7 @@ def test_every_kind_gives_the_same_samples(kind, streaming, tmp_path, hub):
     else:
         assert source.length == 3
         assert source[2] == samples[2]
-    report, usable = survey_source(source, limit=2, size=8)
+    report, usable = survey_source(source, ImageRules(8), limit=2)
     assert (report.seen, report.usable, len(usable)) == (2, 2, 2)
 
 

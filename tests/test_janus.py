@@ -426,10 +426,10 @@ def test_captions_are_cached_as_text(tiny_world):
     config = tiny_janus_run(tiny_world, "-")
     backbone = t2i.load_backbone("janus", tiny_world / "janus")
     data = TrainingData(config, backbone, ALONE)
-    cache = data.examples.cache
-    assert cache.manifest["text_dim"] is None
+    store = data.examples.store
+    assert store.manifest["text_dim"] is None
     batch = next(data.micro_batches(0))
-    texts = [cache.caption(i) for i in range(len(cache))]
+    texts = [store.condition(i) for i in range(len(store))]
     own = [
         ids[mask].tolist()
         for ids, mask in zip(batch.prepared["ids"], batch.prepared["mask"], strict=True)

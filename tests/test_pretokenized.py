@@ -1,23 +1,23 @@
-"""ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once, whatever
-is killed meanwhile.
-"""
+"""ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from helpers import Killed, folder_content, in_threads
+from helpers import Killed, folder_content, in_threads, tiny_rar
 
-from t2i.data.code_array import CodeArray
+from t2i.data.encoding import Encoding, build_store
 from t2i.data.sources import pretokenized
-from t2i.data.sources.pretokenized import LlamaGenCodes, convert_jsonl
-from t2i.processes import Processes
+from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
+from t2i.data.store import CodeStore
+from t2i.processes import ALONE, Processes
+from t2i.training.config import LabelledOptions, TrainConfig
+from t2i.training.examples import Examples
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(pretokenized, "_ROWS_PER_CHUNK", 3)
+def small_blocks(monkeypatch):
     monkeypatch.setattr(pretokenized, "_BLOCK", 64)
 
 
@@ -33,16 +33,16 @@ def write_llamagen(root, images=4, views=3, offset=0):
 
 def test_llamagen_folders_are_known_by_their_content(tmp_path):
     """Case 10: not by their names."""
-    before = LlamaGenCodes(write_llamagen(tmp_path / "a")).identity
+    before = LlamaGenCodes(write_llamagen(tmp_path / "a")).key
     (tmp_path / "a").rename(tmp_path / "b")
-    assert LlamaGenCodes(tmp_path / "b").identity == before
-    assert LlamaGenCodes(write_llamagen(tmp_path / "c", offset=1)).identity != before
+    assert LlamaGenCodes(tmp_path / "b").key == before
+    assert LlamaGenCodes(write_llamagen(tmp_path / "c", offset=1)).key != before
 
 
 def test_llamagen_folders(tmp_path):
     data = LlamaGenCodes(write_llamagen(tmp_path, images=11))  # "10" sorts before "2" as text
     assert (len(data), data.views) == (11, 3)
-    assert data.labels([10, 2]).tolist() == [70, 14]
+    assert [data.condition(i) for i in (10, 2)] == [70, 14]
     codes = data.codes(torch.tensor([10, 2]), torch.tensor([0, 4]))
     assert codes.dtype == torch.int64
     assert codes[..., 0].tolist() == [[1000 + t for t in range(5)], [205 + t for t in range(5)]]
@@ -90,43 +90,43 @@ def write_jsonl(path, count=8, end="\n"):
     return path
 
 
+def convert(path, folder, processes=ALONE):
+    encoding = Encoding(lambda codes: codes, None, shard_size=3)
+    return build_store(JsonlCodes(path), folder, encoding, processes=processes, progress=False)
+
+
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_jsonl_is_converted_once(tmp_path, end, monkeypatch):
     path = write_jsonl(tmp_path / "maskgitvq.jsonl", end=end)
-    folder = convert_jsonl(path, tmp_path / "cache", progress=False)
-    array = CodeArray(folder)
-    assert (len(array), array.views) == (8, 1)
-    assert array.codes([0, 7], [0, 9])[..., 0].tolist() == [[0, 1, 1023], [7, 8, 1016]]
-    assert array.labels(torch.tensor([6, 3])).tolist() == [1, 3]
-    monkeypatch.setattr(pretokenized, "_parse", None)
-    assert convert_jsonl(path, tmp_path / "cache") == folder
+    folder = convert(path, tmp_path / "cache")
+    store = CodeStore(folder)
+    assert (len(store), store.views) == (8, 1)
+    assert store.codes([0, 7], [0, 9])[..., 0].tolist() == [[0, 1, 1023], [7, 8, 1016]]
+    assert [store.condition(i) for i in (6, 3)] == [1, 3]
+    assert store.name(6) == "line 7"
+    monkeypatch.setattr(JsonlCodes, "__getitem__", None)
+    assert convert(path, tmp_path / "cache") == folder
 
 
 def test_jsonl_after_a_kill_and_by_two_processes(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "maskgitvq.jsonl")
-    whole = folder_content(convert_jsonl(path, tmp_path / "one", progress=False))
-    parsed, real = [], pretokenized._parse
+    whole = folder_content(convert(path, tmp_path / "one"))
+    parsed, real = [], JsonlCodes._parse
 
-    def parse(line, path, index, *more):
+    def parse(source, index):
         if index == 5 and len(parsed) < 7:
             raise Killed
         parsed.append(index)
-        return real(line, path, index, *more)
+        return real(source, index)
 
-    monkeypatch.setattr(pretokenized, "_parse", parse)
+    monkeypatch.setattr(JsonlCodes, "_parse", parse)
     with pytest.raises(Killed):
-        convert_jsonl(path, tmp_path / "killed", progress=False)
+        convert(path, tmp_path / "killed")
     parsed[:] = [-1] * 7
-    folder = convert_jsonl(path, tmp_path / "killed", progress=False)
+    folder = convert(path, tmp_path / "killed")
     assert parsed[7:] == [0, 3, 4, 5, 6, 7], "the first line gives the length"
     assert folder_content(folder) == whole
-
-    def work(rank):
-        convert_jsonl(
-            path, tmp_path / "two", processes=Processes(rank, 2, patience=20), progress=False
-        )
-
-    in_threads(work)
+    in_threads(lambda rank: convert(path, tmp_path / "two", Processes(rank, 2, patience=20)))
     (folder,) = (tmp_path / "two").iterdir()
     assert folder_content(folder) == whole
 
@@ -145,12 +145,32 @@ def test_jsonl_after_a_kill_and_by_two_processes(tmp_path, monkeypatch):
 def test_bad_lines_are_named(tmp_path, line, message):
     path = write_jsonl(tmp_path / "maskgitvq.jsonl", end=f"\n{line}\n")
     with pytest.raises(ValueError, match=message):
-        convert_jsonl(path, tmp_path / "cache", progress=False)
+        convert(path, tmp_path / "cache")
 
 
 def test_no_lines(tmp_path):
     with pytest.raises(ValueError, match="is no file"):
-        convert_jsonl(tmp_path / "gone.jsonl", tmp_path / "cache")
+        JsonlCodes(tmp_path / "gone.jsonl")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):
-        convert_jsonl(tmp_path / "empty.jsonl", tmp_path / "cache")
+        JsonlCodes(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("positions", "code", "message"),
+    [
+        (15, 1, r"15 x 1 codes .* this rar backbone 16 x 1: they are of another tokenizer"),
+        (16, 48, r"codes from 0 to 48, this rar backbone \(48,\): they are of another tokenizer"),
+        (16, -1, r"codes from -1 to 0, this rar backbone \(48,\): they are of another tokenizer"),
+    ],
+)
+def test_codes_of_another_tokenizer_are_refused(tmp_path, positions, code, message):
+    for kind in ("codes", "labels"):
+        (tmp_path / f"imagenet256_{kind}").mkdir(parents=True)
+    codes = np.zeros((1, 2, positions), int)
+    codes[0, 0, 3] = code
+    np.save(tmp_path / "imagenet256_codes" / "0.npy", codes)
+    np.save(tmp_path / "imagenet256_labels" / "0.npy", np.array([7]))
+    config = TrainConfig(data=LabelledOptions(source=(str(tmp_path),)))
+    with pytest.raises(ValueError, match=message):
+        Examples(config, tiny_rar(), ALONE)

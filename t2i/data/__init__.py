@@ -1,1 +1,1 @@
-"""Data sets: caption-image sources, the code cache, the offline shapes world."""
+"""Data sets: sources of images, the store of their codes, the order of samples."""

@@ -1,5 +1,4 @@
-"""What a data set contains, as hashes of its files: the same for a copy elsewhere, another for any
-edit.
+"""What a data set contains, as hashes: the same for a copy elsewhere, another for any edit.
 
 Hashing reads every byte once. What was found is kept in an index beside the caches, with the size
 and the times of each file, so that the next run only asks the file system. The change time is part
@@ -47,8 +46,9 @@ def hash_files(
     Raises:
         TimeoutError: the main process stopped.
     """
-    statuses = {path: _status(path) for _, path in files}
-    total = sum(status[0] for status in statuses.values() if status is not None)
+    found = ((path, _status(path)) for _, path in files)
+    statuses = {path: status for path, status in found if status is not None}
+    total = sum(size for size, *_ in statuses.values())
     place = _index_path(files, cache_dir) if total >= _WORTH_AN_INDEX else None
     if place is not None and not processes.is_main:
         hashes = _wait_for_index(place, statuses, processes.patience)
@@ -65,7 +65,13 @@ def contents_key(contents: Contents) -> str:
     return digest.hexdigest()
 
 
-def describe_changes(before: Iterable[Sequence[str]], after: Contents) -> str:
+def content_key(parts: dict) -> str:
+    """A name for what JSON-able parts say: 20 hexadecimal digits of the SHA-256 of their JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:
     """What is different, in words; empty if nothing is."""
     old, new = dict(before), dict(after)
     both = old.keys() & new.keys()
@@ -90,6 +96,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """A file's path below a folder, as it can be printed."""
+    return printable(str(path.relative_to(folder)))
 
 
 def _status(path: Path) -> list[int] | None:
@@ -122,21 +133,19 @@ def _read_index(place: Path | None) -> dict[str, list]:
     return index if isinstance(index, dict) else {}
 
 
-def _known(index: dict[str, list], path: Path, status: list[int] | None) -> list | None:
+def _known(index: dict[str, list], path: Path, status: list[int]) -> list | None:
     entry = index.get(os.path.abspath(path))
     return entry if entry is not None and entry[:3] == status else None
 
 
-def _hash_new(
-    place: Path | None, statuses: dict[Path, list[int] | None], quiet: bool
-) -> dict[Path, str]:
+def _hash_new(place: Path | None, statuses: dict[Path, list[int]], quiet: bool) -> dict[Path, str]:
     """Hash what the index does not know, and bring the index up to date."""
-    index, known = _read_index(place), {}
+    index, known = _read_index(place), dict[Path, list]()
     for path, status in statuses.items():
         entry = _known(index, path, status)
         if entry is not None and entry[3] - status[2] > _RACY_NS:
             known[path] = entry
-    new = [path for path, status in statuses.items() if status is not None and path not in known]
+    new = [path for path in statuses if path not in known]
     saved = time.monotonic()
     with (
         ThreadPoolExecutor(_THREADS) as pool,
@@ -173,16 +182,17 @@ def _write_index(place: Path | None, index: dict[str, list], known: dict[Path, l
 
 
 def _wait_for_index(
-    place: Path, statuses: dict[Path, list[int] | None], patience: float
+    place: Path, statuses: dict[Path, list[int]], patience: float
 ) -> dict[Path, str]:
     """The hashes that the main process found."""
-    found: dict[Path, list | None] = {}
+    found: dict[Path, str] = {}
 
     def missing() -> list[Path]:
         index = _read_index(place)
-        needed = {path: status for path, status in statuses.items() if status is not None}
-        found.update((path, _known(index, path, status)) for path, status in needed.items())
-        return [path for path, entry in found.items() if entry is None]
+        for path, status in statuses.items():
+            if (entry := _known(index, path, status)) is not None:
+                found[path] = entry[4]
+        return [path for path in statuses if path not in found]
 
     wait_until_none(missing, patience, f"the hashes in {place} of ")
-    return {path: entry[4] for path, entry in found.items() if entry is not None}
+    return found

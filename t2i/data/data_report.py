@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from t2i.data.images import SkipSample
-from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable, load_sample
-from t2i.data.shards import sample_line
+from t2i.data.images import ImageRules, SkipSample
+from t2i.data.samples import CaptionNotes, Sample, Source, check_captions, load_sample
+from t2i.data.store import sample_line
 from t2i.files import write_text
 
 _KEYS_PER_REASON = 100
@@ -21,12 +21,12 @@ _NAMED = 3
 
 
 @dataclass
-class Report:
+class DataReport:
     """Counts of usable and skipped samples.
 
     Attributes:
         seen: samples of the source that were looked at.
-        usable: those of them that can be used; in a cache, that are in it.
+        usable: those of them that can be used; in a store, that are in it.
         skipped: one {index, key, reason, detail} for each of the others, and for each file that
             belongs to no sample (index None).
         noted: the keys of samples that are used although something is unusual about them, by what
@@ -41,7 +41,7 @@ class Report:
     remarks: list[str] = field(default_factory=list)
 
     @classmethod
-    def collect(cls, lines: Iterable[dict], source: Source) -> "Report":
+    def collect(cls, lines: Iterable[dict], source: Source) -> "DataReport":
         """From the lines of the shards, and what the source says of itself."""
         report = cls(remarks=list(source.remarks))
         for line in lines:
@@ -78,9 +78,7 @@ class Report:
         return "; ".join(self.lines()) or "nothing skipped"
 
     def lines(self) -> list[str]:
-        """Sentences for people: what is skipped, what is used but unusual, remarks; empty if all is
-        well.
-        """
+        """Sentences for people: what is skipped or unusual, remarks; empty if all is well."""
         skipped = _listing(self.keys, self._advice)
         noted = _listing(_by_count(self.noted))
         return [
@@ -124,19 +122,11 @@ def _listing(found: dict[str, list[str]], advice: Callable[[str], str] = lambda 
 
 
 def survey_source(
-    source: Source,
-    limit: int = 64,
-    *,
-    caption_notes: CaptionNotes | None = None,
-    **rules: Any,
-) -> tuple[Report, list[Sample]]:
+    source: Source, rules: ImageRules, *, caption_notes: CaptionNotes | None = None, limit: int = 64
+) -> tuple[DataReport, list[Sample]]:
     """Look at a source before a run: a report over at most `limit` samples, and the usable ones.
 
     The samples are spread evenly over the source; of a stream, the first ones are taken.
-
-    Args:
-        caption_notes: as for `build_cache`.
-        rules: size, small and max_megapixels, as for `load_pixels`.
     """
     if source.length is None:
         samples: Iterable[Sample] = islice(source, limit)
@@ -145,15 +135,15 @@ def survey_source(
         samples = (source[i * source.length // count] for i in range(count))
     lines, usable = [], []
     for sample in samples:
-        readable = drop_unreadable([sample], caption_notes)[0]
-        result = load_sample(readable, **rules)
-        skipped = isinstance(result, SkipSample)
-        lines.append(sample_line(readable, result if skipped else None))
-        if not skipped:
-            usable.append(readable)
-    report = Report.collect(lines, source)
+        checked = check_captions(sample, caption_notes)
+        result = load_sample(checked, rules)
+        lines.append(sample_line(checked, result if isinstance(result, SkipSample) else None))
+        if not isinstance(result, SkipSample):
+            usable.append(checked)
+    report = DataReport.collect(lines, source)
     if several := sum(len(sample.captions) > 1 for sample in usable):
         report.remarks.append(
-            f"{several} have several captions (lines of a text or items of a list), of which training picks one each time"
+            f"{several} have several captions (lines of a text or items of a list), "
+            "of which training picks one each time"
         )
     return report, usable

@@ -1,12 +1,26 @@
-"""The work behind the code cache: cut a source into shards, encode the ones that are wanted.
+"""Fill a store: every image tokenized and every caption encoded once, before training.
 
-Shape legend: B = batch, T = positions, S = sub-tokens, C = text feature width.
+The name of a store's folder is a hash of everything that its content depends on (encoder weights,
+resolution, crop, content of the source files, caption cleaning, ...) and of no place or time. So a
+store is never stale (other input, other folder), and data that were moved or touched are not
+encoded again.
+
+Shard i covers the samples i * shard_size ... of the source, whoever builds it. So any number of
+processes can share the work without talking to each other, a killed run goes on at the first shard
+that is missing, and the result does not depend on either.
+
+Shape legend: B = images, A = views of an image, T = positions, S = sub-tokens, C = text feature
+width.
 """
 
 import hashlib
+import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
@@ -14,142 +28,303 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from t2i.data.images import SkipSample
-from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable
-from t2i.data.shards import ShardWriter
+from t2i.data.content import Contents, content_key, contents_key, describe_changes, hash_files
+from t2i.data.data_report import DataReport
+from t2i.data.images import ImageRules, SkipSample
+from t2i.data.samples import CaptionNotes, Sample, Source, check_captions, load_sample
+from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path
+from t2i.errors import UserError
+from t2i.files import wait_for, writable_folder, write_text
+from t2i.processes import ALONE, Processes
+from t2i.progress import progress_bar
 
-DECODE_THREADS = 4  # Pillow decodes outside Python's lock
+_DECODE_THREADS = 4  # Pillow decodes outside Python's lock
 
 Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """What turns samples into the content of a cache.
+class Encoding:
+    """What makes the content of a store of samples.
 
     Attributes:
-        load: a sample -> pixels float32 [3, H, W], or the reason to skip it.
-        caption_notes: what the text encoder makes of captions; None if it reads all of them whole.
-        images: pixels [B, 3, H, W] -> codes int64 [B, T, S].
-        captions: captions -> one float [n_i, C] each; None for a cache without text features.
-        batch_size: images, and captions, per call.
+        images: pixels float32 [N, 3, size, size] in [-1, 1] -> codes int64 [N, T, S]. Of a source
+            of codes, codes -> the same.
+        rules: how images become pixels; None for a source of codes.
+        captions: captions -> one float [n_i, C] each, valid tokens only; bfloat16 is kept, other
+            types are stored as float16. None for a store without text features.
+        caption_notes: what the text encoder makes of captions; a sample of which it reads nothing
+            is skipped. None if it reads all of them whole.
+        key: JSON-able, whatever else the content depends on: hashes of the tokenizer's and the text
+            encoder's weights, the version of the caption cleaning.
+        batch_size: views, and captions, per call. Does not change the content.
+        shard_size: samples of the source per shard.
+        max_samples: use only the first samples of the source (counted before any is skipped).
+
+    Raises:
+        UserError: a size that is no positive number.
     """
 
-    load: Callable[[Sample], Tensor | SkipSample]
-    caption_notes: CaptionNotes | None
     images: Callable[[Tensor], Tensor]
-    captions: Callable[[list[str]], Sequence[Tensor]] | None
-    batch_size: int
+    rules: ImageRules | None
+    captions: Callable[[list[str]], Sequence[Tensor]] | None = None
+    caption_notes: CaptionNotes | None = None
+    key: dict = field(default_factory=dict)
+    batch_size: int = 32
+    shard_size: int = 1024
+    max_samples: int | None = None
+
+    def __post_init__(self):
+        sizes = (self.batch_size, self.shard_size, self.max_samples)
+        if any(size is not None and size < 1 for size in sizes):
+            raise UserError("batch_size, shard_size and max_samples must be at least 1")
+
+    @property
+    def identity(self) -> dict:
+        """JSON-able, for keys."""
+        return {
+            "images": None if self.rules is None else self.rules.identity,
+            "max_samples": self.max_samples,
+            "shard_size": self.shard_size,
+            "with_text": self.captions is not None,
+            "encoders": self.key,
+        }
 
 
-class ShardPlan:
-    """Shard i covers the samples i * size ... of the source, whoever builds it.
+def build_store(
+    source: Source,
+    cache_dir: str | Path,
+    encoding: Encoding,
+    *,
+    expected_key: str | None = None,
+    processes: Processes = ALONE,
+    progress: bool = True,
+) -> Path:
+    """Build the store of a source, or find it complete; returns its folder, for `CodeStore`.
 
-    Attributes:
-        count: number of shards; of a stream, of those met so far.
+    Args:
+        expected_key: refuse data of another content, before anything is encoded.
+        processes: one builds the shards i with i % world_size == rank and waits for the others.
+            The main one writes the report and the manifest.
+
+    Raises:
+        UserError: no usable sample (the message counts the reasons), other data than expected, or a
+            cache_dir that cannot be written to.
+        TimeoutError: another process stopped building.
     """
+    cache_dir = Path(cache_dir)
+    contents = hash_files(source.files(), cache_dir, processes, progress)
+    files = {"files": contents_key(contents)} if contents else {}
+    key = {"format": FORMAT, "source": source.identity | files, **encoding.identity}
+    folder = cache_dir / content_key(key)
+    if expected_key not in (None, folder.name):
+        changes = _changes(cache_dir / expected_key, key, contents)
+        raise UserError(
+            f"cannot resume: the data set has changed since the run was started ({source.name}: "
+            f"{changes}); put it back, or start a new run_dir"
+        )
+    if (folder / MANIFEST).exists():
+        if processes.is_main:
+            _refresh(folder, source)
+        return folder
+    started = time.time()
+    writable_folder(folder)
+    if processes.is_main:
+        write_text(folder / "source.json", json.dumps({"key": key, "files": contents}))
 
-    def __init__(self, source: Source, size: int, max_samples: int | None):
-        self._source = source
-        self._size = size
-        self._max_samples = max_samples
-        self._length = source.length
-        if self._length is not None and max_samples is not None:
-            self._length = min(self._length, max_samples)
-        self.count = 0 if self._length is None else -(-self._length // size)
-
-    def samples(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Iterator[Sample]]]:
-        """(shard, its samples) of the wanted shards. A stream is read through in any case."""
-        if self._length is not None:
-            for shard in filter(wanted, range(self.count)):
-                yield shard, map(self._source.__getitem__, self._indices(shard))
-            return
-        stream = islice(self._source, self._max_samples)
-        for shard, samples in groupby(stream, lambda sample: sample.index // self._size):
-            self.count = shard + 1
-            if wanted(shard):
-                yield shard, samples
-
-    def total(self, wanted: Callable[[int], bool]) -> int | None:
-        """Samples in the wanted shards; None for a stream."""
-        if self._length is None:
-            return None
-        return sum(len(self._indices(shard)) for shard in filter(wanted, range(self.count)))
-
-    def _indices(self, shard: int) -> range:
-        return range(shard * self._size, min((shard + 1) * self._size, self._length))
+    quiet = not (progress and processes.is_main)
+    count = _encode_missing(source, folder, encoding, processes, quiet)
+    paths = [shard_path(folder, shard) for shard in range(count)]
+    wait_for(paths, processes.patience)
+    readers = list(map(ShardReader, paths))
+    if processes.is_main or not any(reader.codes_shape[0] for reader in readers):
+        _finish(folder, key, source, readers)  # where nothing is usable, every process says so
+    wait_for([folder / MANIFEST], processes.patience)
+    if processes.is_main:
+        _remove_leftovers(folder, started)
+    return folder
 
 
-def encode_shards(
-    plan: ShardPlan,
-    wanted: Callable[[int], bool],
-    folder: Path,
-    encoders: Encoders,
+def check_cache_dir(cache_dir: Path) -> None:
+    """UserError if no store can be written there, and none is finished there. Makes no folder."""
+    if not any(cache_dir.glob(f"*/{MANIFEST}")):
+        writable_folder(cache_dir, make=False)
+
+
+def _changes(before: Path, key: dict, contents: Contents) -> str:
+    """How the data differ from those of another store, in words."""
+    try:
+        stored = json.loads((before / "source.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = {"key": {}}
+    if stored["key"].get("format") != FORMAT:
+        return f"{before} is gone or of another version, so that the changes cannot be named"
+    if changes := describe_changes(stored["files"], contents):
+        return changes
+    old, new = _leaves(stored["key"]), _leaves(key)
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+def _leaves(value: dict, prefix: str = "") -> dict[str, object]:
+    leaves: dict[str, object] = {}
+    for name, inner in value.items():
+        nested = isinstance(inner, dict)
+        leaves |= _leaves(inner, f"{prefix}{name}.") if nested else {prefix + name: inner}
+    return leaves
+
+
+# -- shards ----------------------------------------------------------------------------------------
+def _encode_missing(
+    source: Source, folder: Path, encoding: Encoding, processes: Processes, quiet: bool
+) -> int:
+    """Encode this process's share of the missing shards; returns how many shards there are."""
+
+    def mine_to_do(shard: int) -> bool:
+        mine = shard % processes.world_size == processes.rank
+        return mine and not shard_path(folder, shard).exists()
+
+    size, length, count, total = encoding.shard_size, source.length, 0, None
+    if length is None:  # a stream is read through in any case
+        samples: Iterator[Sample] = islice(source, encoding.max_samples)
+    else:
+        length = min(length, encoding.max_samples or length)
+        count = -(-length // size)
+        starts = [shard * size for shard in range(count) if mine_to_do(shard)]
+        wanted = [range(start, min(start + size, length)) for start in starts]
+        samples = (source[index] for indices in wanted for index in indices)
+        total = sum(map(len, wanted))
+    with progress_bar(total=total, desc="codes", unit=" images", disable=quiet) as bar:
+        for shard, part in groupby(samples, lambda sample: sample.index // size):
+            count = max(count, shard + 1)
+            if mine_to_do(shard):
+                _encode_shard(ShardWriter(folder, shard), part, encoding, bar.update)
+    return count
+
+
+def _encode_shard(
+    writer: ShardWriter,
+    samples: Iterator[Sample],
+    encoding: Encoding,
     advance: Callable[[int], object],
 ) -> None:
-    """Build the wanted shards one after the other; `advance(n)` is told of every n samples."""
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for shard, samples in plan.samples(wanted):
-            writer = ShardWriter(folder, shard)
-            readable = (
-                drop_unreadable(batch, encoders.caption_notes)
-                for batch in batches(samples, encoders.batch_size)
-            )
-            loading = ((batch, pool.map(_Image(encoders.load), batch)) for batch in readable)
-            for batch, loaded in one_ahead(loading):
-                _encode_batch(batch, list(loaded), writer, encoders)
-                advance(len(batch))
-            writer.close()
+    """Encode and write one shard; `advance(n)` is told of every n samples."""
+    views = 1 if encoding.rules is None else encoding.rules.views.count
+    checked = (check_captions(sample, encoding.caption_notes) for sample in samples)
+    load = partial(_load, rules=encoding.rules)
+    for batch, loaded in load_ahead(checked, load, max(1, encoding.batch_size // views)):
+        usable = []
+        for sample, result in zip(batch, loaded, strict=True):
+            if isinstance(result, SkipSample):
+                writer.skip(sample, result)
+            else:
+                usable.append((sample, *result))
+        if usable:
+            _encode_batch(writer, encoding, *zip(*usable, strict=True))
+        advance(len(batch))
+    writer.close()
 
 
-def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter."""
-    while batch := list(islice(items, size)):
-        yield batch
-
-
-def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each fetched while its predecessor is in use: threads decode meanwhile."""
-    current = next(items, None)
-    while current is not None:
-        following = next(items, None)
-        yield current
-        current = following
-
-
-@dataclass(frozen=True)
-class _Image:
-    """Loads a sample's pixels with their hash, which tells that two samples show one image."""
-
-    load: Callable[[Sample], Tensor | SkipSample]
-
-    def __call__(self, sample: Sample) -> tuple[Tensor, str] | SkipSample:
-        pixels = self.load(sample)
-        if isinstance(pixels, SkipSample):
-            return pixels
-        return pixels, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
+def _load(sample: Sample, rules: ImageRules | None) -> tuple[Tensor, int | None] | SkipSample:
+    """Views of an image (or their codes); and a hash of captioned ones, equal for same images."""
+    views = load_sample(sample, rules)
+    if isinstance(views, SkipSample):
+        return views
+    if sample.label is not None:
+        return views, None
+    digest = hashlib.sha256(views.numpy().tobytes()).digest()
+    return views, int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _encode_batch(
-    batch: list[Sample],
-    loaded: list[tuple[Tensor, str] | SkipSample],
     writer: ShardWriter,
-    encoders: Encoders,
+    encoding: Encoding,
+    samples: tuple[Sample, ...],
+    views: tuple[Tensor, ...],
+    hashes: tuple[int | None, ...],
 ) -> None:
-    usable, pixels, images = [], [], []
-    for sample, result in zip(batch, loaded, strict=True):
-        if isinstance(result, SkipSample):
-            writer.skip(sample, result)
-        else:
-            usable.append(sample)
-            pixels.append(result[0])
-            images.append(result[1])
-    if not usable:
-        return
-    features = None
-    if encoders.captions is not None:
-        captions = [caption for sample in usable for caption in sample.captions]
-        features = []
-        for start in range(0, len(captions), encoders.batch_size):
-            features += encoders.captions(captions[start : start + encoders.batch_size])
-    writer.add(usable, images, encoders.images(torch.stack(pixels)), features)
+    codes = encoding.images(torch.cat(views)).cpu()
+    expected = sum(map(len, views))
+    if codes.ndim != 3 or len(codes) != expected:
+        raise ValueError(
+            f"images must be encoded as codes [{expected}, T, S], got {tuple(codes.shape)}"
+        )
+    features: list[Tensor] = []
+    if encoding.captions is not None:
+        captions = [caption for sample in samples for caption in sample.captions]
+        for start in range(0, len(captions), encoding.batch_size):
+            features += encoding.captions(captions[start : start + encoding.batch_size])
+    pixels = [number for number in hashes if number is not None]
+    writer.add(samples, codes.unflatten(0, (len(samples), -1)), pixels, features)
+
+
+def load_ahead(
+    items: Iterator[Item], load: Callable[[Item], Loaded], size: int
+) -> Iterator[tuple[list[Item], list[Loaded]]]:
+    """Batches of items, each with what `load` makes of it.
+
+    Threads load the next batch while one is in use.
+    """
+    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+        batches = iter(lambda: list(islice(items, size)), [])
+        loading = ((batch, pool.map(load, batch)) for batch in batches)
+        current = next(loading, None)
+        while current is not None:
+            following = next(loading, None)
+            yield current[0], list(current[1])
+            current = following
+
+
+# -- the manifest ----------------------------------------------------------------------------------
+def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardReader]) -> None:
+    """Write report and manifest of a store whose shards are complete.
+
+    Raises:
+        UserError: no sample is usable.
+    """
+    report = DataReport.collect((line for reader in readers for line in reader.lines()), source)
+    report.write(folder)
+    filled = [reader for reader in readers if reader.codes_shape[0]]
+    if not filled:
+        raise UserError(
+            f"no usable sample among the {report.seen} of {source.name}: {report.describe()}. "
+            f"All of them are listed in {folder / 'skipped.jsonl'}"
+        )
+    shapes = {(*r.codes_shape[1:], r.text_dim, r.labels is not None) for r in filled}
+    assert len(shapes) == 1, f"shards of different shapes: {shapes}"
+    views, positions, subtokens, text_dim, labelled = shapes.pop()
+    manifest = {
+        "key": key,
+        "source": source.name,
+        "samples": sum(reader.codes_shape[0] for reader in filled),
+        "views": views,
+        "code_shape": [positions, subtokens],
+        "text_dim": text_dim,
+        "labelled": labelled,
+        "shards": [{"name": r.path.name, "samples": r.codes_shape[0]} for r in filled],
+        "surroundings": _surroundings(source),
+        "report": report.summary(),
+    }
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _remove_leftovers(folder: Path, before: float) -> None:
+    """Remove what killed processes left; another run may be writing what is younger."""
+    for path in folder.glob("*.tmp"):
+        if path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
+
+
+def _surroundings(source: Source) -> str:
+    """What the report says of a source besides its samples, as a hash."""
+    return content_key({"left_out": source.left_out, "remarks": source.remarks})
+
+
+def _refresh(folder: Path, source: Source) -> None:
+    """Bring the report up to date with files around the samples, which the key does not cover."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["surroundings"] != _surroundings(source):
+        shards = map(ShardReader, sorted(folder.glob("shard_*.safetensors")))
+        with suppress(UserError):  # someone else's store, which can only be read
+            _finish(folder, manifest["key"], source, list(shards))

@@ -7,7 +7,7 @@ The crop is the one that LlamaGen's tokenizers and models were trained on (from 
 halve with a box filter while the short side is at least twice the target, resize the short side to
 the target with a bicubic filter, cut the centre.
 
-Shape legend: H, W = pixels.
+Shape legend: A = views of an image, H, W = pixels.
 """
 
 import io
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from t2i.errors import UserError
@@ -26,6 +26,7 @@ from t2i.errors import UserError
 # Part of every cache key: change it whenever the pixels of an image change.
 PIXELS_VERSION = "adm-crop-1"
 SMALL_IMAGE_POLICIES = ("skip", "upscale")
+VIEW_KINDS = ("centre", "flip", "ten-crop")
 # Formats that decode by themselves; EPS, for example, would start Ghostscript on a downloaded file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 _ORIENTATION_TAG = 0x0112
@@ -73,11 +74,13 @@ ImageRef = bytes | Path | FileSlice | RemoteFile | Image.Image | None
 
 
 def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -> bytes:
-    """Read a file or a part of one; SkipSample missing, unreadable, corrupt, or too large if that
-    fails.
+    """Read a file or a part of one.
 
     Args:
         limit: bytes from which on a local file is too large.
+
+    Raises:
+        SkipSample: it is missing, unreadable, corrupt, or too large.
     """
     try:
         if isinstance(where, RemoteFile):
@@ -160,33 +163,113 @@ def to_pixels(image: Image.Image) -> Tensor:
     return ((pixels_HWC / 255 - 0.5) / 0.5).permute(2, 0, 1).contiguous()
 
 
-def load_pixels(
-    image: ImageRef, size: int, *, small: str = "skip", max_megapixels: float = 100.0
-) -> Tensor:
-    """Open, normalise and crop one image -> float32 [3, size, size] in [-1, 1].
+def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
+    """The four corners and the centre, then those of the mirror image: torchvision's order."""
+    views = []
+    for side in (image, ImageOps.mirror(image)):
+        right, bottom = side.width - size, side.height - size
+        centre = (round(right / 2), round(bottom / 2))  # halves to even, as torchvision rounds
+        for left, top in ((0, 0), (right, 0), (0, bottom), (right, bottom), centre):
+            views.append(side.crop((left, top, left + size, top + size)))
+    return views
 
-    Args:
-        small: what happens to an image with a short side below `size`: "skip" or "upscale".
+
+@dataclass(frozen=True)
+class Views:
+    """Which views of an image are encoded.
+
+    Attributes:
+        kind: "centre" (the centre crop), "flip" (and its mirror image, as LlamaGen's and RandAR's
+            plain set) or "ten-crop": of a square a little larger than the target, the four corners
+            and the centre, then the same five of its mirror image.
+        crop_ranges: of ten-crop, how much larger; each factor gives ten views. LlamaGen's set has
+            both and picks among them with equal chance, RAR's has the first.
 
     Raises:
-        SkipSample: the image cannot be used, or is too small under the policy "skip".
+        UserError: an unknown kind, or a range below 1.
+    """
+
+    kind: str = "ten-crop"
+    crop_ranges: tuple[float, ...] = (1.1, 1.05)
+
+    def __post_init__(self):
+        if self.kind not in VIEW_KINDS:
+            raise UserError(f"unknown views {self.kind!r}; choose one of {', '.join(VIEW_KINDS)}")
+        if self.kind == "ten-crop" and not (self.crop_ranges and min(self.crop_ranges) >= 1):
+            raise UserError(f"crop_ranges={self.crop_ranges} must be factors of at least 1")
+
+    @property
+    def count(self) -> int:
+        """A."""
+        return {"centre": 1, "flip": 2, "ten-crop": 10 * len(self.crop_ranges)}[self.kind]
+
+    @property
+    def identity(self) -> dict:
+        """JSON-able, for the keys of stores."""
+        ranges = {"crop_ranges": list(self.crop_ranges)} if self.kind == "ten-crop" else {}
+        return {"kind": self.kind, **ranges}
+
+    def cut(self, image: Image.Image, size: int) -> Tensor:
+        """All views of an RGB image, float32 [A, 3, size, size] in [-1, 1]; enlarges small ones."""
+        if self.kind == "ten-crop":
+            squares = [center_crop(image, int(size * factor)) for factor in self.crop_ranges]
+            views = [view for square in squares for view in ten_crop(square, size)]
+        else:
+            square = center_crop(image, size)
+            views = [square, ImageOps.mirror(square)][: self.count]
+        return torch.stack([to_pixels(view) for view in views])
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """How the images of a data set become pixels, and which of them are skipped.
+
+    Attributes:
+        size: side of a view in pixels.
+        small: what happens to an image with a short side below `size`: "skip" or "upscale".
+        max_megapixels: larger images are skipped.
+
+    Raises:
         UserError: an unknown policy.
     """
-    check_small_policy(small)
-    opened = open_image(image, max_megapixels)
-    short, long = sorted(opened.size)
-    if short < size:
-        if small == "skip":
-            raise SkipSample("too small", f"{opened.width} x {opened.height} px, needs {size}")
-        # A thin strip grows with the square of the factor: 1 x 10000 would become 256 x 2560000.
-        _check_megapixels(size, round(long * size / short), max_megapixels)
-    return to_pixels(center_crop(opened, size))
 
+    size: int
+    views: Views = Views("centre")
+    small: str = "skip"
+    max_megapixels: float = 100.0
 
-def check_small_policy(small: str) -> None:
-    """UserError unless `small` is one of the policies for small images."""
-    if small not in SMALL_IMAGE_POLICIES:
-        raise UserError(f"unknown policy {small!r} for small images: use 'skip' or 'upscale'")
+    def __post_init__(self):
+        if self.small not in SMALL_IMAGE_POLICIES:
+            raise UserError(
+                f"unknown policy {self.small!r} for small images: use 'skip' or 'upscale'"
+            )
+
+    @property
+    def identity(self) -> dict:
+        """JSON-able, for the keys of stores."""
+        return {
+            "resolution": self.size,
+            "views": self.views.identity,
+            "small_images": self.small,
+            "max_megapixels": self.max_megapixels,
+            "pixels": PIXELS_VERSION,
+        }
+
+    def load(self, image: ImageRef) -> Tensor:
+        """Open, normalise and cut one image -> float32 [A, 3, size, size] in [-1, 1].
+
+        Raises:
+            SkipSample: the image cannot be used, or is too small under the policy "skip".
+        """
+        opened = open_image(image, self.max_megapixels)
+        short, long = sorted(opened.size)
+        if short < self.size:
+            if self.small == "skip":
+                detail = f"{opened.width} x {opened.height} px, needs {self.size}"
+                raise SkipSample("too small", detail)
+            # A thin strip grows with the square of the factor: 1 x 10000 would be 256 x 2560000.
+            _check_megapixels(self.size, round(long * self.size / short), self.max_megapixels)
+        return self.views.cut(opened, self.size)
 
 
 @cache
@@ -204,7 +287,7 @@ def _normalise(image: Image.Image, max_megapixels: float) -> Image.Image:
     _check_megapixels(*image.size, max_megapixels)
     image.load()
     # Not ImageOps.exif_transpose: it rewrites the whole EXIF block and raises on a damaged tag.
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
     image = image if turn is None else image.transpose(turn)
     if image.has_transparency_data:
         if image.mode == "La":  # Pillow has no direct way from here to RGBA

@@ -69,8 +69,8 @@ def split_indices(
     held_out = rank <= end
     if held_out.all():
         raise UserError(
-            f"cannot hold out {n_validation} of {n} samples and train on the rest: they show only {len(found)} "
-            "different images, and the samples of one image are held out together"
+            f"cannot hold out {n_validation} of {n} samples and train on the rest: they show only "
+            f"{len(found)} different images, and the samples of one image are held out together"
         )
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 

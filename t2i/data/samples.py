@@ -1,4 +1,4 @@
-"""What every caption-image source shares: samples, captions, columns."""
+"""What all sources of images share: samples, their captions, the columns of tables."""
 
 import re
 import unicodedata
@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from t2i.data.content import printable
-from t2i.data.images import FileSlice, ImageRef, SkipSample, load_pixels, read_bytes
+from t2i.data.images import FileSlice, ImageRef, ImageRules, SkipSample, read_bytes
 from t2i.errors import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+_TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)  # of tables and tars
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 )
@@ -28,23 +29,26 @@ _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\u
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its captions, nothing opened yet.
+    """One image with its captions or its class, nothing opened yet.
 
     Attributes:
         index: position in the source, the same in every run.
         key: a printable name for reports: relative path, tar member, or row number.
-        image: what `open_image` takes; None if the row names no image.
+        image: what `open_image` takes, None if the row names no image; or int64 [A, T, S], the
+            codes of its views that others computed.
         captions: stripped and not empty; the list is empty if there is no usable caption.
         problem: why there is none.
         notes: what is unusual about a sample that is used all the same.
+        label: the image's class; None if it has captions.
     """
 
     index: int
     key: str
-    image: ImageRef
+    image: ImageRef | Tensor
     captions: list[str]
     problem: str = "no caption"
     notes: tuple[str, ...] = ()
+    label: int | None = None
 
 
 class Source:
@@ -78,6 +82,32 @@ class Source:
         return []
 
 
+class RewrittenSource(Source):
+    """A source whose captions are rewritten, such as by adding trigger words.
+
+    Args:
+        rewrite: a caption -> what takes its place.
+        identity: JSON-able, what the rewriting depends on.
+    """
+
+    def __init__(self, source: Source, rewrite: Callable[[str], str], identity: dict):
+        super().__init__(source.name, source.identity | identity, source.length)
+        self.left_out, self.remarks = source.left_out, source.remarks
+        self._source, self._rewrite = source, rewrite
+
+    def files(self) -> list[tuple[str, Path]]:
+        return self._source.files()
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._rewritten(self._source[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._rewritten, self._source)
+
+    def _rewritten(self, sample: Sample) -> Sample:
+        return replace(sample, captions=list(map(self._rewrite, sample.captions)))
+
+
 def make_sample(index: int, key: str, image: ImageRef, captions: Any) -> Sample:
     """A sample with the captions in a value of any kind, as `read_captions` reads it."""
     texts, notes = read_captions(captions)
@@ -87,8 +117,7 @@ def make_sample(index: int, key: str, image: ImageRef, captions: Any) -> Sample:
 
 
 def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
-    """The captions in a text, a list, or the place of a text file, and what was wrong with some of
-    them.
+    """The captions in a text, a list, or a text file, and what was wrong with some of them.
 
     One rule for every source (.txt files, tar members, JSON, tables): each line of a text is a
     caption, and a list holds captions or texts; several captions are alternatives, of which
@@ -138,39 +167,34 @@ def _as_text(value: Any) -> str:
 
 
 CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
-"""What a text encoder makes of each caption: None if nothing of it is left, else what was lost of
-it, in fixed phrases.
-"""
+"""What a text encoder loses of each caption, in fixed phrases; None if nothing of it is left."""
 UNREADABLE = "caption has no text the encoder can read"
 
 
-def drop_unreadable(samples: Sequence[Sample], caption_notes: CaptionNotes | None) -> list[Sample]:
-    """The samples without captions of which the text encoder would read nothing, and with notes on
-    the others.
-    """
-    if caption_notes is None:
-        return list(samples)
-    found = iter(caption_notes([caption for sample in samples for caption in sample.captions]))
-    return [_readable(sample, [next(found) for _ in sample.captions]) for sample in samples]
-
-
-def _readable(sample: Sample, found: list[Sequence[str] | None]) -> Sample:
+def check_captions(sample: Sample, caption_notes: CaptionNotes | None) -> Sample:
+    """The sample without captions of which the encoder would read nothing, with notes on others."""
+    if caption_notes is None or not sample.captions:
+        return sample
+    found = caption_notes(sample.captions)
     kept = [c for c, lost in zip(sample.captions, found, strict=True) if lost is not None]
     if not kept:
-        return replace(sample, captions=[], problem=UNREADABLE if found else sample.problem)
+        return replace(sample, captions=[], problem=UNREADABLE)
     notes = [note for lost in found for note in ([UNREADABLE] if lost is None else lost)]
     return replace(sample, captions=kept, notes=tuple(dict.fromkeys((*sample.notes, *notes))))
 
 
-def load_sample(sample: Sample, **rules: Any) -> Tensor | SkipSample:
-    """Pixels of a sample as by `load_pixels`, or why it is skipped (returned, not raised).
+def load_sample(sample: Sample, rules: ImageRules | None) -> Tensor | SkipSample:
+    """The views of a sample's image (or their codes), or why it is skipped: returned, not raised.
 
-    More reasons than images have: those of captions, such as `no caption`.
+    Captions have reasons of their own, such as `no caption`. A source of codes needs no rules.
     """
-    if not sample.captions:
+    if sample.label is None and not sample.captions:
         return SkipSample(sample.problem)
+    if isinstance(sample.image, Tensor):
+        return sample.image
+    assert rules is not None, "images need rules"
     try:
-        return load_pixels(sample.image, **rules)
+        return rules.load(sample.image)
     except SkipSample as reason:
         return reason
 
@@ -198,3 +222,16 @@ def choose_column(
         else f"no {kind} column found (looked for {', '.join(candidates)})"
     )
     raise UserError(f"{where}: {problem}; {listing}. Name one with {kind}_column")
+
+
+def choose_caption(
+    columns: Iterable[str], fields: Sequence[str], given: str | None, where: str
+) -> str:
+    """The column of captions, or else the field ("json.caption") of one; raises as above."""
+    columns = list(columns)
+    candidates: Sequence[str] = _TEXT_COLUMNS
+    if given is None and not set(candidates) & set(columns):
+        candidates = [field for field in fields if field.rpartition(".")[2] in CAPTION_COLUMNS]
+    return choose_column(
+        [*columns, *fields], given, candidates or CAPTION_COLUMNS, "caption", where
+    )

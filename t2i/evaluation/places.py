@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from t2i.data.array_file import ArrayFile, remove_markers
-from t2i.data.cache import wait_for
 from t2i.errors import UserError
+from t2i.evaluation.array_file import ArrayFile, remove_markers
 from t2i.evaluation.generation_folder import (
     GENERATION_FILE,
     load_image,
@@ -32,7 +31,14 @@ from t2i.evaluation.generation_folder import (
     stage_file,
     write_prompt,
 )
-from t2i.files import read_json, replacing, writable_file, writable_folder, write_json
+from t2i.files import (
+    read_json,
+    replacing,
+    wait_for,
+    writable_file,
+    writable_folder,
+    write_json,
+)
 from t2i.generation import Drawn, Job
 from t2i.imaging import save_png
 from t2i.processes import ALONE, Processes

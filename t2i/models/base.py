@@ -218,9 +218,6 @@ class Backbone(nn.Module, ABC):
         """How a data set's captions are encoded once and cached; None if `prepare` is cheap enough
         to read them as text each time.
 
-        Cached features come back padded on the left to `spec.prefix_tokens`, as {"features",
-        "mask"}: what `prepare` gives.
-
         Raises:
             UserError: this backbone cannot be trained on captions.
         """
@@ -228,6 +225,10 @@ class Backbone(nn.Module, ABC):
             "training on captions needs a text-to-image backbone with its text encoder "
             "(backbone.text_encoder)"
         )
+
+    def collate_features(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """A batch, as `prepare` gives it, of what `caption_features` encoded: [n_i, C] each."""
+        raise NotImplementedError(f"{type(self).__name__} has no caption features")
 
     def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
         """What is lost of each caption when it is encoded, in fixed phrases; None if nothing of it

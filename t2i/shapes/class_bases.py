@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2i.data.images import load_pixels
+from t2i.data.images import ImageRules
 from t2i.data.sources.classes import open_imagenet
 from t2i.errors import UserError
 from t2i.files import read_json, writable_folder, write_json
@@ -84,9 +84,8 @@ def write_class_images(cfg: ClassBase, folder: Path) -> None:
 
 def untrained(cfg: ClassBase, images: Path) -> Backbone:
     """A generator with fresh weights behind a tokenizer that has learned the images."""
-    pixels = torch.stack(
-        [load_pixels(path, cfg.image_size) for path in open_imagenet(images).files]
-    )
+    rules = ImageRules(cfg.image_size)
+    pixels = torch.cat([rules.load(path) for path in open_imagenet(images).paths])
     tokenizer = build_tokenizer(cfg.backbone, seed=cfg.seed)
     batches = _batches(pixels, torch.Generator().manual_seed(cfg.seed))
     train_tokenizer(tokenizer, batches, steps=cfg.tokenizer_steps, lr=cfg.tokenizer_lr)

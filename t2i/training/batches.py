@@ -16,7 +16,7 @@ from t2i.processes import Processes
 from t2i.rng import fold, make_keys, uniforms
 from t2i.training.config import TrainConfig
 from t2i.training.engine import Batch
-from t2i.training.examples import open_examples
+from t2i.training.examples import Examples
 from t2i.training.plan import plan_run
 
 _NOISE, _DROP, _CHOICE = 1, 2, 3  # streams derived from a sample's key
@@ -26,9 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def stored_data_key(config: TrainConfig) -> str | None:
-    """The key of the data that a run to be resumed was trained on, by its newest readable
-    checkpoint.
-    """
+    """The key of the data that a run to be resumed was trained on, by its newest checkpoint."""
     for folder in reversed(run_checkpoints(config.run_dir) if config.resume else []):
         with suppress(UserError):
             return read_config(folder)["training"]["data_key"]
@@ -39,15 +37,15 @@ class TrainingData:
     """The examples of a run, encoded by all ranks together and split into batches."""
 
     def __init__(self, config: TrainConfig, backbone: Backbone, processes: Processes):
-        self.examples = open_examples(config, backbone, processes, stored_data_key(config))
+        self.examples = Examples(config, backbone, processes, stored_data_key(config))
         self.config, self.processes = config, processes
         self.plan = plan_run(config, len(self.examples), processes.world_size)
-        held_out, same = self.plan.held_out, self.examples.same_images()
+        held_out, same = self.plan.held_out, self.examples.store.same_images()
         self.train, self.validation = split_indices(len(self.examples), held_out, config.seed, same)
         if len(self.validation) > held_out and processes.is_main:
             log.warning(
-                f"{len(self.validation)} samples are held out instead of {held_out}, so that no held-out image is trained on: "
-                "some images have several samples"
+                f"{len(self.validation)} samples are held out instead of {held_out}, so that no "
+                "held-out image is trained on: some images have several samples"
             )
 
     @property
@@ -60,15 +58,14 @@ class TrainingData:
         return self.plan.steps
 
     def held_out_conditions(self, count: int) -> list[str | int]:
-        """Captions (as the model reads them) or classes of the first held-out samples, each once:
-        prompts for sample sheets.
-        """
-        found = (self.examples.condition(index) for index in self.validation.tolist())
+        """Captions or classes of the first held-out samples, each once: prompts for sheets."""
+        found = (self.examples.store.condition(index) for index in self.validation.tolist())
         return list(islice(dict.fromkeys(found), count))
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's part of an optimizer step. A sample's noise and dropout depend on its place
-        in the run alone.
+        """This rank's part of an optimizer step.
+
+        A sample's noise and dropout depend on its place in the run alone.
         """
         config, processes = self.config, self.processes
         share = config.batch_size // processes.world_size
@@ -108,7 +105,9 @@ class TrainingData:
 
     def names(self, indices: Tensor) -> str:
         """Samples by their names and numbers in the set, for a message."""
-        shown = ", ".join(f"{self.examples.name(i)} (number {i})" for i in indices[:8].tolist())
+        shown = ", ".join(
+            f"{self.examples.store.name(i)} (number {i})" for i in indices[:8].tolist()
+        )
         return shown + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
 
     def _load(

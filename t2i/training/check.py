@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from t2i.data.cache import check_cache_dir
-from t2i.data.data_report import Report, survey_source
+from t2i.data.data_report import DataReport, survey_source
+from t2i.data.encoding import check_cache_dir
+from t2i.data.images import ImageRules, Views
 from t2i.data.samples import Source
-from t2i.data.sources.pretokenized import LlamaGenCodes
-from t2i.data.views import Views
+from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError
 from t2i.generation import conditions
 from t2i.models.base import Backbone
@@ -102,8 +102,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
     look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained
     if isinstance(config.data, LabelledOptions):
-        total, lines = _labelled(config.data, model.backbone)
-        warnings: list[str] = []
+        total, lines, warnings = _labelled(config.data, model.backbone)
     else:
         assert source is not None
         lines, warnings = _captioned(config.data, source, total, model.backbone)
@@ -133,9 +132,8 @@ def _captioned(
 ) -> tuple[list[str], list[str]]:
     """Lines on the data, and warnings."""
     size = image_size(backbone)
-    survey, usable = survey_source(
-        source, caption_notes=backbone.caption_notes, size=size, small=options.small_images
-    )
+    rules = ImageRules(size, small=options.small_images)
+    survey, usable = survey_source(source, rules, caption_notes=backbone.caption_notes)
     if not usable:
         raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
     count = "unknown number of" if total is None else total
@@ -147,7 +145,7 @@ def _captioned(
     return lines, list(_about_captions(survey, size))
 
 
-def _about_captions(survey: Report, size: int) -> Iterator[str]:
+def _about_captions(survey: DataReport, size: int) -> Iterator[str]:
     """On the samples that were looked at, and on files that belong to no sample."""
     around = Counter(line["reason"] for line in survey.skipped if line["index"] is None)
     for reason, keys in survey.keys.items():
@@ -166,20 +164,23 @@ def _about_captions(survey: Report, size: int) -> Iterator[str]:
             yield f"{count} left out, {reason} ({keys[-1]})"
 
 
-def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int | None, list[str]]:
-    """Number of samples, if it is known, and lines on the data."""
-    opened, names = open_labelled(options, backbone), ", ".join(options.source)
-    if isinstance(opened, Path):
-        return None, [f"source        {names}: lines are counted at the start"]
+def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int, list[str], list[str]]:
+    """Number of images (or of their codes), lines on them, and warnings."""
+    opened = open_labelled(options, backbone)
+    source = f"source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
-        return len(opened), [f"source        {names}: {len(opened)} x {opened.views} views"]
-    views, count = Views(options.views, options.crop_ranges), len(opened.files)
+        return len(opened), [f"{source}{len(opened)} x {opened.views} views"], []
+    count = opened.length or 0
+    if isinstance(opened, JsonlCodes):
+        return count, [f"{source}{count} lines"], []
+    views = Views(options.views, options.crop_ranges)
     per_image = views.count * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
     gigabytes = count * per_image / 1e9
-    return count, [
-        f"source        {names}: {count} images of {len(opened.classes)} classes",
+    lines = [
+        f"{source}{count} images of {len(opened.classes)} classes",
         f"codes         {views.count} views of each, {gigabytes:.2f} GB in {options.cache_dir}",
     ]
+    return count, lines, DataReport.collect((), opened).lines()
 
 
 # -- what happens when -----------------------------------------------------------------------------

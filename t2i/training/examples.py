@@ -1,56 +1,86 @@
-"""What a run is trained on: images that were encoded once, each with its condition.
+"""What a run is trained on: images that were encoded once, each with its captions or its class.
 
-A `TrainingData` orders, splits and batches examples and knows nothing else of them. There are two
-kinds: captioned images, and images with a class. Both are built by all processes together, and by a
-run that was killed go on where it stopped.
+A `TrainingData` orders, splits and batches examples and knows nothing else of them. They are built
+by all processes together, and by a run that was killed go on where it stopped.
 
 Shapes: B samples, T image tokens, S sub-tokens.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from t2i.data.cache import CodeCache, build_cache, cache_key
-from t2i.data.code_array import CodeArray
-from t2i.data.samples import Sample, Source
-from t2i.data.sources.classes import LabelledFolder, extract_codes, find_classes, open_imagenet
+from t2i.data.encoding import Encoding, build_store
+from t2i.data.images import ImageRules, Views
+from t2i.data.samples import RewrittenSource, Source
+from t2i.data.sources.classes import LabelledFolder, find_classes, open_imagenet
 from t2i.data.sources.open_source import open_source
-from t2i.data.sources.pretokenized import LlamaGenCodes, convert_jsonl, is_llamagen_folder
-from t2i.data.views import Views
+from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes, is_llamagen_folder
+from t2i.data.store import CodeStore
 from t2i.errors import UserError
 from t2i.loading import tokenizer_hash
-from t2i.models.base import Backbone
+from t2i.models.base import Backbone, BackboneSpec
 from t2i.processes import Processes
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.worlds import WORLDS, open_world
 
 log = logging.getLogger(__name__)
 
+_IMAGES_PER_SHARD = 1024
+_LINES_PER_SHARD = 8192  # of codes that others computed, one view each
 
-class Examples(Protocol):
-    """Encoded images with their conditions.
+
+class Examples:
+    """A run's data, encoded; every process makes it and does its share.
+
+    Args:
+        expected_key: of the data that a resumed run was trained on.
 
     Attributes:
-        key: identifies the content, for resume.
+        store: the images' codes, with the captions or the class of each.
+
+    Raises:
+        UserError: something is wrong with the data, it is not of the backbone's kind, or not what
+            was expected.
     """
 
-    key: str
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        processes: Processes,
+        expected_key: str | None = None,
+    ):
+        options = config.data
+        check_backbone(backbone, options)
+        self.backbone, self._features = backbone, None
+        opened: Source | LlamaGenCodes
+        if isinstance(options, DataOptions):
+            self._features, opened = backbone.caption_features(), open_data(options)
+        else:
+            opened = open_labelled(options, backbone)
+        self.store: CodeStore | LlamaGenCodes
+        if isinstance(opened, LlamaGenCodes):
+            self.store = opened
+        else:
+            encoding = self._encoding(opened, options)
+            folder = build_store(
+                opened, options.cache_dir, encoding, expected_key=expected_key, processes=processes
+            )
+            self.store = CodeStore(folder)
+            if processes.is_main:
+                _say_what_is_odd(self.store)
+        _check_codes(self.store.codes([0]), backbone.spec)
 
-    def __len__(self) -> int: ...
+    @property
+    def key(self) -> str:
+        """Identifies the content, for resume."""
+        return self.store.key
 
-    def same_images(self) -> Tensor | None:
-        """int64 [n], equal for examples that show the same image; None if all images are different,
-        as far as known.
-        """
-
-    def name(self, index: int) -> str:
-        """What a sample is called in its source."""
+    def __len__(self) -> int:
+        return len(self.store)
 
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
@@ -58,29 +88,73 @@ class Examples(Protocol):
         `choice` int64 [B] are random numbers that choose among several captions or views of an
         image; the first if None.
         """
+        codes = self.store.codes(indices, choice)
+        _check_codes(codes, self.backbone.spec)
+        if self._features is not None:
+            assert isinstance(self.store, CodeStore), "others store no features"
+            length = self.backbone.spec.prefix_tokens
+            features = self.store.features(indices, length, choice)
+            return codes, self.backbone.collate_features(features)
+        picked = torch.zeros_like(indices) if choice is None else choice
+        pairs = zip(indices.tolist(), picked.tolist(), strict=True)
+        return codes, self.backbone.prepare([self.store.condition(i, c) for i, c in pairs])
 
-    def condition(self, index: int) -> str | int:
-        """The (first) caption or the class of one sample."""
+    def _encoding(self, source: Source, options: DataOptions | LabelledOptions) -> Encoding:
+        """How a source of images, or of codes, becomes a store."""
+        if isinstance(source, JsonlCodes):
+            return Encoding(lambda codes: codes, None, shard_size=_LINES_PER_SHARD)
+        backbone, features = self.backbone, self._features
+
+        def encode_images(pixels: Tensor) -> Tensor:
+            codes = backbone.encode_images(pixels.to(backbone.device)).cpu()
+            _check_codes(codes, backbone.spec)
+            return codes
+
+        def encode_captions(captions: list[str]) -> list[Tensor]:
+            assert features is not None
+            return [encoded.cpu() for encoded in features.encode(captions)]
+
+        key, size = {"tokenizer": tokenizer_hash(backbone)}, image_size(backbone)
+        if isinstance(options, LabelledOptions):
+            views = Views(options.views, options.crop_ranges)
+            rules = ImageRules(size, views, small="upscale")
+            return Encoding(
+                encode_images, rules, key=key, batch_size=64, shard_size=_IMAGES_PER_SHARD
+            )
+        return Encoding(
+            encode_images,
+            ImageRules(size, small=options.small_images),
+            captions=None if features is None else encode_captions,
+            caption_notes=backbone.caption_notes,
+            key=key if features is None else key | features.key,
+            max_samples=options.max_samples,
+            shard_size=_IMAGES_PER_SHARD,
+        )
 
 
-def open_examples(
-    config: TrainConfig,
-    backbone: Backbone,
-    processes: Processes,
-    expected_key: str | None = None,
-) -> Examples:
-    """Encode a run's data, or find that done. Every process calls it and does its share.
+def _check_codes(codes: Tensor, spec: BackboneSpec) -> None:
+    """UserError if codes [B, T, S] are not of this backbone; a GPU would only say "assert"."""
+    positions, subtokens = codes.shape[1:]
+    if (positions, subtokens) != (spec.num_tokens, len(spec.subvocabs)):
+        raise UserError(
+            f"an image has {positions} x {subtokens} codes (positions, sub-tokens), this "
+            f"{spec.family} backbone {spec.num_tokens} x {len(spec.subvocabs)}: they are of "
+            "another tokenizer or resolution"
+        )
+    if (codes < 0).any() or (codes >= torch.tensor(spec.subvocabs)).any():
+        raise UserError(
+            f"the data has codes from {int(codes.min())} to {int(codes.max())}, this "
+            f"{spec.family} backbone {spec.subvocabs}: they are of another tokenizer"
+        )
 
-    Args:
-        expected_key: of the data that a resumed run was trained on.
 
-    Raises:
-        UserError: something is wrong with the data, it is not of the backbone's kind, or not what
-            was expected.
-    """
-    if isinstance(config.data, LabelledOptions):
-        return Labelled(config.data, backbone, processes)
-    return Captioned(config.data, backbone, processes, expected_key)
+def _say_what_is_odd(store: CodeStore) -> None:
+    """Warn about images that are not used, and captions that are not what their authors wrote."""
+    report = store.manifest["report"]
+    if report["lines"]:
+        where = f"more in {store.folder / 'report.json'} and skipped.jsonl"
+        said = "; ".join(report["lines"])
+        log.warning(f"{report['usable']} of {report['seen']} samples are used; {said} ({where})")
 
 
 def check_backbone(backbone: Backbone, options: DataOptions | LabelledOptions) -> None:
@@ -102,15 +176,6 @@ def image_size(backbone: Backbone) -> int:
     return height
 
 
-def say_what_is_odd(usable: int, seen: int, lines: Sequence[str], folder: Path) -> None:
-    """Warn about images that are not trained on, and captions that are not what their authors
-    wrote.
-    """
-    if lines:
-        where = f"more in {folder / 'report.json'} and skipped.jsonl"
-        log.warning(f"{usable} of {seen} samples are used; {'; '.join(lines)} ({where})")
-
-
 # -- captions --------------------------------------------------------------------------------------
 def open_data(options: DataOptions) -> Source:
     """Captioned images, not yet encoded; UserError says what is wrong with them."""
@@ -118,6 +183,7 @@ def open_data(options: DataOptions) -> Source:
         raise UserError(
             "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
         )
+    source: Source
     if (name := options.source.partition(":")[0]) in WORLDS:
         source = open_world(name).open_source(options.source)
     else:
@@ -130,168 +196,28 @@ def open_data(options: DataOptions) -> Source:
             config_name=options.config_name,
             revision=options.revision,
         )
-    return source if options.trigger is None else TriggeredSource(source, options)
-
-
-class TriggeredSource(Source):
-    """A source whose captions all have the trigger words of `DataOptions.trigger`."""
-
-    def __init__(self, source: Source, options: DataOptions):
-        identity = {**source.identity, "trigger": options.trigger}
-        super().__init__(source.name, identity, source.length)
-        self.left_out, self.remarks = source.left_out, source.remarks
-        self._source, self._options = source, options
-
-    def files(self) -> list[tuple[str, Path]]:
-        return self._source.files()
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._triggered(self._source[index])
-
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self._triggered, self._source)
-
-    def _triggered(self, sample: Sample) -> Sample:
-        return replace(sample, captions=[self._options.with_trigger(c) for c in sample.captions])
-
-
-class Captioned:
-    """Images with captions, in a code cache."""
-
-    def __init__(
-        self,
-        options: DataOptions,
-        backbone: Backbone,
-        processes: Processes,
-        expected_key: str | None = None,
-    ):
-        check_backbone(backbone, options)
-        features = backbone.caption_features()
-        device = backbone.device
-
-        def encode_images(pixels: Tensor) -> Tensor:
-            return backbone.encode_images(pixels.to(device)).cpu()
-
-        def encode_captions(captions: list[str]) -> list[Tensor]:
-            return [encoded.cpu() for encoded in features.encode(captions)]
-
-        self.backbone, self.features = backbone, features
-        folder = build_cache(
-            open_data(options),
-            options.cache_dir,
-            encode_images=encode_images,
-            encode_captions=None if features is None else encode_captions,
-            key_parts={
-                "tokenizer": tokenizer_hash(backbone),
-                **({} if features is None else features.key),
-            },
-            resolution=image_size(backbone),
-            caption_notes=backbone.caption_notes,
-            expected_key=expected_key,
-            max_samples=options.max_samples,
-            small_images=options.small_images,
-            processes=processes,
-        )
-        self.cache = CodeCache(folder)
-        self.key = folder.name
-        if processes.is_main:
-            report = self.cache.manifest["report"]
-            say_what_is_odd(report["usable"], report["seen"], report["lines"], folder)
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def same_images(self) -> Tensor:
-        return self.cache.same_images()
-
-    def name(self, index: int) -> str:
-        return self.cache.key(index)
-
-    def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        codes = self.cache.codes(indices)
-        if self.features is None:
-            picked = [0] * len(indices) if choice is None else choice.tolist()
-            pairs = zip(indices.tolist(), picked, strict=True)
-            return codes, self.backbone.prepare([self.cache.caption(i, c) for i, c in pairs])
-        features, mask = self.cache.text(indices, self.backbone.spec.prefix_tokens, choice)
-        return codes, {"features": features, "mask": mask}
-
-    def condition(self, index: int) -> str:
-        return self.cache.caption(index)
+    if options.trigger is None:
+        return source
+    return RewrittenSource(source, options.with_trigger, {"trigger": options.trigger})
 
 
 # -- classes ---------------------------------------------------------------------------------------
-class Labelled:
-    """Images with a class: an ImageNet folder that is encoded once, or codes that others
-    computed.
-    """
-
-    def __init__(self, options: LabelledOptions, backbone: Backbone, processes: Processes):
-        check_backbone(backbone, options)
-        self.backbone = backbone
-        opened = open_labelled(options, backbone)
-        if isinstance(opened, LlamaGenCodes):
-            self.codes = opened
-            self.key = cache_key(opened.identity)
-        else:
-            folder = _encode(opened, options, backbone, processes)
-            self.codes, self.key = CodeArray(folder), folder.name
-            if processes.is_main:
-                facts = self.codes.manifest
-                if facts["skipped"]:
-                    log.warning(
-                        f"{facts['usable']} of {facts['shape'][0]} images are used; the others are listed in "
-                        f"{folder / 'skipped.jsonl'}"
-                    )
-        self._check()
-
-    def _check(self) -> None:
-        """UserError if these are no codes of this backbone."""
-        spec = self.backbone.spec
-        shape = tuple(self.codes.codes([0], [0]).shape[1:])
-        if shape != (spec.num_tokens, len(spec.subvocabs)):
-            raise UserError(
-                f"an image has {shape[0]} x {shape[1]} codes (positions, sub-tokens), this {spec.family} backbone "
-                f"{spec.num_tokens} x {len(spec.subvocabs)}: they are of another tokenizer or resolution"
-            )
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def same_images(self) -> None:
-        """Every image is an example of its own; its views are not."""
-
-    def name(self, index: int) -> str:
-        return f"class {int(self.codes.labels([index])[0])}"  # an array of codes keeps no names
-
-    def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        view = torch.zeros_like(indices) if choice is None else choice
-        codes = self.codes.codes(indices, view)
-        if (
-            codes >= torch.tensor(self.backbone.spec.subvocabs)
-        ).any():  # a GPU would only say "assert"
-            raise UserError(
-                f"the data has the code {int(codes.max())}, this backbone {self.backbone.spec.subvocabs}: they are of "
-                "another tokenizer"
-            )
-        return codes, self.backbone.prepare(self.codes.labels(indices))
-
-    def condition(self, index: int) -> int:
-        return int(self.codes.labels(torch.tensor([index]))[0])
-
-
 def labelled_sources(options: LabelledOptions) -> list[Path]:
-    """What data.source names: one place, or several folders of LlamaGen's codes; UserError if it is
-    neither, or not there.
+    """What data.source names: one place, or several folders of LlamaGen's codes.
+
+    Raises:
+        UserError: it is neither, or not there.
     """
     sources = [Path(source) for source in options.source]
     if not sources:
         raise UserError(
-            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's codes, or RAR's .jsonl)"
+            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's "
+            "codes, or RAR's .jsonl)"
         )
     if len(sources) > 1 and not all(is_llamagen_folder(source) for source in sources):
         raise UserError(
-            f"data.source: only folders of LlamaGen's codes may be several, not {', '.join(map(str, sources))}"
+            "data.source: only folders of LlamaGen's codes may be several, not "
+            + ", ".join(map(str, sources))
         )
     if not sources[0].exists():
         raise UserError(f"data.source: {sources[0]} is no folder and no file")
@@ -302,9 +228,8 @@ def labelled_sources(options: LabelledOptions) -> list[Path]:
 
 def open_labelled(
     options: LabelledOptions, backbone: Backbone
-) -> LabelledFolder | LlamaGenCodes | Path:
-    """Images of classes or their codes, whatever data.source names; a path is RAR's .jsonl. Encodes
-    nothing.
+) -> LabelledFolder | LlamaGenCodes | JsonlCodes:
+    """Images of classes or their codes, whatever data.source names. Encodes nothing.
 
     Raises:
         UserError: nothing there, or not what this backbone is trained on.
@@ -315,46 +240,15 @@ def open_labelled(
     if sources[0].suffix == ".jsonl":
         if len(spec.subvocabs) > 1:
             raise UserError(
-                f"{sources[0]} has one number per code, {spec.family} has {len(spec.subvocabs)}: give the images"
+                f"{sources[0]} has one number per code, {spec.family} has {len(spec.subvocabs)}: "
+                "give the images"
             )
-        return sources[0]
+        return JsonlCodes(sources[0], vocab=spec.subvocabs[0], num_classes=spec.num_classes)
     images = open_imagenet(sources[0], options.split)
     if len(images.classes) != spec.num_classes:
         raise UserError(
-            f"{images.root} has {len(images.classes)} classes and this {spec.family} backbone {spec.num_classes}: labels are "
-            "positions of the sorted folder names, so all classes must be there (an empty folder will do)"
+            f"{images.name} has {len(images.classes)} classes and this {spec.family} backbone "
+            f"{spec.num_classes}: labels are positions of the sorted folder names, so all classes "
+            "must be there (an empty folder will do)"
         )
     return images
-
-
-def _encode(
-    opened: LabelledFolder | Path,
-    options: LabelledOptions,
-    backbone: Backbone,
-    processes: Processes,
-) -> Path:
-    """The folder of the array of codes, complete."""
-    spec = backbone.spec
-    if isinstance(opened, Path):
-        return convert_jsonl(
-            opened,
-            options.cache_dir,
-            vocab=spec.subvocabs[0],
-            num_classes=spec.num_classes,
-            processes=processes,
-        )
-
-    def encode_images(pixels: Tensor) -> Tensor:
-        return backbone.encode_images(pixels.to(backbone.device)).cpu()
-
-    return extract_codes(
-        opened,
-        options.cache_dir,
-        encode_images=encode_images,
-        key_parts={"tokenizer": tokenizer_hash(backbone)},
-        resolution=image_size(backbone),
-        code_shape=(spec.num_tokens, len(spec.subvocabs)),
-        vocab=max(spec.subvocabs),
-        views=Views(options.views, options.crop_ranges),
-        processes=processes,
-    )

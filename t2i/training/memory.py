@@ -26,7 +26,7 @@ _PROMPT_TOKENS = 128
 _TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
 """Encoder half of published T5 models, which is kept on the device beside the model."""
 _ENCODED_AT_ONCE = 32
-"""Images per call of the image tokenizer (`build_cache`)."""
+"""Images per call of the image tokenizer (`build_store`)."""
 _CARDS = (24, 40, 80)
 """Sizes of common cards in GB, where this machine has none."""
 _FLOPS = 1e14

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from t2i.data.content import printable
+from t2i.data.content import name_in, printable
 from t2i.data.samples import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -28,11 +28,6 @@ _ADVICE = (
 )
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Every file below the folder, sorted, as `walk` finds them."""
-    return walk(folder)[0]
-
-
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """Every file below the folder, sorted, and (name, reason) of what was passed over.
 
@@ -47,7 +42,7 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     files: list[Path] = []
     left_out: list[tuple[str, str]] = []
     seen: set[str] = set()
-    pending, links = [folder], []
+    pending, links = [folder], list[Path]()
     while pending or links:  # links last, so that a file's name is the one without them
         parent = pending.pop() if pending else links.pop(0)
         real, name = os.path.realpath(parent), printable(os.path.relpath(parent, folder))
@@ -145,9 +140,7 @@ class MetadataFolder(Source):
         super().__init__(str(folder), identity, len(self._rows))
         listed = {self._folder / name for name in self._listed()}
         self.left_out = [
-            (printable(str(path.relative_to(folder))), "not in metadata")
-            for path in images
-            if path not in listed
+            (name_in(folder, path), "not in metadata") for path in images if path not in listed
         ]
 
     def files(self) -> list[tuple[str, Path]]:
@@ -191,12 +184,12 @@ class SidecarFolder(Source):
         super().__init__(str(folder), {"kind": "sidecar folder"}, len(images))
         used = set(self._texts.values())
         self.left_out = [
-            (printable(str(path.relative_to(folder))), "caption without image")
+            (name_in(folder, path), "caption without image")
             for path in files
             if path.suffix.lower() == ".txt" and path not in used
         ]
         self.remarks = [
-            f"{printable(str(path.relative_to(folder)))} is not read: captions are in the .txt files beside the images"
+            f"{name_in(folder, path)} is not read: captions are in the .txt files beside the images"
             for path in files
             if path.stem.lower() == "metadata" and _looks_like_metadata(path)
         ]

@@ -18,13 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from t2i.data.content import printable
-from t2i.data.samples import Sample, Source
+from t2i.data.content import name_in, printable
+from t2i.data.samples import Source
 from t2i.data.sources.folders import METADATA, is_image, open_folder, walk
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError
-
-__all__ = ["Sample", "Source", "open_source"]
 
 TABLE_SUFFIXES = (".parquet", ".tar")
 _OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}
@@ -62,9 +60,8 @@ def open_source(
     columns = {"image_column": image_column, "caption_column": caption_column}
     text = str(source)
     if isinstance(source, str) and _is_hub_id(text):
-        from t2i.data.sources.tables import (
-            open_hub,  # imports the datasets library, which takes a second
-        )
+        # The datasets library takes a second to import.
+        from t2i.data.sources.tables import open_hub
 
         return open_hub(text, split, streaming, config_name, revision, **columns)
     found = _find_files(source, split)
@@ -130,8 +127,8 @@ def _find_files(source: str | Path | Sequence[str | Path], split: str) -> _Found
         ]
         if not files:
             raise UserError(
-                f"{source} {'is no file' if names else 'does not exist'}. Give a folder, .parquet or .tar "
-                "files, or a hub id such as owner/name"
+                f"{source} {'is no file' if names else 'does not exist'}. Give a folder, .parquet "
+                "or .tar files, or a hub id such as owner/name"
             )
     else:
         files = [Path(name).expanduser().resolve() for name in source]
@@ -162,7 +159,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
                 f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
                 "give the split, or the files by name"
             )
-        names = [printable(str(path.relative_to(folder))) for path in others]
+        names = [name_in(folder, path) for path in others]
         return _Found(
             folder, chosen, left_out + [(name, f"not of the split {split}") for name in names]
         )
@@ -171,8 +168,11 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     chosen_part = next((name for name in sorted(parts) if name.lower() == split.lower()), None)
     divided = not own and all(name.lower() in _SPLITS for name in parts)
     if chosen_part is not None and (divided or (split != "train" and not own)):
-        others = [(f"{printable(n)}/", c) for n, c in sorted(parts.items()) if n != chosen_part]
-        left_out += [(f"{n} ({count} files)", f"not of the split {split}") for n, count in others]
+        left_out += [
+            (f"{printable(name)}/ ({count} files)", f"not of the split {split}")
+            for name, count in sorted(parts.items())
+            if name != chosen_part
+        ]
         chosen_folder = where / chosen_part
         inside = [path for path in files if path.is_relative_to(chosen_folder)]
         return _Found(chosen_folder, inside, left_out)
@@ -181,18 +181,16 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     remarks = []
     named = [name for name in sorted(parts) if name.lower() in _SPLITS]
     if named and not own:
-        names, why = ", ".join(map(printable, sorted(parts))), "they are not all named as splits"
+        why = "none is named train" if divided else "they are not all named as splits"
         remarks = [
-            f"all sub-folders of {where} are used ({names}), since {'none is named train' if divided else why}; "
-            f"give {where / (chosen_part or named[0])} to use it alone"
+            f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
+            f"since {why}; give {where / (chosen_part or named[0])} to use it alone"
         ]
     return _Found(folder, files, left_out, remarks)
 
 
 def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]]:
-    """The folder that is divided, this one or the only one with data in it, and the files of data
-    in its sub-folders.
-    """
+    """The folder that is divided (this or the only one with data), and its sub-folders' files."""
     inside = [path.relative_to(folder).parts for path in data]
     parts = Counter(names[0] for names in inside if len(names) > 1)
     only = next(iter(parts), "")

@@ -5,36 +5,31 @@
   second crop range lie in a folder of their own, both are given, and their views are counted
   together.
 - RAR's `maskgitvq.jsonl`: a line {"class_id": 3, "tokens": [...]} for every view of every image.
-  12.8 million lines are no format for random access, so they are converted once.
+  12.8 million lines are no format for random access, so they become a store once.
 
 Shape legend: N = images, A = views of an image, B = batch, T = positions, S = 1 sub-token.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from t2i.data.cache import cache_key
-from t2i.data.code_array import MANIFEST, CodeChunk, build_code_array
-from t2i.data.content import hash_files
+from t2i.data.content import content_key
+from t2i.data.samples import Sample, Source
 from t2i.errors import UserError
-from t2i.processes import ALONE, Processes
-from t2i.progress import progress_bar
 
-_FORMAT = 1  # part of the key: change it whenever the files change
-_ROWS_PER_CHUNK = 8192
 _BLOCK = 1 << 24
 _SAMPLED = 64
 
 
 class LlamaGenCodes:
-    """Random access to LlamaGen's folders of .npy files, with the interface of `CodeArray`.
+    """Random access to LlamaGen's folders of .npy files, with the interface of `CodeStore`.
 
     Args:
         roots: the `--code-path` folders of one or more extractions of the same images.
@@ -58,44 +53,51 @@ class LlamaGenCodes:
         classes = [[_label(labels, n) for n in ends] for _, labels in self._folders]
         if any(labels != classes[0] for labels in classes):
             raise UserError(
-                f"{', '.join(map(str, roots))} hold different images: images {ends} have the classes {classes}"
+                f"{', '.join(map(str, roots))} hold different images: "
+                f"images {ends} have the classes {classes}"
             )
-        first = [self._read(codes, self._numbers[0]) for codes, _ in self._folders]
-        self._counts = [array.shape[0] for array in first]
-        self.views = sum(self._counts)
+        self._views = [
+            (folder, view)
+            for folder, _ in self._folders
+            for view in range(len(self._read(folder, self._numbers[0])))
+        ]
+        self.views = len(self._views)
 
-    @property
-    def identity(self) -> dict:
-        """JSON-able, the same for a copy elsewhere: the content of every n-th image, since a
-        million small files take too long.
-        """
+    @cached_property
+    def key(self) -> str:
+        """Identifies the content by every n-th image, since a million small files take too long."""
         digest, step = hashlib.sha256(), max(1, len(self) // _SAMPLED)
         for codes, labels in self._folders:
             for number in self._numbers[::step]:
                 digest.update(_load(codes / f"{number}.npy").tobytes())
                 digest.update(_load(labels / f"{number}.npy").tobytes())
-        return {"count": len(self), "views": self.views, "sample": digest.hexdigest()}
+        content = {"count": len(self), "views": self.views, "sample": digest.hexdigest()}
+        return content_key(content)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def codes(self, indices: Sequence[int] | Tensor, view: Sequence[int] | Tensor) -> Tensor:
+    def codes(
+        self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
         """int64 [B, T, 1]: of each image the view with this number, modulo their count."""
+        where = torch.as_tensor(indices).tolist()
+        chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
         rows = []
-        for index, chosen in zip(np.asarray(indices), np.asarray(view) % self.views, strict=True):
-            part = 0
-            while chosen >= self._counts[part]:
-                chosen -= self._counts[part]
-                part += 1
-            array = self._read(self._folders[part][0], self._numbers[index])
-            rows.append(torch.from_numpy(array[chosen].astype(np.int64)))
-        return torch.stack(rows)[..., None]
+        for index, pick in zip(where, chosen, strict=True):
+            folder, view = self._views[pick % self.views]
+            rows.append(self._read(folder, self._numbers[index])[view].astype(np.int64))
+        return torch.from_numpy(np.stack(rows))[..., None]
 
-    def labels(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Class ids int64 [B]."""
-        folder = self._folders[0][1]
-        numbers = [self._numbers[index] for index in np.asarray(indices)]
-        return torch.tensor([_label(folder, number) for number in numbers])
+    def condition(self, index: int, choice: int = 0) -> int:
+        """The class id."""
+        return _label(self._folders[0][1], self._numbers[index])
+
+    def name(self, index: int) -> str:
+        return f"{self._numbers[index]}.npy"
+
+    def same_images(self) -> None:
+        """Every image is an example of its own."""
 
     def _read(self, folder: Path, number: int) -> np.ndarray:
         """Codes [A, T] of an image."""
@@ -103,7 +105,8 @@ class LlamaGenCodes:
         array = _load(path)
         if array.ndim != 3 or len(array) != 1 or array.dtype.kind not in "iu":
             raise UserError(
-                f"{path} holds {array.dtype} {list(array.shape)}, expected integers [1, views, positions]"
+                f"{path} holds {array.dtype} {list(array.shape)}, "
+                "expected integers [1, views, positions]"
             )
         return array[0]
 
@@ -118,8 +121,8 @@ def _find_pair(root: Path) -> tuple[Path, Path]:
     found = sorted(root.glob("imagenet*_codes"))
     if len(found) != 1:
         raise UserError(
-            f"{root} must hold one folder named as imagenet256_codes, it has {len(found)}; give the folder that was "
-            "extract_codes_c2i.py's --code-path"
+            f"{root} must hold one folder named as imagenet256_codes, it has {len(found)}; "
+            "give the folder that was extract_codes_c2i.py's --code-path"
         )
     labels = root / found[0].name.replace("_codes", "_labels")
     if not labels.is_dir():
@@ -138,8 +141,8 @@ def _check_same(expected: list[int], reference: Path, found: list[int], folder: 
     if expected != found:
         odd = sorted(set(expected) ^ set(found))
         raise UserError(
-            f"{folder} ({len(found)} files) does not belong to {reference} ({len(expected)}): {odd[0]}.npy is in one "
-            "of them only; was the extraction or a copy interrupted?"
+            f"{folder} ({len(found)} files) does not belong to {reference} ({len(expected)}): "
+            f"{odd[0]}.npy is in one of them only; was the extraction or a copy interrupted?"
         )
 
 
@@ -157,96 +160,57 @@ def _load(path: Path) -> np.ndarray:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def convert_jsonl(
-    path: str | Path,
-    cache_dir: str | Path,
-    *,
-    vocab: int = 1024,
-    num_classes: int = 1000,
-    processes: Processes = ALONE,
-    progress: bool = True,
-) -> Path:
-    """Convert RAR's file, or find that done; returns the folder for `CodeArray` (one view per row,
-    [lines, 1, T, 1]).
+class JsonlCodes(Source):
+    """RAR's file as a source of codes, one view a line. Opening it counts the lines.
+
+    Args:
+        vocab: tokens are below it.
+        num_classes: classes are below it.
 
     Raises:
-        UserError: no such file, or a line (which is named) that is not {"class_id": int, "tokens":
-            [T ints]} within the vocabulary and the classes.
-        TimeoutError: another process stopped.
+        UserError: no such file, or nothing in it; when it is read, a line (which is named) that is
+            not {"class_id": int, "tokens": [T ints]} within the vocabulary and the classes.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is no file; give RAR's maskgitvq.jsonl")
-    contents = hash_files([(path.name, path)], Path(cache_dir), processes, progress)
-    key = {
-        "format": _FORMAT,
-        "source": {"kind": "jsonl", "file": contents[0][1]},
-        "vocab": vocab,
-        "num_classes": num_classes,
-    }
-    folder = Path(cache_dir) / cache_key(key)
-    if (folder / MANIFEST).exists():
-        return folder
-    count = _count_lines(path)
-    with open(path, "rb") as file:
-        positions = len(_parse(file.readline(), path, 0, None, vocab, num_classes)[1])
 
-    def produce(missing: list[range]) -> Iterator[CodeChunk]:
-        quiet = not (progress and processes.is_main)
-        with (
-            open(path, "rb") as file,
-            progress_bar(
-                total=sum(map(len, missing)), desc="codes", unit=" lines", disable=quiet
-            ) as bar,
-        ):
-            place = 0
-            for rows in missing:
-                lines = islice(file, rows.start - place, rows.stop - place)
-                place = rows.stop
-                parsed = [
-                    _parse(line, path, i, positions, vocab, num_classes)
-                    for i, line in zip(rows, lines, strict=True)
-                ]
-                codes = np.array([tokens for _, tokens in parsed], dtype=np.int64)
-                yield CodeChunk(rows, codes[:, None, :, None], [label for label, _ in parsed], [])
-                bar.update(len(rows))
+    def __init__(self, path: str | Path, *, vocab: int = 1024, num_classes: int = 1000):
+        self._path, self._vocab, self._num_classes = Path(path), vocab, num_classes
+        if not self._path.is_file():
+            raise UserError(f"{path} is no file; give RAR's maskgitvq.jsonl")
+        if not self._path.stat().st_size:
+            raise UserError(f"{path} is empty")
+        self._bytes = np.memmap(self._path, np.uint8, "r")
+        breaks = [
+            start + 1 + np.flatnonzero(self._bytes[start : start + _BLOCK] == ord("\n"))
+            for start in range(0, len(self._bytes), _BLOCK)
+        ]
+        ends = np.concatenate([[0], *breaks])
+        self._ends = ends if ends[-1] == len(self._bytes) else np.append(ends, len(self._bytes))
+        self._positions: int | None = None
+        self._positions = len(self._parse(0)[1])
+        identity = {"kind": "jsonl", "vocab": vocab, "num_classes": num_classes}
+        super().__init__(str(path), identity, len(self._ends) - 1)
 
-    return build_code_array(
-        folder,
-        key,
-        (count, 1, positions, 1),
-        vocab,
-        produce,
-        rows_per_chunk=_ROWS_PER_CHUNK,
-        processes=processes,
-    )
+    def files(self) -> list[tuple[str, Path]]:
+        return [("codes.jsonl", self._path)]
 
+    def __getitem__(self, index: int) -> Sample:
+        label, tokens = self._parse(index)
+        codes = torch.tensor(tokens)[None, :, None]
+        return Sample(index, f"line {index + 1}", codes, [], label=label)
 
-def _count_lines(path: Path) -> int:
-    count, last = 0, b""
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            count += block.count(b"\n")
-            last = block[-1:]
-    if not last:
-        raise UserError(f"{path} is empty")
-    return count + (last != b"\n")
-
-
-def _parse(
-    line: bytes, path: Path, index: int, positions: int | None, vocab: int, num_classes: int
-) -> tuple[int, list[int]]:
-    """The label and the tokens of a line."""
-    try:
-        content = json.loads(line)
-        label, tokens = content["class_id"], content["tokens"]
-        fits = all(isinstance(t, int) and 0 <= t < vocab for t in tokens)
-        fits = fits and isinstance(label, int) and 0 <= label < num_classes
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, no object, other fields
-        raise UserError(f"{path} line {index + 1} is not a line of codes: {error!r}") from error
-    if not fits or len(tokens) != (len(tokens) if positions is None else positions) or not tokens:
-        raise UserError(
-            f"{path} line {index + 1}: class {label!r} and {len(tokens)} tokens; expected a class below {num_classes} and "
-            f"{positions or 'some'} tokens below {vocab}"
-        )
-    return label, tokens
+    def _parse(self, index: int) -> tuple[int, list[int]]:
+        """The label and the tokens of a line."""
+        where = f"{self._path} line {index + 1}"
+        try:
+            content = json.loads(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+            label, tokens = content["class_id"], content["tokens"]
+            fits = all(isinstance(t, int) and 0 <= t < self._vocab for t in tokens)
+            fits = fits and isinstance(label, int) and 0 <= label < self._num_classes
+        except (ValueError, KeyError, TypeError) as error:  # not JSON, no object, other fields
+            raise UserError(f"{where} is not a line of codes: {error!r}") from error
+        if not fits or not tokens or len(tokens) != (self._positions or len(tokens)):
+            raise UserError(
+                f"{where}: class {label!r} and {len(tokens)} tokens; expected a class below "
+                f"{self._num_classes} and {self._positions or 'some'} tokens below {self._vocab}"
+            )
+        return label, tokens

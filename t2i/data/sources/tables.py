@@ -17,13 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from t2i.data.images import ImageRef, RemoteFile
-from t2i.data.samples import (
-    CAPTION_COLUMNS,
-    Sample,
-    Source,
-    choose_column,
-    make_sample,
-)
+from t2i.data.samples import Sample, Source, choose_caption, choose_column, make_sample
 from t2i.errors import UserError
 
 NOT_UTF8 = b"\xff"
@@ -37,7 +31,7 @@ def open_parquet(
     data_files = {split: [str(path) for path in files]}
     loaded = _Loaded(str(root), "parquet", {"data_files": data_files}, split, streaming)
     folder = root if root.is_dir() else root.parent
-    return _as_source(loaded, {"kind": "parquet"}, folder, columns, files)
+    return _rows(loaded, {"kind": "parquet"}, folder, columns, files)
 
 
 def open_hub(
@@ -59,85 +53,7 @@ def open_hub(
         "revision": revision,
         "content": loaded.hash,  # a moving branch gives a new identity
     }
-    return _as_source(loaded, identity, Path(), columns)
-
-
-class _Rows(Source):
-    """What both kinds share. `paths` are the parquet files, of a data set on the hub there are
-    none.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        identity: dict,
-        data: datasets.Dataset | datasets.IterableDataset,
-        reader: "_RowReader",
-        paths: Sequence[Path],
-    ):
-        length = len(data) if isinstance(data, datasets.Dataset) else None
-        super().__init__(name, identity, length)
-        self._data = data
-        self._reader = reader
-        self._paths = paths
-
-    def files(self) -> list[tuple[str, Path]]:
-        """The parquet files, and images that their rows name by path."""
-        folder, column = self._reader.folder, self._reader.image_column
-        images = [name for path in self._paths for name in _named_images(path, column)]
-        return [
-            *((path.name, path) for path in self._paths),
-            *((name, folder / name) for name in dict.fromkeys(images)),
-        ]
-
-
-class TableSource(_Rows):
-    """Rows of a loaded (map-style) data set."""
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            row = self._data[index]
-        except UnicodeDecodeError:  # Arrow takes any bytes for a string
-            column = self._reader.caption_column.partition(".")[0]
-            row = self._data.remove_columns(column)[index] | {column: NOT_UTF8}
-        return self._reader(index, row)
-
-
-class StreamSource(_Rows):
-    """Rows of a streaming data set: iteration only, the length is unknown."""
-
-    def __iter__(self) -> Iterator[Sample]:
-        rows = iter(self._data)
-        for index in count():
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # network, damaged file: readers raise nearly anything
-                raise UserError(
-                    f"{self.name}: the stream broke after {index} samples "
-                    f"({type(error).__name__}: {error}). Start again to go on from there"
-                ) from error
-            yield self._reader(index, row)
-
-
-class _RowReader:
-    """Turns a row into a Sample; a caption column may be a field of a struct ("json.caption")."""
-
-    def __init__(self, image_column: str, caption_column: str, folder: Path):
-        self.image_column = image_column
-        self.caption_column = caption_column
-        self.folder = folder
-
-    def __call__(self, index: int, row: dict[str, Any]) -> Sample:
-        value = row[self.image_column]
-        key = f"row {index}"
-        if row.get("__key__"):  # a webdataset on the hub
-            key = f"{Path(row.get('__url__') or '').name}:{row['__key__']}"
-        elif isinstance(value, dict) and value.get("path"):
-            key = f"row {index} ({Path(value['path']).name})"
-        captions = _field(row, self.caption_column)
-        return make_sample(index, key, _image_ref(value, self.folder), captions)
+    return _rows(loaded, identity, Path(), columns)
 
 
 class _Loaded:
@@ -176,27 +92,93 @@ class _Loaded:
         self.first: dict[str, Any] = first
 
 
-def _as_source(
-    loaded: _Loaded,
-    identity: dict,
-    folder: Path,
-    columns: dict[str, str | None],
-    paths: Sequence[Path] = (),
-) -> Source:
-    name, first = loaded.name, loaded.first
-    candidates = loaded.image_columns if len(loaded.image_columns) == 1 else _IMAGE_COLUMNS
-    image = choose_column(first, columns["image_column"], candidates, "image", name)
-    caption = _choose_caption(name, first, columns["caption_column"], image)
-    if isinstance(first[image], str) and first[image].startswith(("http://", "https://")):
-        raise UserError(
-            f"{name}: column {image!r} holds web addresses. Download the images first; img2dataset "
-            "writes tars that this kit reads"
-        )
-    wanted = {image, caption, caption.partition(".")[0], "__key__", "__url__"}
-    data = loaded.data.select_columns([column for column in first if column in wanted])
-    identity = {**identity, "streaming": loaded.streaming, "columns": [image, caption]}
-    reader = _RowReader(image, caption, folder)
-    return (StreamSource if loaded.streaming else TableSource)(name, identity, data, reader, paths)
+class _Rows(Source):
+    """What both kinds share.
+
+    Args:
+        folder: what image paths in the rows are relative to.
+        columns: the image_column and the caption_column that were asked for. A caption column may
+            be a field of a struct ("json.caption").
+        paths: the parquet files; on the hub there are none.
+
+    Raises:
+        UserError: a column is not there or not clear, or images are given by web addresses.
+    """
+
+    def __init__(
+        self,
+        loaded: _Loaded,
+        identity: dict,
+        folder: Path,
+        columns: dict[str, str | None],
+        paths: Sequence[Path] = (),
+    ):
+        name, first = loaded.name, loaded.first
+        candidates = loaded.image_columns if len(loaded.image_columns) == 1 else _IMAGE_COLUMNS
+        image = choose_column(first, columns["image_column"], candidates, "image", name)
+        caption = _choose_caption(name, first, columns["caption_column"], image)
+        if isinstance(first[image], str) and first[image].startswith(("http://", "https://")):
+            raise UserError(
+                f"{name}: column {image!r} holds web addresses. Download the images first; "
+                "img2dataset writes tars that this kit reads"
+            )
+        wanted = {image, caption, caption.partition(".")[0], "__key__", "__url__"}
+        self._data = loaded.data.select_columns([column for column in first if column in wanted])
+        self._image, self._caption, self._folder, self._paths = image, caption, folder, paths
+        identity = {**identity, "streaming": loaded.streaming, "columns": [image, caption]}
+        super().__init__(name, identity, None if loaded.streaming else len(self._data))
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The parquet files, and images that their rows name by path."""
+        images = [name for path in self._paths for name in _named_images(path, self._image)]
+        return [
+            *((path.name, path) for path in self._paths),
+            *((name, self._folder / name) for name in dict.fromkeys(images)),
+        ]
+
+    def _sample(self, index: int, row: dict[str, Any]) -> Sample:
+        value = row[self._image]
+        key = f"row {index}"
+        if row.get("__key__"):  # a webdataset on the hub
+            key = f"{Path(row.get('__url__') or '').name}:{row['__key__']}"
+        elif isinstance(value, dict) and value.get("path"):
+            key = f"row {index} ({Path(value['path']).name})"
+        captions = _field(row, self._caption)
+        return make_sample(index, key, _image_ref(value, self._folder), captions)
+
+
+class TableSource(_Rows):
+    """Rows of a loaded (map-style) data set."""
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            row = self._data[index]
+        except UnicodeDecodeError:  # Arrow takes any bytes for a string
+            column = self._caption.partition(".")[0]
+            row = self._data.remove_columns(column)[index] | {column: NOT_UTF8}
+        return self._sample(index, row)
+
+
+class StreamSource(_Rows):
+    """Rows of a streaming data set: iteration only, the length is unknown."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        rows = iter(self._data)
+        for index in count():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # network, damaged file: readers raise nearly anything
+                raise UserError(
+                    f"{self.name}: the stream broke after {index} samples "
+                    f"({type(error).__name__}: {error}). Start again to go on from there"
+                ) from error
+            yield self._sample(index, row)
+
+
+def _rows(loaded: _Loaded, *where: Any) -> Source:
+    return (StreamSource if loaded.streaming else TableSource)(loaded, *where)
 
 
 def _choose_caption(name: str, first: dict[str, Any], given: str | None, image: str) -> str:
@@ -206,11 +188,7 @@ def _choose_caption(name: str, first: dict[str, Any], given: str | None, image: 
         if isinstance(value, dict) and column != image
         for key in value
     ]
-    candidates: Sequence[str] = ("txt", *CAPTION_COLUMNS)
-    if given is None and not set(candidates) & set(first):
-        candidates = [path for path in fields if path.rpartition(".")[2] in CAPTION_COLUMNS]
-        candidates = candidates or CAPTION_COLUMNS
-    return choose_column([*first, *fields], given, candidates, "caption", name)
+    return choose_caption(first, fields, given, name)
 
 
 def _undecoded(

@@ -18,16 +18,14 @@ from typing import Any
 from t2i.data.content import printable
 from t2i.data.images import FileSlice, SkipSample, read_bytes
 from t2i.data.samples import (
-    CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
     Sample,
     Source,
+    choose_caption,
     choose_column,
     make_sample,
 )
 from t2i.errors import UserError
-
-TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)
 
 
 @dataclass
@@ -81,8 +79,8 @@ class TarSource(Source):
         if not any(counts):
             listing = ", ".join(sorted(columns)) or "none"
             raise UserError(
-                f"{name} holds no images; the members have the extensions: {listing}. (A sample's name ends at "
-                "the first dot: rename a.b.png to a_b.png)"
+                f"{name} holds no images; the members have the extensions: {listing}. "
+                "(A sample's name ends at the first dot: rename a.b.png to a_b.png)"
             )
         if max(counts) > 1:
             entry = self._entries[counts.index(max(counts))]
@@ -93,16 +91,12 @@ class TarSource(Source):
         return None  # one a sample, whatever its extension
 
     def _choose_caption(self, name: str, columns: set[str], given: str | None) -> str:
-        fields = set()
+        fields: list[str] = []
         with_json = next((entry for entry in self._entries if "json" in entry.parts), None)
         if with_json is not None:
             document = _read_json(with_json.parts["json"])
-            fields = {f"json.{key}" for key in document if isinstance(key, str)}
-        if given is None and not columns & set(TEXT_COLUMNS):
-            candidates: Sequence[str] = [f"json.{column}" for column in CAPTION_COLUMNS]
-        else:
-            candidates = TEXT_COLUMNS
-        return choose_column(sorted(columns | fields), given, candidates, "caption", name)
+            fields = sorted(f"json.{key}" for key in document if isinstance(key, str))
+        return choose_caption(sorted(columns), fields, given, name)
 
     def __getitem__(self, index: int) -> Sample:
         entry = self._entries[index]

@@ -11,16 +11,15 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from t2i.data.encoding import DECODE_THREADS, batches, one_ahead
+from t2i.data.encoding import load_ahead
 from t2i.data.images import SkipSample, open_image
-from t2i.data.sources.folders import is_image, list_files
+from t2i.data.sources.folders import is_image, walk
 from t2i.errors import UserError
 
 _SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
@@ -76,7 +75,7 @@ class FolderImages:
 
     def __init__(self, path: Path):
         self.path = path
-        files = list_files(path)
+        files = walk(path)[0]
         found = [file for file in files if is_image(file)]
         if not found:
             raise UserError(f"{path} holds no images")
@@ -98,9 +97,8 @@ class FolderImages:
         Raises:
             UserError: an image cannot be read; nothing is left out silently.
         """
-        with ThreadPoolExecutor(DECODE_THREADS) as pool:
-            loading = (pool.map(_read_image, files) for files in batches(iter(self.files), size))
-            yield from map(list, one_ahead(loading))
+        for _, images in load_ahead(iter(self.files), _read_image, size):
+            yield images
 
 
 ImageSet = NpzImages | FolderImages

@@ -182,11 +182,14 @@ class LlamaGen(LlamaBackbone):
             raise UserError(
                 "this LlamaGen text-to-image backbone has no text encoder; pass text_encoder=PATH to load_backbone"
             )
+        encoded = self.frozen.text_encoder.encode(list(conditions))
+        return {name: t.to(self.device) for name, t in self.collate_features(encoded).items()}
+
+    def collate_features(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         from t2i.models.llamagen.t5 import left_pad
 
-        encoded = self.frozen.text_encoder.encode(list(conditions))
-        features, mask = left_pad(encoded, self.config.caption_tokens)
-        return {"features": features.to(self.device), "mask": mask.to(self.device)}
+        batch, mask = left_pad(features, self.config.caption_tokens)
+        return {"features": batch, "mask": mask}
 
     def caption_features(self) -> CaptionFeatures | None:
         encoder = self.frozen.text_encoder

@@ -1,17 +1,15 @@
-"""One large array on disk, filled chunk by chunk by any number of processes, each of which may be
-killed at any moment.
+"""One large array on disk, filled chunk by chunk by processes that may be killed at any moment.
 
-    codes.npy                                   the whole array from the start, zeros where nothing
-    was written yet codes.npy.chunks/00000000-00000256.json     a marker for every chunk that is
-    complete, with what is to be said of it (another file)                              the sign
-    that all is done; then the markers are removed
+    images.npy                                  the whole array from the start, zeros where nothing
+                                                was written yet
+    images.npy.chunks/00000000-00000256.done    a marker for every chunk that is complete
+    (another file)                              the sign that all is done; then the markers go
 
 A chunk's rows are written and forced to disk before its marker appears. So what has a marker is
 never done again, and what has none is done again from its first row, which gives the same bytes.
 Which process does which chunk follows from their numbers alone.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -65,8 +63,8 @@ class ArrayFile:
         array = np.load(self.path, mmap_mode="r")
         if array.shape != self.shape or array.dtype != self.dtype:
             raise UserError(
-                f"{self.path} holds {array.dtype} {list(array.shape)}, needed is {self.dtype} {list(self.shape)}; "
-                "delete it, or use another folder"
+                f"{self.path} holds {array.dtype} {list(array.shape)}, needed is {self.dtype} "
+                f"{list(self.shape)}; delete it, or use another folder"
             )
         return array.offset
 
@@ -82,10 +80,8 @@ class ArrayFile:
         # Asked in this order: the markers are removed after the sign is given.
         return [] if self._sign.exists() else missing
 
-    def write(self, rows: range, values: np.ndarray, note: object = None) -> None:
-        """Complete a chunk. The note, anything JSON can hold, is kept until the markers are
-        removed.
-        """
+    def write(self, rows: range, values: np.ndarray) -> None:
+        """Complete a chunk."""
         expected = (len(rows), *self.shape[1:])
         assert values.shape == expected and values.dtype == self.dtype, (values.shape, expected)
         row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
@@ -97,47 +93,45 @@ class ArrayFile:
         marker = self._marker(rows)
         marker.parent.mkdir(exist_ok=True)
         with replacing(marker) as temporary:
-            temporary.write_text(json.dumps(note), encoding="utf-8")
+            temporary.touch()
 
-    def wait_for_chunks(self) -> list:
-        """Wait until every chunk of every process is complete; their notes in the order of the
-        rows.
+    def wait_for_chunks(self) -> None:
+        """Wait until every chunk of every process is complete.
 
         Raises:
             TimeoutError: another process stopped.
         """
-        markers = [self._marker(rows) for rows in self.all_chunks()]
-        wait_for(markers, self._processes.patience)
-        return [json.loads(marker.read_text(encoding="utf-8")) for marker in markers]
+        wait_for(self._markers(), self._processes.patience)
 
     def wait_for_sign(self) -> None:
-        """Wait until the main process says that all is done, as long as chunks become complete
-        meanwhile.
+        """Wait until the main process says that all is done.
 
         Raises:
-            TimeoutError: neither happened for as long as patience lasts.
+            TimeoutError: it does not, and no chunk became complete for as long as patience lasts.
         """
         self._wait(self._sign)
 
     def _wait(self, path: Path) -> None:
         """Wait for this file or the sign."""
-        chunks = len(list(self.all_chunks()))
 
         def missing() -> list[Path]:
             if path.exists() or self._sign.exists():
                 return []
-            return [path] * (1 + chunks - len(list(_markers(self.path).glob("*.json"))))
+            return [path, *(marker for marker in self._markers() if not marker.exists())]
 
         wait_until_none(missing, self._processes.patience)
 
+    def _markers(self) -> list[Path]:
+        return [self._marker(rows) for rows in self.all_chunks()]
+
     def _marker(self, rows: range) -> Path:
-        return _markers(self.path) / f"{rows.start:08d}-{rows.stop:08d}.json"
+        return _marker_folder(self.path) / f"{rows.start:08d}-{rows.stop:08d}.done"
 
 
 def remove_markers(path: Path) -> None:
     """Remove the markers of an array file, if it has any, when its sign is there."""
-    shutil.rmtree(_markers(path), ignore_errors=True)
+    shutil.rmtree(_marker_folder(path), ignore_errors=True)
 
 
-def _markers(path: Path) -> Path:
+def _marker_folder(path: Path) -> Path:
     return path.with_name(path.name + ".chunks")

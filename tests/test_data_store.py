@@ -1,6 +1,7 @@
-"""The code cache: content, resume after a kill, several ranks, the key, the report."""
+"""The store of codes: content, resume after a kill, several ranks, the key, the report."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ from helpers import Killed, in_threads
 from PIL import Image
 from safetensors.torch import load_file
 
-from t2i.data.cache import CodeCache, build_cache
+from t2i.data.encoding import Encoding, build_store
+from t2i.data.images import ImageRules
 from t2i.data.samples import Sample, Source
 from t2i.data.sources.open_source import open_source
-from t2i.processes import Processes
+from t2i.data.store import CodeStore
+from t2i.processes import ALONE, Processes
 
 WIDTH = 4  # of the text features
-DEFAULTS = {"key_parts": {"tokenizer": "t"}, "resolution": 8, "batch_size": 3, "shard_size": 4}
 
 
 def encode_images(pixels):
@@ -66,13 +68,16 @@ def make_samples(n=10, skipped=(2, 7)):
     ]
 
 
-def build(samples_or_source, folder, **options):
+def build(samples_or_source, folder, *, expected_key=None, processes=ALONE, **changes):
+    """The store of samples as `Encoding` with these changes makes it."""
     source = samples_or_source
     if not isinstance(source, Source):
         source = ListSource(source)
-    encoders = {"encode_images": encode_images, "encode_captions": encode_captions}
-    options = {**encoders, **DEFAULTS, "progress": False, **options}
-    return build_cache(source, folder, **options)
+    key, sizes = {"tokenizer": "t"}, {"batch_size": 3, "shard_size": 4}
+    defaults = {"rules": ImageRules(8), "captions": encode_captions, "key": key, **sizes}
+    encoding = Encoding(**({"images": encode_images} | defaults | changes))
+    options = {"expected_key": expected_key, "processes": processes, "progress": False}
+    return build_store(source, folder, encoding, **options)
 
 
 def files(folder):
@@ -80,40 +85,41 @@ def files(folder):
 
 
 def test_content(tmp_path):
-    cache = CodeCache(build(make_samples(), tmp_path))
+    store = CodeStore(build(make_samples(), tmp_path))
     kept = [0, 1, 3, 4, 5, 6, 8, 9]
-    assert len(cache) == 8
-    codes = cache.codes(torch.arange(8))
+    assert len(store) == 8
+    codes = store.codes(torch.arange(8))
     assert codes.dtype == torch.int64
     assert codes.tolist() == [[[i], [2 * i]] for i in kept]
-    assert cache.codes([6, 0]).tolist() == [[[8], [16]], [[0], [0]]]
-    assert [cache.key(i) for i in range(8)] == [f"key{i}" for i in kept]
-    assert cache.caption(7) == "xxxxxxxxxx is 9"
+    assert store.codes([6, 0]).tolist() == [[[8], [16]], [[0], [0]]]
+    assert [store.name(i) for i in range(8)] == [f"key{i}" for i in kept]
+    assert store.condition(7) == "xxxxxxxxxx is 9"
     with pytest.raises(IndexError):
-        cache.codes([8])
+        store.codes([8])
+    for path in tmp_path.rglob("shard_*"):
+        path.unlink()
+    assert len(CodeStore(store.folder)) == 8, "opening reads the manifest only"
 
 
-def test_text_is_padded_on_the_left_and_cut_on_the_right(tmp_path):
-    cache = CodeCache(build(make_samples(), tmp_path))
-    features, mask = cache.text([7, 0], max_tokens=5)
-    assert features.dtype == torch.float32
-    assert mask.tolist() == [[False, False, True, True, True]] * 2
-    assert (features[~mask] == 0).all()
-    assert features[0, 2:, :2].tolist() == [[10, 0], [2, 1], [1, 2]]
-    features, mask = cache.text(torch.tensor([7]), max_tokens=2)
-    assert mask.all()
-    assert features[0, :, :2].tolist() == [[10, 0], [2, 1]]
+def test_features_are_cut_on_the_right(tmp_path):
+    store = CodeStore(build(make_samples(), tmp_path))
+    for row in store.features([7, 0], max_tokens=5):
+        assert row.dtype == torch.float32 and row.shape == (3, WIDTH)
+    (row,) = store.features(torch.tensor([7]), max_tokens=5)
+    assert row[:, :2].tolist() == [[10, 0], [2, 1], [1, 2]]
+    (row,) = store.features(torch.tensor([7]), max_tokens=2)
+    assert row[:, :2].tolist() == [[10, 0], [2, 1]]
 
 
 def test_several_captions_per_image(tmp_path):
     image = Image.new("RGB", (8, 8))
     samples = [Sample(0, "a", image, ["one"]), Sample(1, "b", image, ["p q", "rr", "s t u"])]
-    cache = CodeCache(build(samples, tmp_path, batch_size=2))
-    counts = [int(cache.text([1], 6, choice=[c])[1].sum()) for c in range(5)]
+    store = CodeStore(build(samples, tmp_path, batch_size=2))
+    counts = [len(store.features([1], 6, choice=[c])[0]) for c in range(5)]
     assert counts == [2, 1, 3, 2, 1]
-    assert [cache.caption(1, c) for c in range(4)] == ["p q", "rr", "s t u", "p q"]
-    features, _ = cache.text([0, 1], 3, choice=torch.tensor([5, 1]))
-    assert features[:, -1, 0].tolist() == [3, 2]
+    assert [store.condition(1, c) for c in range(4)] == ["p q", "rr", "s t u", "p q"]
+    features = store.features([0, 1], 3, choice=torch.tensor([5, 1]))
+    assert [float(row[0, 0]) for row in features] == [3, 2]
 
 
 def test_storage_types(tmp_path):
@@ -123,27 +129,27 @@ def test_storage_types(tmp_path):
     large = build(
         make_samples(),
         tmp_path,
-        key_parts={"tokenizer": "large"},
-        encode_images=lambda pixels: encode_images(pixels) + 2**17,
-        encode_captions=lambda captions: [f.bfloat16() for f in encode_captions(captions)],
+        key={"tokenizer": "large"},
+        images=lambda pixels: encode_images(pixels) + 2**17,
+        captions=lambda captions: [f.bfloat16() for f in encode_captions(captions)],
     )
     tensors = load_file(large / "shard_00000.safetensors")
     assert (tensors["codes"].dtype, tensors["text"].dtype) == (torch.int32, torch.bfloat16)
-    assert CodeCache(large).codes([1])[0, :, 0].tolist() == [2**17 + 1, 2**17 + 2]
+    assert CodeStore(large).codes([1])[0, :, 0].tolist() == [2**17 + 1, 2**17 + 2]
     with pytest.raises(ValueError, match=r"not finite in torch\.float16.*bfloat16"):
         build(
             make_samples(),
             tmp_path / "overflow",
-            encode_captions=lambda captions: [f * 1e6 for f in encode_captions(captions)],
+            captions=lambda captions: [f * 1e6 for f in encode_captions(captions)],
         )
 
 
 def test_without_text_features(tmp_path):
-    cache = CodeCache(build(make_samples(), tmp_path, encode_captions=None))
-    assert cache.codes([1])[0, 0, 0] == 1
-    assert cache.caption(1) == "xx is 1"
+    store = CodeStore(build(make_samples(), tmp_path, captions=None))
+    assert store.codes([1])[0, 0, 0] == 1
+    assert store.condition(1) == "xx is 1"
     with pytest.raises(ValueError, match="without text features"):
-        cache.text([0], 4)
+        store.features([0], 4)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -152,20 +158,20 @@ def test_resume_after_a_kill(tmp_path, dies_at, stream):
     whole = build(make_samples(), tmp_path / "whole")
     source = ListSource(make_samples(), stream)
     with pytest.raises(Killed):
-        build(source, tmp_path / "killed", encode_images=Encoder(dies_at))
+        build(source, tmp_path / "killed", images=Encoder(dies_at))
     (folder,) = (tmp_path / "killed").iterdir()
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert not (folder / "manifest.json").exists()
-    with pytest.raises(ValueError, match="no finished code cache"):
-        CodeCache(folder)
+    with pytest.raises(ValueError, match="no finished store of codes"):
+        CodeStore(folder)
     rest = Encoder()
-    assert build(source, tmp_path / "killed", encode_images=rest) == folder
+    assert build(source, tmp_path / "killed", images=rest) == folder
     in_finished = sum(len(load_file(path)["codes"]) for path in finished)
     assert rest.seen == 8 - in_finished
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     assert files(folder) == files(whole)
     again = Encoder()
-    build(source, tmp_path / "killed", encode_images=again)
+    build(source, tmp_path / "killed", images=again)
     assert again.seen == 0
 
 
@@ -175,11 +181,33 @@ def test_a_kill_while_a_shard_is_written_leaves_no_shard(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("t2i.data.shards.save_file", half_written)
+        patch.setattr("t2i.data.store.save_file", half_written)
         with pytest.raises(Killed):
             build(make_samples(), tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
-    assert len(CodeCache(build(make_samples(), tmp_path))) == 8
+    assert len(CodeStore(build(make_samples(), tmp_path))) == 8
+
+
+@pytest.mark.parametrize("dies_at", range(1, 11))
+def test_resume_after_a_kill_while_writing(tmp_path, monkeypatch, dies_at):
+    """Ten files take their names: source, lines and tensors of three shards, report, manifest."""
+    whole, replace, calls = build(make_samples(), tmp_path / "whole"), os.replace, []
+
+    def replace_or_die(*names):
+        calls.append(names)
+        if len(calls) == dies_at:
+            raise Killed
+        replace(*names)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_or_die)
+        build(make_samples(), tmp_path / "killed")
+    (folder,) = (tmp_path / "killed").iterdir()
+    (folder / "shard_00000.safetensors.01234567.tmp").touch()  # as SIGKILL would leave it
+    rest = Encoder()
+    assert build(make_samples(), tmp_path / "killed", images=rest) == folder
+    assert rest.seen == [8, 5, 2, 0, 0, 0][(dies_at - 2) // 2 if dies_at > 1 else 0]
+    assert files(folder) == files(whole)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -189,7 +217,7 @@ def test_ranks_share_the_work_and_give_the_same_cache(tmp_path, stream):
 
     def work(rank):
         source = ListSource(make_samples(), stream)
-        options = {"processes": Processes(rank, 2, patience=20), "encode_images": encoders[rank]}
+        options = {"processes": Processes(rank, 2, patience=20), "images": encoders[rank]}
         build(source, tmp_path / "two", **options)
 
     in_threads(work)
@@ -199,8 +227,14 @@ def test_ranks_share_the_work_and_give_the_same_cache(tmp_path, stream):
 
 
 def test_a_missing_rank_is_noticed(tmp_path):
-    with pytest.raises(TimeoutError, match=r"shard_00001\.safetensors"):
+    with pytest.raises(TimeoutError, match=r"shard_00001\.safetensors .* Start again to go on"):
         build(make_samples(), tmp_path, processes=Processes(0, 2, patience=0.1))
+    rest = Encoder()
+    folder = build(make_samples(), tmp_path, images=rest)
+    assert rest.seen == 3, "the shard of the process that was not there"
+    (folder / "manifest.json").unlink()  # as where the main process stopped before it
+    with pytest.raises(TimeoutError, match=r"manifest\.json"):
+        build(make_samples(), tmp_path, processes=Processes(1, 2, patience=0.1))
 
 
 def test_the_batch_size_does_not_matter(tmp_path):
@@ -212,12 +246,12 @@ def test_the_batch_size_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"key_parts": {"tokenizer": "other"}},
-        {"resolution": 4},
+        {"key": {"tokenizer": "other"}},
+        {"rules": ImageRules(4)},
         {"max_samples": 5},
-        {"small_images": "upscale"},
+        {"rules": ImageRules(8, small="upscale")},
         {"shard_size": 2},
-        {"encode_captions": None},
+        {"captions": None},
     ],
 )
 def test_the_folder_follows_what_the_content_depends_on(tmp_path, change):
@@ -225,12 +259,21 @@ def test_the_folder_follows_what_the_content_depends_on(tmp_path, change):
     assert build(make_samples(), tmp_path) != build(make_samples(9), tmp_path)
 
 
+def test_another_format_is_refused(tmp_path):
+    folder = build(make_samples(), tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["key"]["format"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"has the format None, this version reads 3 only"):
+        CodeStore(folder)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_max_samples(tmp_path, stream):
     source = ListSource(make_samples(), stream)
-    cache = CodeCache(build(source, tmp_path, max_samples=6))
-    assert len(cache) == 5  # of the first six, number 2 is skipped
-    assert cache.key(4) == "key5"
+    store = CodeStore(build(source, tmp_path, max_samples=6))
+    assert len(store) == 5  # of the first six, number 2 is skipped
+    assert store.name(4) == "key5"
 
 
 def test_report_and_manifest_from_real_files(tmp_path):
@@ -243,7 +286,7 @@ def test_report_and_manifest_from_real_files(tmp_path):
     rows = [{"file_name": f"{n}.png", "text": "x"} for n in ("good", "small", "empty", "gone")]
     rows += [{"file_name": "good.png", "text": ""} for _ in range(120)]
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    folder = build(open_source(data), tmp_path / "cache", key_parts={"tokenizer": "sha"})
+    folder = build(open_source(data), tmp_path / "cache", key={"tokenizer": "sha"})
     report = json.loads((folder / "report.json").read_text())
     assert (report["seen"], report["usable"]) == (124, 1)
     counts = {reason: entry["count"] for reason, entry in report["skipped"].items()}
@@ -277,7 +320,7 @@ def test_wrong_arguments(tmp_path):
         with pytest.raises(ValueError, match="at least 1"):
             build(make_samples(), tmp_path, **wrong)
     with pytest.raises(ValueError, match="unknown policy"):
-        build(make_samples(), tmp_path, small_images="crop")
-    with pytest.raises(ValueError, match=r"encode_images must give codes \[2, T, S\]"):
-        build(make_samples(), tmp_path, encode_images=lambda pixels: pixels[:, 0, 0].long())
+        ImageRules(8, small="crop")
+    with pytest.raises(ValueError, match=r"images must be encoded as codes \[2, T, S\]"):
+        build(make_samples(), tmp_path, images=lambda pixels: pixels[:, 0, 0].long())
     assert not list(tmp_path.rglob("*.safetensors"))

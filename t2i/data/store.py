@@ -1,0 +1,299 @@
+"""A store of codes: images tokenized once, each with its captions, their features, or its class.
+
+    <folder>/source.json                 what the folder's name was made of, and the source's files
+             shard_00003.safetensors     codes [n, A, T, S] uint16 or int32
+                                         labels [n] int64: of images of classes
+                                         pixels [n] int64: of others, equal for the same image
+                                         text [tokens, C] float16 or bfloat16: features of the
+                                           captions, valid tokens only, back to back
+                                         text_offsets [captions + 1] int64: rows of caption c in it
+                                         caption_offsets [n + 1] int64: captions of sample i
+             shard_00003.jsonl           a line for every sample seen: {index, key, captions} if it
+                                         is in the store (notes where something is unusual),
+                                         {index, key, reason, detail} if it was skipped
+             report.json, skipped.jsonl  what was left out, and why
+             manifest.json               written last: complete
+
+A shard is written whole or not at all: its safetensors file is renamed into place last. How a store
+is filled is in `encoding.py`. Opening one reads the manifest; of a shard, only the rows that are
+asked for are read.
+
+Shape legend: n = samples, B = batch, A = views of an image, T = positions, S = sub-tokens, C = text
+feature width.
+"""
+
+import bisect
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from t2i.data.images import SkipSample
+from t2i.data.samples import Sample
+from t2i.errors import UserError
+from t2i.files import replacing
+
+FORMAT = 3
+"""Part of the manifest and of the folder's name: change it whenever the files change."""
+MANIFEST = "manifest.json"
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard_{shard:05d}.safetensors"
+
+
+def sample_line(sample: Sample, skipped: SkipSample | None = None) -> dict:
+    """What the jsonl says of a sample."""
+    line: dict = {"index": sample.index, "key": sample.key}
+    if skipped is not None:
+        return {**line, "reason": skipped.reason, "detail": skipped.detail}
+    captions = {"captions": sample.captions} if sample.label is None else {}
+    notes = {"notes": list(sample.notes)} if sample.notes else {}
+    return {**line, **captions, **notes}
+
+
+class ShardWriter:
+    """Collects one shard in memory; `close` puts it on disk."""
+
+    def __init__(self, folder: Path, shard: int):
+        self._path = shard_path(folder, shard)
+        self._lines: list[dict] = []
+        self._labels: list[int] = []
+        self._captions: list[int] = []  # how many each sample has; samples may hold whole images
+        self._codes: list[Tensor] = []
+        self._pixels: list[int] = []
+        self._text: list[Tensor] = []
+
+    def skip(self, sample: Sample, reason: SkipSample) -> None:
+        self._lines.append(sample_line(sample, reason))
+
+    def add(
+        self, samples: Sequence[Sample], codes_BATS: Tensor, pixels: list[int], features: list
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            pixels: hashes, of samples with captions.
+            features: float [n_i, C] for every caption of every sample; none without text features.
+        """
+        self._lines += map(sample_line, samples)
+        self._labels += [sample.label for sample in samples if sample.label is not None]
+        self._captions += [len(sample.captions) for sample in samples]
+        self._codes.append(codes_BATS)
+        self._pixels += pixels
+        captions = [caption for sample in samples for caption in sample.captions]
+        if features:
+            pairs = zip(captions, features, strict=True)
+            self._text += [_storable(feature, caption) for caption, feature in pairs]
+
+    def close(self) -> None:
+        """Write the jsonl, then the tensors."""
+        codes = torch.cat(self._codes) if self._codes else torch.zeros(0, 0, 0, 0).long()
+        fits = codes.numel() == 0 or int(codes.max()) < 2**16
+        assert codes.numel() == 0 or int(codes.min()) >= 0, "negative code"
+        tensors = {"codes": codes.to(torch.uint16 if fits else torch.int32).contiguous()}
+        if self._labels:
+            assert len(self._labels) == len(codes), "labels of some samples only"
+            tensors["labels"] = torch.tensor(self._labels)
+        else:
+            tensors["pixels"] = torch.tensor(self._pixels, dtype=torch.long)
+        if self._text:
+            tensors["text"] = torch.cat(self._text)
+            tensors["text_offsets"] = _offsets([len(feature) for feature in self._text])
+            tensors["caption_offsets"] = _offsets(self._captions)
+        with replacing(self._path.with_suffix(".jsonl")) as temporary:
+            lines = sorted(self._lines, key=lambda line: line["index"])
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with replacing(self._path) as temporary:
+            save_file(tensors, temporary)
+
+
+class ShardReader:
+    """Random access to one complete shard; the file is memory-mapped at the first access."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @cached_property
+    def _file(self) -> safe_open:
+        return safe_open(self.path, framework="pt")
+
+    @cached_property
+    def _codes(self):  # a safetensors slice: reads only the rows that are asked for
+        return self._file.get_slice("codes")
+
+    @cached_property
+    def _text(self):
+        return self._file.get_slice("text")
+
+    @cached_property
+    def _offsets(self) -> tuple[list[int], list[int]]:
+        names = ("caption_offsets", "text_offsets")
+        captions, text = (self._file.get_tensor(name).tolist() for name in names)
+        return captions, text
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return set(self._file.keys())
+
+    @cached_property
+    def labels(self) -> list[int] | None:
+        """Class ids, or None if the samples have captions."""
+        return self._file.get_tensor("labels").tolist() if "labels" in self._names else None
+
+    @property
+    def pixels(self) -> list[int]:
+        """Of samples with captions, a number for each that is the same for the same image."""
+        return self._file.get_tensor("pixels").tolist()
+
+    @property
+    def codes_shape(self) -> tuple[int, int, int, int]:
+        """(n, A, T, S)."""
+        n, views, positions, subtokens = self._codes.get_shape()
+        return n, views, positions, subtokens
+
+    @property
+    def text_dim(self) -> int | None:
+        """C, or None if the shard holds no text features."""
+        return self._text.get_shape()[1] if "text" in self._names else None
+
+    def lines(self) -> Iterator[dict]:
+        """Every sample seen, usable or skipped, in source order."""
+        with open(self.path.with_suffix(".jsonl"), encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    @cached_property
+    def samples(self) -> list[dict]:
+        """{index, key, captions} of the usable samples, in the order of the codes."""
+        return [line for line in self.lines() if "reason" not in line]
+
+    def codes(self, row: int, view: int) -> Tensor:
+        """int64 [T, S]."""
+        return self._codes[row, view].long()
+
+    def features(self, row: int, choice: int, max_tokens: int) -> Tensor:
+        """Of one of the captions, float32 [n, C] with n <= max_tokens."""
+        captions, text = self._offsets
+        caption = captions[row] + choice % (captions[row + 1] - captions[row])
+        start, end = text[caption], text[caption + 1]
+        return self._text[start : min(end, start + max_tokens)].float()
+
+
+class CodeStore:
+    """Random access to a finished store.
+
+    Where a method takes a `choice`, it is a number for each sample that picks among its views and
+    among its captions, modulo how many there are; by default the first.
+
+    Attributes:
+        key: identifies the content.
+        views: A.
+
+    Raises:
+        UserError: the folder holds no finished store, or one in an older format.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        if not path.exists():
+            raise UserError(
+                f"{folder} is no finished store of codes (it has no {MANIFEST}). "
+                "Start the run again: it goes on where it stopped"
+            )
+        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        if (found := self.manifest["key"].get("format")) != FORMAT:
+            raise UserError(f"{folder} has the format {found}, this version reads {FORMAT} only")
+        self.key, self.views = self.folder.name, self.manifest["views"]
+        shards = self.manifest["shards"]
+        self._shards = [ShardReader(self.folder / shard["name"]) for shard in shards]
+        self._starts = [0, *accumulate(shard["samples"] for shard in shards)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def codes(
+        self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """int64 [B, T, S], of one view of each image."""
+        rows = [
+            shard.codes(row, chosen % self.views)
+            for (shard, row), chosen in self._chosen(indices, choice)
+        ]
+        return torch.stack(rows)
+
+    def features(
+        self,
+        indices: Sequence[int] | Tensor,
+        max_tokens: int,
+        choice: Sequence[int] | Tensor | None = None,
+    ) -> list[Tensor]:
+        """Text features float32 [n_i, C] of one caption of each sample: its first max_tokens."""
+        if self.manifest["text_dim"] is None:
+            raise ValueError(f"{self.folder} was built without text features")
+        chosen = self._chosen(indices, choice)
+        return [shard.features(row, pick, max_tokens) for (shard, row), pick in chosen]
+
+    def condition(self, index: int, choice: int = 0) -> str | int:
+        """A sample's class, or the caption that `features` are of for the same choice."""
+        shard, row = self._locate(index)
+        if shard.labels is not None:
+            return shard.labels[row]
+        captions = shard.samples[row]["captions"]
+        return captions[choice % len(captions)]
+
+    def name(self, index: int) -> str:
+        """What the sample is called in its source."""
+        shard, row = self._locate(index)
+        return shard.samples[row]["key"]
+
+    def same_images(self) -> Tensor | None:
+        """int64 [n]: for each sample the number of the first one with the same pixels.
+
+        None for images of classes: each is an example of its own.
+        """
+        if self.manifest["labelled"]:
+            return None
+        first: dict[int, int] = {}
+        pixels = (number for shard in self._shards for number in shard.pixels)
+        return torch.tensor([first.setdefault(number, i) for i, number in enumerate(pixels)])
+
+    def _locate(self, index: int) -> tuple[ShardReader, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a store of {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return self._shards[shard], index - self._starts[shard]
+
+    def _chosen(
+        self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None
+    ) -> Iterator[tuple[tuple[ShardReader, int], int]]:
+        where = torch.as_tensor(indices).tolist()
+        chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
+        return zip(map(self._locate, where), chosen, strict=True)
+
+
+def _storable(feature: Tensor, caption: str) -> Tensor:
+    """float [n, C] on the CPU, two bytes a number: bfloat16 stays, the rest becomes float16."""
+    feature = torch.as_tensor(feature).detach().cpu()
+    if feature.ndim != 2:
+        raise ValueError(
+            f"captions must be encoded as [tokens, C] each, got {tuple(feature.shape)}"
+        )
+    if feature.dtype != torch.bfloat16:
+        feature = feature.half()
+    if not feature.isfinite().all():
+        raise UserError(
+            f"the text features of {caption!r} are not finite in {feature.dtype}. Run the text "
+            "encoder in bfloat16 or float32; if float16 is too narrow, return bfloat16"
+        )
+    return feature
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0)
