@@ -1,12 +1,11 @@
-"""From a checkpoint to a folder that stands alone: adapters merged, the base in its authors'
-layout, TensorAR beside it, a model card.
+"""From a checkpoint to a folder that stands alone, with a model card.
 
-OUT/                 the base with everything that training changed: for Janus-Pro what
-transformers' `from_pretrained` loads, else
-                     a backbone folder (config.json, model.pt, tokenizer.safetensors, text_encoder/)
-OUT/tensorar/        a checkpoint folder with the codec; its base is the folder above, wherever that
-is moved OUT/samples/         images drawn with both, and grid.png
-OUT/README.md        the model card: recipe, scores, samples, how to load it
+OUT/             the base, adapters merged, with all that training changed: what its authors publish
+                 where that is a folder, else a backbone folder (config.json, model.pt,
+                 tokenizer.safetensors, text_encoder/)
+OUT/tensorar/    a checkpoint folder with the codec; its base is the folder above, wherever that is
+OUT/samples/     images drawn with both, and grid.png
+OUT/README.md    the model card: recipe, scores, samples, how to load it
 
 Nothing in it names a place on the machine that wrote it. One thing may stay outside: a text encoder
 that came from the hub is named by its hub id, and not copied.
@@ -33,11 +32,13 @@ from t2i.checkpoint import (
 )
 from t2i.errors import UserError
 from t2i.evaluation.store import write_generated
+from t2i.export_options import ExportOptions
 from t2i.files import file_sha256, owning, saving, writable_folder, write_json, write_text
 from t2i.generation import conditions, iterate_images
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
-from t2i.sources import BackboneSource, expand_folder, published_as_folder, shipped_bases
+from t2i.models.families import Family, find_family
+from t2i.sources import BackboneSource, expand_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
 from t2i.weights import save_weights
 
@@ -46,54 +47,31 @@ log = logging.getLogger(__name__)
 _TOKENIZER, _TEXT_ENCODER = "tokenizer.safetensors", "text_encoder"
 
 
-def export(
-    checkpoint: Path,
-    out: Path,
-    *,
-    base: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    prompts: Sequence[str] = (),
-    samples: int = 2,
-    results: Sequence[Path] = (),
-    device: str = "auto",
-) -> Path:
-    """Write the export of a checkpoint; `out` appears when it is complete.
-
-    Args:
-        base: where the base's files are now, if they moved since the training (see
-            `from_pretrained`).
-        tokenizer: where the image tokenizer is now.
-        text_encoder: where the text encoder is now.
-        dtype: type of the stored weights; adapters are merged in fp32.
-        prompts: what to draw for the model card (class ids for a class-conditional model); nothing
-            if empty.
-        samples: images of each prompt.
-        results: results files of benchmarks, for the model card.
-        device: where to draw.
+def export(options: ExportOptions) -> Path:
+    """Write the export of a checkpoint; `options.out` appears when it is complete.
 
     Raises:
-        UserError: `out` exists or is being written by another process, or something that is needed
-            cannot be read or written.
+        UserError: the folder exists or is being written by another process, or something that is
+            needed cannot be read or written.
     """
+    out, base = options.out, options.base
     if out.exists():
         raise UserError(f"{out} exists; export to a new folder")
-    where, precision = pick_device(device, "auto")
-    scores = [line for path in results for line in _score_rows(path)]
-    checkpoint = find_checkpoint(checkpoint)
+    where, precision = pick_device(options.device, "auto")
+    scores = [line for path in options.results for line in _score_rows(path)]
+    checkpoint = find_checkpoint(options.ckpt)
     config = read_config(checkpoint)
     writable_folder(out.parent)
     model = from_pretrained(
         checkpoint,
-        base=base,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
+        base=base.weights,
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
         generation_only=False,
         device="cpu",
         dtype=torch.float32,
     )
-    asked = conditions(model.backbone, prompts)
+    asked, kind = conditions(model.backbone, options.prompt), model.backbone.spec.cond_kind
     partial = out.with_name(out.name + ".partial")
     with owning(out.parent, "export", out.name), saving(out):
         shutil.rmtree(partial, ignore_errors=True)
@@ -101,20 +79,21 @@ def export(
         merge_lora(model.backbone)
         facts = {name: config["training"].get(name) for name in ("step", "steps")}
         facts["exported_from"] = _fingerprint(checkpoint)
-        parts = _save(model, partial, dtype, facts)
+        parts = _save(model, partial, getattr(torch, options.dtype), facts)
         del model
         grid = None
-        if prompts:
+        if options.prompt:
             # What a user of the folder gets.
             drawn = from_pretrained(partial / EXPORTED, device=where, dtype=precision)
-            images = iterate_images(drawn, asked, samples_per_prompt=samples)
-            entries = [{"prompt": prompt} for prompt in prompts]
-            folder = partial / "samples"
-            sheet = write_generated(images, entries, folder, samples_per_prompt=samples)[0]
+            images = iterate_images(drawn, asked, samples_per_prompt=options.samples)
+            entries = [{"prompt": prompt} for prompt in options.prompt]
+            folder, count = partial / "samples", options.samples
+            sheet = write_generated(images, entries, folder, samples_per_prompt=count)[0]
             grid = sheet.relative_to(partial).as_posix()
         for part in parts:
             log.info("  %s", part)
-        write_text(partial / "README.md", model_card(config, scores, grid, parts))
+        card = model_card(config, kind, scores=scores, grid=grid, parts=parts)
+        write_text(partial / "README.md", card)
         os.rename(partial, out)
     return out
 
@@ -162,9 +141,8 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
     backbone = model.backbone
     files, base = expand_folder(backbone.source), backbone.source.weights
     weights = backbone.save_official(folder, dtype)
-    if published_as_folder(files.family):
-        place = "all files but those below"
-    else:
+    place = "all files but those below"  # where the authors' layout is a folder
+    if weights != folder:
         place = weights.name
         write_json(folder / "config.json", _backbone_folder(model, files, weights, folder))
     parts = [Part("base", place, _size(weights))]
@@ -202,9 +180,7 @@ def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, fold
     if files.text_encoder is not None:
         content["text_encoder"] = files.text_encoder
         if Path(files.text_encoder).is_dir():
-            from t2i.models.llamagen.t5_files import copy_files
-
-            copy_files(Path(files.text_encoder), folder / _TEXT_ENCODER)
+            frozen.text_encoder.copy_files(folder / _TEXT_ENCODER)
             content["text_encoder"] = _TEXT_ENCODER
     return {**content, "config": asdict(model.backbone.config), "sampling": files.sampling}
 
@@ -237,15 +213,22 @@ def _score_rows(path: Path) -> list[str]:
 
 
 def model_card(
-    config: dict, scores: Sequence[str], grid: str | None, parts: Sequence[Part] = ()
+    config: dict,
+    cond_kind: str,
+    *,
+    scores: Sequence[str] = (),
+    grid: str | None = None,
+    parts: Sequence[Part] = (),
 ) -> str:
-    """README.md of an export, from a checkpoint's config.json."""
+    """README.md of an export, from a checkpoint's config.json and its `BackboneSpec.cond_kind`."""
     source, training = config["backbone"], config["training"]
+    family, draws_classes = find_family(source["family"]), cond_kind == "class"
     run = training.get("config", {})
     base = source["weights"]
-    head = [f"pipeline_tag: {_pipeline(source)}", "tags: [tensorar, autoregressive]"]
-    if published_as_folder(source["family"]):
-        head.append("library_name: transformers")
+    pipeline = "unconditional-image-generation" if draws_classes else "text-to-image"
+    head = [f"pipeline_tag: {pipeline}", "tags: [tensorar, autoregressive]"]
+    if family.library is not None:
+        head.append(f"library_name: {family.library}")
     if _public_name(base) == base and base.count("/") == 1:
         head.append(f"base_model: {base.partition(':')[0]}")
     data = run.get("data", {}).get("source") or []
@@ -272,15 +255,16 @@ def model_card(
         else ["None given."]
     )
     lines += ["", "## Files", "", *(f"- {part}" for part in parts)] if parts else []
-    lines += ["", "## Use", "", "```python", *_usage(source), "```", ""]
+    lines += ["", "## Use", "", "```python", *_usage(family, cond_kind), "```", ""]
     lines += ["The licence of the base model applies.", ""]
     return "\n".join(lines)
 
 
 _ABOUT = (
-    "An autoregressive image generator that predicts a window of overlapping codes per step and so refines what it draws "
-    "(TensorAR, [arXiv 2505.16324](https://arxiv.org/abs/2505.16324)). The folder itself is the fine-tuned base model; "
-    f"`{EXPORTED}/` holds TensorAR's input encoder and output decoder."
+    "An autoregressive image generator that predicts a window of overlapping codes per step and so "
+    "refines what it draws (TensorAR, [arXiv 2505.16324](https://arxiv.org/abs/2505.16324)). The "
+    f"folder itself is the fine-tuned base model; `{EXPORTED}/` holds TensorAR's input encoder and "
+    "output decoder."
 )
 
 
@@ -296,18 +280,6 @@ def _public_name(source: str) -> str:
     return Path(source).resolve().name if local or Path(source).exists() else source
 
 
-def _draws_classes(source: dict) -> bool:
-    """Whether the model is asked with class ids: only a text-to-image family, or shape, reads
-    captions.
-    """
-    shape = source.get("config") or {}
-    return not published_as_folder(source["family"]) and shape.get("cond", "class") == "class"
-
-
-def _pipeline(source: dict) -> str:
-    return "unconditional-image-generation" if _draws_classes(source) else "text-to-image"
-
-
 def _trained(config: dict) -> str:
     own = {"full": "the backbone", "lora": "LoRA adapters (merged here)", "codec": ""}[
         config["tuning"]
@@ -316,9 +288,9 @@ def _trained(config: dict) -> str:
     return ", ".join(part for part in (own, layers, "TensorAR's codec") if part)
 
 
-def _usage(source: dict) -> list[str]:
+def _usage(family: Family, cond_kind: str) -> list[str]:
     """How to load the folder, with this kit and without it."""
-    asked = "[207]" if _draws_classes(source) else '["a photo of a red circle"]'
+    asked = "[207]" if cond_kind == "class" else '["a photo of a red circle"]'
     kit = [
         "from huggingface_hub import snapshot_download",
         "import t2i",
@@ -326,11 +298,7 @@ def _usage(source: dict) -> list[str]:
         'model = t2i.from_pretrained(snapshot_download("OWNER/NAME"))',
         f"images = t2i.generate(model, {asked})",
     ]
-    if not published_as_folder(source["family"]):
-        return kit
-    plain = "from transformers import JanusForConditionalGeneration"
-    load = 'base = JanusForConditionalGeneration.from_pretrained("OWNER/NAME")  # without TensorAR'
-    return [*kit, "", plain, load]
+    return [*kit, *(["", *family.library_usage] if family.library_usage else [])]
 
 
 # -- the hub ---------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ publish a folder (Janus-Pro) take that folder, or "owner/repo".
 
 import logging
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 
 from t2i.errors import UserError
@@ -15,34 +14,30 @@ from t2i.fields import read_object
 from t2i.files import namesake
 from t2i.hashes import remembered_sha256
 from t2i.hub import is_hub_error
+from t2i.models.families import FAMILIES, Family, find_family
 from t2i.weights import folder_sha256
 
 log = logging.getLogger(__name__)
 
-FAMILIES = {
-    "llamagen": "t2i.models.llamagen.llamagen_model",
-    "janus": "t2i.models.janus.janus_model",
-    "open_magvit2": "t2i.models.open_magvit2.open_magvit2_model",
-    "rar": "t2i.models.rar.rar_model",
-}
-"""Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are
-what is called here.
-
-Its `outline` builds a published size on the meta device, without any file. `PUBLISHED_AS_FOLDER`
-says that weights, tokenizers and configuration are published as one folder, `TOKENIZER_INSIDE` that
-the published weight file holds the image tokenizer, too.
-"""
 ASSETS = Path(__file__).parent / "assets"
-_FILES = {"weights": "weight file", "tokenizer": "image tokenizer", "text_encoder": "text encoder"}
-_HASHES = {
-    "weights": "sha256",
-    "tokenizer": "tokenizer_sha256",
-    "text_encoder": "text_encoder_sha256",
-}
-_OPTIONS = {
-    "weights": "--base.weights PATH (base=)",
-    "tokenizer": "--base.tokenizer PATH (tokenizer=)",
-    "text_encoder": "--base.text-encoder PATH (text_encoder=)",
+
+
+@dataclass(frozen=True)
+class _File:
+    """One of the files of a base, for messages and hashes."""
+
+    what: str
+    sha256: str
+    """Field of `BackboneSource` with its hash."""
+    option: str
+
+
+_FILES = {
+    "weights": _File("weight file", "sha256", "--base.weights PATH (base=)"),
+    "tokenizer": _File("image tokenizer", "tokenizer_sha256", "--base.tokenizer PATH (tokenizer=)"),
+    "text_encoder": _File(
+        "text encoder", "text_encoder_sha256", "--base.text-encoder PATH (text_encoder=)"
+    ),
 }
 
 
@@ -64,9 +59,7 @@ class BackboneSource:
     tokenizer_sha256: str | None = None
     """Hash of the image tokenizer's file, where it has one."""
     text_encoder_sha256: str | None = None
-    """Hash over the text encoder's files; of tokenizer.json for a family that is published as a
-    folder.
-    """
+    """Hash over the text encoder's files, or of the family's `prompt_file`."""
     generation_only: bool = False
     """Only what drawing images needs was loaded."""
     started_from: str | None = None
@@ -151,15 +144,6 @@ def shipped_bases() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
 
 
-def published_as_folder(family: str) -> bool:
-    """Whether the family's weights, tokenizers and configuration are published as one folder."""
-    return _says(family, "PUBLISHED_AS_FOLDER")
-
-
-def _says(family: str, fact: str) -> bool:
-    return family in FAMILIES and getattr(import_module(FAMILIES[family]), fact, False)
-
-
 def family_of(source: str | Path) -> str:
     """The family that a shipped base, a backbone folder or a published folder says it is of.
 
@@ -170,8 +154,9 @@ def family_of(source: str | Path) -> str:
     stored = read_object(path) if path.is_file() else {}
     if isinstance(stored.get("family"), str):
         return stored["family"]
-    if stored.get("model_type") in ("janus", "multi_modality"):
-        return "janus"
+    for name in FAMILIES:
+        if stored.get("model_type") in find_family(name).model_types:
+            return name
     if not Path(source).exists() and str(source).count("/") != 1:
         resolve(source)  # says what it could have been
     raise UserError(
@@ -185,46 +170,58 @@ def _folder(source: str | Path) -> Path:
 
 def expand_folder(source: BackboneSource) -> BackboneSource:
     """Fill in what a backbone folder's config.json says; what the caller gave wins."""
-    path = _folder(source.weights)
-    embeds = _says(source.family, "TOKENIZER_INSIDE")
-    if not path.is_dir():
-        return replace(source, tokenizer=source.tokenizer or (source.weights if embeds else None))
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is not a backbone folder: it has no config.json (a weight file is given by its own path)"
-        )
-    stored = read_object(path / "config.json")
-    if "family" not in stored and published_as_folder(source.family):
-        return replace(source, weights=str(path))  # the published folder itself
-    wanted = {"family": str, "weights": str, "tokenizer": str, "text_encoder": str}
-    wanted |= {"config": dict, "sampling": dict}
-    needed = ("family", "weights") + (() if published_as_folder(source.family) else ("config",))
-    for name, kind in wanted.items():
-        if name in needed and name not in stored:
-            raise UserError(
-                f"{path} is not a backbone folder: config.json has no {name!r} "
-                "(a checkpoint or run folder is loaded with from_pretrained)"
-            )
-        if name in stored and not isinstance(stored[name], kind):
-            raise UserError(
-                f"{path / 'config.json'}: {name} is {stored[name]!r:.80}, "
-                f"which is not of the type {kind.__name__}"
-            )
-    if stored["family"] != source.family:
-        raise UserError(f"{path} holds a {stored['family']} backbone, not {source.family}")
-    files = {name: str(path / stored[name]) for name in _FILES if name in stored}
-    encoder = stored.get("text_encoder", "")
-    if encoder.count("/") == 1 and not (path / encoder).exists():
-        files["text_encoder"] = encoder  # a hub id
-    inside = files["weights"] if embeds else None
+    family, path, weights = find_family(source.family), _folder(source.weights), source.weights
+    stored: dict = {}
+    files: dict[str, str] = {}
+    if path.is_dir():
+        stored = _read_backbone_folder(path, family)
+        files = {name: str(path / stored[name]) for name in _FILES if name in stored}
+        encoder = stored.get("text_encoder", "")
+        if encoder.count("/") == 1 and not (path / encoder).exists():
+            files["text_encoder"] = encoder  # a hub id
+        weights = files.get("weights", str(path))  # a published folder is given as a whole
+    inside = weights if family.tokenizer_inside else None
     return replace(
         source,
-        weights=files["weights"],
+        weights=weights,
         tokenizer=source.tokenizer or files.get("tokenizer") or inside,
         text_encoder=source.text_encoder or files.get("text_encoder"),
         config=source.config or stored.get("config"),
         sampling=source.sampling or stored.get("sampling", {}),
     )
+
+
+def _read_backbone_folder(path: Path, family: Family) -> dict:
+    """What config.json of a backbone folder says; nothing if it is a published folder itself.
+
+    Raises:
+        UserError: it is neither, damaged, or of another family.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is not a backbone folder: it has no config.json "
+            "(a weight file is given by its own path)"
+        )
+    stored = read_object(path / "config.json")
+    if "family" not in stored and family.published_as_folder:
+        return {}
+    kinds = {"family": str, "weights": str, "tokenizer": str, "text_encoder": str}
+    kinds |= {"config": dict, "sampling": dict}
+    for name in ("family", "weights", *(() if family.published_as_folder else ("config",))):
+        if name not in stored:
+            raise UserError(
+                f"{path} is not a backbone folder: config.json has no {name!r} "
+                "(a checkpoint or run folder is loaded with from_pretrained)"
+            )
+    for name, kind in kinds.items():
+        if not isinstance(stored.get(name, kind()), kind):
+            raise UserError(
+                f"{path / 'config.json'}: {name} is {stored[name]!r:.80}, "
+                f"which is not of the type {kind.__name__}"
+            )
+    if stored["family"] != family.name:
+        raise UserError(f"{path} holds a {stored['family']} backbone, not {family.name}")
+    return stored
 
 
 # -- what the files were ---------------------------------------------------------------------------
@@ -233,29 +230,21 @@ def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
     those that it has are kept.
     """
     files = expand_folder(beside(source, folder))
-    missing = [name for name, key in _HASHES.items() if getattr(source, key) is None]
-    return replace(source, **{_HASHES[name]: _file_hash(files, name) for name in missing})
+    missing = {n: f for n, f in _FILES.items() if getattr(source, f.sha256) is None}
+    return replace(source, **{f.sha256: _file_hash(files, name) for name, f in missing.items()})
 
 
 def _file_hash(files: BackboneSource, name: str) -> str | None:
     """SHA-256 of one of the files of an expanded source; None where there is none."""
-    folder = published_as_folder(files.family)
+    family = find_family(files.family)
     if name == "weights":
-        return weights_sha256(resolve(files.weights, folder=folder))
+        path = resolve(files.weights, folder=family.published_as_folder)
+        return folder_sha256(path) if path.is_dir() else remembered_sha256(path)
     if name == "tokenizer":
         return files.tokenizer and remembered_sha256(resolve(files.tokenizer))
-    if folder:
-        return remembered_sha256(resolve(files.weights, folder=True) / "tokenizer.json")
-    if files.text_encoder is None:
-        return None
-    from t2i.models.llamagen.t5_files import weights_hash
-
-    return weights_hash(files.text_encoder)
-
-
-def weights_sha256(path: Path) -> str:
-    """SHA-256 of a weight file, or over those of a folder."""
-    return folder_sha256(path) if path.is_dir() else remembered_sha256(path)
+    if family.prompt_file is not None:
+        return remembered_sha256(resolve(files.weights, folder=True) / family.prompt_file)
+    return files.text_encoder and family.text_encoder_class.hash_of(files.text_encoder)
 
 
 def prove(files: BackboneSource, *, weights: bool = True) -> None:
@@ -265,8 +254,8 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
     Raises:
         UserError: a file is not the one that the checkpoint was trained with.
     """
-    for name, key in _HASHES.items():
-        expected = getattr(files, key)
+    for name, file in _FILES.items():
+        expected = getattr(files, file.sha256)
         if expected is None or (name == "weights" and not weights):
             continue
         try:
@@ -275,8 +264,8 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
         if found != expected:
             raise UserError(
-                f"{getattr(files, name) or files.weights} is not the {_FILES[name]} that the checkpoint was trained on "
-                f"(its SHA-256 differs); {_OPTIONS[name]} names another"
+                f"{getattr(files, name) or files.weights} is not the {file.what} that the "
+                f"checkpoint was trained on (its SHA-256 differs); {file.option} names another"
             )
 
 
@@ -345,17 +334,15 @@ def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
     backbone are needed, too.
     """
     gone = [
-        name
-        for name in _FILES
+        f"{path} ({file.what}: {file.option})"
+        for name, file in _FILES.items()
         if (path := getattr(source, name)) is not None
         and (weights or name != "weights")
         and Path(path).is_absolute()
         and not Path(path).exists()
     ]
     if gone:
-        named = "; ".join(
-            f"{getattr(source, name)} ({_FILES[name]}: {_OPTIONS[name]})" for name in gone
-        )
         raise UserError(
-            f"{folder} was trained with files that are gone: {named}. --base.weights FOLDER (base=) finds all that moved into one folder"
+            f"{folder} was trained with files that are gone: {'; '.join(gone)}. "
+            "--base.weights FOLDER (base=) finds all that moved into one folder"
         )

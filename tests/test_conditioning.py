@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 from t2i.errors import UserError
 from t2i.models.captions import CHINESE, UNKNOWN
 from t2i.models.labels import balanced_labels, class_ids
-from t2i.models.llamagen.t5 import T5Captions, left_pad, weights_hash
+from t2i.models.llamagen.llamagen_model import left_pad
+from t2i.models.llamagen.t5 import T5Captions, weights_hash
 from t2i.shapes.tiny_t5 import build_tiny_t5
 
 GOLDEN = Path(os.environ.get("T2I_GOLDEN", "tests/golden")) / "llamagen_t2i"

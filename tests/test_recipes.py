@@ -21,7 +21,7 @@ from launch import generate as draw_program
 from launch import train_llamagen
 from t2i import cli
 from t2i.errors import UserError
-from t2i.loading import FAMILIES
+from t2i.models.families import find_family
 from t2i.models.janus.janus_recipes import JANUS_RECIPES
 from t2i.models.llamagen.llamagen_recipes import OWN_PICTURES, RECIPES
 from t2i.shapes.scenes import write_dataset
@@ -282,20 +282,20 @@ def test_published_class_models_need_no_files(family, size, resolution, no_files
     [("llamagen", ("L", "XL", "XXL")), ("open_magvit2", ("L", "XL")), ("rar", ("L", "XL", "XXL"))],
 )
 def test_the_other_published_sizes_have_an_outline(family, sizes, no_files):
-    module = import_module(FAMILIES[family])
+    family_class = find_family(family).backbone_class
+    known = import_module(family_class.__module__).SIZES
     for size in sizes:
-        outline = module.outline(imagenet_recipe(ImageNetModel(family, size)).backbone.weights)
-        assert outline.spec.dim == module.SIZES[size]["dim"]
+        weights = imagenet_recipe(ImageNetModel(family, size)).backbone.weights
+        assert family_class.outline(weights).spec.dim == known[size]["dim"]
 
 
 def test_outlines_have_the_shapes_of_real_files(backbone, tmp_path):
     if backbone.spec.family == "janus":
         pytest.skip("tests/test_janus_training.py compares it")
-    module = import_module(FAMILIES[backbone.spec.family])
-    outline = module.outline("unheard-of", config=backbone.config)
+    outline = type(backbone).outline("unheard-of", config=backbone.config)
     shapes = {name: p.shape for name, p in outline.state_dict().items()}
     assert shapes == {name: p.shape for name, p in backbone.state_dict().items()}
-    assert module.outline("unheard-of") is None
+    assert type(backbone).outline("unheard-of") is None
 
 
 # -- memory ----------------------------------------------------------------------------------------

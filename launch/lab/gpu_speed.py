@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from launch.lab.gpu_parity import Rows
 from t2i.models.base import Backbone
-from t2i.models.janus.janus_model import Janus, outline
+from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.models.llamagen.llamagen_recipes import RECIPES
 from t2i.sampling import SamplingConfig
@@ -50,7 +50,7 @@ def _llamagen(size: str, cond: str) -> LlamaGen:
 SHAPES: dict[str, Callable[[], Backbone]] = {
     "LlamaGen-B class": partial(_llamagen, "B", "class"),
     "LlamaGen-XL class": partial(_llamagen, "XL", "class"),
-    "Janus-Pro-1B": partial(outline, "deepseek-ai/Janus-Pro-1B", generation_only=True),
+    "Janus-Pro-1B": partial(Janus.outline, "deepseek-ai/Janus-Pro-1B", generation_only=True),
     "LlamaGen-XL text": partial(_llamagen, "XL", "text"),
 }
 TINY: dict[str, Callable[[], Backbone]] = {
@@ -75,22 +75,10 @@ def random_model(build: Callable[[], Backbone], k: int, dtype, device: torch.dev
     return TensorAR(backbone, METHODS[k]())
 
 
-def random_conditions(backbone: Backbone, batch: int, device: torch.device) -> dict[str, Tensor]:
-    if backbone.spec.cond_kind == "class":
-        return {"labels": torch.arange(batch, device=device) % backbone.spec.num_classes}
-    if isinstance(backbone, Janus):
-        ids = torch.full((batch, PROMPT_TOKENS), 5, device=device)
-        return {"ids": ids, "null_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
-    shape = (batch, backbone.config.caption_tokens)
-    mask = torch.ones(shape, dtype=torch.bool, device=device)
-    return {
-        "features": torch.randn(*shape, backbone.config.caption_dim, device=device),
-        "mask": mask,
-    }
-
-
+@torch.no_grad()
 def prefix_of(backbone: Backbone) -> int:
-    return PROMPT_TOKENS if isinstance(backbone, Janus) else backbone.spec.prefix_tokens
+    """Prefix tokens of what is measured."""
+    return backbone.encode_condition(backbone.made_up_conditions(1, PROMPT_TOKENS)).prefix.shape[1]
 
 
 def multiplied(model: nn.Module) -> int:
@@ -143,7 +131,7 @@ def time_sampling(
     """Milliseconds per step, and the least that this bandwidth allows."""
     model = random_model(build, k, torch.bfloat16, device).eval()
     backbone, keys = model.backbone, torch.arange(images)
-    prepared = random_conditions(backbone, images, device)
+    prepared = backbone.made_up_conditions(images, PROMPT_TOKENS)
     settings = replace(model.sampling, cfg_scale=2.0)
     warm_up(model, prepared, keys, settings)
     whole = seconds(lambda: sample_windows(model, prepared, keys, settings), device)
@@ -199,7 +187,8 @@ def time_training(
     codes = torch.stack(
         [torch.randint(v, shape, device=device) for v in backbone.spec.subvocabs], dim=-1
     )
-    prepared, keys = random_conditions(backbone, batch, device), torch.arange(batch, device=device)
+    prepared = backbone.made_up_conditions(batch, PROMPT_TOKENS)
+    keys = torch.arange(batch, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
 
     def step() -> None:

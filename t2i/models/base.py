@@ -1,10 +1,9 @@
-"""What TensorAR needs of an autoregressive image generator: `head(trunk(embed(token) + position,
-condition))`.
+"""What TensorAR needs of an image generator: `head(trunk(embed(token) + position, condition))`.
 
 A backbone predicts codes in raster order with a causal transformer. The method (`t2i.tensorar`)
-talks to this interface only, so a new family is one file here. Positions and cache indices are
-separate things: position P + p belongs to image token p (with stride s, window i sits at position P
-+ i*s), the cache index counts the inputs seen so far.
+talks to this interface only, so a new family is one folder here (docs/add_a_backbone.md). Positions
+and cache indices are separate things: position P + p belongs to image token p (with stride s,
+window i sits at position P + i*s), the cache index counts the inputs seen so far.
 
 Shapes: B batch, L inputs, P prefix length, D model width, T image tokens, S sub-tokens of a code, V
 vocabulary.
@@ -12,9 +11,9 @@ vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,11 @@ from torch import Tensor, nn
 from t2i.errors import UserError
 from t2i.models.attention import KVCache
 from t2i.models.labels import class_ids
+from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
-from t2i.weights import naming
+
+if TYPE_CHECKING:
+    from t2i.sources import BackboneSource
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,19 @@ class Condition:
         )
 
 
-class Tokenizer(Protocol):
-    """Images <-> codes; see `t2i.tokenizers`."""
+class TextEncoder(Protocol):
+    """What turns captions into what `Backbone.prepare` needs."""
 
-    downsample: int
-    codebook_size: int
+    folder: Path | None
+    """Where it was loaded from."""
 
-    def encode(self, pixels: Tensor) -> Tensor: ...
-    def decode(self, codes: Tensor) -> Tensor: ...
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        """What is lost of each caption, in fixed phrases; None if nothing of it is left."""
+
+    def weights_hash(self) -> str:
+        """SHA-256 of all that an image can depend on."""
 
 
 @dataclass(frozen=True)
@@ -116,41 +123,11 @@ class Frozen:
     trained, cast or sharded.
     """
 
-    tokenizer: Tokenizer | None = None
-    text_encoder: object | None = None
+    tokenizer: ConvTokenizer | None = None
+    text_encoder: Any = None
+    """A `TextEncoder`, or None."""
     warned: set[str] = field(default_factory=set)
     """Prompts that were warned of."""
-
-
-C = TypeVar("C")
-
-
-def settle_config(
-    config: C | None, grid: tuple[int, int] | None, path: str | Path, infer: Callable[[], C]
-) -> C:
-    """The configuration given (with the grid, if that is given, too), or else what `infer` reads
-    off the file's weights.
-
-    Raises:
-        UserError: `infer`'s, with the path.
-    """
-    if config is None:
-        with naming(path):
-            return infer()
-    return config if grid is None else replace(config, grid=grid)
-
-
-def published_size(sizes: dict[str, dict], **known) -> str | None:
-    """Name of the first size that agrees with what is known of a shape, or None."""
-    return next(
-        (name for name, s in sizes.items() if all(known.get(k, v) == v for k, v in s.items())),
-        None,
-    )
-
-
-def published_stem(source: str | Path) -> str:
-    """Name, without its suffix, of a published file: of "owner/repo:file.pt" or of a path."""
-    return Path(str(source).rpartition(":")[2]).stem
 
 
 def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
@@ -173,6 +150,12 @@ class Backbone(nn.Module, ABC):
     """A pre-trained generator; its parameters are what fine-tuning may change."""
 
     spec: BackboneSpec
+    config: Any
+    """Its shape, a `config_type`."""
+    config_type: ClassVar[type]
+    """The frozen dataclass that says the shape of such a model."""
+    tokenizer_type: ClassVar[type[ConvTokenizer]]
+    """The kind of image tokenizer that its codes come from."""
     lora_targets: str
     """Regular expression of the linear layers that LoRA may adapt."""
     left_out: int = 0
@@ -183,8 +166,8 @@ class Backbone(nn.Module, ABC):
     def __init__(self):
         super().__init__()
         self.frozen = Frozen()
-        self.source = None
-        """Where the weights came from (`t2i.loading.BackboneSource`)."""
+        self.source: BackboneSource | None = None
+        """Where the weights came from."""
         self.lora = None
         """PEFT's configuration, once adapters are injected (`t2i.lora`)."""
         self.gradient_checkpointing = False
@@ -198,6 +181,58 @@ class Backbone(nn.Module, ABC):
         dtype = str(first.dtype).removeprefix("torch.")
         codes = f"{s.grid[0]} x {s.grid[1]} codes"
         return f"{type(self).__name__}({s.cond_kind}, {parameter_count(self)}, {codes}, {dtype} on {first.device})"
+
+    # -- files -------------------------------------------------------------------------------------
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        config: Any | None = None,
+        grid: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        generation_only: bool = False,
+        shapes_only: bool = False,
+    ) -> Self:
+        """Load what the family's authors publish, strictly, on the CPU in eval mode.
+
+        Args:
+            config: the shape, where it was never published.
+            grid: height and width in codes, in place of what config or files say.
+            generation_only: leave out what drawing images does not need, where there is any.
+            shapes_only: a model on the meta device will do, with names and shapes checked.
+
+        Raises:
+            UserError: unreadable files, another family, a shape that they do not tell, or keys that
+                do not fit, each named.
+        """
+
+    @classmethod
+    @abstractmethod
+    def outline(
+        cls,
+        source: str | Path,
+        *,
+        config: Any | None = None,
+        grid: tuple[int, int] | None = None,
+        generation_only: bool = False,
+    ) -> Self | None:
+        """A model of a published name on the meta device, with its image tokenizer and without any
+        file; None where neither name nor `config` says the shape.
+        """
+
+    @abstractmethod
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The weights that fine-tuning may change, under their official names."""
+
+    def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
+        """Write all weights, in this type, in the layout of the family's authors; returns what
+        `load` then takes.
+        """
+        weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
+        torch.save({"model": weights}, folder / "model.pt")
+        return folder / "model.pt"
 
     # -- the condition -----------------------------------------------------------------------------
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
@@ -218,9 +253,6 @@ class Backbone(nn.Module, ABC):
         """How a data set's captions are encoded once and cached; None if `prepare` is cheap enough
         to read them as text each time.
 
-        Cached features come back padded on the left to `spec.prefix_tokens`, as {"features",
-        "mask"}: what `prepare` gives.
-
         Raises:
             UserError: this backbone cannot be trained on captions.
         """
@@ -228,6 +260,17 @@ class Backbone(nn.Module, ABC):
             "training on captions needs a text-to-image backbone with its text encoder "
             "(backbone.text_encoder)"
         )
+
+    def collate_features(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """A batch, as `prepare` gives it, of what `caption_features` encoded: [n_i, C] each."""
+        raise NotImplementedError(f"{type(self).__name__} has no caption features")
+
+    def made_up_conditions(self, batch: int, length: int) -> dict[str, Tensor]:
+        """What `prepare` could give, for measuring speed: its content means nothing.
+
+        Where the prefix varies with the prompts it has `length` tokens. Here class ids.
+        """
+        return self.prepare([i % self.spec.num_classes for i in range(batch)])
 
     def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
         """What is lost of each caption when it is encoded, in fixed phrases; None if nothing of it
@@ -268,18 +311,6 @@ class Backbone(nn.Module, ABC):
         """
         return tuple(self.next_logits(h, codes[..., :s]) for s in range(len(self.spec.subvocabs)))
 
-    @abstractmethod
-    def official_state_dict(self) -> dict[str, Tensor]:
-        """The weights that fine-tuning may change, under their official names."""
-
-    def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
-        """Write all weights, in this type, in the layout of the family's authors; returns what
-        `load` then takes.
-        """
-        weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
-        torch.save({"model": weights}, folder / "model.pt")
-        return folder / "model.pt"
-
     def trained_modules(self) -> Sequence[nn.Module]:
         """What full fine-tuning trains."""
         return (self,)
@@ -313,7 +344,7 @@ class Backbone(nn.Module, ABC):
 
     # -- pixels ------------------------------------------------------------------------------------
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> ConvTokenizer:
         if self.frozen.tokenizer is None:
             raise UserError(
                 f"this {self.spec.family} backbone has no image tokenizer; pass tokenizer=PATH to load_backbone"

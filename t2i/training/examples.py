@@ -210,8 +210,9 @@ class Captioned:
             picked = [0] * len(indices) if choice is None else choice.tolist()
             pairs = zip(indices.tolist(), picked, strict=True)
             return codes, self.backbone.prepare([self.cache.caption(i, c) for i, c in pairs])
-        features, mask = self.cache.text(indices, self.backbone.spec.prefix_tokens, choice)
-        return codes, {"features": features, "mask": mask}
+        padded, mask = self.cache.text(indices, self.backbone.spec.prefix_tokens, choice)
+        features = [row[own] for row, own in zip(padded, mask, strict=True)]
+        return codes, self.backbone.collate_features(features)
 
     def condition(self, index: int) -> str:
         return self.cache.caption(index)

@@ -3,7 +3,8 @@ look here first.
 """
 
 from t2i.data.samples import Source
-from t2i.sources import check_named, published_as_folder
+from t2i.models.families import find_family
+from t2i.sources import check_named
 from t2i.training.config import DataOptions, TrainConfig
 from t2i.training.engine import deepspeed_config
 from t2i.training.examples import labelled_sources, open_data
@@ -25,7 +26,7 @@ def look_before_work(
     deepspeed_config(config, world_size)
     base = config.backbone
     if not resumed:
-        check_named(base.weights, folder=published_as_folder(base.family))
+        check_named(base.weights, folder=find_family(base.family).published_as_folder)
     if base.tokenizer is not None:
         check_named(base.tokenizer)
     if not isinstance(config.data, DataOptions):

@@ -170,7 +170,7 @@ class JanusShape:
         )
 
 
-def published_shape(size: str, grid: tuple[int, int] | None = None) -> JanusShape:
+def published_shape(size: str) -> JanusShape:
     """Shape of a published size: 384 px, 24 x 24 codes of the VQ-16 tokenizer, SigLIP-L/16."""
     width = SIZES[size]["hidden_size"]
     config = {
@@ -179,7 +179,7 @@ def published_shape(size: str, grid: tuple[int, int] | None = None) -> JanusShap
         "vq_config": {"projection_dim": width, "image_token_embed_dim": width},
         "tie_word_embeddings": False,
     }
-    return JanusShape(config, grid)
+    return JanusShape(config)
 
 
 def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
