@@ -203,11 +203,11 @@ def _score_rows(path: Path) -> list[str]:
     for name, score in scores:
         values = score if isinstance(score, dict) else {"mean": score}
         mean = values.get("mean", values.get("overall"))
-        error = values.get("stderr", values.get("overall_stderr"))
+        stderr = values.get("stderr", values.get("overall_stderr"))
         if not isinstance(mean, int | float):
             raise UserError(f"{path}: the score {name!r} has no number under mean or overall")
         where = results.get("benchmark", path.stem)
-        spread = "" if error is None else f" ± {error:.3f}"
+        spread = "" if stderr is None else f" ± {stderr:.3f}"
         rows.append(f"| {where} | {name} | {mean:.3f}{spread} | {results.get('status', '')} |")
     return rows
 

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,7 +81,7 @@ def load_backbone(
     tokenizer: str | Path | None = None,
     text_encoder: str | Path | None = None,
     text_encoder_dtype: str = "float32",
-    config: object | None = None,
+    config: Any | None = None,
     grid: tuple[int, int] | None = None,
     generation_only: bool = False,
     device: torch.device | str = "auto",
@@ -146,7 +147,7 @@ def load_source(
     family, files = find_family(source.family), expand_folder(source)
     encoder_class = None if files.text_encoder is None else family.text_encoder_class
     family_class, on_meta = family.backbone_class, torch.device(device).type == "meta"
-    config = None
+    config: Any = None
     if files.config is not None:
         shape = f"the {source.family} shape of {files.weights}"
         config = from_json(family_class.config_type, files.config, shape)
@@ -192,7 +193,8 @@ def _local_helpers(files: BackboneSource) -> BackboneSource:
     for name in ("tokenizer", "text_encoder"):
         if (path := getattr(files, name)) is not None and not Path(path).exists():
             check_named(path, folder=name == "text_encoder")
-            files = replace(files, **{name: None})
+            gone: dict[str, Any] = {name: None}
+            files = replace(files, **gone)
     return files
 
 

@@ -1,11 +1,10 @@
-"""LoRA on the backbone with PEFT: injected into the trunk's linear layers, stored as a standard
-PEFT adapter folder.
-"""
+"""LoRA on the trunk's linear layers, with PEFT and in its adapter folders."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     # Anchored at the end: PEFT wants the whole module name to match.
     peft_config = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
         lora_dropout=config.dropout,
         target_modules=rf".*{backbone.lora_targets}",
         bias="none",
@@ -131,7 +130,8 @@ def merge_lora(backbone: Backbone) -> None:
     vars(backbone.lora_root).pop("peft_config", None)  # PEFT's note that there are adapters
 
 
-def _adapted_layers(backbone: Backbone) -> list[tuple[str, torch.nn.Module]]:
+def _adapted_layers(backbone: Backbone) -> list[tuple[str, Any]]:
+    """PEFT's layers that stand in front of the backbone's, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(n, m) for n, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]

@@ -8,6 +8,7 @@ publish a folder (Janus-Pro) take that folder, or "owner/repo".
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from t2i.errors import UserError
 from t2i.fields import read_object
@@ -205,8 +206,8 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
     stored = read_object(path / "config.json")
     if "family" not in stored and family.published_as_folder:
         return {}
-    kinds = {"family": str, "weights": str, "tokenizer": str, "text_encoder": str}
-    kinds |= {"config": dict, "sampling": dict}
+    kinds: dict[str, type] = dict.fromkeys(("family", *_FILES), str)
+    kinds |= dict.fromkeys(("config", "sampling"), dict)
     for name in ("family", "weights", *(() if family.published_as_folder else ("config",))):
         if name not in stored:
             raise UserError(
@@ -230,8 +231,12 @@ def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
     those that it has are kept.
     """
     files = expand_folder(beside(source, folder))
-    missing = {n: f for n, f in _FILES.items() if getattr(source, f.sha256) is None}
-    return replace(source, **{f.sha256: _file_hash(files, name) for name, f in missing.items()})
+    hashes: dict[str, Any] = {
+        file.sha256: _file_hash(files, name)
+        for name, file in _FILES.items()
+        if getattr(source, file.sha256) is None
+    }
+    return replace(source, **hashes)
 
 
 def _file_hash(files: BackboneSource, name: str) -> str | None:
@@ -272,7 +277,7 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
 # -- where the files are now -----------------------------------------------------------------------
 def beside(source: BackboneSource, folder: Path) -> BackboneSource:
     """The source of a checkpoint folder whose base lies relative to it (an export's)."""
-    inner = {
+    inner: dict[str, Any] = {
         name: str((folder / path).resolve())
         for name in _FILES
         if (path := getattr(source, name)) is not None and path.startswith("..")
@@ -296,8 +301,8 @@ def moved(
         tokenizer: the image tokenizer's file.
         text_encoder: the text encoder's folder or hub id.
     """
-    given = {"tokenizer": tokenizer, "text_encoder": text_encoder}
-    given = {name: lasting(path) for name, path in given.items() if path is not None}
+    helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    given: dict[str, Any] = {n: lasting(path) for n, path in helpers.items() if path is not None}
     if base is None:
         return replace(source, **given)
     root = Path(base)

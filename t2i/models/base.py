@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,6 @@ from t2i.models.attention import KVCache
 from t2i.models.labels import class_ids
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
-
-if TYPE_CHECKING:
-    from t2i.sources import BackboneSource
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,9 @@ class Condition:
         first = parts[0]
         return Condition(
             torch.cat([p.prefix for p in parts]),
-            None if first.mask is None else torch.cat([p.mask for p in parts]),
+            None
+            if first.mask is None
+            else torch.cat([p.mask for p in parts if p.mask is not None]),
             {k: torch.cat([p.extras[k] for p in parts]) for k in first.extras},
         )
 
@@ -152,7 +151,7 @@ class Backbone(nn.Module, ABC):
     spec: BackboneSpec
     config: Any
     """Its shape, a `config_type`."""
-    config_type: ClassVar[type]
+    config_type: ClassVar[type[Any]]
     """The frozen dataclass that says the shape of such a model."""
     tokenizer_type: ClassVar[type[ConvTokenizer]]
     """The kind of image tokenizer that its codes come from."""
@@ -163,12 +162,12 @@ class Backbone(nn.Module, ABC):
     them.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.frozen = Frozen()
-        self.source: BackboneSource | None = None
-        """Where the weights came from."""
-        self.lora = None
+        self.source: Any = None
+        """Where the weights came from (`t2i.sources.BackboneSource`)."""
+        self.lora: Any = None
         """PEFT's configuration, once adapters are injected (`t2i.lora`)."""
         self.gradient_checkpointing = False
         """Recompute the trunk's blocks in the backward pass."""
@@ -340,6 +339,7 @@ class Backbone(nn.Module, ABC):
         """CFG scale at a step of the sampling loop, by the settings of one sub-token
         (`SamplingConfig.by_sub_token`).
         """
+        assert not isinstance(config.cfg_scale, tuple), "settings of one sub-token"
         return power_cosine(config.cfg_scale, config.cfg_power, step, steps)
 
     # -- pixels ------------------------------------------------------------------------------------
@@ -366,7 +366,8 @@ class Backbone(nn.Module, ABC):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that are drawn."""
-        return tuple(side * self.tokenizer.downsample for side in self.spec.grid)
+        (rows, columns), side = self.spec.grid, self.tokenizer.downsample
+        return rows * side, columns * side
 
     def decode_images(self, codes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Images uint8 [B, H, W, 3] of codes [B, T, S], rounded as the family's authors do.

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def class_ids(values: Iterable[int] | Tensor, num_classes: int) -> Tensor:
     )
 
 
-def _class_id(value: object, place: int, num_classes: int) -> int:
+def _class_id(value: Any, place: int, num_classes: int) -> int:
     try:
         label = operator.index(value)
     except TypeError:

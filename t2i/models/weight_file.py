@@ -55,7 +55,8 @@ class WeightFileBackbone(Backbone):
                 config = cls.infer_config(state_dict, Path(path).stem, grid)
         elif grid is not None:
             config = replace(config, grid=grid)
-        backbone = build_empty(lambda: cls(config), dtype)
+        build: Any = cls  # a family's class is called with its shape
+        backbone = build_empty(lambda: build(config), dtype)
         backbone.fill(state_dict, path)
         return backbone
 
@@ -72,16 +73,17 @@ class WeightFileBackbone(Backbone):
             config = cls.published_config(Path(str(source).rpartition(":")[2]).stem, grid)
         if config is None:
             return None
+        build: Any = cls
         with torch.device("meta"):
-            backbone = cls(config)
+            backbone = build(config)
             tokenizer = cls.tokenizer_type(cls.tokenizer_type.config_type())
         backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
         return backbone.eval()
 
 
-def published_size(sizes: dict[str, dict], **known) -> str | None:
-    """Name of the first size that agrees with what is known of a shape, or None."""
-    return next(
-        (name for name, s in sizes.items() if all(known.get(k, v) == v for k, v in s.items())),
-        None,
-    )
+def published_size(sizes: dict[str, dict], **known) -> str:
+    """Name of the first size that agrees with what is known of a shape; "" if none does."""
+    for name, size in sizes.items():
+        if all(known.get(key, value) == value for key, value in size.items()):
+            return name
+    return ""

@@ -28,7 +28,7 @@ from t2i.models.base import BackboneSpec, Condition
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
-from t2i.models.janus.janus_modules import JanusModel, rope_table
+from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
 from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
 from t2i.models.llama import LlamaBackbone
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
@@ -50,6 +50,7 @@ class Janus(LlamaBackbone):
     def __init__(self, config: JanusShape, *, generation_only: bool = False):
         """`generation_only` leaves out the understanding tower, its aligner and the text head."""
         super().__init__(config.trunk)
+        assert config.grid is not None, "settled by JanusShape"
         self.config = config
         with torch.device("meta"):
             self.janus = JanusModel(config)
@@ -69,7 +70,7 @@ class Janus(LlamaBackbone):
 
     # -- modules -----------------------------------------------------------------------------------
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> LanguageModel:
         return self.janus.model.language_model
 
     @property
@@ -137,7 +138,7 @@ class Janus(LlamaBackbone):
                 weights[names.HEAD] = weights[names.EMBEDDING]
         prompts = JanusPrompts.load(folder, _MAX_PROMPT)
         # transformers' default is True, whatever the file holds
-        known = {"tie_word_embeddings": tied}
+        known: dict = {"tie_word_embeddings": tied}
         if (image := prompts.tokenizer.token_to_id(IMAGE)) is not None:
             known["image_token_id"] = image
         shape = JanusShape(stored | known, grid or (config.grid if config else None))

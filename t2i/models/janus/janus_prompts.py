@@ -66,8 +66,10 @@ class JanusPrompts:
             raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
         settings = path.with_name("tokenizer_config.json")
         stored = read_object(settings) if settings.is_file() else {}
-        named = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
-        named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
+        tokens = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
+        named: dict = {
+            k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v
+        }
         try:
             prompts = JanusPrompts(tokenizer, max_tokens=max_tokens, **named)
         except UserError as error:

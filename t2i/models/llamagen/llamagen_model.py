@@ -48,7 +48,7 @@ class LlamaGenConfig(LlamaConfig):
         return 1 if self.cond == "class" else self.caption_tokens
 
 
-SIZES = {
+SIZES: dict[str, dict] = {
     "B": {"n_layer": 12, "n_head": 12, "dim": 768},
     "L": {"n_layer": 24, "n_head": 16, "dim": 1024},
     "XL": {"n_layer": 36, "n_head": 20, "dim": 1280},
@@ -84,6 +84,7 @@ class CaptionEmbedding(nn.Module):
             }
         )
         shape = (config.caption_tokens, config.caption_dim)
+        self.uncond_embedding: Tensor
         self.register_buffer("uncond_embedding", torch.randn(shape) / config.caption_dim**0.5)
 
     def forward(self, prepared: dict[str, Tensor], drop: Tensor | None) -> Tensor:
@@ -151,12 +152,11 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
                 classes = state_dict["cls_embedding.embedding_table.weight"].shape[0] - 1
         layers = count_children(state_dict, "layers.")
         size, grid = published_size(SIZES, dim=dim, n_layer=layers), grid or GRIDS.get(stem)
-        if size is None or grid is None:
+        if not size or grid is None:
             raise UserError(
                 f"a GPT of width {dim} with {layers} layers named {stem!r} is not a published "
-                f"LlamaGen file: its {'head count' if size is None else 'grid'} is not in the "
-                "weights; pass config=LlamaGenConfig(...)"
-                + ("" if size is None else " or grid=(h, w)")
+                f"LlamaGen file: its {'grid' if size else 'head count'} is not in the "
+                "weights; pass config=LlamaGenConfig(...)" + (" or grid=(h, w)" if size else "")
             )
         config = LlamaGenConfig(**SIZES[size], grid=grid, vocab_size=vocab, ffn_dim=ffn_dim)
         if caption is None:

@@ -10,6 +10,7 @@ Shapes: B captions, P caption tokens of the image model, C feature width, n_i to
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class T5Captions:
             UserError: a file is missing, unreadable or not a T5's, or weights do not fit (named).
         """
         folder = find_folder(path_or_hub_id)
-        model = load_encoder(folder, dtype)
+        model: Any = load_encoder(folder, dtype)  # its `to` is not typed
         tokenizer = load_tokenizer(folder, model.config.vocab_size)
         return cls(model.to(device), tokenizer, folder, max_tokens)
 

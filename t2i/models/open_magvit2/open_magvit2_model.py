@@ -51,7 +51,7 @@ class OpenMAGVIT2Config(LlamaConfig):
     """Bits of each sub-token."""
 
 
-SIZES = {
+SIZES: dict[str, dict] = {
     "B": {"n_layer": 24, "n_intra_layer": 2, "n_head": 16, "dim": 1024},
     "L": {"n_layer": 36, "n_intra_layer": 3, "n_head": 20, "dim": 1280},
     "XL": {"n_layer": 48, "n_intra_layer": 4, "n_head": 24, "dim": 1536},
@@ -85,8 +85,8 @@ class GPT(nn.Module):
     def initialize(self, generator: torch.Generator) -> None:
         """Weights for pre-training from scratch: N(0, 0.02), and zero heads."""
         normal_weights(self, generator)
-        for head in self.head:
-            nn.init.zeros_(head.weight)
+        for weight in self.head.parameters():
+            nn.init.zeros_(weight)
 
 
 class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
@@ -124,7 +124,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
             classes = state_dict[f"{_PREFIX}class_emb.embedding_table.weight"].shape[0] - 1
         layers = count_children(state_dict, f"{_PREFIX}spatial_blocks.")
         size = published_size(SIZES, dim=dim, n_layer=layers)
-        if size is None:
+        if not size:
             raise UserError(
                 f"an Open-MAGVIT2 generator of width {dim} with {layers} layers is no published size: "
                 "its head count is not in the weights; pass config=OpenMAGVIT2Config(...)"

@@ -71,7 +71,7 @@ class RARConfig:
         return self.first_class_id + self.num_classes
 
 
-SIZES = {
+SIZES: dict[str, dict] = {
     "B": {"n_layer": 24, "n_head": 16, "dim": 768, "mlp_dim": 3072},
     "L": {"n_layer": 24, "n_head": 16, "dim": 1024, "mlp_dim": 4096},
     "XL": {"n_layer": 32, "n_head": 16, "dim": 1280, "mlp_dim": 5120},

@@ -22,13 +22,12 @@ from t2i.models.tokenizers.conv_tokenizer import (
     ConvTokenizer,
     encoder_shape,
     group_norm,
+    res_blocks,
 )
-from t2i.models.tokenizers.vq import ResBlock
 from t2i.weights import load_strict, read_state_dict, reading
 
-_EMBEDDED = (
-    "first_stage_model."  # where a checkpoint of the autoregressive model keeps its tokenizer
-)
+# Where a checkpoint of the autoregressive model keeps its tokenizer.
+_EMBEDDED = "first_stage_model."
 _EMA = "model_ema."
 _EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 
@@ -64,18 +63,12 @@ class LFQConfig(ConvConfig):
             return LFQConfig(**shape, bits=state_dict["encoder.conv_out.weight"].shape[0])
 
 
-def _res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        ResBlock(c_in if i == 0 else c_out, c_out, bias=False) for i in range(count)
-    )
-
-
 class Level(nn.Module):
     """One resolution: residual blocks, then an optional resampling."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, resample: tuple[str, nn.Module] | None):
         super().__init__()
-        self.block = _res_blocks(c_in, c_out, blocks)
+        self.block = res_blocks(c_in, c_out, blocks, bias=False)
         self.resample_name = resample[0] if resample else None
         if resample:
             self.add_module(*resample)
@@ -133,7 +126,7 @@ class Encoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.mid_block = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.mid_block = res_blocks(widths[-1], widths[-1], cfg.res_blocks, bias=False)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.bits, 1)
 
@@ -154,7 +147,7 @@ class Decoder(nn.Module):
         widths = [cfg.channels * m for m in cfg.multipliers]
         inputs = [*widths[1:], widths[-1]]
         self.conv_in = nn.Conv2d(cfg.bits, widths[-1], 3, padding=1)
-        self.mid_block = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.mid_block = res_blocks(widths[-1], widths[-1], cfg.res_blocks, bias=False)
         self.up = nn.ModuleList(
             Level(c, width, cfg.res_blocks, None if i == 0 else ("upsample", Upsample(width)))
             for i, (c, width) in enumerate(zip(inputs, widths, strict=True))
@@ -182,14 +175,11 @@ class LFQTokenizer(ConvTokenizer):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Real-valued latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]; their signs are the
-        code vectors.
-        """
+        """Their signs are the code vectors."""
         return self.encoder(pixels)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
         return indices(self.latents(pixels).movedim(1, -1))
 
     def vectors_of(self, codes: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from t2i.models.tokenizers.conv_tokenizer import (
     Codebook,
     ConvConfig,
     ConvTokenizer,
+    ResBlock,
     encoder_shape,
     group_norm,
+    res_blocks,
 )
 from t2i.weights import reading
 
@@ -47,22 +49,6 @@ class VQConfig(ConvConfig):
                 codebook_size=size,
                 codebook_dim=dim,
             )
-
-
-class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, bias: bool = True):
-        super().__init__()
-        self.norm1 = group_norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
-        self.norm2 = group_norm(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
 class AttnBlock(nn.Module):
@@ -112,7 +98,7 @@ class Level(nn.Module):
         resample: tuple[str, nn.Module] | None,
     ):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.res = res_blocks(c_in, c_out, blocks)
         self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attend else 0))
         self.resample_name = resample[0] if resample else None
         if resample:
@@ -206,14 +192,11 @@ class VQTokenizer(ConvTokenizer):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Un-normalised latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
+        """Not normalised: that is the comparison's business."""
         return self.quant_conv(self.encoder(pixels))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes several
-        per cent of the codes.
-        """
         z_BhwE = F.normalize(self.latents(pixels).permute(0, 2, 3, 1).float(), dim=-1)
         return (z_BhwE @ self.quantize.vectors().float().T).argmax(-1)
 
