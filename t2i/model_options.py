@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from t2i.errors import UserError
+from t2i.models.families import FamilyName
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ class BaseOptions:
     moved.
     """
 
-    family: Literal["llamagen", "janus", "open_magvit2", "rar"] | None = None
+    family: FamilyName | None = None
     """Of a published weight file; folders say it themselves."""
     weights: str | None = None
     """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from t2i.errors import UserError
 
@@ -24,6 +24,11 @@ FAMILIES = (
     "rar",
 )
 """One line a family: the name of its folder."""
+
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[FAMILIES]  # so that the options' parser offers the names
 
 
 @dataclass(frozen=True)
