@@ -145,16 +145,15 @@ def load_source(
             f"text_encoder_dtype {source.text_encoder_dtype!r} must be {' or '.join(DTYPES)}"
         )
     family, files = find_family(source.family), expand_folder(source)
-    encoder_class = None if files.text_encoder is None else family.text_encoder_class
-    family_class, on_meta = family.backbone_class, torch.device(device).type == "meta"
+    encoder_class = family.text_encoder_class if files.text_encoder is not None else None
     config: Any = None
     if files.config is not None:
         shape = f"the {source.family} shape of {files.weights}"
-        config = from_json(family_class.config_type, files.config, shape)
+        config = from_json(family.backbone_class.config_type, files.config, shape)
     options: dict = {"config": config, "grid": grid, "generation_only": source.generation_only}
-    backbone = None
+    backbone, on_meta = None, torch.device(device).type == "meta"
     if on_meta and not Path(files.weights).exists():
-        backbone = family_class.outline(files.weights, **options)
+        backbone = family.backbone_class.outline(files.weights, **options)
     if backbone is not None:
         files = _local_helpers(files)
     else:
@@ -162,21 +161,18 @@ def load_source(
         if not shapes_only:
             prove(files, weights=weights is None)
         path = weights or resolve(files.weights, folder=family.published_as_folder)
-        backbone = family_class.load(path, dtype=dtype, shapes_only=shapes_only, **options)
+        options |= {"dtype": dtype, "shapes_only": shapes_only}
+        backbone = family.backbone_class.load(path, **options)
     backbone.source = replace(source, config=asdict(backbone.config))
-    own = from_json(
-        SamplingConfig,
-        files.sampling,
-        f"the sampling settings of {source.weights}",
-        defaults=backbone.spec.sampling,
-    )
+    where = f"the sampling settings of {source.weights}"
+    own = from_json(SamplingConfig, files.sampling, where, defaults=backbone.spec.sampling)
     backbone.spec = replace(backbone.spec, sampling=own)
     if files.tokenizer is not None and (weights is not None or files.tokenizer != files.weights):
-        backbone.frozen.tokenizer = family_class.tokenizer_type.load(resolve(files.tokenizer))
+        backbone.frozen.tokenizer = backbone.tokenizer_type.load(resolve(files.tokenizer))
     if backbone.frozen.tokenizer is not None:
         _check_codes(backbone)
         backbone.frozen.tokenizer.to(device)
-    if files.text_encoder is not None and encoder_class is not None:
+    if encoder_class is not None and files.text_encoder is not None:
         backbone.frozen.text_encoder = encoder_class.load(
             files.text_encoder,
             max_tokens=backbone.spec.prefix_tokens,
