@@ -238,7 +238,7 @@ def tiny_open_magvit2(seed: int = 0) -> OpenMAGVIT2:
 
 def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
     """Different conditions: labels, or left-padded captions or prompts of different lengths."""
-    if isinstance(backbone, Janus):
+    if backbone.frozen.text_encoder is not None:
         return backbone.prepare([JANUS_PROMPTS[i % 3] for i in range(batch)])
     if backbone.spec.cond_kind == "class":
         return backbone.prepare([i % backbone.spec.num_classes for i in range(batch)])
