@@ -135,9 +135,7 @@ class Part:
 
 
 def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
-    """The merged base into `folder`, and a checkpoint folder with the codec whose base is the
-    folder above it.
-    """
+    """The merged base into `folder`, and in it the checkpoint folder with the codec."""
     backbone = model.backbone
     files, base = expand_folder(backbone.source), backbone.source.weights
     weights = backbone.save_official(folder, dtype)
@@ -169,9 +167,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
 
 
 def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
-    """Write what a backbone needs besides its weights; returns the config.json that makes it a
-    backbone folder.
-    """
+    """Write a base's other files; returns the config.json that makes it a backbone folder."""
     frozen = model.backbone.frozen
     content = {"family": files.family, "weights": weights.name}
     if frozen.tokenizer is not None:
@@ -273,9 +269,7 @@ def _listed(settings: dict) -> str:
 
 
 def _public_name(source: str) -> str:
-    """A name that may be published: of what lies on this machine only its own, without the way to
-    it.
-    """
+    """A name that may be published: of what lies on this machine not the way to it."""
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
     return Path(source).resolve().name if local or Path(source).exists() else source
 

@@ -183,9 +183,7 @@ def load_source(
 
 
 def _local_helpers(files: BackboneSource) -> BackboneSource:
-    """Without the image tokenizer and the text encoder that would have to be fetched; UserError if
-    one is nothing that could be.
-    """
+    """Without helpers that would have to be fetched; UserError if one is nothing that could be."""
     for name in ("tokenizer", "text_encoder"):
         if (path := getattr(files, name)) is not None and not Path(path).exists():
             check_named(path, folder=name == "text_encoder")
@@ -204,9 +202,7 @@ def _check_codes(backbone: Backbone) -> None:
 
 
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
-    """Put a fresh codec around a backbone; equal to the base model, bit for bit, until it is
-    trained.
-    """
+    """Put a fresh codec around a backbone; bit for bit the base model until it is trained."""
     if not isinstance(backbone, Backbone):
         raise UserError(
             f"attach needs a backbone, and got {backbone!r:.80}: "
@@ -218,9 +214,7 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
 
 
 def tokenizer_hash(backbone: Backbone) -> str:
-    """SHA-256 of the image tokenizer's weights (of the file, where it has one to itself), for cache
-    keys.
-    """
+    """SHA-256 of the image tokenizer's weights (or of its own file), for cache keys."""
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
         return remembered_sha256(resolve(files.tokenizer))

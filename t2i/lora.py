@@ -47,9 +47,7 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
 def adapter_state_dict(
     backbone: Backbone, *, image_layers: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Adapter weights, and those of the image layers if they are trained, under PEFT's file
-    names.
-    """
+    """Adapter weights, and the image layers' if they are trained, under PEFT's file names."""
     layers = tuple(f"{name}." for name in _image_layer_names(backbone)) if image_layers else ()
     return {
         _PEFT_PREFIX + name.replace(".default.", "."): value
@@ -98,9 +96,7 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
 
 
 def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The backbone's own weights under official names, also where adapters stand in front of
-    them.
-    """
+    """The backbone's own weights under official names, also behind adapters."""
     weights = backbone.official_state_dict().items()
     return {k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k}
 
@@ -119,9 +115,7 @@ def without_lora(backbone: Backbone) -> Iterator[None]:
 
 
 def merge_lora(backbone: Backbone) -> None:
-    """Add the adapters to the weights they adapt and remove them: plain layers again, under their
-    official names.
-    """
+    """Add the adapters to the weights they adapt and remove them: plain layers again."""
     for name, layer in _adapted_layers(backbone):
         layer.merge()
         parent, _, child = name.rpartition(".")

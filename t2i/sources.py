@@ -99,9 +99,7 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 
 
 def check_named(source: str | Path, *, folder: bool = False) -> None:
-    """UserError if a source is nothing that `resolve` could take: no local path, no shipped base,
-    no name on the hub.
-    """
+    """UserError if a source is no local path, no shipped base and no name on the hub."""
     text = str(source)
     if not (Path(text).exists() or text in shipped_bases() or _on_hub(text, folder)):
         raise _nowhere(text, folder)
@@ -227,9 +225,7 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
 
 # -- what the files were ---------------------------------------------------------------------------
 def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
-    """The source of a checkpoint folder with the SHA-256 of its files, so that others are refused;
-    those that it has are kept.
-    """
+    """A checkpoint folder's source with the SHA-256 of its files; those that it has are kept."""
     files = expand_folder(beside(source, folder))
     hashes: dict[str, Any] = {
         file.sha256: _file_hash(files, name)
@@ -326,9 +322,7 @@ def moved(
 
 
 def _under(root: Path, stored: str) -> Path | None:
-    """What lies under the folder by the longest end of a stored path, or hub name, that is
-    there.
-    """
+    """What lies under the folder by the longest end of a stored path, or hub name."""
     parts = [part for part in Path(stored.replace(":", "/")).parts if part != "/"]
     ends = (root.joinpath(*parts[i:]).resolve() for i in range(len(parts)))
     return next((end for end in ends if end.exists()), None)

@@ -79,12 +79,10 @@ class Condition:
     @staticmethod
     def cat(parts: Sequence["Condition"]) -> "Condition":
         """Stack along the batch."""
-        first = parts[0]
+        first, masks = parts[0], [p.mask for p in parts if p.mask is not None]
         return Condition(
             torch.cat([p.prefix for p in parts]),
-            None
-            if first.mask is None
-            else torch.cat([p.mask for p in parts if p.mask is not None]),
+            torch.cat(masks) if masks else None,
             {k: torch.cat([p.extras[k] for p in parts]) for k in first.extras},
         )
 
@@ -106,9 +104,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class CaptionFeatures:
-    """What a data set's cache keeps of its captions besides their text, for a backbone with an
-    expensive caption encoder.
-    """
+    """What a data set's cache keeps of captions where encoding them is expensive."""
 
     encode: Callable[[list[str]], list[Tensor]]
     """Captions to features [n_i, C] each."""
@@ -118,9 +114,7 @@ class CaptionFeatures:
 
 @dataclass
 class Frozen:
-    """Frozen helpers of a backbone. A plain object and not a submodule, so that they are never
-    trained, cast or sharded.
-    """
+    """Frozen helpers of a backbone: no submodule, so never trained, cast or sharded."""
 
     tokenizer: ConvTokenizer | None = None
     text_encoder: Any = None
@@ -158,9 +152,7 @@ class Backbone(nn.Module, ABC):
     lora_targets: str
     """Regular expression of the linear layers that LoRA may adapt."""
     left_out: int = 0
-    """Parameters of the published model that were not loaded, because drawing images does not need
-    them.
-    """
+    """Parameters of the published model that were not loaded: drawing does not need them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,9 +264,7 @@ class Backbone(nn.Module, ABC):
         return self.prepare([i % self.spec.num_classes for i in range(batch)])
 
     def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
-        """What is lost of each caption when it is encoded, in fixed phrases; None if nothing of it
-        is left.
-        """
+        """What is lost of each caption, in fixed phrases; None if nothing of it is left."""
         return [[] for _ in captions]
 
     @abstractmethod
@@ -305,9 +295,7 @@ class Backbone(nn.Module, ABC):
         """
 
     def all_logits(self, h: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
-        """Teacher-forced logits of every sub-token, given the true codes [..., S]; one pass where
-        the family can.
-        """
+        """Teacher-forced logits of every sub-token, given the true codes [..., S]."""
         return tuple(self.next_logits(h, codes[..., :s]) for s in range(len(self.spec.subvocabs)))
 
     def trained_modules(self) -> Sequence[nn.Module]:
@@ -316,9 +304,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def image_layers(self) -> dict[str, nn.Module]:
-        """The layers that embed and predict image codes, by official name: LoRA leaves them alone,
-        but they may be trained whole.
-        """
+        """Layers that embed and predict image codes, by official name; LoRA leaves them alone."""
 
     @property
     def lora_root(self) -> nn.Module:
@@ -336,9 +322,7 @@ class Backbone(nn.Module, ABC):
         """An empty cache for `length` inputs, with the dtype and device of the parameters."""
 
     def guidance(self, config: SamplingConfig, step: int, steps: int) -> float:
-        """CFG scale at a step of the sampling loop, by the settings of one sub-token
-        (`SamplingConfig.by_sub_token`).
-        """
+        """CFG scale at a step, by the settings of one sub-token (`SamplingConfig.by_sub_token`)."""
         assert not isinstance(config.cfg_scale, tuple), "settings of one sub-token"
         return power_cosine(config.cfg_scale, config.cfg_power, step, steps)
 
@@ -352,15 +336,11 @@ class Backbone(nn.Module, ABC):
         return self.frozen.tokenizer
 
     def code_vectors(self) -> tuple[Tensor, ...]:
-        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes; here
-        of a stored codebook.
-        """
+        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes."""
         return (self.tokenizer.quantize.vectors(),)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here of a tokenizer with one
-        sub-token.
-        """
+        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here with one sub-token."""
         return self.tokenizer.encode(pixels).flatten(1)[..., None]
 
     @property
@@ -382,16 +362,12 @@ class Backbone(nn.Module, ABC):
         return self.quantize_pixels(pixels).permute(0, 2, 3, 1)
 
     def decode_pixels(self, codes: Tensor) -> Tensor:
-        """Pixels fp32 [B, 3, H, W] of codes [B, T, S], nominally in [-1, 1]; here of a tokenizer
-        with one sub-token.
-        """
+        """Pixels fp32 [B, 3, H, W] of codes [B, T, S], nominally in [-1, 1]; here S = 1."""
         return self.tokenizer.decode(codes[..., 0].unflatten(1, self.spec.grid)).float()
 
     @abstractmethod
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 of pixels nominally in [-1, 1], in the same shape, rounded as the family's authors
-        do.
-        """
+        """uint8 of pixels nominally in [-1, 1], rounded as the family's authors do."""
 
     @property
     def device(self) -> torch.device:

@@ -41,9 +41,7 @@ class Family:
     text_encoder: str | None = None
     """What encodes captions apart from the model, a `TextEncoder` as "module:Class"."""
     published_as_folder: bool = False
-    """Weights, tokenizers and configuration are published as one folder that belongs together, not
-    as a file each.
-    """
+    """Weights, tokenizers and configuration are published as one folder, not as a file each."""
     prompt_file: str | None = None
     """File of the published folder that turns prompts into ids: its hash is part of a checkpoint's.
     """

@@ -40,11 +40,3 @@ def _class_id(value: Any, place: int, num_classes: int) -> int:
             f"between 0 and {num_classes - 1}"
         )
     return label
-
-
-def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
-    """Labels int64 [num_samples] that go round the classes: sample i has class i mod num_classes.
-
-    Class counts differ by one at most, and a sample's label depends on its index alone.
-    """
-    return torch.arange(num_samples) % num_classes

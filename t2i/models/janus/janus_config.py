@@ -1,6 +1,4 @@
-"""Configuration of a Janus-Pro: plain data in the words of transformers' config.json, whichever
-layout it was read from.
-"""
+"""Configuration of a Janus-Pro, from either layout, in the words of transformers' config.json."""
 
 import json
 import logging
@@ -101,9 +99,7 @@ class JanusShape:
     transformers: dict = field(repr=False)
     """The content of transformers' config.json; what it leaves out is filled in."""
     grid: tuple[int, int] | None = None
-    """Height and width of an image in codes; None is as many as the understanding tower has
-    patches.
-    """
+    """Height and width in codes; None: as many as the understanding tower has patches."""
 
     def __post_init__(self):
         whole = _DEFAULTS | self.transformers
@@ -147,9 +143,7 @@ class JanusShape:
 
     @property
     def _rope(self) -> dict:
-        """Settings of the rotation: `rope_parameters` since transformers 5, `rope_scaling`
-        before.
-        """
+        """Settings of the rotation: `rope_parameters`, before transformers 5 `rope_scaling`."""
         return (self.text.get("rope_scaling") or {}) | (self.text.get("rope_parameters") or {})
 
     @property

@@ -129,9 +129,7 @@ def _tower_layer(dim: int, mlp_ratio: float) -> nn.ModuleDict:
 
 
 class JanusParts(nn.Module):
-    """What transformers calls `model`, without the image tokenizer, which is a `VQTokenizer` of the
-    backbone's.
-    """
+    """What transformers calls `model`, without the image tokenizer."""
 
     def __init__(self, shape: JanusShape):
         super().__init__()

@@ -56,9 +56,7 @@ class JanusPrompts:
 
     @staticmethod
     def load(folder: str | Path, max_tokens: int = 512) -> "JanusPrompts":
-        """Read tokenizer.json, and the names of BOS and EOS from tokenizer_config.json, of a
-        published folder.
-        """
+        """Read tokenizer.json, and the names of BOS and EOS, from a published folder."""
         path = Path(folder) / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -174,9 +172,7 @@ class JanusPrompts:
 
 
 def chat(prompt: str) -> str:
-    """The chat string of a prompt, without BOS; an empty prompt has no blank and no line breaks, as
-    in the original code.
-    """
+    """The chat string of a prompt, without BOS; of an empty one as in the original code."""
     text = prompt.strip()
     message = f": {text}\n\n" if text else ":"
     return f"{USER}{message}{ASSISTANT}:{BEGIN_OF_IMAGE}"

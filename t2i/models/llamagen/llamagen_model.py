@@ -61,9 +61,7 @@ SIZES: dict[str, dict] = {
 """Published sizes; 3B has the odd head width 100."""
 
 CLASS_GUIDANCE = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
-"""How the published FID of each class-conditional size was sampled: this guidance, and all codes
-(`GETTING_STARTED.md`).
-"""
+"""Guidance of the published FID of each class-conditional size (`GETTING_STARTED.md`)."""
 
 
 GRIDS = {

@@ -63,9 +63,7 @@ SAMPLING = {
     "L": SamplingConfig(cfg_scale=(1.9, 1.9), temperature=(1.1, 1.0)),
     "XL": SamplingConfig(cfg_scale=(1.75, 1.85), temperature=(1.1, 1.0)),
 }
-"""How the authors drew the images of their FID, per sub-token (SEED-Voken
-`scripts/evaluation/sample_gpu.sh`).
-"""
+"""How the FID was drawn, per sub-token (SEED-Voken `scripts/evaluation/sample_gpu.sh`)."""
 
 
 class GPT(nn.Module):

@@ -18,9 +18,7 @@ from t2i.weights import build_empty, count_children, load_strict, naming, read_s
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Resolutions of the encoder, which the decoder goes through the other way; the defaults are
-    the published ones.
-    """
+    """Resolutions of the encoder, and backwards of the decoder; by default the published ones."""
 
     channels: int = 128
     """Channels at full resolution."""
@@ -113,9 +111,7 @@ class ConvTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]; in fp32, since bf16 changes some
-        of them.
-        """
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes some."""
 
     @abstractmethod
     def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
@@ -154,9 +150,7 @@ class ConvTokenizer(nn.Module, ABC):
 
     @classmethod
     def empty(cls, state_dict: dict[str, Tensor], path: str | Path) -> Self:
-        """A frozen tokenizer in eval mode of the shape that a file's weights have, to be filled
-        with them.
-        """
+        """A frozen tokenizer of the shape that a file's weights have, to be filled with them."""
         with naming(path):
             config = cls.config_type.from_state_dict(state_dict)
         return build_empty(lambda: cls(config)).requires_grad_(False)

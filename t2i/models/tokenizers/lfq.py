@@ -96,9 +96,7 @@ class Upsample(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift come from the code vectors' standard deviation and mean over
-    the image.
-    """
+    """Group norm with scale and shift from the code vectors' deviation and mean over the image."""
 
     def __init__(self, bits: int, c: int):
         super().__init__()
@@ -138,9 +136,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`up` and `adaptive` are stored from the finest resolution to the coarsest and run the other
-    way.
-    """
+    """`up` and `adaptive` are stored from the finest resolution on and run the other way."""
 
     def __init__(self, cfg: LFQConfig):
         super().__init__()
@@ -219,7 +215,5 @@ class LFQTokenizer(ConvTokenizer):
 
 
 def tokenizer_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What an AR checkpoint's state dict holds of a tokenizer, under the tokenizer's own names;
-    empty if nothing.
-    """
+    """The tokenizer in an AR checkpoint's state dict, under its own names; empty if none."""
     return {k.removeprefix(_EMBEDDED): v for k, v in state_dict.items() if k.startswith(_EMBEDDED)}

@@ -63,9 +63,7 @@ def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, and in the decoder the convolution that follows the
-    enlargement to the next.
-    """
+    """One resolution: residual blocks, and in the decoder an enlargement and a convolution."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, enlarge: bool = False):
         super().__init__()

@@ -85,9 +85,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where `attend`, then an optional
-    resampling.
-    """
+    """One resolution: residual blocks, with attention where `attend`, then perhaps a resampling."""
 
     def __init__(
         self,
@@ -177,9 +175,7 @@ class UnitCodebook(Codebook):
 
 
 class VQTokenizer(ConvTokenizer):
-    """The files vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model
-    weights.
-    """
+    """vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model weights."""
 
     config_type = VQConfig
     ignored_keys = ("quantize.codebook_used",)  # a usage counter of the reference's training loop
