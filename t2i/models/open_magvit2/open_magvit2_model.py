@@ -66,7 +66,7 @@ SAMPLING = {
 """How the FID was drawn, per sub-token (SEED-Voken `scripts/evaluation/sample_gpu.sh`)."""
 
 
-class GPT(nn.Module):
+class OpenMAGVIT2GPT(nn.Module):
     """The parameters, named as in the official checkpoints."""
 
     def __init__(self, config: OpenMAGVIT2Config):
@@ -96,7 +96,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
     def __init__(self, config: OpenMAGVIT2Config):
         super().__init__(config)
         self.config = config
-        self.transformer = GPT(config)
+        self.transformer = OpenMAGVIT2GPT(config)
         self.spec = BackboneSpec(
             family="open_magvit2",
             dim=config.dim,

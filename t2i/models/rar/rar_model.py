@@ -95,7 +95,7 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class Attention(nn.Module):
+class RARAttention(nn.Module):
     def __init__(self, config: RARConfig, layer: int):
         super().__init__()
         self.layer, self.heads = layer, config.n_head
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         return self.dropout(self.proj(attend(q, k, v, mask, cache, self.layer, dropout=dropout)))
 
 
-class MLP(nn.Module):
+class RARMLP(nn.Module):
     def __init__(self, config: RARConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.mlp_dim)
@@ -129,12 +129,12 @@ def _modulation(dim: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, chunks * dim))
 
 
-class Block(nn.Module):
+class RARBlock(nn.Module):
     def __init__(self, config: RARConfig, layer: int):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(config.dim, eps=_EPS) for _ in range(2))
-        self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.attn = RARAttention(config, layer)
+        self.mlp = RARMLP(config)
         self.adaLN_modulation = _modulation(config.dim, 6)
 
     def forward(
@@ -157,7 +157,7 @@ class FinalNorm(nn.Module):
         return _modulated(F.layer_norm(x, x.shape[-1:], eps=_EPS), shift, scale)
 
 
-class GPT(nn.Module):
+class RARGPT(nn.Module):
     """The parameters, named as in the official checkpoints."""
 
     def __init__(self, config: RARConfig):
@@ -169,7 +169,7 @@ class GPT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(positions))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(positions))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(timesteps))
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(RARBlock(config, i) for i in range(config.n_layer))
         self.embeddings = nn.Embedding(config.null_id + 1, config.dim)
         self.adaln_before_head = FinalNorm(config.dim)
         self.lm_head = nn.Linear(config.dim, config.vocab_size)
@@ -211,7 +211,7 @@ class RAR(WeightFileBackbone):
     def __init__(self, config: RARConfig):
         super().__init__()
         self.config = config
-        self.gpt = GPT(config)
+        self.gpt = RARGPT(config)
         self.spec = BackboneSpec(
             family="rar",
             dim=config.dim,

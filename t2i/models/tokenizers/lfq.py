@@ -63,7 +63,7 @@ class LFQConfig(ConvConfig):
             return LFQConfig(**shape, bits=state_dict["encoder.conv_out.weight"].shape[0])
 
 
-class Level(nn.Module):
+class LFQLevel(nn.Module):
     """One resolution: residual blocks, then an optional resampling."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, resample: tuple[str, nn.Module] | None):
@@ -79,7 +79,7 @@ class Level(nn.Module):
         return getattr(self, self.resample_name)(x) if self.resample_name else x
 
 
-class Upsample(nn.Module):
+class LFQUpsample(nn.Module):
     """A convolution to four times the channels, which become 2 x 2 pixels.
 
     The channel index is (row, column, channel), where `F.pixel_shuffle` wants (channel, row,
@@ -109,14 +109,14 @@ class AdaptiveGroupNorm(nn.Module):
         return scale[..., None, None] * self.norm(x_BChw) + shift[..., None, None]
 
 
-class Encoder(nn.Module):
+class LFQEncoder(nn.Module):
     def __init__(self, cfg: LFQConfig):
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1, bias=False)
         self.down = nn.ModuleList(
-            Level(
+            LFQLevel(
                 cfg.channels if i == 0 else widths[i - 1],
                 width,
                 cfg.res_blocks,
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Decoder(nn.Module):
+class LFQDecoder(nn.Module):
     """`up` and `adaptive` are stored from the finest resolution on and run the other way."""
 
     def __init__(self, cfg: LFQConfig):
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.bits, widths[-1], 3, padding=1)
         self.mid_block = res_blocks(widths[-1], widths[-1], cfg.res_blocks, bias=False)
         self.up = nn.ModuleList(
-            Level(c, width, cfg.res_blocks, None if i == 0 else ("upsample", Upsample(width)))
+            LFQLevel(c, width, cfg.res_blocks, None if i == 0 else ("upsample", LFQUpsample(width)))
             for i, (c, width) in enumerate(zip(inputs, widths, strict=True))
         )
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(cfg.bits, c) for c in inputs)
@@ -168,7 +168,7 @@ class LFQTokenizer(ConvTokenizer):
 
     def __init__(self, config: LFQConfig):
         super().__init__(config)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = LFQEncoder(config), LFQDecoder(config)
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Their signs are the code vectors."""

@@ -62,7 +62,7 @@ def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
 
 
-class Level(nn.Module):
+class MaskGITLevel(nn.Module):
     """One resolution: residual blocks, and in the decoder an enlargement and a convolution."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, enlarge: bool = False):
@@ -79,13 +79,13 @@ class Level(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class MaskGITEncoder(nn.Module):
     def __init__(self, cfg: MaskGITConfig):
         super().__init__()
         widths = [cfg.channels, *(cfg.channels * m for m in cfg.multipliers)]
         self.conv_in = _conv(3, cfg.channels, bias=False)
         self.down = nn.ModuleList(
-            Level(c_in, c_out, cfg.res_blocks) for c_in, c_out in pairwise(widths)
+            MaskGITLevel(c_in, c_out, cfg.res_blocks) for c_in, c_out in pairwise(widths)
         )
         self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
         self.norm_out = group_norm(widths[-1])
@@ -100,14 +100,14 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Decoder(nn.Module):
+class MaskGITDecoder(nn.Module):
     def __init__(self, cfg: MaskGITConfig):
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
         self.conv_in = _conv(cfg.codebook_dim, widths[-1])
         self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
         self.up = nn.ModuleList(
-            Level(widths[min(i + 1, len(widths) - 1)], width, cfg.res_blocks, enlarge=i > 0)
+            MaskGITLevel(widths[min(i + 1, len(widths) - 1)], width, cfg.res_blocks, enlarge=i > 0)
             for i, width in enumerate(widths)
         )
         self.norm_out = group_norm(widths[0])
@@ -127,7 +127,7 @@ class MaskGITVQGAN(ConvTokenizer):
 
     def __init__(self, config: MaskGITConfig):
         super().__init__(config)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = MaskGITEncoder(config), MaskGITDecoder(config)
         self.quantize = Codebook(config.codebook_size, config.codebook_dim)
 
     def latents(self, pixels: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # the reference pads right and bottom only
 
 
-class Upsample(nn.Module):
+class VQUpsample(nn.Module):
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -84,7 +84,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
+class VQLevel(nn.Module):
     """One resolution: residual blocks, with attention where `attend`, then perhaps a resampling."""
 
     def __init__(
@@ -114,14 +114,14 @@ def _mid(c: int) -> nn.ModuleList:
     return nn.ModuleList([ResBlock(c, c), AttnBlock(c), ResBlock(c, c)])
 
 
-class Encoder(nn.Module):
+class VQEncoder(nn.Module):
     def __init__(self, cfg: VQConfig):
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(
+            VQLevel(
                 cfg.channels if i == 0 else widths[i - 1],
                 width,
                 cfg.res_blocks,
@@ -141,7 +141,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Decoder(nn.Module):
+class VQDecoder(nn.Module):
     def __init__(self, cfg: VQConfig):
         super().__init__()
         widths = [cfg.channels * m for m in reversed(cfg.multipliers)]
@@ -149,12 +149,12 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.mid = _mid(widths[0])
         self.conv_blocks = nn.ModuleList(
-            Level(
+            VQLevel(
                 widths[max(i - 1, 0)],
                 width,
                 cfg.res_blocks + 1,
                 attend=i == 0,
-                resample=None if i == last else ("upsample", Upsample(width)),
+                resample=None if i == last else ("upsample", VQUpsample(width)),
             )
             for i, width in enumerate(widths)
         )
@@ -182,7 +182,7 @@ class VQTokenizer(ConvTokenizer):
 
     def __init__(self, config: VQConfig):
         super().__init__(config)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = VQEncoder(config), VQDecoder(config)
         self.quantize = UnitCodebook(config.codebook_size, config.codebook_dim)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
