@@ -7,38 +7,22 @@ python launch/export.py --ckpt runs/mine --out exported --push-to-hub owner/name
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.model_options import BaseOptions
+from t2i.export_options import ExportOptions
 
 _MAIN = ("ckpt", "out", "base.weights", "dtype", "prompt", "results", "push_to_hub", "private")
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """What to export."""
+class ExportProgram(ExportOptions):
+    """What to export, and whether to upload it."""
 
-    ckpt: Path
-    """Checkpoint folder, or a run folder (its newest checkpoint)."""
-    out: Path
-    """New folder; adapters are merged into the base in it."""
-    base: BaseOptions = field(default_factory=BaseOptions)
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the stored weights."""
-    prompt: tuple[str, ...] = ()
-    """Prompts to draw for the model card."""
-    samples: int = 2
-    """Images per prompt."""
-    device: str = "auto"
-    """Where to draw them: cpu, cuda, or auto."""
-    results: tuple[Path, ...] = ()
-    """results.json files of benchmarks, for the model card."""
     push_to_hub: str | None = None
     """Also upload the folder to this repository (owner/name); needs a login (`hf auth login`). If
     --out is complete, it is only uploaded.
@@ -48,9 +32,7 @@ class ExportConfig:
 
 
 def main() -> None:
-    config = cli.parse(ExportConfig, __doc__, main=_MAIN)
-    import torch
-
+    config = cli.parse(ExportProgram, __doc__, main=_MAIN)
     from t2i.export import export, is_exported, prepare_upload, push_to_hub
 
     repo = config.push_to_hub
@@ -60,18 +42,7 @@ def main() -> None:
     if done:
         print(f"{config.out} is the export of {config.ckpt}: uploading it as it is")
     else:
-        export(
-            config.ckpt,
-            config.out,
-            base=config.base.weights,
-            tokenizer=config.base.tokenizer,
-            text_encoder=config.base.text_encoder,
-            dtype=getattr(torch, config.dtype),
-            prompts=config.prompt,
-            samples=config.samples,
-            results=config.results,
-            device=config.device,
-        )
+        export(config)
         print(f"exported to {config.out}")
     if repo is not None:
         print(f"uploaded to {push_to_hub(config.out, repo)}")

@@ -31,13 +31,13 @@ from t2i.loading import attach, load_backbone, load_source, pick_device
 from t2i.lora import load_adapter, plain_weights, save_adapter
 from t2i.manifest import MANIFEST, DamagedError, check_files, write_manifest
 from t2i.models.base import Backbone
+from t2i.models.families import find_family
 from t2i.sampling import SamplingConfig
 from t2i.sources import (
     BackboneSource,
     beside,
     family_of,
     moved,
-    published_as_folder,
     refuse_gone,
     shipped_bases,
     with_hashes,
@@ -298,7 +298,7 @@ def load_stored_backbone(
     """The backbone of a checkpoint folder; without the adapter: what that was trained on."""
     tuning, changed = config["tuning"], folder / _BACKBONE
     holds_all = _holds_all(tuning, source)
-    replaces_base = holds_all and not published_as_folder(source.family)
+    replaces_base = holds_all and not find_family(source.family).published_as_folder
     # A base folder, and some weight files, bring the image tokenizer.
     refuse_gone(source, folder, weights=not replaces_base or source.tokenizer is None)
     tuned = changed if replaces_base else None

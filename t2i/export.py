@@ -1,12 +1,11 @@
-"""From a checkpoint to a folder that stands alone: adapters merged, the base in its authors'
-layout, TensorAR beside it, a model card.
+"""From a checkpoint to a folder that stands alone, with a model card.
 
-OUT/                 the base with everything that training changed: for Janus-Pro what
-transformers' `from_pretrained` loads, else
-                     a backbone folder (config.json, model.pt, tokenizer.safetensors, text_encoder/)
-OUT/tensorar/        a checkpoint folder with the codec; its base is the folder above, wherever that
-is moved OUT/samples/         images drawn with both, and grid.png
-OUT/README.md        the model card: recipe, scores, samples, how to load it
+OUT/             the base, adapters merged, with all that training changed: what its authors publish
+                 where that is a folder, else a backbone folder (config.json, model.pt,
+                 tokenizer.safetensors, text_encoder/)
+OUT/tensorar/    a checkpoint folder with the codec; its base is the folder above, wherever that is
+OUT/samples/     images drawn with both, and grid.png
+OUT/README.md    the model card: recipe, scores, samples, how to load it
 
 Nothing in it names a place on the machine that wrote it. One thing may stay outside: a text encoder
 that came from the hub is named by its hub id, and not copied.
@@ -30,14 +29,16 @@ from t2i.checkpoint import (
 from t2i.errors import UserError
 from t2i.evaluation.draw import draw_prompts
 from t2i.evaluation.generation_folder import write_sheets
+from t2i.export_options import ExportOptions
 from t2i.fields import read_object
 from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
 from t2i.generation import all_jobs, conditions
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
+from t2i.models.families import Family, find_family
 from t2i.published import asking_hub
 from t2i.sampling import DrawOptions
-from t2i.sources import BackboneSource, expand_folder, published_as_folder, shipped_bases
+from t2i.sources import BackboneSource, expand_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
 from t2i.weights import save_weights
 
@@ -49,73 +50,53 @@ _GO_ON = (
 )
 
 
-def export(
-    checkpoint: Path,
-    out: Path,
-    *,
-    base: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    prompts: Sequence[str] = (),
-    samples: int = 2,
-    results: Sequence[Path] = (),
-    device: str = "auto",
-) -> Path:
-    """Write the export of a checkpoint; `out` appears when it is complete.
-
-    Args:
-        base: where the base's files are now, if they moved since the training (see
-            `from_pretrained`).
-        tokenizer: where the image tokenizer is now.
-        text_encoder: where the text encoder is now.
-        dtype: type of the stored weights; adapters are merged in fp32.
-        prompts: what to draw for the model card (class ids for a class-conditional model); nothing
-            if empty.
-        samples: images of each prompt.
-        results: results files of benchmarks, for the model card.
-        device: where to draw.
+def export(options: ExportOptions) -> Path:
+    """Write the export of a checkpoint; `options.out` appears when it is complete.
 
     Raises:
-        UserError: `out` exists or is being written by another process, or something that is needed
-            cannot be read or written.
+        UserError: the folder exists or is being written by another process, or something that is
+            needed cannot be read or written.
     """
+    out, base = options.out, options.base
     if out.exists():
         raise UserError(f"{out} exists; export to a new folder")
-    where, precision = pick_device(device, "auto")
-    scores = [line for path in results for line in _score_rows(path)]
-    checkpoint = find_checkpoint(checkpoint)
+    where, precision = pick_device(options.device, "auto")
+    scores = [line for path in options.results for line in _score_rows(path)]
+    checkpoint = find_checkpoint(options.ckpt)
     config = read_config(checkpoint)
     writable_folder(out.parent)
     model = from_pretrained(
         checkpoint,
-        base=base,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
+        base=base.weights,
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
         generation_only=False,
         device="cpu",
         dtype=torch.float32,
     )
-    conditions(model.backbone, prompts)  # what is wrong with one is named before the work
+    conditions(model.backbone, options.prompt)  # what is wrong with one is named before the work
+    kind = model.backbone.spec.cond_kind
     with owning(out.parent, "export", out.name), replacing_folder(out) as partial:
         merge_lora(model.backbone)
         facts = {name: config["training"].get(name) for name in ("step", "steps")}
         facts["exported_from"] = _fingerprint(checkpoint)
-        parts = _save(model, partial, dtype, facts)
+        parts = _save(model, partial, getattr(torch, options.dtype), facts)
         del model
         grid = None
-        if prompts:
+        if options.prompt:
             # What a user of the folder gets.
             drawn = from_pretrained(partial / EXPORTED, device=where, dtype=precision)
-            entries, folder = [{"prompt": prompt} for prompt in prompts], partial / "samples"
-            jobs = all_jobs(range(len(entries)), samples)
-            options = DrawOptions(batch_size=min(16, len(jobs)))
-            draw_prompts(drawn, entries, jobs, folder, options, show_steps=True)
-            sheet = write_sheets(folder, entries, samples_per_prompt=samples)[0]
+            entries = [{"prompt": prompt} for prompt in options.prompt]
+            folder, count = partial / "samples", options.samples
+            jobs = all_jobs(range(len(entries)), count)
+            drawing = DrawOptions(batch_size=min(16, len(jobs)))
+            draw_prompts(drawn, entries, jobs, folder, drawing, show_steps=True)
+            sheet = write_sheets(folder, entries, samples_per_prompt=count)[0]
             grid = sheet.relative_to(partial).as_posix()
         for part in parts:
             log.info("  %s", part)
-        write_text(partial / "README.md", model_card(config, scores, grid, parts))
+        card = model_card(config, kind, scores=scores, grid=grid, parts=parts)
+        write_text(partial / "README.md", card)
     return out
 
 
@@ -156,15 +137,12 @@ class Part:
 
 
 def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
-    """The merged base into `folder`, and a checkpoint folder with the codec whose base is the
-    folder above it.
-    """
+    """The merged base into `folder`, and in it the checkpoint folder with the codec."""
     backbone = model.backbone
     files, base = expand_folder(backbone.source), backbone.source.weights
     weights = backbone.save_official(folder, dtype)
-    if published_as_folder(files.family):
-        place = "all files but those below"
-    else:
+    place = "all files but those below"  # where the authors' layout is a folder
+    if weights != folder:
         place = weights.name
         write_json(folder / "config.json", _backbone_folder(model, files, weights, folder))
     parts = [Part("base", place, _size(weights))]
@@ -191,9 +169,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
 
 
 def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
-    """Write what a backbone needs besides its weights; returns the config.json that makes it a
-    backbone folder.
-    """
+    """Write a base's other files; returns the config.json that makes it a backbone folder."""
     frozen = model.backbone.frozen
     content = {"family": files.family, "weights": weights.name}
     if frozen.tokenizer is not None:
@@ -202,9 +178,7 @@ def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, fold
     if files.text_encoder is not None:
         content["text_encoder"] = files.text_encoder
         if Path(files.text_encoder).is_dir():
-            from t2i.models.llamagen.t5_files import copy_files
-
-            copy_files(Path(files.text_encoder), folder / _TEXT_ENCODER)
+            frozen.text_encoder.copy_files(folder / _TEXT_ENCODER)
             content["text_encoder"] = _TEXT_ENCODER
     return {**content, "config": asdict(model.backbone.config), "sampling": files.sampling}
 
@@ -225,25 +199,32 @@ def _score_rows(path: Path) -> list[str]:
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
         mean = values.get("mean", values.get("overall"))
-        error = values.get("stderr", values.get("overall_stderr"))
+        stderr = values.get("stderr", values.get("overall_stderr"))
         if not isinstance(mean, int | float):
             raise UserError(f"{path}: the score {name!r} has no number under mean or overall")
         where = results.get("benchmark", path.stem)
-        spread = "" if error is None else f" ± {error:.3f}"
+        spread = "" if stderr is None else f" ± {stderr:.3f}"
         rows.append(f"| {where} | {name} | {mean:.3f}{spread} | {results.get('status', '')} |")
     return rows
 
 
 def model_card(
-    config: dict, scores: Sequence[str], grid: str | None, parts: Sequence[Part] = ()
+    config: dict,
+    cond_kind: str,
+    *,
+    scores: Sequence[str] = (),
+    grid: str | None = None,
+    parts: Sequence[Part] = (),
 ) -> str:
-    """README.md of an export, from a checkpoint's config.json."""
+    """README.md of an export, from a checkpoint's config.json and its `BackboneSpec.cond_kind`."""
     source, training = config["backbone"], config["training"]
+    family, draws_classes = find_family(source["family"]), cond_kind == "class"
     run = training.get("config", {})
     base = source["weights"]
-    head = [f"pipeline_tag: {_pipeline(source)}", "tags: [tensorar, autoregressive]"]
-    if published_as_folder(source["family"]):
-        head.append("library_name: transformers")
+    pipeline = "unconditional-image-generation" if draws_classes else "text-to-image"
+    head = [f"pipeline_tag: {pipeline}", "tags: [tensorar, autoregressive]"]
+    if family.library is not None:
+        head.append(f"library_name: {family.library}")
     if _public_name(base) == base and base.count("/") == 1:
         head.append(f"base_model: {base.partition(':')[0]}")
     data = run.get("data", {}).get("source") or []
@@ -270,15 +251,16 @@ def model_card(
         else ["None given."]
     )
     lines += ["", "## Files", "", *(f"- {part}" for part in parts)] if parts else []
-    lines += ["", "## Use", "", "```python", *_usage(source), "```", ""]
+    lines += ["", "## Use", "", "```python", *_usage(family, cond_kind), "```", ""]
     lines += ["The licence of the base model applies.", ""]
     return "\n".join(lines)
 
 
 _ABOUT = (
-    "An autoregressive image generator that predicts a window of overlapping codes per step and so refines what it draws "
-    "(TensorAR, [arXiv 2505.16324](https://arxiv.org/abs/2505.16324)). The folder itself is the fine-tuned base model; "
-    f"`{EXPORTED}/` holds TensorAR's input encoder and output decoder."
+    "An autoregressive image generator that predicts a window of overlapping codes per step and so "
+    "refines what it draws (TensorAR, [arXiv 2505.16324](https://arxiv.org/abs/2505.16324)). The "
+    f"folder itself is the fine-tuned base model; `{EXPORTED}/` holds TensorAR's input encoder and "
+    "output decoder."
 )
 
 
@@ -287,23 +269,9 @@ def _listed(settings: dict) -> str:
 
 
 def _public_name(source: str) -> str:
-    """A name that may be published: of what lies on this machine only its own, without the way to
-    it.
-    """
+    """A name that may be published: of what lies on this machine not the way to it."""
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
     return Path(source).resolve().name if local or Path(source).exists() else source
-
-
-def _draws_classes(source: dict) -> bool:
-    """Whether the model is asked with class ids: only a text-to-image family, or shape, reads
-    captions.
-    """
-    shape = source.get("config") or {}
-    return not published_as_folder(source["family"]) and shape.get("cond", "class") == "class"
-
-
-def _pipeline(source: dict) -> str:
-    return "unconditional-image-generation" if _draws_classes(source) else "text-to-image"
 
 
 def _trained(config: dict) -> str:
@@ -314,9 +282,9 @@ def _trained(config: dict) -> str:
     return ", ".join(part for part in (own, layers, "TensorAR's codec") if part)
 
 
-def _usage(source: dict) -> list[str]:
+def _usage(family: Family, cond_kind: str) -> list[str]:
     """How to load the folder, with this kit and without it."""
-    asked = "[207]" if _draws_classes(source) else '["a photo of a red circle"]'
+    asked = "[207]" if cond_kind == "class" else '["a photo of a red circle"]'
     kit = [
         "from huggingface_hub import snapshot_download",
         "import t2i",
@@ -324,11 +292,7 @@ def _usage(source: dict) -> list[str]:
         'model = t2i.from_pretrained(snapshot_download("OWNER/NAME"))',
         f"images = t2i.generate(model, {asked})",
     ]
-    if not published_as_folder(source["family"]):
-        return kit
-    plain = "from transformers import JanusForConditionalGeneration"
-    load = 'base = JanusForConditionalGeneration.from_pretrained("OWNER/NAME")  # without TensorAR'
-    return [*kit, "", plain, load]
+    return [*kit, *(["", *family.library_usage] if family.library_usage else [])]
 
 
 # -- the hub ---------------------------------------------------------------------------------------

@@ -1,29 +1,26 @@
-"""From sources (`t2i.sources`) to models: the calls that build a backbone, and TensorAR around
-it.
-"""
+"""From sources (`t2i.sources`) to models: a backbone, and TensorAR around it."""
 
 import math
 import re
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from t2i.errors import UserError
 from t2i.fields import from_json
 from t2i.models.base import Backbone
+from t2i.models.families import find_family
 from t2i.published import remembered_sha256
 from t2i.sampling import SamplingConfig
 from t2i.sources import ASSETS as ASSETS
 from t2i.sources import (
-    FAMILIES,
     BackboneSource,
     check_named,
     expand_folder,
     lasting,
     prove,
-    published_as_folder,
     resolve,
 )
 from t2i.sources import shipped_bases as shipped_bases
@@ -84,7 +81,7 @@ def load_backbone(
     tokenizer: str | Path | None = None,
     text_encoder: str | Path | None = None,
     text_encoder_dtype: str = "float32",
-    config: object | None = None,
+    config: Any | None = None,
     grid: tuple[int, int] | None = None,
     generation_only: bool = False,
     device: torch.device | str = "auto",
@@ -93,7 +90,7 @@ def load_backbone(
     """Load a pre-trained backbone, strictly, in eval mode.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `t2i.models.families.FAMILIES`.
         source: official weight file or folder, folder with config.json, a shipped base,
             "owner/repo:file" or "owner/repo".
         tokenizer: image tokenizer weights, needed for pixels and for codebook noise; Open-MAGVIT2's
@@ -114,10 +111,9 @@ def load_backbone(
         UserError: what is wrong with the name, file or keys, and what is allowed.
     """
     device, dtype = pick_device(device, dtype)
-    if family in FAMILIES and config is not None:
-        wanted = import_module(FAMILIES[family]).CONFIG
-        if not isinstance(config, wanted):
-            raise UserError(f"config must be a {wanted.__name__}, and is {config!r:.80}")
+    wanted = find_family(family).backbone_class.config_type
+    if config is not None and not isinstance(config, wanted):
+        raise UserError(f"config must be a {wanted.__name__}, and is {config!r:.80}")
     spec = BackboneSource(
         family=family,
         weights=lasting(source),
@@ -144,50 +140,40 @@ def load_source(
     On the "meta" device a published size needs no file; what is not local of its tokenizer and text
     encoder is left out.
     """
-    _check(source)
-    module, files = import_module(FAMILIES[source.family]), expand_folder(source)
-    options: dict = {"config": None, "grid": grid}
+    if source.text_encoder_dtype not in DTYPES:
+        raise UserError(
+            f"text_encoder_dtype {source.text_encoder_dtype!r} must be {' or '.join(DTYPES)}"
+        )
+    family, files = find_family(source.family), expand_folder(source)
+    encoder_class = family.text_encoder_class if files.text_encoder is not None else None
+    config: Any = None
     if files.config is not None:
         shape = f"the {source.family} shape of {files.weights}"
-        options["config"] = from_json(module.CONFIG, files.config, shape)
-    folder = published_as_folder(source.family)
-    if folder:  # the other families are generators and nothing else
-        options["generation_only"] = source.generation_only
-    on_meta = torch.device(device).type == "meta"
-    outlined = None
+        config = from_json(family.backbone_class.config_type, files.config, shape)
+    options: dict = {"config": config, "grid": grid, "generation_only": source.generation_only}
+    backbone, on_meta = None, torch.device(device).type == "meta"
     if on_meta and not Path(files.weights).exists():
-        outlined = module.outline(files.weights, **options)
-    if outlined is not None:
-        backbone = outlined
-        for name in (files.tokenizer, files.text_encoder):
-            if name is not None:
-                check_named(name, folder=name == files.text_encoder)
-        missing = [n for n in ("tokenizer", "text_encoder") if not _is_local(getattr(files, n))]
-        files = replace(files, **dict.fromkeys(missing))
-    elif on_meta and folder:
-        path = resolve(files.weights, folder=True)
-        backbone = module.load(path, shapes_only=True, **options)
+        backbone = family.backbone_class.outline(files.weights, **options)
+    if backbone is not None:
+        files = _local_helpers(files)
     else:
-        prove(files, weights=weights is None)
-        path = weights or resolve(files.weights, folder=folder)
-        backbone = module.load(path, dtype=dtype, **options)
+        shapes_only = on_meta and family.published_as_folder
+        if not shapes_only:
+            prove(files, weights=weights is None)
+        path = weights or resolve(files.weights, folder=family.published_as_folder)
+        options |= {"dtype": dtype, "shapes_only": shapes_only}
+        backbone = family.backbone_class.load(path, **options)
     backbone.source = replace(source, config=asdict(backbone.config))
-    own = from_json(
-        SamplingConfig,
-        files.sampling,
-        f"the sampling settings of {source.weights}",
-        defaults=backbone.spec.sampling,
-    )
+    where = f"the sampling settings of {source.weights}"
+    own = from_json(SamplingConfig, files.sampling, where, defaults=backbone.spec.sampling)
     backbone.spec = replace(backbone.spec, sampling=own)
     if files.tokenizer is not None and (weights is not None or files.tokenizer != files.weights):
-        backbone.frozen.tokenizer = module.load_tokenizer(resolve(files.tokenizer))
+        backbone.frozen.tokenizer = backbone.tokenizer_type.load(resolve(files.tokenizer))
     if backbone.frozen.tokenizer is not None:
         _check_codes(backbone)
         backbone.frozen.tokenizer.to(device)
-    if files.text_encoder is not None:
-        from t2i.models.llamagen.t5 import T5Captions
-
-        backbone.frozen.text_encoder = T5Captions.load(
+    if encoder_class is not None and files.text_encoder is not None:
+        backbone.frozen.text_encoder = encoder_class.load(
             files.text_encoder,
             max_tokens=backbone.spec.prefix_tokens,
             dtype=DTYPES[files.text_encoder_dtype],
@@ -196,40 +182,31 @@ def load_source(
     return backbone.to(device)
 
 
-def _is_local(source: str | None) -> bool:
-    return source is not None and Path(source).exists()
-
-
-def _check(source: BackboneSource) -> None:
-    """UserError where a source says what no family, or not this one, can do."""
-    if source.text_encoder_dtype not in DTYPES:
-        raise UserError(
-            f"text_encoder_dtype {source.text_encoder_dtype!r} must be {' or '.join(DTYPES)}"
-        )
-    if source.family not in FAMILIES:
-        raise UserError(
-            f"unknown backbone family {source.family!r}; choose one of {', '.join(FAMILIES)}"
-        )
-    if source.text_encoder is not None and published_as_folder(source.family):
-        raise UserError(f"{source.family} brings its own prompt tokenizer: leave out text_encoder")
+def _local_helpers(files: BackboneSource) -> BackboneSource:
+    """Without helpers that would have to be fetched; UserError if one is nothing that could be."""
+    for name in ("tokenizer", "text_encoder"):
+        if (path := getattr(files, name)) is not None and not Path(path).exists():
+            check_named(path, folder=name == "text_encoder")
+            gone: dict[str, Any] = {name: None}
+            files = replace(files, **gone)
+    return files
 
 
 def _check_codes(backbone: Backbone) -> None:
     codes = math.prod(backbone.spec.subvocabs)
     if backbone.tokenizer.codebook_size != codes:
         raise UserError(
-            f"the image tokenizer has {backbone.tokenizer.codebook_size} codes and the {backbone.spec.family} backbone "
-            f"{codes}: they do not belong together"
+            f"the image tokenizer has {backbone.tokenizer.codebook_size} codes and the "
+            f"{backbone.spec.family} backbone {codes}: they do not belong together"
         )
 
 
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
-    """Put a fresh codec around a backbone; equal to the base model, bit for bit, until it is
-    trained.
-    """
+    """Put a fresh codec around a backbone; bit for bit the base model until it is trained."""
     if not isinstance(backbone, Backbone):
         raise UserError(
-            f"attach needs a backbone, and got {backbone!r:.80}: load one with t2i.load_backbone(family, source)"
+            f"attach needs a backbone, and got {backbone!r:.80}: "
+            "load one with t2i.load_backbone(family, source)"
         )
     if not isinstance(config, TensorARConfig):
         raise UserError(f"config is {config!r:.80}: give one of t2i.presets, as iclr2026()")
@@ -237,9 +214,7 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
 
 
 def tokenizer_hash(backbone: Backbone) -> str:
-    """SHA-256 of the image tokenizer's weights (of the file, where it has one to itself), for cache
-    keys.
-    """
+    """SHA-256 of the image tokenizer's weights (or of its own file), for cache keys."""
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
         return remembered_sha256(resolve(files.tokenizer))

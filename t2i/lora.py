@@ -1,11 +1,10 @@
-"""LoRA on the backbone with PEFT: injected into the trunk's linear layers, stored as a standard
-PEFT adapter folder.
-"""
+"""LoRA on the trunk's linear layers, with PEFT and in its adapter folders."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     # Anchored at the end: PEFT wants the whole module name to match.
     peft_config = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
         lora_dropout=config.dropout,
         target_modules=rf".*{backbone.lora_targets}",
         bias="none",
@@ -48,9 +47,7 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
 def adapter_state_dict(
     backbone: Backbone, *, image_layers: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Adapter weights, and those of the image layers if they are trained, under PEFT's file
-    names.
-    """
+    """Adapter weights, and the image layers' if they are trained, under PEFT's file names."""
     layers = tuple(f"{name}." for name in _image_layer_names(backbone)) if image_layers else ()
     return {
         _PEFT_PREFIX + name.replace(".default.", "."): value
@@ -99,9 +96,7 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
 
 
 def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The backbone's own weights under official names, also where adapters stand in front of
-    them.
-    """
+    """The backbone's own weights under official names, also behind adapters."""
     weights = backbone.official_state_dict().items()
     return {k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k}
 
@@ -120,9 +115,7 @@ def without_lora(backbone: Backbone) -> Iterator[None]:
 
 
 def merge_lora(backbone: Backbone) -> None:
-    """Add the adapters to the weights they adapt and remove them: plain layers again, under their
-    official names.
-    """
+    """Add the adapters to the weights they adapt and remove them: plain layers again."""
     for name, layer in _adapted_layers(backbone):
         layer.merge()
         parent, _, child = name.rpartition(".")
@@ -131,7 +124,8 @@ def merge_lora(backbone: Backbone) -> None:
     vars(backbone.lora_root).pop("peft_config", None)  # PEFT's note that there are adapters
 
 
-def _adapted_layers(backbone: Backbone) -> list[tuple[str, torch.nn.Module]]:
+def _adapted_layers(backbone: Backbone) -> list[tuple[str, Any]]:
+    """PEFT's layers that stand in front of the backbone's, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(n, m) for n, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from t2i.errors import UserError
+from t2i.models.families import FamilyName
 from t2i.sampling import DrawOptions, SamplingOverrides
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class BaseOptions:
     moved.
     """
 
-    family: str | None = None
+    family: FamilyName | None = None
     """Of a published weight file; folders say it themselves."""
     weights: str | None = None
     """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file,

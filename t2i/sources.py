@@ -7,41 +7,37 @@ publish a folder (Janus-Pro) take that folder, or "owner/repo".
 
 import logging
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import namesake
+from t2i.models.families import FAMILIES, Family, find_family
 from t2i.published import asking_hub, remembered_sha256
 from t2i.weights import folder_sha256
 
 log = logging.getLogger(__name__)
 
-FAMILIES = {
-    "llamagen": "t2i.models.llamagen.llamagen_model",
-    "janus": "t2i.models.janus.janus_model",
-    "open_magvit2": "t2i.models.open_magvit2.open_magvit2_model",
-    "rar": "t2i.models.rar.rar_model",
-}
-"""Module of each family: its `load`, `load_tokenizer` and `CONFIG`, the class of its shape, are
-what is called here.
-
-Its `outline` builds a published size on the meta device, without any file. `PUBLISHED_AS_FOLDER`
-says that weights, tokenizers and configuration are published as one folder, `TOKENIZER_INSIDE` that
-the published weight file holds the image tokenizer, too.
-"""
 ASSETS = Path(__file__).parent / "assets"
-_FILES = {"weights": "weight file", "tokenizer": "image tokenizer", "text_encoder": "text encoder"}
-_HASHES = {
-    "weights": "sha256",
-    "tokenizer": "tokenizer_sha256",
-    "text_encoder": "text_encoder_sha256",
-}
-_OPTIONS = {
-    "weights": "--base.weights PATH (base=)",
-    "tokenizer": "--base.tokenizer PATH (tokenizer=)",
-    "text_encoder": "--base.text-encoder PATH (text_encoder=)",
+
+
+@dataclass(frozen=True)
+class _File:
+    """One of the files of a base, for messages and hashes."""
+
+    what: str
+    sha256: str
+    """Field of `BackboneSource` with its hash."""
+    option: str
+
+
+_FILES = {
+    "weights": _File("weight file", "sha256", "--base.weights PATH (base=)"),
+    "tokenizer": _File("image tokenizer", "tokenizer_sha256", "--base.tokenizer PATH (tokenizer=)"),
+    "text_encoder": _File(
+        "text encoder", "text_encoder_sha256", "--base.text-encoder PATH (text_encoder=)"
+    ),
 }
 
 
@@ -63,9 +59,7 @@ class BackboneSource:
     tokenizer_sha256: str | None = None
     """Hash of the image tokenizer's file, where it has one."""
     text_encoder_sha256: str | None = None
-    """Hash over the text encoder's files; of tokenizer.json for a family that is published as a
-    folder.
-    """
+    """Hash over the text encoder's files, or of the family's `prompt_file`."""
     generation_only: bool = False
     """Only what drawing images needs was loaded."""
     started_from: str | None = None
@@ -97,9 +91,7 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 
 
 def check_named(source: str | Path, *, folder: bool = False) -> None:
-    """UserError if a source is nothing that `resolve` could take: no local path, no shipped base,
-    no name on the hub.
-    """
+    """UserError if a source is no local path, no shipped base and no name on the hub."""
     text = str(source)
     if not (Path(text).exists() or text in shipped_bases() or _on_hub(text, folder)):
         raise _nowhere(text, folder)
@@ -143,15 +135,6 @@ def shipped_bases() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
 
 
-def published_as_folder(family: str) -> bool:
-    """Whether the family's weights, tokenizers and configuration are published as one folder."""
-    return _says(family, "PUBLISHED_AS_FOLDER")
-
-
-def _says(family: str, fact: str) -> bool:
-    return family in FAMILIES and getattr(import_module(FAMILIES[family]), fact, False)
-
-
 def family_of(source: str | Path) -> str:
     """The family that a shipped base, a backbone folder or a published folder says it is of.
 
@@ -162,8 +145,9 @@ def family_of(source: str | Path) -> str:
     stored = read_object(path) if path.is_file() else {}
     if isinstance(stored.get("family"), str):
         return stored["family"]
-    if stored.get("model_type") in ("janus", "multi_modality"):
-        return "janus"
+    for name in FAMILIES:
+        if stored.get("model_type") in find_family(name).model_types:
+            return name
     if not Path(source).exists() and str(source).count("/") != 1:
         resolve(source)  # says what it could have been
     raise UserError(
@@ -177,41 +161,20 @@ def _folder(source: str | Path) -> Path:
 
 def expand_folder(source: BackboneSource) -> BackboneSource:
     """Fill in what a backbone folder's config.json says; what the caller gave wins."""
-    path = _folder(source.weights)
-    embeds = _says(source.family, "TOKENIZER_INSIDE")
-    if not path.is_dir():
-        return replace(source, tokenizer=source.tokenizer or (source.weights if embeds else None))
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is not a backbone folder: it has no config.json (a weight file is given by its own path)"
-        )
-    stored = read_object(path / "config.json")
-    if "family" not in stored and published_as_folder(source.family):
-        return replace(source, weights=str(path))  # the published folder itself
-    wanted = {"family": str, "weights": str, "tokenizer": str, "text_encoder": str}
-    wanted |= {"config": dict, "sampling": dict}
-    needed = ("family", "weights") + (() if published_as_folder(source.family) else ("config",))
-    for name, kind in wanted.items():
-        if name in needed and name not in stored:
-            raise UserError(
-                f"{path} is not a backbone folder: config.json has no {name!r} "
-                "(a checkpoint or run folder is loaded with from_pretrained)"
-            )
-        if name in stored and not isinstance(stored[name], kind):
-            raise UserError(
-                f"{path / 'config.json'}: {name} is {stored[name]!r:.80}, "
-                f"which is not of the type {kind.__name__}"
-            )
-    if stored["family"] != source.family:
-        raise UserError(f"{path} holds a {stored['family']} backbone, not {source.family}")
-    files = {name: str(path / stored[name]) for name in _FILES if name in stored}
-    encoder = stored.get("text_encoder", "")
-    if encoder.count("/") == 1 and not (path / encoder).exists():
-        files["text_encoder"] = encoder  # a hub id
-    inside = files["weights"] if embeds else None
+    family, path, weights = find_family(source.family), _folder(source.weights), source.weights
+    stored: dict = {}
+    files: dict[str, str] = {}
+    if path.is_dir():
+        stored = _read_backbone_folder(path, family)
+        files = {name: str(path / stored[name]) for name in _FILES if name in stored}
+        encoder = stored.get("text_encoder", "")
+        if encoder.count("/") == 1 and not (path / encoder).exists():
+            files["text_encoder"] = encoder  # a hub id
+        weights = files.get("weights", str(path))  # a published folder is given as a whole
+    inside = weights if family.tokenizer_inside else None
     return replace(
         source,
-        weights=files["weights"],
+        weights=weights,
         tokenizer=source.tokenizer or files.get("tokenizer") or inside,
         text_encoder=source.text_encoder or files.get("text_encoder"),
         config=source.config or stored.get("config"),
@@ -219,35 +182,62 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
     )
 
 
+def _read_backbone_folder(path: Path, family: Family) -> dict:
+    """What config.json of a backbone folder says; nothing if it is a published folder itself.
+
+    Raises:
+        UserError: it is neither, damaged, or of another family.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is not a backbone folder: it has no config.json "
+            "(a weight file is given by its own path)"
+        )
+    stored = read_object(path / "config.json")
+    if "family" not in stored and family.published_as_folder:
+        return {}
+    kinds: dict[str, type] = dict.fromkeys(("family", *_FILES), str)
+    kinds |= dict.fromkeys(("config", "sampling"), dict)
+    for name in ("family", "weights", *(() if family.published_as_folder else ("config",))):
+        if name not in stored:
+            raise UserError(
+                f"{path} is not a backbone folder: config.json has no {name!r} "
+                "(a checkpoint or run folder is loaded with from_pretrained)"
+            )
+    for name, kind in kinds.items():
+        if not isinstance(stored.get(name, kind()), kind):
+            raise UserError(
+                f"{path / 'config.json'}: {name} is {stored[name]!r:.80}, "
+                f"which is not of the type {kind.__name__}"
+            )
+    if stored["family"] != family.name:
+        raise UserError(f"{path} holds a {stored['family']} backbone, not {family.name}")
+    return stored
+
+
 # -- what the files were ---------------------------------------------------------------------------
 def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
-    """The source of a checkpoint folder with the SHA-256 of its files, so that others are refused;
-    those that it has are kept.
-    """
+    """A checkpoint folder's source with the SHA-256 of its files; those that it has are kept."""
     files = expand_folder(beside(source, folder))
-    missing = [name for name, key in _HASHES.items() if getattr(source, key) is None]
-    return replace(source, **{_HASHES[name]: _file_hash(files, name) for name in missing})
+    hashes: dict[str, Any] = {
+        file.sha256: _file_hash(files, name)
+        for name, file in _FILES.items()
+        if getattr(source, file.sha256) is None
+    }
+    return replace(source, **hashes)
 
 
 def _file_hash(files: BackboneSource, name: str) -> str | None:
     """SHA-256 of one of the files of an expanded source; None where there is none."""
-    folder = published_as_folder(files.family)
+    family = find_family(files.family)
     if name == "weights":
-        return weights_sha256(resolve(files.weights, folder=folder))
+        path = resolve(files.weights, folder=family.published_as_folder)
+        return folder_sha256(path) if path.is_dir() else remembered_sha256(path)
     if name == "tokenizer":
         return files.tokenizer and remembered_sha256(resolve(files.tokenizer))
-    if folder:
-        return remembered_sha256(resolve(files.weights, folder=True) / "tokenizer.json")
-    if files.text_encoder is None:
-        return None
-    from t2i.models.llamagen.t5_files import weights_hash
-
-    return weights_hash(files.text_encoder)
-
-
-def weights_sha256(path: Path) -> str:
-    """SHA-256 of a weight file, or over those of a folder."""
-    return folder_sha256(path) if path.is_dir() else remembered_sha256(path)
+    if family.prompt_file is not None:
+        return remembered_sha256(resolve(files.weights, folder=True) / family.prompt_file)
+    return files.text_encoder and family.text_encoder_class.hash_of(files.text_encoder)
 
 
 def prove(files: BackboneSource, *, weights: bool = True) -> None:
@@ -257,8 +247,8 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
     Raises:
         UserError: a file is not the one that the checkpoint was trained with.
     """
-    for name, key in _HASHES.items():
-        expected = getattr(files, key)
+    for name, file in _FILES.items():
+        expected = getattr(files, file.sha256)
         if expected is None or (name == "weights" and not weights):
             continue
         try:
@@ -267,15 +257,15 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
         if found != expected:
             raise UserError(
-                f"{getattr(files, name) or files.weights} is not the {_FILES[name]} that the checkpoint was trained on "
-                f"(its SHA-256 differs); {_OPTIONS[name]} names another"
+                f"{getattr(files, name) or files.weights} is not the {file.what} that the "
+                f"checkpoint was trained on (its SHA-256 differs); {file.option} names another"
             )
 
 
 # -- where the files are now -----------------------------------------------------------------------
 def beside(source: BackboneSource, folder: Path) -> BackboneSource:
     """The source of a checkpoint folder whose base lies relative to it (an export's)."""
-    inner = {
+    inner: dict[str, Any] = {
         name: str((folder / path).resolve())
         for name in _FILES
         if (path := getattr(source, name)) is not None and path.startswith("..")
@@ -299,8 +289,8 @@ def moved(
         tokenizer: the image tokenizer's file.
         text_encoder: the text encoder's folder or hub id.
     """
-    given = {"tokenizer": tokenizer, "text_encoder": text_encoder}
-    given = {name: lasting(path) for name, path in given.items() if path is not None}
+    helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    given: dict[str, Any] = {n: lasting(path) for n, path in helpers.items() if path is not None}
     if base is None:
         return replace(source, **given)
     root = Path(base)
@@ -324,9 +314,7 @@ def moved(
 
 
 def _under(root: Path, stored: str) -> Path | None:
-    """What lies under the folder by the longest end of a stored path, or hub name, that is
-    there.
-    """
+    """What lies under the folder by the longest end of a stored path, or hub name."""
     parts = [part for part in Path(stored.replace(":", "/")).parts if part != "/"]
     ends = (root.joinpath(*parts[i:]).resolve() for i in range(len(parts)))
     return next((end for end in ends if end.exists()), None)
@@ -337,17 +325,15 @@ def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
     backbone are needed, too.
     """
     gone = [
-        name
-        for name in _FILES
+        f"{path} ({file.what}: {file.option})"
+        for name, file in _FILES.items()
         if (path := getattr(source, name)) is not None
         and (weights or name != "weights")
         and Path(path).is_absolute()
         and not Path(path).exists()
     ]
     if gone:
-        named = "; ".join(
-            f"{getattr(source, name)} ({_FILES[name]}: {_OPTIONS[name]})" for name in gone
-        )
         raise UserError(
-            f"{folder} was trained with files that are gone: {named}. --base.weights FOLDER (base=) finds all that moved into one folder"
+            f"{folder} was trained with files that are gone: {'; '.join(gone)}. "
+            "--base.weights FOLDER (base=) finds all that moved into one folder"
         )

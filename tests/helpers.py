@@ -238,15 +238,14 @@ def tiny_open_magvit2(seed: int = 0) -> OpenMAGVIT2:
 
 def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
     """Different conditions: labels, or left-padded captions or prompts of different lengths."""
-    if isinstance(backbone, Janus):
+    if backbone.frozen.text_encoder is not None:
         return backbone.prepare([JANUS_PROMPTS[i % 3] for i in range(batch)])
     if backbone.spec.cond_kind == "class":
-        return {"labels": torch.arange(batch) % backbone.config.num_classes}
+        return backbone.prepare([i % backbone.spec.num_classes for i in range(batch)])
     length, width = backbone.config.caption_tokens, backbone.config.caption_dim
     valid = 1 + torch.arange(batch) * 2 % length
-    mask = torch.arange(length) >= length - valid[:, None]
     features = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
-    return {"features": features * mask[..., None], "mask": mask}
+    return backbone.collate_features([f[-n:] for f, n in zip(features, valid, strict=True)])
 
 
 def tiny_codes(backbone: Backbone, *shape: int, seed: int = 0) -> Tensor:

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from t2i.errors import UserError
 from t2i.models.captions import CHINESE, UNKNOWN
-from t2i.models.labels import balanced_labels, class_ids
-from t2i.models.llamagen.t5 import T5Captions, left_pad, weights_hash
+from t2i.models.labels import class_ids
+from t2i.models.llamagen.llamagen_model import left_pad
+from t2i.models.llamagen.t5 import T5Captions, weights_hash
 from t2i.shapes.tiny_t5 import build_tiny_t5
 
 GOLDEN = Path(os.environ.get("T2I_GOLDEN", "tests/golden")) / "llamagen_t2i"
@@ -339,9 +340,3 @@ def test_class_ids(values):
 def test_bad_class_ids_are_named(values, named):
     with pytest.raises(ValueError, match=named):
         class_ids(values, 10)
-
-
-def test_balanced_labels():
-    labels = balanced_labels(23, 5)
-    assert labels.dtype == torch.long and labels.bincount().tolist() == [5, 5, 5, 4, 4]
-    assert torch.equal(balanced_labels(11, 5), labels[:11])

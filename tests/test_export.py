@@ -17,6 +17,7 @@ from launch import export as program
 from t2i.evaluation.options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
 from t2i.export import export, model_card
+from t2i.export_options import ExportOptions
 from t2i.files import owning, write_json
 from t2i.lora import add_lora
 from t2i.training.config import BackboneOptions
@@ -73,8 +74,9 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
     checkpoint = t2i.save_pretrained(
         model, tmp_path / "checkpoint", **options, training={"step": 3, "config": run}
     )
-    asked = [str(p) for p in prompts]
-    out = export(checkpoint, tmp_path / "out", dtype=torch.float32, prompts=asked, samples=1)
+    asked = tuple(str(p) for p in prompts)
+    options = {"dtype": "float32", "prompt": asked, "samples": 1}
+    out = export(ExportOptions(checkpoint, tmp_path / "out", **options))
     assert (out / "samples" / "grid.png").is_file()
     expected = t2i.generate(t2i.from_pretrained(checkpoint), prompts, progress=False)
     shutil.rmtree(source)
@@ -99,10 +101,11 @@ def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
     from it.
     """
     model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
-    out = export(t2i.save_pretrained(model, tmp_path / "old", tuning="codec"), tmp_path / "out")
+    old = t2i.save_pretrained(model, tmp_path / "old", tuning="codec")
+    out = export(ExportOptions(old, tmp_path / "out"))
     assert start_from(out, BackboneOptions()).source.shipped_base == "shapes"
     again = t2i.save_pretrained(t2i.from_pretrained(out), tmp_path / "again", tuning="codec")
-    export(again, tmp_path / "second")
+    export(ExportOptions(again, tmp_path / "second"))
     assert is_shapes_world(BenchmarkOptions(ckpt=str(tmp_path / "second")))
 
 
@@ -114,7 +117,7 @@ def test_a_text_encoder_of_the_hub_is_named_and_not_copied(tmp_path, monkeypatch
     write_json(base / "config.json", content | {"text_encoder": "google/flan-t5-xl"})
     model = t2i.attach(t2i.load_backbone("llamagen", base), t2i.presets.iclr2026(k=2))
     checkpoint = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
-    out = export(checkpoint, tmp_path / "out")
+    out = export(ExportOptions(checkpoint, tmp_path / "out"))
     assert not (out / "text_encoder").exists()
     assert (
         "text encoder: google/flan-t5-xl (on the hub, not copied)"
@@ -137,11 +140,11 @@ def test_model_card_names_no_place():
     source = {"family": "rar", "weights": "/home/me/rar.bin"}
     run = {"data": {"source": ["../me/private/pictures", "/home/me/more"]}}
     config = {"backbone": source, "tuning": "full", "kit_version": "1", "method": {"k": 2}}
-    card = model_card(config | {"training": {"config": run | {"optim": {}}}}, [], None)
+    card = model_card(config | {"training": {"config": run | {"optim": {}}}}, "class")
     assert "| data | pictures, more |" in card and "| base | rar.bin |" in card
     assert "/me/" not in card and "base_model" not in card
     source["weights"] = "owner/repo:file.bin"
-    assert "base_model: owner/repo" in model_card(config | {"training": {}}, [], None)
+    assert "base_model: owner/repo" in model_card(config | {"training": {}}, "class")
 
 
 # -- case 28: the upload --------------------------------------------------------------------------

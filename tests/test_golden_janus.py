@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import GOLDEN_ROOT, base_loss, cached, drawn_by_torch, golden_cases, teacher_forced
 
-from t2i.models.janus.janus_model import load
+from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import JanusPrompts
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
@@ -53,7 +53,7 @@ def case(layout):
 
 @cache
 def base_model(folder: Path) -> TensorAR:
-    return TensorAR(load(folder), presets.base()).eval()
+    return TensorAR(Janus.load(folder), presets.base()).eval()
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_both_namings_are_one_model(case, model):
 
 
 def test_generation_only_draws_the_same(layout, case, model, prepared):
-    small = load(layout[1], generation_only=True)
+    small = Janus.load(layout[1], generation_only=True)
     left = {name.split(".")[1] for name in small.janus.state_dict()}
     assert left == {
         "language_model",
@@ -211,7 +211,7 @@ def test_generation_only_draws_the_same(layout, case, model, prepared):
 
 
 def test_shapes_only_reads_no_data(layout, model):
-    outline = load(layout[1], shapes_only=True)
+    outline = Janus.load(layout[1], shapes_only=True)
     shapes = {k: v.shape for k, v in model.backbone.janus.state_dict().items()}
     assert {k: v.shape for k, v in outline.janus.state_dict().items()} == shapes
     assert all(p.device.type == "meta" for p in outline.parameters())

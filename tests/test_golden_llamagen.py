@@ -13,7 +13,7 @@ from helpers import (
 )
 
 from t2i.models.llama import rope_table, rotate
-from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig, load
+from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
@@ -45,7 +45,9 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def model(case):
-    backbone = load(case.folder / case.config["checkpoint_file"], config=config_of(case.config))
+    backbone = LlamaGen.load(
+        case.folder / case.config["checkpoint_file"], config=config_of(case.config)
+    )
     return TensorAR(backbone, presets.base()).eval()
 
 
@@ -109,7 +111,7 @@ def test_raw_layout_is_the_nested_one(case, model):
     if "checkpoint_file_raw_layout" not in case.config:
         pytest.skip("one layout only")
     path = case.folder / case.config["checkpoint_file_raw_layout"]
-    raw = load(path, config=config_of(case.config)).state_dict()
+    raw = LlamaGen.load(path, config=config_of(case.config)).state_dict()
     nested = model.backbone.state_dict()
     assert raw.keys() == nested.keys()
     assert all(torch.equal(raw[k], nested[k]) for k in nested)

@@ -17,8 +17,6 @@ from helpers import (
 from t2i.models.open_magvit2.open_magvit2_model import (
     OpenMAGVIT2,
     OpenMAGVIT2Config,
-    load,
-    load_tokenizer,
 )
 from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer, indices, signs
 from t2i.sampling import SamplingConfig
@@ -64,7 +62,9 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def model(case):
-    backbone = load(case.folder / case.config["checkpoint_file"], config=config_of(case.config))
+    backbone = OpenMAGVIT2.load(
+        case.folder / case.config["checkpoint_file"], config=config_of(case.config)
+    )
     return TensorAR(backbone, presets.base()).eval()
 
 
@@ -179,7 +179,7 @@ def test_both_weight_sets_of_a_tokenizer_file(tokenizer_case, weights):
 
 def test_a_generator_reads_the_raw_weights(tokenizer_case):
     path = tokenizer_case.folder / tokenizer_case.config["checkpoint_file"]
-    latents = load_tokenizer(path).latents(tokenizer_case.input("image"))
+    latents = LFQTokenizer.load(path).latents(tokenizer_case.input("image"))
     close(latents, tokenizer_case.expected("raw_prequant_latent"), atol=1e-4)
 
 

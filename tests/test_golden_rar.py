@@ -17,8 +17,8 @@ from helpers import (
     teacher_forced,
 )
 
-from t2i.models.rar.rar_model import RAR, RARConfig, load, load_tokenizer
-from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig
+from t2i.models.rar.rar_model import RAR, RARConfig
+from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
@@ -56,7 +56,7 @@ def config(case):
 
 @pytest.fixture(scope="module")
 def model(case, config):
-    backbone = load(case.folder / case.config["checkpoint_file"], config=config)
+    backbone = RAR.load(case.folder / case.config["checkpoint_file"], config=config)
     return TensorAR(backbone, presets.base()).eval()
 
 
@@ -67,7 +67,7 @@ def prepared(case):
 
 @pytest.fixture(scope="module")
 def tokenizer(case):
-    return load_tokenizer(case.folder / case.config["tokenizer"]["checkpoint_file"])
+    return MaskGITVQGAN.load(case.folder / case.config["tokenizer"]["checkpoint_file"])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def painter(case, tokenizer):
 def test_shape_is_read_off_the_weights(case, config, model):
     square = config.grid[0] == config.grid[1]
     path = case.folder / case.config["checkpoint_file"]
-    loaded = load(path, grid=None if square else config.grid)
+    loaded = RAR.load(path, grid=None if square else config.grid)
     read = ("dim", "n_layer", "n_head", "mlp_dim", "grid", "vocab_size", "num_classes")
     assert all(getattr(loaded.config, name) == getattr(config, name) for name in read)
     layout = case.config["token_id_layout"]

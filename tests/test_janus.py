@@ -20,7 +20,7 @@ from t2i.generation import draw_images
 from t2i.lora import add_lora, merge_lora, without_lora
 from t2i.models.janus import janus_config
 from t2i.models.janus.janus_config import JanusShape
-from t2i.models.janus.janus_model import Janus, load
+from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import BOS, PAD, JanusPrompts
 from t2i.sampling import DrawOptions
 from t2i.shapes.tiny_janus import build_tokenizer
@@ -87,10 +87,10 @@ def test_a_tokenizer_that_eats_spaces_is_refused(copy):
     stored["decoder"] = {"type": "Fuse"}
     path.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"tokenizer.json.*does not keep spaces"):
-        load(copy)
+        Janus.load(copy)
     path.write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
-        load(copy)
+        Janus.load(copy)
 
 
 def test_a_foreign_tokenizer_is_refused(copy):
@@ -98,7 +98,7 @@ def test_a_foreign_tokenizer_is_refused(copy):
     text = tokenizer.to_str().replace("<begin_of_image>", "<begin_of_picture>")
     (copy / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=r"no token '<begin_of_image>'; is it Janus-Pro's"):
-        load(copy)
+        Janus.load(copy)
 
 
 def test_long_prompts_lose_the_end_of_their_text_only(janus):
@@ -228,12 +228,12 @@ def test_what_no_janus_has_is_refused(copy, settings, said):
     stored["text_config"] |= settings
     (copy / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=f"config.json: no Janus-Pro has.*{said}"):
-        load(copy)
+        Janus.load(copy)
 
 
 def test_a_text_head_that_was_left_out_is_missed_by_name(folder):
     with pytest.raises(ValueError, match="generation_only has no text head"):
-        load(folder, generation_only=True).text_logits(torch.zeros(1, 3, dtype=torch.long))
+        Janus.load(folder, generation_only=True).text_logits(torch.zeros(1, 3, dtype=torch.long))
 
 
 # -- precision ------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_every_key_that_does_not_fit_is_named(copy, shapes_only):
     norm = "model.language_model.norm.weight"
     rewrite(copy, **{head: torch.zeros(3, 3), norm: None, "model.extra": torch.zeros(1)})
     with pytest.raises(ValueError) as refused:
-        load(copy, shapes_only=shapes_only)
+        Janus.load(copy, shapes_only=shapes_only)
     message = str(refused.value)
     assert all(
         f"{kind} (1): {name}" in message
@@ -343,11 +343,11 @@ def test_every_key_that_does_not_fit_is_named(copy, shapes_only):
 
 def test_other_models_and_broken_folders_are_refused(copy, tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
-        load(copy / "model.safetensors")
+        Janus.load(copy / "model.safetensors")
     settings = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
     with pytest.raises(ValueError, match="has model_type 'llama', not 'janus'"):
-        load(copy)
+        Janus.load(copy)
     with pytest.raises(ValueError, match="janus brings its own prompt tokenizer"):
         t2i.load_backbone("janus", copy, text_encoder="t5")
     (copy / "model.safetensors").rename(copy / "model-1.safetensors")
@@ -356,30 +356,30 @@ def test_other_models_and_broken_folders_are_refused(copy, tmp_path):
         json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     )
     with pytest.raises(ValueError, match=r"names model-2.safetensors, which is not there"):
-        load(copy)
+        Janus.load(copy)
     with pytest.raises(ValueError, match=r"holds no weights: neither model\.safetensors"):
-        load(tmp_path)
+        Janus.load(tmp_path)
 
 
 def test_tied_and_untied_text_heads(copy, folder):
     """transformers' default configuration ties the head; only a file without one is tied."""
     settings = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
-    untied = load(copy)
-    assert torch.equal(text_logits(untied), text_logits(load(folder)))
+    untied = Janus.load(copy)
+    assert torch.equal(text_logits(untied), text_logits(Janus.load(folder)))
     assert not torch.equal(untied.janus.lm_head.weight, untied.language_model.embed_tokens.weight)
     rewrite(copy, **{"lm_head.weight": None})
-    tied = load(copy)
+    tied = Janus.load(copy)
     assert tied.janus.lm_head.weight is tied.language_model.embed_tokens.weight
     out = copy / "out"
     out.mkdir()
     tied.save_official(out, torch.float32)
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
-    assert torch.equal(text_logits(load(out)), text_logits(tied))
+    assert torch.equal(text_logits(Janus.load(out)), text_logits(tied))
 
 
 def test_attaching_a_codec_leaves_the_text_side_alone(folder):
-    backbone = load(folder)
+    backbone = Janus.load(folder)
     before = text_logits(backbone)
     t2i.attach(backbone, presets.iclr2026())
     assert torch.equal(text_logits(backbone), before)

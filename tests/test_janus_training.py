@@ -28,6 +28,7 @@ from transformers import JanusForConditionalGeneration
 import t2i
 from launch import export, generate, train_janus
 from t2i.export import export as export_folder
+from t2i.export_options import ExportOptions
 from t2i.lora import merge_lora
 from t2i.models.janus import janus_weights
 from t2i.models.janus.janus_recipes import recipes
@@ -57,8 +58,8 @@ def exported(lora, tmp_path_factory):
     results = out.parent / "results.json"
     scores = {"overall": {"mean": 0.5, "stderr": 0.01}, "counting": 0.25}
     results.write_text(json.dumps({"benchmark": "geneval", "status": "PARTIAL", "scores": scores}))
-    options = {"prompts": PROMPTS, "results": [results], "device": "cpu"}
-    return export_folder(lora, out, dtype=torch.float32, **options)
+    options = {"prompt": tuple(PROMPTS), "results": (results,), "device": "cpu"}
+    return export_folder(ExportOptions(lora, out, dtype="float32", **options))
 
 
 def text_logits(model, backbone=None) -> torch.Tensor:
@@ -317,7 +318,7 @@ def test_adapter_is_read_by_peft_on_transformers_model(tiny_world, lora):
 
 
 def test_a_llamagen_is_exported_in_its_own_layout(plain, tmp_path):
-    out = export_folder(plain, tmp_path / "model", dtype=torch.float32)
+    out = export_folder(ExportOptions(plain, tmp_path / "model", dtype="float32"))
     exported = t2i.from_pretrained(out).state_dict()
     assert_same_weights(exported, t2i.from_pretrained(plain).state_dict())
     assert "model" in torch.load(out / "model.pt", weights_only=True)

@@ -19,14 +19,12 @@ from t2i.checkpoint import from_pretrained, save_pretrained
 from t2i.files import file_sha256
 from t2i.loading import tokenizer_hash
 from t2i.lora import add_lora
-from t2i.models.open_magvit2 import open_magvit2_model as open_magvit2
 from t2i.models.open_magvit2.open_magvit2_model import (
     SAMPLING,
     SIZES,
     ARCheckpoint,
     OpenMAGVIT2,
     OpenMAGVIT2Config,
-    infer_config,
 )
 from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.rng import make_keys
@@ -56,7 +54,7 @@ def test_sizes(size):
     backbone = on_meta(size)
     assert count(backbone) == COUNTS[size]
     assert backbone.spec.sampling == SAMPLING[size]
-    assert infer_config(backbone.official_state_dict(), None) == replace(
+    assert OpenMAGVIT2.infer_config(backbone.official_state_dict(), "", None) == replace(
         backbone.config, ffn_dim=backbone.config.hidden_dim
     )
 
@@ -113,7 +111,7 @@ def write(path, state_dict):
 
 
 def test_a_file_holds_generator_and_tokenizer(tmp_path, content):
-    loaded = open_magvit2.load(
+    loaded = OpenMAGVIT2.load(
         write(tmp_path / "a.ckpt", content), config=CONFIG, dtype=torch.bfloat16
     )
     generator, tokenizer = loaded.state_dict(), loaded.tokenizer.state_dict()
@@ -131,7 +129,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, content):
     bad["surprise"] = torch.zeros(1)
     bad["transformer.head.1.weight"] = torch.zeros(7, 32)
     with pytest.raises(ValueError) as caught:
-        open_magvit2.load(write(tmp_path / "bad.ckpt", bad), config=CONFIG)
+        OpenMAGVIT2.load(write(tmp_path / "bad.ckpt", bad), config=CONFIG)
     lines = str(caught.value).splitlines()
     assert "bad.ckpt does not fit ARCheckpoint" in lines[0]
     assert lines[1] == (
@@ -180,12 +178,12 @@ def test_every_weight_of_a_tokenizer_file_must_fit(tmp_path, ema):
 def test_wrong_files(tmp_path, content):
     path = write(tmp_path / "AR.ckpt", content)
     with pytest.raises(ValueError, match=r"width 32 with 2 layers is no published size.*config="):
-        open_magvit2.load(path)
+        OpenMAGVIT2.load(path)
     vq = write(tmp_path / "vq.pt", tiny_vq().state_dict())
     with pytest.raises(ValueError, match=r"vq\.pt: not an Open-MAGVIT2 .*transformer\.pre_emb"):
-        open_magvit2.load(vq)
+        OpenMAGVIT2.load(vq)
     with pytest.raises(ValueError, match=r"vq\.pt: not an LFQ tokenizer.*encoder\.down\.0"):
-        open_magvit2.load_tokenizer(vq)
+        LFQTokenizer.load(vq)
     randomize(small := LFQTokenizer(LFQConfig(32, (1, 2), 1, bits=6)))
     other = write(tmp_path / "other.ckpt", small.state_dict())
     with pytest.raises(ValueError, match=r"tokenizer has 64 codes and the open_magvit2 .* 128"):

@@ -5,7 +5,7 @@ allocated).
 import pytest
 import torch
 
-from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig, infer_config
+from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 
@@ -73,7 +73,7 @@ def test_iclr2026_added_share(size, percent):
     ],
 )
 def test_published_files_need_no_config(stem, size, cond, grid):
-    config = infer_config(on_meta(size, cond).gpt.state_dict(), stem, None)
+    config = LlamaGen.infer_config(on_meta(size, cond).gpt.state_dict(), stem, None)
     with torch.device("meta"):
         backbone = LlamaGen(config)
     assert (config.cond, config.grid, config.n_head) == (cond, grid, SIZES[size]["n_head"])
@@ -83,5 +83,5 @@ def test_published_files_need_no_config(stem, size, cond, grid):
 def test_a_renamed_file_needs_its_grid():
     weights = on_meta("B").gpt.state_dict()
     with pytest.raises(ValueError, match=r"'mine'.*grid is not in the weights.*grid="):
-        infer_config(weights, "mine", None)
-    assert infer_config(weights, "mine", (24, 24)).grid == (24, 24)
+        LlamaGen.infer_config(weights, "mine", None)
+    assert LlamaGen.infer_config(weights, "mine", (24, 24)).grid == (24, 24)

@@ -11,7 +11,6 @@ from helpers import tiny_codes, tiny_prepared, tiny_rar
 import t2i
 from t2i.files import write_json
 from t2i.lora import add_lora
-from t2i.models.rar import rar_model as rar
 from t2i.models.rar.rar_model import RAR, SIZES, RARConfig
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.rng import make_keys
@@ -50,7 +49,7 @@ def on_meta(size: str) -> RAR:
 def test_sizes(size):
     backbone = on_meta(size)
     assert count(backbone) == COUNTS[size]
-    assert rar.infer_config(backbone.official_state_dict(), None) == backbone.config
+    assert RAR.infer_config(backbone.official_state_dict(), "", None) == backbone.config
 
 
 def test_arxiv2505_total():
@@ -126,7 +125,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path):
     weights["pos_embed"] = torch.zeros(1, 7, 32)
     torch.save(weights, tmp_path / "bad.bin")
     with pytest.raises(ValueError) as caught:
-        rar.load(tmp_path / "bad.bin")
+        RAR.load(tmp_path / "bad.bin")
     message = str(caught.value)
     assert "missing (2): cls_token, blocks.1.attn.q_norm.bias" in message
     assert "unexpected (1): attn_mask" in message
@@ -136,19 +135,19 @@ def test_every_key_that_does_not_fit_is_named(tmp_path):
     rows["encoder.mid.0.conv1.bias"] = rows.pop("decoder.up.1.upsample_conv.bias")
     torch.save(rows, tmp_path / "vq.bin")
     with pytest.raises(ValueError) as caught:
-        rar.load_tokenizer(tmp_path / "vq.bin")
+        MaskGITVQGAN.load(tmp_path / "vq.bin")
     assert "missing (1): decoder.up.1.upsample_conv.bias" in str(caught.value)
     assert "unexpected (1): encoder.mid.0.conv1.bias" in str(caught.value)
 
 
 def test_other_files(folder):
     with pytest.raises(ValueError, match=r"vq\.bin: not a RAR generator.*lm_head\.weight"):
-        rar.load(folder / "vq.bin")
+        RAR.load(folder / "vq.bin")
     with pytest.raises(ValueError, match=r"rar\.bin: not a MaskGIT VQGAN.*encoder\.conv_in"):
-        rar.load_tokenizer(folder / "rar.bin")
+        MaskGITVQGAN.load(folder / "rar.bin")
     with pytest.raises(ValueError, match=r"16 image tokens.*grid of 3 x 5; pass grid="):
-        rar.load(folder / "rar.bin", grid=(3, 5))
-    assert rar.load(folder / "rar.bin", grid=(2, 8)).spec.grid == (2, 8)
+        RAR.load(folder / "rar.bin", grid=(3, 5))
+    assert RAR.load(folder / "rar.bin", grid=(2, 8)).spec.grid == (2, 8)
 
 
 # -- bf16 -----------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def test_bf16(folder):
     guidance.
     """
     models = [
-        t2i.attach(rar.load(folder / "rar.bin", dtype=dtype), presets.iclr2026())
+        t2i.attach(RAR.load(folder / "rar.bin", dtype=dtype), presets.iclr2026())
         for dtype in (torch.float32, torch.bfloat16)
     ]
     codes = tiny_codes(models[0].backbone, 4, 16)

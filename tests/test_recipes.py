@@ -21,7 +21,7 @@ from launch import generate as draw_program
 from launch import train_llamagen
 from t2i import cli
 from t2i.errors import UserError
-from t2i.loading import FAMILIES
+from t2i.models.families import find_family
 from t2i.models.janus import janus_recipes
 from t2i.models.llamagen import llamagen_recipes
 from t2i.models.open_magvit2 import open_magvit2_recipes
@@ -287,18 +287,18 @@ def test_published_class_models_need_no_files(name, resolution, no_files):
 )
 def test_the_other_published_sizes_have_an_outline(name, size, no_files):
     base = ALL[name].backbone
-    module = import_module(FAMILIES[base.family])
-    assert module.outline(base.weights).spec.dim == module.SIZES[size]["dim"]
+    family_class = find_family(base.family).backbone_class
+    known = import_module(family_class.__module__).SIZES
+    assert family_class.outline(base.weights).spec.dim == known[size]["dim"]
 
 
 def test_outlines_have_the_shapes_of_real_files(backbone, tmp_path):
     if backbone.spec.family == "janus":
         pytest.skip("tests/test_janus_training.py compares it")
-    module = import_module(FAMILIES[backbone.spec.family])
-    outline = module.outline("unheard-of", config=backbone.config)
+    outline = type(backbone).outline("unheard-of", config=backbone.config)
     shapes = {name: p.shape for name, p in outline.state_dict().items()}
     assert shapes == {name: p.shape for name, p in backbone.state_dict().items()}
-    assert module.outline("unheard-of") is None
+    assert type(backbone).outline("unheard-of") is None
 
 
 # -- memory ----------------------------------------------------------------------------------------

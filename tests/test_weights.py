@@ -11,7 +11,7 @@ from helpers import tiny_config, tiny_llamagen, tiny_vq
 from safetensors.torch import save_file
 
 from t2i.files import file_sha256, write_json
-from t2i.models.llamagen import llamagen_model as llamagen
+from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.weights import read_state_dict
 
@@ -53,7 +53,7 @@ def test_layouts_load(tmp_path, weights, layout):
         save_file(weights, path)
     else:
         torch.save(LAYOUTS[layout](weights), path)
-    loaded = llamagen.load(path, config=CONFIG).gpt.state_dict()
+    loaded = LlamaGen.load(path, config=CONFIG).gpt.state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
 
@@ -124,9 +124,9 @@ def test_wrong_family(tmp_path, weights):
     shared = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight")
     torch.save({name: torch.zeros(4, 4) for name in shared}, other)
     with pytest.raises(ValueError, match=r"vq\.pt: not a LlamaGen GPT.*tok_embeddings\.weight"):
-        llamagen.load(vq)
+        LlamaGen.load(vq)
     with pytest.raises(ValueError, match=r"missing .*tok_embeddings\.weight[\s\S]*unexpected"):
-        llamagen.load(vq, config=CONFIG)
+        LlamaGen.load(vq, config=CONFIG)
     with pytest.raises(ValueError, match=r"gpt\.pt: not a VQ tokenizer.*encoder\.conv_in\.weight"):
         VQTokenizer.load(gpt)
     with pytest.raises(ValueError, match=r"not a VQ tokenizer.*encoder\.conv_blocks\.0"):
@@ -141,7 +141,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, weights):
     bad["output.weight"] = torch.zeros(7, 32)
     torch.save(bad, tmp_path / "bad.pt")
     with pytest.raises(ValueError) as caught:
-        llamagen.load(tmp_path / "bad.pt", config=CONFIG)
+        LlamaGen.load(tmp_path / "bad.pt", config=CONFIG)
     lines = str(caught.value).splitlines()
     assert "bad.pt does not fit GPT" in lines[0]
     assert "missing (2): layers.1.attention.wo.weight, norm.weight" in lines[1]
@@ -152,12 +152,12 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, weights):
 def test_unpublished_shape_needs_a_config(tmp_path, weights):
     torch.save({"model": weights}, tmp_path / "gpt.pt")
     with pytest.raises(ValueError, match=r"width 32 with 2 layers.*pass config="):
-        llamagen.load(tmp_path / "gpt.pt")
+        LlamaGen.load(tmp_path / "gpt.pt")
 
 
 def test_grid_beside_a_config(tmp_path, weights):
     torch.save(weights, tmp_path / "gpt.pt")
-    backbone = llamagen.load(tmp_path / "gpt.pt", config=CONFIG, grid=(2, 8))
+    backbone = LlamaGen.load(tmp_path / "gpt.pt", config=CONFIG, grid=(2, 8))
     assert backbone.spec.grid == (2, 8) and backbone.spec.num_tokens == 16
 
 

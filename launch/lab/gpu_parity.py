@@ -16,11 +16,12 @@ from torch import Tensor
 from launch.lab.gpu_speed import Rows
 from t2i.loading import load_backbone
 from t2i.models.base import Backbone
-from t2i.models.janus import janus_model as janus
-from t2i.models.llamagen import llamagen_model as llamagen
-from t2i.models.open_magvit2 import open_magvit2_model as open_magvit2
-from t2i.models.rar import rar_model as rar
+from t2i.models.janus.janus_model import Janus
+from t2i.models.llamagen.llamagen_model import LlamaGen
+from t2i.models.open_magvit2.open_magvit2_model import OpenMAGVIT2
+from t2i.models.rar.rar_model import RAR
 from t2i.models.tokenizers.lfq import LFQTokenizer
+from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
@@ -76,7 +77,7 @@ def llamagen_case(case: GoldenCase) -> Golden:
     if _stored(case, "greedy_ids_cfg_interval"):
         runs["cfg_interval"] = replace(guided, cfg_interval=config["cfg_interval"])
     return Golden(
-        llamagen.load(
+        LlamaGen.load(
             case.folder / config["checkpoint_file"], config=test_golden_llamagen.config_of(config)
         ),
         prepared,
@@ -89,7 +90,7 @@ def llamagen_case(case: GoldenCase) -> Golden:
 def rar_case(case: GoldenCase) -> Golden:
     config = case.config
     return Golden(
-        rar.load(case.folder / config["checkpoint_file"], grid=tuple(config["grid"])),
+        RAR.load(case.folder / config["checkpoint_file"], grid=tuple(config["grid"])),
         {"labels": case.input("class_ids")},
         case.input("image_codes")[..., None],
         _forced(case),
@@ -107,7 +108,7 @@ def rar_case(case: GoldenCase) -> Golden:
 def open_magvit2_case(case: GoldenCase) -> Golden:
     config, codes_of = case.config, test_golden_open_magvit2.codes_of
     return Golden(
-        open_magvit2.load(
+        OpenMAGVIT2.load(
             case.folder / config["checkpoint_file"],
             config=test_golden_open_magvit2.config_of(config),
         ),
@@ -122,7 +123,7 @@ def open_magvit2_case(case: GoldenCase) -> Golden:
 
 
 def janus_case(case: GoldenCase) -> Golden:
-    backbone = janus.load(case.folder / case.config["original_dir"])
+    backbone = Janus.load(case.folder / case.config["original_dir"])
     examples = json.loads((case.folder / "prompts.json").read_text(encoding="utf-8"))["examples"]
     return Golden(
         backbone,
@@ -231,7 +232,7 @@ def lfq_case(case: GoldenCase, device: torch.device) -> tuple[Tensor, ...]:
 
 def maskgit_case(case: GoldenCase, device: torch.device) -> tuple[Tensor, ...]:
     path = case.folder / case.config["tokenizer"]["checkpoint_file"]
-    tokenizer = rar.load_tokenizer(path).to(device)
+    tokenizer = MaskGITVQGAN.load(path).to(device)
     codes = tokenizer.encode(2 * case.input("image").to(device) - 1)
     stored = case.expected("image_codes_encoded")
     pixels = tokenizer.decode(stored.view(codes.shape).to(device))

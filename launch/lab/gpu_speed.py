@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.models.base import Backbone
-from t2i.models.janus.janus_model import Janus, outline
+from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
@@ -45,7 +45,7 @@ def _tiny_janus() -> Janus:
 SHAPES: dict[str, Callable[[], Backbone]] = {
     "LlamaGen-B class": partial(_llamagen, **SIZES["B"], cond="class"),
     "LlamaGen-XL class": partial(_llamagen, **SIZES["XL"], cond="class"),
-    "Janus-Pro-1B": partial(outline, "deepseek-ai/Janus-Pro-1B", generation_only=True),
+    "Janus-Pro-1B": partial(Janus.outline, "deepseek-ai/Janus-Pro-1B", generation_only=True),
     "LlamaGen-XL text": partial(_llamagen, **SIZES["XL"], cond="text"),
 }
 _TINY = {"dim": 32, "n_layer": 2, "n_head": 2, "grid": (4, 4), "vocab_size": 48, "ffn_dim": 64}
@@ -71,22 +71,10 @@ def random_model(build: Callable[[], Backbone], k: int, dtype, device: torch.dev
     return TensorAR(backbone, METHODS[k]())
 
 
-def random_conditions(backbone: Backbone, batch: int, device: torch.device) -> dict[str, Tensor]:
-    if backbone.spec.cond_kind == "class":
-        return {"labels": torch.arange(batch, device=device) % backbone.spec.num_classes}
-    if isinstance(backbone, Janus):
-        ids = torch.full((batch, PROMPT_TOKENS), 5, device=device)
-        return {"ids": ids, "null_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
-    shape = (batch, backbone.config.caption_tokens)
-    mask = torch.ones(shape, dtype=torch.bool, device=device)
-    return {
-        "features": torch.randn(*shape, backbone.config.caption_dim, device=device),
-        "mask": mask,
-    }
-
-
+@torch.no_grad()
 def prefix_of(backbone: Backbone) -> int:
-    return PROMPT_TOKENS if isinstance(backbone, Janus) else backbone.spec.prefix_tokens
+    """Prefix tokens of what is measured."""
+    return backbone.encode_condition(backbone.made_up_conditions(1, PROMPT_TOKENS)).prefix.shape[1]
 
 
 def multiplied(model: nn.Module) -> int:
@@ -143,7 +131,7 @@ def time_sampling(
     """
     model = random_model(build, k, torch.bfloat16, device).eval()
     backbone, keys = model.backbone, torch.arange(images)
-    prepared = random_conditions(backbone, images, device)
+    prepared = backbone.made_up_conditions(images, PROMPT_TOKENS)
     settings = replace(model.sampling, cfg_scale=2.0)
     first, whole = (
         seconds(lambda: sample_windows(model, prepared, keys, settings), device) for _ in range(2)
@@ -206,7 +194,7 @@ def time_training(
         torch.cuda.reset_peak_memory_stats()
     model = random_model(build, k, torch.float32, device).train()
     backbone = model.backbone
-    step = TrainingStep(model, random_conditions(backbone, batch, device), autocast=True)
+    step = TrainingStep(model, backbone.made_up_conditions(batch, PROMPT_TOKENS), autocast=True)
     times = [seconds(step, device) for _ in range(6)]
     taken = statistics.median(times[2:])
     inputs = batch * (prefix_of(backbone) + model.windows.count - 1)

@@ -1,10 +1,9 @@
-"""What TensorAR needs of an autoregressive image generator: `head(trunk(embed(token) + position,
-condition))`.
+"""What TensorAR needs of an image generator: `head(trunk(embed(token) + position, condition))`.
 
 A backbone predicts codes in raster order with a causal transformer. The method (`t2i.tensorar`)
-talks to this interface only, so a new family is one file here. Positions and cache indices are
-separate things: position P + p belongs to image token p (with stride s, window i sits at position P
-+ i*s), the cache index counts the inputs seen so far.
+talks to this interface only, so a new family is one folder here (docs/add_a_backbone.md). Positions
+and cache indices are separate things: position P + p belongs to image token p (with stride s,
+window i sits at position P + i*s), the cache index counts the inputs seen so far.
 
 Shapes: B batch, L inputs, P prefix length, D model width, T image tokens, S sub-tokens of a code, V
 vocabulary.
@@ -12,9 +11,9 @@ vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from t2i.errors import UserError
 from t2i.models.attention import KVCache
 from t2i.models.labels import class_ids
+from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
-from t2i.weights import naming
 
 
 @dataclass(frozen=True)
@@ -80,29 +79,32 @@ class Condition:
     @staticmethod
     def cat(parts: Sequence["Condition"]) -> "Condition":
         """Stack along the batch."""
-        first = parts[0]
+        first, masks = parts[0], [p.mask for p in parts if p.mask is not None]
         return Condition(
             torch.cat([p.prefix for p in parts]),
-            None if first.mask is None else torch.cat([p.mask for p in parts]),
+            torch.cat(masks) if masks else None,
             {k: torch.cat([p.extras[k] for p in parts]) for k in first.extras},
         )
 
 
-class Tokenizer(Protocol):
-    """Images <-> codes; see `t2i.tokenizers`."""
+class TextEncoder(Protocol):
+    """What turns captions into what `Backbone.prepare` needs."""
 
-    downsample: int
-    codebook_size: int
+    folder: Path | None
+    """Where it was loaded from."""
 
-    def encode(self, pixels: Tensor) -> Tensor: ...
-    def decode(self, codes: Tensor) -> Tensor: ...
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        """What is lost of each caption, in fixed phrases; None if nothing of it is left."""
+
+    def weights_hash(self) -> str:
+        """SHA-256 of all that an image can depend on."""
 
 
 @dataclass(frozen=True)
 class CaptionFeatures:
-    """What a data set's cache keeps of its captions besides their text, for a backbone with an
-    expensive caption encoder.
-    """
+    """What a data set's cache keeps of captions where encoding them is expensive."""
 
     encode: Callable[[list[str]], list[Tensor]]
     """Captions to features [n_i, C] each."""
@@ -112,45 +114,13 @@ class CaptionFeatures:
 
 @dataclass
 class Frozen:
-    """Frozen helpers of a backbone. A plain object and not a submodule, so that they are never
-    trained, cast or sharded.
-    """
+    """Frozen helpers of a backbone: no submodule, so never trained, cast or sharded."""
 
-    tokenizer: Tokenizer | None = None
-    text_encoder: object | None = None
+    tokenizer: ConvTokenizer | None = None
+    text_encoder: Any = None
+    """A `TextEncoder`, or None."""
     warned: set[str] = field(default_factory=set)
     """Prompts that were warned of."""
-
-
-C = TypeVar("C")
-
-
-def settle_config(
-    config: C | None, grid: tuple[int, int] | None, path: str | Path, infer: Callable[[], C]
-) -> C:
-    """The configuration given (with the grid, if that is given, too), or else what `infer` reads
-    off the file's weights.
-
-    Raises:
-        UserError: `infer`'s, with the path.
-    """
-    if config is None:
-        with naming(path):
-            return infer()
-    return config if grid is None else replace(config, grid=grid)
-
-
-def published_size(sizes: dict[str, dict], **known) -> str | None:
-    """Name of the first size that agrees with what is known of a shape, or None."""
-    return next(
-        (name for name, s in sizes.items() if all(known.get(k, v) == v for k, v in s.items())),
-        None,
-    )
-
-
-def published_stem(source: str | Path) -> str:
-    """Name, without its suffix, of a published file: of "owner/repo:file.pt" or of a path."""
-    return Path(str(source).rpartition(":")[2]).stem
 
 
 def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
@@ -173,19 +143,23 @@ class Backbone(nn.Module, ABC):
     """A pre-trained generator; its parameters are what fine-tuning may change."""
 
     spec: BackboneSpec
+    config: Any
+    """Its shape, a `config_type`."""
+    config_type: ClassVar[type[Any]]
+    """The frozen dataclass that says the shape of such a model."""
+    tokenizer_type: ClassVar[type[ConvTokenizer]]
+    """The kind of image tokenizer that its codes come from."""
     lora_targets: str
     """Regular expression of the linear layers that LoRA may adapt."""
     left_out: int = 0
-    """Parameters of the published model that were not loaded, because drawing images does not need
-    them.
-    """
+    """Parameters of the published model that were not loaded: drawing does not need them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.frozen = Frozen()
-        self.source = None
-        """Where the weights came from (`t2i.loading.BackboneSource`)."""
-        self.lora = None
+        self.source: Any = None
+        """Where the weights came from (`t2i.sources.BackboneSource`)."""
+        self.lora: Any = None
         """PEFT's configuration, once adapters are injected (`t2i.lora`)."""
         self.gradient_checkpointing = False
         """Recompute the trunk's blocks in the backward pass."""
@@ -198,6 +172,58 @@ class Backbone(nn.Module, ABC):
         dtype = str(first.dtype).removeprefix("torch.")
         codes = f"{s.grid[0]} x {s.grid[1]} codes"
         return f"{type(self).__name__}({s.cond_kind}, {parameter_count(self)}, {codes}, {dtype} on {first.device})"
+
+    # -- files -------------------------------------------------------------------------------------
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        config: Any | None = None,
+        grid: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        generation_only: bool = False,
+        shapes_only: bool = False,
+    ) -> Self:
+        """Load what the family's authors publish, strictly, on the CPU in eval mode.
+
+        Args:
+            config: the shape, where it was never published.
+            grid: height and width in codes, in place of what config or files say.
+            generation_only: leave out what drawing images does not need, where there is any.
+            shapes_only: a model on the meta device will do, with names and shapes checked.
+
+        Raises:
+            UserError: unreadable files, another family, a shape that they do not tell, or keys that
+                do not fit, each named.
+        """
+
+    @classmethod
+    @abstractmethod
+    def outline(
+        cls,
+        source: str | Path,
+        *,
+        config: Any | None = None,
+        grid: tuple[int, int] | None = None,
+        generation_only: bool = False,
+    ) -> Self | None:
+        """A model of a published name on the meta device, with its image tokenizer and without any
+        file; None where neither name nor `config` says the shape.
+        """
+
+    @abstractmethod
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The weights that fine-tuning may change, under their official names."""
+
+    def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
+        """Write all weights, in this type, in the layout of the family's authors; returns what
+        `load` then takes.
+        """
+        weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
+        torch.save({"model": weights}, folder / "model.pt")
+        return folder / "model.pt"
 
     # -- the condition -----------------------------------------------------------------------------
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
@@ -230,10 +256,15 @@ class Backbone(nn.Module, ABC):
         """A batch, as `prepare` gives it, of what `caption_features` encoded: [n_i, C] each."""
         raise NotImplementedError(f"{type(self).__name__} has no caption features")
 
-    def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
-        """What is lost of each caption when it is encoded, in fixed phrases; None if nothing of it
-        is left.
+    def made_up_conditions(self, batch: int, length: int) -> dict[str, Tensor]:
+        """What `prepare` could give, for measuring speed: its content means nothing.
+
+        Where the prefix varies with the prompts it has `length` tokens. Here class ids.
         """
+        return self.prepare([i % self.spec.num_classes for i in range(batch)])
+
+    def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        """What is lost of each caption, in fixed phrases; None if nothing of it is left."""
         return [[] for _ in captions]
 
     @abstractmethod
@@ -264,22 +295,8 @@ class Backbone(nn.Module, ABC):
         """
 
     def all_logits(self, h: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
-        """Teacher-forced logits of every sub-token, given the true codes [..., S]; one pass where
-        the family can.
-        """
+        """Teacher-forced logits of every sub-token, given the true codes [..., S]."""
         return tuple(self.next_logits(h, codes[..., :s]) for s in range(len(self.spec.subvocabs)))
-
-    @abstractmethod
-    def official_state_dict(self) -> dict[str, Tensor]:
-        """The weights that fine-tuning may change, under their official names."""
-
-    def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
-        """Write all weights, in this type, in the layout of the family's authors; returns what
-        `load` then takes.
-        """
-        weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
-        torch.save({"model": weights}, folder / "model.pt")
-        return folder / "model.pt"
 
     def trained_modules(self) -> Sequence[nn.Module]:
         """What full fine-tuning trains."""
@@ -287,9 +304,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def image_layers(self) -> dict[str, nn.Module]:
-        """The layers that embed and predict image codes, by official name: LoRA leaves them alone,
-        but they may be trained whole.
-        """
+        """Layers that embed and predict image codes, by official name; LoRA leaves them alone."""
 
     @property
     def lora_root(self) -> nn.Module:
@@ -307,14 +322,13 @@ class Backbone(nn.Module, ABC):
         """An empty cache for `length` inputs, with the dtype and device of the parameters."""
 
     def guidance(self, config: SamplingConfig, step: int, steps: int) -> float:
-        """CFG scale at a step of the sampling loop, by the settings of one sub-token
-        (`SamplingConfig.by_sub_token`).
-        """
+        """CFG scale at a step, by the settings of one sub-token (`SamplingConfig.by_sub_token`)."""
+        assert not isinstance(config.cfg_scale, tuple), "settings of one sub-token"
         return power_cosine(config.cfg_scale, config.cfg_power, step, steps)
 
     # -- pixels ------------------------------------------------------------------------------------
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> ConvTokenizer:
         if self.frozen.tokenizer is None:
             raise UserError(
                 f"this {self.spec.family} backbone has no image tokenizer; pass tokenizer=PATH to load_backbone"
@@ -322,21 +336,18 @@ class Backbone(nn.Module, ABC):
         return self.frozen.tokenizer
 
     def code_vectors(self) -> tuple[Tensor, ...]:
-        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes; here
-        of a stored codebook.
-        """
+        """Codebook geometry [V_s, C] of each sub-token, for noise between neighbouring codes."""
         return (self.tokenizer.quantize.vectors(),)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here of a tokenizer with one
-        sub-token.
-        """
+        """Codes int64 [B, T, S] of pixels [B, 3, H, W] in [-1, 1]; here with one sub-token."""
         return self.tokenizer.encode(pixels).flatten(1)[..., None]
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that are drawn."""
-        return tuple(side * self.tokenizer.downsample for side in self.spec.grid)
+        (rows, columns), side = self.spec.grid, self.tokenizer.downsample
+        return rows * side, columns * side
 
     def decode_images(self, codes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Images uint8 [B, H, W, 3] of codes [B, T, S], rounded as the family's authors do.
@@ -351,16 +362,12 @@ class Backbone(nn.Module, ABC):
         return self.quantize_pixels(pixels).permute(0, 2, 3, 1)
 
     def decode_pixels(self, codes: Tensor) -> Tensor:
-        """Pixels fp32 [B, 3, H, W] of codes [B, T, S], nominally in [-1, 1]; here of a tokenizer
-        with one sub-token.
-        """
+        """Pixels fp32 [B, 3, H, W] of codes [B, T, S], nominally in [-1, 1]; here S = 1."""
         return self.tokenizer.decode(codes[..., 0].unflatten(1, self.spec.grid)).float()
 
     @abstractmethod
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 of pixels nominally in [-1, 1], in the same shape, rounded as the family's authors
-        do.
-        """
+        """uint8 of pixels nominally in [-1, 1], rounded as the family's authors do."""
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def class_ids(values: Iterable[int] | Tensor, num_classes: int) -> Tensor:
     )
 
 
-def _class_id(value: object, place: int, num_classes: int) -> int:
+def _class_id(value: Any, place: int, num_classes: int) -> int:
     try:
         label = operator.index(value)
     except TypeError:
@@ -39,11 +40,3 @@ def _class_id(value: object, place: int, num_classes: int) -> int:
             f"between 0 and {num_classes - 1}"
         )
     return label
-
-
-def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
-    """Labels int64 [num_samples] that go round the classes: sample i has class i mod num_classes.
-
-    Class counts differ by one at most, and a sample's label depends on its index alone.
-    """
-    return torch.arange(num_samples) % num_classes

@@ -19,7 +19,8 @@ from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError
 from t2i.generation import conditions
 from t2i.models.base import Backbone
-from t2i.sources import check_named, published_as_folder
+from t2i.models.families import find_family
+from t2i.sources import check_named
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import (
@@ -56,7 +57,7 @@ def look_before_work(
     deepspeed_config(config, world_size)
     base = config.backbone
     if checkpoint is None:
-        check_named(base.weights, folder=published_as_folder(base.family))
+        check_named(base.weights, folder=find_family(base.family).published_as_folder)
     if base.tokenizer is not None:
         check_named(base.tokenizer)
     if not isinstance(config.data, DataOptions):

@@ -1,6 +1,4 @@
-"""Configuration of a Janus-Pro: plain data in the words of transformers' config.json, whichever
-layout it was read from.
-"""
+"""Configuration of a Janus-Pro, from either layout, in the words of transformers' config.json."""
 
 import logging
 from dataclasses import dataclass, field
@@ -101,9 +99,7 @@ class JanusShape:
     transformers: dict = field(repr=False)
     """The content of transformers' config.json; what it leaves out is filled in."""
     grid: tuple[int, int] | None = None
-    """Height and width of an image in codes; None is as many as the understanding tower has
-    patches.
-    """
+    """Height and width in codes; None: as many as the understanding tower has patches."""
 
     def __post_init__(self):
         whole = _DEFAULTS | self.transformers
@@ -147,9 +143,7 @@ class JanusShape:
 
     @property
     def _rope(self) -> dict:
-        """Settings of the rotation: `rope_parameters` since transformers 5, `rope_scaling`
-        before.
-        """
+        """Settings of the rotation: `rope_parameters`, before transformers 5 `rope_scaling`."""
         return (self.text.get("rope_scaling") or {}) | (self.text.get("rope_parameters") or {})
 
     @property
@@ -170,7 +164,7 @@ class JanusShape:
         )
 
 
-def published_shape(size: str, grid: tuple[int, int] | None = None) -> JanusShape:
+def published_shape(size: str) -> JanusShape:
     """Shape of a published size: 384 px, 24 x 24 codes of the VQ-16 tokenizer, SigLIP-L/16."""
     width = SIZES[size]["hidden_size"]
     config = {
@@ -179,7 +173,7 @@ def published_shape(size: str, grid: tuple[int, int] | None = None) -> JanusShap
         "vq_config": {"projection_dim": width, "image_token_embed_dim": width},
         "tie_word_embeddings": False,
     }
-    return JanusShape(config, grid)
+    return JanusShape(config)
 
 
 def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:

@@ -1,6 +1,4 @@
-"""Writing a Janus-Pro folder that transformers' own `JanusForConditionalGeneration.from_pretrained`
-loads, whatever layout it came from.
-"""
+"""Writing a Janus-Pro folder for transformers' `JanusForConditionalGeneration.from_pretrained`."""
 
 import json
 import shutil

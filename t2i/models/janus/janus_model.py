@@ -16,34 +16,33 @@ Shapes: B batch, L inputs, P prompt tokens, D width, T image tokens.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.base import BackboneSpec, Condition, settle_config
+from t2i.models.base import BackboneSpec, Condition
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
-from t2i.models.janus.janus_modules import JanusModel, rope_table
+from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
 from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
 from t2i.models.llama import LlamaBackbone
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.weights import load_strict, naming, read_folder, reading
 
-PUBLISHED_AS_FOLDER = True
-
 log = logging.getLogger(__name__)
 
 _MAX_PROMPT = 512
 _UNDERSTANDING = ("model.vision_model.", "model.aligner.", "lm_head.")
 
-CONFIG = JanusShape
-
 
 class Janus(LlamaBackbone):
+    config_type, tokenizer_type = JanusShape, VQTokenizer
     lora_targets = (
         r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     )
@@ -51,6 +50,7 @@ class Janus(LlamaBackbone):
     def __init__(self, config: JanusShape, *, generation_only: bool = False):
         """`generation_only` leaves out the understanding tower, its aligner and the text head."""
         super().__init__(config.trunk)
+        assert config.grid is not None, "settled by JanusShape"
         self.config = config
         with torch.device("meta"):
             self.janus = JanusModel(config)
@@ -70,7 +70,7 @@ class Janus(LlamaBackbone):
 
     # -- modules -----------------------------------------------------------------------------------
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> LanguageModel:
         return self.janus.model.language_model
 
     @property
@@ -105,6 +105,87 @@ class Janus(LlamaBackbone):
             **({"understanding": understanding} if understanding else {}),
         }
 
+    # -- files -------------------------------------------------------------------------------------
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        config: JanusShape | None = None,
+        grid: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        generation_only: bool = False,
+        shapes_only: bool = False,
+    ) -> Self:
+        """Load a published folder in DeepSeek's or transformers' layout, strictly, with its image
+        tokenizer and its prompts.
+
+        `generation_only` leaves out the understanding tower, its aligner and the text head;
+        `shapes_only` reads no data of the weights.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is not a folder: Janus-Pro is published as one "
+                "(config.json, weights, tokenizer.json)"
+            )
+        weights = names.to_transformers(read_folder(folder, shapes_only=shapes_only))
+        stored = config.transformers if config else janus_config.read_config(folder, weights)
+        tied = names.HEAD not in weights
+        with naming(folder), reading("a Janus-Pro"):
+            vq = VQConfig.from_state_dict(names.vq_weights(weights))
+            if tied:
+                weights[names.HEAD] = weights[names.EMBEDDING]
+        prompts = JanusPrompts.load(folder, _MAX_PROMPT)
+        # transformers' default is True, whatever the file holds
+        known: dict = {"tie_word_embeddings": tied}
+        if (image := prompts.tokenizer.token_to_id(IMAGE)) is not None:
+            known["image_token_id"] = image
+        shape = JanusShape(stored | known, grid or (config.grid if config else None))
+        backbone = cls(shape, generation_only=generation_only)
+        prompts.max_tokens = backbone.spec.prefix_tokens
+        backbone.frozen.text_encoder = prompts
+        backbone._take_tokenizer(vq, None if shapes_only else names.vq_weights(weights), folder)
+        other = (names.VQ, *_UNDERSTANDING) if generation_only else (names.VQ,)
+        kept = {k: v.to(dtype) for k, v in weights.items() if not k.startswith(other)}
+        load_strict(backbone.janus, kept, folder, assign=True)
+        if tied and not generation_only:
+            backbone.janus.lm_head.weight = backbone.language_model.embed_tokens.weight
+        if backbone.left_out:
+            log.info(
+                "not loaded: understanding tower, aligner and text head, %.2f GB that drawing "
+                "images does not need",
+                backbone.left_out * dtype.itemsize / 1e9,
+            )
+        return backbone.eval()
+
+    @classmethod
+    def outline(
+        cls,
+        source: str | Path,
+        *,
+        config: JanusShape | None = None,
+        grid: tuple[int, int] | None = None,
+        generation_only: bool = False,
+    ) -> Self | None:
+        size = janus_config.PUBLISHED.get(str(source))
+        if size is None:
+            return None
+        shape = config or janus_config.published_shape(size)
+        backbone = cls(replace(shape, grid=grid or shape.grid), generation_only=generation_only)
+        backbone._take_tokenizer(VQConfig(), None, source)
+        return backbone
+
+    def _take_tokenizer(
+        self, config: VQConfig, weights: dict[str, Tensor] | None, source: str | Path
+    ) -> None:
+        """Build the image tokenizer, in fp32; without weights it stays on the meta device."""
+        with torch.device("meta"):
+            tokenizer = VQTokenizer(config)
+        if weights is not None:
+            load_strict(tokenizer, {k: v.float() for k, v in weights.items()}, source, assign=True)
+        self.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+
     def official_state_dict(self) -> dict[str, Tensor]:
         weights = self.janus.state_dict()
         return {k: v for k, v in weights.items() if not k.startswith(_UNDERSTANDING)}
@@ -133,6 +214,10 @@ class Janus(LlamaBackbone):
         null = self.prompts.unconditional(ids, mask)
         prepared = {"ids": ids, "null_ids": null, "mask": mask}
         return {name: value.to(self.device) for name, value in prepared.items()}
+
+    def made_up_conditions(self, batch: int, length: int) -> dict[str, Tensor]:
+        ids = torch.full((batch, length), 5, device=self.device)
+        return {"ids": ids, "null_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
 
     def prefix_length(self, conditions: Sequence[str]) -> int:
         return max((len(ids) for ids in self.prompts.encode(conditions)), default=0)
@@ -183,96 +268,3 @@ class Janus(LlamaBackbone):
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
         """Janus cuts off where LlamaGen rounds."""
         return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
-
-
-def load(
-    path: str | Path,
-    *,
-    config: JanusShape | None = None,
-    grid: tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.float32,
-    generation_only: bool = False,
-    shapes_only: bool = False,
-) -> Janus:
-    """Load a published folder in DeepSeek's or transformers' layout, strictly, with its image
-    tokenizer and its prompts.
-
-    Args:
-        config: overrides the folder's own configuration.
-        grid: height and width in codes, if not those of the configuration.
-        generation_only: leave out the understanding tower, its aligner and the text head.
-        shapes_only: a model on the meta device, its names and shapes checked against the files
-            without reading their data.
-
-    Raises:
-        UserError: unreadable files, another model, or keys that do not fit, each named.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a folder: Janus-Pro is published as one (config.json, weights, tokenizer.json)"
-        )
-    weights = names.to_transformers(read_folder(folder, shapes_only=shapes_only))
-    stored = config.transformers if config else janus_config.read_config(folder, weights)
-    tied = names.HEAD not in weights
-    with naming(folder), reading("a Janus-Pro"):
-        vq = VQConfig.from_state_dict(names.vq_weights(weights))
-        if tied:
-            weights[names.HEAD] = weights[names.EMBEDDING]
-    prompts = JanusPrompts.load(folder, _MAX_PROMPT)
-    known = {"tie_word_embeddings": tied}  # transformers' default is True, whatever the file holds
-    if (image := prompts.tokenizer.token_to_id(IMAGE)) is not None:
-        known["image_token_id"] = image
-    shape = JanusShape(stored | known, grid or (config.grid if config else None))
-    backbone = Janus(shape, generation_only=generation_only)
-    prompts.max_tokens = backbone.spec.prefix_tokens
-    backbone.frozen.text_encoder = prompts
-    _attach_tokenizer(backbone, vq, None if shapes_only else names.vq_weights(weights), folder)
-    other = (names.VQ, *_UNDERSTANDING) if generation_only else (names.VQ,)
-    kept = {k: v.to(dtype) for k, v in weights.items() if not k.startswith(other)}
-    load_strict(backbone.janus, kept, folder, assign=True)
-    if tied and not generation_only:
-        backbone.janus.lm_head.weight = backbone.language_model.embed_tokens.weight
-    if backbone.left_out:
-        size = backbone.left_out * dtype.itemsize / 1e9
-        log.info(
-            "not loaded: understanding tower, aligner and text head, %.2f GB that drawing images does not need",
-            size,
-        )
-    return backbone.eval()
-
-
-def _attach_tokenizer(
-    backbone: Janus, config: VQConfig, weights: dict[str, Tensor] | None, source: str | Path
-) -> None:
-    """Give the backbone its image tokenizer, in fp32; without weights it stays on the meta
-    device.
-    """
-    with torch.device("meta"):
-        tokenizer = VQTokenizer(config)
-    if weights is not None:
-        load_strict(tokenizer, {k: v.float() for k, v in weights.items()}, source, assign=True)
-    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
-
-
-def outline(
-    source: str | Path,
-    *,
-    config: JanusShape | None = None,
-    grid: tuple[int, int] | None = None,
-    generation_only: bool = False,
-) -> Janus | None:
-    """A published size on the meta device, without any file; None for what has no published
-    shape.
-    """
-    size = janus_config.PUBLISHED.get(str(source))
-    if size is None:
-        return None
-    shape = settle_config(config, grid, source, lambda: janus_config.published_shape(size, grid))
-    backbone = Janus(shape, generation_only=generation_only)
-    _attach_tokenizer(backbone, VQConfig(), None, source)
-    return backbone
-
-
-load_tokenizer = VQTokenizer.load
-"""An image tokenizer in place of the folder's own."""

@@ -15,7 +15,7 @@ from t2i.models.janus.janus_config import JanusShape
 from t2i.models.llama import LlamaConfig, RMSNorm, rotate
 
 
-class Attention(nn.Module):
+class JanusAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, mask, cache, self.layer))
 
 
-class FeedForward(nn.Module):
+class JanusFeedForward(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
@@ -46,11 +46,11 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
+class JanusBlock(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = FeedForward(config)
+        self.self_attn = JanusAttention(config, layer)
+        self.mlp = JanusFeedForward(config)
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
@@ -67,7 +67,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LlamaConfig, vocab_size: int):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.layers = nn.ModuleList(JanusBlock(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
 
@@ -129,9 +129,7 @@ def _tower_layer(dim: int, mlp_ratio: float) -> nn.ModuleDict:
 
 
 class JanusParts(nn.Module):
-    """What transformers calls `model`, without the image tokenizer, which is a `VQTokenizer` of the
-    backbone's.
-    """
+    """What transformers calls `model`, without the image tokenizer."""
 
     def __init__(self, shape: JanusShape):
         super().__init__()

@@ -56,9 +56,7 @@ class JanusPrompts:
 
     @staticmethod
     def load(folder: str | Path, max_tokens: int = 512) -> "JanusPrompts":
-        """Read tokenizer.json, and the names of BOS and EOS from tokenizer_config.json, of a
-        published folder.
-        """
+        """Read tokenizer.json, and the names of BOS and EOS, from a published folder."""
         path = Path(folder) / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -66,8 +64,10 @@ class JanusPrompts:
             raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
         settings = path.with_name("tokenizer_config.json")
         stored = read_object(settings) if settings.is_file() else {}
-        named = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
-        named = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
+        tokens = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
+        named: dict = {
+            k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v
+        }
         try:
             prompts = JanusPrompts(tokenizer, max_tokens=max_tokens, **named)
         except UserError as error:
@@ -172,9 +172,7 @@ class JanusPrompts:
 
 
 def chat(prompt: str) -> str:
-    """The chat string of a prompt, without BOS; an empty prompt has no blank and no line breaks, as
-    in the original code.
-    """
+    """The chat string of a prompt, without BOS; of an empty one as in the original code."""
     text = prompt.strip()
     message = f": {text}\n\n" if text else ":"
     return f"{USER}{message}{ASSISTANT}:{BEGIN_OF_IMAGE}"

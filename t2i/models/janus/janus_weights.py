@@ -48,9 +48,7 @@ _UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.co
 
 
 def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under transformers' names, from either layout; keys that neither layout has stay as
-    they are.
-    """
+    """Weights under transformers' names, from either layout; unknown keys stay as they are."""
     weights = {k: v for k, v in weights.items() if not k.endswith(_COMPUTED)}
     if any(key.startswith("model.") for key in weights):
         return weights
@@ -93,9 +91,7 @@ def _replace(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def vq_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The image tokenizer's part of weights under transformers' names, under the names of
-    `VQTokenizer`.
-    """
+    """The image tokenizer's part of such weights, under the names of `VQTokenizer`."""
     back = tuple((theirs, ours) for ours, theirs in _VQ_NAMES)
     return {_replace(k[len(VQ) :], back): v for k, v in weights.items() if k.startswith(VQ)}
 

@@ -1,1 +1,9 @@
-"""LlamaGen (arXiv 2406.06525): class-conditional, and text-to-image with flan-t5 captions."""
+"""LlamaGen, class- and text-conditional."""
+
+from t2i.models.families import Family
+
+FAMILY = Family(
+    "llamagen",
+    "t2i.models.llamagen.llamagen_model:LlamaGen",
+    text_encoder="t2i.models.llamagen.t5:T5Captions",
+)

@@ -18,14 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.base import (
-    BackboneSpec,
-    CaptionFeatures,
-    Condition,
-    published_size,
-    published_stem,
-    settle_config,
-)
+from t2i.models.base import BackboneSpec, CaptionFeatures, Condition
+from t2i.models.captions import caption_losses, clean_caption
 from t2i.models.llama import (
     Block,
     ClassEmbedding,
@@ -34,9 +28,10 @@ from t2i.models.llama import (
     RMSNorm,
     normal_weights,
 )
-from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.models.tokenizers.vq import VQTokenizer
+from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
+from t2i.weights import count_children, load_strict, reading
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,7 @@ class LlamaGenConfig(LlamaConfig):
         return 1 if self.cond == "class" else self.caption_tokens
 
 
-CONFIG = LlamaGenConfig
-
-SIZES = {
+SIZES: dict[str, dict] = {
     "B": {"n_layer": 12, "n_head": 12, "dim": 768},
     "L": {"n_layer": 24, "n_head": 16, "dim": 1024},
     "XL": {"n_layer": 36, "n_head": 20, "dim": 1280},
@@ -68,9 +61,7 @@ SIZES = {
 """Published sizes; 3B has the odd head width 100."""
 
 CLASS_GUIDANCE = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
-"""How the published FID of each class-conditional size was sampled: this guidance, and all codes
-(`GETTING_STARTED.md`).
-"""
+"""Guidance of the published FID of each class-conditional size (`GETTING_STARTED.md`)."""
 
 
 GRIDS = {
@@ -79,38 +70,6 @@ GRIDS = {
     "t2i_XL_stage2_512": (32, 32),
 }
 """Grid of each published file: it has no parameters, so it cannot be read off the weights."""
-
-
-def infer_config(
-    state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
-) -> LlamaGenConfig:
-    """Read the configuration off an official state dict; head count and grid come from the
-    published tables.
-
-    Raises:
-        UserError: not a LlamaGen GPT, or an unpublished shape for which `config=` must be given.
-    """
-    with reading("a LlamaGen GPT"):
-        dim = state_dict["tok_embeddings.weight"].shape[1]
-        ffn_dim = state_dict["layers.0.feed_forward.w1.weight"].shape[0]
-        vocab = state_dict["output.weight"].shape[0]
-        caption = state_dict.get("cls_embedding.uncond_embedding")
-        if caption is None:
-            classes = state_dict["cls_embedding.embedding_table.weight"].shape[0] - 1
-    layers = count_children(state_dict, "layers.")
-    size = published_size(SIZES, dim=dim, n_layer=layers)
-    grid = grid or GRIDS.get(stem)
-    if size is None or grid is None:
-        raise UserError(
-            f"a GPT of width {dim} with {layers} layers named {stem!r} is not a published LlamaGen file: its "
-            f"{'head count' if size is None else 'grid'} is not in the weights; pass config=LlamaGenConfig(...)"
-            + ("" if size is None else " or grid=(h, w)")
-        )
-    config = LlamaGenConfig(**SIZES[size], grid=grid, vocab_size=vocab, ffn_dim=ffn_dim)
-    if caption is None:
-        return replace(config, num_classes=classes)
-    tokens, width = caption.shape
-    return replace(config, cond="text", caption_tokens=tokens, caption_dim=width)
 
 
 class CaptionEmbedding(nn.Module):
@@ -123,6 +82,7 @@ class CaptionEmbedding(nn.Module):
             }
         )
         shape = (config.caption_tokens, config.caption_dim)
+        self.uncond_embedding: Tensor
         self.register_buffer("uncond_embedding", torch.randn(shape) / config.caption_dim**0.5)
 
     def forward(self, prepared: dict[str, Tensor], drop: Tensor | None) -> Tensor:
@@ -152,7 +112,8 @@ class GPT(nn.Module):
         nn.init.zeros_(self.output.weight)
 
 
-class LlamaGen(LlamaBackbone):
+class LlamaGen(WeightFileBackbone, LlamaBackbone):
+    config_type, tokenizer_type = LlamaGenConfig, VQTokenizer
     lora_targets = r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))"
 
     def __init__(self, config: LlamaGenConfig):
@@ -175,6 +136,49 @@ class LlamaGen(LlamaBackbone):
             else SamplingConfig(cfg_scale=7.5, top_k=1000),
         )
 
+    # -- files -------------------------------------------------------------------------------------
+    @classmethod
+    def infer_config(
+        cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
+    ) -> LlamaGenConfig:
+        with reading("a LlamaGen GPT"):
+            dim = state_dict["tok_embeddings.weight"].shape[1]
+            ffn_dim = state_dict["layers.0.feed_forward.w1.weight"].shape[0]
+            vocab = state_dict["output.weight"].shape[0]
+            caption = state_dict.get("cls_embedding.uncond_embedding")
+            if caption is None:
+                classes = state_dict["cls_embedding.embedding_table.weight"].shape[0] - 1
+        layers = count_children(state_dict, "layers.")
+        size, grid = published_size(SIZES, dim=dim, n_layer=layers), grid or GRIDS.get(stem)
+        if not size or grid is None:
+            raise UserError(
+                f"a GPT of width {dim} with {layers} layers named {stem!r} is not a published "
+                f"LlamaGen file: its {'grid' if size else 'head count'} is not in the "
+                "weights; pass config=LlamaGenConfig(...)" + (" or grid=(h, w)" if size else "")
+            )
+        config = LlamaGenConfig(**SIZES[size], grid=grid, vocab_size=vocab, ffn_dim=ffn_dim)
+        if caption is None:
+            return replace(config, num_classes=classes)
+        tokens, width = caption.shape
+        return replace(config, cond="text", caption_tokens=tokens, caption_dim=width)
+
+    @classmethod
+    def published_config(cls, stem: str, grid: tuple[int, int] | None) -> LlamaGenConfig | None:
+        if stem not in GRIDS:
+            return None
+        kind, size, *_ = stem.split("_")
+        cond: Literal["class", "text"] = "class" if kind == "c2i" else "text"
+        return LlamaGenConfig(**SIZES[size], cond=cond, grid=grid or GRIDS[stem])
+
+    def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
+        # Some saved files carry position tables and sampling caches along.
+        kept = {k: v for k, v in state_dict.items() if k != "freqs_cis" and ".kv_cache." not in k}
+        load_strict(self.gpt, kept, path)
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        return self.gpt.state_dict()
+
+    # -- the condition -----------------------------------------------------------------------------
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:
         if self.config.cond == "class":
             return super().prepare(conditions)
@@ -182,14 +186,7 @@ class LlamaGen(LlamaBackbone):
             raise UserError(
                 "this LlamaGen text-to-image backbone has no text encoder; pass text_encoder=PATH to load_backbone"
             )
-        encoded = self.frozen.text_encoder.encode(list(conditions))
-        return {name: t.to(self.device) for name, t in self.collate_features(encoded).items()}
-
-    def collate_features(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        from t2i.models.llamagen.t5 import left_pad
-
-        batch, mask = left_pad(features, self.config.caption_tokens)
-        return {"features": batch, "mask": mask}
+        return self.collate_features(self.frozen.text_encoder.encode(list(conditions)))
 
     def caption_features(self) -> CaptionFeatures | None:
         encoder = self.frozen.text_encoder
@@ -197,11 +194,19 @@ class LlamaGen(LlamaBackbone):
             return super().caption_features()
         return CaptionFeatures(encoder.encode, encoder.cache_key())
 
+    def collate_features(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        padded, mask = left_pad(features, self.config.caption_tokens)
+        return {"features": padded.to(self.device), "mask": mask.to(self.device)}
+
+    def made_up_conditions(self, batch: int, length: int) -> dict[str, Tensor]:
+        if self.config.cond == "class":
+            return super().made_up_conditions(batch, length)
+        shape = (batch, self.config.caption_tokens, self.config.caption_dim)
+        return self.collate_features(torch.randn(shape, device=self.device).unbind())
+
     def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
         if self.frozen.text_encoder is not None:
             return self.frozen.text_encoder.notes(captions)
-        from t2i.models.captions import caption_losses, clean_caption
-
         return [caption_losses(caption, clean_caption(caption)) for caption in captions]
 
     def encode_condition(
@@ -211,6 +216,7 @@ class LlamaGen(LlamaBackbone):
         # nothing else.
         return Condition(self.gpt.cls_embedding(prepared, drop), mask=prepared.get("mask"))
 
+    # -- the model ---------------------------------------------------------------------------------
     def embed_tokens(self, codes: Tensor) -> Tensor:
         return self.gpt.tok_embeddings(codes[..., 0])
 
@@ -224,9 +230,6 @@ class LlamaGen(LlamaBackbone):
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
         return self.gpt.output(h).float()
 
-    def official_state_dict(self) -> dict[str, Tensor]:
-        return self.gpt.state_dict()
-
     def image_layers(self) -> dict[str, nn.Module]:
         return {"tok_embeddings": self.gpt.tok_embeddings, "output": self.gpt.output}
 
@@ -234,55 +237,30 @@ class LlamaGen(LlamaBackbone):
         return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
 
 
-def load(
-    path: str | Path,
-    *,
-    config: LlamaGenConfig | None = None,
-    grid: tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> LlamaGen:
-    """Load an official GPT file (c2i_B_256.pt, t2i_XL_stage1_256.pt, ... DDP, FSDP or
-    self-trained), strictly.
+def left_pad(features: Sequence[Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Batch caption features [n_i, C] as LlamaGen reads them.
+
+    Returns:
+        features [B, P, C] with P = max_tokens, zero in the padding, which comes first, and
+        mask [B, P] bool, True for the caption's own entries.
 
     Raises:
-        UserError: unreadable file, another family, an unpublished shape without `config`, or keys
-            that do not fit.
+        ValueError: there is no caption, one is longer than `max_tokens`, or widths differ.
     """
-    state_dict = {k: v for k, v in read_state_dict(path).items() if not _is_scratch(k)}
-    config = settle_config(
-        config, grid, path, lambda: infer_config(state_dict, Path(path).stem, grid)
-    )
-    backbone = build_empty(lambda: LlamaGen(config), dtype)
-    load_strict(backbone.gpt, state_dict, path)
-    return backbone
-
-
-def _is_scratch(key: str) -> bool:
-    """Position tables and sampling caches that some saved files carry along."""
-    return key == "freqs_cis" or ".kv_cache." in key
-
-
-def outline(
-    source: str | Path,
-    *,
-    config: LlamaGenConfig | None = None,
-    grid: tuple[int, int] | None = None,
-) -> LlamaGen | None:
-    """A published file's model on the meta device, without the file; None for what has no published
-    shape.
-    """
-    stem = published_stem(source)
-    if config is None and stem in GRIDS:
-        kind, size, *_ = stem.split("_")
-        config = LlamaGenConfig(**SIZES[size], cond="class" if kind == "c2i" else "text")
-        config = replace(config, grid=grid or GRIDS[stem])
-    if config is None:
-        return None
-    with torch.device("meta"):
-        backbone, tokenizer = LlamaGen(config), VQTokenizer(VQConfig())
-    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
-    return backbone.eval()
-
-
-load_tokenizer = VQTokenizer.load
-"""LlamaGen's image tokenizer (vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt)."""
+    widths = {tuple(f.shape[1:]) for f in features}
+    if len(widths) != 1 or any(f.ndim != 2 for f in features):
+        shapes = [tuple(f.shape) for f in features][:8]
+        raise ValueError(f"expected caption features [n_i, C] with one width C, got {shapes}")
+    longest = max(len(f) for f in features)
+    if longest > max_tokens:
+        raise ValueError(
+            f"a caption has {longest} features but the model takes {max_tokens}; "
+            f"encode with max_tokens={max_tokens}"
+        )
+    first = features[0]
+    features_BPC = first.new_zeros(len(features), max_tokens, first.shape[1])
+    mask_BP = torch.zeros(features_BPC.shape[:2], dtype=torch.bool, device=first.device)
+    for row, caption in enumerate(features):
+        features_BPC[row, max_tokens - len(caption) :] = caption
+        mask_BP[row, max_tokens - len(caption) :] = True
+    return features_BPC, mask_BP

@@ -10,6 +10,7 @@ Shapes: B captions, P caption tokens of the image model, C feature width, n_i to
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,13 @@ from t2i.models.captions import (
     check_captions,
     clean_caption,
 )
-from t2i.models.llamagen.t5_files import find_folder, load_encoder, load_tokenizer, weights_hash
+from t2i.models.llamagen.t5_files import (
+    copy_files,
+    find_folder,
+    load_encoder,
+    load_tokenizer,
+    weights_hash,
+)
 
 _PAD_MULTIPLE = 8
 _ROWS_PER_PASS = 64
@@ -63,7 +70,7 @@ class T5Captions:
             UserError: a file is missing, unreadable or not a T5's, or weights do not fit (named).
         """
         folder = find_folder(path_or_hub_id)
-        model = load_encoder(folder, dtype)
+        model: Any = load_encoder(folder, dtype)  # its `to` is not typed
         tokenizer = load_tokenizer(folder, model.config.vocab_size)
         return cls(model.to(device), tokenizer, folder, max_tokens)
 
@@ -156,9 +163,15 @@ class T5Captions:
         # Copies, because a view would keep (and save) the features of all its companions.
         return [f.clone() for f in valid.split([len(values) for values in token_ids])]
 
+    hash_of = staticmethod(weights_hash)
+    """SHA-256 over the files of an encoder that is not loaded, by its folder or hub id."""
+
     def weights_hash(self) -> str:
-        """SHA-256 over the encoder's files; see the function `weights_hash`."""
         return weights_hash(self.folder)
+
+    def copy_files(self, target: Path) -> None:
+        """Copy its files into a new folder, which `load` then takes."""
+        copy_files(self.folder, target)
 
     def cache_key(self) -> dict:
         """What the features depend on."""
@@ -168,32 +181,3 @@ class T5Captions:
             "caption_cleaning": CAPTION_CLEANING_VERSION,
             "caption_tokens": self.max_tokens,
         }
-
-
-def left_pad(features: Sequence[Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Batch caption features [n_i, C] as LlamaGen reads them.
-
-    Returns:
-        features [B, P, C] with P = max_tokens, zero in the padding, which comes first, and
-        mask [B, P] bool, True for the caption's own entries.
-
-    Raises:
-        ValueError: there is no caption, one is longer than `max_tokens`, or widths differ.
-    """
-    widths = {tuple(f.shape[1:]) for f in features}
-    if len(widths) != 1 or any(f.ndim != 2 for f in features):
-        shapes = [tuple(f.shape) for f in features][:8]
-        raise ValueError(f"expected caption features [n_i, C] with one width C, got {shapes}")
-    longest = max(len(f) for f in features)
-    if longest > max_tokens:
-        raise ValueError(
-            f"a caption has {longest} features but the model takes {max_tokens}; "
-            f"encode with max_tokens={max_tokens}"
-        )
-    first = features[0]
-    features_BPC = first.new_zeros(len(features), max_tokens, first.shape[1])
-    mask_BP = torch.zeros(features_BPC.shape[:2], dtype=torch.bool, device=first.device)
-    for row, caption in enumerate(features):
-        features_BPC[row, max_tokens - len(caption) :] = caption
-        mask_BP[row, max_tokens - len(caption) :] = True
-    return features_BPC, mask_BP

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -91,13 +92,14 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
     if kind != "t5":
         raise UserError(f"{folder}/config.json describes a {kind!r} model, not 't5'")
     try:
-        model, info = T5EncoderModel.from_pretrained(
+        loaded: Any = T5EncoderModel.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
         )
+        model, info = loaded
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"the weights in {folder} cannot be read: {error}") from error
     problems = {

@@ -1,1 +1,9 @@
-"""Open-MAGVIT2's class-conditional generator (arXiv 2409.04410)."""
+"""Open-MAGVIT2, class-conditional."""
+
+from t2i.models.families import Family
+
+FAMILY = Family(
+    "open_magvit2",
+    "t2i.models.open_magvit2.open_magvit2_model:OpenMAGVIT2",
+    tokenizer_inside=True,
+)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.attention import run_blocks
-from t2i.models.base import BackboneSpec, Condition, published_size, published_stem, settle_config
+from t2i.models.base import BackboneSpec, Condition
 from t2i.models.llama import (
     Block,
     ClassEmbedding,
@@ -33,11 +33,11 @@ from t2i.models.llama import (
     RMSNorm,
     normal_weights,
 )
-from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer, signs, tokenizer_part
+from t2i.models.tokenizers.lfq import LFQTokenizer, signs, tokenizer_part
+from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
+from t2i.weights import count_children, load_strict, reading
 
-TOKENIZER_INSIDE = True
 _PREFIX = "transformer."
 
 
@@ -51,9 +51,7 @@ class OpenMAGVIT2Config(LlamaConfig):
     """Bits of each sub-token."""
 
 
-CONFIG = OpenMAGVIT2Config
-
-SIZES = {
+SIZES: dict[str, dict] = {
     "B": {"n_layer": 24, "n_intra_layer": 2, "n_head": 16, "dim": 1024},
     "L": {"n_layer": 36, "n_intra_layer": 3, "n_head": 20, "dim": 1280},
     "XL": {"n_layer": 48, "n_intra_layer": 4, "n_head": 24, "dim": 1536},
@@ -65,41 +63,10 @@ SAMPLING = {
     "L": SamplingConfig(cfg_scale=(1.9, 1.9), temperature=(1.1, 1.0)),
     "XL": SamplingConfig(cfg_scale=(1.75, 1.85), temperature=(1.1, 1.0)),
 }
-"""How the authors drew the images of their FID, per sub-token (SEED-Voken
-`scripts/evaluation/sample_gpu.sh`).
-"""
+"""How the FID was drawn, per sub-token (SEED-Voken `scripts/evaluation/sample_gpu.sh`)."""
 
 
-def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) -> OpenMAGVIT2Config:
-    """Read the configuration off an official state dict; the head count comes from the published
-    sizes.
-
-    Raises:
-        UserError: not an Open-MAGVIT2 generator, or an unpublished shape for which `config=` must
-            be given.
-    """
-    with reading("an Open-MAGVIT2 generator"):
-        pre, dim = state_dict[f"{_PREFIX}pre_emb.weight"].shape
-        post = state_dict[f"{_PREFIX}post_emb.weight"].shape[0]
-        ffn_dim = state_dict[f"{_PREFIX}spatial_blocks.0.feed_forward.w1.weight"].shape[0]
-        classes = state_dict[f"{_PREFIX}class_emb.embedding_table.weight"].shape[0] - 1
-    layers = count_children(state_dict, f"{_PREFIX}spatial_blocks.")
-    size = published_size(SIZES, dim=dim, n_layer=layers)
-    if size is None:
-        raise UserError(
-            f"an Open-MAGVIT2 generator of width {dim} with {layers} layers is no published size: its head count is "
-            "not in the weights; pass config=OpenMAGVIT2Config(...)"
-        )
-    return OpenMAGVIT2Config(
-        **SIZES[size],
-        grid=grid or (16, 16),
-        bits=tuple((v - 1).bit_length() for v in (pre, post)),
-        ffn_dim=ffn_dim,
-        num_classes=classes,
-    )
-
-
-class GPT(nn.Module):
+class OpenMAGVIT2GPT(nn.Module):
     """The parameters, named as in the official checkpoints."""
 
     def __init__(self, config: OpenMAGVIT2Config):
@@ -116,11 +83,12 @@ class GPT(nn.Module):
     def initialize(self, generator: torch.Generator) -> None:
         """Weights for pre-training from scratch: N(0, 0.02), and zero heads."""
         normal_weights(self, generator)
-        for head in self.head:
-            nn.init.zeros_(head.weight)
+        for weight in self.head.parameters():
+            nn.init.zeros_(weight)
 
 
-class OpenMAGVIT2(LlamaBackbone):
+class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
+    config_type, tokenizer_type = OpenMAGVIT2Config, LFQTokenizer
     lora_targets = (
         r"(spatial|factorized)_blocks\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))"
     )
@@ -128,7 +96,7 @@ class OpenMAGVIT2(LlamaBackbone):
     def __init__(self, config: OpenMAGVIT2Config):
         super().__init__(config)
         self.config = config
-        self.transformer = GPT(config)
+        self.transformer = OpenMAGVIT2GPT(config)
         self.spec = BackboneSpec(
             family="open_magvit2",
             dim=config.dim,
@@ -142,6 +110,46 @@ class OpenMAGVIT2(LlamaBackbone):
             sampling=SAMPLING[published_size(SIZES, dim=config.dim) or "B"],
         )
 
+    # -- files -------------------------------------------------------------------------------------
+    @classmethod
+    def infer_config(
+        cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
+    ) -> OpenMAGVIT2Config:
+        with reading("an Open-MAGVIT2 generator"):
+            pre, dim = state_dict[f"{_PREFIX}pre_emb.weight"].shape
+            post = state_dict[f"{_PREFIX}post_emb.weight"].shape[0]
+            ffn_dim = state_dict[f"{_PREFIX}spatial_blocks.0.feed_forward.w1.weight"].shape[0]
+            classes = state_dict[f"{_PREFIX}class_emb.embedding_table.weight"].shape[0] - 1
+        layers = count_children(state_dict, f"{_PREFIX}spatial_blocks.")
+        size = published_size(SIZES, dim=dim, n_layer=layers)
+        if not size:
+            raise UserError(
+                f"an Open-MAGVIT2 generator of width {dim} with {layers} layers is no published size: "
+                "its head count is not in the weights; pass config=OpenMAGVIT2Config(...)"
+            )
+        return OpenMAGVIT2Config(
+            **SIZES[size],
+            grid=grid or (16, 16),
+            bits=((pre - 1).bit_length(), (post - 1).bit_length()),
+            ffn_dim=ffn_dim,
+            num_classes=classes,
+        )
+
+    @classmethod
+    def published_config(cls, stem: str, grid: tuple[int, int] | None) -> OpenMAGVIT2Config | None:
+        size = SIZES.get(stem.removeprefix("AR_256_"))
+        return None if size is None else OpenMAGVIT2Config(**size, grid=grid or (16, 16))
+
+    def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
+        """The generator and, where the file holds it, its image tokenizer."""
+        if inside := tokenizer_part(state_dict):
+            self.frozen.tokenizer = LFQTokenizer.empty(inside, path)
+        load_strict(ARCheckpoint(self), state_dict, path)
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        return {_PREFIX + k: v for k, v in self.transformer.state_dict().items()}
+
+    # -- the model ---------------------------------------------------------------------------------
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
@@ -181,9 +189,6 @@ class OpenMAGVIT2(LlamaBackbone):
         heads = self.transformer.head
         return tuple(head(states[..., s, :]).float() for s, head in enumerate(heads))
 
-    def official_state_dict(self) -> dict[str, Tensor]:
-        return {_PREFIX + k: v for k, v in self.transformer.state_dict().items()}
-
     def image_layers(self) -> dict[str, nn.Module]:
         names = ("pre_emb", "post_emb", "head")
         return {_PREFIX + name: getattr(self.transformer, name) for name in names}
@@ -211,54 +216,3 @@ class ARCheckpoint(nn.Module):
         self.transformer = backbone.transformer
         if backbone.frozen.tokenizer is not None:
             self.first_stage_model = backbone.frozen.tokenizer
-
-
-def load(
-    path: str | Path,
-    *,
-    config: OpenMAGVIT2Config | None = None,
-    grid: tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> OpenMAGVIT2:
-    """Load an official checkpoint (AR_256_B.ckpt, ...) with the tokenizer inside it, strictly.
-
-    A file of the generator alone is read, too; its tokenizer is then a file of its own
-    (`load_tokenizer`).
-
-    Raises:
-        UserError: unreadable file, another family, an unpublished shape without `config`, or keys
-            that do not fit.
-    """
-    state_dict = read_state_dict(path)
-    config = settle_config(config, grid, path, lambda: infer_config(state_dict, grid))
-    backbone = build_empty(lambda: OpenMAGVIT2(config), dtype)
-    if inside := tokenizer_part(state_dict):
-        backbone.frozen.tokenizer = LFQTokenizer.empty(inside, path)
-    load_strict(ARCheckpoint(backbone), state_dict, path)
-    return backbone
-
-
-def outline(
-    source: str | Path,
-    *,
-    config: OpenMAGVIT2Config | None = None,
-    grid: tuple[int, int] | None = None,
-) -> OpenMAGVIT2 | None:
-    """A published file's model on the meta device, without the file; None for what has no published
-    shape.
-    """
-    size = published_stem(source).removeprefix("AR_256_")
-    if config is None and size in SIZES:
-        config = OpenMAGVIT2Config(**SIZES[size], grid=grid or (16, 16))
-    if config is None:
-        return None
-    with torch.device("meta"):
-        backbone, tokenizer = OpenMAGVIT2(config), LFQTokenizer(LFQConfig())
-    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
-    return backbone.eval()
-
-
-load_tokenizer = LFQTokenizer.load
-"""The image tokenizer inside an AR checkpoint, or of its own file (imagenet_256_L.ckpt; the raw
-weights, see `LFQTokenizer`).
-"""

@@ -1,1 +1,5 @@
-"""RAR, class-conditional (arXiv 2411.00776)."""
+"""RAR, class-conditional."""
+
+from t2i.models.families import Family
+
+FAMILY = Family("rar", "t2i.models.rar.rar_model:RAR")

@@ -28,17 +28,11 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.attention import KVCache, attend, causal_mask, run_blocks
-from t2i.models.base import (
-    Backbone,
-    BackboneSpec,
-    Condition,
-    published_size,
-    published_stem,
-    settle_config,
-)
-from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
+from t2i.models.base import BackboneSpec, Condition
+from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading
+from t2i.weights import count_children, load_strict, reading
 
 PREFIX = 2
 _EPS = 1e-6
@@ -77,9 +71,7 @@ class RARConfig:
         return self.first_class_id + self.num_classes
 
 
-CONFIG = RARConfig
-
-SIZES = {
+SIZES: dict[str, dict] = {
     "B": {"n_layer": 24, "n_head": 16, "dim": 768, "mlp_dim": 3072},
     "L": {"n_layer": 24, "n_head": 16, "dim": 1024, "mlp_dim": 4096},
     "XL": {"n_layer": 32, "n_head": 16, "dim": 1280, "mlp_dim": 5120},
@@ -99,34 +91,11 @@ DEMO_SAMPLING = SamplingConfig(cfg_scale=4.0)
 """The authors' demonstration: constant guidance. Used for shapes that were never published."""
 
 
-def infer_config(state_dict: dict[str, Tensor], grid: tuple[int, int] | None) -> RARConfig:
-    """Read the configuration off an official state dict; only a grid that is not square has to be
-    given.
-
-    Raises:
-        UserError: not a RAR generator, or its number of tokens does not fit a grid.
-    """
-    with reading("a RAR generator"):
-        vocab, dim = state_dict["lm_head.weight"].shape
-        n_head = dim // state_dict["blocks.0.attn.q_norm.weight"].shape[0]
-        mlp_dim = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
-        classes = state_dict["embeddings.weight"].shape[0] - vocab - 2
-        tokens = state_dict["timesteps_embeddings"].shape[1] - _SPARE_TIMESTEPS
-    layers = count_children(state_dict, "blocks.")
-    side = isqrt(max(tokens, 0))
-    grid = grid or (side, side)
-    if grid[0] * grid[1] != tokens:
-        raise UserError(
-            f"the tables hold {tokens} image tokens, which is not a grid of {grid[0]} x {grid[1]}; pass grid=(h, w)"
-        )
-    return RARConfig(dim, layers, n_head, mlp_dim, grid, vocab, classes)
-
-
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class Attention(nn.Module):
+class RARAttention(nn.Module):
     def __init__(self, config: RARConfig, layer: int):
         super().__init__()
         self.layer, self.heads = layer, config.n_head
@@ -145,7 +114,7 @@ class Attention(nn.Module):
         return self.dropout(self.proj(attend(q, k, v, mask, cache, self.layer, dropout=dropout)))
 
 
-class MLP(nn.Module):
+class RARMLP(nn.Module):
     def __init__(self, config: RARConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.mlp_dim)
@@ -160,12 +129,12 @@ def _modulation(dim: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, chunks * dim))
 
 
-class Block(nn.Module):
+class RARBlock(nn.Module):
     def __init__(self, config: RARConfig, layer: int):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(config.dim, eps=_EPS) for _ in range(2))
-        self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.attn = RARAttention(config, layer)
+        self.mlp = RARMLP(config)
         self.adaLN_modulation = _modulation(config.dim, 6)
 
     def forward(
@@ -188,7 +157,7 @@ class FinalNorm(nn.Module):
         return _modulated(F.layer_norm(x, x.shape[-1:], eps=_EPS), shift, scale)
 
 
-class GPT(nn.Module):
+class RARGPT(nn.Module):
     """The parameters, named as in the official checkpoints."""
 
     def __init__(self, config: RARConfig):
@@ -200,7 +169,7 @@ class GPT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(positions))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(positions))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(timesteps))
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(RARBlock(config, i) for i in range(config.n_layer))
         self.embeddings = nn.Embedding(config.null_id + 1, config.dim)
         self.adaln_before_head = FinalNorm(config.dim)
         self.lm_head = nn.Linear(config.dim, config.vocab_size)
@@ -235,13 +204,14 @@ class GPT(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
 
 
-class RAR(Backbone):
+class RAR(WeightFileBackbone):
+    config_type, tokenizer_type = RARConfig, MaskGITVQGAN
     lora_targets = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
     def __init__(self, config: RARConfig):
         super().__init__()
         self.config = config
-        self.gpt = GPT(config)
+        self.gpt = RARGPT(config)
         self.spec = BackboneSpec(
             family="rar",
             dim=config.dim,
@@ -254,6 +224,39 @@ class RAR(Backbone):
             sampling=SAMPLING.get(published_size(SIZES, **vars(config)), DEMO_SAMPLING),
         )
 
+    # -- files -------------------------------------------------------------------------------------
+    @classmethod
+    def infer_config(
+        cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
+    ) -> RARConfig:
+        with reading("a RAR generator"):
+            vocab, dim = state_dict["lm_head.weight"].shape
+            n_head = dim // state_dict["blocks.0.attn.q_norm.weight"].shape[0]
+            mlp_dim = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
+            classes = state_dict["embeddings.weight"].shape[0] - vocab - 2
+            tokens = state_dict["timesteps_embeddings"].shape[1] - _SPARE_TIMESTEPS
+        layers = count_children(state_dict, "blocks.")
+        side = isqrt(max(tokens, 0))
+        grid = grid or (side, side)
+        if grid[0] * grid[1] != tokens:
+            raise UserError(
+                f"the tables hold {tokens} image tokens, which is not a grid of "
+                f"{grid[0]} x {grid[1]}; pass grid=(h, w)"
+            )
+        return RARConfig(dim, layers, n_head, mlp_dim, grid, vocab, classes)
+
+    @classmethod
+    def published_config(cls, stem: str, grid: tuple[int, int] | None) -> RARConfig | None:
+        size = SIZES.get(stem.removeprefix("rar_").upper())
+        return None if size is None else RARConfig(**size, grid=grid or (16, 16))
+
+    def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
+        load_strict(self.gpt, state_dict, path)
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        return self.gpt.state_dict()
+
+    # -- the model ---------------------------------------------------------------------------------
     def condition_ids(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Rows of the embedding table, int64 [B], for labels [B]; the null class where `drop`."""
         ids = labels + self.config.first_class_id
@@ -282,9 +285,6 @@ class RAR(Backbone):
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
         return self.gpt.lm_head(h).float()
 
-    def official_state_dict(self) -> dict[str, Tensor]:
-        return self.gpt.state_dict()
-
     def image_layers(self) -> dict[str, nn.Module]:
         return {"embeddings": self.gpt.embeddings, "lm_head": self.gpt.lm_head}
 
@@ -296,44 +296,3 @@ class RAR(Backbone):
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
         unit = ((pixels + 1) / 2).clamp(0, 1)
         return (unit * 255).to(torch.uint8)
-
-
-def load(
-    path: str | Path,
-    *,
-    config: RARConfig | None = None,
-    grid: tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> RAR:
-    """Load an official generator (rar_b.bin, rar_l.bin, rar_xl.bin, rar_xxl.bin) or one of its
-    layout, strictly.
-
-    Raises:
-        UserError: unreadable file, another family, or keys that do not fit.
-    """
-    state_dict = read_state_dict(path)
-    config = settle_config(config, grid, path, lambda: infer_config(state_dict, grid))
-    backbone = build_empty(lambda: RAR(config), dtype)
-    load_strict(backbone.gpt, state_dict, path)
-    return backbone
-
-
-def outline(
-    source: str | Path, *, config: RARConfig | None = None, grid: tuple[int, int] | None = None
-) -> RAR | None:
-    """A published file's model on the meta device, without the file; None for what has no published
-    shape.
-    """
-    size = published_stem(source).removeprefix("rar_").upper()
-    if config is None and size in SIZES:
-        config = RARConfig(**SIZES[size], grid=grid or (16, 16))
-    if config is None:
-        return None
-    with torch.device("meta"):
-        backbone, tokenizer = RAR(config), MaskGITVQGAN(MaskGITConfig())
-    backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
-    return backbone.eval()
-
-
-load_tokenizer = MaskGITVQGAN.load
-"""RAR's image tokenizer (maskgit-vqgan-imagenet-f16-256.bin)."""

@@ -1,26 +1,24 @@
-"""What the convolutional tokenizers share: how a shape is read off official weights, and how these
-are loaded.
+"""What the convolutional tokenizers share: the interface, loading of official weights, and blocks.
 
 Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimension.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.weights import build_empty, count_children, load_strict, naming, read_state_dict
 
-T = TypeVar("T", bound="ConvTokenizer")
-
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Resolutions of the encoder, which the decoder goes through the other way; the defaults are
-    the published ones.
-    """
+    """Resolutions of the encoder, and backwards of the decoder; by default the published ones."""
 
     channels: int = 128
     """Channels at full resolution."""
@@ -52,6 +50,37 @@ def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6, affine=affine)
 
 
+class ResBlock(nn.Module):
+    """Two convolutions and a shortcut, which with `of_branch` reads the second one's output."""
+
+    def __init__(self, c_in: int, c_out: int, *, bias: bool = True, of_branch: bool = False):
+        super().__init__()
+        self.of_branch = of_branch
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_out if of_branch else c_in, c_out, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(h if self.of_branch else x)
+        return x + h
+
+
+def res_blocks(
+    c_in: int, c_out: int, count: int, *, bias: bool = True, of_branch: bool = False
+) -> nn.ModuleList:
+    """Residual blocks in a row, of which the first changes the width."""
+    widths = [c_in, *[c_out] * count]
+    return nn.ModuleList(
+        ResBlock(a, b, bias=bias, of_branch=of_branch) for a, b in pairwise(widths)
+    )
+
+
 class Codebook(nn.Module):
     def __init__(self, size: int, dim: int):
         super().__init__()
@@ -62,18 +91,31 @@ class Codebook(nn.Module):
         return self.embedding.weight
 
 
-class ConvTokenizer(nn.Module):
-    """Images <-> codes; parameter names are those of the official checkpoints. A family adds
-    `encode` and `decode_vectors`.
-    """
+class ConvTokenizer(nn.Module, ABC):
+    """Images <-> codes; parameter names are those of the official checkpoints."""
 
-    config_type: type[ConvConfig]
-    ignored_keys: tuple[str, ...] = ()
+    config_type: ClassVar[type[Any]]
+    """Its `ConvConfig`, with a `codebook_size` and a static `from_state_dict`."""
+    ignored_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of official files that have no part in encoding or decoding."""
+    quantize: Codebook
+    """The codebook, where there is one."""
 
-    def __init__(self, config: ConvConfig):
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
+
+    @abstractmethod
+    def latents(self, pixels: Tensor) -> Tensor:
+        """What is quantised: [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes some."""
+
+    @abstractmethod
+    def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W], nominally in [-1, 1], of the vectors of codes."""
 
     @property
     def downsample(self) -> int:
@@ -94,7 +136,7 @@ class ConvTokenizer(nn.Module):
         return self.decode_vectors(self.vectors_of(codes).movedim(-1, 1))
 
     @classmethod
-    def load(cls: type[T], path: str | Path) -> T:
+    def load(cls, path: str | Path) -> Self:
         """Load an official file strictly; frozen, fp32.
 
         Raises:
@@ -107,10 +149,8 @@ class ConvTokenizer(nn.Module):
         return tokenizer
 
     @classmethod
-    def empty(cls: type[T], state_dict: dict[str, Tensor], path: str | Path) -> T:
-        """A frozen tokenizer in eval mode of the shape that a file's weights have, to be filled
-        with them.
-        """
+    def empty(cls, state_dict: dict[str, Tensor], path: str | Path) -> Self:
+        """A frozen tokenizer of the shape that a file's weights have, to be filled with them."""
         with naming(path):
             config = cls.config_type.from_state_dict(state_dict)
         return build_empty(lambda: cls(config)).requires_grad_(False)

@@ -22,13 +22,12 @@ from t2i.models.tokenizers.conv_tokenizer import (
     ConvTokenizer,
     encoder_shape,
     group_norm,
+    res_blocks,
 )
-from t2i.models.tokenizers.vq import ResBlock
 from t2i.weights import load_strict, read_state_dict, reading
 
-_EMBEDDED = (
-    "first_stage_model."  # where a checkpoint of the autoregressive model keeps its tokenizer
-)
+# Where a checkpoint of the autoregressive model keeps its tokenizer.
+_EMBEDDED = "first_stage_model."
 _EMA = "model_ema."
 _EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 
@@ -64,18 +63,12 @@ class LFQConfig(ConvConfig):
             return LFQConfig(**shape, bits=state_dict["encoder.conv_out.weight"].shape[0])
 
 
-def _res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        ResBlock(c_in if i == 0 else c_out, c_out, bias=False) for i in range(count)
-    )
-
-
-class Level(nn.Module):
+class LFQLevel(nn.Module):
     """One resolution: residual blocks, then an optional resampling."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, resample: tuple[str, nn.Module] | None):
         super().__init__()
-        self.block = _res_blocks(c_in, c_out, blocks)
+        self.block = res_blocks(c_in, c_out, blocks, bias=False)
         self.resample_name = resample[0] if resample else None
         if resample:
             self.add_module(*resample)
@@ -86,7 +79,7 @@ class Level(nn.Module):
         return getattr(self, self.resample_name)(x) if self.resample_name else x
 
 
-class Upsample(nn.Module):
+class LFQUpsample(nn.Module):
     """A convolution to four times the channels, which become 2 x 2 pixels.
 
     The channel index is (row, column, channel), where `F.pixel_shuffle` wants (channel, row,
@@ -103,9 +96,7 @@ class Upsample(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift come from the code vectors' standard deviation and mean over
-    the image.
-    """
+    """Group norm with scale and shift from the code vectors' deviation and mean over the image."""
 
     def __init__(self, bits: int, c: int):
         super().__init__()
@@ -118,14 +109,14 @@ class AdaptiveGroupNorm(nn.Module):
         return scale[..., None, None] * self.norm(x_BChw) + shift[..., None, None]
 
 
-class Encoder(nn.Module):
+class LFQEncoder(nn.Module):
     def __init__(self, cfg: LFQConfig):
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1, bias=False)
         self.down = nn.ModuleList(
-            Level(
+            LFQLevel(
                 cfg.channels if i == 0 else widths[i - 1],
                 width,
                 cfg.res_blocks,
@@ -133,7 +124,7 @@ class Encoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.mid_block = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.mid_block = res_blocks(widths[-1], widths[-1], cfg.res_blocks, bias=False)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.bits, 1)
 
@@ -144,19 +135,17 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Decoder(nn.Module):
-    """`up` and `adaptive` are stored from the finest resolution to the coarsest and run the other
-    way.
-    """
+class LFQDecoder(nn.Module):
+    """`up` and `adaptive` are stored from the finest resolution on and run the other way."""
 
     def __init__(self, cfg: LFQConfig):
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
         inputs = [*widths[1:], widths[-1]]
         self.conv_in = nn.Conv2d(cfg.bits, widths[-1], 3, padding=1)
-        self.mid_block = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
+        self.mid_block = res_blocks(widths[-1], widths[-1], cfg.res_blocks, bias=False)
         self.up = nn.ModuleList(
-            Level(c, width, cfg.res_blocks, None if i == 0 else ("upsample", Upsample(width)))
+            LFQLevel(c, width, cfg.res_blocks, None if i == 0 else ("upsample", LFQUpsample(width)))
             for i, (c, width) in enumerate(zip(inputs, widths, strict=True))
         )
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(cfg.bits, c) for c in inputs)
@@ -179,17 +168,14 @@ class LFQTokenizer(ConvTokenizer):
 
     def __init__(self, config: LFQConfig):
         super().__init__(config)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = LFQEncoder(config), LFQDecoder(config)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Real-valued latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]; their signs are the
-        code vectors.
-        """
+        """Their signs are the code vectors."""
         return self.encoder(pixels)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
         return indices(self.latents(pixels).movedim(1, -1))
 
     def vectors_of(self, codes: Tensor) -> Tensor:
@@ -229,7 +215,5 @@ class LFQTokenizer(ConvTokenizer):
 
 
 def tokenizer_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What an AR checkpoint's state dict holds of a tokenizer, under the tokenizer's own names;
-    empty if nothing.
-    """
+    """The tokenizer in an AR checkpoint's state dict, under its own names; empty if none."""
     return {k.removeprefix(_EMBEDDED): v for k, v in state_dict.items() if k.startswith(_EMBEDDED)}

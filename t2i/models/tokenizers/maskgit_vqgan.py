@@ -18,6 +18,7 @@ Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimensi
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,6 +31,7 @@ from t2i.models.tokenizers.conv_tokenizer import (
     ConvTokenizer,
     encoder_shape,
     group_norm,
+    res_blocks,
 )
 from t2i.weights import reading
 
@@ -52,33 +54,16 @@ class MaskGITConfig(ConvConfig):
             return MaskGITConfig(**shape, codebook_size=size, codebook_dim=dim)
 
 
+# The shortcut reads the branch: odd, but the published weights were trained so.
+_res_blocks = partial(res_blocks, bias=False, of_branch=True)
+
+
 def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
 
 
-class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), _conv(c_in, c_out, bias=False)
-        self.norm2, self.conv2 = group_norm(c_out), _conv(c_out, c_out, bias=False)
-        if c_in != c_out:
-            self.nin_shortcut = _conv(c_out, c_out, kernel=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        # The shortcut reads the branch: odd, but the published weights were trained so.
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
-
-
-def _res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
-
-
-class Level(nn.Module):
-    """One resolution: residual blocks, and in the decoder the convolution that follows the
-    enlargement to the next.
-    """
+class MaskGITLevel(nn.Module):
+    """One resolution: residual blocks, and in the decoder an enlargement and a convolution."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, enlarge: bool = False):
         super().__init__()
@@ -94,13 +79,13 @@ class Level(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class MaskGITEncoder(nn.Module):
     def __init__(self, cfg: MaskGITConfig):
         super().__init__()
         widths = [cfg.channels, *(cfg.channels * m for m in cfg.multipliers)]
         self.conv_in = _conv(3, cfg.channels, bias=False)
         self.down = nn.ModuleList(
-            Level(c_in, c_out, cfg.res_blocks) for c_in, c_out in pairwise(widths)
+            MaskGITLevel(c_in, c_out, cfg.res_blocks) for c_in, c_out in pairwise(widths)
         )
         self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
         self.norm_out = group_norm(widths[-1])
@@ -115,14 +100,14 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Decoder(nn.Module):
+class MaskGITDecoder(nn.Module):
     def __init__(self, cfg: MaskGITConfig):
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
         self.conv_in = _conv(cfg.codebook_dim, widths[-1])
         self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
         self.up = nn.ModuleList(
-            Level(widths[min(i + 1, len(widths) - 1)], width, cfg.res_blocks, enlarge=i > 0)
+            MaskGITLevel(widths[min(i + 1, len(widths) - 1)], width, cfg.res_blocks, enlarge=i > 0)
             for i, width in enumerate(widths)
         )
         self.norm_out = group_norm(widths[0])
@@ -142,18 +127,14 @@ class MaskGITVQGAN(ConvTokenizer):
 
     def __init__(self, config: MaskGITConfig):
         super().__init__(config)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = MaskGITEncoder(config), MaskGITDecoder(config)
         self.quantize = Codebook(config.codebook_size, config.codebook_dim)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
         return self.encoder((pixels + 1) / 2)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: in bf16 nearly equal
-        distances change places.
-        """
         z_BhwE = self.latents(pixels).permute(0, 2, 3, 1).float()
         rows_VE = self.quantize.vectors().float()
         # |z - e|^2 without |z|^2, which is the same for all codes.

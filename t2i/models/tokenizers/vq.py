@@ -18,8 +18,10 @@ from t2i.models.tokenizers.conv_tokenizer import (
     Codebook,
     ConvConfig,
     ConvTokenizer,
+    ResBlock,
     encoder_shape,
     group_norm,
+    res_blocks,
 )
 from t2i.weights import reading
 
@@ -49,22 +51,6 @@ class VQConfig(ConvConfig):
             )
 
 
-class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, bias: bool = True):
-        super().__init__()
-        self.norm1 = group_norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
-        self.norm2 = group_norm(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
-
-
 class AttnBlock(nn.Module):
     """Single-head self-attention over all pixels of the feature map."""
 
@@ -89,7 +75,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # the reference pads right and bottom only
 
 
-class Upsample(nn.Module):
+class VQUpsample(nn.Module):
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -98,10 +84,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where `attend`, then an optional
-    resampling.
-    """
+class VQLevel(nn.Module):
+    """One resolution: residual blocks, with attention where `attend`, then perhaps a resampling."""
 
     def __init__(
         self,
@@ -112,7 +96,7 @@ class Level(nn.Module):
         resample: tuple[str, nn.Module] | None,
     ):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.res = res_blocks(c_in, c_out, blocks)
         self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attend else 0))
         self.resample_name = resample[0] if resample else None
         if resample:
@@ -130,14 +114,14 @@ def _mid(c: int) -> nn.ModuleList:
     return nn.ModuleList([ResBlock(c, c), AttnBlock(c), ResBlock(c, c)])
 
 
-class Encoder(nn.Module):
+class VQEncoder(nn.Module):
     def __init__(self, cfg: VQConfig):
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(
+            VQLevel(
                 cfg.channels if i == 0 else widths[i - 1],
                 width,
                 cfg.res_blocks,
@@ -157,7 +141,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Decoder(nn.Module):
+class VQDecoder(nn.Module):
     def __init__(self, cfg: VQConfig):
         super().__init__()
         widths = [cfg.channels * m for m in reversed(cfg.multipliers)]
@@ -165,12 +149,12 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.mid = _mid(widths[0])
         self.conv_blocks = nn.ModuleList(
-            Level(
+            VQLevel(
                 widths[max(i - 1, 0)],
                 width,
                 cfg.res_blocks + 1,
                 attend=i == 0,
-                resample=None if i == last else ("upsample", Upsample(width)),
+                resample=None if i == last else ("upsample", VQUpsample(width)),
             )
             for i, width in enumerate(widths)
         )
@@ -191,29 +175,24 @@ class UnitCodebook(Codebook):
 
 
 class VQTokenizer(ConvTokenizer):
-    """The files vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model
-    weights.
-    """
+    """vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model weights."""
 
     config_type = VQConfig
     ignored_keys = ("quantize.codebook_used",)  # a usage counter of the reference's training loop
 
     def __init__(self, config: VQConfig):
         super().__init__(config)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = VQEncoder(config), VQDecoder(config)
         self.quantize = UnitCodebook(config.codebook_size, config.codebook_dim)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Un-normalised latents [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
+        """Not normalised: that is the comparison's business."""
         return self.quant_conv(self.encoder(pixels))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes several
-        per cent of the codes.
-        """
         z_BhwE = F.normalize(self.latents(pixels).permute(0, 2, 3, 1).float(), dim=-1)
         return (z_BhwE @ self.quantize.vectors().float().T).argmax(-1)
 

@@ -1,0 +1,89 @@
+"""Backbones that are published as one weight file: how a file becomes a model, strictly."""
+
+from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from t2i.models.base import Backbone
+from t2i.weights import build_empty, naming, read_state_dict
+
+
+class WeightFileBackbone(Backbone):
+    """A backbone whose shape can be read off its weights, but for what only published names tell.
+
+    A family gives `infer_config`, `published_config` and `fill`.
+    """
+
+    @classmethod
+    @abstractmethod
+    def infer_config(
+        cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
+    ) -> Any:
+        """The shape of an official state dict from a file of this name without suffix; `grid` wins.
+
+        Raises:
+            UserError: it is another family's, or a shape that the weights do not tell.
+        """
+
+    @classmethod
+    @abstractmethod
+    def published_config(cls, stem: str, grid: tuple[int, int] | None) -> Any | None:
+        """The shape of a published file of this name without suffix; None if there is none."""
+
+    @abstractmethod
+    def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
+        """Take the weights of an official file, strictly (`t2i.weights.load_strict`)."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        config: Any | None = None,
+        grid: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        generation_only: bool = False,
+        shapes_only: bool = False,
+    ) -> Self:
+        state_dict = read_state_dict(path)
+        if config is None:
+            with naming(path):
+                config = cls.infer_config(state_dict, Path(path).stem, grid)
+        elif grid is not None:
+            config = replace(config, grid=grid)
+        build: Any = cls  # a family's class is called with its shape
+        backbone = build_empty(lambda: build(config), dtype)
+        backbone.fill(state_dict, path)
+        return backbone
+
+    @classmethod
+    def outline(
+        cls,
+        source: str | Path,
+        *,
+        config: Any | None = None,
+        grid: tuple[int, int] | None = None,
+        generation_only: bool = False,
+    ) -> Self | None:
+        if config is None:
+            config = cls.published_config(Path(str(source).rpartition(":")[2]).stem, grid)
+        if config is None:
+            return None
+        build: Any = cls
+        with torch.device("meta"):
+            backbone = build(config)
+            tokenizer = cls.tokenizer_type(cls.tokenizer_type.config_type())
+        backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+        return backbone.eval()
+
+
+def published_size(sizes: dict[str, dict], **known) -> str:
+    """Name of the first size that agrees with what is known of a shape; "" if none does."""
+    for name, size in sizes.items():
+        if all(known.get(key, value) == value for key, value in size.items()):
+            return name
+    return ""
