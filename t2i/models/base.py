@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.attention import KVCache
 from t2i.models.labels import class_ids
 from t2i.sampling import SamplingConfig
 from t2i.weights import naming
@@ -86,6 +85,38 @@ class Condition:
             None if first.mask is None else torch.cat([p.mask for p in parts]),
             {k: torch.cat([p.extras[k] for p in parts]) for k in first.extras},
         )
+
+
+class KVCache:
+    """Preallocated keys and values, [B, H, length, K] per layer.
+
+    `at(start, count)` says which entries the next trunk call writes. `extent` is how many leading
+    entries attention reads: the loop may fix it to a bucket so that every step has one shape; a
+    mask made from `index` hides what is not filled yet.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, dtype, device
+    ):
+        shape = (layers, batch, heads, length, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = length
+        self.index = torch.empty(0, dtype=torch.long, device=device)
+        self.extent = 0
+
+    def at(self, start: int, count: int) -> "KVCache":
+        assert start >= 0 and start + count <= self.length, (start, count, self.length)
+        self.index = torch.arange(start, start + count, device=self.keys.device)
+        self.extent = start + count
+        return self
+
+    def update(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new entries and return the filled part."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.index, k_BHLK.to(keys.dtype))
+        values.index_copy_(2, self.index, v_BHLK.to(values.dtype))
+        return keys[:, :, : self.extent], values[:, :, : self.extent]
 
 
 class Tokenizer(Protocol):

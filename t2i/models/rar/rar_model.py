@@ -27,15 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.attention import KVCache, attend, causal_mask, run_blocks
 from t2i.models.base import (
     Backbone,
     BackboneSpec,
     Condition,
+    KVCache,
     published_size,
     published_stem,
     settle_config,
 )
+from t2i.models.blocks import attend, causal_mask, run_blocks
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.sampling import SamplingConfig
 from t2i.weights import build_empty, count_children, load_strict, read_state_dict, reading

@@ -1,28 +1,100 @@
-"""What Llama-like families share: the trunk, its norm and rotation; and the block of LlamaGen and
-Open-MAGVIT2.
+"""What causal transformers share: attention, its mask and a pass through blocks; and for the
+Llama-like ones trunk, norm and rotation, with the block of LlamaGen and Open-MAGVIT2.
 
-Their block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
+That block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
 SwiGLU. Two things differ from the Llama that everyone knows, which is Janus-Pro's
-(`janus_model.py`), and matter for parity:
+(`janus_modules.py`), and matter for parity:
 
 - RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the
   second with the column.
 - The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys
   vanish: every attention logit to or from a prefix entry is 0.
 
-Shapes: B batch, L inputs, P prefix, D width, H heads, K head width, T image tokens.
+Shapes: B batch, L inputs, P prefix length, D model width, H heads, K width of a head, T image
+tokens.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from t2i.models.attention import KVCache, attend, causal_mask, run_blocks
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Backbone, Condition, KVCache
+
+
+def causal_mask(
+    x_BLD: Tensor, prefix_mask_BP: Tensor | None, cache: KVCache | None
+) -> Tensor | None:
+    """Which entries the inputs may attend to, bool [B or 1, 1, L, extent]; None where they are all
+    and in order.
+
+    Every entry sees itself, also a masked-out prefix entry: a row without any key would give NaN.
+    """
+    if prefix_mask_BP is None and cache is None:
+        return None
+    length = x_BLD.shape[1]
+    index_L = torch.arange(length, device=x_BLD.device) if cache is None else cache.index
+    extent = length if cache is None else cache.extent
+    columns = torch.arange(extent, device=index_L.device)
+    allowed = (columns <= index_L[:, None])[None]
+    if prefix_mask_BP is not None:
+        visible = torch.ones(
+            prefix_mask_BP.shape[0], extent, dtype=torch.bool, device=index_L.device
+        )
+        visible[:, : prefix_mask_BP.shape[1]] = prefix_mask_BP[:, :extent]
+        allowed = (allowed & visible[:, None]) | (columns == index_L[:, None])
+    return allowed[:, None]
+
+
+def attend(
+    q_BHLK: Tensor,
+    k_BHLK: Tensor,
+    v_BHLK: Tensor,
+    mask: Tensor | None,
+    cache: KVCache | None,
+    layer: int,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of one layer's queries to its keys and values, after what the cache holds of them:
+    [B, L, H*K].
+
+    Keys and values may have fewer heads than queries. Without a mask attention is causal (see
+    `causal_mask`).
+    """
+    if cache is not None:
+        k, v = cache.update(layer, k_BHLK, v_BHLK)
+        k_BHLK, v_BHLK = k.type_as(q_BHLK), v.type_as(q_BHLK)
+    out = F.scaled_dot_product_attention(
+        q_BHLK,
+        k_BHLK,
+        v_BHLK,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        enable_gqa=k_BHLK.shape[1] != q_BHLK.shape[1],
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def run_blocks(
+    blocks: Iterable[Callable[..., Tensor]], x_BLD: Tensor, *shared, recompute: bool
+) -> Tensor:
+    """Apply blocks in turn, each to (x, *shared); `recompute` computes their activations again in
+    the backward pass.
+    """
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            # Not the reentrant kind, which trains nothing when its input needs no gradient, as with
+            # frozen embeddings.
+            x_BLD = checkpoint(block, x_BLD, *shared, use_reentrant=False)
+        else:
+            x_BLD = block(x_BLD, *shared)
+    return x_BLD
 
 
 @dataclass(frozen=True)
