@@ -32,9 +32,9 @@ def fold(keys: Tensor, *values: int | Tensor) -> Tensor:
     keys).
     """
     for value in values:
-        keys = _mix(
-            (keys ^ _mix(torch.as_tensor(value, device=keys.device) * _GOLDEN + 1)) + _GOLDEN
-        )
+        if isinstance(value, int):  # filled in where the keys are: nothing is copied there
+            value = torch.full((), value, dtype=torch.long, device=keys.device)
+        keys = _mix((keys ^ _mix(value.to(keys.device) * _GOLDEN + 1)) + _GOLDEN)
     return keys
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import golden_table, open_gates, tiny_codes, tiny_llamagen, tiny_prepared
+from helpers import feed, golden_table, open_gates, tiny_codes, tiny_llamagen, tiny_prepared
 
 from t2i.rng import make_keys, uniforms
 from t2i.sampling import SamplingConfig
@@ -13,7 +13,6 @@ from t2i.tensorar.sampler import (
     pick,
     prefill,
     sample_windows,
-    step,
     window_logits,
 )
 
@@ -85,15 +84,15 @@ def test_bad_settings(bad):
 
 def logits_by_step(model, windows, config, rows):
     """Logits [B, N, k, V_s] of every sub-token while the given windows are fed."""
-    settings = config.by_sub_token(windows.shape[-1])
-    collected = [[] for _ in settings]
+    collected = [[] for _ in range(windows.shape[-1])]
     h, state = prefill(model, tiny_prepared(model.backbone, rows), config)
     for i in range(model.windows.count):
         d = model.decode_slots(h)
-        for s, own in enumerate(settings):
-            collected[s].append(window_logits(model, d, windows[:, i, :, :s], i, state, own))
+        for s, logits in enumerate(collected):
+            index = torch.tensor([i])
+            logits.append(window_logits(model, d, windows[:, i, :, :s], index, state))
         if i + 1 < model.windows.count:
-            h = step(model, windows[:, i], i, state)
+            h = feed(model, windows[:, i], i, state)
     return [torch.stack(logits, 1) for logits in collected]
 
 

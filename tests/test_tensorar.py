@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from helpers import open_gates, other_codes, tiny_codes, tiny_llamagen, tiny_prepared
+from helpers import feed, open_gates, other_codes, tiny_codes, tiny_llamagen, tiny_prepared
 
 from t2i.models.base import Condition
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import prefill, sample_windows, step
+from t2i.tensorar.sampler import prefill, sample_windows
 
 BATCH = 3
 BF16_RMS, BF16_MAX = 0.03, 0.3
@@ -100,7 +100,7 @@ def test_bf16(backbone):
     config = SamplingConfig(cfg_scale=2.0, top_k=20)
     drawn = sample_windows(model, tiny_prepared(backbone, BATCH), KEYS, config)
     h, state = prefill(model, tiny_prepared(backbone, BATCH), config)
-    assert h.dtype == state.cache.keys.dtype == torch.bfloat16
+    assert h.dtype == state.cache.keys[0].dtype == torch.bfloat16
     assert (drawn >= 0).all() and (drawn < torch.tensor(backbone.spec.subvocabs)).all()
 
 
@@ -143,7 +143,7 @@ def test_steps_agree_with_teacher_forcing(backbone, k, stride):
     h, state = prefill(model, prepared, config)
     cached = [h]
     for i in range(model.windows.count - 1):
-        cached.append(step(model, windows[:, i], i, state))
+        cached.append(feed(model, windows[:, i], i, state))
     null = backbone.encode_condition(prepared, torch.ones(BATCH, dtype=torch.bool))
     with torch.no_grad():
         forced = torch.cat([model.hidden(c, windows) for c in (condition_of(model), null)])

@@ -69,6 +69,8 @@ def attend(
     if cache is not None:
         k, v = cache.update(layer, k_BHLK, v_BHLK)
         k_BHLK, v_BHLK = k.type_as(q_BHLK), v.type_as(q_BHLK)
+        if q_BHLK.shape[2] == 1:
+            return _attend_one(q_BHLK, k_BHLK, v_BHLK, mask)
     out = F.scaled_dot_product_attention(
         q_BHLK,
         k_BHLK,
@@ -79,6 +81,16 @@ def attend(
         enable_gqa=k_BHLK.shape[1] != q_BHLK.shape[1],
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def _attend_one(q_BH1K: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor) -> Tensor:
+    """One query against the cache, [B, 1, H*K], by plain products: the fused kernels are made for
+    many queries, and some prepare themselves anew for every length of the cache.
+    """
+    # Queries that share keys are the rows of one product.
+    q = (q_BH1K * q_BH1K.shape[-1] ** -0.5).reshape(*k_BHLK.shape[:2], -1, q_BH1K.shape[-1])
+    scores = (q @ k_BHLK.transpose(-1, -2)).float().masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).type_as(v_BHLK) @ v_BHLK).view(len(q), 1, -1)
 
 
 def run_blocks(
@@ -185,8 +197,9 @@ class Attention(nn.Module):
         self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        both, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q, k = rotate(both, rope).split([self.heads, self.kv_heads], dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self.dropout(self.wo(attend(q, k, v, mask, cache, self.layer)))
 
 

@@ -4,6 +4,7 @@
 Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,18 +106,24 @@ class TensorAR(nn.Module):
         """Corrupt the drafts of windows int64 [B, n, k', S] with `share` of the configured
         strengths.
         """
+        return self.corruption(windows.shape[2], windows.device, share)(windows, keys)
+
+    def corruption(
+        self, slots: int, device: torch.device, share: float = 1.0
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`corrupt` for windows of so many slots, with its tables on the device."""
         b_k = torch.tensor(
             schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
         )
-        b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
-        b_k = share * b_k[: windows.shape[2]].to(windows.device)
+        b_k[: self.config.stride] = 0  # these slots are final: drawing never changes them either
+        b_k = share * b_k[:slots].to(device)
         spec = self.backbone.spec
-        if self.config.noise == "codebook" and spec.sign_codebook:
-            return corrupt_bits(windows, b_k, spec.subvocabs, keys)
-        if self.config.noise == "codebook":
-            vectors = tuple(v.to(windows.device) for v in self.backbone.code_vectors())
-            return corrupt_codebook(windows, b_k, vectors, keys)
-        return corrupt_categorical(windows, b_k, spec.subvocabs, keys)
+        if self.config.noise != "codebook":
+            return lambda windows, keys: corrupt_categorical(windows, b_k, spec.subvocabs, keys)
+        if spec.sign_codebook:
+            return lambda windows, keys: corrupt_bits(windows, b_k, spec.subvocabs, keys)
+        vectors = tuple(v.to(device) for v in self.backbone.code_vectors())
+        return lambda windows, keys: corrupt_codebook(windows, b_k, vectors, keys)
 
     def training_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, progress: float = 1.0
@@ -141,7 +148,7 @@ class TensorAR(nn.Module):
         return windows.index_copy(0, chosen, own[: len(chosen)])
 
     def embed_windows(
-        self, windows: Tensor, first: int = 0, gaussian_keys: Tensor | None = None
+        self, windows: Tensor, first: int | Tensor = 0, gaussian_keys: Tensor | None = None
     ) -> Tensor:
         """E(w): windows [B, n, k' <= k, S], of which the first has index `first`, -> embeddings [B,
         n, D].
@@ -153,8 +160,11 @@ class TensorAR(nn.Module):
             noise = normals(gaussian_keys, *e_BnkD.shape[1:]) * GAUSSIAN_VARIANCE**0.5
             noise[:, :, : self.config.stride] = 0
             e_BnkD = e_BnkD + noise.type_as(e_BnkD)
-        n = windows.shape[1]
-        valid_nk = self.windows.valid(windows.device)[first : first + n, : windows.shape[2]]
+        n, slots = windows.shape[1:3]
+        starts = (torch.arange(n, device=windows.device) + first) * self.windows.stride
+        valid_nk = (
+            starts[:, None] + torch.arange(slots, device=windows.device) < self.windows.tokens
+        )
         valid = valid_nk.expand(len(windows), -1, -1).flatten(0, 1)
         return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (len(windows), n))
 
