@@ -60,6 +60,16 @@ def normals(keys: Tensor, *shape: int) -> Tensor:
     return radius * torch.cos(2 * torch.pi * uniforms(fold(keys, 2), *shape))
 
 
+def gumbels(keys: Tensor, counters: Tensor) -> Tensor:
+    """fp32 standard Gumbel numbers [..., n]: of the stream of each key int64 [...], the numbers
+    that `counters` int64 [..., n] names.
+    """
+    bits = _mix(keys[..., None] + (counters + 1) * _GOLDEN)
+    # All 63 bits, never 0: the largest of many numbers comes from near 0, and has to be exact.
+    unit = (_shift_right(bits, 1) | 1).float() * 2.0**-63
+    return -torch.log(-torch.log1p(-unit.clamp(max=1 - 2.0**-24)))
+
+
 def _bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = 1
     for size in shape:

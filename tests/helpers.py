@@ -26,8 +26,9 @@ from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.shapes.tiny_janus import build_tiny_janus
+from t2i.tensorar.drawing import candidates
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import DecodeState, advance, filter_logits, prefill, window_logits
+from t2i.tensorar.sampler import DecodeState, advance, prefill, window_logits
 
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -111,6 +112,12 @@ def base_loss(model: TensorAR, prepared: dict, codes: Tensor) -> Tensor:
     """Cross entropy [1] of codes [B, T, S] by a base model."""
     condition = model.backbone.encode_condition(prepared)
     return model(codes, condition, model.windows.gather(codes)).means()
+
+
+def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Logits [..., V] over temperature, -inf where a filter removes the code."""
+    scores, codes = candidates(logits, config)
+    return torch.full_like(logits, -torch.inf).scatter(-1, codes.expand_as(scores), scores)
 
 
 def drawn_by_torch(model: TensorAR, prepared: dict, config: SamplingConfig, steps: int) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
+from t2i.sampling import SamplingConfig
 from t2i.tensorar.codec import Codec
+from t2i.tensorar.drawing import pick
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.noise import (
     GAUSSIAN_VARIANCE,
@@ -23,6 +25,9 @@ from t2i.tensorar.noise import (
     schedule_strengths,
 )
 from t2i.tensorar.windows import Windows
+
+DRAWN_AT_ONCE = 2**20
+"""Logits of one sample that own drafts are drawn from at once."""
 
 
 @dataclass
@@ -250,30 +255,32 @@ class TensorAR(nn.Module):
             integers(fold(keys, s), v, *shape) for s, v in enumerate(self.backbone.spec.subvocabs)
         ]
         windows = torch.cat([final, torch.stack(noise, dim=-1)], dim=2)
+        slot_k = torch.arange(shape[1])
         was_training = self.training
         self.eval()
         for p in range(passes):
             d = self.decode_slots(self.hidden(condition, windows))[:, :, stride:]
-            drafts = drafts[..., :0]
-            for s, vocab in enumerate(self.backbone.spec.subvocabs):
-                probabilities = self.backbone.next_logits(d, drafts).softmax(-1)
-                u = uniforms(fold(keys, 1000 + p, s), *shape)
-                # The clamp is for a model that has diverged: its loss, and no index out of range,
-                # shall tell.
-                code = draw(probabilities, u).clamp(max=vocab - 1)
-                drafts = torch.cat([drafts, code[..., None]], dim=-1)
+            noise_BNk = fold(keys[:, None, None], 1000 + p, torch.arange(shape[0])[:, None], slot_k)
+            # As many parts for any number of samples: under ZeRO-3 a pass of the head is
+            # collective, and processes choose different numbers of them.
+            size = max(1, DRAWN_AT_ONCE // (len(slot_k) * max(self.backbone.spec.subvocabs)))
+            parts = zip(d.split(size, dim=1), noise_BNk.split(size, dim=1), strict=True)
+            drafts = torch.cat([self.draw(*part) for part in parts], dim=1)
             windows = torch.cat([final, drafts], dim=2)
         self.train(was_training)
         return windows
 
-
-def draw(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first index whose cumulative probability exceeds u. [..., V], [...]
-    in [0, 1) -> int64 [...].
-    """
-    cdf = probabilities.double().cumsum(-1)
-    target = (u.double()[..., None] * cdf[..., -1:]).contiguous()
-    return torch.searchsorted(cdf, target, right=True)[..., 0]
+    @torch.no_grad()
+    def draw(self, d: Tensor, keys: Tensor) -> Tensor:
+        """Codes int64 [..., S] of decoded slots [..., D], by the model's own distribution, with
+        noise keys int64 [...].
+        """
+        codes = keys[..., None][..., :0]
+        for s in range(len(self.backbone.spec.subvocabs)):
+            logits = self.backbone.next_logits(d, codes)
+            code = pick(logits, fold(keys, s), SamplingConfig())
+            codes = torch.cat([codes, code[..., None]], dim=-1)
+        return codes
 
 
 def slot_parts(k: int) -> list[slice]:

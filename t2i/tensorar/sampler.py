@@ -12,37 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.models.base import Backbone, Condition, KVCache
-from t2i.rng import fold, uniforms
+from t2i.rng import fold
 from t2i.sampling import SamplingConfig
-from t2i.tensorar.model import TensorAR, draw, slot_parts
-
-
-def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Temperature, then top-k (ties stay), then top-p (the code that crosses the threshold stays);
-    fp32 [..., V].
-    """
-    logits = logits / max(config.temperature, 1e-5)
-    if 0 < config.top_k < logits.shape[-1]:
-        kth = logits.topk(config.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if config.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        over = ordered.softmax(-1).cumsum(-1) > config.top_p
-        removed = F.pad(over[..., :-1], (1, 0), value=False)  # the code that crosses p stays
-        logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
-    return logits
-
-
-def pick(logits: Tensor, u: Tensor, config: SamplingConfig) -> Tensor:
-    """One code per row of logits [..., V] from uniform numbers [...]; greedy at temperature 0."""
-    if config.temperature == 0:
-        return logits.argmax(-1)
-    return draw(filter_logits(logits, config).softmax(-1), u)
-
+from t2i.tensorar.drawing import noise_keys, pick
+from t2i.tensorar.model import TensorAR, slot_parts
 
 # -- the trunk, step by step -----------------------------------------------------------------------
 
@@ -163,9 +139,9 @@ class Drawing:
     state: DecodeState
     settings: tuple[tuple[SamplingConfig, SamplingConfig], ...]
     """Of final slots and of drafts, for each sub-token."""
-    u_NBkS: Tensor
-    """Uniform random numbers."""
     keys_B: Tensor
+    noise_NBkS: Tensor
+    """Keys of the noise of every slot."""
     corrupt: Callable[[Tensor, Tensor], Tensor] | None
     """What is done to drafts before they are fed back."""
     windows_BNkS: Tensor
@@ -181,19 +157,18 @@ def start(
     spec, windows = model.backbone.spec, model.windows.shrunk(config.window)
     device, subs = model.backbone.device, len(spec.subvocabs)
     h, state = prefill(model, prepared, config)
-    # Slot-major: slot 0 gets the same numbers for every k, so that base and TensorAR can be
-    # compared image by image.
-    u = uniforms(keys, windows.size, windows.count, subs).to(device)
+    keys = keys.to(device)
+    shape = (len(keys), windows.count, windows.size, subs)
     drawing = Drawing(
         state=state,
         settings=tuple(
             (own, replace(own, temperature=own.temperature * own.draft_temperature))
             for own in config.by_sub_token(subs)
         ),
-        u_NBkS=u.permute(2, 0, 1, 3).contiguous(),
-        keys_B=keys.to(device),
+        keys_B=keys,
+        noise_NBkS=noise_keys(keys, windows, subs),
         corrupt=model.corruption(windows.size, device, config.renoise) if config.renoise else None,
-        windows_BNkS=u.new_zeros(len(keys), windows.count, windows.size, subs, dtype=torch.long),
+        windows_BNkS=torch.zeros(shape, dtype=torch.long, device=device),
         index=torch.zeros(1, dtype=torch.long, device=device),
     )
     draw_window(model, h, drawing)
@@ -203,16 +178,18 @@ def start(
 def draw_window(model: TensorAR, h_RD: Tensor, drawing: Drawing) -> None:
     """Draw window `drawing.index` from the hidden state that predicts it, and write it down."""
     stride, index = model.windows.stride, drawing.index
-    u_BkS = drawing.u_NBkS.index_select(0, index)[0]
-    d_RkD = model.decode_slots(h_RD)[:, : u_BkS.shape[1]]
-    window = u_BkS[..., :0].long()
+    noise_BkS = drawing.noise_NBkS.index_select(0, index)[0]
+    slots = noise_BkS.shape[1]
+    d_RkD = model.decode_slots(h_RD)[:, :slots]
+    window = noise_BkS[..., :0]
     for s, (final, drafts) in enumerate(drawing.settings):
         logits = window_logits(model, d_RkD, window, index, drawing.state)
-        codes = pick(logits[:, :stride], u_BkS[:, :stride, s], final)
-        if logits.shape[1] > stride:  # k = 1 has no drafts
-            own_drafts = pick(logits[:, stride:], u_BkS[:, stride:, s], drafts)
-            codes = torch.cat([codes, own_drafts], dim=1)
-        window = torch.cat([window, codes[..., None]], dim=-1)
+        alike = final == drafts or slots == stride
+        parts = [(slice(0, slots if alike else stride), final)]
+        if not alike:
+            parts.append((slice(stride, slots), drafts))
+        codes = [pick(logits[:, part], noise_BkS[:, part, s], own) for part, own in parts]
+        window = torch.cat([window, torch.cat(codes, dim=1)[..., None]], dim=-1)
     drawing.windows_BNkS.index_copy_(1, index, window[:, None])
 
 

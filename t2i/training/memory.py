@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.models.base import Backbone, Condition
-from t2i.tensorar.model import TensorAR
+from t2i.tensorar.model import DRAWN_AT_ONCE, TensorAR
 from t2i.training.config import TrainConfig
 
 _PROMPT_TOKENS = 128
@@ -95,8 +95,7 @@ def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
     # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
     passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
     logits = logit_bytes(model, config)
-    # Their gradient, once in fp32 and once in the head's type; or own drafts: softmax, and its sums
-    # in float64 (`model.draw`).
+    # Their gradient, once in fp32 and once in the head's type; or own drafts and their noise.
     passing += max(1.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
@@ -112,15 +111,15 @@ def _map_bytes(backbone: Backbone) -> float:
 
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
-    """What drawing own drafts holds at once: logits, probabilities, and both again in float64; of
-    validation, of all samples.
+    """What drawing own drafts holds at once: logits and scores, random bits twice, and the noise;
+    of validation, of all samples.
     """
     k, stride = config.method.k, config.method.stride
     if k == stride:
         return 0
-    per_slot = 4 + 4 + 8 + 8
-    slots = model.windows.count * (k - stride)
-    return per_slot * config.engine.micro_batch * slots * max(model.backbone.spec.subvocabs)
+    per_logit = 4 + 4 + 8 + 8 + 4
+    logits = model.windows.count * (k - stride) * max(model.backbone.spec.subvocabs)
+    return per_logit * config.engine.micro_batch * min(logits, DRAWN_AT_ONCE)
 
 
 def _length(model: TensorAR) -> int:
