@@ -15,9 +15,10 @@ from t2i.models.captions import check_captions
 from t2i.models.labels import class_ids
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
-from t2i.sampling import SamplingConfig
+from t2i.sampling import SamplingConfig, Speed
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
+from t2i.tensorar.speed import choose
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def iterate_images(
     stages: bool = False,
     progress: bool = True,
     jobs: Sequence[tuple[int, int]] | None = None,
+    speed: Speed | None = None,
 ) -> Iterator[Generated]:
     """Sample images one batch at a time, in the order of `jobs`.
 
@@ -58,6 +60,7 @@ def iterate_images(
     Args:
         prompts: captions, or class ids for a class-conditional backbone.
         jobs: (prompt index, sample index) pairs; all of them if None.
+        speed: how steps are run; the model's own (`model.speed`) if None.
     """
     check_request(model, prompts, seed, samples_per_prompt, sampling, batch_size)
     sampling = sampling or model.sampling
@@ -72,17 +75,16 @@ def iterate_images(
     # rounding.
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    bar = progress_bar(
-        total=len(batches) * model.windows.count, unit="step", desc="sampling", disable=not progress
-    )
+    steps = len(batches) * model.windows.count
+    speed = choose(speed or model.speed, model.backbone.device, steps)
+    bar = progress_bar(total=steps, unit="step", desc="sampling", disable=not progress)
     with bar:
         for batch in batches:
             rows = batch + [batch[-1]] * (batch_size - len(batch))
             prepared = model.backbone.prepare([prompts[p] for p, _ in rows], length)
             keys = make_keys(seed, *torch.tensor(rows).T)
-            windows = sample_windows(model, prepared, keys, sampling, on_step=bar.update)[
-                : len(batch)
-            ]
+            windows = sample_windows(model, prepared, keys, sampling, bar.update, speed)
+            windows = windows[: len(batch)]
             images = to_images(model, model.windows.final_codes(windows))
             staged = stage_images(model, windows) if stages else [()] * len(batch)
             for i, (p, s) in enumerate(batch):
@@ -164,6 +166,7 @@ def generate(
     sampling: SamplingConfig | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    speed: Speed | None = None,
 ) -> list[Image.Image]:
     """Sample images for prompts: PIL images, RGB, prompt by prompt.
 
@@ -175,6 +178,8 @@ def generate(
         sampling: how codes are drawn; the model's own settings (`model.sampling`) if None.
         batch_size: images sampled at once.
         progress: show a bar.
+        speed: eager, compiled, graphs or auto; the model's own (`model.speed`) if None. No image
+            depends on it but for rounding.
 
     Raises:
         UserError: an argument is of another kind or out of range.
@@ -187,6 +192,7 @@ def generate(
         sampling=sampling,
         batch_size=batch_size,
         progress=progress,
+        speed=speed,
     )
     return [generated.image for generated in drawn]
 

@@ -1,8 +1,12 @@
 """How codes are drawn: the settings, and how a command line overrides them. Without torch."""
 
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from t2i.errors import UserError
+
+Speed = Literal["auto", "eager", "compiled", "graphs"]
+"""How the steps are run (`t2i.tensorar.speed`); no image depends on it but for rounding."""
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def time_sampling(
     warm_up(model, prepared, keys, settings)
     whole = seconds(lambda: sample_windows(model, prepared, keys, settings), device)
     entries = prefix_of(backbone) + backbone.spec.num_tokens / 2
-    cache = backbone.new_cache(2 * images, 1).keys
+    cache = torch.stack(backbone.new_cache(2 * images, 1).keys)
     weights = multiplied(model) * cache.element_size()
     floor = (weights + 2 * cache.numel() * cache.element_size() * entries) / speed * 1e3
     ms = whole / model.windows.count * 1e3

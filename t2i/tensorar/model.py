@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
-from t2i.sampling import SamplingConfig
+from t2i.sampling import SamplingConfig, Speed
 from t2i.tensorar.codec import Codec
 from t2i.tensorar.drawing import pick
 from t2i.tensorar.method import TensorARConfig
@@ -24,6 +24,7 @@ from t2i.tensorar.noise import (
     corrupt_codebook,
     schedule_strengths,
 )
+from t2i.tensorar.speed import Held
 from t2i.tensorar.windows import Windows
 
 DRAWN_AT_ONCE = 2**20
@@ -63,6 +64,8 @@ class TensorAR(nn.Module):
         self.windows = Windows(backbone.spec.num_tokens, config.k, config.stride)
         self.backbone = backbone
         self.sampling = backbone.spec.sampling
+        self.speed: Speed = "auto"
+        self.held = Held()
         self.trained = "nothing yet"
         """What training has changed, or is about to, in words."""
         self.codec: Codec | None = None
@@ -91,6 +94,11 @@ class TensorAR(nn.Module):
         window = f"k={c.k}, stride={c.stride}" if self.codec is not None else "k=1, the base model"
         size = "" if self.codec is None else f", codec {parameter_count(self.codec)}"
         return f"TensorAR({window}{size}, trained: {self.trained}, {self.backbone!r})"
+
+    def train(self, mode: bool = True) -> "TensorAR":
+        if mode:
+            self.held.clear()  # training needs the memory
+        return super().train(mode)
 
     @property
     def uses_gaussian_noise(self) -> bool:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from t2i.models.base import Backbone, Condition, KVCache
 from t2i.rng import fold
-from t2i.sampling import SamplingConfig
+from t2i.sampling import SamplingConfig, Speed
 from t2i.tensorar.drawing import noise_keys, pick
 from t2i.tensorar.model import TensorAR, slot_parts
+from t2i.tensorar.speed import Run, choose, runner
 
 # -- the trunk, step by step -----------------------------------------------------------------------
 
@@ -65,10 +66,15 @@ def prefill(
     """
     scales = guidance_table(model, config)
     condition = encode_rows(model.backbone, prepared, guided=scales is not None)
+    state = new_state(model, condition, scales)
+    return run_prefix(model.backbone, state), state
+
+
+def new_state(model: TensorAR, condition: Condition, scales_NS: Tensor | None) -> DecodeState:
+    """With an empty cache for this condition."""
     rows, length = condition.prefix.shape[:2]
     cache = model.backbone.new_cache(rows, length + model.windows.count - 1)
-    state = DecodeState(condition, cache, scales)
-    return run_prefix(model.backbone, state), state
+    return DecodeState(condition, cache, scales_NS)
 
 
 def encode_rows(backbone: Backbone, prepared: dict[str, Tensor], *, guided: bool) -> Condition:
@@ -149,30 +155,39 @@ class Drawing:
     index: Tensor
     """The window that was drawn last, int64 [1]."""
 
+    def refill(self, condition: Condition, keys: Tensor, noise: Tensor) -> None:
+        """Begin another batch of the same shape, in place."""
+        for own, new in zip(_tensors(self.state.condition), _tensors(condition), strict=True):
+            own.copy_(new)
+        for layer in (*self.state.cache.keys, *self.state.cache.values):
+            layer.zero_()
+        self.keys_B.copy_(keys)
+        self.noise_NBkS.copy_(noise)
+        self.index.zero_()
 
-def start(
-    model: TensorAR, prepared: dict[str, Tensor], keys: Tensor, config: SamplingConfig
+
+def _tensors(condition: Condition) -> list[Tensor]:
+    given = (condition.prefix, condition.mask, *condition.extras.values())
+    return [tensor for tensor in given if tensor is not None]
+
+
+def new_drawing(
+    model: TensorAR, state: DecodeState, keys: Tensor, noise: Tensor, config: SamplingConfig
 ) -> Drawing:
-    """Read the conditions and draw window 0."""
-    spec, windows = model.backbone.spec, model.windows.shrunk(config.window)
-    device, subs = model.backbone.device, len(spec.subvocabs)
-    h, state = prefill(model, prepared, config)
-    keys = keys.to(device)
-    shape = (len(keys), windows.count, windows.size, subs)
-    drawing = Drawing(
+    """A batch of images of which nothing is drawn yet."""
+    count, batch, slots, subs = noise.shape
+    return Drawing(
         state=state,
         settings=tuple(
             (own, replace(own, temperature=own.temperature * own.draft_temperature))
             for own in config.by_sub_token(subs)
         ),
         keys_B=keys,
-        noise_NBkS=noise_keys(keys, windows, subs),
-        corrupt=model.corruption(windows.size, device, config.renoise) if config.renoise else None,
-        windows_BNkS=torch.zeros(shape, dtype=torch.long, device=device),
-        index=torch.zeros(1, dtype=torch.long, device=device),
+        noise_NBkS=noise,
+        corrupt=model.corruption(slots, keys.device, config.renoise) if config.renoise else None,
+        windows_BNkS=noise.new_zeros(batch, count, slots, subs),
+        index=noise.new_zeros(1),
     )
-    draw_window(model, h, drawing)
-    return drawing
 
 
 def draw_window(model: TensorAR, h_RD: Tensor, drawing: Drawing) -> None:
@@ -210,6 +225,7 @@ def sample_windows(
     keys: Tensor,
     config: SamplingConfig,
     on_step: Callable[[], None] | None = None,
+    speed: Speed | None = None,
 ) -> Tensor:
     """Sample images as all their windows, int64 [B, N, k, S]: `Windows` reads the final codes and
     every stage off them.
@@ -217,13 +233,34 @@ def sample_windows(
     Args:
         prepared: conditions of B images, from `Backbone.prepare`.
         keys: int64 [B], one per image (`t2i.rng.make_keys`).
-        on_step: called after every window, for a progress bar.
+        on_step: called after every window was asked for, for a progress bar.
+        speed: how steps are run; the model's own (`model.speed`) if None.
     """
     assert not model.training, "sampling needs model.eval(): dropout would act"
-    drawing = start(model, prepared, keys, config)
-    for index in range(model.windows.count):
+    backbone, windows = model.backbone, model.windows.shrunk(config.window)
+    speed = choose(speed or model.speed, backbone.device, windows.count)
+    keys = keys.to(backbone.device)
+    noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
+    scales = guidance_table(model, config)
+    condition = encode_rows(backbone, prepared, guided=scales is not None)
+
+    def make() -> tuple[Drawing, Run]:
+        state = new_state(model, condition, scales)
+        drawing = new_drawing(model, state, keys, noise, config)
+        return drawing, runner(step, model, drawing, speed)
+
+    if speed == "eager":
+        drawing, run = make()
+    else:
+        shapes = tuple((t.shape, t.dtype) for t in _tensors(condition))
+        weights = tuple(p.data_ptr() for p in model.parameters())
+        (drawing, run), known = model.held.fetch((speed, config, shapes, weights), make)
+        if known:
+            drawing.refill(condition, keys, noise)
+    draw_window(model, run_prefix(backbone, drawing.state), drawing)
+    for index in range(windows.count):
         if index > 0:
-            step(model, drawing, drawing.state.extent(index - 1))
+            run(drawing.state.extent(index - 1))
         if on_step is not None:
             on_step()
-    return drawing.windows_BNkS
+    return drawing.windows_BNkS.clone()

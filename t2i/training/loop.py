@@ -232,6 +232,7 @@ class Run:
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
             options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
+            options["speed"] = "eager"  # nothing is kept on the device beside training
             images = [generated.image for generated in iterate_images(model, prompts, **options)]
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
