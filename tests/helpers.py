@@ -26,7 +26,7 @@ from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.shapes.tiny_janus import build_tiny_janus
-from t2i.tensorar.drawing import candidates
+from t2i.tensorar.drawing import Rule, candidates, rules
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import DecodeState, advance, prefill, window_logits
 
@@ -114,9 +114,9 @@ def base_loss(model: TensorAR, prepared: dict, codes: Tensor) -> Tensor:
     return model(codes, condition, model.windows.gather(codes)).means()
 
 
-def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
+def filter_logits(logits: Tensor, rule: Rule) -> Tensor:
     """Logits [..., V] over temperature, -inf where a filter removes the code."""
-    scores, codes = candidates(logits, config)
+    scores, codes = candidates(logits, rule)
     return torch.full_like(logits, -torch.inf).scatter(-1, codes.expand_as(scores), scores)
 
 
@@ -128,7 +128,7 @@ def drawn_by_torch(model: TensorAR, prepared: dict, config: SamplingConfig, step
     drawn = []
     for t in range(steps):
         code = torch.empty(len(h) // (1 + state.guided), 1, 0, dtype=torch.long)
-        for own in config.by_sub_token(len(model.backbone.spec.subvocabs)):
+        for own, _ in rules(config, len(model.backbone.spec.subvocabs)):
             index = torch.tensor([t])
             logits = window_logits(model, model.decode_slots(h), code, index, state)[:, 0]
             pick = torch.multinomial(filter_logits(logits, own).softmax(-1), 1)

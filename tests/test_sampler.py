@@ -15,7 +15,7 @@ from helpers import (
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import drawing, presets
-from t2i.tensorar.drawing import noise_keys, pick
+from t2i.tensorar.drawing import Rule, noise_keys, pick
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import prefill, sample_windows, window_logits
 from t2i.tensorar.windows import Windows
@@ -27,7 +27,7 @@ def model(backbone):
 
 
 def kept(logits, **settings):
-    filtered = filter_logits(torch.tensor([logits]), SamplingConfig(**settings))
+    filtered = filter_logits(torch.tensor([logits]), Rule(**settings))
     return filtered[0].isfinite().nonzero().flatten().tolist()
 
 
@@ -52,8 +52,8 @@ def test_filters_by_hand():
 
 def test_temperature_scales_and_zero_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert torch.equal(filter_logits(logits, SamplingConfig(temperature=0.5)), logits * 2)
-    greedy = SamplingConfig(temperature=0.0)
+    assert torch.equal(filter_logits(logits, Rule(temperature=0.5)), logits * 2)
+    greedy = Rule(temperature=0.0)
     assert pick(logits.expand(99, -1), make_keys(0, torch.arange(99)), greedy).tolist() == [1] * 99
 
 
@@ -71,14 +71,14 @@ def chi_square(counts, expected):
 )
 def test_draws_follow_the_softmax_distribution(settings):
     """And a temperature that is 5 % off is noticed."""
-    n, config = 200_000, SamplingConfig(**settings)
+    n, rule = 200_000, Rule(**settings)
     logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(0))
     logits[7], logits[8] = -torch.inf, logits[9]
-    codes = pick(logits.expand(n, -1), make_keys(1, torch.arange(n)), config)
+    codes = pick(logits.expand(n, -1), make_keys(1, torch.arange(n)), rule)
     counts = codes.bincount(minlength=40).float()
-    expected = n * filter_logits(logits, config).softmax(-1)
+    expected = n * filter_logits(logits, rule).softmax(-1)
     assert chi_square(counts, expected) < 2
-    wrong = pick(logits.expand(n, -1) / 1.05, make_keys(1, torch.arange(n)), config)
+    wrong = pick(logits.expand(n, -1) / 1.05, make_keys(1, torch.arange(n)), rule)
     assert chi_square(wrong.bincount(minlength=40).float(), expected) > 10
 
 
@@ -88,7 +88,7 @@ def test_rare_codes_are_as_rare_as_they_should_be():
     p = torch.full((vocab,), (1 - share) / (vocab - 4))
     p[:4] = share / 4
     drawn = [
-        pick(p.log().expand(len(keys), -1), keys, SamplingConfig())
+        pick(p.log().expand(len(keys), -1), keys, Rule())
         for keys in make_keys(0, torch.arange(n)).split(2000)
     ]
     assert abs(int((torch.cat(drawn) < 4).sum()) - n * share) < 4 * (n * share) ** 0.5
@@ -180,7 +180,7 @@ def test_every_slot_of_every_step_has_its_own_noise(model):
     noise = noise_keys(keys, model.windows, len(logits))
     assert noise.unique().numel() == noise.numel()
     for s, logits_s in enumerate(logits):
-        drawn = pick(logits_s, noise[..., s].transpose(0, 1), config)
+        drawn = pick(logits_s, noise[..., s].transpose(0, 1), Rule(top_k=30))
         assert torch.equal(drawn, windows[..., s])
 
 

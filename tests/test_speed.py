@@ -40,7 +40,7 @@ def recorded(monkeypatch):
     """
     traces = []
 
-    def do_and_record(work):
+    def do_and_record(work, pool):
         traces.append(make_fx(work, tracing_mode="real")())
         return traces[-1]
 

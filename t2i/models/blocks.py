@@ -70,6 +70,7 @@ def attend(
         k, v = cache.update(layer, k_BHLK, v_BHLK)
         k_BHLK, v_BHLK = k.type_as(q_BHLK), v.type_as(q_BHLK)
         if q_BHLK.shape[2] == 1:
+            assert mask is not None
             return _attend_one(q_BHLK, k_BHLK, v_BHLK, mask)
     out = F.scaled_dot_product_attention(
         q_BHLK,

@@ -9,7 +9,7 @@ sub-tokens, P prefix, D width, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from t2i.models.base import Backbone, Condition, KVCache
 from t2i.rng import fold
 from t2i.sampling import SamplingConfig, Speed
-from t2i.tensorar.drawing import noise_keys, pick
+from t2i.tensorar.drawing import Rule, noise_keys, pick, rules
 from t2i.tensorar.model import TensorAR, slot_parts
 from t2i.tensorar.speed import Run, choose, runner
 
@@ -143,7 +143,7 @@ class Drawing:
     """A batch of images while it is drawn: all that a step reads and writes."""
 
     state: DecodeState
-    settings: tuple[tuple[SamplingConfig, SamplingConfig], ...]
+    rules: tuple[tuple[Rule, Rule], ...]
     """Of final slots and of drafts, for each sub-token."""
     keys_B: Tensor
     noise_NBkS: Tensor
@@ -178,10 +178,7 @@ def new_drawing(
     count, batch, slots, subs = noise.shape
     return Drawing(
         state=state,
-        settings=tuple(
-            (own, replace(own, temperature=own.temperature * own.draft_temperature))
-            for own in config.by_sub_token(subs)
-        ),
+        rules=rules(config, subs),
         keys_B=keys,
         noise_NBkS=noise,
         corrupt=model.corruption(slots, keys.device, config.renoise) if config.renoise else None,
@@ -197,7 +194,7 @@ def draw_window(model: TensorAR, h_RD: Tensor, drawing: Drawing) -> None:
     slots = noise_BkS.shape[1]
     d_RkD = model.decode_slots(h_RD)[:, :slots]
     window = noise_BkS[..., :0]
-    for s, (final, drafts) in enumerate(drawing.settings):
+    for s, (final, drafts) in enumerate(drawing.rules):
         logits = window_logits(model, d_RkD, window, index, drawing.state)
         alike = final == drafts or slots == stride
         parts = [(slice(0, slots if alike else stride), final)]

@@ -62,7 +62,7 @@ class Held:
     start without.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.key: Hashable = None
         self.content: Any = None
 
@@ -99,15 +99,17 @@ class Graphs:
     def __init__(self, run: Run):
         self.run = run
         self.replays: dict[int, Callable[[], None]] = {}
+        # One memory for all: they run one after another, and nothing they make outlives a step.
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def __call__(self, extent: int) -> None:
         if extent in self.replays:
             self.replays[extent]()
         else:
-            self.replays[extent] = do_and_record(partial(self.run, extent))
+            self.replays[extent] = do_and_record(partial(self.run, extent), self.pool)
 
 
-def do_and_record(work: Callable[[], None]) -> Callable[[], None]:
+def do_and_record(work: Callable[[], None], pool: Any) -> Callable[[], None]:
     """Do the work once, and return what does it again: a CUDA graph's replay."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -115,6 +117,6 @@ def do_and_record(work: Callable[[], None]) -> Callable[[], None]:
         work()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         work()  # is recorded, and not done
     return graph.replay
