@@ -120,6 +120,13 @@ def test_what_is_held_follows_shape_settings_and_weights(recorded):
         held = model.held.content
     model.train()
     assert model.held.content is None
+    prepared, keys = tiny_prepared(model.eval().backbone, 2), make_keys(0, torch.arange(2))
+    given = [keys, *prepared.values()]
+    before = [tensor.clone() for tensor in given]
+    sample_windows(model, prepared, keys, SamplingConfig())
+    flipped = {name: value.flip(0) for name, value in prepared.items()}
+    sample_windows(model, flipped, keys + 1, SamplingConfig())
+    assert all(map(torch.equal, given, before)), "what was given is not written to"
 
 
 @pytest.mark.slow

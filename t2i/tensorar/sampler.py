@@ -179,7 +179,7 @@ def new_drawing(
     return Drawing(
         state=state,
         rules=rules(config, subs),
-        keys_B=keys,
+        keys_B=keys.clone(),
         noise_NBkS=noise,
         corrupt=model.corruption(slots, keys.device, config.renoise) if config.renoise else None,
         windows_BNkS=noise.new_zeros(batch, count, slots, subs),
@@ -242,7 +242,7 @@ def sample_windows(
     condition = encode_rows(backbone, prepared, guided=scales is not None)
 
     def make() -> tuple[Drawing, Run]:
-        state = new_state(model, condition, scales)
+        state = new_state(model, Condition.cat([condition]), scales)  # a copy, to be refilled
         drawing = new_drawing(model, state, keys, noise, config)
         return drawing, runner(step, model, drawing, speed)
 
