@@ -228,7 +228,7 @@ class Backbone(nn.Module, ABC):
         self.lora = None
         """PEFT's configuration, once adapters are injected (`t2i.lora`)."""
         self.gradient_checkpointing = False
-        """Recompute the trunk's blocks in the backward pass."""
+        """Recompute the trunk's blocks and the logits in the backward pass."""
         self.token_dropout = nn.Dropout(0.0)
         """Element dropout on the trunk's inputs, in training."""
 

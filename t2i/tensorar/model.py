@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
@@ -27,8 +28,11 @@ from t2i.tensorar.noise import (
 from t2i.tensorar.speed import Held
 from t2i.tensorar.windows import Windows
 
-DRAWN_AT_ONCE = 2**20
-"""Logits of one sample that own drafts are drawn from at once."""
+LOGITS_AT_ONCE = 2**21
+"""Logits of one sample that exist at once, in the loss and where own drafts are drawn. The number
+of parts does not depend on how many samples there are: under ZeRO-3 a pass of the head is
+collective, and processes may have different numbers of them.
+"""
 
 
 @dataclass
@@ -225,21 +229,43 @@ class TensorAR(nn.Module):
     ) -> SlotLosses:
         """Cross entropy of the true codes [B, T, S] by slot, given input windows [B, N, k, S]
         (noised, or own drafts).
+
+        With `gradient_checkpointing` the logits of a long image are computed part by part, and
+        again in the backward pass: all of them are the most of what a small model holds.
         """
         targets = self.windows.gather(codes)
         d_BNkD = self.decode_slots(self.hidden(condition, windows, gaussian_keys))
-        valid_kN = self.windows.valid(codes.device).T.float()
-        sums = codes.new_zeros(self.config.k, dtype=torch.float)
-        for part in slot_parts(self.config.k):
-            logits = self.backbone.all_logits(d_BNkD[:, :, part], targets[:, :, part])
+        valid_Nk = self.windows.valid(codes.device).float()
+        training = torch.is_grad_enabled()
+        whole = training and not self.backbone.gradient_checkpointing
+        size = self.windows.count if whole else self.windows_at_once(self.config.k)
+        again = training and size < self.windows.count
+        parts = zip(
+            d_BNkD.split(size, 1), targets.split(size, 1), valid_Nk.split(size), strict=True
+        )
+        sums = [
+            checkpoint(self._loss_sums, *part, use_reentrant=False)
+            if again
+            else self._loss_sums(*part)
+            for part in parts
+        ]
+        return SlotLosses(torch.stack(sums).sum(0), valid_Nk.sum(0) * len(codes))
+
+    def windows_at_once(self, slots: int) -> int:
+        """How many windows of so many slots have `LOGITS_AT_ONCE` logits, at least 1."""
+        return max(1, LOGITS_AT_ONCE // (slots * max(self.backbone.spec.subvocabs)))
+
+    def _loss_sums(self, d_BnkD: Tensor, targets_BnkS: Tensor, valid_nk: Tensor) -> Tensor:
+        """Cross entropy of some windows, summed by slot: fp32 [k]."""
+        sums = valid_nk.new_zeros(valid_nk.shape[1])
+        for part in slot_parts(len(sums)):
+            logits = self.backbone.all_logits(d_BnkD[:, :, part], targets_BnkS[:, :, part])
             for s, logits_s in enumerate(logits):
-                losses = F.cross_entropy(
-                    logits_s.flatten(0, 2), targets[:, :, part, s].flatten(), reduction="none"
-                )
-                sums[part] += (
-                    losses.view(len(codes), -1, logits_s.shape[2]) * valid_kN[part].T
-                ).sum((0, 1))
-        return SlotLosses(sums, valid_kN.sum(1) * len(codes))
+                targets = targets_BnkS[:, :, part, s].flatten()
+                losses = F.cross_entropy(logits_s.flatten(0, 2), targets, reduction="none")
+                losses = losses.view(len(d_BnkD), -1, logits_s.shape[2]) * valid_nk[:, part]
+                sums[part] += losses.sum((0, 1))
+        return sums
 
     # -- own drafts --------------------------------------------------------------------------------
     @torch.no_grad()
@@ -269,9 +295,7 @@ class TensorAR(nn.Module):
         for p in range(passes):
             d = self.decode_slots(self.hidden(condition, windows))[:, :, stride:]
             noise_BNk = fold(keys[:, None, None], 1000 + p, torch.arange(shape[0])[:, None], slot_k)
-            # As many parts for any number of samples: under ZeRO-3 a pass of the head is
-            # collective, and processes choose different numbers of them.
-            size = max(1, DRAWN_AT_ONCE // (len(slot_k) * max(self.backbone.spec.subvocabs)))
+            size = self.windows_at_once(len(slot_k))
             parts = zip(d.split(size, dim=1), noise_BNk.split(size, dim=1), strict=True)
             drafts = torch.cat([self.draw(*part) for part in parts], dim=1)
             windows = torch.cat([final, drafts], dim=2)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.models.base import Backbone, Condition
-from t2i.tensorar.model import DRAWN_AT_ONCE, TensorAR
+from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 
 _PROMPT_TOKENS = 128
@@ -70,9 +70,11 @@ def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: in
 
 
 def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
-    """fp32 logits of one forward pass."""
-    slots = model.windows.count * model.windows.size
-    return 4 * config.engine.micro_batch * slots * sum(model.backbone.spec.subvocabs)
+    """fp32 logits of a forward pass that exist at once."""
+    slots, count = model.windows.size, model.windows.count
+    if config.engine.gradient_checkpointing:
+        count = min(count, model.windows_at_once(slots))
+    return 4 * config.engine.micro_batch * count * slots * sum(model.backbone.spec.subvocabs)
 
 
 def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
@@ -118,8 +120,9 @@ def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
     if k == stride:
         return 0
     per_logit = 4 + 4 + 8 + 8 + 4
-    logits = model.windows.count * (k - stride) * max(model.backbone.spec.subvocabs)
-    return per_logit * config.engine.micro_batch * min(logits, DRAWN_AT_ONCE)
+    windows = min(model.windows.count, model.windows_at_once(k - stride))
+    logits = windows * (k - stride) * max(model.backbone.spec.subvocabs)
+    return per_logit * config.engine.micro_batch * logits
 
 
 def _length(model: TensorAR) -> int:
