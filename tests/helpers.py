@@ -28,7 +28,15 @@ from t2i.sampling import SamplingConfig
 from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar.drawing import Rule, candidates, rules
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import DecodeState, advance, prefill, window_logits
+from t2i.tensorar.sampler import (
+    DecodeState,
+    advance,
+    encode_rows,
+    guidance_table,
+    new_state,
+    run_prefix,
+    window_logits,
+)
 
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -90,6 +98,14 @@ def teacher_forced(model: TensorAR, prepared: dict, codes: Tensor, drop: bool = 
     with torch.no_grad():
         hidden = model.decode_slots(model.hidden(condition, windows))
         return tuple(logits[:, :, 0] for logits in model.slot_logits(hidden, windows))
+
+
+def prefill(model: TensorAR, prepared: dict, config: SamplingConfig) -> tuple[Tensor, DecodeState]:
+    """Hidden states [R, D] that predict window 0, and what goes on from there."""
+    scales = guidance_table(model, config)
+    condition = encode_rows(model.backbone, prepared, guided=scales is not None)
+    state = new_state(model, condition, scales)
+    return run_prefix(model.backbone, state), state
 
 
 def feed(model: TensorAR, window: Tensor, index: int, state: DecodeState) -> Tensor:

@@ -7,6 +7,7 @@ from helpers import (
     filter_logits,
     golden_table,
     open_gates,
+    prefill,
     tiny_codes,
     tiny_llamagen,
     tiny_prepared,
@@ -17,7 +18,7 @@ from t2i.sampling import SamplingConfig
 from t2i.tensorar import drawing, presets
 from t2i.tensorar.drawing import Rule, noise_keys, pick
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import prefill, sample_windows, window_logits
+from t2i.tensorar.sampler import sample_windows, window_logits
 from t2i.tensorar.windows import Windows
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import open_gates, tiny_llamagen, tiny_prepared
+from helpers import Killed, open_gates, tiny_llamagen, tiny_prepared
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,11 +17,7 @@ from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
 GUIDED = SamplingConfig(cfg_scale=2.0, cfg_interval=6, top_k=20, top_p=0.95)
-SETTINGS = [
-    GUIDED,
-    SamplingConfig(cfg_scale=3.0, cfg_power=1.5, draft_temperature=0.5, window=3),
-    SamplingConfig(temperature=0.0, renoise=0.5),
-]
+OTHER = SamplingConfig(cfg_scale=3.0, cfg_power=1.5, draft_temperature=0.5, window=3, renoise=0.5)
 
 
 def small(backbone, **method) -> TensorAR:
@@ -46,18 +42,18 @@ def recorded(monkeypatch):
 
     monkeypatch.setattr(speed, "do_and_record", do_and_record)
     monkeypatch.setattr(sampler, "choose", lambda *_: "graphs")
-    monkeypatch.setattr(KVCache, "BUCKET", 8)
+    monkeypatch.setattr(KVCache, "BUCKET", 12)
     return traces
 
 
-@pytest.mark.parametrize("config", SETTINGS, ids=["filters", "power", "renoise"])
+@pytest.mark.parametrize("config", [GUIDED, OTHER], ids=["filters", "other"])
 def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     """Also for a second batch of the same shape, which runs what was recorded for the first."""
     model = small(backbone)
     with monkeypatch.context() as plain:
         plain.setattr(sampler, "choose", lambda *_: "eager")
         expected = [draw(model, config, seed=seed) for seed in (0, 1)]
-    assert not torch.equal(*expected) or config.temperature == 0
+    assert not torch.equal(*expected)
     first = draw(model, config)
     assert torch.equal(first, expected[0])
     buckets = {model.held.content[0].state.extent(i) for i in range(15)}
@@ -82,22 +78,30 @@ class NoSync(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("preset", ["base", "iclr2026", "arxiv2505"])
-@pytest.mark.parametrize("config", SETTINGS, ids=["filters", "power", "renoise"])
-def test_a_step_never_waits_for_the_device(backbone, config, preset, monkeypatch):
+@pytest.mark.parametrize(
+    ("preset", "config"),
+    [
+        ("base", SamplingConfig(cfg_scale=2.0)),
+        ("iclr2026", GUIDED),
+        ("iclr2026", OTHER),
+        ("iclr2026", SamplingConfig(temperature=0.0)),
+        ("arxiv2505", OTHER),
+    ],
+)
+def test_a_step_never_waits_for_the_device(backbone, preset, config, monkeypatch):
     model = TensorAR(backbone, presets.method(preset)).eval()
-    if model.config.k == 1:
-        config = SamplingConfig(cfg_scale=config.cfg_scale, temperature=config.temperature)
     plain, steps = sampler.step, []
 
     def watched(*args):
-        steps.append(1)
         with NoSync():
             plain(*args)
+        steps.append(1)
+        if len(steps) == 2:
+            raise Killed
 
     monkeypatch.setattr(sampler, "step", watched)
-    draw(model, config)
-    assert len(steps) == 15
+    with pytest.raises(Killed):
+        draw(model, config)
     for wrong in (lambda: torch.ones(1).item(), lambda: torch.tensor(1.0), lambda: draw(model)):
         with pytest.raises(AssertionError), NoSync():
             wrong()

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from helpers import feed, open_gates, other_codes, tiny_codes, tiny_llamagen, tiny_prepared
+from helpers import feed, open_gates, other_codes, prefill, tiny_codes, tiny_llamagen, tiny_prepared
 
 from t2i.models.base import Condition
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import prefill, sample_windows
+from t2i.tensorar.sampler import sample_windows
 
 BATCH = 3
 BF16_RMS, BF16_MAX = 0.03, 0.3

@@ -1,4 +1,4 @@
-"""Sampling windows (arXiv 2505.16324, Algorithm 1): prefill, one step, loop.
+"""Sampling windows (arXiv 2505.16324, Algorithm 1): prefix, one step, loop.
 
 A step feeds the window that was drawn last, un-noised, and draws the next one whole; slots
 0..stride-1 are final. All slots share the filters and the guidance scale. A step works on tensors
@@ -57,19 +57,6 @@ def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
     return table.to(model.backbone.device)
 
 
-@torch.no_grad()
-def prefill(
-    model: TensorAR, prepared: dict[str, Tensor], config: SamplingConfig
-) -> tuple[Tensor, DecodeState]:
-    """Run the condition prefix. Returns the hidden state [R, D] that predicts window 0, and the
-    state.
-    """
-    scales = guidance_table(model, config)
-    condition = encode_rows(model.backbone, prepared, guided=scales is not None)
-    state = new_state(model, condition, scales)
-    return run_prefix(model.backbone, state), state
-
-
 def new_state(model: TensorAR, condition: Condition, scales_NS: Tensor | None) -> DecodeState:
     """With an empty cache for this condition."""
     rows, length = condition.prefix.shape[:2]
@@ -77,6 +64,7 @@ def new_state(model: TensorAR, condition: Condition, scales_NS: Tensor | None) -
     return DecodeState(condition, cache, scales_NS)
 
 
+@torch.no_grad()
 def encode_rows(backbone: Backbone, prepared: dict[str, Tensor], *, guided: bool) -> Condition:
     """The condition of all rows."""
     condition = backbone.encode_condition(prepared)
@@ -86,6 +74,7 @@ def encode_rows(backbone: Backbone, prepared: dict[str, Tensor], *, guided: bool
     return Condition.cat([condition, backbone.encode_condition(prepared, drop)])
 
 
+@torch.no_grad()
 def run_prefix(backbone: Backbone, state: DecodeState) -> Tensor:
     """Fill the cache with the prefix; returns the hidden state [R, D] that predicts window 0."""
     prefix = state.condition.prefix

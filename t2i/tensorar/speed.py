@@ -20,7 +20,7 @@ from t2i.sampling import Speed
 log = logging.getLogger(__name__)
 
 GRAPHS_PAY_FROM, COMPILING_PAYS_FROM = 64, 50_000
-"""Steps of a request on a GPU."""
+"""Steps of a request on a GPU: estimates, to be measured."""
 
 Run = Callable[[int], None]
 """Does one step; given how many entries of the cache it reads."""
