@@ -24,11 +24,12 @@ from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 from t2i.sampling import DrawOptions
+from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
 
 Batch = Sequence[Job]
-_MUST_MATCH = {"prompts", "seed", "sampling", "dtype", "weights"}
+_MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights"}
 _CODES = 1
 """In place of a sample index: an image's class is drawn from the key without it."""
 
@@ -131,6 +132,7 @@ def image_settings(model: TensorAR, options: DrawOptions) -> dict:
     return {
         "seed": options.seed,
         "sampling": asdict(options.sampling or model.sampling),
+        "noise": NOISE,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "weights": weights_hashes(model),
         "batch_size": options.batch_size,
