@@ -83,7 +83,7 @@ PARTS = {
     ),
     "sampling": CheckPart(
         _of("gpu_speed", "sampling"),
-        120,
+        200,
         "bf16, guided (two rows an image), codes only. first_s = the first pass of this model and "
         "number of images in this process, which loads kernels, records graphs and compiles; all "
         "other numbers are of a second pass. floor_ms = (weights + "
