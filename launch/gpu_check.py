@@ -79,7 +79,7 @@ PARTS = {
         60,
         "Cached against teacher-forced logits (largest difference), slot 0 of an untrained "
         "TensorAR against the base (greedy codes, share equal), images drawn alone against drawn "
-        "in a batch (codes, share equal).",
+        "in a batch, and by CUDA graphs against eager (codes, share equal).",
     ),
     "sampling": CheckPart(
         _of("gpu_speed", "sampling"),
