@@ -175,14 +175,14 @@ def test_a_base_by_itself_is_a_model(tiny_world):
         ModelOptions(base=BaseOptions("llamagen", folder)),
     ):
         model = options.load(*options.check())
-        assert model.config.k == 1 and not options.is_trained and options.name() == "base"
+        assert model.config.k == 1 and options.checkpoint is None and options.name() == "base"
         assert options.about(model)["backbone"]["weights"] == folder
 
 
 def test_a_checkpoint_is_a_model(plain):
     """Case 25."""
     options = ModelOptions(ckpt=str(plain))
-    assert options.is_trained and options.name() == "plain-step_000003"
+    assert options.checkpoint is not None and options.name() == "plain-step_000003"
     assert options.load(*options.check()).config.k == 3
 
 

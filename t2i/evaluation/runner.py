@@ -17,7 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from t2i.checkpoint import find_checkpoint, read_config
+import torch
+
+from t2i.checkpoint import read_config
 from t2i.errors import UserError
 from t2i.evaluation.draw import draw_prompts, prompts_digest
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
@@ -186,6 +188,7 @@ def _report(
 # -- a benchmark's program -------------------------------------------------------------------------
 def run(
     options: BenchmarkOptions,
+    place: tuple[torch.device, torch.dtype],
     name: str,
     entries: Sequence[dict],
     build: Callable[[Processes], Benchmark],
@@ -194,6 +197,7 @@ def run(
     """Draw, judge and report; the main process prints the table and where to look.
 
     Args:
+        place: where and in which type the model draws, as `options.check` tells.
         name: of the benchmark, as in its default output folder.
         entries: the benchmark's prompts.
         build: the benchmark with its judge on the process's device; called before anything is
@@ -202,7 +206,7 @@ def run(
             layout and returns their folder; every process calls it. They are in that layout already
             if None.
     """
-    device, dtype = options.check()
+    device, dtype = place
     out, images = options.out or default_out(options, name), options.images
     processes = join_processes(device)
     # One launch holds the folder: its main process for all of them.
@@ -252,8 +256,8 @@ def is_shapes_world(options: BenchmarkOptions) -> bool:
     if options.images is not None:
         generation = read_generation(options.images) or {}
         base = generation.get("about", {}).get("backbone", {})
-    elif options.is_trained and options.source is not None:
-        base = read_config(find_checkpoint(options.source))["backbone"]
+    elif options.checkpoint is not None:
+        base = read_config(options.checkpoint)["backbone"]
     else:
         base = {"weights": options.source}
     return not {base.get("weights"), base.get("shipped_base")}.isdisjoint(shipped_bases())
