@@ -83,7 +83,7 @@ class ModelOptions:
             raise UserError(
                 "no model: give --ckpt (a checkpoint, or shapes) or --base.weights (a published base)"
             )
-        place = pick_device(self.device, self.dtype)
+        where = pick_device(self.device, self.dtype)
         folder = Path(self.source)
         if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
             raise UserError(
@@ -100,7 +100,7 @@ class ModelOptions:
             read_config(find_checkpoint(folder))
         elif self.base.family is None:
             family_of(self.source)
-        return place
+        return where
 
     def load(self, device: "torch.device | str", dtype: "torch.dtype | str") -> "TensorAR":
         """The model in eval mode, without what drawing images does not need.

@@ -5,6 +5,7 @@ output place and its errors.
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -184,6 +185,16 @@ def test_a_checkpoint_is_a_model(plain):
     options = ModelOptions(ckpt=str(plain))
     assert options.checkpoint is not None and options.name() == "plain-step_000003"
     assert options.load(*options.check()).config.k == 3
+
+
+def test_a_run_that_trains_on_does_not_change_the_model_meanwhile(plain, tmp_path):
+    run = shutil.copytree(plain, tmp_path / "plain")
+    options = ModelOptions(ckpt=str(run))
+    options.check()
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step_000003", checkpoints / "step_000004")
+    assert options.name() == "plain-step_000003"
+    assert ModelOptions(ckpt=str(run)).name() == "plain-step_000004"
 
 
 @pytest.mark.parametrize(

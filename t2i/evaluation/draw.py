@@ -100,6 +100,12 @@ def draw_prompts(
     fill(place, batches, draw, progress=not show_steps)
 
 
+def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:
+    """UserError for what `draw_prompts` would refuse, as far as it is known without a model."""
+    known = {"prompts": prompts_digest(entries), "seed": seed}
+    GenerationFolder(folder, entries).check(known)
+
+
 def count_stages(model: TensorAR, options: DrawOptions) -> int:
     """Refinement stages that are kept of an image; 0 if none are asked for."""
     geometry = model.windows.shrunk((options.sampling or model.sampling).window)

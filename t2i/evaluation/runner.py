@@ -21,7 +21,7 @@ import torch
 
 from t2i.checkpoint import read_config
 from t2i.errors import UserError
-from t2i.evaluation.draw import draw_prompts, prompts_digest
+from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import (
     Inventory,
@@ -32,7 +32,6 @@ from t2i.evaluation.generation_folder import (
 )
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
 from t2i.evaluation.options import BenchmarkOptions, Scope
-from t2i.evaluation.places import GenerationFolder
 from t2i.evaluation.results import (
     RESULTS_FILE,
     Coverage,
@@ -188,7 +187,7 @@ def _report(
 # -- a benchmark's program -------------------------------------------------------------------------
 def run(
     options: BenchmarkOptions,
-    place: tuple[torch.device, torch.dtype],
+    where: tuple[torch.device, torch.dtype],
     name: str,
     entries: Sequence[dict],
     build: Callable[[Processes], Benchmark],
@@ -197,7 +196,7 @@ def run(
     """Draw, judge and report; the main process prints the table and where to look.
 
     Args:
-        place: where and in which type the model draws, as `options.check` tells.
+        where: device and type that the model draws with, as `options.check` tells.
         name: of the benchmark, as in its default output folder.
         entries: the benchmark's prompts.
         build: the benchmark with its judge on the process's device; called before anything is
@@ -206,7 +205,7 @@ def run(
             layout and returns their folder; every process calls it. They are in that layout already
             if None.
     """
-    device, dtype = place
+    device, dtype = where
     out, images = options.out or default_out(options, name), options.images
     processes = join_processes(device)
     # One launch holds the folder: its main process for all of them.
@@ -215,8 +214,7 @@ def run(
             remove_leftovers(out)
         if processes.is_main and images is None:
             claim_output(out, out / "images")
-            known = {"prompts": prompts_digest(entries), "seed": options.seed}
-            GenerationFolder(out / "images", entries).check(known)
+            check_prompts(out / "images", entries, options.seed)
         benchmark = build(processes)
         model, draw = None, None
         if images is None:
