@@ -188,13 +188,13 @@ def test_a_checkpoint_is_a_model(plain):
 
 
 def test_a_run_that_trains_on_does_not_change_the_model_meanwhile(plain, tmp_path):
-    run = shutil.copytree(plain, tmp_path / "plain")
+    run = tmp_path / "run"
+    shutil.copytree(plain, run / "checkpoints" / "step_000003")
     options = ModelOptions(ckpt=str(run))
     options.check()
-    checkpoints = run / "checkpoints"
-    shutil.copytree(checkpoints / "step_000003", checkpoints / "step_000004")
-    assert options.name() == "plain-step_000003"
-    assert ModelOptions(ckpt=str(run)).name() == "plain-step_000004"
+    shutil.copytree(plain, run / "checkpoints" / "step_000004")
+    assert options.name() == "run-step_000003"
+    assert ModelOptions(ckpt=str(run)).name() == "run-step_000004"
 
 
 @pytest.mark.parametrize(
