@@ -25,6 +25,8 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError
+from t2i.training.config import DataOptions
+from t2i.training.recipes import recipes_for
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,7 @@ def compare(config: Quickstart) -> None:
 
 def run_config(config: Quickstart, name: str):
     """The training run of a recipe inside this quickstart's folder."""
-    from t2i.models.janus import janus_recipes
-    from t2i.models.llamagen import llamagen_recipes
-
-    recipes = llamagen_recipes.text_recipes() | janus_recipes.recipes()
+    recipes = recipes_for(DataOptions)
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
     recipe = recipes[name][1]

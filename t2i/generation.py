@@ -21,7 +21,6 @@ from t2i.tensorar.sampler import sample_windows
 
 log = logging.getLogger(__name__)
 
-
 Job = tuple[int, int]
 """Prompt index and sample index: with the seed, all that an image's random numbers depend on."""
 
@@ -98,7 +97,7 @@ def draw_images(
 def check_request(
     model: TensorAR, prompts: Sequence[str | int], samples_per_prompt: int = 1
 ) -> None:
-    """UserError says, in the words of `generate`, which argument is of another kind."""
+    """UserError names the argument of `generate` that is of the wrong kind."""
     if isinstance(model, Backbone):
         raise UserError(
             "generate needs a TensorAR model, and got a backbone by itself: "
@@ -120,7 +119,7 @@ def check_request(
 
 
 def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
-    """Say once of each prompt what the backbone does not read of it."""
+    """Say once for each prompt what the backbone does not read of it."""
     if backbone.spec.cond_kind != "text":
         return
     notes = backbone.caption_notes([str(prompt) for prompt in prompts])
@@ -131,7 +130,7 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
             log.warning(f"prompt {prompt!r:.200}: {said}")
 
 
-def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
+def parse_conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
     """What was typed, as `prepare` takes it: captions, or class ids; UserError for neither."""
     if backbone.spec.cond_kind == "text":
         check_captions(texts, "prompts")
@@ -162,7 +161,7 @@ def generate(
         progress: show a bar.
 
     Raises:
-        UserError: an argument is of another kind or out of range.
+        UserError: an argument is of the wrong kind or out of range.
     """
     options = DrawOptions(seed, sampling, batch_size)
     drawn = draw_images(

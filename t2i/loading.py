@@ -14,7 +14,6 @@ from t2i.models.base import Backbone
 from t2i.models.families import find_family
 from t2i.published import remembered_sha256
 from t2i.sampling import SamplingConfig
-from t2i.sources import ASSETS as ASSETS
 from t2i.sources import (
     BackboneSource,
     check_named,
@@ -23,7 +22,6 @@ from t2i.sources import (
     prove,
     resolve,
 )
-from t2i.sources import shipped_bases as shipped_bases
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
@@ -103,8 +101,8 @@ def load_backbone(
         grid: height and width in codes, where the file's name does not tell.
         generation_only: leave out what drawing images does not need (Janus-Pro's understanding
             tower and text head).
-        device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone: of
-            a published name no file is fetched, of a local Janus-Pro no data read.
+        device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone:
+            no file is fetched for a published name, and no weights of a local Janus-Pro are read.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
@@ -134,11 +132,13 @@ def load_source(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a
-    checkpoint folder).
+    """Load a `BackboneSource`.
 
     On the "meta" device a published size needs no file; what is not local of its tokenizer and text
     encoder is left out.
+
+    Args:
+        weights: what replaces the weight file (fine-tuned weights of a checkpoint folder).
     """
     if source.text_encoder_dtype not in DTYPES:
         raise UserError(
@@ -183,7 +183,7 @@ def load_source(
 
 
 def _local_helpers(files: BackboneSource) -> BackboneSource:
-    """Without helpers that would have to be fetched; UserError if one is nothing that could be."""
+    """A source without what would have to be fetched; UserError for a name that nothing has."""
     for name in ("tokenizer", "text_encoder"):
         if (path := getattr(files, name)) is not None and not Path(path).exists():
             check_named(path, folder=name == "text_encoder")

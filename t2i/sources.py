@@ -71,8 +71,10 @@ class BackboneSource:
 
 
 def resolve(source: str | Path, *, folder: bool = False) -> Path:
-    """The local path of a source; downloads "owner/repo:file", or with `folder` "owner/repo", into
-    the hub's cache.
+    """The local path of a source; what is on the hub is downloaded into its cache.
+
+    Args:
+        folder: the source is a folder ("owner/repo"), not a file ("owner/repo:file").
 
     Raises:
         UserError: there is no such file, folder, shipped base or hub file.
@@ -241,8 +243,10 @@ def _file_hash(files: BackboneSource, name: str) -> str | None:
 
 
 def prove(files: BackboneSource, *, weights: bool = True) -> None:
-    """Compare an expanded source's files with the hashes that it has; `weights`: those of the
-    backbone, too.
+    """Compare an expanded source's files with its recorded hashes.
+
+    Args:
+        weights: the weight file, too.
 
     Raises:
         UserError: a file is not the one that the checkpoint was trained with.
@@ -321,8 +325,10 @@ def _under(root: Path, stored: str) -> Path | None:
 
 
 def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
-    """UserError that names every local file of a source that is gone; `weights`: those of the
-    backbone are needed, too.
+    """UserError that names every local file of a source that is gone.
+
+    Args:
+        weights: the weight file is needed, too.
     """
     gone = [
         f"{path} ({file.what}: {file.option})"

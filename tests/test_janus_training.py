@@ -343,10 +343,10 @@ def test_generate_program(lora, tmp_path, monkeypatch, capsys):
 
 
 def test_shipped_base_is_complete():
-    assert "shapes-janus" in t2i.loading.shipped_bases()
+    assert "shapes-janus" in t2i.sources.shipped_bases()
     backbone = t2i.load_backbone("janus", "shapes-janus")
     assert backbone.spec.grid == (8, 8) and backbone.spec.sampling.cfg_scale == 2.5
     stored = set(janus_weights.vq_to_transformers(backbone.tokenizer.state_dict()))
-    folder = t2i.loading.ASSETS / "shapes-janus"
+    folder = t2i.sources.ASSETS / "shapes-janus"
     assert stored < set(load_file(folder / "model" / "model.safetensors"))
     assert sum(p.stat().st_size for p in folder.rglob("*")) <= 8e6

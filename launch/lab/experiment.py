@@ -199,6 +199,7 @@ def key_of(run: GridRun, experiment: Experiment, step: int, options: dict) -> st
 
 def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
     """Draw and judge."""
+    from launch.lab.refinement import stage_changes
     from t2i.shapes.fine_tuning import examine
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
@@ -210,14 +211,16 @@ def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
         samples=experiment.samples,
         sampling=replace(model.sampling, **options),
     )
-    summary = examined.report.summary
+    summary, windows = examined.report.summary, examined.windows
+    geometry = model.windows.shrunk(windows.shape[2])
+    changes = asdict(stage_changes(windows, geometry)) if geometry.stages > 1 else None
     verdicts = [int(v.correct) for v in examined.report.verdicts]
     each = experiment.samples
     return {
         "score": summary.overall,
         "tags": {tag: s.mean for tag, s in summary.tags.items()},
         "correct": [sum(verdicts[i : i + each]) for i in range(0, len(verdicts), each)],
-        "changes": examined.changes and asdict(examined.changes),
+        "changes": changes,
         "seconds_judging": round(time.time() - started, 1),
     }
 

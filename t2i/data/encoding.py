@@ -31,7 +31,7 @@ from torch import Tensor
 from t2i.data.content import Contents, content_key, contents_key, describe_changes, hash_files
 from t2i.data.data_report import DataReport
 from t2i.data.images import ImageRules, SkipSample
-from t2i.data.samples import CaptionNotes, Sample, Source, check_captions, load_sample
+from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable, load_sample
 from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path
 from t2i.errors import UserError
 from t2i.files import wait_for, writable_folder, write_text
@@ -46,11 +46,11 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class Encoding:
-    """What makes the content of a store of samples.
+    """How samples become the content of a store.
 
     Attributes:
-        images: pixels float32 [N, 3, size, size] in [-1, 1] -> codes int64 [N, T, S]. Of a source
-            of codes, codes -> the same.
+        images: pixels float32 [N, 3, size, size] in [-1, 1] -> codes int64 [N, T, S]. For a
+            source of codes: gives them back.
         rules: how images become pixels; None for a source of codes.
         captions: captions -> one float [n_i, C] each, valid tokens only; bfloat16 is kept, other
             types are stored as float16. None for a store without text features.
@@ -211,7 +211,7 @@ def _encode_shard(
 ) -> None:
     """Encode and write one shard; `advance(n)` is told of every n samples."""
     views = 1 if encoding.rules is None else encoding.rules.views.count
-    checked = (check_captions(sample, encoding.caption_notes) for sample in samples)
+    checked = (drop_unreadable(sample, encoding.caption_notes) for sample in samples)
     load = partial(_load, rules=encoding.rules)
     for batch, loaded in load_ahead(checked, load, max(1, encoding.batch_size // views)):
         usable = []

@@ -124,8 +124,9 @@ class Frozen:
 
 
 def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
-    """RAR's guidance (1d-tokenizer `modeling/rar.py`): 1 + (scale - 1) (1 - cos(pi
-    (step/steps)^power)) / 2, in fp32 as there.
+    """RAR's guidance (1d-tokenizer `modeling/rar.py`), in fp32 as there:
+
+    1 + (scale - 1) (1 - cos(pi (step/steps)^power)) / 2
     """
     if power == 0:
         return scale
@@ -134,7 +135,7 @@ def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
 
 
 def parameter_count(module: nn.Module) -> str:
-    """Parameters of a module, for people."""
+    """The number of a module's parameters, in words."""
     count = sum(p.numel() for p in module.parameters())
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
@@ -235,9 +236,8 @@ class Backbone(nn.Module, ABC):
         return {"labels": class_ids(conditions, self.spec.num_classes).to(self.device)}
 
     def prefix_length(self, conditions: Sequence) -> int:
-        """Prefix tokens of the longest of these conditions: images drawn with one `length` do not
-        depend on how they are batched.
-        """
+        """Prefix tokens of the longest of these conditions, a `length` for `prepare`."""
+        # With one length for all, an image does not depend on how images are batched.
         return self.spec.prefix_tokens
 
     def caption_features(self) -> CaptionFeatures | None:

@@ -8,14 +8,12 @@ A family is a folder beside this file, registered by its name in `FAMILIES`. The
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from t2i.errors import UserError
 
 if TYPE_CHECKING:
     from t2i.models.base import Backbone
-    from t2i.training.config import TrainConfig
 
 FAMILIES = (
     "llamagen",
@@ -66,11 +64,6 @@ class Family:
             why = "takes none" if self.prompt_file is None else "brings its own prompt tokenizer"
             raise UserError(f"{self.name} {why}: leave out text_encoder")
         return _named(self.text_encoder)
-
-    def recipes(self) -> "dict[str, tuple[str, TrainConfig]]":
-        """Its named settings for training, each with a line about it; none if it brings none."""
-        module = f"t2i.models.{self.name}.{self.name}_recipes"
-        return {} if find_spec(module) is None else import_module(module).recipes()
 
 
 def _named(place: str) -> Any:

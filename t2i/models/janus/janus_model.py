@@ -28,6 +28,7 @@ from t2i.models.base import BackboneSpec, Condition
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
+from t2i.models.janus.janus_export import save_folder
 from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
 from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
 from t2i.models.llama import LlamaBackbone
@@ -191,8 +192,6 @@ class Janus(LlamaBackbone):
         return {k: v for k, v in weights.items() if not k.startswith(_UNDERSTANDING)}
 
     def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
-        from t2i.models.janus.janus_export import save_folder
-
         if self.left_out:
             raise UserError(
                 "a Janus loaded with generation_only lacks a part of what a whole folder holds; load it without"
