@@ -123,8 +123,8 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
     """Say once of each prompt what the backbone does not read of it."""
     if backbone.spec.cond_kind != "text":
         return
-    notes = backbone.caption_notes([str(prompt) for prompt in prompts])
-    for prompt, lost in zip(prompts, notes, strict=True):
+    captions = [str(prompt) for prompt in prompts]
+    for prompt, lost in zip(captions, backbone.caption_notes(captions), strict=True):
         said = "has no text the encoder can read" if lost is None else "; ".join(lost)
         if said and prompt not in backbone.frozen.warned:
             backbone.frozen.warned.add(prompt)

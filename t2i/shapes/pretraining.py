@@ -125,7 +125,7 @@ def write_base(
     content: dict[str, Any]
     content = {"family": backbone.spec.family, "weights": str(weights.relative_to(folder))}
     if weights.is_file():  # a published folder has its tokenizers and its configuration inside
-        save_tokenizer(backbone.frozen.tokenizer, folder / "tokenizer.pt", dtype)
+        save_tokenizer(backbone.tokenizer, folder / "tokenizer.pt", dtype)
         shape: Any = backbone.config
         content |= {"tokenizer": "tokenizer.pt", "config": asdict(shape)}
     if text_encoder:
