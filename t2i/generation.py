@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -136,7 +135,7 @@ def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
     if backbone.spec.cond_kind == "text":
         check_captions(texts, "prompts")
         return list(texts)
-    ids: list[Any] = [int(text) if text.isdecimal() else text for text in texts]
+    ids = [int(text) if text.isdecimal() else text for text in texts]
     return class_ids(ids, backbone.spec.num_classes).tolist()
 
 
