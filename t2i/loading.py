@@ -225,6 +225,7 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
 
 def tokenizer_hash(backbone: Backbone) -> str:
     """SHA-256 of the image tokenizer's weights (or of its own file), for cache keys."""
+    assert backbone.source is not None, "of load_backbone"
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
         return remembered_sha256(resolve(files.tokenizer))

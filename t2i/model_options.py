@@ -142,6 +142,7 @@ class ModelOptions:
 
         assert self.source is not None, "check comes first"
         if not self.is_trained:
+            assert model.backbone.source is not None, "of load_backbone"
             return {"kit_version": __version__, "backbone": asdict(model.backbone.source)}
         folder = find_checkpoint(self.source)
         config = read_config(folder)
