@@ -161,14 +161,20 @@ class Layers(nn.Module):
         return cast(Iterator[Layer], iter(self.layer))  # PyTorch says no more than Module
 
 
-class TextEncoder(nn.Module):
+class Bert(nn.Module):
+    """Embeddings and so many equal layers."""
+
+    def __init__(self, config: BertConfig, count: int, *, cross: bool):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Layers(Layer(config, cross=cross) for _ in range(count))
+
+
+class TextEncoder(Bert):
     """Question ids [Q, L] and their mask (bool [Q, L]) to features [Q, L, D]."""
 
     def __init__(self, config: BertConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        count = config.text_encoder_layers
-        self.encoder = Layers(Layer(config, cross=False) for _ in range(count))
+        super().__init__(config, config.text_encoder_layers, cross=False)
 
     def forward(self, ids_QL: Tensor, mask_QL: Tensor) -> Tensor:
         text_QLD = self.embeddings(ids_QL)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpg_bench.mplug.bert import BertConfig, Embeddings, KeysValues, Layer, Layers
+from dpg_bench.mplug.bert import Bert, BertConfig, KeysValues
 
 LENGTH_PENALTY = 0.6
 NEVER = -1e20  # the reference's log-probability of an end that comes too early
@@ -57,7 +57,7 @@ class AnswerDecoder(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.bert = _Bert(config)
+        self.bert = Bert(config, config.text_decode_layers, cross=True)
         predictions = _Predictions(config.hidden_size, config.vocab_size, config.layer_norm_eps)
         # As in the reference: the output matrix is the word embedding.
         predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
@@ -85,14 +85,6 @@ class AnswerDecoder(nn.Module):
             x = layer(x, new, None, state.memory[index], state.memory_mask)
         state.own = own
         return self.cls["predictions"](x[:, 0])
-
-
-class _Bert(nn.Module):
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        count = config.text_decode_layers
-        self.encoder = Layers(Layer(config, cross=True) for _ in range(count))
 
 
 def _join(first: KeysValues, second: KeysValues) -> KeysValues:
