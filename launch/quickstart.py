@@ -106,6 +106,7 @@ def run_config(config: Quickstart, name: str):
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
     recipe = recipes[name][1]
+    assert isinstance(recipe.data, DataOptions), "recipes for captions"
     return replace(
         recipe,
         run_dir=config.out / name,
@@ -147,10 +148,11 @@ def write_comparison(models: dict, config: Quickstart) -> None:
         "a photo of a purple diamond and an orange cross",
         "a photo of a heart right of a star",
     )
-    options = {"seed": config.seed, "batch_size": len(prompts), "progress": False}
     images, labels = [], []
     for name, model in models.items():
-        images += generate(model, prompts, **options)
+        images += generate(
+            model, prompts, seed=config.seed, batch_size=len(prompts), progress=False
+        )
         short = name.removeprefix("shapes-")
         labels += [f"{short}: {p.removeprefix('a photo of ')}" for p in prompts]
     drawing = DrawOptions(config.seed, batch_size=len(prompts), stages=True)

@@ -116,6 +116,7 @@ def write_model(
 ) -> None:
     """Write all files but the manifest into a folder; arguments as in `save_pretrained`."""
     backbone = model.backbone
+    assert backbone.source is not None, "looked at before"
     backbone.source = with_hashes(backbone.source, folder)
     if model.codec is not None:
         save_weights(folder / CODEC, model.codec.state_dict())

@@ -140,6 +140,7 @@ class Part:
 def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
     """The merged base into `folder`, and in it the checkpoint folder with the codec."""
     backbone = model.backbone
+    assert backbone.source is not None, "of a checkpoint"
     files, base = expand_folder(backbone.source), backbone.source.weights
     weights = backbone.save_official(folder, dtype)
     place = "all files but those below"  # where the authors' layout is a folder

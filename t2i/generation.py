@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -122,8 +121,8 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
     """Say once for each prompt what the backbone does not read of it."""
     if backbone.spec.cond_kind != "text":
         return
-    notes = backbone.caption_notes([str(prompt) for prompt in prompts])
-    for prompt, lost in zip(prompts, notes, strict=True):
+    captions = [str(prompt) for prompt in prompts]
+    for prompt, lost in zip(captions, backbone.caption_notes(captions), strict=True):
         said = "has no text the encoder can read" if lost is None else "; ".join(lost)
         if said and prompt not in backbone.frozen.warned:
             backbone.frozen.warned.add(prompt)
@@ -135,7 +134,7 @@ def parse_conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int
     if backbone.spec.cond_kind == "text":
         check_captions(texts, "prompts")
         return list(texts)
-    ids: list[Any] = [int(text) if text.isdecimal() else text for text in texts]
+    ids = [int(text) if text.isdecimal() else text for text in texts]
     return class_ids(ids, backbone.spec.num_classes).tolist()
 
 

@@ -150,10 +150,11 @@ def load_source(
     if files.config is not None:
         shape = f"the {source.family} shape of {files.weights}"
         config = from_json(family.backbone_class.config_type, files.config, shape)
-    options: dict = {"config": config, "grid": grid, "generation_only": source.generation_only}
     backbone, on_meta = None, torch.device(device).type == "meta"
     if on_meta and not Path(files.weights).exists():
-        backbone = family.backbone_class.outline(files.weights, **options)
+        backbone = family.backbone_class.outline(
+            files.weights, config=config, grid=grid, generation_only=source.generation_only
+        )
     if backbone is not None:
         files = _local_helpers(files)
     else:
@@ -161,8 +162,14 @@ def load_source(
         if not shapes_only:
             prove(files, weights=weights is None)
         path = weights or resolve(files.weights, folder=family.published_as_folder)
-        options |= {"dtype": dtype, "shapes_only": shapes_only}
-        backbone = family.backbone_class.load(path, **options)
+        backbone = family.backbone_class.load(
+            path,
+            config=config,
+            grid=grid,
+            dtype=dtype,
+            generation_only=source.generation_only,
+            shapes_only=shapes_only,
+        )
     backbone.source = replace(source, config=asdict(backbone.config))
     where = f"the sampling settings of {source.weights}"
     own = from_json(SamplingConfig, files.sampling, where, defaults=backbone.spec.sampling)
@@ -183,13 +190,16 @@ def load_source(
 
 
 def _local_helpers(files: BackboneSource) -> BackboneSource:
-    """A source without what would have to be fetched; UserError for a name that nothing has."""
-    for name in ("tokenizer", "text_encoder"):
-        if (path := getattr(files, name)) is not None and not Path(path).exists():
-            check_named(path, folder=name == "text_encoder")
-            gone: dict[str, Any] = {name: None}
-            files = replace(files, **gone)
-    return files
+    """Without helpers that would have to be fetched; UserError if one is nothing that could be."""
+
+    def local(path: str | None, *, folder: bool = False) -> str | None:
+        if path is None or Path(path).exists():
+            return path
+        check_named(path, folder=folder)
+        return None
+
+    tokenizer, text_encoder = local(files.tokenizer), local(files.text_encoder, folder=True)
+    return replace(files, tokenizer=tokenizer, text_encoder=text_encoder)
 
 
 def _check_codes(backbone: Backbone) -> None:
@@ -215,6 +225,7 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
 
 def tokenizer_hash(backbone: Backbone) -> str:
     """SHA-256 of the image tokenizer's weights (or of its own file), for cache keys."""
+    assert backbone.source is not None, "of load_backbone"
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
         return remembered_sha256(resolve(files.tokenizer))

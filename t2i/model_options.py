@@ -147,6 +147,7 @@ class ModelOptions:
         from t2i.checkpoint import read_config
 
         if self.checkpoint is None:
+            assert model.backbone.source is not None, "of load_backbone"
             return {"kit_version": __version__, "backbone": asdict(model.backbone.source)}
         config = read_config(self.checkpoint)
         facts = {key: config[key] for key in ("kit_version", "tuning", "method", "backbone")}

@@ -8,7 +8,6 @@ publish a folder (Janus-Pro) take that folder, or "owner/repo".
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from t2i.errors import UserError
 from t2i.fields import read_object
@@ -221,12 +220,12 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
 def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
     """A checkpoint folder's source with the SHA-256 of its files; those that it has are kept."""
     files = expand_folder(beside(source, folder))
-    hashes: dict[str, Any] = {
-        file.sha256: _file_hash(files, name)
-        for name, file in _FILES.items()
-        if getattr(source, file.sha256) is None
-    }
-    return replace(source, **hashes)
+    return replace(
+        source,
+        sha256=source.sha256 or _file_hash(files, "weights"),
+        tokenizer_sha256=source.tokenizer_sha256 or _file_hash(files, "tokenizer"),
+        text_encoder_sha256=source.text_encoder_sha256 or _file_hash(files, "text_encoder"),
+    )
 
 
 def _file_hash(files: BackboneSource, name: str) -> str | None:
@@ -269,12 +268,16 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
 # -- where the files are now -----------------------------------------------------------------------
 def beside(source: BackboneSource, folder: Path) -> BackboneSource:
     """The source of a checkpoint folder whose base lies relative to it (an export's)."""
-    inner: dict[str, Any] = {
-        name: str((folder / path).resolve())
-        for name in _FILES
-        if (path := getattr(source, name)) is not None and path.startswith("..")
-    }
-    return replace(source, **inner)
+
+    def there(path: str) -> str:
+        return str((folder / path).resolve()) if path.startswith("..") else path
+
+    return replace(
+        source,
+        weights=there(source.weights),
+        tokenizer=source.tokenizer and there(source.tokenizer),
+        text_encoder=source.text_encoder and there(source.text_encoder),
+    )
 
 
 def moved(
@@ -293,28 +296,35 @@ def moved(
         tokenizer: the image tokenizer's file.
         text_encoder: the text encoder's folder or hub id.
     """
-    helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
-    given: dict[str, Any] = {n: lasting(path) for n, path in helpers.items() if path is not None}
-    if base is None:
-        return replace(source, **given)
-    root = Path(base)
-    found = None
-    if root.is_file():
-        file, root = root, root.parent
-        # A backbone folder's own weight file stands for the folder, which brings the rest.
-        whole = source.tokenizer is None and (root / "config.json").is_file()
-        found = root if whole else file
-    elif root.is_dir():
+    weights, root = source.weights, None
+    if base is not None and Path(base).is_dir():
+        root = Path(base)
         found = _under(root, source.weights)
         if found is None and (root / "config.json").is_file():
             found = root
-    else:
-        return replace(source, weights=str(base), **given)  # a hub's file, or an error later
-    for name in ("tokenizer", "text_encoder"):
-        stored = getattr(source, name)
-        if name not in given and stored is not None and not Path(stored).exists():
-            given[name] = str(_under(root, stored) or stored)
-    return replace(source, weights=str(found or source.weights), **given)
+        weights = str(found or source.weights)
+    elif base is not None:
+        weights = str(base)  # a hub's file, or an error later
+        if (file := Path(base)).is_file():
+            root = file.parent
+            # A backbone folder's own weight file stands for the folder, which brings the rest.
+            whole = source.tokenizer is None and (root / "config.json").is_file()
+            weights = str(root if whole else file)
+    return replace(
+        source,
+        weights=weights,
+        tokenizer=_helper(tokenizer, source.tokenizer, root),
+        text_encoder=_helper(text_encoder, source.text_encoder, root),
+    )
+
+
+def _helper(given: str | Path | None, stored: str | None, root: Path | None) -> str | None:
+    """A file beside the weights: the given one, else the stored one, or where `root` has it now."""
+    if given is not None:
+        return lasting(given)
+    if stored is None or root is None or Path(stored).exists():
+        return stored
+    return str(_under(root, stored) or stored)
 
 
 def _under(root: Path, stored: str) -> Path | None:

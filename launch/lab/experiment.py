@@ -32,7 +32,7 @@ from t2i.errors import UserError
 from t2i.files import writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.method import TensorARConfig
-from t2i.training.config import TrainConfig
+from t2i.training.config import DataOptions, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class GridRun:
         """The training run, in a folder of its own."""
         arm, steps = arm or self.arm, experiment.steps
         recipe = text_recipes()["shapes-control"][1]
+        assert isinstance(recipe.data, DataOptions), "a recipe for captions"
         # Rounded up, so that of an odd number, too, nothing is saved between half and the end.
         half = -(-steps // 2)
         config = replace(
@@ -165,6 +166,7 @@ def do(run: GridRun, experiment: Experiment) -> None:
     config, steps = run.config(experiment), experiment.steps
     ways = [(steps, name, options) for name, options in [("", {}), *run.arm.sampling.items()]]
     half = config.log.save_every
+    assert half is not None, "set by GridRun.config"
     if run.arm.curve and half < steps:
         ways.insert(0, (half, "", {}))
     done = {line["key"] for line in results(experiment.out)}

@@ -36,6 +36,12 @@ def _llamagen(**shape) -> LlamaGen:
         return LlamaGen(LlamaGenConfig(**shape))
 
 
+def _janus_pro() -> Janus:
+    outline = Janus.outline("deepseek-ai/Janus-Pro-1B", generation_only=True)
+    assert outline is not None, "a published name"
+    return outline
+
+
 def _tiny_janus() -> Janus:
     tokenizer = VQTokenizer(VQConfig(32, (1, 2), 1, 16, codebook_size=48, codebook_dim=8))
     shape = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64, "vocab_size": 320}
@@ -45,7 +51,7 @@ def _tiny_janus() -> Janus:
 SHAPES: dict[str, Callable[[], Backbone]] = {
     "LlamaGen-B class": partial(_llamagen, **SIZES["B"], cond="class"),
     "LlamaGen-XL class": partial(_llamagen, **SIZES["XL"], cond="class"),
-    "Janus-Pro-1B": partial(Janus.outline, "deepseek-ai/Janus-Pro-1B", generation_only=True),
+    "Janus-Pro-1B": _janus_pro,
     "LlamaGen-XL text": partial(_llamagen, **SIZES["XL"], cond="text"),
 }
 _TINY = {"dim": 32, "n_layer": 2, "n_head": 2, "grid": (4, 4), "vocab_size": 48, "ffn_dim": 64}

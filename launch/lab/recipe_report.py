@@ -282,7 +282,7 @@ def plot_correlation(results: Results, path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(bases), 3.4), layout="constrained")
     for base, axes in zip(bases, np.atleast_1d(figure.subplots(1, len(bases))), strict=True):
         arms = list(dict.fromkeys(run.arm for run in runs if run.base == base))
-        colors = COLORS if len(arms) <= len(COLORS) else colormaps["tab20"].colors
+        colors = COLORS if len(arms) <= len(COLORS) else colormaps["tab20"](range(20))
         for arm, color in zip(arms, colors, strict=False):
             points = [(run.loss, run.score) for run in runs if (run.base, run.arm) == (base, arm)]
             axes.scatter(*zip(*points, strict=True), s=16, color=color, label=arm)

@@ -77,7 +77,7 @@ def repairs(model: TensorAR, control: TensorAR, batches: Iterable[Batch]) -> Rep
         outcomes = [(draft == truth).all(-1)]
         for m, windows in ((model, own), (control, control.windows.gather(batch.codes))):
             outcomes.append((_first_slot(m, batch, windows)[:, 1:] == truth).all(-1))
-        index = sum(outcome.long() << (2 - i) for i, outcome in enumerate(outcomes))
+        index = 4 * outcomes[0].long() + 2 * outcomes[1].long() + outcomes[2].long()
         counts += torch.bincount(index.flatten(), minlength=8).view(2, 2, 2)
     wrong, right = counts[0], counts[1]
     return Repairs(

@@ -58,8 +58,10 @@ def verdicts_on(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         found = []
         for shape, detections in detector.detect(image).items():
-            clear = detections.take(np.flatnonzero(detections.scores > RuleOptions().threshold))
-            found += [(shape, c) for c in detector.classify_colors(image, shape, clear)]
+            clear = np.flatnonzero(detections.scores > RuleOptions().threshold).tolist()
+            found += [
+                (shape, c) for c in detector.classify_colors(image, shape, detections.take(clear))
+            ]
         if len(found) == 1:
             shape, color = (a == b for a, b in zip(found[0], CLASSES[label], strict=True))
             verdicts[i] = shape and color, shape, color

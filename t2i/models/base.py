@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,11 @@ from t2i.models.attention import KVCache
 from t2i.models.labels import class_ids
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from t2i.sources import BackboneSource
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,9 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = Frozen()
-        self.source: Any = None
-        """Where the weights came from (`t2i.sources.BackboneSource`)."""
-        self.lora: Any = None
+        self.source: BackboneSource | None = None
+        """Where the weights came from; None if `load_backbone` did not load them."""
+        self.lora: LoraConfig | None = None
         """PEFT's configuration, once adapters are injected (`t2i.lora`)."""
         self.gradient_checkpointing = False
         """Recompute the trunk's blocks in the backward pass."""

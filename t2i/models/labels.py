@@ -10,7 +10,7 @@ from torch import Tensor
 from t2i.errors import UserError
 
 
-def class_ids(values: Iterable[int] | Tensor, num_classes: int) -> Tensor:
+def class_ids(values: Iterable[object] | Tensor, num_classes: int) -> Tensor:
     """Check class labels and return them as an int64 tensor [n] on the CPU.
 
     Labels are integers (Python, numpy or torch) in 0 .. num_classes - 1. The null class that

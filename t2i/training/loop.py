@@ -78,10 +78,10 @@ class Run:
             self.metrics = MetricsLog(config, self.step)
 
     def _place_helpers(self) -> None:
-        frozen, device = self.model.backbone.frozen, self.processes.device
-        frozen.tokenizer.to(device)
-        if frozen.text_encoder is not None:  # classes need none
-            frozen.text_encoder.to(device)
+        backbone, device = self.model.backbone, self.processes.device
+        backbone.tokenizer.to(device)
+        if backbone.frozen.text_encoder is not None:  # classes need none
+            backbone.frozen.text_encoder.to(device)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
@@ -162,8 +162,9 @@ class Run:
         self.check_weights()
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
-            options = {"samples_per_prompt": 2, "batch_size": 2 * len(prompts), "progress": False}
-            images = generate(model, prompts, **options)
+            images = generate(
+                model, prompts, samples_per_prompt=2, batch_size=2 * len(prompts), progress=False
+            )
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
             )

@@ -130,6 +130,7 @@ def start_from(
     sampling = replace(stored_part(config, "sampling", SamplingConfig, folder), window=0)
     backbone.spec = replace(backbone.spec, sampling=sampling)
     changed = config["tuning"] != "codec" or config.get("image_layers")
+    assert backbone.source is not None, "of load_backbone"
     backbone.source = replace(
         backbone.source,
         sampling=asdict(sampling),
