@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 import geneval
-from launch.lab.refinement import StageChanges, stage_changes
 from t2i.checkpoint import from_pretrained, run_checkpoints
 from t2i.generation import draw_images
 from t2i.sampling import DrawOptions, SamplingConfig
+from t2i.shapes.refinement import StageChanges, stage_changes
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import TrainingData
