@@ -92,7 +92,7 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
     add_lora(backbone, from_json(LoRAConfig, settings, f"{folder}/adapter_config.json"))
     path = folder / _WEIGHTS
     own = adapter_state_dict(backbone, image_layers=bool(stored.get("modules_to_save")))
-    copy_weights(own, read_state_dict(path), "this backbone", path)
+    copy_weights(own, read_state_dict(path), path)
 
 
 def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:

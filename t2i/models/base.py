@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.attention import KVCache
-from t2i.models.labels import class_ids
+from t2i.models.conditions import class_ids
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
 

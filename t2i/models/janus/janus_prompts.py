@@ -13,7 +13,6 @@ whether the file would add it or not.
 Shapes: B prompts, P tokens of the longest.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from t2i.errors import UserError
 from t2i.fields import read_object
-from t2i.files import write_json
-from t2i.models.captions import check_captions
+from t2i.files import text_sha256, write_json
+from t2i.models.conditions import check_captions
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE, END_OF_IMAGE = "<begin_of_image>", "<end_of_image>"
@@ -111,7 +110,7 @@ class JanusPrompts:
 
     def weights_hash(self) -> str:
         """SHA-256 of the tokenizer: all that an image can depend on here."""
-        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+        return text_sha256(self.tokenizer.to_str())
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, from BOS to begin-of-image.

@@ -32,7 +32,7 @@ from t2i.models.base import BackboneSpec, Condition
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import count_children, load_strict, reading
+from t2i.weights import count_children, load_strict, reading_shape
 
 PREFIX = 2
 _EPS = 1e-6
@@ -229,7 +229,7 @@ class RAR(WeightFileBackbone):
     def infer_config(
         cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
     ) -> RARConfig:
-        with reading("a RAR generator"):
+        with reading_shape("a RAR generator"):
             vocab, dim = state_dict["lm_head.weight"].shape
             n_head = dim // state_dict["blocks.0.attn.q_norm.weight"].shape[0]
             mlp_dim = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
