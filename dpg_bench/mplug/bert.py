@@ -152,7 +152,7 @@ def layers(config: BertConfig, count: int, *, cross: bool) -> nn.ModuleDict:
     return nn.ModuleDict({"layer": nn.ModuleList(Layer(config, cross=cross) for _ in range(count))})
 
 
-class TextEncoder(nn.Module):
+class QuestionEncoder(nn.Module):
     """Question ids [Q, L] and their mask (bool [Q, L]) to features [Q, L, D]."""
 
     def __init__(self, config: BertConfig):

@@ -53,10 +53,6 @@ class TrainingData:
         """Identifies the data's content, for resume."""
         return self.examples.key
 
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.plan.steps
-
     def held_out_conditions(self, count: int) -> list[str | int]:
         """Captions or classes of the first held-out samples, each once: prompts for sheets."""
         found = (self.examples.store.condition(index) for index in self.validation.tolist())
@@ -83,7 +79,7 @@ class TrainingData:
         for indices, batch_keys in zip(
             self.train[where].split(size), keys.split(size), strict=True
         ):
-            yield self._batch(indices, batch_keys, step / self.steps())
+            yield self._batch(indices, batch_keys, step / self.plan.steps)
 
     def _batch(self, indices: Tensor, keys: Tensor, progress: float) -> Batch:
         choice = fold(keys, _CHOICE) & 0xFFFF  # which of several captions or views
