@@ -23,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from t2i.errors import UserError
-from t2i.files import file_sha256, reading, replacing, write_json
+from t2i.files import file_sha256, reading, replacing, text_sha256, write_json
 from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte
@@ -47,8 +47,7 @@ def remembered_sha256(path: str | Path) -> str:
     started, identity = time.time_ns(), _identity(target)
     if identity["size"] < _LARGE:
         return file_sha256(target)
-    name = hashlib.sha256(str(target).encode()).hexdigest()
-    entry = cache_root() / "hashes" / f"{name[:32]}.json"
+    entry = cache_root() / "hashes" / f"{text_sha256(str(target))[:32]}.json"
     known = _read(entry)
     if known.get("file") == identity and isinstance(known.get("sha256"), str):
         return known["sha256"]

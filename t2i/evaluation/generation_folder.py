@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from t2i.errors import UserError
 from t2i.files import read_json, reading, saving, write_text
 from t2i.imaging import grid, save_png
-from t2i.models.captions import check_captions
+from t2i.models.conditions import check_captions
 
 GENERATION_FILE = "generation.json"
 _MAX_GRID_IMAGES = 64
@@ -260,8 +260,8 @@ def take_inventory(
 def _metadata_problem(folder: Path, entry: dict) -> str | None:
     path = folder / "metadata.jsonl"
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        known = read_json(path)
+    except UserError as error:
         return f"{folder.name}/metadata.jsonl cannot be read ({error})"
     if known != entry:
         prompt = known.get("prompt") if isinstance(known, dict) else known
