@@ -18,9 +18,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
-    """Freeze the backbone and inject trainable adapters: the identity until trained, the same for
-    every call with a seed.
-    """
+    """Freeze the backbone and inject adapters (by the seed), the identity until trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     backbone.requires_grad_(False)

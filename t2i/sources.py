@@ -63,9 +63,7 @@ class BackboneSource:
     generation_only: bool = False
     """Only what drawing images needs was loaded."""
     started_from: str | None = None
-    """Checkpoint whose weights a run began with in place of the base's: its own checkpoints then
-    hold all of the backbone's.
-    """
+    """Checkpoint that a run began with: its own checkpoints hold all of the backbone's weights."""
     shipped_base: str | None = None
     """Shipped base that an export was made from; its name is not in `weights` any more."""
 
@@ -321,9 +319,7 @@ def _under(root: Path, stored: str) -> Path | None:
 
 
 def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
-    """UserError that names every local file of a source that is gone; `weights`: those of the
-    backbone are needed, too.
-    """
+    """UserError that names each local file that is gone; `weights`: the backbone's count, too."""
     gone = [
         f"{path} ({file.what}: {file.option})"
         for name, file in _FILES.items()

@@ -9,8 +9,7 @@ import pytest
 import torch
 from programs import program, refused, result_rows
 
-from launch import gpu_check
-from launch.lab import gpu_parity, gpu_speed
+from launch.lab import gpu_check, gpu_parity, gpu_speed
 
 CPU = torch.device("cpu")
 

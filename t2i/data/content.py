@@ -20,9 +20,7 @@ from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
 Contents = list[tuple[str, str]]
-"""(name, hash) of each file, in the order of the data set; the hash of a file that cannot be read
-is `ABSENT`.
-"""
+"""(name, hash) of each file, in the order of the data set; `ABSENT` for one that cannot be read."""
 
 ABSENT = "absent"
 _WORTH_AN_INDEX = 64 << 20  # bytes: less is hashed in a moment

@@ -168,9 +168,7 @@ class Inventory:
     missing: list[str] = field(default_factory=list)
     """Expected images without a file."""
     problems: list[str] = field(default_factory=list)
-    """What would be judged as something that it is not (an extra sample, a folder for no prompt,
-    another prompt's metadata); always refused.
-    """
+    """What would be judged as something else (extra samples, other prompts); always refused."""
     unread: list[str] = field(default_factory=list)
     """Names that no evaluator of this layout reads; they are left alone."""
 

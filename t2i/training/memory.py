@@ -44,9 +44,7 @@ class Cost:
     kept: float
     """What autograd keeps of one forward pass."""
     passing: float
-    """The largest things that live for a moment: a block's recomputation, gradients of the logits,
-    own drafts' probabilities.
-    """
+    """The largest things of a moment: a block's recomputation, logits' gradients, own drafts."""
     encoding: float
     """Weights, helpers and feature maps while data are encoded, before there is an optimizer."""
     flops: float
@@ -80,9 +78,7 @@ def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
 
 
 def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
-    """What one of the processes needs. `model` must be on the meta device; it is cast to the type
-    that it computes in.
-    """
+    """What one process needs. `model`, on the meta device, is cast to the type it computes in."""
     state = state_bytes(model, config, world_size, config.engine.zero_stage)
     if config.engine.precision != "fp32":
         model.bfloat16()

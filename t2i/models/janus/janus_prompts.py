@@ -75,9 +75,7 @@ class JanusPrompts:
         return prompts
 
     def save(self, folder: Path) -> None:
-        """Write a tokenizer for transformers: one that puts BOS in front by itself, since version 5
-        reads no `add_bos_token`.
-        """
+        """Write a tokenizer for transformers, one that puts BOS in front by itself (version 5)."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         if tokenizer.encode("x").ids[:1] != [self.bos_id]:
             tokenizer.post_processor = TemplateProcessing(
@@ -160,9 +158,7 @@ class JanusPrompts:
         return ids, mask
 
     def unconditional(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Ids of the unconditional form: padding between the first and the last token of each
-        prompt. It keeps the prompt's mask.
-        """
+        """Ids of the unconditional form: padding between first and last token; the mask stays."""
         inner = mask.clone()
         inner[:, -1] = False
         inner[:, 1:] &= mask[:, :-1]  # not the first token, which has none of its own before it

@@ -163,9 +163,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
         return self.transformer.spatial_blocks
 
     def _intra_token(self, h: Tensor, earlier: Tensor) -> Tensor:
-        """Intra-token transformer on [h, embeddings of `earlier`]: [..., D] and [..., s] ->
-        normalised [..., 1 + s, D].
-        """
+        """Transformer within a token: h [..., D], `earlier` [..., s] -> normalised [..., 1+s, D]."""
         places = [h]
         if earlier.shape[-1]:
             places.append(self.transformer.pre_emb(earlier[..., 0]))

@@ -61,9 +61,7 @@ class RARConfig:
 
     @property
     def first_class_id(self) -> int:
-        """Row of class 0 in the embedding table; the row before it is the mask token of other
-        MaskGIT models, unused here.
-        """
+        """Row of class 0 in the embedding table; the row before it is a mask token, unused here."""
         return self.vocab_size + 1
 
     @property
@@ -192,9 +190,7 @@ class RARGPT(nn.Module):
         return x, class_BD[:, None] + self.timesteps_embeddings[0, positions_L]
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Weights for pre-training from scratch: truncated N(0, 0.02), zero cls token, biases and
-        adaLN (so blocks start as nothing).
-        """
+        """Weights for pre-training: truncated N(0, 0.02); zero cls token, biases and adaLN."""
         for name, parameter in self.named_parameters():
             if name == "cls_token" or name.endswith("bias") or "adaLN_modulation" in name:
                 nn.init.zeros_(parameter)

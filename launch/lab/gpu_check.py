@@ -6,10 +6,10 @@ says that something computes other numbers than the official code, or than itsel
 needs a clone with its tests (the golden data are there), pytest and peft, but neither deepspeed nor
 datasets.
 
-    python launch/gpu_check.py --out runs/gpu-check
+    python launch/lab/gpu_check.py --out runs/gpu-check
     # on a CPU, in a minute
-    python launch/gpu_check.py --out runs/rehearsal --tiny
-    python launch/gpu_check.py --out runs/gpu-check --parts sampling training
+    python launch/lab/gpu_check.py --out runs/rehearsal --tiny
+    python launch/lab/gpu_check.py --out runs/gpu-check --parts sampling training
 """
 
 import json
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not __package__:  # run from a clone, without installation
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # The golden cases, and how they are read.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
 from t2i import cli
 from t2i.errors import UserError
