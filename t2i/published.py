@@ -60,6 +60,11 @@ def remembered_sha256(path: str | Path) -> str:
     return digest
 
 
+def hashes_by_name(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of several files."""
+    return {path.name: remembered_sha256(path) for path in paths}
+
+
 def files_sha256(paths: Iterable[Path]) -> str:
     """SHA-256 over the names and hashes of several files, in this order."""
     digest = hashlib.sha256()
@@ -103,6 +108,22 @@ def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: 
     wanted = None if patterns is None else list(patterns)
     with asking_hub(f"{hub_id} is neither a folder here nor a model of the hub", advice):
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
+
+
+def fetch_model(
+    hub_id: str, settings: Sequence[str], weights: Sequence[str], *, advice: str
+) -> Path:
+    """The local copy of a model of the hub: settings, and the first kind of weights that it has.
+
+    Raises:
+        UserError: as `fetch_folder`, or it has no weights of these patterns.
+    """
+    for pattern in weights:
+        wanted = [*settings, pattern, f"{pattern}.index.json"]
+        folder = fetch_folder(hub_id, wanted, advice=advice)
+        if any(folder.glob(pattern)):
+            return folder
+    raise UserError(f"the hub's {hub_id} holds none of {', '.join(weights)}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -26,9 +27,11 @@ from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.shapes.tiny_janus import build_tiny_janus
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import filter_logits, prefill, step, window_logits
 
+M = TypeVar("M", bound=nn.Module)
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 
 
@@ -62,6 +65,22 @@ def golden_cases(family: str) -> list:
             cases.append(pytest.param(GoldenCase(path.parent, config), id=path.parent.name))
     assert cases or "T2I_GOLDEN" in os.environ, f"no golden case of {family} under {GOLDEN_ROOT}"
     return cases
+
+
+def golden_fixture(family: str):
+    """A fixture of a test file: every case of the family, one after the other."""
+
+    @pytest.fixture(scope="module", params=golden_cases(family))
+    def case(request):
+        return request.param
+
+    return case
+
+
+def golden_base(case: GoldenCase, backbone_class: type[Backbone], config: object) -> TensorAR:
+    """The case's generator as a base model."""
+    backbone = backbone_class.load(case.folder / case.config["checkpoint_file"], config=config)
+    return TensorAR(backbone, presets.base()).eval()
 
 
 def golden_folder(name: str) -> Path:
@@ -153,6 +172,17 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
                 head = any(part in name for part in ("output", "head"))
                 fan_in = value.shape[-1] if value.dim() == 3 else value[0].numel()  # 3: a table
                 value.normal_(std=(3.0 if head else 1.0) * fan_in**-0.5, generator=generator)
+
+
+def count(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def on_meta(build: Callable[..., M], *args, **options) -> M:
+    """A module with shapes and no data."""
+    with torch.device("meta"):
+        return build(*args, **options)
 
 
 def tiny_config(cond: str) -> LlamaGenConfig:

@@ -9,7 +9,9 @@ from helpers import (
     cached,
     check_uint8_rule,
     drawn_by_torch,
+    golden_base,
     golden_cases,
+    golden_fixture,
     golden_table,
     teacher_forced,
 )
@@ -20,8 +22,6 @@ from t2i.models.open_magvit2.open_magvit2_model import (
 )
 from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer, indices, signs
 from t2i.sampling import SamplingConfig
-from t2i.tensorar import presets
-from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
 SUB_TOKENS = ("pre", "post")
@@ -55,17 +55,12 @@ def close(actual, expected, atol):
 # -- the generator --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=golden_cases("Open-MAGVIT2 AR"))
-def case(request):
-    return request.param
+case = golden_fixture("Open-MAGVIT2 AR")
 
 
 @pytest.fixture(scope="module")
 def model(case):
-    backbone = OpenMAGVIT2.load(
-        case.folder / case.config["checkpoint_file"], config=config_of(case.config)
-    )
-    return TensorAR(backbone, presets.base()).eval()
+    return golden_base(case, OpenMAGVIT2, config_of(case.config))
 
 
 @pytest.fixture(scope="module")

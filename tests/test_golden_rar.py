@@ -12,7 +12,8 @@ from helpers import (
     cached,
     check_uint8_rule,
     drawn_by_torch,
-    golden_cases,
+    golden_base,
+    golden_fixture,
     golden_table,
     teacher_forced,
 )
@@ -20,8 +21,6 @@ from helpers import (
 from t2i.models.rar.rar_model import RAR, RARConfig
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.sampling import SamplingConfig
-from t2i.tensorar import presets
-from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
@@ -33,9 +32,7 @@ def sampling_of(scale: float, power: float, **settings) -> SamplingConfig:
     return SamplingConfig(cfg_scale=scale or 1.0, cfg_power=power if scale else 0.0, **settings)
 
 
-@pytest.fixture(scope="module", params=golden_cases("RAR generator"))
-def case(request):
-    return request.param
+case = golden_fixture("RAR generator")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +53,7 @@ def config(case):
 
 @pytest.fixture(scope="module")
 def model(case, config):
-    backbone = RAR.load(case.folder / case.config["checkpoint_file"], config=config)
-    return TensorAR(backbone, presets.base()).eval()
+    return golden_base(case, RAR, config)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_codes, tiny_prepared, tiny_rar
+from helpers import count, on_meta, tiny_codes, tiny_prepared, tiny_rar
 
 import t2i
 from t2i.files import write_json
@@ -33,13 +33,8 @@ fp32 ones.
 """
 
 
-def count(module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def on_meta(size: str) -> RAR:
-    with torch.device("meta"):
-        return RAR(RARConfig(**SIZES[size]))
+def of_size(size: str) -> RAR:
+    return on_meta(RAR, RARConfig(**SIZES[size]))
 
 
 # -- what was published ---------------------------------------------------------------------------
@@ -47,21 +42,20 @@ def on_meta(size: str) -> RAR:
 
 @pytest.mark.parametrize("size", COUNTS)
 def test_sizes(size):
-    backbone = on_meta(size)
+    backbone = of_size(size)
     assert count(backbone) == COUNTS[size]
     assert RAR.infer_config(backbone.official_state_dict(), "", None) == backbone.config
 
 
 def test_arxiv2505_total():
-    backbone = on_meta("B")
+    backbone = of_size("B")
     backbone.code_vectors = tuple  # no tokenizer on meta
     assert len(backbone.official_state_dict()) == 441
     assert round(count(TensorAR(backbone, presets.arxiv2505())) / 1e6) == 289
 
 
 def test_tokenizer_size():
-    with torch.device("meta"):
-        tokenizer = MaskGITVQGAN(MaskGITConfig())
+    tokenizer = on_meta(MaskGITVQGAN, MaskGITConfig())
     assert count(tokenizer) == 54_515_587 and len(tokenizer.state_dict()) == 168
     assert tokenizer.downsample == 16 and tokenizer.codebook_size == 1024
     assert MaskGITConfig.from_state_dict(tokenizer.state_dict()) == MaskGITConfig()
@@ -69,7 +63,7 @@ def test_tokenizer_size():
 
 @pytest.mark.parametrize("size", GUIDANCE)
 def test_sampling_presets(size):
-    backbone = on_meta(size)
+    backbone = of_size(size)
     sampling = backbone.spec.sampling
     scales = [backbone.guidance(sampling, t, 256) for t in (0, 64, 128, 192, 255)]
     assert scales == pytest.approx(GUIDANCE[size], abs=0.01)

@@ -163,7 +163,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
         return self.transformer.spatial_blocks
 
     def _intra_token(self, h: Tensor, earlier: Tensor) -> Tensor:
-        """Transformer within a token: h [..., D], `earlier` [..., s] -> normalised [..., 1+s, D]."""
+        """Transformer inside a token: h [..., D], `earlier` [..., s] -> normed [..., 1 + s, D]."""
         places = [h]
         if earlier.shape[-1]:
             places.append(self.transformer.pre_emb(earlier[..., 0]))
