@@ -145,6 +145,10 @@ def drawn_by_torch(model: TensorAR, prepared: dict, config: SamplingConfig, step
     return torch.cat(drawn, dim=1)
 
 
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
 def check_uint8_rule(backbone: Backbone) -> None:
     """Bytes of given decoder values; a few lie on a rounding edge, where one level is allowed."""
     table = golden_table("uint8_rules.json")

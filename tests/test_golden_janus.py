@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN_ROOT, base_loss, cached, drawn_by_torch, golden_cases, teacher_forced
+from helpers import (
+    GOLDEN_ROOT,
+    base_loss,
+    cached,
+    close,
+    drawn_by_torch,
+    golden_cases,
+    teacher_forced,
+)
 
 from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import JanusPrompts
@@ -70,10 +78,6 @@ def examples(folder: Path) -> list[dict]:
 def prepared(case, model):
     """The first two prompts, which have different lengths, as one left-padded batch."""
     return model.backbone.prepare([e["text"] for e in examples(case.folder)[:2]])
-
-
-def close(actual, expected, atol=1e-4):
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 # -- prompts --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from helpers import (
     base_loss,
     cached,
     check_uint8_rule,
+    close,
     drawn_by_torch,
     golden_base,
     golden_cases,
@@ -46,10 +47,6 @@ def config_of(stored: dict) -> OpenMAGVIT2Config:
 def codes_of(read, name: str) -> torch.Tensor:
     """The sub-tokens of `name` side by side, int64 [B, T, 2]."""
     return torch.stack([read(name.format(part)) for part in SUB_TOKENS], dim=-1)
-
-
-def close(actual, expected, atol):
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 # -- the generator --------------------------------------------------------------------------------
