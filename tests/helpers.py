@@ -1,6 +1,4 @@
-"""What several test files share: golden cases found by their config.json, and tiny models with
-random weights.
-"""
+"""What several test files share: golden cases, and tiny models with random weights."""
 
 import json
 import os
@@ -92,9 +90,7 @@ def golden_folder(name: str) -> Path:
 
 
 def golden_table(name: str) -> dict:
-    """A JSON table of this name anywhere under the golden root; skips the test where there is
-    none.
-    """
+    """A JSON table of this name under the golden root; skips the test where there is none."""
     path = next(GOLDEN_ROOT.rglob(name), None)
     if path is None:
         pytest.skip(f"no {name} under {GOLDEN_ROOT}")
@@ -161,9 +157,7 @@ def check_uint8_rule(backbone: Backbone) -> None:
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Random weights at which every part matters: heads and null embeddings non-zero, norms away
-    from 1.
-    """
+    """Random weights at which every part matters: no head is zero, no norm is 1."""
     generator = torch.Generator().manual_seed(seed)
     stored = module.state_dict()
     with torch.no_grad():
@@ -316,8 +310,6 @@ def folder_content(folder: Path) -> dict[str, bytes]:
 
 
 def in_threads(work: Callable[[int], object], ranks: Sequence[int] = (0, 1)) -> list:
-    """What `work(rank)` returns, for all ranks at once, as processes would run it; raises what one
-    of them raises.
-    """
+    """What `work(rank)` returns, for all ranks at once; raises what one of them raises."""
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(work, ranks))

@@ -55,9 +55,7 @@ def test_wrong_files_are_named(tmp_path):
 
 @pytest.fixture
 def tiny_models(tmp_path, monkeypatch):
-    """A folder with the golden Mask2Former and a tiny CLIP in OpenAI's format, taken for the real
-    ones.
-    """
+    """A folder with the golden Mask2Former and a tiny CLIP of OpenAI's format, as the real ones."""
     folder = tmp_path / "weights"
     folder.mkdir()
     (tmp_path / "Tiny-CLIP.json").write_text(json.dumps(TINY_CLIP))

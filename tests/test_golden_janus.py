@@ -32,9 +32,7 @@ if not CASES:
 
 
 def layouts() -> list:
-    """(case, folder) for both namings of every case, and for .bin shards of the same tensors
-    elsewhere.
-    """
+    """(case, folder) for both namings of every case, and for .bin shards of the same tensors."""
     found = []
     for parameter in CASES:
         case = parameter.values[0]
@@ -141,9 +139,7 @@ def test_greedy_ids(case, model, prepared, run):
 
 
 def test_sampled_ids(case, model):
-    """With torch's own generator in the official order: one multinomial over the batch per
-    token.
-    """
+    """With torch's own generator in the official order: one multinomial a token over the batch."""
     expected, settings = case.expected("sampled_ids"), case.config["sampling_example"]
     text = examples(case.folder)[settings["prompt_index"]]["text"]
     config = SamplingConfig(cfg_scale=settings["cfg_weight"], temperature=settings["temperature"])

@@ -91,9 +91,7 @@ def test_greedy_ids(case, model, prepared, run):
 
 
 def test_sampled_ids(case, model, prepared):
-    """With torch's own generator in the official order: one multinomial over the batch per
-    token.
-    """
+    """With torch's own generator in the official order: one multinomial a token over the batch."""
     expected, settings = case.expected("sampled_ids"), dict(case.config["sampling_example"])
     torch.manual_seed(settings.pop("seed"))
     config = SamplingConfig(**settings)

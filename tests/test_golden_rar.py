@@ -1,6 +1,4 @@
-"""RAR and its tokenizer against outputs of the official implementation, through our sampler and
-loss.
-"""
+"""RAR and its tokenizer against the official outputs, through our sampler and loss."""
 
 import copy
 
@@ -139,9 +137,7 @@ def test_permuted_orders(case, model, prepared):
 
 
 def test_epsilon(case, model):
-    """Too small to move logits by more than their tolerance: seen where the variance is as small as
-    it.
-    """
+    """Too small to move logits beyond their tolerance: seen where the variance is as small."""
     eps, gpt = case.config["layer_norm_eps"], model.backbone.gpt
     assert {m.eps for m in gpt.modules() if isinstance(m, torch.nn.LayerNorm)} == {eps}
     x = eps**0.5 * torch.randn(1, 4, gpt.lm_head.in_features)

@@ -59,9 +59,7 @@ def pip(command: str, *arguments) -> None:
 
 
 def use(site: Path, packages: Path, elsewhere: Path, script: str) -> None:
-    """Use what is installed in `site` from another folder; the modules must be those of
-    `packages`.
-    """
+    """Use what is installed in `site` from elsewhere; the modules must be those of `packages`."""
     # As for an installed package, .pth files count: an editable install is one.
     start = f"import site; site.addsitedir({str(site)!r})\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

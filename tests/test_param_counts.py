@@ -1,6 +1,4 @@
-"""Sizes of the published LlamaGen models and of both presets, on the meta device (nothing is
-allocated).
-"""
+"""Sizes of the published LlamaGen models and of both presets, on the meta device."""
 
 import pytest
 from helpers import count, on_meta

@@ -28,9 +28,7 @@ GUIDANCE = {  # of the reference at steps 0, 64, 128, 192, 255 of 256, to two di
     "XXL": [1.00, 1.60, 3.79, 6.63, 8.00],
 }
 BF16_LOGITS = 0.02
-"""Bound on the root mean square error of bf16 logits, as a share of the standard deviation of the
-fp32 ones.
-"""
+"""Bound on bf16 logits' root mean square error, in standard deviations of the fp32 ones."""
 
 
 def of_size(size: str) -> RAR:
@@ -148,9 +146,7 @@ def test_other_files(folder):
 
 
 def test_bf16(folder):
-    """Teacher-forced logits stay within the bound of fp32, and a window model samples with
-    guidance.
-    """
+    """Teacher-forced logits stay near those of fp32, and a window model samples with guidance."""
     models = [
         t2i.attach(RAR.load(folder / "rar.bin", dtype=dtype), presets.iclr2026())
         for dtype in (torch.float32, torch.bfloat16)
@@ -237,9 +233,7 @@ def test_dropout_acts_in_training_only(place):
 
 
 def test_pretraining_from_a_config():
-    """`initialize` starts at the uniform distribution, and a class decides the image after a few
-    steps.
-    """
+    """`initialize` starts at the uniform distribution; a few steps later the class decides."""
     sizes = {"vocab_size": 48, "num_classes": 3, "dropout": 0.0, "attn_dropout": 0.0}
     backbone = RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), **sizes)).train()
     backbone.gpt.initialize(torch.Generator().manual_seed(0))
