@@ -25,8 +25,6 @@ from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score
 from t2i.worlds import WORLDS, open_world
 
-SHAPES_PROMPTS_PER_TASK = 20
-
 
 class GenEval:
     """The prompts and rules of GenEval around a detector; see `t2i.evaluation.runner.Benchmark`."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from t2i.errors import UserError
 from t2i.models.base import Backbone
-from t2i.models.captions import check_captions
-from t2i.models.labels import class_ids
+from t2i.models.conditions import check_captions, class_ids
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions, SamplingConfig, check_counts

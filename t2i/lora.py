@@ -21,9 +21,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
-    """Freeze the backbone and inject trainable adapters: the identity until trained, the same for
-    every call with a seed.
-    """
+    """Freeze the backbone and inject adapters (by the seed), the identity until trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     backbone.requires_grad_(False)
@@ -96,7 +94,7 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
     add_lora(backbone, from_json(LoRAConfig, settings, f"{folder}/adapter_config.json"))
     path = folder / _WEIGHTS
     own = adapter_state_dict(backbone, image_layers=bool(stored.get("modules_to_save")))
-    copy_weights(own, read_state_dict(path), "this backbone", path)
+    copy_weights(own, read_state_dict(path), path)
 
 
 def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:

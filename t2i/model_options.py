@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """A published base by itself; beside --ckpt: where the files of its base are now, if they
-    moved.
-    """
+    """A published base by itself; beside --ckpt: where the files of its base are now."""
 
     family: FamilyName | None = None
     """Of a published weight file; folders say it themselves."""
@@ -34,9 +32,7 @@ class BaseOptions:
     tokenizer: str | None = None
     """Image tokenizer weights (folders and Open-MAGVIT2's files bring their own)."""
     text_encoder: str | None = None
-    """Caption encoder of LlamaGen text-to-image: folder or hub id (a backbone folder brings its
-    own).
-    """
+    """Caption encoder of LlamaGen: folder or hub id (a backbone folder brings its own)."""
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of its features."""
 

@@ -13,7 +13,7 @@ from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import namesake
 from t2i.models.families import FAMILIES, Family, find_family
-from t2i.published import asking_hub, remembered_sha256
+from t2i.published import asking_hub, fetch_model, remembered_sha256
 from t2i.weights import folder_sha256
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,7 @@ class BackboneSource:
     generation_only: bool = False
     """Only what drawing images needs was loaded."""
     started_from: str | None = None
-    """Checkpoint whose weights a run began with in place of the base's: its own checkpoints then
-    hold all of the backbone's.
-    """
+    """Checkpoint that a run began with: its own checkpoints hold all of the backbone's weights."""
     shipped_base: str | None = None
     """Shipped base that an export was made from; its name is not in `weights` any more."""
 
@@ -82,13 +80,15 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     if Path(text).exists():
         return Path(text)
     repo, _, filename = text.partition(":")
-    if _on_hub(text, folder):
-        from huggingface_hub import hf_hub_download
+    if not _on_hub(text, folder):
+        raise _nowhere(text, folder)
+    if folder:
+        settings, weights = ["*.json", "*.jinja"], ["*.safetensors", "*.bin"]
+        return fetch_model(repo, settings, weights, advice="Check the name")
+    from huggingface_hub import hf_hub_download
 
-        what = f"{filename} of {repo}" if filename else repo
-        with asking_hub(f"{text} is not here, and the hub did not give {what}"):
-            return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
-    raise _nowhere(text, folder)
+    with asking_hub(f"{text} is not here, and the hub did not give {filename} of {repo}"):
+        return Path(hf_hub_download(repo, filename))
 
 
 def check_named(source: str | Path, *, folder: bool = False) -> None:
@@ -109,17 +109,6 @@ def _nowhere(text: str, folder: bool) -> UserError:
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
         f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
     )
-
-
-def _hub_folder(repo: str) -> Path:
-    """A published model folder: settings, tokenizer, and its weights in one format."""
-    from huggingface_hub import snapshot_download
-
-    settings = ["*.json", "*.jinja"]
-    folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.safetensors"]))
-    if not list(folder.glob("*.safetensors")):
-        folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.bin"]))
-    return folder
 
 
 def lasting(source: str | Path) -> str:
@@ -335,11 +324,7 @@ def _under(root: Path, stored: str) -> Path | None:
 
 
 def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
-    """UserError that names every local file of a source that is gone.
-
-    Args:
-        weights: the weight file is needed, too.
-    """
+    """UserError that names each local file that is gone; `weights`: the backbone's count, too."""
     gone = [
         f"{path} ({file.what}: {file.option})"
         for name, file in _FILES.items()

@@ -170,7 +170,7 @@ class Bert(nn.Module):
         self.encoder = Layers(Layer(config, cross=cross) for _ in range(count))
 
 
-class TextEncoder(Bert):
+class QuestionEncoder(Bert):
     """Question ids [Q, L] and their mask (bool [Q, L]) to features [Q, L, D]."""
 
     def __init__(self, config: BertConfig):

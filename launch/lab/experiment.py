@@ -12,7 +12,6 @@ several processes may work on one grid with --share.
 """
 
 import fcntl
-import hashlib
 import json
 import sys
 import time
@@ -20,16 +19,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tyro.conf import Positional
 
 from launch.lab.experiment_grids import CONTROL, GRIDS, Arm
 from t2i import cli
 from t2i.errors import UserError
-from t2i.files import writable_folder
+from t2i.files import json_sha256, read_json_lines, writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.method import TensorARConfig
 from t2i.training.config import DataOptions, TrainConfig
@@ -101,8 +99,10 @@ class GridRun:
             steps=steps,
             seed=self.seed,
         )
-        digest = _digest([_changed(arm.method), arm.optim, experiment.images, experiment.precision])
-        folder = f"{arm.name.replace(' ', '-')}-{digest}-seed{self.seed}-steps{steps}"
+        digest = json_sha256(
+            [_changed(arm.method), arm.optim, experiment.images, experiment.precision]
+        )
+        folder = f"{arm.name.replace(' ', '-')}-{digest[:8]}-seed{self.seed}-steps{steps}"
         return replace(config, run_dir=experiment.out / self.base / folder)
 
 
@@ -110,10 +110,6 @@ def _changed(method: TensorARConfig) -> dict:
     """Settings that are not the defaults: options that come later do not rename old runs."""
     default = asdict(TensorARConfig())
     return {k: v for k, v in asdict(method).items() if v != default[k]}
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def main() -> None:
@@ -196,12 +192,13 @@ def key_of(run: GridRun, experiment: Experiment, step: int, options: dict) -> st
     """Identifies a result by everything that it depends on."""
     e = experiment
     judged = [e.prompts_per_task, e.samples, options]
-    return f"{run.base}/{run.config(e).run_dir.name}/step{step}/{_digest(judged)}"
+    return f"{run.base}/{run.config(e).run_dir.name}/step{step}/{json_sha256(judged)[:8]}"
 
 
 def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
     """Draw and judge."""
     from launch.lab.refinement import stage_changes
+
     from t2i.shapes.fine_tuning import examine
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
@@ -229,8 +226,8 @@ def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
 
 def trained(model, run: GridRun, experiment: Experiment) -> dict:
     """Losses on the held-out set, their course, and what refinement does there."""
-    from launch.lab.refinement import repairs
     from t2i.shapes.fine_tuning import held_out, held_out_losses, loaded
+    from t2i.shapes.refinement import repairs
     from t2i.training.logs import read_metrics
 
     config = run.config(experiment)
@@ -249,7 +246,7 @@ def trained(model, run: GridRun, experiment: Experiment) -> dict:
 def results(out: Path) -> list[dict]:
     """All lines of results.jsonl."""
     path = out / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_json_lines(path) if path.exists() else []
 
 
 def append(out: Path, line: dict) -> None:

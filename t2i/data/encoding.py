@@ -34,7 +34,7 @@ from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable, load_sample
 from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path
 from t2i.errors import UserError
-from t2i.files import wait_for, writable_folder, write_text
+from t2i.files import read_json, wait_for, writable_folder, write_text
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -155,8 +155,8 @@ def check_cache_dir(cache_dir: Path) -> None:
 def _changes(before: Path, key: dict, contents: Contents) -> str:
     """How the data differ from those of another store, in words."""
     try:
-        stored = json.loads((before / "source.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stored = read_json(before / "source.json")
+    except UserError:
         stored = {"key": {}}
     if stored["key"].get("format") != FORMAT:
         return f"{before} is gone or of another version, so that the changes cannot be named"
@@ -323,7 +323,7 @@ def _surroundings(source: Source) -> str:
 
 def _refresh(folder: Path, source: Source) -> None:
     """Bring the report up to date with files around the samples, which the key does not cover."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST)
     if manifest["surroundings"] != _surroundings(source):
         shards = map(ShardReader, sorted(folder.glob("shard_*.safetensors")))
         with suppress(UserError):  # someone else's store, which can only be read

@@ -37,7 +37,7 @@ from torch import Tensor
 from t2i.data.images import SkipSample
 from t2i.data.samples import Sample
 from t2i.errors import UserError
-from t2i.files import replacing
+from t2i.files import read_json, replacing
 
 FORMAT = 3
 """Part of the manifest and of the folder's name: change it whenever the files change."""
@@ -207,7 +207,7 @@ class CodeStore:
                 f"{folder} is no finished store of codes (it has no {MANIFEST}). "
                 "Start the run again: it goes on where it stopped"
             )
-        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        self.manifest = read_json(path)
         if (found := self.manifest["key"].get("format")) != FORMAT:
             raise UserError(f"{folder} has the format {found}, this version reads {FORMAT} only")
         self.key, self.views = self.folder.name, self.manifest["views"]

@@ -5,8 +5,6 @@ places: whatever was interrupted before, and however many processes share the wo
 out of the same matrix products. Where they go, and which are there, is a `Place`'s to say.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from t2i import __version__
 from t2i.errors import UserError
 from t2i.evaluation.options import ClassImages
 from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
-from t2i.files import saving
+from t2i.files import json_sha256, saving
 from t2i.generation import Drawn, Job, draw_images, parse_conditions
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
@@ -121,14 +119,12 @@ def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawO
 def request_hash(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> str:
     """A short name for all that must match in a folder of images."""
     settings = generation_settings(model, entries, options)
-    text = json.dumps({key: settings[key] for key in sorted(_MUST_MATCH)}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return json_sha256({key: settings[key] for key in _MUST_MATCH})[:8]
 
 
 def prompts_digest(entries: Sequence[dict]) -> dict:
     """Number of the prompts, and SHA-256 of all their metadata."""
-    text = json.dumps(list(entries), sort_keys=True)
-    return {"count": len(entries), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"count": len(entries), "sha256": json_sha256(list(entries))}
 
 
 def image_settings(model: TensorAR, options: DrawOptions) -> dict:

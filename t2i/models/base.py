@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.attention import KVCache
-from t2i.models.labels import class_ids
+from t2i.models.conditions import class_ids
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
 
@@ -224,9 +224,7 @@ class Backbone(nn.Module, ABC):
         """The weights that fine-tuning may change, under their official names."""
 
     def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
-        """Write all weights, in this type, in the layout of the family's authors; returns what
-        `load` then takes.
-        """
+        """Write all weights in this type and the official layout; returns what `load` takes."""
         weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
         torch.save({"model": weights}, folder / "model.pt")
         return folder / "model.pt"
@@ -276,9 +274,7 @@ class Backbone(nn.Module, ABC):
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
-        """Embed prepared conditions. `drop` [B] bool puts the unconditional form in their place,
-        exactly as the base was trained.
-        """
+        """Embed prepared conditions; `drop` [B] bool puts the unconditional form in their place."""
 
     # -- the model ---------------------------------------------------------------------------------
     @abstractmethod
@@ -289,15 +285,14 @@ class Backbone(nn.Module, ABC):
     def trunk(
         self, x_BLD: Tensor, positions_L: Tensor, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        """Causal transformer on embeddings: positions 0..P-1 are the prefix, P + p image token p.
-        Returns what the head reads.
+        """Causal transformer on embeddings; returns what the head reads.
+
+        Positions 0..P-1 are the prefix, P + p image token p.
         """
 
     @abstractmethod
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
-        """fp32 logits [..., V_s] of sub-token s = earlier.shape[-1], given hidden [..., D] and
-        sub-tokens 0..s-1 [..., s].
-        """
+        """fp32 logits [..., V_s] of sub-token s, of hidden [..., D] and earlier ones [..., s]."""
 
     def all_logits(self, h: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
         """Teacher-forced logits of every sub-token, given the true codes [..., S]."""
@@ -313,8 +308,9 @@ class Backbone(nn.Module, ABC):
 
     @property
     def lora_root(self) -> nn.Module:
-        """The module whose names an adapter file uses: the published model's, where another library
-        may load the adapter.
+        """The module whose names an adapter file uses.
+
+        The published model's, where another library may load the adapter.
         """
         return self
 

@@ -5,7 +5,8 @@ A family is a folder beside this file, registered by its name in `FAMILIES`. The
 (`t2i.models.base`). Nothing here imports PyTorch: programs name families in their `--help`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +39,8 @@ class Family:
     """Its `Backbone`, as "module:Class"."""
     text_encoder: str | None = None
     """What encodes captions apart from the model, a `TextEncoder` as "module:Class"."""
+    text_encoder_parameters: Mapping[str, int] = field(default_factory=dict)
+    """Of published text encoders by name: they are kept on the device beside the model."""
     published_as_folder: bool = False
     """Weights, tokenizers and configuration are published as one folder, not as a file each."""
     prompt_file: str | None = None

@@ -281,9 +281,8 @@ def _due(every: int, step: int) -> bool:
 
 @contextmanager
 def _stop_on_signals(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a checkpoint after the step in progress, and then the end; a
-    second Ctrl-C ends at once.
-    """
+    """Ctrl-C and SIGTERM ask for a checkpoint after this step; a second Ctrl-C ends at once."""
+
     asked = math.inf
 
     def ask(number: int, frame: object) -> None:

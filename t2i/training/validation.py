@@ -33,9 +33,7 @@ class Validation:
 
 @torch.no_grad()
 def validate(model: TensorAR, data: TrainingData) -> Validation:
-    """Both losses on the held-out set; the same on any number of processes. Leaves the model in the
-    mode it was in.
-    """
+    """Both held-out losses, the same on any number of processes; keeps the model's mode."""
     was_training = model.training
     model.eval()
     totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised_truth", "own_drafts")}

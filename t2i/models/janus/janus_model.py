@@ -34,7 +34,7 @@ from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
 from t2i.models.llama import LlamaBackbone
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
-from t2i.weights import load_strict, naming, read_folder, reading
+from t2i.weights import load_strict, naming, read_folder, reading_shape
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Janus(LlamaBackbone):
         weights = names.to_transformers(read_folder(folder, shapes_only=shapes_only))
         stored = config.transformers if config else janus_config.read_config(folder, weights)
         tied = names.HEAD not in weights
-        with naming(folder), reading("a Janus-Pro"):
+        with naming(folder), reading_shape("a Janus-Pro"):
             vq = VQConfig.from_state_dict(names.vq_weights(weights))
             if tied:
                 weights[names.HEAD] = weights[names.EMBEDDING]

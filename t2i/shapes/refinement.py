@@ -1,5 +1,4 @@
-"""What refinement does to codes: how often they change between stages, and whether changes repair
-or spoil.
+"""How often refinement changes codes between stages, and whether changes repair or spoil.
 
 Shapes: B images, T positions, N windows, k slots, S sub-tokens.
 """
@@ -28,9 +27,7 @@ class StageChanges:
 
 
 def stage_changes(windows: Tensor, geometry: Windows) -> StageChanges:
-    """Compare the stages of sampled windows int64 [B, N, k, S]; only positions that went through
-    all stages count.
-    """
+    """Of sampled windows int64 [B, N, k, S]; only positions that went through all stages count."""
     stages = [geometry.stage_codes(windows, r + 1) for r in range(geometry.stages)]
     drafted = torch.arange(geometry.tokens) >= geometry.size  # earlier ones had no first draft
 
@@ -45,9 +42,7 @@ def stage_changes(windows: Tensor, geometry: Windows) -> StageChanges:
 
 @dataclass(frozen=True)
 class Repairs:
-    """Over held-out images: a position's last draft, and the code sampled for it next, against the
-    truth.
-    """
+    """Over held-out images: a position's last draft, and the code drawn next, against the truth."""
 
     draft_right: float
     """Drafts that are the true code."""
@@ -63,9 +58,7 @@ class Repairs:
 
 @torch.no_grad()
 def repairs(model: TensorAR, control: TensorAR, batches: Iterable[Batch]) -> Repairs:
-    """Both models predict every position of held-out images once, from the true codes before it and
-    the same random numbers.
-    """
+    """Both models predict every position once, from the true codes before it, with equal luck."""
     assert model.config.k > 1 == model.config.stride, "needs drafts, and stride 1"
     counts = torch.zeros(2, 2, 2)  # draft right, model right, control right
     for batch in batches:
