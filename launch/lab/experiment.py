@@ -197,9 +197,8 @@ def key_of(run: GridRun, experiment: Experiment, step: int, options: dict) -> st
 
 def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
     """Draw and judge."""
-    from launch.lab.refinement import stage_changes
-
     from t2i.shapes.fine_tuning import examine
+    from t2i.shapes.refinement import stage_changes
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
     started = time.time()
