@@ -219,16 +219,14 @@ def _write(images: dict[int, Image.Image], index: int, entry: dict, folder: Path
 
 
 # -- grids -----------------------------------------------------------------------------------------
-def crop_grid(
-    grid: Image.Image, resolution: int, count: int = IMAGES_PER_PROMPT
-) -> list[Image.Image]:
-    """The first `count` images of a grid (top left, top right, bottom left, bottom right).
+def crop_grid(grid: Image.Image, resolution: int) -> list[Image.Image]:
+    """The images of a grid (top left, top right, bottom left, bottom right).
 
     resolution: side of one image in pixels. As in the official script nothing is checked: what lies
     outside the grid is black. `split_grid` is the safe way.
     """
     corners = [(x * resolution, y * resolution) for y in range(_SIDES) for x in range(_SIDES)]
-    return [grid.crop((x, y, x + resolution, y + resolution)) for x, y in corners[:count]]
+    return [grid.crop((x, y, x + resolution, y + resolution)) for x, y in corners]
 
 
 def split_grid(grid: Image.Image, resolution: int | None = None) -> list[Image.Image]:

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
 from t2i.errors import UserError
@@ -30,7 +29,7 @@ SENTENCE = "is there a red cat on the left of two large wooden boats ?"
 
 
 @dataclass(frozen=True)
-class Timing:
+class MPlugTiming:
     """What to time."""
 
     questions: int = 8
@@ -48,7 +47,7 @@ class Timing:
     """A toy of the same structure, to try the script."""
 
 
-def build(config: Timing):
+def build(config: MPlugTiming):
     """mPLUG with random weights, and a tokenizer of a few words."""
     import torch
     from tokenizers import BertWordPieceTokenizer
@@ -90,7 +89,7 @@ def ways(answerer, image, questions: Sequence[str]) -> dict:
     }
 
 
-def measure(config: Timing, answerer) -> tuple[dict[str, float], bool]:
+def measure(config: MPlugTiming, answerer) -> tuple[dict[str, float], bool]:
     """Median seconds by way, and whether all ways gave the same answers."""
     import torch
     from PIL import Image
@@ -114,7 +113,7 @@ def measure(config: Timing, answerer) -> tuple[dict[str, float], bool]:
 
 
 def main() -> None:
-    config = cli.parse(Timing, __doc__)
+    config = cli.parse(MPlugTiming, __doc__)
     if config.questions < 1 or config.rounds < 1 or config.answer_tokens < 1:
         raise UserError("questions, rounds and answer_tokens must be at least 1")
     import torch

@@ -46,7 +46,7 @@ def main() -> None:
     if isinstance(options, CompareOptions):
         print(results.compare_folders(options.a, options.b, by_prompt, mean_of_groups=False))
         return
-    options.check()
+    where = options.check()
     questions, who = options.questions, options.judge
     if questions == "auto":
         questions = "shapes" if runner.is_shapes_world(options) else "official"
@@ -71,7 +71,7 @@ def main() -> None:
             processes=processes,
         )
 
-    runner.run(options, "dpg_bench", entries, build, to_layout)
+    runner.run(options, where, "dpg_bench", entries, build, to_layout)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class BothWays:
-    """Both ways to count, and what a complete run would have had: "item" or "item: 3 of 4
-    images".
-    """
+    """Both ways to count, and what a complete run would have: "item" or "item: 3 of 4 images"."""
 
     official: Tally
     corrected: Tally

@@ -28,7 +28,7 @@ from transformers import (
 
 from dpg_bench.questions import Question
 from t2i.errors import UserError
-from t2i.published import remembered_sha256
+from t2i.published import hashes_by_name
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space
@@ -91,7 +91,7 @@ class _YesNoAnswerer(ABC):
         if self.folder is None:
             return None
         files = sorted(f for kind in _WEIGHT_FILES for f in self.folder.glob(kind))
-        return {file.name: remembered_sha256(file) for file in files}
+        return hashes_by_name(files)
 
     @abstractmethod
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:

@@ -17,9 +17,11 @@ import numpy as np
 from PIL import Image
 
 from geneval.detector import Detections, Detector
+from geneval.prompts import official_prompts
 from geneval.rules import RuleOptions, Verdict, decide, judge_image
 from geneval.summary import Summary, TagScore, format_summary, result_row, summarize
 from t2i.errors import UserError
+from t2i.worlds import open_world
 
 __all__ = [
     "Detections",
@@ -112,9 +114,6 @@ def _entry(given: Mapping | str, place: int) -> Mapping:
 
 @lru_cache(maxsize=1)
 def _known_prompts() -> dict[str, dict]:
-    from geneval.prompts import official_prompts
-    from t2i.worlds import open_world
-
     shapes = open_world("shapes").every_prompt()
     return {entry["prompt"]: entry for entry in (*shapes, *official_prompts())}
 
@@ -138,6 +137,7 @@ def _picture(given: Image.Image | np.ndarray | str | Path, place: int) -> Image.
 
 @lru_cache(maxsize=1)
 def _default_detector() -> Detector:
+    # Here, so that rules and summary come without PyTorch.
     import torch
 
     from geneval.detectors import load_detector

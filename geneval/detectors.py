@@ -22,7 +22,7 @@ from PIL import Image
 from geneval.detector import Detections, Detector
 from t2i.errors import UserError
 from t2i.files import replacing_folder, saving
-from t2i.published import ProvenFile, PublishedFile, fetch_folder, remembered_sha256
+from t2i.published import ProvenFile, PublishedFile, fetch_folder, hashes_by_name
 from t2i.worlds import open_world
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _approximation(weights: Path | None, device: torch.device | str) -> Detector
     return _detector(
         "mask2former-hf",
         model=lambda: load_hub_folder(folder),
-        described={file.name: remembered_sha256(file) for file in files},
+        described=hashes_by_name(files),
         clip_file=CLIP.find(weights),
         official=False,
         device=device,

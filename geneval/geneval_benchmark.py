@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from geneval.detector import Detections, Detector
+from geneval.prompts import official_prompts
 from geneval.rules import RuleOptions, Verdict, check_vocabulary, judge_detected
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
@@ -23,8 +24,6 @@ from t2i.evaluation.generation_folder import read_prompts
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score
 from t2i.worlds import WORLDS, open_world
-
-SHAPES_PROMPTS_PER_TASK = 20
 
 
 class GenEval:
@@ -114,8 +113,6 @@ def load_prompts(name: str) -> list[dict]:
         UserError: the file cannot be read.
     """
     if name == "official":
-        from geneval.prompts import official_prompts
-
         return official_prompts()
     if name in WORLDS:
         return open_world(name).benchmark_prompts()

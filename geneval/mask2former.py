@@ -41,7 +41,7 @@ _FIXED_BITS = 11  # OpenCV's bilinear weights are multiples of 1 / 2048
 
 
 @dataclass(frozen=True)
-class ImageRules:
+class InputRules:
     """Constants of the test pipeline; the defaults are the released model's.
 
     long_side, short_side: limits in pixels. mean, std: of RGB, 0..255.
@@ -63,7 +63,7 @@ class Mask2FormerDetector:
         model: Mask2FormerForUniversalSegmentation,
         *,
         classes: Sequence[str] = OBJECT_NAMES,
-        rules: ImageRules | None = None,
+        rules: InputRules | None = None,
         device: torch.device | str = "cpu",
     ):
         """classes: their names in the order of the model's labels.
@@ -79,7 +79,7 @@ class Mask2FormerDetector:
         network: Any = model  # the library's decorator hides what `to` takes
         self.model = network.to(device).eval()
         self.classes = tuple(classes)
-        self.rules = rules or ImageRules()
+        self.rules = rules or InputRules()
         self.device = torch.device(device)
 
     @torch.inference_mode()
@@ -172,7 +172,7 @@ def mask_boxes(masks_nHW: Tensor) -> Tensor:
 
 
 # -- images ----------------------------------------------------------------------------------------
-def scaled_size(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
+def scaled_size(width: int, height: int, rules: InputRules) -> tuple[int, int]:
     """Width and height after the resize, aspect kept, rounded half up."""
     scale = min(
         rules.long_side / max(width, height),
@@ -181,7 +181,7 @@ def scaled_size(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
-def prepare(image: Image.Image, rules: ImageRules) -> tuple[np.ndarray, tuple[int, int]]:
+def prepare(image: Image.Image, rules: InputRules) -> tuple[np.ndarray, tuple[int, int]]:
     """Resized and padded pixels, uint8 [h, w, 3], and the (height, width) without the padding.
 
     image: mode RGB, from `upright_rgb`.
@@ -193,7 +193,7 @@ def prepare(image: Image.Image, rules: ImageRules) -> tuple[np.ndarray, tuple[in
     return np.pad(resized, padding, constant_values=rules.pad_value), (height, width)
 
 
-def normalise(pixels: np.ndarray, rules: ImageRules) -> torch.Tensor:
+def normalise(pixels: np.ndarray, rules: InputRules) -> torch.Tensor:
     """uint8 [h, w, 3] -> float32 [1, 3, h, w]."""
     scaled = (pixels.astype(np.float32) - np.array(rules.mean, np.float32)) / np.array(
         rules.std, np.float32

@@ -43,7 +43,7 @@ def main() -> None:
     if isinstance(options, CompareOptions):
         print(results.compare_folders(options.a, options.b, by_prompt))
         return
-    options.check()
+    where = options.check()
     prompts, detector = options.prompts, options.detector
     if prompts == "auto":
         prompts = "shapes" if runner.is_shapes_world(options) else "official"
@@ -56,7 +56,7 @@ def main() -> None:
         eyes = load_detector(detector, weights=weights, sha256=sha256, device=processes.device)
         return GenEval(entries, eyes, prompts=prompts)
 
-    runner.run(options, "geneval", entries, build)
+    runner.run(options, where, "geneval", entries, build)
 
 
 if __name__ == "__main__":

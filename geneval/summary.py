@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from geneval.rules import Verdict
 from t2i.errors import UserError
-from t2i.evaluation.bootstrap import RESAMPLES, mean_over_prompts
+from t2i.evaluation.bootstrap import mean_over_prompts
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def by_prompt(rows: Iterable[Mapping]) -> dict[str, dict[str, list[bool]]]:
     return by_tag
 
 
-def summarize(rows: Iterable[Mapping], seed: int = 0, resamples: int = RESAMPLES) -> Summary:
+def summarize(rows: Iterable[Mapping], seed: int = 0) -> Summary:
     """Summarise result rows (tag, correct, metadata are read; one row per image, any order).
 
     The standard errors come from redrawing prompts within each tag. They depend on `seed` and on
@@ -87,7 +87,7 @@ def summarize(rows: Iterable[Mapping], seed: int = 0, resamples: int = RESAMPLES
     tags: dict[str, TagScore] = {}
     for tag, prompts in by_tag.items():
         images = [prompts[key] for key in sorted(prompts)]
-        found, _ = mean_over_prompts(images, tag, seed=seed, resamples=resamples)
+        found, _ = mean_over_prompts(images, tag, seed=seed)
         counts = (int(found.total), found.count, found.prompts)
         tags[tag] = TagScore(*counts, found.mean, found.stderr)
     # Tags are redrawn independently: the variance of their mean is the sum of theirs over n^2

@@ -13,6 +13,8 @@ import multiprocessing
 import platform
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,10 @@ from t2i import cli
 from t2i.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from t2i.models.base import Backbone
+    from t2i.tensorar.model import TensorAR
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,43 @@ class Timing:
     """Also write the table to this file."""
 
 
+class TrainingStep:
+    """Forward, backward and AdamW over all parameters, on random codes; each call is a step."""
+
+    def __init__(
+        self, model: "TensorAR", prepared: "dict[str, torch.Tensor]", *, autocast: bool = False
+    ):
+        import torch
+
+        spec, device = model.backbone.spec, model.backbone.device
+        batch = len(next(iter(prepared.values())))
+        self.model, self.prepared, self.autocast = model, prepared, autocast
+        self.codes = torch.stack(
+            [torch.randint(v, (batch, spec.num_tokens), device=device) for v in spec.subvocabs], -1
+        )
+        self.keys = torch.arange(batch, device=device)
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
+
+    def __call__(self) -> None:
+        import torch
+
+        model = self.model.train()
+        with torch.autocast(self.codes.device.type, torch.bfloat16, enabled=self.autocast):
+            condition = model.backbone.encode_condition(self.prepared)
+            windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
+            loss = model(self.codes, condition, windows).weighted(model.config.weights())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
 class Contender:
     """One method: a training step and a drawing run, ready to be timed."""
 
     def __init__(self, config: Timing, method: str):
         import torch
 
-        from launch.lab.gpu_speed import TrainingStep
         from t2i.loading import attach
         from t2i.tensorar import presets
 
@@ -94,10 +129,20 @@ def _backbone(size: str | None) -> "Backbone":
     return backbone
 
 
+def seconds(work: Callable[[], object], device: "torch.device") -> float:
+    """How long the work takes, with all that it starts on the device."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
 def measure(config: Timing) -> dict[str, dict[str, float]]:
     """Median seconds by method: per training step, and per image (codes only)."""
-    from launch.lab.gpu_speed import seconds
-
     contenders = {name: Contender(config, name) for name in config.methods}
     times: dict[str, dict[str, list[float]]] = {n: {"step": [], "image": []} for n in contenders}
     for round_ in range(config.rounds + 1):

@@ -59,15 +59,13 @@ def main() -> None:
     device, dtype = config.check()
     with ExitStack() as held:
         from t2i.evaluation import draw
-        from t2i.evaluation.places import GenerationFolder
         from t2i.generation import all_jobs
 
         if config.out is None:
             writable_folder(_OUTPUTS)
         else:
             held.enter_context(owning(config.out, "image folder"))
-            known = {"prompts": draw.prompts_digest(entries), "seed": config.seed}
-            GenerationFolder(config.out, entries).check(known)
+            draw.check_prompts(config.out, entries, config.seed)
         model = config.load(device, dtype)
         jobs = all_jobs(range(len(entries)), config.samples)
         rows = min(config.batch_size, len(jobs))

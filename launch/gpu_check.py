@@ -23,15 +23,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run from a clone, without installation
-sys.path.append(
-    str(Path(__file__).resolve().parents[1] / "tests")
-)  # the golden cases and how they are read
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The golden cases, and how they are read.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from t2i import cli
 from t2i.errors import UserError
+from t2i.evaluation.results import markdown_table
 from t2i.files import writable_folder, write_text
 
 if TYPE_CHECKING:
@@ -140,14 +139,14 @@ class Record:
         lines = ["# GPU check", "", ", ".join(f"{k} {v}" for k, v in self.machine.items())]
         for name in dict.fromkeys(part for part, _ in self.rows):
             rows = [row for part, row in self.rows if part == name]
-            lines += ["", f"## {name}", "", PARTS[name].about, "", *_table(rows)]
+            lines += ["", f"## {name}", "", PARTS[name].about, "", _table(rows)]
         write_text(self.folder / "report.md", "\n".join(lines) + "\n")
 
 
-def _table(rows: list[dict]) -> list[str]:
+def _table(rows: list[dict]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_text(row.get(c, "")) for c in columns] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)]
+    return markdown_table(f"| {' | '.join(columns)} |", cells)
 
 
 def _text(value: object) -> str:

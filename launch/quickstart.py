@@ -25,6 +25,8 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError
+from t2i.training.config import DataOptions
+from t2i.training.recipes import recipes_for
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,11 @@ def compare(config: Quickstart) -> None:
 
 def run_config(config: Quickstart, name: str):
     """The training run of a recipe inside this quickstart's folder."""
-    from t2i.models.janus import janus_recipes
-    from t2i.models.llamagen import llamagen_recipes
-
-    recipes = llamagen_recipes.text_recipes() | janus_recipes.recipes()
+    recipes = recipes_for(DataOptions)
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
     recipe = recipes[name][1]
+    assert isinstance(recipe.data, DataOptions), "recipes for captions"
     return replace(
         recipe,
         run_dir=config.out / name,
@@ -148,10 +148,11 @@ def write_comparison(models: dict, config: Quickstart) -> None:
         "a photo of a purple diamond and an orange cross",
         "a photo of a heart right of a star",
     )
-    options = {"seed": config.seed, "batch_size": len(prompts), "progress": False}
     images, labels = [], []
     for name, model in models.items():
-        images += generate(model, prompts, **options)
+        images += generate(
+            model, prompts, seed=config.seed, batch_size=len(prompts), progress=False
+        )
         short = name.removeprefix("shapes-")
         labels += [f"{short}: {p.removeprefix('a photo of ')}" for p in prompts]
     drawing = DrawOptions(config.seed, batch_size=len(prompts), stages=True)

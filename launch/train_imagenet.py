@@ -15,15 +15,12 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.models.llamagen.llamagen_recipes import class_recipes
-from t2i.models.open_magvit2 import open_magvit2_recipes
-from t2i.models.rar import rar_recipes
-from t2i.training.recipes import run_recipe
+from t2i.training.config import LabelledOptions
+from t2i.training.recipes import recipes_for, run_recipe
 
 
 def main() -> None:
-    recipes = class_recipes() | open_magvit2_recipes.recipes() | rar_recipes.recipes()
-    run_recipe(recipes, __doc__)
+    run_recipe(recipes_for(LabelledOptions), __doc__)
 
 
 if __name__ == "__main__":

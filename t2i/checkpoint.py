@@ -116,6 +116,7 @@ def write_model(
 ) -> None:
     """Write all files but the manifest into a folder; arguments as in `save_pretrained`."""
     backbone = model.backbone
+    assert backbone.source is not None, "looked at before"
     backbone.source = with_hashes(backbone.source, folder)
     if model.codec is not None:
         save_weights(folder / CODEC, model.codec.state_dict())
@@ -305,7 +306,7 @@ def load_stored_backbone(
     backbone = load_source(source, weights=tuned, dtype=dtype, device=device)
     if changed.is_file() and not replaces_base:
         own = backbone.official_state_dict() if holds_all else _image_layers(backbone)
-        copy_weights(own, read_state_dict(changed), "this backbone", changed)
+        copy_weights(own, read_state_dict(changed), changed)
     if tuning == "lora" and adapter:
         load_adapter(backbone, folder / "adapter")
     return backbone

@@ -32,7 +32,7 @@ from t2i.evaluation.generation_folder import write_sheets
 from t2i.export_options import ExportOptions
 from t2i.fields import read_object
 from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
-from t2i.generation import all_jobs, conditions
+from t2i.generation import all_jobs, parse_conditions
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
 from t2i.models.families import Family, find_family
@@ -74,7 +74,8 @@ def export(options: ExportOptions) -> Path:
         device="cpu",
         dtype=torch.float32,
     )
-    conditions(model.backbone, options.prompt)  # what is wrong with one is named before the work
+    # What is wrong with one is named before the work.
+    parse_conditions(model.backbone, options.prompt)
     kind = model.backbone.spec.cond_kind
     with owning(out.parent, "export", out.name), replacing_folder(out) as partial:
         merge_lora(model.backbone)
@@ -139,6 +140,7 @@ class Part:
 def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
     """The merged base into `folder`, and in it the checkpoint folder with the codec."""
     backbone = model.backbone
+    assert backbone.source is not None, "of a checkpoint"
     files, base = expand_folder(backbone.source), backbone.source.weights
     weights = backbone.save_official(folder, dtype)
     place = "all files but those below"  # where the authors' layout is a folder

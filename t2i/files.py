@@ -189,10 +189,41 @@ def read_json(path: str | Path) -> Any:
         raise UserError(text) from error
 
 
+def read_json_lines(path: str | Path) -> list[dict]:
+    """The objects of a JSON Lines file; empty lines are passed over.
+
+    Raises:
+        UserError: it cannot be read, or a line is no JSON object in UTF-8.
+    """
+    with reading(path):
+        lines = Path(path).read_bytes().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+            raise UserError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path} line {number} is not a JSON object: {line[:80]!r}")
+    return rows
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text in UTF-8, as lower-case hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_sha256(content: object) -> str:
+    """SHA-256 of what can be said in JSON, with sorted keys."""
+    return text_sha256(json.dumps(content, sort_keys=True))
 
 
 def namesake(name: str, meaning: str) -> str | None:

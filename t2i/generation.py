@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from t2i.errors import UserError
 from t2i.models.base import Backbone
-from t2i.models.captions import check_captions
-from t2i.models.labels import class_ids
+from t2i.models.conditions import check_captions, class_ids
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions, SamplingConfig, check_counts
@@ -21,7 +19,6 @@ from t2i.tensorar.sampler import sample_windows
 from t2i.tensorar.speed import choose
 
 log = logging.getLogger(__name__)
-
 
 Job = tuple[int, int]
 """Prompt index and sample index: with the seed, all that an image's random numbers depend on."""
@@ -99,7 +96,7 @@ def draw_images(
 def check_request(
     model: TensorAR, prompts: Sequence[str | int], samples_per_prompt: int = 1
 ) -> None:
-    """UserError says, in the words of `generate`, which argument is of another kind."""
+    """UserError names the argument of `generate` that is of the wrong kind."""
     if isinstance(model, Backbone):
         raise UserError(
             "generate needs a TensorAR model, and got a backbone by itself: "
@@ -121,23 +118,23 @@ def check_request(
 
 
 def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
-    """Say once of each prompt what the backbone does not read of it."""
+    """Say once for each prompt what the backbone does not read of it."""
     if backbone.spec.cond_kind != "text":
         return
-    notes = backbone.caption_notes([str(prompt) for prompt in prompts])
-    for prompt, lost in zip(prompts, notes, strict=True):
+    captions = [str(prompt) for prompt in prompts]
+    for prompt, lost in zip(captions, backbone.caption_notes(captions), strict=True):
         said = "has no text the encoder can read" if lost is None else "; ".join(lost)
         if said and prompt not in backbone.frozen.warned:
             backbone.frozen.warned.add(prompt)
             log.warning(f"prompt {prompt!r:.200}: {said}")
 
 
-def conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
+def parse_conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
     """What was typed, as `prepare` takes it: captions, or class ids; UserError for neither."""
     if backbone.spec.cond_kind == "text":
         check_captions(texts, "prompts")
         return list(texts)
-    ids: list[Any] = [int(text) if text.isdecimal() else text for text in texts]
+    ids = [int(text) if text.isdecimal() else text for text in texts]
     return class_ids(ids, backbone.spec.num_classes).tolist()
 
 
@@ -163,7 +160,7 @@ def generate(
         progress: show a bar.
 
     Raises:
-        UserError: an argument is of another kind or out of range.
+        UserError: an argument is of the wrong kind or out of range.
     """
     options = DrawOptions(seed, sampling, batch_size)
     drawn = draw_images(

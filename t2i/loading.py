@@ -14,7 +14,6 @@ from t2i.models.base import Backbone
 from t2i.models.families import find_family
 from t2i.published import remembered_sha256
 from t2i.sampling import SamplingConfig
-from t2i.sources import ASSETS as ASSETS
 from t2i.sources import (
     BackboneSource,
     check_named,
@@ -23,7 +22,6 @@ from t2i.sources import (
     prove,
     resolve,
 )
-from t2i.sources import shipped_bases as shipped_bases
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
@@ -103,8 +101,8 @@ def load_backbone(
         grid: height and width in codes, where the file's name does not tell.
         generation_only: leave out what drawing images does not need (Janus-Pro's understanding
             tower and text head).
-        device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone: of
-            a published name no file is fetched, of a local Janus-Pro no data read.
+        device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone:
+            no file is fetched for a published name, and no weights of a local Janus-Pro are read.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
@@ -134,11 +132,13 @@ def load_source(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Load a `BackboneSource`; `weights` replaces the weight file (fine-tuned weights of a
-    checkpoint folder).
+    """Load a `BackboneSource`.
 
     On the "meta" device a published size needs no file; what is not local of its tokenizer and text
     encoder is left out.
+
+    Args:
+        weights: what replaces the weight file (fine-tuned weights of a checkpoint folder).
     """
     if source.text_encoder_dtype not in DTYPES:
         raise UserError(
@@ -150,10 +150,11 @@ def load_source(
     if files.config is not None:
         shape = f"the {source.family} shape of {files.weights}"
         config = from_json(family.backbone_class.config_type, files.config, shape)
-    options: dict = {"config": config, "grid": grid, "generation_only": source.generation_only}
     backbone, on_meta = None, torch.device(device).type == "meta"
     if on_meta and not Path(files.weights).exists():
-        backbone = family.backbone_class.outline(files.weights, **options)
+        backbone = family.backbone_class.outline(
+            files.weights, config=config, grid=grid, generation_only=source.generation_only
+        )
     if backbone is not None:
         files = _local_helpers(files)
     else:
@@ -161,8 +162,14 @@ def load_source(
         if not shapes_only:
             prove(files, weights=weights is None)
         path = weights or resolve(files.weights, folder=family.published_as_folder)
-        options |= {"dtype": dtype, "shapes_only": shapes_only}
-        backbone = family.backbone_class.load(path, **options)
+        backbone = family.backbone_class.load(
+            path,
+            config=config,
+            grid=grid,
+            dtype=dtype,
+            generation_only=source.generation_only,
+            shapes_only=shapes_only,
+        )
     backbone.source = replace(source, config=asdict(backbone.config))
     where = f"the sampling settings of {source.weights}"
     own = from_json(SamplingConfig, files.sampling, where, defaults=backbone.spec.sampling)
@@ -184,12 +191,15 @@ def load_source(
 
 def _local_helpers(files: BackboneSource) -> BackboneSource:
     """Without helpers that would have to be fetched; UserError if one is nothing that could be."""
-    for name in ("tokenizer", "text_encoder"):
-        if (path := getattr(files, name)) is not None and not Path(path).exists():
-            check_named(path, folder=name == "text_encoder")
-            gone: dict[str, Any] = {name: None}
-            files = replace(files, **gone)
-    return files
+
+    def local(path: str | None, *, folder: bool = False) -> str | None:
+        if path is None or Path(path).exists():
+            return path
+        check_named(path, folder=folder)
+        return None
+
+    tokenizer, text_encoder = local(files.tokenizer), local(files.text_encoder, folder=True)
+    return replace(files, tokenizer=tokenizer, text_encoder=text_encoder)
 
 
 def _check_codes(backbone: Backbone) -> None:
@@ -215,6 +225,7 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
 
 def tokenizer_hash(backbone: Backbone) -> str:
     """SHA-256 of the image tokenizer's weights (or of its own file), for cache keys."""
+    assert backbone.source is not None, "of load_backbone"
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
         return remembered_sha256(resolve(files.tokenizer))

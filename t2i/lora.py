@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,14 +13,15 @@ from t2i.models.base import Backbone
 from t2i.tuning import LoRAConfig
 from t2i.weights import copy_weights, read_state_dict, save_weights
 
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
 _PEFT_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 
 
 def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
-    """Freeze the backbone and inject trainable adapters: the identity until trained, the same for
-    every call with a seed.
-    """
+    """Freeze the backbone and inject adapters (by the seed), the identity until trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     backbone.requires_grad_(False)
@@ -78,9 +79,10 @@ def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool = False
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole = _image_layer_names(backbone) if image_layers else None
+    assert backbone.lora is not None, "there are adapters"
     config = copy.copy(backbone.lora)
     config.modules_to_save = whole
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_weights(folder / _WEIGHTS, adapter_state_dict(backbone, image_layers=image_layers))
 
 
@@ -92,7 +94,7 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
     add_lora(backbone, from_json(LoRAConfig, settings, f"{folder}/adapter_config.json"))
     path = folder / _WEIGHTS
     own = adapter_state_dict(backbone, image_layers=bool(stored.get("modules_to_save")))
-    copy_weights(own, read_state_dict(path), "this backbone", path)
+    copy_weights(own, read_state_dict(path), path)
 
 
 def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -124,7 +126,7 @@ def merge_lora(backbone: Backbone) -> None:
     vars(backbone.lora_root).pop("peft_config", None)  # PEFT's note that there are adapters
 
 
-def _adapted_layers(backbone: Backbone) -> list[tuple[str, Any]]:
+def _adapted_layers(backbone: Backbone) -> "list[tuple[str, BaseTunerLayer]]":
     """PEFT's layers that stand in front of the backbone's, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

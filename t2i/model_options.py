@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from t2i import __version__
 from t2i.errors import UserError
 from t2i.models.families import FamilyName
 from t2i.sampling import DrawOptions, SamplingOverrides, Speed
@@ -19,9 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """A published base by itself; beside --ckpt: where the files of its base are now, if they
-    moved.
-    """
+    """A published base by itself; beside --ckpt: where the files of its base are now."""
 
     family: FamilyName | None = None
     """Of a published weight file; folders say it themselves."""
@@ -32,9 +32,7 @@ class BaseOptions:
     tokenizer: str | None = None
     """Image tokenizer weights (folders and Open-MAGVIT2's files bring their own)."""
     text_encoder: str | None = None
-    """Caption encoder of LlamaGen text-to-image: folder or hub id (a backbone folder brings its
-    own).
-    """
+    """Caption encoder of LlamaGen: folder or hub id (a backbone folder brings its own)."""
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of its features."""
 
@@ -60,12 +58,15 @@ class ModelOptions:
         """What is drawn with, as it was typed."""
         return self.ckpt or self.base.weights
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether it is a checkpoint, and not a base by itself."""
-        from t2i.checkpoint import is_checkpoint
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint folder that `ckpt` stands for; None for a base by itself."""
+        # Found once: a run that is still training may write a newer one in the meantime.
+        from t2i.checkpoint import find_checkpoint, is_checkpoint
 
-        return self.ckpt is not None and is_checkpoint(self.ckpt)
+        if self.ckpt is None or not is_checkpoint(self.ckpt):
+            return None
+        return find_checkpoint(self.ckpt)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
         """Device and type, after all that can be told without loading.
@@ -83,8 +84,8 @@ class ModelOptions:
             raise UserError(
                 "no model: give --ckpt (a checkpoint, or shapes) or --base.weights (a published base)"
             )
-        place = pick_device(self.device, self.dtype)
-        check_speed(self.speed, place[0])
+        where = pick_device(self.device, self.dtype)
+        check_speed(self.speed, where[0])
         folder = Path(self.source)
         if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
             raise UserError(
@@ -95,11 +96,13 @@ class ModelOptions:
             on_hub = given.partition(":")[0].count("/") == 1
             if not (on_hub or Path(given).exists() or given in shipped_bases()):
                 resolve(given)  # says what it could have been
-        if self.is_trained or (folder.is_dir() and not (folder / "config.json").is_file()):
+        if self.checkpoint is not None:
+            read_config(self.checkpoint)
+        elif folder.is_dir() and not (folder / "config.json").is_file():
             read_config(find_checkpoint(folder))
         elif self.base.family is None:
             family_of(self.source)
-        return place
+        return where
 
     def load(self, device: "torch.device | str", dtype: "torch.dtype | str") -> "TensorAR":
         """The model in eval mode, without what drawing images does not need.
@@ -112,7 +115,7 @@ class ModelOptions:
         base = self.base
         assert self.source is not None, "check comes first"
         model = load_model(
-            self.source,
+            self.checkpoint or self.source,
             family=base.family,
             base=base.weights if self.ckpt is not None else None,
             tokenizer=base.tokenizer,
@@ -131,30 +134,28 @@ class ModelOptions:
 
     def name(self) -> str:
         """The model's name in that of a folder: run and step, the export, or the base's file."""
-        from t2i.checkpoint import EXPORTED, find_checkpoint
+        from t2i.checkpoint import EXPORTED
 
         assert self.source is not None, "check comes first"
-        if not self.is_trained:
+        if self.checkpoint is None:
             name = Path(self.source.rpartition(":")[2]).resolve().name
             return re.sub(r"\.(pt|pth|ckpt|bin|safetensors)$", "", name)
-        folder = find_checkpoint(self.source).resolve()
+        folder = self.checkpoint.resolve()
         if folder.parent.name == "checkpoints":
             return f"{folder.parents[1].name}-{folder.name}"
         return folder.parent.name if folder.name == EXPORTED else folder.name
 
     def about(self, model: "TensorAR") -> dict[str, Any]:
         """What files of results say about the model."""
-        from t2i import __version__
-        from t2i.checkpoint import find_checkpoint, read_config
+        from t2i.checkpoint import read_config
 
-        assert self.source is not None, "check comes first"
-        if not self.is_trained:
+        if self.checkpoint is None:
+            assert model.backbone.source is not None, "of load_backbone"
             return {"kit_version": __version__, "backbone": asdict(model.backbone.source)}
-        folder = find_checkpoint(self.source)
-        config = read_config(folder)
+        config = read_config(self.checkpoint)
         facts = {key: config[key] for key in ("kit_version", "tuning", "method", "backbone")}
         step = config["training"].get("step")
-        return {"checkpoint": str(folder.resolve()), "step": step, **facts}
+        return {"checkpoint": str(self.checkpoint.resolve()), "step": step, **facts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ class DrawingModelOptions(ModelOptions):
         DrawOptions(self.seed, batch_size=self.batch_size)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
-        """As of any model; and whether the sampling settings are possible."""
+        """As for any model; and whether the sampling settings are possible."""
         self.sampling.check()
         return super().check()
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from t2i.errors import UserError
-from t2i.files import file_sha256, reading, replacing, write_json
+from t2i.files import file_sha256, reading, replacing, text_sha256, write_json
 from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte
@@ -47,8 +47,7 @@ def remembered_sha256(path: str | Path) -> str:
     started, identity = time.time_ns(), _identity(target)
     if identity["size"] < _LARGE:
         return file_sha256(target)
-    name = hashlib.sha256(str(target).encode()).hexdigest()
-    entry = cache_root() / "hashes" / f"{name[:32]}.json"
+    entry = cache_root() / "hashes" / f"{text_sha256(str(target))[:32]}.json"
     known = _read(entry)
     if known.get("file") == identity and isinstance(known.get("sha256"), str):
         return known["sha256"]
@@ -59,6 +58,11 @@ def remembered_sha256(path: str | Path) -> str:
             entry.parent.mkdir(parents=True, exist_ok=True)
             write_json(entry, {"file": identity, "sha256": digest})
     return digest
+
+
+def hashes_by_name(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of several files."""
+    return {path.name: remembered_sha256(path) for path in paths}
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
@@ -104,6 +108,22 @@ def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: 
     wanted = None if patterns is None else list(patterns)
     with asking_hub(f"{hub_id} is neither a folder here nor a model of the hub", advice):
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
+
+
+def fetch_model(
+    hub_id: str, settings: Sequence[str], weights: Sequence[str], *, advice: str
+) -> Path:
+    """The local copy of a model of the hub: settings, and the first kind of weights that it has.
+
+    Raises:
+        UserError: as `fetch_folder`, or it has no weights of these patterns.
+    """
+    for pattern in weights:
+        wanted = [*settings, pattern, f"{pattern}.index.json"]
+        folder = fetch_folder(hub_id, wanted, advice=advice)
+        if any(folder.glob(pattern)):
+            return folder
+    raise UserError(f"the hub's {hub_id} holds none of {', '.join(weights)}")
 
 
 @contextmanager

@@ -135,7 +135,7 @@ class DrawOptions:
             raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
 
 
-def check_counts(**values: Any) -> None:
+def check_counts(**values: int) -> None:
     """UserError for one of these that is not a whole number of at least 1."""
     check_whole(**values)
     if any(value < 1 for value in values.values()):
@@ -143,7 +143,7 @@ def check_counts(**values: Any) -> None:
         raise UserError(f"{named} must be at least 1")
 
 
-def check_whole(**values: Any) -> None:
+def check_whole(**values: int) -> None:
     """UserError for one of these that is not a whole number."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool):

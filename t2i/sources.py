@@ -8,13 +8,12 @@ publish a folder (Janus-Pro) take that folder, or "owner/repo".
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import namesake
 from t2i.models.families import FAMILIES, Family, find_family
-from t2i.published import asking_hub, remembered_sha256
+from t2i.published import asking_hub, fetch_model, remembered_sha256
 from t2i.weights import folder_sha256
 
 log = logging.getLogger(__name__)
@@ -63,16 +62,16 @@ class BackboneSource:
     generation_only: bool = False
     """Only what drawing images needs was loaded."""
     started_from: str | None = None
-    """Checkpoint whose weights a run began with in place of the base's: its own checkpoints then
-    hold all of the backbone's.
-    """
+    """Checkpoint that a run began with: its own checkpoints hold all of the backbone's weights."""
     shipped_base: str | None = None
     """Shipped base that an export was made from; its name is not in `weights` any more."""
 
 
 def resolve(source: str | Path, *, folder: bool = False) -> Path:
-    """The local path of a source; downloads "owner/repo:file", or with `folder` "owner/repo", into
-    the hub's cache.
+    """The local path of a source; what is on the hub is downloaded into its cache.
+
+    Args:
+        folder: the source is a folder ("owner/repo"), not a file ("owner/repo:file").
 
     Raises:
         UserError: there is no such file, folder, shipped base or hub file.
@@ -81,13 +80,15 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     if Path(text).exists():
         return Path(text)
     repo, _, filename = text.partition(":")
-    if _on_hub(text, folder):
-        from huggingface_hub import hf_hub_download
+    if not _on_hub(text, folder):
+        raise _nowhere(text, folder)
+    if folder:
+        settings, weights = ["*.json", "*.jinja"], ["*.safetensors", "*.bin"]
+        return fetch_model(repo, settings, weights, advice="Check the name")
+    from huggingface_hub import hf_hub_download
 
-        what = f"{filename} of {repo}" if filename else repo
-        with asking_hub(f"{text} is not here, and the hub did not give {what}"):
-            return _hub_folder(repo) if folder else Path(hf_hub_download(repo, filename))
-    raise _nowhere(text, folder)
+    with asking_hub(f"{text} is not here, and the hub did not give {filename} of {repo}"):
+        return Path(hf_hub_download(repo, filename))
 
 
 def check_named(source: str | Path, *, folder: bool = False) -> None:
@@ -108,17 +109,6 @@ def _nowhere(text: str, folder: bool) -> UserError:
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
         f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
     )
-
-
-def _hub_folder(repo: str) -> Path:
-    """A published model folder: settings, tokenizer, and its weights in one format."""
-    from huggingface_hub import snapshot_download
-
-    settings = ["*.json", "*.jinja"]
-    folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.safetensors"]))
-    if not list(folder.glob("*.safetensors")):
-        folder = Path(snapshot_download(repo, allow_patterns=[*settings, "*.bin"]))
-    return folder
 
 
 def lasting(source: str | Path) -> str:
@@ -219,12 +209,12 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
 def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
     """A checkpoint folder's source with the SHA-256 of its files; those that it has are kept."""
     files = expand_folder(beside(source, folder))
-    hashes: dict[str, Any] = {
-        file.sha256: _file_hash(files, name)
-        for name, file in _FILES.items()
-        if getattr(source, file.sha256) is None
-    }
-    return replace(source, **hashes)
+    return replace(
+        source,
+        sha256=source.sha256 or _file_hash(files, "weights"),
+        tokenizer_sha256=source.tokenizer_sha256 or _file_hash(files, "tokenizer"),
+        text_encoder_sha256=source.text_encoder_sha256 or _file_hash(files, "text_encoder"),
+    )
 
 
 def _file_hash(files: BackboneSource, name: str) -> str | None:
@@ -241,8 +231,10 @@ def _file_hash(files: BackboneSource, name: str) -> str | None:
 
 
 def prove(files: BackboneSource, *, weights: bool = True) -> None:
-    """Compare an expanded source's files with the hashes that it has; `weights`: those of the
-    backbone, too.
+    """Compare an expanded source's files with its recorded hashes.
+
+    Args:
+        weights: the weight file, too.
 
     Raises:
         UserError: a file is not the one that the checkpoint was trained with.
@@ -265,12 +257,16 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
 # -- where the files are now -----------------------------------------------------------------------
 def beside(source: BackboneSource, folder: Path) -> BackboneSource:
     """The source of a checkpoint folder whose base lies relative to it (an export's)."""
-    inner: dict[str, Any] = {
-        name: str((folder / path).resolve())
-        for name in _FILES
-        if (path := getattr(source, name)) is not None and path.startswith("..")
-    }
-    return replace(source, **inner)
+
+    def there(path: str) -> str:
+        return str((folder / path).resolve()) if path.startswith("..") else path
+
+    return replace(
+        source,
+        weights=there(source.weights),
+        tokenizer=source.tokenizer and there(source.tokenizer),
+        text_encoder=source.text_encoder and there(source.text_encoder),
+    )
 
 
 def moved(
@@ -289,28 +285,35 @@ def moved(
         tokenizer: the image tokenizer's file.
         text_encoder: the text encoder's folder or hub id.
     """
-    helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
-    given: dict[str, Any] = {n: lasting(path) for n, path in helpers.items() if path is not None}
-    if base is None:
-        return replace(source, **given)
-    root = Path(base)
-    found = None
-    if root.is_file():
-        file, root = root, root.parent
-        # A backbone folder's own weight file stands for the folder, which brings the rest.
-        whole = source.tokenizer is None and (root / "config.json").is_file()
-        found = root if whole else file
-    elif root.is_dir():
+    weights, root = source.weights, None
+    if base is not None and Path(base).is_dir():
+        root = Path(base)
         found = _under(root, source.weights)
         if found is None and (root / "config.json").is_file():
             found = root
-    else:
-        return replace(source, weights=str(base), **given)  # a hub's file, or an error later
-    for name in ("tokenizer", "text_encoder"):
-        stored = getattr(source, name)
-        if name not in given and stored is not None and not Path(stored).exists():
-            given[name] = str(_under(root, stored) or stored)
-    return replace(source, weights=str(found or source.weights), **given)
+        weights = str(found or source.weights)
+    elif base is not None:
+        weights = str(base)  # a hub's file, or an error later
+        if (file := Path(base)).is_file():
+            root = file.parent
+            # A backbone folder's own weight file stands for the folder, which brings the rest.
+            whole = source.tokenizer is None and (root / "config.json").is_file()
+            weights = str(root if whole else file)
+    return replace(
+        source,
+        weights=weights,
+        tokenizer=_helper(tokenizer, source.tokenizer, root),
+        text_encoder=_helper(text_encoder, source.text_encoder, root),
+    )
+
+
+def _helper(given: str | Path | None, stored: str | None, root: Path | None) -> str | None:
+    """A file beside the weights: the given one, else the stored one, or where `root` has it now."""
+    if given is not None:
+        return lasting(given)
+    if stored is None or root is None or Path(stored).exists():
+        return stored
+    return str(_under(root, stored) or stored)
 
 
 def _under(root: Path, stored: str) -> Path | None:
@@ -321,9 +324,7 @@ def _under(root: Path, stored: str) -> Path | None:
 
 
 def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
-    """UserError that names every local file of a source that is gone; `weights`: those of the
-    backbone are needed, too.
-    """
+    """UserError that names each local file that is gone; `weights`: the backbone's count, too."""
     gone = [
         f"{path} ({file.what}: {file.option})"
         for name, file in _FILES.items()

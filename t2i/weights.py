@@ -143,7 +143,7 @@ def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading_shape(what: str) -> Iterator[None]:
     """While a shape is read off weights: a missing key is the UserError that they are no `what`."""
     try:
         yield
@@ -183,10 +183,10 @@ def load_strict(
 
 @torch.no_grad()
 def copy_weights(
-    target: dict[str, Tensor], state_dict: dict[str, Tensor], what: str, source: str | Path
+    target: dict[str, Tensor], state_dict: dict[str, Tensor], source: str | Path
 ) -> None:
-    """The same with a dictionary of tensors as the target, which messages call `what`."""
-    _compare(target, state_dict, what, source)
+    """The same with some of a backbone's tensors, by name, as the target."""
+    _compare(target, state_dict, "this backbone", source)
     for name, tensor in target.items():
         tensor.copy_(state_dict[name])
 

@@ -40,9 +40,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params) -> dict:
-        """A command of the protocol and its result; see
-        chromedevtools.github.io/devtools-protocol.
-        """
+        """A command and its result; see chromedevtools.github.io/devtools-protocol."""
         self.count += 1
         message = {"id": self.count, "method": method, "params": params, **self.session}
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")

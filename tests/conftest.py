@@ -8,9 +8,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import tiny_janus, tiny_llamagen, tiny_open_magvit2, tiny_rar
+from programs import refused
 
 torch.set_num_threads(1)
 
@@ -28,6 +31,12 @@ BACKBONES = {
 def backbone(request):
     """A tiny backbone of each family and kind of condition: 4x4 codes, random weights."""
     return BACKBONES[request.param]()
+
+
+@pytest.fixture
+def refusal(request, capsys):
+    """Runs the program that the test file imports as `run`, and returns its message."""
+    return partial(refused, request.module.run, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from helpers import golden_folder
 
-from geneval.mask2former import ImageRules
+from geneval.mask2former import InputRules
 from geneval.mmdet_weights import DetectorShape
 
 ROOT = golden_folder("geneval_detector")
@@ -22,7 +22,7 @@ SHAPE = DetectorShape(
         for field in fields(DetectorShape)
     }
 )
-RULES = ImageRules(
+RULES = InputRules(
     long_side=max(CONFIG["img_scale"]),
     short_side=min(CONFIG["img_scale"]),
     pad_divisor=CONFIG["pad_size_divisor"],

@@ -1,6 +1,4 @@
-"""What several test files share: golden cases found by their config.json, and tiny models with
-random weights.
-"""
+"""What several test files share: golden cases, and tiny models with random weights."""
 
 import json
 import os
@@ -10,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.shapes.tiny_janus import build_tiny_janus
+from t2i.tensorar import presets
 from t2i.tensorar.drawing import Rule, candidates, rules
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import (
@@ -38,6 +38,7 @@ from t2i.tensorar.sampler import (
     window_logits,
 )
 
+M = TypeVar("M", bound=nn.Module)
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 
 
@@ -73,6 +74,22 @@ def golden_cases(family: str) -> list:
     return cases
 
 
+def golden_fixture(family: str):
+    """A fixture of a test file: every case of the family, one after the other."""
+
+    @pytest.fixture(scope="module", params=golden_cases(family))
+    def case(request):
+        return request.param
+
+    return case
+
+
+def golden_base(case: GoldenCase, backbone_class: type[Backbone], config: object) -> TensorAR:
+    """The case's generator as a base model."""
+    backbone = backbone_class.load(case.folder / case.config["checkpoint_file"], config=config)
+    return TensorAR(backbone, presets.base()).eval()
+
+
 def golden_folder(name: str) -> Path:
     """A folder of golden data; skips the test file where another golden root does not have it."""
     folder = GOLDEN_ROOT / name
@@ -82,9 +99,7 @@ def golden_folder(name: str) -> Path:
 
 
 def golden_table(name: str) -> dict:
-    """A JSON table of this name anywhere under the golden root; skips the test where there is
-    none.
-    """
+    """A JSON table of this name under the golden root; skips the test where there is none."""
     path = next(GOLDEN_ROOT.rglob(name), None)
     if path is None:
         pytest.skip(f"no {name} under {GOLDEN_ROOT}")
@@ -110,7 +125,8 @@ def prefill(model: TensorAR, prepared: dict, config: SamplingConfig) -> tuple[Te
 
 def feed(model: TensorAR, window: Tensor, index: int, state: DecodeState) -> Tensor:
     """Hidden states [R, D] after window `index`, [B, k, S]."""
-    return advance(model, window, torch.tensor([index]), state, state.extent(index))
+    at = torch.tensor([index], device=window.device)
+    return advance(model, window, at, state, state.extent(index))
 
 
 def cached(model: TensorAR, prepared: dict, codes: Tensor) -> tuple:
@@ -155,6 +171,10 @@ def drawn_by_torch(model: TensorAR, prepared: dict, config: SamplingConfig, step
     return torch.cat(drawn, dim=1)
 
 
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
 def check_uint8_rule(backbone: Backbone) -> None:
     """Bytes of given decoder values; a few lie on a rounding edge, where one level is allowed."""
     table = golden_table("uint8_rules.json")
@@ -167,9 +187,7 @@ def check_uint8_rule(backbone: Backbone) -> None:
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Random weights at which every part matters: heads and null embeddings non-zero, norms away
-    from 1.
-    """
+    """Random weights at which every part matters: no head is zero, no norm is 1."""
     generator = torch.Generator().manual_seed(seed)
     stored = module.state_dict()
     with torch.no_grad():
@@ -182,6 +200,17 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
                 head = any(part in name for part in ("output", "head"))
                 fan_in = value.shape[-1] if value.dim() == 3 else value[0].numel()  # 3: a table
                 value.normal_(std=(3.0 if head else 1.0) * fan_in**-0.5, generator=generator)
+
+
+def count(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def on_meta(build: Callable[..., M], *args, **options) -> M:
+    """A module with shapes and no data."""
+    with torch.device("meta"):
+        return build(*args, **options)
 
 
 def tiny_config(cond: str) -> LlamaGenConfig:
@@ -311,8 +340,6 @@ def folder_content(folder: Path) -> dict[str, bytes]:
 
 
 def in_threads(work: Callable[[int], object], ranks: Sequence[int] = (0, 1)) -> list:
-    """What `work(rank)` returns, for all ranks at once, as processes would run it; raises what one
-    of them raises.
-    """
+    """What `work(rank)` returns, for all ranks at once; raises what one of them raises."""
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(work, ranks))

@@ -52,9 +52,7 @@ def start_and_kill(module, out: Path, *arguments) -> dict[Path, int]:
 
 
 def launch(*command: str) -> subprocess.CompletedProcess:
-    """Run Python with these arguments in a process of its own, outside of any launcher; it must
-    succeed.
-    """
+    """Run Python with these arguments in its own process without a launcher; it must succeed."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     extra = {
         "OMP_NUM_THREADS": "1",

@@ -1,6 +1,4 @@
-"""Tiny training runs, and how they are compared: shared by the tests of training, checkpoints and
-processes.
-"""
+"""Tiny training runs, and how they are compared."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -130,9 +128,7 @@ def saved_after_two_steps(run: Run) -> tuple[Path, TensorAR]:
 
 
 def metrics(root: Path, name: str) -> list[dict]:
-    """A run's metrics without the ones that depend on the machine or that only some ZeRO stages
-    have.
-    """
+    """A run's metrics without those that depend on the machine or on the ZeRO stage."""
     skipped = ("images_per_s", "train/grad_norm")
     rows = read_metrics(root / "runs" / name)
     return [{k: v for k, v in row.items() if k not in skipped} for row in rows]

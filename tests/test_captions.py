@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from t2i.models.captions import clean_caption
+from t2i.models.llamagen.captions import clean_caption
 
 # (caption, what LlamaGen's cleaning makes of it). Leaving out any one rule, or the second pass,
 # fails at least one row.
@@ -102,7 +102,7 @@ def test_only_strings_are_captions(caption):
 
 
 def test_import_leaves_transformers_alone():
-    code = "import sys, t2i.models.captions; print('transformers' in sys.modules)"
+    code = "import sys, t2i.models.llamagen.captions; print('transformers' in sys.modules)"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -126,9 +126,7 @@ def test_bad_values(train_fails):
     ],
 )
 def test_numbers_that_are_none(train_fails, option, value, message):
-    """Case 2: what can only make weights that are no numbers is refused before anything is
-    loaded.
-    """
+    """Case 2: what can only make weights that are no numbers is refused before any loading."""
     assert message in train_fails(option, *value.split())
 
 
@@ -241,9 +239,7 @@ def test_bad_options(generate_fails):
 
 
 def test_values_that_would_get_lost(generate_fails, train_fails):
-    """Cases 19, 27: of two --prompt the parser keeps the last; NaN passes every comparison with a
-    limit.
-    """
+    """Cases 19, 27: of two --prompt the parser keeps the last; NaN passes every comparison."""
     twice = generate_fails("--prompt", "a circle", "--prompt", "a square")
     assert "--prompt is given 2 times: give it once, with all values behind it" in twice
     assert "--log.prompts is given 2 times" in train_fails("--log.prompts", "a", "--log.prompts=b")

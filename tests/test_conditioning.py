@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from t2i.errors import UserError
-from t2i.models.captions import CHINESE, UNKNOWN
-from t2i.models.labels import class_ids
+from t2i.models.conditions import class_ids
+from t2i.models.llamagen.captions import CHINESE, UNKNOWN
 from t2i.models.llamagen.llamagen_model import left_pad
 from t2i.models.llamagen.t5 import T5Captions, weights_hash
 from t2i.shapes.tiny_t5 import build_tiny_t5

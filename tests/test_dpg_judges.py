@@ -1,6 +1,4 @@
-"""Judges other than mPLUG: tiny random models of `transformers`, and what `load_answerer` says to
-mistakes.
-"""
+"""Judges other than mPLUG, as tiny random models, and what `load_answerer` says to mistakes."""
 
 import pytest
 import torch

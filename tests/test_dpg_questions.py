@@ -1,6 +1,4 @@
-"""Question files: what is read, what is refused and where, and the official file's way into the
-cache.
-"""
+"""Question files: what is read and refused, and how the official file gets into the cache."""
 
 import logging
 from dataclasses import replace

@@ -5,7 +5,6 @@ and its page in a browser.
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from programs import (
     by_two_processes,
     numbers,
     program,
-    refused,
     result_rows,
     results,
     start_and_kill,
@@ -74,12 +72,6 @@ def grids(folder, tmp_path):
 
 def item_of(prompt_folder) -> str:
     return json.loads((prompt_folder / "metadata.jsonl").read_text())["item_id"]
-
-
-@pytest.fixture
-def refusal(capsys):
-    """Runs the program with arguments and returns its message."""
-    return partial(refused, run, capsys)
 
 
 # -- numbers ---------------------------------------------------------------------------------------

@@ -97,9 +97,7 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
 
 
 def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
-    """Case 25: GenEval takes the shapes world's prompts and judge for it, and for a run that starts
-    from it.
-    """
+    """Case 25: GenEval takes the shapes world's prompts and judge for what starts from it."""
     model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
     old = t2i.save_pretrained(model, tmp_path / "old", tuning="codec")
     out = export(ExportOptions(old, tmp_path / "out"))

@@ -1,5 +1,6 @@
 """Folders that are whole or not there, waiting for files, settings that are overridden."""
 
+import json
 import os
 from dataclasses import dataclass, fields
 from typing import get_type_hints
@@ -9,7 +10,13 @@ from helpers import folder_content
 
 from t2i.errors import UserError
 from t2i.fields import all_optional
-from t2i.files import partial_folder, replacing_folder, wait_for, wait_until_none
+from t2i.files import (
+    partial_folder,
+    read_json_lines,
+    replacing_folder,
+    wait_for,
+    wait_until_none,
+)
 from t2i.sampling import SamplingConfig, SamplingOverrides
 
 
@@ -87,3 +94,13 @@ def test_any_settings_can_be_made_optional():
     assert get_type_hints(Changes) == {"a": int | None, "b": tuple[float, ...] | None}
     hint = get_type_hints(Changes, include_extras=True)["a"]
     assert "The first." in repr(hint.__metadata__)
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
+    """Prompts may hold Unicode's own line separators, which results files keep as they are."""
+    row, path = {"prompt": "a\u2028b\u0085c"}, tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert read_json_lines(path) == [row]
+    path.write_text("{}\n[]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows\.jsonl line 2 is not a JSON object"):
+        read_json_lines(path)

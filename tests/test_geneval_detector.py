@@ -16,7 +16,7 @@ from geneval import mmdet_weights
 from geneval.detector import upright_rgb
 from geneval.mask2former import (
     MAX_DETECTIONS,
-    ImageRules,
+    InputRules,
     Mask2FormerDetector,
     mask_boxes,
     prepare,
@@ -53,7 +53,7 @@ def pytest_ids(case):
 def test_constants_are_the_released_ones():
     assert list(OBJECT_NAMES) == CONFIG["classnames"]
     assert CONFIG["max_per_image"] == MAX_DETECTIONS
-    released = ImageRules()
+    released = InputRules()
     assert (released.pad_divisor, released.pad_value) == (RULES.pad_divisor, RULES.pad_value)
     assert (released.mean, released.std) == (RULES.mean, RULES.std)
 
@@ -70,7 +70,7 @@ def test_preprocessing_at_the_released_scale():
     samples = np.load(folder / "expected.npz")
     for case in json.loads((folder / "expected.json").read_text()):
         pixels, (height, width) = prepare(
-            upright_rgb(Image.open(ROOT / case["image"])), ImageRules()
+            upright_rgb(Image.open(ROOT / case["image"])), InputRules()
         )
         assert [width, height] == case["resized_wh"]
         np.testing.assert_array_equal(pixels[:height:7, :width:7], samples[case["stride7_key"]])
@@ -227,7 +227,7 @@ def test_mask_boxes():
     [((384, 384), (800, 800)), ((512, 256), (1333, 667)), ((300, 400), (800, 1067))],
 )
 def test_scaled_size(size, expected):
-    assert scaled_size(*size, ImageRules()) == expected
+    assert scaled_size(*size, InputRules()) == expected
 
 
 def test_shrinking_does_not_smooth():

@@ -4,7 +4,6 @@ page in a real browser.
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from programs import (
     by_two_processes,
     numbers,
     program,
-    refused,
     result_rows,
     results,
     start_and_kill,
@@ -128,12 +126,6 @@ def test_a_base_by_itself_is_judged(tmp_path):
 
 
 # -- mistakes --------------------------------------------------------------------------------------
-@pytest.fixture
-def refusal(capsys):
-    """Runs the program with arguments and returns its message."""
-    return partial(refused, run, capsys)
-
-
 def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
     before = folder_content(finished)
 

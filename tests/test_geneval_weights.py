@@ -1,6 +1,5 @@
 """Weight files found, proven and loaded by name; what a user without a network is told."""
 
-import hashlib
 import json
 import warnings
 from dataclasses import replace
@@ -19,6 +18,7 @@ from geneval.colors import load_clip
 from geneval.detectors import CLIP, DETECTORS, MASK2FORMER, load_detector
 from geneval.mmdet_weights import load_hub_folder, load_mmdet
 from geneval.rules import judge_image
+from t2i.files import file_sha256
 
 TINY_CLIP = {
     "embed_dim": 24,
@@ -35,10 +35,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "geneval"
 
 
-def sha256_of(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def test_addresses_names_and_hashes_agree():
     assert MASK2FORMER.url.endswith(f"/{MASK2FORMER.names[0]}")
     for name, digest in zip(MASK2FORMER.names, MASK2FORMER.hashes, strict=False):
@@ -51,7 +47,7 @@ def test_wrong_files_are_named(tmp_path):
     path.write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"upload.bin is not the published Mask2Former") as error:
         load_detector("mask2former", weights=path)
-    for part in (sha256_of(path), *MASK2FORMER.hashes, MASK2FORMER.url):
+    for part in (file_sha256(path), *MASK2FORMER.hashes, MASK2FORMER.url):
         assert part in str(error.value)
     with pytest.raises(ValueError, match=r"Mask2Former.*--detector-weights"):
         load_detector("mask2former")
@@ -59,9 +55,7 @@ def test_wrong_files_are_named(tmp_path):
 
 @pytest.fixture
 def tiny_models(tmp_path, monkeypatch):
-    """A folder with the golden Mask2Former and a tiny CLIP in OpenAI's format, taken for the real
-    ones.
-    """
+    """A folder with the golden Mask2Former and a tiny CLIP of OpenAI's format, as the real ones."""
     folder = tmp_path / "weights"
     folder.mkdir()
     (tmp_path / "Tiny-CLIP.json").write_text(json.dumps(TINY_CLIP))
@@ -69,11 +63,11 @@ def tiny_models(tmp_path, monkeypatch):
     monkeypatch.setattr(colors, "load_clip", lambda path: load_clip(path, "Tiny-CLIP"))
     monkeypatch.setattr(mmdet_weights, "DetectorShape", lambda: golden.SHAPE)
     write_archive(open_clip.CLIP(**TINY_CLIP), folder / "ViT-L-14.pt")
-    clip_source = replace(CLIP, hashes=(sha256_of(folder / "ViT-L-14.pt"),))
+    clip_source = replace(CLIP, hashes=(file_sha256(folder / "ViT-L-14.pt"),))
     monkeypatch.setattr(detectors, "CLIP", clip_source)
     (folder / MASK2FORMER.names[0]).write_bytes(golden.CHECKPOINT.read_bytes())
     monkeypatch.setattr(
-        detectors, "MASK2FORMER", replace(MASK2FORMER, hashes=(sha256_of(golden.CHECKPOINT),))
+        detectors, "MASK2FORMER", replace(MASK2FORMER, hashes=(file_sha256(golden.CHECKPOINT),))
     )
     return folder
 
@@ -104,8 +98,8 @@ def test_the_official_detector_end_to_end(tiny_models, cache):
     identity = detector.identity()
     assert (identity["name"], identity["official"]) == ("mask2former", True)
     assert identity["weights"] == {
-        MASK2FORMER.names[0]: sha256_of(golden.CHECKPOINT),
-        "ViT-L-14.pt": sha256_of(tiny_models / "ViT-L-14.pt"),
+        MASK2FORMER.names[0]: file_sha256(golden.CHECKPOINT),
+        "ViT-L-14.pt": file_sha256(tiny_models / "ViT-L-14.pt"),
     }
     assert json.loads(json.dumps(identity)) == identity
     image = Image.open(golden.ROOT / golden.CASES[0]["image"])
@@ -147,7 +141,7 @@ def test_another_file_needs_its_own_hash_and_is_marked(tiny_models, monkeypatch)
     with pytest.raises(ValueError, match="not the published Mask2Former"):
         load_detector("mask2former", weights=golden.CHECKPOINT)
     (tiny_models / "mine.pth").write_bytes(golden.CHECKPOINT.read_bytes())
-    digest = sha256_of(golden.CHECKPOINT)
+    digest = file_sha256(golden.CHECKPOINT)
     mine = load_detector("mask2former", weights=tiny_models / "mine.pth", sha256=digest[:8])
     assert mine.identity()["official"] is False
     assert mine.identity()["weights"]["mine.pth"] == digest
@@ -162,7 +156,7 @@ def test_the_hubs_checkpoint_is_an_approximation(tiny_models, tmp_path):
     (folder / "ViT-L-14.pt").write_bytes((tiny_models / "ViT-L-14.pt").read_bytes())
     identity = load_detector("mask2former-hf", weights=folder).identity()
     assert (identity["name"], identity["official"]) == ("mask2former-hf", False)
-    assert identity["weights"]["model.safetensors"] == sha256_of(folder / "model.safetensors")
+    assert identity["weights"]["model.safetensors"] == file_sha256(folder / "model.safetensors")
     with pytest.raises(ValueError, match="no folder"):
         load_detector("mask2former-hf", weights=golden.CHECKPOINT)
     with pytest.raises(ValueError, match=r"neither a folder here nor(.|\n)*--detector-weigh"):

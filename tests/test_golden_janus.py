@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN_ROOT, base_loss, cached, drawn_by_torch, golden_cases, teacher_forced
+from helpers import (
+    GOLDEN_ROOT,
+    base_loss,
+    cached,
+    close,
+    drawn_by_torch,
+    golden_cases,
+    teacher_forced,
+)
 
 from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import JanusPrompts
@@ -24,9 +32,7 @@ if not CASES:
 
 
 def layouts() -> list:
-    """(case, folder) for both namings of every case, and for .bin shards of the same tensors
-    elsewhere.
-    """
+    """(case, folder) for both namings of every case, and for .bin shards of the same tensors."""
     found = []
     for parameter in CASES:
         case = parameter.values[0]
@@ -70,10 +76,6 @@ def examples(folder: Path) -> list[dict]:
 def prepared(case, model):
     """The first two prompts, which have different lengths, as one left-padded batch."""
     return model.backbone.prepare([e["text"] for e in examples(case.folder)[:2]])
-
-
-def close(actual, expected, atol=1e-4):
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 # -- prompts --------------------------------------------------------------------------------------
@@ -137,9 +139,7 @@ def test_greedy_ids(case, model, prepared, run):
 
 
 def test_sampled_ids(case, model):
-    """With torch's own generator in the official order: one multinomial over the batch per
-    token.
-    """
+    """With torch's own generator in the official order: one multinomial a token over the batch."""
     expected, settings = case.expected("sampled_ids"), case.config["sampling_example"]
     text = examples(case.folder)[settings["prompt_index"]]["text"]
     config = SamplingConfig(cfg_scale=settings["cfg_weight"], temperature=settings["temperature"])

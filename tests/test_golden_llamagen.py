@@ -7,7 +7,8 @@ from helpers import (
     cached,
     check_uint8_rule,
     drawn_by_torch,
-    golden_cases,
+    golden_base,
+    golden_fixture,
     golden_table,
     teacher_forced,
 )
@@ -15,8 +16,6 @@ from helpers import (
 from t2i.models.blocks import rope_table, rotate
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.sampling import SamplingConfig
-from t2i.tensorar import presets
-from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
 
@@ -38,17 +37,12 @@ def config_of(stored: dict) -> LlamaGenConfig:
     )
 
 
-@pytest.fixture(scope="module", params=golden_cases("LlamaGen GPT"))
-def case(request):
-    return request.param
+case = golden_fixture("LlamaGen GPT")
 
 
 @pytest.fixture(scope="module")
 def model(case):
-    backbone = LlamaGen.load(
-        case.folder / case.config["checkpoint_file"], config=config_of(case.config)
-    )
-    return TensorAR(backbone, presets.base()).eval()
+    return golden_base(case, LlamaGen, config_of(case.config))
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +91,7 @@ def test_greedy_ids(case, model, prepared, run):
 
 
 def test_sampled_ids(case, model, prepared):
-    """With torch's own generator in the official order: one multinomial over the batch per
-    token.
-    """
+    """With torch's own generator in the official order: one multinomial a token over the batch."""
     expected, settings = case.expected("sampled_ids"), dict(case.config["sampling_example"])
     torch.manual_seed(settings.pop("seed"))
     config = SamplingConfig(**settings)

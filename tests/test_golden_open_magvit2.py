@@ -8,8 +8,11 @@ from helpers import (
     base_loss,
     cached,
     check_uint8_rule,
+    close,
     drawn_by_torch,
+    golden_base,
     golden_cases,
+    golden_fixture,
     golden_table,
     teacher_forced,
 )
@@ -20,8 +23,6 @@ from t2i.models.open_magvit2.open_magvit2_model import (
 )
 from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer, indices, signs
 from t2i.sampling import SamplingConfig
-from t2i.tensorar import presets
-from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
 SUB_TOKENS = ("pre", "post")
@@ -48,24 +49,15 @@ def codes_of(read, name: str) -> torch.Tensor:
     return torch.stack([read(name.format(part)) for part in SUB_TOKENS], dim=-1)
 
 
-def close(actual, expected, atol):
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
-
-
 # -- the generator --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=golden_cases("Open-MAGVIT2 AR"))
-def case(request):
-    return request.param
+case = golden_fixture("Open-MAGVIT2 AR")
 
 
 @pytest.fixture(scope="module")
 def model(case):
-    backbone = OpenMAGVIT2.load(
-        case.folder / case.config["checkpoint_file"], config=config_of(case.config)
-    )
-    return TensorAR(backbone, presets.base()).eval()
+    return golden_base(case, OpenMAGVIT2, config_of(case.config))
 
 
 @pytest.fixture(scope="module")

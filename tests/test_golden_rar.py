@@ -1,6 +1,4 @@
-"""RAR and its tokenizer against outputs of the official implementation, through our sampler and
-loss.
-"""
+"""RAR and its tokenizer against the official outputs, through our sampler and loss."""
 
 import copy
 
@@ -12,7 +10,8 @@ from helpers import (
     cached,
     check_uint8_rule,
     drawn_by_torch,
-    golden_cases,
+    golden_base,
+    golden_fixture,
     golden_table,
     teacher_forced,
 )
@@ -20,8 +19,6 @@ from helpers import (
 from t2i.models.rar.rar_model import RAR, RARConfig
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.sampling import SamplingConfig
-from t2i.tensorar import presets
-from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
@@ -33,9 +30,7 @@ def sampling_of(scale: float, power: float, **settings) -> SamplingConfig:
     return SamplingConfig(cfg_scale=scale or 1.0, cfg_power=power if scale else 0.0, **settings)
 
 
-@pytest.fixture(scope="module", params=golden_cases("RAR generator"))
-def case(request):
-    return request.param
+case = golden_fixture("RAR generator")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +51,7 @@ def config(case):
 
 @pytest.fixture(scope="module")
 def model(case, config):
-    backbone = RAR.load(case.folder / case.config["checkpoint_file"], config=config)
-    return TensorAR(backbone, presets.base()).eval()
+    return golden_base(case, RAR, config)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +137,7 @@ def test_permuted_orders(case, model, prepared):
 
 
 def test_epsilon(case, model):
-    """Too small to move logits by more than their tolerance: seen where the variance is as small as
-    it.
-    """
+    """Too small to move logits beyond their tolerance: seen where the variance is as small."""
     eps, gpt = case.config["layer_norm_eps"], model.backbone.gpt
     assert {m.eps for m in gpt.modules() if isinstance(m, torch.nn.LayerNorm)} == {eps}
     x = eps**0.5 * torch.randn(1, 4, gpt.lm_head.in_features)

@@ -3,16 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import golden_cases
+from helpers import golden_fixture
 from PIL import Image
 
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 
-
-@pytest.fixture(scope="module", params=golden_cases("VQ tokenizer"))
-def case(request):
-    return request.param
+case = golden_fixture("VQ tokenizer")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,4 @@
-"""The GPU check, rehearsed on the CPU: one row of each kind, and what the program does with what
-goes wrong.
-"""
+"""The GPU check, rehearsed on the CPU: a row of each kind, and what becomes of failures."""
 
 import json
 import time

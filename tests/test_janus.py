@@ -198,9 +198,7 @@ def test_one_model_in_both_libraries(janus, settings):
 
 
 def test_what_a_file_leaves_out_has_transformers_defaults():
-    """`to_diff_dict`, with which transformers writes config.json, leaves out whatever is the
-    default.
-    """
+    """`to_diff_dict`, by which transformers writes config.json, leaves out the defaults."""
     left_out = JanusShape({})
     whole = JanusConfig().to_dict()
     for part in ("text_config", "vision_config", "vq_config"):
@@ -386,9 +384,7 @@ def test_attaching_a_codec_leaves_the_text_side_alone(folder):
 
 
 def test_published_sizes_need_no_files():
-    """Counts by part; reference counts are those of transformers' model with the published
-    dimensions.
-    """
+    """Counts by part; the reference is transformers' model of the published dimensions."""
     for size, language, image, rest in (
         ("1B", 1_442_940_928, 42_113_024, 519_699_456),
         ("7B", 6_490_935_296, 100_855_808, 744_098_816),

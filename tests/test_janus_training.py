@@ -1,6 +1,4 @@
-"""Janus-Pro through the common training loop, its checkpoints, and exports that other libraries
-load.
-"""
+"""Janus-Pro in the common training loop, its checkpoints, and exports for other libraries."""
 
 import json
 import os
@@ -45,9 +43,7 @@ EXACT = 0.0
 
 @pytest.fixture(scope="module")
 def lora(tiny_world):
-    """A checkpoint of three steps: LoRA and image layers, without the understanding side in
-    memory.
-    """
+    """A checkpoint of three steps: LoRA and image layers, without the understanding side."""
     options = {"tuning": "lora", "train_image_layers": True, "backbone__generation_only": True}
     return train(tiny_janus_run(tiny_world, "janus-lora", **options))
 
@@ -63,9 +59,7 @@ def exported(lora, tmp_path_factory):
 
 
 def text_logits(model, backbone=None) -> torch.Tensor:
-    """The language model's word on text: of a backbone, or of transformers' own model with a
-    backbone's prompts.
-    """
+    """The language model's word on text: of a backbone, or of transformers' own model."""
     ids = torch.tensor((backbone or model).prompts.encode([JANUS_PROMPTS[1]]))
     with torch.no_grad():
         return model.text_logits(ids) if backbone is None else model(input_ids=ids).logits
@@ -163,9 +157,7 @@ def test_stop_and_resume_changes_no_bit(tiny_world, monkeypatch):
 
 
 def test_bf16_is_close_to_fp32(tiny_world, lora):
-    """One pass in the precision in which the weights are loaded for it; the engine around it is
-    every family's.
-    """
+    """One pass in the precision of its loading; the engine around it is every family's."""
     config = tiny_janus_run(tiny_world, "-", tuning="lora", engine__micro_batch=2)
     low = replace(config, engine=replace(config.engine, precision="bf16", zero_stage=1))
     models = [build_model(c) for c in (config, low)]
@@ -343,10 +335,10 @@ def test_generate_program(lora, tmp_path, monkeypatch, capsys):
 
 
 def test_shipped_base_is_complete():
-    assert "shapes-janus" in t2i.loading.shipped_bases()
+    assert "shapes-janus" in t2i.sources.shipped_bases()
     backbone = t2i.load_backbone("janus", "shapes-janus")
     assert backbone.spec.grid == (8, 8) and backbone.spec.sampling.cfg_scale == 2.5
     stored = set(janus_weights.vq_to_transformers(backbone.tokenizer.state_dict()))
-    folder = t2i.loading.ASSETS / "shapes-janus"
+    folder = t2i.sources.ASSETS / "shapes-janus"
     assert stored < set(load_file(folder / "model" / "model.safetensors"))
     assert sum(p.stat().st_size for p in folder.rglob("*")) <= 8e6

@@ -22,9 +22,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture
 def adopted(monkeypatch):
-    """A function that gives torchrun's variables as they are set in a process with these of another
-    launcher.
-    """
+    """Gives torchrun's variables as they are set in a process with these of another launcher."""
 
     def adopt(**variables: object) -> dict[str, str]:
         with monkeypatch.context() as patch:

@@ -1,6 +1,4 @@
-"""The options beyond the papers: each does what its help says, and what it must not touch it leaves
-alone.
-"""
+"""The options beyond the papers: each does what its help says, and leaves the rest alone."""
 
 import pytest
 import torch

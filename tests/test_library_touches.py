@@ -67,9 +67,7 @@ def engine(tmp_path: Path) -> None:
 
 
 def state_classes(tmp_path: Path) -> None:
-    """A training state holds these classes and no others; whole resumes are in
-    test_run_safety.py.
-    """
+    """A training state holds these classes and no others (resumes: test_run_safety.py)."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -305,9 +303,7 @@ def test_it_is_still_there(touch, tmp_path):
 
 
 def deep_imports() -> Iterator[tuple[str, str]]:
-    """(file, module) of everything imported from below the top of an installed library, or of a
-    private name.
-    """
+    """(file, module) of what is imported from inside a library, or by a private name."""
     for folder in PROGRAMS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -265,9 +265,7 @@ def test_a_codec_checkpoint_is_no_detour(tiny_world, tmp_path):
 
 
 def test_helpers_are_not_needed_to_find_out(tmp_path):
-    """A generator without its tokenizer still loads, and says what it lacks when pixels are asked
-    for.
-    """
+    """A generator without its tokenizer loads, and says what it lacks when pixels are asked for."""
     torch.save({"model": tiny_llamagen("class").official_state_dict()}, tmp_path / "gpt.pt")
     config = tiny_llamagen("class").config
     model = t2i.attach(

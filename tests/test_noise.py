@@ -106,9 +106,7 @@ def test_codebook_noise_against_algorithm_2():
 
 
 def test_bit_noise_draws_every_bit_anew():
-    """A bit flips with probability b/2, independently of the others; strength 1 leaves nothing of
-    the code.
-    """
+    """A bit flips with probability b/2, by itself; strength 1 leaves nothing of the code."""
     windows = torch.tensor([45, 2718]).expand(100, 50, 4, 2)
     strengths = torch.tensor([0.0, 0.3, 0.7, 1.0])
     noised = corrupt_bits(windows, strengths, (64, 4096), make_keys(0, torch.arange(100)))

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import (
+    count,
+    on_meta,
     open_gates,
     randomize,
     tiny_codes,
@@ -37,13 +39,8 @@ from t2i.tuning import LoRAConfig
 COUNTS = {"B": 343_570_432, "L": 804_362_240, "XL": 1_486_679_040}
 
 
-def count(module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def on_meta(size: str) -> OpenMAGVIT2:
-    with torch.device("meta"):
-        return OpenMAGVIT2(OpenMAGVIT2Config(**SIZES[size]))
+def of_size(size: str) -> OpenMAGVIT2:
+    return on_meta(OpenMAGVIT2, OpenMAGVIT2Config(**SIZES[size]))
 
 
 # -- published sizes ------------------------------------------------------------------------------
@@ -51,7 +48,7 @@ def on_meta(size: str) -> OpenMAGVIT2:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size):
-    backbone = on_meta(size)
+    backbone = of_size(size)
     assert count(backbone) == COUNTS[size]
     assert backbone.spec.sampling == SAMPLING[size]
     assert OpenMAGVIT2.infer_config(backbone.official_state_dict(), "", None) == replace(
@@ -60,8 +57,7 @@ def test_sizes(size):
 
 
 def test_tokenizer_size():
-    with torch.device("meta"):
-        tokenizer = LFQTokenizer(LFQConfig())
+    tokenizer = on_meta(LFQTokenizer, LFQConfig())
     encoder, decoder = tokenizer.encoder.state_dict(), tokenizer.decoder.state_dict()
     assert (count(tokenizer.encoder), len(encoder)) == (49_751_442, 159)
     assert (count(tokenizer.decoder), len(decoder)) == (65_376_387, 180)
@@ -71,7 +67,7 @@ def test_tokenizer_size():
 
 def test_official_names():
     """Names and shapes of size B as the authors' files have them."""
-    state_dict = on_meta("B").official_state_dict()
+    state_dict = of_size("B").official_state_dict()
     expected = {
         "pre_emb.weight": (64, 1024),
         "post_emb.weight": (4096, 1024),
@@ -89,7 +85,7 @@ def test_official_names():
 @pytest.mark.parametrize("preset, millions", [("iclr2026", 352.0), ("arxiv2505", 393.9)])
 def test_sizes_with_tensorar(preset, millions):
     """The papers' tables say 352M and 393M for size B (the second without its decimals)."""
-    model = TensorAR(on_meta("B"), presets.method(preset))
+    model = TensorAR(of_size("B"), presets.method(preset))
     assert count(model) / 1e6 == pytest.approx(millions, abs=0.1)
 
 

@@ -1,9 +1,7 @@
-"""Sizes of the published LlamaGen models and of both presets, on the meta device (nothing is
-allocated).
-"""
+"""Sizes of the published LlamaGen models and of both presets, on the meta device."""
 
 import pytest
-import torch
+from helpers import count, on_meta
 
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.tensorar import presets
@@ -28,30 +26,25 @@ TEXT_COUNTS = {
 }
 
 
-def count(module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def on_meta(size: str, cond: str = "class") -> LlamaGen:
-    with torch.device("meta"):
-        return LlamaGen(LlamaGenConfig(**SIZES[size], cond=cond))
+def of_size(size: str, cond: str = "class") -> LlamaGen:
+    return on_meta(LlamaGen, LlamaGenConfig(**SIZES[size], cond=cond))
 
 
 @pytest.mark.parametrize("size", CLASS_COUNTS)
 def test_class_conditional_sizes(size):
-    assert count(on_meta(size)) == CLASS_COUNTS[size]
+    assert count(of_size(size)) == CLASS_COUNTS[size]
 
 
 @pytest.mark.parametrize("size", TEXT_COUNTS)
 def test_text_conditional_sizes(size):
-    backbone = on_meta(size, "text")
+    backbone = of_size(size, "text")
     assert count(backbone) == TEXT_COUNTS[size]
     assert sum(b.numel() for b in backbone.buffers()) == 245_760
 
 
 @pytest.mark.parametrize("size, millions", [("B", 139), ("L", 393), ("XL", 853)])
 def test_arxiv2505_totals(size, millions):
-    backbone = on_meta(size)
+    backbone = of_size(size)
     backbone.code_vectors = tuple  # no tokenizer on meta
     model = TensorAR(backbone, presets.arxiv2505())
     assert round(count(model) / 1e6) == millions
@@ -59,7 +52,7 @@ def test_arxiv2505_totals(size, millions):
 
 @pytest.mark.parametrize("size, percent", [("B", 4.6), ("L", 2.7), ("XL", 1.9), ("XXL", 1.5)])
 def test_iclr2026_added_share(size, percent):
-    model = TensorAR(on_meta(size), presets.iclr2026())
+    model = TensorAR(of_size(size), presets.iclr2026())
     added = count(model.codec) / count(model.backbone) * 100
     assert 0.8 * percent < added <= percent
 
@@ -73,15 +66,14 @@ def test_iclr2026_added_share(size, percent):
     ],
 )
 def test_published_files_need_no_config(stem, size, cond, grid):
-    config = LlamaGen.infer_config(on_meta(size, cond).gpt.state_dict(), stem, None)
-    with torch.device("meta"):
-        backbone = LlamaGen(config)
+    config = LlamaGen.infer_config(of_size(size, cond).gpt.state_dict(), stem, None)
+    backbone = on_meta(LlamaGen, config)
     assert (config.cond, config.grid, config.n_head) == (cond, grid, SIZES[size]["n_head"])
-    assert count(backbone) == count(on_meta(size, cond))
+    assert count(backbone) == count(of_size(size, cond))
 
 
 def test_a_renamed_file_needs_its_grid():
-    weights = on_meta("B").gpt.state_dict()
+    weights = of_size("B").gpt.state_dict()
     with pytest.raises(ValueError, match=r"'mine'.*grid is not in the weights.*grid="):
         LlamaGen.infer_config(weights, "mine", None)
     assert LlamaGen.infer_config(weights, "mine", (24, 24)).grid == (24, 24)

@@ -10,12 +10,12 @@ import torch
 
 import t2i
 from geneval.prompts import TAGS
-from t2i.loading import ASSETS
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.shapes import caption_bases
 from t2i.shapes.caption_bases import drawn_scenes, every_caption, scene_codes
 from t2i.shapes.shapes_prompts import every_prompt, is_held_out
 from t2i.shapes.tiny_recipes import CaptionBase
+from t2i.sources import ASSETS
 
 
 def recipe(out, **changes) -> CaptionBase:

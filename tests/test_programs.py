@@ -5,6 +5,7 @@ output place and its errors.
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -176,15 +177,25 @@ def test_a_base_by_itself_is_a_model(tiny_world):
         ModelOptions(base=BaseOptions("llamagen", folder)),
     ):
         model = options.load(*options.check())
-        assert model.config.k == 1 and not options.is_trained and options.name() == "base"
+        assert model.config.k == 1 and options.checkpoint is None and options.name() == "base"
         assert options.about(model)["backbone"]["weights"] == folder
 
 
 def test_a_checkpoint_is_a_model(plain):
     """Case 25."""
     options = ModelOptions(ckpt=str(plain))
-    assert options.is_trained and options.name() == "plain-step_000003"
+    assert options.checkpoint is not None and options.name() == "plain-step_000003"
     assert options.load(*options.check()).config.k == 3
+
+
+def test_a_run_that_trains_on_does_not_change_the_model_meanwhile(plain, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run / "checkpoints" / "step_000003")
+    options = ModelOptions(ckpt=str(run))
+    options.check()
+    shutil.copytree(plain, run / "checkpoints" / "step_000004")
+    assert options.name() == "run-step_000003"
+    assert ModelOptions(ckpt=str(run)).name() == "run-step_000004"
 
 
 @pytest.mark.parametrize(

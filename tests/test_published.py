@@ -1,6 +1,4 @@
-"""Published files: found, downloaded whole or not at all, proven, and what a user without a network
-is told.
-"""
+"""Published files: found, downloaded whole or not at all, proven; advice without a network."""
 
 import hashlib
 import urllib.request

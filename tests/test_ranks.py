@@ -1,6 +1,4 @@
-"""Training on two processes through both launchers gives what one process gives, for every ZeRO
-stage.
-"""
+"""Training by two processes, under both launchers and each ZeRO stage, is that of one."""
 
 import socket
 
@@ -71,9 +69,7 @@ def janus_alone(tiny_world):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_janus_adapters_under_zero(two_ranks, janus_alone, stage):
-    """Two ranks do what one does, the saved adapters are whole, and merging them changes
-    nothing.
-    """
+    """Two ranks do what one does, the adapters are saved whole, and merging changes nothing."""
     name = f"ranks-janus-zero{stage}"
     assert_same_metrics(metrics(two_ranks, name), metrics(two_ranks, "ranks-janus-alone"), SAME_SUM)
     folder = checkpoint.find_checkpoint(two_ranks / "runs" / name)

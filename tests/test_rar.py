@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_codes, tiny_prepared, tiny_rar
+from helpers import count, on_meta, tiny_codes, tiny_prepared, tiny_rar
 
 import t2i
 from t2i.files import write_json
@@ -28,18 +28,11 @@ GUIDANCE = {  # of the reference at steps 0, 64, 128, 192, 255 of 256, to two di
     "XXL": [1.00, 1.60, 3.79, 6.63, 8.00],
 }
 BF16_LOGITS = 0.02
-"""Bound on the root mean square error of bf16 logits, as a share of the standard deviation of the
-fp32 ones.
-"""
+"""Bound on bf16 logits' root mean square error, in standard deviations of the fp32 ones."""
 
 
-def count(module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def on_meta(size: str) -> RAR:
-    with torch.device("meta"):
-        return RAR(RARConfig(**SIZES[size]))
+def of_size(size: str) -> RAR:
+    return on_meta(RAR, RARConfig(**SIZES[size]))
 
 
 # -- what was published ---------------------------------------------------------------------------
@@ -47,21 +40,20 @@ def on_meta(size: str) -> RAR:
 
 @pytest.mark.parametrize("size", COUNTS)
 def test_sizes(size):
-    backbone = on_meta(size)
+    backbone = of_size(size)
     assert count(backbone) == COUNTS[size]
     assert RAR.infer_config(backbone.official_state_dict(), "", None) == backbone.config
 
 
 def test_arxiv2505_total():
-    backbone = on_meta("B")
+    backbone = of_size("B")
     backbone.code_vectors = tuple  # no tokenizer on meta
     assert len(backbone.official_state_dict()) == 441
     assert round(count(TensorAR(backbone, presets.arxiv2505())) / 1e6) == 289
 
 
 def test_tokenizer_size():
-    with torch.device("meta"):
-        tokenizer = MaskGITVQGAN(MaskGITConfig())
+    tokenizer = on_meta(MaskGITVQGAN, MaskGITConfig())
     assert count(tokenizer) == 54_515_587 and len(tokenizer.state_dict()) == 168
     assert tokenizer.downsample == 16 and tokenizer.codebook_size == 1024
     assert MaskGITConfig.from_state_dict(tokenizer.state_dict()) == MaskGITConfig()
@@ -69,7 +61,7 @@ def test_tokenizer_size():
 
 @pytest.mark.parametrize("size", GUIDANCE)
 def test_sampling_presets(size):
-    backbone = on_meta(size)
+    backbone = of_size(size)
     sampling = backbone.spec.sampling
     scales = [backbone.guidance(sampling, t, 256) for t in (0, 64, 128, 192, 255)]
     assert scales == pytest.approx(GUIDANCE[size], abs=0.01)
@@ -154,9 +146,7 @@ def test_other_files(folder):
 
 
 def test_bf16(folder):
-    """Teacher-forced logits stay within the bound of fp32, and a window model samples with
-    guidance.
-    """
+    """Teacher-forced logits stay near those of fp32, and a window model samples with guidance."""
     models = [
         t2i.attach(RAR.load(folder / "rar.bin", dtype=dtype), presets.iclr2026())
         for dtype in (torch.float32, torch.bfloat16)
@@ -243,9 +233,7 @@ def test_dropout_acts_in_training_only(place):
 
 
 def test_pretraining_from_a_config():
-    """`initialize` starts at the uniform distribution, and a class decides the image after a few
-    steps.
-    """
+    """`initialize` starts at the uniform distribution; a few steps later the class decides."""
     sizes = {"vocab_size": 48, "num_classes": 3, "dropout": 0.0, "attn_dropout": 0.0}
     backbone = RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), **sizes)).train()
     backbone.gpt.initialize(torch.Generator().manual_seed(0))

@@ -19,9 +19,7 @@ SHORTHANDS = re.compile(r'^(\w+)="(.*)"$', flags=re.M).findall
 
 
 def readme_commands() -> list[list[str]]:
-    """Arguments of each command line that runs one of our scripts, in the shell blocks of README
-    and docs.
-    """
+    """Arguments of each command that runs a script of ours, in the blocks of README and docs."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "".join(page.read_text() for page in pages)
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
@@ -36,9 +34,7 @@ def readme_commands() -> list[list[str]]:
 
 
 def index_of_script(words: list[str]) -> int | None:
-    """Where a command names one of our scripts, after `python`, `deepspeed --num_gpus 8` and the
-    like.
-    """
+    """Where a command names a script of ours, after `python`, `deepspeed --num_gpus 8`, ..."""
     return next((i for i, word in enumerate(words) if IS_SCRIPT(word)), None)
 
 

@@ -357,9 +357,7 @@ def test_what_changes_memory(tiny_world):
     ],
 )
 def test_misspelt_deepspeed_keys(settings, words, tmp_path):
-    """Case 28: DeepSpeed's own reader takes no notice of them, or fails when everything is loaded
-    and encoded.
-    """
+    """Case 28: DeepSpeed's own reader passes them over, or fails after all is encoded."""
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": settings}))
     config = TrainConfig(engine=replace(TrainConfig().engine, deepspeed_config=path, zero_stage=3))
@@ -395,9 +393,7 @@ def test_triggers_reach_every_caption_and_the_caches_key():
 
 
 def test_a_trigger_hides_nothing_of_the_source(tmp_path):
-    """Cases 10, 13: with trigger words, too, content is part of the cache's key and remarks are
-    said.
-    """
+    """Cases 10, 13: with trigger words, too, content is part of the key, and remarks are said."""
     for name in ("train", "bus"):
         write_dataset(tmp_path / name, 1)
     (tmp_path / "bus" / "gone.png").symlink_to("nowhere")

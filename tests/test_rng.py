@@ -16,9 +16,7 @@ FIXED_NORMALS = [[0.7234975, 2.2496316], [-1.0409207, 1.0141275]]
 
 
 def test_fixed_values():
-    """Seeds in papers and checkpoints mean these numbers: a change here changes every published
-    image.
-    """
+    """Seeds in papers and checkpoints mean these numbers: a change changes every image."""
     keys = make_keys(7, 3, torch.arange(2))
     assert keys.tolist() == FIXED_KEYS
     assert torch.equal(uniforms(keys, 2), torch.tensor(FIXED_UNIFORMS))

@@ -44,9 +44,7 @@ def staged(root: Path, name: str, stage: str, **changes) -> TrainConfig:
 
 @pytest.fixture
 def copy(tiny_world, request):
-    """A function that copies the `plain` run's folder, for a test to damage; returns its checkpoint
-    folder.
-    """
+    """Copies the `plain` run's folder, for a test to damage; returns its checkpoint folder."""
 
     def make(plain: Path, name: str = request.node.name) -> Path:
         run_dir = tiny_world / "runs" / name
@@ -257,9 +255,7 @@ def test_a_flipped_bit_is_noticed(plain, copy, tiny_world, file, place):
 
 
 def test_a_damaged_checkpoint_makes_resume_go_back(two_saved, tiny_world, caplog):
-    """Case 3: to the newest healthy one, with a warning that names the file; the run then ends as
-    it would have.
-    """
+    """Case 3: to the newest healthy one, with a warning; the run then ends as it would have."""
     run_dir = shutil.copytree(two_saved, tiny_world / "runs" / "goes-back")
     first, last = checkpoint.run_checkpoints(run_dir)
     expected = weights(last)
@@ -475,9 +471,7 @@ def test_a_full_disk_leaves_the_newest_checkpoint(two_saved, tiny_world, monkeyp
 
 
 def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_path):
-    """Case 7: before a model is loaded or an image encoded, in a check, too; a check makes no
-    folder.
-    """
+    """Case 7: before a model is loaded or an image encoded; a check makes no folder."""
     (tmp_path / "file").write_text("mine")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
         config = tiny_run(tiny_world, run_dir, backbone__weights="not even there")

@@ -1,6 +1,4 @@
-"""The method's promises: equal to the base until trained, causal, cached = teacher-forced, and the
-loss it says.
-"""
+"""The method's promises: equal to the base until trained, causal, cached = teacher-forced."""
 
 import math
 
@@ -86,9 +84,7 @@ def test_attached_model_is_the_base_bit_for_bit(backbone, preset, k):
 
 
 def test_bf16(backbone):
-    """bf16 moves teacher-forced logits by less than the bound that docs/imagenet.md states, and
-    samples.
-    """
+    """bf16 moves teacher-forced logits by less than docs/imagenet.md states, and samples."""
     model = trained(backbone)
     windows = model.noised_windows(codes_of(model), KEYS)
     exact = predict(model, windows)
@@ -115,9 +111,7 @@ def test_drafts_start_near_uniform(backbone, preset):
 
 
 def test_training_can_leave_the_base(backbone):
-    """At initialisation the gates and the draft slots have gradients; behind open gates everything
-    has.
-    """
+    """At first the gates and the draft slots have gradients; behind open gates everything has."""
     model = attach(backbone)
     codes = codes_of(model)
     for gates_open in (False, True):
@@ -377,9 +371,7 @@ def test_own_drafts_depend_on_their_own_key(backbone):
 
 
 def test_own_drafts_follow_the_models_distribution():
-    """The first window's draft is drawn from the prefix's output alone: many keys, one
-    distribution.
-    """
+    """The first window's draft is drawn from the prefix's output: many keys, one distribution."""
     model = trained(tiny_llamagen("class"), k=2)
     codes = codes_of(model)
     draws = [own_drafts(model, codes, make_keys(s, torch.arange(BATCH))) for s in range(300)]

@@ -1,6 +1,4 @@
-"""Every layout of weight file loads; every damaged or foreign one ends in one ValueError that says
-why.
-"""
+"""Every layout of weight file loads; a damaged or foreign one ends in one ValueError."""
 
 import argparse
 from pathlib import Path

@@ -15,7 +15,9 @@ d head width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -148,21 +150,35 @@ class Layer(nn.Module):
         return self(x, self.attention.keys_values(x), mask, other)
 
 
-def layers(config: BertConfig, count: int, *, cross: bool) -> nn.ModuleDict:
-    return nn.ModuleDict({"layer": nn.ModuleList(Layer(config, cross=cross) for _ in range(count))})
+class Layers(nn.Module):
+    """Layers under their published name."""
+
+    def __init__(self, layers: Iterable[Layer]):
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return cast(Iterator[Layer], iter(self.layer))  # PyTorch says no more than Module
 
 
-class TextEncoder(nn.Module):
+class Bert(nn.Module):
+    """Embeddings and so many equal layers."""
+
+    def __init__(self, config: BertConfig, count: int, *, cross: bool):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Layers(Layer(config, cross=cross) for _ in range(count))
+
+
+class QuestionEncoder(Bert):
     """Question ids [Q, L] and their mask (bool [Q, L]) to features [Q, L, D]."""
 
     def __init__(self, config: BertConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = layers(config, config.text_encoder_layers, cross=False)
+        super().__init__(config, config.text_encoder_layers, cross=False)
 
     def forward(self, ids_QL: Tensor, mask_QL: Tensor) -> Tensor:
         text_QLD = self.embeddings(ids_QL)
-        for layer in self.encoder["layer"]:
+        for layer in self.encoder:
             text_QLD = layer.encode(text_QLD, mask_QL[:, None, None])
         return text_QLD
 
@@ -172,13 +188,8 @@ class FusionEncoder(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.encoder = nn.ModuleDict(
-            {
-                "layer": nn.ModuleList(
-                    Layer(config, cross=not config.is_connected(k))
-                    for k in range(config.fusion_layers)
-                )
-            }
+        self.encoder = Layers(
+            Layer(config, cross=not config.is_connected(k)) for k in range(config.fusion_layers)
         )
 
     def forward(self, text_QLD: Tensor, mask_QL: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +197,7 @@ class FusionEncoder(nn.Module):
         image_tokens = image.shape[1]
         text_mask = mask_QL[:, None, None]
         joint_mask = F.pad(text_mask, (image_tokens, 0), value=True)
-        for layer in self.encoder["layer"]:
+        for layer in self.encoder:
             if layer.crossattention is not None:
                 seen = layer.crossattention.keys_values(image)
                 text_QLD = layer.encode(text_QLD, text_mask, seen)

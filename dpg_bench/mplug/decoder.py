@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpg_bench.mplug.bert import BertConfig, Embeddings, KeysValues, Layer, layers
+from dpg_bench.mplug.bert import Bert, BertConfig, KeysValues
 
 LENGTH_PENALTY = 0.6
 NEVER = -1e20  # the reference's log-probability of an end that comes too early
@@ -57,47 +57,42 @@ class AnswerDecoder(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        width, vocab = config.hidden_size, config.vocab_size
-        self.bert = nn.ModuleDict(
-            {
-                "embeddings": Embeddings(config),
-                "encoder": layers(config, config.text_decode_layers, cross=True),
-            }
-        )
-        self.cls = nn.ModuleDict({"predictions": _Predictions(width, vocab, config.layer_norm_eps)})
+        self.bert = Bert(config, config.text_decode_layers, cross=True)
+        predictions = _Predictions(config.hidden_size, config.vocab_size, config.layer_norm_eps)
         # As in the reference: the output matrix is the word embedding.
-        self.cls["predictions"].decoder.weight = self.bert["embeddings"].word_embeddings.weight
-
-    @property
-    def _layers(self) -> list[Layer]:
-        return list(self.bert["encoder"]["layer"])
+        predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        self.cls = nn.ModuleDict({"predictions": predictions})
 
     def remember(self, image: Tensor, text_QLD: Tensor, mask_QL: Tensor) -> DecoderState:
         """The state before the first token. image: [1 or Q, N, D]."""
         memory = []
-        for layer in self._layers:
-            of_image = layer.crossattention.keys_values(image)
-            of_text = layer.crossattention.keys_values(text_QLD)
-            both = zip(of_image, of_text, strict=True)
-            memory.append(
-                tuple(torch.cat([i.expand(len(t), -1, -1, -1), t], dim=2) for i, t in both)
-            )
+        for layer in self.bert.encoder:
+            cross = layer.crossattention
+            assert cross is not None, "every layer of this decoder has it"
+            memory.append(_join(cross.keys_values(image), cross.keys_values(text_QLD)))
         mask = F.pad(mask_QL[:, None, None], (image.shape[1], 0), value=True)
         return DecoderState(memory, mask, [])
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """Logits [Q * K, V] after one more token a beam (int64 [Q * K]); extends the state."""
-        x = self.bert["embeddings"](tokens[:, None], state.length)
+        x = self.bert.embeddings(tokens[:, None], state.length)
         own = []
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.bert.encoder):
             new = layer.attention.keys_values(x)
             if state.own:
-                pairs = zip(state.own[index], new, strict=True)
-                new = tuple(torch.cat(pair, dim=2) for pair in pairs)
+                new = _join(state.own[index], new)
             own.append(new)
             x = layer(x, new, None, state.memory[index], state.memory_mask)
         state.own = own
         return self.cls["predictions"](x[:, 0])
+
+
+def _join(first: KeysValues, second: KeysValues) -> KeysValues:
+    """Those of two sequences in a row; a `first` of batch 1 belongs to every row of `second`."""
+    (k1, v1), (k2, v2) = first, second
+    rows = len(k2)
+    keys = torch.cat([k1.expand(rows, -1, -1, -1), k2], dim=2)
+    return keys, torch.cat([v1.expand(rows, -1, -1, -1), v2], dim=2)
 
 
 class _Predictions(nn.Module):

@@ -20,7 +20,7 @@ from dpg_bench.mplug.decoder import Hypothesis
 from dpg_bench.mplug.mplug_model import CONFIG, VOCABULARY, WEIGHTS, MPlug
 from dpg_bench.questions import Question
 from t2i.errors import UserError
-from t2i.published import remembered_sha256
+from t2i.published import hashes_by_name
 
 QUESTION_TOKENS = 25
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -88,9 +88,7 @@ class MPlugAnswerer:
     def _hashes(self) -> dict[str, str] | None:
         if self.folder is None:
             return None
-        return {
-            name: remembered_sha256(self.folder / name) for name in (WEIGHTS, CONFIG, VOCABULARY)
-        }
+        return hashes_by_name(self.folder / name for name in (WEIGHTS, CONFIG, VOCABULARY))
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
         """The answer to each question, in their order, as the model writes it ("yes", "2")."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpg_bench.mplug.bert import BertConfig, FusionEncoder, TextEncoder
+from dpg_bench.mplug.bert import BertConfig, FusionEncoder, QuestionEncoder
 from dpg_bench.mplug.decoder import AnswerDecoder, Hypothesis, decode
 from dpg_bench.mplug.vision import HEAD_WIDTH, VisionTransformer
 from t2i.errors import UserError
@@ -97,7 +97,7 @@ class MPlug(nn.Module):
         if width != config.vision_width:
             self.visn_fc = nn.Linear(config.vision_width, width)
             self.visn_layer_norm = nn.LayerNorm(width, eps=1e-12)
-        self.text_encoder = TextEncoder(config.bert)
+        self.text_encoder = QuestionEncoder(config.bert)
         self.fusion_encoder = FusionEncoder(config.bert)
         self.text_decoder = AnswerDecoder(config.bert)
 

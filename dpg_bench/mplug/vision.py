@@ -64,7 +64,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleDict(
-            {"resblocks": nn.ModuleList(VisionBlock(width) for _ in range(layers))}
+            {"resblocks": nn.Sequential(*(VisionBlock(width) for _ in range(layers)))}
         )
         self.ln_post = nn.LayerNorm(width)
 
@@ -72,6 +72,4 @@ class VisionTransformer(nn.Module):
         patches = self.conv1(pixels_B3RR).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(patches), 1, -1)
         x_BNW = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
-        for block in self.transformer["resblocks"]:
-            x_BNW = block(x_BNW)
-        return self.ln_post(x_BNW)
+        return self.ln_post(self.transformer["resblocks"](x_BNW))

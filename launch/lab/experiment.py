@@ -12,7 +12,6 @@ several processes may work on one grid with --share.
 """
 
 import fcntl
-import hashlib
 import json
 import sys
 import time
@@ -20,19 +19,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tyro.conf import Positional
 
 from launch.lab.experiment_grids import CONTROL, GRIDS, Arm
 from t2i import cli
 from t2i.errors import UserError
-from t2i.files import writable_folder
+from t2i.files import json_sha256, read_json_lines, writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.method import TensorARConfig
-from t2i.training.config import TrainConfig
+from t2i.training.config import DataOptions, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ class GridRun:
         """The training run, in a folder of its own."""
         arm, steps = arm or self.arm, experiment.steps
         recipe = text_recipes()["shapes-control"][1]
+        assert isinstance(recipe.data, DataOptions), "a recipe for captions"
         # Rounded up, so that of an odd number, too, nothing is saved between half and the end.
         half = -(-steps // 2)
         config = replace(
@@ -100,8 +99,10 @@ class GridRun:
             steps=steps,
             seed=self.seed,
         )
-        digest = _digest([_changed(arm.method), arm.optim, experiment.images, experiment.precision])
-        folder = f"{arm.name.replace(' ', '-')}-{digest}-seed{self.seed}-steps{steps}"
+        digest = json_sha256(
+            [_changed(arm.method), arm.optim, experiment.images, experiment.precision]
+        )
+        folder = f"{arm.name.replace(' ', '-')}-{digest[:8]}-seed{self.seed}-steps{steps}"
         return replace(config, run_dir=experiment.out / self.base / folder)
 
 
@@ -109,10 +110,6 @@ def _changed(method: TensorARConfig) -> dict:
     """Settings that are not the defaults: options that come later do not rename old runs."""
     default = asdict(TensorARConfig())
     return {k: v for k, v in asdict(method).items() if v != default[k]}
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def main() -> None:
@@ -165,6 +162,7 @@ def do(run: GridRun, experiment: Experiment) -> None:
     config, steps = run.config(experiment), experiment.steps
     ways = [(steps, name, options) for name, options in [("", {}), *run.arm.sampling.items()]]
     half = config.log.save_every
+    assert half is not None, "set by GridRun.config"
     if run.arm.curve and half < steps:
         ways.insert(0, (half, "", {}))
     done = {line["key"] for line in results(experiment.out)}
@@ -194,12 +192,13 @@ def key_of(run: GridRun, experiment: Experiment, step: int, options: dict) -> st
     """Identifies a result by everything that it depends on."""
     e = experiment
     judged = [e.prompts_per_task, e.samples, options]
-    return f"{run.base}/{run.config(e).run_dir.name}/step{step}/{_digest(judged)}"
+    return f"{run.base}/{run.config(e).run_dir.name}/step{step}/{json_sha256(judged)[:8]}"
 
 
 def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
     """Draw and judge."""
     from t2i.shapes.fine_tuning import examine
+    from t2i.shapes.refinement import stage_changes
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
     started = time.time()
@@ -210,22 +209,24 @@ def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
         samples=experiment.samples,
         sampling=replace(model.sampling, **options),
     )
-    summary = examined.report.summary
+    summary, windows = examined.report.summary, examined.windows
+    geometry = model.windows.shrunk(windows.shape[2])
+    changes = asdict(stage_changes(windows, geometry)) if geometry.stages > 1 else None
     verdicts = [int(v.correct) for v in examined.report.verdicts]
     each = experiment.samples
     return {
         "score": summary.overall,
         "tags": {tag: s.mean for tag, s in summary.tags.items()},
         "correct": [sum(verdicts[i : i + each]) for i in range(0, len(verdicts), each)],
-        "changes": examined.changes and asdict(examined.changes),
+        "changes": changes,
         "seconds_judging": round(time.time() - started, 1),
     }
 
 
 def trained(model, run: GridRun, experiment: Experiment) -> dict:
     """Losses on the held-out set, their course, and what refinement does there."""
-    from launch.lab.refinement import repairs
     from t2i.shapes.fine_tuning import held_out, held_out_losses, loaded
+    from t2i.shapes.refinement import repairs
     from t2i.training.logs import read_metrics
 
     config = run.config(experiment)
@@ -244,7 +245,7 @@ def trained(model, run: GridRun, experiment: Experiment) -> dict:
 def results(out: Path) -> list[dict]:
     """All lines of results.jsonl."""
     path = out / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_json_lines(path) if path.exists() else []
 
 
 def append(out: Path, line: dict) -> None:

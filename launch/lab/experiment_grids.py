@@ -23,12 +23,16 @@ class Arm:
 
 
 _COLDER = {f"temperature {t}": {"temperature": t} for t in (0.8, 0.6)}
-_TRUST = {
+_TRUST: dict[str, dict] = {
     "renoise 1": {"renoise": 1.0},
     "draft temperature 0": {"draft_temperature": 0.0},
     "window 1": {"window": 1},
 }
-_SAMPLING = {"temperature 0.6": {"temperature": 0.6}, **_TRUST, "window 2": {"window": 2}}
+_SAMPLING: dict[str, dict] = {
+    "temperature 0.6": {"temperature": 0.6},
+    **_TRUST,
+    "window 2": {"window": 2},
+}
 
 
 def _control(*, sampling=None, curve=False) -> Arm:

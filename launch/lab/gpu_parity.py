@@ -68,10 +68,11 @@ def _forced(
 
 def llamagen_case(case: GoldenCase) -> Golden:
     config, text = case.config, case.config["model_type"] == "t2i"
-    prepared = {"labels": case.tensors.get("input.class_ids")}
     if text:
         mask = case.input("caption_mask").bool()
         prepared = {"features": case.input("caption_features"), "mask": mask}
+    else:
+        prepared = {"labels": case.input("class_ids")}
     guided = replace(GREEDY, cfg_scale=config["cfg_scale"])
     runs = {"cfg": guided, "cfg1": GREEDY}
     if _stored(case, "greedy_ids_cfg_interval"):
@@ -254,14 +255,14 @@ TOKENIZERS = {
 
 # -- one thing, several ways -----------------------------------------------------------------------
 
-BACKBONES = {
+BACKBONES: dict[str, Callable[[], Backbone]] = {
     "llamagen class": lambda: helpers.tiny_llamagen("class"),
     "llamagen text": lambda: helpers.tiny_llamagen("text"),
     "janus": helpers.tiny_janus,
     "open_magvit2": helpers.tiny_open_magvit2,
     "rar": helpers.tiny_rar,
 }
-SHIPPED = {
+SHIPPED: dict[str, Callable[[], Backbone]] = {
     "shapes base": lambda: load_backbone("llamagen", "shapes"),
     "janus shapes base": lambda: load_backbone("janus", "shapes-janus"),
 }

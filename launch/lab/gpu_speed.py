@@ -4,15 +4,15 @@ Models have published shapes and random weights: speed does not depend on their 
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from launch.benchmark import TrainingStep, seconds
 from t2i.models.base import Backbone
 from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
@@ -37,6 +37,12 @@ def _llamagen(**shape) -> LlamaGen:
         return LlamaGen(LlamaGenConfig(**shape))
 
 
+def _janus_pro() -> Janus:
+    outline = Janus.outline("deepseek-ai/Janus-Pro-1B", generation_only=True)
+    assert outline is not None, "a published name"
+    return outline
+
+
 def _tiny_janus() -> Janus:
     tokenizer = VQTokenizer(VQConfig(32, (1, 2), 1, 16, codebook_size=48, codebook_dim=8))
     shape = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64, "vocab_size": 320}
@@ -46,7 +52,7 @@ def _tiny_janus() -> Janus:
 SHAPES: dict[str, Callable[[], Backbone]] = {
     "LlamaGen-B class": partial(_llamagen, **SIZES["B"], cond="class"),
     "LlamaGen-XL class": partial(_llamagen, **SIZES["XL"], cond="class"),
-    "Janus-Pro-1B": partial(Janus.outline, "deepseek-ai/Janus-Pro-1B", generation_only=True),
+    "Janus-Pro-1B": _janus_pro,
     "LlamaGen-XL text": partial(_llamagen, **SIZES["XL"], cond="text"),
 }
 _TINY = {"dim": 32, "n_layer": 2, "n_head": 2, "grid": (4, 4), "vocab_size": 48, "ffn_dim": 64}
@@ -82,15 +88,6 @@ def multiplied(model: nn.Module) -> int:
     """Parameters that every input meets: all but tables, of which it reads a row."""
     tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     return sum(p.numel() for p in model.parameters()) - tables
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
 
 
 # -- what the hardware can do ----------------------------------------------------------------------
@@ -162,31 +159,6 @@ def training(device: torch.device, tiny: bool) -> Rows:
         batch, build = 2 if tiny else TRAINED[name], (TINY if tiny else SHAPES)[name]
         about = {"model": name, "k": k, "batch": batch}
         yield about, partial(time_training, build, k, batch, device, peak)
-
-
-class TrainingStep:
-    """Forward, backward and AdamW over all parameters, on random codes; each call is a step."""
-
-    def __init__(self, model: TensorAR, prepared: dict[str, Tensor], *, autocast: bool = False):
-        spec, device = model.backbone.spec, model.backbone.device
-        batch = len(next(iter(prepared.values())))
-        self.model, self.prepared, self.autocast = model, prepared, autocast
-        self.codes = torch.stack(
-            [torch.randint(v, (batch, spec.num_tokens), device=device) for v in spec.subvocabs], -1
-        )
-        self.keys = torch.arange(batch, device=device)
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
-
-    def __call__(self) -> None:
-        model = self.model.train()
-        with torch.autocast(self.codes.device.type, torch.bfloat16, enabled=self.autocast):
-            condition = model.backbone.encode_condition(self.prepared)
-            windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
-            loss = model(self.codes, condition, windows).weighted(model.config.weights())
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
 
 
 def time_training(

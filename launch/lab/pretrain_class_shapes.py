@@ -14,9 +14,8 @@ generator at its newest checkpoint; what is finished is kept, and only with the 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from t2i import cli
 from t2i.shapes.tiny_recipes import ClassBase

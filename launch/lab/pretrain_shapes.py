@@ -24,9 +24,8 @@ OUT/scores.json scores both on the quickstart's prompts.
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from t2i import cli
 from t2i.shapes.tiny_recipes import CaptionBase

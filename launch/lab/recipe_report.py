@@ -10,20 +10,18 @@ seed and prompt by prompt before that.
 Shapes: R seeds, P prompts.
 """
 
-import json
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from t2i import cli
-from t2i.files import reading, writable_folder, write_text
+from t2i.evaluation.results import markdown_table
+from t2i.files import read_json_lines, writable_folder, write_text
 
 CONTROL = "control"
 COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac")
@@ -138,12 +136,6 @@ def loss_gain(results: Results, base: str, arm: str, kind: str) -> str:
     return f"{difference.mean():+.1f}{spread}"
 
 
-def markdown(head: str, rows: Iterable[Sequence[str]]) -> str:
-    """A table; `head` has the columns' names between bars."""
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
-
-
 def arm_table(results: Results, base: str) -> str:
     """One row per arm, sampled in the base's own way."""
     head = (
@@ -151,7 +143,7 @@ def arm_table(results: Results, base: str) -> str:
         "| slot 0 less the control's, noised truth (mnat) | own drafts (mnat) |"
     )
     kinds = ("noised_truth", "own_drafts")
-    return markdown(
+    return markdown_table(
         head,
         (
             [
@@ -170,7 +162,7 @@ def sampling_table(results: Results, base: str) -> str:
     """One row per way of sampling from the same runs."""
     varied = {arm for arm, sampling in results.names(base) if sampling}
     names = sorted(results.names(base), key=lambda name: name[0])
-    return markdown(
+    return markdown_table(
         "| arm | sampling | seeds | score | against the control |",
         (
             [
@@ -210,7 +202,7 @@ def refinement_table(results: Results, base: str) -> str:
         found = [x for x in results.find(base, arm).values() if "repairs" in x]
         if found and not sampling:
             rows.append([arm, *(mean(found, *column) for column in columns)])
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 @dataclass(frozen=True)
@@ -263,7 +255,9 @@ def correlation_lines(results: Results) -> str:
             [r.loss - c.loss for r, c in pairs], [r.score - c.score for r, c in pairs]
         )
         rows.append([base, str(len(runs)), f"{both:+.2f}", f"{paired:+.2f}"])
-    return markdown("| base | runs | rank correlation | of differences to the control |", rows)
+    return markdown_table(
+        "| base | runs | rank correlation | of differences to the control |", rows
+    )
 
 
 def _save(figure, path: Path) -> None:
@@ -282,7 +276,7 @@ def plot_correlation(results: Results, path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(bases), 3.4), layout="constrained")
     for base, axes in zip(bases, np.atleast_1d(figure.subplots(1, len(bases))), strict=True):
         arms = list(dict.fromkeys(run.arm for run in runs if run.base == base))
-        colors = COLORS if len(arms) <= len(COLORS) else colormaps["tab20"].colors
+        colors = COLORS if len(arms) <= len(COLORS) else colormaps["tab20"](range(20))
         for arm, color in zip(arms, colors, strict=False):
             points = [(run.loss, run.score) for run in runs if (run.base, run.arm) == (base, arm)]
             axes.scatter(*zip(*points, strict=True), s=16, color=color, label=arm)
@@ -336,9 +330,7 @@ def loss_course(
 
 def main() -> None:
     config = cli.parse(ReportOptions, __doc__)
-    with reading(config.results):
-        lines = [json.loads(line) for line in config.results.read_text().splitlines()]
-    results = Results(lines, config)
+    results = Results(read_json_lines(config.results), config)
     writable_folder(config.out)
     parts = []
     for base in results.bases():

@@ -18,14 +18,13 @@ import numpy as np
 import tyro
 from PIL import Image
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run from a clone, without installation
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from geneval.rules import RuleOptions
-from launch.lab.recipe_report import markdown
 from t2i import cli
 from t2i.errors import UserError
+from t2i.evaluation.results import markdown_table
 from t2i.shapes.scenes import CLASSES, class_image
 from t2i.shapes.shapes_detector import ShapesDetector
 
@@ -58,8 +57,10 @@ def verdicts_on(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         found = []
         for shape, detections in detector.detect(image).items():
-            clear = detections.take(np.flatnonzero(detections.scores > RuleOptions().threshold))
-            found += [(shape, c) for c in detector.classify_colors(image, shape, clear)]
+            clear = np.flatnonzero(detections.scores > RuleOptions().threshold).tolist()
+            found += [
+                (shape, c) for c in detector.classify_colors(image, shape, detections.take(clear))
+            ]
         if len(found) == 1:
             shape, color = (a == b for a, b in zip(found[0], CLASSES[label], strict=True))
             verdicts[i] = shape and color, shape, color
@@ -133,7 +134,7 @@ def table(rows: dict[str, dict]) -> str:
             minus = f"{r['minus_first']:+.3f} ± {r['minus_first_stderr']:.3f}"
         shares = [f"{r['right']:.3f} ± {r['stderr']:.3f}", f"{r['shape']:.3f}", f"{r['color']:.3f}"]
         cells.append([name, str(r["n"]), *shares, minus])
-    return markdown("| images | n | right | shape | colour | minus the first |", cells)
+    return markdown_table("| images | n | right | shape | colour | minus the first |", cells)
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:

@@ -15,14 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from t2i.errors import UserError
-from t2i.files import file_sha256, wait_until_none, write_text
+from t2i.files import file_sha256, text_sha256, wait_until_none, write_text
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
 Contents = list[tuple[str, str]]
-"""(name, hash) of each file, in the order of the data set; the hash of a file that cannot be read
-is `ABSENT`.
-"""
+"""(name, hash) of each file, in the order of the data set; `ABSENT` for one that cannot be read."""
 
 ABSENT = "absent"
 _WORTH_AN_INDEX = 64 << 20  # bytes: less is hashed in a moment
@@ -67,8 +65,7 @@ def contents_key(contents: Contents) -> str:
 
 def content_key(parts: dict) -> str:
     """A name for what JSON-able parts say: 20 hexadecimal digits of the SHA-256 of their JSON."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return text_sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")))[:20]
 
 
 def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.data.images import ImageRules, SkipSample
-from t2i.data.samples import CaptionNotes, Sample, Source, check_captions, load_sample
+from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable, load_sample
 from t2i.data.store import sample_line
 from t2i.files import write_text
 
@@ -135,7 +135,7 @@ def survey_source(
         samples = (source[i * source.length // count] for i in range(count))
     lines, usable = [], []
     for sample in samples:
-        checked = check_captions(sample, caption_notes)
+        checked = drop_unreadable(sample, caption_notes)
         result = load_sample(checked, rules)
         lines.append(sample_line(checked, result if isinstance(result, SkipSample) else None))
         if not isinstance(result, SkipSample):

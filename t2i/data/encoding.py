@@ -31,10 +31,10 @@ from torch import Tensor
 from t2i.data.content import Contents, content_key, contents_key, describe_changes, hash_files
 from t2i.data.data_report import DataReport
 from t2i.data.images import ImageRules, SkipSample
-from t2i.data.samples import CaptionNotes, Sample, Source, check_captions, load_sample
+from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable, load_sample
 from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path
 from t2i.errors import UserError
-from t2i.files import wait_for, writable_folder, write_text
+from t2i.files import read_json, wait_for, writable_folder, write_text
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -46,11 +46,11 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class Encoding:
-    """What makes the content of a store of samples.
+    """How samples become the content of a store.
 
     Attributes:
-        images: pixels float32 [N, 3, size, size] in [-1, 1] -> codes int64 [N, T, S]. Of a source
-            of codes, codes -> the same.
+        images: pixels float32 [N, 3, size, size] in [-1, 1] -> codes int64 [N, T, S]. For a
+            source of codes: gives them back.
         rules: how images become pixels; None for a source of codes.
         captions: captions -> one float [n_i, C] each, valid tokens only; bfloat16 is kept, other
             types are stored as float16. None for a store without text features.
@@ -155,8 +155,8 @@ def check_cache_dir(cache_dir: Path) -> None:
 def _changes(before: Path, key: dict, contents: Contents) -> str:
     """How the data differ from those of another store, in words."""
     try:
-        stored = json.loads((before / "source.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stored = read_json(before / "source.json")
+    except UserError:
         stored = {"key": {}}
     if stored["key"].get("format") != FORMAT:
         return f"{before} is gone or of another version, so that the changes cannot be named"
@@ -211,7 +211,7 @@ def _encode_shard(
 ) -> None:
     """Encode and write one shard; `advance(n)` is told of every n samples."""
     views = 1 if encoding.rules is None else encoding.rules.views.count
-    checked = (check_captions(sample, encoding.caption_notes) for sample in samples)
+    checked = (drop_unreadable(sample, encoding.caption_notes) for sample in samples)
     load = partial(_load, rules=encoding.rules)
     for batch, loaded in load_ahead(checked, load, max(1, encoding.batch_size // views)):
         usable = []
@@ -323,7 +323,7 @@ def _surroundings(source: Source) -> str:
 
 def _refresh(folder: Path, source: Source) -> None:
     """Bring the report up to date with files around the samples, which the key does not cover."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST)
     if manifest["surroundings"] != _surroundings(source):
         shards = map(ShardReader, sorted(folder.glob("shard_*.safetensors")))
         with suppress(UserError):  # someone else's store, which can only be read

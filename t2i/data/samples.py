@@ -171,7 +171,7 @@ CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
 UNREADABLE = "caption has no text the encoder can read"
 
 
-def check_captions(sample: Sample, caption_notes: CaptionNotes | None) -> Sample:
+def drop_unreadable(sample: Sample, caption_notes: CaptionNotes | None) -> Sample:
     """The sample without captions of which the encoder would read nothing, with notes on others."""
     if caption_notes is None or not sample.captions:
         return sample

@@ -2,8 +2,8 @@
 
     <folder>/source.json                 what the folder's name was made of, and the source's files
              shard_00003.safetensors     codes [n, A, T, S] uint16 or int32
-                                         labels [n] int64: of images of classes
-                                         pixels [n] int64: of others, equal for the same image
+                                         labels [n] int64: the class of each image; or
+                                         pixels [n] int64: a hash of each captioned image
                                          text [tokens, C] float16 or bfloat16: features of the
                                            captions, valid tokens only, back to back
                                          text_offsets [captions + 1] int64: rows of caption c in it
@@ -37,7 +37,7 @@ from torch import Tensor
 from t2i.data.images import SkipSample
 from t2i.data.samples import Sample
 from t2i.errors import UserError
-from t2i.files import replacing
+from t2i.files import read_json, replacing
 
 FORMAT = 3
 """Part of the manifest and of the folder's name: change it whenever the files change."""
@@ -79,7 +79,7 @@ class ShardWriter:
         """Add one batch.
 
         Args:
-            pixels: hashes, of samples with captions.
+            pixels: hashes of the images, where these have captions.
             features: float [n_i, C] for every caption of every sample; none without text features.
         """
         self._lines += map(sample_line, samples)
@@ -149,7 +149,7 @@ class ShardReader:
 
     @property
     def pixels(self) -> list[int]:
-        """Of samples with captions, a number for each that is the same for the same image."""
+        """A hash of each captioned image: the same for the same pixels."""
         return self._file.get_tensor("pixels").tolist()
 
     @property
@@ -174,11 +174,11 @@ class ShardReader:
         return [line for line in self.lines() if "reason" not in line]
 
     def codes(self, row: int, view: int) -> Tensor:
-        """int64 [T, S]."""
+        """Codes int64 [T, S] of one view."""
         return self._codes[row, view].long()
 
     def features(self, row: int, choice: int, max_tokens: int) -> Tensor:
-        """Of one of the captions, float32 [n, C] with n <= max_tokens."""
+        """Features of one of the captions, float32 [n, C] with n <= max_tokens."""
         captions, text = self._offsets
         caption = captions[row] + choice % (captions[row + 1] - captions[row])
         start, end = text[caption], text[caption + 1]
@@ -207,7 +207,7 @@ class CodeStore:
                 f"{folder} is no finished store of codes (it has no {MANIFEST}). "
                 "Start the run again: it goes on where it stopped"
             )
-        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        self.manifest = read_json(path)
         if (found := self.manifest["key"].get("format")) != FORMAT:
             raise UserError(f"{folder} has the format {found}, this version reads {FORMAT} only")
         self.key, self.views = self.folder.name, self.manifest["views"]
@@ -221,7 +221,7 @@ class CodeStore:
     def codes(
         self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None = None
     ) -> Tensor:
-        """int64 [B, T, S], of one view of each image."""
+        """Codes int64 [B, T, S] of one view of each image."""
         rows = [
             shard.codes(row, chosen % self.views)
             for (shard, row), chosen in self._chosen(indices, choice)

@@ -90,9 +90,7 @@ class Difference:
         return self.b - self.a
 
 
-def paired_differences(
-    a: Groups, b: Groups, *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[Difference, dict[str, Difference]]:
+def paired_differences(a: Groups, b: Groups) -> tuple[Difference, dict[str, Difference]]:
     """The difference overall (the unweighted mean of the groups) and by group.
 
     Raises:
@@ -109,9 +107,7 @@ def paired_differences(
     for name in a:
         # The same draws for both: they have the same name and prompts.
         (mean_a, means_a), (mean_b, means_b) = (
-            mean_over_prompts(
-                [values[prompt] for prompt in sorted(values)], name, seed=seed, resamples=resamples
-            )
+            mean_over_prompts([values[prompt] for prompt in sorted(values)], name)
             for values in (a[name], b[name])
         )
         differences_R, prompts = means_b - means_a, mean_a.prompts

@@ -5,8 +5,6 @@ places: whatever was interrupted before, and however many processes share the wo
 out of the same matrix products. Where they go, and which are there, is a `Place`'s to say.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +16,8 @@ from t2i import __version__
 from t2i.errors import UserError
 from t2i.evaluation.options import ClassImages
 from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
-from t2i.files import saving
-from t2i.generation import Drawn, Job, conditions, draw_images
+from t2i.files import json_sha256, saving
+from t2i.generation import Drawn, Job, draw_images, parse_conditions
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
@@ -28,23 +26,22 @@ from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
 
-Batch = Sequence[Job]
 _MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights"}
 _CODES = 1
-"""In place of a sample index: an image's class is drawn from the key without it."""
+"""In place of a sample index; an image's class comes from the key without it, its codes with."""
 
 
 def fill(
     place: Place,
-    batches: Sequence[Batch],
-    draw: Callable[[Batch], Iterable[Drawn]],
+    batches: Sequence[Sequence[Job]],
+    draw: Callable[[Sequence[Job]], Iterable[Drawn]],
     *,
     progress: bool = True,
 ) -> None:
     """Draw what a claimed place lacks; every process calls it and does every n-th batch.
 
     Args:
-        batches: of jobs; one that occurs twice in a batch fills it up, and is written once.
+        batches: of jobs. A batch may be filled up with repeats of a job, which are written once.
         draw: all images of a batch.
     """
     processes = place.processes
@@ -87,7 +84,7 @@ def draw_prompts(
     Raises:
         UserError: the folder holds images of other prompts, settings or weights.
     """
-    prompts = conditions(model.backbone, [entry["prompt"] for entry in entries])
+    prompts = parse_conditions(model.backbone, [entry["prompt"] for entry in entries])
     place = GenerationFolder(folder, entries, processes, stages=count_stages(model, options))
     settings = generation_settings(model, entries, options)
     place.claim(settings, options.about, compared=_MUST_MATCH)
@@ -96,10 +93,16 @@ def draw_prompts(
     for batch in batches:  # the last one is filled up: all come out of the same matrix shapes
         batch += [batch[-1]] * (options.batch_size - len(batch))
 
-    def draw(batch: Batch) -> Iterable[Drawn]:
+    def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, prompts, options, jobs=batch, progress=show_steps)
 
     fill(place, batches, draw, progress=not show_steps)
+
+
+def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:
+    """UserError for what `draw_prompts` would refuse, as far as it is known without a model."""
+    known = {"prompts": prompts_digest(entries), "seed": seed}
+    GenerationFolder(folder, entries).check(known)
 
 
 def count_stages(model: TensorAR, options: DrawOptions) -> int:
@@ -117,14 +120,12 @@ def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawO
 def request_hash(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> str:
     """A short name for all that must match in a folder of images."""
     settings = generation_settings(model, entries, options)
-    text = json.dumps({key: settings[key] for key in sorted(_MUST_MATCH)}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return json_sha256({key: settings[key] for key in _MUST_MATCH})[:8]
 
 
 def prompts_digest(entries: Sequence[dict]) -> dict:
     """Number of the prompts, and SHA-256 of all their metadata."""
-    text = json.dumps(list(entries), sort_keys=True)
-    return {"count": len(entries), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"count": len(entries), "sha256": json_sha256(list(entries))}
 
 
 def image_settings(model: TensorAR, options: DrawOptions) -> dict:
@@ -190,7 +191,7 @@ def draw_classes(
     labels = sample_labels(images.count, spec.num_classes, balanced=balanced, seed=options.seed)
     classes = labels.tolist()
 
-    def draw(batch: Batch) -> Iterable[Drawn]:
+    def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, classes, options, jobs=batch, progress=False)
 
     fill(place, numbered_batches(images.count, options.batch_size), draw, progress=progress)

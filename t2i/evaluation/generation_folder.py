@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from t2i.errors import UserError
 from t2i.files import read_json, reading, saving, write_text
 from t2i.imaging import grid, save_png
-from t2i.models.captions import check_captions
+from t2i.models.conditions import check_captions
 
 GENERATION_FILE = "generation.json"
 _MAX_GRID_IMAGES = 64
@@ -168,9 +168,7 @@ class Inventory:
     missing: list[str] = field(default_factory=list)
     """Expected images without a file."""
     problems: list[str] = field(default_factory=list)
-    """What would be judged as something that it is not (an extra sample, a folder for no prompt,
-    another prompt's metadata); always refused.
-    """
+    """What would be judged as something else (extra samples, other prompts); always refused."""
     unread: list[str] = field(default_factory=list)
     """Names that no evaluator of this layout reads; they are left alone."""
 
@@ -260,8 +258,8 @@ def take_inventory(
 def _metadata_problem(folder: Path, entry: dict) -> str | None:
     path = folder / "metadata.jsonl"
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        known = read_json(path)
+    except UserError as error:
         return f"{folder.name}/metadata.jsonl cannot be read ({error})"
     if known != entry:
         prompt = known.get("prompt") if isinstance(known, dict) else known

@@ -8,7 +8,6 @@ A verdict carries the SHA-256 of the image file that it is about: it is repeated
 image has changed.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,15 @@ from PIL import Image
 
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import Inventory, load_image, prompt_folder, sample_file
-from t2i.files import file_sha256, reading, writable_folder, write_json, write_text
+from t2i.files import (
+    file_sha256,
+    json_sha256,
+    read_json_lines,
+    reading,
+    writable_folder,
+    write_json,
+    write_text,
+)
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
@@ -51,8 +58,7 @@ class Verdicts:
 
     def __init__(self, out: Path, judge: dict, prompts: dict):
         self.about = {"judge": judge, "prompts": prompts}
-        text = json.dumps(self.about, sort_keys=True)
-        self.folder = out / "verdicts" / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.folder = out / "verdicts" / json_sha256(self.about)[:12]
 
     def overlay(self, prompt_index: int, sample: int) -> Path:
         """Where the overlay of an image is, if it has one."""
@@ -64,9 +70,8 @@ class Verdicts:
         if not path.is_file():
             return {}
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            return {line["sample"]: line for line in lines}
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+            return {line["sample"]: line for line in read_json_lines(path)}
+        except (UserError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it to judge again") from error
 
     def write(self, prompt_index: int, lines: dict[int, dict]) -> None:

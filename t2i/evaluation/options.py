@@ -74,7 +74,7 @@ class BenchmarkOptions(DrawingModelOptions):
             )
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
-        """As of any model; and whether there are images, where they are to be judged."""
+        """As for any model; and whether there are images, where they are to be judged."""
         if self.images is None:
             return super().check()
         from t2i.loading import pick_device

@@ -56,10 +56,10 @@ class Place(ABC):
         self.out, self.record, self.processes = out, record, processes
 
     def check(self, known: dict) -> None:
-        """UserError for what `claim` would refuse and can be told before the model is loaded.
+        """UserError for what `claim` would refuse, as far as it is known before a model is loaded.
 
         Args:
-            known: some of the settings, those that are known by then.
+            known: the settings that are known by then.
         """
         writable_folder(self.record.parent, make=False)
         if self.record.is_file():
@@ -203,7 +203,7 @@ class ImageArray(Place):
         return self.out.exists()
 
     def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> None:
-        """As of any place; the settings name the images' "size" and the "batch_size"."""
+        """As for any place; the settings hold the images' "size" and the "batch_size"."""
         super().claim(settings, about, compared=compared)
         if not self.out.exists():
             shape, rows = (self.count, *settings["size"], 3), settings["batch_size"]

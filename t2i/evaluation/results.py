@@ -7,7 +7,7 @@ are missing, who judged (weights by hash), how the images were drawn, and with w
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,7 @@ from t2i import __version__
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import Difference, Groups, paired_differences
 from t2i.evaluation.generation_folder import shorten
-from t2i.files import write_json, write_text
+from t2i.files import read_json, read_json_lines, write_json, write_text
 
 RESULTS_FILE, ROWS_FILE, REPORT_FILE = "results.json", "results.jsonl", "report.md"
 _PACKAGES = ("torch", "transformers", "open-clip-torch", "numpy", "pillow")
@@ -107,10 +107,8 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
         UserError: the folder holds no finished results.
     """
     try:
-        results = json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"))
-        lines = (out / ROWS_FILE).read_text(encoding="utf-8").splitlines()
-        return results, [json.loads(line) for line in lines]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return read_json(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
+    except UserError as error:
         raise UserError(f"{out} holds no finished results ({error})") from error
 
 
@@ -126,7 +124,7 @@ def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
     """A markdown table under `title` (who judged what): a line a name, columns a way to count."""
     ways, rows = by_way(scores)
     columns = "".join(f" {way or 'mean'} | ± | images | prompts |" for way in ways)
-    lines = [f"| {title} |{columns}", "|---" * (1 + 4 * len(ways)) + "|"]
+    lines = []
     for name, of_ways in rows.items():
         bold = "**" if any(score.headline for score in of_ways.values()) else ""
         cells = [f"{bold}{name}{bold}"]
@@ -138,8 +136,14 @@ def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
             error = "-" if score.stderr is None else f"{score.stderr:.{digits}f}"
             cells += [f"{bold}{score.mean:.{digits}f}{bold}", error]
             cells += [str(score.images), str(score.prompts)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(f"| {title} |{columns}", lines)
+
+
+def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table; `head` has the columns' names between bars."""
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def by_way(scores: Sequence[Score]) -> tuple[list[str], dict[str, dict[str, Score]]]:

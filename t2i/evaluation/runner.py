@@ -17,9 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from t2i.checkpoint import find_checkpoint, read_config
+import torch
+
+from t2i.checkpoint import read_config
 from t2i.errors import UserError
-from t2i.evaluation.draw import draw_prompts, prompts_digest
+from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import (
     Inventory,
@@ -30,7 +32,6 @@ from t2i.evaluation.generation_folder import (
 )
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
 from t2i.evaluation.options import BenchmarkOptions, Scope
-from t2i.evaluation.places import GenerationFolder
 from t2i.evaluation.results import (
     RESULTS_FILE,
     Coverage,
@@ -186,6 +187,7 @@ def _report(
 # -- a benchmark's program -------------------------------------------------------------------------
 def run(
     options: BenchmarkOptions,
+    where: tuple[torch.device, torch.dtype],
     name: str,
     entries: Sequence[dict],
     build: Callable[[Processes], Benchmark],
@@ -194,6 +196,7 @@ def run(
     """Draw, judge and report; the main process prints the table and where to look.
 
     Args:
+        where: device and type that the model draws with, as `options.check` tells.
         name: of the benchmark, as in its default output folder.
         entries: the benchmark's prompts.
         build: the benchmark with its judge on the process's device; called before anything is
@@ -202,7 +205,7 @@ def run(
             layout and returns their folder; every process calls it. They are in that layout already
             if None.
     """
-    device, dtype = options.check()
+    device, dtype = where
     out, images = options.out or default_out(options, name), options.images
     processes = join_processes(device)
     # One launch holds the folder: its main process for all of them.
@@ -211,8 +214,7 @@ def run(
             remove_leftovers(out)
         if processes.is_main and images is None:
             claim_output(out, out / "images")
-            known = {"prompts": prompts_digest(entries), "seed": options.seed}
-            GenerationFolder(out / "images", entries).check(known)
+            check_prompts(out / "images", entries, options.seed)
         benchmark = build(processes)
         model, draw = None, None
         if images is None:
@@ -252,8 +254,8 @@ def is_shapes_world(options: BenchmarkOptions) -> bool:
     if options.images is not None:
         generation = read_generation(options.images) or {}
         base = generation.get("about", {}).get("backbone", {})
-    elif options.is_trained and options.source is not None:
-        base = read_config(find_checkpoint(options.source))["backbone"]
+    elif options.checkpoint is not None:
+        base = read_config(options.checkpoint)["backbone"]
     else:
         base = {"weights": options.source}
     return not {base.get("weights"), base.get("shipped_base")}.isdisjoint(shipped_bases())

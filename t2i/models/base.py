@@ -13,16 +13,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.labels import class_ids
+from t2i.models.conditions import class_ids
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from t2i.sources import BackboneSource
 
 
 @dataclass(frozen=True)
@@ -164,8 +169,9 @@ class Frozen:
 
 
 def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
-    """RAR's guidance (1d-tokenizer `modeling/rar.py`): 1 + (scale - 1) (1 - cos(pi
-    (step/steps)^power)) / 2, in fp32 as there.
+    """RAR's guidance (1d-tokenizer `modeling/rar.py`), in fp32 as there:
+
+    1 + (scale - 1) (1 - cos(pi (step/steps)^power)) / 2
     """
     if power == 0:
         return scale
@@ -174,7 +180,7 @@ def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
 
 
 def parameter_count(module: nn.Module) -> str:
-    """Parameters of a module, for people."""
+    """The number of a module's parameters, in words."""
     count = sum(p.numel() for p in module.parameters())
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
@@ -197,9 +203,9 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = Frozen()
-        self.source: Any = None
-        """Where the weights came from (`t2i.sources.BackboneSource`)."""
-        self.lora: Any = None
+        self.source: BackboneSource | None = None
+        """Where the weights came from; None if `load_backbone` did not load them."""
+        self.lora: LoraConfig | None = None
         """PEFT's configuration, once adapters are injected (`t2i.lora`)."""
         self.gradient_checkpointing = False
         """Recompute the trunk's blocks and the logits in the backward pass."""
@@ -258,9 +264,7 @@ class Backbone(nn.Module, ABC):
         """The weights that fine-tuning may change, under their official names."""
 
     def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
-        """Write all weights, in this type, in the layout of the family's authors; returns what
-        `load` then takes.
-        """
+        """Write all weights in this type and the official layout; returns what `load` takes."""
         weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
         torch.save({"model": weights}, folder / "model.pt")
         return folder / "model.pt"
@@ -275,9 +279,8 @@ class Backbone(nn.Module, ABC):
         return {"labels": class_ids(conditions, self.spec.num_classes).to(self.device)}
 
     def prefix_length(self, conditions: Sequence) -> int:
-        """Prefix tokens of the longest of these conditions: images drawn with one `length` do not
-        depend on how they are batched.
-        """
+        """Prefix tokens of the longest of these conditions, a `length` for `prepare`."""
+        # With one length for all, an image does not depend on how images are batched.
         return self.spec.prefix_tokens
 
     def caption_features(self) -> CaptionFeatures | None:
@@ -311,9 +314,7 @@ class Backbone(nn.Module, ABC):
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
-        """Embed prepared conditions. `drop` [B] bool puts the unconditional form in their place,
-        exactly as the base was trained.
-        """
+        """Embed prepared conditions; `drop` [B] bool puts the unconditional form in their place."""
 
     # -- the model ---------------------------------------------------------------------------------
     @abstractmethod
@@ -324,15 +325,14 @@ class Backbone(nn.Module, ABC):
     def trunk(
         self, x_BLD: Tensor, positions_L: Tensor, condition: Condition, cache: KVCache | None = None
     ) -> Tensor:
-        """Causal transformer on embeddings: positions 0..P-1 are the prefix, P + p image token p.
-        Returns what the head reads.
+        """Causal transformer on embeddings; returns what the head reads.
+
+        Positions 0..P-1 are the prefix, P + p image token p.
         """
 
     @abstractmethod
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
-        """fp32 logits [..., V_s] of sub-token s = earlier.shape[-1], given hidden [..., D] and
-        sub-tokens 0..s-1 [..., s].
-        """
+        """fp32 logits [..., V_s] of sub-token s, of hidden [..., D] and earlier ones [..., s]."""
 
     def all_logits(self, h: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
         """Teacher-forced logits of every sub-token, given the true codes [..., S]."""
@@ -348,8 +348,9 @@ class Backbone(nn.Module, ABC):
 
     @property
     def lora_root(self) -> nn.Module:
-        """The module whose names an adapter file uses: the published model's, where another library
-        may load the adapter.
+        """The module whose names an adapter file uses.
+
+        The published model's, where another library may load the adapter.
         """
         return self
 

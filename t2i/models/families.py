@@ -5,17 +5,16 @@ A family is a folder beside this file, registered by its name in `FAMILIES`. The
 (`t2i.models.base`). Nothing here imports PyTorch: programs name families in their `--help`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from t2i.errors import UserError
 
 if TYPE_CHECKING:
     from t2i.models.base import Backbone
-    from t2i.training.config import TrainConfig
 
 FAMILIES = (
     "llamagen",
@@ -40,6 +39,8 @@ class Family:
     """Its `Backbone`, as "module:Class"."""
     text_encoder: str | None = None
     """What encodes captions apart from the model, a `TextEncoder` as "module:Class"."""
+    text_encoder_parameters: Mapping[str, int] = field(default_factory=dict)
+    """Of published text encoders by name: they are kept on the device beside the model."""
     published_as_folder: bool = False
     """Weights, tokenizers and configuration are published as one folder, not as a file each."""
     prompt_file: str | None = None
@@ -66,11 +67,6 @@ class Family:
             why = "takes none" if self.prompt_file is None else "brings its own prompt tokenizer"
             raise UserError(f"{self.name} {why}: leave out text_encoder")
         return _named(self.text_encoder)
-
-    def recipes(self) -> "dict[str, tuple[str, TrainConfig]]":
-        """Its named settings for training, each with a line about it; none if it brings none."""
-        module = f"t2i.models.{self.name}.{self.name}_recipes"
-        return {} if find_spec(module) is None else import_module(module).recipes()
 
 
 def _named(place: str) -> Any:

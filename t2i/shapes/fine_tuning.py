@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import geneval
-from launch.lab.refinement import StageChanges, stage_changes
 from t2i.checkpoint import from_pretrained, run_checkpoints
 from t2i.generation import draw_images
 from t2i.sampling import DrawOptions, SamplingConfig
@@ -50,8 +50,8 @@ class Examined:
     """What one model made of the benchmark prompts."""
 
     report: geneval.Judgement
-    changes: StageChanges | None
-    """None where there are no drafts."""
+    windows: Tensor
+    """Of all images, int64 [B, N, k, S]: final codes and drafts."""
 
 
 def examine(
@@ -67,6 +67,4 @@ def examine(
     options = DrawOptions(seed, sampling, batch_size=48)
     drawn = list(draw_images(model, prompts, options, samples_per_prompt=samples))
     report = geneval.score([one.image for one in drawn], metadata, ShapesDetector())
-    windows = torch.stack([one.windows for one in drawn])
-    geometry = model.windows.shrunk(windows.shape[2])
-    return Examined(report, stage_changes(windows, geometry) if geometry.stages > 1 else None)
+    return Examined(report, torch.stack([one.windows for one in drawn]))

@@ -122,12 +122,11 @@ def write_base(
     """
     (folder / "model").mkdir(parents=True, exist_ok=True)
     weights = backbone.save_official(folder / "model", dtype)
-    content: dict[str, Any]
-    content = {"family": backbone.spec.family, "weights": str(weights.relative_to(folder))}
+    content: dict[str, object] = {"family": backbone.spec.family}
+    content["weights"] = str(weights.relative_to(folder))
     if weights.is_file():  # a published folder has its tokenizers and its configuration inside
-        save_tokenizer(backbone.frozen.tokenizer, folder / "tokenizer.pt", dtype)
-        shape: Any = backbone.config
-        content |= {"tokenizer": "tokenizer.pt", "config": asdict(shape)}
+        save_tokenizer(backbone.tokenizer, folder / "tokenizer.pt", dtype)
+        content |= {"tokenizer": "tokenizer.pt", "config": asdict(backbone.config)}
     if text_encoder:
         for part in text_encoder:
             part.save_pretrained(folder / "text_encoder")

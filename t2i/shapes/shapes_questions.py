@@ -149,12 +149,12 @@ def _propositions(entry: dict) -> Iterator[tuple[tuple[int, ...], str, str]]:
     yield (), f"global - ({PLAIN_BACKGROUND})", "Is the background plain and light?"
 
 
-def graph_csv(seed: int = 0) -> str:
-    """The graph of `shapes_prompts(seed)` as the text of a DPG-Bench CSV."""
+def graph_csv() -> str:
+    """The graph of `shapes_prompts(0)` as the text of a DPG-Bench CSV."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for name, entry in shapes_prompts(seed).items():
+    for name, entry in shapes_prompts(0).items():
         for question in questions_of(name, entry):
             broad, _, detailed = question.category.partition("-")
             writer.writerow(

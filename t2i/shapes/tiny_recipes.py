@@ -27,9 +27,7 @@ class CaptionBase:
     tokenizer: Path | None = None
     """Finished image tokenizer to use instead of training one."""
     scenes: int = 96000
-    """Number of captioned scenes for the GPT: enough to see each about twice, or a few million
-    parameters learn them by heart.
-    """
+    """Captioned scenes for the GPT: each about twice, or large models learn them by heart."""
     gpt_steps: int = 3000
     gpt_batch: int = 64
     gpt_lr: float = 2e-3
@@ -41,9 +39,7 @@ class CaptionBase:
     text_dim: int = 128
     """Width of LlamaGen's text encoder."""
     minutes: float | None = None
-    """End scenes (after a third of it) and training after so long, if `scenes` and `gpt_steps` have
-    not ended them before.
-    """
+    """End scenes (after a third of it) and training after so long, if not ended before."""
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from t2i.errors import UserError
-from t2i.models.captions import clean_caption
+from t2i.models.llamagen.captions import clean_caption
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2 as in T5
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from t2i.checkpoint import read_config, run_checkpoints
 from t2i.data.order import batch_indices, split_indices
+from t2i.data.samples import Source
 from t2i.errors import UserError
 from t2i.models.base import Backbone
 from t2i.processes import Processes
@@ -36,8 +37,15 @@ def stored_data_key(config: TrainConfig) -> str | None:
 class TrainingData:
     """The examples of a run, encoded by all ranks together and split into batches."""
 
-    def __init__(self, config: TrainConfig, backbone: Backbone, processes: Processes):
-        self.examples = Examples(config, backbone, processes, stored_data_key(config))
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        processes: Processes,
+        source: Source | None = None,
+    ):
+        """source: captioned images that are open already; opened now if None."""
+        self.examples = Examples(config, backbone, processes, source, stored_data_key(config))
         self.config, self.processes = config, processes
         self.plan = plan_run(config, len(self.examples), processes.world_size)
         held_out, same = self.plan.held_out, self.examples.store.same_images()
@@ -52,10 +60,6 @@ class TrainingData:
     def key(self) -> str:
         """Identifies the data's content, for resume."""
         return self.examples.key
-
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.plan.steps
 
     def held_out_conditions(self, count: int) -> list[str | int]:
         """Captions or classes of the first held-out samples, each once: prompts for sheets."""
@@ -83,7 +87,7 @@ class TrainingData:
         for indices, batch_keys in zip(
             self.train[where].split(size), keys.split(size), strict=True
         ):
-            yield self._batch(indices, batch_keys, step / self.steps())
+            yield self._batch(indices, batch_keys, step / self.plan.steps)
 
     def _batch(self, indices: Tensor, keys: Tensor, progress: float) -> Batch:
         choice = fold(keys, _CHOICE) & 0xFFFF  # which of several captions or views

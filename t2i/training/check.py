@@ -17,7 +17,7 @@ from t2i.data.images import ImageRules, Views
 from t2i.data.samples import Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError
-from t2i.generation import conditions
+from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
 from t2i.sources import check_named
@@ -81,7 +81,7 @@ def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
     captions = isinstance(config.data, DataOptions) and backbone.spec.cond_kind == "text"
     if not (to_fetch and captions):
         check_backbone(backbone, config.data)
-    return conditions(backbone, sheet_prompts(config))
+    return parse_conditions(backbone, sheet_prompts(config))
 
 
 def sheet_prompts(config: TrainConfig) -> list[str]:

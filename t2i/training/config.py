@@ -71,9 +71,7 @@ class DataOptions(_AnyData):
     max_samples: int | None = None
     """Use the first so many samples only."""
     trigger: str | None = None
-    """Words put in front of every caption, such as "drawn by xyz", or around it: "{caption}, drawn
-    by xyz".
-    """
+    """Words before every caption ("drawn by xyz"), or around it ("{caption}, drawn by xyz")."""
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
 
@@ -102,13 +100,9 @@ class LabelledOptions(_AnyData):
     """Images of classes, for class-conditional backbones."""
 
     source: tuple[str, ...] = ()
-    """Folder with train/<class>/, or codes that others computed: LlamaGen's folders (one for each
-    crop range), RAR's .jsonl.
-    """
+    """Folder with train/<class>/, or codes: LlamaGen's folders (one a crop range), RAR's .jsonl."""
     views: Literal["ten-crop", "flip"] = "ten-crop"
-    """Which crops of an image are encoded: five and their mirror images per crop range, or the
-    centre and its mirror image.
-    """
+    """Which crops are encoded: five per crop range, or the centre; each mirrored, too."""
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
     """Ten-crop: sides of the squares that are cropped, relative to the image size."""
 
@@ -177,9 +171,7 @@ class EngineOptions:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What ZeRO shards over the processes: 1 optimizer, 2 and gradients, 3 and weights."""
     precision: Literal["fp32", "autocast", "bf16"] = "fp32"
-    """autocast multiplies matrices in bf16 and keeps fp32 weights; bf16 keeps fp32 master weights
-    in the optimizer only.
-    """
+    """autocast multiplies in bf16 and keeps fp32 weights; bf16 has those in the optimizer only."""
     micro_batch: int = 32
     """Samples per process and forward pass; the rest of the batch is accumulated."""
     gradient_checkpointing: bool = False

@@ -1,7 +1,7 @@
 """What a run is trained on: images that were encoded once, each with its captions or its class.
 
-A `TrainingData` orders, splits and batches examples and knows nothing else of them. They are built
-by all processes together, and by a run that was killed go on where it stopped.
+A `TrainingData` orders, splits and batches examples and knows nothing else of them. All processes
+encode them together, and a run that was killed goes on where it stopped.
 
 Shapes: B samples, T image tokens, S sub-tokens.
 """
@@ -36,6 +36,7 @@ class Examples:
     """A run's data, encoded; every process makes it and does its share.
 
     Args:
+        source: captioned images that are open already; opened now if None.
         expected_key: of the data that a resumed run was trained on.
 
     Attributes:
@@ -51,6 +52,7 @@ class Examples:
         config: TrainConfig,
         backbone: Backbone,
         processes: Processes,
+        source: Source | None = None,
         expected_key: str | None = None,
     ):
         options = config.data
@@ -58,7 +60,7 @@ class Examples:
         self.backbone, self._features = backbone, None
         opened: Source | LlamaGenCodes
         if isinstance(options, DataOptions):
-            self._features, opened = backbone.caption_features(), open_data(options)
+            self._features, opened = backbone.caption_features(), source or open_data(options)
         else:
             opened = open_labelled(options, backbone)
         self.store: CodeStore | LlamaGenCodes

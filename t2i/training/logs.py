@@ -1,6 +1,5 @@
 """Where a run's numbers go: `metrics.jsonl`, one static page, and TensorBoard or wandb if asked."""
 
-import hashlib
 import html
 import json
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from t2i.errors import UserError
-from t2i.files import saving, write_text
+from t2i.files import read_json, saving, text_sha256, write_text
 from t2i.training.config import TrainConfig
 from t2i.training.settings import plain
 
@@ -71,7 +70,7 @@ def _start_tracker(config: TrainConfig) -> Callable[[int, dict[str, float]], obj
         import wandb
 
         path = str(run_dir.resolve())
-        run_id = f"{run_dir.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        run_id = f"{run_dir.name}-{text_sha256(path)[:8]}"
         settings = plain(asdict(config))
         run = wandb.init(
             project=config.log.project, dir=path, config=settings, resume="allow", id=run_id
@@ -95,7 +94,7 @@ def write_run_page(run_dir: str | Path) -> Path:
         f'<figure><img src="samples/{p.name}" alt=""><figcaption>{p.stem}</figcaption></figure>'
         for p in sheets
     )
-    settings = html.escape(json.dumps(json.loads((run_dir / "config.json").read_text()), indent=2))
+    settings = html.escape(json.dumps(read_json(run_dir / "config.json"), indent=2))
     title = html.escape(run_dir.name)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body{{font:14px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}}

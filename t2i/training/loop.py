@@ -51,11 +51,11 @@ class Run:
         self.config = config
         self.processes = processes = start_processes()
         checkpoint = processes.on_main(lambda: run_state.claim_run_dir(config))
-        look_before_work(config, processes.world_size, checkpoint)
+        source, _ = look_before_work(config, processes.world_size, checkpoint)
         self.model = build_model(config, resumed=checkpoint).to(processes.device)
         prompts = look_at_model(self.model.backbone, config)
         self._place_helpers()
-        self.data = TrainingData(config, self.model.backbone, processes)
+        self.data = TrainingData(config, self.model.backbone, processes, source)
         self.plan = self.data.plan
         self.prompts = prompts or self.data.held_out_conditions(4)
         self.engine = start_engine(self.model, config, processes)
@@ -79,10 +79,10 @@ class Run:
             self.metrics = MetricsLog(config, self.step)
 
     def _place_helpers(self) -> None:
-        frozen, device = self.model.backbone.frozen, self.processes.device
-        frozen.tokenizer.to(device)
-        if frozen.text_encoder is not None:  # classes need none
-            frozen.text_encoder.to(device)
+        backbone, device = self.model.backbone, self.processes.device
+        backbone.tokenizer.to(device)
+        if backbone.frozen.text_encoder is not None:  # classes need none
+            backbone.frozen.text_encoder.to(device)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
@@ -135,7 +135,7 @@ class Run:
         )
 
     def _refuse_batch(self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses) -> NoReturn:
-        """NotFiniteError names the step, and the samples whose loss is no number, else all."""
+        """NotFiniteError names the step, and the samples without a finite loss (or all of them)."""
         finite = bool(total.sums.isfinite().all())
         named = [i for i, losses in parts if not losses.sums.isfinite().all()]
         if not self.processes.any(bool(named)):
@@ -197,7 +197,7 @@ class Run:
         return from_pretrained(folder, dtype=dtype, device=self.processes.device)
 
     def check_weights(self) -> None:
-        """NotFiniteError if a trained weight is no number. Before any use; every rank calls it."""
+        """NotFiniteError if a trained weight is not finite; every rank calls it, before any use."""
         with whole_weights(self.model, self.config.engine.zero_stage):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             finite = all(bool(p.isfinite().all()) for p in trained)
@@ -286,9 +286,7 @@ def _due(every: int, step: int) -> bool:
 
 @contextmanager
 def _stop_on_signals(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a checkpoint after the step in progress, and then the end; a
-    second Ctrl-C ends at once.
-    """
+    """Ctrl-C and SIGTERM ask for a checkpoint after this step; a second Ctrl-C ends at once."""
 
     asked = math.inf
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.models.base import Backbone, Condition
+from t2i.models.families import find_family
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
@@ -23,8 +24,6 @@ from t2i.training.plan import Plan, about_window
 
 _PROMPT_TOKENS = 128
 """Prefix that is assumed where it varies with the caption."""
-_TEXT_ENCODER_PARAMETERS = {"google/flan-t5-xl": 1_223_527_424}
-"""Encoder half of published T5 models, which is kept on the device beside the model."""
 _ENCODED_AT_ONCE = 32
 """Images per call of the image tokenizer (`build_store`)."""
 _CARDS = (24, 40, 80)
@@ -44,9 +43,7 @@ class Cost:
     kept: float
     """What autograd keeps of one forward pass."""
     passing: float
-    """The largest things that live for a moment: a block's recomputation, gradients of the logits,
-    own drafts' probabilities.
-    """
+    """The largest things of a moment: a block's recomputation, logits' gradients, own drafts."""
     encoding: float
     """Weights, helpers and feature maps while data are encoded, before there is an optimizer."""
     flops: float
@@ -82,9 +79,7 @@ def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
 
 
 def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
-    """What one of the processes needs. `model` must be on the meta device; it is cast to the type
-    that it computes in.
-    """
+    """What one process needs. `model`, on the meta device, is cast to the type it computes in."""
     state = state_bytes(model, config, world_size, config.engine.zero_stage)
     if config.engine.precision != "fp32":
         model.bfloat16()
@@ -140,7 +135,8 @@ def _length(model: TensorAR) -> int:
 def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
     parts = 4 * sum(p.numel() for p in _tokenizer(backbone).parameters())
     encoder = getattr(backbone.frozen.text_encoder, "model", None)
-    count = _TEXT_ENCODER_PARAMETERS.get(config.backbone.text_encoder or "", 0)
+    known = find_family(config.backbone.family).text_encoder_parameters
+    count = known.get(config.backbone.text_encoder or "", 0)
     if encoder is not None:
         count = sum(p.numel() for p in encoder.parameters())
     return parts + count * (2 if config.backbone.text_encoder_dtype == "bfloat16" else 4)

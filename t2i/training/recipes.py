@@ -7,10 +7,13 @@ those here are our choice, a tenth of the usual pre-training rates for the backb
 """
 
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from t2i import cli, launcher
 from t2i.errors import UserError
+from t2i.models.families import FAMILIES
 from t2i.tensorar import presets
 from t2i.training.config import (
     BackboneOptions,
@@ -131,7 +134,17 @@ def _with_each_method(name: str, about: str, config: TrainConfig) -> Recipes:
     return found
 
 
-# -- the program -----------------------------------------------------------------------------------
+# -- the programs ----------------------------------------------------------------------------------
+def recipes_for(data: type[DataOptions] | type[LabelledOptions]) -> Recipes:
+    """The recipes of all families that train on such data."""
+    found: Recipes = {}
+    for family in FAMILIES:
+        module = f"t2i.models.{family}.{family}_recipes"
+        if find_spec(module) is not None:  # a family need not bring any
+            found |= import_module(module).recipes()
+    return {name: recipe for name, recipe in found.items() if isinstance(recipe[1].data, data)}
+
+
 def run_recipe(recipes: Recipes, description: str) -> None:
     """What every `launch/train_*.py` does: parse a named recipe with overrides; check it or train.
 

@@ -153,9 +153,7 @@ def _without_code(state: Path) -> Iterator[None]:
 
 
 def _refuse_code(path: Path) -> None:
-    """UserError names the file and what it would run. Nothing hangs on it: `torch.load` itself
-    refuses to run anything.
-    """
+    """UserError names the file and what it would run; `torch.load` refuses to run it anyway."""
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # a damaged file can make it raise anything
@@ -222,9 +220,7 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
 
 
 def set_aside_damaged(run_dir: Path, newest: Path) -> None:
-    """Rename the checkpoints after the one that is resumed from, which are damaged, so that they
-    are not counted any more.
-    """
+    """Rename the damaged checkpoints after the one that is resumed from, so that none counts."""
     found = run_checkpoints(run_dir)
     for folder in found[found.index(newest) + 1 :]:
         damaged = folder.with_name(folder.name + ".damaged")

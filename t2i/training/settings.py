@@ -1,6 +1,4 @@
-"""What a resumed run may do otherwise than before: every option belongs to one of the groups below,
-by its own name or its part's.
-"""
+"""What a resumed run may do otherwise: every option is in a group, by its or its part's name."""
 
 import logging
 from collections.abc import Iterator
@@ -27,9 +25,7 @@ MUST_MATCH = (
 )
 """With another value the run would be another one."""
 OF_THE_STATE = ("engine.zero_stage", "engine.precision", "engine.micro_batch")
-"""With another value DeepSpeed's state would not fit, or the continuation differ; so with another
-number of processes.
-"""
+"""Another value, or number of processes, would not fit DeepSpeed's state, or change the run."""
 BY_CONTENT = (
     "data.source",
     "backbone.weights",
@@ -104,9 +100,7 @@ def state_facts(config: TrainConfig, world_size: int) -> dict:
 
 
 def check_state(config: TrainConfig, world_size: int, stored: dict, where: Path) -> None:
-    """UserError if the training state was saved by other processes, or by another engine, than this
-    run has.
-    """
+    """UserError if the training state is that of other processes, or of another engine."""
     before, now = stored.get("state"), state_facts(config, world_size)
     if before is None:
         raise UserError(

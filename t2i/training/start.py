@@ -130,6 +130,7 @@ def start_from(
     sampling = replace(stored_part(config, "sampling", SamplingConfig, folder), window=0)
     backbone.spec = replace(backbone.spec, sampling=sampling)
     changed = config["tuning"] != "codec" or config.get("image_layers")
+    assert backbone.source is not None, "of load_backbone"
     backbone.source = replace(
         backbone.source,
         sampling=asdict(sampling),
@@ -144,9 +145,7 @@ def _is_local_base(weights: str) -> bool:
 
 
 def _take_codec(model: TensorAR, folder: str | Path) -> None:
-    """Copy a checkpoint's codec into a model whose codec has the same shape; a log line says if it
-    has not.
-    """
+    """Copy a checkpoint's codec into a model if its shape is the same; a log line says if not."""
     folder = find_checkpoint(folder)
     method = stored_part(read_config(folder), "method", TensorARConfig, folder)
     if model.codec is None or method.k == 1:

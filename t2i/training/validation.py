@@ -33,20 +33,18 @@ class Validation:
 
 @torch.no_grad()
 def validate(model: TensorAR, data: TrainingData) -> Validation:
-    """Both losses on the held-out set; the same on any number of processes. Leaves the model in the
-    mode it was in.
-    """
+    """Both held-out losses, the same on any number of processes; keeps the model's mode."""
     was_training = model.training
     model.eval()
-    totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised", "own")}
+    totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised_truth", "own_drafts")}
     for batch, counted in data.validation_batches():
         condition = model.backbone.encode_condition(batch.prepared)
         inputs = {
-            "noised": model.noised_windows(batch.codes, batch.keys),
-            "own": model.own_draft_windows(batch.codes, condition, batch.keys),
+            "noised_truth": model.noised_windows(batch.codes, batch.keys),
+            "own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys),
         }
         for kind, windows in inputs.items():
-            gaussian = batch.keys if kind == "noised" and model.uses_gaussian_noise else None
+            gaussian = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
             losses = model(batch.codes, condition, windows, gaussian)
             if counted:
                 totals[kind] += torch.stack([losses.sums, losses.counts]).cpu()
@@ -56,5 +54,4 @@ def validate(model: TensorAR, data: TrainingData) -> Validation:
             total = total.to(data.processes.device)
             dist.all_reduce(total)
             totals[kind] = total.cpu()
-    means = {kind: (total[0] / total[1]).tolist() for kind, total in totals.items()}
-    return Validation(means["noised"], means["own"])
+    return Validation(**{kind: (total[0] / total[1]).tolist() for kind, total in totals.items()})

@@ -4,7 +4,6 @@ Both are read with pathlib rather than the `datasets` library, which drops image
 metadata does not list, knows no sidecar captions, and copies nothing that lazy paths do not give.
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from t2i.data.samples import (
     make_sample,
 )
 from t2i.errors import UserError
+from t2i.files import read_json_lines
 
 METADATA = "metadata.jsonl"
 _MISNAMED_SUFFIXES = (".jsonl", ".json", ".json1", ".ndjson", ".csv", ".tsv")
@@ -128,7 +128,7 @@ class MetadataFolder(Source):
         self._rows = [
             (str(path.parent.relative_to(folder)), row)
             for path in metadata
-            for row in _read_rows(path)
+            for row in read_json_lines(path)
         ]
         if not self._rows:
             raise UserError(f"{metadata[0]} holds no rows. {_ADVICE}")
@@ -206,21 +206,3 @@ class SidecarFolder(Source):
 
 def _looks_like_metadata(path: Path) -> bool:
     return path.suffix.lower() in _MISNAMED_SUFFIXES
-
-
-def _read_rows(path: Path) -> list[dict]:
-    rows = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise UserError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(rows[-1], dict):
-            raise UserError(f"{path} line {number} is not a JSON object: {line[:80]!r}")
-    return rows

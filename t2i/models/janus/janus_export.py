@@ -1,12 +1,12 @@
 """Writing a Janus-Pro folder for transformers' `JanusForConditionalGeneration.from_pretrained`."""
 
-import json
 import shutil
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from t2i.fields import read_object
 from t2i.files import write_json
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_prompts import JanusPrompts
@@ -57,5 +57,4 @@ def save_folder(
 
 
 def _is_transformers(folder: Path) -> bool:
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return stored.get("model_type") == "janus"
+    return read_object(folder / "config.json").get("model_type") == "janus"

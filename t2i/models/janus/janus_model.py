@@ -29,11 +29,12 @@ from t2i.models.blocks import LlamaBackbone
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
+from t2i.models.janus.janus_export import save_folder
 from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
 from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
-from t2i.weights import load_strict, naming, read_folder, reading
+from t2i.weights import load_strict, naming, read_folder, reading_shape
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Janus(LlamaBackbone):
         weights = names.to_transformers(read_folder(folder, shapes_only=shapes_only))
         stored = config.transformers if config else janus_config.read_config(folder, weights)
         tied = names.HEAD not in weights
-        with naming(folder), reading("a Janus-Pro"):
+        with naming(folder), reading_shape("a Janus-Pro"):
             vq = VQConfig.from_state_dict(names.vq_weights(weights))
             if tied:
                 weights[names.HEAD] = weights[names.EMBEDDING]
@@ -191,8 +192,6 @@ class Janus(LlamaBackbone):
         return {k: v for k, v in weights.items() if not k.startswith(_UNDERSTANDING)}
 
     def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
-        from t2i.models.janus.janus_export import save_folder
-
         if self.left_out:
             raise UserError(
                 "a Janus loaded with generation_only lacks a part of what a whole folder holds; load it without"

@@ -13,7 +13,6 @@ whether the file would add it or not.
 Shapes: B prompts, P tokens of the longest.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from t2i.errors import UserError
 from t2i.fields import read_object
-from t2i.files import write_json
-from t2i.models.captions import check_captions
+from t2i.files import text_sha256, write_json
+from t2i.models.conditions import check_captions
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE, END_OF_IMAGE = "<begin_of_image>", "<end_of_image>"
@@ -76,9 +75,7 @@ class JanusPrompts:
         return prompts
 
     def save(self, folder: Path) -> None:
-        """Write a tokenizer for transformers: one that puts BOS in front by itself, since version 5
-        reads no `add_bos_token`.
-        """
+        """Write a tokenizer for transformers, one that puts BOS in front by itself (version 5)."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         if tokenizer.encode("x").ids[:1] != [self.bos_id]:
             tokenizer.post_processor = TemplateProcessing(
@@ -111,7 +108,7 @@ class JanusPrompts:
 
     def weights_hash(self) -> str:
         """SHA-256 of the tokenizer: all that an image can depend on here."""
-        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+        return text_sha256(self.tokenizer.to_str())
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, from BOS to begin-of-image.
@@ -161,9 +158,7 @@ class JanusPrompts:
         return ids, mask
 
     def unconditional(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Ids of the unconditional form: padding between the first and the last token of each
-        prompt. It keeps the prompt's mask.
-        """
+        """Ids of the unconditional form: padding between first and last token; the mask stays."""
         inner = mask.clone()
         inner[:, -1] = False
         inner[:, 1:] &= mask[:, :-1]  # not the first token, which has none of its own before it

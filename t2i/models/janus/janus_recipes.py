@@ -87,9 +87,7 @@ _LIGHT_DRAFTS = presets.tuned()
 def _janus_pro(
     size: str, method: TensorARConfig, backbone_lr: float, engine: EngineOptions, **changes
 ) -> TrainConfig:
-    """Janus-Pro at 384 px from transformers' conversion on the hub, without its understanding
-    tower.
-    """
+    """Janus-Pro at 384 px by transformers' copy on the hub, without its understanding tower."""
     config = TrainConfig(
         run_dir=Path(f"runs/janus-pro-{size.lower()}"),
         backbone=BackboneOptions(

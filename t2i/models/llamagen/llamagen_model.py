@@ -27,11 +27,11 @@ from t2i.models.blocks import (
     RMSNorm,
     normal_weights,
 )
-from t2i.models.captions import caption_losses, clean_caption
+from t2i.models.llamagen.captions import caption_losses, clean_caption
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import count_children, load_strict, reading
+from t2i.weights import count_children, load_strict, reading_shape
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
     def infer_config(
         cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
     ) -> LlamaGenConfig:
-        with reading("a LlamaGen GPT"):
+        with reading_shape("a LlamaGen GPT"):
             dim = state_dict["tok_embeddings.weight"].shape[1]
             ffn_dim = state_dict["layers.0.feed_forward.w1.weight"].shape[0]
             vocab = state_dict["output.weight"].shape[0]

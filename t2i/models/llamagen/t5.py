@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from t2i.errors import UserError
-from t2i.models.captions import (
+from t2i.models.conditions import check_captions
+from t2i.models.llamagen.captions import (
     CAPTION_CLEANING_VERSION,
     UNKNOWN,
     caption_losses,
-    check_captions,
     clean_caption,
 )
 from t2i.models.llamagen.t5_files import (

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from t2i.errors import UserError
 from t2i.fields import read_object
-from t2i.published import fetch_folder, files_sha256
+from t2i.published import fetch_model, files_sha256
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,12 +39,8 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
-    for weights in _WEIGHT_PATTERNS:
-        wanted = ["config.json", *_TOKENIZER_FILES, weights, f"{weights}.index.json"]
-        found = fetch_folder(str(path_or_hub_id), wanted, advice="Official: google/flan-t5-xl")
-        if _weight_files(found):
-            return found
-    raise UserError(f"the hub's {path_or_hub_id} holds none of {', '.join(_WEIGHT_PATTERNS)}")
+    settings, advice = ["config.json", *_TOKENIZER_FILES], "Official: google/flan-t5-xl"
+    return fetch_model(str(path_or_hub_id), settings, _WEIGHT_PATTERNS, advice=advice)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ from t2i.models.blocks import (
 from t2i.models.tokenizers.lfq import LFQTokenizer, signs, tokenizer_part
 from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import count_children, load_strict, reading
+from t2i.weights import count_children, load_strict, reading_shape
 
 _PREFIX = "transformer."
 
@@ -115,7 +115,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
     def infer_config(
         cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
     ) -> OpenMAGVIT2Config:
-        with reading("an Open-MAGVIT2 generator"):
+        with reading_shape("an Open-MAGVIT2 generator"):
             pre, dim = state_dict[f"{_PREFIX}pre_emb.weight"].shape
             post = state_dict[f"{_PREFIX}post_emb.weight"].shape[0]
             ffn_dim = state_dict[f"{_PREFIX}spatial_blocks.0.feed_forward.w1.weight"].shape[0]
@@ -163,9 +163,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
         return self.transformer.spatial_blocks
 
     def _intra_token(self, h: Tensor, earlier: Tensor) -> Tensor:
-        """Intra-token transformer on [h, embeddings of `earlier`]: [..., D] and [..., s] ->
-        normalised [..., 1 + s, D].
-        """
+        """Transformer inside a token: h [..., D], `earlier` [..., s] -> normed [..., 1 + s, D]."""
         places = [h]
         if earlier.shape[-1]:
             places.append(self.transformer.pre_emb(earlier[..., 0]))

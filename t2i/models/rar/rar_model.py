@@ -32,7 +32,7 @@ from t2i.models.blocks import attend, causal_mask, run_blocks
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import count_children, load_strict, reading
+from t2i.weights import count_children, load_strict, reading_shape
 
 PREFIX = 2
 _EPS = 1e-6
@@ -61,9 +61,7 @@ class RARConfig:
 
     @property
     def first_class_id(self) -> int:
-        """Row of class 0 in the embedding table; the row before it is the mask token of other
-        MaskGIT models, unused here.
-        """
+        """Row of class 0 in the embedding table; the row before it is a mask token, unused here."""
         return self.vocab_size + 1
 
     @property
@@ -193,9 +191,7 @@ class RARGPT(nn.Module):
         return x, class_BD[:, None] + self.timesteps_embeddings[0, positions_L]
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Weights for pre-training from scratch: truncated N(0, 0.02), zero cls token, biases and
-        adaLN (so blocks start as nothing).
-        """
+        """Weights for pre-training: truncated N(0, 0.02); zero cls token, biases and adaLN."""
         for name, parameter in self.named_parameters():
             if name == "cls_token" or name.endswith("bias") or "adaLN_modulation" in name:
                 nn.init.zeros_(parameter)
@@ -230,7 +226,7 @@ class RAR(WeightFileBackbone):
     def infer_config(
         cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
     ) -> RARConfig:
-        with reading("a RAR generator"):
+        with reading_shape("a RAR generator"):
             vocab, dim = state_dict["lm_head.weight"].shape
             n_head = dim // state_dict["blocks.0.attn.q_norm.weight"].shape[0]
             mlp_dim = state_dict["blocks.0.mlp.fc1.weight"].shape[0]

@@ -24,7 +24,7 @@ from t2i.models.tokenizers.conv_tokenizer import (
     group_norm,
     res_blocks,
 )
-from t2i.weights import load_strict, read_state_dict, reading
+from t2i.weights import load_strict, read_state_dict, reading_shape
 
 # Where a checkpoint of the autoregressive model keeps its tokenizer.
 _EMBEDDED = "first_stage_model."
@@ -58,7 +58,7 @@ class LFQConfig(ConvConfig):
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "LFQConfig":
         """Read the shape off an official state dict; UserError if it is not an LFQ tokenizer."""
-        with reading("an LFQ tokenizer of Open-MAGVIT2's layout"):
+        with reading_shape("an LFQ tokenizer of Open-MAGVIT2's layout"):
             shape = encoder_shape(state_dict, "down", "block")
             return LFQConfig(**shape, bits=state_dict["encoder.conv_out.weight"].shape[0])
 

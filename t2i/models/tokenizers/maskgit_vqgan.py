@@ -33,7 +33,7 @@ from t2i.models.tokenizers.conv_tokenizer import (
     group_norm,
     res_blocks,
 )
-from t2i.weights import reading
+from t2i.weights import reading_shape
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MaskGITConfig(ConvConfig):
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "MaskGITConfig":
         """Read the shape off an official state dict; UserError if it is not a MaskGIT VQGAN."""
-        with reading("a MaskGIT VQGAN"):
+        with reading_shape("a MaskGIT VQGAN"):
             shape = encoder_shape(state_dict, "down", "block")
             size, dim = state_dict["quantize.embedding.weight"].shape
             return MaskGITConfig(**shape, codebook_size=size, codebook_dim=dim)

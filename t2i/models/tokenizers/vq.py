@@ -23,7 +23,7 @@ from t2i.models.tokenizers.conv_tokenizer import (
     group_norm,
     res_blocks,
 )
-from t2i.weights import reading
+from t2i.weights import reading_shape
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class VQConfig(ConvConfig):
     @staticmethod
     def from_state_dict(state_dict: dict[str, Tensor]) -> "VQConfig":
         """Read the shape off an official state dict; UserError if it is not a VQ tokenizer."""
-        with reading("a VQ tokenizer of LlamaGen's layout"):
+        with reading_shape("a VQ tokenizer of LlamaGen's layout"):
             shape = encoder_shape(state_dict, "conv_blocks", "res")
             size, dim = state_dict["quantize.embedding.weight"].shape
             return VQConfig(

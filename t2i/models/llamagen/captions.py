@@ -12,7 +12,7 @@ The rules are the ordered table `_PASS`; their order matters, and the whole tabl
 import html
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from urllib.parse import unquote_plus
 
@@ -61,20 +61,6 @@ def clean_caption(text: str) -> str:
         for step in _PASS:
             text = step(text)
     return text
-
-
-def check_captions(captions: Sequence[str], what: str = "captions") -> None:
-    """UserError unless this is a list of strings that text encoders can take."""
-    if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-        raise UserError(f"{what} must be a list of strings, got {captions!r:.200}")
-    for caption in captions:
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{what}: {caption!r:.200} holds a lone surrogate ({caption[error.start]!r}), which is no "
-                "character; take it out"
-            ) from error
 
 
 def caption_losses(caption: str, cleaned: str, known: bool = True) -> list[str] | None:

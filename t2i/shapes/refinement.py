@@ -1,5 +1,4 @@
-"""What refinement does to codes: how often they change between stages, and whether changes repair
-or spoil.
+"""How often refinement changes codes between stages, and whether changes repair or spoil.
 
 Shapes: B images, T positions, N windows, k slots, S sub-tokens.
 """
@@ -28,9 +27,7 @@ class StageChanges:
 
 
 def stage_changes(windows: Tensor, geometry: Windows) -> StageChanges:
-    """Compare the stages of sampled windows int64 [B, N, k, S]; only positions that went through
-    all stages count.
-    """
+    """Of sampled windows int64 [B, N, k, S]; only positions that went through all stages count."""
     stages = [geometry.stage_codes(windows, r + 1) for r in range(geometry.stages)]
     drafted = torch.arange(geometry.tokens) >= geometry.size  # earlier ones had no first draft
 
@@ -45,9 +42,7 @@ def stage_changes(windows: Tensor, geometry: Windows) -> StageChanges:
 
 @dataclass(frozen=True)
 class Repairs:
-    """Over held-out images: a position's last draft, and the code sampled for it next, against the
-    truth.
-    """
+    """Over held-out images: a position's last draft, and the code drawn next, against the truth."""
 
     draft_right: float
     """Drafts that are the true code."""
@@ -63,9 +58,7 @@ class Repairs:
 
 @torch.no_grad()
 def repairs(model: TensorAR, control: TensorAR, batches: Iterable[Batch]) -> Repairs:
-    """Both models predict every position of held-out images once, from the true codes before it and
-    the same random numbers.
-    """
+    """Both models predict every position once, from the true codes before it, with equal luck."""
     assert model.config.k > 1 == model.config.stride, "needs drafts, and stride 1"
     counts = torch.zeros(2, 2, 2)  # draft right, model right, control right
     for batch in batches:
@@ -77,7 +70,7 @@ def repairs(model: TensorAR, control: TensorAR, batches: Iterable[Batch]) -> Rep
         outcomes = [(draft == truth).all(-1)]
         for m, windows in ((model, own), (control, control.windows.gather(batch.codes))):
             outcomes.append((_first_slot(m, batch, windows)[:, 1:] == truth).all(-1))
-        index = sum(outcome.long() << (2 - i) for i, outcome in enumerate(outcomes))
+        index = 4 * outcomes[0].long() + 2 * outcomes[1].long() + outcomes[2].long()
         counts += torch.bincount(index.flatten(), minlength=8).view(2, 2, 2)
     wrong, right = counts[0], counts[1]
     return Repairs(
