@@ -16,7 +16,7 @@ from helpers import (
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import drawing, presets
-from t2i.tensorar.drawing import Rule, noise_keys, pick
+from t2i.tensorar.drawing import Rule, likeliest, noise_keys, pick
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows, window_logits
 from t2i.tensorar.windows import Windows
@@ -245,3 +245,12 @@ def test_training_mode_is_refused():
     model = TensorAR(tiny_llamagen("class"), presets.iclr2026()).train()
     with pytest.raises(AssertionError, match="eval"):
         sample_windows(model, {"labels": torch.zeros(1)}, make_keys(0, 0), SamplingConfig())
+
+
+def test_of_equal_codes_the_lower_ones_stay_whatever_the_batch():
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.5, -0.0, 0.0, 0.5, -torch.inf])
+    assert likeliest(logits, 6).tolist() == [2, 0, 3, 6, 4, 5]
+    many = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    assert torch.equal(likeliest(many, 100)[7], likeliest(many[7], 100))
+    values = many.gather(-1, likeliest(many, 100))
+    assert torch.equal(values, many.topk(100).values)

@@ -1,20 +1,27 @@
 """Eager, compiled and recorded steps draw the same codes; a step is one that can be recorded."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from helpers import Killed, open_gates, tiny_llamagen, tiny_prepared
+from PIL import Image
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2i.errors import UserError
+from t2i.evaluation import draw as draw_module
+from t2i.generation import all_jobs
+from t2i.lora import add_lora, without_lora
 from t2i.models.base import KVCache
 from t2i.rng import make_keys
-from t2i.sampling import SamplingConfig
+from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar import presets, sampler, speed
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
+from t2i.tuning import LoRAConfig
 
 GUIDED = SamplingConfig(cfg_scale=2.0, cfg_interval=6, top_k=20, top_p=0.95)
 OTHER = SamplingConfig(cfg_scale=3.0, cfg_power=1.5, draft_temperature=0.5, window=3, renoise=0.5)
@@ -36,7 +43,7 @@ def recorded(monkeypatch):
     """
     traces = []
 
-    def do_and_record(work, pool):
+    def do_and_record(work, pool, device):
         traces.append(make_fx(work, tracing_mode="real")())
         return traces[-1]
 
@@ -133,6 +140,47 @@ def test_what_is_held_follows_shape_settings_and_weights(recorded):
     assert all(map(torch.equal, given, before)), "what was given is not written to"
 
 
+def test_adapters_that_are_switched_off_are_not_drawn_with(recorded):
+    model = small(tiny_llamagen("text"))
+    base = draw(model)
+    add_lora(model.backbone, LoRAConfig(rank=4), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    adapted = draw(model)
+    with without_lora(model.backbone):
+        off = draw(model)
+    assert torch.equal(off, base) and not torch.equal(adapted, base)
+    assert torch.equal(draw(model), adapted)
+
+
+def test_what_is_held_does_not_hold_the_model(recorded):
+    model = small(tiny_llamagen("text"))
+    draw(model)
+    assert model.held.content is not None
+    gone = weakref.ref(model)
+    gc.disable()  # a circle would need it
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_path):
+    """Chosen from all its steps, not from a batch's."""
+    asked = []
+    monkeypatch.setattr(draw_module, "choose", lambda speed, device, n: asked.append(n) or "eager")
+    model = small(tiny_llamagen("class"))
+    monkeypatch.setattr("t2i.generation.to_images", lambda *_: [Image.new("RGB", (4, 4))] * 4)
+    entries = [{"prompt": str(i)} for i in range(6)]
+    draw_module.draw_prompts(
+        model, entries, all_jobs(range(6), 1), tmp_path / "out", DrawOptions(batch_size=4)
+    )
+    assert asked == [2 * 16]
+
+
 @pytest.mark.slow
 def test_compiled_steps_draw_the_same(monkeypatch):
     """As one graph, without breaks; the length that is read becomes a variable of it."""
@@ -145,11 +193,7 @@ def test_compiled_steps_draw_the_same(monkeypatch):
 def test_auto():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert speed.choose("auto", cpu, 10**6) == "eager"
-    assert [speed.choose("auto", cuda, n) for n in (1, 576, 10**6)] == [
-        "eager",
-        "graphs",
-        "compiled",
-    ]
+    assert [speed.choose("auto", cuda, n) for n in (1, 576, 10**6)] == ["eager", *["graphs"] * 2]
     assert speed.choose("compiled", cpu, 1) == "compiled"
     with pytest.raises(UserError, match="needs a CUDA GPU"):
         speed.choose("graphs", cpu, 1)

@@ -129,6 +129,7 @@ def time_sampling(
     A first pass loads kernels, compiles and records; a user pays for it once a process, so that it
     is a number of its own.
     """
+    torch.compiler.reset()  # more than a few shapes in a process would run uncompiled
     model = build().eval()
     backbone, keys = model.backbone, torch.arange(images)
     prepared = backbone.made_up_conditions(images, PROMPT_TOKENS)

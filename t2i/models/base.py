@@ -207,6 +207,8 @@ class Backbone(nn.Module, ABC):
         """Where the weights came from; None if `load_backbone` did not load them."""
         self.lora: LoraConfig | None = None
         """PEFT's configuration, once adapters are injected (`t2i.lora`)."""
+        self.revision = 0
+        """Raised when the same parameters begin to compute something else (adapters on and off)."""
         self.gradient_checkpointing = False
         """Recompute the trunk's blocks and the logits in the backward pass."""
         self.token_dropout = nn.Dropout(0.0)

@@ -25,7 +25,7 @@ it more often. But the model reads them: what it then says of the position would
 that it has seen, and no longer follow its own distribution.
 """
 TIES = 64
-"""So many codes as likely as the k-th may stay besides the first k."""
+"""So many codes as likely as the k-th stay besides the first k, those with the lowest numbers."""
 _NOISE = 0
 """Number of this stream among an image's."""
 
@@ -69,7 +69,8 @@ def candidates(logits: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """
     vocab, filtered = logits.shape[-1], rule.top_p < 1
     if 0 < rule.top_k < vocab:
-        logits, codes = logits.topk(min(rule.top_k + TIES, vocab), dim=-1)
+        codes = likeliest(logits, min(rule.top_k + TIES, vocab))
+        logits = logits.gather(-1, codes)
         kth = logits[..., rule.top_k - 1 : rule.top_k]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     elif filtered:
@@ -83,6 +84,19 @@ def candidates(logits: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         removed = F.pad(over[..., :-1], (1, 0), value=False)
         logits = logits.masked_fill(removed, -torch.inf)
     return logits, codes
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """The codes of the largest fp32 logits [..., V], in order: int64 [..., count].
+
+    Of equal ones the lower code comes first, whatever the shape of the batch: the order is that of
+    whole numbers, the logit's bits before the code.
+    """
+    vocab = logits.shape[-1]
+    bits = (logits + 0.0).view(torch.int32).long()  # -0 becomes 0
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    last = torch.arange(vocab - 1, -1, -1, device=logits.device)
+    return vocab - 1 - (order * vocab + last).topk(count, dim=-1).values % vocab
 
 
 def pick(logits: Tensor, keys: Tensor, rule: Rule) -> Tensor:

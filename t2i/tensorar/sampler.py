@@ -233,20 +233,25 @@ def sample_windows(
     def make() -> tuple[Drawing, Run]:
         state = new_state(model, Condition.cat([condition]), scales)  # a copy, to be refilled
         drawing = new_drawing(model, state, keys, noise, config)
-        return drawing, runner(step, model, drawing, speed)
+        return drawing, runner(step, drawing, speed, backbone.device)
 
-    if speed == "eager":
-        drawing, run = make()
-    else:
-        shapes = tuple((t.shape, t.dtype) for t in _tensors(condition))
-        weights = tuple(p.data_ptr() for p in model.parameters())
-        (drawing, run), known = model.held.fetch((speed, config, shapes, weights), make)
-        if known:
-            drawing.refill(condition, keys, noise)
-    draw_window(model, run_prefix(backbone, drawing.state), drawing)
-    for index in range(windows.count):
-        if index > 0:
-            run(drawing.state.extent(index - 1))
-        if on_step is not None:
-            on_step()
-    return drawing.windows_BNkS.clone()
+    with model.held.lock:
+        if speed == "eager":
+            model.held.clear()
+            drawing, run = make()
+        else:
+            shapes = tuple((t.shape, t.dtype) for t in _tensors(condition))
+            weights = tuple(p.data_ptr() for p in model.parameters())
+            codebook = backbone.frozen.tokenizer if config.renoise else None
+            context = backbone.revision, codebook, torch.is_inference_mode_enabled()
+            key = speed, config, shapes, weights, context
+            (drawing, run), known = model.held.fetch(key, make)
+            if known:
+                drawing.refill(condition, keys, noise)
+        draw_window(model, run_prefix(backbone, drawing.state), drawing)
+        for index in range(windows.count):
+            if index > 0:
+                run(model, drawing.state.extent(index - 1))
+            if on_step is not None:
+                on_step()
+        return drawing.windows_BNkS.clone()

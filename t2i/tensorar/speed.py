@@ -10,6 +10,7 @@
 import logging
 from collections.abc import Callable, Hashable
 from functools import cache, partial
+from threading import Lock
 from typing import Any, get_args
 
 import torch
@@ -19,11 +20,11 @@ from t2i.sampling import Speed
 
 log = logging.getLogger(__name__)
 
-GRAPHS_PAY_FROM, COMPILING_PAYS_FROM = 64, 50_000
-"""Steps of a request on a GPU: estimates, to be measured."""
+GRAPHS_PAY_FROM = 64
+"""Steps of a request on a GPU: recording costs as much as some tens of them."""
 
-Run = Callable[[int], None]
-"""Does one step; given how many entries of the cache it reads."""
+Run = Callable[[Any, int], None]
+"""Does one step of a model; given how many entries of the cache it reads."""
 
 
 def check_speed(speed: Speed, device: torch.device) -> None:
@@ -42,12 +43,8 @@ def choose(speed: Speed, device: torch.device, steps: int) -> Speed:
     check_speed(speed, device)
     if speed != "auto":
         return speed
-    if device.type != "cuda":
-        chosen: Speed = "eager"
-    elif steps >= COMPILING_PAYS_FROM:
-        chosen = "compiled"
-    else:
-        chosen = "graphs" if steps >= GRAPHS_PAY_FROM else "eager"
+    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM
+    chosen: Speed = "graphs" if pays else "eager"
     _say(f"speed: {chosen}, for {steps} steps on {device.type}")
     return chosen
 
@@ -58,13 +55,17 @@ def _say(message: str) -> None:
 
 
 class Held:
-    """What a model keeps between batches of one shape: tensors and graphs. Copies of the model
-    start without.
+    """What a model keeps between batches of one shape: tensors and graphs.
+
+    Copies of the model start without. Who changes what a model computes, other than by its
+    parameters, settings or `Backbone.revision`, calls `clear`.
     """
 
     def __init__(self) -> None:
         self.key: Hashable = None
         self.content: Any = None
+        self.lock = Lock()
+        """Of whoever draws with it: one batch at a time."""
 
     def __reduce__(self):
         return Held, ()
@@ -81,11 +82,15 @@ class Held:
         self.key = self.content = None
 
 
-def runner(step: Callable[..., None], model, drawing, speed: Speed) -> Run:
-    """`step(model, drawing, extent)` at this speed."""
-    run = partial(_compiled(step) if speed == "compiled" else step, model, drawing)
-    on_gpu = model.backbone.device.type == "cuda"
-    return Graphs(run) if speed == "graphs" or (speed == "compiled" and on_gpu) else run
+def runner(step: Callable[..., None], drawing, speed: Speed, device: torch.device) -> Run:
+    """`step(model, drawing, extent)` at this speed. It holds no model, which would hold it."""
+    at_speed = _compiled(step) if speed == "compiled" else step
+
+    def run(model, extent: int) -> None:
+        at_speed(model, drawing, extent)
+
+    recorded = speed == "graphs" or (speed == "compiled" and device.type == "cuda")
+    return Graphs(run, device) if recorded else run
 
 
 @cache
@@ -96,27 +101,29 @@ def _compiled(step: Callable[..., None]) -> Callable[..., None]:
 class Graphs:
     """Steps recorded on first use, one graph for every extent."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, device: torch.device):
+        self.run, self.device = run, device
         self.replays: dict[int, Callable[[], None]] = {}
         # One memory for all: they run one after another, and nothing they make outlives a step.
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
-    def __call__(self, extent: int) -> None:
+    def __call__(self, model, extent: int) -> None:
         if extent in self.replays:
             self.replays[extent]()
         else:
-            self.replays[extent] = do_and_record(partial(self.run, extent), self.pool)
+            work = partial(self.run, model, extent)
+            self.replays[extent] = do_and_record(work, self.pool, self.device)
 
 
-def do_and_record(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+def do_and_record(work: Callable[[], None], pool: Any, device: torch.device) -> Callable[[], None]:
     """Do the work once, and return what does it again: a CUDA graph's replay."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        work()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        work()  # is recorded, and not done
+    with torch.cuda.device(device):  # a stream is of the current one
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=aside):
+            work()  # is recorded, and not done
     return graph.replay
