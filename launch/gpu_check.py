@@ -78,14 +78,14 @@ PARTS = {
         60,
         "Cached against teacher-forced logits (largest difference), slot 0 of an untrained "
         "TensorAR against the base (greedy codes, share equal), images drawn alone against drawn "
-        "in a batch (codes, share equal).",
+        "in a batch, and by CUDA graphs against eager (codes, share equal).",
     ),
     "sampling": CheckPart(
         _of("gpu_speed", "sampling"),
-        120,
-        "bf16, eager, guided (two rows an image), codes only. first_s = the first pass of this "
-        "model and number of images in this process, which loads kernels and plans attention for "
-        "each length of the cache; all other numbers are of a second pass. floor_ms = (weights + "
+        200,
+        "bf16, guided (two rows an image), codes only. first_s = the first pass of this model and "
+        "number of images in this process, which loads kernels, records graphs and compiles; all "
+        "other numbers are of a second pass. floor_ms = (weights + "
         "keys and values) / bandwidth: weights = all but embedding tables, once a step; keys and "
         "values = rows x (prefix + half of the codes) entries; bandwidth = bytes read and written "
         "by a copy on this device. of_floor = floor_ms / ms_per_step.",

@@ -16,6 +16,7 @@ from t2i.rng import make_keys
 from t2i.sampling import DrawOptions, SamplingConfig, check_counts
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
+from t2i.tensorar.speed import choose
 
 log = logging.getLogger(__name__)
 
@@ -75,16 +76,16 @@ def draw_images(
     # rounding.
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    bar = progress_bar(
-        total=len(batches) * model.windows.count, unit="step", desc="drawing", disable=not progress
-    )
+    steps = len(batches) * model.windows.count
+    speed = choose(options.speed or model.speed, model.backbone.device, steps)
+    bar = progress_bar(total=steps, unit="step", desc="drawing", disable=not progress)
     with bar:
         for batch in batches:
             rows = batch + [batch[-1]] * (batch_size - len(batch))
             prepared = model.backbone.prepare([prompts[p] for p, _ in rows], length)
             keys = make_keys(options.seed, *torch.tensor(rows).T)
             sampling = options.sampling or model.sampling
-            windows = sample_windows(model, prepared, keys, sampling, on_step=bar.update)
+            windows = sample_windows(model, prepared, keys, sampling, bar.update, speed)
             windows = windows[: len(batch)]
             images = to_images(model, model.windows.final_codes(windows), options.size)
             staged = stage_images(model, windows) if options.stages else [()] * len(batch)

@@ -106,14 +106,17 @@ def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
 @contextmanager
 def without_lora(backbone: Backbone) -> Iterator[None]:
     """The backbone without its adapters, for the duration."""
-    layers = _adapted_layers(backbone)
-    for _, layer in layers:
-        layer.enable_adapters(False)
+    _enable(backbone, False)
     try:
         yield
     finally:
-        for _, layer in layers:
-            layer.enable_adapters(True)
+        _enable(backbone, True)
+
+
+def _enable(backbone: Backbone, adapters: bool) -> None:
+    for _, layer in _adapted_layers(backbone):
+        layer.enable_adapters(adapters)
+    backbone.revision += 1
 
 
 def merge_lora(backbone: Backbone) -> None:

@@ -11,7 +11,7 @@ import tyro
 from t2i import __version__
 from t2i.errors import UserError
 from t2i.models.families import FamilyName
-from t2i.sampling import DrawOptions, SamplingOverrides
+from t2i.sampling import DrawOptions, SamplingOverrides, Speed
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,10 @@ class ModelOptions:
     """cpu, cuda, or auto."""
     dtype: str = "auto"
     """float32, bfloat16, or auto (bfloat16 on a GPU); of the model that draws."""
+    speed: Speed = "auto"
+    """How images are drawn: eager, graphs (CUDA), compiled (a minute first), or auto, what pays for
+    so many; they are the same up to rounding.
+    """
 
     @property
     def source(self) -> str | None:
@@ -74,12 +78,14 @@ class ModelOptions:
         from t2i.checkpoint import find_checkpoint, read_config
         from t2i.loading import pick_device
         from t2i.sources import family_of, resolve, shipped_bases
+        from t2i.tensorar.speed import check_speed
 
         if self.source is None:
             raise UserError(
                 "no model: give --ckpt (a checkpoint, or shapes) or --base.weights (a published base)"
             )
         where = pick_device(self.device, self.dtype)
+        check_speed(self.speed, where[0])
         folder = Path(self.source)
         if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
             raise UserError(
@@ -118,6 +124,7 @@ class ModelOptions:
             device=device,
             dtype=dtype,
         )
+        model.speed = self.speed
         frozen, spec = model.backbone.frozen, model.backbone.spec
         if frozen.tokenizer is None:
             raise UserError(f"{self.source} brings no image tokenizer: give --base.tokenizer")

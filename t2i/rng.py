@@ -16,22 +16,23 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # int64 shifts carry the sign; the mask makes the shift logical.
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    """A new tensor; int64 shifts carry the sign, and the mask makes the shift logical."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    # In place where the tensor is this function's: a new one for each operation is half the time.
+    x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
+    x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
+    return _shift_right(x, 31).bitwise_xor_(x)
 
 
 def fold(keys: Tensor, *values: int | Tensor) -> Tensor:
     """New keys int64 of keys int64 and further integers, each broadcast against the keys."""
     for value in values:
-        keys = _mix(
-            (keys ^ _mix(torch.as_tensor(value, device=keys.device) * _GOLDEN + 1)) + _GOLDEN
-        )
+        if isinstance(value, int):  # filled in where the keys are: nothing is copied there
+            value = torch.full((), value, dtype=torch.long, device=keys.device)
+        keys = _mix((keys ^ _mix(value.to(keys.device) * _GOLDEN + 1)) + _GOLDEN)
     return keys
 
 
@@ -55,6 +56,16 @@ def normals(keys: Tensor, *shape: int) -> Tensor:
     """fp32 standard normal numbers, [*keys.shape, *shape] (Box-Muller)."""
     radius = (-2 * torch.log1p(-uniforms(fold(keys, 1), *shape))).sqrt()
     return radius * torch.cos(2 * torch.pi * uniforms(fold(keys, 2), *shape))
+
+
+def gumbels(keys: Tensor, counters: Tensor) -> Tensor:
+    """fp32 standard Gumbel numbers [..., n]: of the stream of each key int64 [...], the numbers
+    that `counters` int64 [..., n] names.
+    """
+    bits = _mix(keys[..., None] + (counters + 1) * _GOLDEN)
+    # All 63 bits, never 0: the largest of many numbers comes from near 0, and has to be exact.
+    unit = _shift_right(bits, 1).bitwise_or_(1).float().mul_(2.0**-63)
+    return unit.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
 
 
 def _bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,10 +1,13 @@
 """How codes and images are drawn: the settings, and what overrides them. Without torch."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from t2i.errors import UserError
 from t2i.fields import all_optional
+
+Speed = Literal["auto", "eager", "compiled", "graphs"]
+"""How the steps are run (`t2i.tensorar.speed`); no image depends on it but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class DrawOptions:
     """Rows of a batch; another size changes rounding, and nothing else."""
     stages: bool = False
     """Also keep every refinement stage."""
+    speed: Speed | None = None
+    """How steps are run; the model's own (`model.speed`) if None."""
     size: tuple[int, int] | None = None
     """Height and width that images are resized to; the model's own if None."""
     about: dict[str, Any] = field(default_factory=dict)

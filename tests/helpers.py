@@ -26,8 +26,17 @@ from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar import presets
+from t2i.tensorar.drawing import Rule, candidates, rules
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import filter_logits, prefill, step, window_logits
+from t2i.tensorar.sampler import (
+    DecodeState,
+    advance,
+    encode_rows,
+    guidance_table,
+    new_state,
+    run_prefix,
+    window_logits,
+)
 
 M = TypeVar("M", bound=nn.Module)
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
@@ -106,12 +115,26 @@ def teacher_forced(model: TensorAR, prepared: dict, codes: Tensor, drop: bool = 
         return tuple(logits[:, :, 0] for logits in model.slot_logits(hidden, windows))
 
 
+def prefill(model: TensorAR, prepared: dict, config: SamplingConfig) -> tuple[Tensor, DecodeState]:
+    """Hidden states [R, D] that predict window 0, and what goes on from there."""
+    scales = guidance_table(model, config)
+    condition = encode_rows(model.backbone, prepared, guided=scales is not None)
+    state = new_state(model, condition, scales)
+    return run_prefix(model.backbone, state), state
+
+
+def feed(model: TensorAR, window: Tensor, index: int, state: DecodeState) -> Tensor:
+    """Hidden states [R, D] after window `index`, [B, k, S]."""
+    at = torch.tensor([index], device=window.device)
+    return advance(model, window, at, state, state.extent(index))
+
+
 def cached(model: TensorAR, prepared: dict, codes: Tensor) -> tuple:
     """The same by prefill and single steps with guidance: [2B, T, V_s], conditional rows first."""
     h, state = prefill(model, prepared, SamplingConfig(cfg_scale=2.0))
     outputs = [h]
     for t in range(codes.shape[1] - 1):
-        outputs.append(step(model, codes[:, t, None], t, state))
+        outputs.append(feed(model, codes[:, t, None], t, state))
     with torch.no_grad():
         return model.backbone.all_logits(torch.stack(outputs, 1), torch.cat([codes, codes]))
 
@@ -123,6 +146,12 @@ def base_loss(model: TensorAR, prepared: dict, codes: Tensor) -> Tensor:
     return model(codes, condition, model.windows.gather(codes)).means()
 
 
+def filter_logits(logits: Tensor, rule: Rule) -> Tensor:
+    """Logits [..., V] over temperature, -inf where a filter removes the code."""
+    scores, codes = candidates(logits, rule)
+    return torch.full_like(logits, -torch.inf).scatter(-1, codes.expand_as(scores), scores)
+
+
 def drawn_by_torch(model: TensorAR, prepared: dict, config: SamplingConfig, steps: int) -> Tensor:
     """Codes [B, steps, S] with torch's own generator in the official order: for each code one
     multinomial over the batch per sub-token.
@@ -131,13 +160,14 @@ def drawn_by_torch(model: TensorAR, prepared: dict, config: SamplingConfig, step
     drawn = []
     for t in range(steps):
         code = torch.empty(len(h) // (1 + state.guided), 1, 0, dtype=torch.long)
-        for own in config.by_sub_token(len(model.backbone.spec.subvocabs)):
-            logits = window_logits(model, model.decode_slots(h), code, t, state, own)[:, 0]
+        for own, _ in rules(config, len(model.backbone.spec.subvocabs)):
+            index = torch.tensor([t])
+            logits = window_logits(model, model.decode_slots(h), code, index, state)[:, 0]
             pick = torch.multinomial(filter_logits(logits, own).softmax(-1), 1)
             code = torch.cat([code, pick[:, None]], dim=-1)
         drawn.append(code)
         if t + 1 < steps:
-            h = step(model, code, t, state)
+            h = feed(model, code, t, state)
     return torch.cat(drawn, dim=1)
 
 

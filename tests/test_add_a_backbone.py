@@ -81,7 +81,10 @@ def test_cached_is_teacher_forced(base):
     whole = model.backbone.trunk(x, torch.arange(x.shape[1]), condition)
     cache = model.backbone.new_cache(2, x.shape[1])
     for i in range(x.shape[1]):
-        step = model.backbone.trunk(x[:, i : i + 1], torch.tensor([i]), condition, cache.at(i, 1))
+        at = torch.tensor([i])
+        step = model.backbone.trunk(
+            x[:, i : i + 1], at, condition, cache.at(at, cache.bucket(i + 1))
+        )
         torch.testing.assert_close(step[:, 0], whole[:, i], atol=1e-5, rtol=0)
 
 

@@ -110,7 +110,7 @@ def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
 def test_a_text_encoder_of_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):
     base = write_tiny_base(tmp_path / "base")
     encoder = shutil.move(base / "text_encoder", tmp_path / "snapshot")
-    monkeypatch.setattr("t2i.models.llamagen.t5_files.fetch_folder", lambda *a, **k: encoder)
+    monkeypatch.setattr("t2i.models.llamagen.t5_files.fetch_model", lambda *a, **k: encoder)
     content = json.loads((base / "config.json").read_text())
     write_json(base / "config.json", content | {"text_encoder": "google/flan-t5-xl"})
     model = t2i.attach(t2i.load_backbone("llamagen", base), t2i.presets.iclr2026(k=2))

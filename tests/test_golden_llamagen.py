@@ -13,7 +13,7 @@ from helpers import (
     teacher_forced,
 )
 
-from t2i.models.llama import rope_table, rotate
+from t2i.models.blocks import rope_table, rotate
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.sampling import SamplingConfig
 from t2i.tensorar.sampler import sample_windows

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -55,10 +56,13 @@ def test_slot_0_is_the_base_bit_for_bit(dtype):
     assert row["ok"] and row["slot_0_equal"] == 1
 
 
+def tiny_model(k):
+    return gpu_speed.random_model(gpu_speed.TINY["llamagen class"], k, torch.bfloat16, CPU)
+
+
 def test_the_floor_is_weights_and_cache_over_bandwidth():
-    build = gpu_speed.TINY["llamagen class"]
-    row = gpu_speed.time_sampling(build, 1, 2, CPU, speed=1e3)
-    model = gpu_speed.random_model(build, 1, torch.bfloat16, CPU)
+    row = gpu_speed.time_sampling(partial(tiny_model, 1), 2, "eager", bandwidth=1e3)
+    model = tiny_model(1)
     gpt, config = model.backbone.gpt, model.backbone.config
     tables = gpt.tok_embeddings.weight.numel() + gpt.cls_embedding.embedding_table.weight.numel()
     weights = sum(p.numel() for p in gpt.parameters()) - tables
@@ -71,15 +75,15 @@ def test_a_configuration_is_run_once_whole_before_it_is_timed(monkeypatch):
     passes = []
     plain = gpu_speed.sample_windows
 
-    def slow_at_first(*arguments):
-        passes.append(arguments)
+    def slow_at_first(*arguments, speed):
+        passes.append(speed)
         if len(passes) == 1:
             time.sleep(1)
-        return plain(*arguments)
+        return plain(*arguments, speed=speed)
 
     monkeypatch.setattr(gpu_speed, "sample_windows", slow_at_first)
-    row = gpu_speed.time_sampling(gpu_speed.TINY["llamagen class"], 4, 1, CPU, speed=1e3)
-    assert len(passes) == 2 and row["first_s"] >= 1
+    row = gpu_speed.time_sampling(partial(tiny_model, 4), 1, "eager", bandwidth=1e3)
+    assert passes == ["eager"] * 2 and row["first_s"] >= 1
     assert row["s_per_image"] == pytest.approx(row["ms_per_step"] * 16 / 1e3)
     assert row["s_per_image"] < row["first_s"]
 

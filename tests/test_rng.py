@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2i.rng import fold, integers, make_keys, normals, uniforms
+from t2i.rng import fold, gumbels, integers, make_keys, normals, uniforms
 
 # The first two rows were also computed with Python's integers.
 FIXED_KEYS = [5609551638696251041, 4116032926249438170]
@@ -47,6 +47,16 @@ def test_normals_and_integers():
     assert (x.pow(4).mean() - 3).abs() < 0.1
     counts = integers(make_keys(0), 7, 70000).bincount(minlength=7)
     assert len(counts) == 7 and (counts - 10000).abs().max() < 400
+
+
+def test_gumbels():
+    x = gumbels(make_keys(0, torch.arange(100)), torch.arange(1000))
+    assert x.isfinite().all()
+    ordered = x.flatten().sort().values
+    expected = (-torch.exp(-ordered)).exp()
+    assert (expected - (torch.arange(100_000) + 0.5) / 100_000).abs().max() < 0.006  # Kolmogorov
+    some = torch.tensor([998, 3, 0])
+    assert torch.equal(gumbels(make_keys(0, torch.arange(100)), some), x[:, some])
 
 
 def test_a_number_depends_on_its_own_key_only():

@@ -2,20 +2,24 @@
 
 import pytest
 import torch
-from helpers import golden_table, open_gates, tiny_codes, tiny_llamagen, tiny_prepared
-
-from t2i.rng import make_keys, uniforms
-from t2i.sampling import SamplingConfig
-from t2i.tensorar import presets
-from t2i.tensorar.model import TensorAR, draw
-from t2i.tensorar.sampler import (
+from helpers import (
+    feed,
     filter_logits,
-    pick,
+    golden_table,
+    open_gates,
     prefill,
-    sample_windows,
-    step,
-    window_logits,
+    tiny_codes,
+    tiny_llamagen,
+    tiny_prepared,
 )
+
+from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import drawing, presets
+from t2i.tensorar.drawing import Rule, likeliest, noise_keys, pick
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows, window_logits
+from t2i.tensorar.windows import Windows
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def model(backbone):
 
 
 def kept(logits, **settings):
-    filtered = filter_logits(torch.tensor([logits]), SamplingConfig(**settings))
+    filtered = filter_logits(torch.tensor([logits]), Rule(**settings))
     return filtered[0].isfinite().nonzero().flatten().tolist()
 
 
@@ -49,19 +53,46 @@ def test_filters_by_hand():
 
 def test_temperature_scales_and_zero_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert torch.equal(filter_logits(logits, SamplingConfig(temperature=0.5)), logits * 2)
-    greedy = SamplingConfig(temperature=0.0)
-    for u in (0.0, 0.999):
-        assert pick(logits, torch.tensor([u]), greedy).tolist() == [1]
+    assert torch.equal(filter_logits(logits, Rule(temperature=0.5)), logits * 2)
+    greedy = Rule(temperature=0.0)
+    assert pick(logits.expand(99, -1), make_keys(0, torch.arange(99)), greedy).tolist() == [1] * 99
 
 
-def test_draws_follow_the_probabilities():
-    probabilities = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
-    u = (torch.arange(1000) + 0.5) / 1000
-    codes = draw(probabilities.expand(1000, -1), u)
-    assert codes.bincount(minlength=6).tolist() == [0, 200, 0, 500, 300, 0]
-    ends = draw(probabilities.expand(2, -1), torch.tensor([0.0, 1 - 2.0**-24]))
-    assert ends.tolist() == [1, 4], "a code of probability zero is never drawn"
+def chi_square(counts, expected):
+    """Over its degrees of freedom; codes of probability 0 must not have been drawn."""
+    assert (counts[expected == 0] == 0).all()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    return float(((counts - expected) ** 2 / expected).sum() / (len(counts) - 1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.7}, {"top_k": 9}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}],
+    ids=str,
+)
+def test_draws_follow_the_softmax_distribution(settings):
+    """And a temperature that is 5 % off is noticed."""
+    n, rule = 200_000, Rule(**settings)
+    logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(0))
+    logits[7], logits[8] = -torch.inf, logits[9]
+    codes = pick(logits.expand(n, -1), make_keys(1, torch.arange(n)), rule)
+    counts = codes.bincount(minlength=40).float()
+    expected = n * filter_logits(logits, rule).softmax(-1)
+    assert chi_square(counts, expected) < 2
+    wrong = pick(logits.expand(n, -1) / 1.05, make_keys(1, torch.arange(n)), rule)
+    assert chi_square(wrong.bincount(minlength=40).float(), expected) > 10
+
+
+def test_rare_codes_are_as_rare_as_they_should_be():
+    """A large vocabulary, of which four codes together are drawn once in a thousand times."""
+    n, vocab, share = 40_000, 4096, 1e-3
+    p = torch.full((vocab,), (1 - share) / (vocab - 4))
+    p[:4] = share / 4
+    drawn = [
+        pick(p.log().expand(len(keys), -1), keys, Rule())
+        for keys in make_keys(0, torch.arange(n)).split(2000)
+    ]
+    assert abs(int((torch.cat(drawn) < 4).sum()) - n * share) < 4 * (n * share) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -85,15 +116,15 @@ def test_bad_settings(bad):
 
 def logits_by_step(model, windows, config, rows):
     """Logits [B, N, k, V_s] of every sub-token while the given windows are fed."""
-    settings = config.by_sub_token(windows.shape[-1])
-    collected = [[] for _ in settings]
+    collected = [[] for _ in range(windows.shape[-1])]
     h, state = prefill(model, tiny_prepared(model.backbone, rows), config)
     for i in range(model.windows.count):
         d = model.decode_slots(h)
-        for s, own in enumerate(settings):
-            collected[s].append(window_logits(model, d, windows[:, i, :, :s], i, state, own))
+        for s, logits in enumerate(collected):
+            index = torch.tensor([i])
+            logits.append(window_logits(model, d, windows[:, i, :, :s], index, state))
         if i + 1 < model.windows.count:
-            h = step(model, windows[:, i], i, state)
+            h = feed(model, windows[:, i], i, state)
     return [torch.stack(logits, 1) for logits in collected]
 
 
@@ -142,14 +173,57 @@ def test_an_image_depends_on_its_own_key_and_condition_only(model, cfg_scale):
     assert (other != together).float().mean() > 0.5
 
 
-def test_every_slot_of_every_step_has_its_own_number(model):
+def test_every_slot_of_every_step_has_its_own_noise(model):
     config = SamplingConfig(cfg_scale=2.0, top_k=30)
     keys = make_keys(0, torch.arange(3))
     windows = sample_windows(model, tiny_prepared(model.backbone, 3), keys, config)
     logits = logits_by_step(model, windows, config, 3)
-    u = uniforms(keys, 4, 16, len(logits)).transpose(1, 2)
+    noise = noise_keys(keys, model.windows, len(logits))
+    assert noise.unique().numel() == noise.numel()
     for s, logits_s in enumerate(logits):
-        assert torch.equal(pick(logits_s, u[..., s], config), windows[..., s])
+        drawn = pick(logits_s, noise[..., s].transpose(0, 1), Rule(top_k=30))
+        assert torch.equal(drawn, windows[..., s])
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_noise_belongs_to_the_position(share, monkeypatch):
+    """A final code has one noise, whatever k and stride; drafts their own, or the final code's."""
+    monkeypatch.setattr(drawing, "DRAFTS_SHARE_NOISE", share)
+    keys = make_keys(0, torch.arange(2))
+    plain = noise_keys(keys, Windows(12, 1), 2)[:, :, 0]
+    for k, stride in ((4, 1), (4, 2), (5, 3)):
+        windows = Windows(12, k, stride)
+        noise = noise_keys(keys, windows, 2)
+        assert torch.equal(windows.final_codes(noise.transpose(0, 1)), plain.transpose(0, 1))
+        drafts = noise[0, :, stride:]
+        assert torch.equal(drafts, plain[stride:k].transpose(0, 1)) == share
+
+
+def surprise(model, rows):
+    """How often a code was drawn, and how often its last draft came true, against the model's own
+    predictions given all that it had read: chi-square over its degrees of freedom, and a z-score.
+    """
+    prepared = tiny_prepared(model.backbone, 1)
+    prepared = {name: value.expand(rows, *value.shape[1:]) for name, value in prepared.items()}
+    config = SamplingConfig(temperature=1.5)
+    windows = sample_windows(model, prepared, make_keys(0, torch.arange(rows)), config)
+    with torch.no_grad():
+        hidden = model.hidden(model.backbone.encode_condition(prepared), windows)
+        logits = model.slot_logits(model.decode_slots(hidden), windows)[0]
+    p, final, draft = (logits[:, 1:, 0] / 1.5).softmax(-1), windows[:, 1:, 0, 0], windows[:, :-1, 1]
+    drawn = torch.nn.functional.one_hot(final, p.shape[-1])
+    counts = (drawn - p).sum(0).square() / (p * (1 - p)).sum(0)
+    q = p.gather(-1, draft[..., :1])[..., 0]
+    agreed = ((final == draft[..., 0]).float() - q).sum() / (q * (1 - q)).sum().sqrt()
+    return float(counts.mean()), float(agreed)
+
+
+def test_sequences_follow_the_models_own_distribution(model, monkeypatch):
+    """Also where drafts are read; with the noise of the final code they come true too often."""
+    counts, agreed = surprise(model, 400)
+    assert counts < 1.2 and abs(agreed) < 3.5
+    monkeypatch.setattr(drawing, "DRAFTS_SHARE_NOISE", True)
+    assert surprise(model, 400)[1] > 20
 
 
 def test_refinement_stages_and_progress(model):
@@ -171,3 +245,12 @@ def test_training_mode_is_refused():
     model = TensorAR(tiny_llamagen("class"), presets.iclr2026()).train()
     with pytest.raises(AssertionError, match="eval"):
         sample_windows(model, {"labels": torch.zeros(1)}, make_keys(0, 0), SamplingConfig())
+
+
+def test_of_equal_codes_the_lower_ones_stay_whatever_the_batch():
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.5, -0.0, 0.0, 0.5, -torch.inf])
+    assert likeliest(logits, 6).tolist() == [2, 0, 3, 6, 4, 5]
+    many = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    assert torch.equal(likeliest(many, 100)[7], likeliest(many[7], 100))
+    values = many.gather(-1, likeliest(many, 100))
+    assert torch.equal(values, many.topk(100).values)

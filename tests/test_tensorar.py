@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import open_gates, other_codes, tiny_codes, tiny_llamagen, tiny_prepared
+from helpers import feed, open_gates, other_codes, prefill, tiny_codes, tiny_llamagen, tiny_prepared
 
 from t2i.models.base import Condition
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import prefill, sample_windows, step
+from t2i.tensorar.sampler import sample_windows
 
 BATCH = 3
 BF16_RMS, BF16_MAX = 0.03, 0.3
@@ -96,7 +96,7 @@ def test_bf16(backbone):
     config = SamplingConfig(cfg_scale=2.0, top_k=20)
     drawn = sample_windows(model, tiny_prepared(backbone, BATCH), KEYS, config)
     h, state = prefill(model, tiny_prepared(backbone, BATCH), config)
-    assert h.dtype == state.cache.keys.dtype == torch.bfloat16
+    assert h.dtype == state.cache.keys[0].dtype == torch.bfloat16
     assert (drawn >= 0).all() and (drawn < torch.tensor(backbone.spec.subvocabs)).all()
 
 
@@ -137,7 +137,7 @@ def test_steps_agree_with_teacher_forcing(backbone, k, stride):
     h, state = prefill(model, prepared, config)
     cached = [h]
     for i in range(model.windows.count - 1):
-        cached.append(step(model, windows[:, i], i, state))
+        cached.append(feed(model, windows[:, i], i, state))
     null = backbone.encode_condition(prepared, torch.ones(BATCH, dtype=torch.bool))
     with torch.no_grad():
         forced = torch.cat([model.hidden(c, windows) for c in (condition_of(model), null)])
@@ -225,6 +225,37 @@ def test_loss_against_a_loop(backbone, k, stride):
     assert losses.counts.tolist() == [BATCH * n for n in model.windows.valid().sum(0).tolist()]
     only_first = losses.weighted([1.0] + [0.0] * (k - 1))
     assert only_first.item() == pytest.approx(losses.means()[0].item())
+
+
+@pytest.mark.parametrize("k, stride", [(1, 1), (4, 1), (5, 3)])
+def test_loss_in_parts_is_the_loss(backbone, k, stride, monkeypatch):
+    """Value, slot by slot, and every gradient; and fewer logits are kept."""
+    model, whole, widest = trained(backbone, k=k, stride=stride), {}, max(backbone.spec.subvocabs)
+    codes = codes_of(model)
+    windows = model.noised_windows(codes, KEYS)
+    for at_once in (2**20, 2 * k * widest):  # all windows, or two
+        backbone.gradient_checkpointing = at_once < 2**20
+        monkeypatch.setattr("t2i.tensorar.model.LOGITS_AT_ONCE", at_once)
+        model.zero_grad()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.numel() * (x.shape[-1:] == (widest,))) or x,
+            lambda x: x,
+        ):
+            losses = model(codes, condition_of(model), windows)
+        losses.weighted(model.config.weights()).backward()
+        result = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
+        result |= {"sums": losses.sums.detach(), "counts": losses.counts}
+        if not whole:
+            whole, all_kept = result, sum(kept)
+    with torch.no_grad():
+        unkept = model(codes, condition_of(model), windows)
+    torch.testing.assert_close(unkept.sums, whole["sums"], atol=2e-6, rtol=2e-5)
+    assert result.keys() == whole.keys() and sum(kept) < all_kept / 2
+    for name, value in result.items():
+        torch.testing.assert_close(value, whole[name], atol=2e-6, rtol=2e-5, msg=name)
 
 
 # -- the other options ----------------------------------------------------------------------------

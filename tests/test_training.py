@@ -149,10 +149,13 @@ def test_resume_without_a_checkpoint(tiny_world, monkeypatch):
         {"engine__zero_stage": 1},
         {"engine__zero_stage": 2},
         {"engine__zero_stage": 3},
+        {"engine__zero_stage": 3, "engine__gradient_checkpointing": True},
     ],
     ids=lambda changes: "-".join(f"{k.split('__')[1]}{v}" for k, v in changes.items()),
 )
-def test_metrics_do_not_depend_on_split_or_stage(tiny_world, plain, changes, request):
+def test_metrics_do_not_depend_on_split_or_stage(tiny_world, plain, changes, request, monkeypatch):
+    """With recomputation the logits are made in parts, too."""
+    monkeypatch.setattr("t2i.tensorar.model.LOGITS_AT_ONCE", 2**12)
     name = request.node.callspec.id
     train(tiny_run(tiny_world, name, **changes))
     expected = metrics(tiny_world, "plain")

@@ -24,7 +24,7 @@ from t2i.models.tokenizers.lfq import LFQTokenizer
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.rng import make_keys
-from t2i.sampling import SamplingConfig
+from t2i.sampling import SamplingConfig, Speed
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
@@ -193,8 +193,14 @@ def greedy(model: TensorAR, prepared: dict[str, Tensor], run: SamplingConfig) ->
     return drawn(model, prepared, torch.zeros(rows, dtype=torch.long), run)
 
 
-def drawn(model: TensorAR, prepared: dict, keys: Tensor, run: SamplingConfig) -> Tensor:
-    return model.windows.final_codes(sample_windows(model, prepared, keys, run))
+def drawn(
+    model: TensorAR,
+    prepared: dict,
+    keys: Tensor,
+    run: SamplingConfig,
+    speed: Speed = "eager",
+) -> Tensor:
+    return model.windows.final_codes(sample_windows(model, prepared, keys, run, speed=speed))
 
 
 # -- image tokenizers ------------------------------------------------------------------------------
@@ -289,6 +295,10 @@ def several_ways(
     same = share(greedy(refined, prepared, guided), greedy(base, prepared, guided))
     keys = make_keys(0, torch.arange(batch))
     together = drawn(base, prepared, keys, settings)
+    recorded = {}
+    if device.type == "cuda":
+        eager, graphs = (drawn(refined, prepared, keys, settings, s) for s in ("eager", "graphs"))
+        recorded = {"graphs_equal": share(graphs, eager)}
     rows = [slice(i, i + 1) for i in range(batch)]
     alone = [drawn(base, {k: v[r] for k, v in prepared.items()}, keys[r], settings) for r in rows]
     ok = off <= (LOGITS if dtype == "fp32" else BF16 * largest.item()) and same == 1
@@ -297,7 +307,8 @@ def several_ways(
         "largest_logit": largest.item(),
         "slot_0_equal": same,
         "alone_equal": share(torch.cat(alone), together),
-        "ok": ok,
+        **recorded,
+        "ok": ok and recorded.get("graphs_equal", 1) == 1,
     }
 
 

@@ -18,6 +18,7 @@ from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.sampling import Speed
 from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
@@ -110,33 +111,35 @@ def matmul_flops(device: torch.device, side: int) -> float:
 
 
 def sampling(device: torch.device, tiny: bool) -> Rows:
-    speed = bandwidth(device, 1 << (20 if tiny else 30))
-    yield {"model": "copy"}, lambda: {"bandwidth_GB/s": speed / 1e9}
-    for name, build in (TINY if tiny else SHAPES).items():
+    rate = bandwidth(device, 1 << (20 if tiny else 30))
+    yield {"model": "copy"}, lambda: {"bandwidth_GB/s": rate / 1e9}
+    speeds: list[Speed] = ["graphs", "eager", "compiled"] if device.type == "cuda" else ["eager"]
+    for speed, (name, build) in product(speeds, (TINY if tiny else SHAPES).items()):
         for images, k in product((1, 2) if tiny else (8, 64), METHODS):
-            about = {"model": name, "k": k, "images": images}
-            yield about, partial(time_sampling, build, k, images, device, speed)
+            about = {"model": name, "speed": speed, "k": k, "images": images}
+            model = partial(random_model, build, k, torch.bfloat16, device)
+            yield about, partial(time_sampling, model, images, speed, rate)
 
 
 def time_sampling(
-    build: Callable[[], Backbone], k: int, images: int, device: torch.device, speed: float
+    build: Callable[[], TensorAR], images: int, speed: Speed, bandwidth: float
 ) -> dict:
     """Milliseconds per step, and the least that this bandwidth allows.
 
-    A first pass loads kernels and plans attention for each length of the cache; a user pays for it
-    once a process, so that it is a number of its own.
+    A first pass loads kernels, compiles and records; a user pays for it once a process, so that it
+    is a number of its own.
     """
-    model = random_model(build, k, torch.bfloat16, device).eval()
+    torch.compiler.reset()  # more than a few shapes in a process would run uncompiled
+    model = build().eval()
     backbone, keys = model.backbone, torch.arange(images)
     prepared = backbone.made_up_conditions(images, PROMPT_TOKENS)
     settings = replace(model.sampling, cfg_scale=2.0)
-    first, whole = (
-        seconds(lambda: sample_windows(model, prepared, keys, settings), device) for _ in range(2)
-    )
+    draw = partial(sample_windows, model, prepared, keys, settings, speed=speed)
+    first, whole = (seconds(draw, backbone.device) for _ in range(2))
     entries = prefix_of(backbone) + backbone.spec.num_tokens / 2
-    cache = backbone.new_cache(2 * images, 1).keys
+    cache = torch.stack(backbone.new_cache(2 * images, 1).keys)
     weights = multiplied(model) * cache.element_size()
-    floor = (weights + 2 * cache.numel() * cache.element_size() * entries) / speed * 1e3
+    floor = (weights + 2 * cache.numel() * cache.element_size() * entries) / bandwidth * 1e3
     ms = whole / model.windows.count * 1e3
     return {
         "ms_per_step": ms,

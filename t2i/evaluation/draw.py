@@ -22,10 +22,12 @@ from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 from t2i.sampling import DrawOptions
+from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.speed import choose
 from t2i.weights import state_dict_sha256
 
-_MUST_MATCH = {"prompts", "seed", "sampling", "dtype", "weights"}
+_MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights"}
 _CODES = 1
 """In place of a sample index; an image's class comes from the key without it, its codes with."""
 
@@ -89,6 +91,7 @@ def draw_prompts(
     place.claim(settings, options.about, compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
     batches = _batches(jobs, options.batch_size)
+    options = _settled(options, model, len(batches))
     for batch in batches:  # the last one is filled up: all come out of the same matrix shapes
         batch += [batch[-1]] * (options.batch_size - len(batch))
 
@@ -96,6 +99,14 @@ def draw_prompts(
         return draw_images(model, prompts, options, jobs=batch, progress=show_steps)
 
     fill(place, batches, draw, progress=not show_steps)
+
+
+def _settled(options: DrawOptions, model: TensorAR, batches: int) -> DrawOptions:
+    """The speed chosen for the whole of a request, and not for each of its batches."""
+    steps = batches * model.windows.count
+    return replace(
+        options, speed=choose(options.speed or model.speed, model.backbone.device, steps)
+    )
 
 
 def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:
@@ -132,6 +143,7 @@ def image_settings(model: TensorAR, options: DrawOptions) -> dict:
     return {
         "seed": options.seed,
         "sampling": asdict(options.sampling or model.sampling),
+        "noise": NOISE,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "weights": weights_hashes(model),
         "batch_size": options.batch_size,
@@ -188,11 +200,13 @@ def draw_classes(
     balanced = images.labels == "balanced"
     labels = sample_labels(images.count, spec.num_classes, balanced=balanced, seed=options.seed)
     classes = labels.tolist()
+    batches = numbered_batches(images.count, options.batch_size)
+    options = _settled(options, model, len(batches))
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, classes, options, jobs=batch, progress=False)
 
-    fill(place, numbered_batches(images.count, options.batch_size), draw, progress=progress)
+    fill(place, batches, draw, progress=progress)
     return out
 
 

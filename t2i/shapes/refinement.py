@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from t2i.rng import fold, uniforms
-from t2i.tensorar.model import TensorAR, draw
+from t2i.rng import fold
+from t2i.tensorar.model import TensorAR
 from t2i.tensorar.windows import Windows
 from t2i.training.engine import Batch
 
@@ -86,9 +86,4 @@ def _first_slot(model: TensorAR, batch: Batch, windows: Tensor) -> Tensor:
     """Codes int64 [B, T, S] drawn for slot 0 of every window, given input windows."""
     condition = model.backbone.encode_condition(batch.prepared)
     d_BND = model.decode_slots(model.hidden(condition, windows))[:, :, 0]
-    codes = batch.codes[..., :0]
-    for s in range(batch.codes.shape[-1]):
-        probabilities = model.backbone.next_logits(d_BND, codes).softmax(-1)
-        u = uniforms(fold(batch.keys, 5000, s), d_BND.shape[1])
-        codes = torch.cat([codes, draw(probabilities, u)[..., None]], dim=-1)
-    return codes
+    return model.draw(d_BND, fold(batch.keys[:, None], 5000, torch.arange(d_BND.shape[1])))

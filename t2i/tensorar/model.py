@@ -4,15 +4,19 @@
 Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
+from t2i.sampling import Speed
 from t2i.tensorar.codec import Codec
+from t2i.tensorar.drawing import Rule, pick
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.noise import (
     GAUSSIAN_VARIANCE,
@@ -21,7 +25,14 @@ from t2i.tensorar.noise import (
     corrupt_codebook,
     schedule_strengths,
 )
+from t2i.tensorar.speed import Held
 from t2i.tensorar.windows import Windows
+
+LOGITS_AT_ONCE = 2**21
+"""Logits of one sample that exist at once, in the loss and where own drafts are drawn. The number
+of parts does not depend on how many samples there are: under ZeRO-3 a pass of the head is
+collective, and processes may have different numbers of them.
+"""
 
 
 @dataclass
@@ -57,6 +68,8 @@ class TensorAR(nn.Module):
         self.windows = Windows(backbone.spec.num_tokens, config.k, config.stride)
         self.backbone = backbone
         self.sampling = backbone.spec.sampling
+        self.speed: Speed = "auto"
+        self.held = Held()
         self.trained = "nothing yet"
         """What training has changed, or is about to, in words."""
         self.codec: Codec | None = None
@@ -86,6 +99,11 @@ class TensorAR(nn.Module):
         size = "" if self.codec is None else f", codec {parameter_count(self.codec)}"
         return f"TensorAR({window}{size}, trained: {self.trained}, {self.backbone!r})"
 
+    def train(self, mode: bool = True) -> "TensorAR":
+        if mode:
+            self.held.clear()  # training needs the memory
+        return super().train(mode)
+
     @property
     def uses_gaussian_noise(self) -> bool:
         """Training noise is added to embeddings, not to codes."""
@@ -105,18 +123,24 @@ class TensorAR(nn.Module):
         """Corrupt the drafts of windows int64 [B, n, k', S] with `share` of the configured
         strengths.
         """
+        return self.corruption(windows.shape[2], windows.device, share)(windows, keys)
+
+    def corruption(
+        self, slots: int, device: torch.device, share: float = 1.0
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`corrupt` for windows of so many slots, with its tables on the device."""
         b_k = torch.tensor(
             schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
         )
-        b_k[: self.config.stride] = 0  # these slots are final: sampling never changes them either
-        b_k = share * b_k[: windows.shape[2]].to(windows.device)
+        b_k[: self.config.stride] = 0  # these slots are final: drawing never changes them either
+        b_k = share * b_k[:slots].to(device)
         spec = self.backbone.spec
-        if self.config.noise == "codebook" and spec.sign_codebook:
-            return corrupt_bits(windows, b_k, spec.subvocabs, keys)
-        if self.config.noise == "codebook":
-            vectors = tuple(v.to(windows.device) for v in self.backbone.code_vectors())
-            return corrupt_codebook(windows, b_k, vectors, keys)
-        return corrupt_categorical(windows, b_k, spec.subvocabs, keys)
+        if self.config.noise != "codebook":
+            return lambda windows, keys: corrupt_categorical(windows, b_k, spec.subvocabs, keys)
+        if spec.sign_codebook:
+            return lambda windows, keys: corrupt_bits(windows, b_k, spec.subvocabs, keys)
+        vectors = tuple(v.to(device) for v in self.backbone.code_vectors())
+        return lambda windows, keys: corrupt_codebook(windows, b_k, vectors, keys)
 
     def training_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, progress: float = 1.0
@@ -141,7 +165,7 @@ class TensorAR(nn.Module):
         return windows.index_copy(0, chosen, own[: len(chosen)])
 
     def embed_windows(
-        self, windows: Tensor, first: int = 0, gaussian_keys: Tensor | None = None
+        self, windows: Tensor, first: int | Tensor = 0, gaussian_keys: Tensor | None = None
     ) -> Tensor:
         """E(w): windows [B, n, k' <= k, S], of which the first has index `first`, -> embeddings [B,
         n, D].
@@ -153,8 +177,11 @@ class TensorAR(nn.Module):
             noise = normals(gaussian_keys, *e_BnkD.shape[1:]) * GAUSSIAN_VARIANCE**0.5
             noise[:, :, : self.config.stride] = 0
             e_BnkD = e_BnkD + noise.type_as(e_BnkD)
-        n = windows.shape[1]
-        valid_nk = self.windows.valid(windows.device)[first : first + n, : windows.shape[2]]
+        n, slots = windows.shape[1:3]
+        starts = (torch.arange(n, device=windows.device) + first) * self.windows.stride
+        valid_nk = (
+            starts[:, None] + torch.arange(slots, device=windows.device) < self.windows.tokens
+        )
         valid = valid_nk.expand(len(windows), -1, -1).flatten(0, 1)
         return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (len(windows), n))
 
@@ -202,21 +229,43 @@ class TensorAR(nn.Module):
     ) -> SlotLosses:
         """Cross entropy of the true codes [B, T, S] by slot, given input windows [B, N, k, S]
         (noised, or own drafts).
+
+        With `gradient_checkpointing` the logits of a long image are computed part by part, and
+        again in the backward pass: all of them are the most of what a small model holds.
         """
         targets = self.windows.gather(codes)
         d_BNkD = self.decode_slots(self.hidden(condition, windows, gaussian_keys))
-        valid_kN = self.windows.valid(codes.device).T.float()
-        sums = codes.new_zeros(self.config.k, dtype=torch.float)
-        for part in slot_parts(self.config.k):
-            logits = self.backbone.all_logits(d_BNkD[:, :, part], targets[:, :, part])
+        valid_Nk = self.windows.valid(codes.device).float()
+        training = torch.is_grad_enabled()
+        whole = training and not self.backbone.gradient_checkpointing
+        size = self.windows.count if whole else self.windows_at_once(self.config.k)
+        again = training and size < self.windows.count
+        parts = zip(
+            d_BNkD.split(size, 1), targets.split(size, 1), valid_Nk.split(size), strict=True
+        )
+        sums = [
+            checkpoint(self._loss_sums, *part, use_reentrant=False)
+            if again
+            else self._loss_sums(*part)
+            for part in parts
+        ]
+        return SlotLosses(torch.stack(sums).sum(0), valid_Nk.sum(0) * len(codes))
+
+    def windows_at_once(self, slots: int) -> int:
+        """How many windows of so many slots have `LOGITS_AT_ONCE` logits, at least 1."""
+        return max(1, LOGITS_AT_ONCE // (slots * max(self.backbone.spec.subvocabs)))
+
+    def _loss_sums(self, d_BnkD: Tensor, targets_BnkS: Tensor, valid_nk: Tensor) -> Tensor:
+        """Cross entropy of some windows, summed by slot: fp32 [k]."""
+        sums = valid_nk.new_zeros(valid_nk.shape[1])
+        for part in slot_parts(len(sums)):
+            logits = self.backbone.all_logits(d_BnkD[:, :, part], targets_BnkS[:, :, part])
             for s, logits_s in enumerate(logits):
-                losses = F.cross_entropy(
-                    logits_s.flatten(0, 2), targets[:, :, part, s].flatten(), reduction="none"
-                )
-                sums[part] += (
-                    losses.view(len(codes), -1, logits_s.shape[2]) * valid_kN[part].T
-                ).sum((0, 1))
-        return SlotLosses(sums, valid_kN.sum(1) * len(codes))
+                targets = targets_BnkS[:, :, part, s].flatten()
+                losses = F.cross_entropy(logits_s.flatten(0, 2), targets, reduction="none")
+                losses = losses.view(len(d_BnkD), -1, logits_s.shape[2]) * valid_nk[:, part]
+                sums[part] += losses.sum((0, 1))
+        return sums
 
     # -- own drafts --------------------------------------------------------------------------------
     @torch.no_grad()
@@ -240,30 +289,30 @@ class TensorAR(nn.Module):
             integers(fold(keys, s), v, *shape) for s, v in enumerate(self.backbone.spec.subvocabs)
         ]
         windows = torch.cat([final, torch.stack(noise, dim=-1)], dim=2)
+        slot_k = torch.arange(shape[1])
         was_training = self.training
         self.eval()
         for p in range(passes):
             d = self.decode_slots(self.hidden(condition, windows))[:, :, stride:]
-            drafts = drafts[..., :0]
-            for s, vocab in enumerate(self.backbone.spec.subvocabs):
-                probabilities = self.backbone.next_logits(d, drafts).softmax(-1)
-                u = uniforms(fold(keys, 1000 + p, s), *shape)
-                # The clamp is for a model that has diverged: its loss, and no index out of range,
-                # shall tell.
-                code = draw(probabilities, u).clamp(max=vocab - 1)
-                drafts = torch.cat([drafts, code[..., None]], dim=-1)
+            noise_BNk = fold(keys[:, None, None], 1000 + p, torch.arange(shape[0])[:, None], slot_k)
+            size = self.windows_at_once(len(slot_k))
+            parts = zip(d.split(size, dim=1), noise_BNk.split(size, dim=1), strict=True)
+            drafts = torch.cat([self.draw(*part) for part in parts], dim=1)
             windows = torch.cat([final, drafts], dim=2)
         self.train(was_training)
         return windows
 
-
-def draw(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first index whose cumulative probability exceeds u. [..., V], [...]
-    in [0, 1) -> int64 [...].
-    """
-    cdf = probabilities.double().cumsum(-1)
-    target = (u.double()[..., None] * cdf[..., -1:]).contiguous()
-    return torch.searchsorted(cdf, target, right=True)[..., 0]
+    @torch.no_grad()
+    def draw(self, d: Tensor, keys: Tensor) -> Tensor:
+        """Codes int64 [..., S] of decoded slots [..., D], by the model's own distribution, with
+        noise keys int64 [...].
+        """
+        codes = keys[..., None][..., :0]
+        for s in range(len(self.backbone.spec.subvocabs)):
+            logits = self.backbone.next_logits(d, codes)
+            code = pick(logits, fold(keys, s), Rule())
+            codes = torch.cat([codes, code[..., None]], dim=-1)
+        return codes
 
 
 def slot_parts(k: int) -> list[slice]:

@@ -1,110 +1,112 @@
-"""Sampling windows (arXiv 2505.16324, Algorithm 1): prefill, step, loop.
+"""Sampling windows (arXiv 2505.16324, Algorithm 1): prefix, one step, loop.
 
-Every step samples one whole window, feeds it back un-noised and keeps slots 0..stride-1 as final.
-All slots share the filters and the guidance scale. Random numbers are drawn up front from per-image
-keys, so an image does not depend on its neighbours.
+A step feeds the window that was drawn last, un-noised, and draws the next one whole; slots
+0..stride-1 are final. All slots share the filters and the guidance scale. A step works on tensors
+alone: no number that changes from step to step is Python's, and none is read back from the device.
 
 Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, k slots, S
-sub-tokens, D width, V vocabulary.
+sub-tokens, P prefix, D width, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from t2i.models.base import Condition, KVCache
-from t2i.rng import fold, uniforms
-from t2i.sampling import SamplingConfig
-from t2i.tensorar.model import TensorAR, draw, slot_parts
+from t2i.models.base import Backbone, Condition, KVCache
+from t2i.rng import fold
+from t2i.sampling import SamplingConfig, Speed
+from t2i.tensorar.drawing import Rule, noise_keys, pick, rules
+from t2i.tensorar.model import TensorAR, slot_parts
+from t2i.tensorar.speed import Run, choose, runner
 
-
-def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Temperature, then top-k (ties stay), then top-p (the code that crosses the threshold stays);
-    fp32 [..., V].
-    """
-    logits = logits / max(config.temperature, 1e-5)
-    if 0 < config.top_k < logits.shape[-1]:
-        kth = logits.topk(config.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if config.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        over = ordered.softmax(-1).cumsum(-1) > config.top_p
-        removed = F.pad(over[..., :-1], (1, 0), value=False)  # the code that crosses p stays
-        logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
-    return logits
-
-
-def pick(logits: Tensor, u: Tensor, config: SamplingConfig) -> Tensor:
-    """One code per row of logits [..., V] from uniform numbers [...]; greedy at temperature 0."""
-    if config.temperature == 0:
-        return logits.argmax(-1)
-    return draw(filter_logits(logits, config).softmax(-1), u)
+# -- the trunk, step by step -----------------------------------------------------------------------
 
 
 @dataclass
 class DecodeState:
-    """What is carried from step to step."""
+    """What the trunk needs from step to step, and the guidance of each."""
 
     condition: Condition
+    """Of R rows."""
     cache: KVCache
-    guided: bool
-    """Rows are [conditional; unconditional]."""
+    scales_NS: Tensor | None
+    """Guidance by window and sub-token, fp32; None without guidance."""
+
+    @property
+    def guided(self) -> bool:
+        """Rows are [conditional; unconditional]."""
+        return self.scales_NS is not None
+
+    def extent(self, index: int) -> int:
+        """How many entries of the cache the step reads that feeds window `index`."""
+        return self.cache.bucket(self.condition.prefix.shape[1] + index + 1)
 
 
-@torch.no_grad()
-def prefill(
-    model: TensorAR, prepared: dict[str, Tensor], config: SamplingConfig
-) -> tuple[Tensor, DecodeState]:
-    """Run the condition prefix. Returns the hidden state [R, D] that predicts window 0, and the
-    state.
-    """
-    backbone = model.backbone
-    condition = backbone.encode_condition(prepared)
-    guided = any(c.cfg_scale > 1 for c in config.by_sub_token(len(backbone.spec.subvocabs)))
-    if guided:
-        drop = torch.ones(
-            condition.prefix.shape[0], dtype=torch.bool, device=condition.prefix.device
-        )
-        condition = Condition.cat([condition, backbone.encode_condition(prepared, drop)])
+def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
+    """Guidance scales fp32 [N, S]; None if there is no guidance. Past `cfg_interval` they are 1."""
+    settings = config.by_sub_token(len(model.backbone.spec.subvocabs))
+    if all(own.cfg_scale == 1 for own in settings):
+        return None
+    stride, count = model.windows.stride, model.windows.count
+    shown = count if config.cfg_interval < 0 else (config.cfg_interval + 1) // stride + 1
+    rows = [[model.backbone.guidance(own, i, count) for own in settings] for i in range(count)]
+    table = torch.tensor(rows)
+    table[shown:] = 1
+    return table.to(model.backbone.device)
+
+
+def new_state(model: TensorAR, condition: Condition, scales_NS: Tensor | None) -> DecodeState:
+    """With an empty cache for this condition."""
     rows, length = condition.prefix.shape[:2]
-    cache = backbone.new_cache(rows, length + model.windows.count - 1)
-    positions = torch.arange(length, device=condition.prefix.device)
-    h = backbone.trunk(condition.prefix, positions, condition, cache.at(0, length))[:, -1]
-    return h, DecodeState(condition, cache, guided)
+    cache = model.backbone.new_cache(rows, length + model.windows.count - 1)
+    return DecodeState(condition, cache, scales_NS)
 
 
 @torch.no_grad()
-def step(model: TensorAR, window: Tensor, index: int, state: DecodeState) -> Tensor:
-    """Feed window `index` [B, k, S]; returns the hidden state [R, D] that predicts window `index` +
-    1.
+def encode_rows(backbone: Backbone, prepared: dict[str, Tensor], *, guided: bool) -> Condition:
+    """The condition of all rows."""
+    condition = backbone.encode_condition(prepared)
+    if not guided:
+        return condition
+    drop = torch.ones(len(condition.prefix), dtype=torch.bool, device=condition.prefix.device)
+    return Condition.cat([condition, backbone.encode_condition(prepared, drop)])
+
+
+@torch.no_grad()
+def run_prefix(backbone: Backbone, state: DecodeState) -> Tensor:
+    """Fill the cache with the prefix; returns the hidden state [R, D] that predicts window 0."""
+    prefix = state.condition.prefix
+    positions = torch.arange(prefix.shape[1], device=prefix.device)
+    cache = state.cache.at(positions, prefix.shape[1])
+    return backbone.trunk(prefix, positions, state.condition, cache)[:, -1]
+
+
+@torch.no_grad()
+def advance(
+    model: TensorAR, window: Tensor, index: Tensor, state: DecodeState, extent: int
+) -> Tensor:
+    """Feed window `index` (int64 [1]), [B, k, S]; returns the hidden state [R, D] that predicts the
+    next one. `extent` is `state.extent` of the index.
     """
     x = model.embed_windows(window[:, None], first=index)
     if state.guided:
         x = torch.cat([x, x])  # the window is the same on both sides: encode it once
     prefix = state.condition.prefix.shape[1]
-    position = torch.tensor([prefix + index * model.windows.stride], device=x.device)
-    return model.backbone.trunk(x, position, state.condition, state.cache.at(prefix + index, 1))[
-        :, -1
-    ]
+    position = prefix + index * model.windows.stride
+    cache = state.cache.at(prefix + index, extent)
+    return model.backbone.trunk(x, position, state.condition, cache)[:, -1]
 
 
 @torch.no_grad()
 def window_logits(
-    model: TensorAR,
-    d_RkD: Tensor,
-    earlier: Tensor,
-    index: int,
-    state: DecodeState,
-    config: SamplingConfig,
+    model: TensorAR, d_RkD: Tensor, earlier: Tensor, index: Tensor, state: DecodeState
 ) -> Tensor:
-    """Guided fp32 logits [B, k, V_s] of the next sub-token of window `index`, from decoded slots
-    and earlier sub-tokens [B, k, s].
-
-    The settings are those of this sub-token (`SamplingConfig.by_sub_token`).
+    """Guided fp32 logits [B, k, V_s] of the next sub-token of window `index` (int64 [1]), from
+    decoded slots and earlier sub-tokens [B, k, s].
     """
+    s = earlier.shape[-1]
     if state.guided:
         earlier = torch.cat([earlier, earlier])
     logits = torch.cat(
@@ -115,44 +117,101 @@ def window_logits(
         ],
         dim=1,
     )
-    if not state.guided:
+    if state.scales_NS is None:
         return logits
     cond, null = logits.chunk(2)
-    if config.cfg_interval > -1 and index * model.windows.stride - 1 > config.cfg_interval:
-        return cond
-    scale = model.backbone.guidance(config, index, model.windows.count)
-    return null + (cond - null) * scale
+    scale = state.scales_NS[index, s]
+    return torch.where(scale == 1, cond, null + (cond - null) * scale)
 
 
-def draw_window(
-    model: TensorAR,
-    h_RD: Tensor,
-    u_BkS: Tensor,
-    index: int,
-    state: DecodeState,
-    config: SamplingConfig,
-) -> Tensor:
-    """Sample window `index`, int64 [B, k, S], from the hidden state that predicts it."""
-    stride = model.windows.stride
-    d_RkD = model.decode_slots(h_RD)[:, : u_BkS.shape[1]]
-    window = torch.empty(*u_BkS.shape[:2], 0, dtype=torch.long, device=h_RD.device)
-    for s, own in enumerate(config.by_sub_token(u_BkS.shape[-1])):
-        drafts = replace(own, temperature=own.temperature * own.draft_temperature)
-        logits = window_logits(model, d_RkD, window, index, state, own)
-        codes = pick(logits[:, :stride], u_BkS[:, :stride, s], own)
-        if logits.shape[1] > stride:  # k = 1 has no drafts
-            own_drafts = pick(logits[:, stride:], u_BkS[:, stride:, s], drafts)
-            codes = torch.cat([codes, own_drafts], dim=1)
-        window = torch.cat([window, codes[..., None]], dim=-1)
-    return window
+# -- images ----------------------------------------------------------------------------------------
 
 
+@dataclass
+class Drawing:
+    """A batch of images while it is drawn: all that a step reads and writes."""
+
+    state: DecodeState
+    rules: tuple[tuple[Rule, Rule], ...]
+    """Of final slots and of drafts, for each sub-token."""
+    keys_B: Tensor
+    noise_NBkS: Tensor
+    """Keys of the noise of every slot."""
+    corrupt: Callable[[Tensor, Tensor], Tensor] | None
+    """What is done to drafts before they are fed back."""
+    windows_BNkS: Tensor
+    """What has been drawn."""
+    index: Tensor
+    """The window that was drawn last, int64 [1]."""
+
+    def refill(self, condition: Condition, keys: Tensor, noise: Tensor) -> None:
+        """Begin another batch of the same shape, in place."""
+        for own, new in zip(_tensors(self.state.condition), _tensors(condition), strict=True):
+            own.copy_(new)
+        for layer in (*self.state.cache.keys, *self.state.cache.values):
+            layer.zero_()
+        self.keys_B.copy_(keys)
+        self.noise_NBkS.copy_(noise)
+        self.index.zero_()
+
+
+def _tensors(condition: Condition) -> list[Tensor]:
+    given = (condition.prefix, condition.mask, *condition.extras.values())
+    return [tensor for tensor in given if tensor is not None]
+
+
+def new_drawing(
+    model: TensorAR, state: DecodeState, keys: Tensor, noise: Tensor, config: SamplingConfig
+) -> Drawing:
+    """A batch of images of which nothing is drawn yet."""
+    count, batch, slots, subs = noise.shape
+    return Drawing(
+        state=state,
+        rules=rules(config, subs),
+        keys_B=keys.clone(),
+        noise_NBkS=noise,
+        corrupt=model.corruption(slots, keys.device, config.renoise) if config.renoise else None,
+        windows_BNkS=noise.new_zeros(batch, count, slots, subs),
+        index=noise.new_zeros(1),
+    )
+
+
+def draw_window(model: TensorAR, h_RD: Tensor, drawing: Drawing) -> None:
+    """Draw window `drawing.index` from the hidden state that predicts it, and write it down."""
+    stride, index = model.windows.stride, drawing.index
+    noise_BkS = drawing.noise_NBkS.index_select(0, index)[0]
+    slots = noise_BkS.shape[1]
+    d_RkD = model.decode_slots(h_RD)[:, :slots]
+    window = noise_BkS[..., :0]
+    for s, (final, drafts) in enumerate(drawing.rules):
+        logits = window_logits(model, d_RkD, window, index, drawing.state)
+        alike = final == drafts or slots == stride
+        parts = [(slice(0, slots if alike else stride), final)]
+        if not alike:
+            parts.append((slice(stride, slots), drafts))
+        codes = [pick(logits[:, part], noise_BkS[:, part, s], own) for part, own in parts]
+        window = torch.cat([window, torch.cat(codes, dim=1)[..., None]], dim=-1)
+    drawing.windows_BNkS.index_copy_(1, index, window[:, None])
+
+
+def step(model: TensorAR, drawing: Drawing, extent: int) -> None:
+    """Feed the window that was drawn last and draw the next. `extent` is `DecodeState.extent`."""
+    window = drawing.windows_BNkS.index_select(1, drawing.index)
+    if drawing.corrupt is not None:
+        window = drawing.corrupt(window, fold(drawing.keys_B, 1, drawing.index))
+    h = advance(model, window[:, 0], drawing.index, drawing.state, extent)
+    drawing.index.add_(1)
+    draw_window(model, h, drawing)
+
+
+@torch.no_grad()
 def sample_windows(
     model: TensorAR,
     prepared: dict[str, Tensor],
     keys: Tensor,
     config: SamplingConfig,
     on_step: Callable[[], None] | None = None,
+    speed: Speed | None = None,
 ) -> Tensor:
     """Sample images as all their windows, int64 [B, N, k, S]: `Windows` reads the final codes and
     every stage off them.
@@ -160,23 +219,39 @@ def sample_windows(
     Args:
         prepared: conditions of B images, from `Backbone.prepare`.
         keys: int64 [B], one per image (`t2i.rng.make_keys`).
-        on_step: called after every window, for a progress bar.
+        on_step: called after every window was asked for, for a progress bar.
+        speed: how steps are run; the model's own (`model.speed`) if None.
     """
     assert not model.training, "sampling needs model.eval(): dropout would act"
-    spec, windows = model.backbone.spec, model.windows.shrunk(config.window)
-    # Slot-major: slot 0 gets the same numbers for every k, so that base and TensorAR can be
-    # compared image by image.
-    u = uniforms(keys, windows.size, windows.count, len(spec.subvocabs)).to(model.backbone.device)
-    drawn = []
-    h, state = prefill(model, prepared, config)
-    for index in range(windows.count):
-        drawn.append(draw_window(model, h, u[:, :, index], index, state, config))
-        if index + 1 < windows.count:
-            fed = drawn[-1]
-            if config.renoise:
-                noise_keys = fold(keys, 1, index).to(fed.device)
-                fed = model.corrupt(fed[:, None], noise_keys, config.renoise)[:, 0]
-            h = step(model, fed, index, state)
-        if on_step is not None:
-            on_step()
-    return torch.stack(drawn, dim=1)
+    backbone, windows = model.backbone, model.windows.shrunk(config.window)
+    speed = choose(speed or model.speed, backbone.device, windows.count)
+    keys = keys.to(backbone.device)
+    noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
+    scales = guidance_table(model, config)
+    condition = encode_rows(backbone, prepared, guided=scales is not None)
+
+    def make() -> tuple[Drawing, Run]:
+        state = new_state(model, Condition.cat([condition]), scales)  # a copy, to be refilled
+        drawing = new_drawing(model, state, keys, noise, config)
+        return drawing, runner(step, drawing, speed, backbone.device)
+
+    with model.held.lock:
+        if speed == "eager":
+            model.held.clear()
+            drawing, run = make()
+        else:
+            shapes = tuple((t.shape, t.dtype) for t in _tensors(condition))
+            weights = tuple(p.data_ptr() for p in model.parameters())
+            codebook = backbone.frozen.tokenizer if config.renoise else None
+            context = backbone.revision, codebook, torch.is_inference_mode_enabled()
+            key = speed, config, shapes, weights, context
+            (drawing, run), known = model.held.fetch(key, make)
+            if known:
+                drawing.refill(condition, keys, noise)
+        draw_window(model, run_prefix(backbone, drawing.state), drawing)
+        for index in range(windows.count):
+            if index > 0:
+                run(model, drawing.state.extent(index - 1))
+            if on_step is not None:
+                on_step()
+        return drawing.windows_BNkS.clone()

@@ -18,10 +18,11 @@ from torch import Tensor
 from t2i.checkpoint import find_checkpoint, from_pretrained, run_checkpoints
 from t2i.errors import NotFiniteError, UserError
 from t2i.files import saving, write_json
-from t2i.generation import generate
+from t2i.generation import draw_images
 from t2i.imaging import grid, save_png
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
+from t2i.sampling import DrawOptions
 from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
 from t2i.training.batches import TrainingData
@@ -162,9 +163,13 @@ class Run:
         self.check_weights()
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
-            images = generate(
-                model, prompts, samples_per_prompt=2, batch_size=2 * len(prompts), progress=False
-            )
+            drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")  # nothing is kept
+            images = [
+                drawn.image
+                for drawn in draw_images(
+                    model, prompts, drawing, samples_per_prompt=2, progress=False
+                )
+            ]
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
             )

@@ -71,9 +71,11 @@ def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: in
 
 
 def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
-    """fp32 logits of one forward pass."""
-    slots = model.windows.count * model.windows.size
-    return 4 * config.engine.micro_batch * slots * sum(model.backbone.spec.subvocabs)
+    """fp32 logits of a forward pass that exist at once."""
+    slots, count = model.windows.size, model.windows.count
+    if config.engine.gradient_checkpointing:
+        count = min(count, model.windows_at_once(slots))
+    return 4 * config.engine.micro_batch * count * slots * sum(model.backbone.spec.subvocabs)
 
 
 def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
@@ -94,8 +96,7 @@ def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
     # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
     passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
     logits = logit_bytes(model, config)
-    # Their gradient, once in fp32 and once in the head's type; or own drafts: softmax, and its sums
-    # in float64 (`model.draw`).
+    # Their gradient, once in fp32 and once in the head's type; or own drafts and their noise.
     passing += max(1.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
@@ -116,13 +117,14 @@ def _tokenizer(backbone: Backbone) -> ConvTokenizer:
 
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
-    """What drawing own drafts holds at once: logits, probabilities, and both again in float64."""
+    """What drawing own drafts holds at once: logits, scores, random bits twice, and the noise."""
     k, stride = config.method.k, config.method.stride
     if k == stride:
         return 0
-    per_slot = 4 + 4 + 8 + 8
-    slots = model.windows.count * (k - stride)
-    return per_slot * config.engine.micro_batch * slots * max(model.backbone.spec.subvocabs)
+    per_logit = 4 + 4 + 8 + 8 + 4
+    windows = min(model.windows.count, model.windows_at_once(k - stride))
+    logits = windows * (k - stride) * max(model.backbone.spec.subvocabs)
+    return per_logit * config.engine.micro_batch * logits
 
 
 def _length(model: TensorAR) -> int:

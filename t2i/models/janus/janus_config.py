@@ -8,8 +8,8 @@ from torch import Tensor
 
 from t2i.errors import UserError
 from t2i.fields import read_object
+from t2i.models.blocks import LlamaConfig
 from t2i.models.janus import janus_weights as names
-from t2i.models.llama import LlamaConfig
 from t2i.models.tokenizers.vq import VQConfig
 from t2i.weights import count_children
 

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.base import BackboneSpec, Condition
+from t2i.models.blocks import LlamaBackbone
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
 from t2i.models.janus.janus_export import save_folder
 from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
 from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
-from t2i.models.llama import LlamaBackbone
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.weights import load_strict, naming, read_folder, reading_shape

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.models.attention import KVCache, attend
+from t2i.models.base import KVCache
+from t2i.models.blocks import LlamaConfig, RMSNorm, attend, rotate
 from t2i.models.janus.janus_config import JanusShape
-from t2i.models.llama import LlamaConfig, RMSNorm, rotate
 
 
 class JanusAttention(nn.Module):
@@ -30,7 +30,8 @@ class JanusAttention(nn.Module):
     ) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        q, k = (rotate(t, rope, halves=True) for t in (q, k))
+        heads = [q.shape[2], k.shape[2]]
+        q, k = rotate(torch.cat([q, k], dim=2), rope, halves=True).split(heads, dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self.o_proj(attend(q, k, v, mask, cache, self.layer))
 

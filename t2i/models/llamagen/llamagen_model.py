@@ -1,7 +1,7 @@
 """LlamaGen's GPT, class-conditional and text-conditional (arXiv 2406.06525;
 `autoregressive/models/gpt.py`).
 
-The blocks are in `llama.py`. Text acts through the attention's values alone, since the prefix has
+The blocks are in `blocks.py`. Text acts through the attention's values alone, since the prefix has
 neither queries nor keys there. A caption that was dropped for guidance becomes the stored
 `uncond_embedding` but keeps its own padding mask.
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.base import BackboneSpec, CaptionFeatures, Condition
-from t2i.models.llama import (
+from t2i.models.blocks import (
     Block,
     ClassEmbedding,
     LlamaBackbone,

@@ -2,7 +2,7 @@
 `modules/transformer/gpt.py`).
 
 A code of 18 bits is two sub-tokens: `pre`, the first 6 bits, and `post`, the other 12. The trunk is
-LlamaGen's (`llama.py`): one position per code, whose input is the sum of both sub-tokens'
+LlamaGen's (`blocks.py`): one position per code, whose input is the sum of both sub-tokens'
 embeddings. What follows the trunk is different:
 
 - The trunk's output is not normalised. It starts a sequence [h, embedding of `pre`] of length 2,
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.attention import run_blocks
 from t2i.models.base import BackboneSpec, Condition
-from t2i.models.llama import (
+from t2i.models.blocks import (
     Block,
     ClassEmbedding,
     LlamaBackbone,
     LlamaConfig,
     RMSNorm,
     normal_weights,
+    run_blocks,
 )
 from t2i.models.tokenizers.lfq import LFQTokenizer, signs, tokenizer_part
 from t2i.models.weight_file import WeightFileBackbone, published_size

@@ -1,28 +1,113 @@
-"""What Llama-like families share: the trunk, its norm and rotation; and the block of LlamaGen and
-Open-MAGVIT2.
+"""What causal transformers share: attention, its mask and a pass through blocks; and for the
+Llama-like ones trunk, norm and rotation, with the block of LlamaGen and Open-MAGVIT2.
 
-Their block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
+That block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
 SwiGLU. Two things differ from the Llama that everyone knows, which is Janus-Pro's
-(`janus_model.py`), and matter for parity:
+(`janus_modules.py`), and matter for parity:
 
 - RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the
   second with the column.
 - The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys
   vanish: every attention logit to or from a prefix entry is 0.
 
-Shapes: B batch, L inputs, P prefix, D width, H heads, K head width, T image tokens.
+Shapes: B batch, L inputs, P prefix length, D model width, H heads, K width of a head, T image
+tokens.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from t2i.models.attention import KVCache, attend, causal_mask, run_blocks
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Backbone, Condition, KVCache
+
+
+def causal_mask(
+    x_BLD: Tensor, prefix_mask_BP: Tensor | None, cache: KVCache | None
+) -> Tensor | None:
+    """Which entries the inputs may attend to, bool [B or 1, 1, L, extent]; None where they are all
+    and in order.
+
+    Every entry sees itself, also a masked-out prefix entry: a row without any key would give NaN.
+    """
+    if prefix_mask_BP is None and cache is None:
+        return None
+    length = x_BLD.shape[1]
+    index_L = torch.arange(length, device=x_BLD.device) if cache is None else cache.index
+    extent = length if cache is None else cache.extent
+    columns = torch.arange(extent, device=index_L.device)
+    allowed = (columns <= index_L[:, None])[None]
+    if prefix_mask_BP is not None:
+        visible = torch.ones(
+            prefix_mask_BP.shape[0], extent, dtype=torch.bool, device=index_L.device
+        )
+        visible[:, : prefix_mask_BP.shape[1]] = prefix_mask_BP[:, :extent]
+        allowed = (allowed & visible[:, None]) | (columns == index_L[:, None])
+    return allowed[:, None]
+
+
+def attend(
+    q_BHLK: Tensor,
+    k_BHLK: Tensor,
+    v_BHLK: Tensor,
+    mask: Tensor | None,
+    cache: KVCache | None,
+    layer: int,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of one layer's queries to its keys and values, after what the cache holds of them:
+    [B, L, H*K].
+
+    Keys and values may have fewer heads than queries. Without a mask attention is causal (see
+    `causal_mask`).
+    """
+    if cache is not None:
+        k, v = cache.update(layer, k_BHLK, v_BHLK)
+        k_BHLK, v_BHLK = k.type_as(q_BHLK), v.type_as(q_BHLK)
+        if q_BHLK.shape[2] == 1:
+            assert mask is not None
+            return _attend_one(q_BHLK, k_BHLK, v_BHLK, mask)
+    out = F.scaled_dot_product_attention(
+        q_BHLK,
+        k_BHLK,
+        v_BHLK,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        enable_gqa=k_BHLK.shape[1] != q_BHLK.shape[1],
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def _attend_one(q_BH1K: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor) -> Tensor:
+    """One query against the cache, [B, 1, H*K], by plain products: the fused kernels are made for
+    many queries, and some prepare themselves anew for every length of the cache.
+    """
+    # Queries that share keys are the rows of one product.
+    q = (q_BH1K * q_BH1K.shape[-1] ** -0.5).reshape(*k_BHLK.shape[:2], -1, q_BH1K.shape[-1])
+    scores = (q @ k_BHLK.transpose(-1, -2)).float().masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).type_as(v_BHLK) @ v_BHLK).view(len(q), 1, -1)
+
+
+def run_blocks(
+    blocks: Iterable[Callable[..., Tensor]], x_BLD: Tensor, *shared, recompute: bool
+) -> Tensor:
+    """Apply blocks in turn, each to (x, *shared); `recompute` computes their activations again in
+    the backward pass.
+    """
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            # Not the reentrant kind, which trains nothing when its input needs no gradient, as with
+            # frozen embeddings.
+            x_BLD = checkpoint(block, x_BLD, *shared, use_reentrant=False)
+        else:
+            x_BLD = block(x_BLD, *shared)
+    return x_BLD
 
 
 @dataclass(frozen=True)
@@ -113,8 +198,9 @@ class Attention(nn.Module):
         self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        both, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q, k = rotate(both, rope).split([self.heads, self.kv_heads], dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self.dropout(self.wo(attend(q, k, v, mask, cache, self.layer)))
 
 

@@ -1,0 +1,110 @@
+"""How one code is drawn: temperature, filters, and the code with the largest log p + G.
+
+G is Gumbel noise, a number of its own for every (image, position, sub-token, code): the argmax then
+follows the softmax distribution, an image is a function of its key and the model alone, and whoever
+predicts the same logits draws the same code. Only codes that the filters leave are looked at.
+
+Shapes: n candidates, B images, N windows, k slots, S sub-tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2i.rng import fold, gumbels
+from t2i.sampling import SamplingConfig
+from t2i.tensorar.windows import Windows
+
+NOISE = "gumbel"
+"""Name of this way of drawing: images that were drawn another way are never mixed with these."""
+DRAFTS_SHARE_NOISE = False
+"""Whether the drafts of a position are drawn with the noise of its final code. They would foretell
+it more often. But the model reads them: what it then says of the position would be drawn with noise
+that it has seen, and no longer follow its own distribution.
+"""
+TIES = 64
+"""So many codes as likely as the k-th stay besides the first k, those with the lowest numbers."""
+_NOISE = 0
+"""Number of this stream among an image's."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the codes of one sub-token are drawn: fields as in `SamplingConfig`, in plain numbers."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def rules(config: SamplingConfig, sub_tokens: int) -> tuple[tuple[Rule, Rule], ...]:
+    """Of final slots and of drafts, for each sub-token."""
+    both = []
+    for own in config.by_sub_token(sub_tokens):
+        final = Rule(own.temperature, own.top_k, own.top_p)  # type: ignore[arg-type]  # plain now
+        drafts = replace(final, temperature=final.temperature * config.draft_temperature)
+        both.append((final, drafts))
+    return tuple(both)
+
+
+def noise_keys(keys_B: Tensor, windows: Windows, sub_tokens: int) -> Tensor:
+    """Keys int64 [N, B, k, S] of the noise of every slot, by position: final codes have the same
+    noise for every k and stride.
+    """
+    position_NkS = windows.positions(keys_B.device)[..., None]
+    depth_kS = torch.arange(windows.size, device=keys_B.device)[:, None] // windows.stride
+    if DRAFTS_SHARE_NOISE:
+        depth_kS = torch.zeros_like(depth_kS)
+    sub_S = torch.arange(sub_tokens, device=keys_B.device)
+    return fold(keys_B[:, None, None], _NOISE, position_NkS[:, None], depth_kS, sub_S)
+
+
+def candidates(logits: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The codes that may be drawn, int64 [..., n] or [n], and their fp32 scores [..., n]: logits
+    over temperature, -inf where a filter removed one.
+
+    Top-k comes first (ties stay), then top-p (the code that crosses the threshold stays).
+    """
+    vocab, filtered = logits.shape[-1], rule.top_p < 1
+    if 0 < rule.top_k < vocab:
+        codes = likeliest(logits, min(rule.top_k + TIES, vocab))
+        logits = logits.gather(-1, codes)
+        kth = logits[..., rule.top_k - 1 : rule.top_k]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    elif filtered:
+        logits, codes = logits.sort(dim=-1, descending=True)
+    else:
+        codes = torch.arange(vocab, device=logits.device)
+    if rule.temperature != 1:
+        logits = logits / max(rule.temperature, 1e-5)
+    if filtered:  # they are in order
+        over = logits.softmax(-1).cumsum(-1) > rule.top_p
+        removed = F.pad(over[..., :-1], (1, 0), value=False)
+        logits = logits.masked_fill(removed, -torch.inf)
+    return logits, codes
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """The codes of the largest fp32 logits [..., V], in order: int64 [..., count].
+
+    Of equal ones the lower code comes first, whatever the shape of the batch: the order is that of
+    whole numbers, the logit's bits before the code.
+    """
+    vocab = logits.shape[-1]
+    bits = (logits + 0.0).view(torch.int32).long()  # -0 becomes 0
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    last = torch.arange(vocab - 1, -1, -1, device=logits.device)
+    return vocab - 1 - (order * vocab + last).topk(count, dim=-1).values % vocab
+
+
+def pick(logits: Tensor, keys: Tensor, rule: Rule) -> Tensor:
+    """One code int64 [...] per row of fp32 logits [..., V], with noise keys int64 [...]; the most
+    likely one at temperature 0.
+    """
+    if rule.temperature == 0:
+        return logits.argmax(-1)
+    scores, codes = candidates(logits, rule)
+    best = (scores + gumbels(keys, codes)).argmax(-1, keepdim=True)
+    return codes.expand_as(scores).gather(-1, best)[..., 0]

@@ -1,0 +1,129 @@
+"""How the steps of drawing are run. The step is one and the same; the images are, up to rounding.
+
+- eager: every operation by itself. On a GPU starting them takes longer than what they do.
+- graphs: the operations of a step recorded as a CUDA graph, one for each length of the cache that
+  is read, and replayed. Recording takes about as long as a few steps.
+- compiled: operations fused by `torch.compile`, and on a GPU recorded as well. The first step takes
+  a minute or so.
+"""
+
+import logging
+from collections.abc import Callable, Hashable
+from functools import cache, partial
+from threading import Lock
+from typing import Any, get_args
+
+import torch
+
+from t2i.errors import UserError
+from t2i.sampling import Speed
+
+log = logging.getLogger(__name__)
+
+GRAPHS_PAY_FROM = 64
+"""Steps of a request on a GPU: recording costs as much as some tens of them."""
+
+Run = Callable[[Any, int], None]
+"""Does one step of a model; given how many entries of the cache it reads."""
+
+
+def check_speed(speed: Speed, device: torch.device) -> None:
+    """UserError if there is no such speed, or not on this device."""
+    if speed not in get_args(Speed):
+        raise UserError(f"speed={speed!r} must be one of {', '.join(get_args(Speed))}")
+    if speed == "graphs" and device.type != "cuda":
+        raise UserError(
+            f"speed=graphs needs a CUDA GPU, and the model is on {device.type}: "
+            "choose auto, eager or compiled"
+        )
+
+
+def choose(speed: Speed, device: torch.device, steps: int) -> Speed:
+    """What to run so many steps with: `auto` settled, and said; UserError as `check_speed`."""
+    check_speed(speed, device)
+    if speed != "auto":
+        return speed
+    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM
+    chosen: Speed = "graphs" if pays else "eager"
+    _say(f"speed: {chosen}, for {steps} steps on {device.type}")
+    return chosen
+
+
+@cache
+def _say(message: str) -> None:
+    log.info(message)
+
+
+class Held:
+    """What a model keeps between batches of one shape: tensors and graphs.
+
+    Copies of the model start without. Who changes what a model computes, other than by its
+    parameters, settings or `Backbone.revision`, calls `clear`.
+    """
+
+    def __init__(self) -> None:
+        self.key: Hashable = None
+        self.content: Any = None
+        self.lock = Lock()
+        """Of whoever draws with it: one batch at a time."""
+
+    def __reduce__(self):
+        return Held, ()
+
+    def fetch(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, bool]:
+        """What is held under this key, else made anew; and whether it was. One thing is held."""
+        known = self.content is not None and self.key == key
+        if not known:
+            self.clear()  # before the new one needs the memory
+            self.key, self.content = key, make()
+        return self.content, known
+
+    def clear(self) -> None:
+        self.key = self.content = None
+
+
+def runner(step: Callable[..., None], drawing, speed: Speed, device: torch.device) -> Run:
+    """`step(model, drawing, extent)` at this speed. It holds no model, which would hold it."""
+    at_speed = _compiled(step) if speed == "compiled" else step
+
+    def run(model, extent: int) -> None:
+        at_speed(model, drawing, extent)
+
+    recorded = speed == "graphs" or (speed == "compiled" and device.type == "cuda")
+    return Graphs(run, device) if recorded else run
+
+
+@cache
+def _compiled(step: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(step)
+
+
+class Graphs:
+    """Steps recorded on first use, one graph for every extent."""
+
+    def __init__(self, run: Run, device: torch.device):
+        self.run, self.device = run, device
+        self.replays: dict[int, Callable[[], None]] = {}
+        # One memory for all: they run one after another, and nothing they make outlives a step.
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+    def __call__(self, model, extent: int) -> None:
+        if extent in self.replays:
+            self.replays[extent]()
+        else:
+            work = partial(self.run, model, extent)
+            self.replays[extent] = do_and_record(work, self.pool, self.device)
+
+
+def do_and_record(work: Callable[[], None], pool: Any, device: torch.device) -> Callable[[], None]:
+    """Do the work once, and return what does it again: a CUDA graph's replay."""
+    with torch.cuda.device(device):  # a stream is of the current one
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=aside):
+            work()  # is recorded, and not done
+    return graph.replay

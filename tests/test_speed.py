@@ -1,0 +1,201 @@
+"""Eager, compiled and recorded steps draw the same codes; a step is one that can be recorded."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import Killed, open_gates, tiny_llamagen, tiny_prepared
+from PIL import Image
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from t2i.errors import UserError
+from t2i.evaluation import draw as draw_module
+from t2i.generation import all_jobs
+from t2i.lora import add_lora, without_lora
+from t2i.models.base import KVCache
+from t2i.rng import make_keys
+from t2i.sampling import DrawOptions, SamplingConfig
+from t2i.tensorar import presets, sampler, speed
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows
+from t2i.tuning import LoRAConfig
+
+GUIDED = SamplingConfig(cfg_scale=2.0, cfg_interval=6, top_k=20, top_p=0.95)
+OTHER = SamplingConfig(cfg_scale=3.0, cfg_power=1.5, draft_temperature=0.5, window=3, renoise=0.5)
+
+
+def small(backbone, **method) -> TensorAR:
+    return open_gates(TensorAR(backbone, presets.iclr2026(**method)).eval())
+
+
+def draw(model, config=GUIDED, *, seed=0, rows=3, **options):
+    keys = make_keys(seed, torch.arange(rows))
+    return sample_windows(model, tiny_prepared(model.backbone, rows), keys, config, **options)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Stands in for CUDA graphs: work is traced into bare operations on the tensors that it used.
+    Numbers of Python's are in it as they were.
+    """
+    traces = []
+
+    def do_and_record(work, pool, device):
+        traces.append(make_fx(work, tracing_mode="real")())
+        return traces[-1]
+
+    monkeypatch.setattr(speed, "do_and_record", do_and_record)
+    monkeypatch.setattr(sampler, "choose", lambda *_: "graphs")
+    monkeypatch.setattr(KVCache, "BUCKET", 12)
+    return traces
+
+
+@pytest.mark.parametrize("config", [GUIDED, OTHER], ids=["filters", "other"])
+def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
+    """Also for a second batch of the same shape, which runs what was recorded for the first."""
+    model = small(backbone)
+    with monkeypatch.context() as plain:
+        plain.setattr(sampler, "choose", lambda *_: "eager")
+        expected = [draw(model, config, seed=seed) for seed in (0, 1)]
+    assert not torch.equal(*expected)
+    first = draw(model, config)
+    assert torch.equal(first, expected[0])
+    buckets = {model.held.content[0].state.extent(i) for i in range(15)}
+    assert len(recorded) == len(buckets) > 1
+    assert torch.equal(draw(model, config, seed=1), expected[1]) and torch.equal(first, expected[0])
+    assert len(recorded) == len(buckets)
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+COPIES = {"lift_fresh", "lift_fresh_copy"}
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a step would wait for the device, or copy something to it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        kwargs = kwargs or {}
+        assert name not in WAITS | COPIES, function
+        if name in ("_to_copy", "scalar_tensor"):  # a type may change, a number be filled in there
+            assert (kwargs.get("device") is None) == (name == "_to_copy"), (function, kwargs)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("preset", "config"),
+    [
+        ("base", SamplingConfig(cfg_scale=2.0)),
+        ("iclr2026", GUIDED),
+        ("iclr2026", OTHER),
+        ("iclr2026", SamplingConfig(temperature=0.0)),
+        ("arxiv2505", OTHER),
+    ],
+)
+def test_a_step_never_waits_for_the_device(backbone, preset, config, monkeypatch):
+    model = TensorAR(backbone, presets.method(preset)).eval()
+    plain, steps = sampler.step, []
+
+    def watched(*args):
+        with NoSync():
+            plain(*args)
+        steps.append(1)
+        if len(steps) == 2:
+            raise Killed
+
+    monkeypatch.setattr(sampler, "step", watched)
+    with pytest.raises(Killed):
+        draw(model, config)
+    for wrong in (lambda: torch.ones(1).item(), lambda: torch.tensor(1.0), lambda: draw(model)):
+        with pytest.raises(AssertionError), NoSync():
+            wrong()
+
+
+def test_what_is_held_follows_shape_settings_and_weights(recorded):
+    model = small(tiny_llamagen("text"))
+    draw(model)
+    held = model.held.content
+    assert copy.deepcopy(model).held.content is None
+    draw(model, seed=5)
+    assert model.held.content is held
+    for change in (
+        lambda: draw(model, rows=2),
+        lambda: draw(model, SamplingConfig(temperature=0.0)),
+        lambda: draw(model.to(torch.float64).to(torch.float32)),
+    ):
+        change()
+        assert model.held.content is not held
+        held = model.held.content
+    model.train()
+    assert model.held.content is None
+    prepared, keys = tiny_prepared(model.eval().backbone, 2), make_keys(0, torch.arange(2))
+    given = [keys, *prepared.values()]
+    before = [tensor.clone() for tensor in given]
+    sample_windows(model, prepared, keys, SamplingConfig())
+    flipped = {name: value.flip(0) for name, value in prepared.items()}
+    sample_windows(model, flipped, keys + 1, SamplingConfig())
+    assert all(map(torch.equal, given, before)), "what was given is not written to"
+
+
+def test_adapters_that_are_switched_off_are_not_drawn_with(recorded):
+    model = small(tiny_llamagen("text"))
+    base = draw(model)
+    add_lora(model.backbone, LoRAConfig(rank=4), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    adapted = draw(model)
+    with without_lora(model.backbone):
+        off = draw(model)
+    assert torch.equal(off, base) and not torch.equal(adapted, base)
+    assert torch.equal(draw(model), adapted)
+
+
+def test_what_is_held_does_not_hold_the_model(recorded):
+    model = small(tiny_llamagen("text"))
+    draw(model)
+    assert model.held.content is not None
+    gone = weakref.ref(model)
+    gc.disable()  # a circle would need it
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_path):
+    """Chosen from all its steps, not from a batch's."""
+    asked = []
+    monkeypatch.setattr(draw_module, "choose", lambda speed, device, n: asked.append(n) or "eager")
+    model = small(tiny_llamagen("class"))
+    monkeypatch.setattr("t2i.generation.to_images", lambda *_: [Image.new("RGB", (4, 4))] * 4)
+    entries = [{"prompt": str(i)} for i in range(6)]
+    draw_module.draw_prompts(
+        model, entries, all_jobs(range(6), 1), tmp_path / "out", DrawOptions(batch_size=4)
+    )
+    assert asked == [2 * 16]
+
+
+@pytest.mark.slow
+def test_compiled_steps_draw_the_same(monkeypatch):
+    """As one graph, without breaks; the length that is read becomes a variable of it."""
+    monkeypatch.setattr(KVCache, "BUCKET", 8)
+    monkeypatch.setattr(speed, "_compiled", lambda step: torch.compile(step, fullgraph=True))
+    model = small(tiny_llamagen("text"))
+    assert torch.equal(draw(model, speed="compiled"), draw(model, speed="eager"))
+
+
+def test_auto():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert speed.choose("auto", cpu, 10**6) == "eager"
+    assert [speed.choose("auto", cuda, n) for n in (1, 576, 10**6)] == ["eager", *["graphs"] * 2]
+    assert speed.choose("compiled", cpu, 1) == "compiled"
+    with pytest.raises(UserError, match="needs a CUDA GPU"):
+        speed.choose("graphs", cpu, 1)
+    with pytest.raises(UserError, match="must be one of auto, eager, compiled, graphs"):
+        draw(small(tiny_llamagen("text")), speed="fast")
