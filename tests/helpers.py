@@ -126,7 +126,7 @@ def prefill(model: TensorAR, prepared: dict, config: SamplingConfig) -> tuple[Te
 def feed(model: TensorAR, window: Tensor, index: int, state: DecodeState) -> Tensor:
     """Hidden states [R, D] after window `index`, [B, k, S]."""
     at = torch.tensor([index], device=window.device)
-    return advance(model, window, at, state, state.extent(index))
+    return advance(model, window[:, None], at, state, state.extent(index))[:, 0]
 
 
 def cached(model: TensorAR, prepared: dict, codes: Tensor) -> tuple:

@@ -179,7 +179,7 @@ def test_classes_and_codes_come_from_different_streams(model, tmp_path, monkeypa
     """Or the first code of an image would tell its class."""
     keys = []
 
-    def spy(model, prepared, image_keys, sampling, on_step, speed):
+    def spy(model, prepared, image_keys, *_):
         keys.append(image_keys)
         raise Killed
 
