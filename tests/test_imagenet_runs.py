@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Killed, in_threads, tiny_llamagen, tiny_rar
 from programs import refused
-from runs import assert_same_weights, weights
+from runs import assert_same_weights, before_step, kill, weights
 
 import t2i
 from launch import fid as fid_program
@@ -34,7 +34,7 @@ from t2i.training.check import check
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.examples import check_backbone
 from t2i.training.logs import read_metrics
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
 from t2i.training.validation import validate
 
 FAMILIES = ("llamagen", "open_magvit2", "rar")
@@ -104,15 +104,7 @@ def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
     for kind, losses in (("noised_truth", before.noised_truth), ("own_drafts", before.own_drafts)):
         assert after[f"validation/{kind}/slot0"] < losses[0] - 0.02
 
-    plain_step = Run.train_step
-
-    def step(run):
-        if run.step == 6:
-            raise Killed
-        return plain_step(run)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "train_step", step)
+    with before_step(6, kill), pytest.raises(Killed):
         train(tiny(base, "halves"))
     resumed = train(tiny(base, "halves", resume=True))
     assert_same_weights(weights(whole), weights(resumed))

@@ -10,7 +10,14 @@ import shutil
 
 import pytest
 import torch
-from helpers import JANUS_PROMPTS, randomize, tiny_codes, tiny_janus, tiny_prepared
+from helpers import (
+    JANUS_PROMPTS,
+    randomize,
+    text_logits,
+    tiny_codes,
+    tiny_janus,
+    tiny_prepared,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration
@@ -48,13 +55,6 @@ def folder(tmp_path_factory, janus):
 @pytest.fixture
 def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
-
-
-def text_logits(backbone: Janus) -> torch.Tensor:
-    """What the language model says about text."""
-    ids = torch.tensor(backbone.prompts.encode([JANUS_PROMPTS[1]]))
-    with torch.no_grad():
-        return backbone.text_logits(ids)
 
 
 def image_logits(backbone: Janus, prepared=None, drop=None) -> torch.Tensor:
@@ -290,14 +290,6 @@ def test_lora_can_be_switched_off_and_merged():
     torch.testing.assert_close(image_logits(backbone), tuned_image, atol=1e-4, rtol=0)
 
 
-def test_full_training_leaves_understanding_alone(janus):
-    trained = {id(p) for module in janus.trained_modules() for p in module.parameters()}
-    left = {n for n, p in janus.janus.named_parameters() if id(p) not in trained}
-    understanding = ("model.vision_model.", "model.aligner.", "lm_head.")
-    assert left == {n for n, _ in janus.janus.named_parameters() if n.startswith(understanding)}
-    assert {n.split(".")[1] for n in left} == {"vision_model", "aligner", "weight"}
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_checkpointing_trains(recompute):
     """Without a codec the trunk's input needs no gradient: reentrant checkpointing would train
@@ -410,24 +402,3 @@ def test_saved_tokenizer_is_read_by_transformers(folder, janus):
     theirs = AutoTokenizer.from_pretrained(folder)
     text = "<|User|>: a red  circle\n\n<|Assistant|>:<begin_of_image>"
     assert theirs(text)["input_ids"] == janus.prompts.encode(["a red  circle"])[0]
-
-
-# -- data -----------------------------------------------------------------------------------------
-def test_captions_are_cached_as_text(tiny_world):
-    from runs import tiny_janus_run
-
-    from t2i.processes import ALONE
-    from t2i.training.batches import TrainingData
-
-    config = tiny_janus_run(tiny_world, "-")
-    backbone = t2i.load_backbone("janus", tiny_world / "janus")
-    data = TrainingData(config, backbone, ALONE)
-    store = data.examples.store
-    assert store.manifest["text_dim"] is None
-    batch = next(data.micro_batches(0))
-    texts = [store.condition(i) for i in range(len(store))]
-    own = [
-        ids[mask].tolist()
-        for ids, mask in zip(batch.prepared["ids"], batch.prepared["mask"], strict=True)
-    ]
-    assert all(ids in backbone.prompts.encode(texts) for ids in own) and len(own) == 4
