@@ -118,6 +118,16 @@ def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
     return replace(config, **nested, **own)
 
 
+def plain_options(root: Path, name: str) -> list[str]:
+    """The command line of train_llamagen.py that does what the `plain` run does."""
+    text = f"""shapes-iclr2026 --backbone.weights {root / "base"} --method.k 3
+        --data.source {root / "data"} --data.cache-dir {root / "cache"} --data.validation-samples 9
+        --optim.codec-lr 1e-2 --optim.backbone-lr 1e-3 --optim.warmup-steps 0 --engine.micro-batch 4
+        --log.log-every 1 --log.validate-every 0 --log.sample-every 0 --log.save-every 0
+        --batch-size 16 --steps 3 --run-dir {root / "runs" / name}"""
+    return text.split()
+
+
 @contextmanager
 def before_step(number: int, act: Callable[[Run], object]) -> Iterator[None]:
     """Runs meanwhile do this before they take the step that follows so many."""

@@ -126,7 +126,13 @@ def test_a_misspelt_local_name_comes_before_the_model(no_files, tmp_path):
             look(replace(config, backbone=base, run_dir=tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", ["t2i-xl-256-small-data", "janus-pro-7b-small-data"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "t2i-xl-256-small-data",
+        pytest.param("janus-pro-7b-small-data", marks=pytest.mark.slow),
+    ],
+)
 def test_published_text_models_need_no_files(name, no_files, tmp_path):
     config = replace(
         ALL[name],

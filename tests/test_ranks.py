@@ -11,6 +11,7 @@ from runs import (
     assert_same_metrics,
     draw,
     metrics,
+    plain_options,
     tiny_janus_run,
     weights,
 )
@@ -45,13 +46,9 @@ def two_ranks(tiny_world, plain):
 def rare_ranks(tiny_world, plain):
     """The stages that `two_ranks` leaves out, and the other launcher."""
     two_processes(tiny_world, "rare")
-    options = f"""--backbone.weights {tiny_world / "base"} --method.k 3 --data.source {tiny_world / "data"}
-        --data.cache-dir {tiny_world / "cache"} --data.validation-samples 9 --optim.codec-lr 1e-2
-        --optim.backbone-lr 1e-3 --optim.warmup-steps 0 --engine.micro-batch 4 --log.log-every 1
-        --log.validate-every 0 --log.sample-every 0 --log.save-every 0 --batch-size 16 --steps 3
-        --run-dir {tiny_world / "runs" / "ranks-deepspeed"} --engine.zero-stage 2"""
+    options = (*plain_options(tiny_world, "ranks-deepspeed"), "--engine.zero-stage", "2")
     launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port())
-    done = launch(*launcher, "launch/train_llamagen.py", "shapes-iclr2026", *options.split())
+    done = launch(*launcher, "launch/train_llamagen.py", *options)
     assert done.stdout.count("checkpoint: ") == 1, "only the main process reports"
     return tiny_world
 

@@ -175,6 +175,7 @@ def test_a_trigger_hides_nothing_of_the_source(tmp_path):
 
 
 # -- the first hour --------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     """Cases 9, 19, 21, 23: 30 own pictures -> --check -> train -> draw -> judge -> export, as
     docs/first_hour.md has it.

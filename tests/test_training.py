@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import edited
+from programs import program
 from runs import (
     SAME_SUM,
     assert_same_metrics,
     assert_same_weights,
     before_step,
     metrics,
+    plain_options,
     saved_after_two_steps,
     tiny_run,
     weights,
@@ -25,6 +27,7 @@ from runs import (
 from safetensors.torch import load_file, save_file
 
 import t2i
+from launch import train_llamagen
 from t2i.processes import ALONE, Processes
 from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData
@@ -152,6 +155,12 @@ def test_metrics_do_not_depend_on_split_or_stage(tiny_world, plain, changes, req
     expected = metrics(tiny_world, "plain")
     assert expected[-1]["train/loss"] != expected[0]["train/loss"]
     assert_same_metrics(metrics(tiny_world, name), expected, SAME_SUM)
+
+
+def test_the_program_trains(tiny_world, plain, capsys):
+    program(train_llamagen, *plain_options(tiny_world, "by-program"))
+    assert capsys.readouterr().out.count("checkpoint: ") == 1
+    assert metrics(tiny_world, "by-program") == metrics(tiny_world, "plain")
 
 
 def test_logged_losses_are_the_means_over_the_batch(tiny_world, plain):
