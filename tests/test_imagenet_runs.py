@@ -117,12 +117,13 @@ def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
     assert images.shape == (8, 24, 24, 3) and images.std() > 0
     assert len(np.unique(images, axis=0)) == 8, "every image has random numbers of its own"
 
-    reference = tmp_path / "reference.npz"
-    np.savez(reference, arr_0=images[::-1][:6] // 2)
-    result = tmp_path / "fid.json"
-    given = ("--samples", out, "--reference", reference, "--out", result, "--allow-fewer")
-    call(monkeypatch, fid_program, *given, "--inception-weights", "random", "--device", "cpu")
-    assert result.exists()
+    if base.name == FAMILIES[0]:  # a score does not depend on the family
+        reference = tmp_path / "reference.npz"
+        np.savez(reference, arr_0=images[::-1][:6] // 2)
+        result = tmp_path / "fid.json"
+        given = ("--samples", out, "--reference", reference, "--out", result, "--allow-fewer")
+        call(monkeypatch, fid_program, *given, "--inception-weights", "random", "--device", "cpu")
+        assert result.exists()
 
 
 # -- sampling --------------------------------------------------------------------------------------
