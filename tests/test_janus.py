@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     JANUS_PROMPTS,
+    count,
     randomize,
     text_logits,
     tiny_codes,
@@ -167,11 +168,6 @@ def test_sampling_is_the_authors(janus):
 
 
 # -- the modules, against transformers' ------------------------------------------------------------
-def with_text_settings(janus: Janus, **settings) -> JanusShape:
-    stored = janus.config.transformers
-    return JanusShape(stored | {"text_config": stored["text_config"] | settings}, janus.config.grid)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -183,7 +179,9 @@ def with_text_settings(janus: Janus, **settings) -> JanusShape:
 )
 def test_one_model_in_both_libraries(janus, settings):
     """Names, shapes, and what the trunk computes."""
-    ours = Janus(with_text_settings(janus, **settings))
+    stored = janus.config.transformers
+    shape = stored | {"text_config": stored["text_config"] | settings}
+    ours = Janus(JanusShape(shape, janus.config.grid))
     ours.to_empty(device="cpu")
     randomize(ours.janus)
     config = JanusConfig.from_dict(ours.config.transformers)
@@ -388,12 +386,9 @@ def test_published_sizes_need_no_files():
             for k, v in backbone.parts().items()
         }
         assert counts == {"language model": language, "image layers": image, "understanding": rest}
-        assert sum(p.numel() for p in backbone.tokenizer.parameters()) == 71_883_403
+        assert count(backbone.tokenizer) == 71_883_403
         small = t2i.load_backbone("janus", name, device="meta", generation_only=True)
-        assert (
-            small.left_out == rest
-            and sum(p.numel() for p in small.parameters()) == language + image
-        )
+        assert small.left_out == rest and count(small) == language + image
         assert (backbone.spec.grid, backbone.spec.subvocabs) == ((24, 24), (16384,))
     assert set(janus_config.PUBLISHED.values()) == {"1B", "7B"}
 
