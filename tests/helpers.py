@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -39,6 +39,8 @@ from t2i.tensorar.sampler import (
     window_logits,
 )
 
+rare = partial(pytest.param, marks=pytest.mark.slow)
+"""A parameter of a test that is left to the slow ones."""
 M = TypeVar("M", bound=nn.Module)
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import text_logits
+from helpers import rare, text_logits
 from runs import (
     PROMPTS,
     assert_same_metrics,
@@ -176,7 +176,7 @@ QUICK_CHECKS = ("janus-pro-1b-lora", "janus-pro-7b-full-zero3")
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in QUICK_CHECKS else pytest.mark.slow)
+        name if name in QUICK_CHECKS else rare(name)
         for name in recipes()
         if name.startswith("janus-pro")
     ],

@@ -8,6 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from helpers import rare
 from runs import tiny_run
 from test_recipes import ALL
 
@@ -126,13 +127,7 @@ def test_a_misspelt_local_name_comes_before_the_model(no_files, tmp_path):
             look(replace(config, backbone=base, run_dir=tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "t2i-xl-256-small-data",
-        pytest.param("janus-pro-7b-small-data", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["t2i-xl-256-small-data", rare("janus-pro-7b-small-data")])
 def test_published_text_models_need_no_files(name, no_files, tmp_path):
     config = replace(
         ALL[name],

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from helpers import rare
 from programs import ROOT, launch
 from runs import (
     PROMPTS,
@@ -53,19 +54,19 @@ def rare_ranks(tiny_world, plain):
     return tiny_world
 
 
-def usual_and_rare(usual, rare) -> list:
+def made_by(usual, unusual) -> list:
     """Parameters: the fixture that makes a run, and the run's name."""
     return [
         *(pytest.param("two_ranks", name, id=name) for name in usual),
-        *(pytest.param("rare_ranks", name, id=name, marks=pytest.mark.slow) for name in rare),
+        *(rare("rare_ranks", name, id=name) for name in unusual),
     ]
 
 
 @pytest.mark.parametrize(
-    ("made_by", "name"), usual_and_rare(("zero2", "zero3"), ("zero0", "zero1", "deepspeed"))
+    ("fixture", "name"), made_by(("zero2", "zero3"), ("zero0", "zero1", "deepspeed"))
 )
-def test_two_ranks_do_what_one_does(made_by, name, request):
-    root = request.getfixturevalue(made_by)
+def test_two_ranks_do_what_one_does(fixture, name, request):
+    root = request.getfixturevalue(fixture)
     got, expected = (metrics(root, run) for run in (f"ranks-{name}", "plain"))
     assert_same_metrics(got, expected, SAME_SUM)
     folder = checkpoint.find_checkpoint(root / "runs" / f"ranks-{name}")
@@ -88,11 +89,11 @@ def janus_alone(tiny_world):
 
 
 @pytest.mark.parametrize(
-    ("made_by", "name"), usual_and_rare(("ranks-janus-zero2",), ("ranks-janus-zero3",))
+    ("fixture", "name"), made_by(("ranks-janus-zero2",), ("ranks-janus-zero3",))
 )
-def test_janus_adapters_under_zero(made_by, name, janus_alone, request):
+def test_janus_adapters_under_zero(fixture, name, janus_alone, request):
     """Two ranks do what one does, the adapters are saved whole, and merging changes nothing."""
-    root = request.getfixturevalue(made_by)
+    root = request.getfixturevalue(fixture)
     assert_same_metrics(metrics(root, name), metrics(root, "ranks-janus-alone"), SAME_SUM)
     folder = checkpoint.find_checkpoint(root / "runs" / name)
     alone, saved = weights(janus_alone), weights(folder)

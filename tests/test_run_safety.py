@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Killed, folder_content
+from helpers import Killed, folder_content, rare
 from runs import assert_same_weights, before_step, kill, metrics, tiny_run, weights
 
 from t2i import checkpoint
@@ -27,10 +27,6 @@ STAGES = {
     "zero2-offload": {"engine__zero_stage": 2, "offload": {"offload_optimizer": {"device": "cpu"}}},
     "zero3-lora": {"engine__zero_stage": 3, "tuning": "lora"},
 }
-
-
-def rare(stage: str):
-    return pytest.param(stage, marks=pytest.mark.slow)
 
 
 def staged(root: Path, name: str, stage: str, **changes) -> TrainConfig:
