@@ -15,7 +15,7 @@ from t2i.errors import UserError
 from t2i.evaluation import draw as draw_module
 from t2i.generation import all_jobs
 from t2i.lora import add_lora, without_lora
-from t2i.models.base import KVCache
+from t2i.models.kv_cache import KVCache
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar import presets, sampler, speed

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from t2i.models.base import Backbone, Condition, KVCache
+from t2i.models.base import Backbone, Condition
+from t2i.models.kv_cache import KVCache
 from t2i.rng import fold
 from t2i.sampling import SamplingConfig, Speed
 from t2i.tensorar.drawing import Rule, noise_keys, pick, rules
