@@ -77,7 +77,8 @@ def draw_images(
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     steps = len(batches) * model.windows.count
-    speed = choose(options.speed or model.speed, model.backbone.device, steps)
+    speculate = model.speculate if options.speculate is None else options.speculate
+    speed = choose(options.speed or model.speed, model.backbone.device, steps, speculate)
     bar = progress_bar(total=steps, unit="step", desc="drawing", disable=not progress)
     with bar:
         for batch in batches:
@@ -85,7 +86,7 @@ def draw_images(
             prepared = model.backbone.prepare([prompts[p] for p, _ in rows], length)
             keys = make_keys(options.seed, *torch.tensor(rows).T)
             sampling = options.sampling or model.sampling
-            windows = sample_windows(model, prepared, keys, sampling, bar.update, speed)
+            windows = sample_windows(model, prepared, keys, sampling, bar.update, speed, speculate)
             windows = windows[: len(batch)]
             images = to_images(model, model.windows.final_codes(windows), options.size)
             staged = stage_images(model, windows) if options.stages else [()] * len(batch)

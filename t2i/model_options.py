@@ -52,6 +52,10 @@ class ModelOptions:
     """How images are drawn: eager, graphs (CUDA), compiled (a minute first), or auto, what pays for
     so many; they are the same up to rounding.
     """
+    speculate: int = 0
+    """Draw so many codes (TensorAR: windows) per call of the model, all but one from guesses; what
+    was guessed wrong is drawn again, so images are the same up to rounding. 0 is off.
+    """
 
     @property
     def source(self) -> str | None:
@@ -85,7 +89,7 @@ class ModelOptions:
                 "no model: give --ckpt (a checkpoint, or shapes) or --base.weights (a published base)"
             )
         where = pick_device(self.device, self.dtype)
-        check_speed(self.speed, where[0])
+        check_speed(self.speed, where[0], self.speculate)
         folder = Path(self.source)
         if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
             raise UserError(
@@ -124,7 +128,7 @@ class ModelOptions:
             device=device,
             dtype=dtype,
         )
-        model.speed = self.speed
+        model.speed, model.speculate = self.speed, self.speculate
         frozen, spec = model.backbone.frozen, model.backbone.spec
         if frozen.tokenizer is None:
             raise UserError(f"{self.source} brings no image tokenizer: give --base.tokenizer")

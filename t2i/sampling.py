@@ -118,6 +118,10 @@ class DrawOptions:
     """Also keep every refinement stage."""
     speed: Speed | None = None
     """How steps are run; the model's own (`model.speed`) if None."""
+    speculate: int | None = None
+    """Windows that a call draws at once, all but one from guesses; no image depends on it but for
+    rounding. 0: one a call; the model's own (`model.speculate`) if None.
+    """
     size: tuple[int, int] | None = None
     """Height and width that images are resized to; the model's own if None."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -131,8 +135,16 @@ class DrawOptions:
             )
         check_counts(batch_size=self.batch_size)
         check_whole(seed=self.seed)
+        check_speculate(self.speculate or 0)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
+
+
+def check_speculate(speculate: int) -> None:
+    """UserError if so many windows cannot be drawn at once."""
+    check_whole(speculate=speculate)
+    if speculate < 0 or speculate == 1:
+        raise UserError(f"speculate={speculate} must be 0 (off) or at least 2 windows a call")
 
 
 def check_counts(**values: int) -> None:

@@ -3,6 +3,8 @@ depend on the machine's load.
 """
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -75,3 +77,26 @@ def plain(tiny_world):
     from t2i.training.loop import train
 
     return train(tiny_run(tiny_world, "plain"))
+
+
+@pytest.fixture
+def copied(tiny_world, request):
+    """Copies the `plain` run's folder, for a test to damage; returns its checkpoint folder."""
+
+    def make(plain: Path, name: str = request.node.name) -> Path:
+        run_dir = tiny_world / "runs" / name
+        shutil.copytree(plain.parents[1], run_dir)
+        return run_dir / "checkpoints" / plain.name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def two_saved(tiny_world):
+    """The run folder of three steps with checkpoints after 2 and 3."""
+    from runs import tiny_run
+
+    from t2i.training.loop import train
+
+    train(tiny_run(tiny_world, "two-saved", log__save_every=2))
+    return tiny_world / "runs" / "two-saved"

@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -38,6 +39,8 @@ from t2i.tensorar.sampler import (
     window_logits,
 )
 
+rare = partial(pytest.param, marks=pytest.mark.slow)
+"""A parameter of a test that is left to the slow ones."""
 M = TypeVar("M", bound=nn.Module)
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -126,7 +129,7 @@ def prefill(model: TensorAR, prepared: dict, config: SamplingConfig) -> tuple[Te
 def feed(model: TensorAR, window: Tensor, index: int, state: DecodeState) -> Tensor:
     """Hidden states [R, D] after window `index`, [B, k, S]."""
     at = torch.tensor([index], device=window.device)
-    return advance(model, window, at, state, state.extent(index))
+    return advance(model, window[:, None], at, state, state.extent(index))[:, 0]
 
 
 def cached(model: TensorAR, prepared: dict, codes: Tensor) -> tuple:
@@ -259,6 +262,13 @@ def tiny_janus(seed: int = 0) -> Janus:
 JANUS_PROMPTS = ("a red circle", "two squares and one star, left of the ring", "a")
 
 
+def text_logits(model, backbone=None) -> torch.Tensor:
+    """The language model's word on text: of a backbone, or of transformers' own model."""
+    ids = torch.tensor((backbone or model).prompts.encode([JANUS_PROMPTS[1]]))
+    with torch.no_grad():
+        return model.text_logits(ids) if backbone is None else model(input_ids=ids).logits
+
+
 def tiny_rar(seed: int = 0) -> RAR:
     """A RAR of 4x4 codes with a tokenizer, in eval mode."""
     backbone = RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), vocab_size=48, num_classes=10))
@@ -343,3 +353,11 @@ def in_threads(work: Callable[[int], object], ranks: Sequence[int] = (0, 1)) -> 
     """What `work(rank)` returns, for all ranks at once; raises what one of them raises."""
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(work, ranks))
+
+
+@contextmanager
+def edited(path: Path) -> Iterator[Any]:
+    """The content of a JSON file, written back as it is changed."""
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))

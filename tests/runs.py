@@ -1,11 +1,13 @@
 """Tiny training runs, and how they are compared."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomize
+from helpers import Killed, randomize
 from safetensors.torch import load_file
 
 import t2i
@@ -114,6 +116,36 @@ def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
     own = parts.pop("", {})
     nested = {part: replace(getattr(config, part), **options) for part, options in parts.items()}
     return replace(config, **nested, **own)
+
+
+def plain_options(root: Path, name: str) -> list[str]:
+    """The command line of train_llamagen.py that does what the `plain` run does."""
+    text = f"""shapes-iclr2026 --backbone.weights {root / "base"} --method.k 3
+        --data.source {root / "data"} --data.cache-dir {root / "cache"} --data.validation-samples 9
+        --optim.codec-lr 1e-2 --optim.backbone-lr 1e-3 --optim.warmup-steps 0 --engine.micro-batch 4
+        --log.log-every 1 --log.validate-every 0 --log.sample-every 0 --log.save-every 0
+        --batch-size 16 --steps 3 --run-dir {root / "runs" / name}"""
+    return text.split()
+
+
+@contextmanager
+def before_step(number: int, act: Callable[[Run], object]) -> Iterator[None]:
+    """Runs meanwhile do this before they take the step that follows so many."""
+    step = Run.train_step
+
+    def act_and_step(run: Run) -> dict[str, float]:
+        if run.step == number:
+            act(run)
+        return step(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "train_step", act_and_step)
+        yield
+
+
+def kill(run: Run) -> None:
+    """For `before_step`."""
+    raise Killed
 
 
 def saved_after_two_steps(run: Run) -> tuple[Path, TensorAR]:

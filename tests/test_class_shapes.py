@@ -171,8 +171,8 @@ def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
     assert not set(seen.tolist()) & set(held_out.tolist())
 
 
-@pytest.mark.slow
 # -- processes -------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["sample_imagenet", "train_imagenet"])
 def test_one_or_two_processes_and_any_kill_leave_the_same(killed, program):
     whole, *others = (killed / f"{program}-{name}" for name in ("whole", "1", "2"))
@@ -182,6 +182,7 @@ def test_one_or_two_processes_and_any_kill_leave_the_same(killed, program):
     assert all(kills[folder.name] for folder in others), kills
 
 
+@pytest.mark.slow
 def test_one_or_two_processes_have_the_same_losses(killed):
     whole, *others = (read_metrics(killed / f"train_imagenet-{n}-run") for n in ("whole", "1", "2"))
     for rows in others:

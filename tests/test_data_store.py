@@ -68,6 +68,10 @@ def make_samples(n=10, skipped=(2, 7)):
     ]
 
 
+def report_of(folder) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
 def build(samples_or_source, folder, *, expected_key=None, processes=ALONE, **changes):
     """The store of samples as `Encoding` with these changes makes it."""
     source = samples_or_source

@@ -1,5 +1,5 @@
 """Class-conditional models of every family offline: images by class -> base -> TensorAR -> resume
--> 50,000 images (well, 8) -> FID.
+-> 50,000 images (well, 8); and their FID.
 """
 
 import sys
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Killed, in_threads, tiny_llamagen, tiny_rar
 from programs import refused
-from runs import assert_same_weights, weights
+from runs import assert_same_weights, before_step, kill, weights
 
 import t2i
 from launch import fid as fid_program
@@ -34,7 +34,7 @@ from t2i.training.check import check
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.examples import check_backbone
 from t2i.training.logs import read_metrics
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
 from t2i.training.validation import validate
 
 FAMILIES = ("llamagen", "open_magvit2", "rar")
@@ -95,7 +95,7 @@ def tiny(base: Path, run: str, **changes) -> TrainConfig:
     return replace(config, **changes)
 
 
-def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
+def test_train_resume_sample(base, world, tmp_path, monkeypatch):
     config = tiny(base, "run")
     whole = train(config)
     start = t2i.attach(t2i.load_backbone(base.name, base), config.method)
@@ -104,15 +104,7 @@ def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
     for kind, losses in (("noised_truth", before.noised_truth), ("own_drafts", before.own_drafts)):
         assert after[f"validation/{kind}/slot0"] < losses[0] - 0.02
 
-    plain_step = Run.train_step
-
-    def step(run):
-        if run.step == 6:
-            raise Killed
-        return plain_step(run)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "train_step", step)
+    with before_step(6, kill), pytest.raises(Killed):
         train(tiny(base, "halves"))
     resumed = train(tiny(base, "halves", resume=True))
     assert_same_weights(weights(whole), weights(resumed))
@@ -125,10 +117,14 @@ def test_train_resume_sample_score(base, world, tmp_path, monkeypatch):
     assert images.shape == (8, 24, 24, 3) and images.std() > 0
     assert len(np.unique(images, axis=0)) == 8, "every image has random numbers of its own"
 
-    reference = tmp_path / "reference.npz"
+
+@pytest.mark.slow
+def test_images_are_scored_by_the_whole_network(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(256, size=(8, 24, 24, 3), dtype=np.uint8)
+    samples, reference, result = (tmp_path / n for n in ("samples.npz", "ref.npz", "fid.json"))
+    np.savez(samples, arr_0=images)
     np.savez(reference, arr_0=images[::-1][:6] // 2)
-    result = tmp_path / "fid.json"
-    given = ("--samples", out, "--reference", reference, "--out", result, "--allow-fewer")
+    given = ("--samples", samples, "--reference", reference, "--out", result, "--allow-fewer")
     call(monkeypatch, fid_program, *given, "--inception-weights", "random", "--device", "cpu")
     assert result.exists()
 
@@ -179,7 +175,7 @@ def test_classes_and_codes_come_from_different_streams(model, tmp_path, monkeypa
     """Or the first code of an image would tell its class."""
     keys = []
 
-    def spy(model, prepared, image_keys, sampling, on_step, speed):
+    def spy(model, prepared, image_keys, *_):
         keys.append(image_keys)
         raise Killed
 

@@ -10,7 +10,15 @@ import shutil
 
 import pytest
 import torch
-from helpers import JANUS_PROMPTS, randomize, tiny_codes, tiny_janus, tiny_prepared
+from helpers import (
+    JANUS_PROMPTS,
+    count,
+    randomize,
+    text_logits,
+    tiny_codes,
+    tiny_janus,
+    tiny_prepared,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration
@@ -48,13 +56,6 @@ def folder(tmp_path_factory, janus):
 @pytest.fixture
 def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
-
-
-def text_logits(backbone: Janus) -> torch.Tensor:
-    """What the language model says about text."""
-    ids = torch.tensor(backbone.prompts.encode([JANUS_PROMPTS[1]]))
-    with torch.no_grad():
-        return backbone.text_logits(ids)
 
 
 def image_logits(backbone: Janus, prepared=None, drop=None) -> torch.Tensor:
@@ -167,11 +168,6 @@ def test_sampling_is_the_authors(janus):
 
 
 # -- the modules, against transformers' ------------------------------------------------------------
-def with_text_settings(janus: Janus, **settings) -> JanusShape:
-    stored = janus.config.transformers
-    return JanusShape(stored | {"text_config": stored["text_config"] | settings}, janus.config.grid)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -183,7 +179,9 @@ def with_text_settings(janus: Janus, **settings) -> JanusShape:
 )
 def test_one_model_in_both_libraries(janus, settings):
     """Names, shapes, and what the trunk computes."""
-    ours = Janus(with_text_settings(janus, **settings))
+    stored = janus.config.transformers
+    shape = stored | {"text_config": stored["text_config"] | settings}
+    ours = Janus(JanusShape(shape, janus.config.grid))
     ours.to_empty(device="cpu")
     randomize(ours.janus)
     config = JanusConfig.from_dict(ours.config.transformers)
@@ -290,14 +288,6 @@ def test_lora_can_be_switched_off_and_merged():
     torch.testing.assert_close(image_logits(backbone), tuned_image, atol=1e-4, rtol=0)
 
 
-def test_full_training_leaves_understanding_alone(janus):
-    trained = {id(p) for module in janus.trained_modules() for p in module.parameters()}
-    left = {n for n, p in janus.janus.named_parameters() if id(p) not in trained}
-    understanding = ("model.vision_model.", "model.aligner.", "lm_head.")
-    assert left == {n for n, _ in janus.janus.named_parameters() if n.startswith(understanding)}
-    assert {n.split(".")[1] for n in left} == {"vision_model", "aligner", "weight"}
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_checkpointing_trains(recompute):
     """Without a codec the trunk's input needs no gradient: reentrant checkpointing would train
@@ -396,12 +386,9 @@ def test_published_sizes_need_no_files():
             for k, v in backbone.parts().items()
         }
         assert counts == {"language model": language, "image layers": image, "understanding": rest}
-        assert sum(p.numel() for p in backbone.tokenizer.parameters()) == 71_883_403
+        assert count(backbone.tokenizer) == 71_883_403
         small = t2i.load_backbone("janus", name, device="meta", generation_only=True)
-        assert (
-            small.left_out == rest
-            and sum(p.numel() for p in small.parameters()) == language + image
-        )
+        assert small.left_out == rest and count(small) == language + image
         assert (backbone.spec.grid, backbone.spec.subvocabs) == ((24, 24), (16384,))
     assert set(janus_config.PUBLISHED.values()) == {"1B", "7B"}
 
@@ -410,24 +397,3 @@ def test_saved_tokenizer_is_read_by_transformers(folder, janus):
     theirs = AutoTokenizer.from_pretrained(folder)
     text = "<|User|>: a red  circle\n\n<|Assistant|>:<begin_of_image>"
     assert theirs(text)["input_ids"] == janus.prompts.encode(["a red  circle"])[0]
-
-
-# -- data -----------------------------------------------------------------------------------------
-def test_captions_are_cached_as_text(tiny_world):
-    from runs import tiny_janus_run
-
-    from t2i.processes import ALONE
-    from t2i.training.batches import TrainingData
-
-    config = tiny_janus_run(tiny_world, "-")
-    backbone = t2i.load_backbone("janus", tiny_world / "janus")
-    data = TrainingData(config, backbone, ALONE)
-    store = data.examples.store
-    assert store.manifest["text_dim"] is None
-    batch = next(data.micro_batches(0))
-    texts = [store.condition(i) for i in range(len(store))]
-    own = [
-        ids[mask].tolist()
-        for ids, mask in zip(batch.prepared["ids"], batch.prepared["mask"], strict=True)
-    ]
-    assert all(ids in backbone.prompts.encode(texts) for ids in own) and len(own) == 4

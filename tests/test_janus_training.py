@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import JANUS_PROMPTS
+from helpers import rare, text_logits
 from runs import (
     PROMPTS,
     assert_same_metrics,
     assert_same_weights,
+    before_step,
     draw,
     metrics,
     saved_after_two_steps,
@@ -56,13 +57,6 @@ def exported(lora, tmp_path_factory):
     results.write_text(json.dumps({"benchmark": "geneval", "status": "PARTIAL", "scores": scores}))
     options = {"prompt": tuple(PROMPTS), "results": (results,), "device": "cpu"}
     return export_folder(ExportOptions(lora, out, dtype="float32", **options))
-
-
-def text_logits(model, backbone=None) -> torch.Tensor:
-    """The language model's word on text: of a backbone, or of transformers' own model."""
-    ids = torch.tensor((backbone or model).prompts.encode([JANUS_PROMPTS[1]]))
-    with torch.no_grad():
-        return model.text_logits(ids) if backbone is None else model(input_ids=ids).logits
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -135,19 +129,12 @@ def test_lora_learns_and_draws(tiny_world, lora, tmp_path):
     assert images != [i.tobytes() for i in plain] and len(set(images)) == 2
 
 
-def test_stop_and_resume_changes_no_bit(tiny_world, monkeypatch):
+def test_stop_and_resume_changes_no_bit(tiny_world):
     options = {"steps": 4, "tuning": "lora", "train_image_layers": True, "condition_dropout": 0.3}
     options |= {"backbone__generation_only": True, "engine__gradient_checkpointing": True}
     whole = train(tiny_janus_run(tiny_world, "janus-whole", **options))
-    plain_step = Run.train_step
-
-    def step_and_signal(run: Run) -> dict[str, float]:
-        if run.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain_step(run)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "train_step", step_and_signal)
+    stop = before_step(1, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt), stop:
         train(tiny_janus_run(tiny_world, "janus-halves", **options))
     resumed = train(tiny_janus_run(tiny_world, "janus-halves", resume=True, **options))
     assert_same_metrics(
@@ -167,8 +154,33 @@ def test_bf16_is_close_to_fp32(tiny_world, lora):
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
 
 
+def test_captions_are_cached_as_text(tiny_world):
+    config = tiny_janus_run(tiny_world, "-")
+    backbone = t2i.load_backbone("janus", tiny_world / "janus")
+    data = TrainingData(config, backbone, ALONE)
+    store = data.examples.store
+    assert store.manifest["text_dim"] is None
+    batch = next(data.micro_batches(0))
+    texts = [store.condition(i) for i in range(len(store))]
+    own = [
+        ids[mask].tolist()
+        for ids, mask in zip(batch.prepared["ids"], batch.prepared["mask"], strict=True)
+    ]
+    assert all(ids in backbone.prompts.encode(texts) for ids in own) and len(own) == 4
+
+
 # -- the pre-flight -------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("janus-pro")])
+QUICK_CHECKS = ("janus-pro-1b-lora", "janus-pro-7b-full-zero3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK_CHECKS else rare(name)
+        for name in recipes()
+        if name.startswith("janus-pro")
+    ],
+)
 def test_check_of_the_real_sizes_needs_no_files(name, tiny_world, monkeypatch, capsys):
     arguments = ["--data.source", tiny_world / "data", "--data.small-images", "upscale"]
     arguments += ["--data.validation-samples", 8, "--run-dir", tiny_world / "nowhere", "--check"]

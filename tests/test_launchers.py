@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from programs import ROOT
-from runs import metrics
+from runs import metrics, plain_options
 
 from t2i import checkpoint, launcher
 from t2i.errors import UserError
@@ -137,15 +137,6 @@ def test_only_the_main_process_does_it_and_all_hear_of_it():
 
 
 # -- real processes --------------------------------------------------------------------------------
-def options(root: Path, name: str) -> list[str]:
-    """Of a run that goes on until it is stopped."""
-    text = f"""shapes-iclr2026 --backbone.weights {root / "base"} --method.k 3 --data.source {root / "data"}
-        --data.cache-dir {root / "cache"} --data.validation-samples 9 --engine.micro-batch 4
-        --log.log-every 1 --log.validate-every 0 --log.sample-every 0 --log.save-every 0 --log.tracker none
-        --batch-size 16 --steps 100000 --run-dir {root / "runs" / name}"""
-    return [str(ROOT / "launch" / "train_llamagen.py"), *text.split()]
-
-
 def environment(**more: str) -> dict[str, str]:
     plain = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
     own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
@@ -176,9 +167,12 @@ def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
     """SIGTERM to `deepspeed` ends that process alone: its ranks notice, save and end."""
     run_dir = tiny_world / "runs" / "deepspeed-stopped"
     port = str(23000 + os.getpid() % 5000)
+    endless = ("--log.tracker", "none", "--steps", "100000")
+    options = [*plain_options(tiny_world, run_dir.name), *endless]
     command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    command.append(str(ROOT / "launch" / "train_llamagen.py"))
     process = subprocess.Popen(
-        [sys.executable, *command, *options(tiny_world, run_dir.name)],
+        [sys.executable, *command, *options],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

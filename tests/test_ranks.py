@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from helpers import rare
 from programs import ROOT, launch
 from runs import (
     PROMPTS,
@@ -11,10 +12,12 @@ from runs import (
     assert_same_metrics,
     draw,
     metrics,
+    plain_options,
     tiny_janus_run,
     weights,
 )
 from safetensors.torch import load_file
+from two_ranks import DRAWN
 
 import t2i
 from t2i import checkpoint
@@ -28,29 +31,47 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def two_processes(*arguments) -> None:
+    script = ("--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "two_ranks.py"))
+    launch("-m", "torch.distributed.run", *script, *map(str, arguments))
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tiny_world, plain):
-    """Both launchers on two processes each; runs named ranks-*."""
-    script = ("--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "two_ranks.py"))
-    launch("-m", "torch.distributed.run", *script, str(tiny_world))
-    options = f"""--backbone.weights {tiny_world / "base"} --method.k 3 --data.source {tiny_world / "data"}
-        --data.cache-dir {tiny_world / "cache"} --data.validation-samples 9 --optim.codec-lr 1e-2
-        --optim.backbone-lr 1e-3 --optim.warmup-steps 0 --engine.micro-batch 4 --log.log-every 1
-        --log.validate-every 0 --log.sample-every 0 --log.save-every 0 --batch-size 16 --steps 3
-        --run-dir {tiny_world / "runs" / "ranks-zero2"} --engine.zero-stage 2"""
+    """torchrun on two processes; runs named ranks-*."""
+    two_processes(tiny_world)
+    return tiny_world
+
+
+@pytest.fixture(scope="module")
+def rare_ranks(tiny_world, plain):
+    """The stages that `two_ranks` leaves out, and the other launcher."""
+    two_processes(tiny_world, "rare")
+    options = (*plain_options(tiny_world, "ranks-deepspeed"), "--engine.zero-stage", "2")
     launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port())
-    done = launch(*launcher, "launch/train_llamagen.py", "shapes-iclr2026", *options.split())
+    done = launch(*launcher, "launch/train_llamagen.py", *options)
     assert done.stdout.count("checkpoint: ") == 1, "only the main process reports"
     return tiny_world
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_do_what_one_does(two_ranks, stage):
-    got, expected = (metrics(two_ranks, name) for name in (f"ranks-zero{stage}", "plain"))
+def made_by(usual, unusual) -> list:
+    """Parameters: the fixture that makes a run, and the run's name."""
+    return [
+        *(pytest.param("two_ranks", name, id=name) for name in usual),
+        *(rare("rare_ranks", name, id=name) for name in unusual),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name"), made_by(("zero2", "zero3"), ("zero0", "zero1", "deepspeed"))
+)
+def test_two_ranks_do_what_one_does(fixture, name, request):
+    root = request.getfixturevalue(fixture)
+    got, expected = (metrics(root, run) for run in (f"ranks-{name}", "plain"))
     assert_same_metrics(got, expected, SAME_SUM)
-    folder = checkpoint.find_checkpoint(two_ranks / "runs" / f"ranks-zero{stage}")
-    for name, value in weights(checkpoint.find_checkpoint(two_ranks / "runs" / "plain")).items():
-        assert torch.allclose(weights(folder)[name], value, atol=2e-4), name
+    folder = checkpoint.find_checkpoint(root / "runs" / f"ranks-{name}")
+    for key, value in weights(checkpoint.find_checkpoint(root / "runs" / "plain")).items():
+        assert torch.allclose(weights(folder)[key], value, atol=2e-4), key
 
 
 def test_zero3_saves_whole_adapters_and_draws_sheets(two_ranks):
@@ -67,12 +88,14 @@ def janus_alone(tiny_world):
     return train(tiny_janus_run(tiny_world, "ranks-janus-alone", **options))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_janus_adapters_under_zero(two_ranks, janus_alone, stage):
+@pytest.mark.parametrize(
+    ("fixture", "name"), made_by(("ranks-janus-zero2",), ("ranks-janus-zero3",))
+)
+def test_janus_adapters_under_zero(fixture, name, janus_alone, request):
     """Two ranks do what one does, the adapters are saved whole, and merging changes nothing."""
-    name = f"ranks-janus-zero{stage}"
-    assert_same_metrics(metrics(two_ranks, name), metrics(two_ranks, "ranks-janus-alone"), SAME_SUM)
-    folder = checkpoint.find_checkpoint(two_ranks / "runs" / name)
+    root = request.getfixturevalue(fixture)
+    assert_same_metrics(metrics(root, name), metrics(root, "ranks-janus-alone"), SAME_SUM)
+    folder = checkpoint.find_checkpoint(root / "runs" / name)
     alone, saved = weights(janus_alone), weights(folder)
     assert alone.keys() == saved.keys()
     assert sum("lora_B" in k for k in saved) == 2 * 7, "every layer of two blocks"
@@ -95,11 +118,8 @@ def test_a_signal_to_one_rank_stops_all(two_ranks):
 
 
 def test_checkpoints_draw_the_same_in_a_new_process(two_ranks, tmp_path):
-    folders = [two_ranks / "runs" / name for name in ("plain", "ranks-zero2", "ranks-zero3-lora")]
-    here = [draw(folder, tmp_path / "here") for folder in folders]
-    code = "import sys; from pathlib import Path; from runs import draw\n"
-    code += "for i, name in enumerate(sys.argv[2:]): draw(Path(name), Path(sys.argv[1]) / str(i))"
-    launch("-c", code, str(tmp_path), *map(str, folders))
-    for i, images in enumerate(here):
-        assert [(tmp_path / str(i) / f"{j}.png").read_bytes() for j in range(2)] == images
+    here = [draw(two_ranks / "runs" / name, tmp_path) for name in DRAWN]
+    for name, images in zip(DRAWN, here, strict=True):
+        drawn = [(two_ranks / "drawn" / name / f"{j}.png").read_bytes() for j in range(2)]
+        assert drawn == images
     assert here[0] != here[2]

@@ -15,7 +15,7 @@ from t2i.errors import UserError
 from t2i.evaluation import draw as draw_module
 from t2i.generation import all_jobs
 from t2i.lora import add_lora, without_lora
-from t2i.models.base import KVCache
+from t2i.models.kv_cache import KVCache
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar import presets, sampler, speed
@@ -171,7 +171,9 @@ def test_what_is_held_does_not_hold_the_model(recorded):
 def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_path):
     """Chosen from all its steps, not from a batch's."""
     asked = []
-    monkeypatch.setattr(draw_module, "choose", lambda speed, device, n: asked.append(n) or "eager")
+    monkeypatch.setattr(
+        draw_module, "choose", lambda speed, device, n, _: asked.append(n) or "eager"
+    )
     model = small(tiny_llamagen("class"))
     monkeypatch.setattr("t2i.generation.to_images", lambda *_: [Image.new("RGB", (4, 4))] * 4)
     entries = [{"prompt": str(i)} for i in range(6)]

@@ -104,9 +104,9 @@ def draw_prompts(
 def _settled(options: DrawOptions, model: TensorAR, batches: int) -> DrawOptions:
     """The speed chosen for the whole of a request, and not for each of its batches."""
     steps = batches * model.windows.count
-    return replace(
-        options, speed=choose(options.speed or model.speed, model.backbone.device, steps)
-    )
+    speculate = model.speculate if options.speculate is None else options.speculate
+    speed = choose(options.speed or model.speed, model.backbone.device, steps, speculate)
+    return replace(options, speed=speed, speculate=speculate)
 
 
 def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.conditions import class_ids
+from t2i.models.kv_cache import KVCache
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
 
@@ -89,47 +90,6 @@ class Condition:
             torch.cat(masks) if masks else None,
             {k: torch.cat([p.extras[k] for p in parts]) for k in first.extras},
         )
-
-
-class KVCache:
-    """Preallocated keys and values of every layer, [B, H, length, K] each.
-
-    `at` says which entries the next trunk call writes, and how many leading ones attention reads:
-    a bucket, so that few shapes occur; a mask made from `index` hides what is not filled yet.
-    Buffers are a layer's own: a compiler copies one buffer whole to write into a view of it.
-    """
-
-    BUCKET = 64
-    """Entries read are a multiple of this."""
-
-    def __init__(
-        self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, dtype, device
-    ):
-        shape = (batch, heads, length, head_dim)
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-            for _ in range(2)
-        )
-        self.length = length
-        self.index = torch.empty(0, dtype=torch.long, device=device)
-        self.extent = 0
-
-    def at(self, index_L: Tensor, extent: int) -> "KVCache":
-        """Write entries `index_L`, all below `extent`, and read the first `extent`."""
-        self.index, self.extent = index_L, extent
-        return self
-
-    def bucket(self, filled: int) -> int:
-        """How many leading entries are read when so many are filled."""
-        assert 0 < filled <= self.length, (filled, self.length)
-        return min(-(-filled // self.BUCKET) * self.BUCKET, self.length)
-
-    def update(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new entries and return those that are read."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.index, k_BHLK.to(keys.dtype))
-        values.index_copy_(2, self.index, v_BHLK.to(values.dtype))
-        return keys[:, :, : self.extent], values[:, :, : self.extent]
 
 
 class TextEncoder(Protocol):

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t2i.models.base import Backbone, Condition, KVCache
+from t2i.models.base import Backbone, Condition
+from t2i.models.kv_cache import KVCache
 
 
 def causal_mask(

@@ -69,6 +69,7 @@ class TensorAR(nn.Module):
         self.backbone = backbone
         self.sampling = backbone.spec.sampling
         self.speed: Speed = "auto"
+        self.speculate = 0
         self.held = Held()
         self.trained = "nothing yet"
         """What training has changed, or is about to, in words."""

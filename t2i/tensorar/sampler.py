@@ -3,9 +3,10 @@
 A step feeds the window that was drawn last, un-noised, and draws the next one whole; slots
 0..stride-1 are final. All slots share the filters and the guidance scale. A step works on tensors
 alone: no number that changes from step to step is Python's, and none is read back from the device.
+A step may also feed n windows at once, some of them guessed (`t2i.tensorar.speculation`).
 
-Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, k slots, S
-sub-tokens, P prefix, D width, V vocabulary.
+Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, n of them at once, M
+rows by n, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from t2i.models.base import Backbone, Condition, KVCache
+from t2i.models.base import Backbone, Condition
+from t2i.models.kv_cache import KVCache
 from t2i.rng import fold
 from t2i.sampling import SamplingConfig, Speed
 from t2i.tensorar.drawing import Rule, noise_keys, pick, rules
 from t2i.tensorar.model import TensorAR, slot_parts
+from t2i.tensorar.speculation import settle
 from t2i.tensorar.speed import Run, choose, runner
 
 # -- the trunk, step by step -----------------------------------------------------------------------
@@ -85,26 +88,26 @@ def run_prefix(backbone: Backbone, state: DecodeState) -> Tensor:
 
 @torch.no_grad()
 def advance(
-    model: TensorAR, window: Tensor, index: Tensor, state: DecodeState, extent: int
+    model: TensorAR, windows: Tensor, index: Tensor, state: DecodeState, extent: int
 ) -> Tensor:
-    """Feed window `index` (int64 [1]), [B, k, S]; returns the hidden state [R, D] that predicts the
-    next one. `extent` is `state.extent` of the index.
+    """Feed windows `index` (int64 [n], one after another), [B, n, k, S]; returns the hidden states
+    [R, n, D], each of which predicts the next window. `extent` is `state.extent` of the last.
     """
-    x = model.embed_windows(window[:, None], first=index)
+    x = model.embed_windows(windows, first=index[:1])
     if state.guided:
-        x = torch.cat([x, x])  # the window is the same on both sides: encode it once
+        x = torch.cat([x, x])  # windows are the same on both sides: encode them once
     prefix = state.condition.prefix.shape[1]
     position = prefix + index * model.windows.stride
     cache = state.cache.at(prefix + index, extent)
-    return model.backbone.trunk(x, position, state.condition, cache)[:, -1]
+    return model.backbone.trunk(x, position, state.condition, cache)
 
 
 @torch.no_grad()
 def window_logits(
-    model: TensorAR, d_RkD: Tensor, earlier: Tensor, index: Tensor, state: DecodeState
+    model: TensorAR, d_MkD: Tensor, earlier: Tensor, index: Tensor, state: DecodeState
 ) -> Tensor:
-    """Guided fp32 logits [B, k, V_s] of the next sub-token of window `index` (int64 [1]), from
-    decoded slots and earlier sub-tokens [B, k, s].
+    """Guided fp32 logits [B n, k, V_s] of the next sub-token of windows, from decoded slots and
+    earlier sub-tokens [B n, k, s]. `index` is theirs, int64 [1] or [B n].
     """
     s = earlier.shape[-1]
     if state.guided:
@@ -112,15 +115,15 @@ def window_logits(
     logits = torch.cat(
         [
             # In one layout for every k: in bf16 the bits of a matrix product depend on it.
-            model.backbone.next_logits(d_RkD[:, part].contiguous(), earlier[:, part])
-            for part in slot_parts(d_RkD.shape[1])
+            model.backbone.next_logits(d_MkD[:, part].contiguous(), earlier[:, part])
+            for part in slot_parts(d_MkD.shape[1])
         ],
         dim=1,
     )
     if state.scales_NS is None:
         return logits
     cond, null = logits.chunk(2)
-    scale = state.scales_NS[index, s]
+    scale = state.scales_NS[index, s][:, None, None]
     return torch.where(scale == 1, cond, null + (cond - null) * scale)
 
 
@@ -176,32 +179,43 @@ def new_drawing(
     )
 
 
-def draw_window(model: TensorAR, h_RD: Tensor, drawing: Drawing) -> None:
-    """Draw window `drawing.index` from the hidden state that predicts it, and write it down."""
-    stride, index = model.windows.stride, drawing.index
-    noise_BkS = drawing.noise_NBkS.index_select(0, index)[0]
-    slots = noise_BkS.shape[1]
-    d_RkD = model.decode_slots(h_RD)[:, :slots]
-    window = noise_BkS[..., :0]
+def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing) -> Tensor:
+    """Draw windows `index` (int64 [n]) from the hidden states that predict them: [B, n, k, S]."""
+    stride, n = model.windows.stride, len(index)
+    noise_MkS = drawing.noise_NBkS.index_select(0, index).transpose(0, 1).flatten(0, 1)
+    rows, slots = noise_MkS.shape[:2]
+    index_M = index if n == 1 else index.expand(rows // n, n).flatten()
+    d_MkD = model.decode_slots(h_RnD.flatten(0, 1))[:, :slots]
+    windows = noise_MkS[..., :0]
     for s, (final, drafts) in enumerate(drawing.rules):
-        logits = window_logits(model, d_RkD, window, index, drawing.state)
+        logits = window_logits(model, d_MkD, windows, index_M, drawing.state)
         alike = final == drafts or slots == stride
         parts = [(slice(0, slots if alike else stride), final)]
         if not alike:
             parts.append((slice(stride, slots), drafts))
-        codes = [pick(logits[:, part], noise_BkS[:, part, s], own) for part, own in parts]
-        window = torch.cat([window, torch.cat(codes, dim=1)[..., None]], dim=-1)
-    drawing.windows_BNkS.index_copy_(1, index, window[:, None])
+        codes = [pick(logits[:, part], noise_MkS[:, part, s], own) for part, own in parts]
+        windows = torch.cat([windows, torch.cat(codes, dim=1)[..., None]], dim=-1)
+    return windows.unflatten(0, (-1, n))
+
+
+def draw_behind(model: TensorAR, index: Tensor, drawing: Drawing, extent: int) -> Tensor:
+    """Feed windows `index` (int64 [n], one after another) as they are written down, and draw the
+    one behind each: [B, n, k, S]. `extent` is `DecodeState.extent` of the last.
+    """
+    windows = drawing.windows_BNkS.index_select(1, index)
+    if drawing.corrupt is not None:
+        keys_Bn = fold(drawing.keys_B[:, None], 1, index)
+        corrupted = drawing.corrupt(windows.flatten(0, 1)[:, None], keys_Bn.flatten())
+        windows = corrupted[:, 0].unflatten(0, keys_Bn.shape)
+    h = advance(model, windows, index, drawing.state, extent)
+    return draw_windows(model, h, index + 1, drawing)
 
 
 def step(model: TensorAR, drawing: Drawing, extent: int) -> None:
     """Feed the window that was drawn last and draw the next. `extent` is `DecodeState.extent`."""
-    window = drawing.windows_BNkS.index_select(1, drawing.index)
-    if drawing.corrupt is not None:
-        window = drawing.corrupt(window, fold(drawing.keys_B, 1, drawing.index))
-    h = advance(model, window[:, 0], drawing.index, drawing.state, extent)
+    window = draw_behind(model, drawing.index, drawing, extent)
     drawing.index.add_(1)
-    draw_window(model, h, drawing)
+    drawing.windows_BNkS.index_copy_(1, drawing.index, window)
 
 
 @torch.no_grad()
@@ -212,6 +226,7 @@ def sample_windows(
     config: SamplingConfig,
     on_step: Callable[[], None] | None = None,
     speed: Speed | None = None,
+    speculate: int | None = None,
 ) -> Tensor:
     """Sample images as all their windows, int64 [B, N, k, S]: `Windows` reads the final codes and
     every stage off them.
@@ -221,10 +236,12 @@ def sample_windows(
         keys: int64 [B], one per image (`t2i.rng.make_keys`).
         on_step: called after every window was asked for, for a progress bar.
         speed: how steps are run; the model's own (`model.speed`) if None.
+        speculate: windows that a call draws at once; the model's own (`model.speculate`) if None.
     """
     assert not model.training, "sampling needs model.eval(): dropout would act"
     backbone, windows = model.backbone, model.windows.shrunk(config.window)
-    speed = choose(speed or model.speed, backbone.device, windows.count)
+    ahead = model.speculate if speculate is None else speculate
+    speed = choose(speed or model.speed, backbone.device, windows.count, ahead)
     keys = keys.to(backbone.device)
     noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
     scales = guidance_table(model, config)
@@ -248,10 +265,20 @@ def sample_windows(
             (drawing, run), known = model.held.fetch(key, make)
             if known:
                 drawing.refill(condition, keys, noise)
-        draw_window(model, run_prefix(backbone, drawing.state), drawing)
-        for index in range(windows.count):
-            if index > 0:
-                run(model, drawing.state.extent(index - 1))
-            if on_step is not None:
-                on_step()
+        first = run_prefix(backbone, drawing.state)[:, None]
+        drawing.windows_BNkS[:, :1] = draw_windows(model, first, drawing.index, drawing)
+        tick = on_step or (lambda: None)
+        tick()
+        if ahead:
+
+            def draw(start: int, end: int) -> Tensor:
+                index = torch.arange(start, end, device=keys.device)
+                return draw_behind(model, index, drawing, drawing.state.extent(end - 1))
+
+            columns = backbone.spec.grid[1]
+            settle(drawing.windows_BNkS, windows, columns, ahead, draw, tick)
+            return drawing.windows_BNkS
+        for index in range(windows.count - 1):
+            run(model, drawing.state.extent(index))
+            tick()
         return drawing.windows_BNkS.clone()

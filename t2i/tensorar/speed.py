@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 
 from t2i.errors import UserError
-from t2i.sampling import Speed
+from t2i.sampling import Speed, check_speculate
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ Run = Callable[[Any, int], None]
 """Does one step of a model; given how many entries of the cache it reads."""
 
 
-def check_speed(speed: Speed, device: torch.device) -> None:
-    """UserError if there is no such speed, or not on this device."""
+def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
+    """UserError if there is no such speed, or not on this device or with this speculation."""
     if speed not in get_args(Speed):
         raise UserError(f"speed={speed!r} must be one of {', '.join(get_args(Speed))}")
     if speed == "graphs" and device.type != "cuda":
@@ -36,14 +36,20 @@ def check_speed(speed: Speed, device: torch.device) -> None:
             f"speed=graphs needs a CUDA GPU, and the model is on {device.type}: "
             "choose auto, eager or compiled"
         )
+    check_speculate(speculate)
+    if speculate and speed in ("graphs", "compiled"):
+        raise UserError(
+            f"speculate={speculate} runs its steps one by one, and speed={speed} would record "
+            "them: choose speed auto or eager, or speculate=0"
+        )
 
 
-def choose(speed: Speed, device: torch.device, steps: int) -> Speed:
+def choose(speed: Speed, device: torch.device, steps: int, speculate: int = 0) -> Speed:
     """What to run so many steps with: `auto` settled, and said; UserError as `check_speed`."""
-    check_speed(speed, device)
+    check_speed(speed, device, speculate)
     if speed != "auto":
         return speed
-    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM
+    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM and not speculate
     chosen: Speed = "graphs" if pays else "eager"
     _say(f"speed: {chosen}, for {steps} steps on {device.type}")
     return chosen

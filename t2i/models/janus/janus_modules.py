@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.models.base import KVCache
 from t2i.models.blocks import LlamaConfig, RMSNorm, attend, rotate
 from t2i.models.janus.janus_config import JanusShape
+from t2i.models.kv_cache import KVCache
 
 
 class JanusAttention(nn.Module):

@@ -1,0 +1,45 @@
+"""The keys and values that a trunk has computed so far, in buffers whose shapes stay."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, [B, H, length, K] each.
+
+    `at` says which entries the next trunk call writes, and how many leading ones attention reads:
+    a bucket, so that few shapes occur; a mask made from `index` hides what is not filled yet.
+    Buffers are a layer's own: a compiler copies one buffer whole to write into a view of it.
+    """
+
+    BUCKET = 64
+    """Entries read are a multiple of this."""
+
+    def __init__(
+        self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, dtype, device
+    ):
+        shape = (batch, heads, length, head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+            for _ in range(2)
+        )
+        self.length = length
+        self.index = torch.empty(0, dtype=torch.long, device=device)
+        self.extent = 0
+
+    def at(self, index_L: Tensor, extent: int) -> "KVCache":
+        """Write entries `index_L`, all below `extent`, and read the first `extent`."""
+        self.index, self.extent = index_L, extent
+        return self
+
+    def bucket(self, filled: int) -> int:
+        """How many leading entries are read when so many are filled."""
+        assert 0 < filled <= self.length, (filled, self.length)
+        return min(-(-filled // self.BUCKET) * self.BUCKET, self.length)
+
+    def update(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new entries and return those that are read."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.index, k_BHLK.to(keys.dtype))
+        values.index_copy_(2, self.index, v_BHLK.to(values.dtype))
+        return keys[:, :, : self.extent], values[:, :, : self.extent]

@@ -1,0 +1,211 @@
+"""Cases 1 and 3: checkpoints that others wrote, or that were damaged, are refused by name."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import edited, folder_content
+from runs import assert_same_weights, metrics, tiny_run, weights
+
+import t2i
+from t2i import checkpoint, files
+from t2i.errors import UserError
+from t2i.training.loop import train
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    """Flip a bit, in the middle of the file or elsewhere."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+# -- 1: no pickle is run ---------------------------------------------------------------------------
+class Evil:
+    """Creates a file when it is unpickled without care."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("where", ["beside", "instead", "raw"])
+def test_a_pickle_in_the_training_state_is_refused_by_name(
+    plain, copied, tiny_world, tmp_path, where
+):
+    """Case 1: also by somebody who made the manifest fit, with sizes alone as older versions wrote
+    it or with checksums.
+    """
+    folder, trace = copied(plain, f"evil-{where}"), tmp_path / "executed"
+    path = next((folder / "training_state").glob("*.pt"))
+    if where == "raw":
+        path.write_bytes(pickle.dumps(Evil(trace)))
+    else:
+        state = torch.load(path, weights_only=True)
+        torch.save(Evil(trace) if where == "instead" else state | {"extra": Evil(trace)}, path)
+    with edited(folder / "manifest.json") as manifest:
+        size, entry = path.stat().st_size, f"training_state/{path.name}"
+        checked = {"bytes": size, "sha256": files.file_sha256(path)}
+        manifest["files"][entry] = checked if where == "beside" else size
+    with pytest.raises(UserError, match=path.name) as refused:
+        train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
+    assert where == "raw" or "io.open" in str(refused.value)
+    assert not trace.exists()
+
+
+def test_a_pickle_that_hides_its_code_is_refused(plain, copied, tiny_world, monkeypatch, tmp_path):
+    """Case 1: the look at a file's names is for the message; what keeps code from running is the
+    way it is loaded.
+    """
+    folder, trace = copied(plain), tmp_path / "executed"
+    path = next((folder / "training_state").glob("*.pt"))
+    torch.save(Evil(trace), path)
+    with edited(folder / "manifest.json") as manifest:
+        manifest["files"][f"training_state/{path.name}"] = path.stat().st_size
+    monkeypatch.setattr("t2i.training.run_state._refuse_code", lambda path: None)
+    with pytest.raises(UserError, match=r"a file in \S+ would run io.open"):
+        train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
+    assert not trace.exists()
+
+
+# -- 3: files that changed -------------------------------------------------------------------------
+def test_every_file_is_listed_with_its_checksum(plain):
+    listed = json.loads((plain / "manifest.json").read_text())["files"]
+    content = folder_content(plain)
+    assert listed.keys() == content.keys() - {"manifest.json"}
+    assert any(name.startswith("training_state/") for name in listed)
+    for name, entry in listed.items():
+        assert entry == {
+            "bytes": len(content[name]),
+            "sha256": files.file_sha256(plain / name),
+        }
+
+
+@pytest.mark.parametrize(
+    "file", ["codec.safetensors", "backbone.safetensors", "config.json", "*.pt"]
+)
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.98])
+def test_a_flipped_bit_is_noticed(plain, copied, tiny_world, file, place):
+    """Case 3: in any file, the state of the training included."""
+    folder = copied(plain, f"flipped-{file.strip('*')}-{place}")
+    path = next(folder.rglob(file))
+    flip(path, place)
+    with pytest.raises(UserError, match=f"no healthy checkpoint.*{path.name} is damaged"):
+        train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
+    if file == "*.pt":
+        t2i.from_pretrained(folder)  # does not read it
+        return
+    with pytest.raises(UserError, match=f"{path.name} is damaged"):
+        t2i.from_pretrained(folder)
+
+
+def test_a_damaged_checkpoint_makes_resume_go_back(two_saved, tiny_world, caplog):
+    """Case 3: to the newest healthy one, with a warning; the run then ends as it would have."""
+    run_dir = shutil.copytree(two_saved, tiny_world / "runs" / "goes-back")
+    first, last = checkpoint.run_checkpoints(run_dir)
+    expected = weights(last)
+    flip(next((last / "training_state").iterdir()))
+    assert train(tiny_run(tiny_world, run_dir.name, resume=True)) == last
+    assert next((two_saved / "checkpoints").rglob("*.pt")).name in caplog.text
+    assert f"going back to {first}" in caplog.text
+    assert_same_weights(weights(last), expected)
+    assert [row["step"] for row in metrics(tiny_world, run_dir.name)] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_makes_sampling_go_back(two_saved, tmp_path, caplog):
+    """Case 3: of a run folder; a folder that was given by name is refused."""
+    run_dir = shutil.copytree(two_saved, tmp_path / "run")
+    first, last = checkpoint.run_checkpoints(run_dir)
+    assert checkpoint.find_checkpoint(run_dir) == last
+    flip(last / "codec.safetensors")
+    model = t2i.from_pretrained(run_dir)
+    assert "codec.safetensors is damaged" in caplog.text and str(first) in caplog.text
+    assert_same_weights(model.state_dict(), t2i.from_pretrained(first).state_dict())
+    with pytest.raises(UserError, match=r"codec.safetensors is damaged"):
+        t2i.from_pretrained(last)
+    flip(first / "codec.safetensors")
+    with pytest.raises(UserError, match="no healthy checkpoint"):
+        t2i.from_pretrained(run_dir)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        "null",
+        '{"files": []}',
+        '{"files": {}}',
+        '{"files": {"config.json": "12"}}',
+        '{"files": {"config.json": {"bytes": 12}}}',
+        '{"files": {"config.json": {"bytes": true, "sha256": 3}}}',
+        "",
+        "\x00\x01",
+    ],
+)
+def test_a_manifest_that_is_none(plain, tmp_path, content):
+    """Case 3: counts as damaged."""
+    folder = shutil.copytree(plain, tmp_path / "copy")
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest.json.* copy the folder again"):
+        t2i.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/hostname", "adapter/../../x", "a\\b"])
+def test_a_manifest_that_leads_outside(plain, tmp_path, name):
+    """Case 3: is refused, whatever is there."""
+    folder = shutil.copytree(plain, tmp_path / "copy")
+    with edited(folder / "manifest.json") as manifest:
+        manifest["files"][name] = 1
+    with pytest.raises(UserError, match="is not within the folder"):
+        t2i.from_pretrained(folder)
+
+
+def test_a_link_that_leads_outside(plain, tmp_path):
+    """Case 3: is refused, but for the links that the hub's cache is made of."""
+    folder = shutil.copytree(plain, tmp_path / "copy")
+    (folder / "codec.safetensors").rename(tmp_path / "codec")
+    (folder / "codec.safetensors").symlink_to(tmp_path / "codec")
+    with pytest.raises(UserError, match=r"codec.safetensors is not within the checkpoint folder"):
+        t2i.from_pretrained(folder)
+    snapshot = tmp_path / "models--o--n" / "snapshots" / "1f"
+    shutil.copytree(plain, snapshot)
+    blobs = tmp_path / "models--o--n" / "blobs"
+    blobs.mkdir()
+    (snapshot / "codec.safetensors").rename(blobs / "2e")
+    (snapshot / "codec.safetensors").symlink_to("../../blobs/2e")
+    t2i.from_pretrained(snapshot)
+
+
+def test_a_file_that_is_not_listed_is_not_read(plain, tmp_path):
+    """Case 3: weights that the manifest does not know of."""
+    folder = shutil.copytree(plain, tmp_path / "copy")
+    with edited(folder / "manifest.json") as manifest:
+        del manifest["files"]["codec.safetensors"]
+    with pytest.raises(UserError, match=r"codec.safetensors is not in the manifest"):
+        t2i.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"tuning": "full", "backbone": 3}', "{"])
+def test_a_config_that_is_none(plain, tmp_path, content):
+    """Case 3: also where the manifest fits it."""
+    folder = shutil.copytree(plain, tmp_path / "copy")
+    (folder / "config.json").write_text(content)
+    with edited(folder / "manifest.json") as manifest:
+        manifest["files"]["config.json"] = len(content)
+    with pytest.raises(UserError, match=r"config.json is not what a checkpoint has"):
+        t2i.from_pretrained(folder)
+
+
+def test_manifests_of_older_versions_are_read_with_a_warning(plain, copied, tiny_world, caplog):
+    """Case 3: they have no checksums."""
+    folder = copied(plain)
+    with edited(folder / "manifest.json") as manifest:
+        manifest["files"] = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    assert train(tiny_run(tiny_world, folder.parents[1].name, resume=True)) == folder
+    assert f"{folder} has no checksums" in caplog.text

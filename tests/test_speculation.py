@@ -1,0 +1,143 @@
+"""Windows that are settled several at once are those that are drawn one by one."""
+
+import pytest
+import torch
+from helpers import open_gates, tiny_llamagen, tiny_prepared
+
+import t2i
+from t2i.errors import UserError
+from t2i.generation import draw_images
+from t2i.model_options import ModelOptions
+from t2i.rng import make_keys
+from t2i.sampling import DrawOptions, SamplingConfig
+from t2i.tensorar import presets, speculation
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows
+from t2i.tensorar.speed import choose
+from t2i.tensorar.windows import Windows
+
+FILTERS = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}
+CONFIGS = {
+    "plain": SamplingConfig(),
+    "guided": SamplingConfig(cfg_scale=2.0, cfg_interval=6),
+    "greedy": SamplingConfig(cfg_scale=2.0, temperature=0.0),
+    "filters": SamplingConfig(**FILTERS),
+    "guided-filters": SamplingConfig(cfg_scale=3.0, cfg_power=1.5, **FILTERS),
+    "drafts": SamplingConfig(cfg_scale=2.0, draft_temperature=0.5, window=3, renoise=0.5),
+}
+METHODS = {
+    "base": presets.base(),
+    "tensorar": presets.iclr2026(),
+    "stride": presets.iclr2026(stride=2),
+}
+
+
+def calls_of(model, work):
+    """What `work()` returns, and how often the trunk was run on image codes."""
+    lengths, trunk = [], model.backbone.trunk
+
+    def counted(x, *rest):
+        lengths.append(x.shape[1])
+        return trunk(x, *rest)
+
+    model.backbone.trunk = counted
+    try:
+        return work(), len(lengths) - 1  # the first is of the prefix
+    finally:
+        model.backbone.trunk = trunk
+
+
+def draw(model, config, speculate, rows=2, seed=0, **options):
+    keys = make_keys(seed, torch.arange(rows))
+    prepared = tiny_prepared(model.backbone, rows)
+    return sample_windows(model, prepared, keys, config, speculate=speculate, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_same_windows_in_fewer_calls(backbone, method, config):
+    """Drafts included, whatever is guessed."""
+    model = open_gates(TensorAR(backbone, METHODS[method]).eval())
+    if model.windows.size < CONFIGS[config].window:
+        pytest.skip("the base has no window to shrink")
+    expected, steps = calls_of(model, lambda: draw(model, CONFIGS[config], 0))
+    assert steps == model.windows.count - 1
+    for ahead in (2, 4, 7):
+        windows, calls = calls_of(model, lambda n=ahead: draw(model, CONFIGS[config], n))
+        assert torch.equal(windows, expected)
+        assert steps / ahead <= calls <= steps
+
+
+@pytest.mark.parametrize("method", ["base", "tensorar"])
+def test_guesses_cost_calls_and_nothing_else(method, monkeypatch):
+    """None but the true windows' are ever as few as there can be."""
+    model = open_gates(TensorAR(tiny_llamagen("text"), METHODS[method]).eval())
+    config = CONFIGS["guided-filters"]
+    expected = draw(model, config, 0)
+    count = {}
+    for name, said in (("zeros", torch.zeros_like(expected)), ("true", expected)):
+
+        def told(windows, geometry, columns, index, said=said):
+            windows[:, index] = said[:, index]
+
+        monkeypatch.setattr(speculation, "guess", told)
+        windows, count[name] = calls_of(model, lambda: draw(model, config, 4))
+        assert torch.equal(windows, expected)
+    assert count["true"] == 4 < count["zeros"], "15 windows behind the first, four a call"
+
+
+def test_every_window_is_settled_once_and_what_is_given_stays():
+    model = open_gates(TensorAR(tiny_llamagen("class"), METHODS["tensorar"]).eval())
+    ticks = []
+    draw(model, CONFIGS["plain"], 4, on_step=lambda: ticks.append(1))
+    assert len(ticks) == 16
+
+
+def test_first_guesses():
+    """Of a 3 x 4 image: the code above, in the first row the last one; drafts move on."""
+    base, tensor = Windows(12, 1), Windows(12, 3)
+    windows = torch.arange(12).view(1, 12, 1, 1)
+    for index, expected in ((1, 0), (3, 2), (4, 0), (11, 7)):
+        guessed = windows.clone()
+        speculation.guess(guessed, base, 4, index)
+        assert guessed.flatten().tolist() == [*range(index), expected, *range(index + 1, 12)]
+    windows = torch.arange(36).view(1, 12, 3, 1)  # slot j of window i is 3 i + j
+    speculation.guess(windows, tensor, 4, 6)
+    assert windows[0, 6, :, 0].tolist() == [3 * 2, 3 * 5 + 2, 3 * 4]
+
+
+@pytest.mark.parametrize("shape", ["shapes", "shapes-janus"])
+def test_fewer_calls_than_codes_on_the_shipped_bases(shape):
+    model = t2i.load_model(shape, device="cpu", dtype="float32")
+    prompts, count = ["a photo of a red circle", "a photo of two blue squares"], 0
+    codes = {}
+    for ahead in (0, 8):
+        options = DrawOptions(batch_size=1, speculate=ahead)
+        images, count = calls_of(
+            model, lambda o=options: list(draw_images(model, prompts, o, progress=False))
+        )
+        codes[ahead] = [drawn.windows for drawn in images]
+    assert all(map(torch.equal, codes[0], codes[8]))
+    per_code = (count - 1) / (2 * model.windows.count)  # one more prefix
+    print(f"{shape}: {per_code:.2f} calls per code")
+    assert per_code < 0.6
+
+
+def test_settings(tmp_path):
+    with pytest.raises(UserError, match=r"speculate=1 must be 0 \(off\) or at least 2"):
+        DrawOptions(speculate=1)
+    with pytest.raises(UserError, match="speculate=True must be a whole number"):
+        DrawOptions(speculate=True)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose("auto", cuda, 576, 4) == "eager"
+    for speed in ("compiled", "graphs"):
+        with pytest.raises(UserError, match="speed auto or eager, or speculate=0"):
+            choose(speed, cuda, 576, 4)
+    options = ModelOptions(ckpt="shapes", device="cpu", speculate=4)
+    model = options.load(*options.check())
+    assert model.speculate == 4
+    assert draw_images is not None
+    with pytest.raises(UserError, match="speculate=-1"):
+        ModelOptions(ckpt="shapes", device="cpu", speculate=-1).check()
+    with pytest.raises(UserError, match="must be 0"):
+        choose("auto", cpu, 1, 1)
