@@ -108,10 +108,13 @@ class Contender:
     def draw(self) -> None:
         import torch
 
+        from t2i.generation import choose_run
+        from t2i.sampling import DrawOptions
         from t2i.tensorar.sampler import sample_windows
 
         model, keys = self.model.eval(), torch.arange(self.images)
-        sample_windows(model, self._prepared(self.images), keys, model.sampling)
+        speed, _ = choose_run(model, DrawOptions(), batches=1)
+        sample_windows(model, self._prepared(self.images), keys, model.sampling, speed=speed)
 
 
 def _backbone(size: str | None) -> "Backbone":

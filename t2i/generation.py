@@ -13,7 +13,7 @@ from t2i.models.base import Backbone
 from t2i.models.conditions import check_captions, class_ids
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
-from t2i.sampling import DrawOptions, SamplingConfig, check_counts
+from t2i.sampling import DrawOptions, SamplingConfig, Speed, check_counts
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.tensorar.speed import choose
@@ -77,8 +77,7 @@ def draw_images(
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     steps = len(batches) * model.windows.count
-    speculate = model.speculate if options.speculate is None else options.speculate
-    speed = choose(options.speed or model.speed, model.backbone.device, steps, speculate)
+    speed, speculate = choose_run(model, options, len(batches))
     bar = progress_bar(total=steps, unit="step", desc="drawing", disable=not progress)
     with bar:
         for batch in batches:
@@ -92,6 +91,14 @@ def draw_images(
             staged = stage_images(model, windows) if options.stages else [()] * len(batch)
             for i, (p, s) in enumerate(batch):
                 yield Drawn(p, s, prompts[p], images[i], windows[i].cpu(), tuple(staged[i]))
+
+
+def choose_run(model: TensorAR, options: DrawOptions, batches: int) -> tuple[Speed, int]:
+    """How the steps of so many batches are run: speed, and windows that a call draws at once."""
+    speculate = model.speculate if options.speculate is None else options.speculate
+    steps = batches * model.windows.count
+    speed = choose(options.speed or model.speed, model.backbone.device, steps, speculate)
+    return speed, speculate
 
 
 def check_request(

@@ -24,10 +24,10 @@ from t2i.models.rar.rar_model import RAR, RARConfig
 from t2i.models.tokenizers.lfq import LFQConfig, LFQTokenizer
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
-from t2i.sampling import SamplingConfig
+from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar import presets
-from t2i.tensorar.drawing import Rule, candidates, rules
+from t2i.tensorar.drawing import candidates, rules
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import (
     DecodeState,
@@ -149,7 +149,7 @@ def base_loss(model: TensorAR, prepared: dict, codes: Tensor) -> Tensor:
     return model(codes, condition, model.windows.gather(codes)).means()
 
 
-def filter_logits(logits: Tensor, rule: Rule) -> Tensor:
+def filter_logits(logits: Tensor, rule: SubTokenSampling) -> Tensor:
     """Logits [..., V] over temperature, -inf where a filter removes the code."""
     scores, codes = candidates(logits, rule)
     return torch.full_like(logits, -torch.inf).scatter(-1, codes.expand_as(scores), scores)

@@ -14,9 +14,9 @@ from helpers import (
 )
 
 from t2i.rng import make_keys
-from t2i.sampling import SamplingConfig
-from t2i.tensorar import drawing, presets
-from t2i.tensorar.drawing import Rule, likeliest, noise_keys, pick
+from t2i.sampling import SamplingConfig, SubTokenSampling
+from t2i.tensorar import presets, sampler
+from t2i.tensorar.drawing import likeliest, noise_keys, pick
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows, window_logits
 from t2i.tensorar.windows import Windows
@@ -28,7 +28,7 @@ def model(backbone):
 
 
 def kept(logits, **settings):
-    filtered = filter_logits(torch.tensor([logits]), Rule(**settings))
+    filtered = filter_logits(torch.tensor([logits]), SubTokenSampling(**settings))
     return filtered[0].isfinite().nonzero().flatten().tolist()
 
 
@@ -53,8 +53,8 @@ def test_filters_by_hand():
 
 def test_temperature_scales_and_zero_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert torch.equal(filter_logits(logits, Rule(temperature=0.5)), logits * 2)
-    greedy = Rule(temperature=0.0)
+    assert torch.equal(filter_logits(logits, SubTokenSampling(temperature=0.5)), logits * 2)
+    greedy = SubTokenSampling(temperature=0.0)
     assert pick(logits.expand(99, -1), make_keys(0, torch.arange(99)), greedy).tolist() == [1] * 99
 
 
@@ -72,7 +72,7 @@ def chi_square(counts, expected):
 )
 def test_draws_follow_the_softmax_distribution(settings):
     """And a temperature that is 5 % off is noticed."""
-    n, rule = 200_000, Rule(**settings)
+    n, rule = 200_000, SubTokenSampling(**settings)
     logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(0))
     logits[7], logits[8] = -torch.inf, logits[9]
     codes = pick(logits.expand(n, -1), make_keys(1, torch.arange(n)), rule)
@@ -89,7 +89,7 @@ def test_rare_codes_are_as_rare_as_they_should_be():
     p = torch.full((vocab,), (1 - share) / (vocab - 4))
     p[:4] = share / 4
     drawn = [
-        pick(p.log().expand(len(keys), -1), keys, Rule())
+        pick(p.log().expand(len(keys), -1), keys, SubTokenSampling())
         for keys in make_keys(0, torch.arange(n)).split(2000)
     ]
     assert abs(int((torch.cat(drawn) < 4).sum()) - n * share) < 4 * (n * share) ** 0.5
@@ -181,14 +181,12 @@ def test_every_slot_of_every_step_has_its_own_noise(model):
     noise = noise_keys(keys, model.windows, len(logits))
     assert noise.unique().numel() == noise.numel()
     for s, logits_s in enumerate(logits):
-        drawn = pick(logits_s, noise[..., s].transpose(0, 1), Rule(top_k=30))
+        drawn = pick(logits_s, noise[..., s].transpose(0, 1), SubTokenSampling(top_k=30))
         assert torch.equal(drawn, windows[..., s])
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_noise_belongs_to_the_position(share, monkeypatch):
-    """A final code has one noise, whatever k and stride; drafts their own, or the final code's."""
-    monkeypatch.setattr(drawing, "DRAFTS_SHARE_NOISE", share)
+def test_noise_belongs_to_the_position():
+    """A final code has one noise, whatever k and stride; drafts have their own."""
     keys = make_keys(0, torch.arange(2))
     plain = noise_keys(keys, Windows(12, 1), 2)[:, :, 0]
     for k, stride in ((4, 1), (4, 2), (5, 3)):
@@ -196,7 +194,7 @@ def test_noise_belongs_to_the_position(share, monkeypatch):
         noise = noise_keys(keys, windows, 2)
         assert torch.equal(windows.final_codes(noise.transpose(0, 1)), plain.transpose(0, 1))
         drafts = noise[0, :, stride:]
-        assert torch.equal(drafts, plain[stride:k].transpose(0, 1)) == share
+        assert not (drafts == plain[stride:k].transpose(0, 1)).any()
 
 
 def surprise(model, rows):
@@ -222,7 +220,12 @@ def test_sequences_follow_the_models_own_distribution(model, monkeypatch):
     """Also where drafts are read; with the noise of the final code they come true too often."""
     counts, agreed = surprise(model, 400)
     assert counts < 1.2 and abs(agreed) < 3.5
-    monkeypatch.setattr(drawing, "DRAFTS_SHARE_NOISE", True)
+
+    def shared(keys, windows, sub_tokens):
+        plain = noise_keys(keys, Windows(windows.tokens, 1), sub_tokens)[:, :, 0]
+        return plain[windows.positions(keys.device).clamp(max=windows.tokens - 1)].transpose(1, 2)
+
+    monkeypatch.setattr(sampler, "noise_keys", shared)
     assert surprise(model, 400)[1] > 20
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from t2i import generation
 from t2i.errors import UserError
 from t2i.evaluation import draw as draw_module
 from t2i.generation import all_jobs
@@ -31,9 +32,9 @@ def small(backbone, **method) -> TensorAR:
     return open_gates(TensorAR(backbone, presets.iclr2026(**method)).eval())
 
 
-def draw(model, config=GUIDED, *, seed=0, rows=3, **options):
+def draw(model, config=GUIDED, *, seed=0, rows=3, speed="graphs"):
     keys = make_keys(seed, torch.arange(rows))
-    return sample_windows(model, tiny_prepared(model.backbone, rows), keys, config, **options)
+    return sample_windows(model, tiny_prepared(model.backbone, rows), keys, config, speed=speed)
 
 
 @pytest.fixture
@@ -48,7 +49,6 @@ def recorded(monkeypatch):
         return traces[-1]
 
     monkeypatch.setattr(speed, "do_and_record", do_and_record)
-    monkeypatch.setattr(sampler, "choose", lambda *_: "graphs")
     monkeypatch.setattr(KVCache, "BUCKET", 12)
     return traces
 
@@ -57,9 +57,7 @@ def recorded(monkeypatch):
 def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     """Also for a second batch of the same shape, which runs what was recorded for the first."""
     model = small(backbone)
-    with monkeypatch.context() as plain:
-        plain.setattr(sampler, "choose", lambda *_: "eager")
-        expected = [draw(model, config, seed=seed) for seed in (0, 1)]
+    expected = [draw(model, config, seed=seed, speed="eager") for seed in (0, 1)]
     assert not torch.equal(*expected)
     first = draw(model, config)
     assert torch.equal(first, expected[0])
@@ -108,8 +106,12 @@ def test_a_step_never_waits_for_the_device(backbone, preset, config, monkeypatch
 
     monkeypatch.setattr(sampler, "step", watched)
     with pytest.raises(Killed):
-        draw(model, config)
-    for wrong in (lambda: torch.ones(1).item(), lambda: torch.tensor(1.0), lambda: draw(model)):
+        draw(model, config, speed="eager")
+    for wrong in (
+        lambda: torch.ones(1).item(),
+        lambda: torch.tensor(1.0),
+        lambda: draw(model, speed="eager"),
+    ):
         with pytest.raises(AssertionError), NoSync():
             wrong()
 
@@ -134,9 +136,9 @@ def test_what_is_held_follows_shape_settings_and_weights(recorded):
     prepared, keys = tiny_prepared(model.eval().backbone, 2), make_keys(0, torch.arange(2))
     given = [keys, *prepared.values()]
     before = [tensor.clone() for tensor in given]
-    sample_windows(model, prepared, keys, SamplingConfig())
+    sample_windows(model, prepared, keys, SamplingConfig(), speed="graphs")
     flipped = {name: value.flip(0) for name, value in prepared.items()}
-    sample_windows(model, flipped, keys + 1, SamplingConfig())
+    sample_windows(model, flipped, keys + 1, SamplingConfig(), speed="graphs")
     assert all(map(torch.equal, given, before)), "what was given is not written to"
 
 
@@ -172,7 +174,7 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
     """Chosen from all its steps, not from a batch's."""
     asked = []
     monkeypatch.setattr(
-        draw_module, "choose", lambda speed, device, n, _: asked.append(n) or "eager"
+        generation, "choose", lambda speed, device, n, _: asked.append((speed, n)) or "eager"
     )
     model = small(tiny_llamagen("class"))
     monkeypatch.setattr("t2i.generation.to_images", lambda *_: [Image.new("RGB", (4, 4))] * 4)
@@ -180,7 +182,7 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
     draw_module.draw_prompts(
         model, entries, all_jobs(range(6), 1), tmp_path / "out", DrawOptions(batch_size=4)
     )
-    assert asked == [2 * 16]
+    assert asked == [("auto", 2 * 16), *[("eager", 16)] * 2]
 
 
 @pytest.mark.slow
@@ -200,4 +202,4 @@ def test_auto():
     with pytest.raises(UserError, match="needs a CUDA GPU"):
         speed.choose("graphs", cpu, 1)
     with pytest.raises(UserError, match="must be one of auto, eager, compiled, graphs"):
-        draw(small(tiny_llamagen("text")), speed="fast")
+        speed.choose("fast", cpu, 1)

@@ -12,6 +12,7 @@ Shapes: R seeds, P prompts.
 
 import sys
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -277,7 +278,7 @@ def plot_correlation(results: Results, path: Path) -> None:
     for base, axes in zip(bases, np.atleast_1d(figure.subplots(1, len(bases))), strict=True):
         arms = list(dict.fromkeys(run.arm for run in runs if run.base == base))
         colors = COLORS if len(arms) <= len(COLORS) else colormaps["tab20"](range(20))
-        for arm, color in zip(arms, colors, strict=False):
+        for arm, color in zip(arms, cycle(colors)):  # no arm is left out
             points = [(run.loss, run.score) for run in runs if (run.base, run.arm) == (base, arm)]
             axes.scatter(*zip(*points, strict=True), s=16, color=color, label=arm)
         axes.legend(fontsize=7)
@@ -293,7 +294,7 @@ def plot_courses(results: Results, arms: list[str], path: Path) -> None:
     figure = Figure(figsize=(12, 3.2 * len(bases)), layout="constrained")
     rows = figure.subplots(len(bases), 3, squeeze=False)
     for base, (score, first, drafts) in zip(bases, rows, strict=True):
-        for arm, color in zip(arms, COLORS, strict=False):
+        for arm, color in zip(arms, cycle(COLORS)):  # no arm is left out
             steps, means, errors = score_course(results, base, arm)
             score.errorbar(steps, means, errors, marker="o", capsize=3, color=color, label=arm)
             for kind, style in (("own_drafts", "-"), ("noised_truth", ":")):

@@ -17,14 +17,13 @@ from t2i.errors import UserError
 from t2i.evaluation.options import ClassImages
 from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
 from t2i.files import json_sha256, saving
-from t2i.generation import Drawn, Job, draw_images, parse_conditions
+from t2i.generation import Drawn, Job, choose_run, draw_images, parse_conditions
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 from t2i.sampling import DrawOptions
 from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.speed import choose
 from t2i.weights import state_dict_sha256
 
 _MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights"}
@@ -91,7 +90,8 @@ def draw_prompts(
     place.claim(settings, options.about, compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
     batches = _batches(jobs, options.batch_size)
-    options = _settled(options, model, len(batches))
+    speed, speculate = choose_run(model, options, len(batches))  # for all of them, not for each
+    options = replace(options, speed=speed, speculate=speculate)
     for batch in batches:  # the last one is filled up: all come out of the same matrix shapes
         batch += [batch[-1]] * (options.batch_size - len(batch))
 
@@ -99,14 +99,6 @@ def draw_prompts(
         return draw_images(model, prompts, options, jobs=batch, progress=show_steps)
 
     fill(place, batches, draw, progress=not show_steps)
-
-
-def _settled(options: DrawOptions, model: TensorAR, batches: int) -> DrawOptions:
-    """The speed chosen for the whole of a request, and not for each of its batches."""
-    steps = batches * model.windows.count
-    speculate = model.speculate if options.speculate is None else options.speculate
-    speed = choose(options.speed or model.speed, model.backbone.device, steps, speculate)
-    return replace(options, speed=speed, speculate=speculate)
 
 
 def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:
@@ -201,7 +193,8 @@ def draw_classes(
     labels = sample_labels(images.count, spec.num_classes, balanced=balanced, seed=options.seed)
     classes = labels.tolist()
     batches = numbered_batches(images.count, options.batch_size)
-    options = _settled(options, model, len(batches))
+    speed, speculate = choose_run(model, options, len(batches))  # for all of them, not for each
+    options = replace(options, speed=speed, speculate=speculate)
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, classes, options, jobs=batch, progress=False)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from t2i.files import replacing, write_json
+from t2i.files import replacing, replacing_folder, write_json
 from t2i.loading import attach, load_backbone, pick_device
 from t2i.models.base import Condition
 from t2i.models.janus.janus_model import Janus
@@ -306,11 +306,8 @@ def _losses(cfg: CaptionBase, learner: Learner, scenes: Scenes) -> Iterator[Tens
 
 def _snapshot(learner: Learner, folder: Path) -> None:
     """Write or replace a base inside the run's folder, whole or not at all."""
-    new = folder.with_suffix(".tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    learner.save(new)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+    with replacing_folder(folder) as new:
+        learner.save(new)
     log.info("saved %s", folder)
 
 

@@ -3,7 +3,7 @@
 Shapes: B batch, H x W pixels, h x w codes, N latents of a batch, E codebook dimension.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Descent:
 
 
 def train_tokenizer(
-    tokenizer: ImageTokenizer, batches: Iterable[Tensor], *, steps: int, lr: float
+    tokenizer: ImageTokenizer, batches: Iterator[Tensor], *, steps: int, lr: float
 ) -> None:
     """Reconstruction of pixels [B, 3, H, W] with straight-through codes; frozen afterwards."""
     descent = Descent(tokenizer, lr)
@@ -61,7 +61,8 @@ def train_tokenizer(
     used = torch.zeros(tokenizer.codebook_size, dtype=torch.bool)
     tokenizer.train().to(memory_format=torch.channels_last)
     bar = progress_bar(range(steps), desc="tokenizer", unit="step")
-    for step, pixels in zip(bar, batches, strict=False):
+    for step in bar:
+        pixels = next(batches)
         latents = tokenizer.latents(pixels.contiguous(memory_format=torch.channels_last))
         if codebook is None:
             z, rows = latents, torch.where(latents > 0, 1.0, -1.0)

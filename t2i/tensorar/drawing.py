@@ -7,61 +7,49 @@ predicts the same logits draws the same code. Only codes that the filters leave 
 Shapes: n candidates, B images, N windows, k slots, S sub-tokens, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.rng import fold, gumbels
-from t2i.sampling import SamplingConfig
+from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar.windows import Windows
 
 NOISE = "gumbel"
 """Name of this way of drawing: images that were drawn another way are never mixed with these."""
-DRAFTS_SHARE_NOISE = False
-"""Whether the drafts of a position are drawn with the noise of its final code. They would foretell
-it more often. But the model reads them: what it then says of the position would be drawn with noise
-that it has seen, and no longer follow its own distribution.
-"""
 TIES = 64
 """So many codes as likely as the k-th stay besides the first k, those with the lowest numbers."""
 _NOISE = 0
 """Number of this stream among an image's."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How the codes of one sub-token are drawn: fields as in `SamplingConfig`, in plain numbers."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-def rules(config: SamplingConfig, sub_tokens: int) -> tuple[tuple[Rule, Rule], ...]:
-    """Of final slots and of drafts, for each sub-token."""
-    both = []
-    for own in config.by_sub_token(sub_tokens):
-        final = Rule(own.temperature, own.top_k, own.top_p)  # type: ignore[arg-type]  # plain now
-        drafts = replace(final, temperature=final.temperature * config.draft_temperature)
-        both.append((final, drafts))
-    return tuple(both)
+def rules(
+    config: SamplingConfig, sub_tokens: int
+) -> tuple[tuple[SubTokenSampling, SubTokenSampling], ...]:
+    """The settings of final slots and of drafts, for each sub-token."""
+    return tuple(
+        (own, replace(own, temperature=own.temperature * config.draft_temperature))
+        for own in config.by_sub_token(sub_tokens)
+    )
 
 
 def noise_keys(keys_B: Tensor, windows: Windows, sub_tokens: int) -> Tensor:
     """Keys int64 [N, B, k, S] of the noise of every slot, by position: final codes have the same
     noise for every k and stride.
+
+    Drafts have their own. With the noise of the final code they would foretell it more often, but
+    the model reads them: what it then says of the position would be drawn with noise that it has
+    seen, and no longer follow its own distribution.
     """
     position_NkS = windows.positions(keys_B.device)[..., None]
     depth_kS = torch.arange(windows.size, device=keys_B.device)[:, None] // windows.stride
-    if DRAFTS_SHARE_NOISE:
-        depth_kS = torch.zeros_like(depth_kS)
     sub_S = torch.arange(sub_tokens, device=keys_B.device)
     return fold(keys_B[:, None, None], _NOISE, position_NkS[:, None], depth_kS, sub_S)
 
 
-def candidates(logits: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+def candidates(logits: Tensor, rule: SubTokenSampling) -> tuple[Tensor, Tensor]:
     """The codes that may be drawn, int64 [..., n] or [n], and their fp32 scores [..., n]: logits
     over temperature, -inf where a filter removed one.
 
@@ -99,7 +87,7 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     return vocab - 1 - (order * vocab + last).topk(count, dim=-1).values % vocab
 
 
-def pick(logits: Tensor, keys: Tensor, rule: Rule) -> Tensor:
+def pick(logits: Tensor, keys: Tensor, rule: SubTokenSampling) -> Tensor:
     """One code int64 [...] per row of fp32 logits [..., V], with noise keys int64 [...]; the most
     likely one at temperature 0.
     """

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
-from t2i.sampling import Speed
+from t2i.sampling import Speed, SubTokenSampling
 from t2i.tensorar.codec import Codec
-from t2i.tensorar.drawing import Rule, pick
+from t2i.tensorar.drawing import pick
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.noise import (
     GAUSSIAN_VARIANCE,
@@ -311,7 +311,7 @@ class TensorAR(nn.Module):
         codes = keys[..., None][..., :0]
         for s in range(len(self.backbone.spec.subvocabs)):
             logits = self.backbone.next_logits(d, codes)
-            code = pick(logits, fold(keys, s), Rule())
+            code = pick(logits, fold(keys, s), SubTokenSampling())
             codes = torch.cat([codes, code[..., None]], dim=-1)
         return codes
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from t2i.models.base import Backbone, Condition
 from t2i.models.kv_cache import KVCache
 from t2i.rng import fold
-from t2i.sampling import SamplingConfig, Speed
-from t2i.tensorar.drawing import Rule, noise_keys, pick, rules
+from t2i.sampling import SamplingConfig, Speed, SubTokenSampling
+from t2i.tensorar.drawing import noise_keys, pick, rules
 from t2i.tensorar.model import TensorAR, slot_parts
 from t2i.tensorar.speculation import settle
-from t2i.tensorar.speed import Run, choose, runner
+from t2i.tensorar.speed import Run, runner
 
 # -- the trunk, step by step -----------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class Drawing:
     """A batch of images while it is drawn: all that a step reads and writes."""
 
     state: DecodeState
-    rules: tuple[tuple[Rule, Rule], ...]
+    rules: tuple[tuple[SubTokenSampling, SubTokenSampling], ...]
     """Of final slots and of drafts, for each sub-token."""
     keys_B: Tensor
     noise_NBkS: Tensor
@@ -225,8 +225,8 @@ def sample_windows(
     keys: Tensor,
     config: SamplingConfig,
     on_step: Callable[[], None] | None = None,
-    speed: Speed | None = None,
-    speculate: int | None = None,
+    speed: Speed = "eager",
+    speculate: int = 0,
 ) -> Tensor:
     """Sample images as all their windows, int64 [B, N, k, S]: `Windows` reads the final codes and
     every stage off them.
@@ -235,13 +235,12 @@ def sample_windows(
         prepared: conditions of B images, from `Backbone.prepare`.
         keys: int64 [B], one per image (`t2i.rng.make_keys`).
         on_step: called after every window was asked for, for a progress bar.
-        speed: how steps are run; the model's own (`model.speed`) if None.
-        speculate: windows that a call draws at once; the model's own (`model.speculate`) if None.
+        speed: how steps are run, settled by `t2i.tensorar.speed.choose`.
+        speculate: windows that a call draws at once; 0: one by one.
     """
     assert not model.training, "sampling needs model.eval(): dropout would act"
     backbone, windows = model.backbone, model.windows.shrunk(config.window)
-    ahead = model.speculate if speculate is None else speculate
-    speed = choose(speed or model.speed, backbone.device, windows.count, ahead)
+    assert speed != "auto" and not (speculate and speed != "eager"), "settled by `choose`"
     keys = keys.to(backbone.device)
     noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
     scales = guidance_table(model, config)
@@ -269,14 +268,14 @@ def sample_windows(
         drawing.windows_BNkS[:, :1] = draw_windows(model, first, drawing.index, drawing)
         tick = on_step or (lambda: None)
         tick()
-        if ahead:
+        if speculate:
 
             def draw(start: int, end: int) -> Tensor:
                 index = torch.arange(start, end, device=keys.device)
                 return draw_behind(model, index, drawing, drawing.state.extent(end - 1))
 
             columns = backbone.spec.grid[1]
-            settle(drawing.windows_BNkS, windows, columns, ahead, draw, tick)
+            settle(drawing.windows_BNkS, windows, columns, speculate, draw, tick)
             return drawing.windows_BNkS
         for index in range(windows.count - 1):
             run(model, drawing.state.extent(index))
