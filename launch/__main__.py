@@ -22,6 +22,7 @@ VERBS = {
     "train-janus": ("launch.train_janus", "fine-tune Janus-Pro"),
     "train-imagenet": ("launch.train_imagenet", "fine-tune a class-conditional model"),
     "generate": ("launch.generate", "draw images of prompts"),
+    "review": ("launch.review", "compare models by looking, on one page"),
     "geneval": ("geneval.run", "score a model, or images, with GenEval"),
     "dpg-bench": ("dpg_bench.run", "score a model, or images, with DPG-Bench"),
     "sample-imagenet": ("launch.sample_imagenet", "draw the images of an ImageNet evaluation"),

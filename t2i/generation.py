@@ -36,6 +36,8 @@ class Drawn:
     """All windows, int64 [N, k, S]."""
     stages: tuple[Image.Image, ...] = ()
     """The image at refinement stage 1 .. last, if asked for."""
+    stage_codes: Tensor | None = None
+    """The codes of these, int64 [stages, T, S]."""
 
     @property
     def job(self) -> Job:
@@ -88,9 +90,11 @@ def draw_images(
             windows = sample_windows(model, prepared, keys, sampling, bar.update, speed, speculate)
             windows = windows[: len(batch)]
             images = to_images(model, model.windows.final_codes(windows), options.size)
-            staged = stage_images(model, windows) if options.stages else [()] * len(batch)
+            staged = (
+                _staged(model, windows, options) if options.stages else [((), None)] * len(batch)
+            )
             for i, (p, s) in enumerate(batch):
-                yield Drawn(p, s, prompts[p], images[i], windows[i].cpu(), tuple(staged[i]))
+                yield Drawn(p, s, prompts[p], images[i], windows[i].cpu(), *staged[i])
 
 
 def choose_run(model: TensorAR, options: DrawOptions, batches: int) -> tuple[Speed, int]:
@@ -185,10 +189,16 @@ def to_images(
     return [Image.fromarray(array) for array in pixels]
 
 
-def stage_images(model: TensorAR, windows: Tensor) -> list[list[Image.Image]]:
-    """Windows [B, N, k, S] -> per image, the picture at every refinement stage."""
+def stage_codes(model: TensorAR, windows: Tensor) -> Tensor:
+    """Windows [B, N, k, S] -> the codes at every refinement stage, [B, stages, T, S]."""
     geometry = model.windows.shrunk(windows.shape[2])
-    per_stage = [
-        to_images(model, geometry.stage_codes(windows, r + 1)) for r in range(geometry.stages)
-    ]
-    return [list(images) for images in zip(*per_stage, strict=True)]
+    return torch.stack([geometry.stage_codes(windows, r + 1) for r in range(geometry.stages)], 1)
+
+
+def _staged(
+    model: TensorAR, windows: Tensor, options: DrawOptions
+) -> list[tuple[tuple[Image.Image, ...], Tensor]]:
+    """Per image, its picture at every refinement stage, and the codes of these."""
+    codes = stage_codes(model, windows)
+    pictures = [to_images(model, stage, options.size) for stage in codes.unbind(1)]
+    return list(zip(zip(*pictures, strict=True), codes.cpu(), strict=True))

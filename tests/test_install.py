@@ -18,7 +18,7 @@ import t2i, geneval, dpg_bench
 where = Path(sys.argv[1]).resolve()
 for module in (t2i, geneval, dpg_bench):
     assert where in Path(module.__file__).resolve().parents, module.__file__
-assert (Path(t2i.__file__).parent / "assets" / "gallery" / "page.css").is_file()
+assert (Path(t2i.__file__).parent / "assets" / "pages" / "gallery.css").is_file()
 print("used", t2i.__version__)
 """
 USE = """

@@ -19,8 +19,8 @@ from t2i.evaluation.generation_folder import load_image
 from t2i.evaluation.results import Score, by_way
 from t2i.files import file_sha256, writable_folder, write_text
 from t2i.imaging import save_image
+from t2i.pages import html_page
 
-_ASSETS = Path(__file__).parents[1] / "assets" / "gallery"
 _SIDE = 512
 _PIXEL_ART = 160
 """Images of fewer pixels a side are kept without loss, and shown with square pixels."""
@@ -95,26 +95,10 @@ def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> P
         _toolbar_html(filters, exhibits) if exhibits else '<p class="empty">No image failed.</p>',
         *(_section_html(name, cards, results) for name, cards in sections.items()),
     ]
-    style, script = ((_ASSETS / n).read_text(encoding="utf-8") for n in ("page.css", "page.js"))
     tints = "".join(f".t{i} {{ --tint: {color}; }}\n" for i, color in enumerate(TINTS))
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(results["benchmark"])}: failures</title>
-<link rel="icon" href="data:,">
-<style>
-{style}{tints}</style>
-</head>
-<body>
-{"".join(body)}
-<dialog id="zoom"></dialog>
-<script>
-{script}</script>
-</body>
-</html>
-"""
+    body.append('<dialog id="zoom"></dialog>')
+    title = f"{results['benchmark']}: failures"
+    page = html_page(title, "".join(body), name="gallery", styles=tints)
     return write_text(folder / "index.html", page)
 
 

@@ -3,6 +3,7 @@
     OUT/00000/metadata.jsonl         the prompt's line
     OUT/00000/samples/00000.png      sample 0 of prompt 0
     OUT/00000/stages/00000_1.png     its refinement stages, if asked for
+    OUT/00000/stages/00000.json      their codes
     OUT/grid.png                     all samples, one row per prompt (launch/generate.py)
     OUT/generation.json              how the images were drawn (t2i.evaluation.places)
 
@@ -84,6 +85,16 @@ def sample_file(prompt_index: int, sample_index: int) -> str:
 def stage_file(prompt_index: int, sample_index: int, stage: int) -> str:
     """The file of an image's refinement stage, from 1."""
     return f"{prompt_folder(prompt_index)}/stages/{sample_index:05d}_{stage}.png"
+
+
+def codes_file(prompt_index: int, sample_index: int) -> str:
+    """The file of the codes of an image's stages: a JSON list [stages][T][S]."""
+    return f"{prompt_folder(prompt_index)}/stages/{sample_index:05d}.json"
+
+
+def write_codes(path: Path, codes: list) -> Path:
+    """Write the codes of an image's stages, [stages][T][S]."""
+    return write_text(path, json.dumps(codes, separators=(",", ":")) + "\n")
 
 
 def write_prompt(out: Path, index: int, entry: dict) -> None:

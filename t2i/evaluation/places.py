@@ -25,10 +25,12 @@ from t2i.errors import UserError
 from t2i.evaluation.array_file import ArrayFile, remove_markers
 from t2i.evaluation.generation_folder import (
     GENERATION_FILE,
+    codes_file,
     load_image,
     refuse_other_images,
     sample_file,
     stage_file,
+    write_codes,
     write_prompt,
 )
 from t2i.files import (
@@ -135,8 +137,8 @@ class GenerationFolder(Place):
     def _has(self, job: Job) -> bool:
         """Whether there is a readable file of an image, and as many stages as are asked for."""
         path = self.out / sample_file(*job)
-        stages = [self.out / stage_file(*job, self.stages)] if self.stages else []
-        if not all(file.is_file() for file in (path, *stages)):
+        staged = [stage_file(*job, self.stages), codes_file(*job)] if self.stages else []
+        if not all(file.is_file() for file in (path, *(self.out / name for name in staged))):
             return False
         try:
             load_image(path)
@@ -155,6 +157,8 @@ class GenerationFolder(Place):
         for drawn in images:
             for r, stage in enumerate(drawn.stages):
                 save_png(stage, self.out / stage_file(*drawn.job, r + 1))
+            if drawn.stage_codes is not None:
+                write_codes(self.out / codes_file(*drawn.job), drawn.stage_codes.tolist())
             save_png(drawn.image, self.out / sample_file(*drawn.job))
 
     def finish(self) -> None:

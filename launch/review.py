@@ -1,0 +1,156 @@
+"""Compare models by looking: one page with prompts as rows and models as columns.
+
+python launch/review.py --ckpt runs/mine --against shapes --prompt-file prompts.txt
+# beside the base that it was trained from, with all refinement stages
+python launch/review.py --ckpt runs/mine --with-base --prompt "a photo of two stars"
+# images that are there, with the verdicts of a benchmark
+python launch/review.py --images outputs/geneval/base outputs/geneval/mine
+
+The page needs no server: zoom, refinement stages, which codes each stage changed, notes, and blind
+votes that can be saved and loaded. What is drawn already is not drawn again.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from t2i import cli
+from t2i.errors import UserError
+from t2i.files import json_sha256, owning, remove_leftovers, writable_folder
+from t2i.model_options import BaseOptions, DrawingModelOptions
+from t2i.sampling import check_counts
+
+if TYPE_CHECKING:
+    import torch
+
+_MAIN = ("ckpt", "against", "with_base", "images", "names", "prompt", "prompt_file", "out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewConfig(DrawingModelOptions):
+    """Which models, and what they draw."""
+
+    against: tuple[str, ...] = ()
+    """Further models, each a column: checkpoint, run or export folders, or shapes, shapes-janus."""
+    with_base: bool = False
+    """Also a column of the base that --ckpt was trained from."""
+    images: tuple[Path, ...] = ()
+    """Further columns that are drawn already: folders in GenEval's layout, or outputs of
+    geneval/run.py or dpg_bench/run.py, with their verdicts.
+    """
+    names: tuple[str, ...] = ()
+    """Titles of the columns, in the order --ckpt, base, --against, --images."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts; those of the first of --images if none are given."""
+    prompt_file: Path | None = None
+    """One prompt per line, or .jsonl with a "prompt" in every line."""
+    samples: int = 4
+    """Images per prompt."""
+    stages: bool = True
+    """Also draw every refinement stage of models that refine."""
+    out: Path = Path("outputs/review")
+    """Folder of the page and of what is drawn for it."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(samples=self.samples)
+        if self.with_base and self.ckpt is None:
+            raise UserError("--with-base is the base of --ckpt, and no --ckpt is given")
+        if self.source is None and not self.images and not self.against:
+            raise UserError("nothing to show: give --ckpt, --against or --images")
+
+    def models(self) -> Iterator[DrawingModelOptions]:
+        """Each model that is to draw, in the order of the columns."""
+        own = {f.name: getattr(self, f.name) for f in fields(DrawingModelOptions)}
+        first = DrawingModelOptions(**own)
+        if self.source is not None:
+            yield first
+        if self.with_base:
+            yield replace(first, ckpt=None, base=self._own_base(first))
+        for name in self.against:
+            yield replace(first, ckpt=name, base=BaseOptions())
+
+    def _own_base(self, trained: DrawingModelOptions) -> BaseOptions:
+        """What the checkpoint says that it was trained from."""
+        from t2i.checkpoint import read_config, stored_source
+
+        if trained.checkpoint is None:
+            raise UserError(f"{self.ckpt} is a base by itself: --with-base needs something trained")
+        source = stored_source(read_config(trained.checkpoint), trained.checkpoint)
+        moved = {
+            k: v for k in ("weights", "tokenizer", "text_encoder") if (v := getattr(self.base, k))
+        }
+        parts = {f.name: getattr(source, f.name) for f in fields(BaseOptions)}
+        return BaseOptions(**parts | moved)
+
+
+def main() -> None:
+    config = cli.parse(ReviewConfig, __doc__, main=_MAIN)
+    models = list(config.models())
+    wheres = [model.check() for model in models]
+    from t2i.evaluation.review import COLUMNS, open_column, write_review
+
+    writable_folder(config.out)
+    with owning(config.out, "review folder"):
+        remove_leftovers(config.out)
+        places = [config.out / COLUMNS / name for name in _place_names(models)]
+        if models:
+            entries = _entries(config)
+            for model, where, place in zip(models, wheres, places, strict=True):
+                _draw(config, model, where, entries, place)
+        folders = [*places, *config.images]
+        titles = config.names or [folder.name for folder in folders]
+        if len(titles) != len(folders):
+            raise UserError(f"{len(titles)} names for {len(folders)} columns: give one for each")
+        columns = [open_column(*pair) for pair in zip(titles, folders, strict=True)]
+        page = write_review(config.out, columns, title=config.out.resolve().name)
+    print(f"look at {page}")
+
+
+def _place_names(models: Sequence[DrawingModelOptions]) -> list[str]:
+    """A folder name for each model: its own, and digits of where it lies if others share it."""
+    names = [model.name() for model in models]
+    own = [json_sha256(str(model.checkpoint or model.source))[:6] for model in models]
+    return [
+        name if names.count(name) == 1 else f"{name}-{digits}"
+        for name, digits in zip(names, own, strict=True)
+    ]
+
+
+def _entries(config: ReviewConfig) -> list[dict]:
+    """The prompts that were given, or else those of the first images."""
+    from t2i.evaluation.generation_folder import read_prompts
+    from t2i.evaluation.review import open_column
+
+    if config.prompt or config.prompt_file or not config.images:
+        return read_prompts(config.prompt, config.prompt_file)
+    return list(open_column("", config.images[0]).prompts().values())
+
+
+def _draw(
+    config: ReviewConfig,
+    model_options: DrawingModelOptions,
+    where: "tuple[torch.device, torch.dtype]",
+    entries: list[dict],
+    place: Path,
+) -> None:
+    """Draw what a column lacks."""
+    from t2i.evaluation import draw
+    from t2i.generation import all_jobs
+
+    print(f"{place.name}:", file=sys.stderr)
+    draw.check_prompts(place, entries, config.seed)
+    model = model_options.load(*where)
+    jobs = all_jobs(range(len(entries)), config.samples)
+    rows, stages = min(config.batch_size, len(jobs)), config.stages and model.windows.stages > 1
+    options = replace(model_options.drawing(model), batch_size=rows, stages=stages)
+    draw.draw_prompts(model, entries, jobs, place, options)
+
+
+if __name__ == "__main__":
+    cli.run(main)
