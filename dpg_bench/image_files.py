@@ -18,13 +18,12 @@ from pathlib import Path
 from PIL import Image
 
 from dpg_bench.score import IMAGES_PER_PROMPT
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.evaluation.generation_folder import (
     Inventory,
     load_image,
     read_generation,
     sample_file,
-    shorten,
     write_prompt,
 )
 from t2i.evaluation.options import Scope
@@ -105,7 +104,7 @@ def arrange(
         form = Form(scope.samples, resolution)
         files, selected = _find(folder, entries), scope.select(len(entries))
         _check(folder, files, entries, selected, scope)
-        _claim_source(out, folder, form)
+        _claim_source(out, folder)
         problems = _copy(files, entries, selected, out, form)
         if problems and not scope.allow_incomplete:
             raise UserError(
@@ -157,7 +156,7 @@ def _check(
     inventory.check(allow_missing=scope.allow_incomplete)
 
 
-def _claim_source(out: Path, folder: Path, form: Form) -> None:
+def _claim_source(out: Path, folder: Path) -> None:
     """UserError if OUT/images came from elsewhere."""
     images, before = out / "images", _read_source(out)
     if before is None and images.is_dir():

@@ -21,7 +21,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.sampling import check_counts
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +114,8 @@ def measure(config: MPlugTiming, answerer) -> tuple[dict[str, float], bool]:
 
 def main() -> None:
     config = cli.parse(MPlugTiming, __doc__)
-    if config.questions < 1 or config.rounds < 1 or config.answer_tokens < 1:
-        raise UserError("questions, rounds and answer_tokens must be at least 1")
+    names = ("questions", "rounds", "answer_tokens")
+    check_counts(**{name: getattr(config, name) for name in names})
     import torch
 
     answerer = build(config)

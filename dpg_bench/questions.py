@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.published import PublishedFile
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,6 @@ CATEGORIES = (
     *(f"other - {kind}" for kind in ("count", "text")),
     *(f"relation - {kind}" for kind in ("non-spatial", "spatial")),
 )
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,8 @@ def read_questions(path: str | Path) -> QuestionGraph:
     problems += graph_problems(questions)
     graph = QuestionGraph(tuple(questions), git_blob_sha1(content))
     if problems:
-        message = f"question file {path}: {_shorten(problems)}"
+        lines = "\n  ".join(["", shorten(problems, "\n  ", most=10)])
+        message = f"question file {path}: {lines}"
         if not graph.is_official or len(questions) < len(rows):
             raise UserError(message)
         log.warning("%s", message)
@@ -247,11 +247,6 @@ def _circle(parents: dict[int, tuple[int, ...]]) -> list[int] | None:
                 way.append(step)
                 choices.append(iter(parents[step]))
     return None
-
-
-def _shorten(problems: Sequence[str]) -> str:
-    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return "\n  " + "\n  ".join(problems[:_SHOWN]) + more
 
 
 # -- the official file -----------------------------------------------------------------------------

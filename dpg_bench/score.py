@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from dpg_bench.questions import Question, QuestionGraph, group_by_item
 from t2i.errors import UserError
-from t2i.evaluation.bootstrap import RESAMPLES, mean_over_prompts
+from t2i.evaluation.bootstrap import mean_over_prompts
 from t2i.evaluation.results import Score, score_table
 
 YES = "yes"
@@ -122,7 +122,6 @@ def score(
     *,
     images_per_prompt: int = IMAGES_PER_PROMPT,
     seed: int = 0,
-    resamples: int = RESAMPLES,
 ) -> BothWays:
     """Score answers: item id -> one `Answers` an image, in the images' order.
 
@@ -159,8 +158,8 @@ def score(
         if len(judged.get(item, ())) < images_per_prompt
     ]
     return BothWays(
-        official=_summarize(official_items(graph), judged, seed, resamples, last_image_only=True),
-        corrected=_summarize(graph.items, judged, seed, resamples, last_image_only=False),
+        official=_summarize(official_items(graph), judged, seed, last_image_only=True),
+        corrected=_summarize(graph.items, judged, seed, last_image_only=False),
         missing=missing,
     )
 
@@ -174,7 +173,6 @@ def _summarize(
     items: Mapping[str, Sequence[Question]],
     judged: Mapping[str, Sequence[Answers]],
     seed: int,
-    resamples: int,
     *,
     last_image_only: bool,
 ) -> Tally:
@@ -194,7 +192,7 @@ def _summarize(
     values = {item: p.raw[-1:] if last_image_only else p.raw for item, p in prompts.items()}
     by_level = [
         {
-            name: _mean(name, of_items, sum(len(values[i]) for i in of_items), seed, resamples)
+            name: _mean(name, of_items, sum(len(values[i]) for i in of_items), seed)
             for name, of_items in sorted(_by_category(items, values, category).items())
         }
         for category in ("broad_category", "category")
@@ -202,7 +200,7 @@ def _summarize(
     overall = {item: [prompt.score] for item, prompt in prompts.items()}
     count = sum(len(prompt.per_image) for prompt in prompts.values())
     l1, l2 = by_level
-    return Tally(_mean("overall", overall, count, seed, resamples), l1, l2, prompts, skipped)
+    return Tally(_mean("overall", overall, count, seed), l1, l2, prompts, skipped)
 
 
 def _by_category(
@@ -217,13 +215,11 @@ def _by_category(
     return values
 
 
-def _mean(
-    name: str, values: Mapping[str, Sequence[float]], images: int, seed: int, resamples: int
-) -> Mean:
+def _mean(name: str, values: Mapping[str, Sequence[float]], images: int, seed: int) -> Mean:
     """Mean over all values of all items; items are what the bootstrap redraws."""
     if not values:
         return Mean(None, None, 0, 0, 0)
-    found, means_R = mean_over_prompts(list(values.values()), name, seed=seed, resamples=resamples)
+    found, means_R = mean_over_prompts(list(values.values()), name, seed=seed)
     stderr = float(100 * means_R.std(ddof=1)) if found.prompts > 1 else None
     return Mean(100 * found.total / found.count, stderr, found.count, images, found.prompts)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from geneval.detector import Detections, Detector
 from geneval.prompts import official_prompts
-from geneval.rules import RuleOptions, Verdict, decide, judge_image
+from geneval.rules import RuleOptions, Verdict, check_schema, decide, judge_image
 from geneval.summary import Summary, TagScore, format_summary, result_row, summarize
 from t2i.errors import UserError
 from t2i.worlds import open_world
@@ -100,16 +100,7 @@ def _entry(given: Mapping | str, place: int) -> Mapping:
             "Give its metadata, such as "
             '{"tag": "colors", "prompt": "a photo of a red bus", "include": [{"class": "bus", "count": 1, "color": "red"}]}'
         )
-    wanted = given.get("include") if isinstance(given, Mapping) else None
-    whole = isinstance(wanted, Sequence) and all(
-        isinstance(item, Mapping) and "class" in item and "count" in item for item in wanted
-    )
-    if not whole or "tag" not in given or "prompt" not in given:
-        raise UserError(
-            f"metadata[{place}] is {given!r:.200}: score needs GenEval's tag, prompt and include "
-            "(a list of objects with class and count), or the words of one of its prompts"
-        )
-    return given
+    return check_schema(given, f"metadata[{place}]")
 
 
 @lru_cache(maxsize=1)

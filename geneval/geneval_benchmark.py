@@ -14,10 +14,9 @@ from PIL import Image, ImageColor
 
 from geneval.detector import Detections, Detector
 from geneval.prompts import official_prompts
-from geneval.rules import RuleOptions, Verdict, check_vocabulary, judge_detected
+from geneval.rules import RuleOptions, Verdict, check_schema, check_vocabulary, judge_detected
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
-from t2i.errors import UserError
 from t2i.evaluation.bootstrap import mean_over_prompts
 from t2i.evaluation.gallery import TINTS, Box, Card
 from t2i.evaluation.generation_folder import read_prompts
@@ -52,7 +51,7 @@ class GenEval:
                 name.
         """
         for index, entry in enumerate(entries):
-            _check_schema(index, entry)
+            check_schema(entry, f"prompt {index}")
             check_vocabulary(entry, detector)
         self.entries = entries
         self.detector = detector
@@ -117,17 +116,6 @@ def load_prompts(name: str) -> list[dict]:
     if name in WORLDS:
         return open_world(name).benchmark_prompts()
     return read_prompts((), Path(name))
-
-
-def _check_schema(index: int, entry: Mapping) -> None:
-    """UserError unless the entry has a tag and asks for something, each with class and count."""
-    items = [*entry.get("include", []), *entry.get("exclude", [])]
-    whole = all(isinstance(i, dict) and {"class", "count"} <= set(i) for i in items)
-    if not isinstance(entry.get("tag"), str) or not items or not whole:
-        raise UserError(
-            f"prompt {index} ({entry.get('prompt')!r}) is not GenEval metadata: it needs a tag, and "
-            'include (or exclude) with {"class": ..., "count": ...}'
-        )
 
 
 def draw_masks(

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.utils import logging
 
-from t2i.errors import UserError
-from t2i.weights import read_state_dict, shorten_keys
+from t2i.errors import UserError, shorten
+from t2i.weights import check_loading, read_state_dict
 
 # In transformers' model or in a file, not always in both: a loss weight, a final norm without a
 # part in the outputs, and a table of constants that older versions kept as a buffer.
@@ -126,23 +126,8 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
 def _complete(
     model: Mask2FormerForUniversalSegmentation, info: dict, source: str | Path
 ) -> Mask2FormerForUniversalSegmentation:
-    problems = {
-        "missing": info["missing_keys"],
-        "unexpected": info["unexpected_keys"],
-        "mis-shaped": [key for key, *_ in info["mismatched_keys"]],
-    }
-    problems = {
-        kind: sorted(key for key in keys if not _WITHOUT_EFFECT.fullmatch(key))
-        for kind, keys in problems.items()
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{kind} {shorten_keys(keys)}" for kind, keys in problems.items() if keys
-        )
-        raise UserError(
-            f"{source} does not fit Mask2Former with this Swin backbone (names as in "
-            f"transformers): {listed}"
-        )
+    said = f"{source} does not fit Mask2Former with this Swin backbone (names as in transformers)"
+    check_loading(info, said, _WITHOUT_EFFECT.fullmatch)
     return model.eval()
 
 
@@ -264,7 +249,7 @@ def convert_keys(state_dict: dict[str, Tensor], source: str | Path) -> dict[str,
     if problems:
         raise UserError(
             f"{source} does not hold mmdet's Mask2Former with a Swin backbone: unexpected "
-            f"{shorten_keys(problems)}"
+            f"{shorten(problems, most=40)}"
         )
     return {name: tensor.contiguous() for name, tensor in converted.items()}
 

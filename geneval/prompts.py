@@ -10,15 +10,13 @@ prompts remain of 100 in three tasks. An entry's place in the list is its folder
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from geneval.object_names import OBJECT_NAMES
 from geneval.rules import COLORS
-from t2i.files import write_text
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -125,16 +123,6 @@ def draw_prompts(seed: int, per_task: int) -> list[dict]:
 def metadata_line(entry: dict) -> str:
     """One line of `evaluation_metadata.jsonl` or a folder's `metadata.jsonl`, less the newline."""
     return json.dumps(entry)
-
-
-def write_prompts(folder: str | Path, entries: Iterable[dict]) -> None:
-    """Write GenEval's two files, `evaluation_metadata.jsonl` and `generation_prompts.txt`."""
-    entries = list(entries)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = "".join(f"{metadata_line(entry)}\n" for entry in entries)
-    write_text(folder / "evaluation_metadata.jsonl", metadata)
-    write_text(folder / "generation_prompts.txt", "".join(f"{e['prompt']}\n" for e in entries))
 
 
 def _objects(rng: np.random.Generator, count: int, first: int = 0) -> list[str]:

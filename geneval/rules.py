@@ -104,6 +104,21 @@ def judge_image(
     return judge_detected(image, metadata, detector, detector.detect(image), options)
 
 
+def check_schema(entry: object, where: str) -> Mapping:
+    """The entry, if it is GenEval metadata: with a tag, a prompt and something asked for; else a
+    UserError says where it stands.
+    """
+    if isinstance(entry, Mapping) and "prompt" in entry and isinstance(entry.get("tag"), str):
+        asked = [entry[name] for name in ("include", "exclude") if name in entry]
+        items = [item for part in asked for item in (part if isinstance(part, Sequence) else "?")]
+        if items and all(isinstance(i, Mapping) and {"class", "count"} <= set(i) for i in items):
+            return entry
+    raise UserError(
+        f"{where} is {entry!r:.200}, which is not GenEval metadata: that has a tag, a prompt and "
+        'include (or exclude), a list of objects such as {"class": "bus", "count": 1}'
+    )
+
+
 def check_vocabulary(metadata: Mapping, detector: Detector) -> None:
     """UserError for a class or colour that the detector cannot name."""
     for item in [*metadata.get("include", []), *metadata.get("exclude", [])]:

@@ -14,7 +14,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.sampling import check_counts
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class FidConfig:
     """cpu, cuda, or auto."""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+        check_counts(batch_size=self.batch_size)
 
 
 def main() -> None:

@@ -168,16 +168,17 @@ def write_comparison(models: dict, config: Quickstart) -> None:
 def table(scores: dict, losses: dict) -> str:
     """A markdown table: scores by task and overall, held-out losses by slot."""
     from geneval.prompts import TAGS
+    from t2i.evaluation.results import markdown_table
 
     head = ["model", *TAGS, "overall", "loss, noised truth (slots)", "loss, own drafts (slots)"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for name, found in scores.items():
         cells = [f"{found[tag]['mean']:.2f}" for tag in TAGS]
         overall, error = found["overall"]["mean"], found["overall"]["stderr"]
         cells += [f"**{overall:.3f}**" + ("" if error is None else f" ± {error:.3f}")]
         cells += [_slots(losses.get(name, {}), kind) for kind in ("noised_truth", "own_drafts")]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown_table(f"| {' | '.join(head)} |", rows)
 
 
 def _slots(losses: dict, kind: str) -> str:

@@ -312,6 +312,7 @@ def load_stored_backbone(
     return backbone
 
 
+# More than seven arguments: a notebook types one word each, where a group is a class to look up.
 def load_model(
     source: str | Path,
     *,
@@ -320,11 +321,11 @@ def load_model(
     tokenizer: str | Path | None = None,
     text_encoder: str | Path | None = None,
     text_encoder_dtype: str = "float32",
-    generation_only: bool | None = True,
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
 ) -> TensorAR:
-    """A model to draw with, in eval mode: something trained, or a base by itself (k = 1).
+    """A model to draw with, in eval mode: something trained, or a base by itself (k = 1), without
+    what drawing images does not need.
 
     Args:
         source: a checkpoint, run or export folder; a shipped base ("shapes"); a backbone folder; a
@@ -336,7 +337,6 @@ def load_model(
         tokenizer: image tokenizer of a base, or where a checkpoint's is now.
         text_encoder: caption encoder of a base, or where a checkpoint's is now.
         text_encoder_dtype: "float32" or "bfloat16", of a base's caption encoder.
-        generation_only: leave out what drawing images does not need; None: as in training.
         device: "auto" is a GPU where there is one, else the CPU.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
@@ -349,7 +349,7 @@ def load_model(
             base=base,
             tokenizer=tokenizer,
             text_encoder=text_encoder,
-            generation_only=generation_only,
+            generation_only=True,
             device=device,
             dtype=dtype,
         )
@@ -361,7 +361,7 @@ def load_model(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         text_encoder_dtype=text_encoder_dtype,
-        generation_only=bool(generation_only),
+        generation_only=True,
         device=device,
         dtype=dtype,
     )

@@ -1,4 +1,6 @@
-"""How the kit tells a user's mistake from a bug of its own."""
+"""How the kit tells a user's mistake from a bug of its own, and what messages have in common."""
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -11,3 +13,9 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError, FloatingPointError):
     """A training run's loss, gradient or weights are no numbers: its settings cannot be used."""
+
+
+def shorten(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f"{separator}and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more

@@ -191,19 +191,16 @@ def _size(path: Path) -> int:
 
 
 def _score_rows(path: Path) -> list[str]:
-    """Table rows of a results file: `scores` maps names to numbers, or to {"mean", "stderr"} or
-    {"overall", "overall_stderr"}.
-    """
+    """Table rows of a results file: `scores` maps names to numbers, or to {"mean", "stderr"}."""
     results = read_object(path)
     if not isinstance(results.get("scores"), dict):
         raise UserError(f"{path} is not a results file with scores")
     rows = []
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
-        mean = values.get("mean", values.get("overall"))
-        stderr = values.get("stderr", values.get("overall_stderr"))
+        mean, stderr = values.get("mean"), values.get("stderr")
         if not isinstance(mean, int | float):
-            raise UserError(f"{path}: the score {name!r} has no number under mean or overall")
+            raise UserError(f"{path}: the score {name!r} has no number under mean")
         where = results.get("benchmark", path.stem)
         spread = "" if stderr is None else f" ± {stderr:.3f}"
         rows.append(f"| {where} | {name} | {mean:.3f}{spread} | {results.get('status', '')} |")

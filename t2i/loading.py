@@ -10,7 +10,7 @@ import torch
 
 from t2i.errors import UserError
 from t2i.fields import from_json
-from t2i.models.base import Backbone
+from t2i.models.base import Backbone, LoadOptions
 from t2i.models.families import find_family
 from t2i.published import remembered_sha256
 from t2i.sampling import SamplingConfig
@@ -72,6 +72,7 @@ def _check_gpu(name: str) -> None:
         )
 
 
+# More than seven arguments: a notebook types one word each, where a group is a class to look up.
 def load_backbone(
     family: str,
     source: str | Path,
@@ -151,25 +152,17 @@ def load_source(
         shape = f"the {source.family} shape of {files.weights}"
         config = from_json(family.backbone_class.config_type, files.config, shape)
     backbone, on_meta = None, torch.device(device).type == "meta"
+    shapes_only = on_meta and family.published_as_folder
+    options = LoadOptions(config, grid, dtype, source.generation_only, shapes_only)
     if on_meta and not Path(files.weights).exists():
-        backbone = family.backbone_class.outline(
-            files.weights, config=config, grid=grid, generation_only=source.generation_only
-        )
+        backbone = family.backbone_class.outline(files.weights, options)
     if backbone is not None:
         files = _local_helpers(files)
     else:
-        shapes_only = on_meta and family.published_as_folder
         if not shapes_only:
             prove(files, weights=weights is None)
         path = weights or resolve(files.weights, folder=family.published_as_folder)
-        backbone = family.backbone_class.load(
-            path,
-            config=config,
-            grid=grid,
-            dtype=dtype,
-            generation_only=source.generation_only,
-            shapes_only=shapes_only,
-        )
+        backbone = family.backbone_class.load(path, options)
     backbone.source = replace(source, config=asdict(backbone.config))
     where = f"the sampling settings of {source.weights}"
     own = from_json(SamplingConfig, files.sampling, where, defaults=backbone.spec.sampling)

@@ -8,7 +8,7 @@ LlamaGen's own training scripts store next to the weights.
 
 import argparse
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.files import read_json
 from t2i.published import files_sha256
 
@@ -26,7 +26,7 @@ from t2i.published import files_sha256
 # look for them.
 _NESTING_KEYS = ("model", "module", "state_dict")
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-_MAX_KEYS_IN_MESSAGE = 40
+_MOST_KEYS = 40
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,7 +99,9 @@ def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, T
     for path in weight_files(folder):
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
         if twice := sorted(weights.keys() & part.keys()):
-            raise UserError(f"{path} holds keys that another shard has, too: {shorten_keys(twice)}")
+            raise UserError(
+                f"{path} holds keys that another shard has, too: {shorten(twice, most=_MOST_KEYS)}"
+            )
         weights |= part
     return weights
 
@@ -204,23 +206,29 @@ def _compare(
             if k in state_dict and state_dict[k].shape != v.shape
         ],
     }
+    refuse_misfits(problems, f"{source} does not fit {what}")
+
+
+def refuse_misfits(problems: Mapping[str, Sequence[str]], said: str) -> None:
+    """UserError lists keys that do not fit, by kind, below what is said of them; none: no error."""
     if any(problems.values()):
         lines = [
-            f"  {kind} ({len(keys)}): {shorten_keys(keys)}"
+            f"  {kind} ({len(keys)}): {shorten(keys, most=_MOST_KEYS)}"
             for kind, keys in problems.items()
             if keys
         ]
-        raise UserError(
-            f"{source} does not fit {what}:\n"
-            + "\n".join(lines)
-            + "\nIs it the right family, size and file?"
-        )
+        raise UserError("\n".join([f"{said}:", *lines, "Is it the right family, size and file?"]))
 
 
-def shorten_keys(keys: list[str]) -> str:
-    """The first of many keys, for a message."""
-    more = len(keys) - _MAX_KEYS_IN_MESSAGE
-    return ", ".join(keys[:_MAX_KEYS_IN_MESSAGE]) + (f", ... and {more} more" if more > 0 else "")
+def check_loading(info: dict, said: str, without_effect: Callable[[str], object]) -> None:
+    """`refuse_misfits` by the report of transformers' loading, but for keys `without_effect`."""
+    problems = {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "mis-shaped": [key for key, *_ in info["mismatched_keys"]],
+    }
+    counted = {k: sorted(key for key in v if not without_effect(key)) for k, v in problems.items()}
+    refuse_misfits(counted, said)
 
 
 def folder_sha256(folder: str | Path) -> str:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from t2i.models.base import Backbone
+from t2i.models.base import Backbone, LoadOptions
 from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.models.open_magvit2.open_magvit2_model import OpenMAGVIT2, OpenMAGVIT2Config
@@ -89,7 +89,9 @@ def golden_fixture(family: str):
 
 def golden_base(case: GoldenCase, backbone_class: type[Backbone], config: object) -> TensorAR:
     """The case's generator as a base model."""
-    backbone = backbone_class.load(case.folder / case.config["checkpoint_file"], config=config)
+    backbone = backbone_class.load(
+        case.folder / case.config["checkpoint_file"], LoadOptions(config)
+    )
     return TensorAR(backbone, presets.base()).eval()
 
 

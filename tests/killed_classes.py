@@ -89,7 +89,7 @@ def main(base: Path, out: Path) -> None:
 def kill(ids: list[int], folder: Path, pieces: int) -> bool:
     """Kill processes when so many pieces of work are done; whether they were still alive."""
     alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    marks = ("*.chunks/*.done", "shard_*.safetensors")
+    marks = ("*.parts/*.npy", "shard_*.safetensors")
     while sum(len(list(folder.glob(f"**/{mark}"))) for mark in marks) < pieces:
         if any(os.waitid(os.P_PID, i, alive) for i in ids):
             break

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import folder_content
 
 from t2i import cli
 
@@ -74,10 +75,12 @@ def launch(*command: str) -> subprocess.CompletedProcess:
     return done
 
 
-def by_two_processes(module, *arguments) -> str:
-    """What a script prints when two processes run it."""
-    script = ("--standalone", "--nproc_per_node", "2", module.__file__)
-    return launch("-m", "torch.distributed.run", *script, *map(str, arguments)).stdout
+def assert_two_do_what_one_does(module, one: Path, out: Path, *arguments) -> None:
+    """Two processes leave in `out` what one process left in `one`."""
+    script = ("--standalone", "--nproc_per_node", "2", module.__file__, "--out", out)
+    printed = launch("-m", "torch.distributed.run", *map(str, (*script, *arguments))).stdout
+    assert printed.count("**overall**") == 1, "only the main process reports"
+    assert folder_content(out) == folder_content(one)
 
 
 def results(out: Path) -> dict:

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from t2i.errors import UserError
-from t2i.models.conditions import class_ids
+from t2i.models.conditions import class_ids, left_pad
 from t2i.models.llamagen.captions import CHINESE, UNKNOWN
-from t2i.models.llamagen.llamagen_model import left_pad
 from t2i.models.llamagen.t5 import T5Captions, weights_hash
 from t2i.shapes.tiny_t5 import build_tiny_t5
 
@@ -73,7 +72,7 @@ def test_left_padding_matches_llamagen():
         ([], "one width"),
         ([torch.zeros(2, 3), torch.zeros(2, 4)], "one width"),
         ([torch.zeros(1, 2, 3)], "one width"),
-        ([torch.zeros(6, 3)], "encode with max_tokens=5"),
+        ([torch.zeros(6, 3)], "6 entries, more than the 5"),
     ],
 )
 def test_left_padding_refuses(features, message):
@@ -193,9 +192,9 @@ def reshape_norm(weights):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (drop_query, r"missing: encoder\.block\.1\.layer\.0\.SelfAttention\.q\.weight"),
-        (add_key, r"unexpected: encoder\.extra"),
-        (reshape_norm, r"mis-shaped: encoder\.final_layer_norm\.weight"),
+        (drop_query, r"missing \(1\): encoder\.block\.1\.layer\.0\.SelfAttention\.q\.weight"),
+        (add_key, r"unexpected \(1\): encoder\.extra"),
+        (reshape_norm, r"mis-shaped \(1\): encoder\.final_layer_norm\.weight"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(broken, edit, message):

@@ -18,9 +18,9 @@ from test_data_sources import (
 from test_data_store import build, report_of
 
 import t2i
-from t2i.data.data_report import survey_source
+from t2i.data.data_report import UNREADABLE, survey_source
 from t2i.data.images import ImageRules
-from t2i.data.samples import UNREADABLE, read_captions
+from t2i.data.samples import read_captions
 from t2i.data.sources.open_source import open_source
 from t2i.data.store import CodeStore
 from t2i.errors import UserError

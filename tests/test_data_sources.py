@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from t2i.data.data_report import survey_source
+from t2i.data.data_report import load_sample, survey_source
 from t2i.data.images import ImageRules, SkipSample
-from t2i.data.samples import load_sample
 from t2i.data.sources.open_source import open_source
 
 CAPTIONS = ["a red dot", "a green dot", "a blue dot"]

@@ -12,7 +12,7 @@ from browser import CHROMIUM, open_browser
 from helpers import folder_content
 from PIL import Image
 from programs import (
-    by_two_processes,
+    assert_two_do_what_one_does,
     numbers,
     program,
     result_rows,
@@ -133,10 +133,7 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(drawn, shapes_ckpt, tmp_path):
-    out = tmp_path / "out"
-    printed = by_two_processes(run, "--ckpt", shapes_ckpt, "--out", out, *SMALL)
-    assert printed.count("**overall**") == 1, "only the main process reports"
-    assert folder_content(out) == folder_content(drawn)
+    assert_two_do_what_one_does(run, drawn, tmp_path / "out", "--ckpt", shapes_ckpt, *SMALL)
 
 
 # -- folders of images -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from launch.lab import experiment_grids as grids
 from launch.lab.recipe_report import estimate, rank_correlation
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.model import TensorAR
-from t2i.training.examples import open_data
+from t2i.training.open_data import open_data
 
 
 def run(monkeypatch, *arguments):

@@ -59,7 +59,7 @@ def network(monkeypatch):
 
 
 def score(samples, reference, network, **options):
-    options = {"allow_fewer": True, "progress": False, "batch_size": 3, **options}
+    options = {"allow_fewer": True, "batch_size": 3, **options}
     return fid.score_images(samples, reference, network, "abc", **options)
 
 
@@ -193,7 +193,7 @@ def test_stored_statistics_win_over_the_images(tmp_path, network):
     assert len(official["reference"]["sha256"]) == 64
     for name in ("precision", "recall", "inception_score"):
         assert official["scores"][name] == plain["scores"][name]
-    measured = fid.measure(samples, network, batch_size=4, description="", progress=False)
+    measured = fid.measure(samples, network, batch_size=4, description="")
     for name, found, mean in (
         ("fid", measured.pool, torch.zeros(4)),
         ("sfid", measured.spatial, torch.ones(2)),

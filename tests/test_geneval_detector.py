@@ -169,9 +169,9 @@ def damaged(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing", "missing model.transformer_module.queries_features.weight"),
+        ("missing", r"missing \(1\): model.transformer_module.queries_features.weight"),
         ("unexpected", "unexpected backbone.layer1.0.downsample.1.num_batches_tracked"),
-        ("mis-shaped", "mis-shaped class_predictor.bias"),
+        ("mis-shaped", r"mis-shaped \(1\): class_predictor.bias"),
         ("twice", "unexpected panoptic_head.pixel_decoder.encoder.layers.0.self_attn"),
     ],
 )

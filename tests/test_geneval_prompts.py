@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from helpers import golden_folder
 
-from geneval.prompts import draw_prompts, metadata_line, official_prompts, write_prompts
+from geneval.prompts import draw_prompts, metadata_line, official_prompts
 
 ROOT = golden_folder("geneval_prompts")
 OFFICIAL = json.loads((ROOT / "prompts.json").read_text())
@@ -18,13 +18,19 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_official_files_byte_for_byte(tmp_path):
+def files_of(entries: list[dict]) -> tuple[bytes, bytes]:
+    """GenEval's two files: evaluation_metadata.jsonl and generation_prompts.txt."""
+    lines = [(metadata_line(entry), entry["prompt"]) for entry in entries]
+    return tuple(
+        "".join(f"{line}\n" for line in file).encode() for file in zip(*lines, strict=True)
+    )
+
+
+def test_official_files_byte_for_byte():
     entries = official_prompts()
     assert len(entries) == OFFICIAL["number_of_prompts"]
     assert Counter(e["tag"] for e in entries) == OFFICIAL["counts_per_tag"]
-    write_prompts(tmp_path / "new", entries)
-    metadata = (tmp_path / "new" / "evaluation_metadata.jsonl").read_bytes()
-    prompts = (tmp_path / "new" / "generation_prompts.txt").read_bytes()
+    metadata, prompts = files_of(entries)
     assert sha256(metadata) == OFFICIAL["evaluation_metadata_jsonl_sha256"]
     assert sha256(prompts) == OFFICIAL["generation_prompts_txt_sha256"]
 
@@ -34,9 +40,8 @@ def test_other_seeds(case):
     entries = draw_prompts(case["seed"], case["num_prompts_per_task"])
     assert len(entries) == case["prompts"]
     assert Counter(e["tag"] for e in entries) == case["counts_per_tag"]
-    lines = "".join(metadata_line(e) + "\n" for e in entries).encode()
-    assert sha256(lines) == case["evaluation_metadata_sha256"]
-    prompts = "".join(e["prompt"] + "\n" for e in entries).encode()
+    metadata, prompts = files_of(entries)
+    assert sha256(metadata) == case["evaluation_metadata_sha256"]
     assert sha256(prompts) == case["generation_prompts_sha256"]
 
 

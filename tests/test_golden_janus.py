@@ -18,6 +18,7 @@ from helpers import (
     teacher_forced,
 )
 
+from t2i.models.base import LoadOptions
 from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import JanusPrompts
 from t2i.sampling import SamplingConfig
@@ -196,7 +197,7 @@ def test_both_namings_are_one_model(case, model):
 
 
 def test_generation_only_draws_the_same(layout, case, model, prepared):
-    small = Janus.load(layout[1], generation_only=True)
+    small = Janus.load(layout[1], LoadOptions(generation_only=True))
     left = {name.split(".")[1] for name in small.janus.state_dict()}
     assert left == {
         "language_model",
@@ -211,7 +212,7 @@ def test_generation_only_draws_the_same(layout, case, model, prepared):
 
 
 def test_shapes_only_reads_no_data(layout, model):
-    outline = Janus.load(layout[1], shapes_only=True)
+    outline = Janus.load(layout[1], LoadOptions(shapes_only=True))
     shapes = {k: v.shape for k, v in model.backbone.janus.state_dict().items()}
     assert {k: v.shape for k, v in outline.janus.state_dict().items()} == shapes
     assert all(p.device.type == "meta" for p in outline.parameters())

@@ -13,6 +13,7 @@ from helpers import (
     teacher_forced,
 )
 
+from t2i.models.base import LoadOptions
 from t2i.models.blocks import rope_table, rotate
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.sampling import SamplingConfig
@@ -103,7 +104,7 @@ def test_raw_layout_is_the_nested_one(case, model):
     if "checkpoint_file_raw_layout" not in case.config:
         pytest.skip("one layout only")
     path = case.folder / case.config["checkpoint_file_raw_layout"]
-    raw = LlamaGen.load(path, config=config_of(case.config)).state_dict()
+    raw = LlamaGen.load(path, LoadOptions(config_of(case.config))).state_dict()
     nested = model.backbone.state_dict()
     assert raw.keys() == nested.keys()
     assert all(torch.equal(raw[k], nested[k]) for k in nested)

@@ -16,6 +16,7 @@ from helpers import (
     teacher_forced,
 )
 
+from t2i.models.base import LoadOptions
 from t2i.models.rar.rar_model import RAR, RARConfig
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.sampling import SamplingConfig
@@ -81,7 +82,7 @@ def painter(case, tokenizer):
 def test_shape_is_read_off_the_weights(case, config, model):
     square = config.grid[0] == config.grid[1]
     path = case.folder / case.config["checkpoint_file"]
-    loaded = RAR.load(path, grid=None if square else config.grid)
+    loaded = RAR.load(path, LoadOptions(grid=None if square else config.grid))
     read = ("dim", "n_layer", "n_head", "mlp_dim", "grid", "vocab_size", "num_classes")
     assert all(getattr(loaded.config, name) == getattr(config, name) for name in read)
     layout = case.config["token_id_layout"]

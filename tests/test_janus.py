@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGenerati
 import t2i
 from t2i.generation import draw_images
 from t2i.lora import add_lora, merge_lora, without_lora
+from t2i.models.base import LoadOptions
 from t2i.models.janus import janus_config
 from t2i.models.janus.janus_config import JanusShape
 from t2i.models.janus.janus_model import Janus
@@ -229,7 +230,9 @@ def test_what_no_janus_has_is_refused(copy, settings, said):
 
 def test_a_text_head_that_was_left_out_is_missed_by_name(folder):
     with pytest.raises(ValueError, match="generation_only has no text head"):
-        Janus.load(folder, generation_only=True).text_logits(torch.zeros(1, 3, dtype=torch.long))
+        Janus.load(folder, LoadOptions(generation_only=True)).text_logits(
+            torch.zeros(1, 3, dtype=torch.long)
+        )
 
 
 # -- precision ------------------------------------------------------------------------------------
@@ -321,7 +324,7 @@ def test_every_key_that_does_not_fit_is_named(copy, shapes_only):
     norm = "model.language_model.norm.weight"
     rewrite(copy, **{head: torch.zeros(3, 3), norm: None, "model.extra": torch.zeros(1)})
     with pytest.raises(ValueError) as refused:
-        Janus.load(copy, shapes_only=shapes_only)
+        Janus.load(copy, LoadOptions(shapes_only=shapes_only))
     message = str(refused.value)
     assert all(
         f"{kind} (1): {name}" in message

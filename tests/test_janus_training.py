@@ -158,7 +158,7 @@ def test_captions_are_cached_as_text(tiny_world):
     config = tiny_janus_run(tiny_world, "-")
     backbone = t2i.load_backbone("janus", tiny_world / "janus")
     data = TrainingData(config, backbone, ALONE)
-    store = data.examples.store
+    store = data.store
     assert store.manifest["text_dim"] is None
     batch = next(data.micro_batches(0))
     texts = [store.condition(i) for i in range(len(store))]

@@ -200,8 +200,8 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
     assert geneval._known_prompts()[official["prompt"]] == official
     for images, metadata, message in (
         ([image], ["a poem"], "score cannot know what 'a poem' asks for.*include"),
-        ([image], [{"prompt": "a"}], r"metadata\[0\] is .*score needs GenEval's tag, prompt and"),
-        ([image], [{**entry, "include": ["circle"]}], "list of objects with class and count"),
+        ([image], [{"prompt": "a"}], r"metadata\[0\] is .*not GenEval metadata: .*tag, a prompt"),
+        ([image], [{**entry, "include": ["circle"]}], "a list of objects such as"),
         ([image], [7], r"metadata\[0\] is 7"),
         ([tmp_path / "none.png"], [entry], r"images\[0\] cannot be read"),
         ([np.zeros((8, 8, 3))], [entry], r"images\[0\] is an array of float64: score takes PIL"),

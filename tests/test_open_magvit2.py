@@ -21,6 +21,7 @@ from t2i.checkpoint import from_pretrained, save_pretrained
 from t2i.files import file_sha256
 from t2i.loading import tokenizer_hash
 from t2i.lora import add_lora
+from t2i.models.base import LoadOptions
 from t2i.models.open_magvit2.open_magvit2_model import (
     SAMPLING,
     SIZES,
@@ -108,7 +109,7 @@ def write(path, state_dict):
 
 def test_a_file_holds_generator_and_tokenizer(tmp_path, content):
     loaded = OpenMAGVIT2.load(
-        write(tmp_path / "a.ckpt", content), config=CONFIG, dtype=torch.bfloat16
+        write(tmp_path / "a.ckpt", content), LoadOptions(CONFIG, dtype=torch.bfloat16)
     )
     generator, tokenizer = loaded.state_dict(), loaded.tokenizer.state_dict()
     assert all(torch.equal(v, content[k].bfloat16()) for k, v in generator.items())
@@ -125,7 +126,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, content):
     bad["surprise"] = torch.zeros(1)
     bad["transformer.head.1.weight"] = torch.zeros(7, 32)
     with pytest.raises(ValueError) as caught:
-        OpenMAGVIT2.load(write(tmp_path / "bad.ckpt", bad), config=CONFIG)
+        OpenMAGVIT2.load(write(tmp_path / "bad.ckpt", bad), LoadOptions(CONFIG))
     lines = str(caught.value).splitlines()
     assert "bad.ckpt does not fit ARCheckpoint" in lines[0]
     assert lines[1] == (

@@ -13,7 +13,7 @@ from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.data.store import CodeStore
 from t2i.processes import ALONE, Processes
 from t2i.training.config import LabelledOptions, TrainConfig
-from t2i.training.examples import Examples
+from t2i.training.examples import encode_examples
 
 
 @pytest.fixture(autouse=True)
@@ -173,4 +173,4 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, positions, code, messa
     np.save(tmp_path / "imagenet256_labels" / "0.npy", np.array([7]))
     config = TrainConfig(data=LabelledOptions(source=(str(tmp_path),)))
     with pytest.raises(ValueError, match=message):
-        Examples(config, tiny_rar(), ALONE)
+        encode_examples(config, tiny_rar(), ALONE)

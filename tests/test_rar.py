@@ -11,6 +11,7 @@ from helpers import count, on_meta, tiny_codes, tiny_prepared, tiny_rar
 import t2i
 from t2i.files import write_json
 from t2i.lora import add_lora
+from t2i.models.base import LoadOptions
 from t2i.models.rar.rar_model import RAR, SIZES, RARConfig
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
 from t2i.rng import make_keys
@@ -138,8 +139,8 @@ def test_other_files(folder):
     with pytest.raises(ValueError, match=r"rar\.bin: not a MaskGIT VQGAN.*encoder\.conv_in"):
         MaskGITVQGAN.load(folder / "rar.bin")
     with pytest.raises(ValueError, match=r"16 image tokens.*grid of 3 x 5; pass grid="):
-        RAR.load(folder / "rar.bin", grid=(3, 5))
-    assert RAR.load(folder / "rar.bin", grid=(2, 8)).spec.grid == (2, 8)
+        RAR.load(folder / "rar.bin", LoadOptions(grid=(3, 5)))
+    assert RAR.load(folder / "rar.bin", LoadOptions(grid=(2, 8))).spec.grid == (2, 8)
 
 
 # -- bf16 -----------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_other_files(folder):
 def test_bf16(folder):
     """Teacher-forced logits stay near those of fp32, and a window model samples with guidance."""
     models = [
-        t2i.attach(RAR.load(folder / "rar.bin", dtype=dtype), presets.iclr2026())
+        t2i.attach(RAR.load(folder / "rar.bin", LoadOptions(dtype=dtype)), presets.iclr2026())
         for dtype in (torch.float32, torch.bfloat16)
     ]
     codes = tiny_codes(models[0].backbone, 4, 16)

@@ -24,9 +24,9 @@ from t2i.shapes.shapes_source import write_dataset
 from t2i.tensorar import presets
 from t2i.training import loop
 from t2i.training.config import DataOptions, LogOptions, OptimOptions, TrainConfig
-from t2i.training.examples import open_data
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
+from t2i.training.open_data import open_data
 from t2i.training.plan import about_settings, peak_rates, plan_run
 from t2i.training.recipes import OWN_PICTURES
 

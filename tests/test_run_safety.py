@@ -101,7 +101,7 @@ def test_a_gradient_that_is_no_number_is_noticed_at_once(tiny_world, monkeypatch
 def test_only_the_samples_with_a_bad_loss_are_named(tiny_world):
     """Case 2: features that are no numbers, say; the other passes' samples are not blamed."""
     run = Run(tiny_run(tiny_world, "bad-sample"))
-    load, bad = run.data.examples.load, []
+    load, bad = run.data.load, []
 
     def spoilt(indices, choice):
         codes, prepared = load(indices, choice)
@@ -110,7 +110,7 @@ def test_only_the_samples_with_a_bad_loss_are_named(tiny_world):
             prepared["features"] = prepared["features"] * float("nan")
         return codes, prepared
 
-    run.data.examples.load = spoilt
+    run.data.load = spoilt
     run.model.train()
     with pytest.raises(NotFiniteError, match="loss is not finite at step 1") as stopped:
         run.train_step()

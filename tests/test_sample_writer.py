@@ -16,7 +16,7 @@ from t2i.evaluation import places
 from t2i.evaluation.draw import fill, numbered_batches, numbered_place, sample_labels
 from t2i.evaluation.fid.image_sets import open_images
 from t2i.generation import Drawn
-from t2i.processes import Processes
+from t2i.processes import ALONE, Processes
 
 SIZE = (4, 6)
 
@@ -35,10 +35,10 @@ class Draw:
         return [Drawn(*j, 0, Image.fromarray(p), None) for j, p in zip(batch, pixels, strict=True)]
 
 
-def write(out, draw=None, settings=None, batch_size=3, processes=None):
+def write(out, draw=None, settings=None, batch_size=3, processes=None, size=SIZE):
     place = numbered_place(out, 10, processes or Processes(patience=20))
     settings = settings or {"seed": 0}
-    place.claim({**settings, "count": 10, "size": list(SIZE), "batch_size": batch_size}, {})
+    place.claim({**settings, "count": 10, "size": list(size), "batch_size": batch_size}, {})
     fill(place, numbered_batches(10, batch_size), draw or Draw(), progress=False)
     return out
 
@@ -95,7 +95,9 @@ def _record(out):
     return f"{out.name}.json" if out.suffix else f"{out.name}/settings.json"
 
 
-@pytest.mark.parametrize("moment", ["record", "part", "marker", "packing", "packed", "tidying"])
+@pytest.mark.parametrize(
+    "moment", ["record", "part", "second part", "packing", "packed", "tidying"]
+)
 def test_resume_after_a_kill_while_writing_an_npz(tmp_path, monkeypatch, moment):
     whole = folder_content(write(tmp_path / "whole" / "samples.npz").parent)
     out = tmp_path / "killed" / "samples.npz"
@@ -111,32 +113,26 @@ def test_resume_after_a_kill_while_writing_an_npz(tmp_path, monkeypatch, moment)
 
         return call
 
-    # os.replace: the record, the part, a marker for each of four batches, the .npz.
+    # os.replace: the record, a part for each of four batches, the .npz.
     with monkeypatch.context() as patch:
         if moment == "packing":
-            copy = "t2i.evaluation.places.shutil.copyfileobj"
-            patch.setattr(copy, lambda source, target, size: _die_half_way(source, target))
+            patch.setattr(np, "load", dying(np.load, 3))
         elif moment == "tidying":
-            patch.setattr(places, "remove_markers", dying(None, 1))
+            patch.setattr(places.shutil, "rmtree", dying(None, 1))
         else:
-            dies_at = {"record": 1, "part": 2, "marker": 4, "packed": 7}[moment]
+            dies_at = {"record": 1, "part": 2, "second part": 3, "packed": 6}[moment]
             patch.setattr(os, "replace", dying(os.replace, dies_at))
         with pytest.raises(Killed):
             write(out)
     (out.parent / "samples.npz.0123abcd.tmp").write_bytes(b"left by a process that was killed")
     rest = Draw()
     write(out, rest)
-    batches = {"record": 4, "part": 4, "marker": 3}
+    batches = {"record": 4, "part": 4, "second part": 3}
     assert len(rest.drawn) == batches.get(moment, 0)
     found = folder_content(out.parent)
     if moment == "tidying":
         found.pop("samples.npz.0123abcd.tmp")
     assert found == whole
-
-
-def _die_half_way(source, target):
-    target.write(source.read(40))
-    raise Killed
 
 
 def test_a_png_that_is_missing_is_drawn_with_its_batch(tmp_path):
@@ -170,6 +166,45 @@ def test_a_missing_process_is_noticed_and_its_work_taken_over(out):
     check(out)
 
 
+def claimed(out, processes):
+    """The place of four images, each a batch of its own."""
+    place = numbered_place(out, 4, processes)
+    place.claim({"size": list(SIZE), "batch_size": 1}, {})
+    return place
+
+
+def test_patience_begins_anew_with_every_batch(tmp_path, monkeypatch):
+    first = claimed(tmp_path / "a.npz", ALONE)
+    waiting = claimed(tmp_path / "a.npz", Processes(1, 2, patience=10))
+    now, todo = 0.0, numbered_batches(4, 1)
+
+    def sleep(seconds):
+        """Eight of ten seconds pass, in which another process draws a batch or, at last, ends."""
+        nonlocal now
+        now += 8
+        if todo:
+            first.write(Draw()(todo.pop(0)))
+        elif finishes:
+            (tmp_path / "a.npz").touch()
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", sleep)
+    finishes = False
+    with pytest.raises(TimeoutError, match=r"waited 10 s for .*a\.npz without progress"):
+        waiting.finish()
+    assert todo == [] and now == 8 * 6
+    finishes = True
+    waiting.finish()
+
+
+def test_nothing_is_missing_once_the_file_is_there(tmp_path):
+    """A process that comes late, when another has packed the parts and removed them."""
+    late = claimed(tmp_path / "a.npz", ALONE)
+    assert all(late.missing(batch) for batch in numbered_batches(4, 1))
+    (tmp_path / "a.npz").touch()
+    assert not any(late.missing(batch) for batch in numbered_batches(4, 1))
+
+
 def test_images_of_other_settings_are_not_continued(out):
     with pytest.raises(Killed):
         write(out, Draw(dies_at=2))
@@ -178,6 +213,8 @@ def test_images_of_other_settings_are_not_continued(out):
         write(out, settings={"seed": 1})
     with pytest.raises(ValueError, match=r"batch_size 3 there, 4 now"):
         write(out, batch_size=4)
+    with pytest.raises(ValueError, match=r"size \[4, 6\] there, \[4, 7\] now"):
+        write(out, size=(4, 7))
     with pytest.raises(ValueError, match=r"scale None there, 1\.5 now"):
         write(out, settings={"seed": 0, "scale": 1.5})
     assert folder_content(out.parent) == before

@@ -9,6 +9,7 @@ from helpers import tiny_config, tiny_llamagen, tiny_vq
 from safetensors.torch import save_file
 
 from t2i.files import file_sha256, write_json
+from t2i.models.base import LoadOptions
 from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.weights import read_state_dict
@@ -51,7 +52,7 @@ def test_layouts_load(tmp_path, weights, layout):
         save_file(weights, path)
     else:
         torch.save(LAYOUTS[layout](weights), path)
-    loaded = LlamaGen.load(path, config=CONFIG).gpt.state_dict()
+    loaded = LlamaGen.load(path, LoadOptions(CONFIG)).gpt.state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
 
@@ -124,7 +125,7 @@ def test_wrong_family(tmp_path, weights):
     with pytest.raises(ValueError, match=r"vq\.pt: not a LlamaGen GPT.*tok_embeddings\.weight"):
         LlamaGen.load(vq)
     with pytest.raises(ValueError, match=r"missing .*tok_embeddings\.weight[\s\S]*unexpected"):
-        LlamaGen.load(vq, config=CONFIG)
+        LlamaGen.load(vq, LoadOptions(CONFIG))
     with pytest.raises(ValueError, match=r"gpt\.pt: not a VQ tokenizer.*encoder\.conv_in\.weight"):
         VQTokenizer.load(gpt)
     with pytest.raises(ValueError, match=r"not a VQ tokenizer.*encoder\.conv_blocks\.0"):
@@ -139,7 +140,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, weights):
     bad["output.weight"] = torch.zeros(7, 32)
     torch.save(bad, tmp_path / "bad.pt")
     with pytest.raises(ValueError) as caught:
-        LlamaGen.load(tmp_path / "bad.pt", config=CONFIG)
+        LlamaGen.load(tmp_path / "bad.pt", LoadOptions(CONFIG))
     lines = str(caught.value).splitlines()
     assert "bad.pt does not fit GPT" in lines[0]
     assert "missing (2): layers.1.attention.wo.weight, norm.weight" in lines[1]
@@ -155,7 +156,7 @@ def test_unpublished_shape_needs_a_config(tmp_path, weights):
 
 def test_grid_beside_a_config(tmp_path, weights):
     torch.save(weights, tmp_path / "gpt.pt")
-    backbone = LlamaGen.load(tmp_path / "gpt.pt", config=CONFIG, grid=(2, 8))
+    backbone = LlamaGen.load(tmp_path / "gpt.pt", LoadOptions(CONFIG, grid=(2, 8)))
     assert backbone.spec.grid == (2, 8) and backbone.spec.num_tokens == 16
 
 

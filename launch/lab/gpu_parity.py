@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launch.lab.gpu_speed import Rows
 from t2i.loading import load_backbone
-from t2i.models.base import Backbone
+from t2i.models.base import Backbone, LoadOptions
 from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.models.open_magvit2.open_magvit2_model import OpenMAGVIT2
@@ -79,7 +79,8 @@ def llamagen_case(case: GoldenCase) -> Golden:
         runs["cfg_interval"] = replace(guided, cfg_interval=config["cfg_interval"])
     return Golden(
         LlamaGen.load(
-            case.folder / config["checkpoint_file"], config=test_golden_llamagen.config_of(config)
+            case.folder / config["checkpoint_file"],
+            LoadOptions(test_golden_llamagen.config_of(config)),
         ),
         prepared,
         case.input("image_codes")[..., None],
@@ -91,7 +92,7 @@ def llamagen_case(case: GoldenCase) -> Golden:
 def rar_case(case: GoldenCase) -> Golden:
     config = case.config
     return Golden(
-        RAR.load(case.folder / config["checkpoint_file"], grid=tuple(config["grid"])),
+        RAR.load(case.folder / config["checkpoint_file"], LoadOptions(grid=tuple(config["grid"]))),
         {"labels": case.input("class_ids")},
         case.input("image_codes")[..., None],
         _forced(case),
@@ -111,7 +112,7 @@ def open_magvit2_case(case: GoldenCase) -> Golden:
     return Golden(
         OpenMAGVIT2.load(
             case.folder / config["checkpoint_file"],
-            config=test_golden_open_magvit2.config_of(config),
+            LoadOptions(test_golden_open_magvit2.config_of(config)),
         ),
         {"labels": case.input("class_ids")},
         codes_of(case.input, "codes_{}"),

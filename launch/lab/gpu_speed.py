@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from launch.benchmark import TrainingStep, seconds
-from t2i.models.base import Backbone
+from t2i.models.base import Backbone, LoadOptions
 from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.models.llamagen.llamagen_recipes import text_recipes
@@ -38,7 +38,7 @@ def _llamagen(**shape) -> LlamaGen:
 
 
 def _janus_pro() -> Janus:
-    outline = Janus.outline("deepseek-ai/Janus-Pro-1B", generation_only=True)
+    outline = Janus.outline("deepseek-ai/Janus-Pro-1B", LoadOptions(generation_only=True))
     assert outline is not None, "a published name"
     return outline
 

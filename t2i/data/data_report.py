@@ -1,23 +1,58 @@
-"""What a data set gave and what was left out of it, counted and named; the pre-flight survey.
+"""What of a data set is used and what is left out of it, and why: rules, counts and names, and the
+pre-flight survey.
 
 A sample that is silently dropped is the most common data bug there is, so every one of them has
 a reason and a line in a file.
 """
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from t2i.data.images import ImageRules, SkipSample
-from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable, load_sample
+from t2i.data.samples import Sample, Source
 from t2i.data.store import sample_line
 from t2i.files import write_text
 
 _KEYS_PER_REASON = 100
 _NAMED = 3
+
+CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
+"""What a text encoder loses of each caption, in fixed phrases; None if nothing of it is left."""
+UNREADABLE = "caption has no text the encoder can read"
+
+
+def drop_unreadable(sample: Sample, caption_notes: CaptionNotes | None) -> Sample:
+    """The sample without captions of which the encoder would read nothing, with notes on others."""
+    if caption_notes is None or not sample.captions:
+        return sample
+    found = caption_notes(sample.captions)
+    kept = [c for c, lost in zip(sample.captions, found, strict=True) if lost is not None]
+    if not kept:
+        return replace(sample, captions=[], problem=UNREADABLE)
+    notes = [note for lost in found for note in ([UNREADABLE] if lost is None else lost)]
+    return replace(sample, captions=kept, notes=tuple(dict.fromkeys((*sample.notes, *notes))))
+
+
+def load_sample(sample: Sample, rules: ImageRules | None) -> Tensor | SkipSample:
+    """The views of a sample's image (or their codes), or why it is skipped: returned, not raised.
+
+    Captions have reasons of their own, such as `no caption`. A source of codes needs no rules.
+    """
+    if sample.label is None and not sample.captions:
+        return SkipSample(sample.problem)
+    if isinstance(sample.image, Tensor):
+        return sample.image
+    assert rules is not None, "images need rules"
+    try:
+        return rules.load(sample.image)
+    except SkipSample as reason:
+        return reason
 
 
 @dataclass

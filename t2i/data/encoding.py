@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from t2i.data.content import Contents, content_key, contents_key, describe_changes, hash_files
-from t2i.data.data_report import DataReport
+from t2i.data.data_report import CaptionNotes, DataReport, drop_unreadable, load_sample
 from t2i.data.images import ImageRules, SkipSample
-from t2i.data.samples import CaptionNotes, Sample, Source, drop_unreadable, load_sample
+from t2i.data.samples import Sample, Source
 from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path
 from t2i.errors import UserError
 from t2i.files import read_json, wait_for, writable_folder, write_text

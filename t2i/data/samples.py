@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from t2i.data.content import printable
-from t2i.data.images import FileSlice, ImageRef, ImageRules, SkipSample, read_bytes
+from t2i.data.images import FileSlice, ImageRef, SkipSample, read_bytes
 from t2i.errors import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -164,39 +164,6 @@ def _as_text(value: Any) -> str:
     if not isinstance(value, str):
         raise SkipSample("caption is not text")
     return value
-
-
-CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
-"""What a text encoder loses of each caption, in fixed phrases; None if nothing of it is left."""
-UNREADABLE = "caption has no text the encoder can read"
-
-
-def drop_unreadable(sample: Sample, caption_notes: CaptionNotes | None) -> Sample:
-    """The sample without captions of which the encoder would read nothing, with notes on others."""
-    if caption_notes is None or not sample.captions:
-        return sample
-    found = caption_notes(sample.captions)
-    kept = [c for c, lost in zip(sample.captions, found, strict=True) if lost is not None]
-    if not kept:
-        return replace(sample, captions=[], problem=UNREADABLE)
-    notes = [note for lost in found for note in ([UNREADABLE] if lost is None else lost)]
-    return replace(sample, captions=kept, notes=tuple(dict.fromkeys((*sample.notes, *notes))))
-
-
-def load_sample(sample: Sample, rules: ImageRules | None) -> Tensor | SkipSample:
-    """The views of a sample's image (or their codes), or why it is skipped: returned, not raised.
-
-    Captions have reasons of their own, such as `no caption`. A source of codes needs no rules.
-    """
-    if sample.label is None and not sample.captions:
-        return SkipSample(sample.problem)
-    if isinstance(sample.image, Tensor):
-        return sample.image
-    assert rules is not None, "images need rules"
-    try:
-        return rules.load(sample.image)
-    except SkipSample as reason:
-        return reason
 
 
 def choose_column(

@@ -194,6 +194,7 @@ class CodeStore:
     Attributes:
         key: identifies the content.
         views: A.
+        with_text: whether it holds features of the captions.
 
     Raises:
         UserError: the folder holds no finished store, or one in an older format.
@@ -211,6 +212,7 @@ class CodeStore:
         if (found := self.manifest["key"].get("format")) != FORMAT:
             raise UserError(f"{folder} has the format {found}, this version reads {FORMAT} only")
         self.key, self.views = self.folder.name, self.manifest["views"]
+        self.with_text = self.manifest["text_dim"] is not None
         shards = self.manifest["shards"]
         self._shards = [ShardReader(self.folder / shard["name"]) for shard in shards]
         self._starts = [0, *accumulate(shard["samples"] for shard in shards)]
@@ -235,7 +237,7 @@ class CodeStore:
         choice: Sequence[int] | Tensor | None = None,
     ) -> list[Tensor]:
         """Text features float32 [n_i, C] of one caption of each sample: its first max_tokens."""
-        if self.manifest["text_dim"] is None:
+        if not self.with_text:
             raise ValueError(f"{self.folder} was built without text features")
         chosen = self._chosen(indices, choice)
         return [shard.features(row, pick, max_tokens) for (shard, row), pick in chosen]

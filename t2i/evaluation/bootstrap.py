@@ -17,15 +17,13 @@ import numpy as np
 
 from t2i.errors import UserError
 
-RESAMPLES = 1000
+_RESAMPLES = 1000
 Groups = Mapping[str, Mapping[str, Sequence[float]]]
 """Group (such as a task, or a category) -> prompt -> its values (of its images, or answers)."""
 
 
-def resampled_means(
-    totals: np.ndarray, counts: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES
-) -> np.ndarray:
-    """Means over images of `resamples` draws of P prompts with replacement; float64 [R].
+def resampled_means(totals: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means over images of 1,000 draws of P prompts with replacement; float64 [R].
 
     totals: float [P], the sum over each prompt's images; counts: int [P], their number (>= 1).
     The standard deviation of the result is the standard error of `totals.sum() / counts.sum()`.
@@ -34,7 +32,7 @@ def resampled_means(
     assert totals_P.shape == counts_P.shape, (totals_P.shape, counts_P.shape)
     if len(counts_P) == 0 or counts_P.min() < 1:
         raise ValueError("every prompt needs at least one image; leave out those without")
-    drawn_RP = rng.integers(len(totals_P), size=(resamples, len(totals_P)))
+    drawn_RP = rng.integers(len(totals_P), size=(_RESAMPLES, len(totals_P)))
     return totals_P[drawn_RP].sum(axis=1) / counts_P[drawn_RP].sum(axis=1)
 
 
@@ -53,11 +51,7 @@ class PromptMean:
 
 
 def mean_over_prompts(
-    prompts: Sequence[Sequence[float]],
-    name: str | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    prompts: Sequence[Sequence[float]], name: str | None = None, *, seed: int = 0
 ) -> tuple[PromptMean, np.ndarray]:
     """The mean of every prompt's values, and its resampled means [R].
 
@@ -65,7 +59,7 @@ def mean_over_prompts(
     """
     totals, counts = np.array([sum(v) for v in prompts]), np.array([len(v) for v in prompts])
     rng = np.random.default_rng(seed if name is None else [seed, zlib.crc32(name.encode())])
-    means_R = resampled_means(totals, counts, rng, resamples)
+    means_R = resampled_means(totals, counts, rng)
     stderr = float(means_R.std(ddof=1)) if len(prompts) > 1 else None
     total, count = float(totals.sum()), int(counts.sum())
     return PromptMean(total / count, stderr, total, count, len(prompts)), means_R

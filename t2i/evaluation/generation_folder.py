@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.files import read_json, reading, saving, write_text
 from t2i.imaging import grid, save_png
 from t2i.models.conditions import check_captions
@@ -27,7 +27,6 @@ from t2i.models.conditions import check_captions
 GENERATION_FILE = "generation.json"
 _MAX_GRID_IMAGES = 64
 _KNOWN = {"grid.png", "stages.png", "stages", "samples", "metadata.jsonl", GENERATION_FILE}
-_SHOWN = 6
 
 
 def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
@@ -222,12 +221,6 @@ class Inventory:
 
     def _unread_note(self) -> str:
         return f"; names that are not read: {shorten(self.unread)}" if self.unread else ""
-
-
-def shorten(names: Sequence[str], separator: str = ", ") -> str:
-    """The first few names, and how many more there are."""
-    more = f"{separator}and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return separator.join(names[:_SHOWN]) + more
 
 
 def take_inventory(

@@ -46,8 +46,9 @@ class Scope:
     """Report what is there if images are missing or unreadable; the result is marked INCOMPLETE."""
 
     def __post_init__(self):
-        if self.samples < 1 or (self.limit is not None and self.limit < 1):
-            raise UserError(f"samples={self.samples} and limit={self.limit} must be at least 1")
+        check_counts(samples=self.samples)
+        if self.limit is not None:
+            check_counts(limit=self.limit)
 
     def select(self, count: int) -> list[int]:
         """Indices of the prompts that are asked for."""

@@ -7,7 +7,7 @@
 What images depend on is written beside them before the first one (generation.json, settings.json,
 OUT.npz.json), and compared before another is added: all are of one model, one seed and one way to
 draw, or the place is refused by name. An image is there whole or not at all (for an .npz: a batch,
-in OUT.npz.part.npy), so a run that was killed goes on with what is missing, and any number of
+in OUT.npz.parts), so a run that was killed goes on with what is missing, and any number of
 processes give the same files.
 """
 
@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from t2i.errors import UserError
-from t2i.evaluation.array_file import ArrayFile, remove_markers
 from t2i.evaluation.generation_folder import (
     GENERATION_FILE,
     codes_file,
@@ -37,6 +36,7 @@ from t2i.files import (
     read_json,
     replacing,
     wait_for,
+    wait_until_none,
     writable_file,
     writable_folder,
     write_json,
@@ -191,13 +191,14 @@ class NumberedImages(Place):
 
 
 class ImageArray(Place):
-    """So many images by number: one array in an .npz, a batch of them at a time."""
+    """So many images by number: one array in an .npz, and until all are there a file for each batch
+    in OUT.npz.parts.
+    """
 
     def __init__(self, out: Path, count: int, processes: Processes = ALONE):
         super().__init__(out, out.with_name(out.name + ".json"), processes)
-        self.count, self._part = count, out.with_name(out.name + ".part.npy")
-        self._array: ArrayFile | None = None
-        self._missing: list[range] = []
+        self.count, self._folder = count, out.with_name(out.name + ".parts")
+        self._size, self._rows = (0, 0), count
 
     def check(self, known: dict) -> None:
         writable_file(self.out)
@@ -209,42 +210,51 @@ class ImageArray(Place):
     def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> None:
         """As for any place; the settings hold the images' "size" and the "batch_size"."""
         super().claim(settings, about, compared=compared)
-        if not self.out.exists():
-            shape, rows = (self.count, *settings["size"], 3), settings["batch_size"]
-            self._array = ArrayFile(self._part, shape, np.uint8, rows, self.out, self.processes)
-            self._missing = self._array.missing()
+        self._size, self._rows = settings["size"], settings["batch_size"]
+
+    def _part(self, first: int) -> Path:
+        """The file of the batch that begins with this number."""
+        return self._folder / f"{first:08d}.npy"
 
     def missing(self, batch: Sequence[Job]) -> set[Job]:
-        return set(batch) if _numbers(batch) in self._missing else set()
+        # Asked in this order: parts are removed when OUT is there.
+        done = self._part(batch[0][0]).exists() or self.out.exists()
+        return set() if done else set(batch)
 
     def write(self, images: Sequence[Drawn]) -> None:
-        assert self._array is not None, "claim comes first"
-        pixels = np.stack([np.asarray(drawn.image) for drawn in images])
-        self._array.write(_numbers([drawn.job for drawn in images]), pixels)
+        self._folder.mkdir(exist_ok=True)
+        with (
+            replacing(self._part(images[0].prompt_index)) as temporary,
+            open(temporary, "wb") as file,
+        ):
+            np.save(file, np.stack([np.asarray(drawn.image) for drawn in images]))
 
     def finish(self) -> None:
-        if self._array is not None:
-            if self.processes.is_main:
-                self._array.wait_for_chunks()
-                _pack(self._part, self.out)
-            self._array.wait_for_sign()
+        parts = [self._part(first) for first in range(0, self.count, self._rows)]
+        if self.processes.is_main and not self.out.exists():
+            wait_for(parts, self.processes.patience)
+            _pack(parts, (self.count, *self._size, 3), self.out)
+
+        def missing() -> list[Path]:
+            there = self.out.exists()
+            return [] if there else [self.out, *(part for part in parts if not part.exists())]
+
+        wait_until_none(missing, self.processes.patience)
         if self.processes.is_main:
-            remove_markers(self._part)
-            self._part.unlink(missing_ok=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _numbers(batch: Sequence[Job]) -> range:
-    return range(batch[0][0], batch[-1][0] + 1)
-
-
-def _pack(array: Path, out: Path) -> None:
-    """An uncompressed .npz of one array; its bytes depend on the array alone."""
+def _pack(parts: Sequence[Path], shape: tuple[int, ...], out: Path) -> None:
+    """An uncompressed .npz of one uint8 array; its bytes depend on the array alone."""
     for left in out.parent.glob(f"{out.name}.*.tmp"):  # gigabytes, if this was killed before
         left.unlink()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with replacing(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         member = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
-        with open(array, "rb") as source, archive.open(member, "w", force_zip64=True) as target:
-            shutil.copyfileobj(source, target, 1 << 22)
+        with archive.open(member, "w", force_zip64=True) as target:
+            np.lib.format.write_array_header_1_0(target, header)
+            for part in parts:
+                target.write(np.load(part).data)
 
 
 # -- what images depend on -------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from t2i import __version__
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.evaluation.bootstrap import Difference, Groups, paired_differences
-from t2i.evaluation.generation_folder import shorten
 from t2i.files import read_json, read_json_lines, write_json, write_text
 
 RESULTS_FILE, ROWS_FILE, REPORT_FILE = "results.json", "results.jsonl", "report.md"
@@ -205,7 +204,7 @@ def compare_folders(
     if versions[0] != versions[1]:
         notes.append(f"judged with different versions: {versions[0]} and {versions[1]}\n")
     head = f"{results_a['benchmark']}: {results_a['label']}"
-    lines = [f"| {head} | A | B | B - A | ± | 95 % interval | prompts |", "|---" * 7 + "|"]
+    lines = []
     shown = {"overall": overall, **by_group} if mean_of_groups else by_group
     for name, difference in shown.items():
         headline = results_a["scores"].get(name, {}).get("headline")
@@ -214,7 +213,8 @@ def compare_folders(
         f"A: {a}\nB: {b}\n± and interval: paired bootstrap over prompts; "
         "* where the interval leaves out 0."
     )
-    return "\n".join([f"{legend}\n", *notes, *lines])
+    columns = f"| {head} | A | B | B - A | ± | 95 % interval | prompts |"
+    return "\n".join([f"{legend}\n", *notes, markdown_table(columns, lines)])
 
 
 def _who(results: dict) -> dict:
@@ -223,10 +223,11 @@ def _who(results: dict) -> dict:
     return {"benchmark": results["benchmark"], **judge}
 
 
-def _line(name: str, d: Difference, digits: int) -> str:
-    numbers = f"{d.a:.{digits}f} | {d.b:.{digits}f} | {d.difference:+.{digits}f}"
-    if d.stderr is None or d.low is None or d.high is None:
-        return f"| {name} | {numbers} | - | - | {d.prompts} |"
-    clear = " *" if d.low > 0 or d.high < 0 else ""
-    interval = f"{d.low:+.{digits}f} to {d.high:+.{digits}f}{clear}"
-    return f"| {name} | {numbers} | {d.stderr:.{digits}f} | {interval} | {d.prompts} |"
+def _line(name: str, d: Difference, digits: int) -> list[str]:
+    error = interval = "-"
+    if d.stderr is not None and d.low is not None and d.high is not None:
+        clear = " *" if d.low > 0 or d.high < 0 else ""
+        error = f"{d.stderr:.{digits}f}"
+        interval = f"{d.low:+.{digits}f} to {d.high:+.{digits}f}{clear}"
+    numbers = (f"{d.a:.{digits}f}", f"{d.b:.{digits}f}", f"{d.difference:+.{digits}f}")
+    return [name, *numbers, error, interval, str(d.prompts)]

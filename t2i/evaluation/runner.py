@@ -20,14 +20,13 @@ from typing import Protocol
 import torch
 
 from t2i.checkpoint import read_config
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import (
     Inventory,
     read_generation,
     sample_file,
-    shorten,
     take_inventory,
 )
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images

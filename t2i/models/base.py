@@ -61,6 +61,21 @@ class BackboneSpec:
         """Codes per image, T."""
         return self.grid[0] * self.grid[1]
 
+    def check_codes(self, codes: Tensor) -> None:
+        """UserError if codes [B, T, S] are not of this backbone; a GPU would only say "assert"."""
+        positions, subtokens = codes.shape[1:]
+        if (positions, subtokens) != (self.num_tokens, len(self.subvocabs)):
+            raise UserError(
+                f"an image has {positions} x {subtokens} codes (positions, sub-tokens), this "
+                f"{self.family} backbone {self.num_tokens} x {len(self.subvocabs)}: they are of "
+                "another tokenizer or resolution"
+            )
+        if (codes < 0).any() or (codes >= torch.tensor(self.subvocabs)).any():
+            raise UserError(
+                f"the data has codes from {int(codes.min())} to {int(codes.max())}, this "
+                f"{self.family} backbone {self.subvocabs}: they are of another tokenizer"
+            )
+
 
 @dataclass
 class Condition:
@@ -128,6 +143,24 @@ class Frozen:
     """Prompts that were warned of."""
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a published model is loaded."""
+
+    config: Any | None = None
+    """Its shape, where that was never published."""
+    grid: tuple[int, int] | None = None
+    """Height and width in codes, in place of what config or files say."""
+    dtype: torch.dtype = torch.float32
+    generation_only: bool = False
+    """Leave out what drawing images does not need, where there is any."""
+    shapes_only: bool = False
+    """A model on the meta device will do, with names and shapes checked."""
+
+
+AS_PUBLISHED = LoadOptions()
+
+
 def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
     """RAR's guidance (1d-tokenizer `modeling/rar.py`), in fp32 as there:
 
@@ -184,23 +217,8 @@ class Backbone(nn.Module, ABC):
     # -- files -------------------------------------------------------------------------------------
     @classmethod
     @abstractmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        config: Any | None = None,
-        grid: tuple[int, int] | None = None,
-        dtype: torch.dtype = torch.float32,
-        generation_only: bool = False,
-        shapes_only: bool = False,
-    ) -> Self:
+    def load(cls, path: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self:
         """Load what the family's authors publish, strictly, on the CPU in eval mode.
-
-        Args:
-            config: the shape, where it was never published.
-            grid: height and width in codes, in place of what config or files say.
-            generation_only: leave out what drawing images does not need, where there is any.
-            shapes_only: a model on the meta device will do, with names and shapes checked.
 
         Raises:
             UserError: unreadable files, another family, a shape that they do not tell, or keys that
@@ -209,16 +227,9 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def outline(
-        cls,
-        source: str | Path,
-        *,
-        config: Any | None = None,
-        grid: tuple[int, int] | None = None,
-        generation_only: bool = False,
-    ) -> Self | None:
+    def outline(cls, source: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self | None:
         """A model of a published name on the meta device, with its image tokenizer and without any
-        file; None where neither name nor `config` says the shape.
+        file; None where neither name nor `options.config` says the shape.
         """
 
     @abstractmethod

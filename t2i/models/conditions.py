@@ -1,4 +1,4 @@
-"""Conditions as users give them, checked: captions, and ImageNet-style class labels."""
+"""Conditions as users give them, checked (captions, ImageNet-style class labels); their padding."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -56,3 +56,26 @@ def _class_id(value: Any, place: int, num_classes: int) -> int:
             f"between 0 and {num_classes - 1}"
         )
     return label
+
+
+def left_pad(rows: "Sequence[Tensor]", length: int, fill: float = 0) -> "tuple[Tensor, Tensor]":
+    """Rows [n_i] or [n_i, C] as a batch, the padding first: [B, length] or [B, length, C], and a
+    mask bool [B, length], True for a row's own entries.
+
+    Raises:
+        ValueError: there is no row, one is longer than `length`, or their widths differ.
+    """
+    import torch
+
+    widths = {tuple(row.shape[1:]) for row in rows}
+    if len(widths) != 1 or rows[0].ndim > 2:
+        shapes = [tuple(row.shape) for row in rows][:8]
+        raise ValueError(f"expected rows [n_i, C] with one width C, got {shapes}")
+    if (longest := max(map(len, rows))) > length:
+        raise ValueError(f"a row has {longest} entries, more than the {length} of the batch")
+    batch = rows[0].new_full((len(rows), length, *widths.pop()), fill)
+    mask = torch.zeros(batch.shape[:2], dtype=torch.bool, device=batch.device)
+    for index, row in enumerate(rows):
+        batch[index, length - len(row) :] = row
+        mask[index, length - len(row) :] = True
+    return batch, mask

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from t2i.models.base import Backbone
+from t2i.models.base import AS_PUBLISHED, Backbone, LoadOptions
 from t2i.weights import build_empty, naming, read_state_dict
 
 
@@ -39,38 +39,23 @@ class WeightFileBackbone(Backbone):
         """Take the weights of an official file, strictly (`t2i.weights.load_strict`)."""
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        config: Any | None = None,
-        grid: tuple[int, int] | None = None,
-        dtype: torch.dtype = torch.float32,
-        generation_only: bool = False,
-        shapes_only: bool = False,
-    ) -> Self:
-        state_dict = read_state_dict(path)
+    def load(cls, path: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self:
+        state_dict, config, grid = read_state_dict(path), options.config, options.grid
         if config is None:
             with naming(path):
                 config = cls.infer_config(state_dict, Path(path).stem, grid)
         elif grid is not None:
             config = replace(config, grid=grid)
         build: Any = cls  # a family's class is called with its shape
-        backbone = build_empty(lambda: build(config), dtype)
+        backbone = build_empty(lambda: build(config), options.dtype)
         backbone.fill(state_dict, path)
         return backbone
 
     @classmethod
-    def outline(
-        cls,
-        source: str | Path,
-        *,
-        config: Any | None = None,
-        grid: tuple[int, int] | None = None,
-        generation_only: bool = False,
-    ) -> Self | None:
+    def outline(cls, source: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self | None:
+        config = options.config
         if config is None:
-            config = cls.published_config(Path(str(source).rpartition(":")[2]).stem, grid)
+            config = cls.published_config(Path(str(source).rpartition(":")[2]).stem, options.grid)
         if config is None:
             return None
         build: Any = cls

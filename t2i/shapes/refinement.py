@@ -13,7 +13,7 @@ from torch import Tensor
 from t2i.rng import fold
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.windows import Windows
-from t2i.training.engine import Batch
+from t2i.training.batches import Batch
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from t2i.data.samples import Sample, Source
 from t2i.errors import UserError
 from t2i.files import namesake, write_text
 from t2i.imaging import save_png
+from t2i.sampling import check_counts
 from t2i.shapes.scenes import render, sample_scene
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,7 @@ def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> 
 
     Raises UserError where the folder holds another data set.
     """
-    if n < 1:
-        raise UserError(f"n must be at least 1, not {n}")
+    check_counts(n=n)
     folder = Path(folder)
     scenes = [sample_scene(seed, index) for index in range(n)]
     names = [f"images/seed{seed}_{size}px_{index:06d}.png" for index in range(n)]

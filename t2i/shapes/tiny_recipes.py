@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from t2i.errors import UserError
+from t2i.sampling import check_counts
 
 PIXELS_PER_CODE = 4
 """Of every tiny image tokenizer: the side of a code."""
@@ -72,7 +73,6 @@ class ClassBase:
     def __post_init__(self):
         names = ("images_per_class", "image_size", "tokenizer_steps", "steps", "batch_size")
         for name in (*names, "dim", "layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+            check_counts(**{name: getattr(self, name)})
         if self.image_size % PIXELS_PER_CODE:
             raise UserError(f"image_size={self.image_size} must be a multiple of {PIXELS_PER_CODE}")

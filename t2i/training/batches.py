@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -11,19 +12,36 @@ from torch import Tensor
 from t2i.checkpoint import read_config, run_checkpoints
 from t2i.data.order import batch_indices, split_indices
 from t2i.data.samples import Source
-from t2i.errors import UserError
+from t2i.data.store import CodeStore
+from t2i.errors import UserError, shorten
 from t2i.models.base import Backbone
 from t2i.processes import Processes
 from t2i.rng import fold, make_keys, uniforms
 from t2i.training.config import TrainConfig
-from t2i.training.engine import Batch
-from t2i.training.examples import Examples
+from t2i.training.examples import encode_examples
 from t2i.training.plan import plan_run
 
 _NOISE, _DROP, _CHOICE = 1, 2, 3  # streams derived from a sample's key
 
-
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Batch:
+    """One micro-batch of training data: what one forward pass reads."""
+
+    codes: Tensor
+    """int64 [B, T, S]"""
+    prepared: dict[str, Tensor]
+    """Conditions, as `Backbone.prepare` gives them."""
+    keys: Tensor
+    """int64 [B], of the noise."""
+    drop: Tensor | None
+    """bool [B], samples that lose their condition."""
+    progress: float
+    """Share of the run that is done."""
+    indices: Tensor
+    """int64 [B], of the samples in their set."""
 
 
 def stored_data_key(config: TrainConfig) -> str | None:
@@ -45,11 +63,12 @@ class TrainingData:
         source: Source | None = None,
     ):
         """source: captioned images that are open already; opened now if None."""
-        self.examples = Examples(config, backbone, processes, source, stored_data_key(config))
-        self.config, self.processes = config, processes
-        self.plan = plan_run(config, len(self.examples), processes.world_size)
-        held_out, same = self.plan.held_out, self.examples.store.same_images()
-        self.train, self.validation = split_indices(len(self.examples), held_out, config.seed, same)
+        self.config, self.backbone, self.processes = config, backbone, processes
+        expected = stored_data_key(config)
+        self.store = store = encode_examples(config, backbone, processes, source, expected)
+        self.plan = plan_run(config, len(store), processes.world_size)
+        held_out, same = self.plan.held_out, store.same_images()
+        self.train, self.validation = split_indices(len(store), held_out, config.seed, same)
         if len(self.validation) > held_out and processes.is_main:
             log.warning(
                 f"{len(self.validation)} samples are held out instead of {held_out}, so that no "
@@ -59,11 +78,11 @@ class TrainingData:
     @property
     def key(self) -> str:
         """Identifies the data's content, for resume."""
-        return self.examples.key
+        return self.store.key
 
     def held_out_conditions(self, count: int) -> list[str | int]:
         """Captions or classes of the first held-out samples, each once: prompts for sheets."""
-        found = (self.examples.store.condition(index) for index in self.validation.tolist())
+        found = (self.store.condition(index) for index in self.validation.tolist())
         return list(islice(dict.fromkeys(found), count))
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
@@ -82,17 +101,12 @@ class TrainingData:
             processes.world_size,
         )
         position = step * config.batch_size + processes.rank * share + torch.arange(share)
-        keys = make_keys(config.seed, position)
-        size = config.engine.micro_batch
-        for indices, batch_keys in zip(
-            self.train[where].split(size), keys.split(size), strict=True
-        ):
-            yield self._batch(indices, batch_keys, step / self.plan.steps)
-
-    def _batch(self, indices: Tensor, keys: Tensor, progress: float) -> Batch:
-        choice = fold(keys, _CHOICE) & 0xFFFF  # which of several captions or views
-        drop = uniforms(fold(keys, _DROP), 1)[:, 0] < self.config.condition_dropout
-        return self._load(indices, fold(keys, _NOISE), drop, choice, progress)
+        size, progress = config.engine.micro_batch, step / self.plan.steps
+        parts = (self.train[where], make_keys(config.seed, position))
+        for indices, keys in zip(*(part.split(size) for part in parts), strict=True):
+            choice = fold(keys, _CHOICE) & 0xFFFF  # which of several captions or views
+            drop = uniforms(fold(keys, _DROP), 1)[:, 0] < config.condition_dropout
+            yield self._on_device(indices, fold(keys, _NOISE), drop, choice, progress)
 
     def validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped.
@@ -105,16 +119,29 @@ class TrainingData:
         most = -(-len(self.validation) // world_size)
         for i in range(-(-most // size)):
             indices = mine[min(i, len(mine) - 1)]
-            yield self._load(indices, make_keys(0, indices), None, None), i < len(mine)
+            yield self._on_device(indices, make_keys(0, indices), None, None), i < len(mine)
 
     def names(self, indices: Tensor) -> str:
         """Samples by their names and numbers in the set, for a message."""
-        shown = ", ".join(
-            f"{self.examples.store.name(i)} (number {i})" for i in indices[:8].tolist()
-        )
-        return shown + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+        return shorten([f"{self.store.name(i)} (number {i})" for i in indices.tolist()], most=8)
 
-    def _load(
+    def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
+
+        `choice` int64 [B] are random numbers that choose among several captions or views of an
+        image; the first if None.
+        """
+        store, backbone = self.store, self.backbone
+        codes = store.codes(indices, choice)
+        backbone.spec.check_codes(codes)
+        if isinstance(store, CodeStore) and store.with_text:
+            features = store.features(indices, backbone.spec.prefix_tokens, choice)
+            return codes, backbone.collate_features(features)
+        picked = torch.zeros_like(indices) if choice is None else choice
+        pairs = zip(indices.tolist(), picked.tolist(), strict=True)
+        return codes, backbone.prepare([store.condition(i, c) for i, c in pairs])
+
+    def _on_device(
         self,
         indices: Tensor,
         keys: Tensor,
@@ -123,7 +150,7 @@ class TrainingData:
         progress: float = 1.0,
     ) -> Batch:
         device = self.processes.device
-        codes, prepared = self.examples.load(indices, choice)
+        codes, prepared = self.load(indices, choice)
         return Batch(
             codes.to(device),
             {name: value.to(device) for name, value in prepared.items()},

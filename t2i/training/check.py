@@ -23,15 +23,10 @@ from t2i.models.families import find_family
 from t2i.sources import check_named
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
-from t2i.training.examples import (
-    check_backbone,
-    image_size,
-    labelled_sources,
-    open_data,
-    open_labelled,
-)
+from t2i.training.examples import check_backbone, image_size
 from t2i.training.logs import choose_tracker
 from t2i.training.memory import size_report
+from t2i.training.open_data import labelled_sources, open_data, open_labelled
 from t2i.training.plan import Plan, about_settings, peak_rates, plan_run
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.start import build_model
@@ -167,7 +162,7 @@ def _about_captions(survey: DataReport, size: int) -> Iterator[str]:
 
 def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int, list[str], list[str]]:
     """Number of images (or of their codes), lines on them, and warnings."""
-    opened = open_labelled(options, backbone)
+    opened = open_labelled(options, backbone.spec)
     source = f"source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
         return len(opened), [f"{source}{len(opened)} x {opened.views} views"], []

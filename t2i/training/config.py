@@ -15,7 +15,7 @@ import tyro
 
 from t2i.errors import UserError
 from t2i.model_options import BaseOptions
-from t2i.sampling import SamplingOverrides
+from t2i.sampling import SamplingOverrides, check_counts
 from t2i.tensorar.method import TensorARConfig
 from t2i.tuning import LoRAConfig, Tuning
 
@@ -76,8 +76,8 @@ class DataOptions(_AnyData):
     """What to do with images that are smaller than the model's."""
 
     def __post_init__(self):
-        if self.max_samples is not None and self.max_samples < 1:
-            raise UserError(f"data.max_samples={self.max_samples} must be at least 1")
+        if self.max_samples is not None:
+            check_counts(**{"data.max_samples": self.max_samples})
         if self.trigger is not None and not self.trigger.replace(_CAPTION, "").strip():
             raise UserError(
                 f"data.trigger={self.trigger!r} has no words; leave it out, or write 'drawn by "
@@ -263,8 +263,8 @@ class TrainConfig:
             "steps": self.steps,
         }
         for name, value in least_one.items():
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+            if value is not None:
+                check_counts(**{name: value})
         if not 0 < self.epochs < math.inf:
             raise UserError(f"epochs={self.epochs} must be a number above 0")
         if self.batch_size % self.engine.micro_batch:

@@ -7,7 +7,6 @@ so that nothing can disagree.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +20,7 @@ from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
+from t2i.training.batches import Batch
 from t2i.training.config import TrainConfig
 
 
@@ -174,24 +174,6 @@ def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context of forward passes; does nothing unless the precision is "autocast"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
-
-
-@dataclass
-class Batch:
-    """One micro-batch of training data: what one forward pass reads."""
-
-    codes: Tensor
-    """int64 [B, T, S]"""
-    prepared: dict[str, Tensor]
-    """Conditions, as `Backbone.prepare` gives them."""
-    keys: Tensor
-    """int64 [B], of the noise."""
-    drop: Tensor | None
-    """bool [B], samples that lose their condition."""
-    progress: float
-    """Share of the run that is done."""
-    indices: Tensor
-    """int64 [B], of the samples in their set."""
 
 
 class TrainingLoss(nn.Module):

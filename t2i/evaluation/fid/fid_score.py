@@ -47,10 +47,11 @@ from t2i.evaluation.fid.measures import (
     frechet_distance,
     inception_score,
 )
-from t2i.evaluation.results import versions
+from t2i.evaluation.results import markdown_table, versions
 from t2i.files import file_sha256
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
+from t2i.sampling import check_counts
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,6 @@ def measure(
     *,
     batch_size: int,
     description: str,
-    progress: bool = True,
 ) -> Measured:
     """Features and statistics of an .npz file or a folder of images, on the network's device.
 
@@ -95,7 +95,7 @@ def measure(
         return Measured(*stored, None, about)
 
     images = open_images(path)
-    features, pixels_sha256 = _extract_all(images, network, batch_size, description, progress)
+    features, pixels_sha256 = _extract_all(images, network, batch_size, description)
     about |= {"images": images.count, "left_out": images.left_out, "pixels_sha256": pixels_sha256}
     about["statistics"] = "computed from the images" if stored is None else "stored in the file"
     if stored is not None:  # the pixels' hash does not cover them
@@ -105,7 +105,7 @@ def measure(
 
 
 def _extract_all(
-    images: ImageSet, network: Inception, batch_size: int, description: str, progress: bool
+    images: ImageSet, network: Inception, batch_size: int, description: str
 ) -> tuple[InceptionFeatures, str]:
     """Features of all images, and the SHA-256 of their sizes and pixels in order."""
     device = network.fc.weight.device
@@ -113,9 +113,7 @@ def _extract_all(
     spatial = torch.empty(images.count, SPATIAL_WIDTH, device=device)
     digest = hashlib.sha256()
     done = 0
-    with progress_bar(
-        total=images.count, desc=description, unit=" images", disable=not progress
-    ) as bar:
+    with progress_bar(total=images.count, desc=description, unit=" images") as bar:
         for batch in images.batches(batch_size):
             for image in batch:
                 digest.update(str(image.shape).encode() + image.tobytes())
@@ -173,7 +171,6 @@ def score_images(
     *,
     batch_size: int = 64,
     allow_fewer: bool = False,
-    progress: bool = True,
 ) -> dict:
     """All five scores of the samples (an .npz or a folder), as the content of a results file that
     explains itself.
@@ -188,11 +185,10 @@ def score_images(
     Raises:
         UserError: as `check_inputs`; statistics of another network; an unreadable image, by name.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1")
+    check_counts(batch_size=batch_size)
     images = check_inputs(samples, reference, allow_fewer=allow_fewer)
     against, measured = (
-        measure(path, network, batch_size=batch_size, description=name, progress=progress)
+        measure(path, network, batch_size=batch_size, description=name)
         for path, name in ((reference, "reference"), (samples, "samples"))
     )
     assert measured.features is not None, "a set of images has features"
@@ -248,8 +244,8 @@ def table(results: dict) -> str:
     }
     values = [results["scores"][name] for name in names]
     cells = ["-" if value is None else f"{value:.4f}" for value in values]
-    head = f"| images | {' | '.join(names.values())} |\n|{'---|' * (len(names) + 1)}\n"
-    text = f"{head}| {results['n']:,} | {' | '.join(cells)} |"
+    head = f"| images | {' | '.join(names.values())} |"
+    text = markdown_table(head, [[f"{results['n']:,}", *cells]])
     return text if results["status"] == "complete" else f"{text}\n\n{results['status']}"
 
 

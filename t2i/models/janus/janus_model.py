@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.base import BackboneSpec, Condition
+from t2i.models.base import AS_PUBLISHED, BackboneSpec, Condition, LoadOptions
 from t2i.models.blocks import LlamaBackbone
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
-from t2i.models.janus.janus_export import save_folder
 from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
 from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
@@ -108,29 +107,20 @@ class Janus(LlamaBackbone):
 
     # -- files -------------------------------------------------------------------------------------
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        config: JanusShape | None = None,
-        grid: tuple[int, int] | None = None,
-        dtype: torch.dtype = torch.float32,
-        generation_only: bool = False,
-        shapes_only: bool = False,
-    ) -> Self:
+    def load(cls, path: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self:
         """Load a published folder in DeepSeek's or transformers' layout, strictly, with its image
         tokenizer and its prompts.
 
         `generation_only` leaves out the understanding tower, its aligner and the text head;
         `shapes_only` reads no data of the weights.
         """
-        folder = Path(path)
+        folder, config = Path(path), options.config
         if not folder.is_dir():
             raise UserError(
                 f"{folder} is not a folder: Janus-Pro is published as one "
                 "(config.json, weights, tokenizer.json)"
             )
-        weights = names.to_transformers(read_folder(folder, shapes_only=shapes_only))
+        weights = names.to_transformers(read_folder(folder, shapes_only=options.shapes_only))
         stored = config.transformers if config else janus_config.read_config(folder, weights)
         tied = names.HEAD not in weights
         with naming(folder), reading_shape("a Janus-Pro"):
@@ -142,38 +132,33 @@ class Janus(LlamaBackbone):
         known: dict = {"tie_word_embeddings": tied}
         if (image := prompts.tokenizer.token_to_id(IMAGE)) is not None:
             known["image_token_id"] = image
-        shape = JanusShape(stored | known, grid or (config.grid if config else None))
-        backbone = cls(shape, generation_only=generation_only)
+        shape = JanusShape(stored | known, options.grid or (config.grid if config else None))
+        backbone = cls(shape, generation_only=options.generation_only)
         prompts.max_tokens = backbone.spec.prefix_tokens
         backbone.frozen.text_encoder = prompts
-        backbone._take_tokenizer(vq, None if shapes_only else names.vq_weights(weights), folder)
-        other = (names.VQ, *_UNDERSTANDING) if generation_only else (names.VQ,)
-        kept = {k: v.to(dtype) for k, v in weights.items() if not k.startswith(other)}
+        own = None if options.shapes_only else names.vq_weights(weights)
+        backbone._take_tokenizer(vq, own, folder)
+        other = (names.VQ, *_UNDERSTANDING) if options.generation_only else (names.VQ,)
+        kept = {k: v.to(options.dtype) for k, v in weights.items() if not k.startswith(other)}
         load_strict(backbone.janus, kept, folder, assign=True)
-        if tied and not generation_only:
+        if tied and not options.generation_only:
             backbone.janus.lm_head.weight = backbone.language_model.embed_tokens.weight
         if backbone.left_out:
             log.info(
                 "not loaded: understanding tower, aligner and text head, %.2f GB that drawing "
                 "images does not need",
-                backbone.left_out * dtype.itemsize / 1e9,
+                backbone.left_out * options.dtype.itemsize / 1e9,
             )
         return backbone.eval()
 
     @classmethod
-    def outline(
-        cls,
-        source: str | Path,
-        *,
-        config: JanusShape | None = None,
-        grid: tuple[int, int] | None = None,
-        generation_only: bool = False,
-    ) -> Self | None:
+    def outline(cls, source: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self | None:
         size = janus_config.PUBLISHED.get(str(source))
         if size is None:
             return None
-        shape = config or janus_config.published_shape(size)
-        backbone = cls(replace(shape, grid=grid or shape.grid), generation_only=generation_only)
+        shape: JanusShape = options.config or janus_config.published_shape(size)
+        shape = replace(shape, grid=options.grid or shape.grid)
+        backbone = cls(shape, generation_only=options.generation_only)
         backbone._take_tokenizer(VQConfig(), None, source)
         return backbone
 
@@ -198,7 +183,9 @@ class Janus(LlamaBackbone):
             )
         weights = self.janus.state_dict() | names.vq_to_transformers(self.tokenizer.state_dict())
         weights = {name: value.detach().to("cpu", dtype) for name, value in weights.items()}
-        save_folder(folder, weights, self.config.transformers, self.prompts, self.spec.sampling)
+        names.save_folder(
+            folder, weights, self.config.transformers, self.prompts, self.spec.sampling
+        )
         return folder
 
     # -- the condition -----------------------------------------------------------------------------

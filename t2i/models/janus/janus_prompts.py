@@ -24,7 +24,7 @@ from torch import Tensor
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import text_sha256, write_json
-from t2i.models.conditions import check_captions
+from t2i.models.conditions import check_captions, left_pad
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE, END_OF_IMAGE = "<begin_of_image>", "<end_of_image>"
@@ -145,17 +145,9 @@ class JanusPrompts:
         Args:
             length: pad to so many tokens; to the longest prompt if None.
         """
-        encoded = self.encode(prompts)
-        longest = max((len(ids) for ids in encoded), default=0)
-        length = longest if length is None else length
-        if longest > length:
-            raise ValueError(f"a prompt has {longest} tokens, more than length={length}")
-        ids = torch.full((len(encoded), length), self.pad_id)
-        mask = torch.zeros(len(encoded), length, dtype=torch.bool)
-        for row, own in enumerate(encoded):
-            ids[row, length - len(own) :] = torch.tensor(own)
-            mask[row, length - len(own) :] = True
-        return ids, mask
+        encoded = [torch.tensor(ids) for ids in self.encode(prompts)]
+        length = max(map(len, encoded)) if length is None else length
+        return left_pad(encoded, length, self.pad_id)
 
     def unconditional(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Ids of the unconditional form: padding between first and last token; the mask stays."""

@@ -27,6 +27,7 @@ from t2i.models.blocks import (
     RMSNorm,
     normal_weights,
 )
+from t2i.models.conditions import left_pad
 from t2i.models.llamagen.captions import caption_losses, clean_caption
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.models.weight_file import WeightFileBackbone, published_size
@@ -235,32 +236,3 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
 
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
         return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
-
-
-def left_pad(features: Sequence[Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Batch caption features [n_i, C] as LlamaGen reads them.
-
-    Returns:
-        features [B, P, C] with P = max_tokens, zero in the padding, which comes first, and
-        mask [B, P] bool, True for the caption's own entries.
-
-    Raises:
-        ValueError: there is no caption, one is longer than `max_tokens`, or widths differ.
-    """
-    widths = {tuple(f.shape[1:]) for f in features}
-    if len(widths) != 1 or any(f.ndim != 2 for f in features):
-        shapes = [tuple(f.shape) for f in features][:8]
-        raise ValueError(f"expected caption features [n_i, C] with one width C, got {shapes}")
-    longest = max(len(f) for f in features)
-    if longest > max_tokens:
-        raise ValueError(
-            f"a caption has {longest} features but the model takes {max_tokens}; "
-            f"encode with max_tokens={max_tokens}"
-        )
-    first = features[0]
-    features_BPC = first.new_zeros(len(features), max_tokens, first.shape[1])
-    mask_BP = torch.zeros(features_BPC.shape[:2], dtype=torch.bool, device=first.device)
-    for row, caption in enumerate(features):
-        features_BPC[row, max_tokens - len(caption) :] = caption
-        mask_BP[row, max_tokens - len(caption) :] = True
-    return features_BPC, mask_BP

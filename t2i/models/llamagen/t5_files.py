@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.published import fetch_model, files_sha256
+from t2i.weights import check_loading
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -98,14 +99,8 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
         model, info = loaded
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"the weights in {folder} cannot be read: {error}") from error
-    problems = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(k for k in info["unexpected_keys"] if not k.startswith(_OTHER_HALF)),
-        "mis-shaped": sorted(key for key, *_ in info["mismatched_keys"]),
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-        raise UserError(f"the weights in {folder} do not fit its config.json: {listed}")
+    said = f"the weights in {folder} do not fit its config.json"
+    check_loading(info, said, lambda key: key.startswith(_OTHER_HALF))
     return model
 
 

@@ -4,6 +4,7 @@ Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimensi
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +80,46 @@ def res_blocks(
     return nn.ModuleList(
         ResBlock(a, b, bias=bias, of_branch=of_branch) for a, b in pairwise(widths)
     )
+
+
+class Level(nn.Module):
+    """One resolution: rows of blocks, one of each list, then perhaps a resampling.
+
+    Lists and resampling have the names of the official files.
+    """
+
+    def __init__(self, resample: tuple[str, nn.Module] | None, **blocks: nn.ModuleList):
+        super().__init__()
+        for name, part in blocks.items():
+            self.add_module(name, part)
+        self._lists = tuple(blocks)
+        self._resample = resample[0] if resample else None
+        if resample:
+            self.add_module(*resample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for row in zip(*(getattr(self, name) for name in self._lists), strict=True):
+            for block in row:
+                x = block(x)
+        return getattr(self, self._resample)(x) if self._resample else x
+
+
+class UpConv(nn.Conv2d):
+    """A 3 x 3 convolution of the doubled map."""
+
+    def __init__(self, c: int):
+        super().__init__(c, c, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+
+
+def run_stack(stack: Any, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """What an encoder or decoder is: a convolution, these blocks in turn, norm, a convolution."""
+    x = stack.conv_in(x)
+    for block in blocks:
+        x = block(x)
+    return stack.conv_out(F.silu(stack.norm_out(x)))
 
 
 class Codebook(nn.Module):

@@ -10,6 +10,7 @@ Shapes: B images, H x W pixels, h x w codes, C channels, E bits.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ from t2i.errors import UserError
 from t2i.models.tokenizers.conv_tokenizer import (
     ConvConfig,
     ConvTokenizer,
+    Level,
     encoder_shape,
     group_norm,
     res_blocks,
+    run_stack,
 )
 from t2i.weights import load_strict, read_state_dict, reading_shape
 
@@ -63,22 +66,6 @@ class LFQConfig(ConvConfig):
             return LFQConfig(**shape, bits=state_dict["encoder.conv_out.weight"].shape[0])
 
 
-class LFQLevel(nn.Module):
-    """One resolution: residual blocks, then an optional resampling."""
-
-    def __init__(self, c_in: int, c_out: int, blocks: int, resample: tuple[str, nn.Module] | None):
-        super().__init__()
-        self.block = res_blocks(c_in, c_out, blocks, bias=False)
-        self.resample_name = resample[0] if resample else None
-        if resample:
-            self.add_module(*resample)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return getattr(self, self.resample_name)(x) if self.resample_name else x
-
-
 class LFQUpsample(nn.Module):
     """A convolution to four times the channels, which become 2 x 2 pixels.
 
@@ -116,23 +103,18 @@ class LFQEncoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1, bias=False)
         self.down = nn.ModuleList(
-            LFQLevel(
-                cfg.channels if i == 0 else widths[i - 1],
-                width,
-                cfg.res_blocks,
+            Level(
                 None if i == last else ("downsample", nn.Conv2d(width, width, 3, 2, padding=1)),
+                block=res_blocks(c, width, cfg.res_blocks, bias=False),
             )
-            for i, width in enumerate(widths)
+            for i, (c, width) in enumerate(pairwise([cfg.channels, *widths]))
         )
         self.mid_block = res_blocks(widths[-1], widths[-1], cfg.res_blocks, bias=False)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.bits, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.down, *self.mid_block):
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return run_stack(self, (*self.down, *self.mid_block), x)
 
 
 class LFQDecoder(nn.Module):
@@ -145,7 +127,10 @@ class LFQDecoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.bits, widths[-1], 3, padding=1)
         self.mid_block = res_blocks(widths[-1], widths[-1], cfg.res_blocks, bias=False)
         self.up = nn.ModuleList(
-            LFQLevel(c, width, cfg.res_blocks, None if i == 0 else ("upsample", LFQUpsample(width)))
+            Level(
+                None if i == 0 else ("upsample", LFQUpsample(width)),
+                block=res_blocks(c, width, cfg.res_blocks, bias=False),
+            )
             for i, (c, width) in enumerate(zip(inputs, widths, strict=True))
         )
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(cfg.bits, c) for c in inputs)

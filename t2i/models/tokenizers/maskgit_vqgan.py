@@ -22,16 +22,18 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.models.tokenizers.conv_tokenizer import (
     Codebook,
     ConvConfig,
     ConvTokenizer,
+    Level,
+    UpConv,
     encoder_shape,
     group_norm,
     res_blocks,
+    run_stack,
 )
 from t2i.weights import reading_shape
 
@@ -62,62 +64,46 @@ def _conv(c_in: int, c_out: int, kernel: int = 3, bias: bool = True) -> nn.Conv2
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
 
 
-class MaskGITLevel(nn.Module):
-    """One resolution: residual blocks, and in the decoder an enlargement and a convolution."""
-
-    def __init__(self, c_in: int, c_out: int, blocks: int, enlarge: bool = False):
-        super().__init__()
-        self.block = _res_blocks(c_in, c_out, blocks)
-        if enlarge:
-            self.upsample_conv = _conv(c_out, c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        if hasattr(self, "upsample_conv"):
-            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
-
-
 class MaskGITEncoder(nn.Module):
     def __init__(self, cfg: MaskGITConfig):
         super().__init__()
         widths = [cfg.channels, *(cfg.channels * m for m in cfg.multipliers)]
+        last = len(cfg.multipliers) - 1
         self.conv_in = _conv(3, cfg.channels, bias=False)
         self.down = nn.ModuleList(
-            MaskGITLevel(c_in, c_out, cfg.res_blocks) for c_in, c_out in pairwise(widths)
+            Level(
+                None if i == last else ("pool", nn.AvgPool2d(2)),
+                block=_res_blocks(c_in, c_out, cfg.res_blocks),
+            )
+            for i, (c_in, c_out) in enumerate(pairwise(widths))
         )
         self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = _conv(widths[-1], cfg.codebook_dim, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            x = level(x if i == 0 else F.avg_pool2d(x, 2))
-        for block in self.mid:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return run_stack(self, (*self.down, *self.mid), x)
 
 
 class MaskGITDecoder(nn.Module):
     def __init__(self, cfg: MaskGITConfig):
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
+        inputs = [*widths[1:], widths[-1]]
         self.conv_in = _conv(cfg.codebook_dim, widths[-1])
         self.mid = _res_blocks(widths[-1], widths[-1], cfg.res_blocks)
         self.up = nn.ModuleList(
-            MaskGITLevel(widths[min(i + 1, len(widths) - 1)], width, cfg.res_blocks, enlarge=i > 0)
-            for i, width in enumerate(widths)
+            Level(
+                block=_res_blocks(c, width, cfg.res_blocks),
+                resample=None if i == 0 else ("upsample_conv", UpConv(width)),
+            )
+            for i, (c, width) in enumerate(zip(inputs, widths, strict=True))
         )
         self.norm_out = group_norm(widths[0])
         self.conv_out = _conv(widths[0], 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.mid, *reversed(self.up)):
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return run_stack(self, (*self.mid, *reversed(self.up)), x)
 
 
 class MaskGITVQGAN(ConvTokenizer):

@@ -8,7 +8,9 @@ stored rows need not be unit vectors) and a convolutional decoder. VQ-16 has cha
 Shapes: B images, H x W pixels, h x w codes, C channels, V codebook rows, E codebook dimension.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,13 @@ from t2i.models.tokenizers.conv_tokenizer import (
     Codebook,
     ConvConfig,
     ConvTokenizer,
+    Level,
     ResBlock,
+    UpConv,
     encoder_shape,
     group_norm,
     res_blocks,
+    run_stack,
 )
 from t2i.weights import reading_shape
 
@@ -75,39 +80,14 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # the reference pads right and bottom only
 
 
-class VQUpsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class VQLevel(nn.Module):
-    """One resolution: residual blocks, with attention where `attend`, then perhaps a resampling."""
-
-    def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        blocks: int,
-        attend: bool,
-        resample: tuple[str, nn.Module] | None,
-    ):
-        super().__init__()
-        self.res = res_blocks(c_in, c_out, blocks)
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attend else 0))
-        self.resample_name = resample[0] if resample else None
-        if resample:
-            self.add_module(*resample)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        return getattr(self, self.resample_name)(x) if self.resample_name else x
+def _level(
+    c_in: int, c_out: int, blocks: int, *, attend: bool, resample: tuple[str, nn.Module] | None
+) -> Level:
+    """One resolution: residual blocks, with attention behind each where `attend`."""
+    lists = {"res": res_blocks(c_in, c_out, blocks)}
+    if attend:
+        lists["attn"] = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks))
+    return Level(resample, **lists)
 
 
 def _mid(c: int) -> nn.ModuleList:
@@ -121,24 +101,21 @@ class VQEncoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            VQLevel(
-                cfg.channels if i == 0 else widths[i - 1],
+            _level(
+                c,
                 width,
                 cfg.res_blocks,
                 attend=i == last,
                 resample=None if i == last else ("downsample", Downsample(width)),
             )
-            for i, width in enumerate(widths)
+            for i, (c, width) in enumerate(pairwise([cfg.channels, *widths]))
         )
         self.mid = _mid(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.conv_blocks, *self.mid):
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return run_stack(self, (*self.conv_blocks, *self.mid), x)
 
 
 class VQDecoder(nn.Module):
@@ -149,23 +126,22 @@ class VQDecoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.mid = _mid(widths[0])
         self.conv_blocks = nn.ModuleList(
-            VQLevel(
-                widths[max(i - 1, 0)],
+            _level(
+                c,
                 width,
                 cfg.res_blocks + 1,
                 attend=i == 0,
-                resample=None if i == last else ("upsample", VQUpsample(width)),
+                resample=None
+                if i == last
+                else ("upsample", nn.Sequential(OrderedDict(conv=UpConv(width)))),
             )
-            for i, width in enumerate(widths)
+            for i, (c, width) in enumerate(pairwise([widths[0], *widths]))
         )
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.mid, *self.conv_blocks):
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return run_stack(self, (*self.mid, *self.conv_blocks), x)
 
 
 class UnitCodebook(Codebook):

@@ -1,0 +1,90 @@
+"""Where a run's data come from: what `--data.source` names, opened; nothing is encoded yet."""
+
+from pathlib import Path
+
+from t2i.data.samples import RewrittenSource, Source
+from t2i.data.sources.classes import LabelledFolder, find_classes, open_imagenet
+from t2i.data.sources.open_source import open_source
+from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes, is_llamagen_folder
+from t2i.errors import UserError
+from t2i.models.base import BackboneSpec
+from t2i.training.config import DataOptions, LabelledOptions
+from t2i.worlds import WORLDS, open_world
+
+
+# -- captions --------------------------------------------------------------------------------------
+def open_data(options: DataOptions) -> Source:
+    """Captioned images, not yet encoded; UserError says what is wrong with them."""
+    if not options.source:
+        raise UserError(
+            "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
+        )
+    source: Source
+    if (name := options.source.partition(":")[0]) in WORLDS:
+        source = open_world(name).open_source(options.source)
+    else:
+        source = open_source(
+            options.source,
+            image_column=options.image_column,
+            caption_column=options.caption_column,
+            split=options.split,
+            streaming=options.streaming,
+            config_name=options.config_name,
+            revision=options.revision,
+        )
+    if options.trigger is None:
+        return source
+    return RewrittenSource(source, options.with_trigger, {"trigger": options.trigger})
+
+
+# -- classes ---------------------------------------------------------------------------------------
+def labelled_sources(options: LabelledOptions) -> list[Path]:
+    """What data.source names: one place, or several folders of LlamaGen's codes.
+
+    Raises:
+        UserError: it is neither, or not there.
+    """
+    sources = [Path(source) for source in options.source]
+    if not sources:
+        raise UserError(
+            "no data: give --data.source (a folder with train/<class>/, folders of LlamaGen's "
+            "codes, or RAR's .jsonl)"
+        )
+    if len(sources) > 1 and not all(is_llamagen_folder(source) for source in sources):
+        raise UserError(
+            "data.source: only folders of LlamaGen's codes may be several, not "
+            + ", ".join(map(str, sources))
+        )
+    if not sources[0].exists():
+        raise UserError(f"data.source: {sources[0]} is no folder and no file")
+    if sources[0].is_dir() and not is_llamagen_folder(sources[0]):
+        find_classes(sources[0], options.split)  # says what is wrong with it
+    return sources
+
+
+def open_labelled(
+    options: LabelledOptions, spec: BackboneSpec
+) -> LabelledFolder | LlamaGenCodes | JsonlCodes:
+    """Images of classes or their codes, whatever data.source names. Encodes nothing.
+
+    Raises:
+        UserError: nothing there, or not what this backbone is trained on.
+    """
+    sources = labelled_sources(options)
+    if is_llamagen_folder(sources[0]):
+        return LlamaGenCodes(*sources)
+    if sources[0].suffix == ".jsonl":
+        if len(spec.subvocabs) > 1:
+            raise UserError(
+                f"{sources[0]} has one number per code, {spec.family} has {len(spec.subvocabs)}: "
+                "give the images"
+            )
+        return JsonlCodes(sources[0], vocab=spec.subvocabs[0], num_classes=spec.num_classes)
+    images = open_imagenet(sources[0], options.split)
+    if len(images.classes) != spec.num_classes:
+        raise UserError(
+            f"{images.name} has {len(images.classes)} classes and this {spec.family} backbone "
+            f"{spec.num_classes}: labels are positions of the sorted folder names, so all classes "
+            "must be there (an empty folder will do)"
+        )
+    return images
