@@ -13,7 +13,6 @@ a last run leave, and kills.json how many died.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import deepspeed  # noqa: F401
 import torch
 import transformers.modeling_utils  # noqa: F401
+from forks import exit_codes, start_ranks
 
 import t2i.evaluation.draw
 import t2i.training.loop  # noqa: F401
@@ -47,28 +47,12 @@ def arguments(program, base: Path, out: Path) -> list[str]:
 
 def start(program, words: list[str], count: int) -> list[int]:
     """The ids of so many processes that run a program together."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ids = []
-    for rank in range(count):
-        ids.append(os.fork())
-        if ids[-1] == 0:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-            os.environ |= {k: str(v) for k, v in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            sys.argv = words
-            code = 1
-            try:
-                cli.run(program.main)
-                code = 0
-            finally:
-                os._exit(code)
-    return ids
 
+    def run() -> None:
+        sys.argv = words
+        cli.run(program.main)
 
-def wait(ids: list[int]) -> list[int]:
-    """Exit codes; -9 of the killed."""
-    return [os.waitstatus_to_exitcode(os.waitpid(i, 0)[1]) for i in ids]
+    return start_ranks(run, count)
 
 
 def main(base: Path, out: Path) -> None:
@@ -77,12 +61,12 @@ def main(base: Path, out: Path) -> None:
     kills = {}
     for program in (sample_imagenet, train_imagenet):
         name = Path(program.__file__).stem
-        assert wait(start(program, arguments(program, base, out / f"{name}-whole"), 1)) == [0]
+        assert exit_codes(start(program, arguments(program, base, out / f"{name}-whole"), 1)) == [0]
         for count in (1, 2):
             folder = out / f"{name}-{count}"
             words = arguments(program, base, folder)
             kills[folder.name] = sum(kill(start(program, words, count), folder, m) for m in MOMENTS)
-            assert wait(start(program, words, count)) == [0] * count
+            assert exit_codes(start(program, words, count)) == [0] * count
     (out / "kills.json").write_text(json.dumps(kills))
 
 
@@ -96,7 +80,7 @@ def kill(ids: list[int], folder: Path, pieces: int) -> bool:
         time.sleep(0.001)
     for i in reversed(ids):
         os.kill(i, signal.SIGKILL)
-    return -signal.SIGKILL in wait(ids)
+    return -signal.SIGKILL in exit_codes(ids)
 
 
 if __name__ == "__main__":

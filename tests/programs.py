@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import exit_codes, fork
 from helpers import folder_content
 
 from t2i import cli
@@ -37,18 +38,16 @@ def refused(module, capsys, *arguments) -> str:
 
 
 def start_and_kill(module, out: Path, *arguments) -> dict[Path, int]:
-    """Kill a script once it has drawn two images; these files with their times."""
-    process = subprocess.Popen(
-        [sys.executable, module.__file__, "--out", out, *map(str, arguments)],
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.time() + 300
+    """Kill a program, in a process of its own, once it has drawn two images; these files with
+    their times.
+    """
+    process = fork(lambda: program(module, "--out", out, *arguments))
+    alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while len(list(out.glob("images/*/samples/*.png"))) < 2:
-        assert process.poll() is None and time.time() < deadline
+        assert os.waitid(os.P_PID, process, alive) is None, "it ended by itself"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert exit_codes([process]) == [-signal.SIGKILL]
     return {p: p.stat().st_mtime_ns for p in out.glob("images/*/samples/*.png")}
 
 

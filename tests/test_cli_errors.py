@@ -269,13 +269,13 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
 
 
 # -- the real thing --------------------------------------------------------------------------------
+@pytest.mark.slow  # two processes that import all; the tests above call what they call
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        pytest.param(
+        (
             ["launch/train_llamagen.py", "shapes-control", "--data.source", "none"],
             "none does not exist",
-            marks=pytest.mark.slow,
         ),
         (
             ["launch/generate.py", "--ckpt", "none", "--prompt", "a circle"],

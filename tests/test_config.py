@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import sys
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,18 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_parse(name, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train", "--local_rank=1", name])
+    """What is not given stays."""
+    options = ["--method.k", "2", "--optim.codec-lr", "3e-4"]
+    monkeypatch.setattr(sys, "argv", ["train", "--local_rank=1", name, *options])
+    recipe = RECIPES[name][1]
+    method, optim = replace(recipe.method, k=2), replace(recipe.optim, codec_lr=3e-4)
+    assert cli.parse_recipe(RECIPES, "") == replace(recipe, method=method, optim=optim)
+
+
+@pytest.mark.parametrize("name", [next(iter(family.recipes())) for family in FAMILIES])
+def test_a_recipe_by_itself(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", name])
     assert cli.parse_recipe(RECIPES, "") == RECIPES[name][1]
-    monkeypatch.setattr(sys, "argv", ["train", name, "--method.k", "2", "--optim.codec-lr", "3e-4"])
-    config = cli.parse_recipe(RECIPES, "")
-    assert (config.method.k, config.optim.codec_lr) == (2, 3e-4)
-    assert config.data == RECIPES[name][1].data
 
 
 def dataclasses_within(kind: type) -> set[type]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Killed, in_threads, tiny_llamagen, tiny_rar
+from helpers import Killed, in_threads, rare, tiny_llamagen, tiny_rar
 from programs import refused
 from runs import assert_same_weights, before_step, kill, weights
 
@@ -37,7 +37,7 @@ from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.validation import validate
 
-FAMILIES = ("llamagen", "open_magvit2", "rar")
+FAMILIES = (rare("llamagen"), rare("open_magvit2"), "rar")
 RECIPES = class_recipes() | open_magvit2_recipes.recipes() | rar_recipes.recipes()
 
 

@@ -193,7 +193,8 @@ def test_tasks_of_srun_join(tmp_path):
     known to both.
     """
     code = """if True:
-        import torch
+        import os, torch
+        from forks import exit_codes, fork
         from t2i import cli
         from t2i.errors import UserError
         from t2i.processes import join_processes
@@ -204,19 +205,23 @@ def test_tasks_of_srun_join(tmp_path):
             print(here.gather(here.rank), here.any(here.rank == 1), here.on_main(lambda: here.rank))
             print(cli.is_main_process(), flush=True)
             here.on_main(wrong)
-        cli.run(main)"""
+        def task():
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(name + os.environ["SLURM_PROCID"], os.O_CREAT | os.O_WRONLY), number)
+            cli.run(main)
+        ranks = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in range(2)]
+        assert exit_codes([fork(task, rank) for rank in ranks]) == [1, 1]"""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=environment(**job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for task, main in zip(tasks, ("True", "False"), strict=True):
-        out, err = task.communicate(timeout=120)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(**job) | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        timeout=120,
+        check=True,
+    )
+    for rank, main in enumerate(("True", "False")):
+        err = (tmp_path / f"err{rank}").read_text()
+        out = (tmp_path / f"out{rank}").read_text()
         assert out.split("\n")[:2] == ["[0, 1] True 0", main], err
-        assert task.returncode == 1 and err.endswith("error: wrong\n")
+        assert err.endswith("error: wrong\n")

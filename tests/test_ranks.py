@@ -31,22 +31,21 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def two_processes(*arguments) -> None:
-    script = ("--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "two_ranks.py"))
-    launch("-m", "torch.distributed.run", *script, *map(str, arguments))
+SCRIPT = str(ROOT / "tests" / "two_ranks.py")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_world, plain):
-    """torchrun on two processes; runs named ranks-*."""
-    two_processes(tiny_world)
+    """Two processes with torchrun's variables; runs named ranks-*."""
+    launch(SCRIPT, str(tiny_world))
     return tiny_world
 
 
 @pytest.fixture(scope="module")
 def rare_ranks(tiny_world, plain):
-    """The stages that `two_ranks` leaves out, and the other launcher."""
-    two_processes(tiny_world, "rare")
+    """The stages that `two_ranks` leaves out, and both launchers."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch(*torchrun, SCRIPT, str(tiny_world), "rare")
     options = (*plain_options(tiny_world, "ranks-deepspeed"), "--engine.zero-stage", "2")
     launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port())
     done = launch(*launcher, "launch/train_llamagen.py", *options)

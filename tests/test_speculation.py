@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import open_gates, tiny_llamagen, tiny_prepared
+from helpers import open_gates, rare, tiny_llamagen, tiny_prepared
 
 import t2i
 from t2i.errors import UserError
@@ -53,8 +53,15 @@ def draw(model, config, speculate, rows=2, seed=0, **options):
     return sample_windows(model, prepared, keys, config, speculate=speculate, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("config", CONFIGS)
+def in_brief(method: str, config: str) -> bool:
+    """Whether the usual tests have it: all settings with one method, all methods with one."""
+    return method == "tensorar" or config == "guided-filters"
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [(m, c) if in_brief(m, c) else rare(m, c) for m in METHODS for c in CONFIGS],
+)
 def test_the_same_windows_in_fewer_calls(backbone, method, config):
     """Drafts included, whatever is guessed."""
     model = open_gates(TensorAR(backbone, METHODS[method]).eval())

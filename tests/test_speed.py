@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import Killed, open_gates, tiny_llamagen, tiny_prepared
 from PIL import Image
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from t2i import generation
 from t2i.errors import UserError
@@ -37,16 +37,54 @@ def draw(model, config=GUIDED, *, seed=0, rows=3, speed="graphs"):
     return sample_windows(model, tiny_prepared(model.backbone, rows), keys, config, speed=speed)
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """Stands in for CUDA graphs: work is traced into bare operations on the tensors that it used.
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+COPIES = {"lift_fresh", "lift_fresh_copy"}
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a step would wait for the device, or copy something to it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        kwargs = kwargs or {}
+        assert name not in WAITS | COPIES, function
+        if name in ("_to_copy", "scalar_tensor"):  # a type may change, a number be filled in there
+            assert (kwargs.get("device") is None) == (name == "_to_copy"), (function, kwargs)
+        return function(*args, **kwargs)
+
+
+class Tape(NoSync):
+    """Operations in the order in which they were done, on the tensors that they were done with.
     Numbers of Python's are in it as they were.
     """
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.done.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        again = {}  # what an operation made then: what it makes now
+        for function, args, kwargs, then in self.done:
+            given = tree_map_only(torch.Tensor, lambda x: again.get(x, x), (args, kwargs))
+            now = function(*given[0], **given[1])
+            again.update(zip(tree_leaves(then), tree_leaves(now), strict=True))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Stands in for CUDA graphs: operations on a tape, which is played again."""
     traces = []
 
     def do_and_record(work, pool, device):
-        traces.append(make_fx(work, tracing_mode="real")())
-        return traces[-1]
+        with Tape() as tape:
+            work()
+        traces.append(tape.replay)
+        return tape.replay
 
     monkeypatch.setattr(speed, "do_and_record", do_and_record)
     monkeypatch.setattr(KVCache, "BUCKET", 12)
@@ -65,22 +103,6 @@ def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     assert len(recorded) == len(buckets) > 1
     assert torch.equal(draw(model, config, seed=1), expected[1]) and torch.equal(first, expected[0])
     assert len(recorded) == len(buckets)
-
-
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
-COPIES = {"lift_fresh", "lift_fresh_copy"}
-
-
-class NoSync(TorchDispatchMode):
-    """Fails where a step would wait for the device, or copy something to it."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        kwargs = kwargs or {}
-        assert name not in WAITS | COPIES, function
-        if name in ("_to_copy", "scalar_tensor"):  # a type may change, a number be filled in there
-            assert (kwargs.get("device") is None) == (name == "_to_copy"), (function, kwargs)
-        return function(*args, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,13 @@ def images_of(model, config):
     return model.backbone.decode_images(model.windows.final_codes(windows))
 
 
-@pytest.mark.parametrize("k", [1, rare(2), 4, rare(8)])
-@pytest.mark.parametrize("preset", ["iclr2026", "arxiv2505"])
+@pytest.mark.parametrize(
+    ("preset", "k"),
+    [
+        *(("iclr2026", 1), rare("iclr2026", 2), ("iclr2026", 4), rare("iclr2026", 8)),
+        *(rare("arxiv2505", 1), rare("arxiv2505", 2), ("arxiv2505", 4), rare("arxiv2505", 8)),
+    ],
+)
 def test_attached_model_is_the_base_bit_for_bit(backbone, preset, k, base_images):
     base, model = attach(backbone, "base"), attach(backbone, preset, k=k)
     codes = codes_of(model)

@@ -1,7 +1,8 @@
-"""Run by test_ranks.py on two processes of one torchrun launch (importing PyTorch and DeepSpeed is
-what takes long).
+"""Run by test_ranks.py: trainings of two processes, one after another, because importing PyTorch
+and DeepSpeed is what takes long. By itself it forks the two behind its imports.
 
-    torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER [rare]
+    python tests/two_ranks.py FOLDER
+    torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER rare
 
 FOLDER is a `tiny_world` with the run "plain". It trains under the ZeRO stages that users share a
 model with, draws, and stops a run by a signal that only one rank gets; "rare" is the other stages.
@@ -14,7 +15,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import deepspeed  # noqa: F401
 import torch
+import transformers.modeling_utils  # noqa: F401
+from forks import exit_codes, start_ranks
 from runs import before_step, draw, tiny_janus_run, tiny_run
 
 from t2i.training.loop import Run, train
@@ -59,4 +63,7 @@ def rare(root: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    (rare if sys.argv[2:] == ["rare"] else main)(Path(sys.argv[1]))
+    if sys.argv[2:] == ["rare"]:
+        rare(Path(sys.argv[1]))
+    else:
+        assert exit_codes(start_ranks(lambda: main(Path(sys.argv[1])), 2)) == [0, 0]
