@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError, FloatingPointError):
     """A training run's loss, gradient or weights are no numbers: its settings cannot be used."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A training run was stopped on request, and has saved."""
