@@ -16,6 +16,7 @@ import torch
 from launch.lab.soak_world import (
     ROOT,
     SAVE_EVERY,
+    Clock,
     Started,
     World,
     fingerprint,
@@ -83,14 +84,25 @@ def fresh(world: World, name: str) -> Path:
     return run_dir
 
 
-def ended(world: World, run: Started, run_dir: Path) -> tuple[float, bool]:
-    """Seconds until the run and all its processes have ended, and whether they did in time."""
-    begin = time.monotonic()
-    gone = run.codes(world.patience) is not None
-    gone = gone and wait_until(lambda: not processes_of(run_dir), world.patience)
-    for orphan in processes_of(run_dir):
+def ended(
+    world: World, run: Started, run_dir: Path, frozen: int | None = None
+) -> tuple[float, bool]:
+    """Seconds until the run and all its processes have ended, and whether they did in time.
+
+    A process that is to stay `frozen` may be woken up by others on this machine.
+    """
+    clock, alive = Clock(), []
+
+    def gone() -> bool:
+        alive[:] = processes_of(run_dir)
+        if frozen in alive:
+            os.kill(frozen, signal.SIGSTOP)
+        return not run.alive() and not alive
+
+    in_time = wait_until(gone, world.patience, clock)
+    for orphan in alive:
         os.kill(orphan, signal.SIGKILL)
-    return time.monotonic() - begin, gone
+    return clock.seconds, in_time
 
 
 # -- kills -----------------------------------------------------------------------------------------
@@ -170,7 +182,8 @@ def one_of_two(world: World, by: str, rank: int, number: signal.Signals) -> Outc
     assert wait_until(lambda: steps_logged(run_dir) >= past, world.patience * 5), run.text()[-2000:]
     (process,) = processes_of(run_dir, rank)
     os.kill(process, number)
-    seconds, gone = ended(world, run, run_dir)
+    frozen = process if number == signal.SIGSTOP else None
+    seconds, gone = ended(world, run, run_dir, frozen)
     words = run.said("has given no sign of life", "exitcode", "exits with return code")
     held = gone and seconds < 60 and newest_step(run_dir) >= SAVE_EVERY
     return Outcome(words or "ended", held, seconds, finish(world, name, 2))
@@ -359,10 +372,10 @@ def second_run(world: World) -> Outcome:
     assert wait_until(lambda: steps_logged(run_dir) > 0, world.patience * 5)
     seconds, codes, said = [], [], ""
     for more in ([], ["--resume"]):
-        begin = time.monotonic()
+        clock = Clock()
         other = fork(world, f"{name}-other", [*world.words(name), *more])
-        codes += other.codes(world.patience) or [None]
-        seconds.append(time.monotonic() - begin)
+        codes += other.codes(world.patience, clock) or [None]
+        seconds.append(clock.seconds)
         said = other.said("error:")
     held = codes == [1, 1] and "in use" in said and first.codes(world.patience * 5) == [0]
     same = fingerprint(run_dir) == reference(world, 1)
@@ -377,11 +390,10 @@ def silent_hub(world: World) -> Outcome:
         env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
         env |= {"HF_HOME": str(world.folder / "empty-hub"), "HF_HUB_OFFLINE": "0"}
         words = world.words("silent-hub", backbone_weights="somebody/model:gpt.pt")
-        begin = time.monotonic()
+        clock = Clock()
         run = launched(world, "silent-hub", words, by="process", env=env)
-        codes = run.codes(world.patience * 3)
-        seconds = time.monotonic() - begin
-    return Outcome(run.said("error:"), codes == [1], seconds)
+        codes = run.codes(world.patience * 3, clock)
+    return Outcome(run.said("error:"), codes == [1], clock.seconds)
 
 
 def cases(kill_count: int) -> dict[str, tuple[str, Case]]:

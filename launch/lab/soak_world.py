@@ -108,6 +108,31 @@ def _write_base(folder: Path) -> None:
     write_json(folder / "config.json", {"family": "llamagen", **files, "config": asdict(config)})
 
 
+# -- time ------------------------------------------------------------------------------------------
+class Clock:
+    """Seconds that this process ran: while a machine sleeps, or pauses everything, none pass."""
+
+    def __init__(self) -> None:
+        self.seconds, self._last = 0.0, time.monotonic()
+
+    def look(self) -> float:
+        time.sleep(0.005)
+        now = time.monotonic()
+        self.seconds += min(now - self._last, 0.5)
+        self._last = now
+        return self.seconds
+
+
+def wait_until(condition: Callable[[], bool], patience: float, clock: Clock | None = None) -> bool:
+    """Whether it came true in time."""
+    clock = clock or Clock()
+    limit = clock.seconds + patience
+    while not condition():
+        if clock.look() > limit:
+            return False
+    return True
+
+
 # -- starting --------------------------------------------------------------------------------------
 @dataclass
 class Started:
@@ -117,17 +142,19 @@ class Started:
     log: Path
     process: subprocess.Popen | None = None
 
-    def codes(self, patience: float) -> list[int] | None:
+    def codes(self, patience: float, clock: Clock | None = None) -> list[int] | None:
         """Exit codes; None, and all are killed, if it takes too long."""
-        deadline, found = time.monotonic() + patience, dict[int, int]()
-        while len(found) < len(self.ids):
+        found: dict[int, int] = {}
+
+        def all_ended() -> bool:
             for i in self.ids:
                 if i not in found and (code := self._ended(i)) is not None:
                     found[i] = code
-            if time.monotonic() > deadline:
-                self.kill()
-                return None
-            time.sleep(0.005)
+            return len(found) == len(self.ids)
+
+        if not wait_until(all_ended, patience, clock):
+            self.kill()
+            return None
         return [found[i] for i in self.ids]
 
     def _ended(self, process: int) -> int | None:
@@ -265,16 +292,6 @@ def processes_of(run_dir: Path, rank: int | None = None) -> list[int]:
         if ours and (rank is None or f"RANK={rank}".encode() in variables):
             found.append(int(path.parent.name))
     return found
-
-
-def wait_until(condition: Callable[[], bool], patience: float) -> bool:
-    """Whether it came true in time."""
-    deadline = time.monotonic() + patience
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 # -- comparing -------------------------------------------------------------------------------------
