@@ -68,13 +68,12 @@ def shares(_) -> None:
     test_training.py, test_ranks.py.
     """
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.utils import tensor_fragment
+    from deepspeed.utils.tensor_fragment import tensor_fragment
 
-    fields = tensor_fragment.tensor_fragment.__dataclass_fields__
-    assert "param_group_index" in fields
+    assert "param_group_index" in tensor_fragment.__dataclass_fields__
     assert (
         "flat_hp_partition"
-        in inspect.signature(tensor_fragment.tensor_fragment.set_optim_state_fragment).parameters
+        in inspect.signature(tensor_fragment.set_optim_state_fragment).parameters
     )
     assert "lp_param._hp_mapping = " in inspect.getsource(
         import_module("deepspeed.utils.mixed_precision_linkage")

@@ -26,6 +26,10 @@ STAGES = {
     "zero2-bf16": {"engine__zero_stage": 2, "engine__precision": "bf16"},
     "zero2-offload": {"engine__zero_stage": 2, "offload": {"offload_optimizer": {"device": "cpu"}}},
     "zero3-lora": {"engine__zero_stage": 3, "tuning": "lora"},
+    "zero3-offload": {
+        "engine__zero_stage": 3,
+        "offload": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    },
 }
 
 
@@ -41,7 +45,7 @@ def staged(root: Path, name: str, stage: str, **changes) -> TrainConfig:
 
 # -- 1: states of every stage ---------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "stage", ["zero0", "zero2-bf16", *map(rare, ("zero2-offload", "zero3-lora"))]
+    "stage", ["zero0", "zero2-bf16", *map(rare, ("zero2-offload", "zero3-lora", "zero3-offload"))]
 )
 def test_the_state_of_every_stage_is_read(tiny_world, stage):
     """Case 1: a run goes on bit for bit under every stage; case 6: with the new settings."""
@@ -96,9 +100,12 @@ def test_a_gradient_that_is_no_number_is_noticed_at_once(tiny_world, monkeypatch
         run.train_step()
 
 
-def test_only_the_samples_with_a_bad_loss_are_named(tiny_world):
-    """Case 2: features that are no numbers, say; the other passes' samples are not blamed."""
-    run = Run(tiny_run(tiny_world, "bad-sample"))
+@pytest.mark.parametrize("stage", ["zero0", "zero2-bf16"])
+def test_only_the_samples_with_a_bad_loss_are_named(tiny_world, stage):
+    """Case 2: features that are no numbers, say; the other passes' samples are not blamed, and no
+    weight is touched.
+    """
+    run = Run(staged(tiny_world, f"bad-sample-{stage}", stage))
     load, bad = run.data.examples.load, []
 
     def spoilt(indices, choice):
@@ -110,8 +117,10 @@ def test_only_the_samples_with_a_bad_loss_are_named(tiny_world):
 
     run.data.examples.load = spoilt
     run.model.train()
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     with pytest.raises(NotFiniteError, match="loss is not finite at step 1") as stopped:
         run.train_step()
+    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters()), "no update"
     assert str(stopped.value).count("(number ") == len(bad) == run.config.engine.micro_batch
     assert all(f"(number {i})" in str(stopped.value) for i in bad)
 
@@ -125,6 +134,18 @@ def test_weights_that_are_no_numbers_are_not_saved_and_not_drawn_with(tiny_world
     with pytest.raises(NotFiniteError, match=r"weights are not finite after step 0.*no checkpoint"):
         action(run)
     assert not (run.config.run_dir / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2-bf16"])
+def test_moments_that_are_no_numbers_are_not_saved(tiny_world, stage):
+    run = Run(staged(tiny_world, f"bad-moments-{stage}", stage))
+    run.model.train()
+    run.train_step()
+    state = getattr(run.engine.optimizer, "optimizer", run.engine.optimizer).state
+    next(iter(state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
+    with pytest.raises(NotFiniteError, match=r"optimizer's state is not finite.*exp_avg_sq"):
+        run.save()
+    assert not list((run.config.run_dir / "checkpoints").iterdir())
 
 
 def test_validation_of_a_diverged_model_says_so(tiny_world):

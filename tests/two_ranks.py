@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from runs import before_step, draw, tiny_janus_run, tiny_run
+from helpers import Killed
+from runs import before_step, draw, kill, tiny_janus_run, tiny_run
 
 from t2i.training.loop import Run, train
 
@@ -49,6 +50,10 @@ def main(root: Path) -> None:
 
     with suppress(KeyboardInterrupt), before_step(1, stop):
         train(tiny_run(root, "ranks-stopped", steps=1000))
+
+    with suppress(Killed), before_step(2, kill):
+        train(tiny_run(root, "two-then-one", engine__zero_stage=2, log__save_every=1))
+    train(tiny_run(root, "one-then-two", log__save_every=1, resume=True, **zero3(root)))
 
 
 def rare(root: Path) -> None:

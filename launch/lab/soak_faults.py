@@ -3,49 +3,31 @@
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from launch.lab.soak_launchers import dead_encoder, one_of_two, silent_hub, stopped
+from launch.lab.soak_processes import ROOT, Clock, Started, finish, fork, reference, wait_until
+from launch.lab.soak_ways import chain, grid
 from launch.lab.soak_world import (
-    ROOT,
     SAVE_EVERY,
-    Clock,
-    Started,
+    Outcome,
     World,
     fingerprint,
-    fork,
-    launched,
+    fresh,
     newest_step,
-    processes_of,
     small_disk,
     steps_logged,
-    wait_until,
 )
 from t2i.checkpoint import newest_healthy, run_checkpoints
 
 GENEVAL = ROOT / "geneval" / "run.py"
-
-
-@dataclass
-class Outcome:
-    """What a fault did."""
-
-    seen: str
-    """How the run ended, in its own words or in ours."""
-    held: bool
-    """Everything that was promised is true."""
-    seconds: float | None = None
-    """From the fault to the end of all processes."""
-    same: bool | None = None
-    """The finished run equals an undisturbed one bit for bit; None where nothing is trained."""
-    facts: dict = field(default_factory=dict)
 
 
 class Skipped(Exception):
@@ -53,56 +35,6 @@ class Skipped(Exception):
 
 
 Case = Callable[[World], Outcome]
-
-
-# -- shared ----------------------------------------------------------------------------------------
-def reference(world: World, count: int) -> dict[str, str]:
-    """The fingerprint of an undisturbed run by so many processes, made once."""
-    name = f"undisturbed-{count}"
-    run_dir = world.run_dir(name)
-    if not (run_dir / "finished").exists():
-        shutil.rmtree(run_dir, ignore_errors=True)
-        run = fork(world, name, world.words(name), count=count)
-        assert run.codes(world.patience * 5) == [0] * count, run.text()[-2000:]
-        (run_dir / "finished").touch()
-    return fingerprint(run_dir)
-
-
-def finish(world: World, name: str, count: int = 1, **options: object) -> bool:
-    """Go on with a run to its end; whether it is then the undisturbed one."""
-    words = [*world.words(name, **options), "--resume"]
-    run = fork(world, f"{name}-finish", words, count=count)
-    codes = run.codes(world.patience * 5)
-    assert codes == [0] * count, f"{codes}: {run.text()[-2000:]}"
-    run_dir = Path(str(options.get("run_dir", world.run_dir(name))))
-    return fingerprint(run_dir) == reference(world, count)
-
-
-def fresh(world: World, name: str) -> Path:
-    run_dir = world.run_dir(name)
-    shutil.rmtree(run_dir, ignore_errors=True)
-    return run_dir
-
-
-def ended(
-    world: World, run: Started, run_dir: Path, frozen: int | None = None
-) -> tuple[float, bool]:
-    """Seconds until the run and all its processes have ended, and whether they did in time.
-
-    A process that is to stay `frozen` may be woken up by others on this machine.
-    """
-    clock, alive = Clock(), []
-
-    def gone() -> bool:
-        alive[:] = processes_of(run_dir)
-        if frozen in alive:
-            os.kill(frozen, signal.SIGSTOP)
-        return not run.alive() and not alive
-
-    in_time = wait_until(gone, world.patience, clock)
-    for orphan in alive:
-        os.kill(orphan, signal.SIGKILL)
-    return clock.seconds, in_time
 
 
 # -- kills -----------------------------------------------------------------------------------------
@@ -115,16 +47,17 @@ def kills(world: World, count: int, processes: int) -> Outcome:
     while done < count:
         newest = newest_step(run_dir)
         resume = ["--resume"] if (run_dir / "config.json").exists() else []
+        begin = time.time()
         run = fork(world, name, [*world.words(name), *resume], count=processes)
         in_save = done % 3 == 2
         if in_save:
-            _wait_for_a_save(run, run_dir, world.patience)
+            _wait_for_a_save(run, run_dir, begin, world.patience)
             time.sleep(moments.random() * 0.03)
         else:
             if moments.random() > 0.3:  # or in the start
                 _wait_for_a_step(run, run_dir, world.patience)
             time.sleep(moments.random() * 1.5)
-        saving, alive = any(run_dir.rglob("*.partial")), run.alive()
+        saving, alive = _saving(run_dir, begin), run.alive()
         run.kill()
         if not alive:
             assert run_dir.exists() and newest_step(run_dir) > 0, run.text()[-2000:]
@@ -144,77 +77,22 @@ def kills(world: World, count: int, processes: int) -> Outcome:
     return Outcome(seen, lost <= SAVE_EVERY, same=all(same), facts=facts)
 
 
-def _wait_for_a_save(run: Started, run_dir: Path, patience: float) -> None:
-    wait_until(lambda: any(run_dir.rglob("*.partial")) or not run.alive(), patience)
+def _wait_for_a_save(run: Started, run_dir: Path, begin: float, patience: float) -> None:
+    wait_until(lambda: _saving(run_dir, begin) or not run.alive(), patience)
+
+
+def _saving(run_dir: Path, begin: float) -> bool:
+    """Whether a folder is being written; what earlier kills left does not count."""
+    for unfinished in run_dir.rglob("*.partial"):
+        with suppress(FileNotFoundError):
+            if unfinished.stat().st_mtime > begin:
+                return True
+    return False
 
 
 def _wait_for_a_step(run: Started, run_dir: Path, patience: float) -> None:
     before = steps_logged(run_dir)
     wait_until(lambda: steps_logged(run_dir) != before or not run.alive(), patience)
-
-
-# -- requests to stop, and processes that die or freeze --------------------------------------------
-def stopped(world: World, by: str, number: signal.Signals) -> Outcome:
-    """A signal to the process, or to its launcher alone."""
-    name = f"{by}-{number.name}"
-    run_dir, count = fresh(world, name), 1 if by == "process" else 2
-    reference(world, count)
-    run = launched(world, name, world.words(name), by=by)
-    assert wait_until(lambda: steps_logged(run_dir) > 0, world.patience * 5), run.text()[-2000:]
-    os.kill(run.ids[0], number)
-    seconds, gone = ended(world, run, run_dir)
-    saved, logged = newest_step(run_dir), steps_logged(run_dir)
-    said = "--resume" in run.text()
-    held = gone and 0 < saved == logged and said
-    seen = f"saved at the step it was at ({saved}), "
-    seen = seen if saved == logged else f"saved {saved} of {logged} steps, "
-    seen += ("" if said else "no ") + "resume command, " + ("" if gone else "some ") + "all ended"
-    return Outcome(seen.replace("some all", "not all"), held, seconds, finish(world, name, count))
-
-
-def one_of_two(world: World, by: str, rank: int, number: signal.Signals) -> Outcome:
-    """A process dies (SIGKILL) or freezes (SIGSTOP) under a launcher; the other one ends."""
-    name = f"{by}-rank{rank}-{number.name}"
-    run_dir = fresh(world, name)
-    reference(world, 2)
-    run = launched(world, name, world.words(name), by=by)
-    past = SAVE_EVERY + 1
-    assert wait_until(lambda: steps_logged(run_dir) >= past, world.patience * 5), run.text()[-2000:]
-    (process,) = processes_of(run_dir, rank)
-    os.kill(process, number)
-    frozen = process if number == signal.SIGSTOP else None
-    seconds, gone = ended(world, run, run_dir, frozen)
-    words = run.said("has given no sign of life", "exitcode", "exits with return code")
-    held = gone and seconds < 60 and newest_step(run_dir) >= SAVE_EVERY
-    return Outcome(words or "ended", held, seconds, finish(world, name, 2))
-
-
-def dead_encoder(world: World) -> Outcome:
-    """One of two processes dies while the data are encoded: the store is finished the next time."""
-    name, cache = "dead-encoder", world.folder / "cache-of-dead-encoder"
-    run_dir = fresh(world, name)
-    shutil.rmtree(cache, ignore_errors=True)
-    slow = world.folder / "slow_encoding.py"
-    slow.write_text(
-        "import runpy, time\n"
-        "from t2i.data import encoding\n"
-        "from t2i.training import examples\n"
-        "examples._IMAGES_PER_SHARD = 4\n"
-        "load = encoding.load_sample\n"
-        "encoding.load_sample = lambda *a, **o: (time.sleep(0.1), load(*a, **o))[1]\n"
-        f"runpy.run_path({str(ROOT / 'launch' / 'train_llamagen.py')!r}, run_name='__main__')\n"
-    )
-    words = world.words(name, data_cache_dir=cache)
-    run = launched(world, name, words, by="torchrun", program=slow)
-    assert wait_until(lambda: any(cache.rglob("shard_*.safetensors")), world.patience * 5)
-    (process,) = processes_of(run_dir, 1)
-    os.kill(process, signal.SIGKILL)
-    seconds, gone = ended(world, run, run_dir)
-    begun = len(list(cache.rglob("shard_*.safetensors")))
-    again = fork(world, f"{name}-again", words, count=2)
-    held = gone and seconds < 60 and again.codes(world.patience * 5) == [0, 0]
-    same = fingerprint(run_dir) == reference(world, 2)
-    return Outcome(f"ended; {begun} shards were kept", held, seconds, same)
 
 
 # -- full disks ------------------------------------------------------------------------------------
@@ -382,20 +260,6 @@ def second_run(world: World) -> Outcome:
     return Outcome(said, held, max(seconds), same)
 
 
-def silent_hub(world: World) -> Outcome:
-    """A hub that takes connections and never answers."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(64)
-        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
-        env |= {"HF_HOME": str(world.folder / "empty-hub"), "HF_HUB_OFFLINE": "0"}
-        words = world.words("silent-hub", backbone_weights="somebody/model:gpt.pt")
-        clock = Clock()
-        run = launched(world, "silent-hub", words, by="process", env=env)
-        codes = run.codes(world.patience * 3, clock)
-    return Outcome(run.said("error:"), codes == [1], clock.seconds)
-
-
 def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
     """By name: what happens, in words, and what does it."""
     found: dict[str, tuple[str, Case]] = {
@@ -447,6 +311,8 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
         partial(one_of_two, by="torchrun", rank=0, number=signal.SIGSTOP),
     )
     found["dead-encoder"] = ("one of two processes dies while data are encoded", dead_encoder)
+    found["grid"] = ("ZeRO stages, processes, micro-batches, offloading, precisions", grid)
+    found["chain"] = ("the number of processes and the stage change four times", chain)
     found["silent-hub"] = ("a hub that does not answer", silent_hub)
     return found
 
@@ -456,7 +322,7 @@ def imports() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     import deepspeed  # noqa: F401
-    import transformers.modeling_utils  # noqa: F401
+    import transformers  # noqa: F401
 
     import t2i.evaluation.draw
     import t2i.evaluation.runner

@@ -283,7 +283,6 @@ def _train(run: Run) -> Path:
             validated = done or _due(plan.validate_every, run.step)
             if validated:
                 metrics |= run.validate()
-                run.keep_if_best(metrics)
             if run.processes.is_main:
                 shown = {"loss": f"{metrics['train/loss']:.3f}", "images_s": f"{rate:.1f}"}
                 bar.set_postfix(shown, refresh=False)  # by itself it would redraw at every step
@@ -293,6 +292,8 @@ def _train(run: Run) -> Path:
             saved = done or run.stop_agreed or _due(plan.save_every, run.step)
             if saved:
                 run.save()
+            if validated:  # after the checkpoint: should the disk be full, that one matters more
+                run.keep_if_best(metrics)
             sheet_due = (
                 saved
                 if config.engine.zero_stage == 3
