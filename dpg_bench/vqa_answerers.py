@@ -69,7 +69,7 @@ class _YesNoAnswerer(ABC):
             model, report = cls.model_class.from_pretrained(
                 folder, dtype="auto", output_loading_info=True
             )
-            processor = AutoProcessor.from_pretrained(folder)
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"judge {cls.name}: {folder} cannot be loaded: {error}") from error
         if lost := [*report["missing_keys"], *report["mismatched_keys"]]:

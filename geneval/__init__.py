@@ -118,7 +118,7 @@ def _picture(given: Image.Image | np.ndarray | str | Path, place: int) -> Image.
                 return image.convert("RGB")
         if isinstance(given, np.ndarray) and given.dtype == np.uint8:
             return Image.fromarray(given).convert("RGB")
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"images[{place}] cannot be read as an image: {error}") from error
     kind = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else f"{given!r:.80}"
     raise UserError(

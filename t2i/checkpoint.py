@@ -183,10 +183,15 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
 
 def run_checkpoints(run_dir: str | Path) -> list[Path]:
     """Complete checkpoint folders of a run, oldest first."""
+    return [folder for folder in step_folders(run_dir) if (folder / MANIFEST).is_file()]
+
+
+def step_folders(run_dir: str | Path) -> list[Path]:
+    """Folders by the names of checkpoints, which may be incomplete, oldest first."""
     steps = {
         int(match[1]): folder
         for folder in (Path(run_dir) / "checkpoints").glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", folder.name)) and (folder / MANIFEST).is_file()
+        if (match := re.fullmatch(r"step_(\d+)", folder.name))
     }
     return [steps[step] for step in sorted(steps)]
 
@@ -200,7 +205,7 @@ def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | N
         DamagedError: all are damaged.
     """
     damage = None
-    for folder in reversed(run_checkpoints(run_dir)):
+    for folder in reversed(step_folders(run_dir)):
         try:
             read_config(folder, with_state=with_state, contents=True)
         except DamagedError as error:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 
 import tyro
 
-from t2i.errors import UserError
-from t2i.launcher import is_main_process
+from t2i.errors import Stopped, UserError
+from t2i.launcher import is_main_process, resume_command, stop_signals
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -197,12 +197,13 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program: a user's mistake (UserError), Ctrl-C and SIGTERM end in a message alone.
+    """Run a program: a user's mistake (UserError), Ctrl-C, SIGTERM and a closed terminal end in a
+    message alone.
 
     Anything else keeps its traceback.
     """
-    # SIGTERM ends like Ctrl-C; a training run has handlers of its own.
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    # SIGTERM and a closed terminal end like Ctrl-C; a training run has handlers of its own.
+    previous = {number: signal.signal(number, _terminate) for number in stop_signals()}
     try:
         _log_plainly()
         main()
@@ -212,9 +213,12 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as stop:
         if is_main_process():
             print("interrupted", *stop.args, sep=": ", file=sys.stderr)
+            if isinstance(stop, Stopped):
+                print(f"to go on:\n  {resume_command()}", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         _leave_processes()
 
 

@@ -15,6 +15,10 @@ class NotFiniteError(UserError, FloatingPointError):
     """A training run's loss, gradient or weights are no numbers: its settings cannot be used."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A training run was stopped on request, and has saved."""
+
+
 def shorten(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
     """The first few of many names, and how many more there are."""
     more = f"{separator}and {len(names) - most} more" if len(names) > most else ""

@@ -8,7 +8,9 @@ mpirun. Without torch, so that a parser can ask.
 import logging
 import os
 import re
+import shlex
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ _MPI_LOCAL_SIZE = (
 )
 
 _watching = False
+_command: list[str] = []
+"""Of the launcher, kept for when it is gone."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,13 @@ def _number(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+# -- requests to stop -----------------------------------------------------------------------------
+def stop_signals() -> list[signal.Signals]:
+    """SIGTERM, and that of a terminal that is closed unless it is ignored (nohup)."""
+    numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+    return [n for n in dict.fromkeys(numbers) if signal.getsignal(n) != signal.SIG_IGN]
+
+
 # -- a launcher that goes --------------------------------------------------------------------------
 def watch_launcher() -> None:
     """Get SIGTERM when the launcher is gone without having passed one on.
@@ -148,11 +159,13 @@ def watch_launcher() -> None:
     `deepspeed` passes none on when it is stopped or killed. Without a launcher nothing is watched:
     a parent that is a shell may go (nohup).
     """
-    global _watching
+    global _watching, _command
     parents = _launchers()
     if _watching or not parents:
         return
     _watching = True
+    if not any(names[0] in os.environ for names in _MPI):  # their daemon's says nothing
+        _command = _command_line(parents[-1])
 
     def watch() -> None:
         while _launchers(len(parents)) == parents:
@@ -161,6 +174,17 @@ def watch_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def resume_command() -> str:
+    """What goes on with the run of this process, as a line for a shell."""
+    words = _command or _command_line(os.getpid()) or [sys.executable, *sys.argv]
+    return shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
+
+
+def _command_line(process: int) -> list[str]:
+    words = _proc(process, "cmdline").split(b"\0")[:-1]
+    return [os.fsdecode(word) for word in words if not word.startswith(b"--local_rank")]
 
 
 def _launchers(count: int | None = None) -> list[int]:

@@ -81,6 +81,10 @@ def weight_files(folder: str | Path) -> list[Path]:
             except (KeyError, TypeError, AttributeError) as error:
                 text = f"{folder / index} is damaged ({error!r}); download it again"
                 raise UserError(text) from error
+            if strange := sorted(str(n) for n in names if Path(str(n)).name != n):
+                raise UserError(
+                    f"{folder / index} names {', '.join(strange)}, which is not within the folder"
+                )
             if missing := sorted(n for n in names if not (folder / n).is_file()):
                 raise UserError(
                     f"{folder / index} names {', '.join(missing)}, which is not there; "

@@ -178,6 +178,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{k}": v for file in files for k, v in load_file(file).items()}
 
 
+def state_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The weights, or one of the moments, in the training state of a checkpoint folder."""
+    files = map(load_file, sorted((folder / "training_state").glob("*.safetensors")))
+    found = {key: value for file in files for key, value in file.items()}
+    return {k.removesuffix(f"/{kind}"): v for k, v in found.items() if k.endswith(f"/{kind}")}
+
+
 def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)

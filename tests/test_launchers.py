@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+from helpers import rare
+from programs import ROOT, free_port
 from runs import metrics, plain_options
 
 from t2i import checkpoint, launcher
@@ -127,6 +128,16 @@ def test_a_launch_that_cannot_be_understood_is_refused(adopted):
     assert adopted(RANK=0, OMPI_COMM_WORLD_RANK=1) == {"RANK": "0"}, "torchrun's win"
 
 
+def test_the_command_that_goes_on(monkeypatch):
+    """The launcher's words, as a shell takes them; --resume once."""
+    monkeypatch.setattr(launcher, "_command", ["torchrun", "train.py", "--log.prompts", "a b"])
+    assert launcher.resume_command() == "torchrun train.py --log.prompts 'a b' --resume"
+    monkeypatch.setattr(launcher, "_command", ["train.py", "--resume"])
+    assert launcher.resume_command() == "train.py --resume"
+    monkeypatch.setattr(launcher, "_command", [])
+    assert "pytest" in launcher.resume_command(), "this process's own"
+
+
 def test_only_the_main_process_does_it_and_all_hear_of_it():
     def wrong() -> None:
         raise UserError("wrong")
@@ -186,6 +197,42 @@ def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
     (saved,) = checkpoint.run_checkpoints(run_dir)
     assert int(saved.name[5:]) == metrics(tiny_world, run_dir.name)[-1]["step"]
     checkpoint.read_config(saved, with_state=True, contents=True)
+
+
+@pytest.mark.parametrize("frozen", [1, rare(0)])
+def test_a_frozen_process_ends_the_others(frozen):
+    """With words that name it. Rank 0 holds the server that signs of life are given to."""
+    code = f"""if True:
+        import os, signal, time
+        import torch
+        from t2i import cli
+        from t2i.processes import join_processes
+        from t2i.training import watch
+        watch._SECONDS = 0.1
+        def main():
+            here = join_processes(torch.device("cpu"))
+            with watch.PeerWatch(here) as peers, peers.step():
+                time.sleep(1)
+                while here.rank == {frozen}:  # whoever wakes it up
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(60)
+        cli.run(main)"""
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment(**job, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, err = ranks[1 - frozen].communicate(timeout=300)
+    finally:
+        ranks[frozen].kill()
+    assert ranks[1 - frozen].returncode == 1, err
+    assert f"process {frozen} has given no sign of life for 2 seconds" in err
 
 
 def test_tasks_of_srun_join(tmp_path):

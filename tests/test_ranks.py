@@ -1,19 +1,21 @@
 """Training by two processes, under both launchers and each ZeRO stage, is that of one."""
 
-import socket
-
 import pytest
 import torch
-from helpers import rare
-from programs import ROOT, launch
+from helpers import Killed, rare
+from programs import ROOT, free_port, launch
 from runs import (
     PROMPTS,
     SAME_SUM,
     assert_same_metrics,
+    assert_same_weights,
+    before_step,
     draw,
+    kill,
     metrics,
     plain_options,
     tiny_janus_run,
+    tiny_run,
     weights,
 )
 from safetensors.torch import load_file
@@ -24,20 +26,18 @@ from t2i import checkpoint
 from t2i.lora import merge_lora
 from t2i.training.loop import train
 
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 SCRIPT = str(ROOT / "tests" / "two_ranks.py")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_world, plain):
-    """Two processes with torchrun's variables; runs named ranks-*."""
+    """Two processes with torchrun's variables: runs named ranks-*, and two that another number of
+    processes goes on with.
+    """
+    with pytest.raises(Killed), before_step(1, kill):
+        train(tiny_run(tiny_world, "one-then-two", log__save_every=1))
     launch(SCRIPT, str(tiny_world))
+    train(tiny_run(tiny_world, "two-then-one", resume=True, log__save_every=1))
     return tiny_world
 
 
@@ -109,6 +109,37 @@ def test_janus_adapters_under_zero(fixture, name, janus_alone, request):
         merge_lora(model.backbone)
         after = model.backbone.text_logits(ids)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["two-then-one", "one-then-two"])
+def test_another_number_of_processes_goes_on(two_ranks, name):
+    """Under another stage, too: the same samples in the same order, and the same optimizer."""
+    assert_same_metrics(metrics(two_ranks, name), metrics(two_ranks, "plain"), SAME_SUM)
+    folder = checkpoint.find_checkpoint(two_ranks / "runs" / name)
+    expected = checkpoint.find_checkpoint(two_ranks / "runs" / "plain")
+    for key, value in weights(expected).items():
+        assert torch.allclose(weights(folder)[key], value, atol=2e-4), key
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_that_cannot_be_halved(two_ranks, stage):
+    """A fresh engine goes on from their state as the old one does; ZeRO-3 fills up shares."""
+    folders = [two_ranks / f"odd-{stage}" / name for name in ("first", "second", "other")]
+    first, second, other = (
+        {k: v for file in sorted(folder.iterdir()) for k, v in load_file(file).items()}
+        for folder in folders
+    )
+    assert_same_weights(second, other)
+    assert not torch.equal(first["0.bias/weight"], second["0.bias/weight"])
+    assert second["1.bias/step"] == 2 and second["1.bias/exp_avg"].shape == (1,)
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does(tiny_world, plain):
+    options = plain_options(tiny_world, "ranks-four")
+    script = ("--standalone", "--nproc_per_node", "4", str(ROOT / "launch" / "train_llamagen.py"))
+    launch("-m", "torch.distributed.run", *script, *options, "--engine.zero-stage", "2")
+    assert_same_metrics(metrics(tiny_world, "ranks-four"), metrics(tiny_world, "plain"), SAME_SUM)
 
 
 def test_a_signal_to_one_rank_stops_all(two_ranks):

@@ -29,6 +29,8 @@ SMALL_IMAGE_POLICIES = ("skip", "upscale")
 VIEW_KINDS = ("centre", "flip", "ten-crop")
 # Formats that decode by themselves; EPS, for example, would start Ghostscript on a downloaded file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+_LARGEST_FILE = 1 << 30
+"""Bytes of an encoded image that are read; more than 100 megapixels never need."""
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -126,7 +128,7 @@ def open_image(image: ImageRef, max_megapixels: float = 100.0) -> Image.Image:
     if image is None:
         raise SkipSample("missing", "the row holds no image")
     if isinstance(image, Path | FileSlice | RemoteFile):
-        image = read_bytes(image)
+        image = read_bytes(image, limit=_LARGEST_FILE)
     if isinstance(image, bytes) and not image:
         raise SkipSample("empty", "zero bytes")
     try:

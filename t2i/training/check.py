@@ -214,7 +214,8 @@ def _when_lines(config: TrainConfig, plan: Plan | None) -> list[str]:
         f"sample sheet  {sheets}",
         *([] if sheets == "never" else [f"  of          {prompts}"]),
         f"checkpoint    {every(plan.save_every, 'at the end').removeprefix(first)}; "
-        f"the last {config.log.keep_last} are kept",
+        f"the last {config.log.keep_last} are kept"
+        + (", and the best model" if config.log.keep_best else ""),
     ]
     for part, (rate, step) in peak_rates(config, plan).items():
         course = "then falls to 0 at the end" if part == "codec" else "then stays"

@@ -196,6 +196,8 @@ class LogOptions:
     """Also validate and draw a sheet before the first step: what the base does by itself."""
     keep_last: int = 2
     """Newest checkpoints to keep; older ones are deleted."""
+    keep_best: bool = True
+    """Also keep, in run_dir/best, the model with the lowest held-out loss of its final codes."""
     prompts: tuple[str, ...] = (
         "a photo of a red circle",
         "a photo of two squares",
@@ -248,6 +250,8 @@ class TrainConfig:
     """Share of samples that are trained without their caption or class, for guidance."""
     token_dropout: float = 0.1
     """Element dropout on the trunk's input embeddings."""
+    ema: float = 0.0
+    """Decay of a moving average of the trained weights, which is what is saved then (0: none)."""
     seed: int = 0
     """Codec initialisation, data order, noise and dropout."""
     resume: bool = False
@@ -280,6 +284,13 @@ class TrainConfig:
             raise UserError(
                 "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer "
                 "step)"
+            )
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema={self.ema} must be in [0, 1); 0.999 is usual, 0 is none")
+        if self.ema and self.engine.zero_stage == 3:
+            raise UserError(
+                "ema needs whole weights in every process: it cannot be with engine.zero_stage=3, "
+                "which shards them; use at most 2"
             )
         if not 0 <= self.condition_dropout < 1 or not 0 <= self.token_dropout < 1:
             raise UserError(

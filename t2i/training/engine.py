@@ -225,19 +225,7 @@ def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, f
     return rates
 
 
-@contextmanager
-def settings_kept(engine) -> Iterator[None]:
-    """Keep this run's settings of the optimizer while a state is loaded, which brings its own."""
-    kept = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
-    clip = engine.gradient_clipping()
-    yield
-    for group, own in zip(engine.optimizer.param_groups, kept, strict=True):
-        group.update(own)
-    if hasattr(engine.optimizer, "clip_grad"):  # ZeRO's
-        engine.optimizer.clip_grad = clip
-
-
-def grad_norm(engine) -> Tensor | float | None:
+def grad_norm(engine) -> Tensor | None:
     """Norm of the gradient over all processes, for the step that `engine.step` is about to take;
     None if only that tells.
 

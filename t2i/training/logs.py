@@ -91,8 +91,8 @@ def write_run_page(run_dir: str | Path) -> Path:
     ]
     sheets = sorted((run_dir / "samples").glob("*.png"), reverse=True)
     samples = "".join(
-        f'<figure><img src="samples/{p.name}" alt=""><figcaption>{p.stem}</figcaption></figure>'
-        for p in sheets
+        f'<figure><img src="samples/{name}.png" alt=""><figcaption>{name}</figcaption></figure>'
+        for name in (html.escape(path.stem) for path in sheets)
     )
     settings = html.escape(json.dumps(read_json(run_dir / "config.json"), indent=2))
     title = html.escape(run_dir.name)

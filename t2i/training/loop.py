@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import reduce
 from operator import add
@@ -15,16 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from t2i.checkpoint import find_checkpoint, from_pretrained, run_checkpoints
-from t2i.errors import NotFiniteError, UserError
+from t2i.checkpoint import find_checkpoint, from_pretrained, read_config, run_checkpoints
+from t2i.errors import NotFiniteError, Stopped, UserError
 from t2i.files import saving, write_json
 from t2i.generation import draw_images
 from t2i.imaging import grid, save_png
+from t2i.launcher import stop_signals
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
 from t2i.tensorar.model import SlotLosses, TensorAR
 from t2i.training import run_state
+from t2i.training.average import Average
 from t2i.training.batches import TrainingData
 from t2i.training.check import look_at_model, look_before_work
 from t2i.training.config import TrainConfig
@@ -40,8 +42,11 @@ from t2i.training.logs import MetricsLog, write_run_page
 from t2i.training.settings import plain
 from t2i.training.start import build_model
 from t2i.training.validation import validate
+from t2i.training.watch import PeerWatch
 
 _ONE_REQUEST_SECONDS = 2.0
+BEST_BY = "validation/own_drafts/slot0"
+"""The loss that says which model is the best: of the final codes, with the model's own drafts."""
 
 
 class Run:
@@ -58,18 +63,26 @@ class Run:
         self.data = TrainingData(config, self.model.backbone, processes, source)
         self.plan = self.data.plan
         self.prompts = prompts or self.data.held_out_conditions(4)
+        self.step, state = 0, None
+        if checkpoint is not None:
+            state = run_state.resumed_state(self.model, config, checkpoint, self.data.key)
+            self.step = read_config(checkpoint)["training"]["step"]
         self.engine = start_engine(self.model, config, processes)
-        self.step = (
-            0
-            if checkpoint is None
-            else run_state.resume(self.engine, config, checkpoint, self.data.key)
-        )
+        self.average = Average(self.model, config.ema) if config.ema else None
+        if state is not None:
+            state.load_optimizer(self.engine)
+            if self.average is not None:
+                self.average.weights = state.average()
         if self.step > self.plan.steps:
             raise UserError(
                 f"{config.run_dir} has done {self.step} steps already, more than the "
                 f"{self.plan.steps} asked for"
             )
         self.stop_requested = self.stop_agreed = False
+        self.watch = PeerWatch(processes)
+        facts = (self.plan.steps, self.data.key, self.average)
+        self.checkpoints = run_state.Checkpoints(self.engine, self.model, config, processes, *facts)
+        self.best_loss = self.checkpoints.best_loss()
         if processes.is_main:
             if checkpoint is not None:
                 run_state.set_aside_damaged(config.run_dir, checkpoint)
@@ -86,29 +99,31 @@ class Run:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
+        with self.watch.step():
+            return self._train_step()
+
+    def _train_step(self) -> dict[str, float]:
         config = self.config
         rates = set_rates(self.engine, config, self.step, self.plan.steps)
         # Dropout is the one user of torch's global generator: seeding it per step makes resume
         # exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
-        parts, norm = [], None
+        parts: list[tuple[Tensor, SlotLosses]] = []
         for batch in self.data.micro_batches(self.step):
             loss, sums, counts = self.engine(batch)
             self.engine.backward(loss)
+            parts.append((batch.indices, SlotLosses(sums, counts)))
             if self.engine.is_gradient_accumulation_boundary():
                 norm = grad_norm(self.engine)
+                total = self._healthy(parts, norm)  # or no weight is touched
             self.engine.step()
-            parts.append((batch.indices, SlotLosses(sums, counts)))
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        losses = [part for _, part in parts]
-        own = SlotLosses(
-            reduce(add, (p.sums for p in losses)), reduce(add, (p.counts for p in losses))
-        )
-        total, healthy = self._over_ranks(own, norm)
-        if not healthy:
-            self._refuse_batch(parts, total)
+            if norm is not None and not 0 <= norm < math.inf:  # nor NaN; DeepSpeed says -1, too
+                self._refuse_batch(parts, total, self.step)
         return {
             "train/loss": float(total.weighted(config.method.weights())),
             **{f"train/slot{j}": m for j, m in enumerate(total.means().tolist())},
@@ -116,25 +131,33 @@ class Run:
             **({} if norm is None else {"train/grad_norm": float(norm)}),
         }
 
-    def _over_ranks(self, own: SlotLosses, norm: Tensor | float | None) -> tuple[SlotLosses, bool]:
-        """Sum over all ranks, and whether loss and gradient are finite.
+    def _healthy(self, parts: list[tuple[Tensor, SlotLosses]], norm: Tensor | None) -> SlotLosses:
+        """The losses of the whole batch, on the CPU.
 
-        One message, and with it their stop requests: a signal reaches them at different steps.
+        Ranks exchange one message, and with it their stop requests: a signal reaches them at
+        different steps.
+
+        Raises:
+            NotFiniteError: a loss is not finite, or the norm of the gradient, where it is known.
         """
-        k = self.config.method.k
-        norm = own.sums.new_tensor(0.0 if norm is None else float(norm))
-        bad = (~norm.isfinite() | (norm < 0)).float()  # DeepSpeed says -1, too
-        stop = own.sums.new_tensor(float(self.stop_requested))
-        message = torch.cat([own.sums, own.counts, torch.stack([bad, stop])])
+        k, losses = self.config.method.k, [part for _, part in parts]
+        sums = reduce(add, (p.sums for p in losses))
+        counts = reduce(add, (p.counts for p in losses))
+        bad = sums.new_tensor(0.0) if norm is None else (~norm.isfinite()).to(sums)
+        stop = sums.new_tensor(float(self.stop_requested))
+        message = torch.cat([sums, counts, torch.stack([bad, stop])])
         if self.processes.world_size > 1:
             dist.all_reduce(message)
         message = message.cpu()
         self.stop_agreed = bool(message[-1] > 0)
-        return SlotLosses(message[:k], message[k : 2 * k]), bool(
-            message.isfinite().all() and message[-2] == 0
-        )
+        total = SlotLosses(message[:k], message[k : 2 * k])
+        if message[-2] > 0 or not message.isfinite().all():
+            self._refuse_batch(parts, total, self.step + 1)
+        return total
 
-    def _refuse_batch(self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses) -> NoReturn:
+    def _refuse_batch(
+        self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses, step: int
+    ) -> NoReturn:
         """NotFiniteError names the step, and the samples without a finite loss (or all of them)."""
         finite = bool(total.sums.isfinite().all())
         named = [i for i, losses in parts if not losses.sums.isfinite().all()]
@@ -143,13 +166,13 @@ class Run:
         everywhere = [i for rank in self.processes.gather(named) for i in rank]
         what = "gradient" if finite else "loss"
         raise NotFiniteError(
-            f"the {what} is not finite at step {self.step}, with the samples "
+            f"the {what} is not finite at step {step}, with the samples "
             f"{self.data.names(torch.cat(everywhere))}; {run_state.advice(self.config.run_dir)}"
         )
 
     def validate(self) -> dict[str, float]:
         """Held-out losses; every rank calls it."""
-        with autocast(self.config.engine.precision, self.processes.device):
+        with self._averaged(), autocast(self.config.engine.precision, self.processes.device):
             metrics = validate(self.model, self.data).metrics()
         if not all(map(math.isfinite, metrics.values())):
             raise NotFiniteError(
@@ -164,12 +187,13 @@ class Run:
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
             drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")  # nothing is kept
-            images = [
-                drawn.image
-                for drawn in draw_images(
-                    model, prompts, drawing, samples_per_prompt=2, progress=False
-                )
-            ]
+            with self._averaged():
+                images = [
+                    drawn.image
+                    for drawn in draw_images(
+                        model, prompts, drawing, samples_per_prompt=2, progress=False
+                    )
+                ]
             sheet = grid(
                 images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
             )
@@ -207,18 +231,21 @@ class Run:
                 f"{run_state.advice(self.config.run_dir)}"
             )
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """For the duration the model has the averaged weights, if there are any."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     def save(self) -> Path:
         """Write a checkpoint folder, and delete the oldest ones."""
         self.check_weights()
-        return run_state.save(
-            self.engine,
-            self.model,
-            self.config,
-            self.processes,
-            self.step,
-            self.plan.steps,
-            self.data.key,
-        )
+        return self.checkpoints.save(self.step)
+
+    def keep_if_best(self, metrics: dict[str, float]) -> None:
+        """Write the model beside the checkpoints if no validation found a lower loss."""
+        if self.config.log.keep_best and metrics[BEST_BY] < self.best_loss:
+            self.check_weights()
+            self.best_loss = metrics[BEST_BY]
+            self.checkpoints.save_best(self.step, self.best_loss)
 
 
 def train(config: TrainConfig) -> Path:
@@ -229,7 +256,7 @@ def train(config: TrainConfig) -> Path:
             disk is full.
         NotFiniteError: loss, gradient or weights are not finite any more; no such checkpoint is
             written.
-        KeyboardInterrupt: stopped on request (Ctrl-C or SIGTERM), after a checkpoint.
+        Stopped: on request (Ctrl-C, SIGTERM, SIGHUP), after a checkpoint; a KeyboardInterrupt.
     """
     with run_state.owned(config, start_processes()):
         return _train(Run(config))
@@ -248,7 +275,7 @@ def _train(run: Run) -> Path:
         unit="step",
         disable=not run.processes.is_main,
     )
-    with bar, _stop_on_signals(run):
+    with bar, _stop_on_signals(run), run.watch:
         while run.step < plan.steps and not run.stop_agreed:
             metrics = run.train_step()
             done = run.step == plan.steps
@@ -265,6 +292,8 @@ def _train(run: Run) -> Path:
             saved = done or run.stop_agreed or _due(plan.save_every, run.step)
             if saved:
                 run.save()
+            if validated:  # after the checkpoint: should the disk be full, that one matters more
+                run.keep_if_best(metrics)
             sheet_due = (
                 saved
                 if config.engine.zero_stage == 3
@@ -275,7 +304,7 @@ def _train(run: Run) -> Path:
             if run.processes.is_main and (validated or saved):
                 write_run_page(config.run_dir)
     if run.step < plan.steps:
-        raise KeyboardInterrupt(f"saved after step {run.step}; the same with --resume goes on")
+        raise Stopped(f"saved after step {run.step}; the same with --resume goes on")
     return run_checkpoints(config.run_dir)[-1]
 
 
@@ -286,7 +315,9 @@ def _due(every: int, step: int) -> bool:
 
 @contextmanager
 def _stop_on_signals(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a checkpoint after this step; a second Ctrl-C ends at once."""
+    """Ctrl-C, SIGTERM and a closed terminal ask for a checkpoint after this step; a second Ctrl-C
+    ends at once.
+    """
 
     asked = math.inf
 
@@ -299,7 +330,8 @@ def _stop_on_signals(run: Run) -> Iterator[None]:
         asked = min(asked, time.monotonic())
         run.stop_requested = True
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, *stop_signals())
+    previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:

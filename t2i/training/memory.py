@@ -67,7 +67,9 @@ def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: in
     weight, grad = weight_bytes(config), 4
     optimizer = 12 if weight == 2 else 8  # two moments, and an fp32 copy under bf16
     shards = [world_size if stage >= least else 1 for least in (3, 2, 1)]
-    return total * weight / shards[0] + trained * (grad / shards[1] + optimizer / shards[2])
+    average = 4 * trained if config.ema else 0
+    sharded = trained * (grad / shards[1] + optimizer / shards[2])
+    return total * weight / shards[0] + sharded + average
 
 
 def logit_bytes(model: TensorAR, config: TrainConfig) -> int:

@@ -2,90 +2,134 @@
 or absent.
 
     run_dir/checkpoints/step_000100/            as in t2i.checkpoint, plus
-    run_dir/checkpoints/step_000100/training_state/   DeepSpeed's optimizer shards
+    run_dir/checkpoints/step_000100/training_state/   as in t2i.training.state
+    run_dir/best/                               the model with the lowest held-out loss, alone
 
 Noise, data order, dropout and learning rates are functions of the step, so the step is all the
 state that is ours.
 """
 
 import logging
+import math
 import os
-import pickle
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from t2i.checkpoint import (
     new_checkpoint,
     newest_healthy,
     read_config,
     run_checkpoints,
+    step_folders,
     write_model,
 )
 from t2i.errors import UserError
 from t2i.files import owning, partial_folder, read_json, saving, writable_folder
 from t2i.manifest import TRAINING_STATE
 from t2i.tensorar.model import TensorAR
+from t2i.training.average import Average
 from t2i.training.config import TrainConfig
-from t2i.training.engine import Processes, settings_kept, whole_weights
-from t2i.training.settings import check_settings, check_state, plain, state_facts
+from t2i.training.engine import Processes, whole_weights
+from t2i.training.settings import check_settings, plain, say_what_differs, state_facts
+from t2i.training.state import StoredState, write_state
 
 log = logging.getLogger(__name__)
 
+BEST = "best"
+"""Folder of the model with the lowest held-out loss, within a run folder."""
 
-def save(
-    engine,
-    model: TensorAR,
-    config: TrainConfig,
-    processes: Processes,
-    step: int,
-    steps: int,
-    data_key: str,
-) -> Path:
-    """Save after `step` optimizer steps; every rank calls it. `data_key` identifies the data's
-    content.
 
-    Raises:
-        UserError: the disk is full.
+@dataclass
+class Checkpoints:
+    """What writes the checkpoints of a run; every rank calls its methods.
+
+    Attributes:
+        steps: of the whole run.
+        data_key: identifies the data's content.
+        average: its weights are the saved model's, where there is one.
     """
-    folder = config.run_dir / "checkpoints" / f"step_{step:06d}"
-    training = {
-        "step": step,
-        "steps": steps,
-        "state": state_facts(config, processes.world_size),
-        "data_key": data_key,
-        "config": plain(asdict(config)),
-    }
-    with ExitStack() as stack:
-        if processes.is_main:
-            partial = stack.enter_context(new_checkpoint(folder))
-        else:
-            partial = partial_folder(folder)
-            stack.enter_context(saving(folder))
-        with whole_weights(model, config.engine.zero_stage):
+
+    engine: Any
+    model: TensorAR
+    config: TrainConfig
+    processes: Processes
+    steps: int
+    data_key: str
+    average: Average | None
+
+    def save(self, step: int) -> Path:
+        """Save after so many steps, and delete the oldest ones.
+
+        Raises:
+            UserError: the disk is full.
+            NotFiniteError: the optimizer's state is not finite.
+        """
+        folder = self.config.run_dir / "checkpoints" / f"step_{step:06d}"
+        average = {} if self.average is None else self.average.weights
+
+        def write_training_state(partial: Path) -> None:
+            state = partial / TRAINING_STATE
+            write_state(self.engine, self.model, average, state, self.processes)
+
+        self._write(folder, {"step": step}, write_training_state)
+        if self.processes.is_main:
+            for old in run_checkpoints(self.config.run_dir)[: -self.config.log.keep_last]:
+                shutil.rmtree(old)
+        self.processes.barrier()
+        return folder
+
+    def save_best(self, step: int, loss: float) -> None:
+        """Save the model alone, as the best one so far."""
+        self._write(self.config.run_dir / BEST, {"step": step, "best_loss": loss})
+
+    def best_loss(self) -> float:
+        """Of the best model that was saved; infinite without one."""
+
+        def read() -> float:
+            folder = self.config.run_dir / BEST
+            try:
+                return float(read_config(folder, contents=True)["training"]["best_loss"])
+            except (UserError, KeyError, TypeError):  # none yet, or damaged: the next one counts
+                return math.inf
+
+        return self.processes.on_main(read)
+
+    def _write(
+        self, folder: Path, facts: dict, rest: Callable[[Path], None] = lambda partial: None
+    ) -> None:
+        """A checkpoint folder, whole or not at all; `rest` writes what ranks share."""
+        config, processes = self.config, self.processes
+        training = {
+            **facts,
+            "steps": self.steps,
+            "state": state_facts(config, processes.world_size),
+            "data_key": self.data_key,
+            "config": plain(asdict(config)),
+        }
+        with ExitStack() as stack:
             if processes.is_main:
-                write_model(
-                    model,
-                    partial,
-                    tuning=config.tuning,
-                    image_layers=config.train_image_layers,
-                    training=training,
-                )
+                partial = stack.enter_context(new_checkpoint(folder))
+            else:
+                partial = partial_folder(folder)
+                stack.enter_context(saving(folder))
+            averaged = nullcontext() if self.average is None else self.average.applied()
+            with averaged, whole_weights(self.model, config.engine.zero_stage):
+                if processes.is_main:
+                    write_model(
+                        self.model,
+                        partial,
+                        tuning=config.tuning,
+                        image_layers=config.train_image_layers,
+                        training=training,
+                    )
+            processes.barrier()
+            rest(partial)
+            processes.barrier()
         processes.barrier()
-        engine.save_checkpoint(
-            str(partial), tag=TRAINING_STATE, save_latest=False, exclude_frozen_parameters=True
-        )
-        processes.barrier()
-    if processes.is_main:
-        for old in run_checkpoints(config.run_dir)[: -config.log.keep_last]:
-            shutil.rmtree(old)
-    processes.barrier()
-    return folder
 
 
 def advice(run_dir: Path) -> str:
@@ -95,85 +139,28 @@ def advice(run_dir: Path) -> str:
     return f"{left}. Lower the learning rates, or train in fp32"
 
 
-def resume(engine, config: TrainConfig, folder: Path, data_key: str) -> int:
-    """Load the training state (see also `check_resumable`); returns the number of steps done.
+def resumed_state(model: TensorAR, config: TrainConfig, folder: Path, data_key: str) -> StoredState:
+    """The training state to go on from (see also `check_resumable`); its weights are in the model
+    then.
 
     Raises:
-        UserError: the data set is not what it was, or the state is none that DeepSpeed wrote.
+        UserError: the data set is not what it was, or the state is of another model.
     """
-    training = read_config(folder)["training"]
-    if training["data_key"] != data_key:
+    if read_config(folder)["training"]["data_key"] != data_key:
         raise UserError(
             f"cannot resume {folder}: the data set has changed since (files were added, removed or "
             "edited), and with it the held-out split and the order; start a new run_dir"
         )
-    # Frozen weights are not in the state: they are the base's, and already loaded.
-    complete = all(p.requires_grad for p in engine.module.parameters())
-    with _without_code(folder / TRAINING_STATE), settings_kept(engine):
-        path, _ = engine.load_checkpoint(
-            str(folder), tag=TRAINING_STATE, load_module_strict=complete
-        )
-    if path is None:
-        raise UserError(
-            f"{folder / TRAINING_STATE} holds no training state; resume from another checkpoint"
-        )
-    return training["step"]
-
-
-@contextmanager
-def _without_code(state: Path) -> Iterator[None]:
-    """While DeepSpeed reads its files: no pickle runs anything but tensors and the three plain
-    classes that DeepSpeed stores.
-
-    Raises:
-        UserError: a file asks for something else; it is named, and has not been run.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    force = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load obeys it, whatever its caller says
-    before = os.environ.get(force)
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        for path in sorted(state.rglob("*.pt")):
-            _refuse_code(path)
-        os.environ[force] = "1"
-        try:
-            yield
-        except pickle.UnpicklingError as error:  # torch's words would advise to trust the file
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"would run {found[1]}" if found else "is damaged, or holds code"
-            raise UserError(
-                f"a file in {state} {what}: it is refused; resume from a checkpoint that you trust"
-            ) from error
-        finally:
-            os.environ.pop(force)
-            if before is not None:
-                os.environ[force] = before
-
-
-def _refuse_code(path: Path) -> None:
-    """UserError names the file and what it would run; `torch.load` refuses to run it anyway."""
-    try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception as error:  # a damaged file can make it raise anything
-        raise UserError(
-            f"{path} is not a training state that DeepSpeed wrote ({str(error)[:200]}); resume "
-            "from another checkpoint"
-        ) from error
-    if unsafe:
-        raise UserError(
-            f"{path} would run {', '.join(sorted(unsafe))} when it is read, which DeepSpeed's own "
-            "files never do: it is "
-            "refused and nothing was run. Resume from a checkpoint that you trust"
-        )
+    state = StoredState(folder / TRAINING_STATE, model)
+    state.load_weights()
+    return state
 
 
 def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
     """UserError names the settings that differ from those of the run in `folder`."""
     stored = read_config(folder, with_state=True)["training"]
     check_settings(config, stored["config"], folder)
-    check_state(config, world_size, stored, folder)
+    say_what_differs(config, world_size, stored, folder)
 
 
 @contextmanager
@@ -221,7 +208,7 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
 
 def set_aside_damaged(run_dir: Path, newest: Path) -> None:
     """Rename the damaged checkpoints after the one that is resumed from, so that none counts."""
-    found = run_checkpoints(run_dir)
+    found = step_folders(run_dir)
     for folder in found[found.index(newest) + 1 :]:
         damaged = folder.with_name(folder.name + ".damaged")
         shutil.rmtree(damaged, ignore_errors=True)

@@ -22,10 +22,11 @@ MUST_MATCH = (
     "data",
     "condition_dropout",
     "token_dropout",
+    "ema",
 )
 """With another value the run would be another one."""
-OF_THE_STATE = ("engine.zero_stage", "engine.precision", "engine.micro_batch")
-"""Another value, or number of processes, would not fit DeepSpeed's state, or change the run."""
+ROUNDING = ("engine.zero_stage", "engine.precision", "engine.micro_batch")
+"""May change, as the number of processes may: the same sums, added or rounded otherwise."""
 BY_CONTENT = (
     "data.source",
     "backbone.weights",
@@ -60,7 +61,7 @@ def options(config: dict, part: str = "") -> Iterator[tuple[str, object]]:
 
 def group_of(name: str) -> tuple[str, ...]:
     """The group of an option: that of its own name, else of its part's."""
-    groups = (OF_THE_STATE, BY_CONTENT, FREE, APPLIED, MUST_MATCH)
+    groups = (ROUNDING, BY_CONTENT, FREE, APPLIED, MUST_MATCH)
     for known in (name, name.partition(".")[0]):
         for group in groups:
             if known in group:
@@ -89,28 +90,27 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
 
 
 def state_facts(config: TrainConfig, world_size: int) -> dict:
-    """What the training state fits only, for `check_state`."""
+    """What the bits of a run depend on besides its settings, for `say_what_differs`."""
     own = dict(options(plain(asdict(config))))
     zero = deepspeed_config(config, world_size)["zero_optimization"]
     return {
         "world_size": world_size,
-        **{name: own[name] for name in OF_THE_STATE},
+        **{name: own[name] for name in ROUNDING},
         **{f"zero_optimization.{name}": value for name, value in options(plain(zero))},
     }
 
 
-def check_state(config: TrainConfig, world_size: int, stored: dict, where: Path) -> None:
-    """UserError if the training state is that of other processes, or of another engine."""
-    before, now = stored.get("state"), state_facts(config, world_size)
-    if before is None:
-        raise UserError(
-            f"{where} was saved by an older version, whose training cannot go on here; start a new "
-            f"run_dir from its weights, with --backbone.weights {where}"
+def say_what_differs(config: TrainConfig, world_size: int, stored: dict, where: Path) -> None:
+    """A warning if other processes, or another engine, go on from a checkpoint."""
+    before, now = stored.get("state") or {}, state_facts(config, world_size)
+    if changes := [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in before | now
+        if before.get(name) != now.get(name)
+    ]:
+        log.warning(
+            "resuming %s with %s: the same samples in the same order, and not bit for bit the same "
+            "numbers",
+            where,
+            "; ".join(changes),
         )
-    for name in before | now:
-        if before.get(name) != now.get(name):
-            raise UserError(
-                f"{where} was saved with {name}={before.get(name)}, this run has {now.get(name)}: "
-                "the continuation would differ, or DeepSpeed's optimizer shards not fit; start it "
-                f"with {name}={before.get(name)}"
-            )

@@ -144,13 +144,13 @@ class MetadataFolder(Source):
         ]
 
     def files(self) -> list[tuple[str, Path]]:
-        """The metadata and every image that it names, also outside the folder."""
+        """The metadata and every image that it names."""
         listed = [(name, Path(os.path.normpath(self._folder / name))) for name in self._listed()]
         return [(str(path.relative_to(self._folder)), path) for path in self._metadata] + listed
 
     def _listed(self) -> Iterable[str]:
         names = map(self._name, range(len(self._rows)))
-        return dict.fromkeys(name for name in names if name is not None)
+        return dict.fromkeys(name for name in names if name is not None and not _leads_out(name))
 
     def _name(self, index: int) -> str | None:
         """An image's path relative to the folder, if that is how it is given."""
@@ -163,10 +163,17 @@ class MetadataFolder(Source):
 
     def __getitem__(self, index: int) -> Sample:
         name = self._name(index)
+        if name is not None and _leads_out(name):
+            return Sample(index, printable(name), None, [], "file name leads out of the folder")
         path = None if name is None else Path(os.path.normpath(self._folder / name))
         return make_sample(
             index, name or f"row {index}", path, self._rows[index][1].get(self._caption)
         )
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a normal path relative to a folder is not below it."""
+    return os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
 
 
 class SidecarFolder(Source):
@@ -175,7 +182,10 @@ class SidecarFolder(Source):
     def __init__(self, folder: Path, images: Sequence[Path], files: Sequence[Path]):
         self._folder = folder
         self._images = images
-        texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+        captions = [path for path in files if path.suffix.lower() == ".txt"]
+        # What a link shows as a caption would get into pages and model cards: a key file, say.
+        strange = {path for path in captions if path.resolve().suffix.lower() != ".txt"}
+        texts = {path.with_suffix(""): path for path in captions if path not in strange}
         self._texts = {path: texts.get(path.with_suffix("")) for path in images}
         if not any(self._texts.values()):
             lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
@@ -184,9 +194,12 @@ class SidecarFolder(Source):
         super().__init__(str(folder), {"kind": "sidecar folder"}, len(images))
         used = set(self._texts.values())
         self.left_out = [
-            (name_in(folder, path), "caption without image")
-            for path in files
-            if path.suffix.lower() == ".txt" and path not in used
+            (
+                name_in(folder, path),
+                "link to a file that is no .txt" if path in strange else "caption without image",
+            )
+            for path in captions
+            if path not in used
         ]
         self.remarks = [
             f"{name_in(folder, path)} is not read: captions are in the .txt files beside the images"

@@ -25,6 +25,8 @@ from t2i.errors import UserError
 _SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
 _RECORDS = ("generation.json", "settings.json")  # what drawing leaves in a folder of images
 _IMAGES_MEMBER = "arr_0.npy"
+_LARGEST_ARRAY = 1 << 30
+"""Bytes of what is read at once, such as statistics; images are read one by one."""
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError)
 
 
@@ -128,10 +130,15 @@ def npz_arrays(path: Path) -> set[str]:
 
 
 def read_npz_array(path: Path, name: str) -> np.ndarray:
-    """One array of an .npz file; pickled objects are refused."""
+    """One array of an .npz file; pickled objects, and what unpacks to gigabytes, are refused."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (size := archive.getinfo(f"{name}.npy").file_size) > _LARGEST_ARRAY:
+                raise UserError(f"{path}: {name} unpacks to {size} bytes, limit {_LARGEST_ARRAY}")
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
+    except UserError:
+        raise
     except (*_BROKEN, KeyError) as error:
         raise UserError(f"{path}: {name} cannot be read: {error}") from error
 

@@ -113,7 +113,9 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(f"{folder} has no tokenizer: put tokenizer.json or spiece.model there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tokenizer in {folder} cannot be read; spiece.model also needs the packages "

@@ -1,0 +1,331 @@
+"""The faults of `soak.py`: each ends in a finished run, compared with an undisturbed one."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from launch.lab.soak_launchers import dead_encoder, one_of_two, silent_hub, stopped
+from launch.lab.soak_processes import ROOT, Clock, Started, finish, fork, reference, wait_until
+from launch.lab.soak_ways import chain, grid
+from launch.lab.soak_world import (
+    SAVE_EVERY,
+    Outcome,
+    World,
+    fingerprint,
+    fresh,
+    newest_step,
+    small_disk,
+    steps_logged,
+)
+from t2i.checkpoint import newest_healthy, run_checkpoints
+
+GENEVAL = ROOT / "geneval" / "run.py"
+
+
+class Skipped(Exception):
+    """This machine, or this user, cannot do it."""
+
+
+Case = Callable[[World], Outcome]
+
+
+# -- kills -----------------------------------------------------------------------------------------
+def kills(world: World, count: int, processes: int) -> Outcome:
+    """SIGKILL at random moments, a third of them in the middle of a save, until so many came."""
+    name = f"killed-{processes}"
+    expected, run_dir = reference(world, processes), fresh(world, name)
+    moments, facts, same = world.moments(name), {"in a save": 0, "before step 1": 0}, []
+    done = lost = 0
+    while done < count:
+        newest = newest_step(run_dir)
+        resume = ["--resume"] if (run_dir / "config.json").exists() else []
+        begin = time.time()
+        run = fork(world, name, [*world.words(name), *resume], count=processes)
+        in_save = done % 3 == 2
+        if in_save:
+            _wait_for_a_save(run, run_dir, begin, world.patience)
+            time.sleep(moments.random() * 0.03)
+        else:
+            if moments.random() > 0.3:  # or in the start
+                _wait_for_a_step(run, run_dir, world.patience)
+            time.sleep(moments.random() * 1.5)
+        saving, alive = _saving(run_dir, begin), run.alive()
+        run.kill()
+        if not alive:
+            assert run_dir.exists() and newest_step(run_dir) > 0, run.text()[-2000:]
+            same.append(fingerprint(run_dir) == expected)
+            fresh(world, name)
+            continue
+        done += 1
+        facts["in a save"] += saving
+        facts["before step 1"] += steps_logged(run_dir) == 0
+        healthy = newest_healthy(run_dir)
+        at = int(healthy.name.removeprefix("step_")) if healthy else 0
+        assert at == newest_step(run_dir) >= newest, "a saved step is lost or damaged"
+        lost = max(lost, steps_logged(run_dir) - at)
+    same.append(finish(world, name, processes) if run_dir.exists() else True)
+    facts |= {"kills": done, "finished runs": len(same), "most steps lost": lost}
+    seen = f"{done} kills, {facts['in a save']} in a save; at most {lost} steps to do again"
+    return Outcome(seen, lost <= SAVE_EVERY, same=all(same), facts=facts)
+
+
+def _wait_for_a_save(run: Started, run_dir: Path, begin: float, patience: float) -> None:
+    wait_until(lambda: _saving(run_dir, begin) or not run.alive(), patience)
+
+
+def _saving(run_dir: Path, begin: float) -> bool:
+    """Whether a folder is being written; what earlier kills left does not count."""
+    for unfinished in run_dir.rglob("*.partial"):
+        with suppress(FileNotFoundError):
+            if unfinished.stat().st_mtime > begin:
+                return True
+    return False
+
+
+def _wait_for_a_step(run: Started, run_dir: Path, patience: float) -> None:
+    before = steps_logged(run_dir)
+    wait_until(lambda: steps_logged(run_dir) != before or not run.alive(), patience)
+
+
+# -- full disks ------------------------------------------------------------------------------------
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def full_save(world: World) -> Outcome:
+    """The disk fills up while a checkpoint is written."""
+    reference(world, 1)
+    one = _bytes(run_checkpoints(world.run_dir("undisturbed-1"))[-1])
+    with small_disk(world, int(2.5 * one)) as grow:
+        if grow is None:
+            raise Skipped("mounting a small file system needs root")
+        run_dir = world.folder / "disk" / "run"
+        name, options = "full-save", {"run_dir": run_dir, "log_keep_best": "False"}
+        run = fork(world, name, _flags(world.words(name, **options)))
+        (code,) = run.codes(world.patience * 5) or [None]
+        before = newest_step(run_dir)
+        healthy = newest_healthy(run_dir) is not None and not any(run_dir.rglob("*.partial"))
+        grow(20 * one)
+        words = _flags([*world.words(name, run_dir=run_dir), "--resume"])
+        assert fork(world, f"{name}-again", words).codes(world.patience * 5) == [0]
+        mine, other = fingerprint(run_dir), reference(world, 1)
+        same = all(mine[k] == v for k, v in other.items() if not k.startswith("best/"))
+        held = code == 1 and healthy and before >= SAVE_EVERY
+        return Outcome(run.said("error:"), held, same=same, facts={"newest then": before})
+
+
+def _flags(words: list[str]) -> list[str]:
+    """The parser's way to say no."""
+    if "--log.keep-best" in words:
+        at = words.index("--log.keep-best")
+        words[at : at + 2] = ["--log.no-keep-best"]
+    return words
+
+
+def full_cache(world: World) -> Outcome:
+    """The disk fills up while a shard of codes is written."""
+    reference(world, 1)
+    with small_disk(world, 4096 * 4) as grow:
+        if grow is None:
+            raise Skipped("mounting a small file system needs root")
+        name, cache = "full-cache", world.folder / "disk" / "cache"
+        fresh(world, name)
+        words = world.words(name, data_cache_dir=cache)
+        run = fork(world, name, words)
+        (code,) = run.codes(world.patience * 5) or [None]
+        torn = list(cache.rglob("*.tmp"))
+        grow(64 << 20)
+        assert fork(world, f"{name}-again", words).codes(world.patience * 5) == [0]
+        same = fingerprint(world.run_dir(name)) == reference(world, 1)
+        return Outcome(run.said("error:"), code == 1 and not torn, same=same)
+
+
+def full_evaluation(world: World) -> Outcome:
+    """The disk fills up while images are drawn and judged."""
+    reference(world, 1)
+    checkpoint = world.run_dir("undisturbed-1")
+    words = ["--ckpt", str(checkpoint), "--prompts", "shapes", "--limit", "12", "--samples", "2"]
+    words += ["--batch-size", "4"]
+    roomy = world.folder / "geneval"
+    if not (roomy / "results.json").exists():
+        shutil.rmtree(roomy, ignore_errors=True)
+        whole = fork(world, "roomy-evaluation", [*words, "--out", str(roomy)], program=GENEVAL)
+        assert whole.codes(world.patience * 5) == [0], whole.text()[-2000:]
+    with small_disk(world, 4096 * 24) as grow:
+        if grow is None:
+            raise Skipped("mounting a small file system needs root")
+        out = world.folder / "disk" / "geneval"
+        run = fork(world, "full-evaluation", [*words, "--out", str(out)], program=GENEVAL)
+        (code,) = run.codes(world.patience * 5) or [None]
+        kept = len(list(out.rglob("samples/*.png")))
+        grow(64 << 20)
+        again = fork(world, "full-evaluation-2", [*words, "--out", str(out)], program=GENEVAL)
+        assert again.codes(world.patience * 5) == [0], again.text()[-2000:]
+        same = (out / "results.jsonl").read_bytes() == (roomy / "results.jsonl").read_bytes()
+        return Outcome(run.said("error:"), code == 1, same=same, facts={"images kept": kept})
+
+
+# -- damage ----------------------------------------------------------------------------------------
+def _truncate(folder: Path) -> None:
+    path = next((folder / "training_state").glob("*.safetensors"))
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "codec.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def damaged(world: World, how: Callable[[Path], None]) -> Outcome:
+    """The newest checkpoint is damaged: the run goes back to the one before, and says so."""
+    expected, name = reference(world, 1), f"damaged{how.__name__}"
+    run_dir = fresh(world, name)
+    shutil.copytree(world.run_dir("undisturbed-1"), run_dir)
+    before, newest = run_checkpoints(run_dir)[-2:]
+    how(newest)
+    run = fork(world, name, [*world.words(name), "--resume"])
+    (code,) = run.codes(world.patience * 5) or [None]
+    said = str(newest) in run.text() and f"going back to {before}" in run.text()
+    same = fingerprint(run_dir) == expected
+    return Outcome(run.said("passed over"), code == 0 and said, same=same)
+
+
+# -- numbers that are none -------------------------------------------------------------------------
+def not_finite(world: World, what: str, value: float) -> Outcome:
+    """Features of one micro-batch, or the optimizer's moments, are no numbers at one moment."""
+    name, bad_step = f"{what}-{value}", 2 * SAVE_EVERY
+    run_dir = fresh(world, name)
+
+    def inject() -> None:
+        from t2i.training.batches import TrainingData
+        from t2i.training.run_state import Checkpoints
+
+        batches, save = TrainingData.micro_batches, Checkpoints.save
+
+        def spoilt_batches(data: TrainingData, step: int) -> Iterator:
+            for batch in batches(data, step):
+                if step + 1 == bad_step:
+                    batch.prepared["features"] = batch.prepared["features"] * value
+                yield batch
+
+        def spoilt_save(checkpoints: Checkpoints, step: int) -> Path:
+            if step == bad_step:
+                state = checkpoints.engine.optimizer.optimizer.state
+                next(iter(state.values()))["exp_avg_sq"][0] = value
+            return save(checkpoints, step)
+
+        if what == "loss":
+            TrainingData.micro_batches = spoilt_batches  # type: ignore[method-assign]
+        else:
+            Checkpoints.save = spoilt_save  # type: ignore[method-assign]
+
+    run = fork(world, name, world.words(name), inject=inject)
+    (code,) = run.codes(world.patience * 5) or [None]
+    said = run.said("not finite")
+    named = f"step {bad_step}" in said and ".png" in said if what == "loss" else bool(said)
+    held = code == 1 and named and newest_step(run_dir) == bad_step - SAVE_EVERY
+    return Outcome(said, held, same=finish(world, name))
+
+
+# -- others ----------------------------------------------------------------------------------------
+def second_run(world: World) -> Outcome:
+    """A second run in a folder in use, a new one and a resumed one, is refused at once."""
+    name = "in-use"
+    run_dir = fresh(world, name)
+    first = fork(world, name, world.words(name))
+    assert wait_until(lambda: steps_logged(run_dir) > 0, world.patience * 5)
+    seconds, codes, said = [], [], ""
+    for more in ([], ["--resume"]):
+        clock = Clock()
+        other = fork(world, f"{name}-other", [*world.words(name), *more])
+        codes += other.codes(world.patience, clock) or [None]
+        seconds.append(clock.seconds)
+        said = other.said("error:")
+    held = codes == [1, 1] and "in use" in said and first.codes(world.patience * 5) == [0]
+    same = fingerprint(run_dir) == reference(world, 1)
+    return Outcome(said, held, max(seconds), same)
+
+
+def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
+    """By name: what happens, in words, and what does it."""
+    found: dict[str, tuple[str, Case]] = {
+        "kills": (
+            f"kill -9, {kill_count} times, a third of them in a save",
+            partial(kills, count=kill_count, processes=1),
+        ),
+        "kills-two": (
+            "kill -9 of both of two processes, 6 times",
+            partial(kills, count=6, processes=2),
+        ),
+    }
+    for how, words in ((_truncate, "truncated"), (_flip, "bit-flipped")):
+        found[f"damage{how.__name__}"] = (
+            f"newest checkpoint {words}",
+            partial(damaged, how=how),
+        )
+    found["damage-manifest"] = (
+        "newest checkpoint without manifest",
+        partial(damaged, how=_no_manifest),
+    )
+    for value in (float("nan"), float("inf")):
+        found[f"loss-{value}"] = (
+            f"a loss that is not finite ({value} in the features)",
+            partial(not_finite, what="loss", value=value),
+        )
+    found["moments"] = (
+        "optimizer moments not finite",
+        partial(not_finite, what="moments", value=float("inf")),
+    )
+    found["second-run"] = ("a second run in the folder", second_run)
+    found["full-save"] = ("disk full during a save", full_save)
+    found["full-cache"] = ("disk full during a cache shard", full_cache)
+    found["full-evaluation"] = ("disk full during an evaluation", full_evaluation)
+    for by in ("process", "torchrun", "deepspeed"):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            found[f"{by}-{number.name}"] = (
+                f"{number.name} to {'the process' if by == 'process' else f'`{by}`'}",
+                partial(stopped, by=by, number=number),
+            )
+    for by in ("torchrun", "deepspeed"):
+        for number, verb in ((signal.SIGKILL, "dies"), (signal.SIGSTOP, "freezes")):
+            found[f"{by}-rank1-{verb}"] = (
+                f"the second of two processes {verb} (`{by}`)",
+                partial(one_of_two, by=by, rank=1, number=number),
+            )
+    found["torchrun-rank0-freezes"] = (
+        "the first of two processes freezes (`torchrun`)",
+        partial(one_of_two, by="torchrun", rank=0, number=signal.SIGSTOP),
+    )
+    found["dead-encoder"] = ("one of two processes dies while data are encoded", dead_encoder)
+    found["grid"] = ("ZeRO stages, processes, micro-batches, offloading, precisions", grid)
+    found["chain"] = ("the number of processes and the stage change four times", chain)
+    found["silent-hub"] = ("a hub that does not answer", silent_hub)
+    return found
+
+
+def imports() -> None:
+    """What the forked programs import, once."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    import deepspeed  # noqa: F401
+    import transformers  # noqa: F401
+
+    import t2i.evaluation.draw
+    import t2i.evaluation.runner
+    import t2i.training.loop  # noqa: F401
+
+    sys.stdout.flush()

@@ -1,0 +1,94 @@
+"""One run done in many ways, for `soak.py`: the losses stay what they are."""
+
+from pathlib import Path
+
+from launch.lab.soak_processes import fork
+from launch.lab.soak_world import Outcome, World, fresh
+from t2i.files import read_json_lines, write_json
+
+_FP32 = (
+    # stage, processes, micro-batch, what is offloaded
+    *((0, 1, 8, ""), (0, 1, 1, ""), (1, 1, 4, ""), (2, 1, 2, ""), (3, 1, 4, "")),
+    *((0, 2, 4, ""), (1, 2, 2, ""), (2, 2, 4, ""), (3, 2, 2, ""), (2, 4, 1, ""), (3, 4, 2, "")),
+    *((2, 2, 4, "optimizer"), (3, 2, 4, "optimizer param")),
+)
+_BF16 = ((1, 1, 4, ""), (2, 2, 2, ""), (3, 2, 4, ""))
+STEPS = 10
+_NO_DROPOUT = {"token_dropout": 0.0, "ema": 0.0, "steps": STEPS}
+
+
+def _losses(run_dir: Path) -> list[float]:
+    """Every loss of a run, in order."""
+    rows = read_json_lines(run_dir / "metrics.jsonl")
+    losses = ("train/loss", "train/slot", "validation/")
+    return [v for row in rows for k, v in sorted(row.items()) if k.startswith(losses)]
+
+
+def _distance(a: list[float], b: list[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+def _offload(world: World, parts: str) -> dict[str, object]:
+    if not parts:
+        return {}
+    zero = {f"offload_{part}": {"device": "cpu"} for part in parts.split()}
+    path = world.folder / f"offload {parts}.json"
+    write_json(path, {"zero_optimization": zero})
+    return {"engine_deepspeed_config": path}
+
+
+def grid(world: World) -> Outcome:
+    """Stages, processes, micro-batches, offloading, precisions: the same losses."""
+    found: dict[str, float] = {}
+    name = "grid"
+    expected: list[float] = []
+    plain = (0, 1, 4, "")
+    for precision, ways in (("fp32", (plain, *_FP32)), ("bf16", _BF16), ("autocast", (plain,))):
+        for stage, count, micro, parts in ways:
+            run_dir = fresh(world, name)
+            options = {"engine_zero_stage": stage, "engine_micro_batch": micro}
+            options |= {"engine_precision": precision} | _NO_DROPOUT | _offload(world, parts)
+            run = fork(world, name, world.words(name, **options), count=count)
+            assert run.codes(world.patience * 5) == [0] * count, run.text()[-2000:]
+            losses = _losses(run_dir)
+            expected = expected or losses
+            way = f"{precision} ZeRO-{stage} x{count} micro {micro} {parts}".strip()
+            found[way] = _distance(losses, expected)
+    most = {p: max(v for k, v in found.items() if k.startswith(p)) for p in ("fp32", "bf16", "aut")}
+    held = most["fp32"] < 1e-5 and most["bf16"] < 0.05 and most["aut"] < 0.05
+    seen = f"{len(_FP32)} ways in fp32 within {most['fp32']:.1g}, "
+    seen += f"bf16 within {most['bf16']:.1g}, autocast within {most['aut']:.1g} (relative)"
+    return Outcome(seen, held, facts={k: float(f"{v:.2g}") for k, v in found.items()})
+
+
+def chain(world: World) -> Outcome:
+    """A run that other numbers of processes, under other stages, go on with again and again."""
+    name, options = "chain", _NO_DROPOUT | {"log_save_every": 2}
+    for run_name in ("chain-whole", name):
+        fresh(world, run_name)
+    whole = fork(world, "chain-whole", world.words("chain-whole", **options))
+    assert whole.codes(world.patience * 5) == [0]
+    links = ((2, 2), (0, 1), (3, 4), (1, 2), (3, 1))
+    for number, (stage, count) in enumerate(links):
+
+        def stop_at(step: int = 2 * number + 2) -> None:
+            from t2i.training.loop import Run
+
+            own = Run._train_step
+
+            def stopping(this: Run) -> dict[str, float]:
+                metrics = own(this)
+                this.stop_agreed = this.step == step < STEPS
+                return metrics
+
+            Run._train_step = stopping  # type: ignore[method-assign]
+
+        own = {"engine_zero_stage": stage, "engine_micro_batch": 2}
+        words = [*world.words(name, **options, **own), *(["--resume"] if number else [])]
+        run = fork(world, name, words, count=count, inject=stop_at)
+        wanted = [130 if number + 1 < len(links) else 0] * count
+        assert run.codes(world.patience * 5) == wanted, run.text()[-2000:]
+    distance = _distance(_losses(world.run_dir(name)), _losses(world.run_dir("chain-whole")))
+    way = ", ".join(f"{count} x ZeRO-{stage}" for stage, count in links)
+    return Outcome(f"{way}: losses within {distance:.1g} (relative)", distance < 1e-5)

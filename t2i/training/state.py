@@ -1,0 +1,216 @@
+"""The training state of a run: of every trained parameter its exact weight and AdamW's moments.
+
+    training_state/00000_of_00002_000.safetensors    of process 0 of 2, its first file
+
+Everything is stored whole, in fp32, under the parameter's name. So a state fits any number of
+processes, any ZeRO stage and any precision, and nothing in it can be run, as in a pickle. The
+parameters are dealt out to the processes, which write their shares at the same time.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from t2i.errors import NotFiniteError, UserError
+from t2i.processes import Processes
+from t2i.weights import save_weights, shorten_keys
+
+WEIGHT, STEP, AVERAGE = "weight", "step", "average"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's own names."""
+_FILE_BYTES = 1 << 30
+"""A process holds so much of its share in memory at a time."""
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a state is about, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# -- writing ---------------------------------------------------------------------------------------
+def write_state(
+    engine, model: nn.Module, average: dict[str, Tensor], folder: Path, processes: Processes
+) -> None:
+    """Write a folder of a checkpoint; every process calls it.
+
+    Args:
+        engine: DeepSpeed's, after at least one step.
+        average: moving averages of the weights, by the same names; may be empty.
+
+    Raises:
+        NotFiniteError: a moment of the optimizer is not finite; every process raises it.
+    """
+    folder.mkdir(exist_ok=True)
+    part: dict[str, Tensor] = {}
+    files, bad = 0, ""
+
+    def flush() -> None:
+        nonlocal files
+        name = f"{processes.rank:05d}_of_{processes.world_size:05d}_{files:03d}.safetensors"
+        if part:
+            save_weights(folder / name, part)
+            part.clear()
+            files += 1
+
+    _link(engine, trained(model).values())
+    for number, (name, p) in enumerate(trained(model).items()):
+        whole = dict(_whole(engine, p))  # of shards: all processes take part
+        if average:
+            whole[AVERAGE] = average[name]
+        if number % processes.world_size != processes.rank:
+            continue
+        bad = bad or next((f"{name} ({k})" for k, v in whole.items() if not v.isfinite().all()), "")
+        part |= {f"{name}/{kind}": value.detach().cpu() for kind, value in whole.items()}
+        if sum(value.nbytes for value in part.values()) >= _FILE_BYTES:
+            flush()
+    flush()
+    if found := [text for text in processes.gather(bad) if text]:
+        raise NotFiniteError(f"the optimizer's state is not finite, and not saved: {found[0]}")
+
+
+def _whole(engine, p: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """A parameter's weight, moments and count of steps, gathered from all processes."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state = _adamw(engine).state
+    if engine.zero_optimization_stage() == 0:
+        yield WEIGHT, p.detach()
+        if p in state:  # or it has had no gradient yet
+            yield from ((kind, state[p][kind]) for kind in (*MOMENTS, STEP))
+        return
+    yield WEIGHT, safe_get_full_fp32_param(p)
+    for kind in MOMENTS:
+        yield kind, safe_get_full_optimizer_state(p, kind)
+    yield STEP, next(iter(state.values()))[STEP].clone()
+
+
+def _adamw(engine) -> torch.optim.AdamW:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _link(engine, parameters: Iterable[nn.Parameter]) -> None:
+    """Tell parameters where their moments are: under ZeRO-1 and 2 DeepSpeed does it at the first
+    step, and of the first group of parameters alone.
+    """
+    if engine.zero_optimization_stage() not in (1, 2):
+        return
+    optimizer = _adamw(engine)
+    for p in parameters:
+        if (mapping := p._hp_mapping) is not None:  # or it is other processes' alone
+            (shard,) = optimizer.param_groups[mapping.param_group_index]["params"]
+            mapping.set_optim_state_fragment(shard, optimizer.state[shard])
+
+
+# -- reading ---------------------------------------------------------------------------------------
+class StoredState:
+    """A state on disk; a tensor is read when it is asked for.
+
+    Raises:
+        UserError: it is none, or is of other parameters than the model's trained ones.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module):
+        self.folder, self._model = folder, model
+        self._where: dict[str, safe_open] = {}
+        try:
+            for path in sorted(folder.glob("*.safetensors")):
+                file = safe_open(path, framework="pt")
+                self._where |= dict.fromkeys(file.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder} cannot be read ({error}); copy it again") from error
+        if not self._where:
+            raise UserError(
+                f"{folder.parent} was saved by an older version, whose training cannot go on here; "
+                f"start a new run_dir from its weights, with --backbone.weights {folder.parent}"
+            )
+        shapes = {name: tuple(p.shape) for name, p in self._parameters()}
+        stored = {
+            key.removesuffix(f"/{WEIGHT}"): tuple(file.get_slice(key).get_shape())
+            for key, file in self._where.items()
+            if key.endswith(f"/{WEIGHT}")
+        }
+        if stored != shapes:
+            other = {name for name, _ in stored.items() ^ shapes.items()}
+            raise UserError(
+                f"{folder} is of other trained parameters than this model's: "
+                f"{shorten_keys(sorted(other))}"
+            )
+
+    def _parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return trained(self._model).items()
+
+    def _get(self, name: str, kind: str) -> Tensor | None:
+        file = self._where.get(f"{name}/{kind}")
+        return None if file is None else file.get_tensor(f"{name}/{kind}")
+
+    @torch.no_grad()
+    def load_weights(self) -> None:
+        """Copy the weights into the model, which no engine has wrapped yet."""
+        for name, p in self._parameters():
+            weight = self._get(name, WEIGHT)
+            assert weight is not None, "compared above"
+            p.copy_(weight)
+
+    def average(self) -> dict[str, Tensor]:
+        """The moving averages of the weights; empty if there are none."""
+        found = {name: self._get(name, AVERAGE) for name, _ in self._parameters()}
+        return {
+            name: value.to(p.device)
+            for name, p in self._parameters()
+            if (value := found[name]) is not None
+        }
+
+    @torch.no_grad()
+    def load_optimizer(self, engine) -> None:
+        """Set the moments, and the exact weights of which bf16 is a rounding; every process."""
+        if engine.zero_optimization_stage() == 0:
+            self._load_whole(_adamw(engine))
+        else:
+            self._load_shards(engine)
+
+    def _load_whole(self, optimizer: torch.optim.AdamW) -> None:
+        for name, p in self._parameters():
+            if (step := self._get(name, STEP)) is None:
+                continue
+            moments = {kind: self._get(name, kind) for kind in MOMENTS}
+            own = {kind: value.to(p) for kind, value in moments.items() if value is not None}
+            optimizer.state[p] = {STEP: step, **own}
+
+    def _load_shards(self, engine) -> None:
+        optimizer, sharded = _adamw(engine), engine.optimizer
+        steps = [step for name, _ in self._parameters() if (step := self._get(name, STEP))]
+        step = max(steps, default=torch.tensor(0.0))
+        # DeepSpeed would make the moments at the first step.
+        flat = [p for group in optimizer.param_groups for p in group["params"]]
+        for shard in getattr(sharded, "fp32_partitioned_groups_flat", flat):  # ZeRO-3's name
+            empty = {kind: torch.zeros_like(shard, requires_grad=False) for kind in MOMENTS}
+            optimizer.state[shard] = {STEP: step.clone(), **empty}
+        _link(engine, (p for _, p in self._parameters()))
+        for name, p in self._parameters():
+            for kind in (WEIGHT, *MOMENTS):
+                if (value := self._get(name, kind)) is not None:
+                    _set_share(p, value, kind)
+
+
+def _set_share(p: nn.Parameter, value: Tensor, kind: str) -> None:
+    """Set this process's share of a whole tensor under ZeRO."""
+    from deepspeed import utils
+
+    if not hasattr(p, "ds_tensor"):  # ZeRO-1 and 2
+        if kind == WEIGHT:
+            utils.safe_set_full_fp32_param(p, value)
+        else:
+            utils.safe_set_full_optimizer_state(p, value, kind)
+        return
+    # ZeRO-3's shares are of one size, the last one filled up, which the calls above cannot do.
+    size = p.ds_tensor.numel()
+    padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    share = padded.narrow(0, size * dist.get_rank(), size)
+    if kind == WEIGHT:
+        utils.safe_set_local_fp32_param(p, share)
+    else:
+        utils.safe_set_local_optimizer_state(p, share, kind)

@@ -1,0 +1,46 @@
+"""The soak script: its table, and a case that it does once."""
+
+import json
+
+import pytest
+from programs import launch
+
+from launch.lab.soak import table
+from launch.lab.soak_faults import cases
+
+
+def test_a_table_shows_what_held_and_what_did_not():
+    row = {"case": "a", "fault": "f", "date": "2026-01-02", "took": 1.0, "facts": {}}
+    held = row | {"seen": "x | y", "seconds": 1.6, "same": True, "verdict": "held"}
+    failed = row | {"seen": "z", "seconds": None, "same": False, "verdict": "FAILED"}
+    skipped = {"case": "b", "fault": "g", "date": "2026-01-03", "seen": "no", "verdict": "skipped"}
+    lines = table([held, failed, skipped], seed=3).splitlines()
+    assert lines[2] == "| f | x \\| y | 2 s | equal, bit for bit | held |"
+    assert lines[3] == "| f | z |  | **differ** | FAILED |"
+    assert lines[4] == "| g | no |  |  | skipped |"
+    assert "Seed 3, 2026-01-02 to 2026-01-03" in lines[-1]
+
+
+def test_every_kind_of_fault_has_a_case():
+    words = " ".join(words for words, _ in cases(27).values())
+    for kind in (
+        "kill -9, 27",
+        "disk full",
+        "truncated",
+        "SIGHUP",
+        "freezes",
+        "NaN",
+        "hub",
+        "ZeRO",
+    ):
+        assert kind.lower() in words.lower(), kind
+
+
+@pytest.mark.slow
+def test_a_case_is_done_once(tmp_path):
+    for _ in range(2):
+        launch("launch/lab/soak.py", "--out", str(tmp_path), "--only", "damage_flip")
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["verdict"] == "held" and row["same"] is True and "passed over" in row["seen"]
+    assert "bit-flipped" in (tmp_path / "table.md").read_text()
