@@ -102,7 +102,7 @@ def load_backbone(
         generation_only: leave out what drawing images does not need (Janus-Pro's understanding
             tower and text head).
         device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone:
-            no file is fetched for a published name, and no weights of a local Janus-Pro are read.
+            no file is fetched for a published name, and of a local one names and shapes are read.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
@@ -158,8 +158,7 @@ def load_source(
     if backbone is not None:
         files = _local_helpers(files)
     else:
-        shapes_only = on_meta and family.published_as_folder
-        if not shapes_only:
+        if not (on_meta and family.published_as_folder):
             prove(files, weights=weights is None)
         path = weights or resolve(files.weights, folder=family.published_as_folder)
         backbone = family.backbone_class.load(
@@ -168,7 +167,7 @@ def load_source(
             grid=grid,
             dtype=dtype,
             generation_only=source.generation_only,
-            shapes_only=shapes_only,
+            shapes_only=on_meta,
         )
     backbone.source = replace(source, config=asdict(backbone.config))
     where = f"the sampling settings of {source.weights}"

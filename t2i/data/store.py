@@ -25,7 +25,7 @@ feature width.
 import bisect
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -39,6 +39,10 @@ from t2i.data.samples import Sample
 from t2i.errors import UserError
 from t2i.files import read_json, replacing
 
+_OPEN_SHARDS = 512
+"""How many shards a store keeps open, with the captions of their samples: a process can map some
+65,000 files, and a hundred million captions fit into no memory."""
+_SKIPPED = b'"reason":'  # of `sample_line`; within a string its quotes would be escaped
 FORMAT = 3
 """Part of the manifest and of the folder's name: change it whenever the files change."""
 MANIFEST = "manifest.json"
@@ -133,9 +137,9 @@ class ShardReader:
         return self._file.get_slice("text")
 
     @cached_property
-    def _offsets(self) -> tuple[list[int], list[int]]:
+    def _offsets(self) -> tuple[Tensor, Tensor]:
         names = ("caption_offsets", "text_offsets")
-        captions, text = (self._file.get_tensor(name).tolist() for name in names)
+        captions, text = (self._file.get_tensor(name) for name in names)
         return captions, text
 
     @cached_property
@@ -148,9 +152,9 @@ class ShardReader:
         return self._file.get_tensor("labels").tolist() if "labels" in self._names else None
 
     @property
-    def pixels(self) -> list[int]:
-        """A hash of each captioned image: the same for the same pixels."""
-        return self._file.get_tensor("pixels").tolist()
+    def pixels(self) -> Tensor:
+        """A hash int64 [n] of each captioned image: the same for the same pixels."""
+        return self._file.get_tensor("pixels").clone()  # not a view of the mapped file
 
     @property
     def codes_shape(self) -> tuple[int, int, int, int]:
@@ -169,9 +173,14 @@ class ShardReader:
             yield from map(json.loads, file)
 
     @cached_property
-    def samples(self) -> list[dict]:
-        """{index, key, captions} of the usable samples, in the order of the codes."""
-        return [line for line in self.lines() if "reason" not in line]
+    def _usable(self) -> list[bytes]:
+        """The lines of the usable samples: only those that are asked for are parsed."""
+        content = self.path.with_suffix(".jsonl").read_bytes()
+        return [line for line in content.split(b"\n") if line and _SKIPPED not in line]
+
+    def sample(self, row: int) -> dict:
+        """{index, key, captions} of a usable sample, in the order of the codes."""
+        return json.loads(self._usable[row])
 
     def codes(self, row: int, view: int) -> Tensor:
         """Codes int64 [T, S] of one view."""
@@ -180,8 +189,9 @@ class ShardReader:
     def features(self, row: int, choice: int, max_tokens: int) -> Tensor:
         """Features of one of the captions, float32 [n, C] with n <= max_tokens."""
         captions, text = self._offsets
-        caption = captions[row] + choice % (captions[row + 1] - captions[row])
-        start, end = text[caption], text[caption + 1]
+        first, end = captions[row : row + 2].tolist()
+        caption = first + choice % (end - first)
+        start, end = text[caption : caption + 2].tolist()
         return self._text[start : min(end, start + max_tokens)].float()
 
 
@@ -211,9 +221,9 @@ class CodeStore:
         if (found := self.manifest["key"].get("format")) != FORMAT:
             raise UserError(f"{folder} has the format {found}, this version reads {FORMAT} only")
         self.key, self.views = self.folder.name, self.manifest["views"]
-        shards = self.manifest["shards"]
-        self._shards = [ShardReader(self.folder / shard["name"]) for shard in shards]
-        self._starts = [0, *accumulate(shard["samples"] for shard in shards)]
+        self._names = [shard["name"] for shard in self.manifest["shards"]]
+        self._starts = [0, *accumulate(shard["samples"] for shard in self.manifest["shards"])]
+        self._open = lru_cache(_OPEN_SHARDS)(lambda name: ShardReader(self.folder / name))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -245,13 +255,13 @@ class CodeStore:
         shard, row = self._locate(index)
         if shard.labels is not None:
             return shard.labels[row]
-        captions = shard.samples[row]["captions"]
+        captions = shard.sample(row)["captions"]
         return captions[choice % len(captions)]
 
     def name(self, index: int) -> str:
         """What the sample is called in its source."""
         shard, row = self._locate(index)
-        return shard.samples[row]["key"]
+        return shard.sample(row)["key"]
 
     def same_images(self) -> Tensor | None:
         """int64 [n]: for each sample the number of the first one with the same pixels.
@@ -260,15 +270,17 @@ class CodeStore:
         """
         if self.manifest["labelled"]:
             return None
-        first: dict[int, int] = {}
-        pixels = (number for shard in self._shards for number in shard.pixels)
-        return torch.tensor([first.setdefault(number, i) for i, number in enumerate(pixels)])
+        # Readers of their own: each is closed again.
+        hashes = torch.cat([ShardReader(self.folder / name).pixels for name in self._names])
+        found, image = hashes.unique(return_inverse=True)
+        place = torch.arange(len(hashes))
+        return torch.full_like(found, len(hashes)).scatter_reduce(0, image, place, "amin")[image]
 
     def _locate(self, index: int) -> tuple[ShardReader, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a store of {len(self)}")
         shard = bisect.bisect_right(self._starts, index) - 1
-        return self._shards[shard], index - self._starts[shard]
+        return self._open(self._names[shard]), index - self._starts[shard]
 
     def _chosen(
         self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None

@@ -49,14 +49,17 @@ class WeightFileBackbone(Backbone):
         generation_only: bool = False,
         shapes_only: bool = False,
     ) -> Self:
-        state_dict = read_state_dict(path)
+        # Mapped, not read: otherwise the weights would be in memory twice while they are copied.
+        state_dict = read_state_dict(path, mmap=True)
+        if shapes_only:
+            state_dict = {name: tensor.to("meta") for name, tensor in state_dict.items()}
         if config is None:
             with naming(path):
                 config = cls.infer_config(state_dict, Path(path).stem, grid)
         elif grid is not None:
             config = replace(config, grid=grid)
         build: Any = cls  # a family's class is called with its shape
-        backbone = build_empty(lambda: build(config), dtype)
+        backbone = build_empty(lambda: build(config), dtype, "meta" if shapes_only else "cpu")
         backbone.fill(state_dict, path)
         return backbone
 
