@@ -28,6 +28,8 @@ VERBS = {
     "sample-imagenet": ("launch.sample_imagenet", "draw the images of an ImageNet evaluation"),
     "fid": ("launch.fid", "score these images"),
     "export": ("launch.export", "turn a checkpoint into a folder that stands alone"),
+    "plan": ("launch.plan", "plan a run on a cluster that is not there yet"),
+    "rehearse": ("launch.rehearse", "walk the whole way at real size with random weights"),
     "quickstart": ("launch.quickstart", "all of it once, small and offline"),
     "benchmark": ("launch.benchmark", "how fast a model draws here"),
 }

@@ -142,6 +142,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
     backbone = model.backbone
     assert backbone.source is not None, "of a checkpoint"
     files, base = expand_folder(backbone.source), backbone.source.weights
+    backbone.to(dtype)  # in place: a converted copy would be half as much again
     weights = backbone.save_official(folder, dtype)
     place = "all files but those below"  # where the authors' layout is a folder
     if weights != folder:

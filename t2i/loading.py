@@ -103,7 +103,7 @@ def load_backbone(
         generation_only: leave out what drawing images does not need (Janus-Pro's understanding
             tower and text head).
         device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone:
-            no file is fetched for a published name, and no weights of a local Janus-Pro are read.
+            no file is fetched for a published name, and of a local one names and shapes are read.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
@@ -152,14 +152,13 @@ def load_source(
         shape = f"the {source.family} shape of {files.weights}"
         config = from_json(family.backbone_class.config_type, files.config, shape)
     backbone, on_meta = None, torch.device(device).type == "meta"
-    shapes_only = on_meta and family.published_as_folder
-    options = LoadOptions(config, grid, dtype, source.generation_only, shapes_only)
+    options = LoadOptions(config, grid, dtype, source.generation_only, shapes_only=on_meta)
     if on_meta and not Path(files.weights).exists():
         backbone = family.backbone_class.outline(files.weights, options)
     if backbone is not None:
         files = _local_helpers(files)
     else:
-        if not shapes_only:
+        if not (on_meta and family.published_as_folder):
             prove(files, weights=weights is None)
         path = weights or resolve(files.weights, folder=family.published_as_folder)
         backbone = family.backbone_class.load(path, options)

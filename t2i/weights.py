@@ -8,6 +8,7 @@ LlamaGen's own training scripts store next to the weights.
 
 import argparse
 import hashlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,8 @@ M = TypeVar("M", bound=nn.Module)
 def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
     """A weight file (.safetensors, or a .pt/.pth/.bin pickle) as a flat state dict on the CPU.
 
-    `mmap` maps a pickle into memory instead of reading it, as is always done with safetensors.
+    `mmap` maps a pickle into memory instead of reading it, as is always done with safetensors;
+    those of before torch 1.6 are read all the same.
 
     Understands `{"model" | "module" | "state_dict": {...}}`, consolidated FSDP files (the state
     dict at top level), files of LlamaGen's own training (with an argparse namespace inside) and
@@ -52,6 +54,7 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor
             content = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
+                mmap = mmap and zipfile.is_zipfile(path)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle stream can make the unpickler raise anything
         reason = str(error).strip().split("\n")[0][:300]
@@ -166,11 +169,15 @@ def naming(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-def build_empty(build: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
-    """A module in eval mode on the CPU, for `load_strict`; no time is spent on initial weights."""
+def build_empty(
+    build: Callable[[], M],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> M:
+    """A module in eval mode, for `load_strict`; no time is spent on initial weights."""
     with torch.device("meta"):
-        module = build()
-    return module.to_empty(device="cpu").to(dtype).eval()
+        module = build().to(dtype)
+    return module.to_empty(device=device).eval()
 
 
 def load_strict(

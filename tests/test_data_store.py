@@ -1,7 +1,10 @@
 """The store of codes: content, resume after a kill, several ranks, the key, the report."""
 
+import gc
 import json
 import os
+import tracemalloc
+from itertools import chain
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ from helpers import Killed, in_threads
 from PIL import Image
 from safetensors.torch import load_file
 
+from t2i.data import store
 from t2i.data.encoding import Encoding, build_store
 from t2i.data.images import ImageRules
+from t2i.data.order import batch_indices
 from t2i.data.samples import Sample, Source
 from t2i.data.sources.open_source import open_source
 from t2i.data.store import CodeStore
@@ -328,3 +333,66 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"images must be encoded as codes \[2, T, S\]"):
         build(make_samples(), tmp_path, images=lambda pixels: pixels[:, 0, 0].long())
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# -- many shards -----------------------------------------------------------------------------------
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, monkeypatch):
+    """A store of a hundred million images has 97,657 shards: all open, with their captions, they
+    fit into no process. What is held is the manifest's line of each, and a bounded number of them.
+    """
+    monkeypatch.setattr(store, "_OPEN_SHARDS", 4)
+    held = {}
+    for shards in (8, 40):
+        folder = build(long_captions(4 * shards), tmp_path / str(shards))
+        gc.collect()
+        tracemalloc.start()
+        opened = CodeStore(folder)
+        for index in torch.randperm(len(opened)).tolist():
+            opened.codes([index])
+            assert opened.condition(index).startswith(f"{index} ")
+            opened.features([index], max_tokens=3)
+        gc.collect()
+        held[shards] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        open_files = [
+            o
+            for o in gc.get_objects()
+            if isinstance(o, store.ShardReader) and "_tensors" in vars(o)
+        ]
+        assert len(open_files) == 4
+        del opened, open_files
+    assert held[40] - held[8] < 32 * 500, "a shard's four captions alone have 8,000 characters"
+
+
+def test_any_step_of_many_shards_can_be_begun_with(tmp_path, monkeypatch):
+    """Order and resume: what is read from step 3 on, by a new process, is what one that began at
+    step 0 reads, and two ranks read the same between them; with more shards than stay open.
+    """
+    monkeypatch.setattr(store, "_OPEN_SHARDS", 3)
+    folder = build(long_captions(48), tmp_path / "cache")
+
+    def read(start: int, rank: int = 0, world_size: int = 1) -> list[list[str]]:
+        opened = CodeStore(folder)
+        steps = (batch_indices(s, 16, 48, 7, rank, world_size) for s in range(start, 6))
+        return [[opened.condition(i).split()[0] for i in step.tolist()] for step in steps]
+
+    whole = read(0)
+    assert read(3) == whole[3:]
+    halves = zip(read(2, 0, 2), read(2, 1, 2), strict=True)
+    assert [a + b for a, b in halves] == whole[2:]
+    epochs = [list(chain(*part)) for part in (whole[:3], whole[3:])]
+    assert [sorted(map(int, epoch)) for epoch in epochs] == [list(range(48))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_a_caption_or_a_name_that_looks_like_a_reason_is_no_skipped_sample(tmp_path):
+    samples = make_samples(4, skipped=(2,))
+    samples[1] = Sample(1, '"reason":', samples[1].image, ['"reason": it says', "reason"])
+    opened = CodeStore(build(samples, tmp_path))
+    assert [opened.name(i) for i in range(3)] == ["key0", '"reason":', "key3"]
+    assert opened.condition(1) == '"reason": it says'
+
+
+def long_captions(count: int) -> list[Sample]:
+    image = Image.new("RGB", (8, 8))
+    return [Sample(i, f"key{i}", image, [f"{i} " + "x" * 2000]) for i in range(count)]

@@ -25,12 +25,11 @@ feature width.
 import bisect
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,6 +38,18 @@ from t2i.data.samples import Sample
 from t2i.errors import UserError
 from t2i.files import read_json, replacing
 
+_OPEN_SHARDS = 512
+"""How many shards a store keeps open, with the captions of their samples: a process can map some
+65,000 files, and a hundred million captions fit into no memory."""
+_TYPES = {
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""What a shard's tensors are of, by safetensors' names."""
+_SKIPPED = b'"reason":'  # of `sample_line`; within a string its quotes would be escaped
 FORMAT = 3
 """Part of the manifest and of the folder's name: change it whenever the files change."""
 MANIFEST = "manifest.json"
@@ -121,47 +132,29 @@ class ShardReader:
         self.path = path
 
     @cached_property
-    def _file(self) -> safe_open:
-        return safe_open(self.path, framework="pt")
-
-    @cached_property
-    def _codes(self):  # a safetensors slice: reads only the rows that are asked for
-        return self._file.get_slice("codes")
-
-    @cached_property
-    def _text(self):
-        return self._file.get_slice("text")
-
-    @cached_property
-    def _offsets(self) -> tuple[list[int], list[int]]:
-        names = ("caption_offsets", "text_offsets")
-        captions, text = (self._file.get_tensor(name).tolist() for name in names)
-        return captions, text
-
-    @cached_property
-    def _names(self) -> set[str]:
-        return set(self._file.keys())
+    def _tensors(self) -> dict[str, Tensor]:
+        return map_tensors(self.path)
 
     @cached_property
     def labels(self) -> list[int] | None:
         """Class ids, or None if the samples have captions."""
-        return self._file.get_tensor("labels").tolist() if "labels" in self._names else None
+        return self._tensors["labels"].tolist() if "labels" in self._tensors else None
 
     @property
-    def pixels(self) -> list[int]:
-        """A hash of each captioned image: the same for the same pixels."""
-        return self._file.get_tensor("pixels").tolist()
+    def pixels(self) -> Tensor:
+        """A hash int64 [n] of each captioned image: the same for the same pixels."""
+        return self._tensors["pixels"].clone()
 
     @property
     def codes_shape(self) -> tuple[int, int, int, int]:
         """(n, A, T, S)."""
-        n, views, positions, subtokens = self._codes.get_shape()
+        n, views, positions, subtokens = self._tensors["codes"].shape
         return n, views, positions, subtokens
 
     @property
     def text_dim(self) -> int | None:
         """C, or None if the shard holds no text features."""
-        return self._text.get_shape()[1] if "text" in self._names else None
+        return self._tensors["text"].shape[1] if "text" in self._tensors else None
 
     def lines(self) -> Iterator[dict]:
         """Every sample seen, usable or skipped, in source order."""
@@ -169,20 +162,44 @@ class ShardReader:
             yield from map(json.loads, file)
 
     @cached_property
-    def samples(self) -> list[dict]:
-        """{index, key, captions} of the usable samples, in the order of the codes."""
-        return [line for line in self.lines() if "reason" not in line]
+    def _usable(self) -> list[bytes]:
+        """The lines of the usable samples: only those that are asked for are parsed."""
+        content = self.path.with_suffix(".jsonl").read_bytes()
+        return [line for line in content.split(b"\n") if line and _SKIPPED not in line]
+
+    def sample(self, row: int) -> dict:
+        """{index, key, captions} of a usable sample, in the order of the codes."""
+        return json.loads(self._usable[row])
 
     def codes(self, row: int, view: int) -> Tensor:
         """Codes int64 [T, S] of one view."""
-        return self._codes[row, view].long()
+        return self._tensors["codes"][row, view].long()
 
     def features(self, row: int, choice: int, max_tokens: int) -> Tensor:
         """Features of one of the captions, float32 [n, C] with n <= max_tokens."""
-        captions, text = self._offsets
-        caption = captions[row] + choice % (captions[row + 1] - captions[row])
-        start, end = text[caption], text[caption + 1]
-        return self._text[start : min(end, start + max_tokens)].float()
+        captions, text = (self._tensors[name] for name in ("caption_offsets", "text_offsets"))
+        first, end = captions[row : row + 2].tolist()
+        caption = first + choice % (end - first)
+        start, end = text[caption : caption + 2].tolist()
+        return self._tensors["text"][start : min(end, start + max_tokens)].float()
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as views of the mapped file: only what is looked at is
+    read. They must not be written to.
+    """
+    # The library's own slices lose 64 bytes of memory each time that one is indexed (0.8.0):
+    # over a run of a billion samples that is gigabytes.
+    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+    header = json.loads(data[8:start].numpy().tobytes())
+    tensors = {}
+    for name, about in header.items():
+        if name != "__metadata__":
+            first, end = about["data_offsets"]
+            flat = data[start + first : start + end].view(_TYPES[about["dtype"]])
+            tensors[name] = flat.view(about["shape"])
+    return tensors
 
 
 class CodeStore:
@@ -213,9 +230,10 @@ class CodeStore:
             raise UserError(f"{folder} has the format {found}, this version reads {FORMAT} only")
         self.key, self.views = self.folder.name, self.manifest["views"]
         self.with_text = self.manifest["text_dim"] is not None
-        shards = self.manifest["shards"]
-        self._shards = [ShardReader(self.folder / shard["name"]) for shard in shards]
+        shards = self.manifest.pop("shards")  # many objects, where there are many
+        self._names = [shard["name"] for shard in shards]
         self._starts = [0, *accumulate(shard["samples"] for shard in shards)]
+        self._open = lru_cache(_OPEN_SHARDS)(lambda name: ShardReader(self.folder / name))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -247,13 +265,13 @@ class CodeStore:
         shard, row = self._locate(index)
         if shard.labels is not None:
             return shard.labels[row]
-        captions = shard.samples[row]["captions"]
+        captions = shard.sample(row)["captions"]
         return captions[choice % len(captions)]
 
     def name(self, index: int) -> str:
         """What the sample is called in its source."""
         shard, row = self._locate(index)
-        return shard.samples[row]["key"]
+        return shard.sample(row)["key"]
 
     def same_images(self) -> Tensor | None:
         """int64 [n]: for each sample the number of the first one with the same pixels.
@@ -262,15 +280,17 @@ class CodeStore:
         """
         if self.manifest["labelled"]:
             return None
-        first: dict[int, int] = {}
-        pixels = (number for shard in self._shards for number in shard.pixels)
-        return torch.tensor([first.setdefault(number, i) for i, number in enumerate(pixels)])
+        # Readers of their own: each is closed again.
+        hashes = torch.cat([ShardReader(self.folder / name).pixels for name in self._names])
+        found, image = hashes.unique(return_inverse=True)
+        place = torch.arange(len(hashes))
+        return torch.full_like(found, len(hashes)).scatter_reduce(0, image, place, "amin")[image]
 
     def _locate(self, index: int) -> tuple[ShardReader, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a store of {len(self)}")
         shard = bisect.bisect_right(self._starts, index) - 1
-        return self._shards[shard], index - self._starts[shard]
+        return self._open(self._names[shard]), index - self._starts[shard]
 
     def _chosen(
         self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None

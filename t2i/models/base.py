@@ -190,6 +190,8 @@ class Backbone(nn.Module, ABC):
     """The kind of image tokenizer that its codes come from."""
     lora_targets: str
     """Regular expression of the linear layers that LoRA may adapt."""
+    caption_width: int = 0
+    """Of a caption token's features in a data set's cache; 0 where captions are read as text."""
     left_out: int = 0
     """Parameters of the published model that were not loaded: drawing does not need them."""
 

@@ -40,14 +40,19 @@ class WeightFileBackbone(Backbone):
 
     @classmethod
     def load(cls, path: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self:
-        state_dict, config, grid = read_state_dict(path), options.config, options.grid
+        config, grid = options.config, options.grid
+        # Mapped, not read: otherwise the weights would be in memory twice while they are copied.
+        state_dict = read_state_dict(path, mmap=True)
+        if options.shapes_only:
+            state_dict = {name: tensor.to("meta") for name, tensor in state_dict.items()}
         if config is None:
             with naming(path):
                 config = cls.infer_config(state_dict, Path(path).stem, grid)
         elif grid is not None:
             config = replace(config, grid=grid)
         build: Any = cls  # a family's class is called with its shape
-        backbone = build_empty(lambda: build(config), options.dtype)
+        device = "meta" if options.shapes_only else "cpu"
+        backbone = build_empty(lambda: build(config), options.dtype, device)
         backbone.fill(state_dict, path)
         return backbone
 

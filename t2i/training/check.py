@@ -13,7 +13,7 @@ from pathlib import Path
 
 from t2i.data.data_report import DataReport, survey_source
 from t2i.data.encoding import check_cache_dir
-from t2i.data.images import ImageRules, Views
+from t2i.data.images import ImageRules
 from t2i.data.samples import Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError
@@ -23,7 +23,7 @@ from t2i.models.families import find_family
 from t2i.sources import check_named
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
-from t2i.training.examples import check_backbone, image_size
+from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
 from t2i.training.memory import size_report
 from t2i.training.open_data import labelled_sources, open_data, open_labelled
@@ -169,12 +169,12 @@ def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int, list[s
     count = opened.length or 0
     if isinstance(opened, JsonlCodes):
         return count, [f"{source}{count} lines"], []
-    views = Views(options.views, options.crop_ranges)
-    per_image = views.count * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
+    views = views_of(options)
+    per_image = views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
     gigabytes = count * per_image / 1e9
     lines = [
         f"{source}{count} images of {len(opened.classes)} classes",
-        f"codes         {views.count} views of each, {gigabytes:.2f} GB in {options.cache_dir}",
+        f"codes         {views} views of each, {gigabytes:.2f} GB in {options.cache_dir}",
     ]
     return count, lines, DataReport.collect((), opened).lines()
 

@@ -23,7 +23,8 @@ from t2i.training.open_data import open_data, open_labelled
 
 log = logging.getLogger(__name__)
 
-_IMAGES_PER_SHARD = 1024
+IMAGES_PER_SHARD = 1024
+_AT_ONCE = {DataOptions: 32, LabelledOptions: 64}  # views per call of the image tokenizer
 _LINES_PER_SHARD = 8192  # of codes that others computed, one view each
 
 
@@ -83,7 +84,13 @@ def _encoding(
     if isinstance(options, LabelledOptions):
         views = Views(options.views, options.crop_ranges)
         rules = ImageRules(size, views, small="upscale")
-        return Encoding(encode_images, rules, key=key, batch_size=64, shard_size=_IMAGES_PER_SHARD)
+        return Encoding(
+            encode_images,
+            rules,
+            key=key,
+            batch_size=_AT_ONCE[LabelledOptions],
+            shard_size=IMAGES_PER_SHARD,
+        )
     features = backbone.caption_features()
     return Encoding(
         encode_images,
@@ -92,8 +99,23 @@ def _encoding(
         caption_notes=backbone.caption_notes,
         key=key if features is None else key | features.key,
         max_samples=options.max_samples,
-        shard_size=_IMAGES_PER_SHARD,
+        batch_size=_AT_ONCE[DataOptions],
+        shard_size=IMAGES_PER_SHARD,
     )
+
+
+def views_of(options: DataOptions | LabelledOptions) -> int:
+    """How many views of an image are encoded."""
+    if isinstance(options, DataOptions):
+        return 1
+    return Views(options.views, options.crop_ranges).count
+
+
+def encoded_at_once(options: DataOptions | LabelledOptions, samples: int | None) -> int:
+    """Views per call of the image tokenizer; None samples are more than that."""
+    views, most = views_of(options), _AT_ONCE[type(options)]
+    whole = max(1, most // views) * views
+    return whole if samples is None else min(whole, views * samples)
 
 
 def _say_what_is_odd(store: CodeStore) -> None:

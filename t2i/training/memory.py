@@ -20,15 +20,17 @@ from t2i.models.families import find_family
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
+from t2i.training.examples import encoded_at_once
 from t2i.training.plan import Plan, about_window
 
 _PROMPT_TOKENS = 128
 """Prefix that is assumed where it varies with the caption."""
-_ENCODED_AT_ONCE = 32
-"""Images per call of the image tokenizer (`build_store`)."""
+_WIDE_MAPS = (4, 6)
+"""The tokenizer's widest feature maps that live at once, on a GPU and on a CPU, whose convolutions
+convert their input and their output."""
 _CARDS = (24, 40, 80)
 """Sizes of common cards in GB, where this machine has none."""
-_FLOPS = 1e14
+FLOPS = 1e14
 """Operations per second that the time is reckoned with: a third of an A100's peak in bf16."""
 
 
@@ -80,8 +82,13 @@ def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
     return 4 * config.engine.micro_batch * count * slots * sum(model.backbone.spec.subvocabs)
 
 
-def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
-    """What one process needs. `model`, on the meta device, is cast to the type it computes in."""
+def estimate(
+    model: TensorAR, config: TrainConfig, world_size: int, samples: int | None = None
+) -> Cost:
+    """What one process needs. `model`, on the meta device, is cast to the type it computes in.
+
+    samples: of the whole data set, where it may be smaller than what is encoded at once.
+    """
     state = state_bytes(model, config, world_size, config.engine.zero_stage)
     if config.engine.precision != "fp32":
         model.bfloat16()
@@ -102,15 +109,16 @@ def estimate(model: TensorAR, config: TrainConfig, world_size: int) -> Cost:
     passing += max(1.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
-    encoding = weights + frozen + _map_bytes(model.backbone)
+    encoding = weights + frozen + _map_bytes(model.backbone, encoded_at_once(config.data, samples))
     flops = passes * forward / config.engine.micro_batch
     return Cost(state, frozen, kept, passing, encoding, flops)
 
 
-def _map_bytes(backbone: Backbone) -> float:
-    """The image tokenizer's widest feature maps, four of which live at once, in fp32."""
+def _map_bytes(backbone: Backbone, images: int) -> float:
+    """The image tokenizer's widest feature maps, in fp32."""
     height, width = backbone.image_size
-    return 4 * 4 * _ENCODED_AT_ONCE * _tokenizer(backbone).config.channels * height * width
+    maps = _WIDE_MAPS[not torch.cuda.is_available()]
+    return 4 * maps * images * _tokenizer(backbone).config.channels * height * width
 
 
 def _tokenizer(backbone: Backbone) -> ConvTokenizer:
@@ -201,16 +209,16 @@ def size_report(
     model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
 ) -> tuple[dict[str, list[str]], list[str]]:
     """On parameters, memory and work: lines by title, and warnings."""
-    backbone, logits = model.backbone, _size(logit_bytes(model, config))
+    backbone, logits = model.backbone, readable_size(logit_bytes(model, config))
     state = memory_lines(model, config, world_size)
     parameters = _parameter_lines(model)
     if backbone.left_out:
-        saved = _size(backbone.left_out * weight_bytes(config))
+        saved = readable_size(backbone.left_out * weight_bytes(config))
         parameters += [
             f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, "
             f"{saved}"
         ]
-    cost = estimate(model, config, world_size)
+    cost = estimate(model, config, world_size, None if plan is None else plan.samples)
     fits, warnings = _fits(cost)
     work = _work_lines(config, plan, cost)
     lines = {
@@ -246,7 +254,7 @@ def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[
     """State bytes per ZeRO stage; the configured stage is marked."""
     lines = []
     for stage in range(4):
-        size = _size(state_bytes(model, config, world_size, stage))
+        size = readable_size(state_bytes(model, config, world_size, stage))
         mark = "  <- chosen" if stage == config.engine.zero_stage else ""
         lines.append(f"ZeRO-{stage} on {world_size} process(es) {size:>9}{mark}")
     return lines
@@ -254,29 +262,29 @@ def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[
 
 def _cost_lines(cost: Cost, logits: str) -> list[str]:
     parts = {
-        "state, as above": _size(cost.state),
-        "image tokenizer and text encoder": _size(cost.frozen),
-        "activations of one pass": f"{_size(cost.kept)} ({logits} of logits, fp32, in it)",
-        "what lives for a moment": _size(cost.passing),
-        "while images are encoded": f"{_size(cost.encoding)}, before there is an optimizer",
-        "peak, and a tenth more": f"{_size(cost.total)} (computed from shapes, not measured)",
+        "state, as above": readable_size(cost.state),
+        "image tokenizer and text encoder": readable_size(cost.frozen),
+        "activations of one pass": f"{readable_size(cost.kept)} ({logits} of logits, fp32, in it)",
+        "what lives for a moment": readable_size(cost.passing),
+        "while images are encoded": f"{readable_size(cost.encoding)}, before there is an optimizer",
+        "peak, and a tenth more": f"{readable_size(cost.total)} (computed from shapes, not measured)",
     }
     return [f"{name:<34}{size}" for name, size in parts.items()]
 
 
 def _fits(cost: Cost) -> tuple[str, list[str]]:
     """Whether it fits this machine's card, or which of the common ones; a warning if none."""
-    need = _size(cost.total)
+    need = readable_size(cost.total)
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         name, size = card.name, card.total_memory
         if cost.total <= size:
-            return f"fits this machine's {name} ({_size(size)})", []
+            return f"fits this machine's {name} ({readable_size(size)})", []
         warning = (
-            f"needs {need}, this machine's {name} has {_size(size)}: lower --engine.micro-batch, "
+            f"needs {need}, this machine's {name} has {readable_size(size)}: lower --engine.micro-batch, "
             "choose a higher --engine.zero-stage on more GPUs, or a smaller model"
         )
-        return f"does not fit this machine's {name} ({_size(size)})", [warning]
+        return f"does not fit this machine's {name} ({readable_size(size)})", [warning]
     fitting = [f"{size} GB" for size in _CARDS if cost.total <= size * 1e9]
     if fitting:
         return f"fits cards of {', '.join(fitting)} (this machine has none)", []
@@ -289,17 +297,17 @@ def _work_lines(config: TrainConfig, plan: Plan | None, cost: Cost) -> list[str]
         return []
     work = cost.flops * plan.steps * config.batch_size
     return [
-        f"work: {work:.2g} floating-point operations, {_duration(work / _FLOPS)} at "
-        f"{_FLOPS / 1e12:.0f} TFLOP/s (estimated, not measured; without validations and sheets)"
+        f"work: {work:.2g} floating-point operations, {readable_time(work / FLOPS)} at "
+        f"{FLOPS / 1e12:.0f} TFLOP/s (estimated, not measured; without validations and sheets)"
     ]
 
 
-def _duration(seconds: float) -> str:
+def readable_time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -121,6 +121,7 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
         super().__init__(config)
         self.config = config
         self.gpt = GPT(config)
+        self.caption_width = config.caption_dim if config.cond == "text" else 0
         self.spec = BackboneSpec(
             family="llamagen",
             dim=config.dim,

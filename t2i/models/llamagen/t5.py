@@ -64,13 +64,15 @@ class T5Captions:
     ) -> "T5Captions":
         """Load google/flan-t5-xl (the official encoder) or a local folder of the same layout.
 
-        LlamaGen was trained on features computed in bfloat16. See `t5_files` for the layout.
+        LlamaGen was trained on features computed in bfloat16. See `t5_files` for the layout. On the
+        "meta" device no weights are read.
 
         Raises:
             UserError: a file is missing, unreadable or not a T5's, or weights do not fit (named).
         """
         folder = find_folder(path_or_hub_id)
-        model: Any = load_encoder(folder, dtype)  # its `to` is not typed
+        shapes_only = torch.device(device).type == "meta"
+        model: Any = load_encoder(folder, dtype, shapes_only=shapes_only)  # its `to` is not typed
         tokenizer = load_tokenizer(folder, model.config.vocab_size)
         return cls(model.to(device), tokenizer, folder, max_tokens)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from t2i.errors import UserError
 from t2i.fields import read_object
@@ -72,8 +72,8 @@ def copy_files(folder: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
-    """The encoder of a T5 folder, on the CPU.
+def load_encoder(folder: Path, dtype: torch.dtype, *, shapes_only: bool = False) -> T5EncoderModel:
+    """The encoder of a T5 folder, on the CPU; `shapes_only`: on the meta device, by config.json.
 
     Raises:
         UserError: a file is missing or unreadable, the model is not a T5, or weights are missing,
@@ -88,6 +88,9 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
     kind = read_object(folder / "config.json").get("model_type")
     if kind != "t5":
         raise UserError(f"{folder}/config.json describes a {kind!r} model, not 't5'")
+    if shapes_only:
+        with torch.device("meta"):
+            return T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True)).to(dtype)
     try:
         loaded: Any = T5EncoderModel.from_pretrained(
             folder,

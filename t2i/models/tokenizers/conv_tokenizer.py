@@ -191,7 +191,10 @@ class ConvTokenizer(nn.Module, ABC):
 
     @classmethod
     def empty(cls, state_dict: dict[str, Tensor], path: str | Path) -> Self:
-        """A frozen tokenizer of the shape that a file's weights have, to be filled with them."""
+        """A frozen tokenizer of the shape that a file's weights have, where they are, to be filled
+        with them.
+        """
         with naming(path):
             config = cls.config_type.from_state_dict(state_dict)
-        return build_empty(lambda: cls(config)).requires_grad_(False)
+        device = next(iter(state_dict.values())).device
+        return build_empty(lambda: cls(config), device=device).requires_grad_(False)

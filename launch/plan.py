@@ -1,0 +1,50 @@
+"""Plan a run on a cluster that is not there yet: steps, hours, shards, checkpoints, memory and
+disk, from settings and shapes alone; what is impossible is refused.
+
+python launch/plan.py t2i-xl-256-tuned --gpus 64 --images 100e6 --images-per-second 4000
+python launch/plan.py janus-pro-7b-full-zero3 --gpus 64 --images 100e6 --epochs 1 --disk 20000
+
+The recipe's own options are those of its training program.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from t2i import cli
+from t2i.training.cluster import Cluster
+from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
+from t2i.training.recipes import recipes_for
+
+_MAIN = (
+    *(f"cluster.{name}" for name in ("gpus", "gpus_per_node", "gpu_memory", "disk", "images")),
+    *("cluster.images_per_second", "cluster.encoded_per_second", "cluster.hours"),
+    *("run.batch_size", "run.epochs", "run.steps", "run.engine.micro_batch"),
+    *("run.engine.zero_stage", "run.method.k"),
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A cluster, and what is trained on it."""
+
+    cluster: tyro.conf.OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
+    run: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+def main() -> None:
+    recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
+    planned = {name: (about, PlannedRun(run=run)) for name, (about, run) in recipes.items()}
+    config = cli.parse_recipe(planned, __doc__, main=_MAIN)
+    from t2i.training.scale import plan_cluster
+
+    print(plan_cluster(config.run, config.cluster))
+
+
+if __name__ == "__main__":
+    cli.run(main)

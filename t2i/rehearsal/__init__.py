@@ -1,0 +1,1 @@
+"""Rehearsals at real size: official layouts with random weights, and programs measured on them."""

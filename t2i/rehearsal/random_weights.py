@@ -1,0 +1,130 @@
+"""Weight files of any size with random weights, written tensor by tensor.
+
+No more than one block of numbers is in memory at a time. Matrices are N(0, 0.02), as most of these
+models begin; biases are zero and other vectors one, so that what is computed stays finite.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from mmap import MAP_SHARED
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t2i.files import replacing, write_json
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_BLOCK = 1 << 24  # numbers drawn at once
+_SAFE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def shapes_of(state_dict: Mapping[str, Tensor]) -> Shapes:
+    """Names and shapes of a state dict, such as a module's on the meta device."""
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+
+@dataclass
+class RandomWeights:
+    """Writes weight files.
+
+    Attributes:
+        holes: leave out the numbers: a file has its full size and takes hardly any disk. It serves
+            for looking at names and shapes.
+        seed: of all files together; each goes on where the last one ended.
+    """
+
+    holes: bool = False
+    seed: int = 0
+    _generator: torch.Generator = field(init=False)
+
+    def __post_init__(self):
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def pickle(
+        self,
+        path: Path,
+        shapes: Shapes,
+        *,
+        nest: str | None,
+        tied: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Path:
+        """A .pt, .bin or .ckpt file, with the weights under the key `nest`.
+
+        tied: names of weights that are others, by the names of those.
+        """
+        # Memory that nobody writes to is never taken, and the bytes in the file are not written.
+        weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        weights |= {name: weights[other] for name, other in (tied or {}).items()}
+        with replacing(path) as temporary:
+            with torch.serialization.skip_data():
+                torch.save(weights if nest is None else {nest: weights}, temporary)
+            if not self.holes:
+                with torch.serialization.set_default_mmap_options(MAP_SHARED):
+                    content = torch.load(temporary, mmap=True, weights_only=True)
+                for name, tensor in (content if nest is None else content[nest]).items():
+                    for block in tensor.view(-1).split(_BLOCK):
+                        self._fill(block, name, len(shapes[name]))
+        return path
+
+    def safetensors(self, path: Path, shapes: Shapes, dtype: torch.dtype) -> Path:
+        """A .safetensors file."""
+        header: dict = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            place = {"dtype": _SAFE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+            header[name] = place
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            if self.holes:
+                file.truncate(8 + len(text) + end)
+            else:
+                for name, shape in shapes.items():
+                    for block in self._blocks(name, shape, dtype):
+                        file.write(block.view(torch.uint8).numpy().data)
+        return path
+
+    def sharded(
+        self, folder: Path, shapes: Shapes, dtype: torch.dtype, *, most: int = 5 * 10**9
+    ) -> None:
+        """model.safetensors, or its shards with an index, in transformers' layout."""
+        shards: list[dict[str, tuple[int, ...]]] = [{}]
+        size = 0
+        for name, shape in shapes.items():
+            own = math.prod(shape) * dtype.itemsize
+            if shards[-1] and size + own > most:
+                shards.append({})
+                size = 0
+            shards[-1][name] = shape
+            size += own
+        if len(shards) == 1:
+            self.safetensors(folder / "model.safetensors", shapes, dtype)
+            return
+        places = {}
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self.safetensors(folder / file, shard, dtype)
+            places |= dict.fromkeys(shard, file)
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
+
+    def _blocks(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+        count = math.prod(shape)
+        for start in range(0, count, _BLOCK):
+            block = torch.empty(min(_BLOCK, count - start), dtype=dtype)
+            self._fill(block, name, len(shape))
+            yield block
+
+    def _fill(self, block: Tensor, name: str, dims: int) -> None:
+        if dims >= 2:
+            block.normal_(0, 0.02, generator=self._generator)
+        else:
+            block.fill_(0.0 if name.endswith("bias") else 1.0)

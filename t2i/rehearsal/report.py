@@ -1,0 +1,59 @@
+"""What a rehearsal measured, beside what the pre-flight had predicted."""
+
+import re
+from collections.abc import Mapping
+
+_LINES = {
+    "state": "state, as above",
+    "frozen": "image tokenizer and text encoder",
+    "kept": "activations of one pass",
+    "passing": "what lives for a moment",
+    "encoding": "while images are encoded",
+    "total": "peak, and a tenth more",
+}
+_UNITS = {"GB": 1e9, "MB": 1e6}
+_HEAD = "| stage | | s | CPU s | resident | its own | predicted | off by | read | on disk |"
+
+
+def predictions(report: str) -> dict[str, float]:
+    """Bytes by name of what `--check` printed, and its peak without the tenth for the allocator."""
+    found = {}
+    for name, words in _LINES.items():
+        if match := re.search(rf"^\s*{words}\s+([\d.]+) (GB|MB)", report, re.MULTILINE):
+            found[name] = float(match[1]) * _UNITS[match[2]]
+    moving = sum(found.get(name, 0) for name in ("state", "frozen", "kept", "passing"))
+    return found | {"peak": max(moving, found.get("encoding", 0))}
+
+
+def summary(row: Mapping) -> str:
+    """A stage in a line."""
+    if "skipped" in row:
+        return f"left out: {row['skipped']}"
+    what = "" if row["done"] else f"FAILED with code {row['code']}: "
+    return f"{what}{row['seconds']:.1f} s, {_gb(row['resident'])} resident"
+
+
+def table(rows: Mapping[str, Mapping], about: Mapping[str, str]) -> str:
+    """Markdown; memory in GB. What is predicted is compared beyond an empty process's memory."""
+    empty = rows.get("libraries", {}).get("resident", 0)
+    lines = [_HEAD, "|---" * (_HEAD.count("|") - 1) + "|"]
+    for name, row in rows.items():
+        first = f"| {name} | {about[name]}"
+        if "skipped" in row or not row["done"]:
+            lines.append(f"{first}: {summary(row)} |" + " |" * 8)
+            continue
+        kind, _, tuning = name.partition("-")
+        said = rows.get(f"check-{tuning}", {}).get("predicted") if kind != "check" else None
+        predicted = off = ""
+        if said and kind in ("train", "resume"):
+            predicted = _gb(said["peak"])
+            off = f"{(row['resident'] - empty) / said['peak'] - 1:+.0%}"
+        disk = _gb(row["bytes"]) if "bytes" in row else ""
+        cells = [f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", _gb(row["resident"])]
+        cells += [_gb(row["own"]), predicted, off, _gb(row["read"]), disk]
+        lines.append(f"{first} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,146 @@
+"""A run on a cluster that is not there yet, on data that nobody has fetched: how long, how large,
+and what about it is impossible. From settings and shapes alone; nothing is read or written.
+"""
+
+import math
+from collections.abc import Iterator
+
+from t2i.errors import UserError
+from t2i.tensorar.model import TensorAR
+from t2i.training.cluster import Cluster
+from t2i.training.config import DataOptions, TrainConfig
+from t2i.training.engine import deepspeed_config, parameter_groups
+from t2i.training.examples import IMAGES_PER_SHARD, views_of
+from t2i.training.memory import FLOPS, estimate, readable_size, readable_time, weight_bytes
+from t2i.training.plan import about_settings, plan_run
+from t2i.training.start import build_model
+
+_LINE_BYTES = 320
+"""Of a sample's line in a shard's .jsonl: index, name, a caption of two sentences."""
+_ORDER_BYTES = 24
+"""A sample in each process's memory: its number among those trained on, and the orders of two
+passes and of the split."""
+_SORTING_BYTES = 40
+"""A captioned sample while every process looks for equal images, before training."""
+
+
+def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
+    """A report for people.
+
+    Raises:
+        UserError: something is impossible: settings that contradict each other, or more memory,
+            disk or time than there is.
+    """
+    samples = int(cluster.images)
+    accumulated = deepspeed_config(config, cluster.gpus)["gradient_accumulation_steps"]
+    plan = plan_run(config, samples, cluster.gpus)
+    model = build_model(config, device="meta")
+    parameter_groups(model, config)  # raises where nothing would be trained
+    disk, saved = _cache_bytes(config, cluster, model, samples), checkpoint_bytes(model, config)
+    cost = estimate(model, config, cluster.gpus, samples)
+    work = cost.flops * plan.steps * config.batch_size
+    rate = cluster.images_per_second or cluster.gpus * FLOPS / cost.flops
+    seconds = plan.steps * config.batch_size / rate
+    captioned = isinstance(config.data, DataOptions)
+    resident = samples * (_SORTING_BYTES if captioned else _ORDER_BYTES)
+    all_saved = sum(saved) * config.log.keep_last
+    need = {
+        "GPU memory": (cost.total, cluster.gpu_memory * 1e9, "lower --engine.micro-batch"),
+        "main memory of a machine": (
+            cluster.per_node * resident,
+            cluster.node_memory * 1e9,
+            "use fewer processes on one",
+        ),
+        "disk": (disk + all_saved, (cluster.disk or math.inf) * 1e9, "use fewer images"),
+    }
+    for what, (needed, there, advice) in need.items():
+        if needed > there:
+            raise UserError(
+                f"the run needs {readable_size(needed)} of {what}, and there is "
+                f"{readable_size(there)}: {advice}"
+            )
+    if cluster.hours is not None and seconds > 3600 * cluster.hours:
+        raise UserError(
+            f"the run takes {readable_time(seconds)}, more than {cluster.hours:g} hours: give "
+            f"fewer --epochs or --steps, or more --gpus"
+        )
+    said = "as given" if cluster.images_per_second else "computed from the work, not measured"
+    sections = {
+        "steps": [
+            f"{samples:,} images, {plan.held_out} of them held out",
+            f"{config.batch_size} a step = {config.engine.micro_batch} a pass x {accumulated} "
+            f"accumulated x {cluster.gpus} GPUs on {cluster.nodes} machine(s)",
+            f"{plan.steps:,} steps = {plan.steps * config.batch_size / (plan.training or 1):.2f} "
+            "passes over the data",
+        ],
+        "time": [
+            f"training    {readable_time(seconds)} at {rate:,.0f} images/s ({said}); "
+            f"work {work:.2g} operations",
+            *_encoding_time(cluster, samples, views_of(config.data)),
+        ],
+        "code cache": _shard_lines(cluster, samples, disk),
+        "a checkpoint": [
+            f"model {readable_size(saved[0])}, training state {readable_size(saved[1])} "
+            f"({readable_size(saved[1] / cluster.gpus)} a process)",
+            f"every {plan.save_every or plan.steps:,} steps; the last {config.log.keep_last} are "
+            f"kept, {readable_size(all_saved)}",
+        ],
+        "memory": [
+            f"{readable_size(cost.total)} on a GPU (computed from shapes, with a tenth more)",
+            f"{readable_size(resident)} of main memory in each process for order and split, "
+            f"{readable_size(cluster.per_node * resident)} on a machine",
+        ],
+    }
+    if warnings := [*_warnings(cluster, samples), *about_settings(config, plan)]:
+        sections["warnings"] = warnings
+    return "\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
+
+
+def checkpoint_bytes(model: TensorAR, config: TrainConfig) -> tuple[float, float]:
+    """Bytes of a checkpoint's model, and of its training state in all processes together."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    codec = 0 if model.codec is None else sum(p.numel() for p in model.codec.parameters())
+    whole = trained
+    if config.tuning == "full":
+        whole = codec + sum(t.numel() for t in model.backbone.official_state_dict().values())
+    weight = weight_bytes(config)
+    # DeepSpeed keeps trained weights, both moments, and the fp32 copy that ZeRO trains.
+    optimizer = 8 if config.engine.zero_stage == 0 else 12
+    return whole * weight, trained * (weight + optimizer)
+
+
+def _cache_bytes(config: TrainConfig, cluster: Cluster, model: TensorAR, samples: int) -> float:
+    spec = model.backbone.spec
+    code = 2 if max(spec.subvocabs) <= 2**16 else 4
+    codes = views_of(config.data) * spec.num_tokens * len(spec.subvocabs) * code
+    text = 0
+    if isinstance(config.data, DataOptions):
+        text = 2 * min(cluster.caption_tokens, spec.prefix_tokens) * model.backbone.caption_width
+    return samples * (codes + text + _LINE_BYTES)
+
+
+def _shard_lines(cluster: Cluster, samples: int, size: float) -> list[str]:
+    shards = -(-samples // IMAGES_PER_SHARD)
+    least, more = divmod(shards, cluster.gpus)
+    each = f"{least:,}" if not more else f"{least:,} or {least + 1:,}"
+    return [
+        f"{readable_size(size)} in {shards:,} shards of {IMAGES_PER_SHARD:,} images, "
+        f"{readable_size(size / shards)} each",
+        f"{each} shards are encoded by each process",
+    ]
+
+
+def _encoding_time(cluster: Cluster, samples: int, views: int) -> list[str]:
+    if cluster.encoded_per_second is None:
+        return ["encoding    not known: give --encoded-per-second"]
+    seconds = samples * views / (cluster.encoded_per_second * cluster.gpus)
+    return [f"encoding    {readable_time(seconds)}, once, before training"]
+
+
+def _warnings(cluster: Cluster, samples: int) -> Iterator[str]:
+    shards = -(-samples // IMAGES_PER_SHARD)
+    if shards < cluster.gpus:
+        yield (
+            f"{samples:,} images are {shards} shards: {cluster.gpus - shards} of {cluster.gpus} "
+            "processes encode nothing"
+        )
