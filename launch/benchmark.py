@@ -155,8 +155,10 @@ def groups(config: Benchmark, device: "torch.device", machine: "Machine") -> Ite
 
 
 def _peers(config: Benchmark) -> tuple[str, ...]:
-    from launch.measure.peers import PEERS
+    from launch.measure.peers import PEERS, check_llamagen
 
+    if config.llamagen is not None:
+        check_llamagen(config.llamagen)
     if config.peers == ("all",):
         return tuple(n for n in PEERS if config.llamagen is not None or "llamagen" not in n)
     for name in config.peers:

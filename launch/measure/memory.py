@@ -5,11 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-ABOUT = (
-    "Peak memory is that of a fresh process: on a GPU of all its tensors, on a CPU (Linux) what the "
-    "process holds at most, less what it held before (Python and libraries)."
-)
-
 
 def peak_gb(work: Callable[..., object], *arguments: object) -> float:
     """Peak GB of a fresh process that does the work."""

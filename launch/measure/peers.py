@@ -160,12 +160,11 @@ def draw_janus(model: Any, task: Task, tick: Tick) -> Tensor:
     words = task.backbone.frozen.text_encoder
     sampling = task.sampling
     config = GenerationConfig(
-        do_sample=sampling.temperature != 0,
+        **({"do_sample": True, "top_k": sampling.top_k} if sampling.temperature else {}),
         guidance_scale=sampling.cfg_scale,
-        top_k=sampling.top_k,
-        top_p=1.0,
         pad_token_id=0 if words is None else words.pad_id,
-        generation_kwargs={"boi_token_id": 1 if words is None else words.boi_id},
+        bos_token_id=1 if words is None else words.bos_id,
+        generation_kwargs={"boi_token_id": 2 if words is None else words.boi_id},
     )
     given = {"input_ids": task.prepared["ids"], "attention_mask": task.prepared["mask"].long()}
     with _ticking(model.model.language_model, tick):
@@ -201,10 +200,15 @@ def _llamagen(task: Task, *, compiled: bool = False) -> Contender | None:
     return Loop(draw, device, records=compiled)
 
 
-def _import_llamagen(folder: Path) -> tuple[Any, Any]:
-    """Its modules of the model and of drawing."""
+def check_llamagen(folder: Path) -> None:
+    """UserError if its code is not there."""
     if not (folder / "autoregressive" / "models" / "gpt.py").is_file():
         raise UserError(f"--llamagen {folder} is no checkout of LlamaGen's repository")
+
+
+def _import_llamagen(folder: Path) -> tuple[Any, Any]:
+    """Its modules of the model and of drawing."""
+    check_llamagen(folder)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     where = "autoregressive.models"

@@ -8,31 +8,19 @@ from typing import Any
 
 import torch
 
-from launch.measure import memory, roofline, scaling
+from launch.measure import formulas
 from launch.measure.peers import PEERS
 from t2i.evaluation.results import markdown_table, versions
 from t2i.files import write_json, write_text
 
 COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac", "#1aa3a3", "#777777")
-_METHODS = "Contenders are named by preset and way of running the steps (--speeds); peers: "
-_TURNS = (
-    "All of a table's lines of one shape, type and number of images took turns in every round. "
-    "Median (quartiles); ratio: to the first line of the group, of the same rounds."
-)
+_PEERS = "Peers: " + "; ".join(f"{name}: {about}" for name, about in PEERS.items()) + "."
 NOTES = {
-    "sampling": _TURNS
-    + " Codes only, guided. first s: the first image of a process, in which it compiles or records. "
-    + _METHODS
-    + "; ".join(f"{name}: {about}" for name, about in PEERS.items())
-    + ". "
-    + roofline.FORMULA,
-    "decoding": "The image tokenizer's part.",
-    "training": _TURNS
-    + " fp32 weights (bf16: under autocast), forward, backward and AdamW over all parameters. "
-    "naive: the loss of all logits at once. estimate: what --check says of the peak. "
-    + roofline.MFU_FORMULA,
-    "scaling": "fp32, guided, --speed auto; drawing: seconds for all images of a point.",
-    "fits": scaling.FORMULA,
+    "sampling": " ".join([formulas.TURNS, formulas.DRAWING, formulas.FLOOR, _PEERS]),
+    "decoding": "The image tokenizer's part, in fp32.",
+    "training": " ".join([formulas.TURNS, formulas.TRAINING, formulas.MFU]),
+    "scaling": formulas.SCALING,
+    "fits": formulas.FITS,
 }
 _COLUMNS = {
     "shape": ("shape", "{}"),
@@ -104,7 +92,7 @@ def markdown(results: dict) -> str:
         if rows := results["rows"].get(name):
             lines += ["", f"## {name}", "", note, "", _table(rows)]
     if any("peak_gb" in row for rows in results["rows"].values() for row in rows):
-        lines += ["", memory.ABOUT]
+        lines += ["", formulas.MEMORY]
     return "\n".join(lines) + "\n"
 
 

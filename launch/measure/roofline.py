@@ -1,5 +1,5 @@
-"""What the hardware allows: the least time of a step from bytes and operations, and what this
-machine can do of each.
+"""What the hardware allows: the least time of a step from bytes and operations (in words:
+`formulas.py`), and what this machine can do of each.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from launch.measure.shapes import PROMPT_TOKENS
 from launch.measure.turns import seconds
 from t2i.tensorar.model import TensorAR
-
-FORMULA = (
-    "floor = max(bytes / bandwidth, operations / rate). Of a step of drawing: bytes = weights (all "
-    "parameters but embedding tables, of which a step reads single rows) + keys and values (rows x "
-    "entries before the step x 2 x layers x heads x width of a head; rows = 2 an image with "
-    "guidance); operations = rows x those of one window in a teacher-forced pass over the image "
-    "(torch's FlopCounterMode: 2 for a multiplication and addition). Bandwidth: bytes read and "
-    "written by a large copy; rate: a large product of matrices in the same type; both measured "
-    "in this run, or given."
-)
-MFU_FORMULA = (
-    "MFU = 3 x operations of a forward pass / seconds / rate: backward counts as two forwards; what "
-    "is computed again or to draw own drafts is not counted. Rate: a large product of matrices, in "
-    "the type of the matrix products."
-)
 
 
 @dataclass(frozen=True)

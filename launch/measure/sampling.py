@@ -9,7 +9,7 @@ import torch
 from launch.measure.memory import peak_gb
 from launch.measure.peers import PEERS, Task, open_peer
 from launch.measure.roofline import Machine, step_floor
-from launch.measure.shapes import PROMPT_TOKENS, attached, free_tokenizer, open_backbone
+from launch.measure.shapes import PROMPT_TOKENS, attached, need_tokenizer, open_backbone
 from launch.measure.turns import (
     Contender,
     Loop,
@@ -70,9 +70,9 @@ class OpenGroup:
     def __init__(self, group: Group, device: torch.device):
         torch.manual_seed(0)
         self.group = group
-        backbone = open_backbone(group.shape, DTYPES[group.dtype], device)
-        free_tokenizer(backbone, group.methods)
-        self.backbone = backbone
+        backbone = self.backbone = open_backbone(
+            group.shape, DTYPES[group.dtype], device, tokenizer=need_tokenizer(group.methods)
+        )
         prepared = backbone.made_up_conditions(group.images, PROMPT_TOKENS)
         floating = (k for k, v in prepared.items() if v.is_floating_point())
         prepared |= {k: prepared[k].to(DTYPES[group.dtype]) for k in floating}
@@ -168,7 +168,7 @@ def _draw_for_memory(group: Group, device: str) -> None:
 
 def decode_row(shape: str, images: int, device: torch.device, rounds: int = 5) -> dict:
     """Codes to pixels, apart from drawing them; in fp32, as always."""
-    backbone = open_backbone(shape, torch.float32, device)
+    backbone = open_backbone(shape, torch.float32, device, tokenizer=True)
     spec = backbone.spec
     codes = torch.stack(
         [torch.randint(v, (images, spec.num_tokens), device=device) for v in spec.subvocabs], -1

@@ -22,11 +22,6 @@ from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
-FORMULA = (
-    "exponent b and factor a of cost = a x work^b, least squares on logarithms over the points "
-    "given; residual: root mean square of the logarithms' differences, in percent."
-)
-
 
 @dataclass(frozen=True)
 class Point:

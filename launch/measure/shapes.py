@@ -2,7 +2,7 @@
 values speed does not depend.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -38,7 +38,6 @@ PUBLISHED = {
 }
 """Family of each published shape, and a name by which it is known there."""
 _TINY: dict = {"dim": 32, "n_layer": 2, "n_head": 2, "grid": (4, 4), "ffn_dim": 64}
-_TINY_VQ = VQConfig(32, (1, 2), 1, 16, codebook_size=48, codebook_dim=8)
 
 
 def llamagen(**shape) -> LlamaGen:
@@ -48,10 +47,7 @@ def llamagen(**shape) -> LlamaGen:
 
 
 def _tiny_llamagen(**shape) -> LlamaGen:
-    backbone = llamagen(**_TINY, vocab_size=48, **shape)
-    with torch.device("meta"):
-        backbone.frozen.tokenizer = VQTokenizer(_TINY_VQ)
-    return backbone
+    return llamagen(**_TINY, vocab_size=48, **shape)
 
 
 def _tiny_open_magvit2() -> OpenMAGVIT2:
@@ -65,8 +61,9 @@ def _tiny_rar() -> RAR:
 
 
 def _tiny_janus() -> Backbone:
+    tokenizer = VQTokenizer(VQConfig(32, (1, 2), 1, 16, codebook_size=48, codebook_dim=8))
     shape = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64, "vocab_size": 320}
-    return build_tiny_janus(["a red circle"], VQTokenizer(_TINY_VQ), side=4, **shape)
+    return build_tiny_janus(["a red circle"], tokenizer, side=4, **shape)
 
 
 TINY: dict[str, Callable[[], Backbone]] = {
@@ -88,38 +85,45 @@ def check_shapes(names: tuple[str, ...]) -> None:
 
 
 def outline(name: str) -> Backbone:
-    """A shape without weights (a tiny one may have some)."""
+    """A shape with its image tokenizer's, without weights (a tiny one may have some)."""
     if name in SHIPPED:
         return load_backbone(SHIPPED[name], name, generation_only=True, device="meta")
     if name in TINY:
-        return TINY[name]()
+        backbone = TINY[name]()
+        kind = backbone.tokenizer_type
+        with torch.device("meta"):
+            backbone.frozen.tokenizer = backbone.frozen.tokenizer or kind(kind.config_type())
+        return backbone
     family, source = PUBLISHED[name]
     found = find_family(family).backbone_class.outline(source, generation_only=True)
     assert found is not None, "a published name"
     return found
 
 
-def open_backbone(name: str, dtype: torch.dtype, device: torch.device) -> Backbone:
-    """A shipped base, or a shape with random weights."""
+def open_backbone(
+    name: str, dtype: torch.dtype, device: torch.device, *, tokenizer: bool = False
+) -> Backbone:
+    """A shipped base, or a shape with random weights; with its image tokenizer if asked for."""
     if name in SHIPPED:
-        backbone = load_backbone(
-            SHIPPED[name], name, generation_only=True, device=device, dtype=dtype
-        )
-        return backbone.to(dtype)
-    return filled(outline(name), dtype, device)
+        backbone = load_backbone(SHIPPED[name], name, generation_only=True, device=device)
+        backbone = backbone.to(dtype)
+    else:
+        backbone = filled(outline(name), dtype, device)
+    if not tokenizer:
+        backbone.frozen.tokenizer = None
+    elif name not in SHIPPED:
+        _fill(backbone.tokenizer.to_empty(device=device))
+    return backbone
 
 
-@torch.no_grad()
 def filled(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> Backbone:
-    """A model with random weights, made where they are used; so is its image tokenizer."""
+    """A model with random weights, made where they are used."""
     backbone = backbone.to(dtype).to_empty(device=device)
     _fill(backbone)
-    if backbone.frozen.tokenizer is not None:  # noise may need its code vectors
-        backbone.frozen.tokenizer.to_empty(device=device)
-        _fill(backbone.frozen.tokenizer)
     return backbone.eval()
 
 
+@torch.no_grad()
 def _fill(module: nn.Module) -> None:
     generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
     for value in module.state_dict().values():
@@ -134,7 +138,6 @@ def attached(backbone: Backbone, method: str) -> TensorAR:
     return TensorAR(backbone, presets.method(method)).eval()
 
 
-def free_tokenizer(backbone: Backbone, methods: tuple[str, ...]) -> None:
-    """Let go of the image tokenizer if no method needs its code vectors."""
-    if all(presets.method(name).noise != "codebook" for name in methods):
-        backbone.frozen.tokenizer = None
+def need_tokenizer(methods: Iterable[str]) -> bool:
+    """Whether a preset's noise asks for code vectors."""
+    return any(presets.method(name).noise == "codebook" for name in methods)

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from launch.measure.memory import peak_gb
 from launch.measure.roofline import Machine, forward_flops, random_codes
-from launch.measure.shapes import PROMPT_TOKENS, attached, open_backbone, outline
+from launch.measure.shapes import (
+    PROMPT_TOKENS,
+    attached,
+    need_tokenizer,
+    open_backbone,
+    outline,
+)
 from launch.measure.turns import Contender, Schedule, in_turns, quartiles, ratios, seconds
 from t2i.models.base import Condition
 from t2i.models.llamagen.llamagen_recipes import text_recipes
@@ -114,9 +120,11 @@ class OpenTraining:
 
     def __init__(self, group: TrainingGroup, names: tuple[str, ...], device: torch.device):
         torch.manual_seed(0)
-        backbone = open_backbone(group.shape, torch.float32, device)
-        backbone.gradient_checkpointing = group.recompute
         methods = dict.fromkeys(name.removesuffix(NAIVE) for name in names)
+        backbone = open_backbone(
+            group.shape, torch.float32, device, tokenizer=need_tokenizer(methods)
+        )
+        backbone.gradient_checkpointing = group.recompute
         self.models = {method: attached(backbone, method) for method in methods}
         prepared = backbone.made_up_conditions(group.batch, PROMPT_TOKENS)
         trained = {id(p): p for model in self.models.values() for p in model.parameters()}
