@@ -206,6 +206,7 @@ def main() -> None:
             continue
         log.info("%s: %s", kind, what)
         _add(results["rows"], kind, work())
+        results["machine"] = asdict(machine)
         if stem is not None:
             report.write(results, stem)
     print(report.markdown(results))

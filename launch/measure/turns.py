@@ -8,7 +8,8 @@ two steps, at the middle of an image as well as at its start.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Semaphore, Thread
 from typing import Protocol
@@ -180,30 +181,39 @@ def in_turns(contenders: Mapping[str, Contender], schedule: Schedule) -> dict[st
     """Time them round after round; one whose memory does not suffice is left out from there on."""
     times = {name: Times() for name in contenders}
     running = dict(contenders)
-
-    def guarded(name: str, work: Callable[[], float | None]) -> float | None:
-        try:
-            return work()
-        except torch.OutOfMemoryError as error:
-            times[name].error = f"out of memory: {str(error)[:100]}"
-            running.pop(name).close()
-            torch.cuda.empty_cache()
-            return None
-
     try:
-        for name, one in contenders.items():
-            first = guarded(name, lambda c=one: c.warm_up(schedule.image, schedule.warm_up))  # type: ignore[misc]
-            times[name].first = first
+        warm_all_up(running, schedule, times)
         for number in range(schedule.rounds):
             start = schedule.first + number * schedule.per_turn
             for name, one in list(running.items()):
-                taken = guarded(name, lambda c=one, at=start: c.turn(at, schedule.per_turn))  # type: ignore[misc]
-                if taken is not None:
-                    times[name].per_step.append(taken)
+                with _fitting(name, running, times):
+                    times[name].per_step.append(one.turn(start, schedule.per_turn))
     finally:
         for one in running.values():
             one.close()
     return times
+
+
+def warm_all_up(
+    running: dict[str, Contender], schedule: Schedule, times: Mapping[str, Times]
+) -> None:
+    """What each does before its first turn."""
+    for name, one in list(running.items()):
+        with _fitting(name, running, times):
+            times[name].first = one.warm_up(schedule.image, schedule.warm_up)
+
+
+@contextmanager
+def _fitting(
+    name: str, running: dict[str, Contender], times: Mapping[str, Times]
+) -> Iterator[None]:
+    """One that needs more memory than there is goes no further."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        times[name].error = f"out of memory: {str(error)[:100]}"
+        running.pop(name).close()
+        torch.cuda.empty_cache()
 
 
 # -- numbers of a group ----------------------------------------------------------------------------
