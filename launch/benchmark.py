@@ -205,7 +205,11 @@ def main() -> None:
             log.info("%s: not begun, %g minutes were over", what, config.minutes)
             continue
         log.info("%s: %s", kind, what)
-        _add(results["rows"], kind, work())
+        try:
+            found = work()
+        except torch.OutOfMemoryError as error:
+            found = [{"contender": what, "error": f"out of memory: {str(error)[:100]}"}]
+        _add(results["rows"], kind, found)
         results["machine"] = asdict(machine)
         if stem is not None:
             report.write(results, stem)

@@ -313,3 +313,14 @@ def test_refusals(tmp_path, capsys):
         "sampling", "--shapes", "tiny-class", "--speeds", "graphs"
     )
     assert "is no checkout of LlamaGen" in message("--llamagen", tmp_path)
+
+
+def test_a_group_that_does_not_fit_is_a_row(tmp_path, monkeypatch):
+    def full(group, *_, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sampling, "measure", full)
+    words = ("sampling", "--shapes", "tiny-class", "--bandwidth", "1", "--tflops", "1")
+    program(benchmark, *words, "--out", tmp_path / "mine")
+    (row,) = json.loads((tmp_path / "mine.json").read_text())["rows"]["sampling"]
+    assert "tiny-class" in row["contender"] and "out of memory" in row["error"]

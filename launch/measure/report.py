@@ -52,6 +52,9 @@ _COLUMNS = {
 """Title and format of what a table shows of a row."""
 
 
+_SPREAD = {"ms_per_step": "ms_quartiles", "s_per_step": "s_quartiles"}
+
+
 def about(device: torch.device, command: str) -> dict[str, Any]:
     """The machine, the software, and how it was started."""
     card = torch.cuda.get_device_name() if device.type == "cuda" else None
@@ -106,11 +109,10 @@ def _cell(row: dict, key: str) -> str:
     if (value := row.get(key)) is None:
         return ""
     text = _COLUMNS[key][1]
-    for end, factor in (("ms_quartiles", 1), ("s_quartiles", 1)):
-        if key == {"ms_quartiles": "ms_per_step", "s_quartiles": "s_per_step"}[end] and end in row:
-            low, high = (text.format(factor * v) for v in row[end])
-            return f"{text.format(value)} ({low}-{high})"
-    return text.format(value)
+    if (spread := row.get(_SPREAD.get(key, ""))) is None:
+        return text.format(value)
+    low, high = map(text.format, spread)
+    return f"{text.format(value)} ({low}-{high})"
 
 
 def write(results: dict, stem: Path) -> None:

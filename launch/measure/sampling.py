@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -77,30 +78,28 @@ class OpenGroup:
         floating = (k for k, v in prepared.items() if v.is_floating_point())
         prepared |= {k: prepared[k].to(DTYPES[group.dtype]) for k in floating}
         self.task = Task(backbone, prepared, group.images, group.settings, group.llamagen)
-        self.models = {method: attached(backbone, method) for method in group.methods}
         self.contenders: dict[str, Contender] = {}
         """By name."""
+        self.models: dict[str, TensorAR] = {}
+        """Of ours: each its own around the one backbone, since it keeps what was recorded."""
         self.runs: dict[str, dict] = {}
         """How the steps of ours are run."""
-        for method, model in self.models.items():
-            for speed in group.speeds:
-                self._add(method, model, speed)
+        for method, speed in product(group.methods, group.speeds):
+            self._add(method, speed)
         for name in group.peers:
             if (peer := open_peer(name, self.task)) is not None:
                 self.contenders[name] = peer
 
-    def _add(self, method: str, model: TensorAR, speed: Speed) -> None:
+    def _add(self, method: str, speed: Speed) -> None:
         name = f"{method} {speed}"
-        # Each with a model of its own around the one backbone: it keeps what was recorded.
-        own = TensorAR(self.backbone, model.config).eval()
-        own.codec = model.codec
-        chosen, speculate = choose_run(own, DrawOptions(speed=speed), batches=1)
+        model = self.models[name] = attached(self.backbone, method)
+        chosen, speculate = choose_run(model, DrawOptions(speed=speed), batches=1)
         self.runs[name] = {"method": method, "speed": chosen, "speculate": speculate}
         keys = torch.arange(self.group.images)
 
         def draw(tick: Tick) -> None:
             prepared, settings = self.task.prepared, self.group.settings
-            sample_windows(own, prepared, keys, settings, tick, chosen, speculate)
+            sample_windows(model, prepared, keys, settings, tick, chosen, speculate)
 
         self.contenders[name] = Loop(draw, self.backbone.device, records=chosen != "eager")
 
@@ -126,11 +125,17 @@ def measure(
         row = {**about, "contender": name, **opened.runs.get(name, {})}
         row |= _numbers(found, reference, schedule, group.images)
         if "ms_per_step" in row and name in opened.runs:
-            model = opened.models[opened.runs[name]["method"]]
-            row |= _floor(model, opened.task.rows, schedule, machine, group.dtype, row)
-        if memory:
-            row["peak_gb"] = peak_gb(_draw_for_memory, group.only(name), device.type)
+            row |= _floor(
+                opened.models[name], opened.task.rows, schedule, machine, group.dtype, row
+            )
         rows.append(row)
+    del opened  # other processes need the memory
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for row in rows if memory else []:
+        if "error" not in row:
+            alone = group.only(row["contender"])
+            row["peak_gb"] = peak_gb(_draw_for_memory, alone, device.type)
     return rows
 
 
