@@ -1,24 +1,28 @@
-"""Seconds per training step and per image, and peak memory, for the base and for TensorAR, as
-ratios inside one run.
+"""How fast codes are drawn and training steps are made here, and in how much memory: presets, ways
+of running the steps and peers, in turns inside one run, beside what the hardware allows.
 
-Contenders take turns in every round, so that whatever else the machine does hits all of them; the
-table gives medians and the ratio to the base. Memory is measured in a fresh process per contender.
+    python launch/benchmark.py                                # the shapes base, in two minutes
+    # a published shape with random weights, against peers
+    python launch/benchmark.py sampling --shapes llamagen-B --images 4 --dtypes fp32 bf16 \\
+        --speeds eager compiled --peers all --steps 64 --out benchmarks/mine
+    python launch/benchmark.py training --shapes llamagen-B --batch 4 --naive
+    python launch/benchmark.py scaling
 
-    python launch/benchmark.py                                # the shapes base
-    # LlamaGen-B's shape with random weights
-    python launch/benchmark.py --size B --batch 4 --rounds 3
+Shapes: shapes, shapes-janus (the shipped bases); llamagen-B, -L, -XL, -XXL, -3B, each also with
+-384; llamagen-text-XL; janus-1B, -7B; open-magvit2-B, -L, -XL; rar-B, -L, -XL, -XXL. Peers:
+no-cache, cat-cache, transformers, transformers-static, llamagen, llamagen-compiled, or all.
 """
 
-import multiprocessing
-import platform
-import statistics
+import logging
+import shlex
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import tyro
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,192 +33,197 @@ from t2i.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from t2i.models.base import Backbone
-    from t2i.tensorar.model import TensorAR
+    from launch.measure.roofline import Machine
+
+log = logging.getLogger(__name__)
+
+What = Literal["sampling", "training", "scaling"]
+Dtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """What to time."""
+class Benchmark:
+    """What to measure."""
 
-    size: str | None = None
-    """A published LlamaGen size (by class, random weights), or else the shipped shapes base."""
-    methods: tuple[str, ...] = ("base", "tuned", "iclr2026", "arxiv2505")
+    what: tyro.conf.Positional[tuple[What, ...]] = ("sampling", "training")
+    """Drawing codes, training steps, or how cost grows with work."""
+    shapes: tuple[str, ...] = ("shapes",)
+    """Models, see above."""
+    methods: tuple[str, ...] = ("base", "iclr2026")
     """Presets to compare; ratios are to the first."""
-    batch: int = 32
-    """Samples per training step."""
-    images: int = 16
+    dtypes: tuple[Dtype, ...] = ("fp32",)
+    """Of drawing: weights and cache; of training: fp32 weights, bf16 under autocast."""
+    images: tuple[int, ...] = (16,)
     """Images drawn at once."""
-    rounds: int = 5
+    speeds: tuple[str, ...] = ()
+    """Ways of running the steps (eager, compiled, graphs, auto); none: eager, and graphs on a
+    GPU."""
+    peers: tuple[str, ...] = ()
+    """Others to compare with, see above."""
+    llamagen: Path | None = None
+    """A checkout of LlamaGen's repository, for its peers."""
+    guidance: float = 2.0
+    """Scale of classifier-free guidance; 1: none."""
+    top_k: int = 2000
+    """Codes that may be drawn; 0: all."""
+    steps: int = 0
+    """Steps of an image that are timed, around its middle; 0: all."""
+    decode: bool = False
+    """Also time the way from codes to pixels."""
+    batch: int = 32
+    """Samples of a training step."""
+    naive: bool = False
+    """Also train with the loss of all logits at once."""
+    recompute: bool = False
+    """Train with gradient checkpointing."""
+    rounds: int = 6
+    """Turns of each contender."""
     memory: bool = True
-    """Also measure peak memory, each in a process of its own (on the CPU: all of it, on Linux)."""
+    """Also measure peak memory, each in a process of its own."""
+    bandwidth: float | None = None
+    """GB/s of this machine; measured by a copy if not given."""
+    tflops: float | None = None
+    """TFLOP/s of this machine; measured by matrix products if not given."""
+    minutes: float = 0
+    """No group of contenders is begun after so long; 0: no limit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None
-    """Also write the table to this file."""
+    """Also write STEM.json, STEM.md and (where matplotlib is installed) STEM.svg."""
+
+    def __post_init__(self):
+        for name in ("batch", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.images or min(self.images) < 1:
+            raise UserError(f"images={self.images} must be numbers of at least 1")
 
 
-class TrainingStep:
-    """Forward, backward and AdamW over all parameters, on random codes; each call is a step."""
+def groups(config: Benchmark, device: "torch.device", machine: "Machine") -> Iterator[tuple]:
+    """(kind of rows, what it is, function that measures it) in order."""
+    from functools import partial
 
-    def __init__(
-        self, model: "TensorAR", prepared: "dict[str, torch.Tensor]", *, autocast: bool = False
-    ):
-        import torch
+    from launch.measure import sampling, scaling, training
+    from t2i.sampling import Speed
 
-        spec, device = model.backbone.spec, model.backbone.device
-        batch = len(next(iter(prepared.values())))
-        self.model, self.prepared, self.autocast = model, prepared, autocast
-        self.codes = torch.stack(
-            [torch.randint(v, (batch, spec.num_tokens), device=device) for v in spec.subvocabs], -1
-        )
-        self.keys = torch.arange(batch, device=device)
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
-
-    def __call__(self) -> None:
-        import torch
-
-        model = self.model.train()
-        with torch.autocast(self.codes.device.type, torch.bfloat16, enabled=self.autocast):
-            condition = model.backbone.encode_condition(self.prepared)
-            windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
-            loss = model(self.codes, condition, windows).weighted(model.config.weights())
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-
-class Contender:
-    """One method: a training step and a drawing run, ready to be timed."""
-
-    def __init__(self, config: Timing, method: str):
-        import torch
-
-        from t2i.loading import attach
-        from t2i.tensorar import presets
-
-        torch.manual_seed(0)
-        self.images = config.images
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        backbone = _backbone(config.size).to(self.device)
-        self.model = attach(backbone, presets.method(method)).to(self.device)
-        self.train_step = TrainingStep(self.model, self._prepared(config.batch))
-
-    def _prepared(self, count: int) -> dict:
-        kind = self.model.backbone.spec.cond_kind
-        return self.model.backbone.prepare(
-            ["a photo of two stars" if kind == "text" else 1] * count
-        )
-
-    def draw(self) -> None:
-        import torch
-
-        from t2i.generation import choose_run
-        from t2i.sampling import DrawOptions
-        from t2i.tensorar.sampler import sample_windows
-
-        model, keys = self.model.eval(), torch.arange(self.images)
-        speed, _ = choose_run(model, DrawOptions(), batches=1)
-        sample_windows(model, self._prepared(self.images), keys, model.sampling, speed=speed)
+    if "sampling" in config.what:
+        usual = ("graphs", "eager") if device.type == "cuda" else ("eager",)
+        speeds: tuple[Speed, ...] = config.speeds or usual  # type: ignore[assignment]
+        for shape in config.shapes:
+            for dtype in config.dtypes:
+                for images in config.images:
+                    group = sampling.Group(
+                        shape,
+                        dtype,
+                        images,
+                        config.methods,
+                        speeds,
+                        _peers(config),
+                        config.steps,
+                        config.rounds,
+                        config.guidance,
+                        config.top_k,
+                        config.llamagen,
+                    )
+                    work = partial(sampling.measure, group, device, machine, memory=config.memory)
+                    yield "sampling", f"{shape}, {dtype}, {images} images", work
+            if config.decode:
+                for images in config.images:
+                    row = partial(sampling.decode_row, shape, images, device, config.rounds)
+                    yield "decoding", f"{shape}, {images} images", lambda row=row: [row()]
+    if "training" in config.what:
+        for shape in config.shapes:
+            for dtype in config.dtypes:
+                steps = training.TrainingGroup(
+                    shape,
+                    dtype,
+                    config.batch,
+                    config.methods,
+                    config.naive,
+                    config.recompute,
+                    config.rounds,
+                )
+                work = partial(training.measure, steps, device, machine, memory=config.memory)
+                yield "training", f"{shape}, {dtype}, batch {config.batch}", work
+    if "scaling" in config.what:
+        for name, points in scaling.points(scaling.Point()).items():
+            rounds = min(config.rounds, 3)
+            yield (
+                "scaling",
+                f"cost as {name} grows",
+                partial(scaling.measure, name, points, device, rounds=rounds, memory=config.memory),
+            )
 
 
-def _backbone(size: str | None) -> "Backbone":
-    """The shapes base, or a published size with random weights."""
-    from t2i.loading import load_backbone
-    from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
-    from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+def _peers(config: Benchmark) -> tuple[str, ...]:
+    from launch.measure.peers import PEERS, check_llamagen
 
-    if size is None:
-        return load_backbone("llamagen", "shapes", device="cpu", dtype="float32")
-    if size not in SIZES:
-        raise UserError(f"size {size!r} must be one of {', '.join(SIZES)}")
-    backbone = LlamaGen(LlamaGenConfig(**SIZES[size]))
-    backbone.frozen.tokenizer = VQTokenizer(VQConfig()).eval()  # noise may need its code vectors
-    return backbone
-
-
-def seconds(work: Callable[[], object], device: "torch.device") -> float:
-    """How long the work takes, with all that it starts on the device."""
-    import torch
-
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
-
-
-def measure(config: Timing) -> dict[str, dict[str, float]]:
-    """Median seconds by method: per training step, and per image (codes only)."""
-    contenders = {name: Contender(config, name) for name in config.methods}
-    times: dict[str, dict[str, list[float]]] = {n: {"step": [], "image": []} for n in contenders}
-    for round_ in range(config.rounds + 1):
-        for name, contender in contenders.items():
-            step = seconds(contender.train_step, contender.device)
-            image = seconds(contender.draw, contender.device)
-            if round_ > 0:  # the first round warms up
-                times[name]["step"].append(step)
-                times[name]["image"].append(image / config.images)
-    return {n: {k: statistics.median(v) for k, v in t.items()} for n, t in times.items()}
-
-
-def peak_memory(config: Timing, method: str, work: str) -> float:
-    """Peak GB of a fresh process that does one piece of work twice."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak, config, method, work).result()
-
-
-def _peak(config: Timing, method: str, work: str) -> float:
-    contender = Contender(config, method)
-    for _ in range(2):
-        getattr(contender, work)()
-    if contender.device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e9
-    # Not getrusage: its peak is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(kilobytes) * 1024 / 1e9
+    if config.llamagen is not None:
+        check_llamagen(config.llamagen)
+    if config.peers == ("all",):
+        return tuple(n for n in PEERS if config.llamagen is not None or "llamagen" not in n)
+    for name in config.peers:
+        if name not in PEERS:
+            raise UserError(f"peer {name!r} must be one of {', '.join(PEERS)}, or all")
+        if name.startswith("llamagen") and config.llamagen is None:
+            raise UserError(f"peer {name} needs --llamagen DIR, a checkout of LlamaGen")
+    return config.peers
 
 
 def main() -> None:
-    config = cli.parse(Timing, __doc__)
+    config = cli.parse(Benchmark, __doc__)
+    from launch.measure import report, roofline, sampling
+    from launch.measure.shapes import check_shapes
+    from t2i.files import writable_file
+    from t2i.loading import pick_device
+    from t2i.tensorar import presets
+
+    check_shapes(config.shapes)
+    for name in config.methods:
+        presets.method(name)
+    _peers(config)
+    device, _ = pick_device(config.device)
+    stem = None if config.out is None else config.out.with_suffix("")
+    if stem is not None:
+        writable_file(stem.with_suffix(".json"))
     import torch
 
-    from t2i.files import writable_file, write_text
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    command = shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]])
+    dtypes = {name: sampling.DTYPES[name] for name in config.dtypes}
+    machine = roofline.known(device, dtypes, config.bandwidth, config.tflops)
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()}
+    results: dict = {
+        "about": report.about(device, command),
+        "settings": settings,
+        "machine": asdict(machine),
+        "notes": report.NOTES,
+        "rows": {},
+    }
+    begun = time.time()
+    for kind, what, work in groups(config, device, machine):
+        if config.minutes and time.time() - begun > 60 * config.minutes:
+            log.info("%s: not begun, %g minutes were over", what, config.minutes)
+            continue
+        log.info("%s: %s", kind, what)
+        try:
+            found = work()
+        except torch.OutOfMemoryError as error:
+            found = [{"contender": what, "error": f"out of memory: {str(error)[:100]}"}]
+        _add(results["rows"], kind, found)
+        results["machine"] = asdict(machine)
+        if stem is not None:
+            report.write(results, stem)
+    print(report.markdown(results))
+    if stem is not None and not report.plot(results, stem.with_suffix(".svg")):
+        log.info("no plot: matplotlib is not installed")
 
-    if config.out is not None:
-        writable_file(config.out)
-    seconds = measure(config)
-    first = seconds[config.methods[0]]
-    where = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    lines = [
-        f"{config.size or 'shapes base'}, batch {config.batch}, {config.images} images at once, "
-        f"{where}, torch {torch.__version__}, {platform.machine()}",
-        "",
-        "| method | s per training step | ratio | s per image (codes) | ratio "
-        "| peak GB training | peak GB drawing |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in seconds.items():
-        memory = [
-            f"{peak_memory(config, name, w):.2f}" if config.memory else "-"
-            for w in ("train_step", "draw")
-        ]
-        lines.append(
-            f"| {name} | {row['step']:.3f} | {row['step'] / first['step']:.2f} "
-            f"| {row['image']:.4f} | {row['image'] / first['image']:.2f} | {' | '.join(memory)} |"
-        )
-    text = "\n".join(lines)
-    print(text)
-    if config.out is not None:
-        write_text(config.out, text + "\n")
+
+def _add(rows: dict[str, list[dict]], kind: str, found: list[dict] | tuple) -> None:
+    """New rows among those of their kind; scaling brings fits along."""
+    if isinstance(found, tuple):
+        found, fits = found
+        rows.setdefault("fits", []).extend(fits)
+    rows.setdefault(kind, []).extend(found)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ if not __package__:  # run from a clone, without installation
 # The golden cases, and how they are read.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
+from launch.measure import formulas
 from t2i import cli
 from t2i.errors import UserError
 from t2i.evaluation.results import markdown_table
@@ -81,23 +82,24 @@ PARTS = {
         "in a batch, and by CUDA graphs against eager (codes, share equal).",
     ),
     "sampling": CheckPart(
-        _of("gpu_speed", "sampling"),
-        200,
-        "bf16, guided (two rows an image), codes only. first_s = the first pass of this model and "
-        "number of images in this process, which loads kernels, records graphs and compiles; all "
-        "other numbers are of a second pass. floor_ms = (weights + "
-        "keys and values) / bandwidth: weights = all but embedding tables, once a step; keys and "
-        "values = rows x (prefix + half of the codes) entries; bandwidth = bytes read and written "
-        "by a copy on this device. of_floor = floor_ms / ms_per_step.",
+        _of("gpu_speed", "sampling_rows"),
+        170,
+        " ".join(["bf16.", formulas.TURNS, formulas.DRAWING, formulas.FLOOR]),
     ),
     "training": CheckPart(
-        _of("gpu_speed", "training"),
-        90,
-        "fp32 weights under bf16 autocast, forward + backward + fused AdamW, all parameters "
-        "trained. TFLOP/s = 6 x parameters (without embedding tables) x inputs of the trunk / "
-        "time; of_matmul = that over a large bf16 product's on this device. state_gb = memory "
-        "after a step (weights, gradients, optimizer), estimate = what `--check` says of it; "
-        "peak_gb has activations, too.",
+        _of("gpu_speed", "training_rows"),
+        70,
+        " ".join([formulas.TURNS, formulas.TRAINING, formulas.MFU, formulas.ESTIMATE]),
+    ),
+    "same_codes": CheckPart(
+        _of("gpu_parity", "same_codes"),
+        60,
+        "Greedy codes in fp32, by graphs and compiled against eager (share equal); where one "
+        "differs first, by how much eager preferred its own (the largest such gap of logits): "
+        "fusing changes rounding, and one code changes those after it.",
+    ),
+    "compiled": CheckPart(
+        _of("gpu_speed", "compiled_rows"), 60, "As sampling, compiled against graphs."
     ),
 }
 
@@ -167,11 +169,13 @@ def run_part(name: str, device: "torch.device", tiny: bool, end: float, record: 
             record.add(name, {**about, "stopped": f"{begun - start:.0f} s were used up"})
             break
         try:
-            row = work()
+            found = work()
         except Exception as error:
             log.info(traceback.format_exc())
-            row = {"error": f"{type(error).__name__}: {str(error)[:300]}", "ok": False}
-        record.add(name, {**about, **row, "took_s": round(time.time() - begun, 1)})
+            found = {"error": f"{type(error).__name__}: {str(error)[:300]}", "ok": False}
+        took = {"took_s": round(time.time() - begun, 1)}
+        for row in found if isinstance(found, list) else [found]:
+            record.add(name, {**about, **row, **took})
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

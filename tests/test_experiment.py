@@ -6,12 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launch import benchmark
 from launch.lab import experiment, recipe_report
 from launch.lab import experiment_grids as grids
 from launch.lab.recipe_report import estimate, rank_correlation
 from t2i.models.llamagen.llamagen_recipes import text_recipes
-from t2i.tensorar.model import TensorAR
 from t2i.training.open_data import open_data
 
 
@@ -84,21 +82,6 @@ def test_what_is_scored_is_kept(tmp_path, steps):
     saved = sorted({*range(log.save_every, steps, log.save_every), steps})
     assert {log.save_every, steps} <= set(saved[-log.keep_last :])
     assert steps // 2 <= log.save_every <= steps // 2 + 1
-
-
-def test_the_benchmark_trains_as_training_does(monkeypatch):
-    """Case 26: the time of `tuned` left out the pass that draws its own drafts."""
-    drawn = []
-
-    def record(self, codes, condition, keys, passes=2):
-        drawn.append(passes)
-        return self.windows.gather(codes)
-
-    monkeypatch.setattr(TensorAR, "own_draft_windows", record)
-    for method in ("iclr2026", "tuned"):
-        config = benchmark.Timing(batch=2, images=1)
-        benchmark.Contender(config, method).train_step()
-    assert drawn == [1]
 
 
 def test_standard_error_is_the_larger_of_seeds_and_prompts():

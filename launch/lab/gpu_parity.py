@@ -14,6 +14,7 @@ from helpers import GoldenCase
 from torch import Tensor
 
 from launch.lab.gpu_speed import Rows
+from launch.measure.shapes import open_backbone
 from t2i.loading import load_backbone
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.janus.janus_model import Janus
@@ -31,6 +32,7 @@ from t2i.tensorar.sampler import sample_windows
 
 LOGITS, PIXELS = 1e-4, 5e-4  # the golden tests' tolerances, fp32
 BF16 = 0.08  # largest difference of logits in bf16, as a share of the largest logit
+GAP = 2e-3  # between logits that rounding may swap, fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -311,6 +313,52 @@ def several_ways(
         **recorded,
         "ok": ok and recorded.get("graphs_equal", 1) == 1,
     }
+
+
+def same_codes(device: torch.device, tiny: bool) -> Rows:
+    """Shipped bases and a published shape, by every way of running the steps that is there."""
+    builds = SHIPPED | {"LlamaGen-B": lambda: open_backbone("llamagen-B", DTYPES["fp32"], device)}
+    if tiny:
+        builds = {"llamagen class": BACKBONES["llamagen class"]}
+    speeds: tuple[Speed, ...] = ("graphs", "compiled") if device.type == "cuda" else ("eager",)
+    for speed in speeds:
+        for name, build in builds.items():
+            yield {"backbone": name, "speed": speed}, partial(by_speed, build, device, speed)
+
+
+@torch.no_grad()
+def by_speed(
+    build: Callable[[], Backbone], device: torch.device, speed: Speed, batch: int = 4
+) -> dict:
+    """Two batches one after another, so that what was recorded is used again."""
+    torch.compiler.reset()
+    backbone = build().to(device, DTYPES["fp32"])
+    base, refined = (TensorAR(backbone, m()).eval() for m in (presets.base, presets.iclr2026))
+    prepared = {k: v.to(device) for k, v in _conditions(backbone, batch).items()}
+    keys = torch.zeros(batch, dtype=torch.long)
+    found: dict = {}
+    for k, model in ((1, base), (4, refined)):
+        eager = drawn(model, prepared, keys, GREEDY)
+        for _ in range(2):
+            codes = drawn(model, prepared, keys, GREEDY, speed)
+        gap = preference(base, prepared, eager, codes, device)
+        found |= {f"k{k}_equal": share(codes, eager), f"k{k}_gap": gap}
+    return {**found, "ok": max(found["k1_gap"], found["k4_gap"]) <= GAP}
+
+
+def preference(
+    base: TensorAR, prepared: dict, codes: Tensor, others: Tensor, device: torch.device
+) -> float:
+    """How much the base prefers codes [B, T, 1] where others differ first: largest gap of logits.
+
+    An untrained TensorAR predicts what its base does.
+    """
+    with torch.device(device):
+        (logits,) = helpers.teacher_forced(base, prepared, codes)
+    differ = (codes != others)[..., 0]
+    first = differ & (differ.cumsum(1) == 1)
+    picked = [logits.gather(-1, c)[..., 0] for c in (codes, others)]
+    return (picked[0] - picked[1])[first].abs().max().item() if first.any() else 0.0
 
 
 def _conditions(backbone: Backbone, batch: int) -> dict[str, Tensor]:

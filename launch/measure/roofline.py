@@ -1,0 +1,126 @@
+"""What the hardware allows: the least time of a step from bytes and operations (in words:
+`formulas.py`), and what this machine can do of each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from launch.measure.shapes import PROMPT_TOKENS
+from launch.measure.turns import seconds
+from t2i.tensorar.model import TensorAR
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this device can do."""
+
+    bandwidth: float
+    """Bytes per second that a copy reads and writes."""
+    rates: dict[str, float]
+    """Floating-point operations per second of a large matrix product, by dtype."""
+    source: str = "measured by a copy and matrix products, best of six"
+
+
+def measured(
+    device: torch.device, dtypes: dict[str, torch.dtype], *, tiny: bool = False
+) -> Machine:
+    """By a copy and matrix products; best of six."""
+    on_gpu = device.type == "cuda"
+    size = 1 << (20 if tiny else 30 if on_gpu else 28)
+    side = 256 if tiny else 8192 if on_gpu else 2048
+    rates = {name: matmul_rate(device, side, dtype) for name, dtype in dtypes.items()}
+    return Machine(copy_bandwidth(device, size), rates)
+
+
+def known(
+    device: torch.device,
+    dtypes: dict[str, torch.dtype],
+    bandwidth: float | None,
+    tflops: float | None,
+) -> Machine:
+    """Measured, but for what is given in GB/s and TFLOP/s."""
+    found = measured(device, dtypes, tiny=bandwidth is not None and tflops is not None)
+    given = {"bandwidth": bandwidth, "tflops": tflops}
+    said = [f"{name} given" for name, value in given.items() if value is not None]
+    return Machine(
+        found.bandwidth if bandwidth is None else 1e9 * bandwidth,
+        found.rates if tflops is None else dict.fromkeys(dtypes, 1e12 * tflops),
+        ", ".join([found.source, *said]) if said else found.source,
+    )
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / _best(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, side: int, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _best(lambda: a @ b, device)
+
+
+def _best(work: Callable[[], object], device: torch.device) -> float:
+    return min(seconds(work, device) for _ in range(6))
+
+
+def multiplied(model: nn.Module) -> int:
+    """Parameters that every input meets: all but tables, of which it reads a row."""
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    return sum(p.numel() for p in model.parameters()) - tables
+
+
+@torch.no_grad()
+def forward_flops(model: TensorAR) -> int:
+    """Operations of a teacher-forced pass over one image, attention's counted as plain products."""
+    backbone = model.backbone
+    condition = backbone.encode_condition(backbone.made_up_conditions(1, PROMPT_TOKENS))
+    codes = random_codes(model, 1)
+    plain = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # fused kernels are not counted
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(
+        False
+    )  # the counter would follow views of them to a graph that is not there
+    with FlopCounterMode(display=False) as counter, plain:
+        model(codes, condition, model.windows.gather(codes))
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def prefix_length(model: TensorAR) -> int:
+    """Prefix tokens of what is measured."""
+    backbone = model.backbone
+    prepared = backbone.made_up_conditions(1, PROMPT_TOKENS)
+    return backbone.encode_condition(prepared).prefix.shape[1]
+
+
+def random_codes(model: TensorAR, batch: int) -> Tensor:
+    """Codes [B, T, S] that mean nothing."""
+    spec, device = model.backbone.spec, model.backbone.device
+    shape = (batch, spec.num_tokens)
+    return torch.stack([torch.randint(v, shape, device=device) for v in spec.subvocabs], -1)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that a step moves and computes."""
+
+    bytes: float
+    flops: float
+
+    def seconds(self, machine: Machine, dtype: str) -> float:
+        return max(self.bytes / machine.bandwidth, self.flops / machine.rates[dtype])
+
+
+def step_floor(model: TensorAR, rows: int, before: float) -> Floor:
+    """Of a step with so many codes before it, on average."""
+    cache = model.backbone.new_cache(rows, 1)
+    entry = sum(layer.numel() * layer.element_size() for layer in (*cache.keys, *cache.values))
+    weight = next(model.parameters()).element_size()
+    moved = multiplied(model) * weight + entry * (prefix_length(model) + before)
+    return Floor(moved, rows * forward_flops(model) / model.windows.count)

@@ -1,0 +1,139 @@
+"""Cost against work: time and memory as codes, slots, images and parameters grow, one at a time.
+
+The model is a class-conditional LlamaGen of a small shape with random weights, in fp32; other codes
+than published ones are a matter of its grid.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from launch.measure.memory import peak_gb
+from launch.measure.roofline import multiplied
+from launch.measure.shapes import PROMPT_TOKENS, filled, llamagen
+from launch.measure.training import TrainingStep
+from launch.measure.turns import quartiles, seconds
+from t2i.generation import choose_run
+from t2i.sampling import DrawOptions, SamplingConfig
+from t2i.tensorar import presets
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is drawn or trained."""
+
+    side: int = 16
+    """Codes in a row; the square of it are an image."""
+    k: int = 4
+    images: int = 4
+    """Drawn at once, with guidance; or samples of a training step."""
+    dim: int = 256
+    layers: int = 6
+
+    def model(self, device: torch.device) -> TensorAR:
+        shape = {"dim": self.dim, "n_layer": self.layers, "n_head": self.dim // 64}
+        backbone = filled(
+            llamagen(**shape, grid=(self.side, self.side), vocab_size=4096), torch.float32, device
+        )
+        method = presets.iclr2026(k=self.k) if self.k > 1 else presets.base()
+        return TensorAR(backbone, method).eval()
+
+    def work(self, variable: str, model: TensorAR) -> int:
+        """How much there is of what is varied."""
+        return {
+            "T": self.side**2,
+            "k": self.k,
+            "images": self.images,
+            "parameters": multiplied(model),
+        }[variable]
+
+
+def points(base: Point, *, tiny: bool = False) -> dict[str, list[Point]]:
+    """By what is varied."""
+    shapes = [(128, 4), (256, 6), (384, 8), (512, 12)]
+    return {
+        "T": [replace(base, side=n) for n in ((4, 6, 8) if tiny else (8, 12, 16, 24))],
+        "k": [replace(base, k=n) for n in (1, 2, 4, 8)],
+        "images": [replace(base, images=n) for n in ((1, 2, 4) if tiny else (1, 2, 4, 8, 16))],
+        "parameters": [replace(base, dim=d, layers=n) for d, n in (shapes[:2] if tiny else shapes)],
+    }
+
+
+def drawing(model: TensorAR, images: int):
+    """Draws images as a user's program would."""
+    speed, speculate = choose_run(model, DrawOptions(), batches=1)
+    prepared = model.backbone.made_up_conditions(images, PROMPT_TOKENS)
+    keys, settings = torch.arange(images), SamplingConfig(cfg_scale=2.0)
+    return partial(
+        sample_windows, model.eval(), prepared, keys, settings, speed=speed, speculate=speculate
+    )
+
+
+def training(model: TensorAR, images: int) -> TrainingStep:
+    prepared = model.backbone.made_up_conditions(images, PROMPT_TOKENS)
+    return TrainingStep(model, prepared, torch.optim.AdamW(model.parameters(), lr=1e-6))
+
+
+WORKS = {"drawing": drawing, "training": training}
+
+
+def measure(
+    variable: str, of: Sequence[Point], device: torch.device, *, rounds: int, memory: bool
+) -> tuple[list[dict], list[dict]]:
+    """Rows of the points, which take turns in every round, and rows of the fits."""
+    rows = []
+    for work, prepare in WORKS.items():
+        models = [point.model(device) for point in of]
+        runs = [prepare(model, point.images) for model, point in zip(models, of, strict=True)]
+        times: list[list[float]] = [[] for _ in runs]
+        for number in range(rounds + 1):
+            for taken, run in zip(times, runs, strict=True):
+                spent = seconds(run, device)
+                if number > 0:  # the first round warms up
+                    taken.append(spent)
+        for point, model, taken in zip(of, models, times, strict=True):
+            low, middle, high = quartiles(taken)
+            row: dict = {"variable": variable, "work": work, "x": point.work(variable, model)}
+            row |= {"seconds": middle, "seconds_quartiles": [low, high]}
+            if memory:
+                row["peak_gb"] = peak_gb(_once, work, point, device.type)
+            rows.append(row)
+    return rows, _fits(rows)
+
+
+def _once(work: str, point: Point, device: str) -> None:
+    run = WORKS[work](point.model(torch.device(device)), point.images)
+    for _ in range(2):
+        run()
+
+
+def _fits(rows: list[dict]) -> list[dict]:
+    """A row for every work and cost."""
+    found = []
+    for work in WORKS:
+        of = [row for row in rows if row["work"] == work]
+        for cost in ("seconds", "peak_gb"):
+            if all(row.get(cost, 0) > 0 for row in of):
+                exponent, factor, residual = power_law(
+                    [row["x"] for row in of], [row[cost] for row in of]
+                )
+                about = {"variable": of[0]["variable"], "work": work, "cost": cost}
+                found.append(
+                    {**about, "exponent": exponent, "factor": factor, "residual": residual}
+                )
+    return found
+
+
+def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """Exponent b and factor a of y = a x^b, and the residuals' root mean square (logarithms)."""
+    lx, ly = ([math.log(v) for v in values] for values in (x, y))
+    mean_x, mean_y = sum(lx) / len(lx), sum(ly) / len(ly)
+    spread = sum((v - mean_x) ** 2 for v in lx)
+    b = sum((u - mean_x) * (v - mean_y) for u, v in zip(lx, ly, strict=True)) / spread
+    rest = [v - mean_y - b * (u - mean_x) for u, v in zip(lx, ly, strict=True)]
+    return b, math.exp(mean_y - b * mean_x), math.sqrt(sum(r * r for r in rest) / len(rest))

@@ -1,0 +1,143 @@
+"""The models that are measured: shipped bases, and published shapes with random weights, on whose
+values speed does not depend.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import nn
+
+from t2i.errors import UserError
+from t2i.loading import load_backbone
+from t2i.models.base import Backbone
+from t2i.models.families import find_family
+from t2i.models.janus import janus_config
+from t2i.models.llamagen.llamagen_model import SIZES as LLAMAGEN_SIZES
+from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
+from t2i.models.open_magvit2.open_magvit2_model import SIZES as OPEN_MAGVIT2_SIZES
+from t2i.models.open_magvit2.open_magvit2_model import OpenMAGVIT2, OpenMAGVIT2Config
+from t2i.models.rar.rar_model import RAR, RARConfig
+from t2i.models.rar.rar_model import SIZES as RAR_SIZES
+from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.shapes.tiny_janus import build_tiny_janus
+from t2i.tensorar import presets
+from t2i.tensorar.model import TensorAR
+
+PROMPT_TOKENS = 16
+"""Prefix where it varies with the prompt."""
+SHIPPED = {"shapes": "llamagen", "shapes-janus": "janus"}
+"""Family of each shipped base."""
+PUBLISHED = {
+    **{f"llamagen-{size}": ("llamagen", f"c2i_{size}_256") for size in LLAMAGEN_SIZES},
+    **{f"llamagen-{size}-384": ("llamagen", f"c2i_{size}_384") for size in LLAMAGEN_SIZES},
+    "llamagen-text-XL": ("llamagen", "t2i_XL_stage1_256"),
+    **{f"janus-{size}": ("janus", f"deepseek-ai/Janus-Pro-{size}") for size in janus_config.SIZES},
+    **{f"open-magvit2-{size}": ("open_magvit2", f"AR_256_{size}") for size in OPEN_MAGVIT2_SIZES},
+    **{f"rar-{size}": ("rar", f"rar_{size.lower()}") for size in RAR_SIZES},
+}
+"""Family of each published shape, and a name by which it is known there."""
+_TINY: dict = {"dim": 32, "n_layer": 2, "n_head": 2, "grid": (4, 4), "ffn_dim": 64}
+
+
+def llamagen(**shape) -> LlamaGen:
+    """A LlamaGen without weights."""
+    with torch.device("meta"):
+        return LlamaGen(LlamaGenConfig(**shape))
+
+
+def _tiny_llamagen(**shape) -> LlamaGen:
+    return llamagen(**_TINY, vocab_size=48, **shape)
+
+
+def _tiny_open_magvit2() -> OpenMAGVIT2:
+    with torch.device("meta"):
+        return OpenMAGVIT2(OpenMAGVIT2Config(**_TINY, n_intra_layer=2, bits=(3, 4), num_classes=10))
+
+
+def _tiny_rar() -> RAR:
+    with torch.device("meta"):
+        return RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), vocab_size=48, num_classes=10))
+
+
+def _tiny_janus() -> Backbone:
+    tokenizer = VQTokenizer(VQConfig(32, (1, 2), 1, 16, codebook_size=48, codebook_dim=8))
+    shape = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64, "vocab_size": 320}
+    return build_tiny_janus(["a red circle"], tokenizer, side=4, **shape)
+
+
+TINY: dict[str, Callable[[], Backbone]] = {
+    "tiny-class": partial(_tiny_llamagen, cond="class", num_classes=10),
+    "tiny-text": partial(_tiny_llamagen, cond="text", caption_tokens=6, caption_dim=12),
+    "tiny-janus": _tiny_janus,
+    "tiny-open-magvit2": _tiny_open_magvit2,
+    "tiny-rar": _tiny_rar,
+}
+"""For rehearsals: their numbers mean nothing."""
+
+
+def check_shapes(names: tuple[str, ...]) -> None:
+    """UserError for a name that no shape has."""
+    known = (*SHIPPED, *PUBLISHED, *TINY)
+    for name in names:
+        if name not in known:
+            raise UserError(f"shape {name!r} must be one of {', '.join(known)}")
+
+
+def outline(name: str) -> Backbone:
+    """A shape with its image tokenizer's, without weights (a tiny one may have some)."""
+    if name in SHIPPED:
+        return load_backbone(SHIPPED[name], name, generation_only=True, device="meta")
+    if name in TINY:
+        backbone = TINY[name]()
+        kind = backbone.tokenizer_type
+        with torch.device("meta"):
+            backbone.frozen.tokenizer = backbone.frozen.tokenizer or kind(kind.config_type())
+        return backbone
+    family, source = PUBLISHED[name]
+    found = find_family(family).backbone_class.outline(source, generation_only=True)
+    assert found is not None, "a published name"
+    return found
+
+
+def open_backbone(
+    name: str, dtype: torch.dtype, device: torch.device, *, tokenizer: bool = False
+) -> Backbone:
+    """A shipped base, or a shape with random weights; with its image tokenizer if asked for."""
+    if name in SHIPPED:
+        backbone = load_backbone(SHIPPED[name], name, generation_only=True, device=device)
+        backbone = backbone.to(dtype)
+    else:
+        backbone = filled(outline(name), dtype, device)
+    if not tokenizer:
+        backbone.frozen.tokenizer = None
+    elif name not in SHIPPED:
+        _fill(backbone.tokenizer.to_empty(device=device))
+    return backbone
+
+
+def filled(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> Backbone:
+    """A model with random weights, made where they are used."""
+    backbone = backbone.to(dtype).to_empty(device=device)
+    _fill(backbone)
+    return backbone.eval()
+
+
+@torch.no_grad()
+def _fill(module: nn.Module) -> None:
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
+    for value in module.state_dict().values():
+        if value.dim() == 1:
+            value.fill_(1)
+        else:
+            value.normal_(std=0.02, generator=generator)
+
+
+def attached(backbone: Backbone, method: str) -> TensorAR:
+    """A preset of the method around it."""
+    return TensorAR(backbone, presets.method(method)).eval()
+
+
+def need_tokenizer(methods: Iterable[str]) -> bool:
+    """Whether a preset's noise asks for code vectors."""
+    return any(presets.method(name).noise == "codebook" for name in methods)

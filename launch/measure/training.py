@@ -1,0 +1,218 @@
+"""Training steps: time, peak memory and the share of the hardware's rate, in turns."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launch.measure.memory import peak_gb
+from launch.measure.roofline import Machine, forward_flops, random_codes
+from launch.measure.shapes import (
+    PROMPT_TOKENS,
+    attached,
+    need_tokenizer,
+    open_backbone,
+    outline,
+)
+from launch.measure.turns import Contender, Schedule, in_turns, quartiles, ratios, seconds
+from t2i.models.base import Condition
+from t2i.models.llamagen.llamagen_recipes import text_recipes
+from t2i.tensorar.model import TensorAR
+from t2i.training.config import EngineOptions, TrainConfig
+from t2i.training.memory import estimate
+
+NAIVE = " naive"
+"""Ends the name of a contender that computes the loss of all logits at once."""
+
+
+@dataclass(frozen=True)
+class TrainingGroup:
+    """Steps that contenders do in turns, on one backbone."""
+
+    shape: str
+    dtype: str
+    """fp32, or bf16: fp32 weights under autocast."""
+    batch: int
+    methods: tuple[str, ...]
+    naive: bool = False
+    """Each method also with the loss of all logits at once."""
+    recompute: bool = False
+    """Gradient checkpointing."""
+    rounds: int = 5
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its contenders."""
+        ends = ("", NAIVE) if self.naive else ("",)
+        return tuple(method + end for method in self.methods for end in ends)
+
+
+class TrainingStep:
+    """Forward, backward and AdamW over all parameters, on random codes; each call is a step."""
+
+    def __init__(
+        self,
+        model: TensorAR,
+        prepared: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        autocast: bool = False,
+    ):
+        batch = len(next(iter(prepared.values())))
+        self.model, self.prepared, self.autocast = model, prepared, autocast
+        self.codes = random_codes(model, batch)
+        self.keys = torch.arange(batch, device=self.codes.device)
+        self.optimizer = optimizer
+
+    def loss(self, condition: Condition, windows: Tensor) -> Tensor:
+        return self.model(self.codes, condition, windows).weighted(self.model.config.weights())
+
+    def __call__(self) -> None:
+        model = self.model.train()
+        with torch.autocast(self.codes.device.type, torch.bfloat16, enabled=self.autocast):
+            condition = model.backbone.encode_condition(self.prepared)
+            windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
+            loss = self.loss(condition, windows)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+class NaiveStep(TrainingStep):
+    """The same loss from all logits at once, as one writes it first."""
+
+    def loss(self, condition: Condition, windows: Tensor) -> Tensor:
+        model, codes = self.model, self.codes
+        targets = model.windows.gather(codes)
+        logits = model.slot_logits(model.decode_slots(model.hidden(condition, windows)), targets)
+        weight = model.windows.valid(codes.device) * torch.tensor(
+            model.config.weights(), device=codes.device
+        )
+        losses = [
+            F.cross_entropy(of_all.flatten(0, 2), targets[..., s].flatten(), reduction="none")
+            for s, of_all in enumerate(logits)
+        ]
+        per_slot = torch.stack(losses).sum(0).view(targets.shape[:3])
+        return (per_slot * weight).sum() / (len(codes) * weight.sum())
+
+
+class _Steps:
+    """Training steps as a contender."""
+
+    def __init__(self, step: TrainingStep):
+        self.step, self.device = step, step.codes.device
+
+    def warm_up(self, whole: int, steps: int) -> None:
+        self.step()
+
+    def turn(self, first: int, steps: int) -> float:
+        return seconds(self.step, self.device)
+
+    def close(self) -> None:
+        self.step.optimizer.zero_grad()
+
+
+class OpenTraining:
+    """A group with its models: one backbone, and one optimizer, which leaves alone what has no
+    gradient.
+    """
+
+    def __init__(self, group: TrainingGroup, names: tuple[str, ...], device: torch.device):
+        torch.manual_seed(0)
+        methods = dict.fromkeys(name.removesuffix(NAIVE) for name in names)
+        backbone = open_backbone(
+            group.shape, torch.float32, device, tokenizer=need_tokenizer(methods)
+        )
+        backbone.gradient_checkpointing = group.recompute
+        self.models = {method: attached(backbone, method) for method in methods}
+        prepared = backbone.made_up_conditions(group.batch, PROMPT_TOKENS)
+        trained = {id(p): p for model in self.models.values() for p in model.parameters()}
+        optimizer = torch.optim.AdamW(
+            trained.values(), lr=1e-6, fused=True if device.type == "cuda" else None
+        )
+        self.steps = {}
+        for name in names:
+            kind = NaiveStep if name.endswith(NAIVE) else TrainingStep
+            model = self.models[name.removesuffix(NAIVE)]
+            self.steps[name] = kind(model, prepared, optimizer, autocast=group.dtype == "bf16")
+
+
+def measure(
+    group: TrainingGroup, device: torch.device, machine: Machine, *, memory: bool = False
+) -> list[dict]:
+    """A row for every contender; ratios are to the first. On a GPU `memory` is measured in this
+    process, and costs nothing.
+    """
+    opened = OpenTraining(group, group.names, device)
+    flops = {method: 3 * forward_flops(model) for method, model in opened.models.items()}
+    contenders: dict[str, Contender] = {name: _Steps(s) for name, s in opened.steps.items()}
+    times = in_turns(contenders, Schedule(group.rounds, group.rounds, group.rounds))
+    reference = next(iter(times.values()))
+    about = {"shape": group.shape, "dtype": group.dtype, "batch": group.batch}
+    rows = []
+    for name, found in times.items():
+        row: dict = {**about, "contender": name, "method": name.removesuffix(NAIVE)}
+        if group.recompute:
+            row["recompute"] = True
+        if found.error is not None:
+            rows.append(row | {"error": found.error})
+            continue
+        low, middle, high = quartiles(found.per_step)
+        work = group.batch * flops[row["method"]]
+        row |= {
+            "s_per_step": middle,
+            "s_quartiles": [low, high],
+            "images_per_s": group.batch / middle,
+            "flops": work,
+            "mfu": work / middle / machine.rates[group.dtype],
+        }
+        if shared := ratios(found.per_step, reference.per_step):
+            low, middle, high = quartiles(shared)
+            row |= {"ratio": middle, "ratio_quartiles": [low, high]}
+        row["s_by_round"] = found.per_step
+        rows.append(row)
+    if device.type == "cuda":
+        for row in rows if memory else []:
+            row |= _memory_here(opened, row["contender"])
+    del opened, contenders
+    for row in rows if memory and device.type != "cuda" else []:
+        row["peak_gb"] = peak_gb(_train_for_memory, group, row["contender"], device.type)
+    return rows
+
+
+def _memory_here(opened: OpenTraining, name: str) -> dict:
+    """Weights, gradients and optimizer after a step, and the peak of one, on this GPU."""
+    step = opened.steps[name]
+    step()
+    state = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return {"state_gb": state / 1e9, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def _train_for_memory(group: TrainingGroup, name: str, device: str) -> None:
+    opened = OpenTraining(group, (name,), torch.device(device))
+    for _ in range(2):
+        opened.steps[name]()
+
+
+def estimated_gb(group: TrainingGroup, method: str) -> float:
+    """What `--check` expects the peak of a training step to be, without image tokenizer and text
+    encoder, and without the tenth that it adds.
+    """
+    model = attached(outline(group.shape).to("meta"), method)
+    cost = estimate(model, _settings(group, model), 1)
+    return (cost.state + cost.kept + cost.passing) / 1e9
+
+
+def _settings(group: TrainingGroup, model: TensorAR) -> TrainConfig:
+    precision = "fp32" if group.dtype == "fp32" else "autocast"
+    engine = EngineOptions(
+        precision=precision,
+        micro_batch=group.batch,
+        gradient_checkpointing=group.recompute,
+        zero_stage=0,
+    )
+    recipe = text_recipes()["shapes-iclr2026"][1]
+    return replace(recipe, method=model.config, engine=engine, batch_size=group.batch)

@@ -1,0 +1,326 @@
+"""The benchmark: that contenders do the same work in turns, that peers draw the same codes, and
+what is computed of the times. No times themselves.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import tiny_janus, tiny_llamagen, tiny_prepared
+from programs import program, refused
+
+from launch import benchmark
+from launch.measure import peers, roofline, sampling, scaling, training
+from launch.measure.memory import peak_gb
+from launch.measure.peers import Task
+from launch.measure.shapes import outline
+from launch.measure.textbook import Textbook
+from launch.measure.turns import Loop, Schedule, Single, in_turns, ratios
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import presets
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import encode_rows, sample_windows
+
+CPU = torch.device("cpu")
+MACHINE = roofline.Machine(1e3, {"fp32": 1e6, "bf16": 1e6}, "made up")
+GREEDY = SamplingConfig(temperature=0.0, cfg_scale=2.0)
+
+
+def nothing() -> None:
+    pass
+
+
+# -- turns -----------------------------------------------------------------------------------------
+
+
+def counting(log: list, name: str, steps: int = 8) -> Callable:
+    """A drawing loop that writes down its steps."""
+
+    def draw(tick):
+        for index in range(steps):
+            log.append((name, index))
+            tick()
+
+    return draw
+
+
+def test_contenders_do_the_same_steps_in_turns():
+    log: list = []
+    loops = {name: Loop(counting(log, name), CPU) for name in "ab"}
+    schedule = Schedule(image=8, steps=4, rounds=2)
+    times = in_turns(loops, schedule)
+    turns = [(name, i) for first in (2, 4) for name in "ab" for i in (first, first + 1)]
+    warm = [(name, i) for name in "ab" for i in (0, 1)]
+    assert log == warm + turns
+    assert all(len(one.per_step) == 2 and one.first is None for one in times.values())
+
+
+def test_a_whole_image_comes_first_where_steps_are_recorded():
+    log: list = []
+    times = in_turns({"a": Loop(counting(log, "a"), CPU, records=True)}, Schedule(8, 2, 1))
+    assert log == [("a", i) for i in (*range(8), *range(3), 3, 4)]
+    assert times["a"].first is not None and len(times["a"].per_step) == 1
+
+
+def test_all_steps_of_an_image_are_warmed_up_by_another():
+    schedule = Schedule(image=8, steps=8, rounds=4)
+    assert (schedule.first, schedule.per_turn, schedule.warm_up) == (0, 2, 8)
+    assert Schedule(image=256, steps=64, rounds=8).middle == 128
+
+
+def test_single_steps_are_the_middle_ones():
+    log: list = []
+    in_turns({"a": Single(log.append, CPU)}, Schedule(image=16, steps=8, rounds=2))
+    assert log == [0, 6, 10]
+
+
+def test_what_does_not_fit_is_left_out_and_other_errors_are_raised():
+    def fails(error):
+        def draw(tick):
+            tick()
+            raise error
+
+        return Loop(draw, CPU)
+
+    log: list = []
+    full = fails(torch.OutOfMemoryError("CUDA out of memory"))
+    times = in_turns({"a": full, "b": Loop(counting(log, "b"), CPU)}, Schedule(8, 8, 2))
+    assert "out of memory" in times["a"].error and not times["a"].per_step
+    assert len(times["b"].per_step) == 2
+    with pytest.raises(ValueError, match="wrong"):
+        in_turns({"a": fails(ValueError("wrong"))}, Schedule(8, 8, 2))
+
+
+def test_ratios_are_of_the_same_rounds():
+    """The second round was slow for both: the quotient of medians would say 2."""
+    assert ratios([2.0, 30.0, 4.0], [2.0, 30.0, 2.0]) == [1, 1, 2]
+
+
+# -- peers -----------------------------------------------------------------------------------------
+
+
+def task(backbone, prepared, images: int = 3) -> Task:
+    return Task(backbone, prepared, images, GREEDY)
+
+
+def ours(of: Task) -> torch.Tensor:
+    """Greedy codes [B, T]."""
+    model = TensorAR(of.backbone, presets.base()).eval()
+    windows = sample_windows(model, of.prepared, torch.arange(of.images), of.sampling)
+    return model.windows.final_codes(windows)[..., 0]
+
+
+@pytest.mark.parametrize("cond", ["class", "text"])
+def test_textbook_loops_draw_our_codes(cond):
+    backbone = tiny_llamagen(cond)
+    of = task(backbone, tiny_prepared(backbone, 3))
+    book = Textbook(backbone, encode_rows(backbone, of.prepared, guided=True), of.sampling)
+    codes = book.appending(nothing)
+    assert torch.equal(codes, ours(of)) and len(codes.unique()) > 3
+    assert all(torch.equal(book.anew(codes[:, :t]), codes[:, t, None]) for t in (0, 1, 9))
+
+
+def test_transformers_image_loop_draws_our_codes():
+    backbone = tiny_janus()
+    of = task(backbone, tiny_prepared(backbone, 3))
+    steps = []
+    codes = peers.draw_janus(peers.transformers_janus(backbone), of, lambda: steps.append(1))
+    assert torch.equal(codes, ours(of)) and len(codes.unique()) > 3
+    assert len(steps) == codes.shape[1]
+
+
+@pytest.mark.parametrize("name", ["transformers", "transformers-static", "cat-cache", "no-cache"])
+def test_peers_do_as_many_steps_as_an_image_has(name):
+    backbone = tiny_llamagen("class")
+    contender = peers.open_peer(name, task(backbone, tiny_prepared(backbone, 3)))
+    (times,) = in_turns({name: contender}, Schedule(16, 16, 4)).values()
+    assert len(times.per_step) == 4
+
+
+def test_llamagen_is_imported_from_the_checkout_that_is_named(tmp_path, monkeypatch):
+    """Its own code is not here: a stand-in with its names, which draws nothing but ones."""
+    package = tmp_path / "autoregressive" / "models"
+    package.mkdir(parents=True)
+    (package / "gpt.py").write_text(
+        "import torch\n"
+        "def ModelArgs(**shape): return shape\n"
+        "class Transformer(torch.nn.Linear):\n"
+        "    def __init__(self, shape):\n"
+        "        super().__init__(1, 1)\n"
+        "        assert shape['model_type'] == 'c2i' and shape['block_size'] == 16\n"
+        "    def load_state_dict(self, weights): self.names = list(weights)\n"
+    )
+    (package / "generate.py").write_text(
+        "import torch\n"
+        "def generate(model, labels, tokens, *, cfg_scale, top_k, sample_logits, **_):\n"
+        "    assert model.names and cfg_scale == 2 and not sample_logits\n"
+        "    for _ in range(tokens): model(torch.ones(1))\n"
+        "    return torch.ones(len(labels), tokens)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    backbone = tiny_llamagen("class")
+    backbone.config = replace(backbone.config, ffn_dim=None)
+    of = replace(task(backbone, tiny_prepared(backbone, 3)), llamagen=tmp_path)
+    contender = peers.open_peer("llamagen", of)
+    assert len(in_turns({"llamagen": contender}, Schedule(16, 8, 2))["llamagen"].per_step) == 2
+    assert peers.open_peer("llamagen", replace(of, llamagen=None)) is None
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def training_group(*methods: str, **settings) -> training.TrainingGroup:
+    return training.TrainingGroup("tiny-class", "fp32", 2, methods, **settings)
+
+
+def test_it_trains_as_training_does(monkeypatch):
+    """Case 26: the time of `tuned` left out the pass that draws its own drafts."""
+    passes = []
+
+    def record(self, codes, condition, keys, passes_asked=2, **options):
+        passes.append(options.get("passes", passes_asked))
+        return self.windows.gather(codes)
+
+    monkeypatch.setattr(TensorAR, "own_draft_windows", record)
+    for method in ("iclr2026", "tuned"):
+        training.OpenTraining(training_group(method), (method,), CPU).steps[method]()
+    assert passes == [1]
+
+
+def test_the_naive_loss_is_the_same_loss():
+    group = training_group("iclr2026", naive=True)
+    steps = training.OpenTraining(group, group.names, CPU).steps
+    own, naive = (steps[name] for name in ("iclr2026", "iclr2026 naive"))
+    naive.codes = own.codes
+    backbone = own.model.backbone
+    own.model.eval()
+    condition = backbone.encode_condition(own.prepared)
+    windows = own.model.training_windows(own.codes, condition, own.keys)
+    losses = own.loss(condition, windows), naive.loss(condition, windows)
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+
+
+def test_a_step_changes_only_what_it_trains():
+    """One optimizer serves all contenders of a group."""
+    group = training_group("base", "iclr2026")
+    opened = training.OpenTraining(group, group.names, CPU)
+    codec = {k: v.clone() for k, v in opened.models["iclr2026"].codec.state_dict().items()}
+    backbone = [p.clone() for p in opened.models["base"].backbone.parameters()]
+    opened.steps["base"]()
+    assert all(
+        torch.equal(v, codec[k]) for k, v in opened.models["iclr2026"].codec.state_dict().items()
+    )
+    after = opened.models["base"].backbone.parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(after, backbone, strict=True))
+
+
+# -- what the hardware allows ----------------------------------------------------------------------
+
+
+def test_the_floor_is_weights_and_cache_over_bandwidth():
+    group = sampling.Group("tiny-class", "fp32", 2, ("base",), ("eager",), steps=8, rounds=2)
+    (row,) = sampling.measure(group, CPU, MACHINE)
+    backbone = outline("tiny-class")
+    gpt, config = backbone.gpt, backbone.config
+    tables = gpt.tok_embeddings.weight.numel() + gpt.cls_embedding.embedding_table.weight.numel()
+    weights = sum(p.numel() for p in gpt.parameters()) - tables
+    cache = 2 * config.n_layer * 4 * config.dim * (1 + 8)  # two rows for each of two images
+    assert row["floor_bytes"] == 4 * (weights + cache)
+    assert row["floor_ms"] == pytest.approx(4 * (weights + cache))  # at 1000 bytes a second
+    assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["ms_per_step"])
+    products = 2 * weights * 4 + 4 * config.n_layer * 4 * 16 * config.dim
+    norms = config.dim * (2 * config.n_layer + 1)
+    assert row["floor_flops"] == pytest.approx(products - 2 * 4 * norms, rel=0.01)
+
+
+def test_operations_bound_where_there_are_many():
+    floor = roofline.Floor(bytes=1e3, flops=1e9)
+    assert floor.seconds(MACHINE, "fp32") == 1e3
+    assert floor.seconds(replace(MACHINE, rates={"fp32": 1e12}), "fp32") == 1
+
+
+def test_given_rates_are_used():
+    known = roofline.known(CPU, {"fp32": torch.float32}, 50.0, 2.0)
+    assert (known.bandwidth, known.rates) == (50e9, {"fp32": 2e12})
+    assert "bandwidth given" in known.source
+
+
+def test_fits_find_the_exponent():
+    x = [1, 2, 4, 8]
+    exponent, factor, residual = scaling.power_law(x, [3 * v**1.5 for v in x])
+    assert (exponent, factor, residual) == pytest.approx((1.5, 3, 0))
+    assert scaling.power_law(x, [1, 2, 1, 2])[2] > 0.2
+
+
+def test_growth_of_each_variable_is_measured():
+    points = scaling.points(scaling.Point(side=4, k=2, images=1, dim=128, layers=1), tiny=True)
+    for name, of in points.items():
+        works = [p.work(name, p.model(CPU)) for p in of] if name != "parameters" else [1, 2]
+        assert works == sorted(set(works))
+    rows, fits = scaling.measure("T", points["T"][:2], CPU, rounds=1, memory=False)
+    assert [row["x"] for row in rows] == [16, 36] * 2
+    assert [fit["work"] for fit in fits] == ["drawing", "training"]
+
+
+def test_peak_memory_is_what_the_work_took():
+    assert 0.2 < peak_gb(torch.ones, 50_000_000) < 0.25
+
+
+@pytest.mark.parametrize("name", ["llamagen-XXL", "janus-7B", "open-magvit2-XL", "rar-XXL"])
+def test_published_shapes_need_no_file(name):
+    backbone = outline(name)
+    assert backbone.device.type == "meta" and backbone.spec.num_tokens in (256, 576)
+
+
+# -- the program -----------------------------------------------------------------------------------
+
+
+def test_results_describe_themselves(tmp_path, capsys):
+    words = "sampling training --shapes tiny-class --images 2 --batch 2 --rounds 3 --no-memory"
+    more = "--peers cat-cache --decode --naive --bandwidth 10 --tflops 1 --steps 12"
+    program(benchmark, *words.split(), *more.split(), "--out", tmp_path / "mine.md")
+    found = json.loads((tmp_path / "mine.json").read_text())
+    assert found["about"]["versions"]["torch"] == torch.__version__
+    assert "--shapes tiny-class" in found["about"]["command"]
+    assert found["settings"]["images"] == [2] and found["machine"]["bandwidth"] == 10e9
+    first, refined, peer = found["rows"]["sampling"]
+    assert (first["contender"], refined["speed"]) == ("base eager", "eager")
+    pairs = zip(refined["ms_by_round"], first["ms_by_round"], strict=True)
+    assert refined["ratio"] == pytest.approx(statistics.median(a / b for a, b in pairs))
+    assert refined["images_per_s"] == pytest.approx(2e3 / refined["ms_per_step"] / 16)
+    assert peer["contender"] == "cat-cache" and "floor_ms" not in peer
+    names = [row["contender"] for row in found["rows"]["training"]]
+    assert names == ["base", "base naive", "iclr2026", "iclr2026 naive"]
+    table = (tmp_path / "mine.md").read_text()
+    assert table.strip() == capsys.readouterr().out.strip()
+    assert "| tiny-class | fp32 | 2 | codes to pixels |" in table and "floor = max(" in table
+    assert (tmp_path / "mine.svg").stat().st_size > 5000
+
+
+def test_refusals(tmp_path, capsys):
+    def message(*words):
+        return refused(benchmark, capsys, *words)
+
+    assert "shape 'llamagen-Z' must be one of" in message("--shapes", "llamagen-Z")
+    assert "peer 'vllm' must be one of" in message("--peers", "vllm")
+    assert "needs --llamagen DIR" in message("--peers", "llamagen")
+    assert "unknown preset 'iclr2025'" in message("--methods", "iclr2025")
+    assert "rounds=0 must be at least 1" in message("--rounds", "0")
+    assert "graphs needs a CUDA GPU" in message(
+        "sampling", "--shapes", "tiny-class", "--speeds", "graphs"
+    )
+    assert "is no checkout of LlamaGen" in message("--llamagen", tmp_path)
+
+
+def test_a_group_that_does_not_fit_is_a_row(tmp_path, monkeypatch):
+    def full(group, *_, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sampling, "measure", full)
+    words = ("sampling", "--shapes", "tiny-class", "--bandwidth", "1", "--tflops", "1")
+    program(benchmark, *words, "--out", tmp_path / "mine")
+    (row,) = json.loads((tmp_path / "mine.json").read_text())["rows"]["sampling"]
+    assert "tiny-class" in row["contender"] and "out of memory" in row["error"]
