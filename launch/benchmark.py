@@ -77,7 +77,7 @@ class TrainingStep:
         with torch.autocast(self.codes.device.type, torch.bfloat16, enabled=self.autocast):
             condition = model.backbone.encode_condition(self.prepared)
             windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
-            loss = model(self.codes, condition, windows).weighted(model.config.weights())
+            loss = model(self.codes, condition, windows).loss
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

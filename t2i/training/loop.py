@@ -23,7 +23,8 @@ from t2i.imaging import grid, save_png
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
-from t2i.tensorar.model import SlotLosses, TensorAR
+from t2i.tensorar.loss import SlotLosses
+from t2i.tensorar.model import TensorAR
 from t2i.training import run_state
 from t2i.training.batches import TrainingData
 from t2i.training.check import look_at_model, look_before_work
