@@ -306,12 +306,23 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
+    def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:
+        """What predicts sub-token s, of hidden [..., D] and earlier ones [..., s]: the head's last
+        layer, whose output are the logits [..., V_s], after what it reads.
+        """
+
+    def all_heads(self, h: Tensor, codes: Tensor) -> tuple[tuple[Tensor, nn.Module], ...]:
+        """The same of every sub-token, given the true codes [..., S]."""
+        return tuple(self.head(h, codes[..., :s]) for s in range(len(self.spec.subvocabs)))
+
     def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
         """fp32 logits [..., V_s] of sub-token s, of hidden [..., D] and earlier ones [..., s]."""
+        x, layer = self.head(h, earlier)
+        return layer(x).float()
 
     def all_logits(self, h: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
         """Teacher-forced logits of every sub-token, given the true codes [..., S]."""
-        return tuple(self.next_logits(h, codes[..., :s]) for s in range(len(self.spec.subvocabs)))
+        return tuple(layer(x).float() for x, layer in self.all_heads(h, codes))
 
     def trained_modules(self) -> Sequence[nn.Module]:
         """What full fine-tuning trains."""

@@ -176,6 +176,10 @@ def rotate(x_BLHK: Tensor, rope_LK2: Tensor, *, halves: bool = False) -> Tensor:
     """Turn pairs by the table's angles, in fp32: neighbours, or with `halves` entry i of each
     half.
     """
+    if not halves and not torch.compiler.is_compiling():  # one operation, with the same bits
+        pairs = torch.view_as_complex(x_BLHK.float().unflatten(-1, (-1, 2)))
+        turned = pairs * torch.view_as_complex(rope_LK2)[None, :, None]
+        return torch.view_as_real(turned).flatten(-2).type_as(x_BLHK)
     axis, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
     cos, sin = rope_LK2[None, :, None].unbind(-1)
     first, second = x_BLHK.float().unflatten(-1, shape).unbind(axis)

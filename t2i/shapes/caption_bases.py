@@ -300,7 +300,7 @@ def _losses(cfg: CaptionBase, learner: Learner, scenes: Scenes) -> Iterator[Tens
         target = codes[batch, :, None].long()
         with torch.autocast(device.type, torch.bfloat16):
             condition = learner.condition(prompts[batch], drop)
-            loss = model(target, condition, model.windows.gather(target)).weighted([1.0])
+            loss = model(target, condition, model.windows.gather(target)).loss
         yield loss
 
 

@@ -12,7 +12,8 @@ z_in and z_out are zero at initialisation, so an attached model is the base mode
 Drafts do not get h itself by default: if they do (`residual="all"`), all slots pull on one h and
 the base's own prediction suffers.
 
-Shapes: M rows (batch x windows), m memory entries, q queries, k slots, D width, H heads.
+Shapes: M rows (batch x windows), m memory entries, q queries (p where they are read), k slots, D
+width, H heads, K width of a head.
 """
 
 import torch
@@ -35,17 +36,50 @@ class CodecBlock(nn.Module):
         self.wkv = nn.Linear(dim, 2 * dim, bias=False)
         self.mlp = SwiGLU(dim) if mlp else None
 
-    def forward(self, x_MqD: Tensor, memory_MmD: Tensor, valid_Mm: Tensor | None) -> Tensor:
-        x = self.norm_query(x_MqD)
-        k, v = self.wkv(torch.cat([self.norm_memory(memory_MmD), x], dim=1)).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.wq(x), k, v))
-        mask = None
-        if valid_Mm is not None:
-            mask = F.pad(valid_Mm, (0, x.shape[1]), value=True)[:, None, None]
-        x = x_MqD + self.wo(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    def forward(self, x: Tensor, memory_MmD: Tensor, valid_Mm: Tensor | None) -> Tensor:
+        """Queries [M, q, D] after reading; [q, D] where every row has the same, which are then
+        projected once.
+        """
+        unit = self.norm_query(x)
+        q, own, read = self.wq(unit), self.wkv(unit), self.wkv(self.norm_memory(memory_MmD))
+        q, own, read = (
+            t.unflatten(-1, (-1, self.heads, q.shape[-1] // self.heads)) for t in (q, own, read)
         )
+        attend = _attend_shared if x.dim() == 2 and x.device.type == "cpu" else _attend
+        x = x + self.wo(attend(q[..., 0, :, :], read, own, valid_Mm).flatten(2))
         return x if self.mlp is None else x + self.mlp(x)
+
+
+def _attend(q: Tensor, read: Tensor, own: Tensor, valid_Mm: Tensor | None) -> Tensor:
+    """Queries [M, q, H, K] or [q, H, K] to keys and values of the memory [M, m, 2, H, K] and to
+    those of the queries [M, q, 2, H, K] or [q, 2, H, K]: [M, q, H, K].
+    """
+    rows = len(read)
+    q, own = q.expand(rows, *q.shape[-3:]), own.expand(rows, *own.shape[-4:])
+    k, v = torch.cat([read, own], dim=1).unbind(2)
+    mask = None
+    if valid_Mm is not None:
+        mask = F.pad(valid_Mm, (0, q.shape[1]), value=True)[:, None, None]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _attend_shared(q_qHK: Tensor, read: Tensor, own: Tensor, valid_Mm: Tensor | None) -> Tensor:
+    """The same for queries that all rows share. On a CPU the fused kernel takes far longer for
+    thousands of rows with a few entries each than a few large products do.
+    """
+    (k_MmHK, v_MmHK), (k_pHK, v_pHK) = read.unbind(2), own.unbind(1)
+    q_qHK = q_qHK * q_qHK.shape[-1] ** -0.5
+    to_memory = torch.einsum("qhk,mnhk->mhqn", q_qHK, k_MmHK).float()
+    if valid_Mm is not None:
+        to_memory = to_memory.masked_fill(~valid_Mm[:, None, None], -torch.inf)
+    to_own = torch.einsum("qhk,phk->hqp", q_qHK, k_pHK).float()
+    scores = torch.cat([to_memory, to_own.expand(len(read), -1, -1, -1)], dim=-1)
+    weights = scores.softmax(-1).type_as(read)
+    of_memory, of_own = weights.split([k_MmHK.shape[1], len(k_pHK)], dim=-1)
+    # One query or one entry: plain products, added up.
+    out = (of_memory.permute(0, 2, 3, 1)[..., None] * v_MmHK[:, None]).sum(2)
+    return out + torch.einsum("mhqp,phk->mqhk", of_own, v_pHK)
 
 
 class SwiGLU(nn.Module):
@@ -70,7 +104,7 @@ class QueryTransformer(nn.Module):
         self.blocks = nn.ModuleList(CodecBlock(dim, heads, mlp) for _ in range(depth))
 
     def forward(self, memory_MmD: Tensor, valid_Mm: Tensor | None = None) -> Tensor:
-        x = self.queries.expand(memory_MmD.shape[0], -1, -1)
+        x = self.queries
         for block in self.blocks:
             x = block(x, memory_MmD, valid_Mm)
         return x

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i.rng import fold, gumbels
+from t2i.rng import fold, gumbels, uniforms
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar.windows import Windows
 
@@ -96,3 +96,15 @@ def pick(logits: Tensor, keys: Tensor, rule: SubTokenSampling) -> Tensor:
     scores, codes = candidates(logits, rule)
     best = (scores + gumbels(keys, codes)).argmax(-1, keepdim=True)
     return codes.expand_as(scores).gather(-1, best)[..., 0]
+
+
+def draw_by_share(logits: Tensor, keys: Tensor) -> Tensor:
+    """One code int64 [...] per row of fp32 logits [..., V], as `pick` draws it without filters, by
+    one random number per row: keys int64 [...].
+
+    For training's own drafts. Noise of every code couples them to what another model would draw,
+    which drafts have no use for, and costs far more.
+    """
+    share = logits.softmax(-1).cumsum(-1)
+    drawn = uniforms(keys)[..., None] * share[..., -1:]
+    return torch.searchsorted(share, drawn, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)

@@ -5,18 +5,16 @@ Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens, P prefix, D w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
-from t2i.sampling import Speed, SubTokenSampling
+from t2i.sampling import Speed
 from t2i.tensorar.codec import Codec
-from t2i.tensorar.drawing import pick
+from t2i.tensorar.drawing import draw_by_share
+from t2i.tensorar.loss import LOGITS_OF_A_SAMPLE, WindowLosses, slot_parts, window_losses
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.noise import (
     GAUSSIAN_VARIANCE,
@@ -27,30 +25,6 @@ from t2i.tensorar.noise import (
 )
 from t2i.tensorar.speed import Held
 from t2i.tensorar.windows import Windows
-
-LOGITS_AT_ONCE = 2**21
-"""Logits of one sample that exist at once, in the loss and where own drafts are drawn. The number
-of parts does not depend on how many samples there are: under ZeRO-3 a pass of the head is
-collective, and processes may have different numbers of them.
-"""
-
-
-@dataclass
-class SlotLosses:
-    """Cross entropy in nats per code, summed by slot; sums may be added over batches."""
-
-    sums: Tensor
-    """fp32 [k]"""
-    counts: Tensor
-    """fp32 [k]"""
-
-    def means(self) -> Tensor:
-        return self.sums / self.counts.clamp(min=1)
-
-    def weighted(self, weights: list[float]) -> Tensor:
-        """sum_j w_j sums_j / sum_j w_j counts_j, the training loss."""
-        w = torch.tensor(weights, device=self.sums.device)
-        return (w * self.sums).sum() / (w * self.counts).sum()
 
 
 class TensorAR(nn.Module):
@@ -227,46 +201,18 @@ class TensorAR(nn.Module):
         condition: Condition,
         windows: Tensor,
         gaussian_keys: Tensor | None = None,
-    ) -> SlotLosses:
+    ) -> WindowLosses:
         """Cross entropy of the true codes [B, T, S] by slot, given input windows [B, N, k, S]
         (noised, or own drafts).
-
-        With `gradient_checkpointing` the logits of a long image are computed part by part, and
-        again in the backward pass: all of them are the most of what a small model holds.
         """
-        targets = self.windows.gather(codes)
         d_BNkD = self.decode_slots(self.hidden(condition, windows, gaussian_keys))
         valid_Nk = self.windows.valid(codes.device).float()
-        training = torch.is_grad_enabled()
-        whole = training and not self.backbone.gradient_checkpointing
-        size = self.windows.count if whole else self.windows_at_once(self.config.k)
-        again = training and size < self.windows.count
-        parts = zip(
-            d_BNkD.split(size, 1), targets.split(size, 1), valid_Nk.split(size), strict=True
-        )
-        sums = [
-            checkpoint(self._loss_sums, *part, use_reentrant=False)
-            if again
-            else self._loss_sums(*part)
-            for part in parts
-        ]
-        return SlotLosses(torch.stack(sums).sum(0), valid_Nk.sum(0) * len(codes))
+        targets = self.windows.gather(codes)
+        return window_losses(self.backbone, d_BNkD, targets, valid_Nk, self.config.weights())
 
     def windows_at_once(self, slots: int) -> int:
-        """How many windows of so many slots have `LOGITS_AT_ONCE` logits, at least 1."""
-        return max(1, LOGITS_AT_ONCE // (slots * max(self.backbone.spec.subvocabs)))
-
-    def _loss_sums(self, d_BnkD: Tensor, targets_BnkS: Tensor, valid_nk: Tensor) -> Tensor:
-        """Cross entropy of some windows, summed by slot: fp32 [k]."""
-        sums = valid_nk.new_zeros(valid_nk.shape[1])
-        for part in slot_parts(len(sums)):
-            logits = self.backbone.all_logits(d_BnkD[:, :, part], targets_BnkS[:, :, part])
-            for s, logits_s in enumerate(logits):
-                targets = targets_BnkS[:, :, part, s].flatten()
-                losses = F.cross_entropy(logits_s.flatten(0, 2), targets, reduction="none")
-                losses = losses.view(len(d_BnkD), -1, logits_s.shape[2]) * valid_nk[:, part]
-                sums[part] += losses.sum((0, 1))
-        return sums
+        """How many windows of so many slots have `LOGITS_OF_A_SAMPLE` logits, at least 1."""
+        return max(1, LOGITS_OF_A_SAMPLE // (slots * max(self.backbone.spec.subvocabs)))
 
     # -- own drafts --------------------------------------------------------------------------------
     @torch.no_grad()
@@ -306,18 +252,11 @@ class TensorAR(nn.Module):
     @torch.no_grad()
     def draw(self, d: Tensor, keys: Tensor) -> Tensor:
         """Codes int64 [..., S] of decoded slots [..., D], by the model's own distribution, with
-        noise keys int64 [...].
+        keys int64 [...] of the random numbers.
         """
         codes = keys[..., None][..., :0]
         for s in range(len(self.backbone.spec.subvocabs)):
             logits = self.backbone.next_logits(d, codes)
-            code = pick(logits, fold(keys, s), SubTokenSampling())
+            code = draw_by_share(logits, fold(keys, s))
             codes = torch.cat([codes, code[..., None]], dim=-1)
         return codes
-
-
-def slot_parts(k: int) -> list[slice]:
-    """Slot 0 and the drafts: slot 0 passes the head by itself, in the base model's shape and hence
-    with its bits.
-    """
-    return [slice(0, 1), slice(1, k)] if k > 1 else [slice(0, 1)]

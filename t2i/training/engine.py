@@ -194,7 +194,7 @@ class TrainingLoss(nn.Module):
         windows = model.training_windows(batch.codes, condition, batch.keys, batch.progress)
         gaussian = batch.keys if model.uses_gaussian_noise else None
         losses = model(batch.codes, condition, windows, gaussian)
-        return losses.weighted(model.config.weights()), losses.sums.detach(), losses.counts
+        return losses.loss, losses.sums, losses.counts
 
 
 def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
@@ -204,7 +204,7 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
     if config.engine.precision == "bf16":
         model.bfloat16()  # DeepSpeed casts parameters only, and buffers would not fit them
     groups = parameter_groups(model, config)
-    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     engine, *_ = deepspeed.initialize(
         model=TrainingLoss(model, config.engine.precision),
         optimizer=optimizer,

@@ -24,7 +24,8 @@ from t2i.launcher import stop_signals
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
-from t2i.tensorar.model import SlotLosses, TensorAR
+from t2i.tensorar.loss import SlotLosses
+from t2i.tensorar.model import TensorAR
 from t2i.training import run_state
 from t2i.training.average import Average
 from t2i.training.batches import TrainingData

@@ -234,8 +234,9 @@ class Janus(LlamaBackbone):
     def rope_table(self) -> Tensor:
         return rope_table(self.trunk_shape, self._positions)
 
-    def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
-        return self.janus.model.generation_head(h).float()
+    def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:
+        head = self.janus.model.generation_head
+        return head.read(h), head.vision_head
 
     def text_logits(self, ids: Tensor) -> Tensor:
         """Logits [B, L, words] of the word after each of these ids int64 [B, L], as the published

@@ -95,8 +95,9 @@ class CodeHead(nn.Module):
         self.proj_out = nn.Linear(dim_in, dim)
         self.vision_head = nn.Linear(dim, codes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vision_head(F.gelu(self.proj_out(x)))
+    def read(self, x: Tensor) -> Tensor:
+        """What `vision_head` reads."""
+        return F.gelu(self.proj_out(x))
 
 
 def tower(vision: dict) -> nn.ModuleDict:

@@ -229,8 +229,8 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
     def finish(self, x: Tensor) -> Tensor:
         return self.gpt.norm(x)
 
-    def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
-        return self.gpt.output(h).float()
+    def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:
+        return h, self.gpt.output
 
     def image_layers(self) -> dict[str, nn.Module]:
         return {"tok_embeddings": self.gpt.tok_embeddings, "output": self.gpt.output}

@@ -178,14 +178,14 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
         )
         return self.transformer.norm(out).view(x.shape)
 
-    def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
+    def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:
         s = earlier.shape[-1]
-        return self.transformer.head[s](self._intra_token(h, earlier)[..., s, :]).float()
+        return self._intra_token(h, earlier)[..., s, :], self.transformer.head[s]
 
-    def all_logits(self, h: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
+    def all_heads(self, h: Tensor, codes: Tensor) -> tuple[tuple[Tensor, nn.Module], ...]:
         states = self._intra_token(h, codes[..., :-1])
         heads = self.transformer.head
-        return tuple(head(states[..., s, :]).float() for s, head in enumerate(heads))
+        return tuple((states[..., s, :], head) for s, head in enumerate(heads))
 
     def image_layers(self) -> dict[str, nn.Module]:
         names = ("pre_emb", "post_emb", "head")

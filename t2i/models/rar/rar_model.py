@@ -280,8 +280,8 @@ class RAR(WeightFileBackbone):
         x = run_blocks(self.gpt.blocks, x, c, mask, cache, recompute=self.gradient_checkpointing)
         return self.gpt.adaln_before_head(x, c)
 
-    def next_logits(self, h: Tensor, earlier: Tensor) -> Tensor:
-        return self.gpt.lm_head(h).float()
+    def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:
+        return h, self.gpt.lm_head
 
     def image_layers(self) -> dict[str, nn.Module]:
         return {"embeddings": self.gpt.embeddings, "lm_head": self.gpt.lm_head}

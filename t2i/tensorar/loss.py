@@ -1,0 +1,213 @@
+"""The cross entropy of windows, with few logits at once.
+
+The logits of k slots are the most of what a small model would hold in training (GPT-B, 8 images of
+256 codes, k = 4: 0.5 GB, three times over). They exist for some rows at a time here: what is left
+of them for the backward pass are the gradients of the head's input and of its weight, which are
+computed on the way. That is no more work than to do it later, and the sum is the same.
+
+Shapes: B batch, N windows, k slots, S sub-tokens, D width, V vocabulary; R rows (all slots of all
+windows), r some of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from t2i.models.base import Backbone
+
+LOGITS_AT_ONCE = 2**22
+"""So many logits exist at once in training, or those of `ROWS_AT_ONCE` rows if they are more."""
+ROWS_AT_ONCE = 256
+"""For every so many rows the weight's gradient is added up once."""
+LOGITS_OF_A_SAMPLE = 2**21
+"""Logits of one sample that exist at once where no gradient is asked for, or where the head is
+called as a layer. The number of parts must not depend on how many samples a process has: under
+ZeRO-3 a call is collective.
+"""
+
+
+@dataclass
+class SlotLosses:
+    """Cross entropy in nats per code, summed by slot; sums may be added over batches."""
+
+    sums: Tensor
+    """fp32 [k]"""
+    counts: Tensor
+    """fp32 [k]"""
+
+    def means(self) -> Tensor:
+        return self.sums / self.counts.clamp(min=1)
+
+    def weighted(self, weights: list[float]) -> Tensor:
+        """sum_j w_j sums_j / sum_j w_j counts_j, the training loss."""
+        w = torch.tensor(weights, device=self.sums.device)
+        return (w * self.sums).sum() / (w * self.counts).sum()
+
+
+@dataclass
+class WindowLosses(SlotLosses):
+    """Of one forward pass. The sums carry no gradient, `loss` does."""
+
+    loss: Tensor
+    """`weighted` by the method's own weights: what is trained on."""
+
+
+def slot_parts(k: int) -> list[slice]:
+    """Slot 0 and the drafts: slot 0 passes the head by itself, in the base model's shape and hence
+    with its bits.
+    """
+    return [slice(0, 1), slice(1, k)] if k > 1 else [slice(0, 1)]
+
+
+def window_losses(
+    backbone: Backbone, d_BNkD: Tensor, codes_BNkS: Tensor, valid_Nk: Tensor, weights: list[float]
+) -> WindowLosses:
+    """Cross entropy of the true codes of every window, from decoded slots."""
+    batch, _, k = d_BNkD.shape[:3]
+    counts = batch * valid_Nk.sum(0)
+    weights_k = torch.tensor(weights, device=counts.device)
+    scale_Nk = valid_Nk * weights_k / (counts * weights_k).sum()
+    parts = slot_parts(k)
+    scales = [scale_Nk[:, part].expand(batch, -1, -1).flatten() for part in parts]
+    heads = [_heads(backbone, d_BNkD[:, :, part], codes_BNkS[:, :, part]) for part in parts]
+    sums, loss = torch.zeros_like(counts), counts.new_zeros(())
+    for s, states in enumerate(zip(*heads, strict=True)):
+        rows = [
+            Rows(x, codes_BNkS[:, :, part, s].flatten(), scale, batch)
+            for (x, _), part, scale in zip(states, parts, scales, strict=True)
+        ]
+        of_head, losses = cross_entropy(states[0][1], rows, backbone.spec.subvocabs[s])
+        loss = loss + of_head
+        for part, losses_R in zip(parts, losses, strict=True):
+            valid = valid_Nk[:, part]
+            sums[part] += (losses_R.view(batch, *valid.shape) * valid).sum((0, 1))
+    return WindowLosses(sums, counts, loss)
+
+
+def _heads(
+    backbone: Backbone, d_BnkD: Tensor, codes_BnkS: Tensor
+) -> list[tuple[Tensor, nn.Module]]:
+    """For every sub-token what its last layer reads, [R, D], and this layer."""
+    if backbone.gradient_checkpointing and torch.is_grad_enabled():
+        states = checkpoint(backbone.all_heads, d_BnkD, codes_BnkS, use_reentrant=False)
+    else:
+        states = backbone.all_heads(d_BnkD, codes_BnkS)
+    return [(x.flatten(0, -2), head) for x, head in states]
+
+
+@dataclass
+class Rows:
+    """Some rows that a head reads; those of slot 0 are never multiplied together with others."""
+
+    x_RD: Tensor
+    codes_R: Tensor
+    """int64, what is true"""
+    scale_R: Tensor
+    """fp32, a row's share of the loss"""
+    batch: int
+    """Samples that these are of."""
+
+
+def cross_entropy(head: nn.Module, rows: list[Rows], vocab: int) -> tuple[Tensor, list[Tensor]]:
+    """sum_R scale_R CE_R with its gradient, and every CE_R without.
+
+    Where the head's weight cannot be used as it stands (ZeRO-3 holds a shard of it, or PEFT has
+    wrapped the layer), the layer is called for every part of the rows, and once more in the
+    backward pass.
+    """
+    sizes = [len(part.codes_R) for part in rows]
+    if torch.is_grad_enabled() and _is_whole(head):
+        x, codes, scale = (
+            torch.cat([getattr(part, name) for part in rows])
+            for name in ("x_RD", "codes_R", "scale_R")
+        )
+        chunks = _chunks(sizes, vocab)
+        loss, losses = _ChunkedCrossEntropy.apply(x, head.weight, head.bias, codes, scale, chunks)
+        return loss, list(losses.split(sizes))
+    losses = [_in_parts(head, part, vocab) for part in rows]
+    loss = torch.stack(
+        [(each * part.scale_R).sum() for each, part in zip(losses, rows, strict=True)]
+    ).sum()
+    return loss, [each.detach() for each in losses]
+
+
+def _is_whole(head: nn.Module) -> bool:
+    """A plain linear layer whose weight is all there; ZeRO-3 leaves an empty tensor."""
+    return type(head) is nn.Linear and head.weight.shape == (head.out_features, head.in_features)
+
+
+def _chunks(sizes: list[int], vocab: int) -> list[slice]:
+    """Rows that pass the head together; none from two of the parts of so many rows."""
+    most, chunks, start = max(ROWS_AT_ONCE, LOGITS_AT_ONCE // vocab), [], 0
+    for size in sizes:
+        end = start + size
+        chunks += [slice(i, min(i + most, end)) for i in range(start, end, most)]
+        start = end
+    return chunks
+
+
+def _in_parts(head: nn.Module, rows: Rows, vocab: int) -> Tensor:
+    """CE_R, by calling the layer for parts of the rows."""
+
+    def losses(x_rD: Tensor, codes_r: Tensor) -> Tensor:
+        return F.cross_entropy(head(x_rD).float(), codes_r, reduction="none")
+
+    of_a_sample = len(rows.codes_R) // rows.batch
+    count = min(of_a_sample, -(-of_a_sample * vocab // LOGITS_OF_A_SAMPLE))
+    pieces = zip(rows.x_RD.tensor_split(count), rows.codes_R.tensor_split(count), strict=True)
+    if torch.is_grad_enabled() and count > 1:
+        return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])
+    return torch.cat([losses(*piece) for piece in pieces])
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """`cross_entropy` with a whole weight, and the gradients computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x_RD, weight_VD, bias_V, codes_R, scale_R, chunks):
+        kind = _product_type(x_RD)
+        weight, bias = (None if t is None else t.to(kind) for t in (weight_VD, bias_V))
+        d_x, d_weight, d_bias = (
+            torch.zeros_like(t, dtype=torch.float32) if needed else None
+            for t, needed in zip((x_RD, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
+        )
+        losses_R = torch.empty_like(scale_R)
+        for rows in chunks:
+            x_rD, code_r1 = x_RD[rows].to(kind), codes_R[rows, None]
+            log_p = F.linear(x_rD, weight, bias).float().log_softmax(-1)
+            losses_R[rows] = -log_p.gather(-1, code_r1)[:, 0]
+            d_logits = log_p.exp_()
+            d_logits.scatter_(-1, code_r1, d_logits.gather(-1, code_r1) - 1)
+            d_logits = d_logits.mul_(scale_R[rows, None]).to(kind)
+            if d_x is not None:
+                d_x[rows] = d_logits @ weight
+            if d_weight is not None and kind == torch.float32:
+                d_weight.addmm_(d_logits.T, x_rD)
+            elif d_weight is not None:
+                d_weight += d_logits.T @ x_rD  # added up in fp32
+            if d_bias is not None:
+                d_bias += d_logits.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(
+            *(
+                None if d is None else d.type_as(t)
+                for d, t in ((d_x, x_RD), (d_weight, weight_VD), (d_bias, bias_V))
+            )
+        )
+        ctx.mark_non_differentiable(losses_R)
+        return (losses_R * scale_R).sum(), losses_R
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        # In place: what was saved is used up, and autograd refuses to go through here twice.
+        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None
+
+
+def _product_type(x: Tensor) -> torch.dtype:
+    """The type that a linear layer multiplies in here."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
