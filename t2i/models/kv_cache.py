@@ -9,7 +9,8 @@ class KVCache:
 
     `at` says which entries the next trunk call writes, and how many leading ones attention reads:
     a bucket, so that few shapes occur; a mask made from `index` hides what is not filled yet.
-    Buffers are a layer's own: a compiler copies one buffer whole to write into a view of it.
+    Buffers are a layer's own: a compiler copies one buffer whole to write into a view of it. They
+    are one entry longer than what is read: a compiler makes other code for a whole buffer.
     """
 
     BUCKET = 64
@@ -18,7 +19,7 @@ class KVCache:
     def __init__(
         self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, dtype, device
     ):
-        shape = (batch, heads, length, head_dim)
+        shape = (batch, heads, length + 1, head_dim)
         self.keys, self.values = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
             for _ in range(2)

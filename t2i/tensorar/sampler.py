@@ -22,7 +22,7 @@ from t2i.sampling import SamplingConfig, Speed, SubTokenSampling
 from t2i.tensorar.drawing import noise_keys, pick, rules
 from t2i.tensorar.model import TensorAR, slot_parts
 from t2i.tensorar.speculation import settle
-from t2i.tensorar.speed import Run, runner
+from t2i.tensorar.speed import Run, frozen_weights, runner
 
 # -- the trunk, step by step -----------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ def sample_windows(
             drawing, run = make()
         else:
             shapes = tuple((t.shape, t.dtype) for t in _tensors(condition))
-            weights = tuple(p.data_ptr() for p in model.parameters())
+            weights = frozen_weights(model, speed)
             codebook = backbone.frozen.tokenizer if config.renoise else None
             context = backbone.revision, codebook, torch.is_inference_mode_enabled()
             key = speed, config, shapes, weights, context
