@@ -28,7 +28,7 @@ Run = Callable[[Any, int], None]
 
 
 def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
-    """UserError if there is no such speed, or not on this device or with this speculation."""
+    """UserError if there is no such speed, or not on this device, or no such speculation."""
     if speed not in get_args(Speed):
         raise UserError(f"speed={speed!r} must be one of {', '.join(get_args(Speed))}")
     if speed == "graphs" and device.type != "cuda":
@@ -37,11 +37,6 @@ def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
             "choose auto, eager or compiled"
         )
     check_speculate(speculate)
-    if speculate and speed in ("graphs", "compiled"):
-        raise UserError(
-            f"speculate={speculate} runs its steps one by one, and speed={speed} would record "
-            "them: choose speed auto or eager, or speculate=0"
-        )
 
 
 def choose(speed: Speed, device: torch.device, steps: int, speculate: int = 0) -> Speed:
@@ -49,7 +44,7 @@ def choose(speed: Speed, device: torch.device, steps: int, speculate: int = 0) -
     check_speed(speed, device, speculate)
     if speed != "auto":
         return speed
-    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM and not speculate
+    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM
     chosen: Speed = "graphs" if pays else "eager"
     _say(f"speed: {chosen}, for {steps} steps on {device.type}")
     return chosen
