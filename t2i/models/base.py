@@ -302,7 +302,7 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Causal transformer on embeddings; returns what the head reads.
 
-        Positions 0..P-1 are the prefix, P + p image token p.
+        Positions 0..P-1 are the prefix, P + p image token p; [B, L] gives each row its own.
         """
 
     @abstractmethod

@@ -41,13 +41,15 @@ def causal_mask(
     index_L = torch.arange(length, device=x_BLD.device) if cache is None else cache.index
     extent = length if cache is None else cache.extent
     columns = torch.arange(extent, device=index_L.device)
-    allowed = (columns <= index_L[:, None])[None]
+    allowed = columns <= index_L[..., None]
+    if allowed.dim() == 2:  # all rows feed the same entries
+        allowed = allowed[None]
     if prefix_mask_BP is not None:
         visible = torch.ones(
             prefix_mask_BP.shape[0], extent, dtype=torch.bool, device=index_L.device
         )
         visible[:, : prefix_mask_BP.shape[1]] = prefix_mask_BP[:, :extent]
-        allowed = (allowed & visible[:, None]) | (columns == index_L[:, None])
+        allowed = (allowed & visible[:, None]) | (columns == index_L[..., None])
     return allowed[:, None]
 
 
@@ -173,15 +175,15 @@ def rope_table(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x_BLHK: Tensor, rope_LK2: Tensor, *, halves: bool = False) -> Tensor:
-    """Turn pairs by the table's angles, in fp32: neighbours, or with `halves` entry i of each
-    half.
+    """Turn pairs by the angles of a table, for all rows or [B, ...] for each, in fp32: neighbours,
+    or with `halves` entry i of each half.
     """
     if not halves and not torch.compiler.is_compiling():  # one operation, with the same bits
         pairs = torch.view_as_complex(x_BLHK.float().unflatten(-1, (-1, 2)))
         turned = pairs * torch.view_as_complex(rope_LK2)[None, :, None]
         return torch.view_as_real(turned).flatten(-2).type_as(x_BLHK)
     axis, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
-    cos, sin = rope_LK2[None, :, None].unbind(-1)
+    cos, sin = rope_LK2.unsqueeze(-3).unbind(-1)
     first, second = x_BLHK.float().unflatten(-1, shape).unbind(axis)
     turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=axis)
     return turned.flatten(-2).type_as(x_BLHK)

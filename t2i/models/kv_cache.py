@@ -29,7 +29,9 @@ class KVCache:
         self.extent = 0
 
     def at(self, index_L: Tensor, extent: int) -> "KVCache":
-        """Write entries `index_L`, all below `extent`, and read the first `extent`."""
+        """Write entries `index_L`, all below `extent`, and read the first `extent`. [B, L] gives
+        each row entries of its own.
+        """
         self.index, self.extent = index_L, extent
         return self
 
@@ -41,6 +43,9 @@ class KVCache:
     def update(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new entries and return those that are read."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.index, k_BHLK.to(keys.dtype))
-        values.index_copy_(2, self.index, v_BHLK.to(values.dtype))
+        for held, new in ((keys, k_BHLK), (values, v_BHLK)):
+            if self.index.dim() == 1:
+                held.index_copy_(2, self.index, new.to(held.dtype))
+            else:
+                held.scatter_(2, self.index[:, None, :, None].expand_as(new), new.to(held.dtype))
         return keys[:, :, : self.extent], values[:, :, : self.extent]

@@ -142,8 +142,8 @@ class TensorAR(nn.Module):
     def embed_windows(
         self, windows: Tensor, first: int | Tensor = 0, gaussian_keys: Tensor | None = None
     ) -> Tensor:
-        """E(w): windows [B, n, k' <= k, S], of which the first has index `first`, -> embeddings [B,
-        n, D].
+        """E(w): windows [B, n, k' <= k, S], of which the first has index `first` ([B, 1]: in each
+        row), -> embeddings [B, n, D].
         """
         e_BnkD = self.backbone.embed_tokens(windows)
         if self.codec is None:
@@ -154,10 +154,8 @@ class TensorAR(nn.Module):
             e_BnkD = e_BnkD + noise.type_as(e_BnkD)
         n, slots = windows.shape[1:3]
         starts = (torch.arange(n, device=windows.device) + first) * self.windows.stride
-        valid_nk = (
-            starts[:, None] + torch.arange(slots, device=windows.device) < self.windows.tokens
-        )
-        valid = valid_nk.expand(len(windows), -1, -1).flatten(0, 1)
+        positions = starts[..., None] + torch.arange(slots, device=windows.device)
+        valid = (positions < self.windows.tokens).expand(len(windows), -1, -1).flatten(0, 1)
         return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (len(windows), n))
 
     # -- teacher forcing ---------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 A step feeds the window that was drawn last, un-noised, and draws the next one whole; slots
 0..stride-1 are final. All slots share the filters and the guidance scale. A step works on tensors
 alone: no number that changes from step to step is Python's, and none is read back from the device.
-A step may also feed n windows at once, some of them guessed (`t2i.tensorar.speculation`).
+A `leap` feeds n windows of each row, all but the first guessed (`t2i.tensorar.speculation`).
 
 Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, n of them at once, M
 rows by n, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from t2i.rng import fold
 from t2i.sampling import SamplingConfig, Speed, SubTokenSampling
 from t2i.tensorar.drawing import noise_keys, pick, rules
 from t2i.tensorar.model import TensorAR, slot_parts
-from t2i.tensorar.speculation import settle
+from t2i.tensorar.speculation import count_right, first_guesses, put, take
 from t2i.tensorar.speed import Run, frozen_weights, runner
 
 # -- the trunk, step by step -----------------------------------------------------------------------
@@ -60,10 +60,14 @@ def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
     return table.to(model.backbone.device)
 
 
-def new_state(model: TensorAR, condition: Condition, scales_NS: Tensor | None) -> DecodeState:
-    """With an empty cache for this condition."""
+def new_state(
+    model: TensorAR, condition: Condition, scales_NS: Tensor | None, *, own_pace: bool = False
+) -> DecodeState:
+    """With an empty cache for this condition; where rows go at their own pace, with room for the
+    last window, which rows that are done feed.
+    """
     rows, length = condition.prefix.shape[:2]
-    cache = model.backbone.new_cache(rows, length + model.windows.count - 1)
+    cache = model.backbone.new_cache(rows, length + model.windows.count - 1 + own_pace)
     return DecodeState(condition, cache, scales_NS)
 
 
@@ -90,12 +94,14 @@ def run_prefix(backbone: Backbone, state: DecodeState) -> Tensor:
 def advance(
     model: TensorAR, windows: Tensor, index: Tensor, state: DecodeState, extent: int
 ) -> Tensor:
-    """Feed windows `index` (int64 [n], one after another), [B, n, k, S]; returns the hidden states
-    [R, n, D], each of which predicts the next window. `extent` is `state.extent` of the last.
+    """Feed windows `index` (int64 [n], one after another, or [B, n] of each row), [B, n, k, S];
+    returns the hidden states [R, n, D], each of which predicts the next window. `extent` is
+    `state.extent` of the last.
     """
-    x = model.embed_windows(windows, first=index[:1])
+    x = model.embed_windows(windows, first=index[..., :1])
     if state.guided:
         x = torch.cat([x, x])  # windows are the same on both sides: encode them once
+        index = index if index.dim() == 1 else torch.cat([index, index])
     prefix = state.condition.prefix.shape[1]
     position = prefix + index * model.windows.stride
     cache = state.cache.at(prefix + index, extent)
@@ -143,9 +149,13 @@ class Drawing:
     corrupt: Callable[[Tensor, Tensor], Tensor] | None
     """What is done to drafts before they are fed back."""
     windows_BNkS: Tensor
-    """What has been drawn."""
+    """What has been drawn; where rows go at their own pace, guesses behind it, and one window more
+    than there are, for rows that are done.
+    """
     index: Tensor
-    """The window that was drawn last, int64 [1]."""
+    """The window that was drawn last, int64 [1]; [B, 1] where rows go at their own pace."""
+    ahead: int
+    """Windows of each row that a call draws, from guesses; 0: one, the same of all rows."""
 
     def refill(self, condition: Condition, keys: Tensor, noise: Tensor) -> None:
         """Begin another batch of the same shape, in place."""
@@ -164,27 +174,36 @@ def _tensors(condition: Condition) -> list[Tensor]:
 
 
 def new_drawing(
-    model: TensorAR, state: DecodeState, keys: Tensor, noise: Tensor, config: SamplingConfig
+    model: TensorAR,
+    state: DecodeState,
+    keys: Tensor,
+    noise: Tensor,
+    config: SamplingConfig,
+    ahead: int = 0,
 ) -> Drawing:
     """A batch of images of which nothing is drawn yet."""
     count, batch, slots, subs = noise.shape
+    room, own = (count + 1, (batch, 1)) if ahead else (count, (1,))
     return Drawing(
         state=state,
         rules=rules(config, subs),
         keys_B=keys.clone(),
         noise_NBkS=noise,
         corrupt=model.corruption(slots, keys.device, config.renoise) if config.renoise else None,
-        windows_BNkS=noise.new_zeros(batch, count, slots, subs),
-        index=noise.new_zeros(1),
+        windows_BNkS=noise.new_zeros(batch, room, slots, subs),
+        index=noise.new_zeros(own),
+        ahead=ahead,
     )
 
 
 def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing) -> Tensor:
-    """Draw windows `index` (int64 [n]) from the hidden states that predict them: [B, n, k, S]."""
-    stride, n = model.windows.stride, len(index)
-    noise_MkS = drawing.noise_NBkS.index_select(0, index).transpose(0, 1).flatten(0, 1)
+    """Draw windows `index` (int64 [n], or [B, n] of each row) from the hidden states that predict
+    them: [B, n, k, S].
+    """
+    stride, n = model.windows.stride, index.shape[-1]
+    noise_MkS = take(drawing.noise_NBkS.transpose(0, 1), index).flatten(0, 1)
     rows, slots = noise_MkS.shape[:2]
-    index_M = index if n == 1 else index.expand(rows // n, n).flatten()
+    index_M = index if index.numel() == 1 else index.expand(rows // n, n).flatten()
     d_MkD = model.decode_slots(h_RnD.flatten(0, 1))[:, :slots]
     windows = noise_MkS[..., :0]
     for s, (final, drafts) in enumerate(drawing.rules):
@@ -199,16 +218,18 @@ def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing
 
 
 def draw_behind(model: TensorAR, index: Tensor, drawing: Drawing, extent: int) -> Tensor:
-    """Feed windows `index` (int64 [n], one after another) as they are written down, and draw the
-    one behind each: [B, n, k, S]. `extent` is `DecodeState.extent` of the last.
+    """Feed windows `index` (int64 [n], one after another, or [B, n] of each row) as they are
+    written down, and draw the one behind each: [B, n, k, S]. `extent` is `DecodeState.extent` of
+    the last. Behind the image's last window comes anything.
     """
-    windows = drawing.windows_BNkS.index_select(1, index)
+    windows = take(drawing.windows_BNkS, index)
     if drawing.corrupt is not None:
         keys_Bn = fold(drawing.keys_B[:, None], 1, index)
         corrupted = drawing.corrupt(windows.flatten(0, 1)[:, None], keys_Bn.flatten())
         windows = corrupted[:, 0].unflatten(0, keys_Bn.shape)
     h = advance(model, windows, index, drawing.state, extent)
-    return draw_windows(model, h, index + 1, drawing)
+    behind = index + 1 if index.dim() == 1 else (index + 1).clamp(max=model.windows.count - 1)
+    return draw_windows(model, h, behind, drawing)
 
 
 def step(model: TensorAR, drawing: Drawing, extent: int) -> None:
@@ -216,6 +237,31 @@ def step(model: TensorAR, drawing: Drawing, extent: int) -> None:
     window = draw_behind(model, drawing.index, drawing, extent)
     drawing.index.add_(1)
     drawing.windows_BNkS.index_copy_(1, drawing.index, window)
+
+
+def leap(model: TensorAR, drawing: Drawing, extent: int) -> None:
+    """Feed of each row the window that was settled last and the guesses behind it, and settle what
+    follows from right ones. What else was drawn are the next guesses.
+    """
+    last, ahead = model.windows.count - 1, drawing.ahead
+    ahead_n = torch.arange(ahead, device=drawing.index.device)
+    fed_Bn = (drawing.index + ahead_n).clamp(max=last)
+    drawn = draw_behind(model, fed_Bn, drawing, extent)
+    geometry = model.windows.shrunk(drawn.shape[2])
+    settled = count_right(drawn, take(drawing.windows_BNkS, fed_Bn + 1), geometry, fed_Bn + 1)
+    put(drawing.windows_BNkS, fed_Bn + 1, drawn)
+    drawing.index.add_(settled).clamp_(max=last)
+    # Of those that the next call feeds and this one did not draw.
+    guess(model, drawing, fed_Bn[:, -1:] + 1)
+
+
+def guess(model: TensorAR, drawing: Drawing, known_B1: Tensor) -> None:
+    """Write down first guesses behind the last window of each row that was drawn."""
+    geometry = model.windows.shrunk(drawing.windows_BNkS.shape[2])
+    ahead_n = torch.arange(1, drawing.ahead, device=known_B1.device)
+    columns = model.backbone.spec.grid[1]
+    guesses = first_guesses(drawing.windows_BNkS, geometry, columns, known_B1 + ahead_n)
+    put(drawing.windows_BNkS, (known_B1 + ahead_n).clamp(max=geometry.count), guesses)
 
 
 @torch.no_grad()
@@ -236,20 +282,21 @@ def sample_windows(
         keys: int64 [B], one per image (`t2i.rng.make_keys`).
         on_step: called after every window was asked for, for a progress bar.
         speed: how steps are run, settled by `t2i.tensorar.speed.choose`.
-        speculate: windows that a call draws at once; 0: one by one.
+        speculate: windows of each image that a call draws; 0: one by one.
     """
     assert not model.training, "sampling needs model.eval(): dropout would act"
     backbone, windows = model.backbone, model.windows.shrunk(config.window)
-    assert speed != "auto" and not (speculate and speed != "eager"), "settled by `choose`"
+    assert speed != "auto", "settled by `choose`"
     keys = keys.to(backbone.device)
     noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
     scales = guidance_table(model, config)
     condition = encode_rows(backbone, prepared, guided=scales is not None)
 
     def make() -> tuple[Drawing, Run]:
-        state = new_state(model, Condition.cat([condition]), scales)  # a copy, to be refilled
-        drawing = new_drawing(model, state, keys, noise, config)
-        return drawing, runner(step, drawing, speed, backbone.device)
+        copy = Condition.cat([condition])  # to be refilled
+        state = new_state(model, copy, scales, own_pace=speculate > 0)
+        drawing = new_drawing(model, state, keys, noise, config, speculate)
+        return drawing, runner(leap if speculate else step, drawing, speed, backbone.device)
 
     with model.held.lock:
         if speed == "eager":
@@ -260,24 +307,33 @@ def sample_windows(
             weights = frozen_weights(model, speed)
             codebook = backbone.frozen.tokenizer if config.renoise else None
             context = backbone.revision, codebook, torch.is_inference_mode_enabled()
-            key = speed, config, shapes, weights, context
+            key = speed, speculate, config, shapes, weights, context
             (drawing, run), known = model.held.fetch(key, make)
             if known:
                 drawing.refill(condition, keys, noise)
         first = run_prefix(backbone, drawing.state)[:, None]
         drawing.windows_BNkS[:, :1] = draw_windows(model, first, drawing.index, drawing)
-        tick = on_step or (lambda: None)
-        tick()
-        if speculate:
+        for done in _leaps(model, drawing, run) if speculate else _steps(model, drawing, run):
+            for _ in range(done if on_step else 0):
+                on_step()
+        return drawing.windows_BNkS[:, : windows.count].clone()
 
-            def draw(start: int, end: int) -> Tensor:
-                index = torch.arange(start, end, device=keys.device)
-                return draw_behind(model, index, drawing, drawing.state.extent(end - 1))
 
-            columns = backbone.spec.grid[1]
-            settle(drawing.windows_BNkS, windows, columns, speculate, draw, tick)
-            return drawing.windows_BNkS
-        for index in range(windows.count - 1):
-            run(model, drawing.state.extent(index))
-            tick()
-        return drawing.windows_BNkS.clone()
+def _steps(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
+    """Draw all windows behind the first; yields how many each call settled in every row."""
+    yield 1
+    for index in range(model.windows.count - 1):
+        run(model, drawing.state.extent(index))
+        yield 1
+
+
+def _leaps(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
+    """The same, with rows at their own pace."""
+    last, lowest, highest = model.windows.count - 1, 0, 0
+    guess(model, drawing, drawing.index)
+    yield 1
+    while lowest < last:
+        run(model, drawing.state.extent(min(highest + drawing.ahead - 1, last)))
+        before = lowest
+        lowest, highest = (int(x) for x in drawing.index.aminmax())
+        yield lowest - before

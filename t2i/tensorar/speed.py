@@ -9,7 +9,6 @@
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Hashable
 from functools import cache, partial
 from threading import Lock
@@ -33,7 +32,7 @@ Run = Callable[[Any, int], None]
 
 
 def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
-    """UserError if there is no such speed, or not on this device or with this speculation."""
+    """UserError if there is no such speed, or not on this device, or no such speculation."""
     if speed not in get_args(Speed):
         raise UserError(f"speed={speed!r} must be one of {', '.join(get_args(Speed))}")
     if speed == "graphs" and device.type != "cuda":
@@ -42,11 +41,6 @@ def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
             "choose auto, eager or compiled"
         )
     check_speculate(speculate)
-    if speculate and speed in ("graphs", "compiled"):
-        raise UserError(
-            f"speculate={speculate} runs its steps one by one, and speed={speed} would record "
-            "them: choose speed auto or eager, or speculate=0"
-        )
 
 
 def choose(speed: Speed, device: torch.device, steps: int, speculate: int = 0) -> Speed:
@@ -54,7 +48,7 @@ def choose(speed: Speed, device: torch.device, steps: int, speculate: int = 0) -
     check_speed(speed, device, speculate)
     if speed != "auto":
         return speed
-    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM and not speculate
+    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM
     chosen: Speed = "graphs" if pays else "eager"
     _say(f"speed: {chosen}, for {steps} steps on {device.type}")
     return chosen
@@ -115,7 +109,9 @@ def _compiled(step: Callable[..., None], device: torch.device) -> Callable[..., 
     def work(model, drawing, span: torch.Tensor) -> None:
         own(model, drawing, span.shape[0])
 
-    fused = torch.compile(FunctionType(work.__code__.replace(), globals(), "work", None, work.__closure__))
+    fused = torch.compile(
+        FunctionType(work.__code__.replace(), globals(), "work", None, work.__closure__)
+    )
 
     def run(model, drawing, extent: int) -> None:
         span = torch.empty(extent, 0)  # a number would be compiled for anew

@@ -181,14 +181,14 @@ class RARGPT(nn.Module):
 
         A module's own parameters are used in its forward only: ZeRO-3 gathers them there.
         """
-        x = x_BLD + self.cls_token[0].masked_fill((positions_L != 0)[:, None], 0)
+        x = x_BLD + self.cls_token[0].masked_fill((positions_L != 0)[..., None], 0)
         x = x + self.pos_embed[0, positions_L]
         # Position p predicts position p + 1; the cls token and the last image token have no target.
         # (With a stride s > 1 the predicted window starts at p + s instead: training has to learn
         # that, as it has with every backbone.)
         targeted = (positions_L > 0) & (positions_L <= self.num_tokens)
         target = self.target_aware_pos_embed[0, positions_L + 1]
-        x = x + target.masked_fill(~targeted[:, None], 0)
+        x = x + target.masked_fill(~targeted[..., None], 0)
         return x, class_BD[:, None] + self.timesteps_embeddings[0, positions_L]
 
     def initialize(self, generator: torch.Generator) -> None:
