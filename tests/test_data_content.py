@@ -72,16 +72,23 @@ def test_images_elsewhere_are_content_too(tmp_path):
         {"image": ["0.png", "1.png", "gone.png"], "text": CAPTIONS},
     )
     for given in (tmp_path / "data", tmp_path / "images" / "0.parquet"):
-        source = open_source(given)
+        source = open_source(given, outside_images=True)
         first = build(source, tmp_path / "cache")
         (tmp_path / "images" / "1.png").write_bytes(png(9))
         with pytest.raises(
             UserError, match=r"has changed since .*: 1 file was edited \(.*1\.png\)\)"
         ):
-            build(open_source(given), tmp_path / "cache", expected_key=first.name)
-        assert build(open_source(given), tmp_path / "cache") != first
+            build(
+                open_source(given, outside_images=True), tmp_path / "cache", expected_key=first.name
+            )
+        assert build(open_source(given, outside_images=True), tmp_path / "cache") != first
         (tmp_path / "images" / "1.png").write_bytes(png(1))
-        assert build(open_source(given), tmp_path / "cache", expected_key=first.name) == first
+        assert (
+            build(
+                open_source(given, outside_images=True), tmp_path / "cache", expected_key=first.name
+            )
+            == first
+        )
 
 
 def test_changes_are_named(tmp_path):

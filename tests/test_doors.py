@@ -26,7 +26,7 @@ import t2i
 from dpg_bench.mplug.mplug_model import MPlug
 from geneval import mmdet_weights
 from t2i.data.images import ImageRules, SkipSample, open_image
-from t2i.data.samples import load_sample
+from t2i.data.data_report import load_sample
 from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
@@ -179,8 +179,11 @@ def test_metadata_that_name_images_outside(tmp_path, secret, how):
     source = open_source(data)
     good, bad = (load_sample(source[i], ImageRules(32)) for i in range(2))
     assert isinstance(good, torch.Tensor)
-    assert isinstance(bad, SkipSample) and bad.reason == "file name leads out of the folder"
+    assert isinstance(bad, SkipSample) and bad.reason.startswith("outside the folder")
     assert all(secret not in path.parents for _, path in source.files()), "not even hashed"
+    trusting = open_source(data, outside_images=True)
+    assert isinstance(load_sample(trusting[1], ImageRules(32)), torch.Tensor)
+    assert secret / "a.png" in [path for _, path in trusting.files()]
 
 
 def test_a_caption_that_is_a_link_to_a_key(tmp_path, secret):

@@ -70,6 +70,10 @@ class DataOptions(_AnyData):
     """Read hub and parquet data row by row without a copy on disk."""
     max_samples: int | None = None
     """Use the first so many samples only."""
+    outside_images: bool = False
+    """Use images that a folder's metadata.jsonl names outside it, by ../ or an absolute path: only
+    for data that you trust.
+    """
     trigger: str | None = None
     """Words before every caption ("drawn by xyz"), or around it ("{caption}, drawn by xyz")."""
     small_images: Literal["skip", "upscale"] = "skip"

@@ -31,6 +31,7 @@ def open_data(options: DataOptions) -> Source:
             streaming=options.streaming,
             config_name=options.config_name,
             revision=options.revision,
+            outside_images=options.outside_images,
         )
     if options.trigger is None:
         return source

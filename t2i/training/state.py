@@ -15,9 +15,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from t2i.errors import NotFiniteError, UserError
+from t2i.errors import NotFiniteError, UserError, shorten
 from t2i.processes import Processes
-from t2i.weights import save_weights, shorten_keys
+from t2i.weights import save_weights
 
 WEIGHT, STEP, AVERAGE = "weight", "step", "average"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -137,7 +137,7 @@ class StoredState:
             other = {name for name, _ in stored.items() ^ shapes.items()}
             raise UserError(
                 f"{folder} is of other trained parameters than this model's: "
-                f"{shorten_keys(sorted(other))}"
+                f"{shorten(sorted(other))}"
             )
 
     def _parameters(self) -> Iterable[tuple[str, nn.Parameter]]:

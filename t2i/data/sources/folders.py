@@ -26,6 +26,7 @@ _ADVICE = (
     'Captions come from a file "metadata.jsonl" with one {"file_name": "a.png", "text": "..."} per '
     'line, or from "a.txt" beside "a.png"'
 )
+_OUTSIDE = "outside the folder (--data.outside-images True uses it)"
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -94,7 +95,12 @@ def is_image(path: Path) -> bool:
 
 
 def open_folder(
-    folder: Path, files: Sequence[Path], image_column: str | None, caption_column: str | None
+    folder: Path,
+    files: Sequence[Path],
+    image_column: str | None,
+    caption_column: str | None,
+    *,
+    outside_images: bool = False,
 ) -> Source:
     """The image folder as a source: MetadataFolder if it has a metadata.jsonl, else SidecarFolder.
 
@@ -104,7 +110,8 @@ def open_folder(
     images = [path for path in files if is_image(path)]
     metadata = [path for path in files if path.name == METADATA]
     if metadata:
-        return MetadataFolder(folder, metadata, images, image_column, caption_column)
+        columns = image_column, caption_column
+        return MetadataFolder(folder, metadata, images, *columns, outside_images=outside_images)
     if not images:
         raise UserError(f"{folder} holds no images, no parquet files and no tars")
     if image_column or caption_column:
@@ -122,8 +129,10 @@ class MetadataFolder(Source):
         images: Sequence[Path],
         image_column: str | None,
         caption_column: str | None,
+        *,
+        outside_images: bool = False,
     ):
-        self._folder = folder
+        self._folder, self._outside_images = folder, outside_images
         self._metadata = metadata
         self._rows = [
             (str(path.parent.relative_to(folder)), row)
@@ -150,7 +159,12 @@ class MetadataFolder(Source):
 
     def _listed(self) -> Iterable[str]:
         names = map(self._name, range(len(self._rows)))
-        return dict.fromkeys(name for name in names if name is not None and not _leads_out(name))
+        return dict.fromkeys(name for name in names if name is not None and self._may_read(name))
+
+    def _may_read(self, name: str) -> bool:
+        """Whether a normal path relative to the folder is below it, or may be elsewhere."""
+        out = os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
+        return self._outside_images or not out
 
     def _name(self, index: int) -> str | None:
         """An image's path relative to the folder, if that is how it is given."""
@@ -163,17 +177,12 @@ class MetadataFolder(Source):
 
     def __getitem__(self, index: int) -> Sample:
         name = self._name(index)
-        if name is not None and _leads_out(name):
-            return Sample(index, printable(name), None, [], "file name leads out of the folder")
+        if name is not None and not self._may_read(name):
+            return Sample(index, printable(name), None, [], _OUTSIDE)
         path = None if name is None else Path(os.path.normpath(self._folder / name))
         return make_sample(
             index, name or f"row {index}", path, self._rows[index][1].get(self._caption)
         )
-
-
-def _leads_out(name: str) -> bool:
-    """Whether a normal path relative to a folder is not below it."""
-    return os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
 
 
 class SidecarFolder(Source):

@@ -39,6 +39,7 @@ def open_source(
     streaming: bool = False,
     config_name: str | None = None,
     revision: str | None = None,
+    outside_images: bool = False,
 ) -> Source:
     """Open a data set of captioned images.
 
@@ -53,6 +54,7 @@ def open_source(
             access. Folders and tars are never copied and keep random access either way.
         config_name: of a hub data set with several.
         revision: branch, tag or commit of a hub data set.
+        outside_images: use images that a folder's metadata.jsonl names outside the folder.
 
     Raises:
         UserError: nothing there, no images, no captions, an unknown or ambiguous column or split.
@@ -65,7 +67,7 @@ def open_source(
 
         return open_hub(text, split, streaming, config_name, revision, **columns)
     found = _find_files(source, split)
-    opened = _open_files(found, text, split, streaming, columns)
+    opened = _open_files(found, text, split, streaming, columns, outside_images)
     opened.left_out += found.left_out
     opened.remarks += found.remarks
     return opened
@@ -82,7 +84,12 @@ class _Found:
 
 
 def _open_files(
-    found: _Found, text: str, split: str, streaming: bool, columns: dict[str, str | None]
+    found: _Found,
+    text: str,
+    split: str,
+    streaming: bool,
+    columns: dict[str, str | None],
+    outside_images: bool,
 ) -> Source:
     root = found.root
     for suffix in TABLE_SUFFIXES:
@@ -101,7 +108,7 @@ def _open_files(
         return open_parquet(root, chosen, split, streaming, **columns)
     if not root.is_dir():
         raise UserError(f"{text}: neither .parquet nor .tar. Give the folder that holds the images")
-    return open_folder(root, found.files, **columns)
+    return open_folder(root, found.files, **columns, outside_images=outside_images)
 
 
 def _is_hub_id(text: str) -> bool:
