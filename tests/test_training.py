@@ -43,7 +43,7 @@ EXACT = 0.0
 
 
 # -- resume ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, rare(signal.SIGINT)])
 def test_stop_and_resume_changes_no_bit(tiny_world, number):
     names = [f"{name}-{number.name}" for name in ("whole", "halves", "no-dropout")]
     options = {"steps": 6, "token_dropout": 0.1, "condition_dropout": 0.3}
