@@ -43,9 +43,9 @@ def start_and_kill(module, out: Path, *arguments) -> dict[Path, int]:
     their times.
     """
     process = fork(lambda: program(module, "--out", out, *arguments))
-    alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    deadline, ended = time.time() + 300, os.WEXITED | os.WNOHANG | os.WNOWAIT
     while len(list(out.glob("images/*/samples/*.png"))) < 2:
-        assert os.waitid(os.P_PID, process, alive) is None, "it ended by itself"
+        assert os.waitid(os.P_PID, process, ended) is None and time.time() < deadline
         time.sleep(0.005)
     os.kill(process, signal.SIGKILL)
     assert exit_codes([process]) == [-signal.SIGKILL]

@@ -82,6 +82,7 @@ def test_a_wheel(sources, tmp_path):
     assert len(list(elsewhere.glob("outputs/shapes-*/00000/samples/00000.png"))) == 1
 
 
+@pytest.mark.slow
 def test_installed_for_editing(sources, tmp_path):
     pip("install", "--prefix", tmp_path / "prefix", "-e", sources)
     site = next((tmp_path / "prefix").rglob("site-packages"))

@@ -34,6 +34,7 @@ def test_a_warning_means_not_ready(tiny_world, tmp_path):
 
 def test_captions_that_come_out_empty(tmp_path, monkeypatch):
     """Case 14, in the pre-flight: also where the text encoder has yet to be fetched."""
+    # It takes seconds, and has tests of its own.
     monkeypatch.setattr("t2i.training.check.size_report", lambda *_: ({}, []))
     folder = write_dataset_of_captions(tmp_path, "一只红色的圆", count=12, size=256)
     data = DataOptions(source=str(folder))

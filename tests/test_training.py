@@ -48,7 +48,7 @@ EXACT = 0.0
 
 
 # -- resume ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, rare(signal.SIGINT), rare(signal.SIGHUP)])
 def test_stop_and_resume_changes_no_bit(tiny_world, number):
     if number == signal.SIGHUP:  # ignored where the tests outlive their terminal
         signal.signal(number, signal.SIG_DFL)
