@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.utils import logging
 
-from t2i.errors import UserError, shorten
-from t2i.weights import check_loading, read_state_dict
+from t2i.errors import UserError
+from t2i.weights import check_loading, read_state_dict, shorten_keys
 
 # In transformers' model or in a file, not always in both: a loss weight, a final norm without a
 # part in the outputs, and a table of constants that older versions kept as a buffer.
@@ -249,7 +249,7 @@ def convert_keys(state_dict: dict[str, Tensor], source: str | Path) -> dict[str,
     if problems:
         raise UserError(
             f"{source} does not hold mmdet's Mask2Former with a Swin backbone: unexpected "
-            f"{shorten(problems, most=40)}"
+            f"{shorten_keys(problems)}"
         )
     return {name: tensor.contiguous() for name, tensor in converted.items()}
 

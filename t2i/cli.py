@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -159,9 +160,13 @@ def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
         elif f.name not in names:
             hints[f.name] = Annotated[hints[f.name], tyro.conf.Suppress]
         if value is not MISSING:
-            own[f.name] = field(default_factory=lambda value=value: value)
+            own[f.name] = field(default_factory=partial(_same, value))
     own |= {"__annotations__": hints, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return dataclass(frozen=True, kw_only=True)(type(kind.__name__, (kind,), own))
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _annotated(kind: type, like: Any) -> Any:

@@ -106,9 +106,7 @@ def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, T
     for path in weight_files(folder):
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
         if twice := sorted(weights.keys() & part.keys()):
-            raise UserError(
-                f"{path} holds keys that another shard has, too: {shorten(twice, most=_MOST_KEYS)}"
-            )
+            raise UserError(f"{path} holds keys that another shard has, too: {shorten_keys(twice)}")
         weights |= part
     return weights
 
@@ -224,11 +222,16 @@ def refuse_misfits(problems: Mapping[str, Sequence[str]], said: str) -> None:
     """UserError lists keys that do not fit, by kind, below what is said of them; none: no error."""
     if any(problems.values()):
         lines = [
-            f"  {kind} ({len(keys)}): {shorten(keys, most=_MOST_KEYS)}"
+            f"  {kind} ({len(keys)}): {shorten_keys(keys)}"
             for kind, keys in problems.items()
             if keys
         ]
         raise UserError("\n".join([f"{said}:", *lines, "Is it the right family, size and file?"]))
+
+
+def shorten_keys(keys: Sequence[str]) -> str:
+    """The first of many keys, for a message."""
+    return shorten(keys, most=_MOST_KEYS)
 
 
 def check_loading(info: dict, said: str, without_effect: Callable[[str], object]) -> None:

@@ -40,7 +40,7 @@ def fails(tmp_path, monkeypatch, capsys):
         captured = capsys.readouterr()
         assert captured.out == "" and "Traceback" not in captured.err
         lines = re.split(r"[\r\n]+", captured.err)
-        text = " ".join(line for line in lines if not line.startswith("cache:"))  # a progress bar
+        text = " ".join(line for line in lines if not line.startswith("codes:"))  # a progress bar
         message = re.sub(r"[\s│╭╮╰╯─]+", " ", text).strip()
         assert message.startswith(("error: ", "Value error", "Unrecognized", "Invalid", "Missing"))
         assert message.count("error: ") <= 1
