@@ -78,6 +78,8 @@ def shares(_) -> None:
     assert "lp_param._hp_mapping = " in inspect.getsource(
         import_module("deepspeed.utils.mixed_precision_linkage")
     )
+    for call in ("safe_set_local_fp32_param", "safe_set_local_optimizer_state"):
+        assert hasattr(import_module("deepspeed.utils"), call)
     assert "self.fp32_partitioned_groups_flat" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
 
 

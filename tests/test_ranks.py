@@ -8,6 +8,7 @@ from runs import (
     PROMPTS,
     SAME_SUM,
     assert_same_metrics,
+    assert_same_weights,
     before_step,
     draw,
     kill,
@@ -118,6 +119,19 @@ def test_another_number_of_processes_goes_on(two_ranks, name):
     expected = checkpoint.find_checkpoint(two_ranks / "runs" / "plain")
     for key, value in weights(expected).items():
         assert torch.allclose(weights(folder)[key], value, atol=2e-4), key
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_that_cannot_be_halved(two_ranks, stage):
+    """A fresh engine goes on from their state as the old one does; ZeRO-3 fills up shares."""
+    folders = [two_ranks / f"odd-{stage}" / name for name in ("first", "second", "other")]
+    first, second, other = (
+        {k: v for file in sorted(folder.iterdir()) for k, v in load_file(file).items()}
+        for folder in folders
+    )
+    assert_same_weights(second, other)
+    assert not torch.equal(first["0.bias/weight"], second["0.bias/weight"])
+    assert second["1.bias/step"] == 2 and second["1.bias/exp_avg"].shape == (1,)
 
 
 @pytest.mark.slow

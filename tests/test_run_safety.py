@@ -23,6 +23,7 @@ from t2i.training.loop import Run, train
 
 STAGES = {
     "zero0": {},
+    "zero1-bf16": {"engine__zero_stage": 1, "engine__precision": "bf16"},
     "zero2-bf16": {"engine__zero_stage": 2, "engine__precision": "bf16"},
     "zero2-offload": {"engine__zero_stage": 2, "offload": {"offload_optimizer": {"device": "cpu"}}},
     "zero3-lora": {"engine__zero_stage": 3, "tuning": "lora"},
@@ -45,7 +46,12 @@ def staged(root: Path, name: str, stage: str, **changes) -> TrainConfig:
 
 # -- 1: states of every stage ---------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "stage", ["zero0", "zero2-bf16", *map(rare, ("zero2-offload", "zero3-lora", "zero3-offload"))]
+    "stage",
+    [
+        "zero0",
+        "zero2-bf16",
+        *map(rare, ("zero1-bf16", "zero2-offload", "zero3-lora", "zero3-offload")),
+    ],
 )
 def test_the_state_of_every_stage_is_read(tiny_world, stage):
     """Case 1: a run goes on bit for bit under every stage; case 6: with the new settings."""

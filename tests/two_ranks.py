@@ -14,11 +14,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import deepspeed
 import torch
 from helpers import Killed
 from runs import before_step, draw, kill, tiny_janus_run, tiny_run
+from torch import nn
 
+from t2i.training.engine import start_processes
 from t2i.training.loop import Run, train
+from t2i.training.state import StoredState, write_state
 
 JANUS = {"tuning": "lora", "train_image_layers": True}
 DRAWN = ("plain", "ranks-zero2", "ranks-zero3-lora")
@@ -40,6 +44,8 @@ def main(root: Path) -> None:
     train(tiny_run(root, "ranks-zero3", log__sample_every=1, **zero3(root)))
     train(tiny_run(root, "ranks-zero3-lora", tuning="lora", **zero3(root)))
     train(tiny_janus_run(root, "ranks-janus-zero2", engine__zero_stage=2, **JANUS))
+    for stage in (1, 2, 3):
+        odd_sizes(root, stage)
     if os.environ["RANK"] == "0":
         for name in DRAWN:
             draw(root / "runs" / name, root / "drawn" / name)
@@ -54,6 +60,45 @@ def main(root: Path) -> None:
     with suppress(Killed), before_step(2, kill):
         train(tiny_run(root, "two-then-one", engine__zero_stage=2, log__save_every=1))
     train(tiny_run(root, "one-then-two", log__save_every=1, resume=True, **zero3(root)))
+
+
+def odd_sizes(root: Path, stage: int) -> None:
+    """A state of parameters that two processes cannot halve: a fresh engine goes on with it."""
+
+    def started():
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+        state = root / f"odd-{stage}" / "first"
+        stored = StoredState(state, model) if state.exists() else None
+        if stored is not None:
+            stored.load_weights()
+        groups = [{"params": [p for p in model.parameters() if p.dim() == d]} for d in (1, 2)]
+        config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+        config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        config |= {"zero_force_ds_cpu_optimizer": False, "gradient_clipping": 1.0}
+        optimizer = torch.optim.AdamW(groups, lr=0.1)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        if stored is not None:
+            stored.load_optimizer(engine)
+        return engine, model
+
+    def step_and_save(engine, model, name: str) -> None:
+        engine.backward(engine(torch.tensor([[0.1, -0.2, 0.3]])).sum())
+        engine.step()
+        folder = root / f"odd-{stage}" / name
+        processes.on_main(lambda: folder.mkdir(parents=True))
+        write_state(engine, model, {}, folder, processes)
+        processes.barrier()
+
+    processes = start_processes()
+    torch.manual_seed(stage)
+    engine, model = started()
+    step_and_save(engine, model, "first")
+    torch.manual_seed(100)
+    other = started()
+    step_and_save(engine, model, "second")
+    step_and_save(*other, "other")
 
 
 def rare(root: Path) -> None:

@@ -24,6 +24,9 @@ from t2i import cli
 from t2i.errors import UserError
 from t2i.files import owning, read_json_lines, write_text
 
+_LONGEST = 160
+"""Characters of a cell of the table."""
+
 
 @dataclass(frozen=True)
 class SoakOptions:
@@ -102,7 +105,8 @@ def table(rows: list[dict], seed: int) -> str:
     import torch
 
     def cell(text: object) -> str:
-        return str(text).replace("|", "\\|")
+        words = str(text).replace("|", "\\|").removeprefix("error: ")
+        return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
 
     lines = ["| fault | what was seen | ended after | final weights | |", "|---|---|---|---|---|"]
     for row in rows:

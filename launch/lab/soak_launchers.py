@@ -35,11 +35,12 @@ def ended(
 
     A process that is to stay `frozen` may be woken up by others on this machine.
     """
-    clock, alive = Clock(), []
+    clock = Clock()
+    alive: list[int] = []
 
     def gone() -> bool:
         alive[:] = processes_of(run_dir)
-        if frozen in alive:
+        if frozen is not None and frozen in alive:
             os.kill(frozen, signal.SIGSTOP)
         return not run.alive() and not alive
 

@@ -68,6 +68,11 @@ class Started:
             return None
         return [found[i] for i in self.ids]
 
+    def code(self, patience: float) -> int | None:
+        """Exit code of the only process; None as above."""
+        codes = self.codes(patience)
+        return None if codes is None else codes[0]
+
     def _ended(self, process: int) -> int | None:
         if self.process is not None:
             return self.process.poll()

@@ -122,7 +122,7 @@ class Run:
             self.average.update(self.step)
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-            if not 0 <= norm < math.inf:  # nor NaN; DeepSpeed says -1, too
+            if norm is not None and not 0 <= norm < math.inf:  # nor NaN; DeepSpeed says -1, too
                 self._refuse_batch(parts, total, self.step)
         return {
             "train/loss": float(total.weighted(config.method.weights())),

@@ -9,8 +9,10 @@ parameters are dealt out to the processes, which write their shares at the same 
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -91,7 +93,7 @@ def _adamw(engine) -> torch.optim.AdamW:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _link(engine, parameters: Iterable[nn.Parameter]) -> None:
+def _link(engine, parameters: Iterable[Any]) -> None:
     """Tell parameters where their moments are: under ZeRO-1 and 2 DeepSpeed does it at the first
     step, and of the first group of parameters alone.
     """
@@ -180,8 +182,6 @@ class StoredState:
             optimizer.state[p] = {STEP: step, **own}
 
     def _load_shards(self, engine) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         optimizer, sharded = _adamw(engine), engine.optimizer
         steps = [step for name, _ in self._parameters() if (step := self._get(name, STEP))]
         step = max(steps, default=torch.tensor(0.0))
@@ -192,7 +192,26 @@ class StoredState:
             optimizer.state[shard] = {STEP: step.clone(), **empty}
         _link(engine, (p for _, p in self._parameters()))
         for name, p in self._parameters():
-            safe_set_full_fp32_param(p, self._get(name, WEIGHT))
-            for kind in MOMENTS:
+            for kind in (WEIGHT, *MOMENTS):
                 if (value := self._get(name, kind)) is not None:
-                    safe_set_full_optimizer_state(p, value, kind)
+                    _set_share(p, value, kind)
+
+
+def _set_share(p: nn.Parameter, value: Tensor, kind: str) -> None:
+    """Set this process's share of a whole tensor under ZeRO."""
+    from deepspeed import utils
+
+    if not hasattr(p, "ds_tensor"):  # ZeRO-1 and 2
+        if kind == WEIGHT:
+            utils.safe_set_full_fp32_param(p, value)
+        else:
+            utils.safe_set_full_optimizer_state(p, value, kind)
+        return
+    # ZeRO-3's shares are of one size, the last one filled up, which the calls above cannot do.
+    size = p.ds_tensor.numel()
+    padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    share = padded.narrow(0, size * dist.get_rank(), size)
+    if kind == WEIGHT:
+        utils.safe_set_local_fp32_param(p, share)
+    else:
+        utils.safe_set_local_optimizer_state(p, share, kind)
