@@ -80,6 +80,7 @@ def main() -> None:
 
 def _row(name: str, fault: str, case, world) -> dict:
     from launch.lab.soak_faults import Skipped
+    from launch.lab.soak_processes import end_launched
 
     begin = time.monotonic()
     row = {"case": name, "fault": fault, "date": time.strftime("%Y-%m-%d")}
@@ -90,6 +91,8 @@ def _row(name: str, fault: str, case, world) -> dict:
     except Exception as error:  # a broken promise, in most cases
         traceback.print_exc()
         return row | {"verdict": "FAILED", "seen": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        end_launched()
     good = outcome.held and outcome.same is not False
     took = round(time.monotonic() - begin, 1)
     return row | asdict(outcome) | {"verdict": "held" if good else "FAILED", "took": took}

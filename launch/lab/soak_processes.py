@@ -19,6 +19,9 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DI
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+_LAUNCHED: list["Started"] = []
+
+
 # -- time ------------------------------------------------------------------------------------------
 class Clock:
     """Seconds that this process ran: while a machine sleeps, or pauses everything, none pass."""
@@ -187,7 +190,16 @@ def launched(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Started([process.pid], log, process)
+    started = Started([process.pid], log, process)
+    _LAUNCHED.append(started)
+    return started
+
+
+def end_launched() -> None:
+    """Leave no launcher behind when the soak is stopped; ranks notice that theirs is gone."""
+    for started in _LAUNCHED:
+        if started.alive():
+            started.kill()
 
 
 def free_port() -> int:
