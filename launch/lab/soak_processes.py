@@ -103,10 +103,11 @@ class Started:
         return self.log.read_text(errors="replace")
 
     def said(self, *words: str) -> str:
-        """The last line with one of these words, without the world's place."""
+        """The last line with one of these words, without names of the place and the machine."""
         lines = [line for line in self.text().splitlines() if any(w in line for w in words)]
         place = str(self.log.parents[1])
-        return lines[-1].replace(place, "...")[:300] if lines else ""
+        last = lines[-1].strip() if lines else ""
+        return last.replace(place, "...").replace(f" on {socket.gethostname()}", "")[:300]
 
 
 def fork(
