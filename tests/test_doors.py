@@ -25,8 +25,8 @@ import geneval
 import t2i
 from dpg_bench.mplug.mplug_model import MPlug
 from geneval import mmdet_weights
-from t2i.data.images import ImageRules, SkipSample, open_image
 from t2i.data.data_report import load_sample
+from t2i.data.images import FileSlice, ImageRules, RemoteFile, SkipSample, open_image
 from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
@@ -252,12 +252,16 @@ def test_a_huge_picture_is_refused_undecoded(tmp_path):
         geneval.score([path], [{"tag": "single_object", "include": [], "prompt": "a photo"}])
 
 
-def test_a_huge_file_of_an_image_is_not_read(tmp_path):
+def test_a_huge_file_of_an_image_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     with path.open("wb") as file:
         file.truncate(3 << 30)  # sparse
     with pytest.raises(SkipSample, match=r"too large: 3221225472 bytes"):
         open_image(path)
+    monkeypatch.setattr("t2i.data.images._LARGEST_FILE", 1000)
+    for place in (FileSlice(path, 0, 1001), RemoteFile(f"file://{path}")):
+        with pytest.raises(SkipSample, match=r"too large: .*100"):
+            open_image(place)
 
 
 def test_an_npz_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):

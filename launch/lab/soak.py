@@ -24,6 +24,9 @@ from t2i import cli
 from t2i.errors import UserError
 from t2i.files import owning, read_json_lines, write_text
 
+_LONGEST = 160
+"""Characters of a cell of the table."""
+
 
 @dataclass(frozen=True)
 class SoakOptions:
@@ -77,6 +80,7 @@ def main() -> None:
 
 def _row(name: str, fault: str, case, world) -> dict:
     from launch.lab.soak_faults import Skipped
+    from launch.lab.soak_processes import end_launched
 
     begin = time.monotonic()
     row = {"case": name, "fault": fault, "date": time.strftime("%Y-%m-%d")}
@@ -87,6 +91,8 @@ def _row(name: str, fault: str, case, world) -> dict:
     except Exception as error:  # a broken promise, in most cases
         traceback.print_exc()
         return row | {"verdict": "FAILED", "seen": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        end_launched()
     good = outcome.held and outcome.same is not False
     took = round(time.monotonic() - begin, 1)
     return row | asdict(outcome) | {"verdict": "held" if good else "FAILED", "took": took}
@@ -102,7 +108,8 @@ def table(rows: list[dict], seed: int) -> str:
     import torch
 
     def cell(text: object) -> str:
-        return str(text).replace("|", "\\|")
+        words = str(text).replace("|", "\\|").removeprefix("error: ")
+        return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
 
     lines = ["| fault | what was seen | ended after | final weights | |", "|---|---|---|---|---|"]
     for row in rows:

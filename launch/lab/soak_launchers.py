@@ -35,11 +35,12 @@ def ended(
 
     A process that is to stay `frozen` may be woken up by others on this machine.
     """
-    clock, alive = Clock(), []
+    clock = Clock()
+    alive: list[int] = []
 
     def gone() -> bool:
         alive[:] = processes_of(run_dir)
-        if frozen in alive:
+        if frozen is not None and frozen in alive:
             os.kill(frozen, signal.SIGSTOP)
         return not run.alive() and not alive
 
@@ -80,7 +81,8 @@ def one_of_two(world: World, by: str, rank: int, number: signal.Signals) -> Outc
     os.kill(process, number)
     frozen = process if number == signal.SIGSTOP else None
     seconds, gone = ended(world, run, run_dir, frozen)
-    words = run.said("has given no sign of life", "exitcode", "exits with return code")
+    words = run.said("has given no sign of life")
+    words = words or run.said("exitcode", "exits with return code")
     held = gone and seconds < 60 and newest_step(run_dir) >= SAVE_EVERY
     return Outcome(words or "ended", held, seconds, finish(world, name, 2))
 

@@ -19,6 +19,9 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DI
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+_LAUNCHED: list["Started"] = []
+
+
 # -- time ------------------------------------------------------------------------------------------
 class Clock:
     """Seconds that this process ran: while a machine sleeps, or pauses everything, none pass."""
@@ -68,6 +71,11 @@ class Started:
             return None
         return [found[i] for i in self.ids]
 
+    def code(self, patience: float) -> int | None:
+        """Exit code of the only process; None as above."""
+        codes = self.codes(patience)
+        return None if codes is None else codes[0]
+
     def _ended(self, process: int) -> int | None:
         if self.process is not None:
             return self.process.poll()
@@ -95,10 +103,11 @@ class Started:
         return self.log.read_text(errors="replace")
 
     def said(self, *words: str) -> str:
-        """The last line with one of these words, without the world's place."""
+        """The last line with one of these words, without names of the place and the machine."""
         lines = [line for line in self.text().splitlines() if any(w in line for w in words)]
         place = str(self.log.parents[1])
-        return lines[-1].replace(place, "...")[:300] if lines else ""
+        last = lines[-1].strip() if lines else ""
+        return last.replace(place, "...").replace(f" on {socket.gethostname()}", "")[:300]
 
 
 def fork(
@@ -182,7 +191,16 @@ def launched(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Started([process.pid], log, process)
+    started = Started([process.pid], log, process)
+    _LAUNCHED.append(started)
+    return started
+
+
+def end_launched() -> None:
+    """Leave no launcher behind when the soak is stopped; ranks notice that theirs is gone."""
+    for started in _LAUNCHED:
+        if started.alive():
+            started.kill()
 
 
 def free_port() -> int:

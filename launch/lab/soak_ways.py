@@ -1,6 +1,7 @@
 """One run done in many ways, for `soak.py`: the losses stay what they are."""
 
 from pathlib import Path
+from unittest import mock
 
 from launch.lab.soak_processes import fork
 from launch.lab.soak_world import Outcome, World, fresh
@@ -14,7 +15,7 @@ _FP32 = (
 )
 _BF16 = ((1, 1, 4, ""), (2, 2, 2, ""), (3, 2, 4, ""))
 STEPS = 10
-_NO_DROPOUT = {"token_dropout": 0.0, "ema": 0.0, "steps": STEPS}
+_NO_DROPOUT: dict[str, object] = {"token_dropout": 0.0, "ema": 0.0, "steps": STEPS}
 
 
 def _losses(run_dir: Path) -> list[float]:
@@ -47,7 +48,7 @@ def grid(world: World) -> Outcome:
     for precision, ways in (("fp32", (plain, *_FP32)), ("bf16", _BF16), ("autocast", (plain,))):
         for stage, count, micro, parts in ways:
             run_dir = fresh(world, name)
-            options = {"engine_zero_stage": stage, "engine_micro_batch": micro}
+            options: dict[str, object] = {"engine_zero_stage": stage, "engine_micro_batch": micro}
             options |= {"engine_precision": precision} | _NO_DROPOUT | _offload(world, parts)
             run = fork(world, name, world.words(name, **options), count=count)
             assert run.codes(world.patience * 5) == [0] * count, run.text()[-2000:]
@@ -82,7 +83,7 @@ def chain(world: World) -> Outcome:
                 this.stop_agreed = this.step == step < STEPS
                 return metrics
 
-            Run._train_step = stopping  # type: ignore[method-assign]
+            mock.patch.object(Run, "_train_step", stopping).start()
 
         own = {"engine_zero_stage": stage, "engine_micro_batch": 2}
         words = [*world.words(name, **options, **own), *(["--resume"] if number else [])]

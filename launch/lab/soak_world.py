@@ -101,9 +101,17 @@ def _write_base(folder: Path) -> None:
     from t2i.shapes.tiny_t5 import build_tiny_t5
 
     torch.manual_seed(0)
-    shape = {"dim": 64, "n_layer": 2, "n_head": 2, "ffn_dim": 128, "vocab_size": 64}
-    texts = {"cond": "text", "caption_tokens": 12, "caption_dim": 32}
-    config = LlamaGenConfig(grid=(4, 4), **shape, **texts)
+    config = LlamaGenConfig(
+        dim=64,
+        n_layer=2,
+        n_head=2,
+        grid=(4, 4),
+        cond="text",
+        vocab_size=64,
+        ffn_dim=128,
+        caption_tokens=12,
+        caption_dim=32,
+    )
     gpt = LlamaGen(config)
     vq = VQTokenizer(VQConfig(32, (1, 1, 1, 1), 1, 32, codebook_size=64, codebook_dim=8))
     for p in (*gpt.parameters(), *vq.parameters()):

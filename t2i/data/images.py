@@ -79,7 +79,7 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
     """Read a file or a part of one.
 
     Args:
-        limit: bytes from which on a local file is too large.
+        limit: larger files are refused.
 
     Raises:
         SkipSample: it is missing, unreadable, corrupt, or too large.
@@ -89,7 +89,10 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
             import fsspec  # comes with the datasets library, which gave the address
 
             with fsspec.open(where.url, "rb") as file:
-                return file.read()
+                data = file.read(-1 if limit is None else limit + 1)
+            if limit is not None and len(data) > limit:
+                raise SkipSample("too large", f"more than {limit} bytes")
+            return data
         if isinstance(where, FileSlice):
             path, offset, size = where.path, where.offset, where.size
         else:

@@ -9,6 +9,7 @@ parameters are dealt out to the processes, which write their shares at the same 
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,7 @@ def _adamw(engine) -> torch.optim.AdamW:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _link(engine, parameters: Iterable[nn.Parameter]) -> None:
+def _link(engine, parameters: Iterable[Any]) -> None:
     """Tell parameters where their moments are: under ZeRO-1 and 2 DeepSpeed does it at the first
     step, and of the first group of parameters alone.
     """
