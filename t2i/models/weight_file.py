@@ -49,8 +49,7 @@ class WeightFileBackbone(Backbone):
         generation_only: bool = False,
         shapes_only: bool = False,
     ) -> Self:
-        # Mapped, not read: otherwise the weights would be in memory twice while they are copied.
-        state_dict = read_state_dict(path, mmap=True)
+        state_dict = read_state_dict(path)
         if shapes_only:
             state_dict = {name: tensor.to("meta") for name, tensor in state_dict.items()}
         if config is None:

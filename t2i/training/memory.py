@@ -81,11 +81,17 @@ def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
 
 
 def estimate(
-    model: TensorAR, config: TrainConfig, world_size: int, samples: int | None = None
+    model: TensorAR,
+    config: TrainConfig,
+    world_size: int,
+    *,
+    samples: int | None = None,
+    gpu: bool | None = None,
 ) -> Cost:
     """What one process needs. `model`, on the meta device, is cast to the type it computes in.
 
     samples: of the whole data set, where it may be smaller than what is encoded at once.
+    gpu: whether it is for a GPU; None: whether there is one here.
     """
     state = state_bytes(model, config, world_size, config.engine.zero_stage)
     if config.engine.precision != "fp32":
@@ -107,16 +113,17 @@ def estimate(
     passing += max(1.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
-    encoding = weights + frozen + _map_bytes(model.backbone, encoded_at_once(config.data, samples))
+    maps = _WIDE_MAPS[not (torch.cuda.is_available() if gpu is None else gpu)]
+    images = encoded_at_once(config.data, samples)
+    encoding = weights + frozen + maps * images * _map_bytes(model.backbone)
     flops = passes * forward / config.engine.micro_batch
     return Cost(state, frozen, kept, passing, encoding, flops)
 
 
-def _map_bytes(backbone: Backbone, images: int) -> float:
-    """The image tokenizer's widest feature maps, in fp32."""
+def _map_bytes(backbone: Backbone) -> float:
+    """The image tokenizer's widest feature map of an image, in fp32."""
     height, width = backbone.image_size
-    maps = _WIDE_MAPS[not torch.cuda.is_available()]
-    return 4 * maps * images * _tokenizer(backbone).config.channels * height * width
+    return 4 * _tokenizer(backbone).config.channels * height * width
 
 
 def _tokenizer(backbone: Backbone) -> ConvTokenizer:
@@ -216,7 +223,7 @@ def size_report(
             f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, "
             f"{saved}"
         ]
-    cost = estimate(model, config, world_size, None if plan is None else plan.samples)
+    cost = estimate(model, config, world_size, samples=None if plan is None else plan.samples)
     fits, warnings = _fits(cost)
     work = _work_lines(config, plan, cost)
     lines = {
