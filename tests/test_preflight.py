@@ -207,7 +207,8 @@ def test_a_step_of_all_weights_at_real_size():
     process; 5.4 GB was said when the optimizer's own step and ZeRO's bucket were left out.
     """
     config = ALL["rar-b"]
-    config = replace(config, engine=replace(config.engine, micro_batch=1), batch_size=1)
+    engine, data = replace(config.engine, micro_batch=1), replace(config.data, views="flip")
+    config = replace(config, engine=engine, data=data, batch_size=1)
     model = build_model(config, device="meta")
     cost = estimate(model, config, world_size=1, samples=4, gpu=False)
     assert cost.total / 1.1 == pytest.approx(7.79e9, rel=0.1)
