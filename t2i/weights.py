@@ -32,11 +32,11 @@ _MOST_KEYS = 40
 M = TypeVar("M", bound=nn.Module)
 
 
-def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """A weight file (.safetensors, or a .pt/.pth/.bin pickle) as a flat state dict on the CPU.
 
-    `mmap` maps a pickle into memory instead of reading it, as is always done with safetensors;
-    those of before torch 1.6 are read all the same.
+    The file is mapped into memory, so that nothing is read before it is used, and weights that are
+    copied into a model are not there twice. (Pickles of before torch 1.6 cannot be mapped.)
 
     Understands `{"model" | "module" | "state_dict": {...}}`, consolidated FSDP files (the state
     dict at top level), files of LlamaGen's own training (with an argparse namespace inside) and
@@ -54,8 +54,8 @@ def read_state_dict(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor
             content = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                mmap = mmap and zipfile.is_zipfile(path)
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+                mapped = zipfile.is_zipfile(path)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle stream can make the unpickler raise anything
         reason = str(error).strip().split("\n")[0][:300]
         raise UserError(
@@ -112,8 +112,8 @@ def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, T
 
 
 def _read_shapes(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":  # pickles are memory-mapped: their data is not read either
-        return {k: v.to("meta") for k, v in read_state_dict(path, mmap=True).items()}
+    if path.suffix != ".safetensors":  # pickles are mapped: their data is not read either
+        return {k: v.to("meta") for k, v in read_state_dict(path).items()}
     with safe_open(path, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -57,6 +57,30 @@ def test_layouts_load(tmp_path, weights, layout):
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
 
 
+def test_old_pickles_load(tmp_path, weights):
+    """Those of before torch 1.6 are no zip archives, and cannot be mapped."""
+    torch.save({"model": weights}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    loaded = read_state_dict(tmp_path / "x.pt")
+    assert all(torch.equal(loaded[k], weights[k]) for k in weights)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_weights_are_mapped_and_not_read(name, tmp_path):
+    """Copied into a model of their own size, they would be in memory twice."""
+    weights = {"a": torch.ones(64 << 18)}  # 64 MiB
+    (torch.save if name == "x.pt" else save_file)(weights, tmp_path / name)
+    status = Path("/proc/self/status")
+    before = own_memory(status.read_text())
+    loaded = read_state_dict(tmp_path / name)
+    assert loaded["a"].sum() == 64 << 18
+    assert own_memory(status.read_text()) - before < 32 << 10
+
+
+def own_memory(status: str) -> int:
+    """KiB of this process that no file stands for."""
+    return int(status.partition("RssAnon:")[2].split()[0])
+
+
 class Payload:
     """Creates a file when it is unpickled without care."""
 

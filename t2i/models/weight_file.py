@@ -41,8 +41,7 @@ class WeightFileBackbone(Backbone):
     @classmethod
     def load(cls, path: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self:
         config, grid = options.config, options.grid
-        # Mapped, not read: otherwise the weights would be in memory twice while they are copied.
-        state_dict = read_state_dict(path, mmap=True)
+        state_dict = read_state_dict(path)
         if options.shapes_only:
             state_dict = {name: tensor.to("meta") for name, tensor in state_dict.items()}
         if config is None:

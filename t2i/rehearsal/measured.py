@@ -45,6 +45,7 @@ def run_measured(command: Sequence[str], log: Path, *, seconds: float, **env: st
     with open(log, "wb") as file:
         process = subprocess.Popen(
             list(command),
+            stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | env,

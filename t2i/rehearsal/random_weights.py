@@ -66,9 +66,10 @@ class RandomWeights:
             if not self.holes:
                 with torch.serialization.set_default_mmap_options(MAP_SHARED):
                     content = torch.load(temporary, mmap=True, weights_only=True)
-                for name, tensor in (content if nest is None else content[nest]).items():
-                    for block in tensor.view(-1).split(_BLOCK):
-                        self._fill(block, name, len(shapes[name]))
+                stored = content if nest is None else content[nest]
+                for name, shape in shapes.items():
+                    for block in stored[name].view(-1).split(_BLOCK):
+                        self._fill(block, name, len(shape))
         return path
 
     def safetensors(self, path: Path, shapes: Shapes, dtype: torch.dtype) -> Path:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 
 _LINES = {
     "state": "state, as above",
+    "bucket": "gradients on their way",
     "frozen": "image tokenizer and text encoder",
     "kept": "activations of one pass",
     "passing": "what lives for a moment",
+    "stepping": "or at the optimizer's step",
     "encoding": "while images are encoded",
     "total": "peak, and a tenth more",
 }
@@ -21,8 +23,13 @@ def predictions(report: str) -> dict[str, float]:
     for name, words in _LINES.items():
         if match := re.search(rf"^\s*{words}\s+([\d.]+) (GB|MB)", report, re.MULTILINE):
             found[name] = float(match[1]) * _UNITS[match[2]]
-    moving = sum(found.get(name, 0) for name in ("state", "frozen", "kept", "passing"))
-    return found | {"peak": max(moving, found.get("encoding", 0))}
+
+    def total(*names: str) -> float:
+        return sum(found.get(name, 0) for name in names)
+
+    moment = max(total("kept", "passing"), total("stepping"))
+    peak = max(total("state", "bucket", "frozen") + moment, total("encoding"))
+    return found | {"peak": peak}
 
 
 def summary(row: Mapping) -> str:

@@ -13,6 +13,7 @@ class Cluster:
     gpus: int = 64
     """Processes, one each."""
     gpus_per_node: int = 8
+    """Of a machine."""
     gpu_memory: float = 80.0
     """GB of a GPU."""
     node_memory: float = 1000.0

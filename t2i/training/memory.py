@@ -20,6 +20,7 @@ from t2i.models.families import find_family
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
+from t2i.training.engine import deepspeed_config
 from t2i.training.examples import encoded_at_once
 from t2i.training.plan import Plan, about_window
 
@@ -30,6 +31,8 @@ _WIDE_MAPS = (4, 6)
 convert their input and their output."""
 _CARDS = (24, 40, 80)
 """Sizes of common cards in GB, where this machine has none."""
+_BUCKET = 5 * 10**8
+"""DeepSpeed's reduce_bucket_size, in numbers."""
 FLOPS = 1e14
 """Operations per second that the time is reckoned with: a third of an A100's peak in bf16."""
 
@@ -40,12 +43,16 @@ class Cost:
 
     state: float
     """Weights, gradients and optimizer at the chosen ZeRO stage."""
+    bucket: float
+    """Where ZeRO gathers gradients for their reduction."""
     frozen: float
     """Image tokenizer and text encoder."""
     kept: float
     """What autograd keeps of one forward pass."""
     passing: float
     """The largest things of a moment: a block's recomputation, logits' gradients, own drafts."""
+    stepping: float
+    """What the optimizer holds for a moment, when nothing of the pass is left."""
     encoding: float
     """Weights, helpers and feature maps while data are encoded, before there is an optimizer."""
     flops: float
@@ -54,7 +61,8 @@ class Cost:
     @property
     def total(self) -> float:
         """The peak, with a tenth more for what the allocator and the libraries take."""
-        return 1.1 * max(self.state + self.frozen + self.kept + self.passing, self.encoding)
+        moment = max(self.kept + self.passing, self.stepping)
+        return 1.1 * max(self.state + self.bucket + self.frozen + moment, self.encoding)
 
 
 def weight_bytes(config: TrainConfig) -> int:
@@ -83,13 +91,21 @@ def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
 
 
 def estimate(
-    model: TensorAR, config: TrainConfig, world_size: int, samples: int | None = None
+    model: TensorAR,
+    config: TrainConfig,
+    world_size: int,
+    *,
+    samples: int | None = None,
+    gpu: bool | None = None,
 ) -> Cost:
     """What one process needs. `model`, on the meta device, is cast to the type it computes in.
 
     samples: of the whole data set, where it may be smaller than what is encoded at once.
+    gpu: whether it is for a GPU; None: whether there is one here.
     """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     state = state_bytes(model, config, world_size, config.engine.zero_stage)
+    bucket, stepping = _optimizer_bytes(model, config, world_size, gpu)
     if config.engine.precision != "fp32":
         model.bfloat16()
     model.train()
@@ -109,16 +125,37 @@ def estimate(
     passing += max(1.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
-    encoding = weights + frozen + _map_bytes(model.backbone, encoded_at_once(config.data, samples))
+    maps = _WIDE_MAPS[not gpu]
+    images = encoded_at_once(config.data, samples)
+    encoding = weights + frozen + maps * images * _map_bytes(model.backbone)
     flops = passes * forward / config.engine.micro_batch
-    return Cost(state, frozen, kept, passing, encoding, flops)
+    return Cost(state, bucket, frozen, kept, passing, stepping, encoding, flops)
 
 
-def _map_bytes(backbone: Backbone, images: int) -> float:
-    """The image tokenizer's widest feature maps, in fp32."""
+def _optimizer_bytes(
+    model: TensorAR, config: TrainConfig, world_size: int, gpu: bool
+) -> tuple[float, float]:
+    """Of ZeRO's bucket, and of what AdamW holds for a moment.
+
+    ZeRO trains one flat tensor, so that what AdamW computes on the way is as large as all that is
+    trained: a square root, and on a CPU its quotient, too. A GPU's bucket is taken whole, of a
+    CPU's memory only what is written to.
+    """
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    if config.engine.zero_stage == 0:
+        return 0, 4 * (sum(sizes) if gpu else 2 * max(sizes, default=0))
+    settings = deepspeed_config(config, world_size)["zero_optimization"]
+    bucket = settings.get("reduce_bucket_size", _BUCKET)
+    bucket = bucket if gpu else min(bucket, sum(sizes))
+    width = 4 if config.engine.zero_stage == 1 else weight_bytes(config)
+    buffers = 2 if settings.get("overlap_comm") else 1
+    return buffers * bucket * width, (4 if gpu else 8) * sum(sizes) / world_size
+
+
+def _map_bytes(backbone: Backbone) -> float:
+    """The image tokenizer's widest feature map of an image, in fp32."""
     height, width = backbone.image_size
-    maps = _WIDE_MAPS[not torch.cuda.is_available()]
-    return 4 * maps * images * _tokenizer(backbone).config.channels * height * width
+    return 4 * _tokenizer(backbone).config.channels * height * width
 
 
 def _tokenizer(backbone: Backbone) -> ConvTokenizer:
@@ -218,7 +255,7 @@ def size_report(
             f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, "
             f"{saved}"
         ]
-    cost = estimate(model, config, world_size, None if plan is None else plan.samples)
+    cost = estimate(model, config, world_size, samples=None if plan is None else plan.samples)
     fits, warnings = _fits(cost)
     work = _work_lines(config, plan, cost)
     lines = {
@@ -263,9 +300,11 @@ def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[
 def _cost_lines(cost: Cost, logits: str) -> list[str]:
     parts = {
         "state, as above": readable_size(cost.state),
+        "gradients on their way": readable_size(cost.bucket),
         "image tokenizer and text encoder": readable_size(cost.frozen),
         "activations of one pass": f"{readable_size(cost.kept)} ({logits} of logits, fp32, in it)",
         "what lives for a moment": readable_size(cost.passing),
+        "or at the optimizer's step": readable_size(cost.stepping),
         "while images are encoded": f"{readable_size(cost.encoding)}, before there is an optimizer",
         "peak, and a tenth more": f"{readable_size(cost.total)} (computed from shapes, not measured)",
     }

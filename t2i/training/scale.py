@@ -37,7 +37,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     model = build_model(config, device="meta")
     parameter_groups(model, config)  # raises where nothing would be trained
     disk, saved = _cache_bytes(config, cluster, model, samples), checkpoint_bytes(model, config)
-    cost = estimate(model, config, cluster.gpus, samples)
+    cost = estimate(model, config, cluster.gpus, samples=samples, gpu=True)
     work = cost.flops * plan.steps * config.batch_size
     rate = cluster.images_per_second or cluster.gpus * FLOPS / cost.flops
     seconds = plan.steps * config.batch_size / rate
