@@ -66,7 +66,7 @@ class Benchmark:
     """Scale of classifier-free guidance; 1: none."""
     top_k: int = 2000
     """Codes that may be drawn; 0: all."""
-    steps: int = 0
+    steps: int = 32
     """Steps of an image that are timed, around its middle; 0: all."""
     decode: bool = False
     """Also time the way from codes to pixels."""
@@ -76,7 +76,7 @@ class Benchmark:
     """Also train with the loss of all logits at once."""
     recompute: bool = False
     """Train with gradient checkpointing."""
-    rounds: int = 6
+    rounds: int = 4
     """Turns of each contender."""
     memory: bool = True
     """Also measure peak memory, each in a process of its own."""
