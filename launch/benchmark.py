@@ -189,7 +189,9 @@ def main() -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     command = shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]])
-    dtypes = {name: sampling.DTYPES[name] for name in config.dtypes}
+    dtypes: dict[str, torch.dtype] = {
+        k: v for k, v in sampling.DTYPES.items() if k in config.dtypes
+    }
     machine = roofline.known(device, dtypes, config.bandwidth, config.tflops)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()}
     results: dict = {
