@@ -82,14 +82,13 @@ def cpu_name() -> str:
 def markdown(results: dict) -> str:
     """Tables of all rows."""
     info, machine = results["about"], results["machine"]
-    rates = ", ".join(
-        f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine["rates"].items()
-    )
+    can = [f"{machine['bandwidth'] / 1e9:.3g} GB/s"]
+    can += [f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine["rates"].items()]
     lines = [
         f"`{info['command']}`",
         "",
         f"{info['device']}, torch {info['versions']['torch']}, {info['date']}; "
-        f"{machine['bandwidth'] / 1e9:.3g} GB/s, {rates} ({machine['source']}).",
+        f"{', '.join(can)} ({machine['source']}).",
     ]
     for name, note in NOTES.items():
         if rows := results["rows"].get(name):

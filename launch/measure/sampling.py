@@ -59,10 +59,11 @@ class Group:
 
     def only(self, name: str) -> "Group":
         """With one contender."""
-        method, _, speed = name.partition(" ")
         if name in PEERS:
             return replace(self, methods=(), peers=(name,))
-        return replace(self, methods=(method,), speeds=(speed,), peers=())
+        method, _, chosen = name.partition(" ")
+        speeds = tuple(speed for speed in self.speeds if speed == chosen)
+        return replace(self, methods=(method,), speeds=speeds, peers=())
 
 
 class OpenGroup:

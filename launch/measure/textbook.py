@@ -80,6 +80,7 @@ class Textbook:
         h = self._norm(x[:, -1], "norm.weight")
         logits = F.linear(h, self.weights["output.weight"]).float()
         scale = self.sampling.cfg_scale
+        assert not isinstance(scale, tuple)
         if scale == 1:
             return logits
         cond, null = logits.chunk(2)

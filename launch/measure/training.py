@@ -207,9 +207,8 @@ def estimated_gb(group: TrainingGroup, method: str) -> float:
 
 
 def _settings(group: TrainingGroup, model: TensorAR) -> TrainConfig:
-    precision = "fp32" if group.dtype == "fp32" else "autocast"
     engine = EngineOptions(
-        precision=precision,
+        precision="fp32" if group.dtype == "fp32" else "autocast",
         micro_batch=group.batch,
         gradient_checkpointing=group.recompute,
         zero_stage=0,
