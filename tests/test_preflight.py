@@ -197,7 +197,7 @@ def test_activations_are_what_autograd_keeps(tiny_world, tuning):
         mask=torch.ones(batch, spec.prefix_tokens, dtype=torch.bool),
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(codes, condition, model.windows.gather(codes)).weighted(model.config.weights())
+        model(codes, condition, model.windows.gather(codes))
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert counted.kept == pytest.approx(real, rel=0.1)
 

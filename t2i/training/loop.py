@@ -30,6 +30,7 @@ from t2i.training.batches import TrainingData
 from t2i.training.check import look_at_model, look_before_work
 from t2i.training.config import TrainConfig
 from t2i.training.engine import (
+    Batch,
     autocast,
     grad_norm,
     set_rates,
@@ -71,6 +72,8 @@ class Run:
                 f"{self.plan.steps} asked for"
             )
         self.stop_requested = self.stop_agreed = False
+        self.seconds = self.waited = 0.0
+        """Of this process's steps, and how many of them it waited for data."""
         if processes.is_main:
             if checkpoint is not None:
                 run_state.set_aside_damaged(config.run_dir, checkpoint)
@@ -87,13 +90,13 @@ class Run:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
-        config = self.config
+        config, started = self.config, time.perf_counter()
         rates = set_rates(self.engine, config, self.step, self.plan.steps)
         # Dropout is the one user of torch's global generator: seeding it per step makes resume
         # exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
         parts, norm = [], None
-        for batch in self.data.micro_batches(self.step):
+        for batch in self._timed(self.data.micro_batches(self.step)):
             loss, sums, counts = self.engine(batch)
             self.engine.backward(loss)
             if self.engine.is_gradient_accumulation_boundary():
@@ -110,12 +113,24 @@ class Run:
         total, healthy = self._over_ranks(own, norm)
         if not healthy:
             self._refuse_batch(parts, total)
+        self.seconds += time.perf_counter() - started
         return {
             "train/loss": float(total.weighted(config.method.weights())),
             **{f"train/slot{j}": m for j, m in enumerate(total.means().tolist())},
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **({} if norm is None else {"train/grad_norm": float(norm)}),
+            "data_wait": self.waited / self.seconds,
         }
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; adds up how long the steps wait for them."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def _over_ranks(self, own: SlotLosses, norm: Tensor | float | None) -> tuple[SlotLosses, bool]:
         """Sum over all ranks, and whether loss and gradient are finite.
