@@ -176,6 +176,8 @@ class EngineOptions:
     """Samples per process and forward pass; the rest of the batch is accumulated."""
     gradient_checkpointing: bool = False
     """Recompute the trunk's blocks in the backward pass to save memory."""
+    codec_checkpointing: bool = False
+    """Recompute input encoder and output decoder alone: less memory for little time."""
     deepspeed_config: Path | None = None
     """JSON with further "zero_optimization" settings, such as launch/zero3_offload.json."""
 
