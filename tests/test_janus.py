@@ -304,7 +304,7 @@ def test_gradient_checkpointing_trains(recompute):
     backbone.language_model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
     codes = tiny_codes(backbone, 2, 16)
     condition = backbone.encode_condition(tiny_prepared(backbone, 2))
-    model(codes, condition, model.windows.gather(codes)).weighted([1.0]).backward()
+    model(codes, condition, model.windows.gather(codes)).loss.backward()
     assert len(passes) == 1 + recompute
     moving = [p.grad.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n]
     assert len(moving) == 2 * 7 and all(moving)

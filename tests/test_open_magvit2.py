@@ -272,7 +272,7 @@ def test_settings_per_sub_token_are_checked():
 def loss_of(model) -> torch.Tensor:
     codes = tiny_codes(model.backbone, 2, 16)
     condition = model.backbone.encode_condition(tiny_prepared(model.backbone, 2))
-    return model(codes, condition, model.windows.gather(codes)).weighted(model.config.weights())
+    return model(codes, condition, model.windows.gather(codes)).loss
 
 
 def test_initialised_for_pre_training():

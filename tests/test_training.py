@@ -208,8 +208,7 @@ def test_resume_without_a_checkpoint(tiny_world, monkeypatch):
     ids=lambda changes: "-".join(f"{k.split('__')[1]}{v}" for k, v in changes.items()),
 )
 def test_metrics_do_not_depend_on_split_or_stage(tiny_world, plain, changes, request, monkeypatch):
-    """With recomputation the logits are made in parts, too."""
-    monkeypatch.setattr("t2i.tensorar.model.LOGITS_AT_ONCE", 2**12)
+    monkeypatch.setattr("t2i.tensorar.loss.LOGITS_AT_ONCE", 2**12)
     name = request.node.callspec.id
     train(tiny_run(tiny_world, name, **changes))
     expected = metrics(tiny_world, "plain")

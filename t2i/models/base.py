@@ -205,7 +205,7 @@ class Backbone(nn.Module, ABC):
         self.revision = 0
         """Raised when the same parameters begin to compute something else (adapters on and off)."""
         self.gradient_checkpointing = False
-        """Recompute the trunk's blocks and the logits in the backward pass."""
+        """Recompute the trunk's blocks, and what the head does first, in the backward pass."""
         self.token_dropout = nn.Dropout(0.0)
         """Element dropout on the trunk's inputs, in training."""
 

@@ -139,9 +139,14 @@ def _is_whole(head: nn.Module) -> bool:
     return type(head) is nn.Linear and head.weight.shape == (head.out_features, head.in_features)
 
 
+def rows_at_once(vocab: int) -> int:
+    """Rows that pass the head together in training."""
+    return max(ROWS_AT_ONCE, LOGITS_AT_ONCE // vocab)
+
+
 def _chunks(sizes: list[int], vocab: int) -> list[slice]:
     """Rows that pass the head together; none from two of the parts of so many rows."""
-    most, chunks, start = max(ROWS_AT_ONCE, LOGITS_AT_ONCE // vocab), [], 0
+    most, chunks, start = rows_at_once(vocab), [], 0
     for size in sizes:
         end = start + size
         chunks += [slice(i, min(i + most, end)) for i in range(start, end, most)]

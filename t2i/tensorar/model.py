@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
@@ -44,6 +45,8 @@ class TensorAR(nn.Module):
         self.sampling = backbone.spec.sampling
         self.speed: Speed = "auto"
         self.speculate = 0
+        self.recompute_codec = False
+        """Recompute the codec in the backward pass; with the backbone's blocks it always is."""
         self.held = Held()
         self.trained = "nothing yet"
         """What training has changed, or is about to, in words."""
@@ -156,7 +159,16 @@ class TensorAR(nn.Module):
         starts = (torch.arange(n, device=windows.device) + first) * self.windows.stride
         positions = starts[..., None] + torch.arange(slots, device=windows.device)
         valid = (positions < self.windows.tokens).expand(len(windows), -1, -1).flatten(0, 1)
-        return self.codec.encoder(e_BnkD.flatten(0, 1), valid).unflatten(0, (len(windows), n))
+        read = self._run(self.codec.encoder, e_BnkD.flatten(0, 1), valid)
+        return read.unflatten(0, (len(windows), n))
+
+    def _run(self, part: nn.Module, *inputs: Tensor) -> Tensor:
+        """A part of the codec, computed again in the backward pass where that is asked for."""
+        if torch.is_grad_enabled() and (
+            self.recompute_codec or self.backbone.gradient_checkpointing
+        ):
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return part(*inputs)
 
     # -- teacher forcing ---------------------------------------------------------------------------
     def hidden(
@@ -181,7 +193,8 @@ class TensorAR(nn.Module):
         """D(h): hidden [..., D] -> [..., k, D]."""
         if self.codec is None:
             return h[..., None, :]
-        return self.codec.decoder(h.reshape(-1, h.shape[-1])).view(*h.shape[:-1], self.config.k, -1)
+        slots = self._run(self.codec.decoder, h.reshape(-1, h.shape[-1]))
+        return slots.view(*h.shape[:-1], self.config.k, -1)
 
     def slot_logits(self, d_kD: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
         """Teacher-forced logits [..., k, V_s] per sub-token, from decoded slots [..., k, D] and

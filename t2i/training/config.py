@@ -179,7 +179,9 @@ class EngineOptions:
     micro_batch: int = 32
     """Samples per process and forward pass; the rest of the batch is accumulated."""
     gradient_checkpointing: bool = False
-    """Recompute the trunk's blocks, and the logits, in the backward pass to save memory."""
+    """Recompute the trunk's blocks in the backward pass to save memory."""
+    codec_checkpointing: bool = False
+    """Recompute input encoder and output decoder alone: less memory for little time."""
     deepspeed_config: Path | None = None
     """JSON with further "zero_optimization" settings, such as launch/zero3_offload.json."""
 

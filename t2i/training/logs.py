@@ -88,6 +88,7 @@ def write_run_page(run_dir: str | Path) -> Path:
         _chart(rows, "train/slot", "Training loss by slot (nats per code)"),
         _chart(rows, "validation/noised_truth/", "Held-out loss, drafts are noised truth"),
         _chart(rows, "validation/own_drafts/", "Held-out loss, drafts are the model's own"),
+        _chart(rows, "data_wait", "Share of the steps' time in which they wait for data"),
     ]
     sheets = sorted((run_dir / "samples").glob("*.png"), reverse=True)
     samples = "".join(

@@ -32,6 +32,7 @@ from t2i.training.batches import TrainingData
 from t2i.training.check import look_at_model, look_before_work
 from t2i.training.config import TrainConfig
 from t2i.training.engine import (
+    Batch,
     autocast,
     grad_norm,
     set_rates,
@@ -84,6 +85,8 @@ class Run:
         facts = (self.plan.steps, self.data.key, self.average)
         self.checkpoints = run_state.Checkpoints(self.engine, self.model, config, processes, *facts)
         self.best_loss = self.checkpoints.best_loss()
+        self.seconds = self.waited = 0.0
+        """Of this process's steps, and how many of them it waited for data."""
         if processes.is_main:
             if checkpoint is not None:
                 run_state.set_aside_damaged(config.run_dir, checkpoint)
@@ -104,13 +107,13 @@ class Run:
             return self._train_step()
 
     def _train_step(self) -> dict[str, float]:
-        config = self.config
+        config, started = self.config, time.perf_counter()
         rates = set_rates(self.engine, config, self.step, self.plan.steps)
         # Dropout is the one user of torch's global generator: seeding it per step makes resume
         # exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
         parts: list[tuple[Tensor, SlotLosses]] = []
-        for batch in self.data.micro_batches(self.step):
+        for batch in self._timed(self.data.micro_batches(self.step)):
             loss, sums, counts = self.engine(batch)
             self.engine.backward(loss)
             parts.append((batch.indices, SlotLosses(sums, counts)))
@@ -125,12 +128,24 @@ class Run:
             norm = self.engine.get_global_grad_norm()
             if norm is not None and not 0 <= norm < math.inf:  # nor NaN; DeepSpeed says -1, too
                 self._refuse_batch(parts, total, self.step)
+        self.seconds += time.perf_counter() - started
         return {
             "train/loss": float(total.weighted(config.method.weights())),
             **{f"train/slot{j}": m for j, m in enumerate(total.means().tolist())},
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **({} if norm is None else {"train/grad_norm": float(norm)}),
+            "data_wait": self.waited / self.seconds,
         }
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; adds up how long the steps wait for them."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def _healthy(self, parts: list[tuple[Tensor, SlotLosses]], norm: Tensor | None) -> SlotLosses:
         """The losses of the whole batch, on the CPU.

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from t2i.models.base import Backbone, Condition
 from t2i.models.families import find_family
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
+from t2i.tensorar.loss import rows_at_once
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 from t2i.training.engine import deepspeed_config
@@ -84,10 +85,11 @@ def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: in
 
 def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
     """fp32 logits of a forward pass that exist at once."""
+    batch, vocab = config.engine.micro_batch, max(model.backbone.spec.subvocabs)
     slots, count = model.windows.size, model.windows.count
-    if config.engine.gradient_checkpointing:
-        count = min(count, model.windows_at_once(slots))
-    return 4 * config.engine.micro_batch * count * slots * sum(model.backbone.spec.subvocabs)
+    if config.engine.zero_stage == 3:  # the head is called as a layer
+        return 4 * batch * min(count, model.windows_at_once(slots)) * slots * vocab
+    return 4 * min(batch * count * max(1, slots - 1), rows_at_once(vocab)) * vocab
 
 
 def estimate(
@@ -121,8 +123,8 @@ def estimate(
     # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
     passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
     logits = logit_bytes(model, config)
-    # Their gradient, once in fp32 and once in the head's type; or own drafts and their noise.
-    passing += max(1.5 * logits, _draft_bytes(model, config))
+    # Themselves, their logarithms of shares, the gradient in the head's type; or own drafts.
+    passing += max(2.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
     maps = _WIDE_MAPS[not gpu]
@@ -164,11 +166,11 @@ def _tokenizer(backbone: Backbone) -> ConvTokenizer:
 
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
-    """What drawing own drafts holds at once: logits, scores, random bits twice, and the noise."""
+    """What drawing own drafts holds at once: logits, their shares, and the shares' sums."""
     k, stride = config.method.k, config.method.stride
     if k == stride:
         return 0
-    per_logit = 4 + 4 + 8 + 8 + 4
+    per_logit = 4 + 4 + 4
     windows = min(model.windows.count, model.windows_at_once(k - stride))
     logits = windows * (k - stride) * max(model.backbone.spec.subvocabs)
     return per_logit * config.engine.micro_batch * logits
@@ -205,11 +207,13 @@ def _forward(model: TensorAR, config: TrainConfig, *, recompute: bool) -> tuple[
         return tensor
 
     backbone.gradient_checkpointing = recompute
-    counter = FlopCounterMode(display=False)
+    inputs = (codes, _condition(backbone, batch), model.windows.gather(codes))
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with counter, hooks, _FusedAttention():
-        losses = model(codes, _condition(backbone, batch), model.windows.gather(codes))
-        losses.weighted(model.config.weights())
+    with hooks, _FusedAttention():
+        model(*inputs)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter, _FusedAttention():  # the loss has its gradients computed else
+        model(*inputs)
     return sum(storage.nbytes() for storage in seen.values()), counter.get_total_flops()
 
 
@@ -302,8 +306,8 @@ def _cost_lines(cost: Cost, logits: str) -> list[str]:
         "state, as above": readable_size(cost.state),
         "gradients on their way": readable_size(cost.bucket),
         "image tokenizer and text encoder": readable_size(cost.frozen),
-        "activations of one pass": f"{readable_size(cost.kept)} ({logits} of logits, fp32, in it)",
-        "what lives for a moment": readable_size(cost.passing),
+        "activations of one pass": readable_size(cost.kept),
+        "what lives for a moment": f"{readable_size(cost.passing)} ({logits} of logits, fp32, in it)",
         "or at the optimizer's step": readable_size(cost.stepping),
         "while images are encoded": f"{readable_size(cost.encoding)}, before there is an optimizer",
         "peak, and a tenth more": f"{readable_size(cost.total)} (computed from shapes, not measured)",

@@ -37,7 +37,10 @@ BY_CONTENT = (
 """Names of files, which may have moved: what is in them is compared, not where they are."""
 APPLIED = ("optim", "steps", "epochs", "sampling")
 """May change for a reason, but not unnoticed; the new value holds from the next step on."""
-FREE = ("run_dir", "log", "resume", "check", "data.cache_dir", "engine.gradient_checkpointing")
+FREE = (
+    *("run_dir", "log", "resume", "check", "data.cache_dir"),
+    *("engine.gradient_checkpointing", "engine.codec_checkpointing"),
+)
 """Nothing that is computed depends on them."""
 
 

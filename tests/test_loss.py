@@ -1,0 +1,104 @@
+"""The loss in chunks is the loss: value, slot by slot, and every gradient; no logits are kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import open_gates, rare, tiny_codes, tiny_prepared
+from torch import Tensor
+
+from t2i.rng import make_keys
+from t2i.tensorar import loss, presets
+from t2i.tensorar.model import TensorAR
+
+BATCH = 3
+KEYS = make_keys(0, torch.arange(BATCH))
+EXACT, BF16 = 1e-5, 5e-2
+"""Largest relative differences of gradients; in bf16 each is a sum of rounded numbers."""
+
+
+def naive_loss(model: TensorAR, codes: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss from all logits at once, and its sums by slot."""
+    condition = model.backbone.encode_condition(tiny_prepared(model.backbone, BATCH))
+    targets, valid = model.windows.gather(codes), model.windows.valid().float()
+    d = model.decode_slots(model.hidden(condition, windows))
+    sums = torch.zeros(model.config.k)
+    for s, logits in enumerate(model.slot_logits(d, targets)):
+        losses = F.cross_entropy(logits.flatten(0, 2), targets[..., s].flatten(), reduction="none")
+        sums = sums + (losses.view(targets.shape[:3]) * valid).sum((0, 1))
+    w = torch.tensor(model.config.weights())
+    return (w * sums).sum() / (w * valid.sum(0) * len(codes)).sum(), sums
+
+
+def gradients(model: TensorAR) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("form", ["whole", rare("frozen"), "wrapped", "bf16"])
+@pytest.mark.parametrize("k, stride", [rare(1, 1), rare(4, 1), (5, 3)])
+def test_loss_in_chunks_is_the_loss(backbone, k, stride, form, recompute, monkeypatch):
+    model = open_gates(
+        TensorAR(backbone, presets.iclr2026(k=k, stride=stride, slot_weights=(1.0, 0.5, 0.25)))
+    ).eval()
+    backbone.gradient_checkpointing = recompute
+    for limit, value in (("LOGITS_AT_ONCE", 96), ("ROWS_AT_ONCE", 7), ("LOGITS_OF_A_SAMPLE", 40)):
+        monkeypatch.setattr(loss, limit, value)
+    if form == "wrapped":  # as PEFT's layers are, and those that ZeRO-3 has sharded
+        monkeypatch.setattr(loss, "_is_whole", lambda head: False)
+    if form == "frozen":
+        for layer in backbone.image_layers().values():
+            layer.requires_grad_(False)
+    codes = tiny_codes(backbone, BATCH, model.windows.tokens)
+    windows, kept = model.noised_windows(codes, KEYS), []
+    condition = backbone.encode_condition(tiny_prepared(backbone, BATCH))
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        logits = tensor.dim() == 2 and tensor.shape[1] in backbone.spec.subvocabs
+        if logits and tensor.dtype == torch.float32 and tensor.data_ptr() not in weights:
+            kept.append(tensor.shape)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=form == "bf16"):
+        expected, sums = naive_loss(model, codes, windows)
+        expected.backward()
+        whole = gradients(model)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = model(codes, condition, windows)
+        found.loss.backward()
+        with torch.no_grad():
+            unkept = model(codes, condition, windows)
+    assert not kept
+    exact = 1e-3 if form == "bf16" else EXACT  # products of other shapes round otherwise
+    for losses in (found, unkept):
+        torch.testing.assert_close(losses.loss.detach(), expected.detach(), rtol=exact, atol=0)
+        torch.testing.assert_close(losses.sums, sums.detach(), rtol=exact, atol=exact)
+    now = gradients(model)
+    assert now.keys() == whole.keys()
+    most = max(value.norm() for value in whole.values())
+    for name, value in now.items():
+        difference = (value - whole[name]).norm() / (whole[name].norm() + 1e-3 * most)
+        assert difference < (BF16 if form == "bf16" else EXACT), name
+
+
+def test_a_frozen_head_gets_no_gradient():
+    head = torch.nn.Linear(8, 20).requires_grad_(False)
+    x = torch.randn(6, 8, requires_grad=True)
+    rows = [loss.Rows(x, torch.arange(6), torch.full((6,), 1 / 6), 1)]
+    total, each = loss.cross_entropy(head, rows, 20)
+    (2 * total).backward()
+    expected = 2 * F.cross_entropy(head(x.detach().requires_grad_()), torch.arange(6))
+    assert total.item() == pytest.approx(expected.item() / 2) and head.weight.grad is None
+    copy = x.detach().requires_grad_()
+    (2 * F.cross_entropy(head(copy), torch.arange(6))).backward()
+    torch.testing.assert_close(x.grad, copy.grad)
+    assert not each[0].requires_grad
+
+
+def test_slot_zero_shares_no_product_with_drafts(monkeypatch):
+    """Its rows are the base model's, and so are its bits."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 20)
+    monkeypatch.setattr(loss, "ROWS_AT_ONCE", 1)
+    chunks = loss._chunks([6, 10], 20)
+    assert [(c.start, c.stop) for c in chunks] == [(0, 4), (4, 6), (6, 10), (10, 14), (14, 16)]
