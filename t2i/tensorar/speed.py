@@ -159,7 +159,7 @@ def _frozen(step: Callable[..., None]) -> Callable[..., None]:
 
 @cache
 def _fused(step: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(step, fullgraph=True)
+    return torch.compile(step)
 
 
 def frozen_weights(model: nn.Module, speed: Speed) -> Hashable:
@@ -170,10 +170,9 @@ def frozen_weights(model: nn.Module, speed: Speed) -> Hashable:
     places = tuple(p.data_ptr() for p in parameters)
     if speed != "compiled" or parameters[0].device.type != "cpu":
         return places
-    # About the time of a step. The bits' exclusive or alone would miss a change of all signs.
-    return places, *(
-        (torch.hash_tensor(p.detach()).item(), p.detach().sum().item()) for p in parameters
-    )
+    # Takes about a step. The hash, an exclusive or, would miss a change of all signs.
+    values = (p.detach() for p in parameters)
+    return places, *((torch.hash_tensor(v).item(), repr(v.sum().item())) for v in values)
 
 
 class Graphs:
