@@ -32,9 +32,9 @@ def small(backbone, **method) -> TensorAR:
     return open_gates(TensorAR(backbone, presets.iclr2026(**method)).eval())
 
 
-def draw(model, config=GUIDED, *, seed=0, rows=3, speed="graphs"):
-    keys = make_keys(seed, torch.arange(rows))
-    return sample_windows(model, tiny_prepared(model.backbone, rows), keys, config, speed=speed)
+def draw(model, config=GUIDED, *, seed=0, rows=3, speed="graphs", on_step=None):
+    keys, prepared = make_keys(seed, torch.arange(rows)), tiny_prepared(model.backbone, rows)
+    return sample_windows(model, prepared, keys, config, on_step, speed=speed)
 
 
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
@@ -208,19 +208,49 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(speed.compiler_lacks(torch.device("cpu"))), reason="no C++ compiler")
 def test_compiled_steps_draw_the_same(monkeypatch):
-    """As one graph, without breaks; the length that is read becomes a variable of it."""
+    """From one compilation for all lengths that are read and for further batches; weights that were
+    changed in place, unseen by autograd, are drawn with. The next model has its own.
+    """
     monkeypatch.setattr(KVCache, "BUCKET", 8)
-    monkeypatch.setattr(speed, "_compiled", lambda step: torch.compile(step, fullgraph=True))
     model = small(tiny_llamagen("text"))
-    assert torch.equal(draw(model, speed="compiled"), draw(model, speed="eager"))
+    expected = [draw(model, seed=seed, speed="eager") for seed in (0, 1)]
+    changed = copy.deepcopy(model)
+    for parameter in changed.parameters():
+        parameter.data.mul_(-1.3)
+    expected.append(draw(changed, speed="eager"))
+    steps = []
+
+    def once():
+        steps.append(1)
+        if len(steps) == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+
+    try:
+        first = draw(model, speed="compiled", on_step=once)
+        second = draw(model, seed=1, speed="compiled")
+    finally:
+        torch.compiler.set_stance("default")
+    for parameter in model.parameters():
+        parameter.data.mul_(-1.3)
+    third = draw(model, speed="compiled")
+    assert all(map(torch.equal, (first, second, third), expected))
+    assert not torch.equal(expected[0], expected[2])
 
 
-def test_auto():
+def test_auto(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert speed.choose("auto", cpu, 10**6) == "eager"
+    monkeypatch.setattr(speed, "compiler_lacks", lambda device: "")
+    assert [speed.choose("auto", cpu, n) for n in (576, 10**6)] == ["eager", "compiled"]
+    assert speed.choose("auto", cpu, 10**6, 4) == "eager"
     assert [speed.choose("auto", cuda, n) for n in (1, 576, 10**6)] == ["eager", *["graphs"] * 2]
     assert speed.choose("compiled", cpu, 1) == "compiled"
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert speed.choose("auto", cpu, 10**6) == "eager"
+    with pytest.raises(UserError, match="there is no 'no-such-compiler'"):
+        speed.choose("compiled", cpu, 1)
     with pytest.raises(UserError, match="needs a CUDA GPU"):
         speed.choose("graphs", cpu, 1)
     with pytest.raises(UserError, match="must be one of auto, eager, compiled, graphs"):

@@ -9,14 +9,18 @@
 """
 
 import logging
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable, Hashable
 from functools import cache, partial
+from pathlib import Path
 from threading import Lock
 from types import FunctionType
 from typing import Any, get_args
 
 import torch
-import torch._inductor.config
 from torch import nn
 
 from t2i.errors import UserError
@@ -26,6 +30,9 @@ log = logging.getLogger(__name__)
 
 GRAPHS_PAY_FROM = 64
 """Steps of a request on a GPU: recording costs as much as some tens of them."""
+
+COMPILING_PAYS_FROM = 4096
+"""Steps of a request on a CPU: compiling costs as much as a thousand of a small model, or more."""
 
 Run = Callable[[Any, int], None]
 """Does one step of a model; given how many entries of the cache it reads."""
@@ -40,6 +47,8 @@ def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
             f"speed=graphs needs a CUDA GPU, and the model is on {device.type}: "
             "choose auto, eager or compiled"
         )
+    if speed == "compiled" and (lacking := compiler_lacks(device)):
+        raise UserError(f"speed=compiled needs {lacking}: install it, or choose auto or eager")
     check_speculate(speculate)
 
 
@@ -48,10 +57,29 @@ def choose(speed: Speed, device: torch.device, steps: int, speculate: int = 0) -
     check_speed(speed, device, speculate)
     if speed != "auto":
         return speed
-    pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM
-    chosen: Speed = "graphs" if pays else "eager"
-    _say(f"speed: {chosen}, for {steps} steps on {device.type}")
+    chosen: Speed = "eager"
+    why = f"for {steps} steps on {device.type}"
+    if device.type == "cuda" and steps >= GRAPHS_PAY_FROM:
+        chosen = "graphs"
+    elif device.type == "cpu" and steps >= COMPILING_PAYS_FROM and not speculate:
+        if lacking := compiler_lacks(device):
+            why += f"; compiled would be faster, and needs {lacking}"
+        else:
+            chosen = "compiled"
+    _say(f"speed: {chosen}, {why}")
     return chosen
+
+
+def compiler_lacks(device: torch.device) -> str:
+    """What steps on a CPU are compiled with and this machine does not have; "": nothing."""
+    if device.type != "cpu":
+        return ""
+    own = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX", own)
+    if shutil.which(name) is None:
+        return f"a C++ compiler (there is no {name!r})"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.is_file() else f"Python's headers (there is no {header})"
 
 
 @cache
@@ -99,24 +127,26 @@ def runner(step: Callable[..., None], drawing, speed: Speed, device: torch.devic
 
 
 def _compiled(step: Callable[..., None], device: torch.device) -> Callable[..., None]:
-    if device.type != "cpu":
-        return _fused(step)
-    # What was compiled belongs to a code object, and weights are frozen into it: a new one for each
-    # call of this, so that changed weights are never drawn with what was made of the old ones.
-    assert isinstance(step, FunctionType)
-    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+    return _frozen(step) if device.type == "cpu" else _fused(step)
+
+
+def _frozen(step: Callable[..., None]) -> Callable[..., None]:
+    """The step with the weights of the model that is first given frozen into it."""
+    from torch._dynamo import mark_dynamic
+    from torch._inductor import config
 
     def work(model, drawing, span: torch.Tensor) -> None:
-        own(model, drawing, span.shape[0])
+        step(model, drawing, span.shape[0])
 
-    fused = torch.compile(
-        FunctionType(work.__code__.replace(), globals(), "work", None, work.__closure__)
-    )
+    # torch keeps what it compiled by code object and looks at no weight's content. With a code
+    # object of its own, this one is never run with what was made of other weights.
+    own = FunctionType(work.__code__.replace(), globals(), "work", None, work.__closure__)
+    fused = torch.compile(own, fullgraph=True)
 
     def run(model, drawing, extent: int) -> None:
-        span = torch.empty(extent, 0)  # a number would be compiled for anew
-        torch._dynamo.mark_dynamic(span, 0)
-        with torch._inductor.config.patch(freezing=True):
+        span = torch.empty(extent, 0)  # a plain number would be compiled for again and again
+        mark_dynamic(span, 0)
+        with config.patch(freezing=True):
             fused(model, drawing, span)
 
     return run
@@ -135,10 +165,9 @@ def frozen_weights(model: nn.Module, speed: Speed) -> Hashable:
     places = tuple(p.data_ptr() for p in parameters)
     if speed != "compiled" or parameters[0].device.type != "cpu":
         return places
-    # About the time of a step. The bits' exclusive or alone would miss a change of all signs.
-    return places, *(
-        (torch.hash_tensor(p.detach()).item(), p.detach().sum().item()) for p in parameters
-    )
+    # Takes about a step. The hash, an exclusive or, would miss a change of all signs.
+    values = (p.detach() for p in parameters)
+    return places, *((torch.hash_tensor(v).item(), repr(v.sum().item())) for v in values)
 
 
 class Graphs:
