@@ -113,7 +113,7 @@ class Contender:
         from t2i.tensorar.sampler import sample_windows
 
         model, keys = self.model.eval(), torch.arange(self.images)
-        speed, _ = choose_run(model, DrawOptions(), batches=1)
+        speed, _ = choose_run(model, DrawOptions(), 1, [])
         sample_windows(model, self._prepared(self.images), keys, model.sampling, speed=speed)
 
 

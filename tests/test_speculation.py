@@ -1,19 +1,24 @@
 """Windows that are settled several at once are those that are drawn one by one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import open_gates, tiny_llamagen, tiny_prepared
 
 import t2i
+from t2i import generation
 from t2i.errors import UserError
-from t2i.generation import draw_images
+from t2i.evaluation.draw import draw_prompts
+from t2i.files import read_json
+from t2i.generation import all_jobs, choose_run, draw_images
 from t2i.model_options import ModelOptions
+from t2i.processes import ALONE, Processes
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions, SamplingConfig
-from t2i.tensorar import presets, sampler, speculation
+from t2i.tensorar import pace, presets, sampler, speculation
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
-from t2i.tensorar.speed import choose
 from t2i.tensorar.windows import Windows
 
 FILTERS = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}
@@ -95,6 +100,7 @@ def test_every_window_is_settled_once():
 
 def test_first_guesses():
     """Of a 3 x 4 image: the code above, in the first row the last one; drafts move on."""
+
     def guesses(geometry, first, ahead):
         windows = torch.arange(13 * geometry.size).view(1, 13, geometry.size, 1)
         index = torch.tensor([first + i for i in range(ahead)])[None]
@@ -126,15 +132,74 @@ def test_fewer_calls_than_codes_on_the_shipped_bases(name):
 
 
 def test_settings():
-    with pytest.raises(UserError, match=r"speculate=1 must be 0 \(off\) or at least 2"):
-        DrawOptions(speculate=1)
-    with pytest.raises(UserError, match="speculate=True must be a whole number"):
-        DrawOptions(speculate=True)
-    cpu = torch.device("cpu")
+    for wrong in (1, -1, True, 2.5, "on"):
+        with pytest.raises(
+            UserError, match=r"speculate=.* must be auto, off, or at least 2 windows"
+        ):
+            DrawOptions(speculate=wrong)
     options = ModelOptions(ckpt="shapes", device="cpu", speculate=4)
-    model = options.load(*options.check())
-    assert model.speculate == 4
+    assert options.load(*options.check()).speculate == 4
+    assert ModelOptions(ckpt="shapes").speculate == "auto"
     with pytest.raises(UserError, match="speculate=-1"):
         ModelOptions(ckpt="shapes", device="cpu", speculate=-1).check()
-    with pytest.raises(UserError, match="must be 0"):
-        choose("auto", cpu, 1, 1)
+
+
+# -- how many windows a call draws ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cost", "chosen"),
+    [
+        ({0: 1.0, 4: 1.0, 8: 1.1, 16: 1.2}, 16),
+        ({0: 1.0, 4: 1.1, 8: 1.2, 16: 2.0}, 8),
+        ({0: 2.0, 4: 2.9, 8: 5.0, 16: 9.0}, 4),
+        ({0: 1.0, 4: 1.6, 8: 3.0, 16: 5.0}, 0),
+    ],
+)
+def test_auto_takes_what_pays(cost, chosen, monkeypatch):
+    tried = []
+    monkeypatch.setattr(pace, "measure", lambda *args: tried.append(args[-1]) or cost)
+    model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
+    options = DrawOptions(batch_size=2, speculate="auto")
+    assert choose_run(model, options, 4, [1, 2]) == ("eager", chosen)
+    assert choose_run(model, options, 3, [1, 2])[1] == 0, "48 windows in all"
+    assert tried == [(0, 4, 8, 16)]
+    assert choose_run(model, replace(options, speculate="off"), 4, []) == ("eager", 0)
+
+
+def test_what_a_call_costs_is_measured(backbone):
+    model = open_gates(TensorAR(backbone, presets.iclr2026()).eval())
+    lengths = []
+    model.backbone.trunk, trunk = (
+        lambda x, *rest: lengths.append(x.shape[1]) or trunk(x, *rest),
+        model.backbone.trunk,
+    )
+    prepared = tiny_prepared(backbone, 2)
+    cost = pace.measure(model, prepared, SamplingConfig(cfg_scale=2.0), "eager", (0, 4, 8))
+    assert cost.keys() == {0, 4, 8} and min(cost.values()) > 0
+    assert lengths == [1, 4, 8] * (1 + pace.ROUNDS)
+
+
+def test_a_folder_keeps_to_what_was_chosen(tmp_path, monkeypatch):
+    """Whoever goes on with it, or helps, does not measure again."""
+    model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
+    entries = [{"prompt": str(i)} for i in range(8)]
+
+    def fill(count, speculate="auto", processes=ALONE):
+        options = DrawOptions(batch_size=2, speculate=speculate)
+        draw_prompts(model, entries, all_jobs(range(count), 1), tmp_path, options, processes)
+        return read_json(tmp_path / "generation.json")["speculate"]
+
+    used, whole = [], generation.sample_windows
+    monkeypatch.setattr(
+        generation, "sample_windows", lambda *args: used.append(args[-1]) or whole(*args)
+    )
+    monkeypatch.setattr(pace, "measure", lambda *_: {0: 2, 4: 2.2, 8: 2.3, 16: 2.4})
+    assert fill(8) == 16 and used == [16] * 4
+    monkeypatch.setattr(pace, "measure", None)
+    for path in tmp_path.glob("0000[0-3]/samples/*.png"):
+        path.unlink()
+    assert fill(8, processes=Processes(1)) == 16 and used == [16] * 5
+    assert fill(8) == 16 and used == [16] * 6
+    with pytest.raises(UserError, match="speculate 16 there, 4 now"):
+        fill(8, speculate=4)

@@ -174,7 +174,7 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
     """Chosen from all its steps, not from a batch's."""
     asked = []
     monkeypatch.setattr(
-        generation, "choose", lambda speed, device, n, _: asked.append((speed, n)) or "eager"
+        generation, "choose", lambda speed, device, n: asked.append((speed, n)) or "eager"
     )
     model = small(tiny_llamagen("class"))
     monkeypatch.setattr("t2i.generation.to_images", lambda *_: [Image.new("RGB", (4, 4))] * 4)

@@ -65,9 +65,9 @@ class Place(ABC):
         if self.record.is_file():
             refuse_others(read_json(self.record), known, images=self.out, compared=set(known))
 
-    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> None:
+    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
         """Record the settings of new images, or compare them with those of the images that are
-        there; every process calls it.
+        there; every process calls it. Returns what is recorded.
 
         Args:
             about: facts that are recorded, but not compared.
@@ -84,7 +84,9 @@ class Place(ABC):
             if not self.record.is_file():
                 self._begin(settings)
         wait_for([self.record], self.processes.patience)
-        refuse_others(read_json(self.record), settings, images=self.out, compared=compared)
+        recorded = read_json(self.record)
+        refuse_others(recorded, settings, images=self.out, compared=compared)
+        return recorded
 
     def _begin(self, settings: dict) -> None:
         if self.is_occupied():
@@ -202,13 +204,14 @@ class ImageArray(Place):
     def is_occupied(self) -> bool:
         return self.out.exists()
 
-    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> None:
+    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
         """As for any place; the settings hold the images' "size" and the "batch_size"."""
-        super().claim(settings, about, compared=compared)
+        recorded = super().claim(settings, about, compared=compared)
         if not self.out.exists():
             shape, rows = (self.count, *settings["size"], 3), settings["batch_size"]
             self._array = ArrayFile(self._part, shape, np.uint8, rows, self.out, self.processes)
             self._missing = self._array.missing()
+        return recorded
 
     def missing(self, batch: Sequence[Job]) -> set[Job]:
         return set(batch) if _numbers(batch) in self._missing else set()

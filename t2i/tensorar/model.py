@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
-from t2i.sampling import Speed, SubTokenSampling
+from t2i.sampling import Speculate, Speed, SubTokenSampling
 from t2i.tensorar.codec import Codec
 from t2i.tensorar.drawing import pick
 from t2i.tensorar.method import TensorARConfig
@@ -69,7 +69,7 @@ class TensorAR(nn.Module):
         self.backbone = backbone
         self.sampling = backbone.spec.sampling
         self.speed: Speed = "auto"
-        self.speculate = 0
+        self.speculate: Speculate = "off"
         self.held = Held()
         self.trained = "nothing yet"
         """What training has changed, or is about to, in words."""

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 
 from t2i.errors import UserError
-from t2i.sampling import Speed, check_speculate
+from t2i.sampling import Speculate, Speed, check_speculate
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ Run = Callable[[Any, int], None]
 """Does one step of a model; given how many entries of the cache it reads."""
 
 
-def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
+def check_speed(speed: Speed, device: torch.device, speculate: Speculate = 0) -> None:
     """UserError if there is no such speed, or not on this device, or no such speculation."""
     if speed not in get_args(Speed):
         raise UserError(f"speed={speed!r} must be one of {', '.join(get_args(Speed))}")
@@ -39,19 +39,20 @@ def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
     check_speculate(speculate)
 
 
-def choose(speed: Speed, device: torch.device, steps: int, speculate: int = 0) -> Speed:
+def choose(speed: Speed, device: torch.device, steps: int) -> Speed:
     """What to run so many steps with: `auto` settled, and said; UserError as `check_speed`."""
-    check_speed(speed, device, speculate)
+    check_speed(speed, device)
     if speed != "auto":
         return speed
     pays = device.type == "cuda" and steps >= GRAPHS_PAY_FROM
     chosen: Speed = "graphs" if pays else "eager"
-    _say(f"speed: {chosen}, for {steps} steps on {device.type}")
+    say(f"speed: {chosen}, for {steps} steps on {device.type}")
     return chosen
 
 
 @cache
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Log it once."""
     log.info(message)
 
 

@@ -1,0 +1,81 @@
+"""How many windows of each image a call should draw, where that is left to the kit: measured.
+
+A call of n windows costs more than one of a single window: hardly more while reading the weights or
+starting the operations is what takes the time (few rows on a GPU), many times as much where
+arithmetic is. What it saves depends on how many guesses come true. The first is measured on the
+model, device, batch and speed at hand; the second is assumed to be as on the shipped bases.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from t2i.sampling import SamplingConfig, Speed
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import timed_call
+from t2i.tensorar.speed import say
+
+CALLS = {4: 0.61, 8: 0.48, 16: 0.43}
+"""Calls per code with so many windows a call: the worst of the shipped bases and guidance scales
+(docs/fewer_steps.md).
+"""
+PAYS_FROM = 64
+"""Windows of an image: measuring costs as much as some ten to twenty calls."""
+MARGIN = 0.9
+"""Of the time without; what is nearer is not told apart by a few calls."""
+ROUNDS = 3
+
+
+def choose_ahead(
+    model: TensorAR,
+    prepare: Callable[[], dict[str, Tensor]],
+    config: SamplingConfig,
+    speed: Speed,
+    steps: int,
+) -> int:
+    """Windows of each image that a call should draw, and says it; 0: one by one.
+
+    Args:
+        prepare: makes the conditions of a batch.
+        steps: windows of the whole request.
+    """
+    if steps < PAYS_FROM:
+        return 0
+    prepared = prepare()
+    rows = len(next(iter(prepared.values())))
+    # Compiling takes a minute for each.
+    tried = (0, 8) if speed == "compiled" else (0, *CALLS)
+    cost = measure(model, prepared, config, speed, tried)
+    expected = {ahead: CALLS[ahead] * cost[ahead] / cost[0] for ahead in tried[1:]}
+    best = min(expected, key=lambda ahead: expected[ahead])
+    chosen = best if expected[best] <= MARGIN else 0
+    times = ", ".join(f"{ahead}: {cost[ahead] / cost[0]:.2f}" for ahead in tried[1:])
+    say(
+        f"speculate: {chosen or 'off'}, for batches of {rows} on {model.backbone.device.type} "
+        f"(a call of so many windows takes so many times as long: {times})"
+    )
+    return chosen
+
+
+def measure(
+    model: TensorAR,
+    prepared: dict[str, Tensor],
+    config: SamplingConfig,
+    speed: Speed,
+    tried: tuple[int, ...],
+) -> dict[int, float]:
+    """Seconds of a call that draws so many windows of each image."""
+    device = model.backbone.device
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    works = {ahead: timed_call(model, prepared, config, speed, ahead) for ahead in tried}
+    times: dict[int, list[float]] = {ahead: [] for ahead in tried}
+    for _ in range(1 + ROUNDS):  # the first one loads, compiles or records
+        for ahead, work in works.items():  # in turns: something else may run beside them
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            times[ahead].append(time.perf_counter() - start)
+    return {ahead: min(taken[1:]) for ahead, taken in times.items()}
