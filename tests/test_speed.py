@@ -32,9 +32,9 @@ def small(backbone, **method) -> TensorAR:
     return open_gates(TensorAR(backbone, presets.iclr2026(**method)).eval())
 
 
-def draw(model, config=GUIDED, *, seed=0, rows=3, speed="graphs"):
-    keys = make_keys(seed, torch.arange(rows))
-    return sample_windows(model, tiny_prepared(model.backbone, rows), keys, config, speed=speed)
+def draw(model, config=GUIDED, *, seed=0, rows=3, speed="graphs", speculate=0):
+    keys, prepared = make_keys(seed, torch.arange(rows)), tiny_prepared(model.backbone, rows)
+    return sample_windows(model, prepared, keys, config, speed=speed, speculate=speculate)
 
 
 @pytest.fixture
@@ -67,6 +67,15 @@ def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     assert len(recorded) == len(buckets)
 
 
+def test_recorded_leaps_draw_the_same(backbone, recorded):
+    """Whatever the second batch settles in a call."""
+    model = small(backbone)
+    for seed in (0, 1):
+        expected = draw(model, seed=seed, speed="eager")
+        assert torch.equal(draw(model, seed=seed, speculate=4), expected)
+    assert 1 < len(recorded) < 4
+
+
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
 COPIES = {"lift_fresh", "lift_fresh_copy"}
 
@@ -93,9 +102,10 @@ class NoSync(TorchDispatchMode):
         ("arxiv2505", OTHER),
     ],
 )
-def test_a_step_never_waits_for_the_device(backbone, preset, config, monkeypatch):
+@pytest.mark.parametrize(("name", "speculate"), [("step", 0), ("leap", 3)])
+def test_a_step_never_waits_for_the_device(backbone, preset, config, name, speculate, monkeypatch):
     model = TensorAR(backbone, presets.method(preset)).eval()
-    plain, steps = sampler.step, []
+    plain, steps = getattr(sampler, name), []
 
     def watched(*args):
         with NoSync():
@@ -104,9 +114,9 @@ def test_a_step_never_waits_for_the_device(backbone, preset, config, monkeypatch
         if len(steps) == 2:
             raise Killed
 
-    monkeypatch.setattr(sampler, "step", watched)
+    monkeypatch.setattr(sampler, name, watched)
     with pytest.raises(Killed):
-        draw(model, config, speed="eager")
+        draw(model, config, speed="eager", speculate=speculate)
     for wrong in (
         lambda: torch.ones(1).item(),
         lambda: torch.tensor(1.0),
