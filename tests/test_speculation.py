@@ -72,6 +72,7 @@ def test_the_same_windows_in_fewer_calls(backbone, method, config):
         windows, calls = calls_of(model, lambda n=ahead: draw(model, CONFIGS[config], n))
         assert torch.equal(windows, expected)
         assert steps / ahead <= calls <= steps
+    assert torch.equal(draw(model, CONFIGS[config], 4, rows=1), expected[:1])
 
 
 @pytest.mark.parametrize(("temperature", "right"), [(1.0, True), (1.05, False)])
@@ -207,6 +208,7 @@ def test_auto_takes_what_pays(cost, chosen, monkeypatch):
     options = DrawOptions(batch_size=2, speculate="auto")
     assert choose_run(model, options, 4, [1, 2]) == ("eager", chosen)
     assert choose_run(model, options, 3, [1, 2])[1] == 0, "48 windows in all"
+    assert choose_run(model, replace(options, speed="compiled"), 4, [1, 2])[1] == 0
     assert tried == [(0, 4, 8, 16)]
     assert choose_run(model, replace(options, speculate="off"), 4, []) == ("eager", 0)
 

@@ -43,15 +43,16 @@ def choose_ahead(
     """
     if steps < PAYS_FROM:
         return 0
+    if speed == "compiled":  # what is measured would be compiled first, a minute for each
+        say("speculate: off, for compiled steps; give a number to have it")
+        return 0
     prepared = prepare()
     rows = len(next(iter(prepared.values())))
-    # Compiling takes a minute for each.
-    tried = (0, 8) if speed == "compiled" else (0, *CALLS)
-    cost = measure(model, prepared, config, speed, tried)
-    expected = {ahead: CALLS[ahead] * cost[ahead] / cost[0] for ahead in tried[1:]}
+    cost = measure(model, prepared, config, speed, (0, *CALLS))
+    expected = {ahead: calls * cost[ahead] / cost[0] for ahead, calls in CALLS.items()}
     best = min(expected, key=lambda ahead: expected[ahead])
     chosen = best if expected[best] <= MARGIN else 0
-    times = ", ".join(f"{ahead}: {cost[ahead] / cost[0]:.2f}" for ahead in tried[1:])
+    times = ", ".join(f"{ahead}: {cost[ahead] / cost[0]:.2f}" for ahead in CALLS)
     say(
         f"speculate: {chosen or 'off'}, for batches of {rows} on {model.backbone.device.type} "
         f"(a call of so many windows takes so many times as long: {times})"

@@ -204,7 +204,8 @@ def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing
     stride, n = model.windows.stride, index.shape[-1]
     noise_MkS = take(drawing.noise_NBkS.transpose(0, 1), index).flatten(0, 1)
     rows, slots = noise_MkS.shape[:2]
-    index_M = index if index.numel() == 1 else index.expand(rows // n, n).flatten()
+    one = index.numel() == 1  # for all rows
+    index_M = (index if one else index.expand(rows // n, n)).flatten()
     d_MkD = model.decode_slots(h_RnD.flatten(0, 1))[:, :slots]
     windows = noise_MkS[..., :0]
     for s, (final, drafts) in enumerate(drawing.rules):
