@@ -132,7 +132,7 @@ def choose_run(
     def prepare() -> dict[str, Tensor]:
         return model.backbone.prepare(prompts, length)
 
-    return speed, choose_ahead(model, prepare, sampling, speed, steps)
+    return speed, choose_ahead(model, len(prompts), prepare, sampling, speed, steps)
 
 
 def check_request(

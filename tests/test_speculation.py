@@ -193,24 +193,26 @@ def test_settings():
 
 
 @pytest.mark.parametrize(
-    ("cost", "chosen"),
+    ("cost", "chosen", "measured"),
     [
-        ({0: 1.0, 4: 1.0, 8: 1.1, 16: 1.2}, 16),
-        ({0: 1.0, 4: 1.1, 8: 1.2, 16: 2.0}, 8),
-        ({0: 2.0, 4: 2.9, 8: 5.0, 16: 9.0}, 4),
-        ({0: 1.0, 4: 1.6, 8: 3.0, 16: 5.0}, 0),
+        ({0: 1.0, 4: 1.0, 8: 1.1, 16: 1.2}, 16, [4, 8, 16]),
+        ({0: 1.0, 4: 1.1, 8: 1.2, 16: 2.0}, 8, [4, 8, 16]),
+        ({0: 2.0, 4: 2.6, 8: 3.9, 16: 9.0}, 4, [4, 8]),
+        ({0: 1.0, 4: 1.6}, 0, [4]),
     ],
 )
-def test_auto_takes_what_pays(cost, chosen, monkeypatch):
+def test_auto_takes_what_pays(cost, chosen, measured, monkeypatch):
     tried = []
-    monkeypatch.setattr(pace, "measure", lambda *args: tried.append(args[-1]) or cost)
+    monkeypatch.setattr(pace, "measure", lambda *args: tried.append(args[-1][1]) or cost)
     model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
-    options = DrawOptions(batch_size=2, speculate="auto")
-    assert choose_run(model, options, 4, [1, 2]) == ("eager", chosen)
-    assert choose_run(model, options, 3, [1, 2])[1] == 0, "48 windows in all"
-    assert choose_run(model, replace(options, speed="compiled"), 4, [1, 2])[1] == 0
-    assert tried == [(0, 4, 8, 16)]
-    assert choose_run(model, replace(options, speculate="off"), 4, []) == ("eager", 0)
+    options = DrawOptions(speculate="auto")
+    assert choose_run(model, options, 8, [1, 2]) == ("eager", chosen)
+    assert tried == measured
+    assert choose_run(model, options, 7, [1, 2])[1] == 0, "too few to measure for"
+    assert choose_run(model, options, 99, [1] * 9)[1] == 0, "too many at once for a CPU"
+    assert choose_run(model, replace(options, speed="compiled"), 8, [1, 2])[1] == 0
+    assert choose_run(model, replace(options, speculate="off"), 8, []) == ("eager", 0)
+    assert tried == measured
 
 
 def test_what_a_call_costs_is_measured(backbone):
@@ -229,7 +231,7 @@ def test_what_a_call_costs_is_measured(backbone):
 def test_a_folder_keeps_to_what_was_chosen(tmp_path, monkeypatch):
     """Whoever goes on with it, or helps, does not measure again."""
     model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
-    entries = [{"prompt": str(i)} for i in range(8)]
+    entries = [{"prompt": str(i % 10)} for i in range(16)]
 
     def fill(count, speculate="auto", processes=ALONE):
         options = DrawOptions(batch_size=2, speculate=speculate)
@@ -241,11 +243,11 @@ def test_a_folder_keeps_to_what_was_chosen(tmp_path, monkeypatch):
         generation, "sample_windows", lambda *args: used.append(args[-1]) or whole(*args)
     )
     monkeypatch.setattr(pace, "measure", lambda *_: {0: 2, 4: 2.2, 8: 2.3, 16: 2.4})
-    assert fill(8) == 16 and used == [16] * 4
+    assert fill(16) == 16 and used == [16] * 8
     monkeypatch.setattr(pace, "measure", None)
     for path in tmp_path.glob("0000[0-3]/samples/*.png"):
         path.unlink()
-    assert fill(8, processes=Processes(1)) == 16 and used == [16] * 5
-    assert fill(8) == 16 and used == [16] * 6
+    assert fill(16, processes=Processes(1)) == 16 and used == [16] * 9
+    assert fill(16) == 16 and used == [16] * 10
     with pytest.raises(UserError, match="speculate 16 there, 4 now"):
-        fill(8, speculate=4)
+        fill(16, speculate=4)

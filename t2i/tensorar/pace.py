@@ -17,19 +17,26 @@ from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import timed_call
 from t2i.tensorar.speed import say
 
-CALLS = {4: 0.61, 8: 0.48, 16: 0.43}
+CALLS = {4: 0.62, 8: 0.47, 16: 0.4}
 """Calls per code with so many windows a call: the worst of the shipped bases and guidance scales
 (docs/fewer_steps.md).
 """
 PAYS_FROM = 64
-"""Windows of an image: measuring costs as much as some ten to twenty calls."""
+"""Windows of a request for each image of a batch: measuring costs as much as some twenty calls, and
+the more images, the less can be won.
+"""
+CPU_IMAGES = 8
+"""At more images at once it has never paid on a CPU, whose arithmetic is what takes the time."""
+HOPELESS = 1.5
+"""Times as long as a call of one window: twice as many windows cannot be better then."""
 MARGIN = 0.9
 """Of the time without; what is nearer is not told apart by a few calls."""
-ROUNDS = 3
+ROUNDS = 2
 
 
 def choose_ahead(
     model: TensorAR,
+    batch: int,
     prepare: Callable[[], dict[str, Tensor]],
     config: SamplingConfig,
     speed: Speed,
@@ -38,23 +45,28 @@ def choose_ahead(
     """Windows of each image that a call should draw, and says it; 0: one by one.
 
     Args:
-        prepare: makes the conditions of a batch.
+        batch: images at once.
+        prepare: makes their conditions.
         steps: windows of the whole request.
     """
-    if steps < PAYS_FROM:
+    device = model.backbone.device.type
+    if steps < PAYS_FROM * batch or (device == "cpu" and batch > CPU_IMAGES):
         return 0
     if speed == "compiled":  # what is measured would be compiled first, a minute for each
         say("speculate: off, for compiled steps; give a number to have it")
         return 0
-    prepared = prepare()
-    rows = len(next(iter(prepared.values())))
-    cost = measure(model, prepared, config, speed, (0, *CALLS))
-    expected = {ahead: calls * cost[ahead] / cost[0] for ahead, calls in CALLS.items()}
+    prepared, ratios = prepare(), {}
+    for ahead in CALLS:
+        cost = measure(model, prepared, config, speed, (0, ahead))
+        ratios[ahead] = cost[ahead] / cost[0]
+        if ratios[ahead] > HOPELESS:
+            break
+    expected = {ahead: CALLS[ahead] * ratio for ahead, ratio in ratios.items()}
     best = min(expected, key=lambda ahead: expected[ahead])
     chosen = best if expected[best] <= MARGIN else 0
-    times = ", ".join(f"{ahead}: {cost[ahead] / cost[0]:.2f}" for ahead in CALLS)
+    times = ", ".join(f"{ahead}: {ratio:.2f}" for ahead, ratio in ratios.items())
     say(
-        f"speculate: {chosen or 'off'}, for batches of {rows} on {model.backbone.device.type} "
+        f"speculate: {chosen or 'off'}, for batches of {batch} on {device} "
         f"(a call of so many windows takes so many times as long: {times})"
     )
     return chosen
