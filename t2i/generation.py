@@ -13,8 +13,16 @@ from t2i.models.base import Backbone
 from t2i.models.conditions import check_captions, class_ids
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
-from t2i.sampling import DrawOptions, SamplingConfig, Speed, check_counts
+from t2i.sampling import (
+    DrawOptions,
+    SamplingConfig,
+    Speculate,
+    Speed,
+    check_counts,
+    check_speculate,
+)
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.pace import choose_ahead
 from t2i.tensorar.sampler import sample_windows
 from t2i.tensorar.speed import choose
 
@@ -79,7 +87,8 @@ def draw_images(
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     steps = len(batches) * model.windows.count
-    speed, speculate = choose_run(model, options, len(batches))
+    first = [prompts[batches[0][i % len(batches[0])][0]] for i in range(batch_size)] if jobs else []
+    speed, speculate = choose_run(model, options, len(batches), first, length)
     bar = progress_bar(total=steps, unit="step", desc="drawing", disable=not progress)
     with bar:
         for batch in batches:
@@ -97,12 +106,37 @@ def draw_images(
                 yield Drawn(p, s, prompts[p], images[i], windows[i].cpu(), *staged[i])
 
 
-def choose_run(model: TensorAR, options: DrawOptions, batches: int) -> tuple[Speed, int]:
-    """How the steps of so many batches are run: speed, and windows that a call draws at once."""
-    speculate = model.speculate if options.speculate is None else options.speculate
+def asked_ahead(model: TensorAR, options: DrawOptions) -> Speculate:
+    """The options' speculation, else the model's own."""
+    asked = model.speculate if options.speculate is None else options.speculate
+    check_speculate(asked)
+    return asked
+
+
+def choose_run(
+    model: TensorAR,
+    options: DrawOptions,
+    batches: int,
+    prompts: Sequence[str | int],
+    length: int | None = None,
+) -> tuple[Speed, int]:
+    """How so many batches are drawn: speed, and windows of each image that a call draws (0: one).
+
+    Args:
+        prompts: of a batch, from which it is measured what pays.
+        length: prefix tokens, as `Backbone.prepare` takes it.
+    """
     steps = batches * model.windows.count
-    speed = choose(options.speed or model.speed, model.backbone.device, steps, speculate)
-    return speed, speculate
+    speed = choose(options.speed or model.speed, model.backbone.device, steps)
+    asked = asked_ahead(model, options)
+    if asked != "auto":
+        return speed, 0 if asked == "off" else asked
+    sampling = options.sampling or model.sampling
+
+    def prepare() -> dict[str, Tensor]:
+        return model.backbone.prepare(prompts, length)
+
+    return speed, choose_ahead(model, len(prompts), prepare, sampling, speed, steps)
 
 
 def check_request(

@@ -11,7 +11,7 @@ import tyro
 from t2i import __version__
 from t2i.errors import UserError
 from t2i.models.families import FamilyName
-from t2i.sampling import DrawOptions, SamplingOverrides, Speed
+from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +52,10 @@ class ModelOptions:
     """How images are drawn: eager, graphs (CUDA), compiled (a minute first), or auto, what pays for
     so many; they are the same up to rounding.
     """
-    speculate: int = 0
-    """Draw so many codes (TensorAR: windows) per call of the model, all but one from guesses; what
-    was guessed wrong is drawn again, so images are the same up to rounding. 0 is off.
+    speculate: Speculate = "auto"
+    """Draw so many codes (TensorAR: windows) of each image per call of the model, all but one from
+    guesses; what was guessed wrong is drawn again, so images are the same up to rounding. off, or
+    auto: as many as pay, which is measured first.
     """
 
     @property

@@ -9,6 +9,11 @@ from t2i.fields import all_optional
 Speed = Literal["auto", "eager", "compiled", "graphs"]
 """How the steps are run (`t2i.tensorar.speed`); no image depends on it but for rounding."""
 
+Speculate = int | Literal["auto", "off"]
+"""Windows of each image that a call of the model draws, all but one from guesses; off (or 0): one;
+auto: what is fastest. No image depends on it but for rounding.
+"""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -118,10 +123,8 @@ class DrawOptions:
     """Also keep every refinement stage."""
     speed: Speed | None = None
     """How steps are run; the model's own (`model.speed`) if None."""
-    speculate: int | None = None
-    """Windows that a call draws at once, all but one from guesses; no image depends on it but for
-    rounding. 0: one a call; the model's own (`model.speculate`) if None.
-    """
+    speculate: Speculate | None = None
+    """Windows of each image that a call draws; the model's own (`model.speculate`) if None."""
     size: tuple[int, int] | None = None
     """Height and width that images are resized to; the model's own if None."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -140,11 +143,15 @@ class DrawOptions:
             raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
 
 
-def check_speculate(speculate: int) -> None:
+def check_speculate(speculate: Speculate) -> None:
     """UserError if so many windows cannot be drawn at once."""
-    check_whole(speculate=speculate)
-    if speculate < 0 or speculate == 1:
-        raise UserError(f"speculate={speculate} must be 0 (off) or at least 2 windows a call")
+    if speculate in ("auto", "off"):
+        return
+    whole = isinstance(speculate, int) and not isinstance(speculate, bool)
+    if not whole or speculate < 0 or speculate == 1:
+        raise UserError(
+            f"speculate={speculate!r:.80} must be auto, off, or at least 2 windows a call"
+        )
 
 
 def check_counts(**values: int) -> None:

@@ -1,19 +1,25 @@
 """Windows that are settled several at once are those that are drawn one by one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import open_gates, rare, tiny_llamagen, tiny_prepared
 
 import t2i
+from launch.lab import fewer_steps
+from t2i import generation
 from t2i.errors import UserError
-from t2i.generation import draw_images
+from t2i.evaluation.draw import draw_prompts
+from t2i.files import read_json
+from t2i.generation import all_jobs, choose_run
 from t2i.model_options import ModelOptions
+from t2i.processes import ALONE, Processes
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions, SamplingConfig
-from t2i.tensorar import presets, sampler, speculation
+from t2i.tensorar import pace, presets, sampler, speculation
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
-from t2i.tensorar.speed import choose
 from t2i.tensorar.windows import Windows
 
 FILTERS = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}
@@ -73,6 +79,33 @@ def test_the_same_windows_in_fewer_calls(backbone, method, config):
         windows, calls = calls_of(model, lambda n=ahead: draw(model, CONFIGS[config], n))
         assert torch.equal(windows, expected)
         assert steps / ahead <= calls <= steps
+    assert torch.equal(draw(model, CONFIGS[config], 4, rows=1), expected[:1])
+
+
+@pytest.mark.parametrize(("temperature", "right"), [(1.0, True), (1.05, False)])
+def test_sequences_follow_the_models_own_distribution(temperature, right):
+    """Whole images of a tiny model, judged by its predictions at temperature 1; one that is 5 % off
+    is noticed: log-likelihood against its expectation, in standard errors, and code by code
+    chi-square over its degrees of freedom.
+    """
+    model, rows = TensorAR(tiny_llamagen("class"), presets.base()).eval(), 1500
+    prepared = {"labels": torch.zeros(rows, dtype=torch.long)}
+    config = SamplingConfig(temperature=temperature)
+    keys = make_keys(0, torch.arange(rows))
+    windows = sample_windows(model, prepared, keys, config, speculate=4)
+    with torch.no_grad():
+        hidden = model.hidden(model.backbone.encode_condition(prepared), windows)
+        log_p = model.slot_logits(model.decode_slots(hidden), windows)[0][:, :, 0].log_softmax(-1)
+    p, drawn = log_p.exp(), windows[:, :, 0]
+    mean = (p * log_p).sum(-1)
+    spread = (p * log_p.square()).sum(-1) - mean.square()
+    off = float((log_p.gather(-1, drawn)[..., 0] - mean).sum() / spread.sum().sqrt())
+    counts = torch.nn.functional.one_hot(drawn[..., 0], p.shape[-1])
+    chi = float(((counts - p).sum(0).square() / (p * (1 - p)).sum(0)).mean())
+    if right:
+        assert abs(off) < 4 and chi < 1.2
+    else:
+        assert off < -8
 
 
 @pytest.mark.parametrize("method", ["base", "tensorar"])
@@ -118,31 +151,110 @@ def test_first_guesses():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes", "shapes-janus"])
-def test_fewer_calls_than_codes_on_the_shipped_bases(name):
+def test_the_same_images_in_fewer_calls_on_the_shipped_bases(name, monkeypatch):
+    """A code that differs is a tie within rounding, and few calls are enough."""
+    monkeypatch.setattr(fewer_steps, "PROMPTS", fewer_steps.PROMPTS[:3])
     model = t2i.load_model(name, device="cpu", dtype="float32")
-    prompts, count = ["a photo of a red circle", "a photo of two blue squares"], 0
-    codes = {}
-    for ahead in (0, 8):
-        options = DrawOptions(batch_size=1, speculate=ahead)
-        images, count = calls_of(
-            model, lambda o=options: list(draw_images(model, prompts, o, progress=False))
-        )
-        codes[ahead] = [drawn.windows for drawn in images]
-    assert all(map(torch.equal, codes[0], codes[8]))
-    per_code = (count - 1) / (2 * model.windows.count)  # one more prefix
-    assert per_code < 0.6
+    plain, steps = fewer_steps.courses(model, model.sampling, 0)
+    windows, calls = fewer_steps.courses(model, model.sampling, 8)
+    differs = fewer_steps.first_difference(model, model.sampling, plain, windows)
+    assert differs is None or abs(differs["gap"]) < 1e-3, differs
+    assert all(len(own) == 64 for own in steps)
+    assert sum(map(len, calls)) < 0.6 * sum(map(len, steps))
+
+
+def test_a_wrong_code_is_no_tie(backbone, monkeypatch):
+    """By how much it loses is what the noise and the distribution at its place say."""
+    monkeypatch.setattr(
+        fewer_steps,
+        "conditions",
+        lambda model, rows: (tiny_prepared(model.backbone, rows), make_keys(0, torch.arange(rows))),
+    )
+    model, config = open_gates(TensorAR(backbone, METHODS["tensorar"]).eval()), CONFIGS["guided"]
+    plain = draw(model, config, 0)
+    assert fewer_steps.first_difference(model, config, plain, plain) is None
+    for slot, sub in ((0, 0), (2, -1)):
+        wrong = plain.clone()
+        wrong[1, 7, slot, sub] = (wrong[1, 7, slot, sub] + 1) % backbone.spec.subvocabs[sub]
+        found = fewer_steps.first_difference(model, config, plain, wrong)
+        assert (found["row"], found["window"], found["slot"]) == (1, 7, slot) and found["gap"] > 0
+        place = 1, 7, slot, len(backbone.spec.subvocabs) - 1 if sub else 0
+        said = fewer_steps.scores_at(model, config, plain, place)
+        assert said.argmax() == plain[place], "the code that was drawn is the best by this account"
 
 
 def test_settings():
-    with pytest.raises(UserError, match=r"speculate=1 must be 0 \(off\) or at least 2"):
-        DrawOptions(speculate=1)
-    with pytest.raises(UserError, match="speculate=True must be a whole number"):
-        DrawOptions(speculate=True)
-    cpu = torch.device("cpu")
+    for wrong in (1, -1, True, 2.5, "on"):
+        with pytest.raises(
+            UserError, match=r"speculate=.* must be auto, off, or at least 2 windows"
+        ):
+            DrawOptions(speculate=wrong)
     options = ModelOptions(ckpt="shapes", device="cpu", speculate=4)
-    model = options.load(*options.check())
-    assert model.speculate == 4
+    assert options.load(*options.check()).speculate == 4
+    assert ModelOptions(ckpt="shapes").speculate == "auto"
     with pytest.raises(UserError, match="speculate=-1"):
         ModelOptions(ckpt="shapes", device="cpu", speculate=-1).check()
-    with pytest.raises(UserError, match="must be 0"):
-        choose("auto", cpu, 1, 1)
+
+
+# -- how many windows a call draws ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cost", "chosen", "measured"),
+    [
+        ({0: 1.0, 4: 1.0, 8: 1.1, 16: 1.2}, 16, [4, 8, 16]),
+        ({0: 1.0, 4: 1.1, 8: 1.2, 16: 2.0}, 8, [4, 8, 16]),
+        ({0: 2.0, 4: 2.6, 8: 3.9, 16: 9.0}, 4, [4, 8]),
+        ({0: 1.0, 4: 1.6}, 0, [4]),
+    ],
+)
+def test_auto_takes_what_pays(cost, chosen, measured, monkeypatch):
+    tried = []
+    monkeypatch.setattr(pace, "measure", lambda *args: tried.append(args[-1][1]) or cost)
+    model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
+    options = DrawOptions(speculate="auto")
+    assert choose_run(model, options, 8, [1, 2]) == ("eager", chosen)
+    assert tried == measured
+    assert choose_run(model, options, 7, [1, 2])[1] == 0, "too few to measure for"
+    assert choose_run(model, options, 99, [1] * 9)[1] == 0, "too many at once for a CPU"
+    assert choose_run(model, replace(options, speed="compiled"), 8, [1, 2])[1] == 0
+    assert choose_run(model, replace(options, speculate="off"), 8, []) == ("eager", 0)
+    assert tried == measured
+
+
+def test_what_a_call_costs_is_measured(backbone):
+    model = open_gates(TensorAR(backbone, presets.iclr2026()).eval())
+    lengths = []
+    model.backbone.trunk, trunk = (
+        lambda x, *rest: lengths.append(x.shape[1]) or trunk(x, *rest),
+        model.backbone.trunk,
+    )
+    prepared = tiny_prepared(backbone, 2)
+    cost = pace.measure(model, prepared, SamplingConfig(cfg_scale=2.0), "eager", (0, 4, 8))
+    assert cost.keys() == {0, 4, 8} and min(cost.values()) > 0
+    assert lengths == [1, 4, 8] * (1 + pace.ROUNDS)
+
+
+def test_a_folder_keeps_to_what_was_chosen(tmp_path, monkeypatch):
+    """Whoever goes on with it, or helps, does not measure again."""
+    model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
+    entries = [{"prompt": str(i % 10)} for i in range(16)]
+
+    def fill(count, speculate="auto", processes=ALONE):
+        options = DrawOptions(batch_size=2, speculate=speculate)
+        draw_prompts(model, entries, all_jobs(range(count), 1), tmp_path, options, processes)
+        return read_json(tmp_path / "generation.json")["speculate"]
+
+    used, whole = [], generation.sample_windows
+    monkeypatch.setattr(
+        generation, "sample_windows", lambda *args: used.append(args[-1]) or whole(*args)
+    )
+    monkeypatch.setattr(pace, "measure", lambda *_: {0: 2, 4: 2.2, 8: 2.3, 16: 2.4})
+    assert fill(16) == 16 and used == [16] * 8
+    monkeypatch.setattr(pace, "measure", None)
+    for path in tmp_path.glob("0000[0-3]/samples/*.png"):
+        path.unlink()
+    assert fill(16, processes=Processes(1)) == 16 and used == [16] * 9
+    assert fill(16) == 16 and used == [16] * 10
+    with pytest.raises(UserError, match="speculate 16 there, 4 now"):
+        fill(16, speculate=4)

@@ -32,9 +32,10 @@ def small(backbone, **method) -> TensorAR:
     return open_gates(TensorAR(backbone, presets.iclr2026(**method)).eval())
 
 
-def draw(model, config=GUIDED, *, seed=0, rows=3, speed="graphs", on_step=None):
+def draw(model, config=GUIDED, *, seed=0, rows=3, on_step=None, **options):
     keys, prepared = make_keys(seed, torch.arange(rows)), tiny_prepared(model.backbone, rows)
-    return sample_windows(model, prepared, keys, config, on_step, speed=speed)
+    options = {"speed": "graphs"} | options
+    return sample_windows(model, prepared, keys, config, on_step, **options)
 
 
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
@@ -105,6 +106,15 @@ def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     assert len(recorded) == len(buckets)
 
 
+def test_recorded_leaps_draw_the_same(backbone, recorded):
+    """Whatever the second batch settles in a call."""
+    model = small(backbone)
+    for seed in (0, 1):
+        expected = draw(model, seed=seed, speed="eager")
+        assert torch.equal(draw(model, seed=seed, speculate=4), expected)
+    assert 1 < len(recorded) < 4
+
+
 @pytest.mark.parametrize(
     ("preset", "config"),
     [
@@ -115,9 +125,10 @@ def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
         ("arxiv2505", OTHER),
     ],
 )
-def test_a_step_never_waits_for_the_device(backbone, preset, config, monkeypatch):
+@pytest.mark.parametrize(("name", "speculate"), [("step", 0), ("leap", 3)])
+def test_a_step_never_waits_for_the_device(backbone, preset, config, name, speculate, monkeypatch):
     model = TensorAR(backbone, presets.method(preset)).eval()
-    plain, steps = sampler.step, []
+    plain, steps = getattr(sampler, name), []
 
     def watched(*args):
         with NoSync():
@@ -126,9 +137,9 @@ def test_a_step_never_waits_for_the_device(backbone, preset, config, monkeypatch
         if len(steps) == 2:
             raise Killed
 
-    monkeypatch.setattr(sampler, "step", watched)
+    monkeypatch.setattr(sampler, name, watched)
     with pytest.raises(Killed):
-        draw(model, config, speed="eager")
+        draw(model, config, speed="eager", speculate=speculate)
     for wrong in (
         lambda: torch.ones(1).item(),
         lambda: torch.tensor(1.0),
@@ -196,7 +207,7 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
     """Chosen from all its steps, not from a batch's."""
     asked = []
     monkeypatch.setattr(
-        generation, "choose", lambda speed, device, n, _: asked.append((speed, n)) or "eager"
+        generation, "choose", lambda speed, device, n: asked.append((speed, n)) or "eager"
     )
     model = small(tiny_llamagen("class"))
     monkeypatch.setattr("t2i.generation.to_images", lambda *_: [Image.new("RGB", (4, 4))] * 4)

@@ -6,7 +6,7 @@ out of the same matrix products. Where they go, and which are there, is a `Place
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +17,18 @@ from t2i.errors import UserError
 from t2i.evaluation.options import ClassImages
 from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
 from t2i.files import json_sha256, saving
-from t2i.generation import Drawn, Job, choose_run, draw_images, parse_conditions
+from t2i.generation import (
+    Drawn,
+    Job,
+    asked_ahead,
+    choose_run,
+    draw_images,
+    parse_conditions,
+)
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
-from t2i.sampling import DrawOptions
+from t2i.sampling import DrawOptions, Speed
 from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
@@ -60,6 +67,38 @@ def fill(
     place.finish()
 
 
+@dataclass(frozen=True)
+class _Run:
+    """All batches of a request."""
+
+    model: TensorAR
+    prompts: Sequence[str | int]
+    batches: Sequence[Sequence[Job]]
+    options: DrawOptions
+
+    def claim(self, place: Place, settings: dict, *, compared: set[str]) -> DrawOptions:
+        """Claim a place for the images; returns how all of them are drawn.
+
+        Speculation that is left to the kit is settled once, where the place is new, and recorded:
+        whoever goes on with it, or helps, draws in the same matrix products.
+        """
+        auto = asked_ahead(self.model, self.options) == "auto"
+        new = place.processes.is_main and not place.record.is_file()
+        options = replace(self.options, speculate="off") if auto and not new else self.options
+        speed, ahead = self._choose(options)
+        compared = compared if auto else compared | {"speculate"}
+        settings = settings | {"speculate": ahead}
+        recorded = place.claim(settings, options.about, compared=compared)
+        ahead = recorded.get("speculate", 0) if auto else ahead
+        return replace(options, speed=speed, speculate=ahead)
+
+    def _choose(self, options: DrawOptions) -> tuple[Speed, int]:
+        """For all batches, not for each."""
+        first = [self.prompts[prompt] for batch in self.batches[:1] for prompt, _ in batch]
+        length = self.model.backbone.prefix_length(self.prompts)
+        return choose_run(self.model, options, len(self.batches), first, length)
+
+
 def _batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     return [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
 
@@ -87,13 +126,12 @@ def draw_prompts(
     prompts = parse_conditions(model.backbone, [entry["prompt"] for entry in entries])
     place = GenerationFolder(folder, entries, processes, stages=count_stages(model, options))
     settings = generation_settings(model, entries, options)
-    place.claim(settings, options.about, compared=_MUST_MATCH)
-    place.write_prompts(sorted({prompt for prompt, _ in jobs}))
     batches = _batches(jobs, options.batch_size)
-    speed, speculate = choose_run(model, options, len(batches))  # for all of them, not for each
-    options = replace(options, speed=speed, speculate=speculate)
     for batch in batches:  # the last one is filled up: all come out of the same matrix shapes
         batch += [batch[-1]] * (options.batch_size - len(batch))
+    run = _Run(model, prompts, batches, options)
+    options = run.claim(place, settings, compared=_MUST_MATCH)
+    place.write_prompts(sorted({prompt for prompt, _ in jobs}))
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, prompts, options, jobs=batch, progress=show_steps)
@@ -188,13 +226,12 @@ def draw_classes(
         **image_settings(model, options),
     }
     place = numbered_place(out, images.count, processes)
-    place.claim(settings, options.about)
     balanced = images.labels == "balanced"
     labels = sample_labels(images.count, spec.num_classes, balanced=balanced, seed=options.seed)
     classes = labels.tolist()
     batches = numbered_batches(images.count, options.batch_size)
-    speed, speculate = choose_run(model, options, len(batches))  # for all of them, not for each
-    options = replace(options, speed=speed, speculate=speculate)
+    run = _Run(model, classes, batches, options)
+    options = run.claim(place, settings, compared=set(settings))
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, classes, options, jobs=batch, progress=False)

@@ -67,9 +67,9 @@ class Place(ABC):
         if self.record.is_file():
             refuse_others(read_json(self.record), known, images=self.out, compared=set(known))
 
-    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> None:
+    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
         """Record the settings of new images, or compare them with those of the images that are
-        there; every process calls it.
+        there; every process calls it. Returns what is recorded.
 
         Args:
             about: facts that are recorded, but not compared.
@@ -86,7 +86,9 @@ class Place(ABC):
             if not self.record.is_file():
                 self._begin(settings)
         wait_for([self.record], self.processes.patience)
-        refuse_others(read_json(self.record), settings, images=self.out, compared=compared)
+        recorded = read_json(self.record)
+        refuse_others(recorded, settings, images=self.out, compared=compared)
+        return recorded
 
     def _begin(self, settings: dict) -> None:
         if self.is_occupied():
@@ -207,10 +209,11 @@ class ImageArray(Place):
     def is_occupied(self) -> bool:
         return self.out.exists()
 
-    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> None:
+    def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
         """As for any place; the settings hold the images' "size" and the "batch_size"."""
-        super().claim(settings, about, compared=compared)
+        recorded = super().claim(settings, about, compared=compared)
         self._size, self._rows = settings["size"], settings["batch_size"]
+        return recorded
 
     def _part(self, first: int) -> Path:
         """The file of the batch that begins with this number."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone, Condition, parameter_count
 from t2i.rng import fold, integers, normals, uniforms
-from t2i.sampling import Speed
+from t2i.sampling import Speculate, Speed
 from t2i.tensorar.codec import Codec
 from t2i.tensorar.drawing import draw_by_share
 from t2i.tensorar.loss import LOGITS_OF_A_SAMPLE, WindowLosses, slot_parts, window_losses
@@ -44,7 +44,7 @@ class TensorAR(nn.Module):
         self.backbone = backbone
         self.sampling = backbone.spec.sampling
         self.speed: Speed = "auto"
-        self.speculate = 0
+        self.speculate: Speculate = "off"
         self.recompute_codec = False
         """Recompute the codec in the backward pass; with the backbone's blocks it always is."""
         self.held = Held()

@@ -11,6 +11,7 @@ rows by n, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -203,7 +204,8 @@ def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing
     stride, n = model.windows.stride, index.shape[-1]
     noise_MkS = take(drawing.noise_NBkS.transpose(0, 1), index).flatten(0, 1)
     rows, slots = noise_MkS.shape[:2]
-    index_M = index if index.numel() == 1 else index.expand(rows // n, n).flatten()
+    one = index.numel() == 1  # for all rows
+    index_M = (index if one else index.expand(rows // n, n)).flatten()
     d_MkD = model.decode_slots(h_RnD.flatten(0, 1))[:, :slots]
     windows = noise_MkS[..., :0]
     for s, (final, drafts) in enumerate(drawing.rules):
@@ -288,16 +290,8 @@ def sample_windows(
     backbone, windows = model.backbone, model.windows.shrunk(config.window)
     assert speed != "auto", "settled by `choose`"
     keys = keys.to(backbone.device)
-    noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
-    scales = guidance_table(model, config)
-    condition = encode_rows(backbone, prepared, guided=scales is not None)
-
-    def make() -> tuple[Drawing, Run]:
-        copy = Condition.cat([condition])  # to be refilled
-        state = new_state(model, copy, scales, own_pace=speculate > 0)
-        drawing = new_drawing(model, state, keys, noise, config, speculate)
-        return drawing, runner(leap if speculate else step, drawing, speed, backbone.device)
-
+    condition = encode_rows(backbone, prepared, guided=guidance_table(model, config) is not None)
+    make = partial(begin, model, condition, keys, config, speed, speculate)
     with model.held.lock:
         if speed == "eager":
             model.held.clear()
@@ -310,30 +304,69 @@ def sample_windows(
             key = speed, speculate, config, shapes, weights, context
             (drawing, run), known = model.held.fetch(key, make)
             if known:
+                noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
                 drawing.refill(condition, keys, noise)
-        first = run_prefix(backbone, drawing.state)[:, None]
-        drawing.windows_BNkS[:, :1] = draw_windows(model, first, drawing.index, drawing)
-        for done in _leaps(model, drawing, run) if speculate else _steps(model, drawing, run):
-            for _ in range(done if on_step else 0):
+        for settled in whole_run(model, drawing, run):
+            for _ in range(settled if on_step else 0):
                 on_step()
         return drawing.windows_BNkS[:, : windows.count].clone()
 
 
-def _steps(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
-    """Draw all windows behind the first; yields how many each call settled in every row."""
+def begin(
+    model: TensorAR,
+    condition: Condition,
+    keys: Tensor,
+    config: SamplingConfig,
+    speed: Speed,
+    speculate: int,
+) -> tuple[Drawing, Run]:
+    """A batch of images of which nothing is drawn yet, and what does a step of it."""
+    windows, device = model.windows.shrunk(config.window), model.backbone.device
+    noise = noise_keys(keys, windows, len(model.backbone.spec.subvocabs))
+    copy = Condition.cat([condition])  # to be refilled
+    state = new_state(model, copy, guidance_table(model, config), own_pace=speculate > 0)
+    drawing = new_drawing(model, state, keys, noise, config, speculate)
+    return drawing, runner(leap if speculate else step, drawing, speed, device)
+
+
+@torch.no_grad()
+def timed_call(
+    model: TensorAR, prepared: dict[str, Tensor], config: SamplingConfig, speed: Speed, ahead: int
+) -> Callable[[], None]:
+    """What does a step in the middle of a batch of such images, again and again."""
+    guided = guidance_table(model, config) is not None
+    condition = encode_rows(model.backbone, prepared, guided=guided)
+    rows = len(next(iter(prepared.values())))
+    keys = torch.arange(rows, device=model.backbone.device)
+    drawing, run = begin(model, condition, keys, config, speed, ahead)
+    middle, last = model.windows.count // 2, model.windows.count - 1
+    extent = drawing.state.extent(min(middle + ahead, last))
+
+    @torch.no_grad()
+    def work() -> None:
+        drawing.index.fill_(middle)
+        run(model, extent)
+
+    return work
+
+
+@torch.no_grad()
+def whole_run(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
+    """Draw all windows; yields after each call of the trunk how many more are settled in every
+    row.
+    """
+    first = run_prefix(model.backbone, drawing.state)[:, None]
+    drawing.windows_BNkS[:, :1] = draw_windows(model, first, drawing.index, drawing)
+    if drawing.ahead:
+        guess(model, drawing, drawing.index)
     yield 1
-    for index in range(model.windows.count - 1):
-        run(model, drawing.state.extent(index))
-        yield 1
-
-
-def _leaps(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
-    """The same, with rows at their own pace."""
     last, lowest, highest = model.windows.count - 1, 0, 0
-    guess(model, drawing, drawing.index)
-    yield 1
     while lowest < last:
-        run(model, drawing.state.extent(min(highest + drawing.ahead - 1, last)))
+        fed = min(highest + max(drawing.ahead, 1) - 1, last)
+        run(model, drawing.state.extent(fed))
         before = lowest
-        lowest, highest = (int(x) for x in drawing.index.aminmax())
+        if drawing.ahead:
+            lowest, highest = (int(index) for index in drawing.index.aminmax())
+        else:
+            lowest = highest = lowest + 1  # known without asking the device
         yield lowest - before

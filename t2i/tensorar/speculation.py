@@ -21,7 +21,7 @@ from t2i.tensorar.windows import Windows
 
 
 def take(values_BN: Tensor, index: Tensor) -> Tensor:
-    """Windows `index` of [B, N, k, S]: int64 [n] the same ones of every row, [B, n] each its own."""
+    """Windows `index` of [B, N, k, S]: int64 [n], the same of every row, or [B, n]."""
     if index.dim() == 1:
         return values_BN.index_select(1, index)
     return values_BN.gather(1, _over(index, values_BN))

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from t2i.errors import UserError
-from t2i.sampling import Speed, check_speculate
+from t2i.sampling import Speculate, Speed, check_speculate
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ Run = Callable[[Any, int], None]
 """Does one step of a model; given how many entries of the cache it reads."""
 
 
-def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
+def check_speed(speed: Speed, device: torch.device, speculate: Speculate = 0) -> None:
     """UserError if there is no such speed, or not on this device, or no such speculation."""
     if speed not in get_args(Speed):
         raise UserError(f"speed={speed!r} must be one of {', '.join(get_args(Speed))}")
@@ -52,21 +52,21 @@ def check_speed(speed: Speed, device: torch.device, speculate: int = 0) -> None:
     check_speculate(speculate)
 
 
-def choose(speed: Speed, device: torch.device, steps: int, speculate: int = 0) -> Speed:
+def choose(speed: Speed, device: torch.device, steps: int) -> Speed:
     """What to run so many steps with: `auto` settled, and said; UserError as `check_speed`."""
-    check_speed(speed, device, speculate)
+    check_speed(speed, device)
     if speed != "auto":
         return speed
     chosen: Speed = "eager"
     why = f"for {steps} steps on {device.type}"
     if device.type == "cuda" and steps >= GRAPHS_PAY_FROM:
         chosen = "graphs"
-    elif device.type == "cpu" and steps >= COMPILING_PAYS_FROM and not speculate:
+    elif device.type == "cpu" and steps >= COMPILING_PAYS_FROM:
         if lacking := compiler_lacks(device):
             why += f"; compiled would be faster, and needs {lacking}"
         else:
             chosen = "compiled"
-    _say(f"speed: {chosen}, {why}")
+    say(f"speed: {chosen}, {why}")
     return chosen
 
 
@@ -83,7 +83,8 @@ def compiler_lacks(device: torch.device) -> str:
 
 
 @cache
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Log it once."""
     log.info(message)
 
 
