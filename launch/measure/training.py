@@ -66,7 +66,7 @@ class TrainingStep:
         self.optimizer = optimizer
 
     def loss(self, condition: Condition, windows: Tensor) -> Tensor:
-        return self.model(self.codes, condition, windows).weighted(self.model.config.weights())
+        return self.model(self.codes, condition, windows).loss
 
     def __call__(self) -> None:
         model = self.model.train()
