@@ -130,11 +130,8 @@ class Stages:
         of_kind = OF_JUDGES if config.model in JUDGES else set(STAGES) - set(OF_JUDGES[1:])
         wanted = set(config.stages or STAGES) & set(HOLES if config.holes else of_kind)
         (self.out / "logs").mkdir(exist_ok=True)
-        for name, about in STAGES.items():
-            done = self.rows.get(name, {}).get("done") and (name != "write" or self.base.exists())
-            if name not in wanted or done:
-                continue
-            print(f"{name}: {about} ...", flush=True)
+        for name in self._todo(wanted):
+            print(f"{name}: {STAGES[name]} ...", flush=True)
             reason = self._impossible(name)
             self.rows[name] = {"skipped": reason} if reason else self._measure(name)
             failed += [name] if self.rows[name].get("done") is False else []
@@ -145,6 +142,14 @@ class Stages:
             for place in ("base", "data", "export", "runs", "cache"):
                 shutil.rmtree(self.out / place, ignore_errors=True)
         return failed
+
+    def _todo(self, wanted: set[str]) -> list[str]:
+        """What is not done; and what it needs, where the files were deleted in the end."""
+        todo = {name for name in wanted if not self.rows.get(name, {}).get("done")}
+        if todo and not self.base.exists():
+            for name in reversed(STAGES):
+                todo |= {"write", _NEEDS.get(name, "write")} if name in todo else set()
+        return [name for name in STAGES if name in todo]
 
     def _measure(self, name: str) -> dict:
         from t2i.rehearsal.measured import run_measured

@@ -210,7 +210,7 @@ def test_activations_are_what_autograd_keeps(tiny_world, tuning, monkeypatch):
 
 
 def test_a_step_of_all_weights_at_real_size():
-    """Measured on RAR-B, full, ZeRO-2, bf16, micro-batch 1, on a CPU: 7.79 GB beyond an empty
+    """Measured on RAR-B, full, ZeRO-2, bf16, micro-batch 1, on a CPU: 8.0 GB beyond an empty
     process; 5.4 GB was said when the optimizer's own step and ZeRO's bucket were left out.
     """
     config = ALL["rar-b"]
@@ -218,7 +218,7 @@ def test_a_step_of_all_weights_at_real_size():
     config = replace(config, engine=engine, data=data, batch_size=1)
     model = build_model(config, device="meta")
     cost = estimate(model, config, world_size=1, samples=4, gpu=False)
-    assert cost.total / 1.1 == pytest.approx(7.79e9, rel=0.1)
+    assert cost.total / 1.1 == pytest.approx(8.0e9, rel=0.1)
 
 
 def test_zero_gathers_gradients(tiny_world):

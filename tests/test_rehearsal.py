@@ -180,13 +180,16 @@ def test_all_stages_once(run, tmp_path):
     fails.add("export")
     assert start(memory=100.0) == ["export"]
     assert ran == [n for n in STAGES if n not in of_judges | {"reload"}]
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows["train-full"]["bytes"] > 5
     assert (tmp_path / "base").exists(), "kept for the next try"
     fails.clear()
     assert start(memory=100.0) == [] and ran == ["export", "reload"]
     assert not (tmp_path / "base").exists() and not (tmp_path / "runs").exists()
-    assert start(memory=100.0) == [] and ran == ["write"], "nothing is left to be done on it"
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert rows["train-full"]["bytes"] > 5
+    assert start(memory=100.0) == [] and not ran
+    (tmp_path / "results.json").write_text(json.dumps({"export": rows["export"] | {"done": True}}))
+    assert start(memory=100.0, stages=("reload",)) == []
+    assert ran == ["write", "train-lora", "export", "reload"], "the files are gone"
 
 
 def test_what_does_not_fit_is_not_tried(run, tmp_path):
