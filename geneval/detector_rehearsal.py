@@ -41,7 +41,7 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
 def judge(folder: Path, image: Path) -> str:
     """Load both as `geneval/run.py` does and judge an image; says what was found."""
     from geneval import detectors
-    from geneval.geneval_benchmark import judge_image
+    from geneval.rules import judge_image
     from t2i.published import remembered_sha256
 
     file, clip = (folder / f.names[0] for f in (detectors.MASK2FORMER, detectors.CLIP))
@@ -136,8 +136,8 @@ def _query_decoder(name: str, shape: DetectorShape):
         yield f"{name}.{part}.weight", (shape.num_queries, width)
     yield f"{name}.level_embed.weight", (_LEVELS, width)
     yield from _weights(f"{name}.cls_embed", (shape.num_classes + 1, width))
-    for part in (0, 2, 4):
-        yield from _weights(f"{name}.mask_embed.{part}", (width, width))
+    for place in (0, 2, 4):
+        yield from _weights(f"{name}.mask_embed.{place}", (width, width))
 
 
 class _Archive(nn.Module):

@@ -145,7 +145,7 @@ class DrawOptions:
 
 def check_speculate(speculate: Speculate) -> None:
     """UserError if so many windows cannot be drawn at once."""
-    if speculate in ("auto", "off"):
+    if speculate == "auto" or speculate == "off":
         return
     whole = isinstance(speculate, int) and not isinstance(speculate, bool)
     if not whole or speculate < 0 or speculate == 1:

@@ -210,9 +210,8 @@ def study_seconds(study: Study) -> list[dict]:
         model = load_model(base, device="cpu", dtype=study.dtype)
         for batch in study.batches:
             prepared, keys = conditions(model, batch)
-            auto = choose_ahead(
-                model, batch, lambda p=prepared: p, model.sampling, study.speed, 10**6
-            )
+            given = partial(dict, prepared)
+            auto = choose_ahead(model, batch, given, model.sampling, study.speed, 10**6)
             works: dict[int, Callable[[], object]] = {
                 ahead: partial(
                     sample_windows, model, prepared, keys, model.sampling, None, study.speed, ahead

@@ -10,7 +10,7 @@ from torch import nn
 
 from t2i.errors import UserError
 from t2i.loading import load_backbone
-from t2i.models.base import Backbone
+from t2i.models.base import Backbone, LoadOptions
 from t2i.models.families import find_family
 from t2i.models.janus import janus_config
 from t2i.models.llamagen.llamagen_model import SIZES as LLAMAGEN_SIZES
@@ -95,7 +95,7 @@ def outline(name: str) -> Backbone:
             backbone.frozen.tokenizer = backbone.frozen.tokenizer or kind(kind.config_type())
         return backbone
     family, source = PUBLISHED[name]
-    found = find_family(family).backbone_class.outline(source, generation_only=True)
+    found = find_family(family).backbone_class.outline(source, LoadOptions(generation_only=True))
     assert found is not None, "a published name"
     return found
 

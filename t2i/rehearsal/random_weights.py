@@ -108,7 +108,7 @@ class RandomWeights:
         if len(shards) == 1:
             self.safetensors(folder / "model.safetensors", shapes, dtype)
             return
-        places = {}
+        places: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self.safetensors(folder / file, shard, dtype)

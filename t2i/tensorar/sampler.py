@@ -292,6 +292,7 @@ def sample_windows(
     keys = keys.to(backbone.device)
     condition = encode_rows(backbone, prepared, guided=guidance_table(model, config) is not None)
     make = partial(begin, model, condition, keys, config, speed, speculate)
+    tick = on_step or (lambda: None)
     with model.held.lock:
         if speed == "eager":
             model.held.clear()
@@ -307,8 +308,8 @@ def sample_windows(
                 noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
                 drawing.refill(condition, keys, noise)
         for settled in whole_run(model, drawing, run):
-            for _ in range(settled if on_step else 0):
-                on_step()
+            for _ in range(settled):
+                tick()
         return drawing.windows_BNkS[:, : windows.count].clone()
 
 

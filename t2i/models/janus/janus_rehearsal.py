@@ -63,9 +63,10 @@ def _published_config(shape: JanusShape) -> dict:
 def byte_level(special_ids: dict[str, int]) -> Tokenizer:
     """A tokenizer of 100,000 made-up merges of bytes, with special tokens at these ids."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = list(product(letters, repeat=2))
+    pairs = list(product(letters, letters))
     triples = ((a + b, c) for a, b in pairs for c in letters)
-    merges = [*pairs, *islice(triples, _MERGED - len(letters) - len(pairs))]
+    more = islice(triples, _MERGED - len(letters) - len(pairs))
+    merges: list[tuple[str, str]] = [*pairs, *more]
     vocabulary = {token: place for place, token in enumerate([*letters, *map("".join, merges)])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

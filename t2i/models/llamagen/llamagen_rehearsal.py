@@ -57,8 +57,8 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
 
 
 def _write_t5(folder: Path, weights: RandomWeights, changes: dict) -> None:
-    shape = {**_FLAN_T5_XL, **changes, "feed_forward_proj": "gated-gelu"}
-    config = T5Config(**shape, tie_word_embeddings=False)
+    own = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    config = T5Config(**{**_FLAN_T5_XL, **changes, **own})
     with torch.device("meta"):
         encoder = T5EncoderModel(config)
     shapes = shapes_of(encoder.state_dict())

@@ -90,7 +90,8 @@ def load_encoder(folder: Path, dtype: torch.dtype, *, shapes_only: bool = False)
         raise UserError(f"{folder}/config.json describes a {kind!r} model, not 't5'")
     if shapes_only:
         with torch.device("meta"):
-            return T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True)).to(dtype)
+            outline: Any = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True))
+        return outline.to(dtype)  # `to` is not typed
     try:
         loaded: Any = T5EncoderModel.from_pretrained(
             folder,
