@@ -132,8 +132,8 @@ def _query_decoder(name: str, shape: DetectorShape):
         for norm in range(3):
             yield from _weights(f"{own}.norms.{norm}", (width,))
     yield from _weights(f"{name}.transformer_decoder.post_norm", (width,))
-    for part in ("query_embed", "query_feat"):
-        yield f"{name}.{part}.weight", (shape.num_queries, width)
+    for query in ("query_embed", "query_feat"):
+        yield f"{name}.{query}.weight", (shape.num_queries, width)
     yield f"{name}.level_embed.weight", (_LEVELS, width)
     yield from _weights(f"{name}.cls_embed", (shape.num_classes + 1, width))
     for place in (0, 2, 4):

@@ -210,7 +210,7 @@ def study_seconds(study: Study) -> list[dict]:
         model = load_model(base, device="cpu", dtype=study.dtype)
         for batch in study.batches:
             prepared, keys = conditions(model, batch)
-            given = partial(dict, prepared)
+            given: Callable[[], dict] = partial(dict, prepared)
             auto = choose_ahead(model, batch, given, model.sampling, study.speed, 10**6)
             works: dict[int, Callable[[], object]] = {
                 ahead: partial(
