@@ -44,7 +44,7 @@ def test_loss_in_chunks_is_the_loss(backbone, k, stride, form, recompute, monkey
     for limit, value in (("LOGITS_AT_ONCE", 96), ("ROWS_AT_ONCE", 7), ("LOGITS_OF_A_SAMPLE", 40)):
         monkeypatch.setattr(loss, limit, value)
     if form == "wrapped":  # as PEFT's layers are, and those that ZeRO-3 has sharded
-        monkeypatch.setattr(loss, "_is_whole", lambda head: False)
+        backbone.sharded = True
     if form == "frozen":
         for layer in backbone.image_layers().values():
             layer.requires_grad_(False)
@@ -86,7 +86,7 @@ def test_a_frozen_head_gets_no_gradient():
     head = torch.nn.Linear(8, 20).requires_grad_(False)
     x = torch.randn(6, 8, requires_grad=True)
     rows = [loss.Rows(x, torch.arange(6), torch.full((6,), 1 / 6), 1)]
-    total, each = loss.cross_entropy(head, rows, 20)
+    total, each = loss.cross_entropy(head, rows, 20, usable=True)
     (2 * total).backward()
     expected = 2 * F.cross_entropy(head(x.detach().requires_grad_()), torch.arange(6))
     assert total.item() == pytest.approx(expected.item() / 2) and head.weight.grad is None

@@ -206,6 +206,8 @@ class Backbone(nn.Module, ABC):
         """Raised when the same parameters begin to compute something else (adapters on and off)."""
         self.gradient_checkpointing = False
         """Recompute the trunk's blocks, and what the head does first, in the backward pass."""
+        self.sharded = False
+        """Each process holds a part of every weight (ZeRO-3): layers have to be called."""
         self.token_dropout = nn.Dropout(0.0)
         """Element dropout on the trunk's inputs, in training."""
 

@@ -79,7 +79,9 @@ def window_losses(
             Rows(x, codes_BNkS[:, :, part, s].flatten(), scale, batch)
             for (x, _), part, scale in zip(states, parts, scales, strict=True)
         ]
-        of_head, losses = cross_entropy(states[0][1], rows, backbone.spec.subvocabs[s])
+        head, vocab = states[0][1], backbone.spec.subvocabs[s]
+        usable = type(head) is nn.Linear and not backbone.sharded  # not wrapped by PEFT
+        of_head, losses = cross_entropy(head, rows, vocab, usable=usable)
         loss = loss + of_head
         for part, losses_R in zip(parts, losses, strict=True):
             valid = valid_Nk[:, part]
@@ -111,15 +113,18 @@ class Rows:
     """Samples that these are of."""
 
 
-def cross_entropy(head: nn.Module, rows: list[Rows], vocab: int) -> tuple[Tensor, list[Tensor]]:
+def cross_entropy(
+    head: nn.Module, rows: list[Rows], vocab: int, *, usable: bool
+) -> tuple[Tensor, list[Tensor]]:
     """sum_R scale_R CE_R with its gradient, and every CE_R without.
 
-    Where the head's weight cannot be used as it stands (ZeRO-3 holds a shard of it, or PEFT has
-    wrapped the layer), the layer is called for every part of the rows, and once more in the
-    backward pass.
+    Args:
+        usable: the head's weight can be used as it stands. Where it cannot (ZeRO-3 holds a shard of
+            it, PEFT has wrapped the layer), the layer is called for every part of the rows, and
+            once more in the backward pass.
     """
     sizes = [len(part.codes_R) for part in rows]
-    if torch.is_grad_enabled() and _is_whole(head):
+    if torch.is_grad_enabled() and usable:
         x, codes, scale = (
             torch.cat([getattr(part, name) for part in rows])
             for name in ("x_RD", "codes_R", "scale_R")
@@ -132,11 +137,6 @@ def cross_entropy(head: nn.Module, rows: list[Rows], vocab: int) -> tuple[Tensor
         [(each * part.scale_R).sum() for each, part in zip(losses, rows, strict=True)]
     ).sum()
     return loss, [each.detach() for each in losses]
-
-
-def _is_whole(head: nn.Module) -> bool:
-    """A plain linear layer whose weight is all there; ZeRO-3 leaves an empty tensor."""
-    return type(head) is nn.Linear and head.weight.shape == (head.out_features, head.in_features)
 
 
 def rows_at_once(vocab: int) -> int:

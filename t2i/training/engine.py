@@ -203,6 +203,7 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
 
     if config.engine.precision == "bf16":
         model.bfloat16()  # DeepSpeed casts parameters only, and buffers would not fit them
+    model.backbone.sharded = config.engine.zero_stage == 3
     groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     engine, *_ = deepspeed.initialize(
