@@ -242,6 +242,13 @@ def _huge_png(path: Path, side: int = 60000) -> Path:
     return path
 
 
+WANTED = {
+    "tag": "single_object",
+    "include": [{"class": "bus", "count": 1}],
+    "prompt": "a photo of a bus",
+}
+
+
 def test_a_huge_picture_is_refused_undecoded(tmp_path):
     path = _huge_png(tmp_path / "x.png")
     with pytest.raises(SkipSample, match="too large"):
@@ -249,7 +256,7 @@ def test_a_huge_picture_is_refused_undecoded(tmp_path):
     with pytest.raises(UserError, match="not a readable image"):
         load_image(path)
     with pytest.raises(UserError, match="cannot be read as an image"):
-        geneval.score([path], [{"tag": "single_object", "include": [], "prompt": "a photo"}])
+        geneval.score([path], [WANTED])
 
 
 def test_a_huge_file_of_an_image_is_not_read(tmp_path, monkeypatch):

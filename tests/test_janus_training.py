@@ -30,6 +30,7 @@ from t2i.export import export as export_folder
 from t2i.export_options import ExportOptions
 from t2i.lora import merge_lora
 from t2i.models.janus import janus_weights
+from t2i.models.janus.janus_modules import CodeHead
 from t2i.models.janus.janus_recipes import recipes
 from t2i.processes import ALONE
 from t2i.sampling import DrawOptions
@@ -302,7 +303,8 @@ def image_logits(layers: dict[str, torch.nn.Module]) -> torch.Tensor:
     embed, align, head = (
         layers[f"model.generation_{n}"] for n in ("embeddings", "aligner", "head")
     )
-    return head(align(embed(torch.arange(4))))
+    x = align(embed(torch.arange(4)))
+    return head.vision_head(head.read(x)) if isinstance(head, CodeHead) else head(x)
 
 
 def test_adapter_is_read_by_peft_on_transformers_model(tiny_world, lora):

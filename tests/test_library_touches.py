@@ -241,7 +241,7 @@ TOUCHES = (
     Touch(
         "transformers",
         "keys of the report of from_pretrained(output_loading_info=True)",
-        "t2i/models/llamagen/t5_files.py: mismatched_keys",
+        "t2i/weights.py: mismatched_keys",
         "weights that do not fit have to be refused by name (also geneval/mmdet_weights.py, dpg_bench/vqa_answerers.py)",
         loading_report,
     ),

@@ -13,6 +13,7 @@ from runs import tiny_run
 from test_recipes import ALL
 
 from t2i.errors import UserError
+from t2i.models.base import LoadOptions
 from t2i.models.families import find_family
 from t2i.tensorar import codec
 from t2i.training.check import check
@@ -175,7 +176,7 @@ def test_the_other_published_sizes_have_an_outline(name, size, no_files):
 def test_outlines_have_the_shapes_of_real_files(backbone, tmp_path):
     if backbone.spec.family == "janus":
         pytest.skip("tests/test_janus_training.py compares it")
-    outline = type(backbone).outline("unheard-of", config=backbone.config)
+    outline = type(backbone).outline("unheard-of", LoadOptions(config=backbone.config))
     shapes = {name: p.shape for name, p in outline.state_dict().items()}
     assert shapes == {name: p.shape for name, p in backbone.state_dict().items()}
     assert type(backbone).outline("unheard-of") is None

@@ -3,7 +3,7 @@ rounding changes a code, and seconds per image. docs/fewer_steps.md shows the re
 
 python launch/lab/fewer_steps.py calls                  # OUT/calls.json and acceptance.svg
 python launch/lab/fewer_steps.py calls --dtype bfloat16 # OUT/calls_bfloat16.json
-OMP_NUM_THREADS=1 python launch/lab/fewer_steps.py seconds --bases shapes --batches 1 4
+python launch/lab/fewer_steps.py seconds --bases shapes --batches 1 4   # best on one thread
 """
 
 import platform

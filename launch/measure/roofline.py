@@ -120,7 +120,8 @@ class Floor:
 def step_floor(model: TensorAR, rows: int, before: float) -> Floor:
     """Of a step with so many codes before it, on average."""
     cache = model.backbone.new_cache(rows, 1)
-    entry = sum(layer.numel() * layer.element_size() for layer in (*cache.keys, *cache.values))
+    first = [layer[:, :, 0] for layer in (*cache.keys, *cache.values)]
+    entry = sum(layer.numel() * layer.element_size() for layer in first)
     weight = next(model.parameters()).element_size()
     moved = multiplied(model) * weight + entry * (prefix_length(model) + before)
     return Floor(moved, rows * forward_flops(model) / model.windows.count)

@@ -180,7 +180,7 @@ def rotate(x_BLHK: Tensor, rope_LK2: Tensor, *, halves: bool = False) -> Tensor:
     """
     if not halves and not torch.compiler.is_compiling():  # one operation, with the same bits
         pairs = torch.view_as_complex(x_BLHK.float().unflatten(-1, (-1, 2)))
-        turned = pairs * torch.view_as_complex(rope_LK2)[None, :, None]
+        turned = pairs * torch.view_as_complex(rope_LK2).unsqueeze(-2)
         return torch.view_as_real(turned).flatten(-2).type_as(x_BLHK)
     axis, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
     cos, sin = rope_LK2.unsqueeze(-3).unbind(-1)
