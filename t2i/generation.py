@@ -22,11 +22,16 @@ from t2i.sampling import (
     check_speculate,
 )
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.pace import choose_ahead
 from t2i.tensorar.sampler import sample_windows
 from t2i.tensorar.speed import choose
 
 log = logging.getLogger(__name__)
+
+SPECULATION_PAYS = {1: 8, 4: 4}
+"""Images at once, at most -> windows of each that a call draws, where that is left to the kit: on a
+CPU, in eager steps, of models that predict one code a step (docs/fewer_steps.md); not measured
+elsewhere. It is a rule, and not timed at hand, so that a command draws the same bits every time.
+"""
 
 Job = tuple[int, int]
 """Prompt index and sample index: with the seed, all that an image's random numbers depend on."""
@@ -87,8 +92,7 @@ def draw_images(
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     steps = len(batches) * model.windows.count
-    first = [prompts[batches[0][i % len(batches[0])][0]] for i in range(batch_size)] if jobs else []
-    speed, speculate = choose_run(model, options, len(batches), first, length)
+    speed, speculate = choose_run(model, options, len(batches), batch_size)
     bar = progress_bar(total=steps, unit="step", desc="drawing", disable=not progress)
     with bar:
         for batch in batches:
@@ -114,29 +118,19 @@ def asked_ahead(model: TensorAR, options: DrawOptions) -> Speculate:
 
 
 def choose_run(
-    model: TensorAR,
-    options: DrawOptions,
-    batches: int,
-    prompts: Sequence[str | int],
-    length: int | None = None,
+    model: TensorAR, options: DrawOptions, batches: int, images: int
 ) -> tuple[Speed, int]:
-    """How so many batches are drawn: speed, and windows of each image that a call draws (0: one).
-
-    Args:
-        prompts: of a batch, from which it is measured what pays.
-        length: prefix tokens, as `Backbone.prepare` takes it.
+    """How so many batches of so many images are drawn: speed, and windows of each image that a call
+    draws (0: one).
     """
-    steps = batches * model.windows.count
-    speed = choose(options.speed or model.speed, model.backbone.device, steps)
+    device = model.backbone.device
+    speed = choose(options.speed or model.speed, device, batches * model.windows.count)
     asked = asked_ahead(model, options)
     if asked != "auto":
         return speed, 0 if asked == "off" else asked
-    sampling = options.sampling or model.sampling
-
-    def prepare() -> dict[str, Tensor]:
-        return model.backbone.prepare(prompts, length)
-
-    return speed, choose_ahead(model, len(prompts), prepare, sampling, speed, steps)
+    if device.type != "cpu" or speed != "eager" or model.windows.size > 1:
+        return speed, 0
+    return speed, next((ahead for most, ahead in SPECULATION_PAYS.items() if images <= most), 0)
 
 
 def check_request(

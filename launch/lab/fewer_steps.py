@@ -202,7 +202,8 @@ def study_calls(study: Study) -> list[dict]:
 def study_seconds(study: Study) -> list[dict]:
     """Processor seconds per image, and seconds; images are codes only."""
     from t2i.checkpoint import load_model
-    from t2i.tensorar.pace import choose_ahead
+    from t2i.generation import choose_run
+    from t2i.sampling import DrawOptions
     from t2i.tensorar.sampler import sample_windows
 
     rows = []
@@ -210,8 +211,8 @@ def study_seconds(study: Study) -> list[dict]:
         model = load_model(base, device="cpu", dtype=study.dtype)
         for batch in study.batches:
             prepared, keys = conditions(model, batch)
-            given: Callable[[], dict] = partial(dict, prepared)
-            auto = choose_ahead(model, batch, given, model.sampling, study.speed, 10**6)
+            options = DrawOptions(speed=study.speed, speculate="auto")
+            auto = choose_run(model, options, 1, batch)[1]
             works: dict[int, Callable[[], object]] = {
                 ahead: partial(
                     sample_windows, model, prepared, keys, model.sampling, None, study.speed, ahead

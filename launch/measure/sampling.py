@@ -94,7 +94,7 @@ class OpenGroup:
     def _add(self, method: str, speed: Speed) -> None:
         name = f"{method} {speed}"
         model = self.models[name] = attached(self.backbone, method)
-        chosen, speculate = choose_run(model, DrawOptions(speed=speed), 1, [])
+        chosen, speculate = choose_run(model, DrawOptions(speed=speed), 1, self.group.images)
         self.runs[name] = {"method": method, "speed": chosen, "speculate": speculate}
         keys = torch.arange(self.group.images)
 

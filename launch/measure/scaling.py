@@ -66,7 +66,7 @@ def points(base: Point, *, tiny: bool = False) -> dict[str, list[Point]]:
 
 def drawing(model: TensorAR, images: int):
     """Draws images as a user's program would."""
-    speed, speculate = choose_run(model, DrawOptions(), 1, [])
+    speed, speculate = choose_run(model, DrawOptions(), 1, images)
     prepared = model.backbone.made_up_conditions(images, PROMPT_TOKENS)
     keys, settings = torch.arange(images), SamplingConfig(cfg_scale=2.0)
     return partial(

@@ -6,7 +6,7 @@ out of the same matrix products. Where they go, and which are there, is a `Place
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from t2i.generation import (
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
-from t2i.sampling import DrawOptions, Speed
+from t2i.sampling import DrawOptions
 from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256
@@ -67,36 +67,27 @@ def fill(
     place.finish()
 
 
-@dataclass(frozen=True)
-class _Run:
-    """All batches of a request."""
+def _claim(
+    place: Place,
+    settings: dict,
+    model: TensorAR,
+    options: DrawOptions,
+    batches: int,
+    *,
+    compared: set[str],
+) -> DrawOptions:
+    """Claim a place for so many batches of images; returns how all of them are drawn.
 
-    model: TensorAR
-    prompts: Sequence[str | int]
-    batches: Sequence[Sequence[Job]]
-    options: DrawOptions
-
-    def claim(self, place: Place, settings: dict, *, compared: set[str]) -> DrawOptions:
-        """Claim a place for the images; returns how all of them are drawn.
-
-        Speculation that is left to the kit is settled once, where the place is new, and recorded:
-        whoever goes on with it, or helps, draws in the same matrix products.
-        """
-        auto = asked_ahead(self.model, self.options) == "auto"
-        new = place.processes.is_main and not place.record.is_file()
-        options = replace(self.options, speculate="off") if auto and not new else self.options
-        speed, ahead = self._choose(options)
-        compared = compared if auto else compared | {"speculate"}
-        settings = settings | {"speculate": ahead}
-        recorded = place.claim(settings, options.about, compared=compared)
-        ahead = recorded.get("speculate", 0) if auto else ahead
-        return replace(options, speed=speed, speculate=ahead)
-
-    def _choose(self, options: DrawOptions) -> tuple[Speed, int]:
-        """For all batches, not for each."""
-        first = [self.prompts[prompt] for batch in self.batches[:1] for prompt, _ in batch]
-        length = self.model.backbone.prefix_length(self.prompts)
-        return choose_run(self.model, options, len(self.batches), first, length)
+    Whoever goes on with it, or helps, takes speculation that is left to the kit from what was
+    recorded, and so draws in the same matrix products.
+    """
+    speed, ahead = choose_run(model, options, batches, options.batch_size)
+    auto = asked_ahead(model, options) == "auto"
+    compared = compared if auto else compared | {"speculate"}
+    recorded = place.claim(settings | {"speculate": ahead}, options.about, compared=compared)
+    if auto:
+        ahead = recorded.get("speculate", 0)
+    return replace(options, speed=speed, speculate=ahead)
 
 
 def _batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
@@ -129,8 +120,7 @@ def draw_prompts(
     batches = _batches(jobs, options.batch_size)
     for batch in batches:  # the last one is filled up: all come out of the same matrix shapes
         batch += [batch[-1]] * (options.batch_size - len(batch))
-    run = _Run(model, prompts, batches, options)
-    options = run.claim(place, settings, compared=_MUST_MATCH)
+    options = _claim(place, settings, model, options, len(batches), compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
@@ -230,8 +220,8 @@ def draw_classes(
     labels = sample_labels(images.count, spec.num_classes, balanced=balanced, seed=options.seed)
     classes = labels.tolist()
     batches = numbered_batches(images.count, options.batch_size)
-    run = _Run(model, classes, batches, options)
-    options = run.claim(place, settings, compared=set(settings))
+    compared = set(settings)
+    options = _claim(place, settings, model, options, len(batches), compared=compared)
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, classes, options, jobs=batch, progress=False)

@@ -331,27 +331,6 @@ def begin(
 
 
 @torch.no_grad()
-def timed_call(
-    model: TensorAR, prepared: dict[str, Tensor], config: SamplingConfig, speed: Speed, ahead: int
-) -> Callable[[], None]:
-    """What does a step in the middle of a batch of such images, again and again."""
-    guided = guidance_table(model, config) is not None
-    condition = encode_rows(model.backbone, prepared, guided=guided)
-    rows = len(next(iter(prepared.values())))
-    keys = torch.arange(rows, device=model.backbone.device)
-    drawing, run = begin(model, condition, keys, config, speed, ahead)
-    middle, last = model.windows.count // 2, model.windows.count - 1
-    extent = drawing.state.extent(min(middle + ahead, last))
-
-    @torch.no_grad()
-    def work() -> None:
-        drawing.index.fill_(middle)
-        run(model, extent)
-
-    return work
-
-
-@torch.no_grad()
 def whole_run(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
     """Draw all windows; yields after each call of the trunk how many more are settled in every
     row.
