@@ -91,6 +91,7 @@ def test_a_folder_of_images_gives_the_same_numbers(finished, tmp_path):
     assert {name: folder_content(tmp_path / "out")[name] for name in kept} == kept
 
 
+@pytest.mark.slow
 def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
     finished, shapes_ckpt, tmp_path, monkeypatch
 ):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import rare
 
 import t2i
 from geneval.prompts import TAGS
@@ -51,7 +52,7 @@ def test_codes_are_those_of_their_scenes_and_kept(tmp_path):
     assert torch.equal(backbone.encode_images(pixels)[..., 0], first.codes.long())
 
 
-@pytest.mark.parametrize("family", ["llamagen", "janus"])
+@pytest.mark.parametrize("family", [rare("llamagen"), "janus"])
 def test_a_run_leaves_two_bases_and_their_scores(family, tmp_path, monkeypatch):
     seconds = count()  # a step takes one
     monkeypatch.setattr(caption_bases, "time", SimpleNamespace(time=lambda: next(seconds)))
@@ -73,6 +74,7 @@ def test_a_run_leaves_two_bases_and_their_scores(family, tmp_path, monkeypatch):
     assert set(scores["base"]) == {*TAGS, "overall"}
 
 
+@pytest.mark.slow
 def test_the_tokenizer_and_the_text_encoder_learn(tmp_path):
     cfg = recipe(tmp_path, tokenizer=None, image_size=16, vq_steps=30, vq_batch=8, scenes=8)
     pixels = caption_bases.to_pixels(caption_bases.draw_scenes(1, 16, range(16))[0])
