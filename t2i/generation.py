@@ -125,6 +125,11 @@ def choose_run(
     """
     device = model.backbone.device
     speed = choose(options.speed or model.speed, device, batches * model.windows.count)
+    if speed == "compiled" and (options.sampling or model.sampling).renoise:
+        raise UserError(
+            "renoise cannot be drawn with compiled steps (torch.compile gets its indices wrong): "
+            "choose speed auto or eager"
+        )
     asked = asked_ahead(model, options)
     if asked != "auto":
         return speed, 0 if asked == "off" else asked

@@ -207,6 +207,8 @@ def test_auto_is_a_rule():
 
     assert [chosen(n)[1] for n in (1, 2, 4, 5, 64)] == [8, 4, 4, 0, 0]
     assert chosen(1, speed="compiled") == ("compiled", 0)
+    with pytest.raises(UserError, match="renoise cannot be drawn with compiled steps"):
+        chosen(1, speed="compiled", sampling=SamplingConfig(renoise=0.5))
     assert chosen(1, speculate="off") == ("eager", 0) and chosen(64, speculate=3)[1] == 3
     refining = TensorAR(tiny_llamagen("class"), presets.iclr2026()).eval()
     assert chosen(1, refining)[1] == 0, "not measured with windows of several codes"
