@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import rare
 from programs import ROOT, free_port
 from runs import metrics, plain_options
 
@@ -199,7 +198,8 @@ def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
     checkpoint.read_config(saved, with_state=True, contents=True)
 
 
-@pytest.mark.parametrize("frozen", [1, rare(0)])
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [1, 0])
 def test_a_frozen_process_ends_the_others(frozen):
     """With words that name it. Rank 0 holds the server that signs of life are given to."""
     code = f"""if True:
