@@ -19,6 +19,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -100,50 +102,44 @@ class Benchmark:
 
 def groups(config: Benchmark, device: "torch.device", machine: "Machine") -> Iterator[tuple]:
     """(kind of rows, what it is, function that measures it) in order."""
-    from functools import partial
-
     from launch.measure import sampling, scaling, training
     from t2i.sampling import Speed
 
     if "sampling" in config.what:
         usual = ("graphs", "eager") if device.type == "cuda" else ("eager",)
         speeds: tuple[Speed, ...] = config.speeds or usual  # type: ignore[assignment]
-        for shape in config.shapes:
-            for dtype in config.dtypes:
-                for images in config.images:
-                    group = sampling.Group(
-                        shape,
-                        dtype,
-                        images,
-                        config.methods,
-                        speeds,
-                        _peers(config),
-                        config.steps,
-                        config.rounds,
-                        config.guidance,
-                        config.top_k,
-                        config.llamagen,
-                    )
-                    work = partial(sampling.measure, group, device, machine, memory=config.memory)
-                    yield "sampling", f"{shape}, {dtype}, {images} images", work
-            if config.decode:
-                for images in config.images:
-                    row = partial(sampling.decode_row, shape, images, device, config.rounds)
-                    yield "decoding", f"{shape}, {images} images", lambda row=row: [row()]
+        for shape, dtype, images in product(config.shapes, config.dtypes, config.images):
+            group = sampling.Group(
+                shape,
+                dtype,
+                images,
+                config.methods,
+                speeds,
+                _peers(config),
+                config.steps,
+                config.rounds,
+                config.guidance,
+                config.top_k,
+                config.llamagen,
+            )
+            work = partial(sampling.measure, group, device, machine, memory=config.memory)
+            yield "sampling", f"{shape}, {dtype}, {images} images", work
+        for shape, images in product(config.shapes, config.images if config.decode else ()):
+            row = partial(sampling.decode_row, shape, images, device, config.rounds)
+            yield "decoding", f"{shape}, {images} images", lambda row=row: [row()]
     if "training" in config.what:
-        for shape in config.shapes:
-            for dtype in config.dtypes:
-                steps = training.TrainingGroup(
-                    shape,
-                    dtype,
-                    config.batch,
-                    config.methods,
-                    config.naive,
-                    config.recompute,
-                    config.rounds,
-                )
-                work = partial(training.measure, steps, device, machine, memory=config.memory)
-                yield "training", f"{shape}, {dtype}, batch {config.batch}", work
+        for shape, dtype in product(config.shapes, config.dtypes):
+            steps = training.TrainingGroup(
+                shape,
+                dtype,
+                config.batch,
+                config.methods,
+                config.naive,
+                config.recompute,
+                config.rounds,
+            )
+            work = partial(training.measure, steps, device, machine, memory=config.memory)
+            yield "training", f"{shape}, {dtype}, batch {config.batch}", work
     if "scaling" in config.what:
         for name, points in scaling.points(scaling.Point()).items():
             rounds = min(config.rounds, 3)

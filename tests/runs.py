@@ -11,6 +11,7 @@ from helpers import Killed, randomize
 from safetensors.torch import load_file
 
 import t2i
+from launch.lab.soak_world import TINY
 from t2i.files import write_json
 from t2i.imaging import save_png
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
@@ -41,19 +42,7 @@ def write_tiny_base(folder: Path) -> Path:
     from t2i.shapes.tiny_t5 import build_tiny_t5
 
     vq = _tiny_vq()
-    config = LlamaGenConfig(
-        dim=64,
-        n_layer=2,
-        n_head=2,
-        grid=(4, 4),
-        cond="text",
-        vocab_size=64,
-        ffn_dim=128,
-        caption_tokens=12,
-        caption_dim=32,
-        resid_dropout=0.0,
-        ffn_dropout=0.0,
-    )
+    config = LlamaGenConfig(**TINY)
     gpt = LlamaGen(config)
     randomize(gpt)
     build_tiny_t5(folder / "text_encoder", [_WORDS], d_model=32, d_ff=32, num_layers=1)

@@ -230,9 +230,8 @@ def test_what_no_janus_has_is_refused(copy, settings, said):
 
 def test_a_text_head_that_was_left_out_is_missed_by_name(folder):
     with pytest.raises(ValueError, match="generation_only has no text head"):
-        Janus.load(folder, LoadOptions(generation_only=True)).text_logits(
-            torch.zeros(1, 3, dtype=torch.long)
-        )
+        drawing = LoadOptions(generation_only=True)
+        Janus.load(folder, drawing).text_logits(torch.zeros(1, 3).long())
 
 
 # -- precision ------------------------------------------------------------------------------------

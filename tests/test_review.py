@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, open_browser
 from PIL import Image
 from programs import program
 
@@ -156,145 +157,154 @@ def test_what_cannot_be_shown(refusal):
 
 # -- in a browser ----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("needs chromium (Debian: apt install chromium)")
-    with api.sync_playwright() as playwright:
-        quiet = ["--no-sandbox", "--disable-background-networking", "--disable-sync"]
-        with playwright.chromium.launch(executable_path=chromium, args=quiet) as browser:
-            yield browser
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture
 def tab(browser, page):
-    """The page in a context of its own; an error in it fails the test."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True)
-    tab, errors = context.new_page(), []
-    tab.on("pageerror", lambda error: errors.append(error))
-    tab.goto(page.as_uri())
-    yield tab
-    context.close()
-    assert not errors
+    """The page with nothing kept from before; an error in it fails the test."""
+    browser.open(page)
+    browser.run("localStorage.clear()")
+    browser.open(page)
+    yield browser
+    assert browser.errors == []
 
 
-def _sources(tab) -> set[str]:
-    return set(tab.eval_on_selector_all(".cell img", "all => all.map(i => i.getAttribute('src'))"))
+def _all(selector: str, of: str) -> str:
+    """JavaScript: a list of what is asked of every element that is seen."""
+    seen = f"[...document.querySelectorAll({selector!r})].filter(e => e.offsetParent)"
+    return f"{seen}.map(e => {of})"
+
+
+def _set(selector: str, value: str, number: int = 0) -> str:
+    """JavaScript: what typing does."""
+    return (
+        f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('input')) }})"
+        f"(document.querySelectorAll({selector!r})[{number}])"
+    )
+
+
+def _click(selector: str, number: int = 0) -> str:
+    return f"document.querySelectorAll({selector!r})[{number}].click()"
+
+
+def _text(selector: str) -> str:
+    return f"document.querySelector({selector!r}).textContent"
+
+
+SHOWN = _all(".prompt h2", "e.textContent")
+SOURCES = _all(".cell img", "e.getAttribute('src')")
 
 
 def test_prompts_and_names_stay_text(tab):
-    assert tab.title() == "One & <u>two</u>"
-    assert tab.locator(".prompt h2").first.text_content() == PROMPTS[0]
-    assert tab.locator(".head b").nth(1).text_content() == "judged <i>"
-    assert tab.locator("#evil, h1 u, .head i").count() == 0
-    assert tab.locator(".cell img").count() == 12
+    assert tab.run("document.title") == "One & <u>two</u>"
+    assert tab.run(SHOWN) == PROMPTS
+    assert tab.run(_all(".head b", "e.textContent")) == ["refined", "judged <i>"]
+    assert tab.run("document.querySelectorAll('#evil, h1 u, .head i').length") == 0
+    assert len(tab.run(SOURCES)) == 12
 
 
 def test_stages_and_what_they_changed(tab):
-    assert all("/samples/" in source for source in _sources(tab))
-    tab.locator(".stage").fill("2")
+    assert all("/samples/" in source for source in tab.run(SOURCES))
+    tab.run(_set(".stage", "2"))
     drafts = {f"columns/refined/{stage_file(p, s, 2)}" for p in range(3) for s in range(2)}
-    assert drafts < _sources(tab)
-    assert sum("/samples/" in source for source in _sources(tab)) == 6  # of the model that has none
-    assert tab.locator(".stage-name").text_content() == "draft 2"
-    tab.locator(".map").check()
-    canvases = tab.locator(".cell canvas")
-    assert canvases.count() == 6
-    red = "c => { const d = c.getContext('2d').getImageData(0, 0, 3, 2).data; return [0,1,2,3,4,5].filter(i => d[4 * i] > 100) }"
-    assert canvases.first.evaluate(red) == [1]
-    tab.keyboard.press("m")
-    assert canvases.count() == 0
-    tab.get_by_text("Play", exact=True).click()
-    tab.wait_for_function("document.querySelector('.stage-name').textContent === 'draft 1'")
-    tab.wait_for_function("document.querySelector('.stage-name').textContent === 'final'")
+    shown = tab.run(SOURCES)
+    assert drafts < set(shown)
+    assert sum("/samples/" in source for source in shown) == 6, "of the model that has no stages"
+    assert tab.run(_text(".stage-name")) == "draft 2"
+    tab.run(_click(".map"))
+    pixels = "e.getContext('2d').getImageData(0, 0, 3, 2).data"
+    changed = f"(d => [0, 1, 2, 3, 4, 5].filter(i => d[4 * i] > 100))({pixels})"
+    assert tab.run(_all(".cell canvas", changed)) == [[1]] * 6
+    tab.press("m")
+    assert tab.run(_all(".cell canvas", "1")) == []
+    tab.run("[...document.querySelectorAll('button')].find(e => e.innerText == 'Play').click()")
+    tab.wait(_text(".stage-name") + " == 'draft 1'")
+    tab.wait(_text(".stage-name") + " == 'final'")
 
 
 def test_filters(tab):
-    visible = tab.locator(".prompt:visible h2")
-    tab.keyboard.press("/")
-    tab.keyboard.type("STARS")
-    assert visible.all_text_contents() == ["two stars"]
-    tab.locator("#search").fill("")
-    tab.locator("#tag").select_option("single")
-    assert visible.all_text_contents() == [PROMPTS[0], "a bus"]
-    tab.locator("#tag").select_option("")
-    tab.locator("#verdict").select_option("wrong")
-    assert visible.all_text_contents() == ["two stars"]
-    tab.locator("#search").fill("bus")
-    assert visible.count() == 0 and tab.locator(".empty").is_visible()
+    tab.press("/")
+    assert tab.run("document.activeElement.id") == "search"
+    tab.run(_set("#search", "STARS"))
+    assert tab.run(SHOWN) == ["two stars"]
+    tab.run(_set("#search", ""))
+    tab.run(_set("#tag", "single"))
+    assert tab.run(SHOWN) == [PROMPTS[0], "a bus"]
+    tab.run(_set("#tag", ""))
+    tab.run(_set("#verdict", "wrong"))
+    assert tab.run(SHOWN) == ["two stars"]
+    tab.run(_set("#search", "bus"))
+    assert tab.run(SHOWN) == [] and tab.run(_all(".empty", "1")) == [1]
 
 
 def test_one_picture_large(tab):
-    tab.locator(".cell figure").first.click()
-    title = tab.locator("#zoom header span").first
-    assert title.text_content() == "refined, sample 0"
-    tab.keyboard.press("ArrowRight")
-    assert title.text_content() == "judged <i>, sample 0"
+    tab.run(_click(".cell figure"))
+    title = _text("#zoom header span")
+    assert tab.run(title) == "refined, sample 0"
+    tab.press("ArrowRight")
+    assert tab.run(title) == "judged <i>, sample 0"
     for _ in range(2):
-        tab.keyboard.press("ArrowDown")
-    assert tab.locator("#zoom h3").text_content() == "two stars"
-    assert tab.locator("#zoom li").all_text_contents() == ["expected 2 stars", "found 1"]
-    tab.keyboard.press("Escape")
-    assert not tab.locator("#zoom").is_visible()
+        tab.press("ArrowDown")
+    assert tab.run(_text("#zoom h3")) == "two stars"
+    assert tab.run(_all("#zoom li", "e.textContent")) == ["expected 2 stars", "found 1"]
+    tab.run(_click("#zoom figure"))
+    assert not tab.run("document.querySelector('#zoom').open")
 
 
-def test_blind_votes_and_notes_are_saved_and_loaded(tab, browser, page, tmp_path):
-    tab.locator("textarea").nth(1).fill("too few")
-    tab.locator("#vote-blind").click()
-    dialog = tab.locator("#vote")
-    assert "refined" not in dialog.text_content() and "judged" not in dialog.text_content()
+def test_blind_votes_and_notes_are_saved_and_loaded(tab, page, tmp_path):
+    tab.run(_set("textarea", "too few", 1))
+    tab.run(_click("#vote-blind"))
     for i in range(6):
-        assert f"{i + 1} of 6" in dialog.text_content()
+        shown = tab.run(_text("#vote"))
+        assert f"{i + 1} of 6" in shown and "refined" not in shown and "judged" not in shown
         if i == 2:
-            tab.keyboard.press("2")
-            tab.keyboard.press("u")
-        right = dialog.locator("img").nth(1).get_attribute("src").startswith("columns/refined/")
-        tab.keyboard.press("2" if right else "1")  # always the model that refines
-    assert dialog.locator("td").all_text_contents()[-6:-1] == [
-        "refined",
-        "judged <i>",
-        "6",
-        "0",
-        "0",
-    ]
-    dialog.get_by_text("Close").click()
-    with tab.expect_download() as download:
-        tab.locator("#save").click()
-    saved = tmp_path / "votes.json"
-    download.value.save_as(saved)
-    content = json.loads(saved.read_text(encoding="utf-8"))
+            tab.press("2")
+            tab.press("u")
+        sides = tab.run(_all("#vote img", "e.getAttribute('src')"))
+        tab.press("2" if sides[1].startswith("columns/refined/") else "1")  # always that one
+    cells = tab.run(_all("#vote td", "e.textContent"))
+    assert cells[:5] == ["refined", "judged <i>", "6", "0", "0"]
+    # What is offered for download is kept instead.
+    tab.run("URL.createObjectURL = blob => { blob.text().then(t => window.saved = t); return '#' }")
+    tab.run(_click("#save"))
+    tab.wait("window.saved")
+    content = json.loads(tab.run("window.saved"))
     assert len(content["votes"]) == 6 and content["notes"] == {"00001": "too few"}
 
-    with browser.new_context() as elsewhere:
-        other = elsewhere.new_page()
-        other.goto(page.as_uri())
-        other.locator("#load").set_input_files(saved)
-        other.wait_for_function(
-            "document.getElementById('message').textContent.startsWith('6 votes')"
-        )
-        assert other.locator("textarea").nth(1).input_value() == "too few"
-        saved.write_text(json.dumps(content | {"review": "another"}), encoding="utf-8")
-        other.locator("#load").set_input_files(saved)
-        other.wait_for_function(
-            "document.getElementById('message').textContent.includes('another review')"
-        )
+    tab.run("localStorage.clear()")
+    tab.open(page)
+    saved = tmp_path / "votes.json"
+    for review, said in ((content["review"], "6 votes and 1 notes"), ("other", "another review")):
+        saved.write_text(json.dumps(content | {"review": review}), encoding="utf-8")
+        root = tab.call("DOM.getDocument")["root"]["nodeId"]
+        upload = tab.call("DOM.querySelector", nodeId=root, selector="#load")["nodeId"]
+        tab.call("DOM.setFileInputFiles", nodeId=upload, files=[str(saved)])
+        tab.wait(_text("#message") + f".includes('{said}')")
+        assert tab.run("document.querySelectorAll('textarea')[1].value") == "too few"
 
 
-def test_notes_survive_a_reload(tab):
-    tab.locator("textarea").first.fill("good")
-    tab.reload()
-    assert tab.locator("textarea").first.input_value() == "good"
+def test_notes_survive_a_reload(tab, page):
+    tab.run(_set("textarea", "good"))
+    tab.open(page)
+    assert tab.run("document.querySelector('textarea').value") == "good"
 
 
-def test_on_a_phone_and_in_the_dark(browser, page):
-    with browser.new_context(
-        viewport={"width": 375, "height": 800}, color_scheme="dark"
-    ) as context:
-        tab = context.new_page()
-        tab.goto(page.as_uri())
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 375
-        assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 26)"
-        assert tab.locator(".cell .name").first.is_visible()
-        tab.locator("#vote-blind").click()
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 375
+def test_on_a_phone_and_in_the_dark(tab):
+    screen = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    tab.call("Emulation.setDeviceMetricsOverride", **screen)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    tab.call("Emulation.setEmulatedMedia", features=dark)
+    wide = "document.documentElement.scrollWidth"
+    assert tab.run(wide) <= 375
+    ground = tab.run("getComputedStyle(document.body).backgroundColor")
+    assert ground == "rgb(23, 24, 26)"
+    assert len(tab.run(_all(".cell .name", "1"))) == 6
+    tab.run(_click("#vote-blind"))
+    assert tab.run(wide) <= 375
+    tab.call("Emulation.clearDeviceMetricsOverride")
+    tab.call("Emulation.setEmulatedMedia", features=[])

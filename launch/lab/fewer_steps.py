@@ -93,9 +93,9 @@ def courses(
 
     prepared, keys = conditions(model, len(PROMPTS))
     with torch.no_grad():
-        guided = guidance_table(model, config) is not None
-        condition = encode_rows(model.backbone, prepared, guided=guided)
-        drawing, run = begin(model, condition, keys, config, "eager", ahead)
+        scales = guidance_table(model, config)
+        condition = encode_rows(model.backbone, prepared, guided=scales is not None)
+        drawing, run = begin(model, condition, scales, keys, config, "eager", ahead)
         ends: list[list[int]] = [[] for _ in PROMPTS]
         for _ in whole_run(model, drawing, run):
             settled = drawing.index.expand(len(ends), -1)[:, 0].tolist()

@@ -15,6 +15,13 @@ from t2i.checkpoint import run_checkpoints
 from t2i.files import file_sha256, read_json, write_json
 from t2i.manifest import MANIFEST
 
+TINY = {
+    **{"dim": 64, "n_layer": 2, "n_head": 2, "ffn_dim": 128, "vocab_size": 64, "grid": (4, 4)},
+    **{"cond": "text", "caption_tokens": 12, "caption_dim": 32},
+    **{"resid_dropout": 0.0, "ffn_dropout": 0.0},  # drawn anew for every split
+}
+"""Shape of a LlamaGen whose training takes seconds."""
+
 STEPS, SAVE_EVERY = 40, 5
 
 
@@ -101,19 +108,7 @@ def _write_base(folder: Path) -> None:
     from t2i.shapes.tiny_t5 import build_tiny_t5
 
     torch.manual_seed(0)
-    config = LlamaGenConfig(
-        resid_dropout=0.0,  # drawn anew for every split; `token_dropout` is tested
-        ffn_dropout=0.0,
-        dim=64,
-        n_layer=2,
-        n_head=2,
-        grid=(4, 4),
-        cond="text",
-        vocab_size=64,
-        ffn_dim=128,
-        caption_tokens=12,
-        caption_dim=32,
-    )
+    config = LlamaGenConfig(**TINY)
     gpt = LlamaGen(config)
     vq = VQTokenizer(VQConfig(32, (1, 1, 1, 1), 1, 32, codebook_size=64, codebook_dim=8))
     for p in (*gpt.parameters(), *vq.parameters()):

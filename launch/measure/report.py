@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def plot(results: dict, path: Path) -> bool:
     count = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.4 * count), layout="constrained")
     axes = figure.subplots(count, columns, squeeze=False).flatten()
-    for (title, draw, rows), axis in zip(panels, axes, strict=False):
+    for (title, draw, rows), axis in zip(panels, axes[: len(panels)], strict=True):
         draw(axis, rows)
         axis.set_title(title, fontsize=9)
     for axis in axes[len(panels) :]:
@@ -187,9 +188,7 @@ def _bars(value: str, quartiles: str):
 
 
 def _lines(axis, rows: list[dict]) -> None:
-    for color, name in zip(
-        COLORS * 3, dict.fromkeys(row["contender"] for row in rows), strict=False
-    ):
+    for name, color in zip(dict.fromkeys(row["contender"] for row in rows), cycle(COLORS)):
         of = [row for row in rows if row["contender"] == name]
         x = [row["images"] for row in of]
         axis.plot(x, [row["ms_per_step"] for row in of], "o-", color=color, label=name, ms=3)
@@ -200,7 +199,7 @@ def _lines(axis, rows: list[dict]) -> None:
 
 
 def _growth(axis, rows: list[dict]) -> None:
-    for color, work in zip(COLORS, dict.fromkeys(row["work"] for row in rows), strict=False):
+    for work, color in zip(dict.fromkeys(row["work"] for row in rows), cycle(COLORS)):
         of = [row for row in rows if row["work"] == work]
         x = [row["x"] for row in of]
         axis.plot(x, [row["seconds"] for row in of], "o-", color=color, label=work)

@@ -228,5 +228,6 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def ratios(values: list[float], reference: list[float]) -> list[float]:
-    """Of the same rounds."""
-    return [a / b for a, b in zip(values, reference, strict=False)]
+    """Of the rounds that both did: one that ran out of memory stopped early."""
+    both = min(len(values), len(reference))
+    return [a / b for a, b in zip(values[:both], reference[:both], strict=True)]

@@ -52,9 +52,7 @@ class BackboneSpec:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the base model was sampled by its authors."""
     sign_codebook: bool = False
-    """Codes are sign patterns, a sub-token's bits one latent channel each: noise between neighbours
-    draws bits anew.
-    """
+    """Codes are sign patterns, each bit a latent channel: noise between neighbours redraws bits."""
 
     @property
     def num_tokens(self) -> int:
@@ -71,10 +69,9 @@ class BackboneSpec:
                 "another tokenizer or resolution"
             )
         if (codes < 0).any() or (codes >= torch.tensor(self.subvocabs)).any():
-            raise UserError(
-                f"the data has codes from {int(codes.min())} to {int(codes.max())}, this "
-                f"{self.family} backbone {self.subvocabs}: they are of another tokenizer"
-            )
+            found = f"the data has codes from {int(codes.min())} to {int(codes.max())}, this "
+            own = f"{self.family} backbone {self.subvocabs}: they are of another tokenizer"
+            raise UserError(found + own)
 
 
 @dataclass

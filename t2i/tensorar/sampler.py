@@ -11,7 +11,6 @@ rows by n, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -290,8 +289,9 @@ def sample_windows(
     backbone, windows = model.backbone, model.windows.shrunk(config.window)
     assert speed != "auto", "settled by `choose`"
     keys = keys.to(backbone.device)
-    condition = encode_rows(backbone, prepared, guided=guidance_table(model, config) is not None)
-    make = partial(begin, model, condition, keys, config, speed, speculate)
+    scales = guidance_table(model, config)
+    condition = encode_rows(backbone, prepared, guided=scales is not None)
+    make = partial(begin, model, condition, scales, keys, config, speed, speculate)
     tick = on_step or (lambda: None)
     with model.held.lock:
         if speed == "eager":
@@ -316,6 +316,7 @@ def sample_windows(
 def begin(
     model: TensorAR,
     condition: Condition,
+    scales_NS: Tensor | None,
     keys: Tensor,
     config: SamplingConfig,
     speed: Speed,
@@ -325,7 +326,7 @@ def begin(
     windows, device = model.windows.shrunk(config.window), model.backbone.device
     noise = noise_keys(keys, windows, len(model.backbone.spec.subvocabs))
     copy = Condition.cat([condition])  # to be refilled
-    state = new_state(model, copy, guidance_table(model, config), own_pace=speculate > 0)
+    state = new_state(model, copy, scales_NS, own_pace=speculate > 0)
     drawing = new_drawing(model, state, keys, noise, config, speculate)
     return drawing, runner(leap if speculate else step, drawing, speed, device)
 

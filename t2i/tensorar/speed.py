@@ -64,7 +64,7 @@ def choose(speed: Speed, device: torch.device, steps: int) -> Speed:
     hint = ""
     if device.type == "cpu" and steps >= COMPILING_PAYS_FROM:
         hint = "; --speed compiled may be twice as fast, after a minute"
-    say(f"speed: {chosen}, for {steps} steps on {device.type}{hint}")
+    _say(f"speed: {chosen}, for {steps} steps on {device.type}{hint}")
     return chosen
 
 
@@ -81,8 +81,7 @@ def compiler_lacks(device: torch.device) -> str:
 
 
 @cache
-def say(message: str) -> None:
-    """Log it once."""
+def _say(message: str) -> None:
     log.info(message)
 
 

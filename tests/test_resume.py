@@ -1,0 +1,182 @@
+"""A run goes on as if it had not been stopped, and what is kept of it beside its checkpoints."""
+
+import os
+import signal
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Killed, edited, rare
+from runs import (
+    SAME_SUM,
+    assert_same_metrics,
+    assert_same_weights,
+    before_step,
+    kill,
+    metrics,
+    state_of,
+    tiny_run,
+    weights,
+)
+from safetensors.torch import load_file
+
+import t2i
+from t2i.checkpoint import read_config, run_checkpoints
+from t2i.errors import Stopped
+from t2i.processes import ALONE
+from t2i.shapes.shapes_source import write_dataset
+from t2i.training.batches import TrainingData
+from t2i.training.loop import BEST_BY, Run, train
+from t2i.training.start import build_model
+from t2i.training.validation import validate
+
+EXACT = 0.0
+
+
+# -- resume ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGTERM, rare(signal.SIGINT), rare(signal.SIGHUP)])
+def test_stop_and_resume_changes_no_bit(tiny_world, number):
+    if number == signal.SIGHUP:  # ignored where the tests outlive their terminal
+        signal.signal(number, signal.SIG_DFL)
+    names = [f"{name}-{number.name}" for name in ("whole", "halves", "no-dropout")]
+    options = {"steps": 6, "token_dropout": 0.1, "condition_dropout": 0.3}
+    whole = train(tiny_run(tiny_world, names[0], **options))
+    saved = pytest.raises(Stopped, match="saved after step 3")
+    with saved, before_step(2, lambda run: os.kill(os.getpid(), number)):
+        train(tiny_run(tiny_world, names[1], **options))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler goes with the run"
+    resumed = train(tiny_run(tiny_world, names[1], resume=True, **options))
+    assert_same_metrics(*(metrics(tiny_world, name) for name in names[:2]), EXACT)
+    assert_same_weights(weights(whole), weights(resumed))
+    without = train(tiny_run(tiny_world, names[2], **options | {"token_dropout": 0.0}))
+    assert not torch.equal(
+        *(load_file(f / "codec.safetensors")["encoder.slots"] for f in (whole, without))
+    )
+
+
+def test_resume_wants_the_same_run(tiny_world, plain):
+    def refused(message: str, **changes):
+        with pytest.raises(ValueError, match=message):
+            train(tiny_run(tiny_world, "plain", **{"resume": True, **changes}))
+
+    refused(r"batch_size: 16 -> 8", batch_size=8)
+    refused(r"method.k: 3 -> 2", method__k=2)
+    refused(r"ema: 0.0 -> 0.9", ema=0.9)
+    refused("has done 3 steps already", steps=2)
+    refused("already holds a run; give --resume", resume=False)
+    assert train(tiny_run(tiny_world, "plain", resume=True)) == plain, "nothing left to do"
+
+
+def test_resume_wants_the_same_data(tiny_world, tmp_path):
+    write_dataset(tmp_path / "data", 40, size=32)
+    config = tiny_run(tiny_world, "grown", data__source=str(tmp_path / "data"))
+    train(replace(config, steps=1))
+    write_dataset(tmp_path / "data", 41, size=32)
+    changes = r"the data set has changed since .* 1 file was edited \(metadata\.jsonl\), 1 file was added \("
+    with pytest.raises(ValueError, match=changes):
+        train(replace(config, resume=True))
+
+
+def test_resume_knows_data_by_their_content(tiny_world, tmp_path):
+    """Case 10: touched, copied elsewhere, named otherwise: the same data."""
+    write_dataset(tmp_path / "data", 20, size=32)
+    config = tiny_run(tiny_world, "data_moved", data__source=str(tmp_path / "data"))
+    train(replace(config, steps=1))
+    caches = set((tiny_world / "cache").iterdir())
+    for image in (tmp_path / "data" / "images").iterdir():
+        os.utime(image, (1, 1))
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    data = replace(config.data, source=f"{tmp_path}/./elsewhere/")
+    train(replace(config, steps=2, resume=True, data=data))
+    assert set((tiny_world / "cache").iterdir()) == caches, "nothing is encoded again"
+
+
+def test_a_state_of_an_older_version_is_refused(tiny_world, plain, copied):
+    """It held DeepSpeed's own files."""
+    folder = copied(plain)
+    (state,) = (folder / "training_state").iterdir()
+    state.rename(state.with_name("mp_rank_00_model_states.pt"))
+    with edited(folder / "manifest.json") as manifest:
+        entry = manifest["files"].pop(f"training_state/{state.name}")
+        manifest["files"]["training_state/mp_rank_00_model_states.pt"] = entry
+    with pytest.raises(ValueError, match=r"older version.*--backbone.weights \S+step_000003"):
+        train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
+
+
+def test_a_run_goes_on_under_any_stage(tiny_world, caplog):
+    """Each step under another one, with another split: the same losses, and averages."""
+    options = {"steps": 5, "log__save_every": 1, "ema": 0.5}
+    whole = train(tiny_run(tiny_world, "one-stage", **options))
+    changed = ({"engine__zero_stage": 2}, {"engine__zero_stage": 1, "engine__micro_batch": 8})
+    for number, more in enumerate(({}, *changed, {"engine__micro_batch": 2}, {})):
+        config = tiny_run(tiny_world, "many-stages", **options, **more, resume=number > 0)
+        last = number == 4
+        with nullcontext() if last else pytest.raises(Killed), before_step(number + 1, kill):
+            folder = train(config)
+    one, many = (metrics(tiny_world, name) for name in ("one-stage", "many-stages"))
+    assert_same_metrics(many, one, SAME_SUM)
+    assert "engine.zero_stage: 0 -> 2" in caplog.text
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(folder)[name], value, atol=2e-4, rtol=0)
+
+
+# -- the average, and the best ---------------------------------------------------------------------
+def test_the_average_is_what_is_saved_and_validated(tiny_world, plain):
+    options = {"steps": 3, "ema": 0.5, "log__save_every": 1, "log__keep_last": 3}
+    last = train(tiny_run(tiny_world, "averaged", **options))
+    folders = run_checkpoints(last.parents[1])
+    raw = [state_of(folder, "weight") for folder in folders]
+    average = build_model(tiny_run(tiny_world, "-")).codec.encoder.slots.detach()
+    for step, (state, folder) in enumerate(zip(raw, folders, strict=True), start=1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * state["codec.encoder.slots"]
+        saved = load_file(folder / "codec.safetensors")["encoder.slots"]
+        torch.testing.assert_close(saved, average)
+    assert_same_weights(raw[-1], state_of(plain, "weight"))  # training itself is what it was
+    model = t2i.from_pretrained(last)
+    own = validate(model, TrainingData(tiny_run(tiny_world, "-"), model.backbone, ALONE)).metrics()
+    logged = metrics(tiny_world, "averaged")[-1]
+    assert {k: logged[k] for k in own} == pytest.approx(own, rel=SAME_SUM)
+    for stage in (1, 2):
+        train(tiny_run(tiny_world, f"averaged-{stage}", **options, engine__zero_stage=stage))
+        found = metrics(tiny_world, f"averaged-{stage}")
+        assert_same_metrics(found, metrics(tiny_world, "averaged"), SAME_SUM)
+    with pytest.raises(ValueError, match=r"ema needs whole weights.*zero_stage=3"):
+        tiny_run(tiny_world, "-", ema=0.5, engine__zero_stage=3)
+
+
+def test_the_best_model_is_kept(tiny_world, monkeypatch):
+    losses = iter([3.0, 2.0, 5.0, 2.5, 1.0])
+    measured = Run.validate
+    monkeypatch.setattr(Run, "validate", lambda run: measured(run) | {BEST_BY: next(losses)})
+    options = {"log__validate_every": 1, "log__save_every": 1, "log__keep_last": 1}
+    best = tiny_world / "runs" / "best-kept" / "best"
+    with before_step(4, kill), pytest.raises(Killed):
+        train(tiny_run(tiny_world, "best-kept", steps=5, **options))
+    assert read_config(best, contents=True)["training"]["step"] == 2
+    assert t2i.from_pretrained(best).config.k == 3 and not (best / "training_state").exists()
+    train(tiny_run(tiny_world, "best-kept", steps=5, resume=True, **options))
+    facts = read_config(best)["training"]
+    assert (facts["step"], facts["best_loss"]) == (5, 1.0)
+    losses = iter([9.0] * 5)
+    train(tiny_run(tiny_world, "none-kept", log__keep_best=False, **options))
+    assert not (tiny_world / "runs" / "none-kept" / "best").exists()
+
+
+def test_resume_without_a_checkpoint(tiny_world, monkeypatch):
+    with pytest.raises(ValueError, match="holds no run; start without --resume"):
+        train(tiny_run(tiny_world, "never-started", resume=True))
+    assert not (tiny_world / "runs" / "never-started").exists()
+
+    def killed(run: Run) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "save", killed)
+        train(tiny_run(tiny_world, "killed-early"))
+    with (tiny_world / "runs" / "killed-early" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/lo')  # cut off in the middle of a line
+    train(tiny_run(tiny_world, "killed-early", resume=True))
+    assert [row["step"] for row in metrics(tiny_world, "killed-early")] == [1, 2, 3]
