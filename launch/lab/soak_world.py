@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from t2i.checkpoint import run_checkpoints
 from t2i.files import file_sha256, read_json, write_json
 from t2i.manifest import MANIFEST
 
-TINY = {
+TINY: dict[str, Any] = {
     **{"dim": 64, "n_layer": 2, "n_head": 2, "ffn_dim": 128, "vocab_size": 64, "grid": (4, 4)},
     **{"cond": "text", "caption_tokens": 12, "caption_dim": 32},
     **{"resid_dropout": 0.0, "ffn_dropout": 0.0},  # drawn anew for every split

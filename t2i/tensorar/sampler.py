@@ -11,6 +11,7 @@ rows by n, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
