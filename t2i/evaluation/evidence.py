@@ -84,9 +84,10 @@ def _facts(logits: Tensor, codes: Tensor, rule: SubTokenSampling) -> Tensor:
 
 # -- means over images -----------------------------------------------------------------------------
 def means(values: Tensor) -> dict[str, list[float]]:
-    """Of values [B, x]: means over images, and their standard errors."""
-    spread = values.double().std(0, correction=1) / len(values) ** 0.5
-    return {"mean": values.double().mean(0).tolist(), "stderr": spread.nan_to_num().tolist()}
+    """Of values [B, x]: means over images, and their standard errors (none of one image)."""
+    values, images = values.double(), len(values)
+    errors = values.std(0) / images**0.5 if images > 1 else values.new_zeros(0)
+    return {"mean": values.mean(0).tolist(), "stderr": errors.tolist()}
 
 
 def by_slot(values_BNk: Tensor, geometry: Windows) -> Tensor:

@@ -145,10 +145,8 @@ def _numbers(evidence: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(found: dict[str, list[float]]) -> list[str]:
-    return [
-        f"{mean:.3f} ± {error:.3f}"
-        for mean, error in zip(found["mean"], found["stderr"], strict=True)
-    ]
+    errors = [f" ± {error:.3f}" for error in found["stderr"]] or [""] * len(found["mean"])
+    return [f"{mean:.3f}{error}" for mean, error in zip(found["mean"], errors, strict=True)]
 
 
 def _cost_html(evidence: dict) -> str:
