@@ -199,7 +199,7 @@ def _run_data(
     run = _run_config(options)
     if config.data is not None:
         source = (config.data,) if isinstance(run.data.source, tuple) else config.data
-        run = replace(run, data=replace(run.data, source=source))  # type: ignore[type-var]
+        run = replace(run, data=replace(run.data, source=source))  # type: ignore[arg-type]
     processes = replace(start_processes(), device=model.backbone.device)
     data = TrainingData(replace(run, resume=False), model.backbone, processes)
     if data.key != _training(options)["data_key"]:

@@ -18,7 +18,7 @@ TINTS = ("#e5484d", "#3b82f6", "#22a06b", "#d97706", "#8b5cf6", "#0ea5b7", "#db2
 _WIDTH, _PLOT_HEIGHT = 440, 190
 _LEFT, _RIGHT, _TOP, _BELOW = 54, 14, 48, 44
 """Room around the plot."""
-_FONT, _LETTER, _ROW = 13, 7.2, 18
+_FONT, _LETTER, _ROW = 13, 7.6, 18
 """Size of text, about how wide a letter of it is, and the height of a row of the legend."""
 _PNG_SCALE = 2
 
@@ -101,7 +101,7 @@ def _legend_places(series: Sequence[Series]) -> Iterator[tuple[float, int]]:
         if x > _LEFT and x + width > _WIDTH - _RIGHT:
             x, row = _LEFT, row + 1
         yield x, row
-        x += width + 12
+        x += width + 14
 
 
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:

@@ -77,7 +77,9 @@ def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = 
 def _converted(value: object, hint: object, where: str) -> object:
     """The value as the type has it: JSON has no tuples, no paths, and no dataclasses."""
     value, kinds = _tuples(value, hint), (hint, *get_args(hint))
-    if isinstance(value, Mapping) and (nested := [k for k in kinds if is_dataclass(k)]):
+    if isinstance(value, Mapping) and (
+        nested := [k for k in kinds if isinstance(k, type) and is_dataclass(k)]
+    ):
         known = (k for k in nested if value.keys() <= {f.name for f in fields(k)})
         return from_json(next(known, nested[0]), value, where)
     if isinstance(value, str) and Path in kinds and str not in kinds:

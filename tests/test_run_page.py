@@ -17,16 +17,12 @@ EVIL = "<b id=evil>red</b></script>"
 
 
 def _row(step: int, **extra) -> dict:
-    return {
-        "step": step,
-        "train/loss": 3 - step / 10,
-        "train/slot0": 2.5,
-        "train/slot1": 3.0,
-    } | extra
+    losses = {"loss": 3 - step / 10, "slot0": 2.5, "slot1": 3.0, "slot2": 4.0}
+    return {"step": step, **{f"train/{name}": value for name, value in losses.items()}, **extra}
 
 
 ROWS = [
-    _row(0, **{"validation/own_drafts/slot0": 2.0}),
+    _row(0, **{"validation/own_drafts/slot0": 2.0, "validation/noised_truth/slot0": 1.0}),
     _row(5, **{"lr/codec": 1e-3, "lr/backbone": 1e-4, "reward/kl": 0.1, "reward/of/a": 1, "x": "no"}),
     _row(10, **{"reward/kl": 0.2, "reward/of/b": 2, "images_per_s": 8.0, "memory_gb": 1.5,
                 "validation/own_drafts/slot0": 1.0, "nan": float("nan")}),
@@ -73,8 +69,9 @@ def test_one_point_and_equal_values_are_drawn(tmp_path):
 def test_metrics_are_grouped_by_their_names():
     charts = {chart.title: [s.name for s in chart.series] for chart in metric_charts(ROWS, CONTROL)}
     assert charts == {
-        "Training loss": ["loss", "slot0", "slot0, control", "slot1"],
-        "Held-out loss, drafts are the model's own": ["slot0"],
+        "Training loss": ["loss", "slot0", "slot0, control"],
+        "Held-out loss of final codes": ["own_drafts/slot0", "noised_truth/slot0"],
+        "Training loss of drafts": ["slot1", "slot2"],
         "reward/kl": ["kl"],
         "reward/of": ["a", "b"],
         "Learning rates": ["codec", "backbone"],
@@ -128,13 +125,15 @@ def test_facts_and_words(tab, page):
 
 def test_charts_tell_their_numbers(tab):
     first = "document.querySelector('.chart')"
-    assert tab.run(f"{first}.querySelectorAll('polyline[stroke-dasharray]').length") == 2
+    assert tab.run(f"{first}.querySelectorAll('polyline[stroke-dasharray]').length") == 2, (
+        "and its legend"
+    )
     tab.run(f"{first}.focus()")
     tab.press("ArrowLeft")
     said = tab.run(text(".chart output"))
-    assert said == "step 10: loss 2 · slot0 2.5 · slot0, control 2.4 · slot1 3"
+    assert said == "step 10: loss 2 · slot0 2.5 · slot0, control 2.4"
     tab.press("ArrowLeft")
-    assert tab.run(text(".chart output")) == "step 5: loss 2.5 · slot0 2.5 · slot1 3"
+    assert tab.run(text(".chart output")) == "step 5: loss 2.5 · slot0 2.5"
     assert tab.run(text(".frames output")) == "step 10", "the chart took the key"
     box = tab.run(f"(b => [b.left, b.top])({first}.querySelector('svg').getBoundingClientRect())")
     tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + 5, y=box[1] + 90)

@@ -18,20 +18,22 @@ from t2i.training.logs import METRICS, read_metrics
 from t2i.training.memory import readable_time
 
 _NATS = "nats per code"
-_WORDS = (
-    (r"train/(loss|slot\d+)", "Training loss", _NATS),
-    (r"validation/own_drafts/.*", "Held-out loss, drafts are the model's own", _NATS),
-    (r"validation/noised_truth/.*", "Held-out loss, drafts are noised truth", _NATS),
-    (r"(?!train/grad_norm|lr/|data_wait|images_per_s|memory_gb).*", "", ""),
+_LOSSES = (
+    (r"train/(loss|slot0)", "Training loss", _NATS),
+    (r"validation/\w+/slot0", "Held-out loss of final codes", _NATS),
+    (r"train/slot\d+", "Training loss of drafts", _NATS),
+    (r"validation/own_drafts/.*", "Held-out loss of drafts, the model's own as input", _NATS),
+    (r"validation/noised_truth/.*", "Held-out loss of drafts, noised truth as input", _NATS),
+)
+"""Metrics that are explained, first on the page: pattern of their names, title, unit."""
+_MACHINERY = (
     (r"train/grad_norm", "Norm of the gradient", "before it is clipped"),
     (r"lr/.*", "Learning rates", "of this step"),
     (r"images_per_s", "Speed", "images per second, since the start"),
     (r"data_wait", "Waiting for data", "share of the steps' time"),
     (r"memory_gb", "Peak memory", "GB of the main process"),
 )
-"""Metrics that are explained, in the order of the page: pattern of their names, title, unit."""
-_OTHERS = 3
-"""Place of those that are not; what comes after them is about the machine and begins at 0."""
+"""The same, last on the page, and drawn from 0. All others stand between."""
 _MOST_POINTS = 400
 """A curve of more is drawn as means of neighbours."""
 
@@ -91,26 +93,35 @@ def _last(rows: Sequence[dict], name: str) -> float | None:
 def metric_charts(rows: Sequence[dict], control: Sequence[dict] = ()) -> list[Chart]:
     """A chart for each group of metrics, with the control's curves of the same names dashed.
 
-    What is explained in `_WORDS` goes together as it says; of other metrics those whose names
-    differ in a last number ("x0", "x1") or in what follows a second slash ("a/b/c", "a/b/d").
+    What is explained above goes together as it says; of other metrics those whose names differ in
+    a last number ("x0", "x1") or in what follows a second slash ("a/b/c", "a/b/d").
     """
     own, other = _curves(rows), _curves(control)
-    groups: dict[tuple[int, str], list[str]] = {}
+    groups: dict[tuple[int, str, str], list[str]] = {}
     for name in own:
-        order = next(i for i, (words, *_) in enumerate(_WORDS) if re.fullmatch(words, name))
-        known = _WORDS[order][1]
-        groups.setdefault((order, known or _kind(name)), []).append(name)
+        groups.setdefault(_group(name), []).append(name)
     charts = []
-    for (order, title), names in sorted(groups.items(), key=lambda group: group[0][0]):
+    for (order, title, unit), names in sorted(groups.items(), key=lambda group: group[0][0]):
+        short = [name.rpartition("/")[2] for name in names]
+        if len(set(short)) < len(names):
+            short = ["/".join(name.split("/")[-2:]) for name in names]
         series = []
-        for tint, name in enumerate(names):
-            short = name.removeprefix(f"{_kind(name)}/").rpartition("/")[2]
-            series.append(Series(short, own[name], tint))
+        for tint, (name, called) in enumerate(zip(names, short, strict=True)):
+            series.append(Series(called, own[name], tint))
             if name in other:
-                series.append(Series(f"{short}, control", other[name], tint, dashed=True))
-        unit, machine = _WORDS[order][2], order > _OTHERS
-        charts.append(Chart(title, "step", unit, tuple(series), from_zero=machine))
+                series.append(Series(f"{called}, control", other[name], tint, dashed=True))
+        machinery = order > len(_LOSSES)
+        charts.append(Chart(title, "step", unit, tuple(series), from_zero=machinery))
     return charts
+
+
+def _group(name: str) -> tuple[int, str, str]:
+    """The chart of a metric: its place, title and unit."""
+    for first, known in ((0, _LOSSES), (len(_LOSSES) + 1, _MACHINERY)):
+        for order, (words, title, unit) in enumerate(known, start=first):
+            if re.fullmatch(words, name):
+                return order, title, unit
+    return len(_LOSSES), _kind(name), ""
 
 
 def _kind(name: str) -> str:
