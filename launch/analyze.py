@@ -114,7 +114,7 @@ def examine(
 ) -> "tuple[dict, list[Drawn]]":
     """All numbers of the page, and the images that the model has drawn for them."""
     from launch.measure.cost import FORMULAS, cost_of
-    from t2i.evaluation.evidence import of_drawn, of_known
+    from t2i.evaluation.evidence import known_means, loss_difference, of_drawn, of_known
 
     model, control = models["model"], models.get("control")
     missing = list(_unlike(options, models))
@@ -122,6 +122,7 @@ def examine(
     prompts = _prompts(config, options["model"], model, data)
     facts: dict = {"control": None}
     kept: list[Drawn] = []
+    known = {who: of_known(one, batches) for who, one in models.items()}
     for who, one in models.items():
         drawing = options[who].drawing(one)
         assert drawing.sampling is not None, "settled by the options"
@@ -132,13 +133,14 @@ def examine(
             **options[who].about(one),
             "sampling": asdict(drawing.sampling),
             "drawn": of_drawn(one, drawn, drawing.sampling, config.batch_size),
-            "known": of_known(one, batches),
+            "known": known_means(known[who]),
         }
     if model.windows.stages == 1:
         missing.append("refinement stages: this model draws every code once")
     found = {
         "name": options["model"].name(),
         **facts,
+        "against_control": loss_difference(*known.values()) if control and batches else None,
         "repairs": _repairs(model, control, batches),
         "cost": cost_of(model),
         "settings": {

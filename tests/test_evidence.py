@@ -12,7 +12,7 @@ from runs import tiny_run
 import t2i
 from launch import analyze as run
 from launch.measure.cost import cost_of
-from t2i.evaluation.evidence import of_known, of_stages, predict
+from t2i.evaluation.evidence import known_means, of_known, of_stages, predict
 from t2i.fields import from_json
 from t2i.files import read_json
 from t2i.rng import make_keys
@@ -73,6 +73,9 @@ def test_stages_by_hand():
     assert found["flipped"]["stderr"] == [pytest.approx(0.25)]
     assert found["two_draws"]["mean"] == [pytest.approx(0.35)]
     assert found["total_variation"]["mean"] == [pytest.approx((0.6 + 0) / 2)]
+    log_probs[0, 3, 0] = log_probs[0, 2, 1] = -torch.inf  # beyond a filter by rounding
+    again = of_stages(windows[..., None], log_probs, geometry)
+    assert again["total_variation"]["mean"] == [pytest.approx(0.3)]
 
 
 def test_total_variation_is_estimated_without_bias():
@@ -132,7 +135,11 @@ def test_the_numbers_of_a_run(page, tiny_world, plain):
     for kind, losses in asdict(validate(loaded, data)).items():
         assert model["known"][kind]["loss"]["mean"] == pytest.approx(losses, rel=1e-4)
     again = of_known(loaded, [batch for batch, _ in data.validation_batches()])
-    assert again == model["known"]
+    assert known_means(again) == model["known"]
+    difference = model["known"]["own_drafts"]["loss"]["mean"][0]
+    difference -= control["known"]["own_drafts"]["loss"]["mean"][0]
+    assert found["against_control"]["mean"] == [pytest.approx(difference, rel=1e-3)]
+    assert found["against_control"]["stderr"] < model["known"]["own_drafts"]["loss"]["stderr"][:1]
     names = sorted(path.stem for path in page.with_name("charts").glob("*.png"))
     assert names == sorted(path.stem for path in page.with_name("charts").glob("*.svg"))
     assert "01_flip_rate_by_stage" in names and len(names) >= 8

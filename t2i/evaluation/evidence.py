@@ -130,7 +130,9 @@ def of_stages(windows: Tensor, log_probs: Tensor, geometry: Windows) -> dict:
     """
     flipped, agreeing = stage_changes(windows, geometry)
     q = [stage[..., 0] for stage in _stages(log_probs[..., None].double(), geometry)]
-    far = [(1 - (draft - q[-1]).exp()).clamp(min=0).mean(1) for draft in q[:-1]]
+    # Rounding may put a code that was drawn just beyond a filter: then it tells nothing.
+    moved = [(1 - (draft - q[-1]).exp()).nan_to_num(0.0) for draft in q[:-1]]
+    far = [share.clamp(min=0).mean(1) for share in moved]
     return {
         "flipped": means(flipped),
         "agreeing": means(agreeing),
@@ -156,17 +158,20 @@ def _stages(values_BNkx: Tensor, geometry: Windows) -> list[Tensor]:
 
 
 # -- images with known codes -----------------------------------------------------------------------
-def of_known(model: TensorAR, batches: Iterable) -> dict:
+Known = dict[str, dict[str, Tensor]]
+"""What is read as drafts -> loss and entropy -> means over the windows of each image, [B, k]."""
+
+
+def of_known(model: TensorAR, batches: Iterable) -> Known:
     """Loss and entropy by slot, given the true codes before it and drafts of two kinds: as in
     validation (`t2i.training.validation`). Batches are those of training.
     """
     found: dict[str, dict[str, list[Tensor]]] = {}
     for batch in batches:
         condition = model.backbone.encode_condition(batch.prepared)
-        inputs = {
-            "own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys),
-            "noised_truth": model.noised_windows(batch.codes, batch.keys),
-        }
+        inputs = {"own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys)}
+        if model.windows.stages > 1:
+            inputs["noised_truth"] = model.noised_windows(batch.codes, batch.keys)
         truth = model.windows.gather(batch.codes)
         for kind, windows in inputs.items():
             noise = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
@@ -175,6 +180,19 @@ def of_known(model: TensorAR, batches: Iterable) -> dict:
             kept["loss"].append(by_slot(-said.log_probs, model.windows).cpu())
             kept["entropy"].append(by_slot(said.entropies, model.windows).cpu())
     return {
-        kind: {name: means(torch.cat(parts)) for name, parts in kept.items()}
+        kind: {name: torch.cat(parts) for name, parts in kept.items()}
         for kind, kept in found.items()
     }
+
+
+def known_means(known: Known) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Means over images."""
+    return {
+        kind: {name: means(values) for name, values in facts.items()}
+        for kind, facts in known.items()
+    }
+
+
+def loss_difference(a: Known, b: Known) -> dict[str, list[float]]:
+    """Loss of final codes (slot 0, own drafts) of a, less that of b on the same images."""
+    return means((a["own_drafts"]["loss"] - b["own_drafts"]["loss"][:, :1])[:, :1])

@@ -63,10 +63,15 @@ def _facts(evidence: dict) -> dict[str, str]:
     facts = {"model": evidence["model"]["about"]}
     if evidence["control"]:
         facts["control"] = evidence["control"]["about"]
-    drawn, known = evidence["model"]["drawn"], evidence["model"]["known"]
-    facts["images drawn"] = str(evidence["settings"]["images"]) if drawn else "none"
-    facts["held-out images"] = str(evidence["settings"]["held_out"]) if known else "none"
-    return facts
+    if evidence["against_control"]:
+        (facts["held-out loss of final codes, less the control's"],) = _cells(
+            evidence["against_control"]
+        )
+    settings = evidence["settings"]
+    return facts | {
+        "images drawn": str(settings["images"]),
+        "held-out images": str(settings["held_out"]),
+    }
 
 
 # -- charts ----------------------------------------------------------------------------------------
@@ -91,6 +96,7 @@ def _charts(evidence: dict) -> Iterator[Chart]:
             series = [
                 _series(name, model["known"][kind][what], tint)
                 for tint, (kind, name) in enumerate(_KINDS.items())
+                if kind in model["known"]
             ]
             if control and control["known"]:
                 series += _level("control", control["known"]["own_drafts"][what], series[0])
@@ -132,11 +138,12 @@ def _numbers(evidence: dict) -> tuple[list[str], list[list[str]]]:
             for name, found in stages.items()
         ]
         rows.append([f"{who}: entropy as drawn, by slot", *_cells(facts["drawn"]["entropy"])])
-        rows += [
-            [f"{who}: held-out {what}, {_KINDS[kind]}, by slot", *_cells(found)]
-            for kind, parts in facts["known"].items()
-            for what, found in parts.items()
-        ]
+        for kind, parts in facts["known"].items():
+            given = f", {_KINDS[kind]}" if len(facts["known"]) > 1 else ""
+            rows += [
+                [f"{who}: held-out {what}{given}, by slot", *_cells(found)]
+                for what, found in parts.items()
+            ]
     for name, value in (evidence["repairs"] or {}).items():
         rows.append([f"last draft and truth: {name.replace('_', ' ')}", f"{value:.3f}"])
     width = max(map(len, rows))
@@ -145,8 +152,8 @@ def _numbers(evidence: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(found: dict[str, list[float]]) -> list[str]:
-    errors = [f" ± {error:.3f}" for error in found["stderr"]] or [""] * len(found["mean"])
-    return [f"{mean:.3f}{error}" for mean, error in zip(found["mean"], errors, strict=True)]
+    errors = [f" ± {error:.4f}" for error in found["stderr"]] or [""] * len(found["mean"])
+    return [f"{mean:.4f}{error}" for mean, error in zip(found["mean"], errors, strict=True)]
 
 
 def _cost_html(evidence: dict) -> str:
