@@ -17,8 +17,9 @@ from geneval.prompts import official_prompts
 from geneval.rules import RuleOptions, Verdict, check_schema, check_vocabulary, judge_detected
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
+from t2i.charts import TINTS
 from t2i.evaluation.bootstrap import mean_over_prompts
-from t2i.evaluation.gallery import TINTS, Box, Card
+from t2i.evaluation.gallery import Box, Card
 from t2i.evaluation.generation_folder import read_prompts
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score

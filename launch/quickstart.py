@@ -107,9 +107,11 @@ def run_config(config: Quickstart, name: str):
         raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
     recipe = recipes[name][1]
     assert isinstance(recipe.data, DataOptions), "recipes for captions"
+    control = None if name == config.control else config.out / config.control
     return replace(
         recipe,
         run_dir=config.out / name,
+        log=replace(recipe.log, control=control),
         data=replace(recipe.data, source=str(config.out / "data"), cache_dir=config.out / "cache"),
         steps=config.steps,
         seed=config.seed,

@@ -3,7 +3,7 @@
 import ast
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, field, fields, make_dataclass, replace
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
@@ -75,8 +75,15 @@ def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = 
 
 
 def _converted(value: object, hint: object, where: str) -> object:
-    """The value as the type has it: JSON has no tuples."""
-    value = _tuples(value, hint)
+    """The value as the type has it: JSON has no tuples, no paths, and no dataclasses."""
+    value, kinds = _tuples(value, hint), (hint, *get_args(hint))
+    if isinstance(value, Mapping) and (
+        nested := [k for k in kinds if isinstance(k, type) and is_dataclass(k)]
+    ):
+        known = (k for k in nested if value.keys() <= {f.name for f in fields(k)})
+        return from_json(next(known, nested[0]), value, where)
+    if isinstance(value, str) and Path in kinds and str not in kinds:
+        value = Path(value)
     if not _fits(value, hint):
         kind = getattr(hint, "__name__", None) if get_origin(hint) is None else str(hint)
         raise UserError(f"{where} is {value!r:.80}, which is not of the type {kind}")

@@ -1,7 +1,14 @@
-"""The frame of the pages that people look at: one file that needs no server and no network."""
+"""The frame of the pages that people look at, and what they are made of: one file that needs no
+server and no network.
+"""
 
 import html
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
+
+from t2i.charts import Chart, reading, svg
 
 _ASSETS = Path(__file__).parent / "assets" / "pages"
 
@@ -36,3 +43,56 @@ def html_page(title: str, body: str, *, name: str, styles: str = "") -> str:
 
 def _read(name: str) -> str:
     return (_ASSETS / name).read_text(encoding="utf-8")
+
+
+def embedded_json(name: str, content: object) -> str:
+    """JSON within a page, which its script finds as the element of this name."""
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script id="{name}" type="application/json">{data}</script>'
+
+
+# -- what report.js brings to life -----------------------------------------------------------------
+def chart_html(chart: Chart) -> str:
+    """A chart whose numbers are told under the pointer, or with the arrow keys."""
+    data = html.escape(json.dumps(reading(chart), separators=(",", ":")))
+    return f'<figure class="chart" tabindex="0" data-reading="{data}">{svg(chart)}<output></output></figure>'
+
+
+def frames_html(frames: Sequence[tuple[str, str]], about: str) -> str:
+    """Pictures in the same place, the last one first, with a slider through them.
+
+    Args:
+        frames: file (relative to the page) and label of each.
+        about: what the slider goes through, such as "step".
+    """
+    shown = [(quote(file), label) for file, label in frames]
+    data, (last, label) = html.escape(json.dumps(shown)), shown[-1]
+    slider = f'<input type="range" min="0" max="{len(shown) - 1}" value="{len(shown) - 1}" aria-label="{html.escape(about)}">'
+    return (
+        f'<figure class="frames" data-frames="{data}"><div class="tools"><label>{html.escape(about)} '
+        f'{slider}</label><output>{html.escape(label)}</output><button type="button" '
+        f'title="play (space)">Play</button></div><img src="{last}" alt="{html.escape(label)}"></figure>'
+    )
+
+
+def facts_html(facts: Mapping[str, str]) -> str:
+    """A row of numbers that matter, each under its name."""
+    cells = [
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+        for name, value in facts.items()
+    ]
+    return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text in cells; the first of a row is its name."""
+    titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = [
+        f"<tr><th>{html.escape(row[0])}</th>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    ]
+    return (
+        f'<div class="wide"><table class="numbers"><tr>{titles}</tr>{"".join(lines)}</table></div>'
+    )

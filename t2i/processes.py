@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -102,3 +103,18 @@ def local_gpu() -> torch.device:
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
+
+
+def peak_gb(device: torch.device) -> float:
+    """The most that this process has held so far: on a GPU of all its tensors, else in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # Not getrusage: its peak is inherited from the process that started this one.
+    return status_bytes("VmHWM") / 1e9
+
+
+def status_bytes(name: str) -> int:
+    """A size of this process that Linux tells (such as VmRSS, what it holds); 0 elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)

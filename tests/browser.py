@@ -109,3 +109,46 @@ def open_browser(profile: Path, width: int = 1400, height: int = 1000) -> Iterat
         process.wait(timeout=_PATIENCE)
         os.close(to_browser)
         os.close(from_browser)
+
+
+# -- JavaScript that tests share -------------------------------------------------------------------
+WIDTH = "document.documentElement.scrollWidth"
+
+
+def seen(selector: str, of: str) -> str:
+    """JavaScript: a list of what is asked of every element that is seen."""
+    seen = f"[...document.querySelectorAll({selector!r})].filter(e => e.offsetParent)"
+    return f"{seen}.map(e => {of})"
+
+
+def type_in(selector: str, value: str, number: int = 0) -> str:
+    """JavaScript: what typing does."""
+    return (
+        f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('input')) }})"
+        f"(document.querySelectorAll({selector!r})[{number}])"
+    )
+
+
+def click(selector: str, number: int = 0) -> str:
+    return f"document.querySelectorAll({selector!r})[{number}].click()"
+
+
+def text(selector: str) -> str:
+    return f"document.querySelector({selector!r}).textContent"
+
+
+@contextmanager
+def phone_in_the_dark(page: Page) -> Iterator[None]:
+    """A narrow dark screen, on which nothing is cut off and the page is dark."""
+    screen = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.call("Emulation.setDeviceMetricsOverride", **screen)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    page.call("Emulation.setEmulatedMedia", features=dark)
+    try:
+        assert page.run(WIDTH) <= 375
+        ground = page.run("getComputedStyle(document.body).backgroundColor")
+        assert ground == "rgb(23, 24, 26)"
+        yield
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
+        page.call("Emulation.setEmulatedMedia", features=[])

@@ -15,6 +15,7 @@ from functools import partial
 
 import pytest
 import torch
+from browser import CHROMIUM, open_browser
 from helpers import tiny_janus, tiny_llamagen, tiny_open_magvit2, tiny_rar
 from programs import refused
 
@@ -69,6 +70,15 @@ def backbone(request):
 def refusal(request, capsys):
     """Runs the program that the test file imports as `run`, and returns its message."""
     return partial(refused, request.module.run, capsys)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A tab of a headless browser."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

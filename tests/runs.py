@@ -150,7 +150,7 @@ def saved_after_two_steps(run: Run) -> tuple[Path, TensorAR]:
 
 def metrics(root: Path, name: str) -> list[dict]:
     """A run's metrics without those that depend on the machine or on the ZeRO stage."""
-    skipped = ("images_per_s", "data_wait", "train/grad_norm")
+    skipped = ("images_per_s", "data_wait", "memory_gb", "train/grad_norm")
     rows = read_metrics(root / "runs" / name)
     return [{k: v for k, v in row.items() if k not in skipped} for row in rows]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import CHROMIUM, open_browser
+from browser import CHROMIUM, WIDTH, open_browser, phone_in_the_dark
 from helpers import folder_content, tiny_llamagen, tiny_vq
 from PIL import Image
 from programs import (
@@ -274,13 +274,16 @@ def drive(page, failed: list[dict], tmp_path: Path) -> None:
     assert page.run(boxed) == boxes > 0
     page.run("document.getElementById('boxes').click()")
     assert page.run(boxed) == 0
-    page.run("document.getElementById('boxes').click()")
+    page.press("b")
+    assert page.run(boxed) == boxes
 
     tag = failed[-1]["tag"]
     page.run(f"document.querySelector('.chip[data-task={tag}]').click()")
     page.wait(f"document.querySelector('.chip.on').dataset.task == '{tag}'")
     assert page.run(visible) == sum(row["tag"] == tag for row in failed)
     search = "document.getElementById('search')"
+    page.press("/")
+    assert page.run(f"document.activeElement == {search}")
     page.run(f"{search}.value = 'no such thing'; {search}.dispatchEvent(new Event('input'))")
     assert page.run(visible) == 0 and page.run(
         "document.getElementById('nothing').offsetParent != null"
@@ -296,6 +299,9 @@ def drive(page, failed: list[dict], tmp_path: Path) -> None:
     assert page.screenshot(tmp_path / "zoom.png").read_bytes() != before.read_bytes()
     page.run("document.querySelector('#zoom article').click()")
     assert not page.run("document.getElementById('zoom').open")
+    with phone_in_the_dark(page):
+        page.run("document.querySelector('article').click()")
+        assert page.run(WIDTH) <= 375
 
 
 def test_shapes_prompts_are_those_of_the_quickstart():

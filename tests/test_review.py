@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, open_browser
+from browser import WIDTH, click, phone_in_the_dark, seen, text, type_in
 from PIL import Image
 from programs import program
 
@@ -156,14 +156,6 @@ def test_what_cannot_be_shown(refusal):
 
 
 # -- in a browser ----------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
 @pytest.fixture
 def tab(browser, page):
     """The page with nothing kept from before; an error in it fails the test."""
@@ -174,104 +166,82 @@ def tab(browser, page):
     assert browser.errors == []
 
 
-def _all(selector: str, of: str) -> str:
-    """JavaScript: a list of what is asked of every element that is seen."""
-    seen = f"[...document.querySelectorAll({selector!r})].filter(e => e.offsetParent)"
-    return f"{seen}.map(e => {of})"
-
-
-def _set(selector: str, value: str, number: int = 0) -> str:
-    """JavaScript: what typing does."""
-    return (
-        f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('input')) }})"
-        f"(document.querySelectorAll({selector!r})[{number}])"
-    )
-
-
-def _click(selector: str, number: int = 0) -> str:
-    return f"document.querySelectorAll({selector!r})[{number}].click()"
-
-
-def _text(selector: str) -> str:
-    return f"document.querySelector({selector!r}).textContent"
-
-
-SHOWN = _all(".prompt h2", "e.textContent")
-SOURCES = _all(".cell img", "e.getAttribute('src')")
+SHOWN = seen(".prompt h2", "e.textContent")
+SOURCES = seen(".cell img", "e.getAttribute('src')")
 
 
 def test_prompts_and_names_stay_text(tab):
     assert tab.run("document.title") == "One & <u>two</u>"
     assert tab.run(SHOWN) == PROMPTS
-    assert tab.run(_all(".head b", "e.textContent")) == ["refined", "judged <i>"]
+    assert tab.run(seen(".head b", "e.textContent")) == ["refined", "judged <i>"]
     assert tab.run("document.querySelectorAll('#evil, h1 u, .head i').length") == 0
     assert len(tab.run(SOURCES)) == 12
 
 
 def test_stages_and_what_they_changed(tab):
     assert all("/samples/" in source for source in tab.run(SOURCES))
-    tab.run(_set(".stage", "2"))
+    tab.run(type_in(".stage", "2"))
     drafts = {f"columns/refined/{stage_file(p, s, 2)}" for p in range(3) for s in range(2)}
     shown = tab.run(SOURCES)
     assert drafts < set(shown)
     assert sum("/samples/" in source for source in shown) == 6, "of the model that has no stages"
-    assert tab.run(_text(".stage-name")) == "draft 2"
-    tab.run(_click(".map"))
+    assert tab.run(text(".stage-name")) == "draft 2"
+    tab.run(click(".map"))
     pixels = "e.getContext('2d').getImageData(0, 0, 3, 2).data"
     changed = f"(d => [0, 1, 2, 3, 4, 5].filter(i => d[4 * i] > 100))({pixels})"
-    assert tab.run(_all(".cell canvas", changed)) == [[1]] * 6
+    assert tab.run(seen(".cell canvas", changed)) == [[1]] * 6
     tab.press("m")
-    assert tab.run(_all(".cell canvas", "1")) == []
+    assert tab.run(seen(".cell canvas", "1")) == []
     tab.run("[...document.querySelectorAll('button')].find(e => e.innerText == 'Play').click()")
-    tab.wait(_text(".stage-name") + " == 'draft 1'")
-    tab.wait(_text(".stage-name") + " == 'final'")
+    tab.wait(text(".stage-name") + " == 'draft 1'")
+    tab.wait(text(".stage-name") + " == 'final'")
 
 
 def test_filters(tab):
     tab.press("/")
     assert tab.run("document.activeElement.id") == "search"
-    tab.run(_set("#search", "STARS"))
+    tab.run(type_in("#search", "STARS"))
     assert tab.run(SHOWN) == ["two stars"]
-    tab.run(_set("#search", ""))
-    tab.run(_set("#tag", "single"))
+    tab.run(type_in("#search", ""))
+    tab.run(type_in("#tag", "single"))
     assert tab.run(SHOWN) == [PROMPTS[0], "a bus"]
-    tab.run(_set("#tag", ""))
-    tab.run(_set("#verdict", "wrong"))
+    tab.run(type_in("#tag", ""))
+    tab.run(type_in("#verdict", "wrong"))
     assert tab.run(SHOWN) == ["two stars"]
-    tab.run(_set("#search", "bus"))
-    assert tab.run(SHOWN) == [] and tab.run(_all(".empty", "1")) == [1]
+    tab.run(type_in("#search", "bus"))
+    assert tab.run(SHOWN) == [] and tab.run(seen(".empty", "1")) == [1]
 
 
 def test_one_picture_large(tab):
-    tab.run(_click(".cell figure"))
-    title = _text("#zoom header span")
+    tab.run(click(".cell figure"))
+    title = text("#zoom header span")
     assert tab.run(title) == "refined, sample 0"
     tab.press("ArrowRight")
     assert tab.run(title) == "judged <i>, sample 0"
     for _ in range(2):
         tab.press("ArrowDown")
-    assert tab.run(_text("#zoom h3")) == "two stars"
-    assert tab.run(_all("#zoom li", "e.textContent")) == ["expected 2 stars", "found 1"]
-    tab.run(_click("#zoom figure"))
+    assert tab.run(text("#zoom h3")) == "two stars"
+    assert tab.run(seen("#zoom li", "e.textContent")) == ["expected 2 stars", "found 1"]
+    tab.run(click("#zoom figure"))
     assert not tab.run("document.querySelector('#zoom').open")
 
 
 def test_blind_votes_and_notes_are_saved_and_loaded(tab, page, tmp_path):
-    tab.run(_set("textarea", "too few", 1))
-    tab.run(_click("#vote-blind"))
+    tab.run(type_in("textarea", "too few", 1))
+    tab.run(click("#vote-blind"))
     for i in range(6):
-        shown = tab.run(_text("#vote"))
+        shown = tab.run(text("#vote"))
         assert f"{i + 1} of 6" in shown and "refined" not in shown and "judged" not in shown
         if i == 2:
             tab.press("2")
             tab.press("u")
-        sides = tab.run(_all("#vote img", "e.getAttribute('src')"))
+        sides = tab.run(seen("#vote img", "e.getAttribute('src')"))
         tab.press("2" if sides[1].startswith("columns/refined/") else "1")  # always that one
-    cells = tab.run(_all("#vote td", "e.textContent"))
+    cells = tab.run(seen("#vote td", "e.textContent"))
     assert cells[:5] == ["refined", "judged <i>", "6", "0", "0"]
     # What is offered for download is kept instead.
     tab.run("URL.createObjectURL = blob => { blob.text().then(t => window.saved = t); return '#' }")
-    tab.run(_click("#save"))
+    tab.run(click("#save"))
     tab.wait("window.saved")
     content = json.loads(tab.run("window.saved"))
     assert len(content["votes"]) == 6 and content["notes"] == {"00001": "too few"}
@@ -284,27 +254,18 @@ def test_blind_votes_and_notes_are_saved_and_loaded(tab, page, tmp_path):
         root = tab.call("DOM.getDocument")["root"]["nodeId"]
         upload = tab.call("DOM.querySelector", nodeId=root, selector="#load")["nodeId"]
         tab.call("DOM.setFileInputFiles", nodeId=upload, files=[str(saved)])
-        tab.wait(_text("#message") + f".includes('{said}')")
+        tab.wait(text("#message") + f".includes('{said}')")
         assert tab.run("document.querySelectorAll('textarea')[1].value") == "too few"
 
 
 def test_notes_survive_a_reload(tab, page):
-    tab.run(_set("textarea", "good"))
+    tab.run(type_in("textarea", "good"))
     tab.open(page)
     assert tab.run("document.querySelector('textarea').value") == "good"
 
 
 def test_on_a_phone_and_in_the_dark(tab):
-    screen = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    tab.call("Emulation.setDeviceMetricsOverride", **screen)
-    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
-    tab.call("Emulation.setEmulatedMedia", features=dark)
-    wide = "document.documentElement.scrollWidth"
-    assert tab.run(wide) <= 375
-    ground = tab.run("getComputedStyle(document.body).backgroundColor")
-    assert ground == "rgb(23, 24, 26)"
-    assert len(tab.run(_all(".cell .name", "1"))) == 6
-    tab.run(_click("#vote-blind"))
-    assert tab.run(wide) <= 375
-    tab.call("Emulation.clearDeviceMetricsOverride")
-    tab.call("Emulation.setEmulatedMedia", features=[])
+    with phone_in_the_dark(tab):
+        assert len(tab.run(seen(".cell .name", "1"))) == 6
+        tab.run(click("#vote-blind"))
+        assert tab.run(WIDTH) <= 375

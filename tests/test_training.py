@@ -278,5 +278,6 @@ def test_a_run_leaves_its_page(tiny_world):
     sheets = sorted(p.name for p in (run_dir / "samples").iterdir())
     assert sheets == ["step_000002.png", "step_000004.png", "step_000005.png"]
     page = (run_dir / "index.html").read_text()
-    assert page.count(">slot") == 3 * 3 and all(name in page for name in sheets)
+    both = (">own_drafts/slot0", ">noised_truth/slot0")
+    assert page.count(">slot") == 3 + 2 * 2 and all(name in page for name in (*sheets, *both))
     assert json.loads((run_dir / "config.json").read_text())["steps"] == 5

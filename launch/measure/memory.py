@@ -3,7 +3,8 @@
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+
+from t2i.processes import status_bytes
 
 
 def peak_gb(work: Callable[..., object], *arguments: object) -> float:
@@ -16,14 +17,8 @@ def peak_gb(work: Callable[..., object], *arguments: object) -> float:
 def _peak(work: Callable[..., object], arguments: tuple) -> float:
     import torch
 
-    before = _kilobytes("VmRSS")
+    before = status_bytes("VmRSS")
     work(*arguments)
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
-    # Not getrusage: its peak is inherited from the process that started this one.
-    return (_kilobytes("VmHWM") - before) * 1024 / 1e9
-
-
-def _kilobytes(name: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(name)))
+    return (status_bytes("VmHWM") - before) / 1e9

@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 
 from PIL import Image
 
+from t2i.charts import TINTS
 from t2i.evaluation.generation_folder import load_image
 from t2i.evaluation.results import Score, by_way
 from t2i.files import file_sha256, writable_folder, write_text
@@ -24,8 +25,6 @@ from t2i.pages import html_page
 _SIDE = 512
 _PIXEL_ART = 160
 """Images of fewer pixels a side are kept without loss, and shown with square pixels."""
-TINTS = ("#e5484d", "#3b82f6", "#22a06b", "#d97706", "#8b5cf6", "#0ea5b7", "#db2777", "#65748b")
-"""Colours of what the judge saw, by kind in order of appearance."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def _toolbar_html(filters: dict[str, int], exhibits: Sequence[Exhibit]) -> str:
         "masks": any(exhibit.overlay.is_file() for exhibit in exhibits),
     }
     toggles = "".join(
-        f'\n<label><input id="{name}" type="checkbox" checked> {name}</label>'
+        f'\n<label title="({name[0]})"><input id="{name}" type="checkbox" checked> {name}</label>'
         for name, there in shown.items()
         if there
     )
@@ -168,7 +167,7 @@ def _toolbar_html(filters: dict[str, int], exhibits: Sequence[Exhibit]) -> str:
         for name, count in counts.items()
     )
     return f"""<nav><div class="chips">{chips}</div><div class="tools">
-<input id="search" type="search" placeholder="prompt, reason or file" aria-label="search">{toggles}</div></nav>
+<input id="search" type="search" placeholder="prompt, reason or file (/)" aria-label="search">{toggles}</div></nav>
 <p class="empty" id="nothing" hidden>Nothing matches.</p>
 """
 

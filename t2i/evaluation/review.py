@@ -7,7 +7,6 @@
 What the page knows is JSON in it, and is only ever shown as text: a prompt may hold anything.
 """
 
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from t2i.evaluation.generation_folder import (
 )
 from t2i.evaluation.results import RESULTS_FILE, image_source, read_results
 from t2i.files import json_sha256, read_json, saving, writable_folder, write_text
-from t2i.pages import html_page
+from t2i.pages import embedded_json, html_page
 
 COLUMNS = "columns"
 Verdicts = dict[str, dict]
@@ -108,8 +107,7 @@ def write_review(out: Path, columns: Sequence[Column], *, title: str) -> Path:
     ]
     content = {"title": title, "prompts": rows, "columns": shown}
     content["id"] = json_sha256(content)[:12]
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    body = f'<noscript>This page needs JavaScript.</noscript>\n<script id="review" type="application/json">{data}</script>'
+    body = "<noscript>This page needs JavaScript.</noscript>\n" + embedded_json("review", content)
     return write_text(out / "index.html", html_page(title, body, name="review"))
 
 

@@ -5,11 +5,11 @@ Shapes: B images, T positions, N windows, k slots, S sub-tokens.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from t2i.evaluation import evidence
 from t2i.rng import fold
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.windows import Windows
@@ -28,16 +28,8 @@ class StageChanges:
 
 def stage_changes(windows: Tensor, geometry: Windows) -> StageChanges:
     """Of sampled windows int64 [B, N, k, S]; only positions that went through all stages count."""
-    stages = [geometry.stage_codes(windows, r + 1) for r in range(geometry.stages)]
-    drafted = torch.arange(geometry.tokens) >= geometry.size  # earlier ones had no first draft
-
-    def changed(a: Tensor, b: Tensor) -> float:
-        return float((a != b).any(-1)[:, drafted].float().mean())
-
-    return StageChanges(
-        [changed(a, b) for a, b in pairwise(stages)],
-        [1 - changed(stage, stages[-1]) for stage in stages[:-1]],
-    )
+    flipped, agreeing = evidence.stage_changes(windows, geometry)
+    return StageChanges(flipped.mean(0).tolist(), agreeing.mean(0).tolist())
 
 
 @dataclass(frozen=True)

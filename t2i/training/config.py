@@ -211,6 +211,8 @@ class LogOptions:
         "a photo of a yellow heart and a black cross",
     )
     """Fixed prompts or class ids of the sheets; none: of the first four held-out images."""
+    control: Path | None = None
+    """Run folder of the control, whose curves this run's page shows beside its own."""
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
     """A further tracker; auto is TensorBoard if it is installed."""
     project: str = "tensorar"

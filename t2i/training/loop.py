@@ -21,6 +21,7 @@ from t2i.files import saving, write_json
 from t2i.generation import draw_images
 from t2i.imaging import grid, save_png
 from t2i.launcher import stop_signals
+from t2i.processes import peak_gb
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
@@ -40,7 +41,8 @@ from t2i.training.engine import (
     start_processes,
     whole_weights,
 )
-from t2i.training.logs import MetricsLog, write_run_page
+from t2i.training.logs import MetricsLog
+from t2i.training.run_page import write_run_page
 from t2i.training.settings import plain
 from t2i.training.start import build_model
 from t2i.training.validation import validate
@@ -304,7 +306,8 @@ def _train(run: Run) -> Path:
                 bar.set_postfix(shown, refresh=False)  # by itself it would redraw at every step
                 bar.update()
                 if validated or _due(plan.log_every, run.step):
-                    run.metrics.log(run.step, metrics | {"images_per_s": rate})
+                    memory = {"memory_gb": peak_gb(run.processes.device)}
+                    run.metrics.log(run.step, metrics | {"images_per_s": rate} | memory)
             saved = done or run.stop_agreed or _due(plan.save_every, run.step)
             if saved:
                 run.save()

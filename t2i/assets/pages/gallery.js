@@ -1,4 +1,5 @@
-// Filters (kept in the address, so that a view can be linked to) and a larger view of a card.
+// Filters (kept in the address, so that a view can be linked to) and a larger view of a card; keys:
+// / search, b boxes, m masks, Enter a card, left and right the next one.
 const all = (selector) => [...document.querySelectorAll(selector)];
 const search = document.getElementById("search");
 const zoom = document.getElementById("zoom");
@@ -62,6 +63,14 @@ if (search) {
   zoom.addEventListener("keydown", (event) => {
     if (event.key === "ArrowRight") step(1);
     if (event.key === "ArrowLeft") step(-1);
+  });
+  addEventListener("keydown", (event) => {
+    if (event.target === search || event.ctrlKey || event.metaKey || event.altKey) return;
+    const toggle = document.getElementById({ b: "boxes", m: "masks" }[event.key] ?? "");
+    if (toggle) toggle.click();
+    else if (event.key === "/" && !zoom.open) search.focus();
+    else return;
+    event.preventDefault();
   });
   addEventListener("hashchange", apply);
   apply();

@@ -1,0 +1,304 @@
+"""Look into a checkpoint: what refinement changes, what the drafts are worth, and what they cost.
+
+python launch/analyze.py --ckpt runs/mine
+# beside the base fine-tuned as usual for the same steps
+python launch/analyze.py --ckpt runs/mine --control runs/control --out outputs/analysis
+
+Flip rate by stage; how far drafts are from the final codes, as codes and as distributions; loss and
+entropy by slot on the images that the run held out; parameters and operations against the base. One
+page that needs no server, its charts as SVG and PNG, its numbers as JSON.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from t2i import cli
+from t2i.errors import UserError
+from t2i.files import owning, remove_leftovers, writable_folder
+from t2i.model_options import BaseOptions, DrawingModelOptions
+from t2i.sampling import check_counts
+
+if TYPE_CHECKING:
+    from t2i.charts import Chart
+    from t2i.generation import Drawn
+    from t2i.tensorar.model import TensorAR
+    from t2i.training.batches import Batch, TrainingData
+    from t2i.training.config import TrainConfig
+
+_MAIN = ("ckpt", "control", "prompt", "prompt_file", "samples", "held_out", "data", "out")
+_ON_SHEET = 8
+"""Images of which the page shows every stage."""
+_NOTES = (
+    "Means are over images, ± is their standard error: over images, not over seeds of training.",
+    "Stage 1 is a code's first draft, the last stage is the final code; only positions that went "
+    "through all stages count.",
+    "Drafts and final codes are drawn with noise of their own: two draws of the same distribution "
+    "often differ, too. So agreement is to be read beside that of two draws of the final "
+    "distribution, and total variation (0: the same distribution, 1: nothing in common) tells how "
+    "far refinement has moved the model's mind.",
+    "Total variation, and the entropy as drawn, are of the distributions that codes were drawn "
+    "from, with guidance, temperature and filters; loss and entropy of held-out images are the "
+    "model's own, without them.",
+    "Own drafts: the model reads its own samples behind the true codes, as in drawing. Noised "
+    "truth: it reads the truth with training's noise, and can copy some of it.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig(DrawingModelOptions):
+    """Which model, and what it is looked at with."""
+
+    control: str | None = None
+    """A checkpoint to compare with, best the base fine-tuned as usual for the same steps."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts or class ids; if none are given, those of held-out images, or of the
+    run's sheets.
+    """
+    prompt_file: Path | None = None
+    """One prompt per line, or .jsonl with a "prompt" in every line."""
+    prompts: int = 8
+    """How many of the run's, where none are given."""
+    samples: int = 4
+    """Images per prompt."""
+    held_out: int = 64
+    """Of the images that the run held out, so many at most; 0 for none."""
+    data: str | None = None
+    """Where the run's data are now, if they have moved (--data.source of the training)."""
+    out: Path = Path("outputs/analysis")
+    """Folder of the page and its files."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(samples=self.samples, prompts=self.prompts)
+        if self.held_out < 0:
+            raise UserError(f"held_out={self.held_out} must be a number of images, or 0")
+
+    def models(self) -> dict[str, DrawingModelOptions]:
+        """The model, and the control if there is one."""
+        own = {f.name: getattr(self, f.name) for f in fields(DrawingModelOptions)}
+        found = {"model": DrawingModelOptions(**own)}
+        if self.control is not None:
+            found["control"] = replace(found["model"], ckpt=self.control, base=BaseOptions())
+        return found
+
+
+def main() -> None:
+    config = cli.parse(AnalyzeConfig, __doc__, main=_MAIN)
+    options = config.models()
+    wheres = {who: own.check() for who, own in options.items()}
+    from t2i.evaluation.evidence_page import write_evidence
+
+    writable_folder(config.out)
+    with owning(config.out, "analysis folder"):
+        remove_leftovers(config.out)
+        models = {who: own.load(*wheres[who]) for who, own in options.items()}
+        evidence, drawn = examine(config, options, models)
+        sheets = _write_sheets(config.out, models["model"], drawn)
+        page = write_evidence(config.out, evidence, _course(options), sheets)
+    for line in evidence["missing"]:
+        print(f"missing: {line}", file=sys.stderr)
+    print(f"look at {page}")
+
+
+def examine(
+    config: AnalyzeConfig,
+    options: "dict[str, DrawingModelOptions]",
+    models: "dict[str, TensorAR]",
+) -> "tuple[dict, list[Drawn]]":
+    """All numbers of the page, and the images that the model has drawn for them."""
+    from launch.measure.cost import FORMULAS, cost_of
+    from t2i.evaluation.evidence import known_means, loss_difference, of_drawn, of_known
+
+    model, control = models["model"], models.get("control")
+    missing = list(_unlike(options, models))
+    data, batches = _held_out(config, options["model"], model, missing)
+    prompts = _prompts(config, options["model"], model, data)
+    facts: dict = {"control": None}
+    kept: list[Drawn] = []
+    known = {who: of_known(one, batches) for who, one in models.items()}
+    for who, one in models.items():
+        drawing = options[who].drawing(one)
+        assert drawing.sampling is not None, "settled by the options"
+        drawn = _draw(one, prompts, replace(drawing, stages=who == "model"), config.samples)
+        kept = kept or drawn
+        facts[who] = {
+            "about": options[who].name(),
+            **options[who].about(one),
+            "sampling": asdict(drawing.sampling),
+            "drawn": of_drawn(one, drawn, drawing.sampling, config.batch_size),
+            "known": known_means(known[who]),
+        }
+    if model.windows.stages == 1:
+        missing.append("refinement stages: this model draws every code once")
+    found = {
+        "name": options["model"].name(),
+        **facts,
+        "against_control": loss_difference(*known.values()) if control and batches else None,
+        "repairs": _repairs(model, control, batches),
+        "cost": cost_of(model),
+        "settings": {
+            "seed": config.seed,
+            "prompts": [str(prompt) for prompt in prompts],
+            "images": len(kept),
+            "held_out": sum(len(batch.codes) for batch in batches),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        },
+        "missing": missing,
+        "notes": _NOTES,
+        "formulas": FORMULAS,
+    }
+    return found, kept
+
+
+def _unlike(options: "dict[str, DrawingModelOptions]", models: "dict[str, TensorAR]"):
+    """What makes the control none of the same steps; UserError if it is of other codes."""
+    if "control" not in models:
+        yield "a control: give --control (the base fine-tuned as usual for the same steps)"
+        return
+    own, other = (models[who].backbone.spec for who in ("model", "control"))
+    if (own.subvocabs, own.grid, own.cond_kind) != (other.subvocabs, other.grid, other.cond_kind):
+        raise UserError("the control draws other codes: it must be of the same base")
+    steps = [options[who].about(models[who]).get("step") for who in ("model", "control")]
+    if steps[0] != steps[1]:
+        yield f"a control of the same steps: {steps[0]} steps here, {steps[1]} there"
+
+
+# -- the run's own data ----------------------------------------------------------------------------
+def _held_out(
+    config: AnalyzeConfig, options: DrawingModelOptions, model: "TensorAR", missing: list[str]
+) -> "tuple[TrainingData | None, list[Batch]]":
+    """What the run held out; if it cannot be had, `missing` says why."""
+    if config.held_out == 0:
+        missing.append("loss and entropy of held-out images: --held-out 0")
+        return None, []
+    try:
+        data = _run_data(config, options, model)
+    except UserError as error:
+        missing.append(f"loss and entropy of held-out images: {error}")
+        return None, []
+    data.validation = data.validation[: config.held_out]
+    return data, [batch for batch, counted in data.validation_batches() if counted]
+
+
+def _run_data(
+    config: AnalyzeConfig, options: DrawingModelOptions, model: "TensorAR"
+) -> "TrainingData":
+    """The data of the run that wrote a checkpoint, split as it had them.
+
+    Raises:
+        UserError: no run is known, its data are not there, or they have changed since.
+    """
+    from t2i.training.batches import TrainingData
+    from t2i.training.engine import start_processes
+
+    run = _run_config(options)
+    if config.data is not None:
+        source = (config.data,) if isinstance(run.data.source, tuple) else config.data
+        run = replace(run, data=replace(run.data, source=source))  # type: ignore[arg-type]
+    processes = replace(start_processes(), device=model.backbone.device)
+    data = TrainingData(replace(run, resume=False), model.backbone, processes)
+    if data.key != _training(options)["data_key"]:
+        raise UserError(
+            f"the data set {run.data.source} has changed since the run (files were added, removed "
+            "or edited): what was held out is not known"
+        )
+    return data
+
+
+def _training(options: DrawingModelOptions) -> dict:
+    """What a checkpoint says about its run; UserError if there was none."""
+    from t2i.checkpoint import read_config
+
+    known = read_config(options.checkpoint)["training"] if options.checkpoint else {}
+    if "config" not in known or "data_key" not in known:
+        raise UserError(f"{options.source} is no checkpoint of a run: nothing tells its data")
+    return known
+
+
+def _run_config(options: DrawingModelOptions) -> "TrainConfig":
+    from t2i.fields import from_json
+    from t2i.training.config import TrainConfig
+
+    where = f"{options.checkpoint}/config.json: training"
+    return from_json(TrainConfig, _training(options)["config"], where)
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+def _prompts(
+    config: AnalyzeConfig,
+    options: DrawingModelOptions,
+    model: "TensorAR",
+    data: "TrainingData | None",
+) -> list[str | int]:
+    """Those that were given; else of held-out images; else of the run's sheets."""
+    from t2i.evaluation.generation_folder import read_prompts
+    from t2i.generation import parse_conditions
+
+    texts: Sequence[str]
+    if config.prompt or config.prompt_file:
+        texts = [entry["prompt"] for entry in read_prompts(config.prompt, config.prompt_file)]
+    elif data is not None:
+        return data.held_out_conditions(config.prompts)
+    else:
+        try:
+            texts = _run_config(options).log.prompts
+        except UserError:
+            texts = ()
+        if not texts:
+            raise UserError("no prompts: give --prompt or --prompt-file")
+    return parse_conditions(model.backbone, texts)
+
+
+def _draw(model: "TensorAR", prompts: list[str | int], drawing, samples: int) -> "list[Drawn]":
+    from t2i.generation import draw_images
+
+    if drawing.sampling.renoise:
+        raise UserError("renoise changes drafts after they are drawn: analyze with --renoise 0")
+    return list(draw_images(model, prompts, drawing, samples_per_prompt=samples))
+
+
+def _write_sheets(out: Path, model: "TensorAR", drawn: "list[Drawn]") -> list[tuple[str, str]]:
+    """What was drawn at every stage, a sheet each: file in `out`, and its label."""
+    from t2i.imaging import grid, save_png
+
+    by_prompt = {one.prompt_index: one for one in reversed(drawn)}
+    some = list(islice((by_prompt[p] for p in sorted(by_prompt)), _ON_SHEET))
+    labels, sheets = [str(one.prompt) for one in some], []
+    for stage, images in enumerate(zip(*(one.stages for one in some), strict=True), start=1):
+        save_png(grid(images, columns=4, labels=labels), out / "sheets" / f"stage_{stage}.png")
+        last = stage == len(some[0].stages)
+        sheets.append((f"sheets/stage_{stage}.png", "final" if last else f"draft {stage}"))
+    return sheets
+
+
+def _course(options: "dict[str, DrawingModelOptions]") -> "list[Chart]":
+    """Curves of the run that the checkpoint lies in, and of the control's."""
+    from t2i.training.logs import METRICS, read_metrics
+    from t2i.training.run_page import metric_charts
+
+    rows: dict[str, list[dict]] = {}
+    for who, own in options.items():
+        around = own.checkpoint.resolve().parents[:2] if own.checkpoint else ()
+        run = next((folder for folder in around if (folder / METRICS).is_file()), None)
+        rows[who] = [] if run is None else read_metrics(run)
+    return metric_charts(rows["model"], rows.get("control", []))
+
+
+def _repairs(model: "TensorAR", control: "TensorAR | None", batches: "list[Batch]") -> dict | None:
+    """Of the last draft: whether refinement repairs or spoils, beside the control's luck."""
+    from t2i.shapes.refinement import repairs
+
+    if control is None or not batches or not model.config.k > 1 == model.config.stride:
+        return None
+    return asdict(repairs(model, control, batches))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,198 @@
+"""What refinement does to codes and to the model's mind, in numbers.
+
+Of drawn images: how often codes change from stage to stage, and how far a draft's distribution is
+from the final code's. Two draws differ often, even of one distribution: so beside the agreement of
+codes stands what two draws of the final distribution would agree, and the total variation, which
+does not depend on luck. Of images with known codes: loss and entropy by slot.
+
+Shapes: B images, R rows (2B with guidance), T positions, N windows, n of them at once, k slots, S
+sub-tokens, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from t2i.generation import Drawn
+from t2i.sampling import SamplingConfig, SubTokenSampling
+from t2i.tensorar.drawing import candidates, rules
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import encode_rows, guidance_table
+from t2i.tensorar.windows import Windows
+
+PLAIN = SamplingConfig()
+"""The model's own distribution: no guidance, no filter."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of every slot, in nats; summed over sub-tokens."""
+
+    log_probs: Tensor
+    """Of given codes, fp32 [B, N, k]."""
+    entropies: Tensor
+    """fp32 [B, N, k]; of a sub-token given the earlier ones of the given code."""
+
+
+@torch.no_grad()
+def predict(
+    model: TensorAR,
+    prepared: dict[str, Tensor],
+    windows: Tensor,
+    codes: Tensor,
+    sampling: SamplingConfig = PLAIN,
+    gaussian_keys: Tensor | None = None,
+) -> Predictions:
+    """How codes [B, N, k, S] would be drawn with these settings, once the model has read the
+    windows [B, N, k, S]: in one pass, with the distributions of drawing step by step.
+    """
+    assert not sampling.renoise, "what is fed back is what was drawn"
+    backbone, stride, slots = model.backbone, model.windows.stride, windows.shape[2]
+    scales_NS = guidance_table(model, sampling)
+    condition = encode_rows(backbone, prepared, guided=scales_NS is not None)
+    fed, given = windows, codes
+    if scales_NS is not None:
+        fed, given = torch.cat([windows, windows]), torch.cat([codes, codes])
+    h = model.hidden(condition, fed, gaussian_keys)
+    parts: list[Tensor] = []
+    for n in torch.arange(windows.shape[1], device=h.device).split(model.windows_at_once(slots)):
+        d = model.decode_slots(h[:, n])[:, :, :slots]
+        sums = torch.zeros((), device=h.device)
+        for s, logits in enumerate(model.slot_logits(d, given[:, n])):
+            if scales_NS is not None:
+                cond, null = logits.chunk(2)
+                scale = scales_NS[n, s][:, None, None]
+                logits = torch.where(scale == 1, cond, null + (cond - null) * scale)
+            of_slots = (slice(0, stride), slice(stride, slots))
+            pairs = zip(of_slots, rules(sampling, codes.shape[-1])[s], strict=True)
+            found = [_facts(logits[:, :, j], codes[:, n, j, s], rule) for j, rule in pairs]
+            sums = sums + torch.cat(found, dim=2)
+        parts.append(sums)
+    return Predictions(*torch.cat(parts, dim=1).unbind(-1))
+
+
+def _facts(logits: Tensor, codes: Tensor, rule: SubTokenSampling) -> Tensor:
+    """Log-probability of codes [...], and entropy, by logits [..., V] and a rule: [..., 2]."""
+    scores, there = candidates(logits, rule)
+    log_p = scores.log_softmax(-1)
+    own = log_p.masked_fill(there != codes[..., None], -torch.inf).amax(-1)
+    return torch.stack([own, torch.special.entr(log_p.exp()).sum(-1)], dim=-1)
+
+
+# -- means over images -----------------------------------------------------------------------------
+def means(values: Tensor) -> dict[str, list[float]]:
+    """Of values [B, x]: means over images, and their standard errors (none of one image)."""
+    values, images = values.double(), len(values)
+    errors = values.std(0) / images**0.5 if images > 1 else values.new_zeros(0)
+    return {"mean": values.mean(0).tolist(), "stderr": errors.tolist()}
+
+
+def by_slot(values_BNk: Tensor, geometry: Windows) -> Tensor:
+    """Means over the windows of each image, where a slot holds a position: [B, k]."""
+    valid_Nk = geometry.valid(values_BNk.device)
+    return values_BNk.masked_fill(~valid_Nk, 0).sum(1) / valid_Nk.sum(0)
+
+
+# -- drawn images ----------------------------------------------------------------------------------
+def of_drawn(
+    model: TensorAR, drawn: Sequence[Drawn], sampling: SamplingConfig, batch_size: int
+) -> dict:
+    """Facts about images that this model has drawn with these settings."""
+    geometry = model.windows.shrunk(sampling.window)
+    length = model.backbone.prefix_length([one.prompt for one in drawn])
+    windows, log_probs, entropies = [], [], []
+    for i in range(0, len(drawn), batch_size):
+        some = drawn[i : i + batch_size]
+        own = torch.stack([one.windows for one in some]).to(model.backbone.device)
+        prepared = model.backbone.prepare([one.prompt for one in some], length)
+        codes = geometry.gather(geometry.final_codes(own))
+        found = predict(model, prepared, own, codes, sampling)
+        windows.append(own.cpu())
+        log_probs.append(found.log_probs.cpu())
+        entropies.append(found.entropies.cpu())
+    facts: dict = {"entropy": means(by_slot(torch.cat(entropies), geometry))}
+    if geometry.stages > 1:
+        facts["stages"] = of_stages(torch.cat(windows), torch.cat(log_probs), geometry)
+    return facts
+
+
+def of_stages(windows: Tensor, log_probs: Tensor, geometry: Windows) -> dict:
+    """Of drawn windows [B, N, k, S], and the log-probabilities [B, N, k] of the final codes in all
+    slots: over positions that went through all stages.
+
+    - flipped, agreeing: as `stage_changes` has them;
+    - two_draws: what two draws of the final code's distribution would agree;
+    - total_variation: of the distributions of stage r and of the final code, 1/2 sum |q - p|. The
+      final code x is a draw of p, so it is estimated by the mean of max(0, 1 - q(x) / p(x)).
+    """
+    flipped, agreeing = stage_changes(windows, geometry)
+    q = [stage[..., 0] for stage in _stages(log_probs[..., None].double(), geometry)]
+    # Rounding may put a code that was drawn just beyond a filter: then it tells nothing.
+    moved = [(1 - (draft - q[-1]).exp()).nan_to_num(0.0) for draft in q[:-1]]
+    far = [share.clamp(min=0).mean(1) for share in moved]
+    return {
+        "flipped": means(flipped),
+        "agreeing": means(agreeing),
+        "two_draws": means(q[-1].exp().mean(1, keepdim=True)),
+        "total_variation": means(torch.stack(far, dim=1)),
+    }
+
+
+def stage_changes(windows: Tensor, geometry: Windows) -> tuple[Tensor, Tensor]:
+    """By image, [B, stages - 1]: the share of codes that differ between stage r and r + 1, and the
+    share that is the final code at stage r.
+    """
+    codes = _stages(windows, geometry)
+    flipped = [(a != b).any(-1).double().mean(1) for a, b in pairwise(codes)]
+    agreeing = [(stage == codes[-1]).all(-1).double().mean(1) for stage in codes[:-1]]
+    return torch.stack(flipped, dim=1), torch.stack(agreeing, dim=1)
+
+
+def _stages(values_BNkx: Tensor, geometry: Windows) -> list[Tensor]:
+    """What stands at each stage, [B, positions, x] each, where a position went through all."""
+    drafted = torch.arange(geometry.tokens) >= geometry.size  # earlier ones had no first draft
+    return [geometry.stage_codes(values_BNkx, r + 1)[:, drafted] for r in range(geometry.stages)]
+
+
+# -- images with known codes -----------------------------------------------------------------------
+Known = dict[str, dict[str, Tensor]]
+"""What is read as drafts -> loss and entropy -> means over the windows of each image, [B, k]."""
+
+
+def of_known(model: TensorAR, batches: Iterable) -> Known:
+    """Loss and entropy by slot, given the true codes before it and drafts of two kinds: as in
+    validation (`t2i.training.validation`). Batches are those of training.
+    """
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for batch in batches:
+        condition = model.backbone.encode_condition(batch.prepared)
+        inputs = {"own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys)}
+        if model.windows.stages > 1:
+            inputs["noised_truth"] = model.noised_windows(batch.codes, batch.keys)
+        truth = model.windows.gather(batch.codes)
+        for kind, windows in inputs.items():
+            noise = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
+            said = predict(model, batch.prepared, windows, truth, gaussian_keys=noise)
+            kept = found.setdefault(kind, {"loss": [], "entropy": []})
+            kept["loss"].append(by_slot(-said.log_probs, model.windows).cpu())
+            kept["entropy"].append(by_slot(said.entropies, model.windows).cpu())
+    return {
+        kind: {name: torch.cat(parts) for name, parts in kept.items()}
+        for kind, kept in found.items()
+    }
+
+
+def known_means(known: Known) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Means over images."""
+    return {
+        kind: {name: means(values) for name, values in facts.items()}
+        for kind, facts in known.items()
+    }
+
+
+def loss_difference(a: Known, b: Known) -> dict[str, list[float]]:
+    """Loss of final codes (slot 0, own drafts) of a, less that of b on the same images."""
+    return means((a["own_drafts"]["loss"] - b["own_drafts"]["loss"][:, :1])[:, :1])

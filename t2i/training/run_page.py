@@ -1,0 +1,173 @@
+"""A run's page, RUN/index.html, which any browser shows offline: curves of all numbers that the run
+has logged (and of its control's), sheets over time, settings.
+"""
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+
+from t2i.charts import Chart, Point, Series
+from t2i.files import read_json, write_text
+from t2i.pages import chart_html, facts_html, frames_html, html_page
+from t2i.training.logs import METRICS, read_metrics
+from t2i.training.memory import readable_time
+
+_NATS = "nats per code"
+_LOSSES = (
+    (r"train/(loss|slot0)", "Training loss", _NATS),
+    (r"validation/\w+/slot0", "Held-out loss of final codes", _NATS),
+    (r"train/slot\d+", "Training loss of drafts", _NATS),
+    (r"validation/own_drafts/.*", "Held-out loss of drafts, the model's own as input", _NATS),
+    (r"validation/noised_truth/.*", "Held-out loss of drafts, noised truth as input", _NATS),
+)
+"""Metrics that are explained, first on the page: pattern of their names, title, unit."""
+_MACHINERY = (
+    (r"train/grad_norm", "Norm of the gradient", "before it is clipped"),
+    (r"lr/.*", "Learning rates", "of this step"),
+    (r"images_per_s", "Speed", "images per second, since the start"),
+    (r"data_wait", "Waiting for data", "share of the steps' time"),
+    (r"memory_gb", "Peak memory", "GB of the main process"),
+)
+"""The same, last on the page, and drawn from 0. All others stand between."""
+_MOST_POINTS = 400
+"""A curve of more is drawn as means of neighbours."""
+
+
+def write_run_page(run_dir: str | Path) -> Path:
+    """Write or rewrite the page of a run as it stands."""
+    run_dir = Path(run_dir)
+    rows, config = read_metrics(run_dir), read_json(run_dir / "config.json")
+    control = (config.get("log") or {}).get("control")
+    title = run_dir.resolve().name
+    parts = [
+        f"<header><h1>{html.escape(title)}</h1>{_control_html(control)}"
+        f"{facts_html(_facts(rows, config, run_dir))}</header>",
+        _charts_html(metric_charts(rows, _metrics_of(control))),
+        _sheets_html(run_dir, config),
+        "<section><details><summary>Settings</summary>"
+        f"<pre>{html.escape(json.dumps(config, indent=2))}</pre></details></section>",
+    ]
+    return write_text(run_dir / "index.html", html_page(title, "\n".join(parts), name="report"))
+
+
+def _metrics_of(control: str | None) -> list[dict]:
+    """A control's metrics, as far as there are any yet."""
+    return read_metrics(control) if control and (Path(control) / METRICS).is_file() else []
+
+
+def _control_html(control: str | None) -> str:
+    if control is None:
+        return ""
+    there = "dashed" if (Path(control) / METRICS).is_file() else "not there yet"
+    return f'<p class="faint">control ({there}): {html.escape(control)}</p>'
+
+
+def _facts(rows: Sequence[dict], config: Mapping, run_dir: Path) -> dict[str, str]:
+    """How far the run is, and what a step takes."""
+    steps = (config.get("plan") or {}).get("steps")
+    step = rows[-1]["step"] if rows else 0
+    facts = {"step": f"{step:,}" + (f" of {steps:,}" if steps else "")}
+    rate, memory = _last(rows, "images_per_s"), _last(rows, "memory_gb")
+    if rate and config.get("batch_size"):
+        pace = config["batch_size"] / rate
+        facts |= {"a step": f"{pace:.3g} s", "images per second": f"{rate:.3g}"}
+        if steps:
+            at = datetime.fromtimestamp((run_dir / METRICS).stat().st_mtime)
+            left = f"{readable_time(pace * (steps - step))}, as of {at:%Y-%m-%d %H:%M}"
+            facts["left"] = "done" if step >= steps else left
+    if memory:
+        facts["peak memory"] = f"{memory:.3g} GB"
+    return facts
+
+
+def _last(rows: Sequence[dict], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if name in row), None)
+
+
+# -- curves ----------------------------------------------------------------------------------------
+def metric_charts(rows: Sequence[dict], control: Sequence[dict] = ()) -> list[Chart]:
+    """A chart for each group of metrics, with the control's curves of the same names dashed.
+
+    What is explained above goes together as it says; of other metrics those whose names differ in
+    a last number ("x0", "x1") or in what follows a second slash ("a/b/c", "a/b/d").
+    """
+    own, other = _curves(rows), _curves(control)
+    groups: dict[tuple[int, str, str], list[str]] = {}
+    for name in own:
+        groups.setdefault(_group(name), []).append(name)
+    charts = []
+    for (order, title, unit), names in sorted(groups.items(), key=lambda group: group[0][0]):
+        short = [name.rpartition("/")[2] for name in names]
+        if len(set(short)) < len(names):
+            short = ["/".join(name.split("/")[-2:]) for name in names]
+        series = []
+        for tint, (name, called) in enumerate(zip(names, short, strict=True)):
+            series.append(Series(called, own[name], tint))
+            if name in other:
+                series.append(Series(f"{called}, control", other[name], tint, dashed=True))
+        machinery = order > len(_LOSSES)
+        charts.append(Chart(title, "step", unit, tuple(series), from_zero=machinery))
+    return charts
+
+
+def _group(name: str) -> tuple[int, str, str]:
+    """The chart of a metric: its place, title and unit."""
+    for first, known in ((0, _LOSSES), (len(_LOSSES) + 1, _MACHINERY)):
+        for order, (words, title, unit) in enumerate(known, start=first):
+            if re.fullmatch(words, name):
+                return order, title, unit
+    return len(_LOSSES), _kind(name), ""
+
+
+def _kind(name: str) -> str:
+    """What a metric shares with those that are drawn beside it."""
+    parent, _, last = name.rpartition("/")
+    return parent if "/" in parent else f"{parent}/{re.sub(r'[0-9]+$', '', last)}".lstrip("/")
+
+
+def _curves(rows: Sequence[dict]) -> dict[str, tuple[Point, ...]]:
+    """Every metric that is a number, against steps."""
+    curves: dict[str, list[Point]] = {}
+    for row in rows:
+        for name, value in row.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name != "step" and number and math.isfinite(value):
+                curves.setdefault(name, []).append((row["step"], value))
+    return {name: _thinned(points) for name, points in curves.items()}
+
+
+def _thinned(points: Sequence[Point]) -> tuple[Point, ...]:
+    """At most `_MOST_POINTS` points: means of neighbours, at the last one's step."""
+    size = -(-len(points) // _MOST_POINTS)
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return tuple((part[-1][0], fmean(y for _, y in part)) for part in parts)
+
+
+def _charts_html(charts: Sequence[Chart]) -> str:
+    if not charts:
+        return '<p class="empty">Nothing is logged yet.</p>'
+    return f'<section class="charts">{"".join(map(chart_html, charts))}</section>'
+
+
+# -- sheets ----------------------------------------------------------------------------------------
+def _sheets_html(run_dir: Path, config: Mapping) -> str:
+    """What the run drew for its fixed prompts, with a slider over time."""
+    sheets = sorted((run_dir / "samples").glob("*.png"))
+    if not sheets:
+        return ""
+    frames = [(f"samples/{sheet.name}", _sheet_label(sheet.stem)) for sheet in sheets]
+    prompts = "".join(f"<li>{html.escape(str(p))}</li>" for p in config.get("sheet_prompts") or ())
+    return (
+        f"<section><h2>Samples at fixed prompts and seed</h2>{frames_html(frames, 'step')}"
+        f"<details><summary>Prompts</summary><ul>{prompts}</ul></details></section>"
+    )
+
+
+def _sheet_label(stem: str) -> str:
+    number = re.fullmatch(r"step_(\d+)", stem)
+    return f"step {int(number[1]):,}" if number else stem

@@ -1,0 +1,208 @@
+"""What refinement does, in numbers, and launch/analyze.py with its page."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from browser import WIDTH, phone_in_the_dark, seen, text, type_in
+from helpers import open_gates, tiny_codes, tiny_llamagen, tiny_prepared
+from programs import program
+from runs import tiny_run
+
+import t2i
+from launch import analyze as run
+from launch.measure.cost import cost_of
+from t2i.evaluation.evidence import known_means, of_known, of_stages, predict
+from t2i.fields import from_json
+from t2i.files import read_json
+from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
+from t2i.shapes.shapes_source import write_dataset
+from t2i.tensorar import presets
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows
+from t2i.tensorar.windows import Windows
+from t2i.training.batches import TrainingData
+from t2i.training.config import LabelledOptions, TrainConfig
+from t2i.training.engine import start_processes
+from t2i.training.loop import train
+from t2i.training.settings import plain as as_json
+from t2i.training.validation import validate
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", [{}, {"stride": 2}], ids=["stride 1", "stride 2"])
+def test_one_pass_has_the_distributions_of_drawing(backbone, method):
+    """Drawn greedily with guidance, every code of every slot was the one that could be drawn."""
+    model = open_gates(TensorAR(backbone, presets.iclr2026(**method)).eval())
+    prepared, keys = tiny_prepared(backbone, 3), make_keys(0, torch.arange(3))
+    greedy = SamplingConfig(cfg_scale=3.0, temperature=0.0)
+    windows = sample_windows(model, prepared, keys, greedy)
+
+    def certain(sampling: SamplingConfig) -> float:
+        said = predict(model, prepared, windows, windows, sampling)
+        return float((said.log_probs[:, model.windows.valid()] > -1e-3).float().mean())
+
+    assert certain(greedy) > 0.97, "but for codes that are as likely up to rounding"
+    assert certain(replace(greedy, cfg_scale=1.0)) < 0.9
+
+
+def test_probabilities_and_entropies_belong_together():
+    model = open_gates(TensorAR(tiny_llamagen("class"), presets.iclr2026()).eval())
+    prepared, codes = tiny_prepared(model.backbone, 1), tiny_codes(model.backbone, 1, 16)
+    windows, sampling = model.windows.gather(codes), SamplingConfig(top_k=5, temperature=0.7)
+    every = [
+        predict(model, prepared, windows, torch.full_like(windows, code), sampling)
+        for code in range(model.backbone.spec.subvocabs[0])
+    ]
+    p = torch.stack([said.log_probs for said in every]).double().exp()
+    assert torch.allclose(p.sum(0), torch.ones(()).double(), atol=1e-5)
+    assert (p > 0).sum(0).unique().tolist() == [5]
+    assert torch.allclose(torch.special.entr(p).sum(0), every[0].entropies.double(), atol=1e-4)
+
+
+def test_stages_by_hand():
+    """4 positions, k = 2: the first two never had a first draft of their own."""
+    geometry = Windows(4, 2)
+    windows = torch.tensor([[[0, 1], [1, 7], [2, 8], [3, 3]], [[0, 1], [1, 2], [2, 8], [3, 3]]])
+    p, q = torch.tensor([0.5, 0.2]), torch.tensor([0.2, 0.4])  # of positions 2 and 3
+    log_probs = torch.zeros(2, 4, 2)
+    log_probs[:, 2:, 0], log_probs[:, 1:3, 1] = p.log(), q.log()
+    found = of_stages(windows[..., None], log_probs, geometry)
+    assert found["flipped"]["mean"] == [0.75] and found["agreeing"]["mean"] == [0.25]
+    assert found["flipped"]["stderr"] == [pytest.approx(0.25)]
+    assert found["two_draws"]["mean"] == [pytest.approx(0.35)]
+    assert found["total_variation"]["mean"] == [pytest.approx((0.6 + 0) / 2)]
+    log_probs[0, 3, 0] = log_probs[0, 2, 1] = -torch.inf  # beyond a filter by rounding
+    again = of_stages(windows[..., None], log_probs, geometry)
+    assert again["total_variation"]["mean"] == [pytest.approx(0.3)]
+
+
+def test_total_variation_is_estimated_without_bias():
+    p, q = (torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).double() ** 2).unbind()
+    p, q = p / p.sum(), q / q.sum()
+    drawn = torch.multinomial(p, 40_000, replacement=True, generator=torch.Generator())
+    log_probs = torch.zeros(40_000, 3, 2).double()
+    log_probs[:, 2, 0], log_probs[:, 1, 1] = p[drawn].log(), q[drawn].log()
+    found = of_stages(torch.zeros(40_000, 3, 2, 1), log_probs, Windows(3, 2))["total_variation"]
+    exact = float((p - q).abs().sum() / 2)
+    assert abs(found["mean"][0] - exact) < 4 * found["stderr"][0] < 0.02 < exact
+
+
+def test_settings_survive_json():
+    config = TrainConfig(data=LabelledOptions(source=("a", "b")), seed=3)
+    for one in (config, TrainConfig(), tiny_run(config.run_dir, "x", data__trigger="drawn by x")):
+        assert from_json(TrainConfig, as_json(asdict(one)), "here") == one
+
+
+@pytest.mark.parametrize("method", ["iclr2026", "arxiv2505"])
+def test_costs_by_formula_and_as_counted(method):
+    backbone = t2i.load_backbone("llamagen", "shapes", device="cpu")
+    cost = cost_of(TensorAR(backbone, presets.method(method)).eval())
+    assert cost["codec_parameters"] == cost["codec_by_formula"] > 0
+    outside = cost["base_operations"] - cost["base_head_operations"]
+    by_formula = outside + cost["codec_operations"] + cost["head_operations"]
+    assert by_formula == pytest.approx(cost["operations"], rel=0.005)
+    assert cost["operations"] > 1.1 * cost["base_operations"]
+
+
+# -- the program -----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def page(tiny_world, plain, tmp_path_factory):
+    """Of a run beside its control, moved after it was written."""
+    control = tiny_run(tiny_world, "analyzed-control", method=presets.base())
+    train(control)
+    out = tmp_path_factory.mktemp("analysis")
+    options = ("--held-out", 6, "--prompts", 3, "--samples", 2, "--control", control.run_dir)
+    program(run, "--ckpt", plain, *options, "--out", out / "a")
+    return (out / "a").rename(out / "moved") / "index.html"
+
+
+def test_the_numbers_of_a_run(page, tiny_world, plain):
+    found = read_json(page.with_name("evidence.json"))
+    model, control = found["model"], found["control"]
+    assert found["missing"] == [] and found["settings"]["images"] == 6
+    assert all(len(values["mean"]) == 2 for values in (
+        model["drawn"]["stages"][name] for name in ("flipped", "agreeing", "total_variation")
+    ))  # fmt: skip
+    assert len(model["drawn"]["entropy"]["mean"]) == 3
+    assert len(control["drawn"]["entropy"]["mean"]) == 1 and "stages" not in control["drawn"]
+    assert set(found["repairs"]) >= {"corrected", "spoilt", "control_corrected"}
+    # What the held-out set says is what validation says.
+    loaded = t2i.from_pretrained(plain, device="cpu")
+    data = TrainingData(tiny_run(tiny_world, "plain"), loaded.backbone, start_processes())
+    data.validation = data.validation[:6]
+    for kind, losses in asdict(validate(loaded, data)).items():
+        assert model["known"][kind]["loss"]["mean"] == pytest.approx(losses, rel=1e-4)
+    again = of_known(loaded, [batch for batch, _ in data.validation_batches()])
+    assert known_means(again) == model["known"]
+    difference = model["known"]["own_drafts"]["loss"]["mean"][0]
+    difference -= control["known"]["own_drafts"]["loss"]["mean"][0]
+    assert found["against_control"]["mean"] == [pytest.approx(difference, rel=1e-3)]
+    assert found["against_control"]["stderr"] < model["known"]["own_drafts"]["loss"]["stderr"][:1]
+    names = sorted(path.stem for path in page.with_name("charts").glob("*.png"))
+    assert names == sorted(path.stem for path in page.with_name("charts").glob("*.svg"))
+    assert "01_flip_rate_by_stage" in names and len(names) >= 8
+
+
+def test_what_is_missing_is_said(shapes_ckpt, tiny_world, plain, tmp_path, capsys):
+    few = ("--prompt", "a photo of a <b>star</b>", "--samples", 1, "--out", tmp_path / "a")
+    program(run, "--ckpt", shapes_ckpt, *few)
+    found = read_json(tmp_path / "a" / "evidence.json")
+    assert found["model"]["known"] == {} and found["model"]["drawn"]["stages"]["flipped"]["mean"]
+    assert "nothing tells its data" in found["missing"][1] and "--control" in found["missing"][0]
+    printed = capsys.readouterr()
+    assert printed.err.count("missing: ") == 2 and "look at" in printed.out
+    assert "<b>" not in (tmp_path / "a" / "index.html").read_text()
+    write_dataset(tmp_path / "other", 12, size=32)
+    program(run, "--ckpt", plain, *few, "--data", tmp_path / "other")
+    said = read_json(tmp_path / "a" / "evidence.json")["missing"]
+    assert any("has changed since the run" in line for line in said)
+
+
+def test_what_cannot_be_analyzed(refusal, plain):
+    assert "no model: give --ckpt" in refusal()
+    few = ("--ckpt", plain, "--prompt", "x", "--held-out", "0")
+    assert "draws other codes" in refusal(*few, "--control", "shapes")
+    assert "--renoise 0" in refusal(*few, "--renoise", "0.5")
+    assert "no prompts" in refusal("--ckpt", "shapes", "--held-out", "0")
+
+
+def test_one_stage_has_no_drafts(tmp_path):
+    program(run, "--ckpt", "shapes", "--prompt", "x", "--samples", 1, "--out", tmp_path / "a")
+    found = read_json(tmp_path / "a" / "evidence.json")
+    assert any("draws every code once" in line for line in found["missing"])
+    assert found["cost"]["codec_parameters"] == 0
+    assert "Flip rate" not in (tmp_path / "a" / "index.html").read_text()
+
+
+# -- in a browser ----------------------------------------------------------------------------------
+@pytest.fixture
+def tab(browser, page):
+    browser.open(page)
+    yield browser
+    assert browser.errors == []
+
+
+def test_the_page(tab):
+    titles = tab.run(seen(".chart", "e.querySelector('text').textContent"))
+    assert titles[:3] == [
+        "Flip rate by stage", "Drafts against the final code", "Loss by slot, held-out images"
+    ]  # fmt: skip
+    assert "Training loss" in titles, "of the run's metrics"
+    tab.run("document.querySelectorAll('.chart')[1].focus()")
+    tab.press("ArrowRight")
+    tab.press("ArrowLeft")
+    said = tab.run("document.querySelectorAll('.chart output')[1].textContent")
+    assert said.startswith("refinement stage 1: same code ") and "total variation" in said
+    stage = text(".frames output")
+    assert tab.run(stage) == "final"
+    tab.run(type_in(".frames input", "0"))
+    assert tab.run(stage) == "draft 1"
+    tab.wait("document.querySelector('.frames img').complete")
+    assert tab.run("document.querySelector('.frames img').naturalWidth") > 0
+
+
+def test_on_a_phone_and_in_the_dark(tab):
+    with phone_in_the_dark(tab):
+        assert tab.run(WIDTH) <= 375
