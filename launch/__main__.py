@@ -23,6 +23,7 @@ VERBS = {
     "train-imagenet": ("launch.train_imagenet", "fine-tune a class-conditional model"),
     "generate": ("launch.generate", "draw images of prompts"),
     "review": ("launch.review", "compare models by looking, on one page"),
+    "demo": ("launch.demo", "a page on which models draw while you watch"),
     "geneval": ("geneval.run", "score a model, or images, with GenEval"),
     "dpg-bench": ("dpg_bench.run", "score a model, or images, with DPG-Bench"),
     "sample-imagenet": ("launch.sample_imagenet", "draw the images of an ImageNet evaluation"),
