@@ -3,6 +3,7 @@
 import shlex
 import threading
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -114,6 +115,14 @@ def test_watched_images_are_the_same_as_unwatched_ones(model, monkeypatch):
             alpha = np.asarray(image.getchannel("A"))
             assert (alpha[: 8 * row] == 255).all() and not alpha[8 * row :].any()
     assert (pixels(looks[-1].images)[..., :3] == pixels(last.images)).all()
+
+
+def test_more_images_than_a_batch_has(model, monkeypatch):
+    monkeypatch.setattr(live, "_PAUSE", 0.0)
+    request = replace(read(speculate="off"), samples=17)
+    shares = [(len(look.images), look.share) for look in draw_live(model, request)]
+    assert shares[0] == (16, 4 / 17) and shares[-1] == (17, 1)
+    assert {count for count, share in shares if share > 16 / 17} == {17}
 
 
 def test_looks_take_a_small_share_of_the_time(model, monkeypatch):
@@ -250,6 +259,7 @@ def tab(address, tmp_path):
 def fill(tab, field: str, value: object) -> None:
     """Type into a field, as far as the page can tell."""
     box = f"document.querySelector('#{field} textarea, #{field} input')"
+    tab.wait(f"{box} !== null")
     tab.run(
         f"(box => {{ box.value = {str(value)!r};"
         f" box.dispatchEvent(new Event('input', {{bubbles: true}})); }})({box})"
@@ -282,3 +292,29 @@ def test_the_page_draws_and_refuses(tab, address, tmp_path):
     press(tab, "dice")
     tab.wait("document.querySelector('#seed input').value != '5'")
     assert tab.screenshot(tmp_path / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("leave", ["Stop", "close the page"])
+def test_nobody_waits_for_what_nobody_wants(leave, tab, monkeypatch):
+    def endless(model, prompts, options, *, watch, samples_per_prompt, progress):
+        windows = torch.zeros(1, 64, 1, 1, dtype=torch.long)
+        while True:
+            watch([(0, 0)], windows, 8)
+            time.sleep(0.01)
+        yield
+
+    monkeypatch.setattr(live, "draw_images", endless)
+    fill(tab, "prompt", PROMPT)
+    fill(tab, "samples", 1)
+    press(tab, "draw")
+    tab.wait(f"{SAID}.includes('Drawing: 12%')")
+    if leave == "Stop":
+        press(tab, "stop")
+        tab.wait(f"{SAID}.includes('Stopped')")
+    else:
+        tab.call("Page.navigate", url="about:blank")
+    deadline = time.time() + 30
+    while any(thread.name == "drawing" for thread in threading.enumerate()):
+        assert time.time() < deadline
+        time.sleep(0.05)

@@ -102,7 +102,8 @@ def draw_live(model: TensorAR, request: Request) -> Iterator[Drawing]:
         drawing = draw_images(
             model, prompts, options, samples_per_prompt=samples, progress=False, watch=look
         )
-        done.extend(drawing)
+        for one in drawing:  # `look` counts them meanwhile
+            done.append(one)
         stages = tuple(one.stages for one in done if one.stages)
         notes = _notes(model, request.prompt)
         report(Drawing([one.image for one in done], 1.0, stages, notes))
