@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from t2i.demo.live import Drawing, Models, draw_live
-from t2i.demo.request import FIELDS, SPECULATE, Limit, Request, model_words, read_request
+from t2i.demo.request import FIELDS, OPTIONAL, SPECULATE, Limit, Request, model_words, read_request
 from t2i.errors import UserError
 
 WAITING = 20
@@ -55,7 +55,7 @@ class Page:
                 with gr.Column(elem_id="settings"):
                     self._settings(first)
             self.inputs = {name: self.inputs[name] for name in FIELDS}
-            self._events(blocks)
+            self._events()
         # In one queue: whoever asks while another's images are drawn waits, and sees for how many.
         self.blocks = blocks.queue(max_size=WAITING, default_concurrency_limit=1)
 
@@ -79,7 +79,7 @@ class Page:
             self.inputs["seed"] = gr.Number(**shown["seed"], elem_id="seed")
         self.dice = gr.Button("Another seed", size="sm", elem_id="dice")
         with gr.Accordion("How codes are drawn", open=False):
-            for name in ("cfg_scale", "temperature", "top_k", "top_p"):
+            for name in OPTIONAL:
                 self.inputs[name] = gr.Number(**shown[name], elem_id=name)
             self.inputs["speculate"] = gr.Dropdown(
                 list(SPECULATE),
@@ -110,7 +110,7 @@ class Page:
         model, found = self.models.load(name), self.models.limits(name)
         spec, own = model.backbone.spec, model.sampling
         values: dict[str, Any] = {"samples": min(4, int(found["samples"].high)), "seed": 0}
-        for option in ("cfg_scale", "temperature", "top_k", "top_p"):
+        for option in OPTIONAL:
             value = getattr(own, option)  # of several sub-tokens, each may have its own
             values[option] = None if isinstance(value, tuple) else value
         numbers = {option: _number(limit, values[option]) for option, limit in found.items()}
@@ -127,7 +127,7 @@ class Page:
         }
 
     # -- what happens ------------------------------------------------------------------------------
-    def _events(self, blocks: gr.Blocks) -> None:
+    def _events(self) -> None:
         private = {"api_visibility": "private"}
         outputs = [self.pictures, self.stages, self.command, self.said]
         fields = [self.model, *self.inputs.values()]

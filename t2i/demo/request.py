@@ -55,9 +55,9 @@ def limits(*, most_images: int, codes: int) -> dict[str, Limit]:
     }
 
 
-_OPTIONAL = ("cfg_scale", "temperature", "top_k", "top_p")
+OPTIONAL = ("cfg_scale", "temperature", "top_k", "top_p")
 """Empty, they are the model's own."""
-FIELDS = ("prompt", "samples", "seed", *_OPTIONAL, "speculate")
+FIELDS = ("prompt", "samples", "seed", *OPTIONAL, "speculate")
 """What `read_request` reads, by option of launch/generate.py."""
 
 
@@ -100,13 +100,13 @@ def read_request(given: Mapping[str, object], allowed: Mapping[str, Limit]) -> R
     numbers = {
         name: limit.check(given[name])
         for name, limit in allowed.items()
-        if not (name in _OPTIONAL and given[name] is None)
+        if not (name in OPTIONAL and given[name] is None)
     }
     speculate = given["speculate"]
     if speculate not in SPECULATE or isinstance(speculate, bool):
         choices = ", ".join(map(str, SPECULATE))
         raise UserError(f"speculation must be one of {choices}, and is {speculate!r:.40}")
-    own = {name: numbers[name] for name in _OPTIONAL if name in numbers}
+    own = {name: numbers[name] for name in OPTIONAL if name in numbers}
     return Request(
         prompt=prompt.strip(),
         samples=int(numbers["samples"]),
