@@ -55,10 +55,13 @@ class DemoConfig:
         from t2i.sources import shipped_bases
 
         given = ("shapes",) if not self.ckpt and self.base.weights is None else self.ckpt
-        own = {"device": self.device, "dtype": self.dtype, "speed": self.speed}
         found = [
             ModelOptions(
-                ckpt=name, base=BaseOptions() if name in shipped_bases() else self.base, **own
+                ckpt=name,
+                base=BaseOptions() if name in shipped_bases() else self.base,
+                device=self.device,
+                dtype=self.dtype,
+                speed=self.speed,
             )
             for name in given or (None,)
         ]

@@ -143,19 +143,26 @@ class _Closed(Exception):
     """Nobody listens any more."""
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """The work has, perhaps by an error."""
+
+    error: BaseException | None
+
+
 def reports(work: Callable[[Callable[[T | None], None]], None]) -> Iterator[T]:
     """What `work` reports, while it runs in a thread of its own; and what it raises.
 
     Once this is closed, the next report ends the work; a report of None does nothing else.
     """
-    box: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    box: SimpleQueue[T | _Ended] = SimpleQueue()
     closed = threading.Event()
 
     def report(value: T | None) -> None:
         if closed.is_set():
             raise _Closed
         if value is not None:
-            box.put((value, None))
+            box.put(value)
 
     def run() -> None:
         error: BaseException | None = None
@@ -163,13 +170,13 @@ def reports(work: Callable[[Callable[[T | None], None]], None]) -> Iterator[T]:
             work(report)
         except BaseException as raised:
             error = raised
-        box.put((None, error))
+        box.put(_Ended(error))
 
     threading.Thread(target=run, name="drawing", daemon=True).start()
     try:
-        while (told := box.get())[0] is not None:
-            yield told[0]
+        while not isinstance(told := box.get(), _Ended):
+            yield told
     finally:
         closed.set()
-    if told[1] is not None:
-        raise told[1]
+    if told.error is not None:
+        raise told.error

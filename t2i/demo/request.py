@@ -32,9 +32,12 @@ class Limit:
 
     def check(self, value: object) -> float | int:
         """The number; UserError if it is none, or out of range."""
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and self.low <= value <= self.high and (not self.whole or value == int(value)):
-            return int(value) if self.whole else float(value)
+        number = None if isinstance(value, bool) or not isinstance(value, int | float) else value
+        if number is not None and self.low <= number <= self.high:
+            if not self.whole:
+                return float(number)
+            if number == int(number):
+                return int(number)
         kind = "a whole number" if self.whole else "a number"
         given = "nothing is given" if value is None else f"{value!r:.40} is given"
         raise UserError(f"{self.name} must be {kind} from {self}, and {given}")
@@ -102,10 +105,10 @@ def read_request(given: Mapping[str, object], allowed: Mapping[str, Limit]) -> R
         for name, limit in allowed.items()
         if not (name in OPTIONAL and given[name] is None)
     }
-    speculate = given["speculate"]
-    if speculate not in SPECULATE or isinstance(speculate, bool):
+    speculate = next((one for one in SPECULATE if one == given["speculate"]), None)
+    if speculate is None:
         choices = ", ".join(map(str, SPECULATE))
-        raise UserError(f"speculation must be one of {choices}, and is {speculate!r:.40}")
+        raise UserError(f"speculation must be one of {choices}, and is {given['speculate']!r:.40}")
     own = {name: numbers[name] for name in OPTIONAL if name in numbers}
     return Request(
         prompt=prompt.strip(),
@@ -118,7 +121,8 @@ def read_request(given: Mapping[str, object], allowed: Mapping[str, Limit]) -> R
 
 def model_words(options: ModelOptions) -> list[str]:
     """The command-line options that name a model, and how it is computed."""
-    usual, words = ModelOptions(), []
+    usual = ModelOptions()
+    words: list[str] = []
     for prefix, own, plain in (("", options, usual), ("base.", options.base, usual.base)):
         for option in fields(plain):
             value = getattr(own, option.name)
