@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from dpg_bench.questions import Question, QuestionGraph, group_by_item
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import mean_over_prompts
-from t2i.evaluation.results import Score, score_table
+from t2i.evaluation.results import Score, notebook_table, score_table
 
 YES = "yes"
 OFFICIAL, CORRECTED = "official", "corrected"
@@ -81,6 +81,10 @@ class BothWays:
     official: Tally
     corrected: Tally
     missing: list[str]
+
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows them."""
+        return notebook_table(list_scores(self), "DPG-Bench", 2)
 
 
 class MissingParentError(LookupError):

@@ -47,6 +47,10 @@ class Judgement:
     verdicts: list[Verdict]
     summary: Summary
 
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it: the summary."""
+        return self.summary._repr_markdown_()
+
 
 def score(
     images: Sequence[Image.Image | np.ndarray | str | Path],

@@ -79,19 +79,13 @@ class GenEval:
         """Overall and by task, then the rates over all images and prompts."""
         summary = summarize(rows)
         images, prompts = summary.total_images, summary.total_prompts
-        overall = Score(
-            "overall", summary.overall, summary.overall_stderr, images, prompts, headline=True
-        )
-        tasks = [
-            Score(name, tag.mean, tag.stderr, tag.total, tag.prompts)
-            for name, tag in summary.tags.items()
-        ]
+        found = summary.scores()
         correct = [values for group in by_prompt(rows).values() for values in group.values()]
         rates = {"correct images": correct, "correct prompts": [[any(v)] for v in correct]}
         for name, values in rates.items():
             rate, _ = mean_over_prompts(values)
-            tasks.append(Score(name, rate.mean, rate.stderr, images, prompts))
-        return [overall, *tasks]
+            found.append(Score(name, rate.mean, rate.stderr, images, prompts))
+        return found
 
     def card(self, row: dict) -> Card | None:
         """A failure with its reasons, and boxes in the colours of `draw_masks`."""

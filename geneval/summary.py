@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from geneval.rules import Verdict
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import mean_over_prompts
+from t2i.evaluation.results import Score, notebook_table
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ class Summary:
     correct_images: int
     total_prompts: int
     prompts_with_any_correct: int
+
+    def scores(self) -> list[Score]:
+        """Overall, then by task."""
+        images, prompts = self.total_images, self.total_prompts
+        numbers = (self.overall, self.overall_stderr, images, prompts)
+        tasks = [
+            Score(name, tag.mean, tag.stderr, tag.total, tag.prompts)
+            for name, tag in self.tags.items()
+        ]
+        return [Score("overall", *numbers, headline=True), *tasks]
+
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
+        return notebook_table(self.scores(), "GenEval", 3)
 
     @property
     def fraction_correct_images(self) -> float:

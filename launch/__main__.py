@@ -24,6 +24,7 @@ VERBS = {
     "generate": ("launch.generate", "draw images of prompts"),
     "review": ("launch.review", "compare models by looking, on one page"),
     "analyze": ("launch.analyze", "see what refinement changes, and what it costs"),
+    "demo": ("launch.demo", "a page on which models draw while you watch"),
     "geneval": ("geneval.run", "score a model, or images, with GenEval"),
     "dpg-bench": ("dpg_bench.run", "score a model, or images, with DPG-Bench"),
     "sample-imagenet": ("launch.sample_imagenet", "draw the images of an ImageNet evaluation"),

@@ -3,7 +3,8 @@
     import t2i
     backbone = t2i.load_backbone("llamagen", "c2i_B_256.pt", tokenizer="vq_ds16_c2i.pt")
     model = t2i.attach(backbone, t2i.presets.iclr2026())   # equal to the base model until trained
-    model = t2i.from_pretrained("runs/my-checkpoint")      # a checkpoint, run or export folder
+    folder = t2i.train(t2i.recipe("shapes-tuned", {"run_dir": "runs/mine", "steps": 100}))
+    model = t2i.from_pretrained("runs/mine")               # a checkpoint, run or export folder
     model = t2i.load_model("shapes")                       # any of these, or a base by itself
     images = t2i.generate(model, ["a photo of a red circle"], seed=0, samples_per_prompt=4)
     t2i.grid(images, columns=2).save("sheet.png")
@@ -25,6 +26,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from t2i.loading import load_backbone as load_backbone
     from t2i.sampling import SamplingConfig as SamplingConfig
     from t2i.tensorar import presets as presets
+    from t2i.training.loop import train as train
+    from t2i.training.recipes import recipe as recipe
 
 __version__ = "0.1.0"
 
@@ -36,6 +39,8 @@ _HOMES = {
     "save_pretrained": "t2i.checkpoint",
     "generate": "t2i.generation",
     "grid": "t2i.imaging",
+    "recipe": "t2i.training.recipes",
+    "train": "t2i.training.loop",
     "SamplingConfig": "t2i.sampling",
     "UserError": "t2i.errors",
     "presets": "t2i.tensorar",

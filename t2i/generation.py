@@ -1,8 +1,9 @@
 """Prompts to images: batching, per-image random numbers, decoding to pixels."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,6 +36,11 @@ elsewhere. It is a rule, and not timed at hand, so that a command draws the same
 
 Job = tuple[int, int]
 """Prompt index and sample index: with the seed, all that an image's random numbers depend on."""
+
+Watch = Callable[[Sequence[Job], Tensor, int], None]
+"""Is told, for every window that is settled, which images are being drawn, all their windows
+[B, N, k, S] as they are by then (to be read and left alone), and how many of these are settled.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ def draw_images(
     samples_per_prompt: int = 1,
     jobs: Sequence[Job] | None = None,
     progress: bool = True,
+    watch: Watch | None = None,
 ) -> Iterator[Drawn]:
     """Draw images one batch at a time, in the order of `jobs`.
 
@@ -81,6 +88,7 @@ def draw_images(
     Args:
         prompts: captions, or class ids for a class-conditional backbone.
         jobs: `samples_per_prompt` of every prompt if None.
+        watch: may look at images while they are drawn, or raise to end the drawing.
     """
     options = options or DrawOptions()
     check_request(model, prompts, samples_per_prompt)
@@ -100,7 +108,8 @@ def draw_images(
             prepared = model.backbone.prepare([prompts[p] for p, _ in rows], length)
             keys = make_keys(options.seed, *torch.tensor(rows).T)
             sampling = options.sampling or model.sampling
-            windows = sample_windows(model, prepared, keys, sampling, bar.update, speed, speculate)
+            look = _on_step(batch, bar, watch)
+            windows = sample_windows(model, prepared, keys, sampling, look, speed, speculate)
             windows = windows[: len(batch)]
             images = to_images(model, model.windows.final_codes(windows), options.size)
             staged = (
@@ -108,6 +117,20 @@ def draw_images(
             )
             for i, (p, s) in enumerate(batch):
                 yield Drawn(p, s, prompts[p], images[i], windows[i].cpu(), *staged[i])
+
+
+def _on_step(batch: Sequence[Job], bar: Any, watch: Watch | None) -> Callable[[Tensor], None]:
+    """What `sample_windows` calls: moves the progress bar, and lets `watch` look."""
+    settled = 0
+
+    def told(windows: Tensor) -> None:
+        nonlocal settled
+        settled += 1
+        bar.update()
+        if watch is not None:
+            watch(batch, windows[: len(batch)], settled)
+
+    return told
 
 
 def asked_ahead(model: TensorAR, options: DrawOptions) -> Speculate:

@@ -61,10 +61,11 @@ class Page:
         message, _, self.received = self.received.partition(b"\0")
         return json.loads(message)
 
-    def open(self, path: Path) -> None:
-        """Load a file and wait until everything in it is loaded."""
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("location.protocol == 'file:' && document.readyState == 'complete'")
+    def open(self, place: Path | str) -> None:
+        """Load a file or address and wait until everything in it is loaded."""
+        url = place if isinstance(place, str) else place.resolve().as_uri()
+        self.call("Page.navigate", url=url)
+        self.wait("location.protocol != 'about:' && document.readyState == 'complete'")
 
     def run(self, script: str):
         """The value of an expression."""

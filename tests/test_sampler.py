@@ -242,9 +242,11 @@ def test_refinement_stages_and_progress(model):
         tiny_prepared(model.backbone, 2),
         make_keys(0, torch.arange(2)),
         SamplingConfig(),
-        on_step=lambda: ticks.append(1),
+        on_step=lambda windows: ticks.append(windows.clone()),
     )
     assert windows.shape == (2, 16, 4, len(model.backbone.spec.subvocabs)) and len(ticks) == 16
+    for i, seen in enumerate(ticks, start=1):
+        assert torch.equal(seen[:, :i], windows[:, :i]) and not seen[:, i:].any()
     stages = [model.windows.stage_codes(windows, r) for r in range(1, model.windows.stages + 1)]
     assert torch.equal(stages[-1], model.windows.final_codes(windows))
     assert not torch.equal(stages[0], stages[-1])

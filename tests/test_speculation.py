@@ -128,8 +128,9 @@ def test_guesses_cost_calls_and_nothing_else(method, monkeypatch):
 def test_every_window_is_settled_once():
     model = open_gates(TensorAR(tiny_llamagen("class"), METHODS["tensorar"]).eval())
     ticks = []
-    draw(model, CONFIGS["plain"], 4, on_step=lambda: ticks.append(1))
+    drawn = draw(model, CONFIGS["plain"], 4, on_step=lambda windows: ticks.append(windows.clone()))
     assert len(ticks) == 16
+    assert all(torch.equal(seen[:, :i], drawn[:, :i]) for i, seen in enumerate(ticks, start=1))
 
 
 def test_first_guesses():

@@ -233,7 +233,7 @@ def test_compiled_steps_draw_the_same(monkeypatch):
     expected.append(draw(changed, speed="eager"))
     steps = []
 
-    def once():
+    def once(_):
         steps.append(1)
         if len(steps) == 2:
             torch.compiler.set_stance("fail_on_recompile")

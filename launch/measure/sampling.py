@@ -100,7 +100,7 @@ class OpenGroup:
 
         def draw(tick: Tick) -> None:
             prepared, settings = self.task.prepared, self.group.settings
-            sample_windows(model, prepared, keys, settings, tick, chosen, speculate)
+            sample_windows(model, prepared, keys, settings, lambda _: tick(), chosen, speculate)
 
         self.contenders[name] = Loop(draw, self.backbone.device, records=chosen != "eager")
 

@@ -7,8 +7,9 @@ are missing, who judged (weights by hash), how the images were drawn, and with w
 
 import json
 import platform
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -137,6 +138,13 @@ def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
             cells += [str(score.images), str(score.prompts)]
         lines.append(cells)
     return markdown_table(f"| {title} |{columns}", lines)
+
+
+def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
+    """`score_table` where markdown is rendered: names, which others have given, stay text."""
+    names = (re.sub(r"[^\w .,:-]", lambda found: f"&#{ord(found[0])};", s.name) for s in scores)
+    shown = [replace(score, name=name) for score, name in zip(scores, names, strict=True)]
+    return score_table(shown, title, digits)
 
 
 def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:

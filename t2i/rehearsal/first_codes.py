@@ -39,7 +39,7 @@ def main() -> None:
     model = config.load(*config.check())
     backbone, times = model.backbone, []
 
-    def tick() -> None:
+    def tick(_) -> None:
         times.append(time.perf_counter())
         if len(times) > config.codes:
             raise _Enough

@@ -272,7 +272,7 @@ def sample_windows(
     prepared: dict[str, Tensor],
     keys: Tensor,
     config: SamplingConfig,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
     speed: Speed = "eager",
     speculate: int = 0,
 ) -> Tensor:
@@ -282,7 +282,8 @@ def sample_windows(
     Args:
         prepared: conditions of B images, from `Backbone.prepare`.
         keys: int64 [B], one per image (`t2i.rng.make_keys`).
-        on_step: called after every window was asked for, for a progress bar.
+        on_step: called for every window that is settled, with all windows [B, N, k, S] as they are
+            by then, to be read and left alone: for a progress bar, or a look at the image so far.
         speed: how steps are run, settled by `t2i.tensorar.speed.choose`.
         speculate: windows of each image that a call draws; 0: one by one.
     """
@@ -293,7 +294,6 @@ def sample_windows(
     scales = guidance_table(model, config)
     condition = encode_rows(backbone, prepared, guided=scales is not None)
     make = partial(begin, model, condition, scales, keys, config, speed, speculate)
-    tick = on_step or (lambda: None)
     with model.held.lock:
         if speed == "eager":
             model.held.clear()
@@ -309,8 +309,9 @@ def sample_windows(
                 noise = noise_keys(keys, windows, len(backbone.spec.subvocabs))
                 drawing.refill(condition, keys, noise)
         for settled in whole_run(model, drawing, run):
-            for _ in range(settled):
-                tick()
+            if on_step is not None:
+                for _ in range(settled):
+                    on_step(drawing.windows_BNkS[:, : windows.count])
         return drawing.windows_BNkS[:, : windows.count].clone()
 
 

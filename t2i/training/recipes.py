@@ -6,13 +6,17 @@ falling to 0, a lower constant one for the backbone. Both rates are lost in all 
 those here are our choice, a tenth of the usual pre-training rates for the backbone.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from t2i import cli, launcher
 from t2i.errors import UserError
+from t2i.fields import from_json
 from t2i.models.families import FAMILIES
 from t2i.tensorar import presets
 from t2i.training.config import (
@@ -143,6 +147,41 @@ def recipes_for(data: type[DataOptions] | type[LabelledOptions]) -> Recipes:
         if find_spec(module) is not None:  # a family need not bring any
             found |= import_module(module).recipes()
     return {name: recipe for name, recipe in found.items() if isinstance(recipe[1].data, data)}
+
+
+def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The training run of a named recipe, for `t2i.train`.
+
+    Args:
+        options: by their names on the command line, as {"steps": 20, "data.source": "my_images"}.
+
+    Raises:
+        UserError: there is no such recipe or option, or a value that it cannot have.
+    """
+    recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
+    if name not in recipes:
+        raise UserError(f"unknown recipe {name!r:.80}; choose one of {', '.join(recipes)}")
+    return _with_options(recipes[name][1], options or {}, "")
+
+
+def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
+    """Settings with some of them changed; "part.option" is one of a part."""
+    known = {f.name: getattr(config, f.name) for f in fields(config)}
+    own: dict[str, Any] = {}
+    of_parts: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        part, _, option = name.replace("-", "_").partition(".")
+        if part not in known or (option and not is_dataclass(known[part])):
+            nearest = get_close_matches(part, known, 1)
+            perhaps = f"; perhaps you meant {prefix}{nearest[0]}" if nearest else ""
+            raise UserError(f"there is no option {prefix}{name}{perhaps}")
+        if option:
+            of_parts.setdefault(part, {})[option] = value
+        else:  # JSON has no paths, so `from_json` makes none
+            own[part] = Path(value) if isinstance(known[part], Path) else value
+    for part, values in of_parts.items():
+        own[part] = _with_options(known[part], values, f"{prefix}{part}.")
+    return from_json(type(config), own, prefix.rstrip(".") or "options", defaults=config)
 
 
 def run_recipe(recipes: Recipes, description: str) -> None:
