@@ -100,9 +100,9 @@ def courses(
         for _ in whole_run(model, drawing, run):
             settled = drawing.index.expand(len(ends), -1)[:, 0].tolist()
             for own, end in zip(ends, settled, strict=True):
-                if not own or own[-1] < model.windows.count - 1:
+                if not own or own[-1] < drawing.state.windows.count - 1:
                     own.append(end)
-    return drawing.windows_BNkS[:, : model.windows.count], ends
+    return drawing.windows_BNkS[:, : drawing.state.windows.count], ends
 
 
 def first_difference(
@@ -137,37 +137,45 @@ def scores_at(
 
     from t2i.rng import gumbels
     from t2i.tensorar.drawing import candidates, noise_keys, rules
-    from t2i.tensorar.sampler import encode_rows, guidance_table, new_state, window_logits
+    from t2i.tensorar.sampler import (
+        drawn_windows,
+        encode_rows,
+        guidance_table,
+        new_state,
+        window_logits,
+    )
 
     assert config.renoise == 0, "drafts are taken to be fed back as they are"
     row, window, slot, sub = at
     prepared, keys = conditions(model, len(windows))
-    scales = guidance_table(model, config)
+    scales, geometry = guidance_table(model, config), drawn_windows(model, config)
     with torch.no_grad():
         condition = encode_rows(model.backbone, prepared, guided=scales is not None)
-        state = new_state(model, condition, scales)
+        state = new_state(model, condition, scales, geometry)
         both = torch.cat([windows, windows]) if state.guided else windows
-        decoded = model.decode_slots(model.hidden(condition, both)[:, window])
+        decoded = model.decode_slots(model.hidden(condition, both, stride=config.stride)[:, window])
         index = torch.tensor([window], device=windows.device)
         earlier = windows[:, window, :, :sub]
         logits = window_logits(model, decoded[:, : windows.shape[2]], earlier, index, state)
         logits = logits[row, slot]
     subs = windows.shape[-1]
-    rule = rules(config, subs)[sub][slot >= model.windows.stride]
+    rule = rules(config, subs)[sub][slot >= config.stride]
     scores, codes = candidates(logits, rule)
-    noise = noise_keys(keys.to(windows.device), model.windows.shrunk(config.window), subs)
+    noise = noise_keys(keys.to(windows.device), geometry, subs)
     noisy = scores + gumbels(noise[window, row, slot, sub], codes)
     return torch.full_like(logits, -torch.inf).scatter(-1, codes.expand_as(noisy), noisy)
 
 
 def calls_of(model: "TensorAR", config: "SamplingConfig", ahead: int, plain: "Tensor") -> dict:
     """A row of the table: with standard errors over prompts."""
+    from t2i.tensorar.sampler import drawn_windows
+
     windows, ends = courses(model, config, ahead)
-    count = model.windows.count
-    per_code = [len(own) / count for own in ends]
+    geometry = drawn_windows(model, config)
+    count, codes = geometry.count, geometry.final_codes
+    per_code = [len(own) / geometry.tokens for own in ends]
     # In every call the last window that it settles was not guessed, or guessed wrong.
     guessed = [1 - sum(place in own for own in ends) / len(ends) for place in range(count)]
-    codes = model.windows.final_codes
     return {
         "ahead": ahead,
         "calls_per_code": statistics.mean(per_code),
