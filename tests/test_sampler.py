@@ -255,7 +255,7 @@ def test_refinement_stages_and_progress(model):
 def test_a_stride_that_leaves_positions_out(model):
     prepared, keys = tiny_prepared(model.backbone, 1), make_keys(0, torch.arange(1))
     for config in (SamplingConfig(stride=5), SamplingConfig(stride=3, window=2)):
-        with pytest.raises(UserError, match="stride=. must be between 1 and the window size k="):
+        with pytest.raises(UserError, match=r"stride=. must be between 1 and the window size k="):
             sample_windows(model, prepared, keys, config)
     base = TensorAR(model.backbone, presets.base()).eval()
     with pytest.raises(UserError, match="stride=2 must be between 1 and the window size k=1"):

@@ -49,9 +49,7 @@ class DecodeState:
 
     def extent(self, index: int) -> int:
         """How many entries of the cache the step reads that feeds window `index`."""
-        return self.cache.bucket(
-            self.condition.prefix.shape[1] + (index + 1) * self.windows.stride
-        )
+        return self.cache.bucket(self.condition.prefix.shape[1] + (index + 1) * self.windows.stride)
 
 
 def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
