@@ -237,7 +237,7 @@ class Contender:
         self.drawing.refill(self.condition, self.keys, self.noise)
         for _ in whole_run(self.model, self.drawing, self.run):
             calls += 1
-            if calls == most:
+            if calls == most > 0:  # 0: all
                 break
         self.drawing.windows_BNkS.sum().item()  # waits for a GPU
         return calls, time.process_time() - start[0], time.perf_counter() - start[1]
