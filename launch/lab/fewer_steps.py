@@ -211,33 +211,44 @@ def study_calls(study: Study) -> Iterator[dict]:
 
 
 class Contender:
-    """A batch of images, codes only, that is drawn again and again: recorded or compiled once."""
+    """Images, codes only, that are drawn again and again in batches, at least `PROMPTS` of them:
+    recorded or compiled once.
+    """
 
-    def __init__(self, model: "TensorAR", images: int, study: Study, ahead: int):
+    def __init__(self, model: "TensorAR", batch: int, study: Study, ahead: int):
         import torch
 
         from t2i.tensorar.drawing import noise_keys
         from t2i.tensorar.sampler import begin, encode_rows, guidance_table
 
-        prepared, keys = requests(model, images)
-        self.model, self.keys, config = model, keys.to(model.backbone.device), model.sampling
-        subs = len(model.backbone.spec.subvocabs)
-        self.noise = noise_keys(self.keys, model.windows, subs)
+        self.model, config = model, model.sampling
+        self.images = batch * max(1, len(PROMPTS) // batch)
+        prepared, keys = requests(model, self.images)
+        scales, subs = guidance_table(model, config), len(model.backbone.spec.subvocabs)
+        self.batches = []
+        for rows in torch.arange(self.images).split(batch):
+            own = {name: value[rows] for name, value in prepared.items()}
+            condition = encode_rows(model.backbone, own, guided=scales is not None)
+            key = keys[rows].to(model.backbone.device)
+            self.batches.append((condition, key, noise_keys(key, model.windows, subs)))
+        condition, key, _ = self.batches[0]
         with torch.no_grad():
-            scales = guidance_table(model, config)
-            self.condition = encode_rows(model.backbone, prepared, guided=scales is not None)
-            begun = begin(model, self.condition, scales, self.keys, config, study.speed, ahead)
-        self.drawing, self.run = begun
+            self.drawing, self.run = begin(
+                model, condition, scales, key, config, study.speed, ahead
+            )
 
     def draw(self, most: int) -> tuple[int, float, float]:
         """All calls, or so many of them: their number, processor seconds, and seconds."""
         from t2i.tensorar.sampler import whole_run
 
-        start, calls = (time.process_time(), time.perf_counter()), -1  # one yield is the prefix's
-        self.drawing.refill(self.condition, self.keys, self.noise)
-        for _ in whole_run(self.model, self.drawing, self.run):
-            calls += 1
-            if calls == most > 0:  # 0: all
+        start, calls = (time.process_time(), time.perf_counter()), 0
+        for given in self.batches:
+            self.drawing.refill(*given)
+            for number, _ in enumerate(whole_run(self.model, self.drawing, self.run)):
+                calls += number > 0  # the first is of the prefix
+                if calls == most > 0:  # 0: all
+                    break
+            if calls == most > 0:
                 break
         self.drawing.windows_BNkS.sum().item()  # waits for a GPU
         return calls, time.process_time() - start[0], time.perf_counter() - start[1]
@@ -294,14 +305,17 @@ def study_seconds(study: Study) -> Iterator[dict]:
             about = {"base": base, "batch": batch, "speed": study.speed, "auto": auto}
             for ahead, rounds in taken.items():
                 calls, whole = rounds[0][0], not study.most_calls
+                images, count = works[ahead].images, model.windows.count
                 processor, wall = (min(each[i] for each in rounds) for i in (1, 2))
                 yield about | {
                     "ahead": ahead,
+                    "images": images,
                     "calls": calls,
+                    "calls_per_code": calls * batch / images / count if whole else None,
                     "ms_per_call": 1e3 * wall / calls,
                     "processor_ms_per_call": 1e3 * processor / calls,
-                    "s_per_image": wall / batch if whole else None,
-                    "processor_s_per_image": processor / batch if whole else None,
+                    "s_per_image": wall / images if whole else None,
+                    "processor_s_per_image": processor / images if whole else None,
                 }
 
 

@@ -3,7 +3,8 @@
 For every window size and seed a codec is attached to a shipped base and trained with it: `refined`
 learns to read its own drafts. `multi-token` sees noise in their place and is drawn without any: no
 more slots than are final. Each model then draws GenEval's prompts at every stride. The control is
-the base, trained as long. A JSON line for each result; what is in OUT/results.jsonl is not done again.
+the base, trained as long. A JSON line for each result; what is in OUT/results.jsonl is not done
+again.
 docs/fewer_steps.md shows the results.
 
 python launch/lab/strides.py --seeds 0 --sizes 4 --steps 200      # some minutes on a processor
