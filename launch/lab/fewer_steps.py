@@ -237,18 +237,15 @@ class Contender:
                 model, condition, scales, key, config, study.speed, ahead
             )
 
-    def draw(self, most: int) -> tuple[int, float, float]:
-        """All calls, or so many of them: their number, processor seconds, and seconds."""
+    def draw(self, number: int, most: int) -> tuple[int, float, float]:
+        """All calls of a batch, or so many of them: their number, processor seconds, seconds."""
         from t2i.tensorar.sampler import whole_run
 
         start, calls = (time.process_time(), time.perf_counter()), 0
-        for given in self.batches:
-            self.drawing.refill(*given)
-            for number, _ in enumerate(whole_run(self.model, self.drawing, self.run)):
-                calls += number > 0  # the first is of the prefix
-                if calls == most > 0:  # 0: all
-                    break
-            if calls == most > 0:
+        self.drawing.refill(*self.batches[number])
+        # The first to be told is the prefix's call.
+        for calls, _ in enumerate(whole_run(self.model, self.drawing, self.run)):  # noqa: B007
+            if calls == most > 0:  # 0: all
                 break
         self.drawing.windows_BNkS.sum().item()  # waits for a GPU
         return calls, time.process_time() - start[0], time.perf_counter() - start[1]
@@ -285,7 +282,7 @@ def opened(name: str, study: Study) -> "TensorAR":
 
 
 def study_seconds(study: Study) -> Iterator[dict]:
-    """The fastest of several rounds; contenders take turns."""
+    """Rows of the table."""
     from t2i.generation import choose_run
     from t2i.sampling import DrawOptions
 
@@ -298,25 +295,35 @@ def study_seconds(study: Study) -> Iterator[dict]:
                 ahead: Contender(model, batch, study, ahead)
                 for ahead in dict.fromkeys((0, *study.ahead, auto))
             }
-            taken: dict[int, list[tuple[int, float, float]]] = {ahead: [] for ahead in works}
-            for _ in range(study.rounds + (study.speed != "eager")):
-                for ahead, work in works.items():
-                    taken[ahead].append(work.draw(study.most_calls))
+            if study.speed != "eager":
+                for work in works.values():
+                    work.draw(0, study.most_calls)
             about = {"base": base, "batch": batch, "speed": study.speed, "auto": auto}
-            for ahead, rounds in taken.items():
-                calls, whole = rounds[0][0], not study.most_calls
-                images, count = works[ahead].images, model.windows.count
-                processor, wall = (min(each[i] for each in rounds) for i in (1, 2))
-                yield about | {
-                    "ahead": ahead,
-                    "images": images,
-                    "calls": calls,
-                    "calls_per_code": calls * batch / images / count if whole else None,
-                    "ms_per_call": 1e3 * wall / calls,
-                    "processor_ms_per_call": 1e3 * processor / calls,
-                    "s_per_image": wall / images if whole else None,
-                    "processor_s_per_image": processor / images if whole else None,
-                }
+            for ahead, (calls, processor, wall) in in_turns(works, study).items():
+                row = {"ahead": ahead, "images": works[ahead].images, "calls": calls}
+                row |= {"ms_per_call": 1e3 * wall / calls}
+                row |= {"processor_ms_per_call": 1e3 * processor / calls}
+                if not study.most_calls:
+                    row |= {"s_per_image": wall / row["images"]}
+                    row |= {"processor_s_per_image": processor / row["images"]}
+                yield about | row
+
+
+def in_turns(works: dict[int, Contender], study: Study) -> dict[int, tuple[int, float, float]]:
+    """Of each: calls, processor seconds and seconds of all its batches, the least of several rounds
+    for each batch. One batch after another is drawn by all.
+    """
+    least: dict[int, list[tuple[int, float, float]]] = {ahead: [] for ahead in works}
+    for i in range(len(next(iter(works.values())).batches)):
+        taken = [
+            {ahead: work.draw(i, study.most_calls) for ahead, work in works.items()}
+            for _ in range(study.rounds)
+        ]
+        for ahead, own in least.items():
+            calls, processor, wall = zip(*(turn[ahead] for turn in taken), strict=True)
+            own.append((calls[0], min(processor), min(wall)))
+    sums = {ahead: [sum(each) for each in zip(*own, strict=True)] for ahead, own in least.items()}
+    return {ahead: (int(calls), cpu, wall) for ahead, (calls, cpu, wall) in sums.items()}
 
 
 # -- the picture -----------------------------------------------------------------------------------
