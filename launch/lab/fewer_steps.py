@@ -244,7 +244,7 @@ class Contender:
         start, calls = (time.process_time(), time.perf_counter()), 0
         self.drawing.refill(*self.batches[number])
         # The first to be told is the prefix's call.
-        for calls, _ in enumerate(whole_run(self.model, self.drawing, self.run)):  # noqa: B007
+        for calls, _ in enumerate(whole_run(self.model, self.drawing, self.run)):
             if calls == most > 0:  # 0: all
                 break
         self.drawing.windows_BNkS.sum().item()  # waits for a GPU
