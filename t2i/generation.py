@@ -28,7 +28,7 @@ from t2i.tensorar.windows import Windows
 
 log = logging.getLogger(__name__)
 
-SPECULATION_PAYS = {1: 8, 4: 4}
+SPECULATION_PAYS = {1: 12, 4: 4}
 """Images at once, at most -> windows of each that a call draws, where that is left to the kit: on a
 CPU, in eager steps, of models that predict one code a step (docs/fewer_steps.md); not measured
 elsewhere. It is a rule, and not timed at hand, so that a command draws the same bits every time.

@@ -205,7 +205,7 @@ def test_auto_is_a_rule():
     def chosen(images, model=model, **options):
         return choose_run(model, DrawOptions(**{"speculate": "auto"} | options), 1, images)
 
-    assert [chosen(n)[1] for n in (1, 2, 4, 5, 64)] == [8, 4, 4, 0, 0]
+    assert [chosen(n)[1] for n in (1, 2, 4, 5, 64)] == [12, 4, 4, 0, 0]
     assert chosen(1, speed="compiled") == ("compiled", 0)
     with pytest.raises(UserError, match="renoise cannot be drawn with compiled steps"):
         chosen(1, speed="compiled", sampling=SamplingConfig(renoise=0.5))
