@@ -121,7 +121,7 @@ def advance(
     if state.guided:
         x = torch.cat([x, x])  # windows are the same on both sides: encode them once
         index = index if index.dim() == 1 else torch.cat([index, index])
-    entry, position = prefix + index, prefix + index
+    entry = position = prefix + index
     if stride > 1:
         shift_s = torch.arange(stride, device=index.device)
         entry = prefix + (index[..., None] * stride + shift_s).flatten(-2)
