@@ -1,13 +1,20 @@
-"""Quality against calls: strides with refinement and without, beside the base and its speculation.
+"""Quality against calls: what drawing several codes at once does to images.
 
-For every window size and seed a codec is attached to a shipped base and trained with it: `refined`
-learns to read its own drafts. `multi-token` sees noise in their place and is drawn without any: no
+`ideal` trains nothing: it draws from the base as the best possible multi-token model would, each
+code of a window from its exact distribution given what came before the window, independently of the
+others. No stride without refinement can be better.
+
+`trained` attaches a codec to a base and trains both, for every window size and seed: `refined`
+learns to read its own drafts; `multi-token` sees noise in their place and is drawn without any: no
 more slots than are final. Each model then draws GenEval's prompts at every stride. The control is
-the base, trained as long. A JSON line for each result; what is in OUT/results.jsonl is not done
-again.
-docs/fewer_steps.md shows the results.
+the base, trained as long.
 
-python launch/lab/strides.py --seeds 0 --sizes 4 --steps 200      # some minutes on a processor
+A JSON line for each result; what is in OUT/results.jsonl is not done again. docs/fewer_steps.md
+shows the results.
+
+python launch/lab/strides.py ideal --seeds 0                      # minutes on a processor
+python launch/lab/strides.py trained --device cuda --workers 15 --scenes 100000 --steps 400 \\
+    --batch 256
 """
 
 import json
@@ -16,7 +23,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import tyro
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,6 +38,7 @@ from t2i.tensorar.method import TensorARConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from geneval import Judgement
     from t2i.sampling import SamplingConfig
     from t2i.tensorar.model import TensorAR
 
@@ -39,6 +49,7 @@ _HELD_OUT, _DROPPED = 64, 0.1
 class Strides:
     """What to train, and how it is examined."""
 
+    part: tyro.conf.Positional[Literal["ideal", "trained"]]
     base: str = "shapes"
     """Shipped base, or a folder of one."""
     out: Path = Path("runs/strides")
@@ -190,16 +201,106 @@ def scored(study: Strides, model: "TensorAR", seed: int, sampling: "SamplingConf
         batch_size=48 if model.backbone.device.type == "cpu" else 480,
     ).report
     geometry = drawn_windows(model, sampling)
-    verdicts, each = [int(v.correct) for v in report.verdicts], study.samples
     calls = [len(own) for own in courses(model, sampling, study.ahead)[1]]
-    return {
-        "score": report.summary.overall,
-        "tags": {tag: one.mean for tag, one in report.summary.tags.items()},
-        "correct": [sum(verdicts[i : i + each]) for i in range(0, len(verdicts), each)],
+    return judged(study, report) | {
         "calls_per_code": geometry.count / geometry.tokens,
         "speculating": study.ahead,
         "speculating_calls_per_code": sum(calls) / len(calls) / geometry.tokens,
     }
+
+
+def judged(study: Strides, report: "Judgement") -> dict:
+    verdicts, each = [int(v.correct) for v in report.verdicts], study.samples
+    return {
+        "score": report.summary.overall,
+        "tags": {tag: one.mean for tag, one in report.summary.tags.items()},
+        "correct": [sum(verdicts[i : i + each]) for i in range(0, len(verdicts), each)],
+    }
+
+
+# -- the best possible multi-token model -----------------------------------------------------------
+
+
+def drawn_apart(
+    model: "TensorAR", prepared: "dict[str, Tensor]", keys: "Tensor", stride: int
+) -> "Tensor":
+    """Codes [B, T, S] of a base, of which those of a window know nothing of each other.
+
+    Code j of a window is drawn after j others that were drawn for it alone, with noise of their
+    own, and are then forgotten: so it follows its distribution given what came before the window.
+    """
+    import torch
+
+    from t2i.rng import fold
+    from t2i.tensorar.drawing import noise_keys
+    from t2i.tensorar.sampler import (
+        advance,
+        draw_windows,
+        encode_rows,
+        guidance_table,
+        new_drawing,
+        new_state,
+        run_prefix,
+    )
+
+    scales, windows = guidance_table(model, model.sampling), model.windows
+    with torch.no_grad():
+        condition = encode_rows(model.backbone, prepared, guided=scales is not None)
+        state = new_state(model, condition, scales, windows, own_pace=True)
+        noise = noise_keys(keys, windows, len(model.backbone.spec.subvocabs))
+        drawing = new_drawing(model, state, keys, noise, model.sampling)
+        h, drawn = run_prefix(model.backbone, state)[:, None], drawing.windows_BNkS
+
+        def draw(h_R1D: "Tensor", position: int, own: "Tensor") -> "Tensor":
+            index = torch.tensor([position], device=keys.device)
+            return draw_windows(model, h_R1D, index, replace(drawing, noise_NBkS=own))
+
+        def feed(codes: "Tensor", position: int) -> "Tensor":
+            index = torch.arange(position, position + codes.shape[1], device=keys.device)
+            return advance(model, codes, index, state, state.extent(int(index[-1])))[:, -1:]
+
+        for start in range(0, windows.tokens, stride):
+            slots = range(start, min(start + stride, windows.tokens))
+            for slot in slots:
+                apart = h
+                for before in range(start, slot):
+                    apart = feed(draw(apart, before, fold(noise, 9000 + slot - start)), before)
+                drawn[:, slot : slot + 1] = draw(apart, slot, noise)
+            h = feed(drawn[:, start : slots[-1] + 1], start)
+    return drawn[:, :, 0]
+
+
+def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[dict]:
+    import torch
+
+    import geneval
+    from t2i.generation import all_jobs, to_images
+    from t2i.rng import make_keys
+    from t2i.shapes.shapes_detector import ShapesDetector
+    from t2i.shapes.shapes_prompts import benchmark_prompts
+
+    metadata = benchmark_prompts(0, study.prompts_per_task)
+    prompts = [entry["prompt"] for entry in metadata]
+    prepared = model.backbone.prepare(prompts, model.backbone.prefix_length(prompts))
+    jobs = torch.tensor(all_jobs(range(len(prompts)), study.samples))
+    judge = [f"{study.prompts_per_task} prompts x {study.samples}"]
+    for seed in study.seeds:
+        for stride in study.strides:
+            about = {"arm": "ideal", "stride": stride, "seed": seed, "settings": judge}
+            if (key := json.dumps(about)) in done:
+                continue
+            images, start = [], time.perf_counter()
+            for rows in jobs.split(48):
+                own = {name: value[rows[:, 0]] for name, value in prepared.items()}
+                keys = make_keys(seed, *rows.T).to(model.backbone.device)
+                images += to_images(model, drawn_apart(model, own, keys, stride))
+            line = judged(study, geneval.score(images, metadata, ShapesDetector()))
+            calls = -(-model.windows.tokens // stride) / model.windows.tokens
+            taken = {"seconds_drawing": time.perf_counter() - start}
+            yield {"key": key, **about, **line, "calls_per_code": calls} | taken
+
+
+# -- all -------------------------------------------------------------------------------------------
 
 
 def do(study: Strides, arm: Arm, seed: int, scenes: Scenes, done: set[str]) -> Iterator[dict]:
@@ -221,6 +322,13 @@ def do(study: Strides, arm: Arm, seed: int, scenes: Scenes, done: set[str]) -> I
         yield line | {"seconds_drawing": time.perf_counter() - start}
 
 
+def study_trained(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[dict]:
+    scenes = draw_scenes(study, model)
+    for seed in study.seeds:
+        for arm in arms(study):
+            yield from do(study, arm, seed, scenes, done)
+
+
 def main() -> None:
     study = cli.parse(Strides, __doc__)
     import torch
@@ -230,16 +338,14 @@ def main() -> None:
     path = writable_folder(study.out) / "results.jsonl"
     done = {line["key"] for line in read_json_lines(path)} if path.exists() else set()
     model = load_model(study.base, device=study.device, dtype="float32")
-    scenes = draw_scenes(study, model)
     name = "cpu" if model.backbone.device.type == "cpu" else torch.cuda.get_device_name()
     machine = {"torch": torch.__version__, "device": name, "study": asdict(study)}
-    for seed in study.seeds:
-        for arm in arms(study):
-            for line in do(study, arm, seed, scenes, done):
-                with open(path, "a") as file:
-                    file.write(json.dumps(line | machine, default=str) + "\n")
-                shown = ("arm", "stride", "seed", "score", "losses", "speculating_calls_per_code")
-                print({name: line[name] for name in shown}, flush=True)
+    lines = {"ideal": study_ideal, "trained": study_trained}[study.part](study, model, done)
+    for line in lines:
+        with open(path, "a") as file:
+            file.write(json.dumps(line | machine, default=str) + "\n")
+        shown = ("arm", "stride", "seed", "score", "tags", "losses", "speculating_calls_per_code")
+        print({name: line[name] for name in shown if name in line}, flush=True)
 
 
 if __name__ == "__main__":
