@@ -300,12 +300,13 @@ def study_seconds(study: Study) -> Iterator[dict]:
                     work.draw(0, study.most_calls)
             about = {"base": base, "batch": batch, "speed": study.speed, "auto": auto}
             for ahead, (calls, processor, wall) in in_turns(works, study).items():
-                row = {"ahead": ahead, "images": works[ahead].images, "calls": calls}
+                images = works[ahead].images
+                row: dict = {"ahead": ahead, "images": images, "calls": calls}
                 row |= {"ms_per_call": 1e3 * wall / calls}
                 row |= {"processor_ms_per_call": 1e3 * processor / calls}
                 if not study.most_calls:
-                    row |= {"s_per_image": wall / row["images"]}
-                    row |= {"processor_s_per_image": processor / row["images"]}
+                    row |= {"s_per_image": wall / images}
+                    row |= {"processor_s_per_image": processor / images}
                 yield about | row
 
 
