@@ -2,7 +2,7 @@
 
 `ideal` trains nothing: it draws from the base as the best possible multi-token model would, each
 code of a window from its exact distribution given what came before the window, independently of the
-others. No stride without refinement can be better.
+others: with endless training a stride without refinement would come to this.
 
 `trained` attaches a codec to a base and trains both, for every window size and seed: `refined`
 learns to read its own drafts; `multi-token` sees noise in their place and is drawn without any: no
