@@ -255,7 +255,9 @@ def test_codes_that_are_drawn_apart():
     assert torch.equal(together[:, 0], apart[:, 0])
 
     def counts(codes):
-        return torch.bincount(48 * codes[:, 0] + codes[:, 1], minlength=48 * 48).view(48, 48).float()
+        return (
+            torch.bincount(48 * codes[:, 0] + codes[:, 1], minlength=48 * 48).view(48, 48).float()
+        )
 
     joint, independent = counts(together), counts(apart)
     expected = independent.sum(1)[:, None] * independent.sum(0) / rows
