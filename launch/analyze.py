@@ -295,7 +295,7 @@ def _repairs(model: "TensorAR", control: "TensorAR | None", batches: "list[Batch
     """Of the last draft: whether refinement repairs or spoils, beside the control's luck."""
     from t2i.shapes.refinement import repairs
 
-    if control is None or not batches or not model.config.k > 1 == model.config.stride:
+    if control is None or not batches or model.config.k == 1:
         return None
     return asdict(repairs(model, control, batches))
 

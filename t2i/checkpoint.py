@@ -159,7 +159,8 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         contents: compare checksums, not only sizes: reads every file.
 
     Raises:
-        UserError: no such folder, not a checkpoint, incomplete, or a file is not what was written.
+        UserError: no such folder, not a checkpoint, incomplete, a file is not what was written, or
+            a way of training that is no more.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -177,6 +178,12 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         raise DamagedError(
             f"{path} is not what a checkpoint has: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
             "copy the folder again"
+        )
+    # Once a stride was trained: one input of the trunk for so many codes.
+    if (stride := config["method"].pop("stride", 1)) != 1:
+        raise UserError(
+            f"{folder} was trained with method.stride={stride}, one input of the trunk for {stride} "
+            "codes, which is no more: train it again without, and draw with --stride"
         )
     return config
 

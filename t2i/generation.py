@@ -23,12 +23,13 @@ from t2i.sampling import (
     check_speculate,
 )
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import sample_windows
+from t2i.tensorar.sampler import drawn_windows, sample_windows
 from t2i.tensorar.speed import choose
+from t2i.tensorar.windows import Windows
 
 log = logging.getLogger(__name__)
 
-SPECULATION_PAYS = {1: 8, 4: 4}
+SPECULATION_PAYS = {1: 12, 4: 4}
 """Images at once, at most -> windows of each that a call draws, where that is left to the kit: on a
 CPU, in eager steps, of models that predict one code a step (docs/fewer_steps.md); not measured
 elsewhere. It is a rule, and not timed at hand, so that a command draws the same bits every time.
@@ -92,6 +93,8 @@ def draw_images(
     """
     options = options or DrawOptions()
     check_request(model, prompts, samples_per_prompt)
+    sampling = options.sampling or model.sampling
+    geometry = drawn_windows(model, sampling)
     jobs = all_jobs(range(len(prompts)), samples_per_prompt) if jobs is None else list(jobs)
     _warn_of_prompts(model.backbone, [prompts[p] for p in sorted({p for p, _ in jobs})])
     batch_size = max(1, min(options.batch_size, len(jobs)))
@@ -99,7 +102,7 @@ def draw_images(
     # rounding.
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    steps = len(batches) * model.windows.count
+    steps = len(batches) * geometry.count
     speed, speculate = choose_run(model, options, len(batches), batch_size)
     bar = progress_bar(total=steps, unit="step", desc="drawing", disable=not progress)
     with bar:
@@ -107,13 +110,14 @@ def draw_images(
             rows = batch + [batch[-1]] * (batch_size - len(batch))
             prepared = model.backbone.prepare([prompts[p] for p, _ in rows], length)
             keys = make_keys(options.seed, *torch.tensor(rows).T)
-            sampling = options.sampling or model.sampling
             look = _on_step(batch, bar, watch)
             windows = sample_windows(model, prepared, keys, sampling, look, speed, speculate)
             windows = windows[: len(batch)]
-            images = to_images(model, model.windows.final_codes(windows), options.size)
+            images = to_images(model, geometry.final_codes(windows), options.size)
             staged = (
-                _staged(model, windows, options) if options.stages else [((), None)] * len(batch)
+                _staged(model, geometry, windows, options.size)
+                if options.stages
+                else [((), None)] * len(batch)
             )
             for i, (p, s) in enumerate(batch):
                 yield Drawn(p, s, prompts[p], images[i], windows[i].cpu(), *staged[i])
@@ -147,8 +151,10 @@ def choose_run(
     draws (0: one).
     """
     device = model.backbone.device
-    speed = choose(options.speed or model.speed, device, batches * model.windows.count)
-    if speed == "compiled" and (options.sampling or model.sampling).renoise:
+    sampling = options.sampling or model.sampling
+    steps = batches * drawn_windows(model, sampling).count
+    speed = choose(options.speed or model.speed, device, steps)
+    if speed == "compiled" and sampling.renoise:
         raise UserError(
             "renoise cannot be drawn with compiled steps (torch.compile gets its indices wrong): "
             "choose speed auto or eager"
@@ -245,16 +251,15 @@ def to_images(
     return [Image.fromarray(array) for array in pixels]
 
 
-def stage_codes(model: TensorAR, windows: Tensor) -> Tensor:
+def stage_codes(geometry: Windows, windows: Tensor) -> Tensor:
     """Windows [B, N, k, S] -> the codes at every refinement stage, [B, stages, T, S]."""
-    geometry = model.windows.shrunk(windows.shape[2])
     return torch.stack([geometry.stage_codes(windows, r + 1) for r in range(geometry.stages)], 1)
 
 
 def _staged(
-    model: TensorAR, windows: Tensor, options: DrawOptions
+    model: TensorAR, geometry: Windows, windows: Tensor, size: tuple[int, int] | None
 ) -> list[tuple[tuple[Image.Image, ...], Tensor]]:
     """Per image, its picture at every refinement stage, and the codes of these."""
-    codes = stage_codes(model, windows)
-    pictures = [to_images(model, stage, options.size) for stage in codes.unbind(1)]
+    codes = stage_codes(geometry, windows)
+    pictures = [to_images(model, stage, size) for stage in codes.unbind(1)]
     return list(zip(zip(*pictures, strict=True), codes.cpu(), strict=True))

@@ -33,6 +33,10 @@ class SamplingConfig:
     """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
     window: int = 0
     """Slots that a TensorAR model predicts and feeds back per step; 0 is all k."""
+    stride: int = 1
+    """Codes that a step of a TensorAR model makes final: an image takes so many times fewer steps,
+    and all but the first of them are drawn without knowing each other.
+    """
     draft_temperature: float = 1.0
     """Factor on the temperature of the drafts; 0 takes the most likely."""
     renoise: float = 0.0
@@ -62,6 +66,8 @@ class SamplingConfig:
                 f"window={self.window} and draft_temperature={self.draft_temperature} must not be "
                 "negative"
             )
+        if self.stride < 1:
+            raise UserError(f"stride={self.stride} must be at least 1")
         if not 0 <= self.renoise <= 1:
             raise UserError(f"renoise={self.renoise} must be from 0 to 1")
 

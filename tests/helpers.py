@@ -32,6 +32,7 @@ from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import (
     DecodeState,
     advance,
+    drawn_windows,
     encode_rows,
     guidance_table,
     new_state,
@@ -124,7 +125,7 @@ def prefill(model: TensorAR, prepared: dict, config: SamplingConfig) -> tuple[Te
     """Hidden states [R, D] that predict window 0, and what goes on from there."""
     scales = guidance_table(model, config)
     condition = encode_rows(model.backbone, prepared, guided=scales is not None)
-    state = new_state(model, condition, scales)
+    state = new_state(model, condition, scales, drawn_windows(model, config))
     return run_prefix(model.backbone, state), state
 
 

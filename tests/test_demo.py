@@ -133,7 +133,8 @@ def test_looks_take_a_small_share_of_the_time(model, monkeypatch):
 def test_several_sub_tokens_and_classes_and_strides(monkeypatch):
     monkeypatch.setattr(live, "_PAUSE", 0.0)
     for backbone, stride in ((tiny_open_magvit2(), 1), (tiny_llamagen("class"), 2)):
-        model = open_gates(t2i.attach(backbone, t2i.presets.iclr2026(k=4, stride=stride)))
+        model = open_gates(t2i.attach(backbone, t2i.presets.iclr2026(k=4)))
+        model.sampling = replace(model.sampling, stride=stride)
         request = read(prompt="3", top_k=None, speculate="off")
         *looks, last = draw_live(model, request)
         assert looks and {image.mode for image in looks[0].images} == {"RGBA"}
@@ -147,10 +148,10 @@ def test_what_is_drawn_is_seen_with_more_of_it_below(model):
     """Below the last codes the decoder reads those above again, not what is still zero."""
     (drawn,) = draw_images(model, ["a star"], progress=False)
     windows = drawn.windows[None].clone()
-    whole = np.asarray(so_far(model, windows, 16)[0])
+    whole = np.asarray(so_far(model, model.windows, windows, 16)[0])
     assert (whole[..., :3] == np.asarray(drawn.image)).all() and (whole[..., 3] == 255).all()
     windows[:, 10:] = 0
-    half = np.asarray(so_far(model, windows, 10)[0])
+    half = np.asarray(so_far(model, model.windows, windows, 10)[0])
     shown = np.zeros((4, 4), bool)
     shown.flat[:10] = True
     assert ((half[..., 3] == 255) == shown.repeat(8, 0).repeat(8, 1)).all()

@@ -93,7 +93,7 @@ def test_one_line_says_what_a_model_is(model):
         sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.codec, model.backbone)
     )
     assert repr(model) == (
-        f"TensorAR(k=3, stride=1, codec {codec:.3g} M, trained: nothing yet, "
+        f"TensorAR(k=3, codec {codec:.3g} M, trained: nothing yet, "
         f"LlamaGen(class, {gpt:.3g} M, 4 x 4 codes, float32 on cpu))"
     )
     backbone = tiny_rar()

@@ -14,6 +14,7 @@ from helpers import (
     tiny_prepared,
 )
 
+from t2i.errors import UserError
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar import presets, sampler
@@ -110,6 +111,7 @@ def test_rare_codes_are_as_rare_as_they_should_be():
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"stride": 0},
     ],
 )
 def test_bad_settings(bad):
@@ -124,12 +126,12 @@ def logits_by_step(model, windows, config, rows):
     """Logits [B, N, k, V_s] of every sub-token while the given windows are fed."""
     collected = [[] for _ in range(windows.shape[-1])]
     h, state = prefill(model, tiny_prepared(model.backbone, rows), config)
-    for i in range(model.windows.count):
+    for i in range(windows.shape[1]):
         d = model.decode_slots(h)
         for s, logits in enumerate(collected):
             index = torch.tensor([i])
             logits.append(window_logits(model, d, windows[:, i, :, :s], index, state))
-        if i + 1 < model.windows.count:
+        if i + 1 < windows.shape[1]:
             h = feed(model, windows[:, i], i, state)
     return [torch.stack(logits, 1) for logits in collected]
 
@@ -149,10 +151,10 @@ def test_guidance_and_its_interval(model):
 
 
 def test_interval_counts_tokens_for_any_stride(backbone):
-    model = open_gates(TensorAR(backbone, presets.iclr2026(stride=2)).eval())
+    model = open_gates(TensorAR(backbone, presets.iclr2026()).eval())
     windows = tiny_codes(backbone, 2, 8, 4)
     plain, guided, some = (
-        logits_by_step(model, windows, SamplingConfig(cfg_scale=s, cfg_interval=c), 2)[-1]
+        logits_by_step(model, windows, SamplingConfig(cfg_scale=s, cfg_interval=c, stride=2), 2)[-1]
         for s, c in ((1.0, -1), (3.0, -1), (3.0, 5))
     )
     assert torch.equal(some[:, :4], guided[:, :4])  # windows 0..3 start at tokens 0..6
@@ -162,9 +164,9 @@ def test_interval_counts_tokens_for_any_stride(backbone):
 # -- the loop -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg_scale", [rare(1.0), 2.0])
-def test_an_image_depends_on_its_own_key_and_condition_only(model, cfg_scale):
-    config = SamplingConfig(cfg_scale=cfg_scale, top_k=40, top_p=0.95)
+@pytest.mark.parametrize("cfg_scale, stride", [rare(1.0, 1), (2.0, 1), (2.0, 3)])
+def test_an_image_depends_on_its_own_key_and_condition_only(model, cfg_scale, stride):
+    config = SamplingConfig(cfg_scale=cfg_scale, top_k=40, top_p=0.95, stride=stride)
     prepared, keys = tiny_prepared(model.backbone, 4), make_keys(3, torch.arange(4))
 
     def sample(rows):
@@ -250,6 +252,16 @@ def test_refinement_stages_and_progress(model):
     stages = [model.windows.stage_codes(windows, r) for r in range(1, model.windows.stages + 1)]
     assert torch.equal(stages[-1], model.windows.final_codes(windows))
     assert not torch.equal(stages[0], stages[-1])
+
+
+def test_a_stride_that_leaves_positions_out(model):
+    prepared, keys = tiny_prepared(model.backbone, 1), make_keys(0, torch.arange(1))
+    for config in (SamplingConfig(stride=5), SamplingConfig(stride=3, window=2)):
+        with pytest.raises(UserError, match=r"stride=. must be between 1 and the window size k="):
+            sample_windows(model, prepared, keys, config)
+    base = TensorAR(model.backbone, presets.base()).eval()
+    with pytest.raises(UserError, match="stride=2 must be between 1 and the window size k=1"):
+        sample_windows(base, prepared, keys, SamplingConfig(stride=2))
 
 
 def test_training_mode_is_refused():

@@ -5,7 +5,7 @@ import torch
 from helpers import open_gates, rare, tiny_llamagen, tiny_prepared
 
 import t2i
-from launch.lab import fewer_steps
+from launch.lab import fewer_steps, strides
 from t2i import generation
 from t2i.errors import UserError
 from t2i.evaluation.draw import draw_prompts
@@ -28,11 +28,11 @@ CONFIGS = {
     "filters": SamplingConfig(**FILTERS),
     "guided-filters": SamplingConfig(cfg_scale=3.0, cfg_power=1.5, **FILTERS),
     "drafts": SamplingConfig(cfg_scale=2.0, draft_temperature=0.5, window=3, renoise=0.5),
+    "stride": SamplingConfig(cfg_scale=2.0, stride=3, renoise=0.5, **FILTERS),
 }
 METHODS = {
     "base": presets.base(),
     "tensorar": presets.iclr2026(),
-    "stride": presets.iclr2026(stride=2),
 }
 
 
@@ -69,10 +69,10 @@ def in_brief(method: str, config: str) -> bool:
 def test_the_same_windows_in_fewer_calls(backbone, method, config):
     """Drafts included, whatever is guessed."""
     model = open_gates(TensorAR(backbone, METHODS[method]).eval())
-    if model.windows.size < CONFIGS[config].window:
-        pytest.skip("the base has no window to shrink")
+    if model.windows.size < max(CONFIGS[config].window, CONFIGS[config].stride):
+        pytest.skip("the base has no window to shrink, or to leap over")
     expected, steps = calls_of(model, lambda: draw(model, CONFIGS[config], 0))
-    assert steps == model.windows.count - 1
+    assert steps == expected.shape[1] - 1 == -(-16 // CONFIGS[config].stride) - 1
     for ahead in (2, 4, 7):
         windows, calls = calls_of(model, lambda n=ahead: draw(model, CONFIGS[config], n))
         assert torch.equal(windows, expected)
@@ -206,7 +206,7 @@ def test_auto_is_a_rule():
     def chosen(images, model=model, **options):
         return choose_run(model, DrawOptions(**{"speculate": "auto"} | options), 1, images)
 
-    assert [chosen(n)[1] for n in (1, 2, 4, 5, 64)] == [8, 4, 4, 0, 0]
+    assert [chosen(n)[1] for n in (1, 2, 4, 5, 64)] == [12, 4, 4, 0, 0]
     assert chosen(1, speed="compiled") == ("compiled", 0)
     with pytest.raises(UserError, match="renoise cannot be drawn with compiled steps"):
         chosen(1, speed="compiled", sampling=SamplingConfig(renoise=0.5))
@@ -237,3 +237,35 @@ def test_a_folder_keeps_to_what_was_chosen(tmp_path, monkeypatch):
     assert fill(16) == 4 and used == [4] * 10
     with pytest.raises(UserError, match="speculate 4 there, 8 now"):
         fill(16, speculate=8)
+
+
+def test_codes_that_are_drawn_apart():
+    """With stride 1 they are those that are drawn one by one; with 2 the second of a window has its
+    own distribution, and does not depend on the first.
+    """
+    model, rows = TensorAR(tiny_llamagen("class"), presets.base()).eval(), 4000
+    model.sampling = SamplingConfig(cfg_scale=1.5, top_k=3)
+    keys = make_keys(0, torch.arange(rows))
+    prepared = {"labels": torch.zeros(rows, dtype=torch.long)}
+    few = {"labels": prepared["labels"][:5]}
+    plain = sample_windows(model, few, keys[:5], model.sampling)[:, :, 0]
+    assert torch.equal(strides.drawn_apart(model, few, keys[:5], 1), plain)
+    # Of images of two codes, so that many can be drawn.
+    model.windows = Windows(2, 1)
+    together, apart = (strides.drawn_apart(model, prepared, keys, s)[..., 0] for s in (1, 2))
+    assert torch.equal(together[:, 0], apart[:, 0])
+
+    def counts(codes):
+        return (
+            torch.bincount(48 * codes[:, 0] + codes[:, 1], minlength=48 * 48).view(48, 48).float()
+        )
+
+    joint, independent = counts(together), counts(apart)
+    expected = independent.sum(1)[:, None] * independent.sum(0) / rows
+    some = expected > 20
+    assert ((independent - expected).square() / expected)[some].mean() < 2
+    assert ((joint - expected).square() / expected)[some].mean() > 10, "these do depend on it"
+    marginal = torch.stack([joint.sum(0), independent.sum(0)])
+    seen = marginal.sum(0) > 40
+    change = (marginal[0] - marginal[1]).square() / marginal.sum(0)
+    assert change[seen].mean() < 2.5, "the same share of images has each code there"

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from t2i.tensorar.sampler import sample_windows
 from t2i.tuning import LoRAConfig
 
 GUIDED = SamplingConfig(cfg_scale=2.0, cfg_interval=6, top_k=20, top_p=0.95)
+STRIDE = SamplingConfig(cfg_scale=2.0, stride=3, top_k=20, renoise=0.5)
 OTHER = SamplingConfig(cfg_scale=3.0, cfg_power=1.5, draft_temperature=0.5, window=3, renoise=0.5)
 
 
@@ -92,7 +94,7 @@ def recorded(monkeypatch):
     return traces
 
 
-@pytest.mark.parametrize("config", [GUIDED, OTHER], ids=["filters", "other"])
+@pytest.mark.parametrize("config", [GUIDED, OTHER, STRIDE], ids=["filters", "other", "stride"])
 def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     """Also for a second batch of the same shape, which runs what was recorded for the first."""
     model = small(backbone)
@@ -100,7 +102,7 @@ def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     assert not torch.equal(*expected)
     first = draw(model, config)
     assert torch.equal(first, expected[0])
-    buckets = {model.held.content[0].state.extent(i) for i in range(15)}
+    buckets = {model.held.content[0].state.extent(i) for i in range(first.shape[1] - 1)}
     assert len(recorded) == len(buckets) > 1
     assert torch.equal(draw(model, config, seed=1), expected[1]) and torch.equal(first, expected[0])
     assert len(recorded) == len(buckets)
@@ -121,6 +123,7 @@ def test_recorded_leaps_draw_the_same(backbone, recorded):
         ("base", SamplingConfig(cfg_scale=2.0)),
         ("iclr2026", GUIDED),
         ("iclr2026", OTHER),
+        ("iclr2026", STRIDE),
         ("iclr2026", SamplingConfig(temperature=0.0)),
         ("arxiv2505", OTHER),
     ],
@@ -220,18 +223,19 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(speed.compiler_lacks(torch.device("cpu"))), reason="no C++ compiler")
-def test_compiled_steps_draw_the_same(monkeypatch):
+@pytest.mark.parametrize(("stride", "speculate"), [(1, 0), (1, 4), (2, 3)])
+def test_compiled_steps_draw_the_same(stride, speculate, monkeypatch):
     """From one compilation for all lengths that are read and for further batches; weights that were
     changed in place, unseen by autograd, are drawn with. The next model has its own.
     """
     monkeypatch.setattr(KVCache, "BUCKET", 8)
-    model = small(tiny_llamagen("text"))
-    expected = [draw(model, seed=seed, speed="eager") for seed in (0, 1)]
+    model, config = small(tiny_llamagen("text")), replace(GUIDED, stride=stride)
+    expected = [draw(model, config, seed=seed, speed="eager") for seed in (0, 1)]
     changed = copy.deepcopy(model)
     for parameter in changed.parameters():
         parameter.data.mul_(-1.3)
-    expected.append(draw(changed, speed="eager"))
-    steps = []
+    expected.append(draw(changed, config, speed="eager"))
+    steps, options = [], {"speed": "compiled", "speculate": speculate}
 
     def once(_):
         steps.append(1)
@@ -239,13 +243,13 @@ def test_compiled_steps_draw_the_same(monkeypatch):
             torch.compiler.set_stance("fail_on_recompile")
 
     try:
-        first = draw(model, speed="compiled", on_step=once)
-        second = draw(model, seed=1, speed="compiled")
+        first = draw(model, config, on_step=once, **options)
+        second = draw(model, config, seed=1, **options)
     finally:
         torch.compiler.set_stance("default")
     for parameter in model.parameters():
         parameter.data.mul_(-1.3)
-    third = draw(model, speed="compiled")
+    third = draw(model, config, **options)
     assert all(map(torch.equal, (first, second, third), expected))
     assert not torch.equal(expected[0], expected[2])
 

@@ -201,16 +201,16 @@ def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
     from t2i.shapes.refinement import stage_changes
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
-    started = time.time()
+    started, sampling = time.time(), replace(model.sampling, **options)
     examined = examine(
         model,
         benchmark_prompts(0, experiment.prompts_per_task),
         seed=run.seed,
         samples=experiment.samples,
-        sampling=replace(model.sampling, **options),
+        sampling=sampling,
     )
     summary, windows = examined.report.summary, examined.windows
-    geometry = model.windows.shrunk(windows.shape[2])
+    geometry = model.windows.shrunk(sampling.window, sampling.stride)
     changes = asdict(stage_changes(windows, geometry)) if geometry.stages > 1 else None
     verdicts = [int(v.correct) for v in examined.report.verdicts]
     each = experiment.samples

@@ -4,15 +4,15 @@ rounding changes a code, and seconds per image. docs/fewer_steps.md shows the re
 python launch/lab/fewer_steps.py calls                  # OUT/calls.json and acceptance.svg
 python launch/lab/fewer_steps.py calls --dtype bfloat16 # OUT/calls_bfloat16.json
 python launch/lab/fewer_steps.py seconds --bases shapes --batches 1 4   # best on one thread
+python launch/lab/fewer_steps.py seconds --device cuda --speed graphs   # OUT/seconds_graphs.json
 """
 
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -53,16 +53,22 @@ class Study:
     part: tyro.conf.Positional[Literal["calls", "seconds"]]
     """Calls and codes, which depend on no machine, or seconds."""
     bases: tuple[str, ...] = ("shapes", "shapes-janus")
-    """Shipped bases, or checkpoint folders."""
+    """Shipped bases, or checkpoint folders; of `seconds` also published shapes, such as
+    llamagen-XL, with random weights: what a call takes, not how many there are.
+    """
     ahead: tuple[int, ...] = (4, 8, 16)
     """Windows that a call draws."""
     batches: tuple[int, ...] = (1, 4, 16, 64)
     """Images at once, of `seconds`."""
     speed: Speed = "eager"
     """How steps are run, of `seconds`; compiled compiles each contender first."""
+    device: str = "cpu"
+    """auto, cpu or cuda."""
     dtype: str = "float32"
     rounds: int = 3
     """Of `seconds`: contenders take turns, and the fastest of each counts."""
+    most_calls: int = 0
+    """Of `seconds`: stop an image after so many calls; 0: never."""
     out: Path = Path("docs/fewer_steps")
     """Folder of the results."""
 
@@ -92,6 +98,7 @@ def courses(
     from t2i.tensorar.sampler import begin, encode_rows, guidance_table, whole_run
 
     prepared, keys = conditions(model, len(PROMPTS))
+    keys = keys.to(model.backbone.device)
     with torch.no_grad():
         scales = guidance_table(model, config)
         condition = encode_rows(model.backbone, prepared, guided=scales is not None)
@@ -100,9 +107,9 @@ def courses(
         for _ in whole_run(model, drawing, run):
             settled = drawing.index.expand(len(ends), -1)[:, 0].tolist()
             for own, end in zip(ends, settled, strict=True):
-                if not own or own[-1] < model.windows.count - 1:
+                if not own or own[-1] < drawing.state.windows.count - 1:
                     own.append(end)
-    return drawing.windows_BNkS[:, : model.windows.count], ends
+    return drawing.windows_BNkS[:, : drawing.state.windows.count], ends
 
 
 def first_difference(
@@ -137,37 +144,45 @@ def scores_at(
 
     from t2i.rng import gumbels
     from t2i.tensorar.drawing import candidates, noise_keys, rules
-    from t2i.tensorar.sampler import encode_rows, guidance_table, new_state, window_logits
+    from t2i.tensorar.sampler import (
+        drawn_windows,
+        encode_rows,
+        guidance_table,
+        new_state,
+        window_logits,
+    )
 
     assert config.renoise == 0, "drafts are taken to be fed back as they are"
     row, window, slot, sub = at
     prepared, keys = conditions(model, len(windows))
-    scales = guidance_table(model, config)
+    scales, geometry = guidance_table(model, config), drawn_windows(model, config)
     with torch.no_grad():
         condition = encode_rows(model.backbone, prepared, guided=scales is not None)
-        state = new_state(model, condition, scales)
+        state = new_state(model, condition, scales, geometry)
         both = torch.cat([windows, windows]) if state.guided else windows
-        decoded = model.decode_slots(model.hidden(condition, both)[:, window])
+        decoded = model.decode_slots(model.hidden(condition, both, stride=config.stride)[:, window])
         index = torch.tensor([window], device=windows.device)
         earlier = windows[:, window, :, :sub]
         logits = window_logits(model, decoded[:, : windows.shape[2]], earlier, index, state)
         logits = logits[row, slot]
     subs = windows.shape[-1]
-    rule = rules(config, subs)[sub][slot >= model.windows.stride]
+    rule = rules(config, subs)[sub][slot >= config.stride]
     scores, codes = candidates(logits, rule)
-    noise = noise_keys(keys.to(windows.device), model.windows.shrunk(config.window), subs)
+    noise = noise_keys(keys.to(windows.device), geometry, subs)
     noisy = scores + gumbels(noise[window, row, slot, sub], codes)
     return torch.full_like(logits, -torch.inf).scatter(-1, codes.expand_as(noisy), noisy)
 
 
 def calls_of(model: "TensorAR", config: "SamplingConfig", ahead: int, plain: "Tensor") -> dict:
     """A row of the table: with standard errors over prompts."""
+    from t2i.tensorar.sampler import drawn_windows
+
     windows, ends = courses(model, config, ahead)
-    count = model.windows.count
-    per_code = [len(own) / count for own in ends]
+    geometry = drawn_windows(model, config)
+    count, codes = geometry.count, geometry.final_codes
+    per_code = [len(own) / geometry.tokens for own in ends]
     # In every call the last window that it settles was not guessed, or guessed wrong.
     guessed = [1 - sum(place in own for own in ends) / len(ends) for place in range(count)]
-    codes = model.windows.final_codes
     return {
         "ahead": ahead,
         "calls_per_code": statistics.mean(per_code),
@@ -179,74 +194,137 @@ def calls_of(model: "TensorAR", config: "SamplingConfig", ahead: int, plain: "Te
     }
 
 
-def study_calls(study: Study) -> list[dict]:
+def study_calls(study: Study) -> Iterator[dict]:
     from t2i.checkpoint import load_model
 
-    rows = []
     for base in study.bases:
-        model = load_model(base, device="cpu", dtype=study.dtype)
+        model = load_model(base, device=study.device, dtype=study.dtype)
         for scale in (1.0, model.sampling.cfg_scale):
             config = replace(model.sampling, cfg_scale=scale)
             plain, _ = courses(model, config, 0)
             for ahead in study.ahead:
                 about = {"base": base, "cfg_scale": scale, "images": len(PROMPTS)}
-                rows.append(about | calls_of(model, config, ahead, plain))
-                shown = {k: v for k, v in rows[-1].items() if "position" not in k}
-                print(shown, flush=True)
-    return rows
+                yield about | calls_of(model, config, ahead, plain)
 
 
 # -- seconds ---------------------------------------------------------------------------------------
 
 
-def study_seconds(study: Study) -> list[dict]:
-    """Processor seconds per image, and seconds; images are codes only."""
+class Contender:
+    """Images, codes only, that are drawn again and again in batches, at least `PROMPTS` of them:
+    recorded or compiled once.
+    """
+
+    def __init__(self, model: "TensorAR", batch: int, study: Study, ahead: int):
+        import torch
+
+        from t2i.tensorar.drawing import noise_keys
+        from t2i.tensorar.sampler import begin, encode_rows, guidance_table
+
+        self.model, config = model, model.sampling
+        self.images = batch * max(1, len(PROMPTS) // batch)
+        prepared, keys = requests(model, self.images)
+        scales, subs = guidance_table(model, config), len(model.backbone.spec.subvocabs)
+        self.batches = []
+        for rows in torch.arange(self.images).split(batch):
+            own = {name: value[rows] for name, value in prepared.items()}
+            condition = encode_rows(model.backbone, own, guided=scales is not None)
+            key = keys[rows].to(model.backbone.device)
+            self.batches.append((condition, key, noise_keys(key, model.windows, subs)))
+        condition, key, _ = self.batches[0]
+        with torch.no_grad():
+            self.drawing, self.run = begin(
+                model, condition, scales, key, config, study.speed, ahead
+            )
+
+    def draw(self, number: int, most: int) -> tuple[int, float, float]:
+        """All calls of a batch, or so many of them: their number, processor seconds, seconds."""
+        from t2i.tensorar.sampler import whole_run
+
+        start, calls = (time.process_time(), time.perf_counter()), 0
+        self.drawing.refill(*self.batches[number])
+        # The first to be told is the prefix's call.
+        for calls, _ in enumerate(whole_run(self.model, self.drawing, self.run)):
+            if calls == most > 0:  # 0: all
+                break
+        self.drawing.windows_BNkS.sum().item()  # waits for a GPU
+        return calls, time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+def requests(model: "TensorAR", images: int) -> "tuple[dict[str, Tensor], Tensor]":
+    """`conditions` of so many images; of a shape with random weights, made up."""
+    import torch
+
+    from launch.measure.shapes import PROMPT_TOKENS
+    from t2i.rng import make_keys
+
+    if model.backbone.frozen.text_encoder is not None:
+        return conditions(model, images)
+    prepared = model.backbone.made_up_conditions(images, PROMPT_TOKENS)
+    dtype = next(model.parameters()).dtype
+    prepared = {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
+    return prepared, make_keys(0, torch.arange(images), 0)
+
+
+def opened(name: str, study: Study) -> "TensorAR":
+    """A shipped base or checkpoint, or a published shape with random weights."""
+    from launch.measure.shapes import PUBLISHED, attached, open_backbone
     from t2i.checkpoint import load_model
+    from t2i.loading import pick_device
+    from t2i.sampling import SamplingConfig
+
+    if name not in PUBLISHED:
+        return load_model(name, device=study.device, dtype=study.dtype)
+    device, dtype = pick_device(study.device, study.dtype)
+    model = attached(open_backbone(name, dtype, device), "base")
+    model.sampling = SamplingConfig(cfg_scale=2.0, top_k=1000)
+    return model
+
+
+def study_seconds(study: Study) -> Iterator[dict]:
+    """Rows of the table."""
     from t2i.generation import choose_run
     from t2i.sampling import DrawOptions
-    from t2i.tensorar.sampler import sample_windows
 
-    rows = []
     for base in study.bases:
-        model = load_model(base, device="cpu", dtype=study.dtype)
+        model = opened(base, study)
         for batch in study.batches:
-            prepared, keys = conditions(model, batch)
             options = DrawOptions(speed=study.speed, speculate="auto")
             auto = choose_run(model, options, 1, batch)[1]
-            works: dict[int, Callable[[], object]] = {
-                ahead: partial(
-                    sample_windows, model, prepared, keys, model.sampling, None, study.speed, ahead
-                )
+            works = {
+                ahead: Contender(model, batch, study, ahead)
                 for ahead in dict.fromkeys((0, *study.ahead, auto))
             }
-            best = _turns(works, study.rounds + (study.speed != "eager"))
+            if study.speed != "eager":
+                for work in works.values():
+                    work.draw(0, study.most_calls)
             about = {"base": base, "batch": batch, "speed": study.speed, "auto": auto}
-            for ahead, (processor, wall) in best.items():
-                rows.append(
-                    about
-                    | {
-                        "ahead": ahead,
-                        "processor_s_per_image": processor / batch,
-                        "s_per_image": wall / batch,
-                        "times_as_fast": best[0][0] / processor,
-                    }
-                )
-                print(rows[-1], flush=True)
-    return rows
+            for ahead, (calls, processor, wall) in in_turns(works, study).items():
+                images = works[ahead].images
+                row: dict = {"ahead": ahead, "images": images, "calls": calls}
+                row |= {"ms_per_call": 1e3 * wall / calls}
+                row |= {"processor_ms_per_call": 1e3 * processor / calls}
+                if not study.most_calls:
+                    row |= {"s_per_image": wall / images}
+                    row |= {"processor_s_per_image": processor / images}
+                yield about | row
 
 
-def _turns(works: dict[int, Callable[[], object]], rounds: int) -> dict[int, tuple[float, float]]:
-    """The least processor seconds and seconds of each work."""
-    taken: dict[int, list[tuple[float, float]]] = {ahead: [] for ahead in works}
-    for _ in range(rounds):
-        for ahead, work in works.items():
-            start = time.process_time(), time.perf_counter()
-            work()
-            taken[ahead].append((time.process_time() - start[0], time.perf_counter() - start[1]))
-    return {
-        ahead: (min(p for p, _ in times), min(w for _, w in times))
-        for ahead, times in taken.items()
-    }
+def in_turns(works: dict[int, Contender], study: Study) -> dict[int, tuple[int, float, float]]:
+    """Of each: calls, processor seconds and seconds of all its batches, the least of several rounds
+    for each batch. One batch after another is drawn by all.
+    """
+    least: dict[int, list[tuple[int, float, float]]] = {ahead: [] for ahead in works}
+    for i in range(len(next(iter(works.values())).batches)):
+        taken = [
+            {ahead: work.draw(i, study.most_calls) for ahead, work in works.items()}
+            for _ in range(study.rounds)
+        ]
+        for ahead, own in least.items():
+            calls, processor, wall = zip(*(turn[ahead] for turn in taken), strict=True)
+            own.append((calls[0], min(processor), min(wall)))
+    sums = {ahead: [sum(each) for each in zip(*own, strict=True)] for ahead, own in least.items()}
+    return {ahead: (int(calls), cpu, wall) for ahead, (calls, cpu, wall) in sums.items()}
 
 
 # -- the picture -----------------------------------------------------------------------------------
@@ -284,11 +362,15 @@ def main() -> None:
     from t2i.files import writable_folder, write_json
 
     writable_folder(study.out)
-    rows = {"calls": study_calls, "seconds": study_seconds}[study.part](study)
+    rows = []
+    for row in {"calls": study_calls, "seconds": study_seconds}[study.part](study):
+        rows.append(row)
+        print({k: v for k, v in row.items() if "position" not in k}, flush=True)
+    on_gpu = study.device != "cpu" and torch.cuda.is_available()
     machine = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "dtype": study.dtype,
     }
     kind = "" if study.dtype == "float32" else f"_{study.dtype}"

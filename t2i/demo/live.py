@@ -17,6 +17,8 @@ from t2i.generation import Drawn, Job, draw_images, parse_conditions, to_images
 from t2i.model_options import ModelOptions
 from t2i.sampling import DrawOptions
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import drawn_windows
+from t2i.tensorar.windows import Windows
 
 T = TypeVar("T")
 
@@ -85,7 +87,8 @@ def draw_live(model: TensorAR, request: Request) -> Iterator[Drawing]:
 
     def draw(report: Callable[[Drawing | None], None]) -> None:
         done: list[Drawn] = []
-        row = max(1, model.backbone.spec.grid[1] // model.windows.stride)
+        geometry = drawn_windows(model, options.sampling or model.sampling)
+        row = max(1, model.backbone.spec.grid[1] // geometry.stride)
         again = 0.0
 
         def look(jobs: Sequence[Job], windows: Tensor, settled: int) -> None:
@@ -93,8 +96,8 @@ def draw_live(model: TensorAR, request: Request) -> Iterator[Drawing]:
             started = time.monotonic()
             if settled % row or started < again:
                 return report(None)
-            drawn = len(done) + len(jobs) * settled / model.windows.count
-            pictures = [one.image for one in done] + so_far(model, windows, settled)
+            drawn = len(done) + len(jobs) * settled / geometry.count
+            pictures = [one.image for one in done] + so_far(model, geometry, windows, settled)
             report(Drawing(pictures, drawn / request.samples))
             again = time.monotonic() + max(_PAUSE, (time.monotonic() - started) / _SHARE)
 
@@ -116,9 +119,11 @@ def draw_live(model: TensorAR, request: Request) -> Iterator[Drawing]:
         ) from error
 
 
-def so_far(model: TensorAR, windows_BNkS: Tensor, settled: int) -> list[Image.Image]:
+def so_far(
+    model: TensorAR, geometry: Windows, windows_BNkS: Tensor, settled: int
+) -> list[Image.Image]:
     """Pictures (RGBA) of a batch of which so many windows are settled, see-through elsewhere."""
-    (rows, columns), geometry = model.backbone.spec.grid, model.windows
+    rows, columns = model.backbone.spec.grid
     done = min(settled * geometry.stride, geometry.tokens)
     place = torch.arange(geometry.tokens, device=windows_BNkS.device)
     # The decoder looks around: below the last codes it finds the same ones again.

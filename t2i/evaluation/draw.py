@@ -31,6 +31,7 @@ from t2i.rng import integers, make_keys
 from t2i.sampling import DrawOptions
 from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import drawn_windows
 from t2i.weights import state_dict_sha256
 
 _MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights"}
@@ -137,7 +138,7 @@ def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:
 
 def count_stages(model: TensorAR, options: DrawOptions) -> int:
     """Refinement stages that are kept of an image; 0 if none are asked for."""
-    geometry = model.windows.shrunk((options.sampling or model.sampling).window)
+    geometry = drawn_windows(model, options.sampling or model.sampling)
     return geometry.stages if options.stages else 0
 
 

@@ -20,7 +20,7 @@ from t2i.generation import Drawn
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar.drawing import candidates, rules
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import encode_rows, guidance_table
+from t2i.tensorar.sampler import drawn_windows, encode_rows, guidance_table
 from t2i.tensorar.windows import Windows
 
 PLAIN = SamplingConfig()
@@ -50,13 +50,13 @@ def predict(
     windows [B, N, k, S]: in one pass, with the distributions of drawing step by step.
     """
     assert not sampling.renoise, "what is fed back is what was drawn"
-    backbone, stride, slots = model.backbone, model.windows.stride, windows.shape[2]
+    backbone, stride, slots = model.backbone, sampling.stride, windows.shape[2]
     scales_NS = guidance_table(model, sampling)
     condition = encode_rows(backbone, prepared, guided=scales_NS is not None)
     fed, given = windows, codes
     if scales_NS is not None:
         fed, given = torch.cat([windows, windows]), torch.cat([codes, codes])
-    h = model.hidden(condition, fed, gaussian_keys)
+    h = model.hidden(condition, fed, gaussian_keys, stride)
     parts: list[Tensor] = []
     for n in torch.arange(windows.shape[1], device=h.device).split(model.windows_at_once(slots)):
         d = model.decode_slots(h[:, n])[:, :, :slots]
@@ -101,7 +101,7 @@ def of_drawn(
     model: TensorAR, drawn: Sequence[Drawn], sampling: SamplingConfig, batch_size: int
 ) -> dict:
     """Facts about images that this model has drawn with these settings."""
-    geometry = model.windows.shrunk(sampling.window)
+    geometry = drawn_windows(model, sampling)
     length = model.backbone.prefix_length([one.prompt for one in drawn])
     windows, log_probs, entropies = [], [], []
     for i in range(0, len(drawn), batch_size):

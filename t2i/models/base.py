@@ -2,8 +2,8 @@
 
 A backbone predicts codes in raster order with a causal transformer. The method (`t2i.tensorar`)
 talks to this interface only, so a new family is one folder here (docs/add_a_backbone.md). Positions
-and cache indices are separate things: position P + p belongs to image token p (with stride s,
-window i sits at position P + i*s), the cache index counts the inputs seen so far.
+and cache indices are separate things: position P + p belongs to image token p, the cache index
+counts the inputs seen so far.
 
 Shapes: B batch, L inputs, P prefix length, D model width, T image tokens, S sub-tokens of a code, V
 vocabulary.

@@ -61,10 +61,11 @@ def examine(
     seed: int,
     samples: int,
     sampling: SamplingConfig | None = None,
+    batch_size: int = 48,
 ) -> Examined:
     """GenEval's verdicts, by the exact detector, on images drawn for them and not kept."""
     prompts = [entry["prompt"] for entry in metadata]
-    options = DrawOptions(seed, sampling, batch_size=48)
+    options = DrawOptions(seed, sampling, batch_size=batch_size)
     drawn = list(draw_images(model, prompts, options, samples_per_prompt=samples))
     report = geneval.score([one.image for one in drawn], metadata, ShapesDetector())
     return Examined(report, torch.stack([one.windows for one in drawn]))

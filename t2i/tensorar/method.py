@@ -16,8 +16,6 @@ class TensorARConfig:
 
     k: int = 4
     """Window size: how many codes a step predicts. 1 is the base model."""
-    stride: int = 1
-    """Positions between windows; each is predicted ceil(k / stride) times."""
     depth: int = 1
     """Blocks in each of the two query transformers."""
     mlp: bool = False

@@ -40,7 +40,7 @@ class TensorAR(nn.Module):
     def __init__(self, backbone: Backbone, config: TensorARConfig, *, seed: int = 0):
         super().__init__()
         self.config = config
-        self.windows = Windows(backbone.spec.num_tokens, config.k, config.stride)
+        self.windows = Windows(backbone.spec.num_tokens, config.k)
         self.backbone = backbone
         self.sampling = backbone.spec.sampling
         self.speed: Speed = "auto"
@@ -73,7 +73,7 @@ class TensorAR(nn.Module):
     def __repr__(self) -> str:
         """One line; `print(model.backbone.gpt)` and the like show the modules."""
         c = self.config
-        window = f"k={c.k}, stride={c.stride}" if self.codec is not None else "k=1, the base model"
+        window = f"k={c.k}" if self.codec is not None else "k=1, the base model"
         size = "" if self.codec is None else f", codec {parameter_count(self.codec)}"
         return f"TensorAR({window}{size}, trained: {self.trained}, {self.backbone!r})"
 
@@ -104,13 +104,15 @@ class TensorAR(nn.Module):
         return self.corruption(windows.shape[2], windows.device, share)(windows, keys)
 
     def corruption(
-        self, slots: int, device: torch.device, share: float = 1.0
+        self, slots: int, device: torch.device, share: float = 1.0, final: int = 1
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """`corrupt` for windows of so many slots, with its tables on the device."""
+        """`corrupt` for windows of so many slots, the first `final` of which stay, with its tables
+        on the device.
+        """
         b_k = torch.tensor(
             schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
         )
-        b_k[: self.config.stride] = 0  # these slots are final: drawing never changes them either
+        b_k[:final] = 0
         b_k = share * b_k[:slots].to(device)
         spec = self.backbone.spec
         if self.config.noise != "codebook":
@@ -128,10 +130,9 @@ class TensorAR(nn.Module):
 
         progress: share of the run that is done, for annealing.
         """
-        final = self.config.stride
         windows = self.noised_windows(codes, keys)
         share = self.config.own_drafts * (progress if self.config.anneal else 1.0)
-        if share == 0 or self.config.k == final:
+        if share == 0 or self.config.k == 1:
             return windows
         # Only the chosen rows pass the model again; at least one does, since under ZeRO-3 a pass is
         # collective.
@@ -143,22 +144,31 @@ class TensorAR(nn.Module):
         return windows.index_copy(0, chosen, own[: len(chosen)])
 
     def embed_windows(
-        self, windows: Tensor, first: int | Tensor = 0, gaussian_keys: Tensor | None = None
+        self,
+        windows: Tensor,
+        first: int | Tensor = 0,
+        gaussian_keys: Tensor | None = None,
+        known_n: Tensor | None = None,
     ) -> Tensor:
-        """E(w): windows [B, n, k' <= k, S], of which the first has index `first` ([B, 1]: in each
-        row), -> embeddings [B, n, D].
+        """E(w): windows [B, n, k' <= k, S], of which the first begins at position `first` ([B, 1]:
+        in each row), each one further on, -> embeddings [B, n, D].
+
+        known_n: how many slots of each are known, int64 [n]; None for all.
         """
         e_BnkD = self.backbone.embed_tokens(windows)
         if self.codec is None:
             return e_BnkD[:, :, 0]
         if gaussian_keys is not None:
             noise = normals(gaussian_keys, *e_BnkD.shape[1:]) * GAUSSIAN_VARIANCE**0.5
-            noise[:, :, : self.config.stride] = 0
+            noise[:, :, 0] = 0
             e_BnkD = e_BnkD + noise.type_as(e_BnkD)
         n, slots = windows.shape[1:3]
-        starts = (torch.arange(n, device=windows.device) + first) * self.windows.stride
-        positions = starts[..., None] + torch.arange(slots, device=windows.device)
-        valid = (positions < self.windows.tokens).expand(len(windows), -1, -1).flatten(0, 1)
+        starts = torch.arange(n, device=windows.device) + first
+        slot_k = torch.arange(slots, device=windows.device)
+        valid = starts[..., None] + slot_k < self.windows.tokens
+        if known_n is not None:
+            valid = valid & (slot_k < known_n[:, None])
+        valid = valid.expand(len(windows), -1, -1).flatten(0, 1)
         read = self._run(self.codec.encoder, e_BnkD.flatten(0, 1), valid)
         return read.unflatten(0, (len(windows), n))
 
@@ -172,22 +182,20 @@ class TensorAR(nn.Module):
 
     # -- teacher forcing ---------------------------------------------------------------------------
     def hidden(
-        self, condition: Condition, windows: Tensor, gaussian_keys: Tensor | None = None
+        self,
+        condition: Condition,
+        windows: Tensor,
+        gaussian_keys: Tensor | None = None,
+        stride: int = 1,
     ) -> Tensor:
         """Trunk outputs [B, N, D] that predict windows 0..N-1, from input windows 0..N-2 (the last
-        one given is not read).
+        one given is not read), which may have been drawn with a stride.
         """
-        prefix = condition.prefix
-        x = torch.cat([prefix, self.embed_windows(windows[:, :-1], 0, gaussian_keys)], dim=1)
-        return self.backbone.trunk(x, self.input_positions(prefix), condition)[
-            :, prefix.shape[1] - 1 :
-        ]
-
-    def input_positions(self, prefix: Tensor) -> Tensor:
-        """Positions of the prefix and of input windows 0..N-2, int64 [P + N - 1]."""
-        length = prefix.shape[1]
-        starts = self.windows.starts(prefix.device)[:-1]
-        return torch.cat([torch.arange(length, device=prefix.device), length + starts])
+        prefix, geometry = condition.prefix, self.windows.shrunk(windows.shape[2], stride)
+        fed, known_n = geometry.fed(windows[:, :-1])
+        x = torch.cat([prefix, self.embed_windows(fed, 0, gaussian_keys, known_n)], dim=1)
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self.backbone.trunk(x, positions, condition)[:, prefix.shape[1] - 1 :: stride]
 
     def decode_slots(self, h: Tensor) -> Tensor:
         """D(h): hidden [..., D] -> [..., k, D]."""
@@ -230,18 +238,18 @@ class TensorAR(nn.Module):
     def own_draft_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, passes: int = 2
     ) -> Tensor:
-        """Input windows with the true code in the final slots and the model's own samples behind
-        them, int64 [B, N, k, S].
+        """Input windows with the true code in slot 0 and the model's own samples behind it, int64
+        [B, N, k, S].
 
         Each pass predicts all windows in parallel and takes their samples as the next pass's
         drafts; the first pass sees pure noise as drafts, so no truth can leak into them. This is
-        what sampling feeds the model, up to the true final slots; as there, nothing is dropped out,
+        what sampling feeds the model, up to the true slot 0; as there, nothing is dropped out,
         also in training. Leaves the model in the mode it was in.
         """
-        truth, stride = self.windows.gather(codes), self.config.stride
-        if self.config.k == stride:
+        truth = self.windows.gather(codes)
+        if self.config.k == 1:
             return truth
-        final, drafts = truth.split([stride, self.config.k - stride], dim=2)
+        final, drafts = truth.split([1, self.config.k - 1], dim=2)
         shape = drafts.shape[1:3]
         noise = [
             integers(fold(keys, s), v, *shape) for s, v in enumerate(self.backbone.spec.subvocabs)
@@ -251,7 +259,7 @@ class TensorAR(nn.Module):
         was_training = self.training
         self.eval()
         for p in range(passes):
-            d = self.decode_slots(self.hidden(condition, windows))[:, :, stride:]
+            d = self.decode_slots(self.hidden(condition, windows))[:, :, 1:]
             noise_BNk = fold(keys[:, None, None], 1000 + p, torch.arange(shape[0])[:, None], slot_k)
             size = self.windows_at_once(len(slot_k))
             parts = zip(d.split(size, dim=1), noise_BNk.split(size, dim=1), strict=True)

@@ -1,8 +1,9 @@
 """Sampling windows (arXiv 2505.16324, Algorithm 1): prefix, one step, loop.
 
 A step feeds the window that was drawn last, un-noised, and draws the next one whole; slots
-0..stride-1 are final. All slots share the filters and the guidance scale. A step works on tensors
-alone: no number that changes from step to step is Python's, and none is read back from the device.
+0..stride-1 are final (`Windows.fed`: the trunk reads an input for each of them). All slots share
+the filters and the guidance scale. A step works on tensors alone: no number that changes from step
+to step is Python's, and none is read back from the device.
 A `leap` feeds n windows of each row, all but the first guessed (`t2i.tensorar.speculation`).
 
 Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, n of them at once, M
@@ -24,6 +25,7 @@ from t2i.tensorar.drawing import noise_keys, pick, rules
 from t2i.tensorar.model import TensorAR, slot_parts
 from t2i.tensorar.speculation import count_right, first_guesses, put, take
 from t2i.tensorar.speed import Run, frozen_weights, runner
+from t2i.tensorar.windows import Windows
 
 # -- the trunk, step by step -----------------------------------------------------------------------
 
@@ -37,6 +39,8 @@ class DecodeState:
     cache: KVCache
     scales_NS: Tensor | None
     """Guidance by window and sub-token, fp32; None without guidance."""
+    windows: Windows
+    """Those that are drawn."""
 
     @property
     def guided(self) -> bool:
@@ -45,7 +49,7 @@ class DecodeState:
 
     def extent(self, index: int) -> int:
         """How many entries of the cache the step reads that feeds window `index`."""
-        return self.cache.bucket(self.condition.prefix.shape[1] + index + 1)
+        return self.cache.bucket(self.condition.prefix.shape[1] + (index + 1) * self.windows.stride)
 
 
 def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
@@ -53,7 +57,8 @@ def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
     settings = config.by_sub_token(len(model.backbone.spec.subvocabs))
     if all(own.cfg_scale == 1 for own in settings):
         return None
-    stride, count = model.windows.stride, model.windows.count
+    windows = drawn_windows(model, config)
+    stride, count = windows.stride, windows.count
     shown = count if config.cfg_interval < 0 else (config.cfg_interval + 1) // stride + 1
     rows = [[model.backbone.guidance(own, i, count) for own in settings] for i in range(count)]
     table = torch.tensor(rows)
@@ -61,15 +66,26 @@ def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
     return table.to(model.backbone.device)
 
 
+def drawn_windows(model: TensorAR, config: SamplingConfig) -> Windows:
+    """The windows that are drawn with these settings; UserError if the model has no such ones."""
+    return model.windows.shrunk(config.window, config.stride)
+
+
 def new_state(
-    model: TensorAR, condition: Condition, scales_NS: Tensor | None, *, own_pace: bool = False
+    model: TensorAR,
+    condition: Condition,
+    scales_NS: Tensor | None,
+    windows: Windows,
+    *,
+    own_pace: bool = False,
 ) -> DecodeState:
     """With an empty cache for this condition; where rows go at their own pace, with room for the
     last window, which rows that are done feed.
     """
     rows, length = condition.prefix.shape[:2]
-    cache = model.backbone.new_cache(rows, length + model.windows.count - 1 + own_pace)
-    return DecodeState(condition, cache, scales_NS)
+    fed = windows.count - 1 + own_pace
+    cache = model.backbone.new_cache(rows, length + fed * windows.stride)
+    return DecodeState(condition, cache, scales_NS, windows)
 
 
 @torch.no_grad()
@@ -99,14 +115,20 @@ def advance(
     returns the hidden states [R, n, D], each of which predicts the next window. `extent` is
     `state.extent` of the last.
     """
-    x = model.embed_windows(windows, first=index[..., :1])
+    stride, prefix = state.windows.stride, state.condition.prefix.shape[1]
+    fed, known = state.windows.fed(windows)
+    x = model.embed_windows(fed, first=index[..., :1] * stride, known_n=known)
     if state.guided:
         x = torch.cat([x, x])  # windows are the same on both sides: encode them once
         index = index if index.dim() == 1 else torch.cat([index, index])
-    prefix = state.condition.prefix.shape[1]
-    position = prefix + index * model.windows.stride
-    cache = state.cache.at(prefix + index, extent)
-    return model.backbone.trunk(x, position, state.condition, cache)
+    entry = position = prefix + index
+    if stride > 1:
+        shift_s = torch.arange(stride, device=index.device)
+        entry = prefix + (index[..., None] * stride + shift_s).flatten(-2)
+        # Rows that are done may feed codes past the image; nobody reads what follows from them.
+        position = entry.clamp(max=prefix + state.windows.tokens - 1)
+    cache = state.cache.at(entry, extent)
+    return model.backbone.trunk(x, position, state.condition, cache)[:, stride - 1 :: stride]
 
 
 @torch.no_grad()
@@ -185,12 +207,15 @@ def new_drawing(
     """A batch of images of which nothing is drawn yet."""
     count, batch, slots, subs = noise.shape
     room, own = (count + 1, (batch, 1)) if ahead else (count, (1,))
+    corrupt = None
+    if config.renoise:
+        corrupt = model.corruption(slots, keys.device, config.renoise, config.stride)
     return Drawing(
         state=state,
         rules=rules(config, subs),
         keys_B=keys.clone(),
         noise_NBkS=noise,
-        corrupt=model.corruption(slots, keys.device, config.renoise) if config.renoise else None,
+        corrupt=corrupt,
         windows_BNkS=noise.new_zeros(batch, room, slots, subs),
         index=noise.new_zeros(own),
         ahead=ahead,
@@ -201,7 +226,7 @@ def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing
     """Draw windows `index` (int64 [n], or [B, n] of each row) from the hidden states that predict
     them: [B, n, k, S].
     """
-    stride, n = model.windows.stride, index.shape[-1]
+    stride, n = drawing.state.windows.stride, index.shape[-1]
     noise_MkS = take(drawing.noise_NBkS.transpose(0, 1), index).flatten(0, 1)
     rows, slots = noise_MkS.shape[:2]
     one = index.numel() == 1  # for all rows
@@ -230,7 +255,8 @@ def draw_behind(model: TensorAR, index: Tensor, drawing: Drawing, extent: int) -
         corrupted = drawing.corrupt(windows.flatten(0, 1)[:, None], keys_Bn.flatten())
         windows = corrupted[:, 0].unflatten(0, keys_Bn.shape)
     h = advance(model, windows, index, drawing.state, extent)
-    behind = index + 1 if index.dim() == 1 else (index + 1).clamp(max=model.windows.count - 1)
+    last = drawing.state.windows.count - 1
+    behind = index + 1 if index.dim() == 1 else (index + 1).clamp(max=last)
     return draw_windows(model, h, behind, drawing)
 
 
@@ -245,11 +271,11 @@ def leap(model: TensorAR, drawing: Drawing, extent: int) -> None:
     """Feed of each row the window that was settled last and the guesses behind it, and settle what
     follows from right ones. What else was drawn are the next guesses.
     """
-    last, ahead = model.windows.count - 1, drawing.ahead
+    geometry, ahead = drawing.state.windows, drawing.ahead
+    last = geometry.count - 1
     ahead_n = torch.arange(ahead, device=drawing.index.device)
     fed_Bn = (drawing.index + ahead_n).clamp(max=last)
     drawn = draw_behind(model, fed_Bn, drawing, extent)
-    geometry = model.windows.shrunk(drawn.shape[2])
     settled = count_right(drawn, take(drawing.windows_BNkS, fed_Bn + 1), geometry, fed_Bn + 1)
     put(drawing.windows_BNkS, fed_Bn + 1, drawn)
     drawing.index.add_(settled).clamp_(max=last)
@@ -259,7 +285,7 @@ def leap(model: TensorAR, drawing: Drawing, extent: int) -> None:
 
 def guess(model: TensorAR, drawing: Drawing, known_B1: Tensor) -> None:
     """Write down first guesses behind the last window of each row that was drawn."""
-    geometry = model.windows.shrunk(drawing.windows_BNkS.shape[2])
+    geometry = drawing.state.windows
     ahead_n = torch.arange(1, drawing.ahead, device=known_B1.device)
     columns = model.backbone.spec.grid[1]
     guesses = first_guesses(drawing.windows_BNkS, geometry, columns, known_B1 + ahead_n)
@@ -288,7 +314,7 @@ def sample_windows(
         speculate: windows of each image that a call draws; 0: one by one.
     """
     assert not model.training, "sampling needs model.eval(): dropout would act"
-    backbone, windows = model.backbone, model.windows.shrunk(config.window)
+    backbone, windows = model.backbone, drawn_windows(model, config)
     assert speed != "auto", "settled by `choose`"
     keys = keys.to(backbone.device)
     scales = guidance_table(model, config)
@@ -325,10 +351,10 @@ def begin(
     speculate: int,
 ) -> tuple[Drawing, Run]:
     """A batch of images of which nothing is drawn yet, and what does a step of it."""
-    windows, device = model.windows.shrunk(config.window), model.backbone.device
+    windows, device = drawn_windows(model, config), model.backbone.device
     noise = noise_keys(keys, windows, len(model.backbone.spec.subvocabs))
     copy = Condition.cat([condition])  # to be refilled
-    state = new_state(model, copy, scales_NS, own_pace=speculate > 0)
+    state = new_state(model, copy, scales_NS, windows, own_pace=speculate > 0)
     drawing = new_drawing(model, state, keys, noise, config, speculate)
     return drawing, runner(leap if speculate else step, drawing, speed, device)
 
@@ -343,7 +369,7 @@ def whole_run(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
     if drawing.ahead:
         guess(model, drawing, drawing.index)
     yield 1
-    last, lowest, highest = model.windows.count - 1, 0, 0
+    last, lowest, highest = drawing.state.windows.count - 1, 0, 0
     while lowest < last:
         fed = min(highest + max(drawing.ahead, 1) - 1, last)
         run(model, drawing.state.extent(fed))

@@ -4,7 +4,11 @@ Window i starts at position p_i = i * stride and holds positions p_i .. p_i + k 
 last position are padding. With stride 1 a position is drafted in the last slot and then moves one
 slot forward per step: k looks at every code.
 
-Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens.
+A stride s > 1 is a way of drawing: slots 0..s-1 of every window are final, so that T / s calls are
+enough. The trunk reads one input per code all the same, as it was trained: a window is fed as the s
+windows that begin at its final codes (`fed`), and what the last of them predicts is drawn.
+
+Shapes: B batch, T image tokens, N windows, k slots, s stride, S sub-tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -44,19 +48,31 @@ class Windows:
         """How many times a position is predicted, the first draft included."""
         return -(-self.size // self.stride)
 
-    def shrunk(self, size: int) -> "Windows":
-        """The same positions with only the first `size` slots; 0 keeps all."""
+    def shrunk(self, size: int, stride: int = 1) -> "Windows":
+        """The same positions with only the first `size` slots, and with this stride; 0 keeps all
+        slots.
+        """
         if size > self.size:
             raise UserError(f"window={size} is larger than the model's k={self.size}")
-        return replace(self, size=size or self.size)
+        return replace(self, size=size or self.size, stride=stride)
 
-    def starts(self, device: torch.device | str = "cpu") -> Tensor:
-        """p_i, int64 [N]."""
-        return torch.arange(self.count, device=device) * self.stride
+    def fed(self, windows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the trunk reads of windows [B, n, k, S]: for each its own codes as windows that
+        begin at its final ones, [B, n s, k, S]; and how many slots of each are known, int64 [n s],
+        None for all.
+        """
+        if self.stride == 1:
+            return windows, None
+        shift_s = torch.arange(self.stride, device=windows.device)
+        slots = windows.shape[2]
+        source_sk = shift_s[:, None] + torch.arange(slots, device=windows.device)
+        shifted = windows[:, :, source_sk.clamp(max=slots - 1)]
+        return shifted.flatten(1, 2), (slots - shift_s).repeat(windows.shape[1])
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Position of each slot, int64 [N, k]; past T - 1 for padding."""
-        return self.starts(device)[:, None] + torch.arange(self.size, device=device)
+        starts = torch.arange(self.count, device=device) * self.stride
+        return starts[:, None] + torch.arange(self.size, device=device)
 
     def valid(self, device: torch.device | str = "cpu") -> Tensor:
         """Which slots hold a position of the image, bool [N, k]."""

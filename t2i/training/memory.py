@@ -167,12 +167,12 @@ def _tokenizer(backbone: Backbone) -> ConvTokenizer:
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
     """What drawing own drafts holds at once: logits, their shares, and the shares' sums."""
-    k, stride = config.method.k, config.method.stride
-    if k == stride:
+    drafts = config.method.k - 1
+    if not drafts:
         return 0
     per_logit = 4 + 4 + 4
-    windows = min(model.windows.count, model.windows_at_once(k - stride))
-    logits = windows * (k - stride) * max(model.backbone.spec.subvocabs)
+    windows = min(model.windows.count, model.windows_at_once(drafts))
+    logits = windows * drafts * max(model.backbone.spec.subvocabs)
     return per_logit * config.engine.micro_batch * logits
 
 

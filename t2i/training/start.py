@@ -128,7 +128,7 @@ def start_from(
         backbone.to(dtype)
     if resumed:
         return backbone
-    sampling = replace(stored_part(config, "sampling", SamplingConfig, folder), window=0)
+    sampling = replace(stored_part(config, "sampling", SamplingConfig, folder), window=0, stride=1)
     backbone.spec = replace(backbone.spec, sampling=sampling)
     changed = config["tuning"] != "codec" or config.get("image_layers")
     assert backbone.source is not None, "of load_backbone"
@@ -151,7 +151,7 @@ def _take_codec(model: TensorAR, folder: str | Path) -> None:
     method = stored_part(read_config(folder), "method", TensorARConfig, folder)
     if model.codec is None or method.k == 1:
         return
-    shape = ("k", "stride", "depth", "mlp", "residual")
+    shape = ("k", "depth", "mlp", "residual")
     if changes := [
         f"{name} {getattr(method, name)} -> {getattr(model.config, name)}"
         for name in shape

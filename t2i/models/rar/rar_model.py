@@ -184,8 +184,6 @@ class RARGPT(nn.Module):
         x = x_BLD + self.cls_token[0].masked_fill((positions_L != 0)[..., None], 0)
         x = x + self.pos_embed[0, positions_L]
         # Position p predicts position p + 1; the cls token and the last image token have no target.
-        # (With a stride s > 1 the predicted window starts at p + s instead: training has to learn
-        # that, as it has with every backbone.)
         targeted = (positions_L > 0) & (positions_L <= self.num_tokens)
         target = self.target_aware_pos_embed[0, positions_L + 1]
         x = x + target.masked_fill(~targeted[..., None], 0)

@@ -1,0 +1,352 @@
+"""Quality against calls: what drawing several codes at once does to images.
+
+`ideal` trains nothing: it draws from the base as the best possible multi-token model would, each
+code of a window from its exact distribution given what came before the window, independently of the
+others: with endless training a stride without refinement would come to this.
+
+`trained` attaches a codec to a base and trains both, for every window size and seed: `refined`
+learns to read its own drafts; `multi-token` sees noise in their place and is drawn without any: no
+more slots than are final. Each model then draws GenEval's prompts at every stride. The control is
+the base, trained as long.
+
+A JSON line for each result; what is in OUT/results.jsonl is not done again. docs/fewer_steps.md
+shows the results.
+
+python launch/lab/strides.py ideal --seeds 0                      # minutes on a processor
+python launch/lab/strides.py trained --device cuda --workers 15 --scenes 100000 --steps 400 \\
+    --batch 256
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from t2i import cli
+from t2i.files import read_json_lines, writable_folder
+from t2i.tensorar import presets
+from t2i.tensorar.method import TensorARConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from geneval import Judgement
+    from t2i.sampling import SamplingConfig
+    from t2i.tensorar.model import TensorAR
+
+_HELD_OUT, _DROPPED = 64, 0.1
+
+
+@dataclass(frozen=True)
+class Strides:
+    """What to train, and how it is examined."""
+
+    part: tyro.conf.Positional[Literal["ideal", "trained"]]
+    base: str = "shapes"
+    """Shipped base, or a folder of one."""
+    out: Path = Path("runs/strides")
+    """Folder of results.jsonl."""
+    sizes: tuple[int, ...] = (2, 4, 8)
+    """Window sizes k."""
+    strides: tuple[int, ...] = (1, 2, 4)
+    """Those up to k are drawn."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of training; they seed the images as well."""
+    steps: int = 300
+    """Optimizer steps of each run."""
+    batch: int = 32
+    scenes: int = 10000
+    """Scenes to learn from, of a world that the base has not seen."""
+    codec_lr: float = 3e-3
+    """Falls to zero, as the backbone's does."""
+    backbone_lr: float = 1e-4
+    prompts_per_task: int = 20
+    """Benchmark prompts for each of GenEval's six tasks."""
+    samples: int = 2
+    """Images per benchmark prompt."""
+    ahead: int = 8
+    """Windows a call of the speculation whose calls are counted."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    workers: int = 0
+    """Processes that draw scenes; 0 draws them in this one."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model that is trained, and the (stride, window) that it is drawn with."""
+
+    name: str
+    method: TensorARConfig
+    ways: tuple[tuple[int, int], ...]
+
+
+def arms(study: Strides) -> Iterator[Arm]:
+    yield Arm("control", presets.base(), ((1, 0),))
+    # Drafts become codes here, so they weigh as much as slot 0; the trunk is kept from their pull.
+    shared = {"depth": 2, "mlp": True, "slot_weights": (1.0,), "detach": True}
+    for k in study.sizes:
+        method = presets.iclr2026(k=k, own_drafts=1.0, **shared)
+        yield Arm(f"refined k={k}", method, tuple((s, 0) for s in study.strides if s <= k))
+    method = presets.iclr2026(k=max(study.strides), noise_floor=1.0, **shared)
+    yield Arm("multi-token", method, tuple((s, s) for s in study.strides if s > 1))
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Codes int64 [scenes, T, 1], the number of each one's caption, and all captions prepared."""
+
+    codes: "Tensor"
+    captions: "Tensor"
+    prepared: "dict[str, Tensor]"
+
+
+def draw_scenes(study: Strides, model: "TensorAR") -> Scenes:
+    import torch
+
+    from t2i.shapes.caption_bases import drawn_scenes, every_caption, to_pixels
+    from t2i.shapes.tiny_recipes import CaptionBase
+
+    backbone, captions = model.backbone, every_caption()
+    world = CaptionBase(
+        study.out,
+        seed=1,
+        image_size=backbone.image_size[0],
+        scenes=study.scenes + _HELD_OUT,
+        workers=study.workers,
+    )
+    numbers, codes, drawn = {text: i for i, text in enumerate(captions)}, [], []
+    for images, texts in drawn_scenes(world, 256):
+        codes.append(backbone.encode_images(to_pixels(images, backbone.device)))
+        drawn += [numbers[text] for text in texts]
+    device = backbone.device
+    return Scenes(torch.cat(codes), torch.tensor(drawn, device=device), backbone.prepare(captions))
+
+
+def trained(study: Strides, arm: Arm, seed: int, scenes: Scenes) -> "TensorAR":
+    """The base with a fresh codec, after its run."""
+    import torch
+
+    from t2i.checkpoint import load_model
+    from t2i.rng import make_keys
+    from t2i.tensorar.model import TensorAR
+
+    base = load_model(study.base, device=study.device, dtype="float32")
+    model = TensorAR(base.backbone, arm.method, seed=seed).train()
+    device, own = base.backbone.device, [] if model.codec is None else [*model.codec.parameters()]
+    rest = [p for part in base.backbone.trained_modules() for p in part.parameters()]
+    rates = [study.backbone_lr, study.codec_lr]
+    groups = [{"params": rest}, {"params": own}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05)
+    random = torch.Generator().manual_seed(seed)
+    for step in range(study.steps):
+        rows = torch.randint(study.scenes, (study.batch,), generator=random)
+        drop = (torch.rand(study.batch, generator=random) < _DROPPED).to(device)
+        keys = make_keys(seed, torch.arange(study.batch), step).to(device)
+        rows, done = rows.to(device), step / study.steps
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            codes, condition = scenes.codes[rows], condition_of(model, scenes, rows, drop)
+            windows = model.training_windows(codes, condition, keys, done)
+            loss = model(codes, condition, windows).loss
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1, (step + 1) / 20) * (1 - done)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*rest, *own], 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def condition_of(model: "TensorAR", scenes: Scenes, rows: "Tensor", drop: "Tensor | None" = None):
+    captions = scenes.captions[rows]
+    prepared = {name: value[captions] for name, value in scenes.prepared.items()}
+    return model.backbone.encode_condition(prepared, drop)
+
+
+def held_out_loss(model: "TensorAR", scenes: Scenes) -> list[float]:
+    """Cross entropy by slot of scenes that were not learnt from, with own drafts as input."""
+    import torch
+
+    from t2i.rng import make_keys
+
+    rows = torch.arange(len(scenes.codes) - _HELD_OUT, len(scenes.codes))
+    keys = make_keys(0, torch.arange(_HELD_OUT)).to(scenes.codes.device)
+    with torch.no_grad():
+        codes, condition = scenes.codes[rows], condition_of(model, scenes, rows)
+        windows = model.own_draft_windows(codes, condition, keys)
+        return [round(loss, 4) for loss in model(codes, condition, windows).means().tolist()]
+
+
+def scored(study: Strides, model: "TensorAR", seed: int, sampling: "SamplingConfig") -> dict:
+    """GenEval's score of images, and the calls that they need."""
+    from launch.lab.fewer_steps import courses
+    from t2i.shapes.fine_tuning import examine
+    from t2i.shapes.shapes_prompts import benchmark_prompts
+    from t2i.tensorar.sampler import drawn_windows
+
+    report = examine(
+        model,
+        benchmark_prompts(0, study.prompts_per_task),
+        seed=seed,
+        samples=study.samples,
+        sampling=sampling,
+        batch_size=48 if model.backbone.device.type == "cpu" else 480,
+    ).report
+    geometry = drawn_windows(model, sampling)
+    calls = [len(own) for own in courses(model, sampling, study.ahead)[1]]
+    return judged(study, report) | {
+        "calls_per_code": geometry.count / geometry.tokens,
+        "speculating": study.ahead,
+        "speculating_calls_per_code": sum(calls) / len(calls) / geometry.tokens,
+    }
+
+
+def judged(study: Strides, report: "Judgement") -> dict:
+    verdicts, each = [int(v.correct) for v in report.verdicts], study.samples
+    return {
+        "score": report.summary.overall,
+        "tags": {tag: one.mean for tag, one in report.summary.tags.items()},
+        "correct": [sum(verdicts[i : i + each]) for i in range(0, len(verdicts), each)],
+    }
+
+
+# -- the best possible multi-token model -----------------------------------------------------------
+
+
+def drawn_apart(
+    model: "TensorAR", prepared: "dict[str, Tensor]", keys: "Tensor", stride: int
+) -> "Tensor":
+    """Codes [B, T, S] of a base, of which those of a window know nothing of each other.
+
+    Code j of a window is drawn after j others that were drawn for it alone, with noise of their
+    own, and are then forgotten: so it follows its distribution given what came before the window.
+    """
+    import torch
+
+    from t2i.rng import fold
+    from t2i.tensorar.drawing import noise_keys
+    from t2i.tensorar.sampler import (
+        advance,
+        draw_windows,
+        encode_rows,
+        guidance_table,
+        new_drawing,
+        new_state,
+        run_prefix,
+    )
+
+    scales, windows = guidance_table(model, model.sampling), model.windows
+    with torch.no_grad():
+        condition = encode_rows(model.backbone, prepared, guided=scales is not None)
+        state = new_state(model, condition, scales, windows, own_pace=True)
+        noise = noise_keys(keys, windows, len(model.backbone.spec.subvocabs))
+        drawing = new_drawing(model, state, keys, noise, model.sampling)
+        h, drawn = run_prefix(model.backbone, state)[:, None], drawing.windows_BNkS
+
+        def draw(h_R1D: "Tensor", position: int, own: "Tensor") -> "Tensor":
+            index = torch.tensor([position], device=keys.device)
+            return draw_windows(model, h_R1D, index, replace(drawing, noise_NBkS=own))
+
+        def feed(codes: "Tensor", position: int) -> "Tensor":
+            index = torch.arange(position, position + codes.shape[1], device=keys.device)
+            return advance(model, codes, index, state, state.extent(int(index[-1])))[:, -1:]
+
+        for start in range(0, windows.tokens, stride):
+            slots = range(start, min(start + stride, windows.tokens))
+            for slot in slots:
+                apart = h
+                for before in range(start, slot):
+                    apart = feed(draw(apart, before, fold(noise, 9000 + slot - start)), before)
+                drawn[:, slot : slot + 1] = draw(apart, slot, noise)
+            h = feed(drawn[:, start : slots[-1] + 1], start)
+    return drawn[:, :, 0]
+
+
+def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[dict]:
+    import torch
+
+    import geneval
+    from t2i.generation import all_jobs, to_images
+    from t2i.rng import make_keys
+    from t2i.shapes.shapes_detector import ShapesDetector
+    from t2i.shapes.shapes_prompts import benchmark_prompts
+
+    metadata = benchmark_prompts(0, study.prompts_per_task)
+    prompts = [entry["prompt"] for entry in metadata]
+    prepared = model.backbone.prepare(prompts, model.backbone.prefix_length(prompts))
+    jobs = torch.tensor(all_jobs(range(len(prompts)), study.samples))
+    judge = [f"{study.prompts_per_task} prompts x {study.samples}"]
+    for seed in study.seeds:
+        for stride in study.strides:
+            about = {"arm": "ideal", "stride": stride, "seed": seed, "settings": judge}
+            if (key := json.dumps(about)) in done:
+                continue
+            images, start = [], time.perf_counter()
+            for rows in jobs.split(48):
+                own = {name: value[rows[:, 0]] for name, value in prepared.items()}
+                keys = make_keys(seed, *rows.T).to(model.backbone.device)
+                images += to_images(model, drawn_apart(model, own, keys, stride))
+            line = judged(study, geneval.score(images, metadata, ShapesDetector()))
+            calls = -(-model.windows.tokens // stride) / model.windows.tokens
+            taken = {"seconds_drawing": time.perf_counter() - start}
+            yield {"key": key, **about, **line, "calls_per_code": calls} | taken
+
+
+# -- all -------------------------------------------------------------------------------------------
+
+
+def do(study: Strides, arm: Arm, seed: int, scenes: Scenes, done: set[str]) -> Iterator[dict]:
+    """A line for every way of drawing that has none."""
+    settings = f"{study.base} steps={study.steps} batch={study.batch} scenes={study.scenes}"
+    about = {"arm": arm.name, "k": arm.method.k, "seed": seed, "settings": settings}
+    keys = {way: f"{settings} {arm.name} seed={seed} {way}" for way in arm.ways}
+    todo = {way: key for way, key in keys.items() if key not in done}
+    if not todo:
+        return
+    start = time.perf_counter()
+    model = trained(study, arm, seed, scenes)
+    about |= {"losses": held_out_loss(model, scenes), "seconds": time.perf_counter() - start}
+    for (stride, window), key in todo.items():
+        start = time.perf_counter()
+        sampling = replace(model.sampling, stride=stride, window=window)
+        line = {"key": key, **about, "stride": stride, "window": window}
+        line |= scored(study, model, seed, sampling)
+        yield line | {"seconds_drawing": time.perf_counter() - start}
+
+
+def study_trained(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[dict]:
+    scenes = draw_scenes(study, model)
+    for seed in study.seeds:
+        for arm in arms(study):
+            yield from do(study, arm, seed, scenes, done)
+
+
+def main() -> None:
+    study = cli.parse(Strides, __doc__)
+    import torch
+
+    from t2i.checkpoint import load_model
+
+    path = writable_folder(study.out) / "results.jsonl"
+    done = {line["key"] for line in read_json_lines(path)} if path.exists() else set()
+    model = load_model(study.base, device=study.device, dtype="float32")
+    name = "cpu" if model.backbone.device.type == "cpu" else torch.cuda.get_device_name()
+    machine = {"torch": torch.__version__, "device": name, "study": asdict(study)}
+    lines = {"ideal": study_ideal, "trained": study_trained}[study.part](study, model, done)
+    for line in lines:
+        with open(path, "a") as file:
+            file.write(json.dumps(line | machine, default=str) + "\n")
+        shown = ("arm", "stride", "seed", "score", "tags", "losses", "speculating_calls_per_code")
+        print({name: line[name] for name in shown if name in line}, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
