@@ -14,9 +14,10 @@ from unittest import mock
 import torch
 
 from launch.lab.soak_launchers import dead_encoder, one_of_two, silent_hub, stopped
-from launch.lab.soak_processes import ROOT, Clock, Started, finish, fork, reference, wait_until
+from launch.lab.soak_processes import Clock, Started, finish, fork, reference, wait_until
 from launch.lab.soak_ways import chain, grid
 from launch.lab.soak_world import (
+    ROOT,
     SAVE_EVERY,
     Outcome,
     World,
@@ -29,6 +30,7 @@ from launch.lab.soak_world import (
 from t2i.checkpoint import newest_healthy, run_checkpoints
 
 GENEVAL = ROOT / "geneval" / "run.py"
+SAMPLE_IMAGENET = ROOT / "launch" / "sample_imagenet.py"
 
 
 class Skipped(Exception):
@@ -150,27 +152,36 @@ def full_cache(world: World) -> Outcome:
 
 
 def full_evaluation(world: World) -> Outcome:
-    """The disk fills up while images are drawn and judged."""
+    """The disk fills up while images are drawn, and judged where they are of captions."""
     reference(world, 1)
-    checkpoint = world.run_dir("undisturbed-1")
-    words = ["--ckpt", str(checkpoint), "--prompts", "shapes", "--limit", "12", "--samples", "2"]
-    words += ["--batch-size", "4"]
-    roomy = world.folder / "geneval"
-    if not (roomy / "results.json").exists():
+    checkpoint = ["--ckpt", str(world.run_dir("undisturbed-1"))]
+    if world.model.classes:
+        program, place, result = SAMPLE_IMAGENET, "images.npz", "images.npz"
+        words = [*checkpoint, "--count", "200", "--batch-size", "40"]
+    else:
+        program, place, result = GENEVAL, "geneval", "geneval/results.jsonl"
+        words = [*checkpoint, "--prompts", "shapes", "--limit", "12", "--samples", "2"]
+        words += ["--batch-size", "4"]
+
+    def draw(name: str, folder: Path) -> Started:
+        return fork(world, name, [*words, "--out", str(folder / place)], program=program)
+
+    roomy = world.folder / "roomy"
+    if not (roomy / result).exists():
         shutil.rmtree(roomy, ignore_errors=True)
-        whole = fork(world, "roomy-evaluation", [*words, "--out", str(roomy)], program=GENEVAL)
+        whole = draw("roomy-evaluation", roomy)
         assert whole.codes(world.patience * 5) == [0], whole.text()[-2000:]
     with small_disk(world, 4096 * 24) as grow:
         if grow is None:
             raise Skipped("mounting a small file system needs root")
-        out = world.folder / "disk" / "geneval"
-        run = fork(world, "full-evaluation", [*words, "--out", str(out)], program=GENEVAL)
+        disk = world.folder / "disk"
+        run = draw("full-evaluation", disk)
         code = run.code(world.patience * 5)
-        kept = len(list(out.rglob("samples/*.png")))
+        kept = len(list(disk.rglob("*.png")))
         grow(64 << 20)
-        again = fork(world, "full-evaluation-2", [*words, "--out", str(out)], program=GENEVAL)
+        again = draw("full-evaluation-2", disk)
         assert again.codes(world.patience * 5) == [0], again.text()[-2000:]
-        same = (out / "results.jsonl").read_bytes() == (roomy / "results.jsonl").read_bytes()
+        same = (disk / result).read_bytes() == (roomy / result).read_bytes()
         return Outcome(run.said("error:"), code == 1, same=same, facts={"images kept": kept})
 
 
@@ -207,21 +218,32 @@ def damaged(world: World, how: Callable[[Path], None]) -> Outcome:
 
 # -- numbers that are none -------------------------------------------------------------------------
 def not_finite(world: World, what: str, value: float) -> Outcome:
-    """Features of one micro-batch, or the optimizer's moments, are no numbers at one moment."""
+    """One step's caption features (or its loss, where there are none), or the optimizer's moments,
+    are no numbers.
+    """
     name, bad_step = f"{what}-{value}", 2 * SAVE_EVERY
     run_dir = fresh(world, name)
 
     def inject() -> None:
-        from t2i.training.batches import TrainingData
+        from t2i.training.batches import Batch, TrainingData
+        from t2i.training.engine import TrainingLoss
         from t2i.training.run_state import Checkpoints
 
         batches, save = TrainingData.micro_batches, Checkpoints.save
+        forward, spoilt = TrainingLoss.forward, [1.0]
 
         def spoilt_batches(data: TrainingData, step: int) -> Iterator:
             for batch in batches(data, step):
                 if step + 1 == bad_step:
-                    batch.prepared["features"] = batch.prepared["features"] * value
+                    if "features" in batch.prepared:
+                        batch.prepared["features"] = batch.prepared["features"] * value
+                    else:
+                        spoilt[0] = value
                 yield batch
+
+        def spoilt_loss(module: TrainingLoss, batch: Batch) -> tuple:
+            loss, sums, counts = forward(module, batch)
+            return loss * spoilt[0], sums * spoilt[0], counts
 
         def spoilt_save(checkpoints: Checkpoints, step: int) -> Path:
             if step == bad_step:
@@ -231,6 +253,7 @@ def not_finite(world: World, what: str, value: float) -> Outcome:
 
         if what == "loss":
             mock.patch.object(TrainingData, "micro_batches", spoilt_batches).start()
+            mock.patch.object(TrainingLoss, "forward", spoilt_loss).start()
         else:
             mock.patch.object(Checkpoints, "save", spoilt_save).start()
 
@@ -286,7 +309,7 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
     )
     for value in (float("nan"), float("inf")):
         found[f"loss-{value}"] = (
-            f"a loss that is not finite ({value} in the features)",
+            f"a loss that is not finite ({value})",
             partial(not_finite, what="loss", value=value),
         )
     found["moments"] = (
