@@ -14,7 +14,15 @@ from unittest import mock
 import torch
 
 from launch.lab.soak_launchers import dead_encoder, one_of_two, silent_hub, stopped
-from launch.lab.soak_processes import Clock, Started, finish, fork, reference, wait_until
+from launch.lab.soak_processes import (
+    Clock,
+    Started,
+    finish,
+    fork,
+    launched,
+    reference,
+    wait_until,
+)
 from launch.lab.soak_ways import chain, grid
 from launch.lab.soak_world import (
     ROOT,
@@ -103,24 +111,26 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def full_save(world: World) -> Outcome:
-    """The disk fills up while a checkpoint is written."""
-    reference(world, 1)
-    one = _bytes(run_checkpoints(world.run_dir("undisturbed-1"))[-1])
+def full_save(world: World, count: int) -> Outcome:
+    """The disk fills up while a checkpoint is written, by one process or by two of `torchrun`."""
+    expected = reference(world, count)
+    one = _bytes(run_checkpoints(world.run_dir(f"undisturbed-{count}"))[-1])
     with small_disk(world, int(2.5 * one)) as grow:
         if grow is None:
             raise Skipped("mounting a small file system needs root")
         run_dir = world.folder / "disk" / "run"
-        name, options = "full-save", {"run_dir": run_dir, "log_keep_best": "False"}
-        run = fork(world, name, _flags(world.words(name, **options)))
+        name, options = f"full-save-{count}", {"run_dir": run_dir, "log_keep_best": "False"}
+        words = _flags(world.words(name, **options))
+        run = launched(world, name, words, by="process" if count == 1 else "torchrun")
         code = run.code(world.patience * 5)
         before = newest_step(run_dir)
         healthy = newest_healthy(run_dir) is not None and not any(run_dir.rglob("*.partial"))
         grow(20 * one)
         words = _flags([*world.words(name, run_dir=run_dir), "--resume"])
-        assert fork(world, f"{name}-again", words).codes(world.patience * 5) == [0]
-        mine, other = fingerprint(run_dir), reference(world, 1)
-        same = all(mine[k] == v for k, v in other.items() if not k.startswith("best/"))
+        again = fork(world, f"{name}-again", words, count=count)
+        assert again.codes(world.patience * 5) == [0] * count
+        mine = fingerprint(run_dir)
+        same = all(mine[k] == v for k, v in expected.items() if not k.startswith("best/"))
         held = code == 1 and healthy and before >= SAVE_EVERY
         return Outcome(run.said("error:"), held, same=same, facts={"newest then": before})
 
@@ -317,7 +327,11 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
         partial(not_finite, what="moments", value=float("inf")),
     )
     found["second-run"] = ("a second run in the folder", second_run)
-    found["full-save"] = ("disk full during a save", full_save)
+    found["full-save"] = ("disk full during a save", partial(full_save, count=1))
+    found["full-save-two"] = (
+        "disk full during a save of two processes (`torchrun`)",
+        partial(full_save, count=2),
+    )
     found["full-cache"] = ("disk full during a cache shard", full_cache)
     found["full-evaluation"] = ("disk full during an evaluation", full_evaluation)
     for by in ("process", "torchrun", "deepspeed"):
