@@ -141,9 +141,12 @@ def saving(what: str | Path) -> Iterator[None]:
         raise UserError(f"cannot write {what}: {reason}") from error
 
 
-# torch's zip writer knows no reason: it says "unexpected pos" or "file write failed" where a write
-# came back short.
-_FULL = ("No space left", "quota exceeded", "os error 28", "unexpected pos", "file write failed")
+# torch's zip writer and numpy know no reason where a write came back short: they say "unexpected
+# pos", "file write failed" or "100 requested and 60 written".
+_FULL = (
+    *("No space left", "quota exceeded", "os error 28"),
+    *("unexpected pos", "file write failed", "requested and"),
+)
 _NOT_HERE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 

@@ -38,6 +38,7 @@ from launch.lab.soak_world import (
 from t2i.checkpoint import newest_healthy, run_checkpoints
 
 GENEVAL = ROOT / "geneval" / "run.py"
+_NO_ROOM = "no space is left on the disk"
 SAMPLE_IMAGENET = ROOT / "launch" / "sample_imagenet.py"
 
 
@@ -131,8 +132,9 @@ def full_save(world: World, count: int) -> Outcome:
         assert again.codes(world.patience * 5) == [0] * count
         mine = fingerprint(run_dir)
         same = all(mine[k] == v for k, v in expected.items() if not k.startswith("best/"))
-        held = code == 1 and healthy and before >= SAVE_EVERY
-        return Outcome(run.said("error:"), held, same=same, facts={"newest then": before})
+        said = run.said(_NO_ROOM)
+        held = code == 1 and bool(said) and healthy and before >= SAVE_EVERY
+        return Outcome(said, held, same=same, facts={"newest then": before})
 
 
 def _flags(words: list[str]) -> list[str]:
@@ -158,7 +160,8 @@ def full_cache(world: World) -> Outcome:
         grow(64 << 20)
         assert fork(world, f"{name}-again", words).codes(world.patience * 5) == [0]
         same = fingerprint(world.run_dir(name)) == reference(world, 1)
-        return Outcome(run.said("error:"), code == 1 and not torn, same=same)
+        said = run.said(_NO_ROOM)
+        return Outcome(said, code == 1 and bool(said) and not torn, same=same)
 
 
 def full_evaluation(world: World) -> Outcome:
@@ -192,7 +195,9 @@ def full_evaluation(world: World) -> Outcome:
         again = draw("full-evaluation-2", disk)
         assert again.codes(world.patience * 5) == [0], again.text()[-2000:]
         same = (disk / result).read_bytes() == (roomy / result).read_bytes()
-        return Outcome(run.said("error:"), code == 1, same=same, facts={"images kept": kept})
+        said = run.said(_NO_ROOM)
+        held = code == 1 and bool(said)
+        return Outcome(said, held, same=same, facts={"images kept": kept})
 
 
 # -- damage ----------------------------------------------------------------------------------------
