@@ -76,6 +76,8 @@ def open_column(name: str, folder: Path) -> Column:
     """
     try:
         images, verdicts, judge = _with_verdicts(folder)
+    except UserError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"the results of {folder} are not as a benchmark writes them ({error!r}); judge it "
