@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import (
@@ -90,7 +91,7 @@ def open_column(name: str, folder: Path) -> Column:
 
 def _with_verdicts(folder: Path) -> tuple[Path, Verdicts, str]:
     """Images, what was said of them, and who said it."""
-    images, results, rows = folder, {}, []
+    images, results, rows = folder, dict[str, Any](), list[dict]()
     if (folder / RESULTS_FILE).is_file():
         results, rows = read_results(folder)
         images = folder / results["images"]
