@@ -165,7 +165,7 @@ def test_names_beside_the_layout_are_left_alone(tmp_path):
         ("images/00001/metadata.jsonl", '{"tag": "x"}', "has no text under"),
         ("results.json", '{"label": "x"}', "not as a benchmark writes them"),
         ("results.jsonl", '{"filename": 1}', "not as a benchmark writes them"),
-        ("results.jsonl", '["x"]', "not as a benchmark writes them"),
+        ("results.jsonl", '["x"]', "holds no finished results"),
         ("images/00000/stages/00000.json", '{"a": 1}', "holds no codes"),
         ("images/00000/stages/00000.json", "[[[0]], [[0], [1]]]", "holds no codes"),
         ("images/00000/stages/00000.json", "[[], []]", "holds no codes"),

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from t2i.data.content import name_in, printable
 from t2i.data.samples import (
-    UNNAMED,
-    Columns,
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
+    UNNAMED,
+    Columns,
     Sample,
     Source,
     choose_column,

@@ -18,8 +18,8 @@ from typing import Any
 from t2i.data.content import printable
 from t2i.data.images import FileSlice, SkipSample, read_bytes
 from t2i.data.samples import (
-    Columns,
     IMAGE_SUFFIXES,
+    Columns,
     Sample,
     Source,
     choose_caption,
