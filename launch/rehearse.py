@@ -82,6 +82,8 @@ class Rehearsal:
     """Write files without their numbers, and do what reads names and shapes alone."""
     keep: bool = False
     """Keep weights, runs and export; otherwise they are deleted in the end."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of training; a CPU without instructions for bf16 takes ten times as long with it."""
     codes: int = 16
     """Draw so many codes of one image."""
     minutes: float = 30.0
@@ -248,6 +250,7 @@ class Stages:
         options += ["--no-train-image-layers"] if tuning == "full" else []
         options += ["--batch-size=1", "--engine.micro-batch=1", "--log.no-at-start"]
         options += ["--log.sample-every=0", "--log.validate-every=0", "--log.save-every=0"]
+        options += [f"--engine.precision={self.config.precision}"]
         options += ["--log.tracker=none", f"--run-dir={self.out / 'runs' / tuning}", *more]
         return [sys.executable, "-m", "launch", written.program, written.recipe, *options]
 

@@ -61,7 +61,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         UserError: the disk is full, or the place cannot be written to (see `saving`).
     """
     folder = Path(folder)
-    partial, old = partial_folder(folder), folder.with_name(folder.name + ".old")
+    partial, old = partial_folder(folder), _old_folder(folder)
     try:
         with saving(folder):
             shutil.rmtree(partial, ignore_errors=True)
@@ -82,6 +82,21 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 def partial_folder(folder: Path) -> Path:
     """Where `replacing_folder` has a folder written."""
     return folder.with_name(folder.name + ".partial")
+
+
+def settle_folder(folder: Path) -> None:
+    """Clear up what a kill left of `replacing_folder`: a half-written folder goes, and one whose
+    successor had not taken its name yet comes back.
+    """
+    old = _old_folder(folder)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    for left in (old, partial_folder(folder)):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _old_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def _sync(path: Path) -> None:
@@ -126,9 +141,12 @@ def saving(what: str | Path) -> Iterator[None]:
         raise UserError(f"cannot write {what}: {reason}") from error
 
 
-# torch's zip writer knows no reason: it says "unexpected pos" or "file write failed" where a write
-# came back short.
-_FULL = ("No space left", "quota exceeded", "os error 28", "unexpected pos", "file write failed")
+# torch's zip writer and numpy know no reason where a write came back short: they say "unexpected
+# pos", "file write failed" or "100 requested and 60 written".
+_FULL = (
+    *("No space left", "quota exceeded", "os error 28"),
+    *("unexpected pos", "file write failed", "requested and"),
+)
 _NOT_HERE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 

@@ -11,7 +11,7 @@ from helpers import Killed, randomize
 from safetensors.torch import load_file
 
 import t2i
-from launch.lab.soak_world import TINY
+from launch.lab.soak_models import TINY
 from t2i.files import write_json
 from t2i.imaging import save_png
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig

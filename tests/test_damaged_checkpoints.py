@@ -34,6 +34,21 @@ def test_every_file_is_listed_with_its_checksum(plain):
         }
 
 
+def test_what_a_kill_in_a_save_left_is_cleared_up(plain, copied, tiny_world):
+    """A half-written checkpoint stayed for good unless that step was saved again; the best model
+    was lost if the kill fell between its two renames.
+    """
+    run_dir = copied(plain, "killed-in-save").parents[1]
+    best = folder_content(run_dir / "best")
+    (run_dir / "best").rename(run_dir / "best.old")
+    for name in ("best.partial", "checkpoints/step_000002.partial", "checkpoints/step_000003.old"):
+        (run_dir / name).mkdir()
+        (run_dir / name / "codec.safetensors").write_bytes(b"x")
+    train(tiny_run(tiny_world, run_dir.name, resume=True))
+    assert folder_content(run_dir / "best") == best
+    assert not [*run_dir.rglob("*.partial"), *run_dir.rglob("*.old")]
+
+
 @pytest.mark.parametrize(
     "file", ["codec.safetensors", "backbone.safetensors", "config.json", "0*.safetensors"]
 )

@@ -32,6 +32,7 @@ from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
 from t2i.evaluation.fid.image_sets import open_images, read_npz_array
 from t2i.evaluation.generation_folder import load_image
+from t2i.evaluation.review import open_column, write_review
 from t2i.files import file_sha256
 from t2i.models.llamagen.t5_files import load_tokenizer
 from t2i.training.loop import train
@@ -226,6 +227,27 @@ def test_an_index_of_shards_names_files_of_its_folder_alone(tmp_path):
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="not within the folder"):
         read_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize("place", ["00000/stages/00000.json", "00000/samples/00001.png", "x"])
+def test_a_review_takes_no_key_along(tmp_path, secret, place):
+    """Its page is made to be given away: a link among others' images brought what it leads to."""
+    images = tmp_path / "images"
+    for name in ("samples", "stages"):
+        (images / "00000" / name).mkdir(parents=True)
+    (images / "00000" / "metadata.jsonl").write_text('{"prompt": "a circle"}')
+    (images / "00000" / "samples" / "00000.png").symlink_to(secret / "a.png")
+    (images / "00000" / "id_rsa").symlink_to(secret / "id_rsa")
+    write_review(tmp_path / "review", [open_column("a", images)], title="t")
+    brought = tmp_path / "review" / "brought" / "1-a" / "00000" / "samples" / "00000.png"
+    assert not brought.is_symlink() and brought.read_bytes() == _png()
+    if place == "x":
+        assert not any(b"private" in c for c in folder_content(tmp_path / "review").values())
+        return
+    (images / place).symlink_to(secret / "id_rsa")
+    with pytest.raises(UserError, match=r"is a link to .*id_rsa, which is no PNG"):
+        write_review(tmp_path / "review", [open_column("a", images)], title="t")
+    assert not any(b"private" in c for c in folder_content(tmp_path / "review").values())
 
 
 # -- bombs -----------------------------------------------------------------------------------------

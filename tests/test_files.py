@@ -3,8 +3,10 @@
 import json
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 from helpers import folder_content
 
@@ -14,6 +16,7 @@ from t2i.files import (
     partial_folder,
     read_json_lines,
     replacing_folder,
+    saving,
     wait_for,
     wait_until_none,
 )
@@ -48,6 +51,14 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         for name in ("a", "b"):
             (partial / name).write_text(name)
     assert calls == ["sync", "sync", "rename"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
+def test_numpy_on_a_full_disk(tmp_path):
+    """It says how much it wrote, and not why no more: drawing classes ended in a traceback."""
+    refused = pytest.raises(UserError, match="cannot write x: no space is left")
+    with refused, saving("x"), open("/dev/full", "wb", buffering=0) as file:
+        np.zeros(100_000).tofile(file)
 
 
 def test_waiting_goes_on_while_files_appear(tmp_path, monkeypatch):

@@ -147,6 +147,13 @@ def test_a_signal_to_one_rank_stops_all(two_ranks):
     assert [f.name for f in checkpoint.run_checkpoints(run_dir)] == ["step_000002"]
 
 
+def test_a_full_disk_of_one_rank_ends_both(two_ranks):
+    """The other one waited for it, until the launcher killed it in the middle of its save."""
+    said = [(two_ranks / f"full-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "step_000001: no space is left on the disk" in said[0] and said[0] == said[1]
+    assert not list((two_ranks / "runs" / "ranks-full" / "checkpoints").iterdir())
+
+
 def test_checkpoints_draw_the_same_in_a_new_process(two_ranks, tmp_path):
     here = [draw(two_ranks / "runs" / name, tmp_path) for name in DRAWN]
     for name, images in zip(DRAWN, here, strict=True):

@@ -192,6 +192,16 @@ def test_all_stages_once(run, tmp_path):
     assert ran == ["write", "train-lora", "export", "reload"], "the files are gone"
 
 
+def test_classes_of_llamagen_are_written_as_published(tmp_path):
+    """Reference figures: c2i_B_256.pt has 111 M parameters, in fp32 under "model"."""
+    layout.write("llamagen", "c2i-B", str(tmp_path), holes=True)
+    written = json.loads((tmp_path / "base" / "rehearsal.json").read_text())
+    assert written["program"] == "train-imagenet" and written["recipe"] == "llamagen-b-256"
+    assert 4 * 110e6 < (tmp_path / "base" / "c2i_B_256.pt").stat().st_size < 4 * 112e6
+    backbone = t2i.load_backbone("llamagen", device="meta", source=written["base"]["weights"])
+    assert backbone.spec.cond_kind == "class" and backbone.spec.grid == (16, 16)
+
+
 def test_what_does_not_fit_is_not_tried(run, tmp_path):
     ran, _, start = run
     assert start(memory=3.0) == []
@@ -212,6 +222,8 @@ def test_predictions_are_compared_beyond_an_empty_process():
         "train-full": row | {"resident": 1e9 + 1.1 * said["peak"]},
     }
     assert "| 3.52 GB | +10% |" in table(rows, STAGES).splitlines()[-1]
+    rows["libraries"] = row | {"done": False, "code": 1}
+    assert "| 3.52 GB |  |" in table(rows, STAGES).splitlines()[-1], "compared with half a process"
 
 
 def test_wrong_names(capsys, monkeypatch):

@@ -118,8 +118,65 @@ def test_images_that_changed_are_brought_again(tmp_path):
     write_review(tmp_path / "r", [column], title="t")
     save_png(Image.new("RGB", (24, 16), GREEN), source / sample_file(0, 0))
     write_review(tmp_path / "r", [column], title="t")
-    there = tmp_path / "r" / "columns" / "a" / sample_file(0, 0)
+    there = tmp_path / "r" / "brought" / "1-a" / sample_file(0, 0)
     assert there.read_bytes() == (source / sample_file(0, 0)).read_bytes()
+
+
+def test_two_names_that_are_spelled_alike_as_folders(tmp_path):
+    """The second column's images took the place of the first one's."""
+    columns = [
+        open_column(name, _folder(tmp_path / color, color))
+        for name, color in (("a b", RED), ("a-b", GREEN), ("..", BLUE))
+    ]
+    content = _content(write_review(tmp_path / "r", columns, title="t"))
+    for column, color in zip(content["columns"], (RED, GREEN, BLUE), strict=True):
+        with Image.open(tmp_path / "r" / column["place"] / sample_file(0, 0)) as image:
+            assert image.getpixel((0, 0)) == tuple(bytes.fromhex(color[1:]))
+
+
+def test_a_page_written_again_shows_none_of_the_images_before(tmp_path):
+    """Samples and stages that the new images lack stayed, and were shown as theirs."""
+    before = _folder(tmp_path / "before", RED, staged=True, samples=4)
+    now = _folder(tmp_path / "now", GREEN)
+    for source in (before, now):
+        content = _content(write_review(tmp_path / "r", [open_column("a", source)], title="t"))
+    (column,) = content["columns"]
+    assert len(column["images"]) == 6 and column["grid"] is None
+    files = [path for path in (tmp_path / "r" / "brought").rglob("*") if path.is_file()]
+    assert len(files) == 6 + 3, "images and metadata"
+
+
+def test_names_beside_the_layout_are_left_alone(tmp_path):
+    """They ended the program with a traceback."""
+    source = _folder(tmp_path / "a", RED)
+    for name in ("00000/samples/00000 (1).png", "00000/samples/copy.png", "0 copy/samples/0.png"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        save_png(Image.new("RGB", (24, 16), RED), source / name)
+    (column,) = _content(write_review(tmp_path / "r", [open_column("a", source)], title="t"))[
+        "columns"
+    ]
+    assert sorted(column["images"]) == [sample_file(p, s) for p in range(3) for s in range(2)]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("images/00001/metadata.jsonl", '["a"]', "has no text under"),
+        ("images/00001/metadata.jsonl", '{"tag": "x"}', "has no text under"),
+        ("results.json", '{"label": "x"}', "not as a benchmark writes them"),
+        ("results.jsonl", '{"filename": 1}', "not as a benchmark writes them"),
+        ("results.jsonl", '["x"]', "holds no finished results"),
+        ("images/00000/stages/00000.json", '{"a": 1}', "holds no codes"),
+        ("images/00000/stages/00000.json", "[[[0]], [[0], [1]]]", "holds no codes"),
+        ("images/00000/stages/00000.json", "[[], []]", "holds no codes"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    _folder(tmp_path / "a" / "images", RED, staged=True)
+    _judge(tmp_path / "a", "")
+    write_text(tmp_path / "a" / name, content)
+    with pytest.raises(UserError, match=message):
+        write_review(tmp_path / "r", [open_column("x", tmp_path / "a")], title="t")
 
 
 def test_the_program_draws_what_is_missing(tmp_path, shapes_ckpt, monkeypatch):

@@ -8,12 +8,14 @@ FOLDER is a `tiny_world` with the run "plain". It trains under the ZeRO stages t
 model with, draws, and stops a run by a signal that only one rank gets; "rare" is the other stages.
 """
 
+import errno
 import json
 import os
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -23,9 +25,11 @@ from helpers import Killed
 from runs import before_step, draw, kill, tiny_janus_run, tiny_run
 from torch import nn
 
+from t2i.errors import UserError
 from t2i.training.engine import start_processes
 from t2i.training.loop import Run, train
 from t2i.training.state import StoredState, write_state
+from t2i.weights import save_weights
 
 JANUS = {"tuning": "lora", "train_image_layers": True}
 DRAWN = ("plain", "ranks-zero2", "ranks-zero3-lora")
@@ -57,12 +61,28 @@ def main(root: Path) -> None:
         if run.processes.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    full_disk(root)
     with suppress(KeyboardInterrupt), before_step(1, stop):
         train(tiny_run(root, "ranks-stopped", steps=1000))
 
     with suppress(Killed), before_step(2, kill):
         train(tiny_run(root, "two-then-one", engine__zero_stage=2, log__save_every=1))
     train(tiny_run(root, "one-then-two", log__save_every=1, resume=True, **zero3(root)))
+
+
+def full_disk(root: Path) -> None:
+    """The second process has no room for its share of a checkpoint."""
+
+    def save(path: Path, tensors: dict) -> None:
+        if os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_weights(path, tensors)
+
+    with patch("t2i.training.state.save_weights", save):
+        try:
+            train(tiny_run(root, "ranks-full", steps=1))
+        except UserError as error:
+            (root / f"full-{os.environ['RANK']}.txt").write_text(str(error))
 
 
 def odd_sizes(root: Path, stage: int) -> None:

@@ -6,6 +6,7 @@ folder is not done again; the same seed gives the same moments.
 
     python launch/lab/soak.py                        # all: half an hour on two cores
     python launch/lab/soak.py --only kills full      # cases whose names begin so
+    python launch/lab/soak.py --family janus
     python launch/lab/soak.py --list
 """
 
@@ -16,6 +17,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,8 +34,10 @@ _LONGEST = 160
 class SoakOptions:
     """Which faults, and where."""
 
-    out: Path = Path("runs/soak")
-    """The tiny world, its runs, results.jsonl and table.md."""
+    out: Path | None = None
+    """The tiny world, its runs, results.jsonl and table.md; runs/soak/FAMILY if not given."""
+    family: Literal["llamagen", "janus", "open_magvit2", "rar"] = "llamagen"
+    """Of the model that is trained."""
     only: tuple[str, ...] = ()
     """Cases whose names begin with one of these; all if empty."""
     kills: int = 27
@@ -59,10 +63,13 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{name:<24}{every[name][0]}" for name in chosen))
         return
-    with owning(options.out, "soak folder"):
+    out = options.out or Path("runs/soak") / options.family
+    with owning(out, "soak folder"):
         soak_faults.imports()
-        world = soak_world.build_world(options.out.resolve(), options.seed, options.patience)
-        path = options.out / "results.jsonl"
+        world = soak_world.build_world(
+            out.resolve(), options.family, options.seed, options.patience
+        )
+        path = out / "results.jsonl"
         rows = {row["case"]: row for row in (read_json_lines(path) if path.exists() else [])}
         for name in chosen:
             if name in rows and not options.again:
@@ -72,8 +79,8 @@ def main() -> None:
                 file.write(json.dumps(rows[name]) + "\n")
             print(_line(rows[name]), flush=True)
         rows = {name: rows[name] for name in every if name in rows}
-        write_text(options.out / "table.md", table(list(rows.values()), options.seed))
-    print(f"\n{options.out / 'table.md'}")
+        write_text(out / "table.md", table(list(rows.values()), options.seed))
+    print(f"\n{out / 'table.md'}")
     if failed := [name for name, row in rows.items() if row["verdict"] == "FAILED"]:
         raise UserError(f"not as promised: {', '.join(failed)}")
 

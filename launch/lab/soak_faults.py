@@ -14,9 +14,18 @@ from unittest import mock
 import torch
 
 from launch.lab.soak_launchers import dead_encoder, one_of_two, silent_hub, stopped
-from launch.lab.soak_processes import ROOT, Clock, Started, finish, fork, reference, wait_until
+from launch.lab.soak_processes import (
+    Clock,
+    Started,
+    finish,
+    fork,
+    launched,
+    reference,
+    wait_until,
+)
 from launch.lab.soak_ways import chain, grid
 from launch.lab.soak_world import (
+    ROOT,
     SAVE_EVERY,
     Outcome,
     World,
@@ -29,6 +38,8 @@ from launch.lab.soak_world import (
 from t2i.checkpoint import newest_healthy, run_checkpoints
 
 GENEVAL = ROOT / "geneval" / "run.py"
+_NO_ROOM = "no space is left on the disk"
+SAMPLE_IMAGENET = ROOT / "launch" / "sample_imagenet.py"
 
 
 class Skipped(Exception):
@@ -101,26 +112,29 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def full_save(world: World) -> Outcome:
-    """The disk fills up while a checkpoint is written."""
-    reference(world, 1)
-    one = _bytes(run_checkpoints(world.run_dir("undisturbed-1"))[-1])
+def full_save(world: World, count: int) -> Outcome:
+    """The disk fills up while a checkpoint is written, by one process or by two of `torchrun`."""
+    expected = reference(world, count)
+    one = _bytes(run_checkpoints(world.run_dir(f"undisturbed-{count}"))[-1])
     with small_disk(world, int(2.5 * one)) as grow:
         if grow is None:
             raise Skipped("mounting a small file system needs root")
         run_dir = world.folder / "disk" / "run"
-        name, options = "full-save", {"run_dir": run_dir, "log_keep_best": "False"}
-        run = fork(world, name, _flags(world.words(name, **options)))
+        name, options = f"full-save-{count}", {"run_dir": run_dir, "log_keep_best": "False"}
+        words = _flags(world.words(name, **options))
+        run = launched(world, name, words, by="process" if count == 1 else "torchrun")
         code = run.code(world.patience * 5)
         before = newest_step(run_dir)
         healthy = newest_healthy(run_dir) is not None and not any(run_dir.rglob("*.partial"))
         grow(20 * one)
         words = _flags([*world.words(name, run_dir=run_dir), "--resume"])
-        assert fork(world, f"{name}-again", words).codes(world.patience * 5) == [0]
-        mine, other = fingerprint(run_dir), reference(world, 1)
-        same = all(mine[k] == v for k, v in other.items() if not k.startswith("best/"))
-        held = code == 1 and healthy and before >= SAVE_EVERY
-        return Outcome(run.said("error:"), held, same=same, facts={"newest then": before})
+        again = fork(world, f"{name}-again", words, count=count)
+        assert again.codes(world.patience * 5) == [0] * count
+        mine = fingerprint(run_dir)
+        same = all(mine[k] == v for k, v in expected.items() if not k.startswith("best/"))
+        said = run.said(_NO_ROOM)
+        held = code == 1 and bool(said) and healthy and before >= SAVE_EVERY
+        return Outcome(said, held, same=same, facts={"newest then": before})
 
 
 def _flags(words: list[str]) -> list[str]:
@@ -146,32 +160,44 @@ def full_cache(world: World) -> Outcome:
         grow(64 << 20)
         assert fork(world, f"{name}-again", words).codes(world.patience * 5) == [0]
         same = fingerprint(world.run_dir(name)) == reference(world, 1)
-        return Outcome(run.said("error:"), code == 1 and not torn, same=same)
+        said = run.said(_NO_ROOM)
+        return Outcome(said, code == 1 and bool(said) and not torn, same=same)
 
 
 def full_evaluation(world: World) -> Outcome:
-    """The disk fills up while images are drawn and judged."""
+    """The disk fills up while images are drawn, and judged where they are of captions."""
     reference(world, 1)
-    checkpoint = world.run_dir("undisturbed-1")
-    words = ["--ckpt", str(checkpoint), "--prompts", "shapes", "--limit", "12", "--samples", "2"]
-    words += ["--batch-size", "4"]
-    roomy = world.folder / "geneval"
-    if not (roomy / "results.json").exists():
+    checkpoint = ["--ckpt", str(world.run_dir("undisturbed-1"))]
+    if world.model.classes:
+        program, place, result = SAMPLE_IMAGENET, "images.npz", "images.npz"
+        words = [*checkpoint, "--count", "200", "--batch-size", "40"]
+    else:
+        program, place, result = GENEVAL, "geneval", "geneval/results.jsonl"
+        words = [*checkpoint, "--prompts", "shapes", "--limit", "12", "--samples", "2"]
+        words += ["--batch-size", "4"]
+
+    def draw(name: str, folder: Path) -> Started:
+        return fork(world, name, [*words, "--out", str(folder / place)], program=program)
+
+    roomy = world.folder / "roomy"
+    if not (roomy / result).exists():
         shutil.rmtree(roomy, ignore_errors=True)
-        whole = fork(world, "roomy-evaluation", [*words, "--out", str(roomy)], program=GENEVAL)
+        whole = draw("roomy-evaluation", roomy)
         assert whole.codes(world.patience * 5) == [0], whole.text()[-2000:]
     with small_disk(world, 4096 * 24) as grow:
         if grow is None:
             raise Skipped("mounting a small file system needs root")
-        out = world.folder / "disk" / "geneval"
-        run = fork(world, "full-evaluation", [*words, "--out", str(out)], program=GENEVAL)
+        disk = world.folder / "disk"
+        run = draw("full-evaluation", disk)
         code = run.code(world.patience * 5)
-        kept = len(list(out.rglob("samples/*.png")))
+        kept = len(list(disk.rglob("*.png")))
         grow(64 << 20)
-        again = fork(world, "full-evaluation-2", [*words, "--out", str(out)], program=GENEVAL)
+        again = draw("full-evaluation-2", disk)
         assert again.codes(world.patience * 5) == [0], again.text()[-2000:]
-        same = (out / "results.jsonl").read_bytes() == (roomy / "results.jsonl").read_bytes()
-        return Outcome(run.said("error:"), code == 1, same=same, facts={"images kept": kept})
+        same = (disk / result).read_bytes() == (roomy / result).read_bytes()
+        said = run.said(_NO_ROOM)
+        held = code == 1 and bool(said)
+        return Outcome(said, held, same=same, facts={"images kept": kept})
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -207,21 +233,32 @@ def damaged(world: World, how: Callable[[Path], None]) -> Outcome:
 
 # -- numbers that are none -------------------------------------------------------------------------
 def not_finite(world: World, what: str, value: float) -> Outcome:
-    """Features of one micro-batch, or the optimizer's moments, are no numbers at one moment."""
+    """One step's caption features (or its loss, where there are none), or the optimizer's moments,
+    are no numbers.
+    """
     name, bad_step = f"{what}-{value}", 2 * SAVE_EVERY
     run_dir = fresh(world, name)
 
     def inject() -> None:
-        from t2i.training.batches import TrainingData
+        from t2i.training.batches import Batch, TrainingData
+        from t2i.training.engine import TrainingLoss
         from t2i.training.run_state import Checkpoints
 
         batches, save = TrainingData.micro_batches, Checkpoints.save
+        forward, spoilt = TrainingLoss.forward, [1.0]
 
         def spoilt_batches(data: TrainingData, step: int) -> Iterator:
             for batch in batches(data, step):
                 if step + 1 == bad_step:
-                    batch.prepared["features"] = batch.prepared["features"] * value
+                    if "features" in batch.prepared:
+                        batch.prepared["features"] = batch.prepared["features"] * value
+                    else:
+                        spoilt[0] = value
                 yield batch
+
+        def spoilt_loss(module: TrainingLoss, batch: Batch) -> tuple:
+            loss, sums, counts = forward(module, batch)
+            return loss * spoilt[0], sums * spoilt[0], counts
 
         def spoilt_save(checkpoints: Checkpoints, step: int) -> Path:
             if step == bad_step:
@@ -231,6 +268,7 @@ def not_finite(world: World, what: str, value: float) -> Outcome:
 
         if what == "loss":
             mock.patch.object(TrainingData, "micro_batches", spoilt_batches).start()
+            mock.patch.object(TrainingLoss, "forward", spoilt_loss).start()
         else:
             mock.patch.object(Checkpoints, "save", spoilt_save).start()
 
@@ -286,7 +324,7 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
     )
     for value in (float("nan"), float("inf")):
         found[f"loss-{value}"] = (
-            f"a loss that is not finite ({value} in the features)",
+            f"a loss that is not finite ({value})",
             partial(not_finite, what="loss", value=value),
         )
     found["moments"] = (
@@ -294,7 +332,11 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
         partial(not_finite, what="moments", value=float("inf")),
     )
     found["second-run"] = ("a second run in the folder", second_run)
-    found["full-save"] = ("disk full during a save", full_save)
+    found["full-save"] = ("disk full during a save", partial(full_save, count=1))
+    found["full-save-two"] = (
+        "disk full during a save of two processes (`torchrun`)",
+        partial(full_save, count=2),
+    )
     found["full-cache"] = ("disk full during a cache shard", full_cache)
     found["full-evaluation"] = ("disk full during an evaluation", full_evaluation)
     for by in ("process", "torchrun", "deepspeed"):

@@ -7,7 +7,6 @@ import socket
 from pathlib import Path
 
 from launch.lab.soak_processes import (
-    ROOT,
     Clock,
     Started,
     finish,
@@ -97,10 +96,10 @@ def dead_encoder(world: World) -> Outcome:
         "import runpy, time\n"
         "from t2i.data import encoding\n"
         "from t2i.training import examples\n"
-        "examples._IMAGES_PER_SHARD = 4\n"
+        "examples.IMAGES_PER_SHARD = 4\n"
         "load = encoding.load_sample\n"
         "encoding.load_sample = lambda *a, **o: (time.sleep(0.1), load(*a, **o))[1]\n"
-        f"runpy.run_path({str(ROOT / 'launch' / 'train_llamagen.py')!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(world.program)!r}, run_name='__main__')\n"
     )
     words = world.words(name, data_cache_dir=cache)
     run = launched(world, name, words, by="torchrun", program=slow)
@@ -122,7 +121,7 @@ def silent_hub(world: World) -> Outcome:
         server.listen(64)
         env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
         env |= {"HF_HOME": str(world.folder / "empty-hub"), "HF_HUB_OFFLINE": "0"}
-        words = world.words("silent-hub", backbone_weights="somebody/model:gpt.pt")
+        words = world.words("silent-hub", backbone_weights=world.model.on_hub)
         clock = Clock()
         run = launched(world, "silent-hub", words, by="process", env=env)
         codes = run.codes(world.patience * 3, clock)

@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.lab.soak_world import World, fingerprint
+from launch.lab.soak_world import ROOT, World, fingerprint
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ROOT / "launch" / "train_llamagen.py"
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -116,7 +114,7 @@ def fork(
     words: Sequence[str],
     *,
     count: int = 1,
-    program: Path = TRAIN,
+    program: Path | None = None,
     inject: Callable[[], object] = lambda: None,
 ) -> Started:
     """So many processes that run a program together, forked from this one: imports are done.
@@ -129,7 +127,13 @@ def fork(
     for rank in range(count):
         ids.append(os.fork())
         if ids[-1] == 0:
-            _become(program, words, log, {"RANK": rank, "WORLD_SIZE": count, "PORT": port}, inject)
+            _become(
+                program or world.program,
+                words,
+                log,
+                {"RANK": rank, "WORLD_SIZE": count, "PORT": port},
+                inject,
+            )
     return Started(ids, log)
 
 
@@ -170,7 +174,7 @@ def launched(
     words: Sequence[str],
     *,
     by: str,
-    program: Path = TRAIN,
+    program: Path | None = None,
     env: dict[str, str] | None = None,
 ) -> Started:
     """A run as a user starts it: by itself, or two processes by "torchrun" or "deepspeed"."""
@@ -185,7 +189,7 @@ def launched(
     inherited = {k: v for k, v in os.environ.items() if k not in _LAUNCHERS}
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, *before, str(program), *map(str, words)],
+            [sys.executable, *before, str(program or world.program), *map(str, words)],
             env=inherited | _ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (env or {}),
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -8,21 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from launch.lab.soak_models import MODELS, SoakModel
 from t2i.checkpoint import run_checkpoints
-from t2i.files import file_sha256, read_json, write_json
+from t2i.files import file_sha256, read_json
 from t2i.manifest import MANIFEST
 
-TINY: dict[str, Any] = {
-    **{"dim": 64, "n_layer": 2, "n_head": 2, "ffn_dim": 128, "vocab_size": 64, "grid": (4, 4)},
-    **{"cond": "text", "caption_tokens": 12, "caption_dim": 32},
-    **{"resid_dropout": 0.0, "ffn_dropout": 0.0},  # drawn anew for every split
-}
-"""Shape of a LlamaGen whose training takes seconds."""
-
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 40, 5
 
 
@@ -31,9 +25,15 @@ class World:
     """A folder with base/, data/, cache/ and runs/."""
 
     folder: Path
+    model: SoakModel
     seed: int
     patience: float
     """Seconds after which a process counts as hanging."""
+
+    @property
+    def program(self) -> Path:
+        """What trains the model."""
+        return ROOT / "launch" / self.model.program
 
     def moments(self, case: str) -> random.Random:
         """Where a case takes its random moments from."""
@@ -66,7 +66,7 @@ class World:
             "run_dir": self.run_dir(name),
         }
         parts = ("backbone", "method", "data", "optim", "engine", "log")
-        found = ["shapes-iclr2026"]
+        found = [self.model.recipe]
         for key, value in (own | options).items():
             part, _, rest = key.partition("_")
             option = f"{part}.{rest}" if part in parts else key
@@ -89,37 +89,14 @@ class Outcome:
     facts: dict = field(default_factory=dict)
 
 
-def build_world(folder: Path, seed: int, patience: float) -> World:
+def build_world(folder: Path, family: str, seed: int, patience: float) -> World:
     """Make what is not there yet."""
-    from t2i.shapes.shapes_source import write_dataset
-
+    model = MODELS[family]
     if not (folder / "base" / "config.json").exists():
-        _write_base(folder / "base")
+        model.write_base(folder / "base")
     if not (folder / "data").exists():
-        write_dataset(folder / "data", 60, size=32)
-    return World(folder, seed, patience)
-
-
-def _write_base(folder: Path) -> None:
-    """A backbone folder of a LlamaGen with random weights: 4x4 codes of 8 pixels."""
-    import torch
-
-    from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
-    from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
-    from t2i.shapes.tiny_t5 import build_tiny_t5
-
-    torch.manual_seed(0)
-    config = LlamaGenConfig(**TINY)
-    gpt = LlamaGen(config)
-    vq = VQTokenizer(VQConfig(32, (1, 1, 1, 1), 1, 32, codebook_size=64, codebook_dim=8))
-    for p in (*gpt.parameters(), *vq.parameters()):
-        torch.nn.init.normal_(p, std=0.2)
-    words = "a photo of two red green blue circle square star left right above below"
-    build_tiny_t5(folder / "text_encoder", [words], d_model=32, d_ff=32, num_layers=1)
-    torch.save(vq.state_dict(), folder / "vq.pt")
-    torch.save({"model": gpt.official_state_dict()}, folder / "gpt.pt")
-    files = {"weights": "gpt.pt", "tokenizer": "vq.pt", "text_encoder": "text_encoder"}
-    write_json(folder / "config.json", {"family": "llamagen", **files, "config": asdict(config)})
+        model.write_data(folder / "data")
+    return World(folder, model, seed, patience)
 
 
 def fresh(world: World, name: str) -> Path:

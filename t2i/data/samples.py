@@ -166,6 +166,22 @@ def _as_text(value: Any) -> str:
     return value
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that a user names; what is None is found by itself where only one
+    could be meant.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    """Of the caption, or of a list of alternative ones (found: text, caption, prompt, txt);
+    "json.prompt" is the field of a struct, or of a json member of a tar.
+    """
+
+
+UNNAMED = Columns()
+
+
 def choose_column(
     columns: Iterable[str], given: str | None, candidates: Sequence[str], kind: str, where: str
 ) -> str:

@@ -1,8 +1,9 @@
 """A page on which people compare models by looking: prompts as rows, models as columns.
 
     REVIEW/index.html        the page: no server, no network; pictures are loaded when they are seen
-    REVIEW/columns/<name>/   a generation folder for each column (linked or copied if it lay
-                             elsewhere), so that the folder can be moved as a whole
+    REVIEW/columns/<name>/   a generation folder for each column that was drawn for the page
+    REVIEW/brought/<n>-<name>/   and of each that lay elsewhere, linked or copied, so that REVIEW
+                             can be moved, and given away, as a whole
 
 What the page knows is JSON in it, and is only ever shown as text: a prompt may hold anything.
 """
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import (
@@ -28,7 +30,11 @@ from t2i.evaluation.results import RESULTS_FILE, image_source, read_results
 from t2i.files import json_sha256, read_json, saving, writable_folder, write_text
 from t2i.pages import embedded_json, html_page
 
-COLUMNS = "columns"
+COLUMNS, BROUGHT = "columns", "brought"
+_PROMPT_FOLDER = re.compile(r"\d{5,}")
+_FILES = re.compile(r"metadata\.jsonl|samples/\d{5,}\.png|stages/\d{5,}(_\d+\.png|\.json)")
+"""Of a prompt's folder."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 Verdicts = dict[str, dict]
 """Image file (00000/samples/00000.png) -> {"share": passed, 0..1, "why": sentences}."""
 
@@ -45,9 +51,20 @@ class Column:
     """Who gave the verdicts."""
 
     def prompts(self) -> dict[str, dict]:
-        """Prompt folder -> its metadata, in order."""
-        found = sorted(path for path in self.folder.glob("[0-9]*") if (path / "samples").is_dir())
-        return {path.name: read_json(path / "metadata.jsonl") for path in found}
+        """Prompt folder -> its metadata, in order.
+
+        Raises:
+            UserError: metadata are damaged, or gone.
+        """
+        found = {}
+        for path in sorted(self.folder.iterdir()):
+            if _PROMPT_FOLDER.fullmatch(path.name) and (path / "samples").is_dir():
+                metadata = path / "metadata.jsonl"
+                entry = read_json(metadata)
+                if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+                    raise UserError(f'{metadata} has no text under "prompt"')
+                found[path.name] = entry
+        return found
 
 
 def open_column(name: str, folder: Path) -> Column:
@@ -57,20 +74,32 @@ def open_column(name: str, folder: Path) -> Column:
     Raises:
         UserError: it is neither.
     """
+    try:
+        images, verdicts, judge = _with_verdicts(folder)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"the results of {folder} are not as a benchmark writes them ({error!r}); judge it "
+            "again, or delete them to look at the images alone"
+        ) from error
+    if not any(_PROMPT_FOLDER.fullmatch(p.parts[-3]) for p in images.glob("*/samples/*.png")):
+        raise UserError(f"{folder} holds no images in GenEval's layout (00000/samples/00000.png)")
+    return Column(name, images, verdicts, judge)
+
+
+def _with_verdicts(folder: Path) -> tuple[Path, Verdicts, str]:
+    """Images, what was said of them, and who said it."""
+    images, results, rows = folder, dict[str, Any](), list[dict]()
     if (folder / RESULTS_FILE).is_file():
         results, rows = read_results(folder)
         images = folder / results["images"]
-    else:
-        images, results, rows = folder, {}, []
-        if (folder.parent / RESULTS_FILE).is_file():
-            found, of_them = read_results(folder.parent)
-            if found["images"] == image_source(folder.parent, folder):
-                results, rows = found, of_them
-    if not any(images.glob("[0-9]*/samples/*.png")):
-        raise UserError(f"{folder} holds no images in GenEval's layout (00000/samples/00000.png)")
-    verdicts = {row["filename"]: _verdict(row) for row in rows}
+    elif (folder.parent / RESULTS_FILE).is_file():
+        found, of_them = read_results(folder.parent)
+        if found["images"] == image_source(folder.parent, folder):
+            results, rows = found, of_them
     judge = f"{results['benchmark']}: {results['label']}" if results else ""
-    return Column(name, images, verdicts, judge)
+    return images, {row["filename"]: _verdict(row) for row in rows}, judge
 
 
 def _verdict(row: dict) -> dict:
@@ -100,9 +129,16 @@ def write_review(out: Path, columns: Sequence[Column], *, title: str) -> Path:
                 f"{column.folder} and {columns[0].folder} hold images of other prompts: a row of "
                 "the page is one prompt"
             )
-    shown = [_column(out, column, list(prompts[0])) for column in columns]
+    shown = []
+    for number, column in enumerate(columns, start=1):
+        place = column.folder
+        if not place.resolve().is_relative_to(out.resolve()):
+            name = re.sub(r"[^\w-]+", "-", column.name)
+            place = out / BROUGHT / f"{number}-{name}"
+            _bring(column.folder, place, list(prompts[0]))
+        shown.append(_column(out, column, place, list(prompts[0])))
     rows = [
-        {"folder": name, "text": str(entry["prompt"]), "tag": str(entry.get("tag", ""))}
+        {"folder": name, "text": entry["prompt"], "tag": str(entry.get("tag", ""))}
         for name, entry in prompts[0].items()
     ]
     content = {"title": title, "prompts": rows, "columns": shown}
@@ -111,15 +147,13 @@ def write_review(out: Path, columns: Sequence[Column], *, title: str) -> Path:
     return write_text(out / "index.html", html_page(title, body, name="review"))
 
 
-def _column(out: Path, column: Column, folders: Sequence[str]) -> dict:
-    """What the page knows of a column; its images are in OUT afterwards."""
-    place = column.folder
-    if not place.resolve().is_relative_to(out.resolve()):
-        place = out / COLUMNS / re.sub(r"[^\w.-]+", "-", column.name)
-        _bring(column.folder, place, folders)
+def _column(out: Path, column: Column, place: Path, folders: Sequence[str]) -> dict:
+    """What the page knows of a column, whose images are in `place`."""
     images, grid = {}, None
     for folder in folders:
-        for path in sorted((place / folder / "samples").glob("*.png")):
+        for path in _files_of(place / folder):
+            if path.parent.name != "samples":
+                continue
             job = int(folder), int(path.stem)
             codes = _stage_codes(place / codes_file(*job))
             if codes and grid is None:
@@ -143,20 +177,47 @@ def _column(out: Path, column: Column, folders: Sequence[str]) -> dict:
 
 
 def _bring(source: Path, place: Path, folders: Sequence[str]) -> None:
-    """Link (or copy) a generation folder's images, stages and metadata into another."""
+    """Link (or copy) a generation folder's images, stages and metadata into another, which holds
+    nothing else afterwards.
+
+    Raises:
+        UserError: a file is a link to something of another place that is no image.
+    """
     writable_folder(place)
-    files = [path for name in folders for path in sorted((source / name).rglob("*"))]
-    for path in [*files, source / GENERATION_FILE]:
-        target = place / path.relative_to(source)
-        if not path.is_file() or _same(path, target):
+    files = [path for name in folders for path in _files_of(source / name)]
+    files += [path] if (path := source / GENERATION_FILE).is_file() else []
+    wanted = {path.relative_to(source) for path in files}
+    for path in [path for path in place.rglob("*") if path.is_symlink() or path.is_file()]:
+        if path.relative_to(place) not in wanted:
+            path.unlink()  # of what was here before
+    for path in files:
+        target, real = place / path.relative_to(source), path.resolve()
+        if not real.is_relative_to(source.resolve()) and not _is_png(real):
+            raise UserError(
+                f"{path} is a link to {real}, which is no PNG, and would get into a folder that is "
+                "made to be given away: delete the link, or put a copy there"
+            )
+        if _same(real, target) and not target.is_symlink():
             continue
         with saving(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
             try:
-                os.link(path, target)
+                os.link(real, target)
             except OSError:  # another disk, or one without links
-                shutil.copy2(path, target)
+                shutil.copy2(real, target)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of a prompt's folder that belong to the layout."""
+    found = sorted(path for part in ("*", "samples/*", "stages/*") for path in folder.glob(part))
+    names = [path for path in found if _FILES.fullmatch(path.relative_to(folder).as_posix())]
+    return [path for path in names if path.is_file()]
+
+
+def _is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_PNG)) == _PNG
 
 
 def _same(path: Path, copy: Path) -> bool:
@@ -169,7 +230,11 @@ def _same(path: Path, copy: Path) -> bool:
 
 def _stage_codes(path: Path) -> list:
     """Codes [stages][T][S]; empty for an image without stages."""
-    return read_json(path) if path.is_file() else []
+    codes = read_json(path) if path.is_file() else []
+    lists = isinstance(codes, list) and all(isinstance(stage, list) for stage in codes)
+    if not lists or len({len(stage) for stage in codes}) > 1 or [] in codes:
+        raise UserError(f"{path} holds no codes of stages, [stages][positions][sub-tokens]")
+    return codes
 
 
 def _changed(before: list, after: list) -> str:

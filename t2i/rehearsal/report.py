@@ -42,7 +42,7 @@ def summary(row: Mapping) -> str:
 
 def table(rows: Mapping[str, Mapping], about: Mapping[str, str]) -> str:
     """Markdown; memory in GB. What is predicted is compared beyond an empty process's memory."""
-    empty = rows.get("libraries", {}).get("resident", 0)
+    empty = rows.get("libraries", {})
     lines = [_HEAD, "|---" * (_HEAD.count("|") - 1) + "|"]
     for name, row in rows.items():
         first = f"| {name} | {about[name]}"
@@ -54,7 +54,8 @@ def table(rows: Mapping[str, Mapping], about: Mapping[str, str]) -> str:
         predicted = off = ""
         if said and kind in ("train", "resume"):
             predicted = _gb(said["peak"])
-            off = f"{(row['resident'] - empty) / said['peak'] - 1:+.0%}"
+            if empty.get("done"):
+                off = f"{(row['resident'] - empty['resident']) / said['peak'] - 1:+.0%}"
         disk = _gb(row["bytes"]) if "bytes" in row else ""
         cells = [f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", _gb(row["resident"])]
         cells += [_gb(row["own"]), predicted, off, _gb(row["read"]), disk]

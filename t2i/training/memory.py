@@ -76,7 +76,8 @@ def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: in
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weight, grad = weight_bytes(config), 4
-    optimizer = 12 if weight == 2 else 8  # two moments, and an fp32 copy under bf16
+    # Two moments, and an fp32 copy: without ZeRO of bf16 weights alone, with it of any.
+    optimizer = 8 if weight == 4 and stage == 0 else 12
     shards = [world_size if stage >= least else 1 for least in (3, 2, 1)]
     average = 4 * trained if config.ema else 0
     sharded = trained * (grad / shards[1] + optimizer / shards[2])

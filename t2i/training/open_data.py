@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from t2i.data.samples import RewrittenSource, Source
+from t2i.data.samples import Columns, RewrittenSource, Source
 from t2i.data.sources.classes import LabelledFolder, find_classes, open_imagenet
 from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes, is_llamagen_folder
@@ -25,8 +25,7 @@ def open_data(options: DataOptions) -> Source:
     else:
         source = open_source(
             options.source,
-            image_column=options.image_column,
-            caption_column=options.caption_column,
+            Columns(options.image_column, options.caption_column),
             split=options.split,
             streaming=options.streaming,
             config_name=options.config_name,

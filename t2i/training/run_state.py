@@ -28,7 +28,7 @@ from t2i.checkpoint import (
     write_model,
 )
 from t2i.errors import UserError
-from t2i.files import owning, partial_folder, read_json, saving, writable_folder
+from t2i.files import owning, read_json, saving, settle_folder, writable_folder
 from t2i.manifest import TRAINING_STATE
 from t2i.tensorar.model import TensorAR
 from t2i.training.average import Average
@@ -103,6 +103,7 @@ class Checkpoints:
     ) -> None:
         """A checkpoint folder, whole or not at all; `rest` writes what ranks share."""
         config, processes = self.config, self.processes
+        average = nullcontext() if self.average is None else self.average.applied()
         training = {
             **facts,
             "steps": self.steps,
@@ -110,26 +111,24 @@ class Checkpoints:
             "data_key": self.data_key,
             "config": plain(asdict(config)),
         }
+
+        def write_weights() -> None:
+            with saving(folder):
+                write_model(
+                    self.model,
+                    partial,
+                    tuning=config.tuning,
+                    image_layers=config.train_image_layers,
+                    training=training,
+                )
+
+        # What fails in one process is raised by all: none waits for another that has ended.
         with ExitStack() as stack:
-            if processes.is_main:
-                partial = stack.enter_context(new_checkpoint(folder))
-            else:
-                partial = partial_folder(folder)
-                stack.enter_context(saving(folder))
-            averaged = nullcontext() if self.average is None else self.average.applied()
-            with averaged, whole_weights(self.model, config.engine.zero_stage):
-                if processes.is_main:
-                    write_model(
-                        self.model,
-                        partial,
-                        tuning=config.tuning,
-                        image_layers=config.train_image_layers,
-                        training=training,
-                    )
-            processes.barrier()
+            partial = processes.on_main(lambda: stack.enter_context(new_checkpoint(folder)))
+            with average, whole_weights(self.model, config.engine.zero_stage):
+                processes.on_main(write_weights)
             rest(partial)
-            processes.barrier()
-        processes.barrier()
+            processes.on_main(stack.close)
 
 
 def advice(run_dir: Path) -> str:
@@ -176,9 +175,18 @@ def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
             if config.resume and not config.run_dir.exists():
                 raise UserError(f"--resume: {config.run_dir} holds no run; start without --resume")
             stack.enter_context(owning(config.run_dir, "run folder"))
+            _settle(config.run_dir)
 
         processes.on_main(take)
         yield
+
+
+def _settle(run_dir: Path) -> None:
+    """Clear up after a kill in the middle of a save."""
+    left = (run_dir / "checkpoints").glob("step_*.*")
+    saved = {path.with_suffix("") for path in left if path.suffix in (".partial", ".old")}
+    for folder in (run_dir / BEST, *saved):
+        settle_folder(folder)
 
 
 def claim_run_dir(config: TrainConfig) -> Path | None:

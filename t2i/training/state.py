@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from t2i.errors import NotFiniteError, UserError, shorten
+from t2i.files import saving
 from t2i.processes import Processes
 from t2i.weights import save_weights
 
@@ -43,19 +44,24 @@ def write_state(
         average: moving averages of the weights, by the same names; may be empty.
 
     Raises:
-        NotFiniteError: a moment of the optimizer is not finite; every process raises it.
+        NotFiniteError: a moment of the optimizer is not finite.
+        UserError: the disk is full. Every process raises what one of them met.
     """
-    folder.mkdir(exist_ok=True)
     part: dict[str, Tensor] = {}
-    files, bad = 0, ""
+    files, bad, full = 0, "", ""
 
     def flush() -> None:
-        nonlocal files
+        nonlocal files, full
         name = f"{processes.rank:05d}_of_{processes.world_size:05d}_{files:03d}.safetensors"
-        if part:
-            save_weights(folder / name, part)
-            part.clear()
-            files += 1
+        try:
+            with saving(str(folder.parent).removesuffix(".partial")):  # the name it will have
+                folder.mkdir(exist_ok=True)
+                if part and not full:
+                    save_weights(folder / name, part)
+        except UserError as error:
+            full = str(error)  # and on, for the others count on this process's shards
+        part.clear()
+        files += 1
 
     _link(engine, trained(model).values())
     for number, (name, p) in enumerate(trained(model).items()):
@@ -69,8 +75,11 @@ def write_state(
         if sum(value.nbytes for value in part.values()) >= _FILE_BYTES:
             flush()
     flush()
-    if found := [text for text in processes.gather(bad) if text]:
-        raise NotFiniteError(f"the optimizer's state is not finite, and not saved: {found[0]}")
+    for kind, text in processes.gather((bad, full)):
+        if kind:
+            raise NotFiniteError(f"the optimizer's state is not finite, and not saved: {kind}")
+        if text:
+            raise UserError(text)
 
 
 def _whole(engine, p: nn.Parameter) -> Iterator[tuple[str, Tensor]]:

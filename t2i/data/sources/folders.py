@@ -12,6 +12,8 @@ from t2i.data.content import name_in, printable
 from t2i.data.samples import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
+    UNNAMED,
+    Columns,
     Sample,
     Source,
     choose_column,
@@ -97,8 +99,7 @@ def is_image(path: Path) -> bool:
 def open_folder(
     folder: Path,
     files: Sequence[Path],
-    image_column: str | None,
-    caption_column: str | None,
+    columns: Columns,
     *,
     outside_images: bool = False,
 ) -> Source:
@@ -110,11 +111,10 @@ def open_folder(
     images = [path for path in files if is_image(path)]
     metadata = [path for path in files if path.name == METADATA]
     if metadata:
-        columns = image_column, caption_column
-        return MetadataFolder(folder, metadata, images, *columns, outside_images=outside_images)
+        return MetadataFolder(folder, metadata, images, columns, outside_images=outside_images)
     if not images:
         raise UserError(f"{folder} holds no images, no parquet files and no tars")
-    if image_column or caption_column:
+    if columns != UNNAMED:
         raise UserError(f"{folder} has no {METADATA}, so there are no columns to choose. {_ADVICE}")
     return SidecarFolder(folder, images, files)
 
@@ -127,8 +127,7 @@ class MetadataFolder(Source):
         folder: Path,
         metadata: Sequence[Path],
         images: Sequence[Path],
-        image_column: str | None,
-        caption_column: str | None,
+        columns: Columns,
         *,
         outside_images: bool = False,
     ):
@@ -141,10 +140,10 @@ class MetadataFolder(Source):
         ]
         if not self._rows:
             raise UserError(f"{metadata[0]} holds no rows. {_ADVICE}")
-        columns = dict.fromkeys(name for _, row in self._rows for name in row)
+        names = dict.fromkeys(name for _, row in self._rows for name in row)
         where = str(metadata[0])
-        self._image = choose_column(columns, image_column, ("file_name",), "image", where)
-        self._caption = choose_column(columns, caption_column, CAPTION_COLUMNS, "caption", where)
+        self._image = choose_column(names, columns.image, ("file_name",), "image", where)
+        self._caption = choose_column(names, columns.caption, CAPTION_COLUMNS, "caption", where)
         identity = {"kind": "metadata folder", "columns": [self._image, self._caption]}
         super().__init__(str(folder), identity, len(self._rows))
         listed = {self._folder / name for name in self._listed()}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from t2i.data.content import name_in, printable
-from t2i.data.samples import Source
+from t2i.data.samples import UNNAMED, Columns, Source
 from t2i.data.sources.folders import METADATA, is_image, open_folder, walk
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError
@@ -32,9 +32,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 def open_source(
     source: str | Path | Sequence[str | Path],
+    columns: Columns = UNNAMED,
     *,
-    image_column: str | None = None,
-    caption_column: str | None = None,
     split: str = "train",
     streaming: bool = False,
     config_name: str | None = None,
@@ -45,10 +44,7 @@ def open_source(
 
     Args:
         source: a folder, a file, several files, a glob pattern, or a hub id "owner/name".
-        image_column: names the image; found by itself when there is only one candidate.
-        caption_column: holds the caption, or a list of alternative captions; "json.prompt" reads
-            the field of a struct or of a json member. Found by itself when there is only one
-            candidate (text, caption, prompt, txt).
+        columns: of the image and of the caption, where they are not clear.
         split: of a hub data set or a folder: its sub-folder, or the files named after it.
         streaming: read parquet and hub data row by row, without a copy on disk and without random
             access. Folders and tars are never copied and keep random access either way.
@@ -59,13 +55,13 @@ def open_source(
     Raises:
         UserError: nothing there, no images, no captions, an unknown or ambiguous column or split.
     """
-    columns = {"image_column": image_column, "caption_column": caption_column}
     text = str(source)
     if isinstance(source, str) and _is_hub_id(text):
         # The datasets library takes a second to import.
         from t2i.data.sources.tables import open_hub
 
-        return open_hub(text, split, streaming, config_name, revision, **columns)
+        hub = {"config_name": config_name, "revision": revision}
+        return open_hub(text, columns, split=split, streaming=streaming, **hub)
     found = _find_files(source, split)
     opened = _open_files(found, text, split, streaming, columns, outside_images)
     opened.left_out += found.left_out
@@ -88,7 +84,7 @@ def _open_files(
     text: str,
     split: str,
     streaming: bool,
-    columns: dict[str, str | None],
+    columns: Columns,
     outside_images: bool,
 ) -> Source:
     root = found.root
@@ -102,13 +98,13 @@ def _open_files(
             chosen = [path for path in chosen if path not in empty]
             found.left_out += [(printable(path.name), "empty") for path in empty]
         if suffix == ".tar":
-            return TarSource(root, chosen, **columns)
+            return TarSource(root, chosen, columns)
         from t2i.data.sources.tables import open_parquet
 
-        return open_parquet(root, chosen, split, streaming, **columns)
+        return open_parquet(root, chosen, columns, split=split, streaming=streaming)
     if not root.is_dir():
         raise UserError(f"{text}: neither .parquet nor .tar. Give the folder that holds the images")
-    return open_folder(root, found.files, **columns, outside_images=outside_images)
+    return open_folder(root, found.files, columns, outside_images=outside_images)
 
 
 def _is_hub_id(text: str) -> bool:

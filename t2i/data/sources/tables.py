@@ -17,7 +17,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from t2i.data.images import ImageRef, RemoteFile
-from t2i.data.samples import Sample, Source, choose_caption, choose_column, make_sample
+from t2i.data.samples import (
+    Columns,
+    Sample,
+    Source,
+    choose_caption,
+    choose_column,
+    make_sample,
+)
 from t2i.errors import UserError
 
 NOT_UTF8 = b"\xff"
@@ -25,7 +32,7 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
 def open_parquet(
-    root: Path, files: Sequence[Path], split: str, streaming: bool, **columns: str | None
+    root: Path, files: Sequence[Path], columns: Columns, *, split: str, streaming: bool
 ) -> Source:
     """Local parquet files, all of one split; image paths in them are relative to the folder."""
     data_files = {split: [str(path) for path in files]}
@@ -36,11 +43,12 @@ def open_parquet(
 
 def open_hub(
     repository: str,
+    columns: Columns,
+    *,
     split: str,
     streaming: bool,
     config_name: str | None,
     revision: str | None,
-    **columns: str | None,
 ) -> Source:
     """A data set of the Hugging Face hub (or its local cache, when offline)."""
     where = {"name": config_name, "revision": revision}
@@ -97,8 +105,8 @@ class _Rows(Source):
 
     Args:
         folder: what image paths in the rows are relative to.
-        columns: the image_column and the caption_column that were asked for. A caption column may
-            be a field of a struct ("json.caption").
+        columns: those that were asked for. A caption column may be a field of a struct
+            ("json.caption").
         paths: the parquet files; on the hub there are none.
 
     Raises:
@@ -110,13 +118,13 @@ class _Rows(Source):
         loaded: _Loaded,
         identity: dict,
         folder: Path,
-        columns: dict[str, str | None],
+        columns: Columns,
         paths: Sequence[Path] = (),
     ):
         name, first = loaded.name, loaded.first
         candidates = loaded.image_columns if len(loaded.image_columns) == 1 else _IMAGE_COLUMNS
-        image = choose_column(first, columns["image_column"], candidates, "image", name)
-        caption = _choose_caption(name, first, columns["caption_column"], image)
+        image = choose_column(first, columns.image, candidates, "image", name)
+        caption = _choose_caption(name, first, columns.caption, image)
         if isinstance(first[image], str) and first[image].startswith(("http://", "https://")):
             raise UserError(
                 f"{name}: column {image!r} holds web addresses. Download the images first; "

@@ -19,6 +19,7 @@ from t2i.data.content import printable
 from t2i.data.images import FileSlice, SkipSample, read_bytes
 from t2i.data.samples import (
     IMAGE_SUFFIXES,
+    Columns,
     Sample,
     Source,
     choose_caption,
@@ -55,16 +56,14 @@ class TarSource(Source):
             ambiguous, or a sample holds two images and `image_column` does not say which.
     """
 
-    def __init__(
-        self, root: Path, tars: Sequence[Path], image_column: str | None, caption_column: str | None
-    ):
+    def __init__(self, root: Path, tars: Sequence[Path], columns: Columns):
         self._entries: list[_Entry] = []
         self._tars = tars
         left_out = [line for path in tars for line in _index(path, self._entries)]
         name = str(root)
-        columns = {extension for entry in self._entries for extension in entry.parts}
-        self._image = self._choose_image(name, columns, image_column)
-        self._caption = self._choose_caption(name, columns, caption_column)
+        found = {extension for entry in self._entries for extension in entry.parts}
+        self._image = self._choose_image(name, found, columns.image)
+        self._caption = self._choose_caption(name, found, columns.caption)
         identity = {"kind": "webdataset", "columns": [self._image, self._caption]}
         super().__init__(name, identity, len(self._entries))
         self.left_out = left_out

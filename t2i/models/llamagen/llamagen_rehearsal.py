@@ -1,4 +1,5 @@
-"""LlamaGen text-to-image with random weights in its authors' layout, for a rehearsal.
+"""LlamaGen with random weights in its authors' layout, for a rehearsal: text-to-image, and
+class-conditional ("c2i-B").
 
 Weights and image tokenizer are a pickle each, in fp32 under "model"; the caption encoder is
 google/flan-t5-xl's encoder half, in bf16, in shards, with a tokenizer of as many pieces. Sizes of
@@ -22,7 +23,12 @@ from t2i.rehearsal.layout import Written
 from t2i.rehearsal.random_weights import RandomWeights, shapes_of
 
 _TINY: dict = {"n_layer": 2, "n_head": 2, "dim": 64, "caption_dim": 32, "vocab_size": 64}
-SIZES: dict[str, dict] = {**llamagen_model.SIZES, "tiny": _TINY}
+_OF_CLASSES = "c2i-"
+SIZES: dict[str, dict] = {
+    **llamagen_model.SIZES,
+    **{_OF_CLASSES + size: llamagen_model.SIZES[size] for size in ("B", "L", "XL", "XXL", "3B")},
+    "tiny": _TINY,
+}
 _FLAN_T5_XL: dict = {
     "d_model": 2048,
     "d_kv": 64,
@@ -38,6 +44,8 @@ _SENTINELS, _SHARD = 100, 10**9
 
 def write(folder: Path, size: str, weights: RandomWeights) -> Written:
     """Write all files of a size; says how it is trained."""
+    if size.startswith(_OF_CLASSES):
+        return _write_classes(folder, size.removeprefix(_OF_CLASSES), weights)
     tiny, stem = size == "tiny", f"t2i_{size}_stage1_256"
     config = LlamaGenConfig(**SIZES[size], cond="text", grid=(4, 4) if tiny else (16, 16))
     with torch.device("meta"):
@@ -54,6 +62,20 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
         base["weights"] = str(folder)
     side = config.grid[0] * 16
     return Written(side, base, "train-llamagen", "t2i-xl-256-lora")
+
+
+def _write_classes(folder: Path, size: str, weights: RandomWeights) -> Written:
+    """ImageNet's model, at the lowest resolution that there is a recipe for."""
+    pixels = 384 if size in ("XL", "XXL", "3B") else 256
+    config = LlamaGenConfig(**SIZES[size], grid=(pixels // 16, pixels // 16))
+    with torch.device("meta"):
+        gpt, vq = LlamaGen(config), VQTokenizer(VQConfig())
+    files = {"weights": f"c2i_{size}_{pixels}.pt", "tokenizer": "vq_ds16_c2i.pt"}
+    weights.pickle(folder / files["weights"], shapes_of(gpt.official_state_dict()), nest="model")
+    weights.pickle(folder / files["tokenizer"], shapes_of(vq.state_dict()), nest="model")
+    base = {name: str(folder / file) for name, file in files.items()}
+    recipe = f"llamagen-{size.lower()}-{pixels}"
+    return Written(pixels, base, "train-imagenet", recipe, config.num_classes)
 
 
 def _write_t5(folder: Path, weights: RandomWeights, changes: dict) -> None:
