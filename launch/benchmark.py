@@ -78,6 +78,8 @@ class Benchmark:
     """Also train with the loss of all logits at once."""
     recompute: bool = False
     """Train with gradient checkpointing."""
+    compiled: bool = False
+    """Also train with the trunk's blocks compiled."""
     rounds: int = 4
     """Turns of each contender."""
     memory: bool = True
@@ -137,6 +139,7 @@ def groups(config: Benchmark, device: "torch.device", machine: "Machine") -> Ite
                 config.naive,
                 config.recompute,
                 config.rounds,
+                config.compiled,
             )
             work = partial(training.measure, steps, device, machine, memory=config.memory)
             yield "training", f"{shape}, {dtype}, batch {config.batch}", work

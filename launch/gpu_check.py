@@ -91,6 +91,11 @@ PARTS = {
         70,
         " ".join([formulas.TURNS, formulas.TRAINING, formulas.MFU, formulas.ESTIMATE]),
     ),
+    "compiled_training": CheckPart(
+        _of("gpu_speed", "compiled_training_rows"),
+        60,
+        "As training, with and without compiled blocks.",
+    ),
     "same_codes": CheckPart(
         _of("gpu_parity", "same_codes"),
         60,

@@ -100,5 +100,5 @@ def test_slot_zero_shares_no_product_with_drafts(monkeypatch):
     """Its rows are the base model's, and so are its bits."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 20)
     monkeypatch.setattr(loss, "ROWS_AT_ONCE", 1)
-    chunks = loss._chunks([6, 10], 20)
+    chunks = loss._chunks([6, 10], loss.rows_at_once(20, gpu=False))
     assert [(c.start, c.stop) for c in chunks] == [(0, 4), (4, 6), (6, 10), (10, 14), (14, 16)]

@@ -21,7 +21,7 @@ MFU = (
 )
 TRAINING = (
     "fp32 weights (bf16: under autocast); forward, backward and AdamW over all parameters; naive: "
-    "the loss of all logits at once."
+    "the loss of all logits at once; compiled: with the blocks compiled, the first step not timed."
 )
 ESTIMATE = (
     "state GB: weights, gradients and optimizer after a step; estimate: the peak that `--check` "

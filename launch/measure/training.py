@@ -24,6 +24,8 @@ from t2i.training.memory import estimate
 
 NAIVE = " naive"
 """Ends the name of a contender that computes the loss of all logits at once."""
+COMPILED = " compiled"
+"""Ends the name of one whose blocks are compiled."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,20 @@ class TrainingGroup:
     recompute: bool = False
     """Gradient checkpointing."""
     rounds: int = 5
+    compiled: bool = False
+    """Each method also with compiled blocks."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of its contenders."""
-        ends = ("", NAIVE) if self.naive else ("",)
+        chosen = (("", True), (COMPILED, self.compiled), (NAIVE, self.naive))
+        ends = [end for end, wanted in chosen if wanted]
         return tuple(method + end for method in self.methods for end in ends)
+
+
+def method_of(name: str) -> str:
+    """A contender's method."""
+    return name.removesuffix(NAIVE).removesuffix(COMPILED)
 
 
 class TrainingStep:
@@ -58,9 +68,11 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         *,
         autocast: bool = False,
+        compiled: bool = False,
     ):
         batch = len(next(iter(prepared.values())))
         self.model, self.prepared, self.autocast = model, prepared, autocast
+        self.compiled = compiled
         self.codes = random_codes(model, batch)
         self.keys = torch.arange(batch, device=self.codes.device)
         self.optimizer = optimizer
@@ -70,6 +82,7 @@ class TrainingStep:
 
     def __call__(self) -> None:
         model = self.model.train()
+        model.backbone.compile_blocks = self.compiled
         with torch.autocast(self.codes.device.type, torch.bfloat16, enabled=self.autocast):
             condition = model.backbone.encode_condition(self.prepared)
             windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
@@ -120,7 +133,7 @@ class OpenTraining:
 
     def __init__(self, group: TrainingGroup, names: tuple[str, ...], device: torch.device):
         torch.manual_seed(0)
-        methods = dict.fromkeys(name.removesuffix(NAIVE) for name in names)
+        methods = dict.fromkeys(method_of(name) for name in names)
         backbone = open_backbone(
             group.shape, torch.float32, device, tokenizer=need_tokenizer(methods)
         )
@@ -134,8 +147,13 @@ class OpenTraining:
         self.steps = {}
         for name in names:
             kind = NaiveStep if name.endswith(NAIVE) else TrainingStep
-            model = self.models[name.removesuffix(NAIVE)]
-            self.steps[name] = kind(model, prepared, optimizer, autocast=group.dtype == "bf16")
+            self.steps[name] = kind(
+                self.models[method_of(name)],
+                prepared,
+                optimizer,
+                autocast=group.dtype == "bf16",
+                compiled=name.endswith(COMPILED),
+            )
 
 
 def measure(
@@ -144,6 +162,7 @@ def measure(
     """A row for every contender; ratios are to the first. On a GPU `memory` is measured in this
     process, and costs nothing.
     """
+    torch.compiler.reset()
     opened = OpenTraining(group, group.names, device)
     flops = {method: 3 * forward_flops(model) for method, model in opened.models.items()}
     contenders: dict[str, Contender] = {name: _Steps(s) for name, s in opened.steps.items()}
@@ -152,7 +171,7 @@ def measure(
     about = {"shape": group.shape, "dtype": group.dtype, "batch": group.batch}
     rows = []
     for name, found in times.items():
-        row: dict = {**about, "contender": name, "method": name.removesuffix(NAIVE)}
+        row: dict = {**about, "contender": name, "method": method_of(name)}
         if group.recompute:
             row["recompute"] = True
         if found.error is not None:

@@ -203,6 +203,8 @@ class Backbone(nn.Module, ABC):
         """Raised when the same parameters begin to compute something else (adapters on and off)."""
         self.gradient_checkpointing = False
         """Recompute the trunk's blocks, and what the head does first, in the backward pass."""
+        self.compile_blocks = False
+        """Fuse the operations of the trunk's blocks by `torch.compile`, when it is trained."""
         self.sharded = False
         """Each process holds a part of every weight (ZeRO-3): layers have to be called."""
         self.token_dropout = nn.Dropout(0.0)

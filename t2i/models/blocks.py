@@ -17,6 +17,7 @@ tokens.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -98,19 +99,36 @@ def _attend_one(q_BH1K: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor) ->
 
 
 def run_blocks(
-    blocks: Iterable[Callable[..., Tensor]], x_BLD: Tensor, *shared, recompute: bool
+    blocks: Iterable[Callable[..., Tensor]],
+    x_BLD: Tensor,
+    *shared,
+    recompute: bool,
+    compiled: bool = False,
 ) -> Tensor:
     """Apply blocks in turn, each to (x, *shared); `recompute` computes their activations again in
     the backward pass.
     """
+    run = _compiled_block() if compiled else _run_block
     for block in blocks:
         if recompute and torch.is_grad_enabled():
             # Not the reentrant kind, which trains nothing when its input needs no gradient, as with
             # frozen embeddings.
-            x_BLD = checkpoint(block, x_BLD, *shared, use_reentrant=False)
+            x_BLD = checkpoint(run, block, x_BLD, *shared, use_reentrant=False)
         else:
-            x_BLD = block(x_BLD, *shared)
+            x_BLD = run(block, x_BLD, *shared)
     return x_BLD
+
+
+def _run_block(block: Callable[..., Tensor], *inputs) -> Tensor:
+    return block(*inputs)
+
+
+@lru_cache
+def _compiled_block() -> Callable[..., Tensor]:
+    """One function for all blocks of a trunk, which is compiled once: they differ in their weights
+    alone.
+    """
+    return torch.compile(_run_block)
 
 
 @dataclass(frozen=True)
@@ -158,6 +176,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and not torch.compiler.is_compiling():  # one operation there, backward too
+            shape = x.shape[-1:]
+            if x.dtype == self.weight.dtype == torch.float32:
+                return F.rms_norm(x, shape, self.weight, self.eps)
+            return F.rms_norm(x, shape, None, self.eps) * self.weight
         x32 = x.float()
         unit = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return unit.type_as(x) * self.weight
@@ -295,7 +318,9 @@ class LlamaBackbone(Backbone):
         rope = self.rope_on(x_BLD.device)[positions_L]
         mask = causal_mask(x_BLD, condition.mask, cache)
         x, recompute = self.token_dropout(x_BLD), self.gradient_checkpointing
-        return self.finish(run_blocks(self.blocks, x, rope, mask, cache, recompute=recompute))
+        compiled = self.compile_blocks and cache is None
+        x = run_blocks(self.blocks, x, rope, mask, cache, recompute=recompute, compiled=compiled)
+        return self.finish(x)
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         c, first = self.trunk_shape, next(self.parameters())

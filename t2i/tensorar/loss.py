@@ -20,6 +20,8 @@ from t2i.models.base import Backbone
 
 LOGITS_AT_ONCE = 2**22
 """So many logits exist at once in training, or those of `ROWS_AT_ONCE` rows if they are more."""
+LOGITS_AT_ONCE_ON_A_GPU = 2**25
+"""The same there, where few large products take far less time than many small ones."""
 ROWS_AT_ONCE = 256
 """For every so many rows the weight's gradient is added up once."""
 LOGITS_OF_A_SAMPLE = 2**21
@@ -129,7 +131,7 @@ def cross_entropy(
             torch.cat([getattr(part, name) for part in rows])
             for name in ("x_RD", "codes_R", "scale_R")
         )
-        chunks = _chunks(sizes, vocab)
+        chunks = _chunks(sizes, rows_at_once(vocab, gpu=x.is_cuda))
         loss, losses = _ChunkedCrossEntropy.apply(x, head.weight, head.bias, codes, scale, chunks)
         return loss, list(losses.split(sizes))
     losses = [_in_parts(head, part, vocab) for part in rows]
@@ -139,14 +141,14 @@ def cross_entropy(
     return loss, [each.detach() for each in losses]
 
 
-def rows_at_once(vocab: int) -> int:
+def rows_at_once(vocab: int, *, gpu: bool) -> int:
     """Rows that pass the head together in training."""
-    return max(ROWS_AT_ONCE, LOGITS_AT_ONCE // vocab)
+    return max(ROWS_AT_ONCE, (LOGITS_AT_ONCE_ON_A_GPU if gpu else LOGITS_AT_ONCE) // vocab)
 
 
-def _chunks(sizes: list[int], vocab: int) -> list[slice]:
-    """Rows that pass the head together; none from two of the parts of so many rows."""
-    most, chunks, start = rows_at_once(vocab), [], 0
+def _chunks(sizes: list[int], most: int) -> list[slice]:
+    """At most so many rows that pass the head together; none from two of the parts of so many."""
+    chunks, start = [], 0
     for size in sizes:
         end = start + size
         chunks += [slice(i, min(i + most, end)) for i in range(start, end, most)]

@@ -182,6 +182,8 @@ class EngineOptions:
     """Recompute the trunk's blocks in the backward pass to save memory."""
     codec_checkpointing: bool = False
     """Recompute input encoder and output decoder alone: less memory for little time."""
+    compile: bool = False
+    """Fuse the operations of the trunk's blocks by torch.compile, which takes a minute at first."""
     deepspeed_config: Path | None = None
     """JSON with further "zero_optimization" settings, such as launch/zero3_offload.json."""
 
@@ -292,6 +294,11 @@ class TrainConfig:
             raise UserError(
                 "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer "
                 "step)"
+            )
+        if self.engine.compile and self.engine.zero_stage == 3:
+            raise UserError(
+                "engine.compile needs whole weights in every process: it cannot be with "
+                "engine.zero_stage=3, which shards them; use at most 2"
             )
         if not 0 <= self.ema < 1:
             raise UserError(f"ema={self.ema} must be in [0, 1); 0.999 is usual, 0 is none")

@@ -84,13 +84,13 @@ def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: in
     return total * weight / shards[0] + sharded + average
 
 
-def logit_bytes(model: TensorAR, config: TrainConfig) -> int:
+def logit_bytes(model: TensorAR, config: TrainConfig, *, gpu: bool) -> int:
     """fp32 logits of a forward pass that exist at once."""
     batch, vocab = config.engine.micro_batch, max(model.backbone.spec.subvocabs)
     slots, count = model.windows.size, model.windows.count
     if config.engine.zero_stage == 3:  # the head is called as a layer
         return 4 * batch * min(count, model.windows_at_once(slots)) * slots * vocab
-    return 4 * min(batch * count * max(1, slots - 1), rows_at_once(vocab)) * vocab
+    return 4 * min(batch * count * max(1, slots - 1), rows_at_once(vocab, gpu=gpu)) * vocab
 
 
 def estimate(
@@ -123,7 +123,7 @@ def estimate(
         kept, passing = outside + layers * inputs, (kept - outside) / layers
     # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
     passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
-    logits = logit_bytes(model, config)
+    logits = logit_bytes(model, config, gpu=gpu)
     # Themselves, their logarithms of shares, the gradient in the head's type; or own drafts.
     passing += max(2.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
@@ -251,7 +251,8 @@ def size_report(
     model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
 ) -> tuple[dict[str, list[str]], list[str]]:
     """On parameters, memory and work: lines by title, and warnings."""
-    backbone, logits = model.backbone, readable_size(logit_bytes(model, config))
+    logits = readable_size(logit_bytes(model, config, gpu=torch.cuda.is_available()))
+    backbone = model.backbone
     state = memory_lines(model, config, world_size)
     parameters = _parameter_lines(model)
     if backbone.left_out:

@@ -25,7 +25,7 @@ MUST_MATCH = (
     "ema",
 )
 """With another value the run would be another one."""
-ROUNDING = ("engine.zero_stage", "engine.precision", "engine.micro_batch")
+ROUNDING = ("engine.zero_stage", "engine.precision", "engine.micro_batch", "engine.compile")
 """May change, as the number of processes may: the same sums, added or rounded otherwise."""
 BY_CONTENT = (
     "data.source",

@@ -69,6 +69,7 @@ def build_model(
         module.requires_grad_(True)
     backbone.token_dropout.p = config.token_dropout
     backbone.gradient_checkpointing = config.engine.gradient_checkpointing
+    backbone.compile_blocks = config.engine.compile
     model.recompute_codec = config.engine.codec_checkpointing
     model.sampling = config.sampling.apply(model.sampling)
     model.trained = trained_parts(config.tuning, config.train_image_layers)

@@ -275,7 +275,15 @@ class RAR(WeightFileBackbone):
     ) -> Tensor:
         mask = causal_mask(x_BLD, condition.mask, cache)
         x, c = self.gpt(self.token_dropout(x_BLD), condition.extras["class"], positions_L)
-        x = run_blocks(self.gpt.blocks, x, c, mask, cache, recompute=self.gradient_checkpointing)
+        x = run_blocks(
+            self.gpt.blocks,
+            x,
+            c,
+            mask,
+            cache,
+            recompute=self.gradient_checkpointing,
+            compiled=self.compile_blocks and cache is None,
+        )
         return self.gpt.adaln_before_head(x, c)
 
     def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:

@@ -1,0 +1,51 @@
+"""Training with compiled blocks computes the same, from one compilation for all of them."""
+
+import pytest
+import torch
+from helpers import tiny_codes, tiny_llamagen, tiny_prepared
+from torch import nn
+
+from t2i.errors import UserError
+from t2i.models import blocks
+from t2i.tensorar import presets
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.speed import compiler_lacks
+from t2i.training.config import EngineOptions, TrainConfig
+
+CPU = torch.device("cpu")
+
+
+def step(model: TensorAR, compiled: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    backbone = model.backbone
+    backbone.compile_blocks = compiled
+    condition = backbone.encode_condition(tiny_prepared(backbone, 3))
+    windows = model.noised_windows(tiny_codes(backbone, 3, 16), torch.arange(3))
+    model.zero_grad()
+    loss = model(tiny_codes(backbone, 3, 16), condition, windows).loss
+    loss.backward()
+    return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(compiler_lacks(CPU)), reason="no C++ compiler")
+def test_compiled_blocks_train_alike(monkeypatch):
+    model = TensorAR(tiny_llamagen("text"), presets.iclr2026()).train().requires_grad_(True)
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    plain = step(model, False)
+    compiled = []
+    backend = torch.compile(
+        blocks._run_block, backend=lambda graph, _: compiled.append(1) or graph.forward
+    )
+    monkeypatch.setattr(blocks, "_compiled_block", lambda: backend)
+    step(model, True)
+    assert len(compiled) == 1, "for both blocks"
+    monkeypatch.undo()
+    fast = step(model, True)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_not_of_sharded_weights():
+    with pytest.raises(UserError, match="needs whole weights in every process"):
+        TrainConfig(engine=EngineOptions(compile=True, zero_stage=3))
