@@ -90,8 +90,26 @@ _CONSTANT = tuple(
     replace(arm, name=f"{arm.name}, constant rate", falls=False, control=CONTROL)
     for arm in (_CORE[2], _CORE[3], _CORE[6], _CORE[7])
 )
+
+
+def _ablated(name: str, optim: dict | None = None, **changes) -> LongArm:
+    return LongArm(name, presets.iclr2026(**changes), optim=optim or {})
+
+
+_ABLATION = (
+    LongArm(FALLING, _BASE),
+    _ablated("iclr2026"),
+    *(_ablated(schedule, schedule=schedule) for schedule in ("linear", "sine", "sqrt")),
+    *(_ablated(f"k = {k}", k=k) for k in (2, 8)),
+    *(_ablated(f"depth {depth}", depth=depth) for depth in (2, 4)),
+    *(_ablated(f"residual {kind}", residual=kind) for kind in ("all", "none")),
+    *(_ablated(noise, noise=noise) for noise in ("codebook", "gaussian")),
+    *(_ablated(f"draft weights {w}", slot_weights=(1.0, w)) for w in (0.3, 0.03)),
+    _ablated("own drafts", own_drafts=1.0),
+)
 LONG_GRIDS: dict[str, tuple[tuple[LongArm, ...], ...]] = {
     "long": (_CORE, (*_CONSTANT[:2], *_MORE, *_CONSTANT[2:])),
+    "ablation": (_ABLATION,),
     "check": ((_CORE[1], _CORE[2]),),
 }
 """Arms by stage: a stage begins when the one before is done with all seeds."""

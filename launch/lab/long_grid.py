@@ -110,7 +110,11 @@ class LongRun:
 
 
 def main() -> None:
-    grid = cli.parse(LongGrid, __doc__)
+    do_what_is_left(cli.parse(LongGrid, __doc__))
+
+
+def do_what_is_left(grid: LongGrid) -> None:
+    """Do the runs of which there is no result."""
     runs = planned(grid)
     writable_folder(grid.out)
     done = {line["key"] for line in results(grid.out)}

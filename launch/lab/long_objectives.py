@@ -3,6 +3,9 @@
 Shapes: B batch, T codes, N windows, k slots, D width, V vocabulary, E codebook dimension.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +19,17 @@ from t2i.training.batches import Batch
 
 Terms = tuple[Tensor, Tensor, Tensor]
 _CONTEXT = 3000  # streams of a sample's noise, besides those of `TensorAR`
+
+
+@contextmanager
+def looking(device: torch.device) -> Iterator[None]:
+    """A pass without gradient inside a step. Autocast keeps no weights that it casts there: torch
+    2.11 might use them again where the gradient is asked for.
+    """
+    on = torch.is_autocast_enabled(device.type)
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+    with torch.no_grad(), cast:
+        yield
 
 
 class Method(Objective):
@@ -54,7 +68,8 @@ class Method(Objective):
             return windows
         share = config.own_drafts * (batch.progress if config.anneal else 1.0)
         chosen_B = uniforms(fold(keys, 2001)) < share
-        own = model.own_draft_windows(batch.codes, condition, fold(keys, 2000), passes=1)
+        with looking(keys.device):
+            own = model.own_draft_windows(batch.codes, condition, fold(keys, 2000), passes=1)
         return torch.where(chosen_B[:, None, None, None], own, windows)
 
 
@@ -120,7 +135,7 @@ class OwnContext(Objective):
 
     def forward(self, model: TensorAR, batch: Batch) -> Terms:
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
-        with torch.no_grad():
+        with looking(batch.codes.device):
             h = read_context(model, condition, batch.codes)
         context = own_context(model, batch, h, self.most)
         return token_losses(model, batch, read_context(model, condition, context))
@@ -140,7 +155,7 @@ class CleanTargets(Objective):
         h = read_context(model, condition, batch.codes)
         loss, sums, counts = token_losses(model, batch, h)
         none = batch.codes[..., :0]
-        with torch.no_grad():
+        with looking(batch.codes.device):
             clean = model.backbone.next_logits(h, none).softmax(-1)
         context = own_context(model, batch, h.detach(), self.most)
         other = model.backbone.next_logits(read_context(model, condition, context), none)

@@ -114,9 +114,9 @@ class TensorAR(nn.Module):
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """`corrupt` for windows of so many slots, with its tables on the device."""
         strengths = schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
-        b_k = filled(strengths, device)
-        b_k[: self.config.stride] = 0  # these slots are final: drawing never changes them either
-        b_k = share * b_k[:slots]
+        # Final slots are left alone: drawing never changes them either.
+        final = [0.0] * self.config.stride
+        b_k = share * filled([*final, *strengths[self.config.stride :]][:slots], device)
         spec = self.backbone.spec
         if self.config.noise != "codebook":
             return lambda windows, keys: corrupt_categorical(windows, b_k, spec.subvocabs, keys)

@@ -1,0 +1,57 @@
+"""The long grids: a step that trains as the loop does, arms, result lines, the ablation table."""
+
+from dataclasses import replace
+
+import pytest
+
+from launch.lab import long_grid
+from launch.lab.long_arms import LONG_GRIDS, objective
+from launch.lab.long_data import drawn_scenes, order, split
+from launch.lab.long_steps import Trainer
+from t2i.sources import ASSETS
+from t2i.training.config import DataOptions
+from t2i.training.logs import read_metrics
+from t2i.training.loop import train
+from t2i.training.start import build_model
+
+ARMS = {arm.name: arm for stage in LONG_GRIDS["long"] for arm in stage}
+IMAGES, HELD_OUT, STEPS = 40, 8, 3
+
+
+def as_the_loop_does(tmp_path, grid, arm):
+    """The settings of a run of the kit's own loop on the same samples."""
+    config = long_grid.LongRun("7m", "shapes", arm, 0).config(grid)
+    assert isinstance(config.data, DataOptions)
+    data = replace(
+        config.data,
+        source=f"shapes:{IMAGES + HELD_OUT}",
+        validation_samples=HELD_OUT,
+        cache_dir=tmp_path / "cache",
+    )
+    log = replace(config.log, log_every=1, validate_every=0, sample_every=0, keep_best=False)
+    return replace(config, data=data, log=log, run_dir=tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["control, falling rate", "tuned"])
+def test_a_step_trains_as_the_kits_loop_does(name, tmp_path):
+    grid = long_grid.LongGrid("long", steps=STEPS, batch_size=8, precision="fp32")
+    config = as_the_loop_does(tmp_path, grid, ARMS[name])
+    train(config)
+    theirs = [row for row in read_metrics(config.run_dir) if "train/slot0" in row]
+
+    model = build_model(config)
+    tokenizer = ASSETS / "shapes" / "vq.pt"
+    scenes = drawn_scenes(model.backbone, tokenizer, IMAGES + HELD_OUT, tmp_path, 0)
+    stored = scenes.prepared["features"].half().float()  # as the loop's cache keeps them
+    scenes = replace(scenes, prepared=scenes.prepared | {"features": stored})
+    training, _ = split(IMAGES + HELD_OUT, HELD_OUT, config.seed)
+    trainer = Trainer(model, objective("method", model), config, order(scenes, config, training))
+    trainer.run(STEPS)
+    k = config.method.k
+    losses = [[row[f"train/slot{j}"] for j in range(k)] for row in theirs]
+    assert trainer.losses_Rk.tolist() == [pytest.approx(row, rel=1e-4) for row in losses]
+    assert [float(norm) for norm in trainer.norms_R] == [
+        pytest.approx(row["train/grad_norm"], rel=1e-3) for row in theirs
+    ]
+    assert trainer.losses_Rk[0, 0] != pytest.approx(losses[-1][0], rel=2e-3), "it is moving"
