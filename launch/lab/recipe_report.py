@@ -261,7 +261,7 @@ def correlation_lines(results: Results) -> str:
     )
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     """Write an SVG that depends on the figure alone: plots change with their data only."""
     from matplotlib import rc_context
 
@@ -283,7 +283,7 @@ def plot_correlation(results: Results, path: Path) -> None:
             axes.scatter(*zip(*points, strict=True), s=16, color=color, label=arm)
         axes.legend(fontsize=7)
         axes.set(title=base, xlabel="held-out loss of slot 0, own drafts", ylabel="score")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_courses(results: Results, arms: list[str], path: Path) -> None:
@@ -304,7 +304,7 @@ def plot_courses(results: Results, arms: list[str], path: Path) -> None:
         first.set(title="held-out loss, slot 0 (dotted: noised truth)", xlabel="steps")
         drafts.set(title="held-out loss, slot 1", xlabel="steps")
         score.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def score_course(

@@ -26,8 +26,8 @@ _IDLE_STEPS = 25
 
 
 class Descent:
-    """AdamW whose rate warms up, stays, and, unless it is constant, falls to zero over the last 40 %
-    of the run.
+    """AdamW whose rate warms up, stays, and falls to zero over the last 40 % of the run, unless it
+    is constant.
     """
 
     def __init__(

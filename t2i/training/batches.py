@@ -45,7 +45,7 @@ class Batch:
 
 
 def noise_and_drop(keys: Tensor, condition_dropout: float) -> tuple[Tensor, Tensor]:
-    """Of samples with these keys int64 [...]: keys of their noise, and whether the condition goes."""
+    """Of samples with keys int64 [...]: keys of their noise, and whether the condition goes."""
     return fold(keys, _NOISE), uniforms(fold(keys, _DROP), 1)[..., 0] < condition_dropout
 
 
