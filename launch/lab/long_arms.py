@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from launch.lab.long_steps import Objective
     from t2i.tensorar.model import TensorAR
 
-CONTROL, FALLING = "control", "control, falling rate"
+BASE, CONTROL, FALLING = "base", "control", "control, falling rate"
 _MOST = 0.4
 """Largest share of a sample's context that is changed: about what the nearest draft suffers."""
 _OWN = 0.5
@@ -24,6 +24,8 @@ class LongArm:
 
     name: str
     method: TensorARConfig
+    trained: bool = True
+    """False: the base as it is."""
     falls: bool = True
     """The backbone's rate falls to zero, as the codec's always does."""
     optim: dict = field(default_factory=dict)
@@ -62,6 +64,7 @@ _BASE = presets.base()
 _CORE = (
     LongArm(CONTROL, _BASE, falls=False, control=CONTROL),
     LongArm(FALLING, _BASE),
+    LongArm(BASE, _BASE, trained=False, control=BASE),
     LongArm("own drafts", _OWN_DRAFTS, optim=_FAST),
     LongArm("iclr2026", presets.iclr2026()),
     LongArm("noisy context", _BASE, objective="noisy context"),
@@ -88,7 +91,8 @@ _MORE = (
 )
 _CONSTANT = tuple(
     replace(arm, name=f"{arm.name}, constant rate", falls=False, control=CONTROL)
-    for arm in (_CORE[2], _CORE[3], _CORE[6], _CORE[7])
+    for arm in _CORE
+    if arm.name in ("own drafts", "iclr2026", "tuned", "arxiv2505")
 )
 
 
@@ -110,6 +114,6 @@ _ABLATION = (
 LONG_GRIDS: dict[str, tuple[tuple[LongArm, ...], ...]] = {
     "long": (_CORE, (*_CONSTANT[:2], *_MORE, *_CONSTANT[2:])),
     "ablation": (_ABLATION,),
-    "check": ((_CORE[1], _CORE[2]),),
+    "check": ((_CORE[1], _CORE[3]),),
 }
 """Arms by stage: a stage begins when the one before is done with all seeds."""

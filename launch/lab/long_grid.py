@@ -104,6 +104,8 @@ class LongRun:
     def key(self, grid: LongGrid) -> str:
         """Identifies the result by everything that it depends on."""
         arm = asdict(replace(self.arm, control=""))
+        if self.arm.trained:
+            del arm["trained"]  # results of before there was such a thing keep their keys
         given = [arm, grid.steps, grid.batch_size, grid.images, grid.held_out, grid.precision]
         given += [grid.prompts_per_task, grid.samples]
         return f"{self.base}/{self.arm.name}/{self.seed}/{json_sha256(given)[:8]}"

@@ -19,7 +19,7 @@ import numpy as np
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.lab.recipe_report import COLORS, Estimate, estimate, save_figure
+from launch.lab.recipe_report import Estimate, estimate, plot_gains
 from t2i import cli
 from t2i.evaluation.results import markdown_table
 from t2i.files import read_json_lines, writable_folder, write_text
@@ -172,32 +172,14 @@ def _each(by_seed: list[list[float]], how: str) -> str:
     return " / ".join(f"{value:{how}}" for value in np.mean(by_seed, axis=0))
 
 
-def plot(lines: Lines, path: Path) -> None:
-    """Score less the control's, with one and two standard errors, of every arm and base."""
-    from matplotlib.figure import Figure
-
-    bases = lines.bases()
-    compared = {base: [a for a in lines.arms(base) if gain(_of(lines, base, a))] for base in bases}
-    arms = list(dict.fromkeys(arm for base in bases for arm in compared[base]))[::-1]
-    figure = Figure(figsize=(8, 0.34 * len(arms) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(0, color="#999999", linewidth=1)
-    for i, (base, color) in enumerate(zip(bases, COLORS[1::2], strict=False)):
-        for arm in compared[base]:
-            found = gain(_of(lines, base, arm))
-            assert found is not None
-            y, label = arms.index(arm) + 0.22 * (0.5 - i), base if arm == compared[base][0] else ""
-            for times, width in ((2, 1), (1, 3)):
-                left, right = (found.mean + s * times * found.error for s in (-1, 1))
-                axes.plot([left, right], [y, y], color=color, linewidth=width)
-            axes.plot([found.mean], [y], "o", color=color, label=label or None)
-    axes.set(yticks=range(len(arms)), yticklabels=arms, xlabel="score less the fair control's")
-    axes.legend()
-    save_figure(figure, path)
-
-
-def _of(lines: Lines, base: str, arm: str) -> list[tuple[dict, dict]]:
-    return [] if lines.is_control(base, arm) else lines.pairs(base, arm)
+def gains(lines: Lines) -> dict[str, dict[str, Estimate]]:
+    """Of every arm with a control, by base."""
+    found: dict[str, dict[str, Estimate]] = {base: {} for base in lines.bases()}
+    for base, arm in lines.found:
+        one = None if lines.is_control(base, arm) else gain(lines.pairs(base, arm))
+        if one is not None:
+            found[base][arm] = one
+    return found
 
 
 def main() -> None:
@@ -210,7 +192,8 @@ def main() -> None:
         parts += [f"### {base}: by task", task_table(lines, base)]
         parts += [f"### {base}: drafts", draft_table(lines, base)]
     print(write_text(config.out / "tables.md", "\n\n".join(parts) + "\n").read_text())
-    plot(lines, config.out / "differences.svg")
+    if any(gains(lines).values()):
+        plot_gains(gains(lines), config.out / "differences.svg")
 
 
 if __name__ == "__main__":

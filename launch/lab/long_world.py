@@ -79,6 +79,11 @@ class World:
         """Train, on this stream, examine and write down; verdicts follow when they are there."""
         started, config = time.time(), run.config(self.grid)
         train, held = split(self.grid.images + self.grid.held_out, self.grid.held_out, run.seed)
+        if not run.arm.trained:
+            with self.eager, torch.cuda.stream(self.side):
+                facts = {"seconds": round(time.time() - started, 1)}
+                self._examine(run, run.arm.name, self._fresh(run, config).eval(), held, facts)
+            return
         if run.arm.away:
             self._step_away(run, config, held, stream)
             return

@@ -286,6 +286,27 @@ def plot_correlation(results: Results, path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_gains(gains: dict[str, dict[str, Estimate]], path: Path) -> None:
+    """By base and arm: score less the control's, with one (thick) and two standard errors."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(arm for by_arm in gains.values() for arm in by_arm))[::-1]
+    figure = Figure(figsize=(8, 0.36 * len(arms) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="#999999", linewidth=1)
+    for i, (base, color) in enumerate(zip(gains, cycle(COLORS[1::2]))):
+        for arm, gain in gains[base].items():
+            y = arms.index(arm) + 0.24 * (0.5 - i)
+            for times, width in ((2, 1), (1, 3)):
+                ends = [gain.mean + sign * times * gain.error for sign in (-1, 1)]
+                axes.plot(ends, [y, y], color=color, linewidth=width)
+            axes.plot([gain.mean], [y], "o", color=color)
+        axes.plot([], [], "o-", color=color, label=base)
+    axes.set(yticks=range(len(arms)), yticklabels=arms, xlabel="score less the control's")
+    axes.legend()
+    save_figure(figure, path)
+
+
 def plot_courses(results: Results, arms: list[str], path: Path) -> None:
     """Per base: score and own-drafts losses of slot 0 and 1 against steps, means over seeds."""
     from matplotlib.figure import Figure
@@ -329,6 +350,15 @@ def loss_course(
     return steps, [float(np.mean([r[name] for r in rows if r["step"] == s])) for s in steps]
 
 
+def gains(results: Results) -> dict[str, dict[str, Estimate]]:
+    """Of every arm, sampled in the base's own way."""
+    found = {
+        base: {arm: results.gain(base, arm) for arm, way in results.names(base) if not way}
+        for base in results.bases()
+    }
+    return {b: {a: gain for a, gain in by.items() if gain} for b, by in found.items()}
+
+
 def main() -> None:
     config = cli.parse(ReportOptions, __doc__)
     results = Results(read_json_lines(config.results), config)
@@ -348,6 +378,7 @@ def main() -> None:
     if courses:
         plot_courses(results, courses, config.out / "courses.svg")
     plot_correlation(results, config.out / "loss_and_score.svg")
+    plot_gains(gains(results), config.out / "differences.svg")
 
 
 if __name__ == "__main__":

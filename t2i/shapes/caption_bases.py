@@ -148,6 +148,9 @@ def _encoded(cfg: CaptionBase, tokenizer: Path, end: float) -> dict[str, np.ndar
             log.info("%d of %d scenes encoded, %.0f a second", len(prompts), cfg.scenes, rate)
         if now > end:
             break
+    if len(prompts) < cfg.scenes / 2:
+        message = "time left %d of %d scenes, which a large model learns by heart"
+        log.warning(message, len(prompts), cfg.scenes)
     return {"codes": np.concatenate(codes), "prompts": np.array(prompts, np.uint16)}
 
 
