@@ -65,8 +65,17 @@ class Ablation:
         )
         if not self.tiny:
             return grid
-        small = {"steps": 2, "batch_size": 2, "images": 16, "held_out": 4, "workers": 0}
-        return replace(grid, **small, samples=1, prompts_per_task=1, draw_batch=6)
+        return replace(
+            grid,
+            steps=2,
+            batch_size=2,
+            images=16,
+            held_out=4,
+            workers=0,
+            samples=1,
+            prompts_per_task=1,
+            draw_batch=6,
+        )
 
 
 ROWS = {

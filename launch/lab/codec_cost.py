@@ -8,7 +8,7 @@ of samples that read own drafts.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run from a clone, without installation
@@ -48,10 +48,10 @@ def cost_table() -> str:
         base = TensorAR(backbone, presets.base()).eval()
         size, work = _count(base), forward_flops(base)
         rows.append([name, "base", f"{size / 1e6:.0f} M", "", f"{work / 1e9:.0f}", "1.00"])
-        noise = {"noise": "categorical"}  # codebook noise asks for an image tokenizer
         methods = {
             **{f"iclr2026, k = {k}": presets.iclr2026(k=k) for k in (2, 4, 8)},
-            "arxiv2505, k = 4": replace(presets.arxiv2505(), **noise),
+            # Codebook noise asks for an image tokenizer.
+            "arxiv2505, k = 4": presets.arxiv2505(noise="categorical"),
         }
         for method, config in methods.items():
             model = TensorAR(backbone, config).eval()

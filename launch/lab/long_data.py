@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ class Order:
             for table in (self.samples_RB, self.keys_RB, self.drop_RB)
         )
         codes, prepared = self.scenes.rows(samples)
-        progress = step[0] / len(self.samples_RB)
+        # A tensor, which adds and multiplies like a number and stays on the device.
+        progress = cast("float", step[0] / len(self.samples_RB))
         return Batch(codes, prepared, keys, drop, progress, samples)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from launch.lab.long_steps import Objective
 from t2i.models.base import Condition
+from t2i.models.blocks import LlamaBackbone
 from t2i.rng import fold, integers, uniforms
 from t2i.tensorar.loss import filled, window_losses
 from t2i.tensorar.model import TensorAR
@@ -174,8 +175,10 @@ class Regressions(Objective):
     def __init__(self, model: TensorAR, most: float, weight: float = 1.0):
         super().__init__()
         self.most, self.weight = most, weight
+        assert isinstance(model.backbone, LlamaBackbone)
         self.blocks = list(model.backbone.blocks)  # not trained by this module
         vectors_VE = model.backbone.code_vectors()[0].detach().float().clone()
+        self.vectors_VE: Tensor
         self.register_buffer("vectors_VE", F.normalize(vectors_VE, dim=-1))
         dim, out = model.backbone.spec.dim, vectors_VE.shape[1]
         self.early, self.late = (

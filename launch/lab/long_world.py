@@ -26,6 +26,7 @@ from launch.lab.long_grid import LongGrid, LongRun, append
 from launch.lab.long_steps import WARM_UP, Trainer
 from t2i.loading import load_backbone, pick_device
 from t2i.models.base import Backbone
+from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.rng import make_keys
 from t2i.shapes.refinement import stage_changes
 from t2i.sources import BackboneSource, expand_folder
@@ -55,9 +56,11 @@ class World:
         folders = [base.partition("=")[::2] for base in grid.bases]
         self.backbones = {name: self._loaded(weights) for name, weights in folders}
         first = next(iter(self.backbones.values()))
+        assert isinstance(first.tokenizer, VQTokenizer), "of LlamaGen's"
         self.tokenizer = first.tokenizer
         shared = grid.images + grid.held_out
         files = expand_folder(BackboneSource(first.spec.family, folders[0][1]))
+        assert files.tokenizer is not None, "codes are of one"
         scenes = drawn_scenes(first, Path(files.tokenizer), shared, grid.out, grid.workers)
         self.scenes: dict[str, Scenes] = {
             name: replace(scenes, prepared=every_caption_prepared(backbone))
@@ -121,9 +124,10 @@ class World:
         """A trainer that has done its first steps, and recorded one."""
         of = objective(run.arm.objective, model)
         trainer = Trainer(model, of, config, batches, stream=stream if self.grid.record else None)
-        if stream is not None:
+        if stream is not None and self.side is not None:
             self.side.synchronize()  # the trainer's stream reads what was made on it
             trainer.run(WARM_UP + 1)
+            self.side.synchronize()
             stream.synchronize()
         return trainer
 
