@@ -32,6 +32,7 @@ VERBS = {
     "export": ("launch.export", "turn a checkpoint into a folder that stands alone"),
     "plan": ("launch.plan", "plan a run on a cluster that is not there yet"),
     "rehearse": ("launch.rehearse", "walk the whole way at real size with random weights"),
+    "ablate": ("launch.ablate", "the paper's ablation table, measured offline"),
     "quickstart": ("launch.quickstart", "all of it once, small and offline"),
     "benchmark": ("launch.benchmark", "how fast a model draws here"),
 }

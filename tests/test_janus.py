@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration
 
 import t2i
+from launch.lab.text_drift import drift
 from t2i.generation import draw_images
 from t2i.lora import add_lora, merge_lora, without_lora
 from t2i.models.base import LoadOptions
@@ -288,6 +289,20 @@ def test_lora_can_be_switched_off_and_merged():
     assert not any("lora" in n or "base_layer" in n for n in backbone.state_dict())
     torch.testing.assert_close(text_logits(backbone), tuned_text, atol=1e-4, rtol=0)
     torch.testing.assert_close(image_logits(backbone), tuned_image, atol=1e-4, rtol=0)
+
+
+def test_the_drift_of_text_is_what_the_adapters_change():
+    backbone = tiny_janus()
+    add_lora(backbone, LoRAConfig(rank=2, alpha=2.0))
+    fresh = drift(backbone, "a red cat")
+    assert fresh.kl == fresh.changed == fresh.largest == 0 < fresh.entropy
+    with torch.no_grad():
+        for name, value in backbone.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    tuned = drift(backbone, "a red cat")
+    assert tuned.kl > 0 < tuned.largest and tuned.entropy == fresh.entropy
+    assert drift(backbone, "a red cat") == tuned, "the adapters are on again"
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -52,6 +52,13 @@ def test_codes_are_those_of_their_scenes_and_kept(tmp_path):
     assert torch.equal(backbone.encode_images(pixels)[..., 0], first.codes.long())
 
 
+def test_it_says_when_time_left_few_scenes(tmp_path, caplog):
+    """A base that had 1,024 of 300,000 scenes learnt them by heart, and said nothing."""
+    cfg = recipe(tmp_path, scenes=200)
+    assert len(scene_codes(cfg, cfg.tokenizer, end=0).codes) == 64
+    assert "time left 64 of 200 scenes" in caplog.text
+
+
 @pytest.mark.parametrize("family", [rare("llamagen"), "janus"])
 def test_a_run_leaves_two_bases_and_their_scores(family, tmp_path, monkeypatch):
     seconds = count()  # a step takes one

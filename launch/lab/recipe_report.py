@@ -261,7 +261,7 @@ def correlation_lines(results: Results) -> str:
     )
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     """Write an SVG that depends on the figure alone: plots change with their data only."""
     from matplotlib import rc_context
 
@@ -283,7 +283,28 @@ def plot_correlation(results: Results, path: Path) -> None:
             axes.scatter(*zip(*points, strict=True), s=16, color=color, label=arm)
         axes.legend(fontsize=7)
         axes.set(title=base, xlabel="held-out loss of slot 0, own drafts", ylabel="score")
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def plot_gains(gains: dict[str, dict[str, Estimate]], path: Path) -> None:
+    """By base and arm: score less the control's, with one (thick) and two standard errors."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(arm for by_arm in gains.values() for arm in by_arm))[::-1]
+    figure = Figure(figsize=(8, 0.36 * len(arms) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="#999999", linewidth=1)
+    for i, (base, color) in enumerate(zip(gains, cycle(COLORS[1::2]))):
+        for arm, gain in gains[base].items():
+            y = arms.index(arm) + 0.24 * (0.5 - i)
+            for times, width in ((2, 1), (1, 3)):
+                ends = [gain.mean + sign * times * gain.error for sign in (-1, 1)]
+                axes.plot(ends, [y, y], color=color, linewidth=width)
+            axes.plot([gain.mean], [y], "o", color=color)
+        axes.plot([], [], "o-", color=color, label=base)
+    axes.set(yticks=range(len(arms)), yticklabels=arms, xlabel="score less the control's")
+    axes.legend()
+    save_figure(figure, path)
 
 
 def plot_courses(results: Results, arms: list[str], path: Path) -> None:
@@ -304,7 +325,7 @@ def plot_courses(results: Results, arms: list[str], path: Path) -> None:
         first.set(title="held-out loss, slot 0 (dotted: noised truth)", xlabel="steps")
         drafts.set(title="held-out loss, slot 1", xlabel="steps")
         score.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def score_course(
@@ -329,6 +350,15 @@ def loss_course(
     return steps, [float(np.mean([r[name] for r in rows if r["step"] == s])) for s in steps]
 
 
+def gains(results: Results) -> dict[str, dict[str, Estimate]]:
+    """Of every arm, sampled in the base's own way."""
+    found = {
+        base: {arm: results.gain(base, arm) for arm, way in results.names(base) if not way}
+        for base in results.bases()
+    }
+    return {b: {a: gain for a, gain in by.items() if gain} for b, by in found.items()}
+
+
 def main() -> None:
     config = cli.parse(ReportOptions, __doc__)
     results = Results(read_json_lines(config.results), config)
@@ -348,6 +378,7 @@ def main() -> None:
     if courses:
         plot_courses(results, courses, config.out / "courses.svg")
     plot_correlation(results, config.out / "loss_and_score.svg")
+    plot_gains(gains(results), config.out / "differences.svg")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def make_caption_base(cfg: CaptionBase) -> Path:
     if not (cfg.out / "config.json").exists():
         scenes = scene_codes(cfg, vq, start + seconds / 3)
         train(cfg, new_learner(cfg, VQTokenizer.load(vq)), scenes, start + seconds)
-    if not (cfg.out / "scores.json").exists():
+    if not cfg.constant and not (cfg.out / "scores.json").exists():
         score(cfg)
     return cfg.out
 
@@ -148,6 +148,9 @@ def _encoded(cfg: CaptionBase, tokenizer: Path, end: float) -> dict[str, np.ndar
             log.info("%d of %d scenes encoded, %.0f a second", len(prompts), cfg.scenes, rate)
         if now > end:
             break
+    if len(prompts) < cfg.scenes / 2:
+        message = "time left %d of %d scenes, which a large model learns by heart"
+        log.warning(message, len(prompts), cfg.scenes)
     return {"codes": np.concatenate(codes), "prompts": np.array(prompts, np.uint16)}
 
 
@@ -266,7 +269,9 @@ def train(cfg: CaptionBase, learner: Learner, scenes: Scenes, end: float) -> Non
 
     OUT/constant_rate is what it was before its rate fell, OUT/partial the newest of a stopped run.
     """
-    descent = Descent(learner.trained(), cfg.gpt_lr, weight_decay=0.05, warm_up=50)
+    descent = Descent(
+        learner.trained(), cfg.gpt_lr, weight_decay=0.05, warm_up=50, constant=cfg.constant
+    )
     losses = _losses(cfg, learner, scenes)
     step, done, start = 0, 0.0, time.time()
     logged = saved = start
@@ -279,7 +284,7 @@ def train(cfg: CaptionBase, learner: Learner, scenes: Scenes, end: float) -> Non
             logged, rate = now, step * cfg.gpt_batch / (now - start)
             share = f"{min(done, 1):.0%} done, {rate:.0f} scenes/s"
             log.info("step %d: loss %.4f (%s)", step, loss.item(), share)
-        if before < CONSTANT_RATE <= done:
+        if before < CONSTANT_RATE <= done and not cfg.constant:
             _snapshot(learner, cfg.out / "constant_rate")
         if now - saved > SAVE_SECONDS:
             saved = now

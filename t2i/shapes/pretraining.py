@@ -26,13 +26,21 @@ _IDLE_STEPS = 25
 
 
 class Descent:
-    """AdamW whose rate warms up, stays, and falls to zero over the last 40 % of the run."""
+    """AdamW whose rate warms up, stays, and falls to zero over the last 40 % of the run, unless it
+    is constant.
+    """
 
     def __init__(
-        self, trained: nn.Module, lr: float, *, weight_decay: float = 0.01, warm_up: int = 20
+        self,
+        trained: nn.Module,
+        lr: float,
+        *,
+        weight_decay: float = 0.01,
+        warm_up: int = 20,
+        constant: bool = False,
     ):
         self._parameters, self._peak = list(trained.parameters()), lr
-        self._steps, self._warm_up = 0, warm_up
+        self._steps, self._warm_up, self._constant = 0, warm_up, constant
         self._optimizer = torch.optim.AdamW(
             self._parameters,
             betas=(0.9, 0.95),
@@ -43,7 +51,8 @@ class Descent:
     def step(self, loss: Tensor, done: float) -> None:
         """Follow the gradients of a loss, clipped; `done` is the share of the run before it."""
         self._steps += 1
-        share = min(1, self._steps / self._warm_up, (1 - done) / (1 - CONSTANT_RATE))
+        left = 1.0 if self._constant else (1 - done) / (1 - CONSTANT_RATE)
+        share = min(1, self._steps / self._warm_up, left)
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak * share
         self._optimizer.zero_grad()

@@ -47,6 +47,8 @@ class CaptionBase:
     """Processes that draw scenes; 0 draws them in this one."""
     compile: bool = False
     """Compile the GPT's blocks: half a minute that pays on a GPU."""
+    constant: bool = False
+    """Never let the rate fall: the base is of the kind that is published, and nothing is scored."""
 
 
 @dataclass(frozen=True)

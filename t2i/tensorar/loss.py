@@ -9,6 +9,7 @@ Shapes: B batch, N windows, k slots, S sub-tokens, D width, V vocabulary; R rows
 windows), r some of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class SlotLosses:
 
     def weighted(self, weights: list[float]) -> Tensor:
         """sum_j w_j sums_j / sum_j w_j counts_j, the training loss."""
-        w = torch.tensor(weights, device=self.sums.device)
+        w = filled(weights, self.sums.device)
         return (w * self.sums).sum() / (w * self.counts).sum()
 
 
@@ -64,13 +65,17 @@ def slot_parts(k: int) -> list[slice]:
     return [slice(0, 1), slice(1, k)] if k > 1 else [slice(0, 1)]
 
 
+def filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """fp32 [n], written where it is used: a copy from the host cannot be recorded in a graph."""
+    return torch.stack([torch.full((), v, device=device) for v in values])
+
+
 def window_losses(
-    backbone: Backbone, d_BNkD: Tensor, codes_BNkS: Tensor, valid_Nk: Tensor, weights: list[float]
+    backbone: Backbone, d_BNkD: Tensor, codes_BNkS: Tensor, valid_Nk: Tensor, weights_k: Tensor
 ) -> WindowLosses:
     """Cross entropy of the true codes of every window, from decoded slots."""
     batch, _, k = d_BNkD.shape[:3]
     counts = batch * valid_Nk.sum(0)
-    weights_k = torch.tensor(weights, device=counts.device)
     scale_Nk = valid_Nk * weights_k / (counts * weights_k).sum()
     parts = slot_parts(k)
     scales = [scale_Nk[:, part].expand(batch, -1, -1).flatten() for part in parts]

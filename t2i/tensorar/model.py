@@ -15,7 +15,13 @@ from t2i.rng import fold, integers, normals, uniforms
 from t2i.sampling import Speculate, Speed
 from t2i.tensorar.codec import Codec
 from t2i.tensorar.drawing import draw_by_share
-from t2i.tensorar.loss import LOGITS_OF_A_SAMPLE, WindowLosses, slot_parts, window_losses
+from t2i.tensorar.loss import (
+    LOGITS_OF_A_SAMPLE,
+    WindowLosses,
+    filled,
+    slot_parts,
+    window_losses,
+)
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.noise import (
     GAUSSIAN_VARIANCE,
@@ -109,11 +115,8 @@ class TensorAR(nn.Module):
         """`corrupt` for windows of so many slots, the first `final` of which stay, with its tables
         on the device.
         """
-        b_k = torch.tensor(
-            schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
-        )
-        b_k[:final] = 0
-        b_k = share * b_k[:slots].to(device)
+        strengths = schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
+        b_k = share * filled([*[0.0] * final, *strengths[final:]][:slots], device)
         spec = self.backbone.spec
         if self.config.noise != "codebook":
             return lambda windows, keys: corrupt_categorical(windows, b_k, spec.subvocabs, keys)
@@ -227,7 +230,8 @@ class TensorAR(nn.Module):
         d_BNkD = self.decode_slots(self.hidden(condition, windows, gaussian_keys))
         valid_Nk = self.windows.valid(codes.device).float()
         targets = self.windows.gather(codes)
-        return window_losses(self.backbone, d_BNkD, targets, valid_Nk, self.config.weights())
+        weights_k = filled(self.config.weights(), codes.device)
+        return window_losses(self.backbone, d_BNkD, targets, valid_Nk, weights_k)
 
     def windows_at_once(self, slots: int) -> int:
         """How many windows of so many slots have `LOGITS_OF_A_SAMPLE` logits, at least 1."""
@@ -255,12 +259,12 @@ class TensorAR(nn.Module):
             integers(fold(keys, s), v, *shape) for s, v in enumerate(self.backbone.spec.subvocabs)
         ]
         windows = torch.cat([final, torch.stack(noise, dim=-1)], dim=2)
-        slot_k = torch.arange(shape[1])
+        window_N, slot_k = (torch.arange(size, device=keys.device) for size in shape)
         was_training = self.training
         self.eval()
         for p in range(passes):
             d = self.decode_slots(self.hidden(condition, windows))[:, :, 1:]
-            noise_BNk = fold(keys[:, None, None], 1000 + p, torch.arange(shape[0])[:, None], slot_k)
+            noise_BNk = fold(keys[:, None, None], 1000 + p, window_N[:, None], slot_k)
             size = self.windows_at_once(len(slot_k))
             parts = zip(d.split(size, dim=1), noise_BNk.split(size, dim=1), strict=True)
             drafts = torch.cat([self.draw(*part) for part in parts], dim=1)

@@ -44,6 +44,11 @@ class Batch:
     """int64 [B], of the samples in their set."""
 
 
+def noise_and_drop(keys: Tensor, condition_dropout: float) -> tuple[Tensor, Tensor]:
+    """Of samples with keys int64 [...]: keys of their noise, and whether the condition goes."""
+    return fold(keys, _NOISE), uniforms(fold(keys, _DROP), 1)[..., 0] < condition_dropout
+
+
 def stored_data_key(config: TrainConfig) -> str | None:
     """The key of the data that a run to be resumed was trained on, by its newest checkpoint."""
     for folder in reversed(run_checkpoints(config.run_dir) if config.resume else []):
@@ -105,8 +110,8 @@ class TrainingData:
         parts = (self.train[where], make_keys(config.seed, position))
         for indices, keys in zip(*(part.split(size) for part in parts), strict=True):
             choice = fold(keys, _CHOICE) & 0xFFFF  # which of several captions or views
-            drop = uniforms(fold(keys, _DROP), 1)[:, 0] < config.condition_dropout
-            yield self._on_device(indices, fold(keys, _NOISE), drop, choice, progress)
+            noise, drop = noise_and_drop(keys, config.condition_dropout)
+            yield self._on_device(indices, noise, drop, choice, progress)
 
     def validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped.

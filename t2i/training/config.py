@@ -116,7 +116,9 @@ _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW. Codec: linear warm-up and decay to zero; backbone: constant after its delay."""
+    """AdamW. Codec: linear warm-up and decay to zero; backbone: constant after its delay, by
+    default.
+    """
 
     codec_lr: float = 1e-3
     """Peak learning rate of the input encoder and output decoder."""
@@ -126,6 +128,8 @@ class OptimOptions:
     """Steps over which both rates rise from zero; None is 3 % of the run's."""
     backbone_delay_steps: int = 0
     """The backbone stands still for so many steps, while the codec finds its feet."""
+    backbone_falls: bool = False
+    """Let the backbone's rate fall to zero over the run, as the codec's does."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     """On matrices only."""
@@ -162,7 +166,8 @@ class OptimOptions:
         """Backbone learning rate at a step of a run."""
         if step < self.backbone_delay_steps:
             return 0.0
-        return self.backbone_lr * self._warm(step, steps)
+        left = 1 - step / steps if self.backbone_falls else 1.0
+        return self.backbone_lr * self._warm(step, steps) * left
 
     def _warm(self, step: int, steps: int) -> float:
         return min(1.0, (step + 1) / (self.warmup(steps) + 1))

@@ -1,0 +1,147 @@
+"""The paper's ablation table on the offline shapes world: one command, gone on with where it ended.
+
+Every row changes one thing of the ICLR 2026 method; all runs start from one base, with equal data,
+steps and rates, as does the control, the base without TensorAR. Printed as the paper prints it,
+with two measures: a distance between drawn and true scenes in place of FID (lower is better), and
+GenEval's score by the exact detector in place of IS. Each is a mean over seeds, ± its standard
+error.
+
+    python launch/ablate.py --base runs/bases/1m --out runs/ablation
+    python launch/ablate.py --tiny                # in some minutes on a CPU: that it runs, no more
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.lab.long_grid import LongGrid, do_what_is_left, planned, results
+from t2i import cli
+from t2i.evaluation.results import markdown_table
+from t2i.files import write_text
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What to run."""
+
+    out: Path = Path("runs/ablation")
+    """Codes, results.jsonl and table.md."""
+    base: str = "shapes"
+    """Folder of the base that all runs start from, or the shipped one."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 1500
+    """Optimizer steps of each run."""
+    images: int = 48_000
+    """Scenes to train on."""
+    samples: int = 8
+    """Images for each of 120 prompts."""
+    minutes: float = 1e9
+    """Begin no run after so long."""
+    at_once: int = 4
+    """Runs that share a GPU."""
+    workers: int = 2
+    """Processes that draw scenes and judge images."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    tiny: bool = False
+    """A few steps, scenes and images: the numbers mean nothing."""
+
+    def grid(self) -> LongGrid:
+        grid = LongGrid(
+            grid="ablation",
+            out=self.out,
+            bases=(f"base={self.base}",),
+            seeds=self.seeds,
+            steps=self.steps,
+            images=self.images,
+            samples=self.samples,
+            minutes=self.minutes,
+            at_once=self.at_once,
+            workers=self.workers,
+            device=self.device,
+        )
+        if not self.tiny:
+            return grid
+        return replace(
+            grid,
+            steps=2,
+            batch_size=2,
+            images=16,
+            held_out=4,
+            workers=0,
+            samples=1,
+            prompts_per_task=1,
+            draw_batch=6,
+        )
+
+
+ROWS = {
+    "noise schedule": {
+        "linear": "linear",
+        "sine": "sine",
+        "sqrt": "sqrt",
+        "exponential": "iclr2026",
+    },
+    "window size k": {"2": "k = 2", "4": "iclr2026", "8": "k = 8"},
+    "depth of the codec": {"1": "iclr2026", "2": "depth 2", "4": "depth 4"},
+    "residual": {"first": "iclr2026", "all": "residual all", "none": "residual none"},
+    "noise": {"categorical": "iclr2026", "codebook": "codebook", "continuous": "gaussian"},
+    "weight of drafts": {
+        "1": "iclr2026",
+        "0.3": "draft weights 0.3",
+        "0.03": "draft weights 0.03",
+    },
+    "drafts in training": {"noised truth": "iclr2026", "own": "own drafts"},
+    "without TensorAR": {"": "control, falling rate"},
+}
+"""The table: by row, what its cells are called, and their arms in launch/lab/long_arms.py."""
+
+
+def table(lines: list[dict]) -> str:
+    """Rows of the ablation; the paper's default has its own mark."""
+    found: dict[str, list[dict]] = {}
+    for line in lines:
+        found.setdefault(line["arm"], []).append(line)
+
+    def cell(name: str, arm: str) -> str:
+        seeds = found.get(arm, [])
+        if not seeds:
+            return f"{name}: not run"
+        told = f"{_mean(seeds, 'distance', 2)}, {_mean(seeds, 'score', 3)}"
+        mark = "*" if arm == "iclr2026" else ""
+        return f"{name}{mark}: {told}" if name else told
+
+    rows = [
+        [title, " / ".join(cell(*pair) for pair in cells.items())] for title, cells in ROWS.items()
+    ]
+    head = "| changed | distance, score |"
+    seeds = sorted({line["seed"] for line in lines})
+    steps = " and ".join(str(steps) for steps in sorted({line["steps"] for line in lines}))
+    about = f"Seeds {', '.join(map(str, seeds))}; {steps} steps; * the paper's default."
+    return f"{markdown_table(head, rows)}\n\n{about}\n"
+
+
+def _mean(lines: list[dict], name: str, digits: int) -> str:
+    """The mean over seeds, with its standard error where there are several."""
+    values = [line[name] for line in lines]
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)
+    return f"{mean:.{digits}f} ± {spread**0.5:.{digits}f}"
+
+
+def main() -> None:
+    config = cli.parse(Ablation, __doc__)
+    grid = config.grid()
+    do_what_is_left(grid)
+    keys = {run.key(grid) for run in planned(grid)}
+    lines = [line for line in results(config.out) if line["key"] in keys]
+    print(write_text(config.out / "table.md", table(lines)).read_text())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,119 @@
+"""The arms of `long_grid.py`: what is trained on, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from t2i.tensorar import presets
+from t2i.tensorar.method import TensorARConfig
+
+if TYPE_CHECKING:
+    from launch.lab.long_steps import Objective
+    from t2i.tensorar.model import TensorAR
+
+BASE, CONTROL, FALLING = "base", "control", "control, falling rate"
+_MOST = 0.4
+"""Largest share of a sample's context that is changed: about what the nearest draft suffers."""
+_OWN = 0.5
+"""The same of a model's own samples."""
+
+
+@dataclass(frozen=True)
+class LongArm:
+    """One way of fine-tuning."""
+
+    name: str
+    method: TensorARConfig
+    trained: bool = True
+    """False: the base as it is."""
+    falls: bool = True
+    """The backbone's rate falls to zero, as the codec's always does."""
+    optim: dict = field(default_factory=dict)
+    """Further overrides of `OptimOptions`."""
+    objective: str = "method"
+    """A name in `OBJECTIVES`."""
+    control: str = FALLING
+    """The arm that it is compared with: it shares all but the idea."""
+    away: tuple[float, ...] = ()
+    """Begin with the control's result, train briefly on own samples, and step away from what comes
+    of it by these weights (Neon, arXiv 2510.03597).
+    """
+
+
+def _objectives() -> dict[str, Callable[["TensorAR"], "Objective"]]:
+    from launch.lab import long_objectives as o
+
+    return {
+        "method": lambda model: o.Method(),
+        "growing": lambda model: o.Method(grow=True),
+        "noisy context": lambda model: o.NoisyContext(_MOST),
+        "own context": lambda model: o.OwnContext(_OWN),
+        "regressions": lambda model: o.Regressions(model, _MOST),
+        "clean targets": lambda model: o.CleanTargets(_OWN),
+    }
+
+
+def objective(name: str, model: "TensorAR") -> "Objective":
+    """What is trained on, by name."""
+    return _objectives()[name](model)
+
+
+_FAST = {"codec_lr": 3e-3}
+_OWN_DRAFTS = presets.tuned(own_drafts=1.0)
+_BASE = presets.base()
+_CORE = (
+    LongArm(CONTROL, _BASE, falls=False, control=CONTROL),
+    LongArm(FALLING, _BASE),
+    LongArm(BASE, _BASE, trained=False, control=BASE),
+    LongArm("own drafts", _OWN_DRAFTS, optim=_FAST),
+    LongArm("iclr2026", presets.iclr2026()),
+    LongArm("noisy context", _BASE, objective="noisy context"),
+    LongArm("reAR: noisy context, regressions", _BASE, objective="regressions"),
+    LongArm("tuned", presets.tuned(), optim=_FAST),
+    LongArm("arxiv2505", presets.arxiv2505()),
+    LongArm("SAR: own context, clean targets", _BASE, objective="clean targets"),
+    LongArm("own context", _BASE, objective="own context"),
+)
+_MORE = (
+    LongArm("away from own samples", _BASE, away=(0.25, 0.5, 1.0, 2.0)),
+    LongArm("control, falling from 3e-4", _BASE, optim={"backbone_lr": 3e-4}),
+    LongArm(
+        "own drafts, growing to full weight",
+        replace(_OWN_DRAFTS, slot_weights=(1.0, 1.0)),
+        optim=_FAST,
+        objective="growing",
+    ),
+    LongArm(
+        "own drafts, weights falling with distance",
+        replace(_OWN_DRAFTS, slot_weights=(1.0, 0.3, 0.1, 0.03)),
+        optim=_FAST,
+    ),
+)
+_CONSTANT = tuple(
+    replace(arm, name=f"{arm.name}, constant rate", falls=False, control=CONTROL)
+    for arm in _CORE
+    if arm.name in ("own drafts", "iclr2026", "tuned", "arxiv2505")
+)
+
+
+def _ablated(name: str, optim: dict | None = None, **changes) -> LongArm:
+    return LongArm(name, presets.iclr2026(**changes), optim=optim or {})
+
+
+_ABLATION = (
+    LongArm(FALLING, _BASE),
+    _ablated("iclr2026"),
+    *(_ablated(schedule, schedule=schedule) for schedule in ("linear", "sine", "sqrt")),
+    *(_ablated(f"k = {k}", k=k) for k in (2, 8)),
+    *(_ablated(f"depth {depth}", depth=depth) for depth in (2, 4)),
+    *(_ablated(f"residual {kind}", residual=kind) for kind in ("all", "none")),
+    *(_ablated(noise, noise=noise) for noise in ("codebook", "gaussian")),
+    *(_ablated(f"draft weights {w}", slot_weights=(1.0, w)) for w in (0.3, 0.03)),
+    _ablated("own drafts", own_drafts=1.0),
+)
+LONG_GRIDS: dict[str, tuple[tuple[LongArm, ...], ...]] = {
+    "long": (_CORE, (*_CONSTANT[:2], *_MORE, *_CONSTANT[2:])),
+    "ablation": (_ABLATION,),
+    "check": ((_CORE[1], _CORE[3]),),
+}
+"""Arms by stage: a stage begins when the one before is done with all seeds."""

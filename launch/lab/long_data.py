@@ -1,0 +1,118 @@
+"""The shapes world as codes that lie on the device, for `long_steps.py`.
+
+Scenes are drawn and encoded once; a run's batches, with the keys of their noise, are those of
+`t2i.training.batches` for the same seed, worked out for all steps beforehand.
+
+Shapes: n samples, T codes of an image, R steps, B samples of a step, P prefix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from t2i.data.order import batch_indices, split_indices
+from t2i.models.base import Backbone
+from t2i.rng import make_keys
+from t2i.shapes.caption_bases import every_caption, scene_codes
+from t2i.shapes.shapes_source import FINE_TUNING_SEED
+from t2i.shapes.tiny_recipes import CaptionBase
+from t2i.training.batches import Batch, noise_and_drop
+from t2i.training.config import TrainConfig
+
+HELD_OUT_ROWS = 256
+"""Held-out samples that pass the model at once."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Codes and captions on the device."""
+
+    codes_nT: Tensor
+    """int64"""
+    captions_n: Tensor
+    """int64, rows of `prepared`"""
+    prepared: dict[str, Tensor]
+    """Every caption of the world as the backbone reads it."""
+
+    def rows(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes [B, T, 1] and conditions of some samples."""
+        captions = self.captions_n[indices]
+        return self.codes_nT[indices][..., None], {k: v[captions] for k, v in self.prepared.items()}
+
+
+def every_caption_prepared(backbone: Backbone) -> dict[str, Tensor]:
+    """Every caption of the world, on the backbone's device, in the order of `every_caption`."""
+    captions = every_caption()
+    parts = [backbone.prepare(captions[i : i + 512]) for i in range(0, len(captions), 512)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def drawn_scenes(backbone: Backbone, tokenizer: Path, count: int, folder: Path, workers: int):
+    """Scenes 0..count-1 of the fine-tuning world; their codes are kept in the folder."""
+    device = backbone.device
+    recipe = CaptionBase(
+        out=folder, seed=FINE_TUNING_SEED, scenes=count, workers=workers, device=device.type
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    found = scene_codes(recipe, tokenizer)
+    codes = found.codes.to(device).long()
+    return Scenes(codes, found.prompts.to(device), every_caption_prepared(backbone))
+
+
+@dataclass(frozen=True)
+class Order:
+    """All batches of a run, on the device."""
+
+    scenes: Scenes
+    samples_RB: Tensor
+    """int64, of the scenes"""
+    keys_RB: Tensor
+    """int64, of the noise"""
+    drop_RB: Tensor
+    """bool, captions that are dropped"""
+
+    def batch(self, step: Tensor) -> Batch:
+        """The batch of a step, int64 [1] on the device; its progress is a number there, too."""
+        samples, keys, drop = (
+            table.index_select(0, step)[0]
+            for table in (self.samples_RB, self.keys_RB, self.drop_RB)
+        )
+        codes, prepared = self.scenes.rows(samples)
+        # A tensor, which adds and multiplies like a number and stays on the device.
+        progress = cast("float", step[0] / len(self.samples_RB))
+        return Batch(codes, prepared, keys, drop, progress, samples)
+
+
+def order(scenes: Scenes, config: TrainConfig, train: Tensor) -> Order:
+    """The batches of `config.steps` steps over these samples, as `TrainingData` has them."""
+    device, steps, size = scenes.codes_nT.device, config.steps, config.batch_size
+    assert steps is not None
+    position_RB = torch.arange(steps * size).view(steps, size)
+    keys, drop = noise_and_drop(make_keys(config.seed, position_RB), config.condition_dropout)
+    samples = train[_positions(steps, size, len(train), config.seed)]
+    return Order(scenes, samples.to(device), keys.to(device), drop.to(device))
+
+
+@lru_cache(maxsize=8)
+def _positions(steps: int, size: int, count: int, seed: int) -> Tensor:
+    return torch.stack([batch_indices(step, size, count, seed) for step in range(steps)])
+
+
+def split(count: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Samples to train on and samples held out, as `TrainingData` has them."""
+    return split_indices(count, held_out, seed)
+
+
+def held_out_batches(scenes: Scenes, held_out: Tensor) -> Sequence[Batch]:
+    """The held-out samples with fixed noise, nothing dropped."""
+    device, batches = scenes.codes_nT.device, []
+    for indices in held_out.split(HELD_OUT_ROWS):
+        codes, prepared = scenes.rows(indices.to(device))
+        keys = make_keys(0, indices).to(device)
+        batches.append(Batch(codes, prepared, keys, None, 1.0, indices))
+    return batches

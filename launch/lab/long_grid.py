@@ -1,0 +1,208 @@
+"""A grid of long fine-tunings on the shapes world, several at once on one GPU; a JSON line each.
+
+Data, loss, order and optimizer are those of the kit's own loop (`long_steps.py`), but a step is one
+recorded graph, so that 3,000 steps of a small model take seconds. What is in OUT/results.jsonl is
+not done again.
+
+    python launch/lab/long_grid.py long --bases 1m=runs/bases/1m 7m=runs/bases/7m --minutes 5
+    python launch/lab/long_report.py                 # table and plot
+
+On a CPU it does the same, slowly.
+"""
+
+import json
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tyro.conf import Positional
+
+from launch.lab.long_arms import LONG_GRIDS, LongArm
+from t2i import cli
+from t2i.errors import UserError
+from t2i.files import json_sha256, read_json_lines, writable_folder
+from t2i.models.llamagen.llamagen_recipes import text_recipes
+from t2i.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from launch.lab.long_world import World
+
+
+@dataclass(frozen=True)
+class LongGrid:
+    """Which runs, and how they are examined."""
+
+    grid: Positional[str]
+    """Name of a grid in launch/lab/long_arms.py."""
+    out: Path = Path("runs/long")
+    """Codes and results.jsonl."""
+    bases: tuple[str, ...] = ("7m=shapes",)
+    """Base models to start from, name=folder; all have one image tokenizer."""
+    arms: tuple[str, ...] = ()
+    """Only these arms of the grid."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds; they seed the sampling as well."""
+    steps: int = 3000
+    """Optimizer steps of each run."""
+    batch_size: int = 32
+    """Samples of a step."""
+    images: int = 48_000
+    """Scenes to train on."""
+    held_out: int = 1024
+    """Further scenes for the held-out losses."""
+    prompts_per_task: int = 20
+    """Benchmark prompts for each of GenEval's six tasks."""
+    samples: int = 8
+    """Images per benchmark prompt."""
+    draw_batch: int = 960
+    """Images drawn at once."""
+    precision: Literal["fp32", "autocast"] = "autocast"
+    """Of training."""
+    at_once: int = 4
+    """Runs that share the GPU; on a CPU one."""
+    workers: int = 2
+    """Processes that draw scenes and judge images."""
+    minutes: float = 1e9
+    """Begin no run after so long."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    record: bool = True
+    """Record steps as CUDA graphs (on a GPU)."""
+
+
+@dataclass(frozen=True)
+class LongRun:
+    """One fine-tuning of the grid."""
+
+    base: str
+    weights: str
+    arm: LongArm
+    seed: int
+
+    def config(self, grid: LongGrid) -> TrainConfig:
+        """The settings of the kit's own loop."""
+        recipe = text_recipes()["shapes-control"][1]
+        optim = replace(recipe.optim, backbone_falls=self.arm.falls, **self.arm.optim)
+        return replace(
+            recipe,
+            backbone=replace(recipe.backbone, weights=self.weights),
+            method=self.arm.method,
+            optim=optim,
+            engine=replace(recipe.engine, precision=grid.precision, micro_batch=grid.batch_size),
+            batch_size=grid.batch_size,
+            steps=grid.steps,
+            seed=self.seed,
+        )
+
+    def key(self, grid: LongGrid) -> str:
+        """Identifies the result by everything that it depends on."""
+        arm = asdict(replace(self.arm, control=""))
+        if self.arm.trained:
+            del arm["trained"]  # results of before there was such a thing keep their keys
+        given = [arm, grid.steps, grid.batch_size, grid.images, grid.held_out, grid.precision]
+        given += [grid.prompts_per_task, grid.samples]
+        return f"{self.base}/{self.arm.name}/{self.seed}/{json_sha256(given)[:8]}"
+
+
+def main() -> None:
+    do_what_is_left(cli.parse(LongGrid, __doc__))
+
+
+def do_what_is_left(grid: LongGrid) -> None:
+    """Do the runs of which there is no result."""
+    runs = planned(grid)
+    writable_folder(grid.out)
+    done = {line["key"] for line in results(grid.out)}
+    todo = [run for run in runs if run.key(grid) not in done]
+    print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
+    if todo:
+        do(todo, grid)
+
+
+def planned(grid: LongGrid) -> list[LongRun]:
+    """All runs, the most telling first; and each base as it is.
+
+    Raises:
+        UserError: there is no such grid or arm.
+    """
+    if grid.grid not in LONG_GRIDS:
+        raise UserError(f"unknown grid {grid.grid!r}; choose one of {', '.join(LONG_GRIDS)}")
+    stages = LONG_GRIDS[grid.grid]
+    known = [arm.name for stage in stages for arm in stage]
+    if unknown := set(grid.arms) - set(known):
+        raise UserError(
+            f"grid {grid.grid} has no arm {', '.join(sorted(unknown))}; it has {', '.join(known)}"
+        )
+    bases = [base.partition("=") for base in grid.bases]
+    if not all(weights for _, _, weights in bases):
+        raise UserError(f"bases={grid.bases}: write name=folder")
+    return [
+        LongRun(base, weights, arm, seed)
+        for stage in stages
+        for seed in grid.seeds
+        for arm in stage
+        if not grid.arms or arm.name in grid.arms
+        for base, _, weights in bases
+    ]
+
+
+def do(runs: list[LongRun], grid: LongGrid) -> None:
+    """Do the runs, several at once, until time is up."""
+    from launch.lab.long_world import World
+
+    end = time.time() + 60 * grid.minutes
+    world = World(grid)
+    queue, lock = list(runs), threading.Lock()
+
+    def work() -> None:
+        stream = world.new_stream()
+        while True:
+            with lock:
+                if not queue or time.time() > end:
+                    return
+                run = queue.pop(0)
+            one(run, world, stream)
+
+    count = grid.at_once if world.device.type == "cuda" else 1
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    world.close()
+    if queue:
+        print(f"time is up: {len(queue)} runs were not begun", flush=True)
+
+
+def one(run: LongRun, world: "World", stream) -> None:
+    """Do a run; a failure is printed and leaves the others alone."""
+    try:
+        world.do(run, stream)
+    except Exception:
+        print(f"FAILED: {run.base}, {run.arm.name}, seed {run.seed}", flush=True)
+        traceback.print_exc()
+
+
+def results(out: Path) -> list[dict]:
+    """All lines of results.jsonl."""
+    path = out / "results.jsonl"
+    return read_json_lines(path) if path.exists() else []
+
+
+def append(out: Path, line: dict) -> None:
+    """Add a line."""
+    with open(out / "results.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    short = {k: line[k] for k in ("base", "arm", "seed", "score", "seconds")}
+    print(json.dumps(short), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,239 @@
+"""What the models of `long_grid.py` draw, and what is said of it: GenEval's verdicts by the exact
+detector, in processes of their own, and distances to true scenes of the same prompts in features of
+the image tokenizer; further the held-out losses, and how drafts compare to final codes.
+
+Shapes: n images, P prompts, F features, B batch, N windows, k slots, V vocabulary.
+"""
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from geneval.rules import judge_image
+from t2i.evaluation.fid.measures import (
+    Statistics,
+    compare_manifolds,
+    feature_statistics,
+    frechet_distance,
+    full_distances,
+)
+from t2i.models.tokenizers.vq import VQTokenizer
+from t2i.rng import make_keys
+from t2i.shapes.caption_bases import every_caption, to_pixels
+from t2i.shapes.scenes import arrange, render
+from t2i.shapes.shapes_detector import ShapesDetector
+from t2i.shapes.shapes_prompts import benchmark_prompts
+from t2i.tensorar.loss import SlotLosses
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows
+from t2i.training.batches import Batch
+from t2i.training.validation import Validation
+
+_AT_ONCE = 32
+"""Images that a process judges, or scenes that it draws, at once."""
+_POOLED = 2
+"""Features are the encoder's channels, averaged over so many parts of height and of width."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Prompts, true scenes of them, and how many images of each are drawn."""
+
+    metadata: list[dict]
+    samples: int
+    captions_n: Tensor
+    """Of every image, prompt by prompt: its caption's number in `every_caption`."""
+    keys: tuple[Tensor, Tensor]
+    """Of every image, prompt index and sample index."""
+    truth_nF: Tensor
+    truth: Statistics
+
+    @property
+    def entries(self) -> list[dict]:
+        """The metadata of every image."""
+        return [entry for entry in self.metadata for _ in range(self.samples)]
+
+
+def true_scenes(entries: Sequence[dict], first: int) -> np.ndarray:
+    """A scene for each entry, uint8 [n, H, W, 3]; `first` is the number of the first one."""
+    scenes = [
+        arrange(random.Random(f"shapes truth {first + i}"), entry)
+        for i, entry in enumerate(entries)
+    ]
+    return np.stack([np.asarray(render(scene)) for scene in scenes])
+
+
+def open_benchmark(
+    tokenizer: VQTokenizer, per_task: int, samples: int, pool: Executor
+) -> Benchmark:
+    """The shapes world's prompts with their truth; the tokenizer is on the device."""
+    metadata = benchmark_prompts(0, per_task)
+    entries = [entry for entry in metadata for _ in range(samples)]
+    starts = range(0, len(entries), _AT_ONCE)
+    drawn = list(pool.map(true_scenes, [entries[i : i + _AT_ONCE] for i in starts], starts))
+    numbers = {caption: i for i, caption in enumerate(every_caption())}
+    truth = features(tokenizer, np.concatenate(drawn))
+    device = truth.device
+    jobs = torch.cartesian_prod(torch.arange(len(metadata)), torch.arange(samples)).view(-1, 2)
+    return Benchmark(
+        metadata=metadata,
+        samples=samples,
+        captions_n=torch.tensor([numbers[e["prompt"]] for e in entries], device=device),
+        keys=(jobs[:, 0], jobs[:, 1]),
+        truth_nF=truth,
+        truth=feature_statistics(truth),
+    )
+
+
+@torch.no_grad()
+def features(tokenizer: VQTokenizer, images_nHWC: np.ndarray) -> Tensor:
+    """fp32 [n, F] of uint8 images, by the tokenizer's encoder before its codebook."""
+    device, parts = next(tokenizer.parameters()).device, []
+    for i in range(0, len(images_nHWC), 512):
+        channels = tokenizer.encoder(to_pixels(images_nHWC[i : i + 512], device))
+        parts.append(F.adaptive_avg_pool2d(channels, _POOLED).flatten(1).float())
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a model drew of a benchmark."""
+
+    windows_nNkS: Tensor
+    images: np.ndarray
+    """uint8 [n, H, W, 3]"""
+
+
+@torch.no_grad()
+def draw(
+    model: TensorAR,
+    benchmark: Benchmark,
+    prepared: dict[str, Tensor],
+    seed: int,
+    batch: int,
+    **sampling,
+) -> Drawing:
+    """Draw all images in batches of one size; `prepared` has every caption.
+
+    sampling: changes to the model's own settings.
+    """
+    settings, keys = replace(model.sampling, **sampling), make_keys(seed, *benchmark.keys)
+    windows, images = [], []
+    for rows, captions in zip(keys.split(batch), benchmark.captions_n.split(batch), strict=True):
+        conditions = {name: value[captions] for name, value in prepared.items()}
+        drawn = sample_windows(model, conditions, rows, settings, speed="eager")
+        windows.append(drawn)
+        images.append(model.backbone.decode_images(model.windows.final_codes(drawn)).cpu().numpy())
+    return Drawing(torch.cat(windows), np.concatenate(images))
+
+
+# -- verdicts --------------------------------------------------------------------------------------
+def verdicts(images: np.ndarray, entries: Sequence[dict]) -> list[int]:
+    """Whether each image shows what its entry asks for."""
+    detector = ShapesDetector()
+    return [
+        int(judge_image(Image.fromarray(image), entry, detector).correct)
+        for image, entry in zip(images, entries, strict=True)
+    ]
+
+
+def ask_verdicts(drawing: Drawing, benchmark: Benchmark, pool: Executor) -> list[Future]:
+    """Have the images judged by the processes of a pool."""
+    entries = benchmark.entries
+    return [
+        pool.submit(verdicts, drawing.images[i : i + _AT_ONCE], entries[i : i + _AT_ONCE])
+        for i in range(0, len(entries), _AT_ONCE)
+    ]
+
+
+def score(answers: Sequence[Future], benchmark: Benchmark) -> dict:
+    """Score, by task, and how many images of each prompt are right."""
+    right = [verdict for answer in answers for verdict in answer.result()]
+    each = benchmark.samples
+    correct = [sum(right[i : i + each]) for i in range(0, len(right), each)]
+    tags: dict[str, list[float]] = {}
+    for entry, count in zip(benchmark.metadata, correct, strict=True):
+        tags.setdefault(entry["tag"], []).append(count / each)
+    means = {tag: float(np.mean(rates)) for tag, rates in tags.items()}
+    return {"score": float(np.mean(list(means.values()))), "tags": means, "correct": correct}
+
+
+# -- pictures as a whole ---------------------------------------------------------------------------
+def likeness(drawing: Drawing, benchmark: Benchmark, tokenizer: VQTokenizer) -> dict:
+    """How drawn images compare to true ones of the same prompts.
+
+    distance: Fréchet's, between the features of all; precision and recall: as in `measures`;
+    spread: mean distance between images of a prompt, relative to true ones'; distinct: share of a
+    prompt's images that differ in some code.
+    """
+    drawn_nF, each = features(tokenizer, drawing.images), benchmark.samples
+    manifold = compare_manifolds(benchmark.truth_nF, drawn_nF, full_distances)
+    codes = drawing.windows_nNkS[:, :, 0, 0].cpu().view(len(benchmark.metadata), each, -1)
+    distinct = np.mean([len(images.unique(dim=0)) / each for images in codes])
+    return {
+        "distance": frechet_distance(feature_statistics(drawn_nF), benchmark.truth),
+        "precision": manifold.precision,
+        "recall": manifold.recall,
+        "spread": _spread(drawn_nF, each) / _spread(benchmark.truth_nF, each),
+        "distinct": float(distinct),
+    }
+
+
+def _spread(features_nF: Tensor, each: int) -> float:
+    """Mean distance between two images of the same prompt."""
+    if each == 1:
+        return 1.0
+    groups = features_nF.view(-1, each, features_nF.shape[1])
+    return float(torch.cdist(groups, groups).sum((1, 2)).mean() / (each * (each - 1)))
+
+
+# -- held out --------------------------------------------------------------------------------------
+@torch.no_grad()
+def held_out(model: TensorAR, batches: Sequence[Batch]) -> dict:
+    """The held-out losses by slot, as `t2i.training.validation` has them, and what drafts know."""
+    totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised_truth", "own_drafts")}
+    known = []
+    for batch in batches:
+        condition = model.backbone.encode_condition(batch.prepared)
+        inputs = {
+            "noised_truth": model.noised_windows(batch.codes, batch.keys),
+            "own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys),
+        }
+        for kind, windows in inputs.items():
+            gaussian = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
+            losses: SlotLosses = model(batch.codes, condition, windows, gaussian)
+            totals[kind] += torch.stack([losses.sums, losses.counts]).cpu()
+        if model.config.k > 1:
+            known.append(drafts_and_finals(model, batch, inputs["own_drafts"]))
+    means = {kind: (total[0] / total[1]).tolist() for kind, total in totals.items()}
+    found: dict = {"losses": Validation(**means).metrics()}
+    if known:
+        found["drafts"] = {
+            name: torch.stack([part[name] for part in known]).mean(0).tolist() for name in known[0]
+        }
+    return found
+
+
+def drafts_and_finals(model: TensorAR, batch: Batch, windows: Tensor) -> dict[str, Tensor]:
+    """By slot 1 .. k-1, over positions that went through all slots: the total variation between
+    what is predicted of a position there and in slot 0; and how often a draft, drawn from the
+    former, is the true code. Both are [k - 1].
+    """
+    condition, k = model.backbone.encode_condition(batch.prepared), model.config.k
+    d_BNkD = model.decode_slots(model.hidden(condition, windows))
+    p_BNkV = model.backbone.next_logits(d_BNkD, windows[..., :0]).softmax(-1)
+    truth_BN = batch.codes[..., 0]
+    final = p_BNkV[:, k:, 0]
+    far, right = [], []
+    for j in range(1, k):
+        of_draft = p_BNkV[:, k - j : len(truth_BN[0]) - j, j]
+        far.append((of_draft - final).abs().sum(-1).mean() / 2)
+        right.append(of_draft.gather(-1, truth_BN[:, k:, None]).mean())
+    return {"total_variation": torch.stack(far), "right": torch.stack(right)}

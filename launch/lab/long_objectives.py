@@ -1,0 +1,212 @@
+"""What the arms of `long_grid.py` are trained on: the method's own loss, and its neighbours'.
+
+Shapes: B batch, T codes, N windows, k slots, D width, V vocabulary, E codebook dimension.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launch.lab.long_steps import Objective
+from t2i.models.base import Condition
+from t2i.models.blocks import LlamaBackbone
+from t2i.rng import fold, integers, uniforms
+from t2i.tensorar.loss import filled, window_losses
+from t2i.tensorar.model import TensorAR
+from t2i.training.batches import Batch
+
+Terms = tuple[Tensor, Tensor, Tensor]
+_CONTEXT = 3000  # streams of a sample's noise, besides those of `TensorAR`
+
+
+@contextmanager
+def looking(device: torch.device) -> Iterator[None]:
+    """A pass without gradient inside a step. Autocast keeps no weights that it casts there: torch
+    2.11 might use them again where the gradient is asked for.
+    """
+    on = torch.is_autocast_enabled(device.type)
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+    with torch.no_grad(), cast:
+        yield
+
+
+class Method(Objective):
+    """The kit's own loss, in shapes that do not depend on the data: own drafts of all samples are
+    drawn where some are asked for, and those of the others left aside.
+
+    grow: slots behind the first begin with weight 0 and gain it linearly: from next-token to
+    multi-token over the run.
+    """
+
+    def __init__(self, grow: bool = False):
+        super().__init__()
+        self.grow = grow
+
+    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+        windows = self.windows(model, batch, condition)
+        gaussian = batch.keys if model.uses_gaussian_noise else None
+        if not self.grow:
+            losses = model(batch.codes, condition, windows, gaussian)
+            return losses.loss, losses.sums, losses.counts
+        d_BNkD = model.decode_slots(model.hidden(condition, windows, gaussian))
+        valid_Nk = model.windows.valid(batch.codes.device).float()
+        weights = filled(model.config.weights(), batch.codes.device)
+        later = torch.arange(len(weights), device=weights.device) > 0
+        weights = torch.where(later, weights * batch.progress, weights)
+        targets = model.windows.gather(batch.codes)
+        losses = window_losses(model.backbone, d_BNkD, targets, valid_Nk, weights)
+        return losses.loss, losses.sums, losses.counts
+
+    def windows(self, model: TensorAR, batch: Batch, condition: Condition) -> Tensor:
+        """`TensorAR.training_windows`, of the same random numbers."""
+        config, keys = model.config, batch.keys
+        windows = model.noised_windows(batch.codes, keys)
+        if config.own_drafts == 0 or config.k == 1:
+            return windows
+        share = config.own_drafts * (batch.progress if config.anneal else 1.0)
+        chosen_B = uniforms(fold(keys, 2001)) < share
+        with looking(keys.device):
+            own = model.own_draft_windows(batch.codes, condition, fold(keys, 2000), passes=1)
+        return torch.where(chosen_B[:, None, None, None], own, windows)
+
+
+def shares(keys_B: Tensor, most: float, count: int) -> Tensor:
+    """Which of `count` positions change, bool [B, count]: each sample has a share of its own,
+    uniform from 0 to `most`.
+    """
+    share_B1 = most * uniforms(fold(keys_B, _CONTEXT))[:, None]
+    return uniforms(fold(keys_B, _CONTEXT + 1), count) < share_B1
+
+
+def noisy_context(model: TensorAR, batch: Batch, most: float) -> Tensor:
+    """Codes [B, T, 1] of which some are random."""
+    count = batch.codes.shape[1]
+    noise = integers(fold(batch.keys, _CONTEXT + 2), model.backbone.spec.subvocabs[0], count)
+    changed = shares(batch.keys, most, count)
+    return torch.where(changed[..., None], noise[..., None], batch.codes)
+
+
+def own_context(model: TensorAR, batch: Batch, h_BTD: Tensor, most: float) -> Tensor:
+    """Codes [B, T, 1] of which some are what the model draws there, from the hidden states that
+    predict them.
+    """
+    count = batch.codes.shape[1]
+    position_T = torch.arange(count, device=batch.keys.device)
+    keys = fold(batch.keys[:, None], _CONTEXT + 3, position_T)
+    changed = shares(batch.keys, most, count)
+    return torch.where(changed[..., None], model.draw(h_BTD, keys), batch.codes)
+
+
+def read_context(model: TensorAR, condition: Condition, context_BTS: Tensor) -> Tensor:
+    """Hidden states [B, T, D] of a base model that reads these codes."""
+    return model.hidden(condition, model.windows.gather(context_BTS))
+
+
+def token_losses(model: TensorAR, batch: Batch, h_BTD: Tensor) -> Terms:
+    """The cross entropy of the true codes, of a base model's hidden states."""
+    valid = model.windows.valid(batch.codes.device).float()
+    targets, weights = model.windows.gather(batch.codes), filled([1.0], batch.codes.device)
+    losses = window_losses(model.backbone, h_BTD[:, :, None], targets, valid, weights)
+    return losses.loss, losses.sums, losses.counts
+
+
+class NoisyContext(Objective):
+    """The base's loss, reading codes of which some are random."""
+
+    def __init__(self, most: float):
+        super().__init__()
+        self.most = most
+
+    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+        context = noisy_context(model, batch, self.most)
+        return token_losses(model, batch, read_context(model, condition, context))
+
+
+class OwnContext(Objective):
+    """The base's loss, reading codes of which some are its own samples."""
+
+    def __init__(self, most: float):
+        super().__init__()
+        self.most = most
+
+    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+        with looking(batch.codes.device):
+            h = read_context(model, condition, batch.codes)
+        context = own_context(model, batch, h, self.most)
+        return token_losses(model, batch, read_context(model, condition, context))
+
+
+class CleanTargets(Objective):
+    """SAR (arXiv 2512.06421): the base's loss, and with as much weight the cross entropy of what it
+    predicts from partly its own samples to what it predicts from the true codes.
+    """
+
+    def __init__(self, most: float, weight: float = 1.0):
+        super().__init__()
+        self.most, self.weight = most, weight
+
+    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+        h = read_context(model, condition, batch.codes)
+        loss, sums, counts = token_losses(model, batch, h)
+        none = batch.codes[..., :0]
+        with looking(batch.codes.device):
+            clean = model.backbone.next_logits(h, none).softmax(-1)
+        context = own_context(model, batch, h.detach(), self.most)
+        other = model.backbone.next_logits(read_context(model, condition, context), none)
+        return (
+            loss + self.weight * F.cross_entropy(other.flatten(0, 1), clean.flatten(0, 1)),
+            sums,
+            counts,
+        )
+
+
+class Regressions(Objective):
+    """reAR (arXiv 2510.04450): noisy context; an early layer's states give back the codebook vector
+    of the code that was read, a late layer's foretell the next one's.
+    """
+
+    def __init__(self, model: TensorAR, most: float, weight: float = 1.0):
+        super().__init__()
+        self.most, self.weight = most, weight
+        assert isinstance(model.backbone, LlamaBackbone)
+        self.blocks = list(model.backbone.blocks)  # not trained by this module
+        vectors_VE = model.backbone.code_vectors()[0].detach().float().clone()
+        self.vectors_VE: Tensor
+        self.register_buffer("vectors_VE", F.normalize(vectors_VE, dim=-1))
+        dim, out = model.backbone.spec.dim, vectors_VE.shape[1]
+        self.early, self.late = (
+            nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, out)) for _ in range(2)
+        )
+
+    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+        states: dict[str, Tensor] = {}
+        places = {"early": 0, "late": 3 * len(self.blocks) // 4 - 1}
+        handles = [
+            self.blocks[place].register_forward_hook(
+                lambda _module, _inputs, x, name=name: states.__setitem__(name, x)
+            )
+            for name, place in places.items()
+        ]
+        h = read_context(model, condition, noisy_context(model, batch, self.most))
+        for handle in handles:
+            handle.remove()
+        loss, sums, counts = token_losses(model, batch, h)
+        # The states that predict codes 0..T-1; the one that reads code i predicts code i + 1.
+        early, late = (states[name][:, condition.prefix.shape[1] - 1 :] for name in places)
+        truth = batch.codes[..., 0]
+        far = self._far(self.early(early[:, 1:]), truth[:, :-1])
+        far = far + self._far(self.late(late), truth)
+        return loss + self.weight * far, sums, counts
+
+    def _far(self, guess_BTE: Tensor, codes_BT: Tensor) -> Tensor:
+        return (
+            1 - F.cosine_similarity(guess_BTE.float(), self.vectors_VE[codes_BT], dim=-1)
+        ).mean()

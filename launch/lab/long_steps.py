@@ -1,0 +1,124 @@
+"""A training step for small models on a GPU: all of it recorded as one CUDA graph and replayed.
+
+Loss, batches, rates, clipping and optimizer are those of `t2i.training`
+(`tests/test_long_grid.py` compares the losses); what is left out is what costs time where a model
+is small: the launch of every kernel from Python, data that is moved step by step, validation and
+checkpoints on the way. On a CPU the same step runs as it is. Several runs share a GPU well, each
+on a stream of its own (`long_grid.py`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from launch.lab.long_data import Order
+from t2i.tensorar.model import TensorAR
+from t2i.training.batches import Batch
+from t2i.training.config import TrainConfig
+from t2i.training.engine import autocast, parameter_groups
+
+WARM_UP = 3
+"""Steps that are done as they are before one is recorded."""
+
+
+class Objective(nn.Module):
+    """What is trained on; may bring layers of its own, which learn at the codec's rate."""
+
+    def forward(self, model: TensorAR, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and sums and counts of the cross entropy by slot [k], without gradient."""
+        raise NotImplementedError
+
+
+class Trainer:
+    """One run in progress. It does not look whether losses are finite: `losses_Rk` has them.
+
+    stream: of a GPU, where its steps are recorded and replayed; without one they are done as they
+    are.
+    """
+
+    def __init__(
+        self,
+        model: TensorAR,
+        objective: Objective,
+        config: TrainConfig,
+        batches: Order,
+        *,
+        stream: torch.cuda.Stream | None = None,
+    ):
+        device = model.backbone.device
+        self.model, self.objective, self.config = model.train(), objective.to(device), config
+        self.batches, self.device, self.done = batches, device, 0
+        self.steps = len(batches.samples_RB)
+        own = [p for p in objective.parameters() if p.requires_grad]
+        groups = parameter_groups(model, config)
+        if own:
+            groups.append({"params": own, "part": "codec", "weight_decay": 0.0, "lr": 0.0})
+        self.parts = [group["part"] for group in groups]
+        for group in groups:
+            group["lr"] = torch.zeros((), device=device)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=config.optim.betas, fused=True, capturable=device.type == "cuda"
+        )
+        rates = [
+            [config.optim.codec_rate(s, self.steps), config.optim.backbone_rate(s, self.steps)]
+            for s in range(self.steps)
+        ]
+        self.rates_R2 = torch.tensor(rates, device=device)
+        self.losses_Rk = torch.zeros(self.steps, model.config.k, device=device)
+        self.norms_R = torch.zeros(self.steps, device=device)
+        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        self.stream = stream
+        self._replay: Callable[[], None] | None = None
+
+    def run(self, count: int) -> None:
+        """Do, or on a GPU ask for, so many more steps, no further than the last."""
+        count = min(count, self.steps - self.done)
+        self.done += count
+        if self.stream is None:
+            for _ in range(count):
+                self._step()
+            return
+        with torch.cuda.stream(self.stream):
+            while count and self._replay is None:
+                self._step()
+                count -= 1
+                if int(self.index) >= WARM_UP:
+                    self._replay = self._recorded()
+            for _ in range(count):
+                assert self._replay is not None
+                self._replay()
+
+    def _recorded(self) -> Callable[[], None]:
+        """A step, recorded and not done. Not by `torch.cuda.graph`, which waits for all streams."""
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            self._step()
+        finally:
+            graph.capture_end()
+        return graph.replay
+
+    def _step(self) -> None:
+        rates = self.rates_R2.index_select(0, self.index)[0]
+        for group, part in zip(self.optimizer.param_groups, self.parts, strict=True):
+            group["lr"].copy_(rates[0 if part == "codec" else 1])
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.config.engine.precision, self.device):
+            loss, sums, counts = self.objective(self.model, self.batches.batch(self.index))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+        self.optimizer.step()
+        self.losses_Rk.index_copy_(0, self.index, (sums / counts)[None])
+        self.norms_R.index_copy_(0, self.index, norm[None])
+        self.index.add_(1)
+
+    def end(self) -> TensorAR:
+        """The trained model, without what training needed."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        self._replay = None
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.model.eval()

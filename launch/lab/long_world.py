@@ -1,0 +1,231 @@
+"""What the runs of `long_grid.py` share on one device, and what is done with each of them."""
+
+import copy
+import threading
+import time
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from launch.lab import long_judge
+from launch.lab.long_arms import CONTROL, FALLING, objective
+from launch.lab.long_data import (
+    Order,
+    Scenes,
+    drawn_scenes,
+    every_caption_prepared,
+    held_out_batches,
+    order,
+    split,
+)
+from launch.lab.long_grid import LongGrid, LongRun, append
+from launch.lab.long_steps import WARM_UP, Trainer
+from t2i.loading import load_backbone, pick_device
+from t2i.models.base import Backbone
+from t2i.models.tokenizers.vq import VQTokenizer
+from t2i.rng import make_keys
+from t2i.shapes.refinement import stage_changes
+from t2i.sources import BackboneSource, expand_folder
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import sample_windows
+from t2i.training.config import TrainConfig
+
+AWAY_STEPS, AWAY_SAMPLES = 200, 6400
+"""Of training on own samples, which is for the direction alone."""
+_TENTHS = 10
+
+
+class World:
+    """Bases, scenes and benchmark on the device, and processes that judge."""
+
+    def __init__(self, grid: LongGrid):
+        self.grid, (self.device, _) = grid, pick_device(grid.device)
+        torch.backends.cudnn.allow_tf32 = False  # it changes codes
+        self.eager, self.side = threading.Lock(), self.new_stream()
+        """Of whoever launches operations one by one, and the stream that this is done on."""
+        self.pool: Executor = (
+            ProcessPoolExecutor(grid.workers, mp_context=get_context("forkserver"))
+            if grid.workers
+            else ThreadPoolExecutor(1)
+        )
+        self.judged: list[tuple[list[Future], dict]] = []
+        folders = [base.partition("=")[::2] for base in grid.bases]
+        self.backbones = {name: self._loaded(weights) for name, weights in folders}
+        first = next(iter(self.backbones.values()))
+        assert isinstance(first.tokenizer, VQTokenizer), "of LlamaGen's"
+        self.tokenizer = first.tokenizer
+        shared = grid.images + grid.held_out
+        files = expand_folder(BackboneSource(first.spec.family, folders[0][1]))
+        assert files.tokenizer is not None, "codes are of one"
+        scenes = drawn_scenes(first, Path(files.tokenizer), shared, grid.out, grid.workers)
+        self.scenes: dict[str, Scenes] = {
+            name: replace(scenes, prepared=every_caption_prepared(backbone))
+            for name, backbone in self.backbones.items()
+        }
+        self.benchmark = long_judge.open_benchmark(
+            self.tokenizer, grid.prompts_per_task, grid.samples, self.pool
+        )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _loaded(self, weights: str) -> Backbone:
+        backbone = load_backbone("llamagen", weights, device=self.device, dtype="float32")
+        backbone.requires_grad_(True)
+        return backbone
+
+    # -- a run -------------------------------------------------------------------------------------
+    def do(self, run: LongRun, stream: torch.cuda.Stream | None) -> None:
+        """Train, on this stream, examine and write down; verdicts follow when they are there."""
+        started, config = time.time(), run.config(self.grid)
+        train, held = split(self.grid.images + self.grid.held_out, self.grid.held_out, run.seed)
+        if not run.arm.trained:
+            with self.eager, torch.cuda.stream(self.side):
+                facts = {"seconds": round(time.time() - started, 1)}
+                self._examine(run, run.arm.name, self._fresh(run, config).eval(), held, facts)
+            return
+        if run.arm.away:
+            self._step_away(run, config, held, stream)
+            return
+        with self.eager, torch.cuda.stream(self.side):
+            model = self._fresh(run, config)
+            batches = order(self.scenes[run.base], config, train)
+            trainer = self._begun(model, run, config, batches, stream)
+        trainer.run(trainer.steps)
+        model = trainer.end()
+        facts = self._course(trainer) | {"seconds": round(time.time() - started, 1)}
+        if run.arm.name in (CONTROL, FALLING):
+            self._keep(run, model)
+        with self.eager, torch.cuda.stream(self.side):
+            self._examine(run, run.arm.name, model, held, facts)
+
+    def new_stream(self) -> torch.cuda.Stream | None:
+        """On a GPU."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _fresh(self, run: LongRun, config: TrainConfig) -> TensorAR:
+        """The base with a fresh codec."""
+        known = self.backbones[run.base]
+        # Frozen helpers are shared.
+        backbone = copy.deepcopy(known, {id(known.frozen): known.frozen})
+        return TensorAR(backbone, config.method, seed=run.seed)
+
+    def _begun(
+        self,
+        model: TensorAR,
+        run: LongRun,
+        config: TrainConfig,
+        batches: Order,
+        stream: torch.cuda.Stream | None,
+    ) -> Trainer:
+        """A trainer that has done its first steps, and recorded one."""
+        of = objective(run.arm.objective, model)
+        trainer = Trainer(model, of, config, batches, stream=stream if self.grid.record else None)
+        if stream is not None and self.side is not None:
+            self.side.synchronize()  # the trainer's stream reads what was made on it
+            trainer.run(WARM_UP + 1)
+            self.side.synchronize()
+            stream.synchronize()
+        return trainer
+
+    def _course(self, trainer: Trainer) -> dict:
+        """The training loss of slot 0 by tenths of the run."""
+        parts = trainer.losses_Rk[:, 0].tensor_split(min(_TENTHS, trainer.steps))
+        return {
+            "course": [round(float(part.mean()), 4) for part in parts],
+            "finite": bool(trainer.losses_Rk.isfinite().all()),
+        }
+
+    def _examine(self, run: LongRun, name: str, model: TensorAR, held: Tensor, facts: dict) -> None:
+        grid, scenes = self.grid, self.scenes[run.base]
+        drawing = long_judge.draw(model, self.benchmark, scenes.prepared, run.seed, grid.draw_batch)
+        windows = drawing.windows_nNkS.cpu()
+        line = {"key": run.key(grid), "base": run.base, "arm": name, "seed": run.seed}
+        line |= {"steps": grid.steps, "control": run.arm.control, "settings": _settings(run, grid)}
+        line |= long_judge.held_out(model, held_out_batches(scenes, held))
+        line |= long_judge.likeness(drawing, self.benchmark, self.tokenizer)
+        if model.config.k > 1 and model.windows.stages > 1:
+            line["changes"] = asdict(stage_changes(windows, model.windows))
+        answers = long_judge.ask_verdicts(drawing, self.benchmark, self.pool)
+        self.judged.append((answers, line | facts | {"device": _device_name(self.device)}))
+        self.write_down()
+
+    def write_down(self, wait: bool = False) -> None:
+        """Write the lines whose verdicts are there. Whoever calls it holds `eager`."""
+        waiting, self.judged = self.judged, []
+        for answers, line in waiting:
+            if wait or all(answer.done() for answer in answers):
+                append(self.grid.out, line | long_judge.score(answers, self.benchmark))
+            else:
+                self.judged.append((answers, line))
+
+    def close(self) -> None:
+        """Wait for all verdicts."""
+        self.write_down(wait=True)
+        self.pool.shutdown()
+
+    # -- away from own samples ---------------------------------------------------------------------
+    def _kept(self, run: LongRun, name: str) -> Path:
+        folder = self.grid.out / "weights"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{run.base}-{run.seed}-{name.replace(' ', '-')}.pt"
+
+    def _keep(self, run: LongRun, model: TensorAR) -> None:
+        torch.save(model.backbone.state_dict(), self._kept(run, run.arm.name))
+
+    def _step_away(
+        self, run: LongRun, config: TrainConfig, held: Tensor, stream: torch.cuda.Stream | None
+    ) -> None:
+        """Of the control's weights and those after a while on own samples (Neon)."""
+        path, started = self._kept(run, run.arm.control), time.time()
+        if not path.exists():
+            print(f"{run.arm.name}: {path} is not there yet", flush=True)
+            return
+        steps = min(AWAY_STEPS, self.grid.steps)
+        config = replace(config, steps=steps, optim=replace(config.optim, backbone_falls=False))
+        with self.eager, torch.cuda.stream(self.side):
+            model = self._fresh(run, config)
+            model.backbone.load_state_dict(torch.load(path, map_location=self.device))
+            own = self._own_samples(model.eval(), run, steps * config.batch_size)
+            batches = order(own, config, torch.arange(len(own.codes_nT)))
+            trainer = self._begun(model, run, config, batches, stream)
+        trainer.run(trainer.steps)
+        own_model = trainer.end()
+        facts = self._course(trainer) | {"seconds": round(time.time() - started, 1)}
+        reference = torch.load(path, map_location=self.device)
+        after = own_model.backbone.state_dict()
+        for weight in run.arm.away:
+            with self.eager, torch.cuda.stream(self.side):
+                away = self._fresh(run, config).eval()
+                mixed = {n: value + weight * (value - after[n]) for n, value in reference.items()}
+                away.backbone.load_state_dict(mixed)
+                self._examine(run, f"{run.arm.name}, {weight:g}", away, held, facts)
+
+    @torch.no_grad()
+    def _own_samples(self, model: TensorAR, run: LongRun, count: int) -> Scenes:
+        """Unfiltered and unguided samples for captions of the training scenes."""
+        scenes, codes = self.scenes[run.base], []
+        count = min(count, AWAY_SAMPLES, len(scenes.captions_n))
+        plain = replace(model.sampling, cfg_scale=1.0, top_p=1.0, top_k=0, temperature=1.0)
+        captions = scenes.captions_n[:count]
+        keys = make_keys(1000 + run.seed, torch.arange(count))
+        for rows, part in zip(keys.split(1600), captions.split(1600), strict=True):
+            given = {name: value[part] for name, value in scenes.prepared.items()}
+            windows = sample_windows(model, given, rows, plain, speed="eager")
+            codes.append(model.windows.final_codes(windows)[..., 0])
+        return Scenes(torch.cat(codes), captions, scenes.prepared)
+
+
+def _settings(run: LongRun, grid: LongGrid) -> dict:
+    """What a reader needs to know of a line."""
+    arm = asdict(run.arm)
+    judged = {"prompts": 6 * grid.prompts_per_task, "samples": grid.samples}
+    trained = {"images": grid.images, "batch_size": grid.batch_size, "precision": grid.precision}
+    return {k: arm[k] for k in ("method", "falls", "optim", "objective")} | judged | trained
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,117 @@
+"""Does a Janus that was tuned for drawing still read as before? LoRA touches the language model, so
+its text logits change: this prints by how much, on fixed texts, with the adapters on and off.
+
+    python launch/train_janus.py shapes-janus-lora --run-dir runs/janus
+    python launch/lab/text_drift.py --ckpt runs/janus
+
+For each text: the mean over its positions of KL(before || after) in nats, beside the entropy of
+what was predicted before; the share of positions where the likeliest word is another; and the
+largest change of a logit. KL far below the entropy, and few other words, say that text is read as
+before; benchmarks of understanding say more.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from t2i import cli
+from t2i.errors import UserError
+from t2i.evaluation.results import markdown_table
+from t2i.files import write_json
+
+if TYPE_CHECKING:
+    from t2i.models.base import Backbone
+
+TEXTS = (
+    "What is shown in this picture? A red circle stands left of a blue square.",
+    "How many objects are there? There are three green stars and two yellow hearts.",
+    "Describe the position of the cat relative to the table in one sentence.",
+    "The quick brown fox jumps over the lazy dog while the sun sets behind the hills.",
+    "Explain step by step how to convert degrees Fahrenheit to degrees Celsius.",
+)
+
+
+@dataclass(frozen=True)
+class TextDrift:
+    """What to compare."""
+
+    ckpt: Path
+    """A run with LoRA on Janus, or a checkpoint folder of one."""
+    texts: Path | None = None
+    """File with a text a line, instead of the built-in ones."""
+    out: Path | None = None
+    """Write the numbers there, as JSON."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Of one text."""
+
+    words: int
+    kl: float
+    """Mean over positions, nats."""
+    entropy: float
+    """Of the distributions before, nats."""
+    changed: float
+    """Share of positions where the likeliest word is another."""
+    largest: float
+    """Change of a logit."""
+
+
+def drift(backbone: "Backbone", text: str) -> Drift:
+    """With the backbone's adapters on, against off."""
+    import torch
+
+    from t2i.lora import without_lora
+    from t2i.models.janus.janus_model import Janus
+
+    assert isinstance(backbone, Janus)
+    # As a question to Janus: without the begin-of-image that asks for a picture.
+    ids = torch.tensor([backbone.prompts.encode([text])[0][:-1]], device=backbone.device)
+    with torch.no_grad():
+        after = backbone.text_logits(ids)[0].float()
+        with without_lora(backbone):
+            before = backbone.text_logits(ids)[0].float()
+    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+    p = log_p.exp()
+    return Drift(
+        words=ids.shape[1],
+        kl=float((p * (log_p - log_q)).sum(-1).mean()),
+        entropy=float(-(p * log_p).sum(-1).mean()),
+        changed=float((before.argmax(-1) != after.argmax(-1)).float().mean()),
+        largest=float((after - before).abs().max()),
+    )
+
+
+def main() -> None:
+    config = cli.parse(TextDrift, __doc__)
+    from t2i.checkpoint import from_pretrained
+
+    model = from_pretrained(config.ckpt, device=config.device, dtype="float32")
+    backbone = model.backbone
+    if backbone.spec.family != "janus" or backbone.lora is None:
+        raise UserError(f"{config.ckpt} is no run with LoRA on Janus")
+    own = config.texts
+    texts = TEXTS if own is None else own.read_text(encoding="utf-8").splitlines()
+    found = {text: drift(backbone, text) for text in texts if text.strip()}
+    head = "| text | words | KL | entropy before | other likeliest word | largest change |"
+    rows = [
+        [
+            *(text, str(x.words), f"{x.kl:.4f}", f"{x.entropy:.3f}"),
+            *(f"{x.changed:.1%}", f"{x.largest:.3f}"),
+        ]
+        for text, x in found.items()
+    ]
+    print(markdown_table(head, rows))
+    if config.out is not None:
+        write_json(config.out, {text: asdict(x) for text, x in found.items()})
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,144 @@
+"""The long grids: a step that trains as the loop does, arms, result lines, the ablation table."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import ablate
+from launch.lab import long_grid, long_report
+from launch.lab.long_arms import LONG_GRIDS, objective
+from launch.lab.long_data import drawn_scenes, order, split
+from launch.lab.long_steps import Trainer
+from t2i.shapes.pretraining import Descent
+from t2i.sources import ASSETS
+from t2i.training.batches import TrainingData
+from t2i.training.config import DataOptions, OptimOptions
+from t2i.training.engine import start_processes
+from t2i.training.logs import read_metrics
+from t2i.training.loop import train
+from t2i.training.start import build_model
+
+ARMS = {arm.name: arm for stage in LONG_GRIDS["long"] for arm in stage}
+IMAGES, HELD_OUT, STEPS = 40, 8, 3
+
+
+def as_the_loop_does(tmp_path, grid, arm):
+    """The settings of a run of the kit's own loop on the same samples."""
+    config = long_grid.LongRun("7m", "shapes", arm, 0).config(grid)
+    assert isinstance(config.data, DataOptions)
+    data = replace(
+        config.data,
+        source=f"shapes:{IMAGES + HELD_OUT}",
+        validation_samples=HELD_OUT,
+        cache_dir=tmp_path / "cache",
+    )
+    log = replace(config.log, log_every=1, validate_every=0, sample_every=0, keep_best=False)
+    return replace(config, data=data, log=log, run_dir=tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["control, falling rate", "tuned"])
+def test_a_step_trains_as_the_kits_loop_does(name, tmp_path):
+    grid = long_grid.LongGrid("long", steps=STEPS, batch_size=8, precision="fp32")
+    config = as_the_loop_does(tmp_path, grid, ARMS[name])
+    train(config)
+    theirs = [row for row in read_metrics(config.run_dir) if "train/slot0" in row]
+
+    model = build_model(config)
+    tokenizer = ASSETS / "shapes" / "vq.pt"
+    scenes = drawn_scenes(model.backbone, tokenizer, IMAGES + HELD_OUT, tmp_path, 0)
+    # The loop's cache keeps two bytes of a feature; rounding may turn a code where two are near.
+    stored = scenes.prepared["features"].half().float()
+    data = TrainingData(config, model.backbone, start_processes())
+    codes = data.load(torch.arange(IMAGES + HELD_OUT), None)[0][..., 0]
+    assert (codes != scenes.codes_nT).sum() <= 3
+    scenes = replace(scenes, codes_nT=codes, prepared=scenes.prepared | {"features": stored})
+    training, _ = split(IMAGES + HELD_OUT, HELD_OUT, config.seed)
+    trainer = Trainer(model, objective("method", model), config, order(scenes, config, training))
+    trainer.run(STEPS)
+    k = config.method.k
+    losses = [[row[f"train/slot{j}"] for j in range(k)] for row in theirs]
+    assert trainer.losses_Rk.tolist() == [pytest.approx(row, rel=1e-4) for row in losses]
+    assert [float(norm) for norm in trainer.norms_R] == [
+        pytest.approx(row["train/grad_norm"], rel=1e-3) for row in theirs
+    ]
+    assert trainer.losses_Rk[0, 0] != pytest.approx(losses[-1][0], rel=2e-3), "it is moving"
+
+
+def test_every_arm_is_a_run_of_its_own(tmp_path):
+    for name, stages in LONG_GRIDS.items():
+        arms = [arm.name for stage in stages for arm in stage]
+        assert len(set(arms)) == len(arms)
+        assert all(arm.control in {*arms, *ARMS} for stage in stages for arm in stage)
+        grid = long_grid.LongGrid(name, out=tmp_path)
+        keys = {run.key(grid) for run in long_grid.planned(grid)}
+        assert len(keys) == 3 * len(arms)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("longer",), "choose one of"),
+        (("long", "--arms", "mystery"), "no arm mystery"),
+        (("long", "--bases", "7m"), "name=folder"),
+    ],
+)
+def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["long_grid.py", *arguments, "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match=message):
+        long_grid.main()
+
+
+@pytest.mark.slow
+def test_the_ablation_runs_once_and_prints_its_table(monkeypatch, tmp_path, capsys):
+    kept = [arm for arm in LONG_GRIDS["ablation"][0] if arm.name in ("iclr2026", "k = 2")]
+    monkeypatch.setitem(LONG_GRIDS, "ablation", (tuple(kept),))
+    arguments = ("--tiny", "--seeds", "0", "--device", "cpu", "--out", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *map(str, arguments)])
+    ablate.main()
+    printed = capsys.readouterr().out
+    assert "| window size k | 2: " in printed and "4*: " in printed and "8: not run" in printed
+    lines = long_grid.results(tmp_path)
+    assert [line["arm"] for line in lines] == ["iclr2026", "k = 2"]
+    assert len(lines[0]["changes"]["flipped"]) == 3 == len(lines[0]["drafts"]["right"])
+    ablate.main()
+    assert long_grid.results(tmp_path) == lines, "what is finished is not done again"
+    assert "0 of 2 runs to do" in capsys.readouterr().out
+
+
+RECIPE = Path(__file__).resolve().parents[1] / "docs" / "recipe"
+
+
+def test_a_gain_is_that_of_the_same_seeds_and_prompts():
+    def line(arm, seed, correct):
+        facts = {"control": "control", "settings": {"samples": 2}, "losses": {"a/b": seed + 0.5}}
+        return {"base": "b", "arm": arm, "seed": seed, "correct": correct} | facts
+
+    ours = [line("new", seed, [2, 1] * 6) for seed in (0, 1, 2)]
+    theirs = [line("control", seed, [1, 0] * 6) for seed in (0, 1)]
+    lines = long_report.Lines([*ours, *theirs])
+    pairs = lines.pairs("b", "new")
+    assert len(pairs) == 2 and not lines.is_control("b", "new")
+    found = long_report.gain(pairs)
+    assert (found.mean, found.error) == (0.5, 0.0), "the same difference at every prompt"
+    assert long_report.difference(pairs, "a/b").mean == 0.0
+
+
+@pytest.mark.parametrize(("falls", "shares"), [(False, [1, 1, 1]), (True, [1, 0.5, 0.25])])
+def test_the_backbones_rate_falls_if_asked_to(falls, shares):
+    optim = OptimOptions(backbone_lr=2.0, backbone_falls=falls)
+    assert [optim.backbone_rate(step, 100) / 2 for step in (0, 50, 75)] == shares
+
+
+@pytest.mark.parametrize(("constant", "shares"), [(False, [1, 0.5]), (True, [1, 1])])
+def test_pre_training_may_leave_the_rate_where_it_is(constant, shares):
+    layer = torch.nn.Linear(1, 1)
+    descent = Descent(layer, 1.0, warm_up=1, constant=constant)
+    rates = []
+    for done in (0.0, 0.8):
+        descent.step(layer(torch.ones(1, 1)).sum(), done)
+        rates.append(descent._optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(shares)
