@@ -131,12 +131,13 @@ def _components(labels: np.ndarray) -> list[np.ndarray]:
         (labels > 0) & (padded_labels[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] == labels)
         for dy, dx in steps
     ]
-    while True:  # every pixel takes its region's smallest id, one step further each time
+    while True:  # every pixel takes its neighbours' smallest id, then that of the pixel so named
         padded = np.pad(ids, 1)
         new = ids
         for (dy, dx), same in zip(steps, joined, strict=True):
             other = padded[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
             new = np.where(same, np.minimum(new, other), new)
+        new = np.where(new > 0, new.ravel()[new - 1], 0)
         if (new == ids).all():
             break
         ids = new

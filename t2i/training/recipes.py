@@ -6,10 +6,12 @@ falling to 0, a lower constant one for the backbone. Both rates are lost in all 
 those here are our choice, a tenth of the usual pre-training rates for the backbone.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from t2i import cli, launcher
 from t2i.errors import UserError
@@ -25,6 +27,7 @@ from t2i.training.config import (
     TrainConfig,
 )
 
+C = TypeVar("C", bound=TrainConfig)
 Recipes = dict[str, tuple[str, TrainConfig]]
 """By name: what it is, in one line, and the settings."""
 
@@ -145,12 +148,21 @@ def recipes_for(data: type[DataOptions] | type[LabelledOptions]) -> Recipes:
     return {name: recipe for name, recipe in found.items() if isinstance(recipe[1].data, data)}
 
 
-def run_recipe(recipes: Recipes, description: str) -> None:
+def run_recipe(
+    recipes: Mapping[str, tuple[str, C]],
+    description: str,
+    run: Callable[[C], Path] | None = None,
+    main: Sequence[str] = (),
+) -> None:
     """What every `launch/train_*.py` does: parse a named recipe with overrides; check it or train.
 
     The main process alone reports.
+
+    Args:
+        run: what trains; `t2i.training.loop.train` if None.
+        main: options that --help shows besides those of all.
     """
-    config = cli.parse_recipe(recipes, description, main=_MAIN_OPTIONS)
+    config = cli.parse_recipe(recipes, description, main=(*_MAIN_OPTIONS, *main))
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(
@@ -164,9 +176,10 @@ def run_recipe(recipes: Recipes, description: str) -> None:
         if launcher.is_main_process():
             print(report)
         return
-    from t2i.training.loop import train
+    if run is None:
+        from t2i.training.loop import train as run
 
-    folder = train(config)
+    folder = run(config)
     if launcher.is_main_process():
         print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
         if isinstance(config.data, DataOptions) and config.data.trigger:

@@ -23,6 +23,7 @@ MUST_MATCH = (
     "condition_dropout",
     "token_dropout",
     "ema",
+    "reward",
 )
 """With another value the run would be another one."""
 ROUNDING = ("engine.zero_stage", "engine.precision", "engine.micro_batch")

@@ -1,0 +1,221 @@
+"""Settings and seeds of reward fine-tuning on the shapes world, side by side, each for some minutes.
+
+Each run is a process: it scores the start, learns until its time is over or its steps are done, and
+scores again: GenEval on the quickstart's prompts, which are never trained on, drawn as it learns
+(unguided) and as the model is used (guided); DPG-Bench; held-out loss; diversity. No weights are
+kept. --out gets one JSON file with all of it, and a sheet of each of the first runs.
+
+    python launch/lab/reward_grid.py --grid gpu --processes 14 --minutes 2.5 --out runs/reward-grid
+    python launch/lab/reward_grid.py --grid recipe --seeds 3 --minutes 30 --out runs/reward
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from t2i import cli
+from t2i.errors import UserError
+from t2i.reward import reward_recipes
+from t2i.reward.options import RewardConfig
+
+_BIG = {"batch_size": 256, "reward.group": 16}
+GRIDS: dict[str, dict[str, dict[str, Any]]] = {
+    "recipe": {"recipe": {}},
+    "try": {"recipe": {}, "rate 3e-4": {"optim.backbone_lr": 3e-4}},
+    "gpu": {
+        "rate 1e-4": _BIG | {"optim.backbone_lr": 1e-4},
+        "rate 3e-4": _BIG | {"optim.backbone_lr": 3e-4},
+        "rate 1e-3": _BIG | {"optim.backbone_lr": 1e-3},
+        "3e-4, 64 images": {"optim.backbone_lr": 3e-4, "batch_size": 64},
+        "3e-4, no pull": _BIG | {"optim.backbone_lr": 3e-4, "reward.kl": 0.0},
+        "3e-4, pull 0.1": _BIG | {"optim.backbone_lr": 3e-4, "reward.kl": 0.1},
+        "3e-4, verdict": _BIG | {"optim.backbone_lr": 3e-4, "reward.functions": ("geneval",)},
+    },
+    "gpu2": {
+        "3e-4, 2 updates": _BIG | {"optim.backbone_lr": 3e-4, "reward.updates": 2},
+        "3e-4, guided": _BIG | {"optim.backbone_lr": 3e-4, "reward.cfg_scale": 2.5},
+        "3e-4, plain scale": _BIG | {"optim.backbone_lr": 3e-4, "reward.by_spread": False},
+        "3e-4, group 8": _BIG | {"optim.backbone_lr": 3e-4, "reward.group": 8},
+    },
+}
+"""By name: settings by name, each options that differ from the recipe."""
+_KEPT = ("reward/", "policy/", "train/grad_norm", "seconds/")
+
+
+@dataclass(frozen=True)
+class RewardGrid:
+    """What to run."""
+
+    out: Path = Path("runs/reward-grid")
+    """Folder of what is written."""
+    grid: Literal["recipe", "try", "gpu", "gpu2"] = "try"
+    """Which settings."""
+    recipe: str = "shapes-reward"
+    """Recipe that they change."""
+    weights: str = ""
+    """Model to start from; empty: the recipe's."""
+    seeds: int = 2
+    """Runs of each setting."""
+    processes: int = 1
+    """Runs at the same time."""
+    minutes: float = 5.0
+    """Of learning, in each run; scoring comes on top."""
+    steps: int = 1000
+    """At most."""
+    samples: int = 4
+    """Images of each of the 120 prompts that score a model."""
+    one: str = ""
+    """For the program itself: the setting of one run."""
+    seed: int = 0
+    """For the program itself: its seed."""
+
+
+def main() -> None:
+    options = cli.parse(RewardGrid, __doc__)
+    if options.one:
+        run_one(options)
+    else:
+        run_all(options)
+
+
+# -- one run ---------------------------------------------------------------------------------------
+def configured(options: RewardGrid, run_dir: Path) -> RewardConfig:
+    """The recipe with the setting's changes."""
+    changes = GRIDS[options.grid][options.one]
+    config = reward_recipes.recipes()[options.recipe][1]
+    weights = options.weights or config.backbone.weights
+    parts: dict[str, dict[str, Any]] = {
+        "log": {"sample_every": 0},
+        "backbone": {"weights": weights},
+    }
+    own: dict[str, Any] = {"run_dir": run_dir, "seed": options.seed, "steps": options.steps}
+    for name, value in changes.items():
+        part, dot, option = name.partition(".")
+        if dot:
+            parts.setdefault(part, {})[option] = value
+        else:
+            own[part] = value
+    nested = {part: replace(getattr(config, part), **given) for part, given in parts.items()}
+    data = replace(config.data, cache_dir=run_dir / "cache")
+    return replace(config, **nested, **own, data=data)
+
+
+def run_one(options: RewardGrid) -> None:
+    """Score, learn, score."""
+    from t2i.imaging import save_png
+    from t2i.reward.reward_run import RewardRun
+    from t2i.training import run_state
+    from t2i.training.engine import start_processes
+
+    with tempfile.TemporaryDirectory(prefix="reward-grid-") as scratch:
+        config = configured(options, Path(scratch) / "run")
+        with run_state.owned(config, start_processes()):
+            run = RewardRun(config)
+            before, first = looked_at(run, options)
+            rows, started = [], time.perf_counter()
+            while run.step < config.steps and time.perf_counter() - started < 60 * options.minutes:
+                row = run.train_step()
+                rows.append({k: round(v, 5) for k, v in row.items() if k.startswith(_KEPT)})
+            seconds = time.perf_counter() - started
+            after, last = looked_at(run, options)
+    found = {"setting": options.one, "changes": GRIDS[options.grid][options.one]}
+    found |= {"seed": options.seed, "steps": len(rows), "seconds": seconds}
+    found |= {"batch_size": config.batch_size, "before": before, "after": after, "rows": rows}
+    name = _name(options.one, options.seed)
+    (options.out / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+    if options.seed == 0 and options.one == next(iter(GRIDS[options.grid])):
+        save_png(first, options.out / "before.png")
+        save_png(last, options.out / "after.png")
+
+
+def looked_at(run, options: RewardGrid):
+    """Scores of the model as it is, and a sheet of images of its prompts."""
+    from t2i.generation import draw_images
+    from t2i.imaging import grid
+    from t2i.sampling import DrawOptions
+    from t2i.shapes.fine_tuning import examine
+    from t2i.shapes.shapes_prompts import benchmark_prompts
+
+    prompts = benchmark_prompts()
+    found: dict[str, Any] = run.validate()
+    ways = {"unguided": run.config.reward.sampling, "guided": run.model.sampling}
+    for way, sampling in ways.items():
+        report = examine(run.model, prompts, seed=0, samples=options.samples, sampling=sampling)
+        summary = report.report.summary
+        found[way] = summary.overall
+        found[f"{way} tasks"] = {tag: score.mean for tag, score in summary.tags.items()}
+    shown = [entry["prompt"] for entry in prompts[::9]]
+    drawing = DrawOptions(0, run.config.reward.sampling)
+    images = [one.image for one in draw_images(run.model, shown, drawing, progress=False)]
+    labels = [text.removeprefix("a photo of ") for text in shown]
+    return found, grid(images, columns=7, labels=labels, cell=160)
+
+
+# -- all runs --------------------------------------------------------------------------------------
+def run_all(options: RewardGrid) -> None:
+    """Every setting with every seed, so many at the same time."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    waiting = [(name, seed) for seed in range(options.seeds) for name in GRIDS[options.grid]]
+    running: dict[tuple[str, int], subprocess.Popen] = {}
+    failed = []
+    while waiting or running:
+        while waiting and len(running) < options.processes:
+            name, seed = waiting.pop(0)
+            running[name, seed] = _start(options, name, seed)
+        time.sleep(0.5)
+        for job, process in list(running.items()):
+            if process.poll() is not None:
+                del running[job]
+                if process.returncode:
+                    failed.append(job)
+    print(collect(options))
+    if failed:
+        raise UserError(f"{len(failed)} runs failed: {failed}; see {options.out}/*.log")
+
+
+def _start(options: RewardGrid, name: str, seed: int) -> subprocess.Popen:
+    given = {"out": options.out, "grid": options.grid, "recipe": options.recipe}
+    given |= {"minutes": options.minutes, "steps": options.steps, "samples": options.samples}
+    given |= {"one": name, "seed": seed} | ({"weights": options.weights} if options.weights else {})
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    with (options.out / f"{_name(name, seed)}.log").open("w", encoding="utf-8") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        return subprocess.Popen(
+            [sys.executable, __file__, *words], stdout=file, stderr=file, env=environment
+        )
+
+
+def _name(setting: str, seed: int) -> str:
+    return "".join(c if c.isalnum() else "-" for c in f"{setting}-seed{seed}")
+
+
+def collect(options: RewardGrid) -> str:
+    """All runs into one file, and a table of them."""
+    parts = sorted(options.out.glob("*-seed*.json"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
+    (options.out / "reward_grid.json").write_text(json.dumps(runs), encoding="utf-8")
+    for path in parts:
+        path.unlink()
+    columns = ("unguided", "guided", "watch/dpg", "watch/diversity", "validation/own_drafts/slot0")
+    lines = ["| setting | seed | steps | images | seconds | " + " | ".join(columns) + " | kl |"]
+    lines.append("|---|" + "---|" * (len(columns) + 5))
+    for run in sorted(runs, key=lambda run: (run["setting"], run["seed"])):
+        cells = [run["setting"], run["seed"], run["steps"], run["steps"] * run["batch_size"]]
+        cells += [f"{run['seconds']:.0f}"]
+        cells += [f"{run['before'][c]:.3f} -> {run['after'][c]:.3f}" for c in columns]
+        cells += [f"{run['rows'][-1]['policy/kl']:.3f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
