@@ -25,7 +25,7 @@ _MAIN_OPTIONS = (
 
 
 def main() -> None:
-    run_recipe(reward_recipes.recipes(), __doc__, run=train, main=_MAIN_OPTIONS)
+    run_recipe(reward_recipes.recipes(), __doc__, run=train, look=check, main=_MAIN_OPTIONS)
 
 
 def train(config: RewardConfig) -> Path:
@@ -34,6 +34,13 @@ def train(config: RewardConfig) -> Path:
     from t2i.training import loop
 
     return loop.train(config, RewardRun)
+
+
+def check(config: RewardConfig, world_size: int) -> str:
+    """What --check prints."""
+    from t2i.reward.check import check as look
+
+    return look(config, world_size)
 
 
 if __name__ == "__main__":

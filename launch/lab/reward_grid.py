@@ -1,7 +1,7 @@
-"""Settings and seeds of reward fine-tuning on the shapes world, side by side, each for some minutes.
+"""Settings and seeds of reward fine-tuning on the shapes world, side by side, some minutes each.
 
-Each run is a process: it scores the start, learns until its time is over or its steps are done, and
-scores again: GenEval on the quickstart's prompts, which are never trained on, drawn as it learns
+Each run is a process: it scores the start, learns until time or steps are over, and scores again:
+ GenEval on the quickstart's prompts, which are never trained on, drawn as it learns
 (unguided) and as the model is used (guided); DPG-Bench; held-out loss; diversity. No weights are
 kept. --out gets one JSON file with all of it, and a sheet of each of the first runs.
 

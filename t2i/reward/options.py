@@ -1,13 +1,12 @@
 """The settings of reward fine-tuning, on top of those of any training run. Without torch."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from t2i.errors import UserError
-from t2i.sampling import SamplingConfig, check_counts
+from t2i.sampling import SamplingConfig
 from t2i.training.config import TrainConfig
 
 BUILT_IN = ("geneval", "geneval-soft", "dpg", "clip")
@@ -119,10 +118,6 @@ class RewardOptions:
         """Whose benchmarks and judges belong to the prompts."""
         return "shapes" if self.prompts == "shapes" else "official"
 
-    def tuned_for(self) -> Iterator[str]:
-        """What the run does, in words, for people."""
-        yield from (f"{weight:g} x {name}" for name, weight in self.weighted().items())
-
 
 def _is_path(name: str) -> bool:
     module, colon, function = name.partition(":")
@@ -148,11 +143,15 @@ class RewardConfig(TrainConfig):
                 f"batch_size={self.batch_size} must be a multiple of "
                 f"reward.group={self.reward.group}: that many images of each prompt are compared"
             )
-        check_counts(**{"steps": self.steps})
         if self.engine.zero_stage == 3:
             raise UserError(
                 "reward fine-tuning draws in every process, which needs whole weights: use "
                 "engine.zero_stage at most 2"
+            )
+        if self.engine.precision == "autocast":
+            raise UserError(
+                "engine.precision=autocast draws in another precision than it learns: use fp32, or "
+                "bf16 with engine.zero_stage 1 or 2"
             )
         if self.method.k > 1 and self.method.noise == "gaussian":
             raise UserError("method.noise=gaussian is for training on data; drafts are drawn here")
@@ -160,3 +159,9 @@ class RewardConfig(TrainConfig):
     @property
     def prompts_per_step(self) -> int:
         return self.batch_size // self.reward.group
+
+    def describe_batch(self) -> str:
+        group = self.reward.group
+        return (
+            f"{self.batch_size} images per step = {self.prompts_per_step} prompts x {group} images"
+        )

@@ -1,7 +1,7 @@
 """Named starting points of reward fine-tuning, made of the families' controls.
 
 The shapes recipe's numbers are measured (docs/reward.md). Those of real sizes are the field's:
-rates of 1e-6 (full) and 1e-5 to 1e-4 (adapters), groups of 8, a weak pull to the start.
+rates of 1e-6 (full) and 3e-5 to 1e-4 (adapters), groups of 8, a weak pull to the start.
 """
 
 from dataclasses import fields, replace
@@ -31,7 +31,7 @@ def recipes() -> RewardRecipes:
     shapes = _on_shapes(llamagen["shapes-control"][1], "shapes-reward", rate=3e-5)
     tiny_janus = _on_shapes(janus["shapes-janus-control"][1], "shapes-janus-reward", rate=3e-4)
     janus_1b = replace(
-        _real(janus["janus-pro-1b-control"][1], "janus-pro-1b-reward", rate=1e-5),
+        _real(janus["janus-pro-1b-control"][1], "janus-pro-1b-reward", rate=3e-5),
         train_image_layers=False,
     )
     # The text head stays, so that what training does to it is watched.

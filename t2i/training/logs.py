@@ -85,6 +85,12 @@ def write_run_page(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir)
     charts = [
+        _chart(rows, "reward/mean", "Reward: mean of the images of a step"),
+        _chart(rows, "reward/dropped_groups", "Share of groups without spread, left out"),
+        _chart(rows, "watch/", "What is watched, rewarded or not"),
+        _chart(rows, "policy/entropy", "Entropy (nats per code)"),
+        _chart(rows, "policy/kl", "Divergence from the start (nats per code)"),
+        _chart(rows, "seconds/", "Seconds of a step"),
         _chart(rows, "train/slot", "Training loss by slot (nats per code)"),
         _chart(rows, "validation/noised_truth/", "Held-out loss, drafts are noised truth"),
         _chart(rows, "validation/own_drafts/", "Held-out loss, drafts are the model's own"),

@@ -152,6 +152,7 @@ def run_recipe(
     recipes: Mapping[str, tuple[str, C]],
     description: str,
     run: Callable[[C], Path] | None = None,
+    look: Callable[[C, int], str] | None = None,
     main: Sequence[str] = (),
 ) -> None:
     """What every `launch/train_*.py` does: parse a named recipe with overrides; check it or train.
@@ -160,6 +161,7 @@ def run_recipe(
 
     Args:
         run: what trains; `t2i.training.loop.train` if None.
+        look: what --check prints, for so many processes; `t2i.training.check.check` if None.
         main: options that --help shows besides those of all.
     """
     config = cli.parse_recipe(recipes, description, main=(*_MAIN_OPTIONS, *main))
@@ -170,9 +172,10 @@ def run_recipe(
             f"python launch/lab/pretrain_class_shapes.py --backbone {base.name}"
         )
     if config.check:
-        from t2i.training.check import check
+        if look is None:
+            from t2i.training.check import check as look
 
-        report = check(config, launcher.world_size())
+        report = look(config, launcher.world_size())
         if launcher.is_main_process():
             print(report)
         return

@@ -1,0 +1,38 @@
+"""Rewards as users write them, good and bad ones, by the name that a run knows them by."""
+
+import time
+
+import numpy as np
+
+
+def brightness(images, metadata):
+    """How bright an image is."""
+    assert len(images) == len(metadata) and all("prompt" in entry for entry in metadata)
+    return np.array([np.asarray(image).mean() / 255 for image in images])
+
+
+def raises(images, metadata):
+    raise ConnectionError("no server on port 18085")
+
+
+def hangs(images, metadata):
+    time.sleep(600)
+
+
+def nan(images, metadata):
+    return [0.5] * (len(images) - 1) + [float("nan")]
+
+
+def one_too_few(images, metadata):
+    return [0.5] * (len(images) - 1)
+
+
+def words(images, metadata):
+    return ["good"] * len(images)
+
+
+def constant(images, metadata):
+    return [0.0] * len(images)
+
+
+NO_FUNCTION = 3
