@@ -6,9 +6,11 @@ import numpy as np
 
 
 def brightness(images, metadata):
-    """How bright an image is."""
+    """How much brighter an image is in its left half."""
     assert len(images) == len(metadata) and all("prompt" in entry for entry in metadata)
-    return np.array([np.asarray(image).mean() / 255 for image in images])
+    pixels = np.array([np.asarray(image, dtype=float) / 255 for image in images])
+    middle = pixels.shape[2] // 2
+    return pixels[:, :, :middle].mean((1, 2, 3)) - pixels[:, :, middle:].mean((1, 2, 3))
 
 
 def raises(images, metadata):

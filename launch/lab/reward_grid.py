@@ -1,9 +1,9 @@
 """Settings and seeds of reward fine-tuning on the shapes world, side by side, some minutes each.
 
 Each run is a process: it scores the start, learns until time or steps are over, and scores again:
- GenEval on the quickstart's prompts, which are never trained on, drawn as it learns
-(unguided) and as the model is used (guided); DPG-Bench; held-out loss; diversity. No weights are
-kept. --out gets one JSON file with all of it, and a sheet of each of the first runs.
+GenEval on the quickstart's prompts, which are never trained on, drawn as it learns (unguided) and
+as the model is used (guided); DPG-Bench; held-out loss; diversity. No weights are kept. --out gets
+one JSON file with all of it, the runs' output, and sheets of one of them.
 
     python launch/lab/reward_grid.py --grid gpu --processes 14 --minutes 2.5 --out runs/reward-grid
     python launch/lab/reward_grid.py --grid recipe --seeds 3 --minutes 30 --out runs/reward
@@ -71,8 +71,10 @@ class RewardGrid:
     """Of learning, in each run; scoring comes on top."""
     steps: int = 1000
     """At most."""
+    prompts: int = 20
+    """Of each task, that score a model."""
     samples: int = 4
-    """Images of each of the 120 prompts that score a model."""
+    """Images of each of these."""
     one: str = ""
     """For the program itself: the setting of one run."""
     seed: int = 0
@@ -145,7 +147,7 @@ def looked_at(run, options: RewardGrid):
     from t2i.shapes.fine_tuning import examine
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
-    prompts = benchmark_prompts()
+    prompts = benchmark_prompts(per_tag=options.prompts)
     found: dict[str, Any] = run.validate()
     ways = {"unguided": run.config.reward.sampling, "guided": run.model.sampling}
     for way, sampling in ways.items():
@@ -153,7 +155,7 @@ def looked_at(run, options: RewardGrid):
         summary = report.report.summary
         found[way] = summary.overall
         found[f"{way} tasks"] = {tag: score.mean for tag, score in summary.tags.items()}
-    shown = [entry["prompt"] for entry in prompts[::9]]
+    shown = [entry["prompt"] for entry in prompts[:: max(1, len(prompts) // 14)]]
     drawing = DrawOptions(0, run.config.reward.sampling)
     images = [one.image for one in draw_images(run.model, shown, drawing, progress=False)]
     labels = [text.removeprefix("a photo of ") for text in shown]
@@ -184,7 +186,12 @@ def run_all(options: RewardGrid) -> None:
 
 def _start(options: RewardGrid, name: str, seed: int) -> subprocess.Popen:
     given = {"out": options.out, "grid": options.grid, "recipe": options.recipe}
-    given |= {"minutes": options.minutes, "steps": options.steps, "samples": options.samples}
+    given |= {
+        "prompts": options.prompts,
+        "minutes": options.minutes,
+        "steps": options.steps,
+        "samples": options.samples,
+    }
     given |= {"one": name, "seed": seed} | ({"weights": options.weights} if options.weights else {})
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     with (options.out / f"{_name(name, seed)}.log").open("w", encoding="utf-8") as file:
