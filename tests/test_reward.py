@@ -134,6 +134,20 @@ def test_the_loss_is_the_policy_gradient():
     assert 0 < found["entropy"] < np.log(48) and sums[-1] == 4 * 16
 
 
+def test_a_step_makes_the_better_images_likelier():
+    model = TensorAR(tiny_llamagen("text"), TensorARConfig(k=1)).eval()
+    batch, sampling = batch_of(model), SamplingConfig()
+    loss, _ = PolicyLoss(model, sampling, clip=0.2, kl=0.0)(batch)
+    loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.sub_(1e-2 * p.grad)
+        moved = score_codes(model, batch.prepared, batch.windows, sampling).log_p - batch.start
+    better = moved.mean((1, 2))
+    assert better[0] > 0 > better[1] and better[2] > 0
+
+
 def test_clipping_and_the_pull():
     """A ratio outside the clip earns nothing more; away from the start the pull has a gradient."""
     model = TensorAR(tiny_llamagen("text"), TensorARConfig(k=1)).eval()
