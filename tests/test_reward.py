@@ -298,6 +298,21 @@ def test_a_constant_reward_stops_after_some_batches():
         panel.look({name: [0, 0]}, ["a", "b"])
 
 
+@pytest.mark.slow
+def test_judges_in_processes_of_their_own():
+    """Two give the numbers that one gives, in the images' order; what is wrong there is said."""
+    names = ("geneval-soft", BRIGHT, "reward_functions:raises")
+    rewards = load_rewards(names, RewardOptions(), CPU)
+    panel = Panel(rewards, dict.fromkeys(names[:2], 1.0), seconds=120, constant=3)
+    entries = [position("circle", "left of", "square"), two_object("circle", "star")]
+    of = ([RIGHT, WRONG, RIGHT], [*entries, entries[0]])
+    alone = panel.judge_all(*of)
+    panel.share(2, RewardOptions())
+    assert panel.judge_all(*of) == alone and len(set(alone["geneval-soft"])) == 2
+    with pytest.raises(RewardError, match="raised ConnectionError: no server on port 18085"):
+        panel.judge("reward_functions:raises", *of)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

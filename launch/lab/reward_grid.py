@@ -28,6 +28,11 @@ from t2i.reward import reward_recipes
 from t2i.reward.options import RewardConfig
 
 _BIG = {"batch_size": 256, "reward.group": 16}
+_HARD = _BIG | {
+    "ema": 0.95,
+    "reward.tasks": ("two_object", "counting", "position", "color_attr"),
+    "reward.workers": 2,
+}
 GRIDS: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {"recipe": {}},
     "try": {"recipe": {}, "rate 3e-4": {"optim.backbone_lr": 3e-4}},
@@ -41,10 +46,9 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "3e-4, verdict": _BIG | {"optim.backbone_lr": 3e-4, "reward.functions": ("geneval",)},
     },
     "gpu2": {
-        "3e-4, 2 updates": _BIG | {"optim.backbone_lr": 3e-4, "reward.updates": 2},
-        "3e-4, guided": _BIG | {"optim.backbone_lr": 3e-4, "reward.cfg_scale": 2.5},
-        "3e-4, plain scale": _BIG | {"optim.backbone_lr": 3e-4, "reward.by_spread": False},
-        "3e-4, group 8": _BIG | {"optim.backbone_lr": 3e-4, "reward.group": 8},
+        "1e-4": _HARD | {"optim.backbone_lr": 1e-4},
+        "5e-5": _HARD | {"optim.backbone_lr": 5e-5},
+        "1e-4, verdict": _HARD | {"optim.backbone_lr": 1e-4, "reward.functions": ("geneval",)},
     },
 }
 """By name: settings by name, each options that differ from the recipe."""
@@ -151,13 +155,15 @@ def looked_at(run, options: RewardGrid):
     found: dict[str, Any] = run.validate()
     ways = {"unguided": run.config.reward.sampling, "guided": run.model.sampling}
     for way, sampling in ways.items():
-        report = examine(run.model, prompts, seed=0, samples=options.samples, sampling=sampling)
+        with run._averaged():
+            report = examine(run.model, prompts, seed=0, samples=options.samples, sampling=sampling)
         summary = report.report.summary
         found[way] = summary.overall
         found[f"{way} tasks"] = {tag: score.mean for tag, score in summary.tags.items()}
     shown = [entry["prompt"] for entry in prompts[:: max(1, len(prompts) // 14)]]
     drawing = DrawOptions(0, run.config.reward.sampling)
-    images = [one.image for one in draw_images(run.model, shown, drawing, progress=False)]
+    with run._averaged():
+        images = [one.image for one in draw_images(run.model, shown, drawing, progress=False)]
     labels = [text.removeprefix("a photo of ") for text in shown]
     return found, grid(images, columns=7, labels=labels, cell=160)
 

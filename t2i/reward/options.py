@@ -54,6 +54,10 @@ class RewardOptions:
     """Who answers questions for dpg; auto: by the prompts."""
     answerer_weights: str | None = None
     """Folder or hub id of these weights."""
+    workers: int = 0
+    """Processes that judge, on the CPU, for each process that draws; 0: it judges by itself, with
+    the judges' weights on its own device.
+    """
     seconds: float = 600.0
     """A function that takes longer for a batch stops the run."""
     constant: int = 5
@@ -92,7 +96,7 @@ class RewardOptions:
             if count < 1:
                 least = 2 if name == "group" else 1
                 raise UserError(f"reward.{name} must be at least {least}")
-        for name in ("kl", "watch_prompts"):
+        for name in ("kl", "watch_prompts", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must not be negative")
         for name in ("clip", "temperature", "seconds"):

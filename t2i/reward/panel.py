@@ -8,10 +8,16 @@ whatever is wrong ends in one message with the reward's name and a prompt.
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from typing import Any
 
+import torch
+
 from t2i.errors import UserError
-from t2i.reward.rewards import Entries, Images, Reward
+from t2i.reward.options import RewardOptions
+from t2i.reward.rewards import Entries, Images, Reward, load_rewards
 
 
 class RewardError(UserError):
@@ -37,6 +43,12 @@ class Panel:
         self.rewards, self.weights = rewards, weights
         self._seconds, self._most = seconds, constant
         self._same = dict.fromkeys(weights, 0)
+
+    def share(self, workers: int, options: RewardOptions) -> None:
+        """From now on ask copies of the rewards in so many processes of their own, on the CPU."""
+        # Daemons: they end with the program, also where one of them hangs.
+        pool = get_context("spawn").Pool(workers, _load, (tuple(self.rewards), options))
+        self.rewards = {name: partial(_ask_all, pool, workers, name) for name in self.rewards}
 
     def check(self, entries: Entries, names: Sequence[str] | None = None) -> None:
         """UserError if a reward cannot judge such prompts; before anything is drawn."""
@@ -120,6 +132,33 @@ class Panel:
                     f"prompts such as {prompts[0]!r:.120}: there is nothing to learn from. Either "
                     "it is broken, or the model always, or never, does what it rewards"
                 )
+
+
+# -- in processes of their own ---------------------------------------------------------------------
+_loaded: dict[str, Reward] = {}
+"""Of a worker."""
+
+
+def _load(names: Sequence[str], options: RewardOptions) -> None:
+    torch.set_num_threads(1)
+    _loaded.update(load_rewards(names, options, torch.device("cpu")))
+
+
+def _ask_one(name: str, images: Images, entries: Entries) -> list:
+    return list(_loaded[name](images, entries))
+
+
+def _ask_all(pool: Pool, workers: int, name: str, images: Images, entries: Entries) -> list:
+    """A reward's answer, each worker asked for its share."""
+    shares = [range(len(images))[i::workers] for i in range(min(workers, len(images)))]
+    asked = [(name, [images[i] for i in s], [entries[i] for i in s]) for s in shares]
+    answers: list = [None] * len(images)
+    for share, given in zip(shares, pool.starmap(_ask_one, asked), strict=True):
+        if len(given) != len(share):
+            raise ValueError(f"{len(given)} numbers for {len(share)} images")
+        for place, value in zip(share, given, strict=True):
+            answers[place] = value
+    return answers
 
 
 def _example(entries: Entries) -> str:

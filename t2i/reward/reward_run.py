@@ -66,12 +66,15 @@ class RewardRun(loop.Run):
         processes, options = start_processes(), config.reward
         self.pool = training_prompts(options, config.seed)
         names = dict.fromkeys((*options.functions, *options.watch))
-        rewards = load_rewards(tuple(names), options, processes.device)
+        device = torch.device("cpu") if options.workers else processes.device
+        rewards = load_rewards(tuple(names), options, device)
         self.panel = Panel(
             rewards, options.weighted(), seconds=options.seconds, constant=options.constant
         )
         self.panel.check(self.pool.every())
         self.watcher = Watch(config, self.panel, processes)
+        if options.workers:
+            self.panel.share(options.workers, options)
         super().__init__(config)
         of = None
         if self.step > 0:  # the model has gone on from the start
