@@ -14,6 +14,9 @@ from t2i.training.state import trained
 BANDWIDTH = 2e12
 """Bytes per second that weights are read with while drawing: an A100's; an H100 reads 3.3e12."""
 
+_PROMPT_TOKENS = 128
+"""Prefix that is assumed where it varies with the prompts, as in `t2i.training.memory`."""
+
 
 def check(config: RewardConfig, world_size: int = 1) -> str:
     """A report for people.
@@ -49,9 +52,8 @@ def _drawing_lines(
     options, spec = config.reward, model.backbone.spec
     guided = options.cfg_scale != 1
     images = min(options.draw_batch, config.batch_size // world_size)
-    cache = model.backbone.new_cache(
-        images * (1 + guided), spec.prefix_tokens + model.windows.count - 1
-    )
+    length = min(spec.prefix_tokens, _PROMPT_TOKENS) + model.windows.count - 1
+    cache = model.backbone.new_cache(images * (1 + guided), length)
     held = sum(t.nbytes for t in (*cache.keys, *cache.values))
     start = weight_bytes(config) * sum(
         p.numel() for name, p in trained(model).items() if "lora_" not in name
