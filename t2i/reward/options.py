@@ -163,9 +163,3 @@ class RewardConfig(TrainConfig):
     @property
     def prompts_per_step(self) -> int:
         return self.batch_size // self.reward.group
-
-    def describe_batch(self) -> str:
-        group = self.reward.group
-        return (
-            f"{self.batch_size} images per step = {self.prompts_per_step} prompts x {group} images"
-        )

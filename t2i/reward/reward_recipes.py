@@ -17,6 +17,8 @@ RewardRecipes = dict[str, tuple[str, RewardConfig]]
 _LOG = LogOptions(
     log_every=1, validate_every=None, sample_every=None, save_every=None, at_start=True
 )
+_HARD = ("two_object", "counting", "position", "color_attr")
+"""Tasks that the shipped bases do not always do."""
 _OFFICIAL_PROMPTS = (
     "a photo of a red bus and a blue bench",
     "a photo of three dogs",
@@ -28,7 +30,7 @@ _OFFICIAL_PROMPTS = (
 def recipes() -> RewardRecipes:
     """By name; every option can be changed on the command line."""
     llamagen, janus = llamagen_recipes.recipes(), janus_recipes.recipes()
-    shapes = _on_shapes(llamagen["shapes-control"][1], "shapes-reward", rate=3e-5)
+    shapes = _on_shapes(llamagen["shapes-control"][1], "shapes-reward", rate=1e-4)
     tiny_janus = _on_shapes(janus["shapes-janus-control"][1], "shapes-janus-reward", rate=3e-4)
     janus_1b = replace(
         _real(janus["janus-pro-1b-control"][1], "janus-pro-1b-reward", rate=3e-5),
@@ -52,10 +54,13 @@ def _rewarded(config: TrainConfig, reward: RewardOptions) -> RewardConfig:
 
 
 def _on_shapes(config: TrainConfig, name: str, rate: float) -> RewardConfig:
-    config = _rewarded(config, RewardOptions())
+    config = _rewarded(config, RewardOptions(group=16, tasks=_HARD))
     return replace(
         config,
         run_dir=Path(f"runs/{name}"),
+        batch_size=256,
+        steps=60,
+        ema=0.95,
         train_image_layers=False,
         data=DataOptions(source="shapes:640", validation_samples=128),
         optim=OptimOptions(codec_lr=rate, backbone_lr=rate, weight_decay=0.0),

@@ -104,7 +104,7 @@ class RewardRun(loop.Run):
         for _ in range(config.reward.updates):
             totals, norm = self._update(batches)
         norm = self._count_step(norm)
-        if not loop._healthy_norm(norm):
+        if not loop.healthy_norm(norm):
             self._refuse("gradient", self.step)
         times.append(time.perf_counter())
         seconds = [later - earlier for earlier, later in pairwise(times)]
@@ -227,7 +227,7 @@ class RewardRun(loop.Run):
     def validate(self) -> dict[str, float]:
         """The held-out losses, and what `t2i.reward.watch` looks at."""
         found = super().validate()
-        with self._averaged():
+        with self.averaged():
             found |= self.watcher(self.model) | text_drift(self.model, self.start)
         return found
 

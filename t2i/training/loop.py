@@ -134,7 +134,7 @@ class Run:
                 total = self._healthy(parts, norm)  # or no weight is touched
             self.engine.step()
         norm = self._count_step(norm)
-        if not _healthy_norm(norm):
+        if not healthy_norm(norm):
             self._refuse_batch(parts, total, self.step)
         self.seconds += time.perf_counter() - started
         return {
@@ -207,7 +207,7 @@ class Run:
 
     def validate(self) -> dict[str, float]:
         """Held-out losses; every rank calls it."""
-        with self._averaged(), autocast(self.config.engine.precision, self.processes.device):
+        with self.averaged(), autocast(self.config.engine.precision, self.processes.device):
             metrics = validate(self.model, self.data).metrics()
         if not all(map(math.isfinite, metrics.values())):
             raise NotFiniteError(
@@ -222,7 +222,7 @@ class Run:
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
             drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")  # nothing is kept
-            with self._averaged():
+            with self.averaged():
                 images = [
                     drawn.image
                     for drawn in draw_images(
@@ -266,7 +266,7 @@ class Run:
                 f"{run_state.advice(self.config.run_dir)}"
             )
 
-    def _averaged(self) -> AbstractContextManager[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """For the duration the model has the averaged weights, if there are any."""
         return nullcontext() if self.average is None else self.average.applied()
 
@@ -348,7 +348,7 @@ def _train(run: Run) -> Path:
     return run_checkpoints(config.run_dir)[-1]
 
 
-def _healthy_norm(norm: Tensor | float | None) -> bool:
+def healthy_norm(norm: Tensor | float | None) -> bool:
     """Whether it is unknown, or a number; DeepSpeed says -1 for one that is none."""
     return norm is None or 0 <= norm < math.inf
 
