@@ -10,6 +10,7 @@ one JSON file with all of it, the runs' output, and sheets of one of them.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,6 +34,7 @@ _ONE_WAY = {
     "reward.tasks": ("two_object", "counting", "colors", "position", "color_attr"),
 }
 """The first grid's settings, of which each other one changes something."""
+_GPU = {"reward.workers": 2, "reward.draw_batch": 256}
 GRIDS: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {"recipe": {}},
     "rates": {
@@ -43,9 +45,9 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "no pull": _ONE_WAY | {"reward.kl": 0.0},
     },
     "gpu2": {
-        "1e-4": {"reward.workers": 2},
-        "5e-5": {"reward.workers": 2, "optim.backbone_lr": 5e-5},
-        "1e-4, verdict": {"reward.workers": 2, "reward.functions": ("geneval",)},
+        "1e-4": _GPU,
+        "5e-5": _GPU | {"optim.backbone_lr": 5e-5},
+        "1e-4, verdict": _GPU | {"reward.functions": ("geneval",)},
     },
 }
 """By name: settings by name, each options that differ from the recipe."""
@@ -215,6 +217,7 @@ def collect(options: RewardGrid) -> str:
     (options.out / "reward_grid.json").write_text(json.dumps(runs), encoding="utf-8")
     for path in parts:
         path.unlink()
+    (options.out / "curve.svg").write_text(curves(runs), encoding="utf-8")
     columns = ("unguided", "guided", "watch/dpg", "watch/diversity", "validation/own_drafts/slot0")
     lines = ["| setting | seed | steps | images | seconds | " + " | ".join(columns) + " | kl |"]
     lines.append("|---|" + "---|" * (len(columns) + 5))
@@ -225,6 +228,50 @@ def collect(options: RewardGrid) -> str:
         cells += [f"{run['rows'][-1]['policy/kl']:.3f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+_COLORS = ("#2858d6", "#d62626", "#269c4c", "#8038ac", "#f78a1a")
+_WIDTH, _HEIGHT, _PAD = 640, 300, 44
+
+
+def curves(runs: list[dict]) -> str:
+    """An SVG of every run's mean reward against images, the mean of ten steps at a time."""
+    lines: dict[str, list[list[tuple[float, float]]]] = {}
+    for run in runs:
+        values = [row["reward/mean"] for row in run["rows"]]
+        means = [
+            ((i + 1) * run["batch_size"], sum(near) / len(near))
+            for i in range(len(values))
+            if (near := values[max(0, i - 9) : i + 1]) and i >= 4
+        ]
+        lines.setdefault(run["setting"], []).append(means)
+    points = [point for of in lines.values() for line in of for point in line]
+    if not points:
+        return "<svg xmlns='http://www.w3.org/2000/svg'/>"
+    right, low, high = max(p[0] for p in points), *(f(p[1] for p in points) for f in (min, max))
+    low, high = math.floor(20 * low) / 20, math.ceil(20 * high) / 20
+    drawn = [_text(4, 16, "mean reward of what is drawn, over ten steps, against images drawn")]
+    for value in (low, (low + high) / 2, high):
+        y = _HEIGHT - _PAD - (_HEIGHT - 2 * _PAD) * (value - low) / (high - low)
+        drawn.append(f'<path d="M{_PAD} {y:.1f}H{_WIDTH - _PAD}" stroke="#ddd"/>')
+        drawn.append(_text(4, y + 4, f"{value:.3g}"))
+    for number, (setting, of) in enumerate(lines.items()):
+        color = _COLORS[number % len(_COLORS)]
+        for line in of:
+            places = " ".join(
+                f"{_PAD + (_WIDTH - 2 * _PAD) * x / right:.1f},"
+                f"{_HEIGHT - _PAD - (_HEIGHT - 2 * _PAD) * (y - low) / (high - low):.1f}"
+                for x, y in line
+            )
+            drawn.append(f'<polyline points="{places}" fill="none" stroke="{color}"/>')
+        drawn.append(_text(_PAD + 110 * number, _HEIGHT - 8, setting, color))
+    drawn.append(_text(_WIDTH - _PAD - 60, _HEIGHT - 26, f"{right:,} images"))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}"'
+    return f'{head} font-family="sans-serif" font-size="12">{"".join(drawn)}</svg>\n'
+
+
+def _text(x: float, y: float, words: str, color: str = "#444") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}">{words}</text>'
 
 
 if __name__ == "__main__":
