@@ -47,7 +47,7 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
     "gpu2": {
         "1e-4": _GPU,
         "5e-5": _GPU | {"optim.backbone_lr": 5e-5},
-        "1e-4, verdict": _GPU | {"reward.functions": ("geneval",)},
+        "adapters 5e-4": _GPU | {"optim.backbone_lr": 5e-4, "tuning": "lora"},
     },
 }
 """By name: settings by name, each options that differ from the recipe."""

@@ -5,6 +5,7 @@ that was installed wrongly look like a model that cannot learn. So every answer 
 whatever is wrong ends in one message with the reward's name and a prompt.
 """
 
+import atexit
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -46,8 +47,8 @@ class Panel:
 
     def share(self, workers: int, options: RewardOptions) -> None:
         """From now on ask copies of the rewards in so many processes of their own, on the CPU."""
-        # Daemons: they end with the program, also where one of them hangs.
         pool = get_context("spawn").Pool(workers, _load, (tuple(self.rewards), options))
+        atexit.register(pool.terminate)  # also where one of them hangs
         self.rewards = {name: partial(_ask_all, pool, workers, name) for name in self.rewards}
 
     def check(self, entries: Entries, names: Sequence[str] | None = None) -> None:
