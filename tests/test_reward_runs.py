@@ -170,10 +170,10 @@ def test_a_reward_that_breaks_costs_nothing(tiny_world, function, step, words):
 
 def test_groups_without_spread_are_left_out(tiny_world, monkeypatch):
     """They are counted, and where all are, no weight moves."""
-    config = tiny_reward_run(tiny_world, "reward-flat", reward__constant=9, steps=2)
+    config = tiny_reward_run(tiny_world, "reward-flat", reward__constant=9, optim__weight_decay=0.0)
     monkeypatch.setattr("reward_functions.brightness", lambda images, metadata: [1.0] * len(images))
     folder = learn(config)
-    assert [row["reward/dropped_groups"] for row in metrics(tiny_world, "reward-flat")] == [1, 1]
+    assert [row["reward/dropped_groups"] for row in metrics(tiny_world, "reward-flat")] == [1, 1, 1]
     base = t2i.load_backbone("llamagen", tiny_world / "base").state_dict()
     own = t2i.from_pretrained(folder).backbone.state_dict()
     assert all(torch.allclose(own[name], base[name], atol=1e-6) for name in base)
@@ -198,7 +198,7 @@ def test_check_looks_at_every_recipe(name, tmp_path):
     [
         ("--steps None", "steps is not given"),
         ("--batch-size 96 --reward.group 9", "batch_size=96 must be a multiple of reward.group=9"),
-        ("--engine.zero-stage 3", "use engine.zero_stage at most 2"),
+        ("--engine.zero-stage 3", "reward fine-tuning draws in every process"),
         ("--engine.precision autocast", "autocast draws in another precision than it learns"),
     ],
 )
