@@ -198,7 +198,7 @@ def test_check_looks_at_every_recipe(name, tmp_path):
     [
         ("--steps None", "steps is not given"),
         ("--batch-size 96 --reward.group 9", "batch_size=96 must be a multiple of reward.group=9"),
-        ("--engine.zero-stage 3", "reward fine-tuning draws in every process"),
+        ("--ema 0 --engine.zero-stage 3", "reward fine-tuning draws in every process"),
         ("--engine.precision autocast", "autocast draws in another precision than it learns"),
     ],
 )

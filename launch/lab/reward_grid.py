@@ -159,7 +159,7 @@ def looked_at(run, options: RewardGrid):
         summary = report.report.summary
         found[way] = summary.overall
         found[f"{way} tasks"] = {tag: score.mean for tag, score in summary.tags.items()}
-    shown = [entry["prompt"] for entry in prompts[:: max(1, len(prompts) // 14)]]
+    shown = [entry["prompt"] for entry in prompts[:: max(1, len(prompts) // 14)]][:14]
     drawing = DrawOptions(0, run.config.reward.sampling)
     with run.averaged():
         images = [one.image for one in draw_images(run.model, shown, drawing, progress=False)]
