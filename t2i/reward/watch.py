@@ -13,7 +13,7 @@ from geneval.prompts import TAGS, official_prompts
 from t2i.generation import all_jobs, draw_images
 from t2i.processes import Processes
 from t2i.reward.options import RewardConfig
-from t2i.reward.panel import Panel
+from t2i.reward.panel import Panel, RewardError
 from t2i.reward.policy import Start
 from t2i.sampling import DrawOptions
 from t2i.shapes.shapes_prompts import benchmark_prompts
@@ -136,8 +136,6 @@ def text_drift(model: TensorAR, start: Start) -> dict[str, float]:
 
 def together(processes: Processes, work: Callable[[], Any]) -> list:
     """What every process made, by rank; one that raises RewardError makes all raise it."""
-    from t2i.reward.panel import RewardError
-
     try:
         outcome = (work(), None)
     except RewardError as error:
