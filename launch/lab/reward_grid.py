@@ -127,12 +127,12 @@ def run_one(options: RewardGrid) -> None:
             run = RewardRun(config)
             before, first = looked_at(run, options)
             rows, started = [], time.perf_counter()
-            while run.step < config.steps and time.perf_counter() - started < 60 * options.minutes:
+            while run.step < options.steps and time.perf_counter() - started < 60 * options.minutes:
                 row = run.train_step()
                 rows.append({k: round(v, 5) for k, v in row.items() if k.startswith(_KEPT)})
             seconds = time.perf_counter() - started
             after, last = looked_at(run, options)
-    found = {"setting": options.one, "changes": GRIDS[options.grid][options.one]}
+    found: dict[str, Any] = {"setting": options.one, "changes": GRIDS[options.grid][options.one]}
     found |= {"seed": options.seed, "steps": len(rows), "seconds": seconds}
     found |= {"batch_size": config.batch_size, "before": before, "after": after, "rows": rows}
     name = _name(options.one, options.seed)
@@ -190,7 +190,7 @@ def run_all(options: RewardGrid) -> None:
 
 
 def _start(options: RewardGrid, name: str, seed: int) -> subprocess.Popen:
-    given = {"out": options.out, "grid": options.grid, "recipe": options.recipe}
+    given: dict[str, Any] = {"out": options.out, "grid": options.grid, "recipe": options.recipe}
     given |= {
         "prompts": options.prompts,
         "minutes": options.minutes,

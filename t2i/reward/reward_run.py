@@ -103,8 +103,8 @@ class RewardRun(loop.Run):
         batches = list(self._batches(found))
         for _ in range(config.reward.updates):
             totals, norm = self._update(batches)
-        norm = self._count_step(norm)
-        if not loop.healthy_norm(norm):
+        total_norm = self._count_step(norm)
+        if not loop.healthy_norm(total_norm):
             self._refuse("gradient", self.step)
         times.append(time.perf_counter())
         seconds = [later - earlier for earlier, later in pairwise(times)]
@@ -122,7 +122,7 @@ class RewardRun(loop.Run):
             "policy/ratio_off": means["ratio_off"],
             "train/loss": means["loss"],
             **{f"lr/{part}": rate for part, rate in rates.items()},
-            **({} if norm is None else {"train/grad_norm": float(norm)}),
+            **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
             **{f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)},
         }
 

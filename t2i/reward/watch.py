@@ -3,6 +3,7 @@ says of fixed texts. Drawn as the run draws, at fixed prompts and random numbers
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -70,10 +71,8 @@ class Watch:
                 drawn[id(entries)] = self._draw(model, entries)
             images = drawn[id(entries)]
             asked = [entries[one.prompt_index] for one in images]
-            values = together(
-                self._processes,
-                lambda n=name, i=images, a=asked: self._panel.judge(n, [d.image for d in i], a),
-            )
+            pictures = [one.image for one in images]
+            values = together(self._processes, partial(self._panel.judge, name, pictures, asked))
             every = [value for share in values for value in share]
             found[f"watch/{name}"] = sum(every) / len(every)
         if drawn:
@@ -136,13 +135,14 @@ def text_drift(model: TensorAR, start: Start) -> dict[str, float]:
 
 def together(processes: Processes, work: Callable[[], Any]) -> list:
     """What every process made, by rank; one that raises RewardError makes all raise it."""
+    made, wrong = None, None
     try:
-        outcome = (work(), None)
+        made = work()
     except RewardError as error:
-        outcome = (None, error)
         if processes.world_size == 1:
             raise
-    everywhere = processes.gather((outcome[0], None if outcome[1] is None else str(outcome[1])))
+        wrong = error
+    everywhere = processes.gather((made, None if wrong is None else str(wrong)))
     if said := next((text for _, text in everywhere if text is not None), None):
-        raise RewardError(said) from outcome[1]
+        raise RewardError(said) from wrong
     return [made for made, _ in everywhere]

@@ -133,15 +133,15 @@ class Run:
                 norm = grad_norm(self.engine)
                 total = self._healthy(parts, norm)  # or no weight is touched
             self.engine.step()
-        norm = self._count_step(norm)
-        if not healthy_norm(norm):
+        total_norm = self._count_step(norm)
+        if not healthy_norm(total_norm):
             self._refuse_batch(parts, total, self.step)
         self.seconds += time.perf_counter() - started
         return {
             "train/loss": float(total.weighted(config.method.weights())),
             **{f"train/slot{j}": m for j, m in enumerate(total.means().tolist())},
             **{f"lr/{part}": rate for part, rate in rates.items()},
-            **({} if norm is None else {"train/grad_norm": float(norm)}),
+            **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
             "data_wait": self.waited / self.seconds,
         }
 
@@ -350,7 +350,7 @@ def _train(run: Run) -> Path:
 
 def healthy_norm(norm: Tensor | float | None) -> bool:
     """Whether it is unknown, or a number; DeepSpeed says -1 for one that is none."""
-    return norm is None or 0 <= norm < math.inf
+    return norm is None or 0 <= float(norm) < math.inf
 
 
 def _due(every: int, step: int) -> bool:

@@ -172,17 +172,15 @@ def run_recipe(
             f"python launch/lab/pretrain_class_shapes.py --backbone {base.name}"
         )
     if config.check:
-        if look is None:
-            from t2i.training.check import check as look
+        from t2i.training.check import check
 
-        report = look(config, launcher.world_size())
+        report = (look or check)(config, launcher.world_size())
         if launcher.is_main_process():
             print(report)
         return
-    if run is None:
-        from t2i.training.loop import train as run
+    from t2i.training.loop import train
 
-    folder = run(config)
+    folder = (run or train)(config)
     if launcher.is_main_process():
         print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
         if isinstance(config.data, DataOptions) and config.data.trigger:
