@@ -20,6 +20,7 @@ from t2i.errors import UserError
 VERBS = {
     "train-llamagen": ("launch.train_llamagen", "fine-tune LlamaGen text-to-image"),
     "train-janus": ("launch.train_janus", "fine-tune Janus-Pro"),
+    "train-reward": ("launch.train_reward", "fine-tune by what judges say of drawn images"),
     "train-imagenet": ("launch.train_imagenet", "fine-tune a class-conditional model"),
     "generate": ("launch.generate", "draw images of prompts"),
     "review": ("launch.review", "compare models by looking, on one page"),

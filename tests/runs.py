@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from t2i.files import write_json
 from t2i.imaging import save_png
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.reward.options import RewardConfig, RewardOptions
 from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
@@ -107,6 +108,17 @@ def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
     return replace(config, **nested, **own)
 
 
+def tiny_reward_run(root: Path, name: str, **changes) -> RewardConfig:
+    """`tiny_run` as reward fine-tuning: four groups of four images a step, for their brightness."""
+    reward = RewardOptions(functions=("reward_functions:brightness",), group=4, watch=())
+    given = {k.removeprefix("reward__"): v for k, v in changes.items() if k.startswith("reward__")}
+    config = tiny_run(
+        root, name, **{k: v for k, v in changes.items() if k.split("__")[0] != "reward"}
+    )
+    own = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    return RewardConfig(**own, reward=replace(reward, **given))
+
+
 def plain_options(root: Path, name: str) -> list[str]:
     """The command line of train_llamagen.py that does what the `plain` run does."""
     text = f"""shapes-iclr2026 --backbone.weights {root / "base"} --method.k 3
@@ -150,9 +162,9 @@ def saved_after_two_steps(run: Run) -> tuple[Path, TensorAR]:
 
 def metrics(root: Path, name: str) -> list[dict]:
     """A run's metrics without those that depend on the machine or on the ZeRO stage."""
-    skipped = ("images_per_s", "data_wait", "memory_gb", "train/grad_norm")
+    skipped = ("images_per_s", "data_wait", "memory_gb", "train/grad_norm", "seconds/")
     rows = read_metrics(root / "runs" / name)
-    return [{k: v for k, v in row.items() if k not in skipped} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(skipped)} for row in rows]
 
 
 def assert_same_metrics(a: list[dict], b: list[dict], tolerance: float) -> None:

@@ -16,9 +16,10 @@ from runs import assert_same_weights, before_step, kill, metrics, tiny_run, weig
 from t2i import checkpoint
 from t2i.errors import NotFiniteError, UserError
 from t2i.files import owning
+from t2i.reward.options import RewardConfig
 from t2i.training import settings
 from t2i.training.check import check
-from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
+from t2i.training.config import LabelledOptions, TrainConfig
 from t2i.training.loop import Run, train
 
 STAGES = {
@@ -188,13 +189,13 @@ def test_every_option_belongs_to_a_group():
     """Case 6: so that none can be forgotten: a new one fails here until it is said what a resumed
     run does with another value.
     """
-    for data in (DataOptions(), LabelledOptions()):
-        config = settings.plain(asdict(TrainConfig(data=data)))
-        for name, _ in settings.options(config):
+    rewarded = RewardConfig(steps=1)
+    for config in (TrainConfig(), TrainConfig(data=LabelledOptions()), rewarded):
+        for name, _ in settings.options(settings.plain(asdict(config))):
             assert settings.group_of(name)
     with pytest.raises(AssertionError, match=r"engine\.new belongs to none"):
         settings.group_of("engine.new")
-    own = {name for name, _ in settings.options(settings.plain(asdict(TrainConfig())))}
+    own = {name for name, _ in settings.options(settings.plain(asdict(rewarded)))}
     groups = (settings.MUST_MATCH, settings.ROUNDING, settings.BY_CONTENT, settings.FREE)
     for name in {n for group in (*groups, settings.APPLIED) for n in group}:
         assert any(n == name or n.startswith(f"{name}.") for n in own), f"{name} is no option"

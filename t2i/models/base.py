@@ -325,6 +325,12 @@ class Backbone(nn.Module, ABC):
         """Teacher-forced logits of every sub-token, given the true codes [..., S]."""
         return tuple(layer(x).float() for x, layer in self.all_heads(h, codes))
 
+    def fixed_text_logits(self) -> Tensor | None:
+        """Logits [..., words] of the next word in texts that are always the same, to see what
+        training on images does to writing; None of a model that does not write.
+        """
+        return None
+
     def trained_modules(self) -> Sequence[nn.Module]:
         """What full fine-tuning trains."""
         return (self,)

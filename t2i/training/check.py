@@ -8,7 +8,7 @@ the code cache.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from t2i.data.data_report import DataReport, survey_source
@@ -21,6 +21,7 @@ from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
 from t2i.sources import check_named
+from t2i.tensorar.model import TensorAR
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
@@ -87,8 +88,14 @@ def sheet_prompts(config: TrainConfig) -> list[str]:
 
 
 # -- the report ------------------------------------------------------------------------------------
-def check(config: TrainConfig, world_size: int = 1) -> str:
+def check(
+    config: TrainConfig,
+    world_size: int = 1,
+    more: Callable[[TensorAR, Plan | None], dict[str, list[str]]] | None = None,
+) -> str:
     """A report for people.
+
+    more: further lines by title, from the model on the meta device.
 
     Raises:
         UserError: what makes the run impossible.
@@ -109,6 +116,7 @@ def check(config: TrainConfig, world_size: int = 1) -> str:
         "batch": _batch_lines(config, plan, world_size),
         "when": _when_lines(config, plan),
         **size,
+        **({} if more is None else more(model, plan)),
         "run folder": [str(config.run_dir)],
     }
     warnings += too_much
@@ -188,8 +196,9 @@ def _batch_lines(config: TrainConfig, plan: Plan | None, world_size: int) -> lis
     ]
     if plan is not None and plan.training:
         passes = plan.steps * config.batch_size / plan.training
+        lines.append(f"{plan.held_out} of {plan.samples} samples held out")
+    if plan is not None and plan.training and config.learns_from_data:
         lines += [
-            f"{plan.held_out} of {plan.samples} samples held out",
             f"{plan.steps} steps = {passes:.2f} passes over {plan.training} training samples",
         ]
     return lines

@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
@@ -238,6 +238,8 @@ class LogOptions:
 class TrainConfig:
     """A training run."""
 
+    learns_from_data: ClassVar[bool] = True
+    """Whether the steps read `data`, or it is only validated on."""
     run_dir: Path = Path("runs/train")
     """Everything the run writes goes here."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)

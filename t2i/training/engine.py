@@ -197,8 +197,8 @@ class TrainingLoss(nn.Module):
         return losses.loss, losses.sums, losses.counts
 
 
-def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
-    """Wrap the model in a DeepSpeed engine with AdamW."""
+def start_engine(model: TensorAR, config: TrainConfig, processes: Processes, loss: nn.Module):
+    """Wrap the model, in the module that computes its loss, in a DeepSpeed engine with AdamW."""
     import deepspeed
 
     if config.engine.precision == "bf16":
@@ -207,7 +207,7 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes):
     groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
     engine, *_ = deepspeed.initialize(
-        model=TrainingLoss(model, config.engine.precision),
+        model=loss,
         optimizer=optimizer,
         config=deepspeed_config(config, processes.world_size),
         dist_init_required=False,

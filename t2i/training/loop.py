@@ -9,11 +9,11 @@ from dataclasses import asdict
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.checkpoint import find_checkpoint, from_pretrained, read_config, run_checkpoints
 from t2i.errors import NotFiniteError, Stopped, UserError
@@ -34,6 +34,7 @@ from t2i.training.check import look_at_model, look_before_work
 from t2i.training.config import TrainConfig
 from t2i.training.engine import (
     Batch,
+    TrainingLoss,
     autocast,
     grad_norm,
     set_rates,
@@ -56,6 +57,9 @@ BEST_BY = "validation/own_drafts/slot0"
 class Run:
     """A run in progress: everything that the steps share."""
 
+    shown: ClassVar[str] = "train/loss"
+    """The metric beside the bar."""
+
     def __init__(self, config: TrainConfig):
         self.config = config
         self.processes = processes = start_processes()
@@ -71,7 +75,7 @@ class Run:
         if checkpoint is not None:
             state = run_state.resumed_state(self.model, config, checkpoint, self.data.key)
             self.step = read_config(checkpoint)["training"]["step"]
-        self.engine = start_engine(self.model, config, processes)
+        self.engine = start_engine(self.model, config, processes, self.loss_module())
         self.average = Average(self.model, config.ema) if config.ema else None
         if state is not None:
             state.load_optimizer(self.engine)
@@ -96,6 +100,14 @@ class Run:
             settled = {"plan": asdict(self.plan), "sheet_prompts": self.prompts}
             write_json(config.run_dir / "config.json", plain(asdict(config)) | settled)
             self.metrics = MetricsLog(config, self.step)
+
+    def loss_module(self) -> nn.Module:
+        """What DeepSpeed wraps."""
+        return TrainingLoss(self.model, self.config.engine.precision)
+
+    def learning_mode(self) -> None:
+        """The mode that steps are taken in."""
+        self.model.train()
 
     def _place_helpers(self) -> None:
         backbone, device = self.model.backbone, self.processes.device
@@ -123,21 +135,24 @@ class Run:
                 norm = grad_norm(self.engine)
                 total = self._healthy(parts, norm)  # or no weight is touched
             self.engine.step()
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.step)
-        if norm is None:
-            norm = self.engine.get_global_grad_norm()
-            if norm is not None and not 0 <= norm < math.inf:  # nor NaN; DeepSpeed says -1, too
-                self._refuse_batch(parts, total, self.step)
+        total_norm = self._count_step(norm)
+        if not healthy_norm(total_norm):
+            self._refuse_batch(parts, total, self.step)
         self.seconds += time.perf_counter() - started
         return {
             "train/loss": float(total.weighted(config.method.weights())),
             **{f"train/slot{j}": m for j, m in enumerate(total.means().tolist())},
             **{f"lr/{part}": rate for part, rate in rates.items()},
-            **({} if norm is None else {"train/grad_norm": float(norm)}),
+            **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
             "data_wait": self.waited / self.seconds,
         }
+
+    def _count_step(self, norm: Tensor | None) -> Tensor | float | None:
+        """Call it after a step; returns the norm of its gradient, as soon as anything tells."""
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        return self.engine.get_global_grad_norm() if norm is None else norm
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; adds up how long the steps wait for them."""
@@ -152,26 +167,30 @@ class Run:
     def _healthy(self, parts: list[tuple[Tensor, SlotLosses]], norm: Tensor | None) -> SlotLosses:
         """The losses of the whole batch, on the CPU.
 
-        Ranks exchange one message, and with it their stop requests: a signal reaches them at
-        different steps.
-
         Raises:
             NotFiniteError: a loss is not finite, or the norm of the gradient, where it is known.
         """
         k, losses = self.config.method.k, [part for _, part in parts]
         sums = reduce(add, (p.sums for p in losses))
         counts = reduce(add, (p.counts for p in losses))
+        found, healthy = self._agree(torch.cat([sums, counts]), norm)
+        total = SlotLosses(*found.split(k))
+        if not healthy:
+            self._refuse_batch(parts, total, self.step + 1)
+        return total
+
+    def _agree(self, sums: Tensor, norm: Tensor | None) -> tuple[Tensor, bool]:
+        """Some numbers added up over all processes, on the CPU, and whether these and the norm are
+        finite. Requests to stop travel with them: a signal reaches processes at different steps.
+        """
         bad = sums.new_tensor(0.0) if norm is None else (~norm.isfinite()).to(sums)
         stop = sums.new_tensor(float(self.stop_requested))
-        message = torch.cat([sums, counts, torch.stack([bad, stop])])
+        message = torch.cat([sums, torch.stack([bad, stop])])
         if self.processes.world_size > 1:
             dist.all_reduce(message)
         message = message.cpu()
         self.stop_agreed = bool(message[-1] > 0)
-        total = SlotLosses(message[:k], message[k : 2 * k])
-        if message[-2] > 0 or not message.isfinite().all():
-            self._refuse_batch(parts, total, self.step + 1)
-        return total
+        return message[:-2], bool(message[-2] == 0 and message.isfinite().all())
 
     def _refuse_batch(
         self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses, step: int
@@ -190,7 +209,7 @@ class Run:
 
     def validate(self) -> dict[str, float]:
         """Held-out losses; every rank calls it."""
-        with self._averaged(), autocast(self.config.engine.precision, self.processes.device):
+        with self.averaged(), autocast(self.config.engine.precision, self.processes.device):
             metrics = validate(self.model, self.data).metrics()
         if not all(map(math.isfinite, metrics.values())):
             raise NotFiniteError(
@@ -205,7 +224,7 @@ class Run:
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
             drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")  # nothing is kept
-            with self._averaged():
+            with self.averaged():
                 images = [
                     drawn.image
                     for drawn in draw_images(
@@ -218,7 +237,7 @@ class Run:
             path = self.config.run_dir / "samples" / f"step_{self.step:06d}.png"
             with saving(path):
                 save_png(sheet, path)
-            self.model.train()
+            self.learning_mode()
         self.processes.barrier()
 
     def first_look(self) -> None:
@@ -249,7 +268,7 @@ class Run:
                 f"{run_state.advice(self.config.run_dir)}"
             )
 
-    def _averaged(self) -> AbstractContextManager[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """For the duration the model has the averaged weights, if there are any."""
         return nullcontext() if self.average is None else self.average.applied()
 
@@ -258,16 +277,20 @@ class Run:
         self.check_weights()
         return self.checkpoints.save(self.step)
 
+    def judged_by(self, metrics: dict[str, float]) -> float:
+        """Of a validation's metrics the one that says which model is the best: the lowest."""
+        return metrics[BEST_BY]
+
     def keep_if_best(self, metrics: dict[str, float]) -> None:
-        """Write the model beside the checkpoints if no validation found a lower loss."""
-        if self.config.log.keep_best and metrics[BEST_BY] < self.best_loss:
+        """Write the model beside the checkpoints if no validation found a better one."""
+        if self.config.log.keep_best and self.judged_by(metrics) < self.best_loss:
             self.check_weights()
-            self.best_loss = metrics[BEST_BY]
+            self.best_loss = self.judged_by(metrics)
             self.checkpoints.save_best(self.step, self.best_loss)
 
 
-def train(config: TrainConfig) -> Path:
-    """Run (or resume) a training; returns the last checkpoint folder.
+def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
+    """Run (or resume) a training of this kind; returns the last checkpoint folder.
 
     Raises:
         UserError: something in the configuration or the data is wrong, run_dir is in use, or the
@@ -277,7 +300,7 @@ def train(config: TrainConfig) -> Path:
         Stopped: on request (Ctrl-C, SIGTERM, SIGHUP), after a checkpoint; a KeyboardInterrupt.
     """
     with run_state.owned(config, start_processes()):
-        return _train(Run(config))
+        return _train(kind(config))
 
 
 def _train(run: Run) -> Path:
@@ -285,7 +308,7 @@ def _train(run: Run) -> Path:
     if config.log.at_start and run.step == 0:
         run.first_look()
     started, first = time.perf_counter(), run.step
-    run.model.train()
+    run.learning_mode()
     bar = progress_bar(
         total=plan.steps,
         initial=first,
@@ -302,7 +325,8 @@ def _train(run: Run) -> Path:
             if validated:
                 metrics |= run.validate()
             if run.processes.is_main:
-                shown = {"loss": f"{metrics['train/loss']:.3f}", "images_s": f"{rate:.1f}"}
+                shown = {run.shown.rpartition("/")[2]: f"{metrics[run.shown]:.3f}"}
+                shown["images_s"] = f"{rate:.1f}"
                 bar.set_postfix(shown, refresh=False)  # by itself it would redraw at every step
                 bar.update()
                 if validated or _due(plan.log_every, run.step):
@@ -325,6 +349,11 @@ def _train(run: Run) -> Path:
     if run.step < plan.steps:
         raise Stopped(f"saved after step {run.step}; the same with --resume goes on")
     return run_checkpoints(config.run_dir)[-1]
+
+
+def healthy_norm(norm: Tensor | float | None) -> bool:
+    """Whether it is unknown, or a number; DeepSpeed says -1 for one that is none."""
+    return norm is None or 0 <= float(norm) < math.inf
 
 
 def _due(every: int, step: int) -> bool:

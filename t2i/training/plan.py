@@ -121,7 +121,7 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
 
 
 def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
-    if plan.samples is None or plan.training is None:
+    if plan.samples is None or plan.training is None or not config.learns_from_data:
         return
     if plan.held_out > max(64, 0.1 * plan.samples):
         yield (

@@ -6,13 +6,13 @@ falling to 0, a lower constant one for the backbone. Both rates are lost in all 
 those here are our choice, a tenth of the usual pre-training rates for the backbone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from t2i import cli, launcher
 from t2i.errors import UserError
@@ -29,6 +29,7 @@ from t2i.training.config import (
     TrainConfig,
 )
 
+C = TypeVar("C", bound=TrainConfig)
 Recipes = dict[str, tuple[str, TrainConfig]]
 """By name: what it is, in one line, and the settings."""
 
@@ -184,12 +185,23 @@ def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
     return from_json(type(config), own, prefix.rstrip(".") or "options", defaults=config)
 
 
-def run_recipe(recipes: Recipes, description: str) -> None:
+def run_recipe(
+    recipes: Mapping[str, tuple[str, C]],
+    description: str,
+    run: Callable[[C], Path] | None = None,
+    look: Callable[[C, int], str] | None = None,
+    main: Sequence[str] = (),
+) -> None:
     """What every `launch/train_*.py` does: parse a named recipe with overrides; check it or train.
 
     The main process alone reports.
+
+    Args:
+        run: what trains; `t2i.training.loop.train` if None.
+        look: what --check prints, for so many processes; `t2i.training.check.check` if None.
+        main: options that --help shows besides those of all.
     """
-    config = cli.parse_recipe(recipes, description, main=_MAIN_OPTIONS)
+    config = cli.parse_recipe(recipes, description, main=(*_MAIN_OPTIONS, *main))
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(
@@ -199,13 +211,13 @@ def run_recipe(recipes: Recipes, description: str) -> None:
     if config.check:
         from t2i.training.check import check
 
-        report = check(config, launcher.world_size())
+        report = (look or check)(config, launcher.world_size())
         if launcher.is_main_process():
             print(report)
         return
     from t2i.training.loop import train
 
-    folder = train(config)
+    folder = (run or train)(config)
     if launcher.is_main_process():
         print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
         if isinstance(config.data, DataOptions) and config.data.trigger:

@@ -30,6 +30,7 @@ _MACHINERY = (
     (r"train/grad_norm", "Norm of the gradient", "before it is clipped"),
     (r"lr/.*", "Learning rates", "of this step"),
     (r"images_per_s", "Speed", "images per second, since the start"),
+    (r"seconds/.*", "Seconds of a step", "s"),
     (r"data_wait", "Waiting for data", "share of the steps' time"),
     (r"memory_gb", "Peak memory", "GB of the main process"),
 )

@@ -23,6 +23,7 @@ MUST_MATCH = (
     "condition_dropout",
     "token_dropout",
     "ema",
+    "reward",
 )
 """With another value the run would be another one."""
 ROUNDING = ("engine.zero_stage", "engine.precision", "engine.micro_batch", "engine.compile")
@@ -40,6 +41,9 @@ APPLIED = ("optim", "steps", "epochs", "sampling")
 FREE = (
     *("run_dir", "log", "resume", "check", "data.cache_dir"),
     *("engine.gradient_checkpointing", "engine.codec_checkpointing"),
+    *("reward.seconds", "reward.constant", "reward.workers"),
+    *("reward.watch", "reward.watch_prompts", "reward.watch_images"),
+    *("reward.detector_weights", "reward.answerer_weights"),
 )
 """Nothing that is computed depends on them."""
 

@@ -37,6 +37,12 @@ from t2i.weights import load_strict, naming, read_folder, reading_shape
 
 log = logging.getLogger(__name__)
 
+_FIXED_TEXTS = (
+    "Why is the sky blue?",
+    "Write two sentences about a red bicycle that leans against a wall.",
+    "What is three times four, and how do you know?",
+)
+"""Whose continuations training on images should leave as they were."""
 _MAX_PROMPT = 512
 _UNDERSTANDING = ("model.vision_model.", "model.aligner.", "lm_head.")
 
@@ -250,6 +256,12 @@ class Janus(LlamaBackbone):
         words = self.language_model.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
         return self.janus.lm_head(self.trunk(words, positions, Condition(words[:, :0])))
+
+    def fixed_text_logits(self) -> Tensor | None:
+        if self.left_out:
+            return None
+        texts = (torch.tensor([self.prompts.encode([text])[0]]) for text in _FIXED_TEXTS)
+        return torch.cat([self.text_logits(ids.to(self.device))[0] for ids in texts])
 
     # -- pixels ------------------------------------------------------------------------------------
     def quantize_pixels(self, pixels: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""What `--check` says of reward fine-tuning besides what it says of any run: judges are named, and
+neither loaded nor fetched.
+"""
+
+from t2i.reward.options import BUILT_IN, RewardConfig
+from t2i.reward.prompts import training_prompts
+from t2i.reward.rewards import own_function
+from t2i.tensorar.model import TensorAR
+from t2i.training import check as training_check
+from t2i.training.memory import readable_size, readable_time, weight_bytes
+from t2i.training.plan import Plan
+from t2i.training.state import trained
+
+BANDWIDTH = 2e12
+"""Bytes per second that weights are read with while drawing: an A100's; an H100 reads 3.3e12."""
+
+_PROMPT_TOKENS = 128
+"""Prefix that is assumed where it varies with the prompts, as in `t2i.training.memory`."""
+
+
+def check(config: RewardConfig, world_size: int = 1) -> str:
+    """A report for people.
+
+    Raises:
+        UserError: what makes the run impossible.
+    """
+    reward = _reward_lines(config)
+
+    def more(model: TensorAR, plan: Plan | None) -> dict[str, list[str]]:
+        return {"reward": reward, "drawing": _drawing_lines(config, model, plan, world_size)}
+
+    return training_check.check(config, world_size, more)
+
+
+def _reward_lines(config: RewardConfig) -> list[str]:
+    options, pool = config.reward, training_prompts(config.reward, config.seed)
+    for name in options.functions:
+        if name not in BUILT_IN:
+            own_function(name)
+    counts = ", ".join(f"{len(entries)} {task}" for task, entries in pool.tasks.items())
+    return [
+        "learns from  " + " + ".join(f"{w:g} x {name}" for name, w in options.weighted().items()),
+        f"prompts      {counts}; {pool.left_out} left out, which are a benchmark's",
+        f"watches      {', '.join(options.watch) or 'held-out loss alone'}",
+    ]
+
+
+def _drawing_lines(
+    config: RewardConfig, model: TensorAR, plan: Plan | None, world_size: int
+) -> list[str]:
+    """How images are drawn, and what that takes besides learning; `model` is on the meta device."""
+    options, spec = config.reward, model.backbone.spec
+    guided = options.cfg_scale != 1
+    images = min(options.draw_batch, config.batch_size // world_size)
+    length = min(spec.prefix_tokens, _PROMPT_TOKENS) + model.windows.count - 1
+    cache = model.backbone.new_cache(images * (1 + guided), length)
+    held = sum(t.nbytes for t in (*cache.keys, *cache.values))
+    start = weight_bytes(config) * sum(
+        p.numel() for name, p in trained(model).items() if "lora_" not in name
+    )
+    weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
+    lines = [
+        f"{config.batch_size} images per step = {config.prompts_per_step} prompts x "
+        f"{options.group} images, {images} at once in each process"
+        + (f", guided by {options.cfg_scale:g}" if guided else ", unguided"),
+        f"{'copy of the start':<34}{readable_size(start)}, beside the model",
+        f"{'cache while drawing':<34}{readable_size(held)}, kept from step to step",
+    ]
+    if plan is not None:
+        batches = -(-config.batch_size // (world_size * images)) * plan.steps
+        seconds = batches * model.windows.count * weights / BANDWIDTH
+        lines.append(
+            f"{batches:,} batches of {model.windows.count} calls that read {readable_size(weights)}"
+            f" each: {readable_time(seconds)} at least at {BANDWIDTH / 1e12:g} TB/s (estimated)"
+        )
+    return lines

@@ -1,0 +1,106 @@
+"""The prompts of reward fine-tuning: GenEval's grammar or a file, without any benchmark's prompt.
+
+What is drawn at a step is a function of the step alone: the tasks take turns, and each goes through
+its prompts in an order of its own, all of them before any comes again.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from geneval.prompts import TAGS, draw_prompts, official_prompts
+from t2i.data.order import sample_index
+from t2i.errors import UserError
+from t2i.evaluation.generation_folder import read_prompts
+from t2i.files import text_sha256
+from t2i.reward.options import RewardOptions
+from t2i.shapes.shapes_prompts import all_prompts, benchmark_prompts, every_prompt, is_held_out
+from t2i.shapes.shapes_questions import shapes_questions
+
+log = logging.getLogger(__name__)
+
+_OFFICIAL_SEED, _PER_TASK = 1_000_003, 3000
+"""What GenEval's own generator is started with, and asked for: another stream than its 553."""
+
+
+@dataclass(frozen=True)
+class PromptPool:
+    """Entries by task, in the order of their first turn."""
+
+    tasks: dict[str, list[dict]]
+    seed: int
+    left_out: int
+    """Prompts of a benchmark that were taken out."""
+
+    def at(self, step: int, count: int) -> list[dict]:
+        """The `count` entries of a step."""
+        turns = list(self.tasks.values())
+        found = []
+        for place in range(step * count, (step + 1) * count):
+            number = place % len(turns)
+            entries = turns[number]
+            at = sample_index(place // len(turns), len(entries), self.seed + number)
+            found.append(entries[at])
+        return found
+
+    def every(self) -> list[dict]:
+        """All entries."""
+        return [entry for entries in self.tasks.values() for entry in entries]
+
+
+def prompt_hash(prompt: str) -> str:
+    """Of a prompt's words: neither case nor spaces count."""
+    return text_sha256(" ".join(prompt.lower().split()))
+
+
+@lru_cache
+def benchmark_hashes() -> frozenset[str]:
+    """Of GenEval's 553 prompts, and of all that the shapes world's benchmarks ask for."""
+    held_out = [entry for entry in every_prompt() if is_held_out(entry)]
+    entries = [*official_prompts(), *benchmark_prompts(), *held_out]
+    prompts = [*(entry["prompt"] for entry in entries), *shapes_questions().prompts.values()]
+    return frozenset(map(prompt_hash, prompts))
+
+
+def training_prompts(options: RewardOptions, seed: int) -> PromptPool:
+    """The prompts that a run may draw.
+
+    Raises:
+        UserError: there is no such task or file, or nothing is left once the benchmarks' prompts
+            are out.
+    """
+    if options.prompts in ("shapes", "official"):
+        found = {task: _of_task(task, options.prompts) for task in options.tasks}
+    else:
+        path = Path(options.prompts)
+        if not path.is_file():
+            raise UserError(
+                f"reward.prompts={options.prompts} is no file; give shapes, official, or a .txt or "
+                ".jsonl file"
+            )
+        found = {path.name: read_prompts((), path)}
+    hashes = benchmark_hashes()
+    kept = {
+        task: [entry for entry in entries if prompt_hash(entry["prompt"]) not in hashes]
+        for task, entries in found.items()
+    }
+    if empty := [task for task, entries in kept.items() if not entries]:
+        raise UserError(
+            f"reward.prompts: all {len(found[empty[0]])} prompts of {empty[0]} are a benchmark's, "
+            "and none is left to learn from; leave it out"
+        )
+    left_out = sum(len(found[task]) - len(kept[task]) for task in found)
+    return PromptPool(kept, seed, left_out)
+
+
+def _of_task(task: str, words: str) -> list[dict]:
+    if task not in TAGS:
+        raise UserError(f"reward.tasks: unknown {task!r}; choose from {', '.join(TAGS)}")
+    return all_prompts(task) if words == "shapes" else _official()[task]
+
+
+@lru_cache
+def _official() -> dict[str, list[dict]]:
+    drawn = draw_prompts(_OFFICIAL_SEED, _PER_TASK)
+    return {task: [entry for entry in drawn if entry["tag"] == task] for task in TAGS}

@@ -1,0 +1,81 @@
+"""Named starting points of reward fine-tuning, made of the families' controls.
+
+The shapes recipe's numbers are measured (docs/reward.md). Those of real sizes are the field's:
+rates of 1e-6 (full) and 3e-5 to 1e-4 (adapters), groups of 8, a weak pull to the start.
+"""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from t2i.models.janus import janus_recipes
+from t2i.models.llamagen import llamagen_recipes
+from t2i.reward.options import RewardConfig, RewardOptions
+from t2i.training.config import DataOptions, EngineOptions, LogOptions, OptimOptions, TrainConfig
+
+RewardRecipes = dict[str, tuple[str, RewardConfig]]
+
+_LOG = LogOptions(
+    log_every=1, validate_every=None, sample_every=None, save_every=None, at_start=True
+)
+_HARD = ("two_object", "counting", "position", "color_attr")
+"""Tasks that the shipped bases do not always do."""
+_OFFICIAL_PROMPTS = (
+    "a photo of a red bus and a blue bench",
+    "a photo of three dogs",
+    "a photo of a cat left of a chair",
+    "a photo of a purple backpack and a yellow umbrella",
+)
+
+
+def recipes() -> RewardRecipes:
+    """By name; every option can be changed on the command line."""
+    llamagen, janus = llamagen_recipes.recipes(), janus_recipes.recipes()
+    shapes = _on_shapes(llamagen["shapes-control"][1], "shapes-reward", rate=1e-4)
+    tiny_janus = _on_shapes(janus["shapes-janus-control"][1], "shapes-janus-reward", rate=3e-4)
+    janus_1b = replace(
+        _real(janus["janus-pro-1b-control"][1], "janus-pro-1b-reward", rate=3e-5),
+        train_image_layers=False,
+    )
+    # The text head stays, so that what training does to it is watched.
+    janus_1b = replace(janus_1b, backbone=replace(janus_1b.backbone, generation_only=False))
+    xl = _real(llamagen["t2i-xl-256-control"][1], "t2i-xl-256-reward", rate=1e-6)
+    return {
+        "shapes-reward": ("offline shapes world: GenEval as the teacher", shapes),
+        "shapes-janus-reward": ("offline shapes world, tiny Janus: adapters", tiny_janus),
+        "janus-pro-1b-reward": ("Janus-Pro 1B: adapters, GenEval as the teacher", janus_1b),
+        "t2i-xl-256-reward": ("LlamaGen XL at 256 px as a whole, GenEval as the teacher", xl),
+    }
+
+
+def _rewarded(config: TrainConfig, reward: RewardOptions) -> RewardConfig:
+    own = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    own |= {"batch_size": 64, "steps": 100, "token_dropout": 0.0, "condition_dropout": 0.0}
+    return RewardConfig(**own, reward=reward)
+
+
+def _on_shapes(config: TrainConfig, name: str, rate: float) -> RewardConfig:
+    config = _rewarded(config, RewardOptions(group=16, tasks=_HARD))
+    return replace(
+        config,
+        run_dir=Path(f"runs/{name}"),
+        batch_size=256,
+        steps=60,
+        ema=0.95,
+        train_image_layers=False,
+        data=DataOptions(source="shapes:640", validation_samples=128),
+        optim=OptimOptions(codec_lr=rate, backbone_lr=rate, weight_decay=0.0),
+        engine=EngineOptions(micro_batch=32),
+        log=replace(_LOG, prompts=config.log.prompts),
+    )
+
+
+def _real(config: TrainConfig, name: str, rate: float) -> RewardConfig:
+    reward = RewardOptions(prompts="official", watch=("geneval",), kl=0.01)
+    config = _rewarded(config, reward)
+    return replace(
+        config,
+        run_dir=Path(f"runs/{name}"),
+        steps=1600,
+        optim=replace(config.optim, backbone_lr=rate, codec_lr=rate, weight_decay=0.0),
+        log=replace(_LOG, log_every=None, prompts=_OFFICIAL_PROMPTS),
+    )

@@ -1,0 +1,264 @@
+"""A run of reward fine-tuning: a training run whose step draws, judges and learns.
+
+What a step draws is a function of the seed, the step and the weights, so that a resumed run draws
+the same. Rewards, advantages and what is left out are computed of the whole batch in every process,
+from the same numbers.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from t2i.errors import NotFiniteError
+from t2i.files import saving
+from t2i.generation import Drawn, draw_images
+from t2i.imaging import grid, save_png
+from t2i.reward.options import RewardConfig
+from t2i.reward.panel import Panel, RewardError
+from t2i.reward.policy import SUMS, DrawnBatch, PolicyLoss, Start, advantages, score_codes
+from t2i.reward.prompts import training_prompts
+from t2i.reward.rewards import load_rewards
+from t2i.reward.watch import Watch, text_drift, together
+from t2i.rng import make_keys
+from t2i.sampling import DrawOptions
+from t2i.training import loop, run_state
+from t2i.training.engine import set_rates, start_processes
+from t2i.training.start import build_model
+
+_DRAWN = 31
+"""Number of the stream of random numbers that images are drawn with."""
+_SHEET_GROUPS = 8
+"""Groups whose best and worst image are shown."""
+
+
+@dataclass
+class Round:
+    """A step's images in this process, and what the whole batch amounts to."""
+
+    entries: list[dict]
+    """Of the step's prompts, one for each group."""
+    mine: list[tuple[int, int]]
+    """This process's images: number of the prompt and of the image."""
+    drawn: list[Drawn]
+    values: dict[str, list[float]]
+    """Of every reward, for every image of the batch."""
+    rewards_PG: Tensor
+    """fp64, the weighted sums."""
+    advantages_PG: Tensor
+    kept_P: Tensor
+    """Which groups are learned from."""
+
+
+class RewardRun(loop.Run):
+    """See `t2i.training.loop.Run`."""
+
+    shown: ClassVar[str] = "reward/mean"
+    config: RewardConfig
+
+    def __init__(self, config: RewardConfig):
+        processes, options = start_processes(), config.reward
+        self.pool = training_prompts(options, config.seed)
+        names = dict.fromkeys((*options.functions, *options.watch))
+        device = torch.device("cpu") if options.workers else processes.device
+        rewards = load_rewards(tuple(names), options, device)
+        self.panel = Panel(
+            rewards, options.weighted(), seconds=options.seconds, constant=options.constant
+        )
+        self.panel.check(self.pool.every())
+        self.watcher = Watch(config, self.panel, processes)
+        if options.workers:
+            self.panel.share(options.workers, options)
+        super().__init__(config)
+        of = None
+        if self.step > 0:  # the model has gone on from the start
+            of = build_model(config)
+        self.start = Start(self.model, of=of)
+        self.saved_step = self.step
+        self.round: Round | None = None
+        self.learning_mode()
+
+    def loss_module(self) -> nn.Module:
+        options = self.config.reward
+        return PolicyLoss(self.model, options.sampling, clip=options.clip, kl=options.kl)
+
+    def learning_mode(self) -> None:
+        """Nothing is dropped out: what is learned from is scored as it was drawn."""
+        self.model.eval()
+
+    # -- a step ------------------------------------------------------------------------------------
+    def _train_step(self) -> dict[str, float]:
+        config, times = self.config, [time.perf_counter()]
+        rates = set_rates(self.engine, config, self.step, self.plan.steps)
+        drawn = self._draw()
+        times.append(time.perf_counter())
+        self.round = found = self._judge(*drawn)
+        times.append(time.perf_counter())
+        batches = list(self._batches(found))
+        for _ in range(config.reward.updates):
+            totals, norm = self._update(batches)
+        total_norm = self._count_step(norm)
+        if not loop.healthy_norm(total_norm):
+            self._refuse("gradient", self.step)
+        times.append(time.perf_counter())
+        seconds = [later - earlier for earlier, later in pairwise(times)]
+        names = ("drawing", "judging", "learning")
+        means = dict(zip(SUMS, (totals / totals[-1]).tolist(), strict=True))
+        return {
+            "reward/mean": float(found.rewards_PG.mean()),
+            "reward/std": float(found.rewards_PG.std(correction=0)),
+            "reward/group_std": float(found.rewards_PG.std(1, correction=0).mean()),
+            **{f"reward/by/{name}": sum(v) / len(v) for name, v in found.values.items()},
+            "reward/dropped_groups": 1 - float(found.kept_P.double().mean()),
+            "policy/entropy": means["entropy"],
+            "policy/kl": means["kl"],
+            "policy/clipped": means["clipped"],
+            "policy/ratio_off": means["ratio_off"],
+            "train/loss": means["loss"],
+            **{f"lr/{part}": rate for part, rate in rates.items()},
+            **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
+            **{f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)},
+        }
+
+    def _draw(self) -> tuple[list[dict], list[tuple[int, int]], list[Drawn]]:
+        """This process's share of the step's images."""
+        config, options, processes = self.config, self.config.reward, self.processes
+        entries = self.pool.at(self.step, config.prompts_per_step)
+        share = config.batch_size // processes.world_size
+        places = range(processes.rank * share, (processes.rank + 1) * share)
+        mine = [divmod(place, options.group) for place in places]
+        seed = int(make_keys(config.seed, _DRAWN, self.step)) & (2**63 - 1)
+        drawing = DrawOptions(seed, options.sampling, options.draw_batch)
+        prompts = [entry["prompt"] for entry in entries]
+        drawn = list(draw_images(self.model, prompts, drawing, jobs=mine, progress=False))
+        return entries, mine, drawn
+
+    def _judge(self, entries: list[dict], mine: list[tuple[int, int]], drawn: list[Drawn]) -> Round:
+        """Every reward of every image, and the advantages.
+
+        Raises:
+            RewardError: there is something wrong with a reward; in every process.
+        """
+        images, asked = [one.image for one in drawn], [entries[p] for p, _ in mine]
+        shares = together(self.processes, lambda: self.panel.judge_all(images, asked))
+        values = {name: [v for share in shares for v in share[name]] for name in shares[0]}
+        self.panel.look(values, [entry["prompt"] for entry in entries])
+        total = torch.tensor(self.panel.total(values), dtype=torch.float64)
+        rewards = total.view(len(entries), self.config.reward.group)
+        found = advantages(rewards, by_spread=self.config.reward.by_spread)
+        return Round(entries, mine, drawn, values, rewards, *found)
+
+    @torch.no_grad()
+    def _batches(self, found: Round) -> Iterator[DrawnBatch]:
+        """The images to learn from, with what the start says of them."""
+        config, device = self.config, self.processes.device
+        prompts, backbone = [entry["prompt"] for entry in found.entries], self.model.backbone
+        prepared = backbone.prepare(prompts, backbone.prefix_length(prompts))
+        image = torch.tensor(found.mine)
+        windows = torch.stack([one.windows for one in found.drawn])
+        gains = found.advantages_PG[image[:, 0], image[:, 1]].float()
+        # DeepSpeed takes the mean over all passes of all processes, each of which has as many, with
+        # images or without: what comes of it is the mean over the images kept.
+        count = config.batch_size // config.engine.micro_batch
+        kept = found.kept_P[image[:, 0]].float()
+        share = kept * count / max(1, int(found.kept_P.sum()) * config.reward.group)
+        for rows in kept.nonzero()[:, 0].tensor_split(count // self.processes.world_size):
+            rows = rows if len(rows) else torch.tensor([0])
+            of = image[rows, 0].to(device)
+            own = {name: value.to(device)[of] for name, value in prepared.items()}
+            drawn = windows[rows].to(device)
+            scored = (self.model, own, drawn, config.reward.sampling)
+            with self.start.applied():
+                start = score_codes(*scored).log_p
+            before = score_codes(*scored).log_p if config.reward.updates > 1 else None
+            gain, part = gains[rows].to(device), share[rows].to(device)
+            yield DrawnBatch(drawn, own, gain, part, start, before)
+
+    def _update(self, batches: list[DrawnBatch]) -> tuple[Tensor, Tensor | None]:
+        """An optimizer step; returns `SUMS` of all processes, and the gradient's norm if known."""
+        parts = []
+        for batch in batches:
+            loss, sums = self.engine(batch)
+            self.engine.backward(loss)
+            parts.append(sums)
+            if self.engine.is_gradient_accumulation_boundary():
+                norm = loop.grad_norm(self.engine)
+                totals, healthy = self._agree(torch.stack(parts).sum(0), norm)
+                if not healthy:  # before any weight is touched
+                    self._refuse("loss or gradient", self.step + 1)
+            self.engine.step()
+        return totals, norm
+
+    def _refuse(self, what: str, step: int) -> None:
+        assert self.round is not None, "of this step"
+        prompts = [entry["prompt"] for entry in self.round.entries[:2]]
+        raise NotFiniteError(
+            f"the {what} is not finite at step {step}, with prompts such as {prompts}; "
+            f"{run_state.advice(self.config.run_dir)}"
+        )
+
+    # -- around the steps --------------------------------------------------------------------------
+    def train_step(self) -> dict[str, float]:
+        """As in any run; what is wrong with a reward does not cost the steps before."""
+        try:
+            return super().train_step()
+        except RewardError as error:
+            raise RewardError(f"{error}. {self._rescue()}") from error
+
+    def _rescue(self) -> str:
+        """Save what is not saved yet: no weight has been touched since the last step."""
+        if self.step == 0:
+            return "Nothing was learned yet"
+        folder = self.config.run_dir / "checkpoints" / f"step_{self.step:06d}"
+        if self.step > self.saved_step:
+            folder = self.save()
+        return f"Saved after step {self.step} ({folder}): --resume goes on from there"
+
+    def save(self) -> Path:
+        self.saved_step = self.step
+        return super().save()
+
+    def validate(self) -> dict[str, float]:
+        """The held-out losses, and what `t2i.reward.watch` looks at."""
+        found = super().validate()
+        with self.averaged():
+            found |= self.watcher(self.model) | text_drift(self.model, self.start)
+        return found
+
+    def judged_by(self, metrics: dict[str, float]) -> float:
+        """The rewards on their own benchmarks, less is better; else the held-out loss."""
+        scores = [
+            weight * metrics[f"watch/{watched}"]
+            for name, weight in self.config.reward.weighted().items()
+            for watched in dict.fromkeys((name.removesuffix("-soft"), name))
+            if f"watch/{watched}" in metrics
+        ]
+        return -math.fsum(scores) if scores else super().judged_by(metrics)
+
+    def sample_sheet(self) -> None:
+        """The fixed prompts, and the best and worst images of groups that the last step drew."""
+        super().sample_sheet()
+        if self.processes.is_main and self.round is not None:
+            self._group_sheet(self.round)
+
+    def _group_sheet(self, found: Round) -> None:
+        group, images, labels = self.config.reward.group, [], []
+        whole = len(found.drawn) // group  # the groups that are all this process's
+        spread = [p for p in range(whole) if found.kept_P[p]][:_SHEET_GROUPS]
+        for prompt in spread:
+            values = found.rewards_PG[prompt]
+            for of, place in (("best", int(values.argmax())), ("worst", int(values.argmin()))):
+                images.append(found.drawn[prompt * group + place].image)
+                text = found.entries[prompt]["prompt"] if of == "best" else ""
+                labels.append(f"{of} {float(values[place]):.2f} {text}".strip())
+        if images:
+            name = f"step_{self.step:06d}_groups.png"
+            path = self.config.run_dir / "samples" / name
+            with saving(path):
+                save_png(grid(images, columns=4, labels=labels, cell=160), path)

@@ -1,0 +1,229 @@
+"""The judges of reward fine-tuning, by name: each a function of images and metadata that gives a
+number an image. A user's own is a plain function, named as package.module:function.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dpg_bench.answerers import Answerer, load_answerer
+from dpg_bench.questions import Question
+from dpg_bench.score import score_image
+from geneval.detector import Detections, Detector
+from geneval.detectors import CLIP, load_detector
+from geneval.rules import RuleOptions, check_schema, check_vocabulary, decide
+from t2i.errors import UserError
+from t2i.reward.options import RewardOptions
+from t2i.shapes.shapes_questions import ANY_SHAPE, PLAIN_BACKGROUND, questions_of
+
+Images = Sequence[Image.Image]
+Entries = Sequence[Mapping[str, Any]]
+"""An image's metadata: its "prompt" at least."""
+Reward = Callable[[Images, Entries], Sequence[float]]
+
+PARTIAL = 0.5
+"""What an image whose verdict is wrong can get at most, of `soft_credit`."""
+
+
+def load_rewards(
+    names: Sequence[str], options: RewardOptions, device: torch.device
+) -> dict[str, Reward]:
+    """The functions of these names, ready to be called; what two of them need is loaded once.
+
+    Raises:
+        UserError: weights are missing or damaged, or there is no such function.
+    """
+    found: dict[str, Reward] = {}
+    detector = None
+    for name in names:
+        if name in ("geneval", "geneval-soft"):
+            detector = detector or _detector(options, device)
+            found[name] = GenEvalReward(detector, soft=name == "geneval-soft")
+        elif name == "dpg":
+            found[name] = DPGReward(_answerer(options, device), own=options.world == "shapes")
+        elif name == "clip":
+            found[name] = ClipReward.load(options.detector_weights, device)
+        else:
+            found[name] = own_function(name)
+    return found
+
+
+def _detector(options: RewardOptions, device: torch.device) -> Detector:
+    own = "shapes" if options.world == "shapes" else "mask2former"
+    name = own if options.detector == "auto" else options.detector
+    return load_detector(name, weights=options.detector_weights, device=device)
+
+
+def _answerer(options: RewardOptions, device: torch.device) -> Answerer:
+    own = "shapes" if options.world == "shapes" else "mplug"
+    name = own if options.answerer == "auto" else options.answerer
+    return load_answerer(name, options.answerer_weights, device)
+
+
+def own_function(name: str) -> Reward:
+    """What package.module:function names.
+
+    Raises:
+        UserError: there is no such module, or no such function in it.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"reward.functions: {name} cannot be imported ({error}); the module must be on "
+            "Python's path: PYTHONPATH=FOLDER"
+        ) from error
+    if not callable(found):
+        raise UserError(f"reward.functions: {name} is {found!r:.80}, which is no function")
+    return found
+
+
+# -- GenEval ---------------------------------------------------------------------------------------
+class GenEvalReward:
+    """GenEval's verdict on every image, or `soft_credit`."""
+
+    def __init__(self, detector: Detector, *, soft: bool = False):
+        self.detector, self.soft = detector, soft
+
+    def check(self, entries: Entries) -> None:
+        """UserError for metadata that is not GenEval's, or that the detector cannot name."""
+        for place, entry in enumerate(entries):
+            check_vocabulary(check_schema(entry, f"prompt {place}"), self.detector)
+
+    def __call__(self, images: Images, metadata: Entries) -> list[float]:
+        return [self._of(image, entry) for image, entry in zip(images, metadata, strict=True)]
+
+    def _of(self, image: Image.Image, entry: Mapping) -> float:
+        detections = self.detector.detect(image)
+
+        def colors_of(name: str, indices: Sequence[int]) -> list[str]:
+            return self.detector.classify_colors(image, name, detections[name].take(indices))
+
+        if self.soft:
+            return soft_credit(entry, detections, colors_of)
+        return float(decide(entry, detections, colors_of).correct)
+
+
+def soft_credit(
+    entry: Mapping,
+    detections: Mapping[str, Detections],
+    colors_of: Callable[[str, Sequence[int]], Sequence[str]],
+    options: RuleOptions | None = None,
+) -> float:
+    """1 for GenEval's verdict; otherwise `PARTIAL` times the mean over the required objects of what
+    is right about each: half for being there as often as asked for, half for its colour.
+
+    A relation earns nothing unless it is right: two objects that stand wrongly earn what they earn
+    by being there. Where several are asked for, or a number is excluded, an object counts only in
+    the exact number.
+    """
+
+    def holds(part: dict) -> bool:
+        return decide({**entry, **part}, detections, colors_of, options).correct
+
+    if holds({}):
+        return 1.0
+    excluded = entry.get("exclude", [])
+    credit = []
+    for item in entry.get("include", []):
+        there = {name: item[name] for name in ("class", "count")}
+        banned = [e for e in excluded if e["class"] == item["class"]]
+        if item["count"] > 1 and not banned:
+            banned = [there | {"count": item["count"] + 1}]
+        parts = [holds({"include": [there], "exclude": banned})]
+        if "color" in item:
+            colored = there | {"color": item["color"]}
+            parts.append(holds({"include": [colored], "exclude": banned}))
+        credit.append(sum(parts) / len(parts))
+    return PARTIAL * sum(credit) / len(credit) if credit else 0.0
+
+
+# -- DPG-Bench -------------------------------------------------------------------------------------
+class DPGReward:
+    """Share of a prompt's questions that are answered with yes, as DPG-Bench counts: a yes is void
+    without what it depends on.
+
+    The questions are metadata's own, [{"tuple", "question", "parents"}] or `Question`s, or follow
+    from GenEval metadata.
+    """
+
+    def __init__(self, answerer: Answerer, *, own: bool):
+        """own: the prompts are the shapes world's, of which two more things are asked."""
+        self.answerer, self.own = answerer, own
+
+    def check(self, entries: Entries) -> None:
+        """UserError for metadata without questions, or with some that cannot be answered."""
+        checked = getattr(self.answerer, "check", lambda questions: None)
+        for entry in entries:
+            checked(self._questions(entry))
+
+    def _questions(self, entry: Mapping) -> list[Question]:
+        prompt = entry["prompt"]
+        if "questions" in entry:
+            given = list(entry["questions"])
+            if all(isinstance(q, Question) for q in given) and given:
+                return given
+            try:
+                return [
+                    Question(
+                        prompt, prompt, n, tuple(q.get("parents", ())), q["tuple"], q["question"]
+                    )
+                    for n, q in enumerate(given, start=1)
+                ]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"the questions of {prompt!r:.80} are not as dpg needs them: "
+                    f'[{{"tuple": ..., "question": ..., "parents": [...]}}] ({error!r})'
+                ) from error
+        if "include" not in entry:
+            raise UserError(
+                f"dpg cannot know what to ask about {prompt!r:.80}: its metadata has neither "
+                '"questions" nor GenEval\'s "include"'
+            )
+        asked = questions_of(prompt, dict(entry))
+        return asked if self.own else [q for q in asked if not _of_shapes(q)]
+
+    def __call__(self, images: Images, metadata: Entries) -> list[float]:
+        found = []
+        for image, entry in zip(images, metadata, strict=True):
+            questions = self._questions(entry)
+            given = self.answerer.answer(image, questions)
+            answers = {str(q.proposition): a for q, a in zip(questions, given, strict=True)}
+            found.append(score_image(questions, answers)[0])
+        return found
+
+
+def _of_shapes(question: Question) -> bool:
+    """Whether it is asked of the shapes world's images alone."""
+    return f"({ANY_SHAPE}," in question.tuple or PLAIN_BACKGROUND in question.tuple
+
+
+# -- CLIP ------------------------------------------------------------------------------------------
+class ClipReward:
+    """Cosine similarity of image and prompt by OpenAI's CLIP ViT-L/14, GenEval's for colours."""
+
+    def __init__(self, clip: Any, tokenizer: Callable, device: torch.device):
+        self.clip, self.tokenizer, self.device = clip.to(device).eval(), tokenizer, device
+
+    @classmethod
+    def load(cls, weights: Path | None, device: torch.device) -> "ClipReward":
+        """The published weights, from beside the detector's, the cache or the net."""
+        from geneval.colors import load_clip, load_tokenizer
+
+        beside = weights if weights is None or weights.is_dir() else weights.parent
+        return cls(load_clip(CLIP.find(beside).path), load_tokenizer(), device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Images, metadata: Entries) -> list[float]:
+        from geneval.colors import clip_pixels, clip_view
+
+        pixels = torch.stack([clip_pixels(clip_view(image)) for image in images])
+        texts = self.tokenizer([entry["prompt"] for entry in metadata])
+        seen = self.clip.encode_image(pixels.to(self.device), normalize=True)
+        said = self.clip.encode_text(texts.to(self.device), normalize=True)
+        return (seen * said).sum(-1).float().tolist()

@@ -1,0 +1,148 @@
+"""What a reward does not ask for: other benchmarks, diversity, and what a model that also writes
+says of fixed texts. Drawn as the run draws, at fixed prompts and random numbers.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geneval.prompts import TAGS, official_prompts
+from t2i.generation import all_jobs, draw_images
+from t2i.processes import Processes
+from t2i.reward.options import RewardConfig
+from t2i.reward.panel import Panel, RewardError
+from t2i.reward.policy import Start
+from t2i.sampling import DrawOptions
+from t2i.shapes.shapes_prompts import benchmark_prompts
+from t2i.shapes.shapes_questions import shapes_questions
+from t2i.tensorar.model import TensorAR
+
+
+def benchmark_of(name: str, world: str, per_task: int) -> list[dict]:
+    """The entries that a built-in reward is watched on, `per_task` of each task; 0: all."""
+    if name == "dpg":
+        if world == "shapes":
+            graph = shapes_questions()
+        else:
+            from dpg_bench.dpg_benchmark import load_questions
+
+            graph = load_questions("official")
+        items = [{"prompt": graph.prompts[i], "questions": q} for i, q in graph.items.items()]
+        step = max(1, len(items) // (6 * per_task)) if per_task else 1
+        return items[::step]
+    if world == "shapes":
+        return benchmark_prompts(per_tag=per_task or 20)
+    every = official_prompts()
+    by_task = [[entry for entry in every if entry["tag"] == tag] for tag in TAGS]
+    return [entry for entries in by_task for entry in entries[: per_task or None]]
+
+
+class Watch:
+    """Draws and judges the benchmarks of `reward.watch`; every process does its share.
+
+    Raises:
+        UserError: a judge cannot answer what a benchmark asks.
+    """
+
+    def __init__(self, config: RewardConfig, panel: Panel, processes: Processes):
+        self._config, self._panel, self._processes = config, panel, processes
+        options = config.reward
+        self._entries: dict[str, list[dict]] = {}
+        by_benchmark: dict[str, str] = {}
+        for name in options.watch:
+            kind = "dpg" if name == "dpg" else "geneval"  # one set of images for all but dpg
+            first = by_benchmark.setdefault(kind, name)
+            if first == name:
+                self._entries[name] = benchmark_of(name, options.world, options.watch_prompts)
+            else:
+                self._entries[name] = self._entries[first]
+            panel.check(self._entries[name], [name])
+
+    def __call__(self, model: TensorAR) -> dict[str, float]:
+        """Mean rewards, and of the first benchmark the diversity."""
+        found: dict[str, float] = {}
+        drawn: dict[int, Any] = {}
+        for name, entries in self._entries.items():
+            if id(entries) not in drawn:
+                drawn[id(entries)] = self._draw(model, entries)
+            images = drawn[id(entries)]
+            asked = [entries[one.prompt_index] for one in images]
+            pictures = [one.image for one in images]
+            values = together(self._processes, partial(self._panel.judge, name, pictures, asked))
+            every = [value for share in values for value in share]
+            found[f"watch/{name}"] = sum(every) / len(every)
+        if drawn:
+            found |= self._diversity(next(iter(drawn.values())), model)
+        return found
+
+    def _draw(self, model: TensorAR, entries: list[dict]) -> list:
+        options, processes = self._config.reward, self._processes
+        jobs = all_jobs(range(len(entries)), options.watch_images)
+        mine = jobs[processes.rank :: processes.world_size]
+        drawing = DrawOptions(self._config.seed, options.sampling, options.draw_batch)
+        prompts = [entry["prompt"] for entry in entries]
+        return list(draw_images(model, prompts, drawing, jobs=mine, progress=False))
+
+    def _diversity(self, images: list, model: TensorAR) -> dict[str, float]:
+        """Of two images of a prompt the share of codes that differ, and how many of a prompt's
+        images are distinct.
+        """
+        mine = [
+            (one.prompt_index, model.windows.final_codes(one.windows[None])[0]) for one in images
+        ]
+        by_prompt: dict[int, list[Tensor]] = {}
+        for share in self._processes.gather(mine):
+            for prompt, codes in share:
+                by_prompt.setdefault(prompt, []).append(codes)
+        return diversity(by_prompt)
+
+
+def diversity(by_prompt: Mapping[int, list[Tensor]]) -> dict[str, float]:
+    """Of the codes [T, S] of each prompt's images: the mean share that differs between two, and the
+    mean share of images that are unlike all before them.
+    """
+    pairs = [
+        float((a != b).any(-1).float().mean())
+        for images in by_prompt.values()
+        for a, b in combinations(images, 2)
+    ]
+    distinct = [
+        len({tuple(codes.flatten().tolist()) for codes in images}) / len(images)
+        for images in by_prompt.values()
+    ]
+    found = {"watch/distinct": sum(distinct) / len(distinct)}
+    return found | ({"watch/diversity": sum(pairs) / len(pairs)} if pairs else {})
+
+
+@torch.no_grad()
+def text_drift(model: TensorAR, start: Start) -> dict[str, float]:
+    """How far a model that also writes has come from the start: the divergence of its next word in
+    fixed texts, in nats; nothing where it does not write.
+    """
+    now = model.backbone.fixed_text_logits()
+    if now is None:
+        return {}
+    with start.applied():
+        before = model.backbone.fixed_text_logits()
+    assert before is not None, "the same model"
+    now, before = now.float().log_softmax(-1), before.float().log_softmax(-1)
+    return {"watch/text_kl": float((before.exp() * (before - now)).sum(-1).mean())}
+
+
+def together(processes: Processes, work: Callable[[], Any]) -> list:
+    """What every process made, by rank; one that raises RewardError makes all raise it."""
+    made, wrong = None, None
+    try:
+        made = work()
+    except RewardError as error:
+        if processes.world_size == 1:
+            raise
+        wrong = error
+    everywhere = processes.gather((made, None if wrong is None else str(wrong)))
+    if said := next((text for _, text in everywhere if text is not None), None):
+        raise RewardError(said) from wrong
+    return [made for made, _ in everywhere]

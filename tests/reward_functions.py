@@ -1,0 +1,40 @@
+"""Rewards as users write them, good and bad ones, by the name that a run knows them by."""
+
+import time
+
+import numpy as np
+
+
+def brightness(images, metadata):
+    """How much brighter an image is in its left half."""
+    assert len(images) == len(metadata) and all("prompt" in entry for entry in metadata)
+    pixels = np.array([np.asarray(image, dtype=float) / 255 for image in images])
+    middle = pixels.shape[2] // 2
+    return pixels[:, :, :middle].mean((1, 2, 3)) - pixels[:, :, middle:].mean((1, 2, 3))
+
+
+def raises(images, metadata):
+    raise ConnectionError("no server on port 18085")
+
+
+def hangs(images, metadata):
+    time.sleep(600)
+
+
+def nan(images, metadata):
+    return [0.5] * (len(images) - 1) + [float("nan")]
+
+
+def one_too_few(images, metadata):
+    return [0.5] * (len(images) - 1)
+
+
+def words(images, metadata):
+    return ["good"] * len(images)
+
+
+def constant(images, metadata):
+    return [0.0] * len(images)
+
+
+NO_FUNCTION = 3

@@ -1,0 +1,209 @@
+"""Runs of reward fine-tuning: they learn, resume bit for bit, share the work, and end in order
+when a reward does not do its part.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import Killed
+from programs import ROOT, launch
+from runs import (
+    SAME_SUM,
+    assert_same_metrics,
+    assert_same_weights,
+    before_step,
+    kill,
+    metrics,
+    tiny_reward_run,
+    weights,
+)
+
+import t2i
+from launch import train_reward
+from t2i.checkpoint import find_checkpoint, read_config, run_checkpoints
+from t2i.errors import UserError
+from t2i.reward.check import check
+from t2i.reward.options import RewardConfig
+from t2i.reward.reward_recipes import recipes
+from t2i.reward.reward_run import RewardRun
+from t2i.training.loop import train
+from t2i.training.run_page import write_run_page
+
+
+def learn(config: RewardConfig):
+    return train(config, RewardRun)
+
+
+def janus(root, **changes) -> dict:
+    return {"backbone__family": "janus", "backbone__weights": str(root / "janus")} | changes
+
+
+LORA = {"tuning": "lora", "lora__rank": 4}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_world):
+    """A run of three steps with drafts, in one process, without ZeRO."""
+    return learn(tiny_reward_run(tiny_world, "reward-plain"))
+
+
+def test_what_a_run_writes(tiny_world):
+    """Metrics of every kind, sheets with the best and worst of groups, and a page of it all."""
+    config = tiny_reward_run(tiny_world, "reward-page", method__k=1)
+    learn(replace(config, log=replace(config.log, sample_every=2)))
+    rows = metrics(tiny_world, "reward-page")
+    first, last = rows[0], rows[-1]
+    assert abs(first["policy/kl"]) < 1e-6 < 1e-5 < last["policy/kl"]
+    assert first["policy/ratio_off"] == 0
+    assert first["reward/by/reward_functions:brightness"] == pytest.approx(first["reward/mean"])
+    assert first["reward/std"] >= first["reward/group_std"] > 0 == first["reward/dropped_groups"]
+    assert "validation/own_drafts/slot0" in last and 0 < last["policy/entropy"] < 4.2
+    folder = tiny_world / "runs" / "reward-page"
+    assert [p.name for p in sorted((folder / "samples").iterdir())] == [
+        f"step_{step:06d}{end}.png" for step in (2, 3) for end in ("", "_groups")
+    ]
+    page = write_run_page(folder).read_text()
+    assert "step_000002_groups" in page and "reward/mean" in page and "Seconds of a step" in page
+
+
+@pytest.mark.slow
+def test_it_learns(tiny_world):
+    """What is rewarded grows, by more than chance moves the mean of a step."""
+    config = tiny_reward_run(
+        tiny_world,
+        "reward-learns",
+        method__k=1,
+        optim__backbone_lr=3e-4,
+        engine__micro_batch=16,
+        reward__group=16,
+    )
+    learn(replace(config, batch_size=64, steps=15))
+    rows = metrics(tiny_world, "reward-learns")
+    first, last = (sum(row["reward/mean"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert last > first + 2 * rows[0]["reward/std"] / (5 * 64) ** 0.5 * 2**0.5
+
+
+def test_what_is_learned_is_in_the_checkpoint(tiny_world, plain):
+    """It loads as any checkpoint, with another model than the base's, and codec and trunk moved."""
+    model = t2i.from_pretrained(plain)
+    base = t2i.load_backbone("llamagen", tiny_world / "base").state_dict()
+    own = model.backbone.state_dict()
+    assert any(not torch.equal(own[name].cpu(), base[name]) for name in base)
+    assert read_config(plain)["training"]["config"]["reward"]["group"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("full", {}),
+        ("updates", {"reward__updates": 2, "reward__cfg_scale": 2.0}),
+        ("lora", LORA | {"method__k": 1}),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tiny_world, plain, name, changes):
+    """The same weights and metrics, though no checkpoint holds the start that it is pulled to."""
+    run_dir = f"reward-killed-{name}"
+    changes = {"reward__kl": 0.3} | changes
+    whole = learn(tiny_reward_run(tiny_world, f"reward-whole-{name}", **changes))
+    config = tiny_reward_run(tiny_world, run_dir, log__save_every=2, **changes)
+    with pytest.raises(Killed), before_step(2, kill):
+        learn(config)
+    folder = learn(replace(config, resume=True))
+    assert_same_weights(weights(folder), weights(whole))
+    assert metrics(tiny_world, run_dir) == metrics(tiny_world, f"reward-whole-{name}")
+    with pytest.raises(UserError, match=r"reward.kl: 0.3 -> 0.5"):
+        learn(replace(config, resume=True, reward=replace(config.reward, kl=0.5)))
+
+
+def test_two_processes_do_what_one_does(tiny_world, plain):
+    """The same rewards and advantages of the same images, under ZeRO-2; each draws
+    two of the groups.
+    """
+    launch(str(ROOT / "tests" / "reward_ranks.py"), str(tiny_world))
+    got, expected = (metrics(tiny_world, f"reward-{name}") for name in ("ranks", "plain"))
+    exact = ("reward/mean", "reward/std", "reward/dropped_groups")
+    assert [got[0][k] for k in exact] == [expected[0][k] for k in exact]
+    assert_same_metrics(got, expected, 20 * SAME_SUM)
+    for key, value in weights(find_checkpoint(tiny_world / "runs" / "reward-ranks")).items():
+        assert torch.allclose(weights(plain)[key], value, atol=2e-4), key
+
+
+def test_janus_adapters(tiny_world):
+    """Adapters alone, with drafts: what it says of text is watched, and the base stays."""
+    changes = janus(tiny_world, **LORA, method__k=2, reward__watch=("geneval", "dpg"))
+    folder = learn(tiny_reward_run(tiny_world, "reward-janus", **changes, reward__watch_prompts=1))
+    row = metrics(tiny_world, "reward-janus")[-1]
+    assert 0 < row["watch/text_kl"] < 1 and row["watch/geneval"] == 0
+    assert {"watch/dpg", "watch/diversity", "watch/distinct"} <= row.keys()
+    assert (folder / "adapter").is_dir() and not (folder / "backbone.safetensors").exists()
+
+
+# -- rewards that do not do their part -------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("function", "step", "words"),
+    [
+        ("raises", 2, r"raised ConnectionError: no server .*prompt 'a photo.*Saved after step 2"),
+        ("nan", 1, r"gave nan; prompt 'a photo.*Saved after step 1 .*: --resume goes on"),
+        ("constant", 0, "gave 0 to every image of the last 1 batches .*Nothing was learned yet"),
+    ],
+)
+def test_a_reward_that_breaks_costs_nothing(tiny_world, function, step, words):
+    """The run ends in one message, with all steps before it in a checkpoint that resumes."""
+    name = f"reward-{function}"
+    config = tiny_reward_run(tiny_world, name, reward__constant=1)
+    good = config.reward.functions[0]
+
+    def break_it(run: RewardRun) -> None:
+        from t2i.reward.rewards import own_function
+
+        run.panel.rewards = {good: own_function(f"reward_functions:{function}")}
+
+    with pytest.raises(UserError, match=words), before_step(step, break_it):
+        learn(config)
+    saved = run_checkpoints(config.run_dir)
+    assert [folder.name for folder in saved] == [f"step_{step:06d}"] * (step > 0)
+    if function == "nan":
+        folder = learn(replace(config, resume=True))
+        assert_same_weights(weights(folder), weights(tiny_world / "runs/reward-plain/best"))
+
+
+def test_groups_without_spread_are_left_out(tiny_world, monkeypatch):
+    """They are counted, and where all are, no weight moves."""
+    config = tiny_reward_run(tiny_world, "reward-flat", reward__constant=9, optim__weight_decay=0.0)
+    monkeypatch.setattr("reward_functions.brightness", lambda images, metadata: [1.0] * len(images))
+    folder = learn(config)
+    assert [row["reward/dropped_groups"] for row in metrics(tiny_world, "reward-flat")] == [1, 1, 1]
+    base = t2i.load_backbone("llamagen", tiny_world / "base").state_dict()
+    own = t2i.from_pretrained(folder).backbone.state_dict()
+    assert all(torch.allclose(own[name], base[name], atol=1e-6) for name in base)
+
+
+# -- recipes and the program -----------------------------------------------------------------------
+@pytest.mark.parametrize("name", list(recipes()))
+def test_check_looks_at_every_recipe(name, tmp_path):
+    config = recipes()[name][1]
+    data = replace(config.data, source=config.data.source or "shapes:40", validation_samples=8)
+    if "shapes" not in name:
+        data = replace(data, small_images="upscale")
+    said = check(replace(config, data=data, run_dir=tmp_path / "run"))
+    group = config.reward.group
+    assert f" images per step = {config.batch_size // group} prompts x {group} images" in said
+    assert "copy of the start" in said and "geneval-soft" in said
+    assert "warnings" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--steps None", "steps is not given"),
+        ("--batch-size 96 --reward.group 9", "batch_size=96 must be a multiple of reward.group=9"),
+        ("--ema 0 --engine.zero-stage 3", "reward fine-tuning draws in every process"),
+        ("--engine.precision autocast", "autocast draws in another precision than it learns"),
+    ],
+)
+def test_what_cannot_be_is_refused(refusal, options, words):
+    assert words in refusal("shapes-reward", *options.split())
+
+
+run = train_reward
