@@ -44,7 +44,7 @@ class Page:
     """The page for some models; `blocks` is Gradio's app."""
 
     def __init__(self, models: Models):
-        self.models = models
+        self.models, self.inputs = models, dict[str, Any]()
         first = models.names[0]
         with gr.Blocks(analytics_enabled=False, title="t2i demo", delete_cache=_SWEEP) as blocks:
             with gr.Row(elem_id="page"):
@@ -65,7 +65,7 @@ class Page:
         self.model = gr.Dropdown(names, value=first, label="Model", visible=len(names) > 1)
         self.about = gr.Textbox(**shown["about"], label="This is", interactive=False, max_lines=4)
         prompt = gr.Textbox(**shown["prompt"], max_lines=6, elem_id="prompt")
-        self.inputs: dict[str, Any] = {"prompt": prompt}
+        self.inputs["prompt"] = prompt
         with gr.Row():
             narrow = {"min_width": 80}
             self.draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=2, **narrow)
