@@ -1,7 +1,7 @@
 """A base of your own, untrained: image tokenizer, vocabulary, and a transformer to pre-train.
 
 For pictures that no published base knows how to draw, or where none can be fetched. The tokenizer
-learns these pictures (two minutes on two cores for 32 px), the vocabulary is that of their
+learns these pictures (five minutes on two cores at 32 px), the vocabulary is that of their
 captions, and all is written in LlamaGen's layout; `launch/train_llamagen.py` does the rest:
 
     python examples/new_base.py --pictures emoji/others emoji/mine --words "streamline style" \\
@@ -42,7 +42,7 @@ class Options:
     """Size of the image tokenizer's codebook."""
     tokenizer: Path | None = None
     """Finished image tokenizer of LlamaGen's kind to use instead of training one."""
-    steps: int = 500
+    steps: int = 1200
     """Steps of the image tokenizer."""
     batch_size: int = 16
     lr: float = 2e-3
@@ -53,6 +53,8 @@ class Options:
     caption_tokens: int = 16
     """Words of the longest caption."""
     seed: int = 0
+    device: str = "auto"
+    """auto, cpu or cuda: where the image tokenizer learns."""
 
     def __post_init__(self):
         sizes = ("size", "codes", "steps", "batch_size", "dim", "layers", "caption_tokens")
@@ -117,19 +119,21 @@ def trained_tokenizer(pixels, options: Options):
     """A VQ tokenizer that has learned random batches of the pictures."""
     import torch
 
+    from t2i.loading import pick_device
     from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
     from t2i.shapes.pretraining import train_tokenizer
 
+    device, _ = pick_device(options.device)
     torch.manual_seed(options.seed)
     shape = VQConfig(32, (1, 1, 2), 1, 64, codebook_size=options.codes, codebook_dim=8)
-    tokenizer = VQTokenizer(shape)
+    tokenizer = VQTokenizer(shape).to(device)
     random = torch.Generator().manual_seed(options.seed)
     batches = (
-        pixels[torch.randint(len(pixels), (options.batch_size,), generator=random)]
+        pixels[torch.randint(len(pixels), (options.batch_size,), generator=random)].to(device)
         for _ in range(options.steps)
     )
     train_tokenizer(tokenizer, batches, steps=options.steps, lr=options.lr)
-    return tokenizer
+    return tokenizer.cpu()
 
 
 def read_pictures(sources: Sequence[str], size: int):
