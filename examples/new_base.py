@@ -1,7 +1,7 @@
 """A base of your own, untrained: image tokenizer, vocabulary, and a transformer to pre-train.
 
 For pictures that no published base knows how to draw, or where none can be fetched. The tokenizer
-learns these pictures (five minutes on two cores at 32 px), the vocabulary is that of their
+learns these pictures (a minute and a half on two cores at 32 px), the vocabulary is that of their
 captions, and all is written in LlamaGen's layout; `launch/train_llamagen.py` does the rest:
 
     python examples/new_base.py --pictures emoji/others emoji/mine --words "streamline style" \\
@@ -42,7 +42,7 @@ class Options:
     """Size of the image tokenizer's codebook."""
     tokenizer: Path | None = None
     """Finished image tokenizer of LlamaGen's kind to use instead of training one."""
-    steps: int = 1200
+    steps: int = 400
     """Steps of the image tokenizer."""
     batch_size: int = 16
     lr: float = 2e-3
