@@ -47,7 +47,7 @@ class Options:
     batch_size: int = 16
     lr: float = 2e-3
     """Highest learning rate of the image tokenizer."""
-    dim: int = 192
+    dim: int = 128
     """Width of the transformer; its heads are 32 wide."""
     layers: int = 6
     caption_tokens: int = 16
