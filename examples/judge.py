@@ -7,8 +7,8 @@ style"; it is asked about real pictures that neither has seen (the ceiling) and 
         --style streamline --real emoji/never --drawn outputs/base outputs/mine --out outputs/judged
 
 All pictures are seen through the base's image tokenizer, so that its blur tells nobody apart.
-OUT/results.json has all figures, OUT/sheet.png shows each prompt beside the nearest picture that
-was trained on.
+OUT/results.json has all figures; OUT/sheet.png shows what each model drew of a prompt, and the
+picture that was trained on which is nearest to the last of them.
 """
 
 import sys
@@ -119,7 +119,7 @@ def read_captioned(sources: Sequence[str], base: Backbone, style: str) -> Pictur
 def read_drawn(folder: Path, base: Backbone, style: str) -> Pictures:
     """All images that were drawn, in the order of the prompts."""
     images, captions = [], []
-    for prompt in sorted(path for path in folder.iterdir() if path.name.isdigit()):
+    for prompt in sorted(path for path in folder.glob("*") if path.name.isdigit()):
         files = sorted((prompt / "samples").glob("*.png"))
         images += [load_image(file) for file in files]
         captions += [read_json_lines(prompt / "metadata.jsonl")[0]["prompt"]] * len(files)
