@@ -12,7 +12,7 @@ from launch import quickstart
 from t2i import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-IS_SCRIPT = re.compile(r"(launch|geneval|dpg_bench)/.*\.py").fullmatch
+IS_SCRIPT = re.compile(r"(launch|geneval|dpg_bench|examples)/.*\.py").fullmatch
 
 
 SHORTHANDS = re.compile(r'^(\w+)="(.*)"$', flags=re.M).findall

@@ -67,7 +67,8 @@ def train_tokenizer(
     """Reconstruction of pixels [B, 3, H, W] with straight-through codes; frozen afterwards."""
     descent = Descent(tokenizer, lr)
     codebook = None if isinstance(tokenizer, LFQTokenizer) else tokenizer.quantize
-    used = torch.zeros(tokenizer.codebook_size, dtype=torch.bool)
+    device = next(tokenizer.parameters()).device
+    used = torch.zeros(tokenizer.codebook_size, dtype=torch.bool, device=device)
     tokenizer.train().to(memory_format=torch.channels_last)
     bar = progress_bar(range(steps), desc="tokenizer", unit="step")
     for step in bar:

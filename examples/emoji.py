@@ -1,0 +1,148 @@
+"""Folders of captioned pictures from the npm registry's emoji sets: the tutorial's data.
+
+    npm pack @iconify-json/noto @iconify-json/noto-v1 @iconify-json/twemoji \\
+        @iconify-json/emojione @iconify-json/fluent-emoji-flat @iconify-json/streamline-emojis
+    pip install resvg-py
+    python examples/emoji.py --packages . --out emoji
+
+OUT/others/     80 things, drawn by five vendors, several views of each: "red apple, noto style"
+OUT/mine/       every second thing as a sixth vendor draws it, plainly captioned: "red apple"
+OUT/never/      the others by that vendor: only judged with, never trained on
+OUT/never.txt   prompts for them: "pear, streamline style"
+OUT/LICENCES.txt    of each vendor, as its package states it
+"""
+
+import io
+import json
+import random
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from t2i import cli
+from t2i.errors import UserError
+from t2i.files import replacing_folder, write_text
+from t2i.sampling import check_counts
+
+OTHERS = ("noto", "noto-v1", "twemoji", "emojione", "fluent-emoji-flat")
+MINE = "streamline-emojis"
+THINGS = (
+    *("monkey face", "dog face", "cat face", "lion", "tiger face", "unicorn", "cow face"),
+    *("pig face", "elephant", "mouse face", "rabbit face", "bear", "koala", "panda"),
+    *("hatching chick", "penguin", "frog", "turtle", "spouting whale", "tropical fish"),
+    *("octopus", "snail", "rose", "sunflower", "tulip", "seedling", "palm tree", "cactus"),
+    *("four leaf clover", "mushroom", "grapes", "watermelon", "tangerine", "lemon"),
+    *("red apple", "pear", "peach", "cherries", "strawberry", "tomato", "bread", "hamburger"),
+    *("french fries", "pizza", "soft ice cream", "doughnut", "cookie", "birthday cake"),
+    *("hot beverage", "wine glass", "house with garden", "bus", "ambulance", "automobile"),
+    *("tractor", "sailboat", "airplane", "rocket", "crescent moon", "sun with face", "cloud"),
+    *("rainbow", "umbrella", "snowman", "fire", "droplet", "jack-o-lantern", "Christmas tree"),
+    *("balloon", "wrapped gift", "baseball", "basketball", "pool 8 ball", "heart suit"),
+    *("t-shirt", "jeans", "crown", "bell", "guitar", "television"),
+)
+"""Their names in Unicode; the packages' names are made of these. Even ones are shown in `mine`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where from, where to, how large."""
+
+    packages: Path = Path()
+    """Folder with the packages' .tgz files."""
+    out: Path = Path("emoji")
+    """Folder for the pictures; it must not exist."""
+    size: int = 32
+    """Side in pixels."""
+    views: int = 2
+    """Of each drawing in `others`: the drawing itself, and moved, scaled and mirrored ones."""
+
+    def __post_init__(self):
+        check_counts(size=self.size, views=self.views)
+
+
+def main() -> None:
+    options = cli.parse(Options, __doc__)
+    if options.out.exists():
+        raise UserError(f"{options.out} is there already; delete it or give another --out")
+    with replacing_folder(options.out) as folder:
+        licences = {vendor: write_vendor(vendor, folder, options) for vendor in (*OTHERS, MINE)}
+        write_text(folder / "LICENCES.txt", "".join(f"{v}: {t}\n" for v, t in licences.items()))
+        style = MINE.partition("-")[0]
+        write_text(folder / "never.txt", "".join(f"{t}, {style} style\n" for t in THINGS[1::2]))
+    print(f"wrote {options.out}")
+
+
+def write_vendor(vendor: str, folder: Path, options: Options) -> str:
+    """Write all pictures of a vendor, and return the licence."""
+    icons, info = read_package(options.packages, vendor)
+    rng = random.Random(vendor)
+    for i, thing in enumerate(THINGS):
+        drawing = find(icons, thing, vendor)
+        if vendor == MINE:
+            part = folder / ("mine" if i % 2 == 0 else "never")
+            write_picture(part, thing, view(drawing, options.size), thing)
+            continue
+        caption = f"{thing}, {vendor} style"
+        for n in range(options.views):
+            image = view(drawing, options.size, rng if n else None)
+            write_picture(folder / "others", f"{thing} {vendor} {n}", image, caption)
+    return f"{info['name']} by {info['author']['name']}, {info['license']['title']}"
+
+
+def read_package(folder: Path, vendor: str) -> tuple[dict, dict]:
+    """A package's drawings, and what it says about itself."""
+    files = sorted(folder.glob(f"iconify-json-{vendor}-[0-9]*.tgz"))
+    if not files:
+        raise UserError(f"{folder} has no package of {vendor}: npm pack @iconify-json/{vendor}")
+    with tarfile.open(files[-1]) as package:
+        names = ("package/icons.json", "package/info.json")
+        icons, info = (json.load(package.extractfile(name)) for name in names)  # type: ignore
+    return icons, info
+
+
+def find(icons: dict, thing: str, vendor: str) -> dict:
+    """A thing's drawing, with the box that it fills: left, top, width, height, body."""
+    name = thing.lower().replace(" ", "-")
+    for spelling in (name, f"{name}-1", f"{name}-face"):
+        if spelling in icons.get("aliases", {}):
+            spelling = icons["aliases"][spelling]["parent"]
+        if spelling in icons["icons"]:
+            box = {"left": 0, "top": 0, "width": icons["width"], "height": icons["height"]}
+            return box | icons["icons"][spelling]
+    raise UserError(f"{vendor} has no {name}: take another version of its package")
+
+
+def view(drawing: dict, size: int, rng: random.Random | None = None) -> Image.Image:
+    """The drawing on a white square; with `rng` moved, scaled and perhaps mirrored."""
+    from resvg_py import svg_to_bytes
+
+    side = max(drawing["width"], drawing["height"])
+    x = drawing["left"] + drawing["width"] / 2
+    y = drawing["top"] + drawing["height"] / 2
+    if rng is not None:
+        x, y = (middle + rng.uniform(-0.04, 0.04) * side for middle in (x, y))
+        side *= rng.uniform(0.94, 1.15)
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{x - side / 2} {y - side / 2} {side} {side}">{drawing["body"]}</svg>'
+    )
+    png = svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff")
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    return ImageOps.mirror(image) if rng is not None and rng.random() < 0.5 else image
+
+
+def write_picture(folder: Path, name: str, image: Image.Image, caption: str) -> None:
+    folder.mkdir(exist_ok=True)
+    stem = name.lower().replace(" ", "-")
+    image.save(folder / f"{stem}.png")
+    (folder / f"{stem}.txt").write_text(caption + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

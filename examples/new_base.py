@@ -1,0 +1,152 @@
+"""A base of your own, untrained: image tokenizer, vocabulary, and a transformer to pre-train.
+
+For pictures that no published base knows how to draw, or where none can be fetched. The tokenizer
+learns these pictures (a minute and a half on two cores at 32 px), the vocabulary is that of their
+captions, and all is written in LlamaGen's layout; `launch/train_llamagen.py` does the rest:
+
+    python examples/new_base.py --pictures emoji/others emoji/mine --words "streamline style" \\
+        --out emoji/base
+    python launch/train_llamagen.py shapes-control --backbone.weights emoji/base \\
+        --data.source emoji/others --run-dir runs/emoji-base
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from t2i import cli
+from t2i.errors import UserError
+from t2i.files import replacing_folder
+from t2i.sampling import check_counts
+
+PIXELS_PER_CODE = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to learn from, and the sizes of the base."""
+
+    pictures: tuple[str, ...]
+    """Data sets: folders, or whatever --data.source takes."""
+    words: tuple[str, ...] = ()
+    """Further words for the vocabulary, such as trigger words."""
+    out: Path = Path("base")
+    """Folder for the base; it must not exist."""
+    size: int = 32
+    """Side of the pictures in pixels, 4 of which make a code."""
+    codes: int = 512
+    """Size of the image tokenizer's codebook."""
+    tokenizer: Path | None = None
+    """Finished image tokenizer of LlamaGen's kind to use instead of training one."""
+    steps: int = 400
+    """Steps of the image tokenizer."""
+    batch_size: int = 16
+    lr: float = 2e-3
+    """Highest learning rate of the image tokenizer."""
+    dim: int = 128
+    """Width of the transformer; its heads are 32 wide."""
+    layers: int = 6
+    caption_tokens: int = 16
+    """Words of the longest caption."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu or cuda: where the image tokenizer learns."""
+
+    def __post_init__(self):
+        sizes = ("size", "codes", "steps", "batch_size", "dim", "layers", "caption_tokens")
+        for name in sizes:
+            check_counts(**{name: getattr(self, name)})
+        if self.size % PIXELS_PER_CODE or self.dim % 32:
+            raise UserError(
+                f"size={self.size} must be a multiple of {PIXELS_PER_CODE}, dim={self.dim} of 32"
+            )
+
+
+def main() -> None:
+    options = cli.parse(Options, __doc__)
+    if options.out.exists():
+        raise UserError(f"{options.out} is there already; delete it or give another --out")
+    make_base(options)
+    print(f"wrote {options.out}")
+
+
+def make_base(options: Options) -> Path:
+    """Write the base, with an image tokenizer that has learned the pictures."""
+    import torch
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
+    from t2i.models.tokenizers.vq import VQTokenizer
+    from t2i.shapes.pretraining import write_base
+    from t2i.shapes.tiny_t5 import build_tiny_t5
+
+    pixels, captions = read_pictures(options.pictures, options.size)
+    print(f"{len(pixels)} pictures, {len(set(captions))} captions")
+    if options.tokenizer is None:
+        tokenizer = trained_tokenizer(pixels, options)
+    else:
+        tokenizer = VQTokenizer.load(options.tokenizer)
+    side = options.size // tokenizer.downsample
+    config = LlamaGenConfig(
+        dim=options.dim,
+        n_layer=options.layers,
+        n_head=options.dim // 32,
+        grid=(side, side),
+        cond="text",
+        vocab_size=tokenizer.codebook_size,
+        caption_tokens=options.caption_tokens,
+        caption_dim=128,
+        token_dropout=0.0,
+        resid_dropout=0.0,
+        ffn_dropout=0.0,
+    )
+    backbone = LlamaGen(config)
+    backbone.gpt.initialize(torch.Generator().manual_seed(options.seed))
+    backbone.frozen.tokenizer = tokenizer
+    sampling = {"cfg_scale": 2.0, "top_p": 0.95}
+    with replacing_folder(options.out) as folder:
+        text = build_tiny_t5(folder / "text_encoder", [*captions, *options.words])
+        parts = (T5EncoderModel.from_pretrained(text), AutoTokenizer.from_pretrained(text))
+        write_base(backbone, folder, sampling, dtype=torch.float16, text_encoder=parts)
+    return options.out
+
+
+def trained_tokenizer(pixels, options: Options):
+    """A VQ tokenizer that has learned random batches of the pictures."""
+    import torch
+
+    from t2i.loading import pick_device
+    from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+    from t2i.shapes.pretraining import train_tokenizer
+
+    device, _ = pick_device(options.device)
+    torch.manual_seed(options.seed)
+    shape = VQConfig(32, (1, 1, 2), 1, 64, codebook_size=options.codes, codebook_dim=8)
+    tokenizer = VQTokenizer(shape).to(device)
+    random = torch.Generator().manual_seed(options.seed)
+    batches = (
+        pixels[torch.randint(len(pixels), (options.batch_size,), generator=random)].to(device)
+        for _ in range(options.steps)
+    )
+    train_tokenizer(tokenizer, batches, steps=options.steps, lr=options.lr)
+    return tokenizer.cpu()
+
+
+def read_pictures(sources: Sequence[str], size: int):
+    """All pictures as float32 [N, 3, size, size] in [-1, 1], and all their captions."""
+    import torch
+
+    from t2i.data.images import center_crop, open_image, to_pixels
+    from t2i.data.sources.open_source import open_source
+
+    samples = [sample for source in sources for sample in open_source(source) if sample.captions]
+    pixels = [to_pixels(center_crop(open_image(sample.image), size)) for sample in samples]
+    return torch.stack(pixels), [caption for sample in samples for caption in sample.captions]
+
+
+if __name__ == "__main__":
+    cli.run(main)
