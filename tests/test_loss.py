@@ -76,9 +76,10 @@ def test_loss_in_chunks_is_the_loss(backbone, k, form, recompute, monkeypatch):
         torch.testing.assert_close(losses.sums, sums.detach(), rtol=exact, atol=exact)
     now = gradients(model)
     assert now.keys() == whole.keys()
-    most = max(value.norm() for value in whole.values())
+    # Gradients that are zero but for rounding, as that of a bias of all keys, are next to nothing.
+    least = (1e-2 if form == "bf16" else 1e-3) * max(value.norm() for value in whole.values())
     for name, value in now.items():
-        difference = (value - whole[name]).norm() / (whole[name].norm() + 1e-3 * most)
+        difference = (value - whole[name]).norm() / (whole[name].norm() + least)
         assert difference < (BF16 if form == "bf16" else EXACT), name
 
 

@@ -57,7 +57,7 @@ def test_its_cells_run_in_order(tmp_path, monkeypatch):
         if last is not None:
             shown.append(eval(compile(ast.Expression(last.value), "tour", "eval"), names))
     assert repr(shown[0]).startswith("LlamaGen(text, ")
-    assert "k=4, stride=1" in repr(shown[1]) and "trained: nothing yet" in repr(shown[1])
+    assert "TensorAR(k=4, codec" in repr(shown[1]) and "trained: nothing yet" in repr(shown[1])
     assert "trained: backbone + codec" in repr(shown[2])
     assert [one.mode for one in shown[3:5]] == ["RGB", "RGB"], "sheets"
     assert "| **overall** | **" in shown[5]._repr_markdown_() and len(shown[6]) == 6
