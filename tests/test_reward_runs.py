@@ -116,6 +116,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_world, plain, name, changes):
         learn(replace(config, resume=True, reward=replace(config.reward, kl=0.5)))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tiny_world, plain):
     """The same rewards and advantages of the same images, under ZeRO-2; each draws
     two of the groups.
