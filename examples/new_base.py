@@ -45,14 +45,17 @@ class Options:
     steps: int = 400
     """Steps of the image tokenizer."""
     batch_size: int = 16
+    """Pictures of each of these steps."""
     lr: float = 2e-3
     """Highest learning rate of the image tokenizer."""
     dim: int = 128
     """Width of the transformer; its heads are 32 wide."""
     layers: int = 6
+    """Of the transformer."""
     caption_tokens: int = 16
     """Words of the longest caption."""
     seed: int = 0
+    """Of the image tokenizer's and the transformer's first weights."""
     device: str = "auto"
     """auto, cpu or cuda: where the image tokenizer learns."""
 

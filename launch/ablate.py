@@ -32,6 +32,7 @@ class Ablation:
     base: str = "shapes"
     """Folder of the base that all runs start from, or the shipped one."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds; they seed the sampling as well."""
     steps: int = 1500
     """Optimizer steps of each run."""
     images: int = 48_000

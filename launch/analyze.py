@@ -227,7 +227,9 @@ def _run_config(options: DrawingModelOptions) -> "TrainConfig":
     from t2i.training.config import TrainConfig
 
     where = f"{options.checkpoint}/config.json: training"
-    return from_json(TrainConfig, _training(options)["config"], where)
+    known = {f.name for f in fields(TrainConfig)}  # reward fine-tuning has more
+    stored = {k: v for k, v in _training(options)["config"].items() if k in known}
+    return from_json(TrainConfig, stored, where)
 
 
 # -- drawing ---------------------------------------------------------------------------------------

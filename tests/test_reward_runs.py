@@ -64,7 +64,9 @@ def test_what_a_run_writes(tiny_world):
         f"step_{step:06d}{end}.png" for step in (2, 3) for end in ("", "_groups")
     ]
     page = write_run_page(folder).read_text()
-    assert "step_000002_groups" in page and "reward/mean" in page and "Seconds of a step" in page
+    plain, groups = page.split("Best and worst of groups")
+    assert "step_000002_groups" in groups and "step_000002_groups" not in plain, "a slider each"
+    assert "reward/mean" in page and "Seconds of a step" in page
 
 
 @pytest.mark.slow

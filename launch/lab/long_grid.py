@@ -160,6 +160,7 @@ def do(runs: list[LongRun], grid: LongGrid) -> None:
     end = time.time() + 60 * grid.minutes
     world = World(grid)
     queue, lock = list(runs), threading.Lock()
+    failed: list[str] = []
 
     def work() -> None:
         stream = world.new_stream()
@@ -168,7 +169,8 @@ def do(runs: list[LongRun], grid: LongGrid) -> None:
                 if not queue or time.time() > end:
                     return
                 run = queue.pop(0)
-            one(run, world, stream)
+            if not one(run, world, stream):
+                failed.append(f"{run.base}, {run.arm.name}, seed {run.seed}")
 
     count = grid.at_once if world.device.type == "cuda" else 1
     threads = [threading.Thread(target=work) for _ in range(count)]
@@ -179,15 +181,19 @@ def do(runs: list[LongRun], grid: LongGrid) -> None:
     world.close()
     if queue:
         print(f"time is up: {len(queue)} runs were not begun", flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, as told above: {', '.join(failed)}")
 
 
-def one(run: LongRun, world: "World", stream) -> None:
-    """Do a run; a failure is printed and leaves the others alone."""
+def one(run: LongRun, world: "World", stream) -> bool:
+    """Do a run; a failure is printed and leaves the others alone. Returns whether it went well."""
     try:
         world.do(run, stream)
     except Exception:
         print(f"FAILED: {run.base}, {run.arm.name}, seed {run.seed}", flush=True)
         traceback.print_exc()
+        return False
+    return True
 
 
 def results(out: Path) -> list[dict]:

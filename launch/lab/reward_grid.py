@@ -10,7 +10,6 @@ one JSON file with all of it, the runs' output, and sheets of one of them.
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,12 +17,14 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from t2i import cli
+from t2i.charts import Chart, Series, save_chart
 from t2i.errors import UserError
 from t2i.reward import reward_recipes
 from t2i.reward.options import RewardConfig
@@ -44,7 +45,7 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "64 images": _ONE_WAY | {"batch_size": 64, "reward.group": 8},
         "no pull": _ONE_WAY | {"reward.kl": 0.0},
     },
-    "gpu2": {
+    "ways": {
         "1e-4": _GPU,
         "5e-5": _GPU | {"optim.backbone_lr": 5e-5},
         "adapters 5e-4": _GPU | {"optim.backbone_lr": 5e-4, "tuning": "lora"},
@@ -60,7 +61,7 @@ class RewardGrid:
 
     out: Path = Path("runs/reward-grid")
     """Folder of what is written."""
-    grid: Literal["recipe", "rates", "gpu2"] = "recipe"
+    grid: Literal["recipe", "rates", "ways"] = "recipe"
     """Which settings."""
     recipe: str = "shapes-reward"
     """Recipe that they change."""
@@ -217,7 +218,8 @@ def collect(options: RewardGrid) -> str:
     (options.out / "reward_grid.json").write_text(json.dumps(runs), encoding="utf-8")
     for path in parts:
         path.unlink()
-    (options.out / "curve.svg").write_text(curves(runs), encoding="utf-8")
+    if runs:
+        save_chart(curves(runs), options.out / "curve")
     columns = ("unguided", "guided", "watch/dpg", "watch/diversity", "validation/own_drafts/slot0")
     lines = ["| setting | seed | steps | images | seconds | " + " | ".join(columns) + " | kl |"]
     lines.append("|---|" + "---|" * (len(columns) + 5))
@@ -230,48 +232,17 @@ def collect(options: RewardGrid) -> str:
     return "\n".join(lines)
 
 
-_COLORS = ("#2858d6", "#d62626", "#269c4c", "#8038ac", "#f78a1a")
-_WIDTH, _HEIGHT, _PAD = 640, 300, 44
-
-
-def curves(runs: list[dict]) -> str:
-    """An SVG of every run's mean reward against images, the mean of ten steps at a time."""
-    lines: dict[str, list[list[tuple[float, float]]]] = {}
+def curves(runs: list[dict]) -> Chart:
+    """Every run's mean reward against images, the mean of ten steps at a time."""
+    settings = list(dict.fromkeys(run["setting"] for run in runs))
+    series = []
     for run in runs:
         values = [row["reward/mean"] for row in run["rows"]]
-        means = [
-            ((i + 1) * run["batch_size"], sum(near) / len(near))
-            for i in range(len(values))
-            if (near := values[max(0, i - 9) : i + 1]) and i >= 4
-        ]
-        lines.setdefault(run["setting"], []).append(means)
-    points = [point for of in lines.values() for line in of for point in line]
-    if not points:
-        return "<svg xmlns='http://www.w3.org/2000/svg'/>"
-    right, low, high = max(p[0] for p in points), *(f(p[1] for p in points) for f in (min, max))
-    low, high = math.floor(20 * low) / 20, math.ceil(20 * high) / 20
-    drawn = [_text(4, 16, "mean reward of what is drawn, over ten steps, against images drawn")]
-    for value in (low, (low + high) / 2, high):
-        y = _HEIGHT - _PAD - (_HEIGHT - 2 * _PAD) * (value - low) / (high - low)
-        drawn.append(f'<path d="M{_PAD} {y:.1f}H{_WIDTH - _PAD}" stroke="#ddd"/>')
-        drawn.append(_text(4, y + 4, f"{value:.3g}"))
-    for number, (setting, of) in enumerate(lines.items()):
-        color = _COLORS[number % len(_COLORS)]
-        for line in of:
-            places = " ".join(
-                f"{_PAD + (_WIDTH - 2 * _PAD) * x / right:.1f},"
-                f"{_HEIGHT - _PAD - (_HEIGHT - 2 * _PAD) * (y - low) / (high - low):.1f}"
-                for x, y in line
-            )
-            drawn.append(f'<polyline points="{places}" fill="none" stroke="{color}"/>')
-        drawn.append(_text(_PAD + 110 * number, _HEIGHT - 8, setting, color))
-    drawn.append(_text(_WIDTH - _PAD - 60, _HEIGHT - 26, f"{right:,} images"))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}"'
-    return f'{head} font-family="sans-serif" font-size="12">{"".join(drawn)}</svg>\n'
-
-
-def _text(x: float, y: float, words: str, color: str = "#444") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}">{words}</text>'
+        means = [fmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
+        points = tuple(((i + 1) * run["batch_size"], mean) for i, mean in enumerate(means))
+        name = f"{run['setting']}, seed {run['seed']}"
+        series.append(Series(name, points[4:] or points, settings.index(run["setting"])))
+    return Chart("Reward", "images drawn", "mean of what is drawn, over ten steps", tuple(series))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Strides:
     steps: int = 300
     """Optimizer steps of each run."""
     batch: int = 32
+    """Samples of a step."""
     scenes: int = 10000
     """Scenes to learn from, of a world that the base has not seen."""
     codec_lr: float = 3e-3

@@ -178,8 +178,8 @@ def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
             raise UserError(f"there is no option {prefix}{name}{perhaps}")
         if option:
             of_parts.setdefault(part, {})[option] = value
-        else:  # JSON has no paths, so `from_json` makes none
-            own[part] = Path(value) if isinstance(known[part], Path) else value
+        else:
+            own[part] = value
     for part, values in of_parts.items():
         own[part] = _with_options(known[part], values, f"{prefix}{part}.")
     return from_json(type(config), own, prefix.rstrip(".") or "options", defaults=config)

@@ -157,18 +157,23 @@ def _charts_html(charts: Sequence[Chart]) -> str:
 
 # -- sheets ----------------------------------------------------------------------------------------
 def _sheets_html(run_dir: Path, config: Mapping) -> str:
-    """What the run drew for its fixed prompts, with a slider over time."""
-    sheets = sorted((run_dir / "samples").glob("*.png"))
-    if not sheets:
-        return ""
-    frames = [(f"samples/{sheet.name}", _sheet_label(sheet.stem)) for sheet in sheets]
+    """What the run drew, with a slider over time for each kind of sheet."""
     prompts = "".join(f"<li>{html.escape(str(p))}</li>" for p in config.get("sheet_prompts") or ())
-    return (
-        f"<section><h2>Samples at fixed prompts and seed</h2>{frames_html(frames, 'step')}"
-        f"<details><summary>Prompts</summary><ul>{prompts}</ul></details></section>"
+    listed = f"<details><summary>Prompts</summary><ul>{prompts}</ul></details>"
+    return _slider_html(run_dir, "", "Samples at fixed prompts and seed", listed) + _slider_html(
+        run_dir, "_groups", "Best and worst of groups, with their rewards", ""
     )
 
 
-def _sheet_label(stem: str) -> str:
-    number = re.fullmatch(r"step_(\d+)", stem)
-    return f"step {int(number[1]):,}" if number else stem
+def _slider_html(run_dir: Path, ending: str, title: str, below: str) -> str:
+    """A section of the sheets step_NUMBER + ending; nothing where there are none."""
+    named = re.compile(rf"step_(\d+){ending}")
+    sheets = sorted((run_dir / "samples").glob("*.png"))
+    frames = [
+        (f"samples/{sheet.name}", f"step {int(found[1]):,}")
+        for sheet in sheets
+        if (found := named.fullmatch(sheet.stem))
+    ]
+    if not frames:
+        return ""
+    return f"<section><h2>{title}</h2>{frames_html(frames, 'step')}{below}</section>"
