@@ -1,6 +1,7 @@
 """What refinement does, in numbers, and launch/analyze.py with its page."""
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from launch.measure.cost import cost_of
 from t2i.evaluation.evidence import known_means, of_known, of_stages, predict
 from t2i.fields import from_json
 from t2i.files import read_json
+from t2i.reward import reward_recipes
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.shapes.shapes_source import write_dataset
@@ -208,3 +210,11 @@ def test_the_page(tab):
 def test_on_a_phone_and_in_the_dark(tab):
     with phone_in_the_dark(tab):
         assert tab.run(WIDTH) <= 375
+
+
+def test_the_settings_of_reward_runs_are_read(monkeypatch):
+    """They have more than other runs, which the page has no use for."""
+    config = reward_recipes.recipes()["shapes-reward"][1]
+    monkeypatch.setattr(run, "_training", lambda options: {"config": as_json(asdict(config))})
+    found = run._run_config(SimpleNamespace(checkpoint="run"))
+    assert found.data == config.data and found.log.prompts == config.log.prompts
