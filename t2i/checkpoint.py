@@ -181,7 +181,7 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         )
     # Once a stride was trained: one input of the trunk for so many codes.
     if of_run := (config.get("training") or {}).get("config"):
-        of_run["method"].pop("stride", None)
+        of_run.get("method", {}).pop("stride", None)
     if (stride := config["method"].pop("stride", 1)) != 1:
         raise UserError(
             f"{folder} was trained with method.stride={stride}, one input of the trunk for {stride} "

@@ -315,10 +315,12 @@ def test_a_run_page_escapes_what_it_shows(tiny_world, plain, copied):
     with edited(run_dir / "config.json") as config:
         config["sheet_prompts"] = ["<script>alert(1)</script>"]
     (run_dir / "samples").mkdir(exist_ok=True)
-    (run_dir / "samples" / '"><script>2.png').write_bytes(_png())
+    for name in ("step_000001", '"><script>2'):  # the second is no sheet of a run
+        (run_dir / "samples" / f"{name}.png").write_bytes(_png())
     page = write_run_page(run_dir).read_text()
     assert page.count("<script") == 1, "its own"
-    assert "<b>" not in page and page.count("&lt;script&gt;") >= 2
+    assert "<b>" not in page and "2.png" not in page
+    assert page.count("&lt;script&gt;") >= 2, "the prompt, below its sheet and among the settings"
 
 
 def test_no_token_is_written(tiny_world, monkeypatch, caplog, capfd):

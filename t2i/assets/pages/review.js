@@ -1,6 +1,7 @@
 // Prompts as rows, models as columns. All text comes from the JSON in the page and is set as text.
 const review = JSON.parse(document.getElementById("review").textContent);
 const { prompts, columns } = review;
+const counted = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const stages = Math.max(1, ...columns.flatMap((c) => Object.values(c.images).map((i) => i.changed.length + 1)));
 const view = { stage: stages, map: false };
 
@@ -348,7 +349,7 @@ const actions = [
 const heads = columns.map((c) => make("div", { className: "head" }, make("b", { textContent: c.name }), make("small", { textContent: c.about }), make("small", { textContent: c.judge })));
 table.append(make("div", { className: "head" }), ...heads, ...rows.flatMap((r) => r.elements));
 document.body.append(
-  make("header", {}, make("h1", { textContent: review.title }), make("p", { className: "faint", textContent: `${prompts.length} prompts, ${columns.length} models, up to ${samples} images each` }), message),
+  make("header", {}, make("h1", { textContent: review.title }), make("p", { className: "faint", textContent: `${counted(prompts.length, "prompt")}, ${counted(columns.length, "model")}, up to ${counted(samples, "image")} each` }), message),
   make("nav", {}, make("div", { className: "tools" }, search, ...(tags.length ? [tag] : []), ...(judged ? [verdict] : []), ...stageTools()), make("div", { className: "tools" }, ...actions, upload)),
   nothing,
   table,
