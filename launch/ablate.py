@@ -17,7 +17,8 @@ from pathlib import Path
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.lab.long_grid import LongGrid, do_what_is_left, planned, results
+from launch.lab.long_grid import LongGrid, do_what_is_left, planned
+from launch.lab.results import over_seeds, results
 from t2i import cli
 from t2i.evaluation.results import markdown_table
 from t2i.files import write_text
@@ -111,7 +112,8 @@ def table(lines: list[dict]) -> str:
         seeds = found.get(arm, [])
         if not seeds:
             return f"{name}: not run"
-        told = f"{_mean(seeds, 'distance', 2)}, {_mean(seeds, 'score', 3)}"
+        distance, score = (over_seeds([x[n] for x in seeds]) for n in ("distance", "score"))
+        told = f"{distance.told(2)}, {score.told(3)}"
         mark = "*" if arm == "iclr2026" else ""
         return f"{name}{mark}: {told}" if name else told
 
@@ -123,16 +125,6 @@ def table(lines: list[dict]) -> str:
     steps = " and ".join(str(steps) for steps in sorted({line["steps"] for line in lines}))
     about = f"Seeds {', '.join(map(str, seeds))}; {steps} steps; * the paper's default."
     return f"{markdown_table(head, rows)}\n\n{about}\n"
-
-
-def _mean(lines: list[dict], name: str, digits: int) -> str:
-    """The mean over seeds, with its standard error where there are several."""
-    values = [line[name] for line in lines]
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)
-    return f"{mean:.{digits}f} ± {spread**0.5:.{digits}f}"
 
 
 def main() -> None:

@@ -4,14 +4,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from launch import ablate
-from launch.lab import long_grid, long_report
+from launch.lab import long_arms, long_grid, long_report
 from launch.lab.long_arms import LONG_GRIDS, objective
 from launch.lab.long_data import drawn_scenes, order, split
+from launch.lab.long_report import rank_correlation
 from launch.lab.long_steps import Trainer
+from launch.lab.results import estimate, results
 from t2i.shapes.pretraining import Descent
 from t2i.sources import ASSETS
 from t2i.training.batches import TrainingData
@@ -81,7 +84,7 @@ def test_every_arm_is_a_run_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("longer",), "choose one of"),
+        (("short",), "choose one of"),
         (("long", "--arms", "mystery"), "no arm mystery"),
         (("long", "--bases", "7m"), "name=folder"),
     ],
@@ -101,15 +104,66 @@ def test_the_ablation_runs_once_and_prints_its_table(monkeypatch, tmp_path, caps
     ablate.main()
     printed = capsys.readouterr().out
     assert "| window size k | 2: " in printed and "4*: " in printed and "8: not run" in printed
-    lines = long_grid.results(tmp_path)
+    lines = results(tmp_path)
     assert [line["arm"] for line in lines] == ["iclr2026", "k = 2"]
     assert len(lines[0]["changes"]["flipped"]) == 3 == len(lines[0]["drafts"]["right"])
     ablate.main()
-    assert long_grid.results(tmp_path) == lines, "what is finished is not done again"
+    assert results(tmp_path) == lines, "what is finished is not done again"
     assert "0 of 2 runs to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_grid_is_drawn_in_several_ways_and_reported(monkeypatch, tmp_path, capsys):
+    tuned = long_arms._tuned("tuned", ways={"window 1": {"window": 1}})
+    monkeypatch.setitem(
+        LONG_GRIDS, "levers", ((long_arms._short("control", long_arms._BASE), tuned),)
+    )
+    small = ("--steps", 2, "--batch-size", 2, "--images", 16, "--held-out", 4, "--workers", 0)
+    small += ("--samples", 1, "--prompts-per-task", 2, "--seeds", 0, 1, "--device", "cpu")
+    arguments = ("levers", "--out", tmp_path, *small)
+    monkeypatch.setattr(sys, "argv", ["long_grid.py", *map(str, arguments)])
+    long_grid.main()
+    lines = results(tmp_path)
+    assert [line["arm"] for line in lines] == 2 * ["control", "tuned", "tuned, window 1"]
+    _, tuned, one = lines[:3]
+    assert 0 <= tuned["repairs"]["corrected"] <= 1 and len(tuned["changes"]["flipped"]) == 3
+    assert one.keys().isdisjoint({"changes", "losses"}) and one["control"] == "control"
+    assert one["settings"]["sampling"] == {"window": 1}
+
+    capsys.readouterr()
+    where = ("--results", tmp_path / "results.jsonl", "--out", tmp_path / "report")
+    monkeypatch.setattr(sys, "argv", ["long_report.py", *map(str, where)])
+    long_report.main()
+    printed = capsys.readouterr().out
+    assert "\n| tuned, window 1 | 2 | " in printed and "\n| control | 2 | " in printed
+    assert (tmp_path / "report" / "differences.svg").stat().st_size > 5000
+
+
 RECIPE = Path(__file__).resolve().parents[1] / "docs" / "recipe"
+
+
+@pytest.mark.parametrize("grid", ["presets", "levers", "longer"])
+def test_the_pages_tables_are_made_from_its_results(grid, monkeypatch, tmp_path):
+    where = ("--results", RECIPE / grid / "results.jsonl", "--out", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["long_report.py", *map(str, where)])
+    long_report.main()
+    assert (tmp_path / "tables.md").read_text() == (RECIPE / grid / "tables.md").read_text()
+
+
+def test_standard_error_is_the_larger_of_seeds_and_prompts():
+    same = np.tile([[0.0, 1.0, 0.0, 1.0]], (3, 1))
+    over_prompts = estimate(same, tasks=2)
+    assert over_prompts.mean == 0.5
+    assert over_prompts.error == pytest.approx(np.sqrt(2 * 0.5 / 2) / 2)
+    assert estimate(same[:1], tasks=2) == over_prompts, "one seed tells no error"
+    seeds = np.array([[0.0] * 4, [0.6] * 4, [0.3] * 4])
+    assert estimate(seeds, tasks=2).error == pytest.approx(0.3 / np.sqrt(3))
+
+
+def test_rank_correlation():
+    assert rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [9, 4, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
 
 
 def test_a_gain_is_that_of_the_same_seeds_and_prompts():
@@ -121,7 +175,7 @@ def test_a_gain_is_that_of_the_same_seeds_and_prompts():
     theirs = [line("control", seed, [1, 0] * 6) for seed in (0, 1)]
     lines = long_report.Lines([*ours, *theirs])
     pairs = lines.pairs("b", "new")
-    assert len(pairs) == 2 and not lines.is_control("b", "new")
+    assert len(pairs) == 2 and not lines.pairs("b", "control")
     found = long_report.gain(pairs)
     assert (found.mean, found.error) == (0.5, 0.0), "the same difference at every prompt"
     assert long_report.difference(pairs, "a/b").mean == 0.0

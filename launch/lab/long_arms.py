@@ -34,6 +34,8 @@ class LongArm:
     """A name in `OBJECTIVES`."""
     control: str = FALLING
     """The arm that it is compared with: it shares all but the idea."""
+    ways: dict[str, dict] = field(default_factory=dict)
+    """Further ways of drawing from its result, by name: changes to the base's own sampling."""
     away: tuple[float, ...] = ()
     """Begin with the control's result, train briefly on own samples, and step away from what comes
     of it by these weights (Neon, arXiv 2510.03597).
@@ -58,6 +60,7 @@ def objective(name: str, model: "TensorAR") -> "Objective":
     return _objectives()[name](model)
 
 
+# -- long runs -------------------------------------------------------------------------------------
 _FAST = {"codec_lr": 3e-3}
 _OWN_DRAFTS = presets.tuned(own_drafts=1.0)
 _BASE = presets.base()
@@ -111,7 +114,58 @@ _ABLATION = (
     *(_ablated(f"draft weights {w}", slot_weights=(1.0, w)) for w in (0.3, 0.03)),
     _ablated("own drafts", own_drafts=1.0),
 )
+
+
+# -- short runs: every rate but the codec's stays as it is -----------------------------------------
+def _short(name: str, method: TensorARConfig, **changes) -> LongArm:
+    return LongArm(name, method, falls=False, control=CONTROL, **changes)
+
+
+def _tuned(name: str, *, ways: dict | None = None, optim: dict | None = None, **method) -> LongArm:
+    """The tuned preset with a faster codec; the levers of the grid are changes to it."""
+    return _short(name, presets.tuned(**method), optim=_FAST | (optim or {}), ways=ways or {})
+
+
+_COLDER: dict[str, dict] = {f"temperature {t}": {"temperature": t} for t in (0.8, 0.6)}
+_TRUST: dict[str, dict] = {
+    "renoise 1": {"renoise": 1.0},
+    "draft temperature 0": {"draft_temperature": 0.0},
+    "window 1": {"window": 1},
+}
+_WAYS = {"temperature 0.6": _COLDER["temperature 0.6"], **_TRUST, "window 2": {"window": 2}}
+_PRESETS = (
+    _short(CONTROL, _BASE, ways=_COLDER),
+    _tuned("tuned"),
+    _tuned("own drafts only", own_drafts=1.0),
+    _short("iclr2026", presets.iclr2026(), ways=_TRUST),
+    _short("arxiv2505", presets.arxiv2505()),
+)
+_LEVERS = (
+    _short(CONTROL, _BASE, ways={"temperature 0.6": _COLDER["temperature 0.6"]}),
+    _tuned("tuned", ways=_WAYS),
+    _tuned("residual all", residual="all"),
+    _tuned("residual none", residual="none"),
+    _tuned("draft weights 0.3", slot_weights=(1.0, 0.3)),
+    _tuned("draft weights 0.1", slot_weights=(1.0, 0.1)),
+    _tuned("draft weights 0.1, detached", slot_weights=(1.0, 0.1), detach=True),
+    _tuned("codec rate 1e-3", optim={"codec_lr": 1e-3}),
+    _tuned("codec warm-up", optim={"backbone_delay_steps": 30}),
+    _tuned("noised truth only", own_drafts=0.0, ways=_TRUST),
+    _tuned("noised truth only, floor 0.7", own_drafts=0.0, noise_floor=0.7, ways=_TRUST),
+    _tuned("own drafts only", own_drafts=1.0),
+    _tuned("own drafts, annealed", own_drafts=1.0, anneal=True),
+    _tuned("deep codec", depth=2, mlp=True, ways=_WAYS),
+)
+_DEEP = {"depth": 2, "mlp": True, "slot_weights": (1.0, 1.0), "detach": True}
+_LONGER = (
+    *(_short(CONTROL, _BASE), _tuned("tuned"), _tuned("own drafts only", own_drafts=1.0)),
+    _tuned("deep codec, full weights, detached", ways={"window 1": {"window": 1}}, **_DEEP),
+)
+
 LONG_GRIDS: dict[str, tuple[tuple[LongArm, ...], ...]] = {
+    "presets": (_PRESETS,),
+    "levers": (_LEVERS,),
+    "longer": (_LONGER,),
     "long": (_CORE, (*_CONSTANT[:2], *_MORE, *_CONSTANT[2:])),
     "ablation": (_ABLATION,),
     "check": ((_CORE[1], _CORE[3]),),

@@ -1,16 +1,17 @@
-"""A grid of long fine-tunings on the shapes world, several at once on one GPU; a JSON line each.
+"""A grid of fine-tunings on the shapes world, several at once on one GPU; a JSON line for each
+result.
 
 Data, loss, order and optimizer are those of the kit's own loop (`long_steps.py`), but a step is one
 recorded graph, so that 3,000 steps of a small model take seconds. What is in OUT/results.jsonl is
 not done again.
 
     python launch/lab/long_grid.py long --bases 1m=runs/bases/1m 7m=runs/bases/7m --minutes 5
-    python launch/lab/long_report.py                 # table and plot
+    python launch/lab/long_grid.py levers --bases 1m=runs/bases/1m --steps 100 --images 3000
+    python launch/lab/long_report.py                 # tables and plot
 
 On a CPU it does the same, slowly.
 """
 
-import json
 import sys
 import threading
 import time
@@ -25,9 +26,10 @@ if not __package__:  # run from a clone, without installation
 from tyro.conf import Positional
 
 from launch.lab.long_arms import LONG_GRIDS, LongArm
+from launch.lab.results import results
 from t2i import cli
 from t2i.errors import UserError
-from t2i.files import json_sha256, read_json_lines, writable_folder
+from t2i.files import json_sha256, writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.training.config import TrainConfig
 
@@ -76,6 +78,10 @@ class LongGrid:
     record: bool = True
     """Record steps as CUDA graphs (on a GPU)."""
 
+    def trained(self) -> list:
+        """What a trained model depends on, besides its arm and seed."""
+        return [self.steps, self.batch_size, self.images, self.held_out, self.precision]
+
 
 @dataclass(frozen=True)
 class LongRun:
@@ -104,10 +110,9 @@ class LongRun:
     def key(self, grid: LongGrid) -> str:
         """Identifies the result by everything that it depends on."""
         arm = asdict(replace(self.arm, control=""))
-        if self.arm.trained:
-            del arm["trained"]  # results of before there was such a thing keep their keys
-        given = [arm, grid.steps, grid.batch_size, grid.images, grid.held_out, grid.precision]
-        given += [grid.prompts_per_task, grid.samples]
+        # Without what older results do not say: they keep their keys.
+        arm = {k: v for k, v in arm.items() if (k, v) not in (("trained", True), ("ways", {}))}
+        given = [arm, *grid.trained(), grid.prompts_per_task, grid.samples]
         return f"{self.base}/{self.arm.name}/{self.seed}/{json_sha256(given)[:8]}"
 
 
@@ -194,20 +199,6 @@ def one(run: LongRun, world: "World", stream) -> bool:
         traceback.print_exc()
         return False
     return True
-
-
-def results(out: Path) -> list[dict]:
-    """All lines of results.jsonl."""
-    path = out / "results.jsonl"
-    return read_json_lines(path) if path.exists() else []
-
-
-def append(out: Path, line: dict) -> None:
-    """Add a line."""
-    with open(out / "results.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-    short = {k: line[k] for k in ("base", "arm", "seed", "score", "seconds")}
-    print(json.dumps(short), flush=True)
 
 
 if __name__ == "__main__":

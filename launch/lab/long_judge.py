@@ -8,7 +8,7 @@ Shapes: n images, P prompts, F features, B batch, N windows, k slots, V vocabula
 import random
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from geneval.rules import judge_image
+from launch.lab.results import scores
 from t2i.evaluation.fid.measures import (
     Statistics,
     compare_manifolds,
@@ -25,16 +26,16 @@ from t2i.evaluation.fid.measures import (
     full_distances,
 )
 from t2i.models.tokenizers.vq import VQTokenizer
-from t2i.rng import make_keys
+from t2i.sampling import SamplingConfig
 from t2i.shapes.caption_bases import every_caption, to_pixels
 from t2i.shapes.scenes import arrange, render
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.shapes.shapes_prompts import benchmark_prompts
-from t2i.tensorar.loss import SlotLosses
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import sample_windows
+from t2i.tensorar.sampler import drawn_windows, sample_windows
+from t2i.tensorar.windows import Windows
 from t2i.training.batches import Batch
-from t2i.training.validation import Validation
+from t2i.training.validation import losses_by_slot, means
 
 _AT_ONCE = 32
 """Images that a process judges, or scenes that it draws, at once."""
@@ -50,7 +51,7 @@ class Benchmark:
     samples: int
     captions_n: Tensor
     """Of every image, prompt by prompt: its caption's number in `every_caption`."""
-    keys: tuple[Tensor, Tensor]
+    jobs: tuple[Tensor, Tensor]
     """Of every image, prompt index and sample index."""
     truth_nF: Tensor
     truth: Statistics
@@ -86,7 +87,7 @@ def open_benchmark(
         metadata=metadata,
         samples=samples,
         captions_n=torch.tensor([numbers[e["prompt"]] for e in entries], device=device),
-        keys=(jobs[:, 0], jobs[:, 1]),
+        jobs=(jobs[:, 0], jobs[:, 1]),
         truth_nF=truth,
         truth=feature_statistics(truth),
     )
@@ -107,6 +108,7 @@ class Drawing:
     """What a model drew of a benchmark."""
 
     windows_nNkS: Tensor
+    geometry: Windows
     images: np.ndarray
     """uint8 [n, H, W, 3]"""
 
@@ -116,30 +118,26 @@ def draw(
     model: TensorAR,
     benchmark: Benchmark,
     prepared: dict[str, Tensor],
-    seed: int,
+    keys: Tensor,
+    settings: SamplingConfig,
     batch: int,
-    **sampling,
 ) -> Drawing:
-    """Draw all images in batches of one size; `prepared` has every caption.
-
-    sampling: changes to the model's own settings.
-    """
-    settings, keys = replace(model.sampling, **sampling), make_keys(seed, *benchmark.keys)
-    windows, images = [], []
+    """Draw all images, each by its key, in batches of one size; `prepared` has every caption."""
+    geometry, windows, images = drawn_windows(model, settings), [], []
     for rows, captions in zip(keys.split(batch), benchmark.captions_n.split(batch), strict=True):
         conditions = {name: value[captions] for name, value in prepared.items()}
         drawn = sample_windows(model, conditions, rows, settings, speed="eager")
         windows.append(drawn)
-        images.append(model.backbone.decode_images(model.windows.final_codes(drawn)).cpu().numpy())
-    return Drawing(torch.cat(windows), np.concatenate(images))
+        images.append(model.backbone.decode_images(geometry.final_codes(drawn)).cpu().numpy())
+    return Drawing(torch.cat(windows), geometry, np.concatenate(images))
 
 
 # -- verdicts --------------------------------------------------------------------------------------
-def verdicts(images: np.ndarray, entries: Sequence[dict]) -> list[int]:
+def judged(images: np.ndarray, entries: Sequence[dict]) -> list[bool]:
     """Whether each image shows what its entry asks for."""
     detector = ShapesDetector()
     return [
-        int(judge_image(Image.fromarray(image), entry, detector).correct)
+        judge_image(Image.fromarray(image), entry, detector).correct
         for image, entry in zip(images, entries, strict=True)
     ]
 
@@ -148,21 +146,15 @@ def ask_verdicts(drawing: Drawing, benchmark: Benchmark, pool: Executor) -> list
     """Have the images judged by the processes of a pool."""
     entries = benchmark.entries
     return [
-        pool.submit(verdicts, drawing.images[i : i + _AT_ONCE], entries[i : i + _AT_ONCE])
+        pool.submit(judged, drawing.images[i : i + _AT_ONCE], entries[i : i + _AT_ONCE])
         for i in range(0, len(entries), _AT_ONCE)
     ]
 
 
 def score(answers: Sequence[Future], benchmark: Benchmark) -> dict:
-    """Score, by task, and how many images of each prompt are right."""
-    right = [verdict for answer in answers for verdict in answer.result()]
-    each = benchmark.samples
-    correct = [sum(right[i : i + each]) for i in range(0, len(right), each)]
-    tags: dict[str, list[float]] = {}
-    for entry, count in zip(benchmark.metadata, correct, strict=True):
-        tags.setdefault(entry["tag"], []).append(count / each)
-    means = {tag: float(np.mean(rates)) for tag, rates in tags.items()}
-    return {"score": float(np.mean(list(means.values()))), "tags": means, "correct": correct}
+    """What `scores` says of such verdicts, once they are there."""
+    verdicts = [verdict for answer in answers for verdict in answer.result()]
+    return scores(verdicts, benchmark.metadata, benchmark.samples)
 
 
 # -- pictures as a whole ---------------------------------------------------------------------------
@@ -197,36 +189,26 @@ def _spread(features_nF: Tensor, each: int) -> float:
 # -- held out --------------------------------------------------------------------------------------
 @torch.no_grad()
 def held_out(model: TensorAR, batches: Sequence[Batch]) -> dict:
-    """The held-out losses by slot, as `t2i.training.validation` has them, and what drafts know."""
-    totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised_truth", "own_drafts")}
-    known = []
-    for batch in batches:
-        condition = model.backbone.encode_condition(batch.prepared)
-        inputs = {
-            "noised_truth": model.noised_windows(batch.codes, batch.keys),
-            "own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys),
-        }
-        for kind, windows in inputs.items():
-            gaussian = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
-            losses: SlotLosses = model(batch.codes, condition, windows, gaussian)
-            totals[kind] += torch.stack([losses.sums, losses.counts]).cpu()
-        if model.config.k > 1:
-            known.append(drafts_and_finals(model, batch, inputs["own_drafts"]))
-    means = {kind: (total[0] / total[1]).tolist() for kind, total in totals.items()}
-    found: dict = {"losses": Validation(**means).metrics()}
-    if known:
-        found["drafts"] = {
-            name: torch.stack([part[name] for part in known]).mean(0).tolist() for name in known[0]
-        }
+    """The held-out losses by slot, and what drafts know."""
+    losses = _together([losses_by_slot(model, batch) for batch in batches]).items()
+    found: dict = {"losses": means({kind: parts.sum(0) for kind, parts in losses}).metrics()}
+    if model.config.k > 1:
+        known = _together([drafts_and_finals(model, batch) for batch in batches]).items()
+        found["drafts"] = {name: parts.mean(0).tolist() for name, parts in known}
     return found
 
 
-def drafts_and_finals(model: TensorAR, batch: Batch, windows: Tensor) -> dict[str, Tensor]:
+def _together(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def drafts_and_finals(model: TensorAR, batch: Batch) -> dict[str, Tensor]:
     """By slot 1 .. k-1, over positions that went through all slots: the total variation between
     what is predicted of a position there and in slot 0; and how often a draft, drawn from the
     former, is the true code. Both are [k - 1].
     """
     condition, k = model.backbone.encode_condition(batch.prepared), model.config.k
+    windows = model.own_draft_windows(batch.codes, condition, batch.keys)
     d_BNkD = model.decode_slots(model.hidden(condition, windows))
     p_BNkV = model.backbone.next_logits(d_BNkD, windows[..., :0]).softmax(-1)
     truth_BN = batch.codes[..., 0]

@@ -1,7 +1,7 @@
 """The tables and the plot of docs/recipe.md, from the results of `launch/lab/long_grid.py`.
 
-    python launch/lab/long_report.py --results docs/recipe/long/results.jsonl \\
-        --out docs/recipe/long
+    python launch/lab/long_report.py --results docs/recipe/presets/results.jsonl \\
+        --out docs/recipe/presets
 
 Every arm is compared with the control that shares its steps, data and rates, seed by seed and
 prompt by prompt. A standard error of a score is the larger of two, over seeds and over prompts; all
@@ -11,7 +11,9 @@ Shapes: R seeds, P prompts.
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,17 @@ import numpy as np
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.lab.recipe_report import Estimate, estimate, plot_gains
+from launch.lab.results import Estimate, estimate, over_seeds
 from t2i import cli
 from t2i.evaluation.results import markdown_table
 from t2i.files import read_json_lines, writable_folder, write_text
 
-TASKS = 6
 _OWN, _NOISED = "validation/own_drafts/slot0", "validation/noised_truth/slot0"
+_NUMBERS = (
+    *(("distance", "distance", 1, 2), ("recall", "recall", 1, 3), ("spread", "spread", 1, 3)),
+    *(("loss on own drafts (mnat)", _OWN, 1000, 1), ("on noised truth (mnat)", _NOISED, 1000, 1)),
+)
+"""Columns of the main table: head, name in a line or of a held-out loss, scale and digits."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +55,23 @@ class Lines:
     def bases(self) -> list[str]:
         return sorted({base for base, _ in self.found})
 
-    def arms(self, base: str) -> list[str]:
-        """In the order in which they were done."""
-        return [arm for of, arm in self.found if of == base]
+    def arms(self, base: str) -> dict[str, list[dict]]:
+        """Lines of each arm by seed, in the order in which arms were done."""
+        return {
+            arm: [line for _, line in sorted(by_seed.items())]
+            for (of, arm), by_seed in self.found.items()
+            if of == base
+        }
 
     def pairs(self, base: str, arm: str) -> list[tuple[dict, dict]]:
-        """Lines of the seeds that the arm and its control share."""
+        """Lines of the seeds that the arm and its control share; none of a control."""
         ours = self.found[base, arm]
-        control = self.found.get((base, next(iter(ours.values()))["control"]), {})
+        name = next(iter(ours.values()))["control"]
+        control = self.found.get((base, name), {}) if name != arm else {}
         return [(line, control[seed]) for seed, line in sorted(ours.items()) if seed in control]
 
-    def is_control(self, base: str, arm: str) -> bool:
-        return next(iter(self.found[base, arm].values()))["control"] == arm
 
-
-def rates(lines: list[dict]) -> np.ndarray:
+def rates(lines: Sequence[dict]) -> np.ndarray:
     """[R, P]"""
     return np.array([x["correct"] for x in lines]) / lines[0]["settings"]["samples"]
 
@@ -73,113 +81,161 @@ def gain(pairs: list[tuple[dict, dict]]) -> Estimate | None:
     if not pairs:
         return None
     ours, control = zip(*pairs, strict=True)
-    return estimate(rates(list(ours)) - rates(list(control)), TASKS)
+    return estimate(rates(ours) - rates(control))
 
 
-def over_seeds(values: list[float]) -> Estimate:
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return Estimate(float(np.mean(values)), float(error))
+def number(line: dict, name: str) -> float:
+    """Of a line, or a held-out loss; NaN if there is none."""
+    return line.get(name, line.get("losses", {}).get(name, float("nan")))
 
 
-def shown(found: Estimate | None, digits: int, *, signed: bool = True) -> str:
-    """Mean ± error; the error is left out where one seed tells none."""
-    if found is None:
-        return ""
-    told = f"{found.mean:{'+' if signed else ''}.{digits}f}"
-    return told if np.isnan(found.error) else f"{told} ± {found.error:.{digits}f}"
-
-
-def difference(pairs: list[tuple[dict, dict]], name: str, scale: float = 1) -> Estimate | None:
-    """Of a number of the line, or of a held-out loss, against the control."""
-
-    def value(line: dict) -> float:
-        return line["losses"][name] if "/" in name else line[name]
-
-    return over_seeds([scale * (value(a) - value(b)) for a, b in pairs]) if pairs else None
+def difference(pairs: list[tuple[dict, dict]], name: str, scale: float = 1) -> Estimate:
+    """Of such a number against the control."""
+    return over_seeds([scale * (number(a, name) - number(b, name)) for a, b in pairs])
 
 
 def main_table(lines: Lines, base: str) -> str:
-    """One row per arm: the score, and differences to its control."""
-    head = (
-        "| arm | seeds | score | score less its control's | distance | recall | spread "
-        "| loss on own drafts (mnat) |"
-    )
+    """One row per arm: the score, and numbers as differences to its control, of controls as they
+    are.
+    """
+    head = ["arm", "seeds", "score", "score less its control's", *(n[0] for n in _NUMBERS)]
     rows = []
-    for arm in lines.arms(base):
-        own = list(lines.found[base, arm].values())
-        pairs = [] if lines.is_control(base, arm) else lines.pairs(base, arm)
-        score = estimate(rates(own), TASKS)
-        first = [arm, str(len(own)), str(score)]
-        if not pairs:
-            known = [over_seeds([x[n] for x in own]) for n in ("distance", "recall", "spread")]
-            told = [shown(x, d, signed=False) for x, d in zip(known, (2, 3, 3), strict=True)]
-            loss = over_seeds([1000 * x["losses"][_OWN] for x in own])
-            rows.append([*first, "", *told, shown(loss, 0, signed=False)])
-            continue
-        rows.append(
-            [
-                *first,
-                shown(gain(pairs), 3),
-                *(
-                    shown(difference(pairs, name), digits)
-                    for name, digits in (("distance", 2), ("recall", 3), ("spread", 3))
-                ),
-                shown(difference(pairs, _OWN, 1000), 1),
-            ]
-        )
-    return markdown_table(head, rows)
+    for arm, own in lines.arms(base).items():
+        pairs = lines.pairs(base, arm)
+        gained = gain(pairs)
+        cells = [arm, str(len(own)), estimate(rates(own)).told()]
+        cells.append(gained.told(signed=True) if gained else "")
+        for _, name, scale, digits in _NUMBERS:
+            values = [scale * number(line, name) for line in own]
+            found = difference(pairs, name, scale) if pairs else over_seeds(values)
+            told = found.told(digits, signed=bool(pairs))
+            cells.append("" if np.isnan(found.mean) else told)
+        rows.append(cells)
+    return table(head, rows)
 
 
 def task_table(lines: Lines, base: str) -> str:
     """Scores by task, means over seeds."""
-    tags = list(next(iter(lines.found[base, lines.arms(base)[0]].values()))["tags"])
-    rows = []
-    for arm in lines.arms(base):
-        own = list(lines.found[base, arm].values())
-        rows.append([arm, *(f"{np.mean([x['tags'][tag] for x in own]):.3f}" for tag in tags)])
-    return markdown_table(f"| arm | {' | '.join(tags)} |", rows)
+    arms = lines.arms(base)
+    tags = list(next(iter(arms.values()))[0]["tags"])
+    rows = [
+        [arm, *(f"{np.mean([x['tags'][tag] for x in own]):.3f}" for tag in tags)]
+        for arm, own in arms.items()
+    ]
+    return table(["arm", *tags], rows)
 
 
 def draft_table(lines: Lines, base: str) -> str:
-    """What drafts know, and how codes change from stage to stage."""
-    head = (
-        "| arm | loss on noised truth less on own drafts (mnat) | losses of slots 1 .. k-1 "
-        "| total variation to the final distribution, slots 1 .. k-1 | draft right "
-        "| flipped between stages | stages that agree with the final |"
-    )
+    """What drafts know, how codes change from stage to stage, and whether changes repair: of the
+    last draft, wrong ones whose final code is right, and right ones whose final code is wrong.
+    """
+    head = [
+        *("arm", "loss on noised truth less on own drafts (mnat)", "losses of slots 1 .. k-1"),
+        "total variation to the final distribution, slots 1 .. k-1",
+        *("draft right", "flipped between stages", "stages that agree with the final"),
+        *("last draft right", "corrected", "by the control", "spoilt", "by the control"),
+    ]
     rows = []
-    for arm in lines.arms(base):
-        own = [x for x in lines.found[base, arm].values() if "drafts" in x]
+    for arm, found in lines.arms(base).items():
+        own = [x for x in found if _drafts(x)]
         if not own:
             continue
-        trust = over_seeds([1000 * (x["losses"][_NOISED] - x["losses"][_OWN]) for x in own])
-        slots = range(1, len(own[0]["drafts"]["right"]) + 1)
-        later = [[x["losses"][f"validation/own_drafts/slot{j}"] for j in slots] for x in own]
-        rows.append(
-            [
-                *(arm, shown(trust, 1)),
-                _each(later, ".2f"),
-                _each([x["drafts"]["total_variation"] for x in own], ".3f"),
-                _each([x["drafts"]["right"] for x in own], ".1%"),
-                _each([x["changes"]["flipped"] for x in own], ".1%"),
-                _each([x["changes"]["agreeing"] for x in own], ".1%"),
-            ]
+        trust = over_seeds([1000 * (number(x, _NOISED) - number(x, _OWN)) for x in own])
+        cells = [arm, trust.told(1, signed=True), _each(own, _drafts, ".2f")]
+        for part, name, how in (
+            *(("drafts", "total_variation", ".3f"), ("drafts", "right", ".1%")),
+            *(("changes", "flipped", ".1%"), ("changes", "agreeing", ".1%")),
+            *(("repairs", "draft_right", ".1%"), ("repairs", "corrected", ".1%")),
+            *(("repairs", "control_corrected", ".1%"), ("repairs", "spoilt", ".1%")),
+            ("repairs", "control_spoilt", ".1%"),
+        ):
+            known = [x for x in own if x.get(part)]
+            cells.append(_each(known, lambda x, part=part, name=name: x[part][name], how))
+        rows.append(cells)
+    return table(head, rows)
+
+
+def _drafts(line: dict) -> list[float]:
+    """Held-out losses of the slots behind the first."""
+    named = sorted(line.get("losses", {}).items())
+    return [loss for name, loss in named if "/own_drafts/" in name and name != _OWN]
+
+
+def _each(lines: list[dict], of: Callable[[dict], list[float] | float], how: str) -> str:
+    """Means over seeds."""
+    means = np.mean([np.atleast_1d(of(line)) for line in lines], axis=0) if lines else ()
+    return " / ".join(f"{mean:{how}}" for mean in means)
+
+
+def correlation_table(lines: Lines) -> str:
+    """Rank correlation of the loss on own drafts and the score: of runs, and of their differences
+    to their control, since a seed holds out images of its own.
+    """
+    rows = []
+    for base in lines.bases():
+        runs = [x for own in lines.arms(base).values() for x in own if "losses" in x]
+        pairs = [p for arm in lines.arms(base) for p in lines.pairs(base, arm) if "losses" in p[0]]
+        if len(pairs) < 3:
+            continue
+        both = rank_correlation([number(x, _OWN) for x in runs], [x["score"] for x in runs])
+        paired = rank_correlation(
+            [number(a, _OWN) - number(b, _OWN) for a, b in pairs],
+            [a["score"] - b["score"] for a, b in pairs],
         )
-    return markdown_table(head, rows)
+        rows.append([base, str(len(runs)), f"{both:+.2f}", f"{paired:+.2f}"])
+    return table(["base", "runs", "rank correlation", "of differences to the control"], rows)
 
 
-def _each(by_seed: list[list[float]], how: str) -> str:
-    return " / ".join(f"{value:{how}}" for value in np.mean(by_seed, axis=0))
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's coefficient; ties share their mean rank."""
+
+    def ranks(values: list[float]) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
-def gains(lines: Lines) -> dict[str, dict[str, Estimate]]:
-    """Of every arm with a control, by base."""
-    found: dict[str, dict[str, Estimate]] = {base: {} for base in lines.bases()}
-    for base, arm in lines.found:
-        one = None if lines.is_control(base, arm) else gain(lines.pairs(base, arm))
-        if one is not None:
-            found[base][arm] = one
-    return found
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In markdown, without columns in which nothing stands."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    told = [[row[i] for i in kept] for row in rows]
+    return markdown_table(f"| {' | '.join(head[i] for i in kept)} |", told) if rows else "none"
+
+
+def plot_gains(lines: Lines, path: Path) -> None:
+    """By base and arm, sampled in the base's own way: score less the control's, with one (thick)
+    and two standard errors.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    found = {
+        base: {
+            arm: one
+            for arm, own in lines.arms(base).items()
+            if "losses" in own[0] and (one := gain(lines.pairs(base, arm)))
+        }
+        for base in lines.bases()
+    }
+    arms = list(dict.fromkeys(arm for by_arm in found.values() for arm in by_arm))[::-1]
+    if not arms:
+        return
+    figure = Figure(figsize=(8, 0.36 * len(arms) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="#999999", linewidth=1)
+    for i, (base, color) in enumerate(zip(found, cycle(("#d62626", "#2858d6", "#8038ac")))):
+        for arm, one in found[base].items():
+            y = arms.index(arm) + 0.24 * (0.5 - i)
+            for times, width in ((2, 1), (1, 3)):
+                ends = [one.mean + sign * times * one.error for sign in (-1, 1)]
+                axes.plot(ends, [y, y], color=color, linewidth=width)
+            axes.plot([one.mean], [y], "o", color=color)
+        axes.plot([], [], "o-", color=color, label=base)
+    axes.set(yticks=range(len(arms)), yticklabels=arms, xlabel="score less the control's")
+    axes.legend()
+    with rc_context({"svg.hashsalt": path.stem}):  # the file changes with its data only
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -191,9 +247,9 @@ def main() -> None:
         parts += [f"### {base}: scores and likeness", main_table(lines, base)]
         parts += [f"### {base}: by task", task_table(lines, base)]
         parts += [f"### {base}: drafts", draft_table(lines, base)]
+    parts += ["### Own-drafts loss and score", correlation_table(lines)]
     print(write_text(config.out / "tables.md", "\n\n".join(parts) + "\n").read_text())
-    if any(gains(lines).values()):
-        plot_gains(gains(lines), config.out / "differences.svg")
+    plot_gains(lines, config.out / "differences.svg")
 
 
 if __name__ == "__main__":

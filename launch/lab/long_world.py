@@ -22,14 +22,17 @@ from launch.lab.long_data import (
     order,
     split,
 )
-from launch.lab.long_grid import LongGrid, LongRun, append
+from launch.lab.long_grid import LongGrid, LongRun
 from launch.lab.long_steps import WARM_UP, Trainer
+from launch.lab.results import append
+from t2i.files import json_sha256
 from t2i.loading import load_backbone, pick_device
 from t2i.models.base import Backbone
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.rng import make_keys
-from t2i.shapes.refinement import stage_changes
+from t2i.shapes.refinement import repairs, stage_changes
 from t2i.sources import BackboneSource, expand_folder
+from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.training.config import TrainConfig
@@ -52,7 +55,8 @@ class World:
             if grid.workers
             else ThreadPoolExecutor(1)
         )
-        self.judged: list[tuple[list[Future], dict]] = []
+        self.judged: list[list[tuple[list[Future], dict]]] = []
+        """Lines without their verdicts; those of a run are written together."""
         folders = [base.partition("=")[::2] for base in grid.bases]
         self.backbones = {name: self._loaded(weights) for name, weights in folders}
         first = next(iter(self.backbones.values()))
@@ -108,10 +112,12 @@ class World:
 
     def _fresh(self, run: LongRun, config: TrainConfig) -> TensorAR:
         """The base with a fresh codec."""
-        known = self.backbones[run.base]
+        return TensorAR(self._copied(run.base), config.method, seed=run.seed)
+
+    def _copied(self, base: str) -> Backbone:
+        known = self.backbones[base]
         # Frozen helpers are shared.
-        backbone = copy.deepcopy(known, {id(known.frozen): known.frozen})
-        return TensorAR(backbone, config.method, seed=run.seed)
+        return copy.deepcopy(known, {id(known.frozen): known.frozen})
 
     def _begun(
         self,
@@ -140,27 +146,44 @@ class World:
         }
 
     def _examine(self, run: LongRun, name: str, model: TensorAR, held: Tensor, facts: dict) -> None:
-        grid, scenes = self.grid, self.scenes[run.base]
-        drawing = long_judge.draw(model, self.benchmark, scenes.prepared, run.seed, grid.draw_batch)
-        windows = drawing.windows_nNkS.cpu()
-        line = {"key": run.key(grid), "base": run.base, "arm": name, "seed": run.seed}
-        line |= {"steps": grid.steps, "control": run.arm.control, "settings": _settings(run, grid)}
-        line |= long_judge.held_out(model, held_out_batches(scenes, held))
-        line |= long_judge.likeness(drawing, self.benchmark, self.tokenizer)
-        if model.config.k > 1 and model.windows.stages > 1:
-            line["changes"] = asdict(stage_changes(windows, model.windows))
-        answers = long_judge.ask_verdicts(drawing, self.benchmark, self.pool)
-        self.judged.append((answers, line | facts | {"device": _device_name(self.device)}))
+        """What is known of a model, and what it draws in every way."""
+        grid, scenes, lines = self.grid, self.scenes[run.base], []
+        about = {"key": run.key(grid), "base": run.base, "seed": run.seed, "steps": grid.steps}
+        about |= {"control": run.arm.control, "device": _device_name(self.device)}
+        batches = held_out_batches(scenes, held)
+        facts = facts | long_judge.held_out(model, batches)
+        if model.config.k > 1 and (control := self._control(run)) is not None:
+            facts["repairs"] = asdict(repairs(model, control, batches))
+        keys = make_keys(run.seed, *self.benchmark.jobs)
+        for way, options in {"": {}, **run.arm.ways}.items():
+            line = about | {"arm": f"{name}, {way}" if way else name}
+            line["settings"] = _settings(run, grid) | {"sampling": options}
+            drawing = long_judge.draw(
+                model,
+                self.benchmark,
+                scenes.prepared,
+                keys,
+                replace(model.sampling, **options),
+                grid.draw_batch,
+            )
+            line |= long_judge.likeness(drawing, self.benchmark, self.tokenizer)
+            if drawing.geometry.stages > 1:
+                changes = stage_changes(drawing.windows_nNkS.cpu(), drawing.geometry)
+                line["changes"] = asdict(changes)
+            answers = long_judge.ask_verdicts(drawing, self.benchmark, self.pool)
+            lines.append((answers, line | ({} if way else facts)))
+        self.judged.append(lines)
         self.write_down()
 
     def write_down(self, wait: bool = False) -> None:
         """Write the lines whose verdicts are there. Whoever calls it holds `eager`."""
         waiting, self.judged = self.judged, []
-        for answers, line in waiting:
-            if wait or all(answer.done() for answer in answers):
-                append(self.grid.out, line | long_judge.score(answers, self.benchmark))
+        for lines in waiting:
+            if wait or all(answer.done() for answers, _ in lines for answer in answers):
+                told = [line | long_judge.score(answers, self.benchmark) for answers, line in lines]
+                append(self.grid.out, told, ("base", "arm", "seed", "score", "seconds"))
             else:
-                self.judged.append((answers, line))
+                self.judged.append(lines)
 
     def close(self) -> None:
         """Wait for all verdicts."""
@@ -171,10 +194,20 @@ class World:
     def _kept(self, run: LongRun, name: str) -> Path:
         folder = self.grid.out / "weights"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{run.base}-{run.seed}-{name.replace(' ', '-')}.pt"
+        settings = json_sha256(self.grid.trained())[:8]
+        return folder / f"{run.base}-{run.seed}-{name.replace(' ', '-')}-{settings}.pt"
 
     def _keep(self, run: LongRun, model: TensorAR) -> None:
         torch.save(model.backbone.state_dict(), self._kept(run, run.arm.name))
+
+    def _control(self, run: LongRun) -> TensorAR | None:
+        """The run's control, if it has been trained."""
+        path = self._kept(run, run.arm.control)
+        if not path.exists():
+            return None
+        model = TensorAR(self._copied(run.base), presets.base())
+        model.backbone.load_state_dict(torch.load(path, map_location=self.device))
+        return model.eval()
 
     def _step_away(
         self, run: LongRun, config: TrainConfig, held: Tensor, stream: torch.cuda.Stream | None

@@ -63,7 +63,7 @@ def repairs(model: TensorAR, control: TensorAR, batches: Iterable[Batch]) -> Rep
         for m, windows in ((model, own), (control, control.windows.gather(batch.codes))):
             outcomes.append((_first_slot(m, batch, windows)[:, 1:] == truth).all(-1))
         index = 4 * outcomes[0].long() + 2 * outcomes[1].long() + outcomes[2].long()
-        counts += torch.bincount(index.flatten(), minlength=8).view(2, 2, 2)
+        counts += torch.bincount(index.flatten(), minlength=8).view(2, 2, 2).cpu()
     wrong, right = counts[0], counts[1]
     return Repairs(
         draft_right=float(right.sum() / counts.sum()),
@@ -78,4 +78,5 @@ def _first_slot(model: TensorAR, batch: Batch, windows: Tensor) -> Tensor:
     """Codes int64 [B, T, S] drawn for slot 0 of every window, given input windows."""
     condition = model.backbone.encode_condition(batch.prepared)
     d_BND = model.decode_slots(model.hidden(condition, windows))[:, :, 0]
-    return model.draw(d_BND, fold(batch.keys[:, None], 5000, torch.arange(d_BND.shape[1])))
+    position_N = torch.arange(d_BND.shape[1], device=batch.keys.device)
+    return model.draw(d_BND, fold(batch.keys[:, None], 5000, position_N))

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from t2i.tensorar.model import TensorAR
-from t2i.training.batches import TrainingData
+from t2i.training.batches import Batch, TrainingData
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,31 @@ def validate(model: TensorAR, data: TrainingData) -> Validation:
     model.eval()
     totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised_truth", "own_drafts")}
     for batch, counted in data.validation_batches():
-        condition = model.backbone.encode_condition(batch.prepared)
-        inputs = {
-            "noised_truth": model.noised_windows(batch.codes, batch.keys),
-            "own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys),
-        }
-        for kind, windows in inputs.items():
-            gaussian = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
-            losses = model(batch.codes, condition, windows, gaussian)
+        for kind, losses_2k in losses_by_slot(model, batch).items():
             if counted:
-                totals[kind] += torch.stack([losses.sums, losses.counts]).cpu()
+                totals[kind] += losses_2k.cpu()
     model.train(was_training)
     for kind, total in totals.items():
         if data.processes.world_size > 1:
             total = total.to(data.processes.device)
             dist.all_reduce(total)
             totals[kind] = total.cpu()
+    return means(totals)
+
+
+def losses_by_slot(model: TensorAR, batch: Batch) -> dict[str, Tensor]:
+    """Sums and counts [2, k] by kind of input."""
+    condition = model.backbone.encode_condition(batch.prepared)
+    noised = model.noised_windows(batch.codes, batch.keys)
+    drafts = model.own_draft_windows(batch.codes, condition, batch.keys)
+    gaussian = batch.keys if model.uses_gaussian_noise else None
+    found = {
+        "noised_truth": model(batch.codes, condition, noised, gaussian),
+        "own_drafts": model(batch.codes, condition, drafts),
+    }
+    return {kind: torch.stack([loss.sums, loss.counts]) for kind, loss in found.items()}
+
+
+def means(totals: dict[str, Tensor]) -> Validation:
+    """Of such sums and counts over all batches."""
     return Validation(**{kind: (total[0] / total[1]).tolist() for kind, total in totals.items()})
