@@ -30,19 +30,21 @@ import tyro
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.lab.results import append, results, scores
 from t2i import cli
-from t2i.files import read_json_lines, writable_folder
+from t2i.errors import UserError
+from t2i.files import writable_folder
 from t2i.tensorar import presets
 from t2i.tensorar.method import TensorARConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from geneval import Judgement
+    from launch.lab.long_data import Scenes
     from t2i.sampling import SamplingConfig
     from t2i.tensorar.model import TensorAR
 
-_HELD_OUT, _DROPPED = 64, 0.1
+_HELD_OUT = 64
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Strides:
 
     part: tyro.conf.Positional[Literal["ideal", "trained"]]
     base: str = "shapes"
-    """Shipped base, or a folder of one."""
+    """Shipped base, or a folder of one; `trained` takes a LlamaGen."""
     out: Path = Path("runs/strides")
     """Folder of results.jsonl."""
     sizes: tuple[int, ...] = (2, 4, 8)
@@ -101,89 +103,62 @@ def arms(study: Strides) -> Iterator[Arm]:
     yield Arm("multi-token", method, tuple((s, s) for s in study.strides if s > 1))
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """Codes int64 [scenes, T, 1], the number of each one's caption, and all captions prepared."""
+def draw_scenes(study: Strides, model: "TensorAR") -> "Scenes":
+    """Those to learn from and, behind them, those that are held out."""
+    from launch.lab.long_data import drawn_scenes
+    from t2i.sources import BackboneSource, expand_folder
 
-    codes: "Tensor"
-    captions: "Tensor"
-    prepared: "dict[str, Tensor]"
-
-
-def draw_scenes(study: Strides, model: "TensorAR") -> Scenes:
-    import torch
-
-    from t2i.shapes.caption_bases import drawn_scenes, every_caption, to_pixels
-    from t2i.shapes.tiny_recipes import CaptionBase
-
-    backbone, captions = model.backbone, every_caption()
-    world = CaptionBase(
-        study.out,
-        seed=1,
-        image_size=backbone.image_size[0],
-        scenes=study.scenes + _HELD_OUT,
-        workers=study.workers,
-    )
-    numbers, codes, drawn = {text: i for i, text in enumerate(captions)}, [], []
-    for images, texts in drawn_scenes(world, 256):
-        codes.append(backbone.encode_images(to_pixels(images, backbone.device)))
-        drawn += [numbers[text] for text in texts]
-    device = backbone.device
-    return Scenes(torch.cat(codes), torch.tensor(drawn, device=device), backbone.prepare(captions))
+    family = model.backbone.spec.family
+    tokenizer = expand_folder(BackboneSource(family, study.base)).tokenizer
+    if family != "llamagen" or tokenizer is None:
+        raise UserError(f"base={study.base}: a LlamaGen with its image tokenizer is trained here")
+    count = study.scenes + _HELD_OUT
+    return drawn_scenes(model.backbone, Path(tokenizer), count, study.out, study.workers)
 
 
-def trained(study: Strides, arm: Arm, seed: int, scenes: Scenes) -> "TensorAR":
+def trained(study: Strides, arm: Arm, seed: int, scenes: "Scenes") -> "TensorAR":
     """The base with a fresh codec, after its run."""
     import torch
 
+    from launch.lab.long_arms import objective
+    from launch.lab.long_data import order
+    from launch.lab.long_steps import Trainer
     from t2i.checkpoint import load_model
-    from t2i.rng import make_keys
+    from t2i.models.llamagen.llamagen_recipes import text_recipes
     from t2i.tensorar.model import TensorAR
+    from t2i.training.config import EngineOptions
 
     base = load_model(study.base, device=study.device, dtype="float32")
-    model = TensorAR(base.backbone, arm.method, seed=seed).train()
-    device, own = base.backbone.device, [] if model.codec is None else [*model.codec.parameters()]
-    rest = [p for part in base.backbone.trained_modules() for p in part.parameters()]
-    rates = [study.backbone_lr, study.codec_lr]
-    groups = [{"params": rest}, {"params": own}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05)
-    random = torch.Generator().manual_seed(seed)
-    for step in range(study.steps):
-        rows = torch.randint(study.scenes, (study.batch,), generator=random)
-        drop = (torch.rand(study.batch, generator=random) < _DROPPED).to(device)
-        keys = make_keys(seed, torch.arange(study.batch), step).to(device)
-        rows, done = rows.to(device), step / study.steps
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            codes, condition = scenes.codes[rows], condition_of(model, scenes, rows, drop)
-            windows = model.training_windows(codes, condition, keys, done)
-            loss = model(codes, condition, windows).loss
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1, (step + 1) / 20) * (1 - done)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*rest, *own], 1.0)
-        optimizer.step()
-    return model.eval()
+    model = TensorAR(base.backbone.requires_grad_(True), arm.method, seed=seed)
+    recipe, on_gpu = text_recipes()["shapes-control"][1], model.backbone.device.type == "cuda"
+    rates = {"codec_lr": study.codec_lr, "backbone_lr": study.backbone_lr, "backbone_falls": True}
+    config = replace(
+        recipe,
+        method=arm.method,
+        optim=replace(recipe.optim, **rates),
+        engine=EngineOptions(precision="autocast" if on_gpu else "fp32", micro_batch=study.batch),
+        batch_size=study.batch,
+        steps=study.steps,
+        seed=seed,
+    )
+    batches = order(scenes, config, torch.arange(study.scenes))
+    trainer = Trainer(model, objective("method", model), config, batches)
+    trainer.run(study.steps)
+    return trainer.end()
 
 
-def condition_of(model: "TensorAR", scenes: Scenes, rows: "Tensor", drop: "Tensor | None" = None):
-    captions = scenes.captions[rows]
-    prepared = {name: value[captions] for name, value in scenes.prepared.items()}
-    return model.backbone.encode_condition(prepared, drop)
-
-
-def held_out_loss(model: "TensorAR", scenes: Scenes) -> list[float]:
+def held_out_loss(model: "TensorAR", scenes: "Scenes") -> list[float]:
     """Cross entropy by slot of scenes that were not learnt from, with own drafts as input."""
     import torch
 
-    from t2i.rng import make_keys
+    from launch.lab.long_data import held_out_batches
+    from t2i.training.validation import losses_by_slot
 
-    rows = torch.arange(len(scenes.codes) - _HELD_OUT, len(scenes.codes))
-    keys = make_keys(0, torch.arange(_HELD_OUT)).to(scenes.codes.device)
+    count = len(scenes.codes_nT)
+    (batch,) = held_out_batches(scenes, torch.arange(count - _HELD_OUT, count))
     with torch.no_grad():
-        codes, condition = scenes.codes[rows], condition_of(model, scenes, rows)
-        windows = model.own_draft_windows(codes, condition, keys)
-        return [round(loss, 4) for loss in model(codes, condition, windows).means().tolist()]
+        sums, counts = losses_by_slot(model, batch)["own_drafts"]
+    return [round(loss, 4) for loss in (sums / counts).tolist()]
 
 
 def scored(study: Strides, model: "TensorAR", seed: int, sampling: "SamplingConfig") -> dict:
@@ -193,9 +168,10 @@ def scored(study: Strides, model: "TensorAR", seed: int, sampling: "SamplingConf
     from t2i.shapes.shapes_prompts import benchmark_prompts
     from t2i.tensorar.sampler import drawn_windows
 
+    metadata = benchmark_prompts(0, study.prompts_per_task)
     report = examine(
         model,
-        benchmark_prompts(0, study.prompts_per_task),
+        metadata,
         seed=seed,
         samples=study.samples,
         sampling=sampling,
@@ -203,19 +179,10 @@ def scored(study: Strides, model: "TensorAR", seed: int, sampling: "SamplingConf
     ).report
     geometry = drawn_windows(model, sampling)
     calls = [len(own) for own in courses(model, sampling, study.ahead)[1]]
-    return judged(study, report) | {
+    return scores([v.correct for v in report.verdicts], metadata, study.samples) | {
         "calls_per_code": geometry.count / geometry.tokens,
         "speculating": study.ahead,
         "speculating_calls_per_code": sum(calls) / len(calls) / geometry.tokens,
-    }
-
-
-def judged(study: Strides, report: "Judgement") -> dict:
-    verdicts, each = [int(v.correct) for v in report.verdicts], study.samples
-    return {
-        "score": report.summary.overall,
-        "tags": {tag: one.mean for tag, one in report.summary.tags.items()},
-        "correct": [sum(verdicts[i : i + each]) for i in range(0, len(verdicts), each)],
     }
 
 
@@ -295,7 +262,8 @@ def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[d
                 own = {name: value[rows[:, 0]] for name, value in prepared.items()}
                 keys = make_keys(seed, *rows.T).to(model.backbone.device)
                 images += to_images(model, drawn_apart(model, own, keys, stride))
-            line = judged(study, geneval.score(images, metadata, ShapesDetector()))
+            verdicts = geneval.score(images, metadata, ShapesDetector()).verdicts
+            line = scores([v.correct for v in verdicts], metadata, study.samples)
             calls = -(-model.windows.tokens // stride) / model.windows.tokens
             taken = {"seconds_drawing": time.perf_counter() - start}
             yield {"key": key, **about, **line, "calls_per_code": calls} | taken
@@ -304,7 +272,7 @@ def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[d
 # -- all -------------------------------------------------------------------------------------------
 
 
-def do(study: Strides, arm: Arm, seed: int, scenes: Scenes, done: set[str]) -> Iterator[dict]:
+def do(study: Strides, arm: Arm, seed: int, scenes: "Scenes", done: set[str]) -> Iterator[dict]:
     """A line for every way of drawing that has none."""
     settings = f"{study.base} steps={study.steps} batch={study.batch} scenes={study.scenes}"
     about = {"arm": arm.name, "k": arm.method.k, "seed": seed, "settings": settings}
@@ -336,17 +304,15 @@ def main() -> None:
 
     from t2i.checkpoint import load_model
 
-    path = writable_folder(study.out) / "results.jsonl"
-    done = {line["key"] for line in read_json_lines(path)} if path.exists() else set()
+    writable_folder(study.out)
+    done = {line["key"] for line in results(study.out)}
     model = load_model(study.base, device=study.device, dtype="float32")
     name = "cpu" if model.backbone.device.type == "cpu" else torch.cuda.get_device_name()
     machine = {"torch": torch.__version__, "device": name, "study": asdict(study)}
     lines = {"ideal": study_ideal, "trained": study_trained}[study.part](study, model, done)
+    shown = ("arm", "stride", "seed", "score", "tags", "losses", "speculating_calls_per_code")
     for line in lines:
-        with open(path, "a") as file:
-            file.write(json.dumps(line | machine, default=str) + "\n")
-        shown = ("arm", "stride", "seed", "score", "tags", "losses", "speculating_calls_per_code")
-        print({name: line[name] for name in shown if name in line}, flush=True)
+        append(study.out, [line | machine], shown)
 
 
 if __name__ == "__main__":

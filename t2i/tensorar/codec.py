@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.tensorar.method import Residual
+from t2i.tensorar.method import TensorARConfig
 
 
 class CodecBlock(nn.Module):
@@ -28,13 +28,13 @@ class CodecBlock(nn.Module):
     pre-norm.
     """
 
-    def __init__(self, dim: int, heads: int, mlp: bool):
+    def __init__(self, config: TensorARConfig, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm_query, self.norm_memory = nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.wq, self.wo = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.wkv = nn.Linear(dim, 2 * dim, bias=False)
-        self.mlp = SwiGLU(dim) if mlp else None
+        self.mlp = SwiGLU(dim) if config.mlp else None
 
     def forward(self, x: Tensor, memory_MmD: Tensor, valid_Mm: Tensor | None) -> Tensor:
         """Queries [M, q, D] after reading; [q, D] where every row has the same, which are then
@@ -98,10 +98,10 @@ class SwiGLU(nn.Module):
 class QueryTransformer(nn.Module):
     """`queries` learned vectors read a memory through `depth` blocks: [M, m, D] -> [M, q, D]."""
 
-    def __init__(self, queries: int, dim: int, heads: int, depth: int, mlp: bool):
+    def __init__(self, queries: int, config: TensorARConfig, dim: int, heads: int):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(queries, dim))
-        self.blocks = nn.ModuleList(CodecBlock(dim, heads, mlp) for _ in range(depth))
+        self.blocks = nn.ModuleList(CodecBlock(config, dim, heads) for _ in range(config.depth))
 
     def forward(self, memory_MmD: Tensor, valid_Mm: Tensor | None = None) -> Tensor:
         x = self.queries
@@ -113,11 +113,11 @@ class QueryTransformer(nn.Module):
 class InputEncoder(nn.Module):
     """One input embedding per window: E(w)."""
 
-    def __init__(self, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual):
+    def __init__(self, config: TensorARConfig, dim: int, heads: int):
         super().__init__()
-        self.slots = nn.Parameter(torch.empty(k, dim))
-        self.transformer = QueryTransformer(1, dim, heads, depth, mlp)
-        self.z_in = None if residual == "none" else nn.Parameter(torch.zeros(dim))
+        self.slots = nn.Parameter(torch.empty(config.k, dim))
+        self.transformer = QueryTransformer(1, config, dim, heads)
+        self.z_in = None if config.residual == "none" else nn.Parameter(torch.zeros(dim))
 
     def forward(self, e_MkD: Tensor, valid_Mk: Tensor) -> Tensor:
         """Embeddings of a window's slots [M, k, D] and which of them exist [M, k] -> [M, D]."""
@@ -129,21 +129,19 @@ class InputEncoder(nn.Module):
 class OutputDecoder(nn.Module):
     """One hidden state per slot of the predicted window: D(h)."""
 
-    def __init__(
-        self, k: int, dim: int, heads: int, depth: int, mlp: bool, residual: Residual, detach: bool
-    ):
+    def __init__(self, config: TensorARConfig, dim: int, heads: int):
         super().__init__()
-        self.residual, self.detach = residual, detach
-        self.transformer = QueryTransformer(k, dim, heads, depth, mlp)
-        self.z_out = None if residual == "none" else nn.Parameter(torch.zeros(dim))
+        self.config = config
+        self.transformer = QueryTransformer(config.k, config, dim, heads)
+        self.z_out = None if config.residual == "none" else nn.Parameter(torch.zeros(dim))
 
     def forward(self, h_MD: Tensor) -> Tensor:
         """Hidden states [M, D] -> [M, k, D]."""
-        read = self.transformer((h_MD.detach() if self.detach else h_MD)[:, None])
+        read = self.transformer((h_MD.detach() if self.config.detach else h_MD)[:, None])
         if self.z_out is None:
             return read
         h_M1D, drafts = h_MD[:, None], read[:, 1:]
-        if self.residual == "all":
+        if self.config.residual == "all":
             drafts = h_M1D + drafts
         return torch.cat([h_M1D + self.z_out * read[:, :1], drafts], dim=1)
 
@@ -151,20 +149,10 @@ class OutputDecoder(nn.Module):
 class Codec(nn.Module):
     """Input encoder and output decoder; all that TensorAR adds to a backbone."""
 
-    def __init__(
-        self,
-        *,
-        k: int,
-        dim: int,
-        heads: int,
-        depth: int,
-        mlp: bool,
-        residual: Residual,
-        detach: bool = False,
-    ):
+    def __init__(self, config: TensorARConfig, dim: int, heads: int):
         super().__init__()
-        self.encoder = InputEncoder(k, dim, heads, depth, mlp, residual)
-        self.decoder = OutputDecoder(k, dim, heads, depth, mlp, residual, detach)
+        self.encoder = InputEncoder(config, dim, heads)
+        self.decoder = OutputDecoder(config, dim, heads)
 
     def initialize(self, generator: torch.Generator) -> None:
         """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one

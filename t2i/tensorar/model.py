@@ -62,15 +62,7 @@ class TensorAR(nn.Module):
                 backbone.code_vectors()  # raises where the codebook is not there
             first = next(backbone.parameters())
             with torch.device("meta"):
-                codec = Codec(
-                    k=config.k,
-                    dim=backbone.spec.dim,
-                    heads=backbone.spec.num_heads,
-                    depth=config.depth,
-                    mlp=config.mlp,
-                    residual=config.residual,
-                    detach=config.detach,
-                )
+                codec = Codec(config, backbone.spec.dim, backbone.spec.num_heads)
             if first.device.type != "meta":
                 codec.to_empty(device="cpu").initialize(torch.Generator().manual_seed(seed))
                 codec.to(device=first.device, dtype=first.dtype)
