@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from t2i import cli, launcher
 from t2i.errors import UserError
@@ -90,6 +90,11 @@ def on_two_cores(config: TrainConfig) -> TrainConfig:
     )
 
 
+def bf16(micro_batch: int, zero_stage: Literal[1, 2, 3] = 2) -> EngineOptions:
+    """For real sizes on GPUs."""
+    return EngineOptions(zero_stage, "bf16", micro_batch, gradient_checkpointing=True)
+
+
 def imagenet(
     name: str,
     about: str,
@@ -100,17 +105,11 @@ def imagenet(
     gradient_checkpointing: bool,
 ) -> Recipes:
     """A published class-conditional model with each method; the micro-batch fits into 80 GB."""
-    engine = EngineOptions(
-        zero_stage=2,
-        precision="bf16",
-        micro_batch=micro_batch,
-        gradient_checkpointing=gradient_checkpointing,
-    )
     config = TrainConfig(
         backbone=backbone,
         data=data,
         optim=OptimOptions(codec_lr=1e-4, backbone_lr=1e-5, warmup_steps=None),
-        engine=engine,
+        engine=replace(bf16(micro_batch), gradient_checkpointing=gradient_checkpointing),
         log=replace(OWN_PICTURES, prompts=_CLASSES),
     )
     return _with_each_method(name, about, config)

@@ -10,64 +10,89 @@ from pathlib import Path
 from typing import Literal
 
 from t2i.tensorar import presets
-from t2i.tensorar.method import TensorARConfig
-from t2i.training.config import (
-    BackboneOptions,
-    DataOptions,
-    EngineOptions,
-    OptimOptions,
-    TrainConfig,
-)
-from t2i.training.recipes import OWN_PICTURES, Recipes, on_two_cores, small_data
+from t2i.training.config import BackboneOptions, DataOptions, OptimOptions, TrainConfig
+from t2i.training.recipes import OWN_PICTURES, Recipes, bf16, on_two_cores, small_data
 from t2i.tuning import LoRAConfig
+
+_LIGHT_DRAFTS = presets.tuned()
+_MICRO_BATCHES = {"1B": 8, "7B": 4}
+"""By published size."""
 
 
 def recipes() -> Recipes:
     """By name; every option can be changed on the command line."""
     found: Recipes = {}
-    for size in ("1B", "7B"):
-        name, about = f"janus-pro-{size.lower()}", f"Janus-Pro {size}"
-        found |= {
-            f"{name}-small-data": (
-                f"{about}, a few thousand pictures on one GPU: LoRA on the language model, own "
-                "drafts",
-                small_data(_lora(size, _LIGHT_DRAFTS), f"{name}-small-data"),
-            ),
-            f"{name}-lora": (
-                f"{about}, LoRA on the language model, image layers trained whole, light drafts",
-                _lora(size, _LIGHT_DRAFTS),
-            ),
-            f"{name}-iclr2026": (
-                f"{about}, as {name}-lora with the ICLR 2026 method",
-                _lora(size, presets.iclr2026()),
-            ),
-            f"{name}-control": (
-                f"{about}, LoRA and image layers, fine-tuned as usual",
-                _lora(size, presets.base()),
-            ),
-        }
-    found["janus-pro-1b-full"] = (
-        "Janus-Pro 1B as a whole, light drafts",
-        _janus_pro("1B", _LIGHT_DRAFTS, 4e-5, _bf16(8, 2)),
-    )
-    found["janus-pro-7b-full-zero3"] = (
-        "Janus-Pro 7B as a whole, weights sharded over 8 GPUs, light drafts",
-        _janus_pro("7B", _LIGHT_DRAFTS, 4e-5, _bf16(4, 3)),
-    )
+    for size in _MICRO_BATCHES:
+        name, about, lora = f"janus-pro-{size.lower()}", f"Janus-Pro {size}", _lora(size)
+        adapters = "LoRA on the language model"
+        few = f"a few thousand pictures on one GPU: {adapters}, own drafts"
+        found[f"{name}-small-data"] = (f"{about}, {few}", small_data(lora, f"{name}-small-data"))
+        for end, method, words in (
+            ("lora", _LIGHT_DRAFTS, f"{adapters}, image layers trained whole, light drafts"),
+            ("iclr2026", presets.iclr2026(), f"as {name}-lora with the ICLR 2026 method"),
+            ("control", presets.base(), "LoRA and image layers, fine-tuned as usual"),
+        ):
+            found[f"{name}-{end}"] = (f"{about}, {words}", replace(lora, method=method))
+    words = "Janus-Pro 7B as a whole, weights sharded over 8 GPUs, light drafts"
+    found["janus-pro-1b-full"] = ("Janus-Pro 1B as a whole, light drafts", _whole("1B", 2))
+    found["janus-pro-7b-full-zero3"] = (words, _whole("7B", 3))
     return found | _shapes_recipes()
 
 
+def _lora(size: str) -> TrainConfig:
+    """Adapters on the language model, image layers trained whole: Janus-Pro at 384 px by
+    transformers' copy on the hub, without its understanding tower.
+    """
+    weights = f"deepseek-community/Janus-Pro-{size}"
+    return TrainConfig(
+        run_dir=Path(f"runs/janus-pro-{size.lower()}"),
+        backbone=BackboneOptions(family="janus", weights=weights, generation_only=True),
+        method=_LIGHT_DRAFTS,
+        tuning="lora",
+        train_image_layers=True,
+        optim=OptimOptions(codec_lr=1e-4, backbone_lr=1e-4, warmup_steps=None, weight_decay=0.0),
+        engine=bf16(_MICRO_BATCHES[size], zero_stage=1),
+        log=OWN_PICTURES,
+        batch_size=128,
+        token_dropout=0.0,
+    )
+
+
+def _whole(size: str, zero_stage: Literal[2, 3]) -> TrainConfig:
+    lora = _lora(size)
+    return replace(
+        lora,
+        tuning="full",
+        train_image_layers=False,
+        optim=replace(lora.optim, backbone_lr=4e-5),
+        engine=replace(lora.engine, zero_stage=zero_stage),
+    )
+
+
 def _shapes_recipes() -> Recipes:
+    """The shipped tiny Janus on the offline shapes world."""
+    lora = on_two_cores(
+        TrainConfig(
+            run_dir=Path("runs/shapes-janus"),
+            backbone=BackboneOptions(family="janus", weights="shapes-janus"),
+            method=_LIGHT_DRAFTS,
+            tuning="lora",
+            lora=LoRAConfig(rank=16, alpha=32.0),
+            train_image_layers=True,
+            data=DataOptions(source="shapes", validation_samples=256),
+            optim=OptimOptions(codec_lr=3e-3, backbone_lr=1e-3, warmup_steps=20, weight_decay=0.0),
+        )
+    )
+    own_pictures = replace(lora, data=DataOptions(), log=OWN_PICTURES, steps=None)
     tiny = "offline shapes world, tiny Janus"
-    own_pictures = _shapes_janus(_LIGHT_DRAFTS, data=DataOptions(), log=OWN_PICTURES, steps=None)
     return {
         "shapes-janus-lora": (
             f"{tiny}: LoRA, image layers, ICLR 2026 method with light drafts",
-            _shapes_janus(_LIGHT_DRAFTS),
+            lora,
         ),
         "shapes-janus-full": (
             f"{tiny} as a whole, ICLR 2026 method with light drafts",
-            _shapes_janus(_LIGHT_DRAFTS, tuning="full", train_image_layers=False),
+            replace(lora, tuning="full", train_image_layers=False),
         ),
         "shapes-janus-small-data": (
             "the small-data recipe on the offline tiny Janus, for your own pictures at 64 px on "
@@ -76,62 +101,6 @@ def _shapes_recipes() -> Recipes:
         ),
         "shapes-janus-control": (
             f"{tiny}: LoRA and image layers, fine-tuned as usual",
-            _shapes_janus(presets.base()),
+            replace(lora, method=presets.base()),
         ),
     }
-
-
-_LIGHT_DRAFTS = presets.tuned()
-
-
-def _janus_pro(
-    size: str, method: TensorARConfig, backbone_lr: float, engine: EngineOptions, **changes
-) -> TrainConfig:
-    """Janus-Pro at 384 px by transformers' copy on the hub, without its understanding tower."""
-    config = TrainConfig(
-        run_dir=Path(f"runs/janus-pro-{size.lower()}"),
-        backbone=BackboneOptions(
-            family="janus",
-            weights=f"deepseek-community/Janus-Pro-{size}",
-            generation_only=True,
-        ),
-        method=method,
-        optim=OptimOptions(
-            codec_lr=1e-4, backbone_lr=backbone_lr, warmup_steps=None, weight_decay=0.0
-        ),
-        engine=engine,
-        log=OWN_PICTURES,
-        batch_size=128,
-        token_dropout=0.0,
-    )
-    return replace(config, **changes)
-
-
-def _bf16(micro_batch: int, zero_stage: Literal[1, 2, 3]) -> EngineOptions:
-    return EngineOptions(
-        zero_stage=zero_stage,
-        precision="bf16",
-        micro_batch=micro_batch,
-        gradient_checkpointing=True,
-    )
-
-
-def _lora(size: str, method: TensorARConfig) -> TrainConfig:
-    """Adapters on the language model, image layers trained whole."""
-    engine = _bf16(8 if size == "1B" else 4, 1)
-    return _janus_pro(size, method, 1e-4, engine, tuning="lora", train_image_layers=True)
-
-
-def _shapes_janus(method: TensorARConfig, **changes) -> TrainConfig:
-    """The shipped tiny Janus on the offline shapes world."""
-    config = TrainConfig(
-        run_dir=Path("runs/shapes-janus"),
-        backbone=BackboneOptions(family="janus", weights="shapes-janus"),
-        method=method,
-        tuning="lora",
-        lora=LoRAConfig(rank=16, alpha=32.0),
-        train_image_layers=True,
-        data=DataOptions(source="shapes", validation_samples=256),
-        optim=OptimOptions(codec_lr=3e-3, backbone_lr=1e-3, warmup_steps=20, weight_decay=0.0),
-    )
-    return replace(on_two_cores(config), **changes)

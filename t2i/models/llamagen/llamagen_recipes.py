@@ -14,7 +14,6 @@ from t2i.tensorar.method import TensorARConfig
 from t2i.training.config import (
     BackboneOptions,
     DataOptions,
-    EngineOptions,
     LabelledOptions,
     OptimOptions,
     TrainConfig,
@@ -23,6 +22,7 @@ from t2i.training.recipes import (
     METHODS,
     OWN_PICTURES,
     Recipes,
+    bf16,
     class_shapes,
     imagenet,
     on_two_cores,
@@ -120,8 +120,6 @@ def _llamagen_t2i(
         method=method,
         tuning=tuning,
         optim=OptimOptions(codec_lr=1e-4, backbone_lr=backbone_lr, warmup_steps=None),
-        engine=EngineOptions(
-            zero_stage=2, precision="bf16", micro_batch=8, gradient_checkpointing=True
-        ),
+        engine=bf16(8),
         log=OWN_PICTURES,
     )
