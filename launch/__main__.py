@@ -59,7 +59,13 @@ def _program() -> None:
         raise UserError(f"there is no t2i {verb}; choose one of {', '.join(VERBS)}")
     # The programs name themselves in their help by the first word of the command line.
     sys.argv = [f"t2i {verb}", *given[1:]]
-    import_module(VERBS[verb][0]).main()
+    try:
+        program = import_module(VERBS[verb][0])
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("launch.lab"):
+            raise
+        raise UserError(f"t2i {verb} is run in a clone: the laboratory is not installed") from error
+    program.main()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ error.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 if not __package__:  # run from a clone, without installation
@@ -52,19 +52,10 @@ class Ablation:
     """A few steps, scenes and images: the numbers mean nothing."""
 
     def grid(self) -> LongGrid:
-        grid = LongGrid(
-            grid="ablation",
-            out=self.out,
-            bases=(f"base={self.base}",),
-            seeds=self.seeds,
-            steps=self.steps,
-            images=self.images,
-            samples=self.samples,
-            minutes=self.minutes,
-            at_once=self.at_once,
-            workers=self.workers,
-            device=self.device,
-        )
+        shared = {f.name: getattr(self, f.name) for f in fields(self)}
+        base = shared.pop("base")
+        del shared["tiny"]
+        grid = LongGrid("ablation", bases=(f"base={base}",), **shared)
         if not self.tiny:
             return grid
         return replace(

@@ -11,10 +11,11 @@ import torch
 from launch import ablate
 from launch.lab import long_arms, long_grid, long_report
 from launch.lab.long_arms import LONG_GRIDS, objective
-from launch.lab.long_data import drawn_scenes, order, split
+from launch.lab.long_data import drawn_scenes, order
 from launch.lab.long_report import rank_correlation
 from launch.lab.long_steps import Trainer
 from launch.lab.results import estimate, results
+from t2i.data.order import split_indices
 from t2i.shapes.pretraining import Descent
 from t2i.sources import ASSETS
 from t2i.training.batches import TrainingData
@@ -59,7 +60,7 @@ def test_a_step_trains_as_the_kits_loop_does(name, tmp_path):
     codes = data.load(torch.arange(IMAGES + HELD_OUT), None)[0][..., 0]
     assert (codes != scenes.codes_nT).sum() <= 3
     scenes = replace(scenes, codes_nT=codes, prepared=scenes.prepared | {"features": stored})
-    training, _ = split(IMAGES + HELD_OUT, HELD_OUT, config.seed)
+    training, _ = split_indices(IMAGES + HELD_OUT, HELD_OUT, config.seed)
     trainer = Trainer(model, objective("method", model), config, order(scenes, config, training))
     trainer.run(STEPS)
     k = config.method.k

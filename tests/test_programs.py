@@ -104,6 +104,10 @@ def test_one_command_for_all_programs(capsys, monkeypatch):
     launched = _help(capsys, monkeypatch, commands.main, "--local_rank=1", "fid", "--help")
     assert "usage: t2i fid " in launched and "--reference" in launched
     assert "there is no t2i fit; choose one of train-llamagen," in refused(commands, capsys, "fit")
+    for name in [name for name in sys.modules if name.startswith(("launch.lab", "launch.ablate"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "launch.lab", None)  # as in a wheel
+    assert "t2i ablate is run in a clone" in refused(commands, capsys, "ablate")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from t2i.tensorar import presets
 from t2i.tensorar.method import TensorARConfig
@@ -156,7 +156,7 @@ _LEVERS = (
     _tuned("own drafts, annealed", own_drafts=1.0, anneal=True),
     _tuned("deep codec", depth=2, mlp=True, ways=_WAYS),
 )
-_DEEP = {"depth": 2, "mlp": True, "slot_weights": (1.0, 1.0), "detach": True}
+_DEEP: dict[str, Any] = {"depth": 2, "mlp": True, "slot_weights": (1.0, 1.0), "detach": True}
 _LONGER = (
     *(_short(CONTROL, _BASE), _tuned("tuned"), _tuned("own drafts only", own_drafts=1.0)),
     _tuned("deep codec, full weights, detached", ways={"window 1": {"window": 1}}, **_DEEP),

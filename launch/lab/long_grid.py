@@ -18,7 +18,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,9 +32,6 @@ from t2i.errors import UserError
 from t2i.files import json_sha256, writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from launch.lab.long_world import World
 
 
 @dataclass(frozen=True)
@@ -174,8 +171,12 @@ def do(runs: list[LongRun], grid: LongGrid) -> None:
                 if not queue or time.time() > end:
                     return
                 run = queue.pop(0)
-            if not one(run, world, stream):
+            try:
+                world.do(run, stream)
+            except Exception:  # leaves the others alone
                 failed.append(f"{run.base}, {run.arm.name}, seed {run.seed}")
+                print(f"FAILED: {failed[-1]}", flush=True)
+                traceback.print_exc()
 
     count = grid.at_once if world.device.type == "cuda" else 1
     threads = [threading.Thread(target=work) for _ in range(count)]
@@ -188,17 +189,6 @@ def do(runs: list[LongRun], grid: LongGrid) -> None:
         print(f"time is up: {len(queue)} runs were not begun", flush=True)
     if failed:
         raise UserError(f"{len(failed)} runs failed, as told above: {', '.join(failed)}")
-
-
-def one(run: LongRun, world: "World", stream) -> bool:
-    """Do a run; a failure is printed and leaves the others alone. Returns whether it went well."""
-    try:
-        world.do(run, stream)
-    except Exception:
-        print(f"FAILED: {run.base}, {run.arm.name}, seed {run.seed}", flush=True)
-        traceback.print_exc()
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Shapes: B batch, T codes, N windows, k slots, D width, V vocabulary, E codebook 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,10 @@ from launch.lab.long_steps import Objective
 from t2i.models.base import Condition
 from t2i.models.blocks import LlamaBackbone
 from t2i.rng import fold, integers, uniforms
-from t2i.tensorar.loss import filled, window_losses
+from t2i.tensorar.loss import WindowLosses, filled, window_losses
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import Batch
 
-Terms = tuple[Tensor, Tensor, Tensor]
 _CONTEXT = 3000  # streams of a sample's noise, besides those of `TensorAR`
 
 
@@ -45,21 +45,15 @@ class Method(Objective):
         super().__init__()
         self.grow = grow
 
-    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+    def forward(self, model: TensorAR, batch: Batch) -> WindowLosses:
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
         windows = self.windows(model, batch, condition)
         gaussian = batch.keys if model.uses_gaussian_noise else None
-        if not self.grow:
-            losses = model(batch.codes, condition, windows, gaussian)
-            return losses.loss, losses.sums, losses.counts
-        d_BNkD = model.decode_slots(model.hidden(condition, windows, gaussian))
-        valid_Nk = model.windows.valid(batch.codes.device).float()
-        weights = filled(model.config.weights(), batch.codes.device)
-        later = torch.arange(len(weights), device=weights.device) > 0
-        weights = torch.where(later, weights * batch.progress, weights)
-        targets = model.windows.gather(batch.codes)
-        losses = window_losses(model.backbone, d_BNkD, targets, valid_Nk, weights)
-        return losses.loss, losses.sums, losses.counts
+        weights_k = filled(model.config.weights(), batch.keys.device)
+        if self.grow:
+            later = torch.arange(len(weights_k), device=weights_k.device) > 0
+            weights_k = torch.where(later, weights_k * batch.progress, weights_k)
+        return losses(model, batch, model.hidden(condition, windows, gaussian), weights_k)
 
     def windows(self, model: TensorAR, batch: Batch, condition: Condition) -> Tensor:
         """`TensorAR.training_windows`, of the same random numbers."""
@@ -106,12 +100,15 @@ def read_context(model: TensorAR, condition: Condition, context_BTS: Tensor) -> 
     return model.hidden(condition, model.windows.gather(context_BTS))
 
 
-def token_losses(model: TensorAR, batch: Batch, h_BTD: Tensor) -> Terms:
-    """The cross entropy of the true codes, of a base model's hidden states."""
-    valid = model.windows.valid(batch.codes.device).float()
-    targets, weights = model.windows.gather(batch.codes), filled([1.0], batch.codes.device)
-    losses = window_losses(model.backbone, h_BTD[:, :, None], targets, valid, weights)
-    return losses.loss, losses.sums, losses.counts
+def losses(
+    model: TensorAR, batch: Batch, h_BND: Tensor, weights_k: Tensor | None = None
+) -> WindowLosses:
+    """The cross entropy of the true codes, of the hidden states that predict their windows."""
+    device = batch.codes.device
+    if weights_k is None:
+        weights_k = filled(model.config.weights(), device)
+    targets, valid_Nk = model.windows.gather(batch.codes), model.windows.valid(device).float()
+    return window_losses(model.backbone, model.decode_slots(h_BND), targets, valid_Nk, weights_k)
 
 
 class NoisyContext(Objective):
@@ -121,25 +118,23 @@ class NoisyContext(Objective):
         super().__init__()
         self.most = most
 
-    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+    def forward(self, model: TensorAR, batch: Batch) -> WindowLosses:
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
-        context = noisy_context(model, batch, self.most)
-        return token_losses(model, batch, read_context(model, condition, context))
+        context = self.context(model, batch, condition)
+        return losses(model, batch, read_context(model, condition, context))
+
+    def context(self, model: TensorAR, batch: Batch, condition: Condition) -> Tensor:
+        """What is read, [B, T, 1]."""
+        return noisy_context(model, batch, self.most)
 
 
-class OwnContext(Objective):
+class OwnContext(NoisyContext):
     """The base's loss, reading codes of which some are its own samples."""
 
-    def __init__(self, most: float):
-        super().__init__()
-        self.most = most
-
-    def forward(self, model: TensorAR, batch: Batch) -> Terms:
-        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+    def context(self, model: TensorAR, batch: Batch, condition: Condition) -> Tensor:
         with looking(batch.codes.device):
             h = read_context(model, condition, batch.codes)
-        context = own_context(model, batch, h, self.most)
-        return token_losses(model, batch, read_context(model, condition, context))
+        return own_context(model, batch, h, self.most)
 
 
 class CleanTargets(Objective):
@@ -147,24 +142,20 @@ class CleanTargets(Objective):
     predicts from partly its own samples to what it predicts from the true codes.
     """
 
-    def __init__(self, most: float, weight: float = 1.0):
+    def __init__(self, most: float):
         super().__init__()
-        self.most, self.weight = most, weight
+        self.most = most
 
-    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+    def forward(self, model: TensorAR, batch: Batch) -> WindowLosses:
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
         h = read_context(model, condition, batch.codes)
-        loss, sums, counts = token_losses(model, batch, h)
-        none = batch.codes[..., :0]
+        found, none = losses(model, batch, h), batch.codes[..., :0]
         with looking(batch.codes.device):
             clean = model.backbone.next_logits(h, none).softmax(-1)
         context = own_context(model, batch, h.detach(), self.most)
         other = model.backbone.next_logits(read_context(model, condition, context), none)
-        return (
-            loss + self.weight * F.cross_entropy(other.flatten(0, 1), clean.flatten(0, 1)),
-            sums,
-            counts,
-        )
+        apart = F.cross_entropy(other.flatten(0, 1), clean.flatten(0, 1))
+        return replace(found, loss=found.loss + apart)
 
 
 class Regressions(Objective):
@@ -172,9 +163,9 @@ class Regressions(Objective):
     of the code that was read, a late layer's foretell the next one's.
     """
 
-    def __init__(self, model: TensorAR, most: float, weight: float = 1.0):
+    def __init__(self, model: TensorAR, most: float):
         super().__init__()
-        self.most, self.weight = most, weight
+        self.most = most
         assert isinstance(model.backbone, LlamaBackbone)
         self.blocks = list(model.backbone.blocks)  # not trained by this module
         vectors_VE = model.backbone.code_vectors()[0].detach().float().clone()
@@ -185,7 +176,7 @@ class Regressions(Objective):
             nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, out)) for _ in range(2)
         )
 
-    def forward(self, model: TensorAR, batch: Batch) -> Terms:
+    def forward(self, model: TensorAR, batch: Batch) -> WindowLosses:
         condition = model.backbone.encode_condition(batch.prepared, batch.drop)
         states: dict[str, Tensor] = {}
         places = {"early": 0, "late": 3 * len(self.blocks) // 4 - 1}
@@ -198,13 +189,12 @@ class Regressions(Objective):
         h = read_context(model, condition, noisy_context(model, batch, self.most))
         for handle in handles:
             handle.remove()
-        loss, sums, counts = token_losses(model, batch, h)
+        found = losses(model, batch, h)
         # The states that predict codes 0..T-1; the one that reads code i predicts code i + 1.
         early, late = (states[name][:, condition.prefix.shape[1] - 1 :] for name in places)
         truth = batch.codes[..., 0]
-        far = self._far(self.early(early[:, 1:]), truth[:, :-1])
-        far = far + self._far(self.late(late), truth)
-        return loss + self.weight * far, sums, counts
+        far = self._far(self.early(early[:, 1:]), truth[:, :-1]) + self._far(self.late(late), truth)
+        return replace(found, loss=found.loss + far)
 
     def _far(self, guess_BTE: Tensor, codes_BT: Tensor) -> Tensor:
         return (

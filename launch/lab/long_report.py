@@ -11,7 +11,7 @@ Shapes: R seeds, P prompts.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -141,7 +141,7 @@ def draft_table(lines: Lines, base: str) -> str:
         if not own:
             continue
         trust = over_seeds([1000 * (number(x, _NOISED) - number(x, _OWN)) for x in own])
-        cells = [arm, trust.told(1, signed=True), _each(own, _drafts, ".2f")]
+        cells = [arm, trust.told(1, signed=True), _each([_drafts(x) for x in own], ".2f")]
         for part, name, how in (
             *(("drafts", "total_variation", ".3f"), ("drafts", "right", ".1%")),
             *(("changes", "flipped", ".1%"), ("changes", "agreeing", ".1%")),
@@ -149,8 +149,7 @@ def draft_table(lines: Lines, base: str) -> str:
             *(("repairs", "control_corrected", ".1%"), ("repairs", "spoilt", ".1%")),
             ("repairs", "control_spoilt", ".1%"),
         ):
-            known = [x for x in own if x.get(part)]
-            cells.append(_each(known, lambda x, part=part, name=name: x[part][name], how))
+            cells.append(_each([x[part][name] for x in own if x.get(part)], how))
         rows.append(cells)
     return table(head, rows)
 
@@ -161,9 +160,9 @@ def _drafts(line: dict) -> list[float]:
     return [loss for name, loss in named if "/own_drafts/" in name and name != _OWN]
 
 
-def _each(lines: list[dict], of: Callable[[dict], list[float] | float], how: str) -> str:
-    """Means over seeds."""
-    means = np.mean([np.atleast_1d(of(line)) for line in lines], axis=0) if lines else ()
+def _each(by_seed: list, how: str) -> str:
+    """Means over seeds, of numbers or of lists of them."""
+    means = np.atleast_1d(np.mean(by_seed, axis=0)) if by_seed else ()
     return " / ".join(f"{mean:{how}}" for mean in means)
 
 

@@ -10,9 +10,10 @@ on a stream of its own (`long_grid.py`).
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from launch.lab.long_data import Order
+from t2i.tensorar.loss import WindowLosses
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import Batch
 from t2i.training.config import TrainConfig
@@ -25,8 +26,7 @@ WARM_UP = 3
 class Objective(nn.Module):
     """What is trained on; may bring layers of its own, which learn at the codec's rate."""
 
-    def forward(self, model: TensorAR, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and sums and counts of the cross entropy by slot [k], without gradient."""
+    def forward(self, model: TensorAR, batch: Batch) -> WindowLosses:
         raise NotImplementedError
 
 
@@ -107,11 +107,11 @@ class Trainer:
             group["lr"].copy_(rates[0 if part == "codec" else 1])
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.config.engine.precision, self.device):
-            loss, sums, counts = self.objective(self.model, self.batches.batch(self.index))
-        loss.backward()
+            found = self.objective(self.model, self.batches.batch(self.index))
+        found.loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
         self.optimizer.step()
-        self.losses_Rk.index_copy_(0, self.index, (sums / counts)[None])
+        self.losses_Rk.index_copy_(0, self.index, (found.sums / found.counts)[None])
         self.norms_R.index_copy_(0, self.index, norm[None])
         self.index.add_(1)
 

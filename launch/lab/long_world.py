@@ -20,11 +20,11 @@ from launch.lab.long_data import (
     every_caption_prepared,
     held_out_batches,
     order,
-    split,
 )
 from launch.lab.long_grid import LongGrid, LongRun
 from launch.lab.long_steps import WARM_UP, Trainer
 from launch.lab.results import append
+from t2i.data.order import split_indices
 from t2i.files import json_sha256
 from t2i.loading import load_backbone, pick_device
 from t2i.models.base import Backbone
@@ -33,6 +33,7 @@ from t2i.rng import make_keys
 from t2i.shapes.refinement import repairs, stage_changes
 from t2i.sources import BackboneSource, expand_folder
 from t2i.tensorar import presets
+from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.training.config import TrainConfig
@@ -85,39 +86,38 @@ class World:
     def do(self, run: LongRun, stream: torch.cuda.Stream | None) -> None:
         """Train, on this stream, examine and write down; verdicts follow when they are there."""
         started, config = time.time(), run.config(self.grid)
-        train, held = split(self.grid.images + self.grid.held_out, self.grid.held_out, run.seed)
+        images, held_out = self.grid.images, self.grid.held_out
+        train, held = split_indices(images + held_out, held_out, run.seed)
         if not run.arm.trained:
             with self.eager, torch.cuda.stream(self.side):
                 facts = {"seconds": round(time.time() - started, 1)}
-                self._examine(run, run.arm.name, self._fresh(run, config).eval(), held, facts)
+                self._examine(run, run.arm.name, self._fresh(run).eval(), held, facts)
             return
         if run.arm.away:
             self._step_away(run, config, held, stream)
             return
         with self.eager, torch.cuda.stream(self.side):
-            model = self._fresh(run, config)
+            model = self._fresh(run)
             batches = order(self.scenes[run.base], config, train)
             trainer = self._begun(model, run, config, batches, stream)
         trainer.run(trainer.steps)
         model = trainer.end()
         facts = self._course(trainer) | {"seconds": round(time.time() - started, 1)}
-        if run.arm.name in (CONTROL, FALLING):
-            self._keep(run, model)
         with self.eager, torch.cuda.stream(self.side):
+            if run.arm.name in (CONTROL, FALLING):
+                torch.save(model.backbone.state_dict(), self._kept(run, run.arm.name))
             self._examine(run, run.arm.name, model, held, facts)
 
     def new_stream(self) -> torch.cuda.Stream | None:
         """On a GPU."""
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def _fresh(self, run: LongRun, config: TrainConfig) -> TensorAR:
-        """The base with a fresh codec."""
-        return TensorAR(self._copied(run.base), config.method, seed=run.seed)
-
-    def _copied(self, base: str) -> Backbone:
-        known = self.backbones[base]
+    def _fresh(self, run: LongRun, method: TensorARConfig | None = None) -> TensorAR:
+        """The base with a fresh codec, of the arm's method if None."""
+        known = self.backbones[run.base]
         # Frozen helpers are shared.
-        return copy.deepcopy(known, {id(known.frozen): known.frozen})
+        backbone = copy.deepcopy(known, {id(known.frozen): known.frozen})
+        return TensorAR(backbone, method or run.arm.method, seed=run.seed)
 
     def _begun(
         self,
@@ -197,15 +197,12 @@ class World:
         settings = json_sha256(self.grid.trained())[:8]
         return folder / f"{run.base}-{run.seed}-{name.replace(' ', '-')}-{settings}.pt"
 
-    def _keep(self, run: LongRun, model: TensorAR) -> None:
-        torch.save(model.backbone.state_dict(), self._kept(run, run.arm.name))
-
     def _control(self, run: LongRun) -> TensorAR | None:
         """The run's control, if it has been trained."""
         path = self._kept(run, run.arm.control)
         if not path.exists():
             return None
-        model = TensorAR(self._copied(run.base), presets.base())
+        model = self._fresh(run, presets.base())
         model.backbone.load_state_dict(torch.load(path, map_location=self.device))
         return model.eval()
 
@@ -213,27 +210,24 @@ class World:
         self, run: LongRun, config: TrainConfig, held: Tensor, stream: torch.cuda.Stream | None
     ) -> None:
         """Of the control's weights and those after a while on own samples (Neon)."""
-        path, started = self._kept(run, run.arm.control), time.time()
-        if not path.exists():
-            print(f"{run.arm.name}: {path} is not there yet", flush=True)
-            return
+        started = time.time()
         steps = min(AWAY_STEPS, self.grid.steps)
         config = replace(config, steps=steps, optim=replace(config.optim, backbone_falls=False))
         with self.eager, torch.cuda.stream(self.side):
-            model = self._fresh(run, config)
-            model.backbone.load_state_dict(torch.load(path, map_location=self.device))
-            own = self._own_samples(model.eval(), run, steps * config.batch_size)
+            if (model := self._control(run)) is None:
+                print(f"{run.arm.name}: {run.arm.control} is not there yet", flush=True)
+                return
+            before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+            own = self._own_samples(model, run, steps * config.batch_size)
             batches = order(own, config, torch.arange(len(own.codes_nT)))
             trainer = self._begun(model, run, config, batches, stream)
         trainer.run(trainer.steps)
-        own_model = trainer.end()
+        after = trainer.end().backbone.state_dict()
         facts = self._course(trainer) | {"seconds": round(time.time() - started, 1)}
-        reference = torch.load(path, map_location=self.device)
-        after = own_model.backbone.state_dict()
         for weight in run.arm.away:
             with self.eager, torch.cuda.stream(self.side):
-                away = self._fresh(run, config).eval()
-                mixed = {n: value + weight * (value - after[n]) for n, value in reference.items()}
+                away = self._fresh(run).eval()
+                mixed = {n: value + weight * (value - after[n]) for n, value in before.items()}
                 away.backbone.load_state_dict(mixed)
                 self._examine(run, f"{run.arm.name}, {weight:g}", away, held, facts)
 

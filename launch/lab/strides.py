@@ -20,16 +20,18 @@ python launch/lab/strides.py trained --device cuda --workers 15 --scenes 100000 
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.lab.long_arms import LongArm
+from launch.lab.long_grid import LongGrid, LongRun
 from launch.lab.results import append, results, scores
 from t2i import cli
 from t2i.errors import UserError
@@ -83,24 +85,22 @@ class Strides:
     """Processes that draw scenes; 0 draws them in this one."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A model that is trained, and the (stride, window) that it is drawn with."""
+def arms(study: Strides) -> Iterator[LongArm]:
+    """What is trained, and the strides and windows that it is drawn with."""
 
-    name: str
-    method: TensorARConfig
-    ways: tuple[tuple[int, int], ...]
+    def arm(name: str, method: TensorARConfig, ways: Iterable[tuple[int, int]]) -> LongArm:
+        options = {str((s, w)): {"stride": s, "window": w} for s, w in ways}
+        rates = {"codec_lr": study.codec_lr, "backbone_lr": study.backbone_lr}
+        return LongArm(name, method, optim=rates, ways=options)
 
-
-def arms(study: Strides) -> Iterator[Arm]:
-    yield Arm("control", presets.base(), ((1, 0),))
+    yield arm("control", presets.base(), [(1, 0)])
     # Drafts become codes here, so they weigh as much as slot 0; the trunk is kept from their pull.
     shared = {"depth": 2, "mlp": True, "slot_weights": (1.0,), "detach": True}
     for k in study.sizes:
         method = presets.iclr2026(k=k, own_drafts=1.0, **shared)
-        yield Arm(f"refined k={k}", method, tuple((s, 0) for s in study.strides if s <= k))
+        yield arm(f"refined k={k}", method, [(s, 0) for s in study.strides if s <= k])
     method = presets.iclr2026(k=max(study.strides), noise_floor=1.0, **shared)
-    yield Arm("multi-token", method, tuple((s, s) for s in study.strides if s > 1))
+    yield arm("multi-token", method, [(s, s) for s in study.strides if s > 1])
 
 
 def draw_scenes(study: Strides, model: "TensorAR") -> "Scenes":
@@ -116,7 +116,7 @@ def draw_scenes(study: Strides, model: "TensorAR") -> "Scenes":
     return drawn_scenes(model.backbone, Path(tokenizer), count, study.out, study.workers)
 
 
-def trained(study: Strides, arm: Arm, seed: int, scenes: "Scenes") -> "TensorAR":
+def trained(study: Strides, arm: LongArm, seed: int, scenes: "Scenes") -> "TensorAR":
     """The base with a fresh codec, after its run."""
     import torch
 
@@ -124,23 +124,13 @@ def trained(study: Strides, arm: Arm, seed: int, scenes: "Scenes") -> "TensorAR"
     from launch.lab.long_data import order
     from launch.lab.long_steps import Trainer
     from t2i.checkpoint import load_model
-    from t2i.models.llamagen.llamagen_recipes import text_recipes
     from t2i.tensorar.model import TensorAR
-    from t2i.training.config import EngineOptions
 
     base = load_model(study.base, device=study.device, dtype="float32")
     model = TensorAR(base.backbone.requires_grad_(True), arm.method, seed=seed)
-    recipe, on_gpu = text_recipes()["shapes-control"][1], model.backbone.device.type == "cuda"
-    rates = {"codec_lr": study.codec_lr, "backbone_lr": study.backbone_lr, "backbone_falls": True}
-    config = replace(
-        recipe,
-        method=arm.method,
-        optim=replace(recipe.optim, **rates),
-        engine=EngineOptions(precision="autocast" if on_gpu else "fp32", micro_batch=study.batch),
-        batch_size=study.batch,
-        steps=study.steps,
-        seed=seed,
-    )
+    precision: Any = "autocast" if model.backbone.device.type == "cuda" else "fp32"
+    grid = LongGrid("", steps=study.steps, batch_size=study.batch, precision=precision)
+    config = LongRun("", study.base, arm, seed).config(grid)
     batches = order(scenes, config, torch.arange(study.scenes))
     trainer = Trainer(model, objective("method", model), config, batches)
     trainer.run(study.steps)
@@ -272,7 +262,7 @@ def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[d
 # -- all -------------------------------------------------------------------------------------------
 
 
-def do(study: Strides, arm: Arm, seed: int, scenes: "Scenes", done: set[str]) -> Iterator[dict]:
+def do(study: Strides, arm: LongArm, seed: int, scenes: "Scenes", done: set[str]) -> Iterator[dict]:
     """A line for every way of drawing that has none."""
     settings = f"{study.base} steps={study.steps} batch={study.batch} scenes={study.scenes}"
     about = {"arm": arm.name, "k": arm.method.k, "seed": seed, "settings": settings}
@@ -283,10 +273,10 @@ def do(study: Strides, arm: Arm, seed: int, scenes: "Scenes", done: set[str]) ->
     start = time.perf_counter()
     model = trained(study, arm, seed, scenes)
     about |= {"losses": held_out_loss(model, scenes), "seconds": time.perf_counter() - start}
-    for (stride, window), key in todo.items():
-        start = time.perf_counter()
-        sampling = replace(model.sampling, stride=stride, window=window)
-        line = {"key": key, **about, "stride": stride, "window": window}
+    for way, key in todo.items():
+        start, options = time.perf_counter(), arm.ways[way]
+        sampling = replace(model.sampling, **options)
+        line = {"key": key, **about, **options}
         line |= scored(study, model, seed, sampling)
         yield line | {"seconds_drawing": time.perf_counter() - start}
 

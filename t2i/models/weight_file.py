@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from t2i.models.base import AS_PUBLISHED, Backbone, LoadOptions
-from t2i.weights import build_empty, naming, read_state_dict
+from t2i.weights import build_empty, load_strict, naming, read_state_dict
 
 
 class WeightFileBackbone(Backbone):
     """A backbone whose shape can be read off its weights, but for what only published names tell.
 
-    A family gives `infer_config`, `published_config` and `fill`.
+    A family gives `infer_config` and `published_config`, and its weights as `gpt`.
     """
+
+    gpt: Any
+    """The parameters, named as in the official file."""
 
     @classmethod
     @abstractmethod
@@ -34,9 +37,12 @@ class WeightFileBackbone(Backbone):
     def published_config(cls, stem: str, grid: tuple[int, int] | None) -> Any | None:
         """The shape of a published file of this name without suffix; None if there is none."""
 
-    @abstractmethod
     def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
-        """Take the weights of an official file, strictly (`t2i.weights.load_strict`)."""
+        """Take the weights of an official file, strictly."""
+        load_strict(self.gpt, state_dict, path)
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        return self.gpt.state_dict()
 
     @classmethod
     def load(cls, path: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self:

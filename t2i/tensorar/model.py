@@ -93,19 +93,13 @@ class TensorAR(nn.Module):
         clean = self.windows.gather(codes)
         if self.config.k == 1 or self.config.noise == "gaussian":
             return clean
-        return self.corrupt(clean, keys)
-
-    def corrupt(self, windows: Tensor, keys: Tensor, share: float = 1.0) -> Tensor:
-        """Corrupt the drafts of windows int64 [B, n, k', S] with `share` of the configured
-        strengths.
-        """
-        return self.corruption(windows.shape[2], windows.device, share)(windows, keys)
+        return self.corruption(self.config.k, codes.device)(clean, keys)
 
     def corruption(
         self, slots: int, device: torch.device, share: float = 1.0, final: int = 1
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """`corrupt` for windows of so many slots, the first `final` of which stay, with its tables
-        on the device.
+        """What corrupts windows int64 [B, n, slots, S] by keys int64 [B] with `share` of the
+        configured strengths; their first `final` slots stay. Its tables are on the device.
         """
         strengths = schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
         b_k = share * filled([*[0.0] * final, *strengths[final:]][:slots], device)

@@ -32,7 +32,7 @@ from t2i.models.llamagen.captions import caption_losses, clean_caption
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import count_children, load_strict, reading_shape
+from t2i.weights import count_children, reading_shape
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,7 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
     def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
         # Some saved files carry position tables and sampling caches along.
         kept = {k: v for k, v in state_dict.items() if k != "freqs_cis" and ".kv_cache." not in k}
-        load_strict(self.gpt, kept, path)
-
-    def official_state_dict(self) -> dict[str, Tensor]:
-        return self.gpt.state_dict()
+        super().fill(kept, path)
 
     # -- the condition -----------------------------------------------------------------------------
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ Shapes: B batch, L inputs, P = 2 prefix, D width, H heads, K head width, T image
 
 from dataclasses import dataclass
 from math import isqrt
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ from t2i.models.kv_cache import KVCache
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
-from t2i.weights import count_children, load_strict, reading_shape
+from t2i.weights import count_children, reading_shape
 
 PREFIX = 2
 _EPS = 1e-6
@@ -245,12 +244,6 @@ class RAR(WeightFileBackbone):
     def published_config(cls, stem: str, grid: tuple[int, int] | None) -> RARConfig | None:
         size = SIZES.get(stem.removeprefix("rar_").upper())
         return None if size is None else RARConfig(**size, grid=grid or (16, 16))
-
-    def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
-        load_strict(self.gpt, state_dict, path)
-
-    def official_state_dict(self) -> dict[str, Tensor]:
-        return self.gpt.state_dict()
 
     # -- the model ---------------------------------------------------------------------------------
     def condition_ids(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
