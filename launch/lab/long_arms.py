@@ -31,7 +31,7 @@ class LongArm:
     optim: dict = field(default_factory=dict)
     """Further overrides of `OptimOptions`."""
     objective: str = "method"
-    """A name in `OBJECTIVES`."""
+    """A name in `_objectives`."""
     control: str = FALLING
     """The arm that it is compared with: it shares all but the idea."""
     ways: dict[str, dict] = field(default_factory=dict)

@@ -162,19 +162,15 @@ def likeness(drawing: Drawing, benchmark: Benchmark, tokenizer: VQTokenizer) -> 
     """How drawn images compare to true ones of the same prompts.
 
     distance: Fréchet's, between the features of all; precision and recall: as in `measures`;
-    spread: mean distance between images of a prompt, relative to true ones'; distinct: share of a
-    prompt's images that differ in some code.
+    spread: mean distance between images of a prompt, relative to true ones'.
     """
     drawn_nF, each = features(tokenizer, drawing.images), benchmark.samples
     manifold = compare_manifolds(benchmark.truth_nF, drawn_nF, full_distances)
-    codes = drawing.windows_nNkS[:, :, 0, 0].cpu().view(len(benchmark.metadata), each, -1)
-    distinct = np.mean([len(images.unique(dim=0)) / each for images in codes])
     return {
         "distance": frechet_distance(feature_statistics(drawn_nF), benchmark.truth),
         "precision": manifold.precision,
         "recall": manifold.recall,
         "spread": _spread(drawn_nF, each) / _spread(benchmark.truth_nF, each),
-        "distinct": float(distinct),
     }
 
 
