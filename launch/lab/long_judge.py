@@ -30,11 +30,10 @@ from t2i.shapes.caption_bases import every_caption, to_pixels
 from t2i.shapes.scenes import arrange, render
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.shapes.shapes_prompts import benchmark_prompts
-from t2i.tensorar.loss import SlotLosses
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.training.batches import Batch
-from t2i.training.validation import Validation
+from t2i.training.validation import Validation, batch_losses
 
 _AT_ONCE = 32
 """Images that a process judges, or scenes that it draws, at once."""
@@ -198,22 +197,13 @@ def _spread(features_nF: Tensor, each: int) -> float:
 @torch.no_grad()
 def held_out(model: TensorAR, batches: Sequence[Batch]) -> dict:
     """The held-out losses by slot, as `t2i.training.validation` has them, and what drafts know."""
-    totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised_truth", "own_drafts")}
-    known = []
+    total, known = torch.zeros(2, 2, model.config.k), []
     for batch in batches:
-        condition = model.backbone.encode_condition(batch.prepared)
-        inputs = {
-            "noised_truth": model.noised_windows(batch.codes, batch.keys),
-            "own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys),
-        }
-        for kind, windows in inputs.items():
-            gaussian = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
-            losses: SlotLosses = model(batch.codes, condition, windows, gaussian)
-            totals[kind] += torch.stack([losses.sums, losses.counts]).cpu()
+        losses, own = batch_losses(model, batch)
+        total += losses
         if model.config.k > 1:
-            known.append(drafts_and_finals(model, batch, inputs["own_drafts"]))
-    means = {kind: (total[0] / total[1]).tolist() for kind, total in totals.items()}
-    found: dict = {"losses": Validation(**means).metrics()}
+            known.append(drafts_and_finals(model, batch, own))
+    found: dict = {"losses": Validation(*(total[:, 0] / total[:, 1]).tolist()).metrics()}
     if known:
         found["drafts"] = {
             name: torch.stack([part[name] for part in known]).mean(0).tolist() for name in known[0]
