@@ -26,6 +26,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
+from t2i.data.captioned import CaptionedImages
 from t2i.data.images import center_crop, open_image, to_pixels
 from t2i.data.sources.open_source import open_source
 from t2i.errors import UserError
@@ -111,7 +112,8 @@ def judge(options: Options) -> None:
 # -- pictures --------------------------------------------------------------------------------------
 def read_captioned(sources: Sequence[str], base: Backbone, style: str) -> Pictures:
     """All pictures of some data sets."""
-    samples = [sample for source in sources for sample in open_source(source) if sample.captions]
+    opened = [open_source(CaptionedImages(source)) for source in sources]
+    samples = [sample for source in opened for sample in source if sample.captions]
     images = [open_image(sample.image) for sample in samples]
     return _pictures(images, [sample.captions[0] for sample in samples], base, style)
 

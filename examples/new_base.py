@@ -143,10 +143,12 @@ def read_pictures(sources: Sequence[str], size: int):
     """All pictures as float32 [N, 3, size, size] in [-1, 1], and all their captions."""
     import torch
 
+    from t2i.data.captioned import CaptionedImages
     from t2i.data.images import center_crop, open_image, to_pixels
     from t2i.data.sources.open_source import open_source
 
-    samples = [sample for source in sources for sample in open_source(source) if sample.captions]
+    opened = [open_source(CaptionedImages(source)) for source in sources]
+    samples = [sample for source in opened for sample in source if sample.captions]
     pixels = [to_pixels(center_crop(open_image(sample.image), size)) for sample in samples]
     return torch.stack(pixels), [caption for sample in samples for caption in sample.captions]
 

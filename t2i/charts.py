@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -116,16 +115,7 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
 
 
 # -- drawing ---------------------------------------------------------------------------------------
-class _Pen(Protocol):
-    """What a picture is drawn with."""
-
-    def line(self, points: Sequence[Point], color: str, *, dashed: bool = False) -> None: ...
-    def rule(self, a: Point, b: Point) -> None: ...
-    def dot(self, at: Point, color: str) -> None: ...
-    def text(self, at: Point, text: str, anchor: str = "start", *, bold: bool = False) -> None: ...
-
-
-def _draw(chart: Chart, frame: _Frame, pen: _Pen) -> None:
+def _draw(chart: Chart, frame: _Frame, pen: "_SvgPen | _PngPen") -> None:
     pen.text((_LEFT, 17), chart.title, bold=True)
     pen.text((_LEFT, 36), chart.y_label)
     for y in ticks(frame.y0, frame.y1):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
 
@@ -95,11 +95,7 @@ def save_pretrained(
 
 @contextmanager
 def new_checkpoint(folder: Path) -> Iterator[Path]:
-    """A fresh folder for the files of a checkpoint; the manifest is written when the block ends.
-
-    Raises:
-        UserError: the disk is full, or the place cannot be written to.
-    """
+    """A fresh folder for the files of a checkpoint; the manifest is written when the block ends."""
     with replacing_folder(folder) as partial:
         yield partial
         write_manifest(partial)
@@ -159,8 +155,7 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         contents: compare checksums, not only sizes: reads every file.
 
     Raises:
-        UserError: no such folder, not a checkpoint, incomplete, a file is not what was written, or
-            a way of training that is no more.
+        UserError: no such folder, not a checkpoint, incomplete, or a file is not what was written.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -178,14 +173,6 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         raise DamagedError(
             f"{path} is not what a checkpoint has: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
             "copy the folder again"
-        )
-    # Once a stride was trained: one input of the trunk for so many codes.
-    if of_run := (config.get("training") or {}).get("config"):
-        of_run.get("method", {}).pop("stride", None)
-    if (stride := config["method"].pop("stride", 1)) != 1:
-        raise UserError(
-            f"{folder} was trained with method.stride={stride}, one input of the trunk for {stride} "
-            "codes, which is no more: train it again without, and draw with --stride"
         )
     return config
 
@@ -357,28 +344,14 @@ def load_model(
     Raises:
         UserError: it is none of these, a part is missing, or `base` is given for a base.
     """
+    files = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    how: dict[str, Any] = {**files, "generation_only": True, "device": device, "dtype": dtype}
     if is_checkpoint(source):
-        return from_pretrained(
-            source,
-            base=base,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            generation_only=True,
-            device=device,
-            dtype=dtype,
-        )
+        return from_pretrained(source, base=base, **how)
     if base is not None:
         raise UserError(f"{source} is no checkpoint, so it has no other base: leave out base")
-    backbone = load_backbone(
-        family or family_of(source),
-        source,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        text_encoder_dtype=text_encoder_dtype,
-        generation_only=True,
-        device=device,
-        dtype=dtype,
-    )
+    family = family or family_of(source)
+    backbone = load_backbone(family, source, text_encoder_dtype=text_encoder_dtype, **how)
     return attach(backbone, TensorARConfig(k=1))
 
 

@@ -1,20 +1,18 @@
 """What all programs share: options, help, logging, and one clear message for a user's mistake."""
 
 import logging
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from t2i.errors import Stopped, UserError
-from t2i.launcher import is_main_process, resume_command, stop_signals
+from t2i.launcher import handling, is_main_process, resume_command, stop_signals
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -45,9 +43,6 @@ def parse_recipe(
 
     Args:
         main: as in `parse`, for the help of a recipe.
-
-    Raises:
-        UserError: there is no recipe of this name, or none is named.
     """
     given, program = _arguments() or ["--help"], Path(sys.argv[0]).name
     name = given[0]
@@ -59,14 +54,8 @@ def parse_recipe(
         print(f"{_help_text(description)}\n\n  {program} RECIPE --help shows its options\n")
         print("\n".join(f"  {name:<{width}}  {about}" for name, (about, _) in recipes.items()))
         sys.exit()
-    if name.startswith("-"):  # older versions took --backbone rar --size B
-        words = [w for w in takewhile(lambda w: "." not in w, given) if not w.startswith("-")]
-        wanted = "-".join(words).lower().replace("_", "-")
-        nearest = get_close_matches(wanted, recipes, 1, cutoff=0)[0]
-        raise UserError(
-            f"name a recipe first, then its options: {program} {nearest} ...; "
-            f"{program} --help lists them"
-        )
+    if name.startswith("-"):
+        raise UserError(f"name a recipe first, then its options; {program} --help lists them")
     raise UserError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
 
 
@@ -156,23 +145,15 @@ def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
         below = [n.removeprefix(f"{f.name}.") for n in names if n.startswith(f"{f.name}.")]
         if below:
             shown = _showing(type(value), below, value)
-            hints[f.name], value = _annotated(shown, like=hints[f.name]), shown()
+            markers = getattr(hints[f.name], "__metadata__", ())  # of the parser
+            hints[f.name] = Annotated[(shown, *markers)] if markers else shown
+            value = shown()
         elif f.name not in names:
             hints[f.name] = Annotated[hints[f.name], tyro.conf.Suppress]
         if value is not MISSING:
-            own[f.name] = field(default_factory=partial(_same, value))
+            own[f.name] = field(default_factory=partial(copy, value))
     own |= {"__annotations__": hints, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return dataclass(frozen=True, kw_only=True)(type(kind.__name__, (kind,), own))
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _annotated(kind: type, like: Any) -> Any:
-    """`kind` with the parser's markers of the annotation `like`."""
-    markers = get_args(like)[1:] if get_origin(like) is Annotated else ()
-    return Annotated[(kind, *markers)] if markers else kind
 
 
 def _arguments() -> list[str]:
@@ -207,11 +188,11 @@ def run(main: Callable[[], None]) -> None:
 
     Anything else keeps its traceback.
     """
-    # SIGTERM and a closed terminal end like Ctrl-C; a training run has handlers of its own.
-    previous = {number: signal.signal(number, _terminate) for number in stop_signals()}
     try:
-        _log_plainly()
-        main()
+        # SIGTERM and a closed terminal end like Ctrl-C; a training run has handlers of its own.
+        with handling(stop_signals(), _terminate):
+            _log_plainly()
+            main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -222,8 +203,6 @@ def run(main: Callable[[], None]) -> None:
                 print(f"to go on:\n  {resume_command()}", file=sys.stderr)
         sys.exit(130)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         _leave_processes()
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 class UserError(ValueError):
     """Something that the caller gave cannot be used: what was given, what is allowed, what to do.
 
-    Programs end in its message alone. Every other exception is taken for a bug and keeps its
-    traceback.
+    Programs end in its message alone, which says all; docstrings name it where it matters when it
+    comes. Every other exception is taken for a bug and keeps its traceback.
     """
 
 

@@ -29,12 +29,12 @@ from t2i.checkpoint import (
 from t2i.errors import UserError
 from t2i.evaluation.draw import draw_prompts
 from t2i.evaluation.generation_folder import write_sheets
-from t2i.export_options import ExportOptions
 from t2i.fields import read_object
 from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
 from t2i.generation import all_jobs, parse_conditions
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
+from t2i.model_options import ExportOptions
 from t2i.models.families import Family, find_family
 from t2i.published import asking_hub
 from t2i.sampling import DrawOptions
@@ -51,12 +51,7 @@ _GO_ON = (
 
 
 def export(options: ExportOptions) -> Path:
-    """Write the export of a checkpoint; `options.out` appears when it is complete.
-
-    Raises:
-        UserError: the folder exists or is being written by another process, or something that is
-            needed cannot be read or written.
-    """
+    """Write the export of a checkpoint; `options.out` appears when it is complete."""
     out, base = options.out, options.base
     if out.exists():
         raise UserError(f"{out} exists; export to a new folder")
@@ -299,9 +294,6 @@ def _usage(family: Family, cond_kind: str) -> list[str]:
 def prepare_upload(repo: str, *, private: bool = False) -> None:
     """Create the repository if need be: what stands in the way of an upload is found before the
     work.
-
-    Raises:
-        UserError: no such name, no login, no right to write there, or no network.
     """
     from huggingface_hub import HfApi
 

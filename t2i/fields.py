@@ -33,11 +33,7 @@ C = TypeVar("C")
 
 
 def read_object(path: str | Path) -> dict:
-    """A file's JSON object.
-
-    Raises:
-        UserError: it is missing, torn, or holds something else.
-    """
+    """A file's JSON object."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, and holds {content!r:.80}")
@@ -76,7 +72,9 @@ def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = 
 
 def _converted(value: object, hint: object, where: str) -> object:
     """The value as the type has it: JSON has no tuples, no paths, and no dataclasses."""
-    value, kinds = _tuples(value, hint), (hint, *get_args(hint))
+    kinds = (hint, *get_args(hint))
+    if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
+        value = tuple(value)
     if isinstance(value, Mapping) and (
         nested := [k for k in kinds if isinstance(k, type) and is_dataclass(k)]
     ):
@@ -88,11 +86,6 @@ def _converted(value: object, hint: object, where: str) -> object:
         kind = getattr(hint, "__name__", None) if get_origin(hint) is None else str(hint)
         raise UserError(f"{where} is {value!r:.80}, which is not of the type {kind}")
     return value
-
-
-def _tuples(value: object, hint: object) -> object:
-    holds_tuple = any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
-    return tuple(value) if isinstance(value, list) and holds_tuple else value
 
 
 def _fits(value: object, hint: object) -> bool:
@@ -113,6 +106,15 @@ def _fits(value: object, hint: object) -> bool:
         return number and not isinstance(value, bool) and value == value
     kind = origin or hint
     return isinstance(kind, type) and isinstance(value, kind)
+
+
+def leaves(settings: Mapping, part: str = "") -> dict[str, object]:
+    """Every one of nested settings by its full name, such as "optim.betas"."""
+    found: dict[str, object] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, Mapping)
+        found |= leaves(value, f"{part}{name}.") if inner else {part + name: value}
+    return found
 
 
 # -- overrides -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Nothing here knows what a file is about.
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -35,9 +36,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, also after a power cut. Several processes may write
     the same file at once.
-
-    Raises:
-        UserError: the disk is full, or the place cannot be written to (see `saving`).
     """
     path = Path(path)
     with saving(path):
@@ -56,9 +54,6 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
     Whatever goes wrong before, it is removed. Its name is `partial_folder(folder)`, so that several
     processes can write to it; one of them holds it.
-
-    Raises:
-        UserError: the disk is full, or the place cannot be written to (see `saving`).
     """
     folder = Path(folder)
     partial, old = partial_folder(folder), _old_folder(folder)
@@ -167,14 +162,15 @@ def _forbidden(error: Exception) -> str | None:
     return None
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove what `replacing` left below a folder when its process was killed.
+def remove_leftovers(folder: str | Path, before: float = math.inf) -> None:
+    """Remove what `replacing` left below a folder when its process was killed before this time.
 
     Only the folder's owner may do so.
     """
     for path in Path(folder).rglob("*.tmp"):
-        if _LEFTOVER.search(path.name):
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has just finished it
+            if _LEFTOVER.search(path.name) and path.stat().st_mtime < before:
+                path.unlink()
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -193,11 +189,7 @@ def reading(what: str | Path) -> Iterator[None]:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it cannot be read, or is not JSON in UTF-8.
-    """
+    """The content of a JSON file."""
     with reading(path):
         content = Path(path).read_bytes()
     try:
@@ -208,11 +200,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
-    """The objects of a JSON Lines file; empty lines are passed over.
-
-    Raises:
-        UserError: it cannot be read, or a line is no JSON object in UTF-8.
-    """
+    """The objects of a JSON Lines file; empty lines are passed over."""
     with reading(path):
         lines = Path(path).read_bytes().splitlines()
     rows = []

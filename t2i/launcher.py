@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +26,13 @@ _SECONDS = 1.0
 """Between two looks at whether the launcher is still there."""
 
 _MPI = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    *(
+        (f"{of}_RANK", f"{of}_SIZE", f"{of}_LOCAL_RANK", f"{of}_LOCAL_SIZE")
+        for of in ("OMPI_COMM_WORLD", "MV2_COMM_WORLD")
+    ),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""Rank, size and local rank, as Open MPI, MVAPICH, and MPICH or Intel MPI call them."""
-_MPI_LOCAL_SIZE = (
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "MV2_COMM_WORLD_LOCAL_SIZE",
-    "MPI_LOCALNRANKS",
-)
+"""Rank and size, of all and on this machine, by Open MPI, MVAPICH, and MPICH or Intel MPI."""
 
 _watching = False
 _command: list[str] = []
@@ -66,11 +65,7 @@ def world_size() -> int:
 
 
 def adopt_launcher() -> None:
-    """Set torchrun's variables in a process that srun or mpirun started as one of several.
-
-    Raises:
-        UserError: it is one of several, but not all that is needed is known.
-    """
+    """Set torchrun's variables in a process that srun or mpirun started as one of several."""
     if "RANK" in os.environ:
         return
     task = _mpi_task() or _slurm_task()  # within a Slurm job mpirun's processes have both
@@ -89,13 +84,12 @@ def _mpi_task() -> _Task | None:
     for names in _MPI:
         if names[0] not in os.environ:
             continue
-        rank, size, local = (_number(name) for name in names)
+        rank, size, local, on_machine = map(_number, names)
         if rank is None or size is None:
             raise UserError(
                 f"{names[0]} is set and {names[1]} is not: this is one of several processes, and "
                 "nothing says of how many. Start with torchrun --nproc_per_node N (or deepspeed --num_gpus N)"
             )
-        on_machine = next((n for n in map(_number, _MPI_LOCAL_SIZE) if n is not None), None)
         several = on_machine is not None and on_machine < size
         if several and "MASTER_ADDR" not in os.environ:
             raise UserError(
@@ -150,6 +144,19 @@ def stop_signals() -> list[signal.Signals]:
     """SIGTERM, and that of a terminal that is closed unless it is ignored (nohup)."""
     numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
     return [n for n in dict.fromkeys(numbers) if signal.getsignal(n) != signal.SIG_IGN]
+
+
+@contextmanager
+def handling(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, object], None]
+) -> Iterator[None]:
+    """For the duration these signals are handled so."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 # -- a launcher that goes --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which model a program draws with, and how: one description for all of them. Without torch."""
+"""Which model a program draws with or exports, and how. Without torch, as --help needs it."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -110,11 +110,7 @@ class ModelOptions:
         return where
 
     def load(self, device: "torch.device | str", dtype: "torch.dtype | str") -> "TensorAR":
-        """The model in eval mode, without what drawing images does not need.
-
-        Raises:
-            UserError: as `t2i.checkpoint.load_model`; a part that drawing needs is not given.
-        """
+        """The model in eval mode, without what drawing images does not need."""
         from t2i.checkpoint import load_model
 
         base = self.base
@@ -187,3 +183,24 @@ class DrawingModelOptions(ModelOptions):
         """How this model is to draw."""
         sampling = self.sampling.apply(model.sampling)
         return DrawOptions(self.seed, sampling, self.batch_size, about=self.about(model))
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export."""
+
+    ckpt: Path
+    """Checkpoint folder, or a run folder (its newest checkpoint)."""
+    out: Path
+    """New folder; adapters are merged into the base in it."""
+    base: BaseOptions = field(default_factory=BaseOptions)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the stored weights; adapters are merged in float32."""
+    prompt: tuple[str, ...] = ()
+    """Prompts to draw for the model card (class ids for a class-conditional model)."""
+    samples: int = 2
+    """Images per prompt."""
+    device: str = "auto"
+    """Where to draw them: cpu, cuda, or auto."""
+    results: tuple[Path, ...] = ()
+    """results.json files of benchmarks, for the model card."""

@@ -50,6 +50,13 @@ class Processes:
         """Whether it is so in any process; every one calls it."""
         return any(self.gather(here))
 
+    def total(self, here: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, on the CPU; every one calls it."""
+        if self.world_size > 1:
+            here = here.to(self.device)
+            dist.all_reduce(here)
+        return here.cpu()
+
     def gather(self, here: T) -> list[T]:
         """What every process has, by rank; every one calls it."""
         everywhere = [here] * self.world_size

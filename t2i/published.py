@@ -4,9 +4,7 @@ A file that a benchmark is defined by is used only if its hash is the published 
 or damaged file never turns into scores. A download is proven under a temporary name: what is killed
 or cut short leaves nothing that is taken for the file.
 
-A file of gigabytes is hashed once, and its hash remembered in the user's cache. It holds for a file
-of the same place, size, inode and times. The time of change (ctime) cannot be set by a copying
-program, so a file that was overwritten is read again even if its date was put back.
+A file of gigabytes is hashed once, and its hash remembered in the user's cache (`KnownHashes`).
 """
 
 import hashlib
@@ -23,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from t2i.errors import UserError
-from t2i.files import file_sha256, reading, replacing, text_sha256, write_json
+from t2i.files import file_sha256, reading, replacing, text_sha256, write_text
 from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte
@@ -39,24 +37,66 @@ def cache_root() -> Path:
 
 
 # -- hashes ----------------------------------------------------------------------------------------
+def file_status(path: Path) -> list[int] | None:
+    """[size, modification time, change time]; None if there is no such file."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # gone, unreadable, or no possible name
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+class KnownHashes:
+    """Hashes of files, kept in a JSON file; nowhere if that is None.
+
+    One holds for a file of the same place, size and times. The time of change (ctime) cannot be set
+    by `cp -p` or `touch -r`, so a file that was overwritten is read again even if its date was put
+    back.
+    """
+
+    def __init__(self, place: Path | None):
+        self.place = place
+        try:
+            content = json.loads(place.read_text(encoding="utf-8")) if place else {}
+        except (OSError, ValueError):  # there is none, or it is damaged: files are read again
+            content = {}
+        self._entries: dict[str, list] = content if isinstance(content, dict) else {}
+
+    def get(self, path: Path, status: list[int], *, just_now: bool = False) -> str | None:
+        """The hash of a file that is as it was.
+
+        just_now: also of one that changed so shortly before that it may change again unseen.
+        """
+        entry = self._entries.get(os.path.abspath(path))
+        if entry is None or entry[:3] != status:
+            return None
+        return entry[4] if just_now or entry[3] - status[2] > _SETTLED else None
+
+    def put(self, path: Path, status: list[int], seen: int, digest: str) -> None:
+        """Remember a hash of a file whose status was `seen` at this time, before it was read."""
+        self._entries[os.path.abspath(path)] = [*status, seen, digest]
+
+    def save(self) -> None:
+        if self.place is not None:
+            with suppress(OSError, UserError):  # without it files are read again, and no more
+                self.place.parent.mkdir(parents=True, exist_ok=True)
+                write_text(self.place, json.dumps(self._entries))
+
+
 def remembered_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hex; a large unchanged file is read only once."""
     target = Path(path).resolve()
     if target.parent.name == "blobs" and len(target.name) == 64:
         return target.name  # the hub's cache names large files by their hash
-    started, identity = time.time_ns(), _identity(target)
-    if identity["size"] < _LARGE:
+    seen, status = time.time_ns(), file_status(target)
+    if status is None or status[0] < _LARGE:
         return file_sha256(target)
-    entry = cache_root() / "hashes" / f"{text_sha256(str(target))[:32]}.json"
-    known = _read(entry)
-    if known.get("file") == identity and isinstance(known.get("sha256"), str):
-        return known["sha256"]
-    digest = file_sha256(target)
-    settled = max(identity["mtime_ns"], identity["ctime_ns"]) < started - _SETTLED
-    if settled and _identity(target) == identity:
-        with suppress(OSError, UserError):  # a cache that cannot be written is no reason to stop
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            write_json(entry, {"file": identity, "sha256": digest})
+    known = KnownHashes(cache_root() / "hashes" / f"{text_sha256(str(target))[:32]}.json")
+    digest = known.get(target, status)
+    if digest is None:
+        digest = file_sha256(target)
+        known.put(target, status, seen, digest)
+        known.save()
     return digest
 
 
@@ -73,25 +113,6 @@ def files_sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _identity(path: Path) -> dict:
-    s = path.stat()
-    return {
-        "path": str(path),
-        "size": s.st_size,
-        "inode": s.st_ino,
-        "mtime_ns": s.st_mtime_ns,
-        "ctime_ns": s.st_ctime_ns,
-    }
-
-
-def _read(entry: Path) -> dict:
-    try:
-        content = json.loads(entry.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or it is damaged: the file is read again
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 # -- the hub ---------------------------------------------------------------------------------------
 def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: str) -> Path:
     """The local copy of what is not a folder here, fetched if it is not in the hub's cache.
@@ -99,9 +120,6 @@ def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: 
     Args:
         patterns: of the files to fetch; all of them if None.
         advice: what the error's message says to do.
-
-    Raises:
-        UserError: the hub does not have it, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -113,11 +131,7 @@ def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: 
 def fetch_model(
     hub_id: str, settings: Sequence[str], weights: Sequence[str], *, advice: str
 ) -> Path:
-    """The local copy of a model of the hub: settings, and the first kind of weights that it has.
-
-    Raises:
-        UserError: as `fetch_folder`, or it has no weights of these patterns.
-    """
+    """The local copy of a model of the hub: settings, and the first kind of weights that it has."""
     for pattern in weights:
         wanted = [*settings, pattern, f"{pattern}.index.json"]
         folder = fetch_folder(hub_id, wanted, advice=advice)
@@ -183,11 +197,7 @@ class PublishedFile:
         return cache_root() / self.cache
 
     def given(self, path: Path) -> ProvenFile:
-        """The file at `path`, or in the folder `path` under one of its names.
-
-        Raises:
-            UserError: there is none, or it is another file.
-        """
+        """The file at `path`, or in the folder `path` under one of its names."""
         if path.is_dir():
             held = self._held_by(path)
             if held is None:

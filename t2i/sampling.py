@@ -160,12 +160,13 @@ def check_speculate(speculate: Speculate) -> None:
         )
 
 
-def check_counts(**values: int) -> None:
-    """UserError for one of these that is not a whole number of at least 1."""
-    check_whole(**values)
-    if any(value < 1 for value in values.values()):
-        named = " and ".join(f"{name}={value}" for name, value in values.items())
-        raise UserError(f"{named} must be at least 1")
+def check_counts(**values: int | None) -> None:
+    """UserError for one of these that is given and no whole number of at least 1."""
+    for name, value in values.items():
+        if value is not None:
+            check_whole(**{name: value})
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
 
 
 def check_whole(**values: int) -> None:

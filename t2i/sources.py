@@ -8,6 +8,7 @@ publish a folder (Janus-Pro) take that folder, or "owner/repo".
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from t2i.errors import UserError
 from t2i.fields import read_object
@@ -72,9 +73,6 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 
     Args:
         folder: the source is a folder ("owner/repo"), not a file ("owner/repo:file").
-
-    Raises:
-        UserError: there is no such file, folder, shipped base or hub file.
     """
     text = str(source)
     if Path(text).exists():
@@ -126,11 +124,7 @@ def shipped_bases() -> list[str]:
 
 
 def family_of(source: str | Path) -> str:
-    """The family that a shipped base, a backbone folder or a published folder says it is of.
-
-    Raises:
-        UserError: it does not say.
-    """
+    """The family that a shipped base, a backbone folder or a published folder says it is of."""
     path = _folder(source) / "config.json"
     stored = read_object(path) if path.is_file() else {}
     if isinstance(stored.get("family"), str):
@@ -173,11 +167,7 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
 
 
 def _read_backbone_folder(path: Path, family: Family) -> dict:
-    """What config.json of a backbone folder says; nothing if it is a published folder itself.
-
-    Raises:
-        UserError: it is neither, damaged, or of another family.
-    """
+    """What config.json of a backbone folder says; nothing if it is a published folder itself."""
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is not a backbone folder: it has no config.json "
@@ -209,12 +199,9 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
 def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
     """A checkpoint folder's source with the SHA-256 of its files; those that it has are kept."""
     files = expand_folder(beside(source, folder))
-    return replace(
-        source,
-        sha256=source.sha256 or _file_hash(files, "weights"),
-        tokenizer_sha256=source.tokenizer_sha256 or _file_hash(files, "tokenizer"),
-        text_encoder_sha256=source.text_encoder_sha256 or _file_hash(files, "text_encoder"),
-    )
+    missing = {n: f.sha256 for n, f in _FILES.items() if getattr(source, f.sha256) is None}
+    found: dict[str, Any] = {of: _file_hash(files, name) for name, of in missing.items()}
+    return replace(source, **found)
 
 
 def _file_hash(files: BackboneSource, name: str) -> str | None:
@@ -257,16 +244,10 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
 # -- where the files are now -----------------------------------------------------------------------
 def beside(source: BackboneSource, folder: Path) -> BackboneSource:
     """The source of a checkpoint folder whose base lies relative to it (an export's)."""
-
-    def there(path: str) -> str:
-        return str((folder / path).resolve()) if path.startswith("..") else path
-
-    return replace(
-        source,
-        weights=there(source.weights),
-        tokenizer=source.tokenizer and there(source.tokenizer),
-        text_encoder=source.text_encoder and there(source.text_encoder),
-    )
+    given = {name: getattr(source, name) or "" for name in _FILES}
+    inside = {name: path for name, path in given.items() if path.startswith("..")}
+    found: dict[str, Any] = {name: str((folder / path).resolve()) for name, path in inside.items()}
+    return replace(source, **found)
 
 
 def moved(

@@ -26,7 +26,6 @@ from t2i.published import files_sha256
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers
 # look for them.
 _NESTING_KEYS = ("model", "module", "state_dict")
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 _MOST_KEYS = 40
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,11 +65,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The weight files of a folder in transformers' layout: one, or the shards of an index.
-
-    Raises:
-        UserError: there are none, or the index is damaged or names files that are not there.
-    """
+    """The weight files of a folder in transformers' layout: one, or the shards of an index."""
     folder = Path(folder)
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
@@ -134,13 +129,8 @@ def _flatten(content: object, path: Path) -> dict[str, Tensor]:
             f"weight file {path} holds no state dict "
             f"(looked at top level and under {', '.join(_NESTING_KEYS)})"
         )
-    return {_strip_wrappers(key): value for key, value in content.items()}
-
-
-def _strip_wrappers(key: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
+    # Without what torch.compile and DDP put before the names.
+    return {k.removeprefix("_orig_mod.").removeprefix("module."): v for k, v in content.items()}
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:

@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from t2i.data.captioned import CaptionedImages
+from t2i.data.samples import Source
+from t2i.data.sources import open_source as opening
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
@@ -364,3 +367,8 @@ def edited(path: Path) -> Iterator[Any]:
     content = json.loads(path.read_text())
     yield content
     path.write_text(json.dumps(content))
+
+
+def open_source(source: str | Path, **options) -> Source:
+    """The data set of captioned images at a place, read with these options."""
+    return opening.open_source(CaptionedImages(str(source), **options))

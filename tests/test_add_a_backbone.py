@@ -15,8 +15,8 @@ from PIL import Image
 import t2i
 from t2i import models
 from t2i.export import export
-from t2i.export_options import ExportOptions
 from t2i.files import write_json
+from t2i.model_options import ExportOptions
 from t2i.models import families
 from t2i.tensorar.method import TensorARConfig
 from t2i.training.config import (

@@ -19,7 +19,7 @@ from launch.lab import score_class_shapes
 from launch.lab.score_class_shapes import row, verdicts_on
 from t2i.checkpoint import run_checkpoints
 from t2i.data.order import split_indices
-from t2i.data.sources.classes import open_imagenet
+from t2i.data.sources.classes import LabelledFolder
 from t2i.evaluation.draw import sample_labels
 from t2i.models.rar.rar_recipes import recipes
 from t2i.shapes import class_bases
@@ -159,7 +159,7 @@ def test_nothing_is_kept_for_another_recipe(recipe, tmp_path):
         make_class_base(replace(recipe, steps=5))
     with pytest.raises(ValueError, match=r"images/recipe\.json"):
         make_class_base(replace(recipe, backbone="llamagen", image_size=24))
-    assert len(open_imagenet(tmp_path / "images").paths) == 4 * len(CLASSES)
+    assert len(LabelledFolder(tmp_path / "images").paths) == 4 * len(CLASSES)
 
 
 def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):

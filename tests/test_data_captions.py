@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import Killed
+from helpers import Killed, open_source
 from test_data_sources import (
     image_structs,
     levels,
@@ -21,7 +21,6 @@ import t2i
 from t2i.data.data_report import UNREADABLE, survey_source
 from t2i.data.images import ImageRules
 from t2i.data.samples import read_captions
-from t2i.data.sources.open_source import open_source
 from t2i.data.store import CodeStore
 from t2i.errors import UserError
 

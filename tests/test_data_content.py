@@ -5,7 +5,7 @@ import shutil
 import time
 
 import pytest
-from helpers import in_threads
+from helpers import in_threads, open_source
 from test_data_sources import (
     CAPTIONS,
     make,
@@ -17,13 +17,13 @@ from test_data_sources import (
 )
 from test_data_store import build, encode_images
 
+from t2i import published
 from t2i.checkpoint import is_checkpoint, load_model
 from t2i.data import content
 from t2i.data.content import ABSENT, describe_changes, hash_files
 from t2i.data.data_report import survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules
-from t2i.data.sources.open_source import open_source
 from t2i.errors import UserError
 from t2i.processes import Processes
 from t2i.shapes.shapes_source import parse_shapes
@@ -114,7 +114,7 @@ def test_changes_are_named(tmp_path):
 def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
     """Case 10: the index spares reading a million images again; it trusts no file of now."""
     monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
-    monkeypatch.setattr(content, "_RACY_NS", 10**7)
+    monkeypatch.setattr(published, "_SETTLED", 10**7)
     source = open_source(make("metadata", tmp_path / "data"))
     read = []
     monkeypatch.setattr(

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+from helpers import open_source
 from PIL import Image
 from test_data_sources import (
     image_structs,
@@ -23,7 +24,6 @@ from test_data_store import build, report_of
 from t2i.data.data_report import survey_source
 from t2i.data.images import ImageRules
 from t2i.data.order import split_indices
-from t2i.data.sources.open_source import open_source
 from t2i.data.store import CodeStore
 from t2i.errors import UserError
 

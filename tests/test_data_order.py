@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2i.data.order import batch_indices, sample_index, split_indices
+from t2i.data.order import sample_index, split_indices
 
 
 def test_every_epoch_visits_every_sample_once_in_its_own_order():
@@ -16,27 +16,6 @@ def test_every_epoch_visits_every_sample_once_in_its_own_order():
 def test_the_order_is_frozen():
     """Resuming an old run with a new version of the kit must see the same data."""
     assert [sample_index(p, 10, 0) for p in range(12)] == [1, 8, 6, 9, 2, 0, 4, 5, 3, 7, 3, 8]
-
-
-def test_batches_follow_the_positions_across_epochs():
-    seen = torch.cat([batch_indices(step, 8, 13, 3) for step in range(5)]).tolist()
-    assert seen == [sample_index(p, 13, 3) for p in range(40)]
-    assert batch_indices(3, 8, 13, 3).dtype == torch.int64
-    assert sorted(batch_indices(0, 8, 3, 3).tolist()[:6]) == [0, 0, 1, 1, 2, 2]  # n < batch
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_the_global_batch_does_not_depend_on_the_world_size(world_size):
-    for step in (0, 4, 100):
-        parts = [batch_indices(step, 12, 31, 5, rank, world_size) for rank in range(world_size)]
-        assert torch.equal(torch.cat(parts), batch_indices(step, 12, 31, 5))
-
-
-def test_bad_batches_are_refused():
-    with pytest.raises(ValueError, match="multiple of 3"):
-        batch_indices(0, 8, 10, 0, 0, 3)
-    with pytest.raises(ValueError, match="no samples"):
-        batch_indices(0, 8, 0, 0)
 
 
 def test_the_held_out_split_is_fixed_and_disjoint():

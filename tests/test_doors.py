@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN_ROOT, edited, folder_content
+from helpers import GOLDEN_ROOT, edited, folder_content, open_source
 from PIL import Image
 from runs import tiny_run, write_tiny_base
 from safetensors.torch import save_file
@@ -27,7 +27,6 @@ from dpg_bench.mplug.mplug_model import MPlug
 from geneval import mmdet_weights
 from t2i.data.data_report import load_sample
 from t2i.data.images import FileSlice, ImageRules, RemoteFile, SkipSample, open_image
-from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
 from t2i.evaluation.fid.image_sets import open_images, read_npz_array
@@ -111,7 +110,10 @@ def test_a_pickle_in_the_place_of_the_training_state_is_refused(plain, copied, t
     path = next((folder / "training_state").glob("*.safetensors"))
     _pickled(path, mark, raw=False)
     with edited(folder / "manifest.json") as manifest:
-        manifest["files"][f"training_state/{path.name}"] = path.stat().st_size
+        manifest["files"][f"training_state/{path.name}"] |= {
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
     with pytest.raises(UserError, match=r"training_state cannot be read"):
         train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
 

@@ -96,7 +96,7 @@ def test_total_variation_is_estimated_without_bias():
 def test_settings_survive_json():
     config = TrainConfig(data=LabelledOptions(source=("a", "b")), seed=3)
     for one in (config, TrainConfig(), tiny_run(config.run_dir, "x", data__trigger="drawn by x")):
-        assert from_json(TrainConfig, as_json(asdict(one)), "here") == one
+        assert from_json(TrainConfig, as_json(one), "here") == one
 
 
 @pytest.mark.parametrize("method", ["iclr2026", "arxiv2505"])
@@ -215,6 +215,6 @@ def test_on_a_phone_and_in_the_dark(tab):
 def test_the_settings_of_reward_runs_are_read(monkeypatch):
     """They have more than other runs, which the page has no use for."""
     config = reward_recipes.recipes()["shapes-reward"][1]
-    monkeypatch.setattr(run, "_training", lambda options: {"config": as_json(asdict(config))})
+    monkeypatch.setattr(run, "_training", lambda options: {"config": as_json(config)})
     found = run._run_config(SimpleNamespace(checkpoint="run"))
     assert found.data == config.data and found.log.prompts == config.log.prompts

@@ -17,9 +17,9 @@ from launch import export as program
 from t2i.evaluation.options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
 from t2i.export import export, model_card
-from t2i.export_options import ExportOptions
 from t2i.files import owning, write_json
 from t2i.lora import add_lora
+from t2i.model_options import ExportOptions
 from t2i.training.config import BackboneOptions
 from t2i.training.start import start_from
 from t2i.tuning import LoRAConfig

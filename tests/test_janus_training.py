@@ -27,8 +27,8 @@ from transformers import JanusForConditionalGeneration
 import t2i
 from launch import export, generate, train_janus
 from t2i.export import export as export_folder
-from t2i.export_options import ExportOptions
 from t2i.lora import merge_lora
+from t2i.model_options import ExportOptions
 from t2i.models.janus import janus_weights
 from t2i.models.janus.janus_modules import CodeHead
 from t2i.models.janus.janus_recipes import recipes

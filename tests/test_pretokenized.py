@@ -92,7 +92,7 @@ def write_jsonl(path, count=8, end="\n"):
 
 def convert(path, folder, processes=ALONE):
     encoding = Encoding(lambda codes: codes, None, shard_size=3)
-    return build_store(JsonlCodes(path), folder, encoding, processes=processes, progress=False)
+    return build_store(JsonlCodes(path), folder, encoding, processes=processes)
 
 
 @pytest.mark.parametrize("end", ["\n", ""])

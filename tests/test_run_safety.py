@@ -5,7 +5,7 @@ runs beside it, and with settings that change on the way.
 import errno
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from runs import assert_same_weights, before_step, kill, metrics, tiny_run, weig
 
 from t2i import checkpoint
 from t2i.errors import NotFiniteError, UserError
+from t2i.fields import leaves
 from t2i.files import owning
 from t2i.reward.options import RewardConfig
 from t2i.training import settings
@@ -185,19 +186,11 @@ def test_a_second_run_in_a_folder_is_refused_by_name(tiny_world):
 
 
 # -- 6: settings that change -----------------------------------------------------------------------
-def test_every_option_belongs_to_a_group():
-    """Case 6: so that none can be forgotten: a new one fails here until it is said what a resumed
-    run does with another value.
-    """
-    rewarded = RewardConfig(steps=1)
-    for config in (TrainConfig(), TrainConfig(data=LabelledOptions()), rewarded):
-        for name, _ in settings.options(settings.plain(asdict(config))):
-            assert settings.group_of(name)
-    with pytest.raises(AssertionError, match=r"engine\.new belongs to none"):
-        settings.group_of("engine.new")
-    own = {name for name, _ in settings.options(settings.plain(asdict(rewarded)))}
-    groups = (settings.MUST_MATCH, settings.ROUNDING, settings.BY_CONTENT, settings.FREE)
-    for name in {n for group in (*groups, settings.APPLIED) for n in group}:
+def test_every_name_in_the_groups_is_an_option():
+    """Case 6: of a run on captions, on classes or by reward."""
+    configs = (TrainConfig(), TrainConfig(data=LabelledOptions()), RewardConfig(steps=1))
+    own = {name for config in configs for name in leaves(settings.plain(config))}
+    for name in (*settings.ROUNDING, *settings.APPLIED, *settings.FREE):
         assert any(n == name or n.startswith(f"{name}.") for n in own), f"{name} is no option"
 
 

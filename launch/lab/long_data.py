@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from t2i.data.order import batch_indices
+from t2i.data.order import sample_index
 from t2i.models.base import Backbone
 from t2i.rng import make_keys
 from t2i.shapes.caption_bases import every_caption, scene_codes
@@ -100,7 +100,8 @@ def order(scenes: Scenes, config: TrainConfig, train: Tensor) -> Order:
 
 @lru_cache(maxsize=8)
 def _positions(steps: int, size: int, count: int, seed: int) -> Tensor:
-    return torch.stack([batch_indices(step, size, count, seed) for step in range(steps)])
+    found = [sample_index(position, count, seed) for position in range(steps * size)]
+    return torch.tensor(found).view(steps, size)
 
 
 def held_out_batches(scenes: Scenes, held_out: Tensor) -> Sequence[Batch]:

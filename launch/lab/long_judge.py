@@ -35,7 +35,7 @@ from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows, sample_windows
 from t2i.tensorar.windows import Windows
 from t2i.training.batches import Batch
-from t2i.training.validation import losses_by_slot, means
+from t2i.training.validation import Validation, batch_losses
 
 _AT_ONCE = 32
 """Images that a process judges, or scenes that it draws, at once."""
@@ -185,12 +185,16 @@ def _spread(features_nF: Tensor, each: int) -> float:
 # -- held out --------------------------------------------------------------------------------------
 @torch.no_grad()
 def held_out(model: TensorAR, batches: Sequence[Batch]) -> dict:
-    """The held-out losses by slot, and what drafts know."""
-    losses = _together([losses_by_slot(model, batch) for batch in batches]).items()
-    found: dict = {"losses": means({kind: parts.sum(0) for kind, parts in losses}).metrics()}
-    if model.config.k > 1:
-        known = _together([drafts_and_finals(model, batch) for batch in batches]).items()
-        found["drafts"] = {name: parts.mean(0).tolist() for name, parts in known}
+    """The held-out losses by slot, as `t2i.training.validation` has them, and what drafts know."""
+    total, known = torch.zeros(2, 2, model.config.k), []
+    for batch in batches:
+        losses, own = batch_losses(model, batch)
+        total += losses
+        if model.config.k > 1:
+            known.append(drafts_and_finals(model, batch, own))
+    found: dict = {"losses": Validation(*(total[:, 0] / total[:, 1]).tolist()).metrics()}
+    if known:
+        found["drafts"] = {name: v.mean(0).tolist() for name, v in _together(known).items()}
     return found
 
 
@@ -198,13 +202,12 @@ def _together(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
-def drafts_and_finals(model: TensorAR, batch: Batch) -> dict[str, Tensor]:
-    """By slot 1 .. k-1, over positions that went through all slots: the total variation between
-    what is predicted of a position there and in slot 0; and how often a draft, drawn from the
-    former, is the true code. Both are [k - 1].
+def drafts_and_finals(model: TensorAR, batch: Batch, windows: Tensor) -> dict[str, Tensor]:
+    """With windows of own drafts as input, by slot 1 .. k-1, over positions that went through all
+    slots: the total variation between what is predicted of a position there and in slot 0; and how
+    often a draft, drawn from the former, is the true code. Both are [k - 1].
     """
     condition, k = model.backbone.encode_condition(batch.prepared), model.config.k
-    windows = model.own_draft_windows(batch.codes, condition, batch.keys)
     d_BNkD = model.decode_slots(model.hidden(condition, windows))
     p_BNkV = model.backbone.next_logits(d_BNkD, windows[..., :0]).softmax(-1)
     truth_BN = batch.codes[..., 0]

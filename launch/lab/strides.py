@@ -142,12 +142,12 @@ def held_out_loss(model: "TensorAR", scenes: "Scenes") -> list[float]:
     import torch
 
     from launch.lab.long_data import held_out_batches
-    from t2i.training.validation import losses_by_slot
+    from t2i.training.validation import batch_losses
 
     count = len(scenes.codes_nT)
     (batch,) = held_out_batches(scenes, torch.arange(count - _HELD_OUT, count))
     with torch.no_grad():
-        sums, counts = losses_by_slot(model, batch)["own_drafts"]
+        sums, counts = batch_losses(model, batch)[0][1]
     return [round(loss, 4) for loss in (sums / counts).tolist()]
 
 

@@ -99,14 +99,16 @@ class DataReport:
             keys.setdefault(line["reason"], []).append(line["key"])
         return _by_count(keys)
 
+    def _groups(self) -> dict[str, dict[str, list[str]]]:
+        return {"skipped": self.keys, "noted": _by_count(self.noted)}
+
     def summary(self) -> dict[str, Any]:
         """JSON-able counts, and the sentences of `lines`."""
-        skipped, noted = (
-            {what: len(keys) for what, keys in found.items()}
-            for found in (self.keys, _by_count(self.noted))
-        )
-        counts = {"seen": self.seen, "usable": self.usable, "skipped": skipped, "noted": noted}
-        return counts | {"lines": self.lines()}
+        counts = {
+            name: {what: len(keys) for what, keys in found.items()}
+            for name, found in self._groups().items()
+        }
+        return {"seen": self.seen, "usable": self.usable, **counts, "lines": self.lines()}
 
     def describe(self) -> str:
         """`lines` in one: '3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
@@ -137,7 +139,7 @@ class DataReport:
                 what: {"count": len(keys), "first": keys[:_KEYS_PER_REASON]}
                 for what, keys in found.items()
             }
-            for name, found in (("skipped", self.keys), ("noted", _by_count(self.noted)))
+            for name, found in self._groups().items()
         }
         write_text(folder / "report.json", json.dumps(self.summary() | first, indent=1))
 

@@ -34,7 +34,8 @@ from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
 from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path
 from t2i.errors import UserError
-from t2i.files import read_json, wait_for, writable_folder, write_text
+from t2i.fields import leaves
+from t2i.files import read_json, remove_leftovers, wait_for, writable_folder, write_text
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -61,9 +62,6 @@ class Encoding:
         batch_size: views, and captions, per call. Does not change the content.
         shard_size: samples of the source per shard.
         max_samples: use only the first samples of the source (counted before any is skipped).
-
-    Raises:
-        UserError: a size that is no positive number.
     """
 
     images: Callable[[Tensor], Tensor]
@@ -74,11 +72,6 @@ class Encoding:
     batch_size: int = 32
     shard_size: int = 1024
     max_samples: int | None = None
-
-    def __post_init__(self):
-        sizes = (self.batch_size, self.shard_size, self.max_samples)
-        if any(size is not None and size < 1 for size in sizes):
-            raise UserError("batch_size, shard_size and max_samples must be at least 1")
 
     @property
     def identity(self) -> dict:
@@ -99,7 +92,6 @@ def build_store(
     *,
     expected_key: str | None = None,
     processes: Processes = ALONE,
-    progress: bool = True,
 ) -> Path:
     """Build the store of a source, or find it complete; returns its folder, for `CodeStore`.
 
@@ -114,7 +106,7 @@ def build_store(
         TimeoutError: another process stopped building.
     """
     cache_dir = Path(cache_dir)
-    contents = hash_files(source.files(), cache_dir, processes, progress)
+    contents = hash_files(source.files(), cache_dir, processes)
     files = {"files": contents_key(contents)} if contents else {}
     key = {"format": FORMAT, "source": source.identity | files, **encoding.identity}
     folder = cache_dir / content_key(key)
@@ -133,8 +125,7 @@ def build_store(
     if processes.is_main:
         write_text(folder / "source.json", json.dumps({"key": key, "files": contents}))
 
-    quiet = not (progress and processes.is_main)
-    count = _encode_missing(source, folder, encoding, processes, quiet)
+    count = _encode_missing(source, folder, encoding, processes)
     paths = [shard_path(folder, shard) for shard in range(count)]
     wait_for(paths, processes.patience)
     readers = list(map(ShardReader, paths))
@@ -142,7 +133,7 @@ def build_store(
         _finish(folder, key, source, readers)  # where nothing is usable, every process says so
     wait_for([folder / MANIFEST], processes.patience)
     if processes.is_main:
-        _remove_leftovers(folder, started)
+        remove_leftovers(folder, before=started)  # another run may be writing what is younger
     return folder
 
 
@@ -162,23 +153,13 @@ def _changes(before: Path, key: dict, contents: Contents) -> str:
         return f"{before} is gone or of another version, so that the changes cannot be named"
     if changes := describe_changes(stored["files"], contents):
         return changes
-    old, new = _leaves(stored["key"]), _leaves(key)
+    old, new = leaves(stored["key"]), leaves(key)
     names = [name for name in old | new if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
 
 
-def _leaves(value: dict, prefix: str = "") -> dict[str, object]:
-    leaves: dict[str, object] = {}
-    for name, inner in value.items():
-        nested = isinstance(inner, dict)
-        leaves |= _leaves(inner, f"{prefix}{name}.") if nested else {prefix + name: inner}
-    return leaves
-
-
 # -- shards ----------------------------------------------------------------------------------------
-def _encode_missing(
-    source: Source, folder: Path, encoding: Encoding, processes: Processes, quiet: bool
-) -> int:
+def _encode_missing(source: Source, folder: Path, encoding: Encoding, processes: Processes) -> int:
     """Encode this process's share of the missing shards; returns how many shards there are."""
 
     def mine_to_do(shard: int) -> bool:
@@ -195,6 +176,7 @@ def _encode_missing(
         wanted = [range(start, min(start + size, length)) for start in starts]
         samples = (source[index] for indices in wanted for index in indices)
         total = sum(map(len, wanted))
+    quiet = not processes.is_main
     with progress_bar(total=total, desc="codes", unit=" images", disable=quiet) as bar:
         for shard, part in groupby(samples, lambda sample: sample.index // size):
             count = max(count, shard + 1)
@@ -245,11 +227,6 @@ def _encode_batch(
     hashes: tuple[int | None, ...],
 ) -> None:
     codes = encoding.images(torch.cat(views)).cpu()
-    expected = sum(map(len, views))
-    if codes.ndim != 3 or len(codes) != expected:
-        raise ValueError(
-            f"images must be encoded as codes [{expected}, T, S], got {tuple(codes.shape)}"
-        )
     features: list[Tensor] = []
     if encoding.captions is not None:
         captions = [caption for sample in samples for caption in sample.captions]
@@ -278,11 +255,7 @@ def load_ahead(
 
 # -- the manifest ----------------------------------------------------------------------------------
 def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardReader]) -> None:
-    """Write report and manifest of a store whose shards are complete.
-
-    Raises:
-        UserError: no sample is usable.
-    """
+    """Write report and manifest of a store whose shards are complete."""
     report = DataReport.collect((line for reader in readers for line in reader.lines()), source)
     report.write(folder)
     filled = [reader for reader in readers if reader.codes_shape[0]]
@@ -307,13 +280,6 @@ def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardRead
         "report": report.summary(),
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def _remove_leftovers(folder: Path, before: float) -> None:
-    """Remove what killed processes left; another run may be writing what is younger."""
-    for path in folder.glob("*.tmp"):
-        if path.stat().st_mtime < before:
-            path.unlink(missing_ok=True)
 
 
 def _surroundings(source: Source) -> str:

@@ -15,6 +15,7 @@ import stat
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ from t2i.errors import UserError
 
 # Part of every cache key: change it whenever the pixels of an image change.
 PIXELS_VERSION = "adm-crop-1"
-SMALL_IMAGE_POLICIES = ("skip", "upscale")
-VIEW_KINDS = ("centre", "flip", "ten-crop")
+_MOST_MEGAPIXELS = 100.0
+"""Larger images are skipped. Pillow has a limit of its own near 179, which also ends in a skip."""
 # Formats that decode by themselves; EPS, for example, would start Ghostscript on a downloaded file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 _LARGEST_FILE = 1 << 30
@@ -114,7 +115,7 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
     return data
 
 
-def open_image(image: ImageRef, max_megapixels: float = 100.0) -> Image.Image:
+def open_image(image: ImageRef) -> Image.Image:
     """Open and normalise one image to an upright 8-bit RGB image.
 
     CMYK is converted, transparency (RGBA, LA, palettes) composited over white, 16-bit and float
@@ -122,11 +123,6 @@ def open_image(image: ImageRef, max_megapixels: float = 100.0) -> Image.Image:
 
     Args:
         image: encoded bytes, a path, another place of a file, a PIL image, or None (no image).
-        max_megapixels: larger images are skipped before they are decoded. Pillow has a limit of
-            its own near 179 megapixels, which also ends in a skip.
-
-    Raises:
-        SkipSample: the image cannot be used; see the class for the reasons.
     """
     if image is None:
         raise SkipSample("missing", "the row holds no image")
@@ -136,9 +132,9 @@ def open_image(image: ImageRef, max_megapixels: float = 100.0) -> Image.Image:
         raise SkipSample("empty", "zero bytes")
     try:
         if isinstance(image, Image.Image):
-            return _normalise(image, max_megapixels)
+            return _normalise(image)
         with Image.open(io.BytesIO(image), formats=_formats()) as opened:
-            return _normalise(opened, max_megapixels)
+            return _normalise(opened)
     except (SkipSample, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -189,17 +185,12 @@ class Views:
             and the centre, then the same five of its mirror image.
         crop_ranges: of ten-crop, how much larger; each factor gives ten views. LlamaGen's set has
             both and picks among them with equal chance, RAR's has the first.
-
-    Raises:
-        UserError: an unknown kind, or a range below 1.
     """
 
-    kind: str = "ten-crop"
+    kind: Literal["centre", "flip", "ten-crop"] = "ten-crop"
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
 
     def __post_init__(self):
-        if self.kind not in VIEW_KINDS:
-            raise UserError(f"unknown views {self.kind!r}; choose one of {', '.join(VIEW_KINDS)}")
         if self.kind == "ten-crop" and not (self.crop_ranges and min(self.crop_ranges) >= 1):
             raise UserError(f"crop_ranges={self.crop_ranges} must be factors of at least 1")
 
@@ -231,23 +222,12 @@ class ImageRules:
 
     Attributes:
         size: side of a view in pixels.
-        small: what happens to an image with a short side below `size`: "skip" or "upscale".
-        max_megapixels: larger images are skipped.
-
-    Raises:
-        UserError: an unknown policy.
+        small: what happens to an image with a short side below `size`.
     """
 
     size: int
     views: Views = Views("centre")
-    small: str = "skip"
-    max_megapixels: float = 100.0
-
-    def __post_init__(self):
-        if self.small not in SMALL_IMAGE_POLICIES:
-            raise UserError(
-                f"unknown policy {self.small!r} for small images: use 'skip' or 'upscale'"
-            )
+    small: Literal["skip", "upscale"] = "skip"
 
     @property
     def identity(self) -> dict:
@@ -256,7 +236,7 @@ class ImageRules:
             "resolution": self.size,
             "views": self.views.identity,
             "small_images": self.small,
-            "max_megapixels": self.max_megapixels,
+            "max_megapixels": _MOST_MEGAPIXELS,
             "pixels": PIXELS_VERSION,
         }
 
@@ -266,14 +246,14 @@ class ImageRules:
         Raises:
             SkipSample: the image cannot be used, or is too small under the policy "skip".
         """
-        opened = open_image(image, self.max_megapixels)
+        opened = open_image(image)
         short, long = sorted(opened.size)
         if short < self.size:
             if self.small == "skip":
                 detail = f"{opened.width} x {opened.height} px, needs {self.size}"
                 raise SkipSample("too small", detail)
             # A thin strip grows with the square of the factor: 1 x 10000 would be 256 x 2560000.
-            _check_megapixels(self.size, round(long * self.size / short), self.max_megapixels)
+            _check_megapixels(self.size, round(long * self.size / short))
         return self.views.cut(opened, self.size)
 
 
@@ -283,13 +263,14 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF only in newer Pillows
 
 
-def _check_megapixels(width: int, height: int, limit: float) -> None:
-    if width * height > limit * 1e6:
-        raise SkipSample("too large", f"{width} x {height} px, limit {limit:g} megapixels")
+def _check_megapixels(width: int, height: int) -> None:
+    if width * height > _MOST_MEGAPIXELS * 1e6:
+        detail = f"{width} x {height} px, limit {_MOST_MEGAPIXELS:g} megapixels"
+        raise SkipSample("too large", detail)
 
 
-def _normalise(image: Image.Image, max_megapixels: float) -> Image.Image:
-    _check_megapixels(*image.size, max_megapixels)
+def _normalise(image: Image.Image) -> Image.Image:
+    _check_megapixels(*image.size)
     image.load()
     # Not ImageOps.exif_transpose: it rewrites the whole EXIF block and raises on a damaged tag.
     turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))

@@ -1,8 +1,8 @@
-"""The data order, without state: what a rank sees at a step is a function of the step alone.
+"""The data order, without state: what a run sees at a position is a function of the position alone.
 
 Position p of a run is sample permutation(seed, p // n)[p % n], and step s covers the positions
-s * global_batch ... So resuming is "start at step s", and every world size sees the same global
-batches in the same order.
+s * batch_size ... So resuming is "start at step s", every world size sees the same batches in the
+same order, and since a batch may cross into the next epoch, no sample is ever dropped.
 """
 
 from functools import lru_cache
@@ -21,29 +21,6 @@ def sample_index(position: int, n: int, seed: int) -> int:
     return int(_permutation(n, seed, position // n)[position % n])
 
 
-def batch_indices(
-    step: int, global_batch: int, n: int, seed: int, rank: int = 0, world_size: int = 1
-) -> Tensor:
-    """What a rank sees at an optimizer step: int64 [global_batch / world_size] in [0, n).
-
-    Rank r takes the r-th contiguous slice of the global batch. A batch may cross into the next
-    epoch, so no sample is ever dropped.
-
-    Raises:
-        UserError: no samples, or a global batch that the ranks cannot share equally.
-    """
-    if n < 1:
-        raise UserError("there are no samples to order")
-    if global_batch < 1 or global_batch % world_size:
-        raise UserError(
-            f"a global batch of {global_batch} cannot be shared equally by {world_size} ranks; "
-            f"use a multiple of {world_size}"
-        )
-    share = global_batch // world_size
-    start = step * global_batch + rank * share
-    return torch.tensor([sample_index(p, n, seed) for p in range(start, start + share)])
-
-
 def split_indices(
     n: int, n_validation: int, seed: int, images: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -53,9 +30,6 @@ def split_indices(
         images: int64 [n], equal for samples that show the same image. They are held out together,
             so that no held-out image is trained on; `n_validation` is then the least number of
             held-out samples.
-
-    Raises:
-        UserError: nothing would be left to train on.
     """
     if not 0 <= n_validation < n:
         raise UserError(f"cannot hold out {n_validation} of {n} samples and train on the rest")

@@ -166,30 +166,10 @@ def _as_text(value: Any) -> str:
     return value
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a table that a user names; what is None is found by itself where only one
-    could be meant.
-    """
-
-    image: str | None = None
-    caption: str | None = None
-    """Of the caption, or of a list of alternative ones (found: text, caption, prompt, txt);
-    "json.prompt" is the field of a struct, or of a json member of a tar.
-    """
-
-
-UNNAMED = Columns()
-
-
 def choose_column(
     columns: Iterable[str], given: str | None, candidates: Sequence[str], kind: str, where: str
 ) -> str:
-    """The column that the user named, or the only candidate among the columns.
-
-    Raises:
-        UserError: the named column does not exist; no candidate or more than one exists.
-    """
+    """The column that the user named, or the only candidate among the columns."""
     columns = list(columns)
     listing = f"the columns are: {', '.join(columns) or 'none'}"
     if given is not None:

@@ -53,6 +53,7 @@ _SKIPPED = b'"reason":'  # of `sample_line`; within a string its quotes would be
 FORMAT = 3
 """Part of the manifest and of the folder's name: change it whenever the files change."""
 MANIFEST = "manifest.json"
+Numbers = Sequence[int] | Tensor
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -212,9 +213,6 @@ class CodeStore:
         key: identifies the content.
         views: A.
         with_text: whether it holds features of the captions.
-
-    Raises:
-        UserError: the folder holds no finished store, or one in an older format.
     """
 
     def __init__(self, folder: str | Path):
@@ -238,9 +236,7 @@ class CodeStore:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def codes(
-        self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None = None
-    ) -> Tensor:
+    def codes(self, indices: Numbers, choice: Numbers | None = None) -> Tensor:
         """Codes int64 [B, T, S] of one view of each image."""
         rows = [
             shard.codes(row, chosen % self.views)
@@ -249,10 +245,7 @@ class CodeStore:
         return torch.stack(rows)
 
     def features(
-        self,
-        indices: Sequence[int] | Tensor,
-        max_tokens: int,
-        choice: Sequence[int] | Tensor | None = None,
+        self, indices: Numbers, max_tokens: int, choice: Numbers | None = None
     ) -> list[Tensor]:
         """Text features float32 [n_i, C] of one caption of each sample: its first max_tokens."""
         if not self.with_text:
@@ -293,7 +286,7 @@ class CodeStore:
         return self._open(self._names[shard]), index - self._starts[shard]
 
     def _chosen(
-        self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None
+        self, indices: Numbers, choice: Numbers | None
     ) -> Iterator[tuple[tuple[ShardReader, int], int]]:
         where = torch.as_tensor(indices).tolist()
         chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
@@ -303,10 +296,6 @@ class CodeStore:
 def _storable(feature: Tensor, caption: str) -> Tensor:
     """float [n, C] on the CPU, two bytes a number: bfloat16 stays, the rest becomes float16."""
     feature = torch.as_tensor(feature).detach().cpu()
-    if feature.ndim != 2:
-        raise ValueError(
-            f"captions must be encoded as [tokens, C] each, got {tuple(feature.shape)}"
-        )
     if feature.dtype != torch.bfloat16:
         feature = feature.half()
     if not feature.isfinite().all():

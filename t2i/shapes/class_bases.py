@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.data.images import ImageRules
-from t2i.data.sources.classes import open_imagenet
+from t2i.data.sources.classes import LabelledFolder
 from t2i.errors import UserError
 from t2i.files import read_json, writable_folder, write_json
 from t2i.imaging import save_png
@@ -85,7 +85,7 @@ def write_class_images(cfg: ClassBase, folder: Path) -> None:
 def untrained(cfg: ClassBase, images: Path) -> Backbone:
     """A generator with fresh weights behind a tokenizer that has learned the images."""
     rules = ImageRules(cfg.image_size)
-    pixels = torch.cat([rules.load(path) for path in open_imagenet(images).paths])
+    pixels = torch.cat([rules.load(path) for path in LabelledFolder(images).paths])
     tokenizer = build_tokenizer(cfg.backbone, seed=cfg.seed)
     batches = _batches(pixels, torch.Generator().manual_seed(cfg.seed))
     train_tokenizer(tokenizer, batches, steps=cfg.tokenizer_steps, lr=cfg.tokenizer_lr)

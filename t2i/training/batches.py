@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from t2i.checkpoint import read_config, run_checkpoints
-from t2i.data.order import batch_indices, split_indices
+from t2i.data.order import sample_index, split_indices
 from t2i.data.samples import Source
 from t2i.data.store import CodeStore
 from t2i.errors import UserError, shorten
@@ -97,15 +97,8 @@ class TrainingData:
         """
         config, processes = self.config, self.processes
         share = config.batch_size // processes.world_size
-        where = batch_indices(
-            step,
-            config.batch_size,
-            len(self.train),
-            config.seed,
-            processes.rank,
-            processes.world_size,
-        )
         position = step * config.batch_size + processes.rank * share + torch.arange(share)
+        where = [sample_index(p, len(self.train), config.seed) for p in position.tolist()]
         size, progress = config.engine.micro_batch, step / self.plan.steps
         parts = (self.train[where], make_keys(config.seed, position))
         for indices, keys in zip(*(part.split(size) for part in parts), strict=True):

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from t2i.data.data_report import DataReport, survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules
@@ -20,17 +22,21 @@ from t2i.errors import UserError
 from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
+from t2i.progress import readable_size, readable_time
 from t2i.sources import check_named
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
-from t2i.training.memory import size_report
+from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes, weight_bytes
 from t2i.training.open_data import labelled_sources, open_data, open_labelled
-from t2i.training.plan import Plan, about_settings, peak_rates, plan_run
+from t2i.training.plan import Plan, about_settings, about_window, peak_rates, plan_run
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.start import build_model
+
+_CARDS = (24, 40, 80)
+"""Sizes of common cards in GB, where this machine has none."""
 
 
 # -- before the work -------------------------------------------------------------------------------
@@ -42,9 +48,6 @@ def look_before_work(
     Returns the opened source of captioned images, and its number of samples, usable or not, where
     that is known. A resumed run (with a `checkpoint`) stands on its own checkpoint: what its first
     weights were called does not matter any more.
-
-    Raises:
-        UserError: something makes the run impossible.
     """
     choose_tracker(config.log.tracker)
     if checkpoint is not None:
@@ -67,11 +70,7 @@ def look_before_work(
 
 
 def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
-    """The sheets' prompts as the backbone takes them; empty: those of held-out samples.
-
-    Raises:
-        UserError: this backbone cannot be trained on such data, or draw such prompts.
-    """
+    """The sheets' prompts as the backbone takes them; empty: those of held-out samples."""
     # A text encoder that is still to be fetched counts as there.
     to_fetch = config.backbone.text_encoder is not None and backbone.frozen.text_encoder is None
     captions = isinstance(config.data, DataOptions) and backbone.spec.cond_kind == "text"
@@ -96,9 +95,6 @@ def check(
     """A report for people.
 
     more: further lines by title, from the model on the meta device.
-
-    Raises:
-        UserError: what makes the run impossible.
     """
     source, total = look_before_work(config, world_size, claim_run_dir(config))
     model = build_model(config, device="meta")
@@ -155,10 +151,8 @@ def _about_captions(survey: DataReport, size: int) -> Iterator[str]:
     for reason, keys in survey.keys.items():
         advice = ""
         if reason == "too small":
-            advice = (
-                f": the model's images are {size} px; --data.small-images upscale takes smaller "
-                "ones"
-            )
+            takes = "--data.small-images upscale takes smaller ones"
+            advice = f": the model's images are {size} px; {takes}"
         if count := len(keys) - around[reason]:
             yield (
                 f"{count} of {survey.seen} samples looked at are skipped, {reason} "
@@ -177,7 +171,7 @@ def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int, list[s
     count = opened.length or 0
     if isinstance(opened, JsonlCodes):
         return count, [f"{source}{count} lines"], []
-    views = views_of(options)
+    views = views_of(options).count
     per_image = views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
     gigabytes = count * per_image / 1e9
     lines = [
@@ -195,12 +189,11 @@ def _batch_lines(config: TrainConfig, plan: Plan | None, world_size: int) -> lis
         f"{accumulated} accumulated x {world_size} processes"
     ]
     if plan is not None and plan.training:
-        passes = plan.steps * config.batch_size / plan.training
         lines.append(f"{plan.held_out} of {plan.samples} samples held out")
-    if plan is not None and plan.training and config.learns_from_data:
-        lines += [
-            f"{plan.steps} steps = {passes:.2f} passes over {plan.training} training samples",
-        ]
+        if config.learns_from_data:
+            passes = plan.steps * config.batch_size / plan.training
+            of = f"{plan.training} training samples"
+            lines.append(f"{plan.steps} steps = {passes:.2f} passes over {of}")
     return lines
 
 
@@ -210,19 +203,18 @@ def _when_lines(config: TrainConfig, plan: Plan | None) -> list[str]:
         return ["the number of steps follows from the data, which are counted when the run starts"]
     steps, first = plan.steps, "at step 0 and " if config.log.at_start else ""
 
-    def every(count: int, never: str) -> str:
+    def every(count: int) -> str:
         if not 0 < count < steps:
-            return f"{first}{never}"
+            return f"{first}at the end"
         return f"{first}every {count} steps, at step {count} first, and at the end"
 
-    sheets = "never" if plan.sample_every == 0 else "at the end"
-    sheets = "never" if sheets == "never" else every(plan.sample_every, sheets)
+    sheets = every(plan.sample_every) if plan.sample_every else "never"
     prompts = ", ".join(map(repr, sheet_prompts(config))) or "captions of held-out samples"
     lines = [
-        f"validation    {every(plan.validate_every, 'at the end')}",
+        f"validation    {every(plan.validate_every)}",
         f"sample sheet  {sheets}",
         *([] if sheets == "never" else [f"  of          {prompts}"]),
-        f"checkpoint    {every(plan.save_every, 'at the end').removeprefix(first)}; "
+        f"checkpoint    {every(plan.save_every).removeprefix(first)}; "
         f"the last {config.log.keep_last} are kept"
         + (", and the best model" if config.log.keep_best else ""),
     ]
@@ -230,3 +222,95 @@ def _when_lines(config: TrainConfig, plan: Plan | None) -> list[str]:
         course = "then falls to 0 at the end" if part == "codec" else "then stays"
         lines.append(f"{part + ' rate':<14}{rate:.3g} at step {step + 1} of {steps}, {course}")
     return lines
+
+
+# -- size ------------------------------------------------------------------------------------------
+def size_report(
+    model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
+) -> tuple[dict[str, list[str]], list[str]]:
+    """On parameters, memory and work: lines by title, and warnings."""
+    logits = readable_size(logit_bytes(model, config, gpu=torch.cuda.is_available()))
+    backbone = model.backbone
+    chosen = config.engine.zero_stage
+    sizes = [readable_size(state_bytes(model, config, world_size, stage)) for stage in range(4)]
+    state = [
+        f"ZeRO-{stage} on {world_size} process(es) {size:>9}{'  <- chosen' * (stage == chosen)}"
+        for stage, size in enumerate(sizes)
+    ]
+    parameters = _parameter_lines(model)
+    if backbone.left_out:
+        saved = readable_size(backbone.left_out * weight_bytes(config))
+        parameters += [
+            f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, "
+            f"{saved}"
+        ]
+    cost = estimate(model, config, world_size, samples=None if plan is None else plan.samples)
+    fits, warnings = _fits(cost)
+    in_all = [*_cost_lines(cost, logits), fits]
+    if plan is not None:
+        work = cost.flops * plan.steps * config.batch_size
+        in_all.append(
+            f"work: {work:.2g} floating-point operations, {readable_time(work / FLOPS)} at "
+            f"{FLOPS / 1e12:.0f} TFLOP/s (estimated, not measured; without validations and sheets)"
+        )
+    lines = {
+        "parameters": parameters,
+        "memory per process: weights, gradients, optimizer": state,
+        "memory per process: in all": in_all,
+    }
+    return lines, [*warnings, *about_window(config, logits)]
+
+
+def _parameter_lines(model: TensorAR) -> list[str]:
+    """Total and trainable parameters by part."""
+    parts = {
+        **model.backbone.parts(),
+        **({"codec": (model.codec,)} if model.codec is not None else {}),
+    }
+    seen: set[int] = set()
+    rows = []
+    for name, modules in parts.items():
+        parameters = [p for m in modules for p in m.parameters() if id(p) not in seen]
+        seen.update(map(id, parameters))  # a tied text head counts once
+        trainable = [p.numel() for p in parameters if p.requires_grad]
+        rows.append((name, sum(p.numel() for p in parameters), sum(trainable)))
+    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    width = max(len(name) for name, *_ in rows) + 2
+    return [
+        f"{name:<{width}}{total:>15,} of which trained {trained:>15,}"
+        for name, total, trained in rows
+    ]
+
+
+def _cost_lines(cost: Cost, logits: str) -> list[str]:
+    parts = {
+        "state, as above": readable_size(cost.state),
+        "gradients on their way": readable_size(cost.bucket),
+        "image tokenizer and text encoder": readable_size(cost.frozen),
+        "activations of one pass": readable_size(cost.kept),
+        "what lives for a moment": f"{readable_size(cost.passing)} ({logits} of logits, fp32, in it)",
+        "or at the optimizer's step": readable_size(cost.stepping),
+        "while images are encoded": f"{readable_size(cost.encoding)}, before there is an optimizer",
+        "peak, and a tenth more": f"{readable_size(cost.total)} (computed from shapes, not measured)",
+    }
+    return [f"{name:<34}{size}" for name, size in parts.items()]
+
+
+def _fits(cost: Cost) -> tuple[str, list[str]]:
+    """Whether it fits this machine's card, or which of the common ones; a warning if none."""
+    need = readable_size(cost.total)
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, size = card.name, card.total_memory
+        if cost.total <= size:
+            return f"fits this machine's {name} ({readable_size(size)})", []
+        warning = (
+            f"needs {need}, this machine's {name} has {readable_size(size)}: lower --engine.micro-batch, "
+            "choose a higher --engine.zero-stage on more GPUs, or a smaller model"
+        )
+        return f"does not fit this machine's {name} ({readable_size(size)})", [warning]
+    fitting = [f"{size} GB" for size in _CARDS if cost.total <= size * 1e9]
+    if fitting:
+        return f"fits cards of {', '.join(fitting)} (this machine has none)", []
+    what = f"fits no card of {', '.join(map(str, _CARDS))} GB"
+    return what, [f"{what}: needs {need}; more GPUs and --engine.zero-stage 3 share it"]

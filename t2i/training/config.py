@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import tyro
 
+from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
 from t2i.model_options import BaseOptions
 from t2i.sampling import SamplingOverrides, check_counts
@@ -41,9 +42,6 @@ _CAPTION = "{caption}"
 class _AnyData:
     """What captioned images and images of classes have in common."""
 
-    source: str | tuple[str, ...] = ""
-    split: str = "train"
-    """Split of a hub data set, or sub-folder."""
     validation_samples: int | None = None
     """Held out for the validation loss, never trained on; None: 4 %, see `t2i.training.plan`."""
     cache_dir: Path = Path("cache")
@@ -51,37 +49,18 @@ class _AnyData:
 
 
 @dataclass(frozen=True)
-class DataOptions(_AnyData):
+class DataOptions(_AnyData, CaptionedImages):
     """Captioned images."""
 
-    source: str = ""
-    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, a hub id, or
-    "shapes" (offline; a folder of that name is ./shapes).
-    """
-    image_column: str | None = None
-    """Column of the images; found by itself where it is clear."""
-    caption_column: str | None = None
-    """Column of the captions; found by itself where it is clear."""
-    config_name: str | None = None
-    """Configuration of a hub data set that has several."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
-    streaming: bool = False
-    """Read hub and parquet data row by row without a copy on disk."""
     max_samples: int | None = None
     """Use the first so many samples only."""
-    outside_images: bool = False
-    """Use images that a folder's metadata.jsonl names outside it, by ../ or an absolute path: only
-    for data that you trust.
-    """
     trigger: str | None = None
     """Words before every caption ("drawn by xyz"), or around it ("{caption}, drawn by xyz")."""
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
 
     def __post_init__(self):
-        if self.max_samples is not None:
-            check_counts(**{"data.max_samples": self.max_samples})
+        check_counts(**{"data.max_samples": self.max_samples})
         if self.trigger is not None and not self.trigger.replace(_CAPTION, "").strip():
             raise UserError(
                 f"data.trigger={self.trigger!r} has no words; leave it out, or write 'drawn by "
@@ -105,6 +84,8 @@ class LabelledOptions(_AnyData):
 
     source: tuple[str, ...] = ()
     """Folder with train/<class>/, or codes: LlamaGen's folders (one a crop range), RAR's .jsonl."""
+    split: str = "train"
+    """Sub-folder that is read."""
     views: Literal["ten-crop", "flip"] = "ten-crop"
     """Which crops are encoded: five per crop range, or the centre; each mirrored, too."""
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
@@ -137,15 +118,8 @@ class OptimOptions:
     """Largest norm of the gradient."""
 
     def __post_init__(self):
-        for name in (
-            "codec_lr",
-            "backbone_lr",
-            "warmup_steps",
-            "backbone_delay_steps",
-            "weight_decay",
-        ):
-            value = getattr(self, name) or 0
-            if not 0 <= value < math.inf:  # nor NaN
+        for name, value in vars(self).items():
+            if name not in ("betas", "grad_clip") and not 0 <= (value or 0) < math.inf:  # nor NaN
                 raise UserError(f"optim.{name}={value} must be a number, and not negative")
         if not self.grad_clip > 0:  # nor NaN
             raise UserError(f"optim.grad_clip={self.grad_clip} must be above 0")
@@ -277,43 +251,33 @@ class TrainConfig:
     """Look at data, model and settings, print what would happen, and train nothing."""
 
     def __post_init__(self):
-        least_one = {
-            "batch_size": self.batch_size,
-            "engine.micro_batch": self.engine.micro_batch,
-            "log.keep_last": self.log.keep_last,
-            "steps": self.steps,
-        }
-        for name, value in least_one.items():
-            if value is not None:
-                check_counts(**{name: value})
+        engine = self.engine
+        of_parts = {"engine.micro_batch": engine.micro_batch, "log.keep_last": self.log.keep_last}
+        check_counts(batch_size=self.batch_size, steps=self.steps, **of_parts)
         if not 0 < self.epochs < math.inf:
             raise UserError(f"epochs={self.epochs} must be a number above 0")
-        if self.batch_size % self.engine.micro_batch:
+        if self.batch_size % engine.micro_batch:
             raise UserError(
                 f"batch_size={self.batch_size} must be a multiple of "
-                f"engine.micro_batch={self.engine.micro_batch}"
+                f"engine.micro_batch={engine.micro_batch}"
             )
         if self.train_image_layers and self.tuning == "full":
             raise UserError(
                 "train_image_layers is for tuning lora or codec: full trains them anyway"
             )
-        if self.engine.precision == "bf16" and self.engine.zero_stage == 0:
+        if engine.precision == "bf16" and engine.zero_stage == 0:
             raise UserError(
                 "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer "
                 "step)"
             )
-        if self.engine.compile and self.engine.zero_stage == 3:
-            raise UserError(
-                "engine.compile needs whole weights in every process: it cannot be with "
-                "engine.zero_stage=3, which shards them; use at most 2"
-            )
         if not 0 <= self.ema < 1:
             raise UserError(f"ema={self.ema} must be in [0, 1); 0.999 is usual, 0 is none")
-        if self.ema and self.engine.zero_stage == 3:
-            raise UserError(
-                "ema needs whole weights in every process: it cannot be with engine.zero_stage=3, "
-                "which shards them; use at most 2"
-            )
+        for name, wanted in (("engine.compile", engine.compile), ("ema", self.ema)):
+            if wanted and engine.zero_stage == 3:
+                raise UserError(
+                    f"{name} needs whole weights in every process: it cannot be with "
+                    "engine.zero_stage=3, which shards them; use at most 2"
+                )
         if not 0 <= self.condition_dropout < 1 or not 0 <= self.token_dropout < 1:
             raise UserError(
                 f"condition_dropout={self.condition_dropout} and "

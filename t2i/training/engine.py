@@ -33,14 +33,8 @@ def start_processes() -> Processes:
     cuda = _choose_accelerator()
     launcher.adopt_launcher()
     if "RANK" not in os.environ:  # plain `python`: no launcher
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }
-        os.environ.update(alone)
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
@@ -66,12 +60,7 @@ def _choose_accelerator() -> bool:
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
-    """The DeepSpeed configuration of a run.
-
-    Raises:
-        UserError: the batch cannot be split over the processes, or the JSON file sets something
-            that is derived here.
-    """
+    """The DeepSpeed configuration of a run."""
     engine = config.engine
     per_step = engine.micro_batch * world_size
     if config.batch_size % per_step:
@@ -185,16 +174,13 @@ class TrainingLoss(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss, and the sums and counts by slot [k]."""
-        with autocast(self.precision, batch.codes.device):
-            return self._forward(batch)
-
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         model = self.model
-        condition = model.backbone.encode_condition(batch.prepared, batch.drop)
-        windows = model.training_windows(batch.codes, condition, batch.keys, batch.progress)
-        gaussian = batch.keys if model.uses_gaussian_noise else None
-        losses = model(batch.codes, condition, windows, gaussian)
-        return losses.loss, losses.sums, losses.counts
+        with autocast(self.precision, batch.codes.device):
+            condition = model.backbone.encode_condition(batch.prepared, batch.drop)
+            windows = model.training_windows(batch.codes, condition, batch.keys, batch.progress)
+            gaussian = batch.keys if model.uses_gaussian_noise else None
+            losses = model(batch.codes, condition, windows, gaussian)
+            return losses.loss, losses.sums, losses.counts
 
 
 def start_engine(model: TensorAR, config: TrainConfig, processes: Processes, loss: nn.Module):

@@ -6,6 +6,7 @@ Shapes: B samples, T image tokens, S sub-tokens.
 """
 
 import logging
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -41,10 +42,6 @@ def encode_examples(
     Args:
         source: captioned images that are open already; opened now if None.
         expected_key: of the data that a resumed run was trained on.
-
-    Raises:
-        UserError: something is wrong with the data, it is not of the backbone's kind, or not what
-            was expected.
     """
     options = config.data
     check_backbone(backbone, options)
@@ -80,40 +77,39 @@ def _encoding(
         backbone.spec.check_codes(codes)
         return codes
 
-    key, size = {"tokenizer": tokenizer_hash(backbone)}, image_size(backbone)
-    if isinstance(options, LabelledOptions):
-        views = Views(options.views, options.crop_ranges)
-        rules = ImageRules(size, views, small="upscale")
-        return Encoding(
-            encode_images,
-            rules,
-            key=key,
-            batch_size=_AT_ONCE[LabelledOptions],
-            shard_size=IMAGES_PER_SHARD,
-        )
-    features = backbone.caption_features()
-    return Encoding(
+    size, views = image_size(backbone), views_of(options)
+    rules = ImageRules(
+        size, views, options.small_images if isinstance(options, DataOptions) else "upscale"
+    )
+    encoding = Encoding(
         encode_images,
-        ImageRules(size, small=options.small_images),
+        rules,
+        key={"tokenizer": tokenizer_hash(backbone)},
+        batch_size=_AT_ONCE[type(options)],
+        shard_size=IMAGES_PER_SHARD,
+    )
+    if isinstance(options, LabelledOptions):
+        return encoding
+    features = backbone.caption_features()
+    return replace(
+        encoding,
         captions=None if features is None else features.encode,
         caption_notes=backbone.caption_notes,
-        key=key if features is None else key | features.key,
+        key=encoding.key if features is None else encoding.key | features.key,
         max_samples=options.max_samples,
-        batch_size=_AT_ONCE[DataOptions],
-        shard_size=IMAGES_PER_SHARD,
     )
 
 
-def views_of(options: DataOptions | LabelledOptions) -> int:
-    """How many views of an image are encoded."""
+def views_of(options: DataOptions | LabelledOptions) -> Views:
+    """Which views of an image are encoded."""
     if isinstance(options, DataOptions):
-        return 1
-    return Views(options.views, options.crop_ranges).count
+        return Views("centre")
+    return Views(options.views, options.crop_ranges)
 
 
 def encoded_at_once(options: DataOptions | LabelledOptions, samples: int | None) -> int:
     """Views per call of the image tokenizer; None samples are more than that."""
-    views, most = views_of(options), _AT_ONCE[type(options)]
+    views, most = views_of(options).count, _AT_ONCE[type(options)]
     whole = max(1, most // views) * views
     return whole if samples is None else min(whole, views * samples)
 

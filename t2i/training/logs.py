@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def _start_tracker(config: TrainConfig) -> Callable[[int, dict[str, float]], obj
 
         path = str(run_dir.resolve())
         run_id = f"{run_dir.name}-{text_sha256(path)[:8]}"
-        settings = plain(asdict(config))
+        settings = plain(config)
         run = wandb.init(
             project=config.log.project, dir=path, config=settings, resume="allow", id=run_id
         )

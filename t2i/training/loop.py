@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import ClassVar, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2i.checkpoint import find_checkpoint, from_pretrained, read_config, run_checkpoints
@@ -20,7 +19,7 @@ from t2i.errors import NotFiniteError, Stopped, UserError
 from t2i.files import saving, write_json
 from t2i.generation import draw_images
 from t2i.imaging import grid, save_png
-from t2i.launcher import stop_signals
+from t2i.launcher import handling, stop_signals
 from t2i.processes import peak_gb
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
@@ -98,7 +97,7 @@ class Run:
                 run_state.set_aside_damaged(config.run_dir, checkpoint)
             config.run_dir.mkdir(parents=True, exist_ok=True)
             settled = {"plan": asdict(self.plan), "sheet_prompts": self.prompts}
-            write_json(config.run_dir / "config.json", plain(asdict(config)) | settled)
+            write_json(config.run_dir / "config.json", plain(config) | settled)
             self.metrics = MetricsLog(config, self.step)
 
     def loss_module(self) -> nn.Module:
@@ -185,10 +184,7 @@ class Run:
         """
         bad = sums.new_tensor(0.0) if norm is None else (~norm.isfinite()).to(sums)
         stop = sums.new_tensor(float(self.stop_requested))
-        message = torch.cat([sums, torch.stack([bad, stop])])
-        if self.processes.world_size > 1:
-            dist.all_reduce(message)
-        message = message.cpu()
+        message = self.processes.total(torch.cat([sums, torch.stack([bad, stop])]))
         self.stop_agreed = bool(message[-1] > 0)
         return message[:-2], bool(message[-2] == 0 and message.isfinite().all())
 
@@ -378,10 +374,5 @@ def _stop_on_signals(run: Run) -> Iterator[None]:
         asked = min(asked, time.monotonic())
         run.stop_requested = True
 
-    numbers = (signal.SIGINT, *stop_signals())
-    previous = {number: signal.signal(number, ask) for number in numbers}
-    try:
+    with handling((signal.SIGINT, *stop_signals()), ask):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -23,15 +23,12 @@ from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
 from t2i.training.engine import deepspeed_config
 from t2i.training.examples import encoded_at_once
-from t2i.training.plan import Plan, about_window
 
 _PROMPT_TOKENS = 128
 """Prefix that is assumed where it varies with the caption."""
 _WIDE_MAPS = (4, 6)
 """The tokenizer's widest feature maps that live at once, on a GPU and on a CPU, whose convolutions
 convert their input and their output."""
-_CARDS = (24, 40, 80)
-"""Sizes of common cards in GB, where this machine has none."""
 _BUCKET = 5 * 10**8
 """DeepSpeed's reduce_bucket_size, in numbers."""
 FLOPS = 1e14
@@ -118,8 +115,9 @@ def estimate(
     passing = 0.0
     if recompute:
         outside, _ = _forward(model, config, recompute=True)
-        width = model.backbone.spec.dim * next(model.parameters()).element_size()
-        inputs = config.engine.micro_batch * _length(model) * width
+        row = model.backbone.spec.dim * next(model.parameters()).element_size()
+        length = _prompt_length(model.backbone) + model.windows.count - 1
+        inputs = config.engine.micro_batch * length * row
         kept, passing = outside + layers * inputs, (kept - outside) / layers
     # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
     passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
@@ -128,9 +126,10 @@ def estimate(
     passing += max(2.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
-    maps = _WIDE_MAPS[not gpu]
+    height, width = model.backbone.image_size
+    widest = 4 * _tokenizer(model.backbone).config.channels * height * width  # a feature map
     images = encoded_at_once(config.data, samples)
-    encoding = weights + frozen + maps * images * _map_bytes(model.backbone)
+    encoding = weights + frozen + _WIDE_MAPS[not gpu] * images * widest
     flops = passes * forward / config.engine.micro_batch
     return Cost(state, bucket, frozen, kept, passing, stepping, encoding, flops)
 
@@ -155,12 +154,6 @@ def _optimizer_bytes(
     return buffers * bucket * width, (4 if gpu else 8) * sum(sizes) / world_size
 
 
-def _map_bytes(backbone: Backbone) -> float:
-    """The image tokenizer's widest feature map of an image, in fp32."""
-    height, width = backbone.image_size
-    return 4 * _tokenizer(backbone).config.channels * height * width
-
-
 def _tokenizer(backbone: Backbone) -> ConvTokenizer:
     assert isinstance(backbone.tokenizer, ConvTokenizer)
     return backbone.tokenizer
@@ -177,9 +170,8 @@ def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
     return per_logit * config.engine.micro_batch * logits
 
 
-def _length(model: TensorAR) -> int:
-    """Inputs of the trunk."""
-    return min(model.backbone.spec.prefix_tokens, _PROMPT_TOKENS) + model.windows.count - 1
+def _prompt_length(backbone: Backbone) -> int:
+    return min(backbone.spec.prefix_tokens, _PROMPT_TOKENS)
 
 
 def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
@@ -223,7 +215,7 @@ def _condition(backbone: Backbone, batch: int) -> Condition:
     spec = backbone.spec
     if spec.cond_kind == "class":
         return backbone.encode_condition(backbone.prepare([0] * batch))
-    length = min(spec.prefix_tokens, _PROMPT_TOKENS)
+    length = _prompt_length(backbone)
     dtype = next(backbone.parameters()).dtype
     prefix = torch.zeros(batch, length, spec.dim, dtype=dtype, device="meta", requires_grad=True)
     return Condition(prefix, mask=torch.ones(batch, length, dtype=torch.bool, device="meta"))
@@ -244,115 +236,3 @@ class _Attended(torch.autograd.Function):
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out)
         return out
-
-
-# -- the report ------------------------------------------------------------------------------------
-def size_report(
-    model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
-) -> tuple[dict[str, list[str]], list[str]]:
-    """On parameters, memory and work: lines by title, and warnings."""
-    logits = readable_size(logit_bytes(model, config, gpu=torch.cuda.is_available()))
-    backbone = model.backbone
-    state = memory_lines(model, config, world_size)
-    parameters = _parameter_lines(model)
-    if backbone.left_out:
-        saved = readable_size(backbone.left_out * weight_bytes(config))
-        parameters += [
-            f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, "
-            f"{saved}"
-        ]
-    cost = estimate(model, config, world_size, samples=None if plan is None else plan.samples)
-    fits, warnings = _fits(cost)
-    work = _work_lines(config, plan, cost)
-    lines = {
-        "parameters": parameters,
-        "memory per process: weights, gradients, optimizer": state,
-        "memory per process: in all": [*_cost_lines(cost, logits), fits, *work],
-    }
-    return lines, [*warnings, *about_window(config, logits)]
-
-
-def _parameter_lines(model: TensorAR) -> list[str]:
-    """Total and trainable parameters by part."""
-    parts = {
-        **model.backbone.parts(),
-        **({"codec": (model.codec,)} if model.codec is not None else {}),
-    }
-    seen: set[int] = set()
-    rows = []
-    for name, modules in parts.items():
-        parameters = [p for m in modules for p in m.parameters() if id(p) not in seen]
-        seen.update(map(id, parameters))  # a tied text head counts once
-        trainable = [p.numel() for p in parameters if p.requires_grad]
-        rows.append((name, sum(p.numel() for p in parameters), sum(trainable)))
-    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
-    width = max(len(name) for name, *_ in rows) + 2
-    return [
-        f"{name:<{width}}{total:>15,} of which trained {trained:>15,}"
-        for name, total, trained in rows
-    ]
-
-
-def memory_lines(model: TensorAR, config: TrainConfig, world_size: int) -> list[str]:
-    """State bytes per ZeRO stage; the configured stage is marked."""
-    lines = []
-    for stage in range(4):
-        size = readable_size(state_bytes(model, config, world_size, stage))
-        mark = "  <- chosen" if stage == config.engine.zero_stage else ""
-        lines.append(f"ZeRO-{stage} on {world_size} process(es) {size:>9}{mark}")
-    return lines
-
-
-def _cost_lines(cost: Cost, logits: str) -> list[str]:
-    parts = {
-        "state, as above": readable_size(cost.state),
-        "gradients on their way": readable_size(cost.bucket),
-        "image tokenizer and text encoder": readable_size(cost.frozen),
-        "activations of one pass": readable_size(cost.kept),
-        "what lives for a moment": f"{readable_size(cost.passing)} ({logits} of logits, fp32, in it)",
-        "or at the optimizer's step": readable_size(cost.stepping),
-        "while images are encoded": f"{readable_size(cost.encoding)}, before there is an optimizer",
-        "peak, and a tenth more": f"{readable_size(cost.total)} (computed from shapes, not measured)",
-    }
-    return [f"{name:<34}{size}" for name, size in parts.items()]
-
-
-def _fits(cost: Cost) -> tuple[str, list[str]]:
-    """Whether it fits this machine's card, or which of the common ones; a warning if none."""
-    need = readable_size(cost.total)
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(torch.cuda.current_device())
-        name, size = card.name, card.total_memory
-        if cost.total <= size:
-            return f"fits this machine's {name} ({readable_size(size)})", []
-        warning = (
-            f"needs {need}, this machine's {name} has {readable_size(size)}: lower --engine.micro-batch, "
-            "choose a higher --engine.zero-stage on more GPUs, or a smaller model"
-        )
-        return f"does not fit this machine's {name} ({readable_size(size)})", [warning]
-    fitting = [f"{size} GB" for size in _CARDS if cost.total <= size * 1e9]
-    if fitting:
-        return f"fits cards of {', '.join(fitting)} (this machine has none)", []
-    what = f"fits no card of {', '.join(map(str, _CARDS))} GB"
-    return what, [f"{what}: needs {need}; more GPUs and --engine.zero-stage 3 share it"]
-
-
-def _work_lines(config: TrainConfig, plan: Plan | None, cost: Cost) -> list[str]:
-    if plan is None:
-        return []
-    work = cost.flops * plan.steps * config.batch_size
-    return [
-        f"work: {work:.2g} floating-point operations, {readable_time(work / FLOPS)} at "
-        f"{FLOPS / 1e12:.0f} TFLOP/s (estimated, not measured; without validations and sheets)"
-    ]
-
-
-def readable_time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
-
-
-def readable_size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from t2i.data.samples import Columns, RewrittenSource, Source
-from t2i.data.sources.classes import LabelledFolder, find_classes, open_imagenet
+from t2i.data.samples import RewrittenSource, Source
+from t2i.data.sources.classes import LabelledFolder, find_classes
 from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes, is_llamagen_folder
 from t2i.errors import UserError
@@ -19,19 +19,9 @@ def open_data(options: DataOptions) -> Source:
         raise UserError(
             "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
         )
-    source: Source
-    if (name := options.source.partition(":")[0]) in WORLDS:
-        source = open_world(name).open_source(options.source)
-    else:
-        source = open_source(
-            options.source,
-            Columns(options.image_column, options.caption_column),
-            split=options.split,
-            streaming=options.streaming,
-            config_name=options.config_name,
-            revision=options.revision,
-            outside_images=options.outside_images,
-        )
+    name = options.source.partition(":")[0]
+    open_it = open_world(name).open_source if name in WORLDS else None
+    source: Source = open_source(options) if open_it is None else open_it(options.source)
     if options.trigger is None:
         return source
     return RewrittenSource(source, options.with_trigger, {"trigger": options.trigger})
@@ -39,11 +29,7 @@ def open_data(options: DataOptions) -> Source:
 
 # -- classes ---------------------------------------------------------------------------------------
 def labelled_sources(options: LabelledOptions) -> list[Path]:
-    """What data.source names: one place, or several folders of LlamaGen's codes.
-
-    Raises:
-        UserError: it is neither, or not there.
-    """
+    """What data.source names: one place, or several folders of LlamaGen's codes."""
     sources = [Path(source) for source in options.source]
     if not sources:
         raise UserError(
@@ -65,11 +51,7 @@ def labelled_sources(options: LabelledOptions) -> list[Path]:
 def open_labelled(
     options: LabelledOptions, spec: BackboneSpec
 ) -> LabelledFolder | LlamaGenCodes | JsonlCodes:
-    """Images of classes or their codes, whatever data.source names. Encodes nothing.
-
-    Raises:
-        UserError: nothing there, or not what this backbone is trained on.
-    """
+    """Images of classes or their codes, whatever data.source names. Encodes nothing."""
     sources = labelled_sources(options)
     if is_llamagen_folder(sources[0]):
         return LlamaGenCodes(*sources)
@@ -80,7 +62,7 @@ def open_labelled(
                 "give the images"
             )
         return JsonlCodes(sources[0], vocab=spec.subvocabs[0], num_classes=spec.num_classes)
-    images = open_imagenet(sources[0], options.split)
+    images = LabelledFolder(sources[0], options.split)
     if len(images.classes) != spec.num_classes:
         raise UserError(
             f"{images.name} has {len(images.classes)} classes and this {spec.family} backbone "

@@ -52,11 +52,7 @@ def plan_run(config: TrainConfig, samples: int, world_size: int = 1) -> Plan: ..
 @overload
 def plan_run(config: TrainConfig, samples: int | None, world_size: int = 1) -> Plan | None: ...
 def plan_run(config: TrainConfig, samples: int | None, world_size: int = 1) -> Plan | None:
-    """The numbers of a run on so many usable samples; None if neither they nor the steps are known.
-
-    Raises:
-        UserError: too few samples for what is held out.
-    """
+    """The numbers of a run on so many usable samples; None if these and the steps are unknown."""
     held_out = 0 if samples is None else _held_out(config, samples, world_size)
     steps = config.steps
     if steps is None and samples is not None:

@@ -14,8 +14,8 @@ from statistics import fmean
 from t2i.charts import Chart, Point, Series
 from t2i.files import read_json, write_text
 from t2i.pages import chart_html, facts_html, frames_html, html_page
+from t2i.progress import readable_time
 from t2i.training.logs import METRICS, read_metrics
-from t2i.training.memory import readable_time
 
 _NATS = "nats per code"
 _LOSSES = (
@@ -44,28 +44,23 @@ def write_run_page(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     rows, config = read_metrics(run_dir), read_json(run_dir / "config.json")
     control = (config.get("log") or {}).get("control")
-    title = run_dir.resolve().name
+    title, beside, other = run_dir.resolve().name, "", list[dict]()
+    if control is not None:
+        there = (Path(control) / METRICS).is_file()
+        other = read_metrics(control) if there else []
+        state = "dashed" if there else "not there yet"
+        beside = f'<p class="faint">control ({state}): {html.escape(control)}</p>'
+    charts = metric_charts(rows, other)
+    drawn = "".join(map(chart_html, charts)) or '<p class="empty">Nothing is logged yet.</p>'
     parts = [
-        f"<header><h1>{html.escape(title)}</h1>{_control_html(control)}"
+        f"<header><h1>{html.escape(title)}</h1>{beside}"
         f"{facts_html(_facts(rows, config, run_dir))}</header>",
-        _charts_html(metric_charts(rows, _metrics_of(control))),
+        f'<section class="charts">{drawn}</section>',
         _sheets_html(run_dir, config),
         "<section><details><summary>Settings</summary>"
         f"<pre>{html.escape(json.dumps(config, indent=2))}</pre></details></section>",
     ]
     return write_text(run_dir / "index.html", html_page(title, "\n".join(parts), name="report"))
-
-
-def _metrics_of(control: str | None) -> list[dict]:
-    """A control's metrics, as far as there are any yet."""
-    return read_metrics(control) if control and (Path(control) / METRICS).is_file() else []
-
-
-def _control_html(control: str | None) -> str:
-    if control is None:
-        return ""
-    there = "dashed" if (Path(control) / METRICS).is_file() else "not there yet"
-    return f'<p class="faint">control ({there}): {html.escape(control)}</p>'
 
 
 def _facts(rows: Sequence[dict], config: Mapping, run_dir: Path) -> dict[str, str]:
@@ -147,12 +142,6 @@ def _thinned(points: Sequence[Point]) -> tuple[Point, ...]:
     size = -(-len(points) // _MOST_POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return tuple((part[-1][0], fmean(y for _, y in part)) for part in parts)
-
-
-def _charts_html(charts: Sequence[Chart]) -> str:
-    if not charts:
-        return '<p class="empty">Nothing is logged yet.</p>'
-    return f'<section class="charts">{"".join(map(chart_html, charts))}</section>'
 
 
 # -- sheets ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class Checkpoints:
             "steps": self.steps,
             "state": state_facts(config, processes.world_size),
             "data_key": self.data_key,
-            "config": plain(asdict(config)),
+            "config": plain(config),
         }
 
         def write_weights() -> None:
@@ -141,9 +141,6 @@ def advice(run_dir: Path) -> str:
 def resumed_state(model: TensorAR, config: TrainConfig, folder: Path, data_key: str) -> StoredState:
     """The training state to go on from (see also `check_resumable`); its weights are in the model
     then.
-
-    Raises:
-        UserError: the data set is not what it was, or the state is of another model.
     """
     if read_config(folder)["training"]["data_key"] != data_key:
         raise UserError(
@@ -164,29 +161,21 @@ def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
 
 @contextmanager
 def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
-    """Hold the run folder for this run alone. Every process calls it.
-
-    Raises:
-        UserError: another run is in it, or it cannot be written to.
-    """
+    """Hold the run folder for this run alone. Every process calls it."""
     with ExitStack() as stack:
 
         def take() -> None:
             if config.resume and not config.run_dir.exists():
                 raise UserError(f"--resume: {config.run_dir} holds no run; start without --resume")
             stack.enter_context(owning(config.run_dir, "run folder"))
-            _settle(config.run_dir)
+            # After a kill in the middle of a save.
+            left = (config.run_dir / "checkpoints").glob("step_*.*")
+            saved = {path.with_suffix("") for path in left if path.suffix in (".partial", ".old")}
+            for folder in (config.run_dir / BEST, *saved):
+                settle_folder(folder)
 
         processes.on_main(take)
         yield
-
-
-def _settle(run_dir: Path) -> None:
-    """Clear up after a kill in the middle of a save."""
-    left = (run_dir / "checkpoints").glob("step_*.*")
-    saved = {path.with_suffix("") for path in left if path.suffix in (".partial", ".old")}
-    for folder in (run_dir / BEST, *saved):
-        settle_folder(folder)
 
 
 def claim_run_dir(config: TrainConfig) -> Path | None:

@@ -3,15 +3,15 @@ and what about it is impossible. From settings and shapes alone; nothing is read
 """
 
 import math
-from collections.abc import Iterator
 
 from t2i.errors import UserError
+from t2i.progress import readable_size, readable_time
 from t2i.tensorar.model import TensorAR
 from t2i.training.cluster import Cluster
 from t2i.training.config import DataOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import IMAGES_PER_SHARD, views_of
-from t2i.training.memory import FLOPS, estimate, readable_size, readable_time, weight_bytes
+from t2i.training.memory import FLOPS, estimate, weight_bytes
 from t2i.training.plan import about_settings, plan_run
 from t2i.training.start import build_model
 
@@ -25,12 +25,7 @@ _SORTING_BYTES = 40
 
 
 def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
-    """A report for people.
-
-    Raises:
-        UserError: something is impossible: settings that contradict each other, or more memory,
-            disk or time than there is.
-    """
+    """A report for people."""
     samples = int(cluster.images)
     accumulated = deepspeed_config(config, cluster.gpus)["gradient_accumulation_steps"]
     plan = plan_run(config, samples, cluster.gpus)
@@ -44,21 +39,17 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     captioned = isinstance(config.data, DataOptions)
     resident = samples * (_SORTING_BYTES if captioned else _ORDER_BYTES)
     all_saved = sum(saved) * config.log.keep_last
-    need = {
-        "GPU memory": (cost.total, cluster.gpu_memory * 1e9, "lower --engine.micro-batch"),
-        "main memory of a machine": (
-            cluster.per_node * resident,
-            cluster.node_memory * 1e9,
-            "use fewer processes on one",
-        ),
-        "disk": (disk + all_saved, (cluster.disk or math.inf) * 1e9, "use fewer images"),
-    }
-    for what, (needed, there, advice) in need.items():
-        if needed > there:
-            raise UserError(
-                f"the run needs {readable_size(needed)} of {what}, and there is "
-                f"{readable_size(there)}: {advice}"
-            )
+    _refuse_more(
+        {
+            "GPU memory": (cost.total, cluster.gpu_memory, "lower --engine.micro-batch"),
+            "main memory of a machine": (
+                cluster.per_node * resident,
+                cluster.node_memory,
+                "use fewer processes on one",
+            ),
+            "disk": (disk + all_saved, cluster.disk or math.inf, "use fewer images"),
+        }
+    )
     if cluster.hours is not None and seconds > 3600 * cluster.hours:
         raise UserError(
             f"the run takes {readable_time(seconds)}, more than {cluster.hours:g} hours: give "
@@ -76,7 +67,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
         "time": [
             f"training    {readable_time(seconds)} at {rate:,.0f} images/s ({said}); "
             f"work {work:.2g} operations",
-            *_encoding_time(cluster, samples, views_of(config.data)),
+            *_encoding_time(cluster, samples, views_of(config.data).count),
         ],
         "code cache": _shard_lines(cluster, samples, disk),
         "a checkpoint": [
@@ -91,9 +82,26 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
             f"{readable_size(cluster.per_node * resident)} on a machine",
         ],
     }
-    if warnings := [*_warnings(cluster, samples), *about_settings(config, plan)]:
+    warnings, shards = list(about_settings(config, plan)), -(-samples // IMAGES_PER_SHARD)
+    if shards < cluster.gpus:
+        warnings.insert(
+            0,
+            f"{samples:,} images are {shards} shards: {cluster.gpus - shards} of {cluster.gpus} "
+            "processes encode nothing",
+        )
+    if warnings:
         sections["warnings"] = warnings
     return "\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
+
+
+def _refuse_more(needs: dict[str, tuple[float, float, str]]) -> None:
+    """UserError for what needs more bytes than there are GB, with what to do."""
+    for what, (needed, there, advice) in needs.items():
+        if needed > there * 1e9:
+            raise UserError(
+                f"the run needs {readable_size(needed)} of {what}, and there is "
+                f"{readable_size(there * 1e9)}: {advice}"
+            )
 
 
 def checkpoint_bytes(model: TensorAR, config: TrainConfig) -> tuple[float, float]:
@@ -103,16 +111,14 @@ def checkpoint_bytes(model: TensorAR, config: TrainConfig) -> tuple[float, float
     whole = trained
     if config.tuning == "full":
         whole = codec + sum(t.numel() for t in model.backbone.official_state_dict().values())
-    weight = weight_bytes(config)
-    # DeepSpeed keeps trained weights, both moments, and the fp32 copy that ZeRO trains.
-    optimizer = 8 if config.engine.zero_stage == 0 else 12
-    return whole * weight, trained * (weight + optimizer)
+    # Of the state: each weight, both moments and, if there is one, the average, in fp32.
+    return whole * weight_bytes(config), trained * (16 if config.ema else 12)
 
 
 def _cache_bytes(config: TrainConfig, cluster: Cluster, model: TensorAR, samples: int) -> float:
     spec = model.backbone.spec
     code = 2 if max(spec.subvocabs) <= 2**16 else 4
-    codes = views_of(config.data) * spec.num_tokens * len(spec.subvocabs) * code
+    codes = views_of(config.data).count * spec.num_tokens * len(spec.subvocabs) * code
     text = 0
     if isinstance(config.data, DataOptions):
         text = 2 * min(cluster.caption_tokens, spec.prefix_tokens) * model.backbone.caption_width
@@ -135,12 +141,3 @@ def _encoding_time(cluster: Cluster, samples: int, views: int) -> list[str]:
         return ["encoding    not known: give --encoded-per-second"]
     seconds = samples * views / (cluster.encoded_per_second * cluster.gpus)
     return [f"encoding    {readable_time(seconds)}, once, before training"]
-
-
-def _warnings(cluster: Cluster, samples: int) -> Iterator[str]:
-    shards = -(-samples // IMAGES_PER_SHARD)
-    if shards < cluster.gpus:
-        yield (
-            f"{samples:,} images are {shards} shards: {cluster.gpus - shards} of {cluster.gpus} "
-            "processes encode nothing"
-        )

@@ -104,9 +104,6 @@ def start_from(
         resumed: it is the new run's own checkpoint: its adapters are left out, since training goes
             on with them.
         base: where the base's weights are now.
-
-    Raises:
-        UserError: no complete checkpoint, or a file of its base is gone or another.
     """
     folder = find_checkpoint(folder)
     config = read_config(folder)

@@ -167,11 +167,10 @@ class StoredState:
 
     def average(self) -> dict[str, Tensor]:
         """The moving averages of the weights; empty if there are none."""
-        found = {name: self._get(name, AVERAGE) for name, _ in self._parameters()}
         return {
             name: value.to(p.device)
             for name, p in self._parameters()
-            if (value := found[name]) is not None
+            if (value := self._get(name, AVERAGE)) is not None
         }
 
     @torch.no_grad()

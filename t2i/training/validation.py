@@ -8,7 +8,6 @@ drafts is therefore the honest one: it is what the model can do with what it wil
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from t2i.tensorar.model import TensorAR
@@ -32,38 +31,29 @@ class Validation:
         }
 
 
+def batch_losses(model: TensorAR, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sums and counts by slot of both kinds of input, [2, 2, k]; the windows of own drafts."""
+    condition = model.backbone.encode_condition(batch.prepared)
+    noised = model.noised_windows(batch.codes, batch.keys)
+    own = model.own_draft_windows(batch.codes, condition, batch.keys)
+    gaussian = batch.keys if model.uses_gaussian_noise else None
+    found = [
+        model(batch.codes, condition, noised, gaussian),
+        model(batch.codes, condition, own, None),
+    ]
+    return torch.stack([torch.stack([f.sums, f.counts]) for f in found]).cpu(), own
+
+
 @torch.no_grad()
 def validate(model: TensorAR, data: TrainingData) -> Validation:
     """Both held-out losses, the same on any number of processes; keeps the model's mode."""
     was_training = model.training
     model.eval()
-    totals = {kind: torch.zeros(2, model.config.k) for kind in ("noised_truth", "own_drafts")}
+    total = torch.zeros(2, 2, model.config.k)
     for batch, counted in data.validation_batches():
-        for kind, losses_2k in losses_by_slot(model, batch).items():
-            if counted:
-                totals[kind] += losses_2k.cpu()
+        losses, _ = batch_losses(model, batch)
+        if counted:
+            total += losses
     model.train(was_training)
-    for kind, total in totals.items():
-        if data.processes.world_size > 1:
-            total = total.to(data.processes.device)
-            dist.all_reduce(total)
-            totals[kind] = total.cpu()
-    return means(totals)
-
-
-def losses_by_slot(model: TensorAR, batch: Batch) -> dict[str, Tensor]:
-    """Sums and counts [2, k] by kind of input."""
-    condition = model.backbone.encode_condition(batch.prepared)
-    noised = model.noised_windows(batch.codes, batch.keys)
-    drafts = model.own_draft_windows(batch.codes, condition, batch.keys)
-    gaussian = batch.keys if model.uses_gaussian_noise else None
-    found = {
-        "noised_truth": model(batch.codes, condition, noised, gaussian),
-        "own_drafts": model(batch.codes, condition, drafts),
-    }
-    return {kind: torch.stack([loss.sums, loss.counts]) for kind, loss in found.items()}
-
-
-def means(totals: dict[str, Tensor]) -> Validation:
-    """Of such sums and counts over all batches."""
-    return Validation(**{kind: (total[0] / total[1]).tolist() for kind, total in totals.items()})
+    total = data.processes.total(total)
+    return Validation(*(total[:, 0] / total[:, 1]).tolist())

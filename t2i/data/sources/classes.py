@@ -15,19 +15,16 @@ from t2i.errors import UserError
 
 
 class LabelledFolder(Source):
-    """Images in sub-folders that are their classes.
+    """A folder with train/ (and val/), or such a split itself, with one sub-folder per class.
 
     Attributes:
         classes: names, sorted; an image's label is the position of its class.
         paths: of all images, by class and name.
         labels: one for each path.
-
-    Raises:
-        UserError: no images.
     """
 
-    def __init__(self, root: Path, classes: list[str]):
-        self._root, self.classes = root, classes
+    def __init__(self, folder: str | Path, split: str = "train"):
+        self._root, self.classes = root, classes = find_classes(folder, split)
         self.paths: list[Path] = []
         self.labels: list[int] = []
         empty, left_out = [], []
@@ -53,15 +50,6 @@ class LabelledFolder(Source):
     def __getitem__(self, index: int) -> Sample:
         path = self.paths[index]
         return Sample(index, name_in(self._root, path), path, [], label=self.labels[index])
-
-
-def open_imagenet(folder: str | Path, split: str = "train") -> LabelledFolder:
-    """A folder with train/ (and val/), or such a split itself, with one sub-folder per class.
-
-    Raises:
-        UserError: no such folder, no sub-folders, images beside them, or no images.
-    """
-    return LabelledFolder(*find_classes(folder, split))
 
 
 def find_classes(folder: str | Path, split: str) -> tuple[Path, list[str]]:

@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
 from t2i.data.samples import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
-    UNNAMED,
-    Columns,
     Sample,
     Source,
     choose_column,
@@ -37,9 +36,6 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     Links are followed, to folders as well, but every folder is read once: loops end, and what lies
     around this folder is not read. Hidden files and folders (and __MACOSX) are passed over, and
     named where they are or hold images.
-
-    Raises:
-        UserError: the folder cannot be read.
     """
     root = os.path.realpath(folder)
     files: list[Path] = []
@@ -96,25 +92,15 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def open_folder(
-    folder: Path,
-    files: Sequence[Path],
-    columns: Columns,
-    *,
-    outside_images: bool = False,
-) -> Source:
-    """The image folder as a source: MetadataFolder if it has a metadata.jsonl, else SidecarFolder.
-
-    Raises:
-        UserError: no images, no captions, a bad line, a column that is unknown or ambiguous.
-    """
+def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
+    """The image folder as a source: by its metadata.jsonl if it has one, else by .txt files."""
     images = [path for path in files if is_image(path)]
     metadata = [path for path in files if path.name == METADATA]
     if metadata:
-        return MetadataFolder(folder, metadata, images, columns, outside_images=outside_images)
+        return MetadataFolder(folder, metadata, images, wanted)
     if not images:
         raise UserError(f"{folder} holds no images, no parquet files and no tars")
-    if columns != UNNAMED:
+    if wanted.image_column or wanted.caption_column:
         raise UserError(f"{folder} has no {METADATA}, so there are no columns to choose. {_ADVICE}")
     return SidecarFolder(folder, images, files)
 
@@ -127,11 +113,9 @@ class MetadataFolder(Source):
         folder: Path,
         metadata: Sequence[Path],
         images: Sequence[Path],
-        columns: Columns,
-        *,
-        outside_images: bool = False,
+        wanted: CaptionedImages,
     ):
-        self._folder, self._outside_images = folder, outside_images
+        self._folder, self._outside_images = folder, wanted.outside_images
         self._metadata = metadata
         self._rows = [
             (str(path.parent.relative_to(folder)), row)
@@ -142,8 +126,10 @@ class MetadataFolder(Source):
             raise UserError(f"{metadata[0]} holds no rows. {_ADVICE}")
         names = dict.fromkeys(name for _, row in self._rows for name in row)
         where = str(metadata[0])
-        self._image = choose_column(names, columns.image, ("file_name",), "image", where)
-        self._caption = choose_column(names, columns.caption, CAPTION_COLUMNS, "caption", where)
+        self._image = choose_column(names, wanted.image_column, ("file_name",), "image", where)
+        self._caption = choose_column(
+            names, wanted.caption_column, CAPTION_COLUMNS, "caption", where
+        )
         identity = {"kind": "metadata folder", "columns": [self._image, self._caption]}
         super().__init__(str(folder), identity, len(self._rows))
         listed = {self._folder / name for name in self._listed()}

@@ -4,8 +4,8 @@
 |------------------------------------------|------------------------------------------------|
 | folder with metadata.jsonl               | folders.MetadataFolder                         |
 | folder with a.png + a.txt                | folders.SidecarFolder                          |
-| *.tar (file, files, glob, folder)        | tars.TarSource                                 |
-| *.parquet (file, files, glob, folder)    | tables.TableSource, streaming: StreamSource    |
+| *.tar (file, glob, folder)               | tars.TarSource                                 |
+| *.parquet (file, glob, folder)           | tables.TableSource, streaming: StreamSource    |
 | hub id "owner/name"                      | the same                                       |
 
 A source opens nothing but its index; images are opened one by one by images.open_image.
@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
-from t2i.data.samples import UNNAMED, Columns, Source
+from t2i.data.samples import Source
 from t2i.data.sources.folders import METADATA, is_image, open_folder, walk
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError
@@ -30,40 +31,19 @@ _SPLITS = {"train", *_OTHER_SPLITS}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def open_source(
-    source: str | Path | Sequence[str | Path],
-    columns: Columns = UNNAMED,
-    *,
-    split: str = "train",
-    streaming: bool = False,
-    config_name: str | None = None,
-    revision: str | None = None,
-    outside_images: bool = False,
-) -> Source:
-    """Open a data set of captioned images.
-
-    Args:
-        source: a folder, a file, several files, a glob pattern, or a hub id "owner/name".
-        columns: of the image and of the caption, where they are not clear.
-        split: of a hub data set or a folder: its sub-folder, or the files named after it.
-        streaming: read parquet and hub data row by row, without a copy on disk and without random
-            access. Folders and tars are never copied and keep random access either way.
-        config_name: of a hub data set with several.
-        revision: branch, tag or commit of a hub data set.
-        outside_images: use images that a folder's metadata.jsonl names outside the folder.
+def open_source(wanted: CaptionedImages) -> Source:
+    """Open a data set of captioned images, given as a folder, a file, a glob pattern, or a hub id.
 
     Raises:
         UserError: nothing there, no images, no captions, an unknown or ambiguous column or split.
     """
-    text = str(source)
-    if isinstance(source, str) and _is_hub_id(text):
+    if _is_hub_id(wanted.source):
         # The datasets library takes a second to import.
         from t2i.data.sources.tables import open_hub
 
-        hub = {"config_name": config_name, "revision": revision}
-        return open_hub(text, columns, split=split, streaming=streaming, **hub)
-    found = _find_files(source, split)
-    opened = _open_files(found, text, split, streaming, columns, outside_images)
+        return open_hub(wanted)
+    found = _find_files(wanted.source, wanted.split)
+    opened = _open_files(found, wanted)
     opened.left_out += found.left_out
     opened.remarks += found.remarks
     return opened
@@ -79,32 +59,32 @@ class _Found:
     remarks: list[str] = field(default_factory=list)
 
 
-def _open_files(
-    found: _Found,
-    text: str,
-    split: str,
-    streaming: bool,
-    columns: Columns,
-    outside_images: bool,
-) -> Source:
+def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
     root = found.root
     for suffix in TABLE_SUFFIXES:
         chosen = [path for path in found.files if _is_table(path, suffix)]
         if not chosen:
             continue
-        _check_one_kind(root, found.files, suffix)
+        others = [path for path in found.files if not _is_table(path, suffix) and _is_data(path)]
+        if others:
+            raise UserError(
+                f"{root} holds {suffix} files and also {others[0].name}, so the data set is not "
+                f"clear. Give the files by name, such as '{root}/*{suffix}', or a folder of one kind"
+            )
         empty = [path for path in chosen if path.stat().st_size == 0]
         if len(empty) < len(chosen):  # otherwise the reader says what is wrong
             chosen = [path for path in chosen if path not in empty]
             found.left_out += [(printable(path.name), "empty") for path in empty]
         if suffix == ".tar":
-            return TarSource(root, chosen, columns)
+            return TarSource(root, chosen, wanted)
         from t2i.data.sources.tables import open_parquet
 
-        return open_parquet(root, chosen, columns, split=split, streaming=streaming)
+        return open_parquet(root, chosen, wanted)
     if not root.is_dir():
-        raise UserError(f"{text}: neither .parquet nor .tar. Give the folder that holds the images")
-    return open_folder(root, found.files, columns, outside_images=outside_images)
+        raise UserError(
+            f"{wanted.source}: neither .parquet nor .tar. Give the folder that holds the images"
+        )
+    return open_folder(root, found.files, wanted)
 
 
 def _is_hub_id(text: str) -> bool:
@@ -114,30 +94,23 @@ def _is_hub_id(text: str) -> bool:
     return not Path(text).parent.is_dir() and not _is_table(Path(text))
 
 
-def _find_files(source: str | Path | Sequence[str | Path], split: str) -> _Found:
+def _find_files(source: str, split: str) -> _Found:
     """Every file that may belong to the data set."""
-    left_out = []
-    if isinstance(source, str | Path):
-        path = Path(source).expanduser().resolve()
-        if path.is_dir():
-            return _find_in_folder(path, split)
-        names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
-        files = [name for name in names if name.is_file()]
-        left_out = [
-            (printable(name.name), "broken link" if name.is_symlink() else "not a regular file")
-            for name in names
-            if name not in files
-        ]
-        if not files:
-            raise UserError(
-                f"{source} {'is no file' if names else 'does not exist'}. Give a folder, .parquet "
-                "or .tar files, or a hub id such as owner/name"
-            )
-    else:
-        files = [Path(name).expanduser().resolve() for name in source]
-        missing = [str(path) for path in files if not path.is_file()]
-        if missing or not files:
-            raise UserError(f"no such file: {', '.join(missing) or 'the list is empty'}")
+    path = Path(source).expanduser().resolve()
+    if path.is_dir():
+        return _find_in_folder(path, split)
+    names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
+    files = [name for name in names if name.is_file()]
+    left_out = [
+        (printable(name.name), "broken link" if name.is_symlink() else "not a regular file")
+        for name in names
+        if name not in files
+    ]
+    if not files:
+        raise UserError(
+            f"{source} {'is no file' if names else 'does not exist'}. Give a folder, .parquet "
+            "or .tar files, or a hub id such as owner/name"
+        )
     if split != "train":
         raise UserError(f"split {split!r}: files that are given by name have no splits")
     return _Found(files[0], files, left_out)
@@ -216,12 +189,3 @@ def _in_split(name: Path, split: str) -> bool:
 
 def _is_data(path: Path) -> bool:
     return path.name == METADATA or _is_table(path) or is_image(path)
-
-
-def _check_one_kind(root: Path, files: Sequence[Path], suffix: str) -> None:
-    others = [path for path in files if not _is_table(path, suffix) and _is_data(path)]
-    if others:
-        raise UserError(
-            f"{root} holds {suffix} files and also {others[0].name}, so the data set is not "
-            f"clear. Give the files by name, such as '{root}/*{suffix}', or a folder of one kind"
-        )

@@ -12,7 +12,6 @@ Shape legend: N = images, A = views of an image, B = batch, T = positions, S = 1
 
 import hashlib
 import json
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from t2i.data.content import content_key
 from t2i.data.samples import Sample, Source
+from t2i.data.store import Numbers
 from t2i.errors import UserError
 
 _BLOCK = 1 << 24
@@ -36,19 +36,21 @@ class LlamaGenCodes:
 
     Attributes:
         views: A, of all roots together.
-
-    Raises:
-        UserError: folders without codes, codes without labels, or roots with different images.
     """
 
     def __init__(self, *roots: str | Path):
         if not roots:
             raise UserError("no folder of codes is given")
         self._folders = [_find_pair(Path(root)) for root in roots]
-        self._numbers = _numbers(self._folders[0][0])
-        for codes, labels in self._folders:
-            for folder in (codes, labels):
-                _check_same(self._numbers, self._folders[0][0], _numbers(folder), folder)
+        first = self._folders[0][0]
+        self._numbers = _numbers(first)
+        for folder in (folder for pair in self._folders for folder in pair):
+            if odd := sorted({*self._numbers} ^ {*(found := _numbers(folder))}):
+                raise UserError(
+                    f"{folder} ({len(found)} files) does not belong to {first} "
+                    f"({len(self._numbers)}): {odd[0]}.npy is in one of them only; was the "
+                    "extraction or a copy interrupted?"
+                )
         ends = self._numbers[0], self._numbers[-1]
         classes = [[_label(labels, n) for n in ends] for _, labels in self._folders]
         if any(labels != classes[0] for labels in classes):
@@ -77,9 +79,7 @@ class LlamaGenCodes:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def codes(
-        self, indices: Sequence[int] | Tensor, choice: Sequence[int] | Tensor | None = None
-    ) -> Tensor:
+    def codes(self, indices: Numbers, choice: Numbers | None = None) -> Tensor:
         """int64 [B, T, 1]: of each image the view with this number, modulo their count."""
         where = torch.as_tensor(indices).tolist()
         chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
@@ -135,15 +135,6 @@ def _numbers(folder: Path) -> list[int]:
     if not numbers:
         raise UserError(f"{folder} holds no files named as 0.npy")
     return numbers
-
-
-def _check_same(expected: list[int], reference: Path, found: list[int], folder: Path) -> None:
-    if expected != found:
-        odd = sorted(set(expected) ^ set(found))
-        raise UserError(
-            f"{folder} ({len(found)} files) does not belong to {reference} ({len(expected)}): "
-            f"{odd[0]}.npy is in one of them only; was the extraction or a copy interrupted?"
-        )
 
 
 def _label(folder: Path, number: int) -> int:

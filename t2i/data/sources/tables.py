@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from t2i.data.captioned import CaptionedImages
 from t2i.data.images import ImageRef, RemoteFile
 from t2i.data.samples import (
-    Columns,
     Sample,
     Source,
     choose_caption,
@@ -31,110 +31,81 @@ NOT_UTF8 = b"\xff"
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
-def open_parquet(
-    root: Path, files: Sequence[Path], columns: Columns, *, split: str, streaming: bool
-) -> Source:
+def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
     """Local parquet files, all of one split; image paths in them are relative to the folder."""
-    data_files = {split: [str(path) for path in files]}
-    loaded = _Loaded(str(root), "parquet", {"data_files": data_files}, split, streaming)
+    where = {"path": "parquet", "data_files": {wanted.split: [str(path) for path in files]}}
     folder = root if root.is_dir() else root.parent
-    return _rows(loaded, {"kind": "parquet"}, folder, columns, files)
+    return _kind(wanted)(str(root), where, wanted, folder, files)
 
 
-def open_hub(
-    repository: str,
-    columns: Columns,
-    *,
-    split: str,
-    streaming: bool,
-    config_name: str | None,
-    revision: str | None,
-) -> Source:
+def open_hub(wanted: CaptionedImages) -> Source:
     """A data set of the Hugging Face hub (or its local cache, when offline)."""
-    where = {"name": config_name, "revision": revision}
-    loaded = _Loaded(repository, repository, where, split, streaming)
-    identity = {
-        "kind": "hub",
-        "id": repository,
-        "config": config_name,
-        "split": split,
-        "revision": revision,
-        "content": loaded.hash,  # a moving branch gives a new identity
-    }
-    return _rows(loaded, identity, Path(), columns)
+    where = {"path": wanted.source, "name": wanted.config_name, "revision": wanted.revision}
+    return _kind(wanted)(wanted.source, where, wanted)
 
 
-class _Loaded:
-    """One split of a data set, its images not decoded, with its first row.
-
-    Raises:
-        UserError: whatever goes wrong in opening it, with the cause.
+def _load(name: str, where: dict[str, Any], wanted: CaptionedImages) -> tuple[Any, dict, str]:
+    """A split of a data set, its images not decoded; its first row; and a hash of it all, which for
+    a hub data set follows the commit.
     """
-
-    def __init__(self, name: str, path: str, where: dict[str, Any], split: str, streaming: bool):
-        self.name = name
-        self.streaming = streaming
-        try:
-            builder = datasets.load_dataset_builder(path, **where)
-            if streaming:
-                data = builder.as_streaming_dataset(split)
-            else:
-                builder.download_and_prepare()
-                data = builder.as_dataset(split)
-            self.hash = builder.hash  # of a hub data set: follows the commit
-            self.image_columns = [
-                column
-                for column, kind in (data.features or {}).items()
-                if isinstance(kind, datasets.Image)
-            ]
-            self.data = _undecoded(data)
-            first = next(iter(islice(self.data, 1)), None)
-        except Exception as error:  # the library's loaders raise nearly anything
-            cause = error.__cause__ or error
-            raise UserError(
-                f"{name}: the datasets library could not open split {split!r} "
-                f"({type(cause).__name__}: {cause})"
-            ) from error
-        if first is None:
-            raise UserError(f"{name} holds no rows")
-        self.first: dict[str, Any] = first
+    try:
+        builder = datasets.load_dataset_builder(**where)
+        if wanted.streaming:
+            data = builder.as_streaming_dataset(wanted.split)
+        else:
+            builder.download_and_prepare()
+            data = builder.as_dataset(wanted.split)
+        data = _undecoded(data)
+        first = next(iter(islice(data, 1)), None)
+    except Exception as error:  # the library's loaders raise nearly anything
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{name}: the datasets library could not open split {wanted.split!r} "
+            f"({type(cause).__name__}: {cause})"
+        ) from error
+    if first is None:
+        raise UserError(f"{name} holds no rows")
+    return data, first, builder.hash
 
 
 class _Rows(Source):
     """What both kinds share.
 
     Args:
+        where: what the library opens.
         folder: what image paths in the rows are relative to.
-        columns: those that were asked for. A caption column may be a field of a struct
-            ("json.caption").
         paths: the parquet files; on the hub there are none.
-
-    Raises:
-        UserError: a column is not there or not clear, or images are given by web addresses.
     """
 
     def __init__(
         self,
-        loaded: _Loaded,
-        identity: dict,
-        folder: Path,
-        columns: Columns,
+        name: str,
+        where: dict[str, Any],
+        wanted: CaptionedImages,
+        folder: Path = Path(),
         paths: Sequence[Path] = (),
     ):
-        name, first = loaded.name, loaded.first
-        candidates = loaded.image_columns if len(loaded.image_columns) == 1 else _IMAGE_COLUMNS
-        image = choose_column(first, columns.image, candidates, "image", name)
-        caption = _choose_caption(name, first, columns.caption, image)
+        data, first, content = _load(name, where, wanted)
+        kinds = (data.features or {}).items()
+        candidates = [column for column, kind in kinds if isinstance(kind, datasets.Image)]
+        if len(candidates) != 1:
+            candidates = [*_IMAGE_COLUMNS]
+        image = choose_column(first, wanted.image_column, candidates, "image", name)
+        caption = _choose_caption(name, first, wanted.caption_column, image)
         if isinstance(first[image], str) and first[image].startswith(("http://", "https://")):
             raise UserError(
                 f"{name}: column {image!r} holds web addresses. Download the images first; "
                 "img2dataset writes tars that this kit reads"
             )
-        wanted = {image, caption, caption.partition(".")[0], "__key__", "__url__"}
-        self._data = loaded.data.select_columns([column for column in first if column in wanted])
+        needed = {image, caption, caption.partition(".")[0], "__key__", "__url__"}
+        self._data = data.select_columns([column for column in first if column in needed])
         self._image, self._caption, self._folder, self._paths = image, caption, folder, paths
-        identity = {**identity, "streaming": loaded.streaming, "columns": [image, caption]}
-        super().__init__(name, identity, None if loaded.streaming else len(self._data))
+        identity: dict = {"kind": "parquet"}
+        if not paths:  # of a moving branch the content is another each time
+            identity = {"kind": "hub", "id": name, "config": wanted.config_name}
+            identity |= {"split": wanted.split, "revision": wanted.revision, "content": content}
+        identity |= {"streaming": wanted.streaming, "columns": [image, caption]}
+        super().__init__(name, identity, None if wanted.streaming else len(self._data))
 
     def files(self) -> list[tuple[str, Path]]:
         """The parquet files, and images that their rows name by path."""
@@ -185,8 +156,8 @@ class StreamSource(_Rows):
             yield self._sample(index, row)
 
 
-def _rows(loaded: _Loaded, *where: Any) -> Source:
-    return (StreamSource if loaded.streaming else TableSource)(loaded, *where)
+def _kind(wanted: CaptionedImages) -> type[_Rows]:
+    return StreamSource if wanted.streaming else TableSource
 
 
 def _choose_caption(name: str, first: dict[str, Any], given: str | None, image: str) -> str:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from t2i.data.captioned import CaptionedImages
 from t2i.data.content import printable
 from t2i.data.images import FileSlice, SkipSample, read_bytes
 from t2i.data.samples import (
     IMAGE_SUFFIXES,
-    Columns,
     Sample,
     Source,
     choose_caption,
@@ -50,20 +50,16 @@ class TarSource(Source):
 
     The caption is a text member (`txt`, `text`, `caption`, `prompt`) or, named "json.caption", a
     field of the json member; the image is the only member with an image extension.
-
-    Raises:
-        UserError: a file is not a tar, nothing in it is an image, captions are absent or
-            ambiguous, or a sample holds two images and `image_column` does not say which.
     """
 
-    def __init__(self, root: Path, tars: Sequence[Path], columns: Columns):
+    def __init__(self, root: Path, tars: Sequence[Path], wanted: CaptionedImages):
         self._entries: list[_Entry] = []
         self._tars = tars
         left_out = [line for path in tars for line in _index(path, self._entries)]
         name = str(root)
         found = {extension for entry in self._entries for extension in entry.parts}
-        self._image = self._choose_image(name, found, columns.image)
-        self._caption = self._choose_caption(name, found, columns.caption)
+        self._image = self._choose_image(name, found, wanted.image_column)
+        self._caption = self._choose_caption(name, found, wanted.caption_column)
         identity = {"kind": "webdataset", "columns": [self._image, self._caption]}
         super().__init__(name, identity, len(self._entries))
         self.left_out = left_out
@@ -113,11 +109,7 @@ class TarSource(Source):
 
 
 def _index(path: Path, entries: list[_Entry]) -> list[tuple[str, str]]:
-    """Append the samples of one tar; (name, reason) of what was left out.
-
-    Raises:
-        UserError: it cannot be read, or is no tar.
-    """
+    """Append the samples of one tar; (name, reason) of what was left out."""
     left_out: list[tuple[str, str]] = []
     previous = None
     try:
