@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
 
@@ -155,7 +155,8 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         contents: compare checksums, not only sizes: reads every file.
 
     Raises:
-        UserError: no such folder, not a checkpoint, incomplete, or a file is not what was written.
+        UserError: no such folder, not a checkpoint, incomplete, a file is not what was written, or
+            a way of training that is no more.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -173,6 +174,14 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         raise DamagedError(
             f"{path} is not what a checkpoint has: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
             "copy the folder again"
+        )
+    # Once a stride was trained: one input of the trunk for so many codes.
+    if of_run := (config.get("training") or {}).get("config"):
+        of_run.get("method", {}).pop("stride", None)
+    if (stride := config["method"].pop("stride", 1)) != 1:
+        raise UserError(
+            f"{folder} was trained with method.stride={stride}, one input of the trunk for {stride} "
+            "codes, which is no more: train it again without, and draw with --stride"
         )
     return config
 
@@ -344,14 +353,28 @@ def load_model(
     Raises:
         UserError: it is none of these, a part is missing, or `base` is given for a base.
     """
-    files = {"tokenizer": tokenizer, "text_encoder": text_encoder}
-    how: dict[str, Any] = {**files, "generation_only": True, "device": device, "dtype": dtype}
     if is_checkpoint(source):
-        return from_pretrained(source, base=base, **how)
+        return from_pretrained(
+            source,
+            base=base,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            generation_only=True,
+            device=device,
+            dtype=dtype,
+        )
     if base is not None:
         raise UserError(f"{source} is no checkpoint, so it has no other base: leave out base")
-    family = family or family_of(source)
-    backbone = load_backbone(family, source, text_encoder_dtype=text_encoder_dtype, **how)
+    backbone = load_backbone(
+        family or family_of(source),
+        source,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        text_encoder_dtype=text_encoder_dtype,
+        generation_only=True,
+        device=device,
+        dtype=dtype,
+    )
     return attach(backbone, TensorARConfig(k=1))
 
 

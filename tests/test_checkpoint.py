@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from helpers import edited
 from runs import PROMPTS, assert_same_weights, tiny_run
 
 import t2i
 from t2i import checkpoint
+from t2i.errors import UserError
 from t2i.manifest import write_manifest
 from t2i.training.loop import train
 
@@ -52,6 +54,21 @@ def test_a_finished_model_needs_no_training_state(tiny_world, plain):
     )
     with pytest.raises(ValueError, match=r"training_state.* is missing"):
         train(tiny_run(tiny_world, "slim", resume=True))
+
+
+def test_a_stride_that_was_trained_is_refused(plain, tmp_path):
+    """A checkpoint from before strides became a way of drawing; without one it is read."""
+    folder = shutil.copytree(plain, tmp_path / "earlier")
+    for stride in (1, 2):
+        with edited(folder / "config.json") as config:
+            config["method"]["stride"] = stride
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)
+        if stride == 1:
+            assert t2i.from_pretrained(folder).config == t2i.from_pretrained(plain).config
+    for read in (t2i.from_pretrained, checkpoint.read_config):
+        with pytest.raises(UserError, match=r"trained with method.stride=2, .* draw with --stride"):
+            read(folder)
 
 
 def test_complete_checkpoints_are_found_in_order(tmp_path):
