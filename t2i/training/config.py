@@ -55,8 +55,9 @@ class DataOptions(_AnyData):
     """Captioned images."""
 
     source: str = ""
-    """Folder with metadata.jsonl or sidecar .txt captions, parquet, webdataset tars, a hub id, or
-    "shapes" (offline; a folder of that name is ./shapes).
+    """Folder with metadata.jsonl or sidecar .txt captions (sub-folders and links to folders are
+    read, too), parquet, webdataset tars, a hub id, or "shapes" (offline; a folder of that name is
+    ./shapes).
     """
     image_column: str | None = None
     """Column of the images; found by itself where it is clear."""
@@ -78,6 +79,10 @@ class DataOptions(_AnyData):
     """Words before every caption ("drawn by xyz"), or around it ("{caption}, drawn by xyz")."""
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
+    views: Literal["centre", "flip"] = "centre"
+    """The centre of each image, or (flip) every time that or its mirror image: not where captions
+    say left or right, or images hold writing.
+    """
 
     def __post_init__(self):
         if self.max_samples is not None:

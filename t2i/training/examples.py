@@ -94,7 +94,7 @@ def _encoding(
     features = backbone.caption_features()
     return Encoding(
         encode_images,
-        ImageRules(size, small=options.small_images),
+        ImageRules(size, Views(options.views), small=options.small_images),
         captions=None if features is None else features.encode,
         caption_notes=backbone.caption_notes,
         key=key if features is None else key | features.key,
@@ -107,7 +107,7 @@ def _encoding(
 def views_of(options: DataOptions | LabelledOptions) -> int:
     """How many views of an image are encoded."""
     if isinstance(options, DataOptions):
-        return 1
+        return Views(options.views).count
     return Views(options.views, options.crop_ranges).count
 
 

@@ -22,6 +22,8 @@ PUBLISHED_K = 8
 """The largest window that the papers report; it was the best by less than its repeats' spread."""
 _LONG = 400
 """Steps from which docs/recipe.md finds own drafts alone better than half of them."""
+_PASSES = 20
+"""Adapters trained on 36 pictures were at their best after some six passes (docs/tutorial.md)."""
 _SHORT = 50
 """A run of fewer steps needs nothing before its end."""
 
@@ -137,6 +139,12 @@ def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
         yield (
             f"{plan.steps} steps of {config.batch_size} see only {plan.steps * config.batch_size} "
             f"of the {plan.training} training samples; give more --steps, or --epochs instead"
+        )
+    passes = plan.steps * config.batch_size / plan.training
+    if config.tuning == "lora" and passes > _PASSES:
+        yield (
+            f"{passes:.0f} passes over {plan.training} training samples: so few are learned by "
+            f"heart before that; fewer --epochs, or validate often and use {config.run_dir}/best"
         )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from t2i.checkpoint import (
     CODEC,
+    choose_checkpoint,
     find_checkpoint,
     is_checkpoint,
     load_stored_backbone,
@@ -108,7 +109,7 @@ def start_from(
     Raises:
         UserError: no complete checkpoint, or a file of its base is gone or another.
     """
-    folder = find_checkpoint(folder)
+    folder = choose_checkpoint(folder)
     config = read_config(folder)
     source = moved(
         stored_source(config, folder),
