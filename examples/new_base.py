@@ -42,9 +42,9 @@ class Options:
     """Size of the image tokenizer's codebook."""
     tokenizer: Path | None = None
     """Finished image tokenizer of LlamaGen's kind to use instead of training one."""
-    steps: int = 600
+    steps: int = 700
     """Steps of the image tokenizer."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Pictures of each of these steps."""
     lr: float = 2e-3
     """Highest learning rate of the image tokenizer."""
