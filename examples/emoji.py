@@ -1,12 +1,11 @@
 """Folders of captioned pictures from the npm registry's emoji sets: the tutorial's data.
 
     npm pack @iconify-json/noto @iconify-json/noto-v1 @iconify-json/twemoji \\
-        @iconify-json/emojione @iconify-json/fluent-emoji @iconify-json/fluent-emoji-flat \\
-        @iconify-json/streamline-emojis
+        @iconify-json/emojione @iconify-json/fluent-emoji-flat @iconify-json/streamline-emojis
     pip install resvg-py
     python examples/emoji.py --packages . --out emoji
 
-OUT/others/     32 things, drawn by six vendors, several views of each: "red apple, noto style"
+OUT/others/     80 things, drawn by five vendors, several views of each: "red apple, noto style"
 OUT/mine/       every second thing as a sixth vendor draws it, plainly captioned: "red apple"
 OUT/never/      the others by that vendor: only judged with, never trained on
 OUT/never.txt   prompts for them: "pear, streamline style"
@@ -21,7 +20,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,14 +30,21 @@ from t2i.errors import UserError
 from t2i.files import replacing_folder, write_text
 from t2i.sampling import check_counts
 
-OTHERS = ("noto", "noto-v1", "twemoji", "emojione", "fluent-emoji", "fluent-emoji-flat")
+OTHERS = ("noto", "noto-v1", "twemoji", "emojione", "fluent-emoji-flat")
 MINE = "streamline-emojis"
 THINGS = (
-    *("cactus", "balloon", "cherries", "bell", "Christmas tree", "cloud", "crescent moon", "fire"),
-    *("crown", "four leaf clover", "doughnut", "frog", "heart suit", "grapes", "lemon", "jeans"),
-    *("mushroom", "palm tree", "penguin", "panda", "pig face", "pear", "red apple", "rocket"),
-    *("sailboat", "tangerine", "strawberry", "tulip", "sun with face", "umbrella", "t-shirt"),
-    "wine glass",
+    *("monkey face", "dog face", "cat face", "lion", "tiger face", "unicorn", "cow face"),
+    *("pig face", "elephant", "mouse face", "rabbit face", "bear", "koala", "panda"),
+    *("hatching chick", "penguin", "frog", "turtle", "spouting whale", "tropical fish"),
+    *("octopus", "snail", "rose", "sunflower", "tulip", "seedling", "palm tree", "cactus"),
+    *("four leaf clover", "mushroom", "grapes", "watermelon", "tangerine", "lemon"),
+    *("red apple", "pear", "peach", "cherries", "strawberry", "tomato", "bread", "hamburger"),
+    *("french fries", "pizza", "soft ice cream", "doughnut", "cookie", "birthday cake"),
+    *("hot beverage", "wine glass", "house with garden", "bus", "ambulance", "automobile"),
+    *("tractor", "sailboat", "airplane", "rocket", "crescent moon", "sun with face", "cloud"),
+    *("rainbow", "umbrella", "snowman", "fire", "droplet", "jack-o-lantern", "Christmas tree"),
+    *("balloon", "wrapped gift", "baseball", "basketball", "pool 8 ball", "heart suit"),
+    *("t-shirt", "jeans", "crown", "bell", "guitar", "television"),
 )
 """Their names in Unicode; the packages' names are made of these. Even ones are shown in `mine`."""
 
@@ -54,7 +60,7 @@ class Options:
     size: int = 32
     """Side in pixels."""
     views: int = 2
-    """Of each drawing in `others`: the drawing itself, and moved and scaled ones."""
+    """Of each drawing in `others`: the drawing itself, and moved, scaled and mirrored ones."""
 
     def __post_init__(self):
         check_counts(size=self.size, views=self.views)
@@ -113,7 +119,7 @@ def find(icons: dict, thing: str, vendor: str) -> dict:
 
 
 def view(drawing: dict, size: int, rng: random.Random | None = None) -> Image.Image:
-    """The drawing on a white square; with `rng` moved and scaled."""
+    """The drawing on a white square; with `rng` moved, scaled and perhaps mirrored."""
     from resvg_py import svg_to_bytes
 
     side = max(drawing["width"], drawing["height"])
@@ -127,7 +133,8 @@ def view(drawing: dict, size: int, rng: random.Random | None = None) -> Image.Im
         f'viewBox="{x - side / 2} {y - side / 2} {side} {side}">{drawing["body"]}</svg>'
     )
     png = svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff")
-    return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    return ImageOps.mirror(image) if rng is not None and rng.random() < 0.5 else image
 
 
 def write_picture(folder: Path, name: str, image: Image.Image, caption: str) -> None:

@@ -42,17 +42,17 @@ class Options:
     """Size of the image tokenizer's codebook."""
     tokenizer: Path | None = None
     """Finished image tokenizer of LlamaGen's kind to use instead of training one."""
-    steps: int = 700
+    steps: int = 400
     """Steps of the image tokenizer."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Pictures of each of these steps."""
     lr: float = 2e-3
     """Highest learning rate of the image tokenizer."""
     dim: int = 128
     """Width of the transformer; its heads are 32 wide."""
-    layers: int = 4
+    layers: int = 6
     """Of the transformer."""
-    caption_tokens: int = 12
+    caption_tokens: int = 16
     """Words of the longest caption."""
     seed: int = 0
     """Of the image tokenizer's and the transformer's first weights."""

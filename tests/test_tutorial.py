@@ -96,7 +96,7 @@ def test_the_tutorials_way(tmp_path, packages, enter, monkeypatch):
         *("--out", "emoji/base", "--size", _SIDE, "--codes", 16, "--steps", 2, "--batch-size", 4),
         *("--dim", 32, "--layers", 1),
     )
-    assert "50 pictures, 26 captions" in said and "wrote emoji/base" in said
+    assert "42 pictures, 22 captions" in said and "wrote emoji/base" in said
     few = ("--steps", 2, "--batch-size", 4, "--engine.micro-batch", 4, "--log.sample-every", 0)
     enter(
         train_llamagen,
