@@ -55,6 +55,8 @@ S = TypeVar("S", bound="DataclassInstance")
 
 EXPORTED = "tensorar"
 """Name of the checkpoint folder within an export, whose base is given relative to it."""
+BEST = "best"
+"""Folder of the model with the lowest held-out loss, within a run folder."""
 CODEC, _BACKBONE = "codec.safetensors", "backbone.safetensors"
 _SECTIONS = ("backbone", "method", "sampling", "training")
 
@@ -237,6 +239,23 @@ def find_checkpoint(folder: str | Path) -> Path:
     return exported if (exported / MANIFEST).is_file() else Path(folder)
 
 
+def choose_checkpoint(folder: str | Path) -> Path:
+    """As `find_checkpoint`; of a run, a log line says which it is, and where the best model is."""
+    found, best = find_checkpoint(folder), Path(folder) / BEST
+    if found.parent != Path(folder) / "checkpoints":
+        return found
+    beside = ""
+    try:
+        facts = read_config(best)["training"]
+        if found.name != f"step_{facts['step']:06d}":
+            beside = f"; the best at its validations was step {facts['step']}: {best}"
+            beside += f" (loss {facts['best_loss']:.3f})"
+    except (UserError, KeyError):  # none, or damaged, which is of no concern here
+        pass
+    log.info("%s: its newest checkpoint, %s%s", folder, found.name, beside)
+    return found
+
+
 def from_pretrained(
     folder: str | Path,
     *,
@@ -265,7 +284,7 @@ def from_pretrained(
             no such device.
     """
     device, dtype = pick_device(device, dtype)
-    folder = find_checkpoint(folder)
+    folder = choose_checkpoint(folder)
     config = read_config(folder, contents=True)
     source = moved(
         stored_source(config, folder), base=base, tokenizer=tokenizer, text_encoder=text_encoder

@@ -21,6 +21,7 @@ import torch
 from t2i.checkpoint import (
     EXPORTED,
     MANIFEST,
+    choose_checkpoint,
     find_checkpoint,
     from_pretrained,
     read_config,
@@ -57,7 +58,7 @@ def export(options: ExportOptions) -> Path:
         raise UserError(f"{out} exists; export to a new folder")
     where, precision = pick_device(options.device, "auto")
     scores = [line for path in options.results for line in _score_rows(path)]
-    checkpoint = find_checkpoint(options.ckpt)
+    checkpoint = choose_checkpoint(options.ckpt)
     config = read_config(checkpoint)
     writable_folder(out.parent)
     model = from_pretrained(

@@ -67,11 +67,11 @@ class ModelOptions:
     def checkpoint(self) -> Path | None:
         """The checkpoint folder that `ckpt` stands for; None for a base by itself."""
         # Found once: a run that is still training may write a newer one in the meantime.
-        from t2i.checkpoint import find_checkpoint, is_checkpoint
+        from t2i.checkpoint import choose_checkpoint, is_checkpoint
 
         if self.ckpt is None or not is_checkpoint(self.ckpt):
             return None
-        return find_checkpoint(self.ckpt)
+        return choose_checkpoint(self.ckpt)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
         """Device and type, after all that can be told without loading.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from t2i.data import store
 from t2i.data.encoding import Encoding, build_store
-from t2i.data.images import ImageRules
+from t2i.data.images import ImageRules, Views
 from t2i.data.order import sample_index
 from t2i.data.samples import Sample, Source
 from t2i.data.store import CodeStore
@@ -128,6 +128,15 @@ def test_several_captions_per_image(tmp_path):
     assert [store.condition(1, c) for c in range(4)] == ["p q", "rr", "s t u", "p q"]
     features = store.features([0, 1], 3, choice=torch.tensor([5, 1]))
     assert [float(row[0, 0]) for row in features] == [3, 2]
+
+
+def test_every_view_comes_with_every_caption(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    image.putpixel((0, 0), (255, 255, 255))
+    samples = [Sample(0, "a", image, ["one", "two"])]
+    store = CodeStore(build(samples, tmp_path, rules=ImageRules(8, Views("flip"))))
+    pairs = [(store.codes([0], [c]).flatten().tolist(), store.condition(0, c)) for c in range(4)]
+    assert len({str(pair) for pair in pairs}) == 4 and store.views == 2
 
 
 def test_storage_types(tmp_path):

@@ -1,5 +1,6 @@
 """A run goes on as if it had not been stopped, and what is kept of it beside its checkpoints."""
 
+import logging
 import os
 import signal
 from contextlib import nullcontext
@@ -147,7 +148,7 @@ def test_the_average_is_what_is_saved_and_validated(tiny_world, plain):
         tiny_run(tiny_world, "-", ema=0.5, engine__zero_stage=3)
 
 
-def test_the_best_model_is_kept(tiny_world, monkeypatch):
+def test_the_best_model_is_kept(tiny_world, monkeypatch, caplog):
     losses = iter([3.0, 2.0, 5.0, 2.5, 1.0])
     measured = Run.validate
     monkeypatch.setattr(Run, "validate", lambda run: measured(run) | {BEST_BY: next(losses)})
@@ -160,6 +161,15 @@ def test_the_best_model_is_kept(tiny_world, monkeypatch):
     train(tiny_run(tiny_world, "best-kept", steps=5, resume=True, **options))
     facts = read_config(best)["training"]
     assert (facts["step"], facts["best_loss"]) == (5, 1.0)
+    losses = iter([1.5, 9.0])
+    train(tiny_run(tiny_world, "early", steps=2, **options))
+    early = tiny_world / "runs" / "early"
+    with caplog.at_level(logging.INFO, "t2i.checkpoint"):
+        t2i.from_pretrained(early)
+    said = f"step_000002; the best at its validations was step 1: {early / 'best'} (loss 1.500)"
+    assert said in caplog.text
+    (early / "best" / "config.json").unlink()  # of no concern to the newest one
+    t2i.from_pretrained(early)
     losses = iter([9.0] * 5)
     train(tiny_run(tiny_world, "none-kept", log__keep_best=False, **options))
     assert not (tiny_world / "runs" / "none-kept" / "best").exists()

@@ -279,6 +279,11 @@ def test_one_picture_large(tab):
         tab.press("ArrowDown")
     assert tab.run(text("#zoom h3")) == "two stars"
     assert tab.run(seen("#zoom li", "e.textContent")) == ["expected 2 stars", "found 1"]
+    for number, moved in enumerate(["refined, sample 0", "judged <i>, sample 0"]):  # a finger's way
+        tab.run(click("#zoom .moves button", number))
+        assert tab.run(title) == moved
+    tab.run(click("#zoom .moves button", 2))
+    assert tab.run(text("#zoom h3")) != "two stars"
     tab.run(click("#zoom figure"))
     assert not tab.run("document.querySelector('#zoom').open")
 

@@ -107,7 +107,7 @@ def test_the_tutorials_way(tmp_path, packages, enter, monkeypatch):
         train_llamagen,
         *("shapes-small-data", "--backbone.weights", "runs/emoji-base", "--run-dir", "runs/mine"),
         *("--data.source", "emoji/mine", "--data.trigger", "{caption}, streamline style"),
-        *("--data.validation-samples", 1, *few),
+        *("--data.validation-samples", 1, "--data.views", "flip", *few),
     )
     asked = ("--prompt-file", "emoji/never.txt", "--samples", 2)
     enter(generate, "--ckpt", "runs/mine", *asked, "--out", "outputs/mine")

@@ -206,8 +206,8 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 class CodeStore:
     """Random access to a finished store.
 
-    Where a method takes a `choice`, it is a number for each sample that picks among its views and
-    among its captions, modulo how many there are; by default the first.
+    Where a method takes a `choice`, it is a number for each sample that picks one of all pairs of
+    a view and a caption, modulo how many there are; by default the first.
 
     Attributes:
         key: identifies the content.
@@ -251,7 +251,9 @@ class CodeStore:
         if not self.with_text:
             raise ValueError(f"{self.folder} was built without text features")
         chosen = self._chosen(indices, choice)
-        return [shard.features(row, pick, max_tokens) for (shard, row), pick in chosen]
+        return [
+            shard.features(row, pick // self.views, max_tokens) for (shard, row), pick in chosen
+        ]
 
     def condition(self, index: int, choice: int = 0) -> str | int:
         """A sample's class, or the caption that `features` are of for the same choice."""
@@ -259,7 +261,7 @@ class CodeStore:
         if shard.labels is not None:
             return shard.labels[row]
         captions = shard.sample(row)["captions"]
-        return captions[choice % len(captions)]
+        return captions[choice // self.views % len(captions)]
 
     def name(self, index: int) -> str:
         """What the sample is called in its source."""

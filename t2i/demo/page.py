@@ -28,7 +28,7 @@ _CSS = """
 .pictures img { background: repeating-conic-gradient(#8884 0 25%, #8882 0 50%) 0 / 16px 16px; }
 .said { margin: 0; } .said.wrong { color: var(--error-text-color, #b91c1c); font-weight: 600; }
 #stages .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
-.pictures .grid-wrap { max-height: none; overflow: visible; }
+.pictures .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
 #page { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); align-items: start;
   grid-template-areas: "asked results" "settings results"; grid-template-rows: auto 1fr; }
 #asked { grid-area: asked; } #results { grid-area: results; } #settings { grid-area: settings; }
@@ -209,7 +209,7 @@ def _progress(state: Drawing, request: Request) -> str:
 
 def _captioned(state: Drawing) -> list[tuple]:
     return [
-        (picture, f"stage {r} of {len(stages)}")
+        (picture, f"{r} of {len(stages)}")
         for stages in state.stages
         for r, picture in enumerate(stages, start=1)
     ]

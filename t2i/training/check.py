@@ -7,6 +7,7 @@ built without data: for a published size nothing is fetched or read. Nothing is 
 the code cache.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,7 +143,14 @@ def _captioned(
         f"looked at     {survey.seen} of them: {survey.describe()}",
         *(f"caption       {s.captions[0]!r} ({s.key})" for s in usable[:3]),
     ]
-    return lines, list(_about_captions(survey, size))
+    warnings = list(_about_captions(survey, size))
+    sided = [c for s in usable for c in s.captions if re.search(r"\b(left|right)\b", c, re.I)]
+    if options.views == "flip" and sided:
+        warnings.append(
+            f"{len(sided)} captions of the samples looked at say left or right ({sided[0]!r:.80}), "
+            "which mirrored images make wrong: leave out --data.views flip"
+        )
+    return lines, warnings
 
 
 def _about_captions(survey: DataReport, size: int) -> Iterator[str]:

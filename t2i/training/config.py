@@ -58,6 +58,10 @@ class DataOptions(_AnyData, CaptionedImages):
     """Words before every caption ("drawn by xyz"), or around it ("{caption}, drawn by xyz")."""
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
+    views: Literal["centre", "flip"] = "centre"
+    """The centre of each image, or (flip) every time that or its mirror image: not where captions
+    say left or right, or images hold writing.
+    """
 
     def __post_init__(self):
         check_counts(**{"data.max_samples": self.max_samples})

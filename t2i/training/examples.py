@@ -103,7 +103,7 @@ def _encoding(
 def views_of(options: DataOptions | LabelledOptions) -> Views:
     """Which views of an image are encoded."""
     if isinstance(options, DataOptions):
-        return Views("centre")
+        return Views(options.views)
     return Views(options.views, options.crop_ranges)
 
 

@@ -22,6 +22,10 @@ PUBLISHED_K = 8
 """The largest window that the papers report; it was the best by less than its repeats' spread."""
 _LONG = 400
 """Steps from which docs/recipe.md finds own drafts alone better than half of them."""
+_FEW = 25
+"""Adapters trained on 36 pictures were at their best after 27 steps (docs/tutorial.md)."""
+_PASSES = 20
+"""Those steps were six passes; adapters trained for 60 had learned the pictures by heart."""
 _SHORT = 50
 """A run of fewer steps needs nothing before its end."""
 
@@ -133,6 +137,17 @@ def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
         yield (
             f"{plan.steps} steps of {config.batch_size} see only {plan.steps * config.batch_size} "
             f"of the {plan.training} training samples; give more --steps, or --epochs instead"
+        )
+    if config.tuning == "lora" and config.steps is None and plan.steps < _FEW:
+        yield (
+            f"{plan.steps} steps hardly move adapters; a smaller --batch-size (and "
+            "--engine.micro-batch) takes more steps over the same pictures"
+        )
+    passes = plan.steps * config.batch_size / plan.training
+    if config.tuning == "lora" and passes > _PASSES:
+        yield (
+            f"{passes:.0f} passes over {plan.training} training samples: so few are learned by "
+            f"heart before that; fewer --epochs, or validate often and use {config.run_dir}/best"
         )
 
 

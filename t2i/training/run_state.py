@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.checkpoint import (
+    BEST,
     new_checkpoint,
     newest_healthy,
     read_config,
@@ -38,9 +39,6 @@ from t2i.training.settings import check_settings, plain, say_what_differs, state
 from t2i.training.state import StoredState, write_state
 
 log = logging.getLogger(__name__)
-
-BEST = "best"
-"""Folder of the model with the lowest held-out loss, within a run folder."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import nn
 
 from t2i.checkpoint import (
     CODEC,
+    choose_checkpoint,
     find_checkpoint,
     is_checkpoint,
     load_stored_backbone,
@@ -105,7 +106,7 @@ def start_from(
             on with them.
         base: where the base's weights are now.
     """
-    folder = find_checkpoint(folder)
+    folder = choose_checkpoint(folder)
     config = read_config(folder)
     source = moved(
         stored_source(config, folder),

@@ -210,12 +210,25 @@ function zoom(shown) {
   zoomed.replaceChildren(
     make("header", {}, make("h3", { textContent: prompt.text }), make("span", { textContent: `${column.name}, sample ${sample}` }), mark(judgement)),
     figure,
-    make("div", { className: "tools" }, ...stageTools()),
+    make("div", { className: "tools" }, ...stageTools(), make("span", { className: "moves" }, ...moves())),
     make("ul", {}, ...(judgement?.why ?? []).map((textContent) => make("li", { textContent }))),
     make("p", { className: "faint", textContent: "left, right: models · up, down: samples and prompts · space: stages · m: changes" }),
   );
   setStage(view.stage);
   if (!zoomed.open) zoomed.showModal();
+}
+
+// What the arrow keys do, where there are none.
+const MOVES = [["←", "the model before", -1, 0], ["→", "the next model", 1, 0], ["↑", "the picture before", 0, -1], ["↓", "the next picture", 0, 1]];
+function moves() {
+  const buttons = MOVES.map(([textContent, title, across, down]) => {
+    const button = make("button", { type: "button", textContent, title, ariaLabel: title });
+    button.addEventListener("click", () => move(across, down));
+    return button;
+  });
+  const close = make("button", { type: "button", textContent: "Close", title: "Escape" });
+  close.addEventListener("click", () => zoomed.close());
+  return [...buttons, close];
 }
 
 function move(across, down) {
