@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
+import open_clip
 import torch
 from PIL import Image
 from tokenizers import BertWordPieceTokenizer
@@ -23,8 +23,6 @@ from t2i.errors import UserError
 from t2i.published import hashes_by_name
 
 QUESTION_TOKENS = 25
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class MPlugAnswerer:
@@ -117,9 +115,8 @@ class MPlugAnswerer:
 
 def preprocess(image: Image.Image, side: int) -> Tensor:
     """CLIP's normalised pixels, float32 [3, side, side], of an image of any shape and mode."""
-    squashed = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    pixels_HW3 = torch.from_numpy(np.array(squashed)).float() / 255
-    return ((pixels_HW3 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
+    squash = open_clip.image_transform(side, is_train=False, resize_mode="squash")
+    return squash(image.convert("RGB"))
 
 
 def load_tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:
