@@ -93,24 +93,20 @@ class MPlugAnswerer:
         found = self.search(image, [question.text for question in questions])
         return [self.tokenizer.decode(best[0].ids, skip_special_tokens=True) for best in found]
 
+    @torch.inference_mode()
     def search(self, image: Image.Image, texts: Sequence[str]) -> list[list[Hypothesis]]:
         """What the beam search ended with for each question, best first."""
-        return self.search_encoded(self.encode(image), texts)
+        image_1ND, found = self.encode(image), []
+        for start in range(0, len(texts), self.batch):
+            ids_QL, mask_QL = tokenize(self.tokenizer, texts[start : start + self.batch])
+            found += self.model.answer(image_1ND, ids_QL.to(self.device), mask_QL.to(self.device))
+        return found
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
         """The image's features [1, N, D], good for any number of questions."""
         pixels = preprocess(image, self.model.config.image_res)
         return self.model.encode_images(pixels[None].to(self.device))
-
-    @torch.inference_mode()
-    def search_encoded(self, image_1ND: Tensor, texts: Sequence[str]) -> list[list[Hypothesis]]:
-        """`search` for an image that is encoded."""
-        found = []
-        for start in range(0, len(texts), self.batch):
-            ids_QL, mask_QL = tokenize(self.tokenizer, texts[start : start + self.batch])
-            found += self.model.answer(image_1ND, ids_QL.to(self.device), mask_QL.to(self.device))
-        return found
 
 
 def preprocess(image: Image.Image, side: int) -> Tensor:
