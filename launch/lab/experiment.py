@@ -197,8 +197,8 @@ def key_of(run: GridRun, experiment: Experiment, step: int, options: dict) -> st
 
 def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
     """Draw and judge."""
+    from t2i.evaluation import evidence
     from t2i.shapes.fine_tuning import examine
-    from t2i.shapes.refinement import stage_changes
     from t2i.shapes.shapes_prompts import benchmark_prompts
 
     started, sampling = time.time(), replace(model.sampling, **options)
@@ -211,7 +211,10 @@ def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
     )
     summary, windows = examined.report.summary, examined.windows
     geometry = model.windows.shrunk(sampling.window, sampling.stride)
-    changes = asdict(stage_changes(windows, geometry)) if geometry.stages > 1 else None
+    changes = None
+    if geometry.stages > 1:
+        shares = evidence.stage_changes(windows, geometry)
+        changes = {name: by_image.mean(0).tolist() for name, by_image in shares.items()}
     verdicts = [int(v.correct) for v in examined.report.verdicts]
     each = experiment.samples
     return {
@@ -225,8 +228,8 @@ def scored(model, run: GridRun, experiment: Experiment, options: dict) -> dict:
 
 def trained(model, run: GridRun, experiment: Experiment) -> dict:
     """Losses on the held-out set, their course, and what refinement does there."""
+    from t2i.evaluation import evidence
     from t2i.shapes.fine_tuning import held_out, held_out_losses, loaded
-    from t2i.shapes.refinement import repairs
     from t2i.training.logs import read_metrics
 
     config = run.config(experiment)
@@ -238,7 +241,7 @@ def trained(model, run: GridRun, experiment: Experiment) -> dict:
         control_dir = run.config(experiment, control).run_dir
         if (control_dir / "checkpoints").exists():
             batches = (b for b, _ in held_out(config, model).validation_batches())
-            facts["repairs"] = asdict(repairs(model, loaded(control_dir), batches))
+            facts["repairs"] = evidence.repairs(model, loaded(control_dir), batches)
     return facts
 
 

@@ -24,11 +24,11 @@ from launch.lab.long_data import (
 )
 from launch.lab.long_grid import LongGrid, LongRun, append
 from launch.lab.long_steps import WARM_UP, Trainer
+from t2i.evaluation.evidence import stage_changes
 from t2i.loading import load_backbone, pick_device
 from t2i.models.base import Backbone
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.rng import make_keys
-from t2i.shapes.refinement import stage_changes
 from t2i.sources import BackboneSource, expand_folder
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
@@ -148,7 +148,8 @@ class World:
         line |= long_judge.held_out(model, held_out_batches(scenes, held))
         line |= long_judge.likeness(drawing, self.benchmark, self.tokenizer)
         if model.config.k > 1 and model.windows.stages > 1:
-            line["changes"] = asdict(stage_changes(windows, model.windows))
+            shares = stage_changes(windows, model.windows)
+            line["changes"] = {name: s.mean(0).tolist() for name, s in shares.items()}
         answers = long_judge.ask_verdicts(drawing, self.benchmark, self.pool)
         self.judged.append((answers, line | facts | {"device": _device_name(self.device)}))
         self.write_down()
