@@ -13,11 +13,11 @@ import open_clip
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Mask2FormerForUniversalSegmentation
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 from geneval import detectors
 from geneval.colors import ARCHITECTURE
-from geneval.mmdet_weights import RECOMPUTED, WITHOUT_EFFECT, DetectorShape, mmdet_name
+from geneval.mmdet_weights import RECOMPUTED, WITHOUT_EFFECT, mmdet_name, released_config
 from geneval.rules import judge_image
 from t2i.published import remembered_sha256
 from t2i.rehearsal.layout import Written
@@ -29,7 +29,7 @@ SIZES = ("swin-s",)
 
 def write(folder: Path, size: str, weights: RandomWeights) -> Written:
     """Write both files."""
-    shapes = checkpoint_shapes(DetectorShape())
+    shapes = checkpoint_shapes(released_config())
     weights.pickle(folder / detectors.MASK2FORMER.names[0], shapes, nest="state_dict")
     _write_clip(folder / detectors.CLIP.names[0])
     return Written(side=512)
@@ -52,10 +52,10 @@ def judge(folder: Path, image: Path) -> str:
     return f"{kinds} objects of {len(found)} classes, {name}: {colors[:3]}, {verdict.reason!r}"
 
 
-def checkpoint_shapes(shape: DetectorShape) -> Shapes:
+def checkpoint_shapes(config: Mask2FormerConfig) -> Shapes:
     """Names and shapes of mmdetection's file, 2.x style."""
     with tempfile.TemporaryDirectory() as folder:
-        Mask2FormerForUniversalSegmentation(shape.config()).save_pretrained(folder)
+        Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
         stored = shapes_of(read_folder(folder, shapes_only=True))
     found: dict[str, tuple[int, ...]] = {}
     for key, size in stored.items():
@@ -65,7 +65,7 @@ def checkpoint_shapes(shape: DetectorShape) -> Shapes:
         found[name] = (found.get(name, (0,))[0] + size[0], *size[1:])  # joined projections
         before, table, _ = name.partition(".relative_position_bias_table")
         if table:
-            found[before + RECOMPUTED] = (shape.window_size**2,) * 2
+            found[before + RECOMPUTED] = (config.backbone_config.window_size**2,) * 2
     return found
 
 

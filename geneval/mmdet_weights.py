@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,52 +32,21 @@ WITHOUT_EFFECT = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class DetectorShape:
-    """Sizes of the network in mmdet's terms; the defaults are the released Swin-S model's."""
-
-    embed_dims: int = 96
-    depths: tuple[int, ...] = (2, 2, 18, 2)
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = 7
-    mlp_ratio: int = 4
-    feat_channels: int = 256
-    heads: int = 8
-    encoder_layers: int = 6
-    encoder_ffn: int = 1024
-    decoder_layers: int = 9
-    decoder_ffn: int = 2048
-    num_queries: int = 100
-    num_classes: int = 80
-
-    def config(self) -> Mask2FormerConfig:
-        """The same network as transformers describes it."""
-        swin: dict[str, Any] = {
-            "embed_dim": self.embed_dims,
-            "depths": list(self.depths),
-            "num_heads": list(self.num_heads),
-            "window_size": self.window_size,
-            "mlp_ratio": float(self.mlp_ratio),
-            "out_features": [f"stage{i + 1}" for i in range(len(self.depths))],
-        }
-        labels: dict[str, Any] = {"num_labels": self.num_classes}
-        return Mask2FormerConfig(
-            backbone_config=SwinConfig(**swin),
-            **labels,
-            feature_size=self.feat_channels,
-            mask_feature_size=self.feat_channels,
-            hidden_dim=self.feat_channels,
-            num_attention_heads=self.heads,
-            encoder_layers=self.encoder_layers,
-            encoder_feedforward_dim=self.encoder_ffn,
-            decoder_layers=self.decoder_layers + 1,
-            dim_feedforward=self.decoder_ffn,
-            num_queries=self.num_queries,
-        )
+def released_config() -> Mask2FormerConfig:
+    """The released Swin-S model's; the decoder's layers count the one before the first, too."""
+    swin = SwinConfig(
+        embed_dim=96,
+        depths=[2, 2, 18, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    sizes: dict[str, Any] = {"num_labels": 80, "num_queries": 100, "decoder_layers": 10}
+    return Mask2FormerConfig(backbone_config=swin, **sizes)
 
 
 def load_mmdet(
-    path: Path, shape: DetectorShape | None = None
+    path: Path, config: Mask2FormerConfig | None = None
 ) -> Mask2FormerForUniversalSegmentation:
     """The model of an mmdet checkpoint (2.x or 3.x names), float32 on the CPU, in eval mode.
 
@@ -86,7 +54,7 @@ def load_mmdet(
         UserError: the file cannot be read, or a key is missing, unexpected or mis-shaped.
     """
     weights = convert_keys(_read(path), path)
-    return _loaded(path, None, config=(shape or DetectorShape()).config(), state_dict=weights)
+    return _loaded(path, None, config=config or released_config(), state_dict=weights)
 
 
 def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:

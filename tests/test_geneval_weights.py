@@ -61,7 +61,7 @@ def tiny_models(tmp_path, monkeypatch):
     (tmp_path / "Tiny-CLIP.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(tmp_path / "Tiny-CLIP.json")
     monkeypatch.setattr(colors, "load_clip", lambda path: load_clip(path, "Tiny-CLIP"))
-    monkeypatch.setattr(mmdet_weights, "DetectorShape", lambda: golden.SHAPE)
+    monkeypatch.setattr(mmdet_weights, "released_config", lambda: golden.SHAPE)
     write_archive(open_clip.CLIP(**TINY_CLIP), folder / "ViT-L-14.pt")
     clip_source = replace(CLIP, hashes=(file_sha256(folder / "ViT-L-14.pt"),))
     monkeypatch.setattr(detectors, "CLIP", clip_source)
