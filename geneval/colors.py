@@ -68,17 +68,17 @@ class ColorClassifier:
         self._classifiers: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def classify(self, image: Image.Image, name: str, detections: Detections) -> list[str]:
-        """One colour for each detection of the class `name`, in the upright image."""
-        if name not in self._classifiers:
-            self._classifiers[name] = self._classifier(name)
+    def classify(self, image: Image.Image, class_name: str, detections: Detections) -> list[str]:
+        """One colour for each detection of the class, in the upright image."""
+        if class_name not in self._classifiers:
+            self._classifiers[class_name] = self._classifier(class_name)
         crops = object_crops(image, detections)
         colors = []
         for start in range(0, len(crops), _CROPS_AT_ONCE):
             batch = [clip_pixels(crop) for crop in crops[start : start + _CROPS_AT_ONCE]]
             with self._autocast():
                 embeddings_ND = self.clip.encode_image(torch.stack(batch).to(self.device))
-                logits_NC = color_logits(embeddings_ND, self._classifiers[name])
+                logits_NC = color_logits(embeddings_ND, self._classifiers[class_name])
             colors += [COLORS[i] for i in first_largest(logits_NC)]
         return colors
 

@@ -8,6 +8,7 @@ their own in their place, and is the same in all else.
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -58,6 +59,7 @@ def checkpoint_shapes(config: Mask2FormerConfig) -> Shapes:
         Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
         stored = shapes_of(read_folder(folder, shapes_only=True))
     found: dict[str, tuple[int, ...]] = {}
+    swin: Any = config.backbone_config
     for key, size in stored.items():
         if WITHOUT_EFFECT.fullmatch(key):
             continue
@@ -65,7 +67,7 @@ def checkpoint_shapes(config: Mask2FormerConfig) -> Shapes:
         found[name] = (found.get(name, (0,))[0] + size[0], *size[1:])  # joined projections
         before, table, _ = name.partition(".relative_position_bias_table")
         if table:
-            found[before + RECOMPUTED] = (config.backbone_config.window_size**2,) * 2
+            found[before + RECOMPUTED] = (swin.window_size**2,) * 2
     return found
 
 

@@ -34,15 +34,15 @@ WITHOUT_EFFECT = re.compile(
 
 def released_config() -> Mask2FormerConfig:
     """The released Swin-S model's; the decoder's layers count the one before the first, too."""
-    swin = SwinConfig(
-        embed_dim=96,
-        depths=[2, 2, 18, 2],
-        num_heads=[3, 6, 12, 24],
-        window_size=7,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
+    swin: dict[str, Any] = {
+        "embed_dim": 96,
+        "depths": [2, 2, 18, 2],
+        "num_heads": [3, 6, 12, 24],
+        "window_size": 7,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
     sizes: dict[str, Any] = {"num_labels": 80, "num_queries": 100, "decoder_layers": 10}
-    return Mask2FormerConfig(backbone_config=swin, **sizes)
+    return Mask2FormerConfig(backbone_config=SwinConfig(**swin), **sizes)
 
 
 def load_mmdet(

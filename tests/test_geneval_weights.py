@@ -115,7 +115,7 @@ def test_the_official_detector_end_to_end(tiny_models, cache):
     again = load_detector("mask2former", weights=tiny_models / MASK2FORMER.names[0])
     assert converted.stat().st_mtime_ns == written
     weights = load_mmdet(golden.CHECKPOINT).state_dict()
-    for key, value in again._objects.model.state_dict().items():
+    for key, value in again.objects.model.state_dict().items():
         assert torch.equal(value, weights[key]), key
 
 
