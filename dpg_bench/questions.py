@@ -247,13 +247,3 @@ OFFICIAL_FILE = PublishedFile(
     advice="give it with --questions PATH, or use the shapes world's questions, which are shipped",
     digest=lambda path: git_blob_sha1(path.read_bytes()),
 )
-
-
-def official_questions(path: str | Path | None = None) -> QuestionGraph:
-    """The questions at `path`, or the official ones from the cache, fetched there on first use.
-
-    Raises:
-        UserError: see `read_questions`; the file cannot be fetched (the
-            message says what to do offline), or what is there is not the official file.
-    """
-    return read_questions(OFFICIAL_FILE.find().path if path is None else path)
