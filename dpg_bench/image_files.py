@@ -62,12 +62,6 @@ class Form:
         image = load_image(path)
         if number != _WHOLE:
             return {number: image}
-        if self.resolution is None and self.samples > 1:
-            width, height = image.size
-            raise UserError(
-                f"{path.name} ({width} x {height} px) may be one image (then say --samples 1) or a 2 x 2 grid "
-                f"(then give the side of its images, --resolution {width // 2})"
-            )
         if self.resolution is None:
             return {0: image}
         try:
@@ -104,6 +98,7 @@ def arrange(
         form = Form(scope.samples, resolution)
         files, selected = _find(folder, entries), scope.select(len(entries))
         _check(folder, files, entries, selected, scope)
+        _check_form(form, [files[index] for index in selected if index in files])
         source = _claim_source(out, folder)
         problems = _copy(source, files, entries, selected, out, form)
         if problems and not scope.allow_incomplete:
@@ -154,6 +149,17 @@ def _check(
                 why = f"beside {item}.png, which is all of the prompt"
             inventory.problems.append(f"{found[number].name} is {why}")
     inventory.check(allow_missing=scope.allow_incomplete)
+
+
+def _check_form(form: Form, files: Sequence[dict[int, Path]]) -> None:
+    """UserError if a file may be a grid, or an image, and the options do not say which."""
+    whole = [of_prompt[_WHOLE] for of_prompt in files if _WHOLE in of_prompt]
+    if whole and form.resolution is None and form.samples > 1:
+        width, height = load_image(whole[0]).size
+        raise UserError(
+            f"{whole[0].name} ({width} x {height} px) may be one image (then say --samples 1) "
+            f"or a 2 x 2 grid (then give the side of its images, --resolution {width // 2})"
+        )
 
 
 def _claim_source(out: Path, folder: Path) -> dict:
