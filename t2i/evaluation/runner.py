@@ -111,8 +111,7 @@ def evaluate(
         jobs = all_jobs(selected, scope.samples)
         draw_prompts(model, entries, jobs, folder, draw or DrawOptions(), processes)
     if processes.is_main:
-        inventory = take_inventory(folder, entries, selected, scope.samples)
-        inventory.check(allow_missing=scope.allow_incomplete)
+        inventory = _checked_inventory(folder, entries, scope)
         if inventory.unread:
             log.warning("%s: names that are not read: %s", folder, shorten(inventory.unread))
         claim_output(out, folder)
@@ -124,6 +123,12 @@ def evaluate(
         _report(benchmark, out, inventory, verdicts, scope)
     processes.barrier()
     return read_results(out)[0]
+
+
+def _checked_inventory(folder: Path, entries: Sequence[dict], scope: Scope) -> Inventory:
+    inventory = take_inventory(folder, entries, scope.select(len(entries)), scope.samples)
+    inventory.check(allow_missing=scope.allow_incomplete)
+    return inventory
 
 
 def claim_output(out: Path, images: Path) -> None:
@@ -211,7 +216,12 @@ def run(
     with owning(out, "output folder") if processes.is_main else nullcontext():
         if processes.is_main:
             remove_leftovers(out)
-        if processes.is_main and images is None:
+        # What is wrong with the folders is told before weights are fetched and loaded.
+        if images is not None and arrange is not None:
+            images = arrange(out, processes)
+        if processes.is_main and images is not None:
+            _checked_inventory(images, entries, options.scope)
+        elif processes.is_main:
             claim_output(out, out / "images")
             check_prompts(out / "images", entries, options.seed)
         benchmark = build(processes)
@@ -223,8 +233,6 @@ def run(
                     f"{options.source} draws classes, but {benchmark.name} asks with captions"
                 )
             draw = options.drawing(model)
-        elif arrange is not None:
-            images = arrange(out, processes)
         results = evaluate(
             benchmark,
             out,
