@@ -111,7 +111,8 @@ def evaluate(
         jobs = all_jobs(selected, scope.samples)
         draw_prompts(model, entries, jobs, folder, draw or DrawOptions(), processes)
     if processes.is_main:
-        inventory = _checked_inventory(folder, entries, scope)
+        inventory = take_inventory(folder, entries, selected, scope.samples)
+        inventory.check(allow_missing=scope.allow_incomplete)
         if inventory.unread:
             log.warning("%s: names that are not read: %s", folder, shorten(inventory.unread))
         claim_output(out, folder)
@@ -123,12 +124,6 @@ def evaluate(
         _report(benchmark, out, inventory, verdicts, scope)
     processes.barrier()
     return read_results(out)[0]
-
-
-def _checked_inventory(folder: Path, entries: Sequence[dict], scope: Scope) -> Inventory:
-    inventory = take_inventory(folder, entries, scope.select(len(entries)), scope.samples)
-    inventory.check(allow_missing=scope.allow_incomplete)
-    return inventory
 
 
 def claim_output(out: Path, images: Path) -> None:
@@ -216,14 +211,11 @@ def run(
     with owning(out, "output folder") if processes.is_main else nullcontext():
         if processes.is_main:
             remove_leftovers(out)
-        # What is wrong with the folders is told before weights are fetched and loaded.
-        if images is not None and arrange is not None:
-            images = arrange(out, processes)
-        if processes.is_main and images is not None:
-            _checked_inventory(images, entries, options.scope)
-        elif processes.is_main:
+        if processes.is_main and images is None:
             claim_output(out, out / "images")
             check_prompts(out / "images", entries, options.seed)
+        if images is not None and arrange is not None:
+            images = arrange(out, processes)
         benchmark = build(processes)
         model, draw = None, None
         if images is None:
