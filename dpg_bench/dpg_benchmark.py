@@ -8,12 +8,11 @@ image's score both ways.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from PIL import Image
 
 from dpg_bench.answerers import OFFICIAL_ANSWERER, Answerer
-from dpg_bench.questions import Question, QuestionGraph, broad, official_questions
+from dpg_bench.questions import OFFICIAL_FILE, Question, QuestionGraph, broad, read_questions
 from dpg_bench.score import (
     CORRECTED,
     LEGEND,
@@ -174,8 +173,9 @@ def load_questions(name: str) -> QuestionGraph:
     """The graph called "official" (fetched on first use) or "shapes" (shipped), or of a CSV file.
 
     Raises:
-        UserError: see `dpg_bench.questions.official_questions`.
+        UserError: see `dpg_bench.questions.read_questions`; or the official file cannot be fetched,
+            or is another one.
     """
     if name in WORLDS:
         return open_world(name).questions()
-    return official_questions(None if name == "official" else Path(name))
+    return read_questions(OFFICIAL_FILE.find().path if name == "official" else name)

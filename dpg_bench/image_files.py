@@ -62,12 +62,6 @@ class Form:
         image = load_image(path)
         if number != _WHOLE:
             return {number: image}
-        if self.resolution is None and self.samples > 1:
-            width, height = image.size
-            raise UserError(
-                f"{path.name} ({width} x {height} px) may be one image (then say --samples 1) or a 2 x 2 grid "
-                f"(then give the side of its images, --resolution {width // 2})"
-            )
         if self.resolution is None:
             return {0: image}
         try:
@@ -104,8 +98,9 @@ def arrange(
         form = Form(scope.samples, resolution)
         files, selected = _find(folder, entries), scope.select(len(entries))
         _check(folder, files, entries, selected, scope)
-        _claim_source(out, folder)
-        problems = _copy(files, entries, selected, out, form)
+        _check_form(form, [files[index] for index in selected if index in files])
+        source = _claim_source(out, folder)
+        problems = _copy(source, files, entries, selected, out, form)
         if problems and not scope.allow_incomplete:
             raise UserError(
                 f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; "
@@ -156,27 +151,41 @@ def _check(
     inventory.check(allow_missing=scope.allow_incomplete)
 
 
-def _claim_source(out: Path, folder: Path) -> None:
-    """UserError if OUT/images came from elsewhere."""
-    images, before = out / "images", _read_source(out)
-    if before is None and images.is_dir():
-        drawn = (
-            "drawn images" if read_generation(images) is not None else "images of unknown origin"
+def _check_form(form: Form, files: Sequence[dict[int, Path]]) -> None:
+    """UserError if a file may be a grid, or an image, and the options do not say which."""
+    whole = [of_prompt[_WHOLE] for of_prompt in files if _WHOLE in of_prompt]
+    if whole and form.resolution is None and form.samples > 1:
+        width, height = load_image(whole[0]).size
+        raise UserError(
+            f"{whole[0].name} ({width} x {height} px) may be one image (then say --samples 1) "
+            f"or a 2 x 2 grid (then give the side of its images, --resolution {width // 2})"
         )
-        raise UserError(f"{images} holds {drawn}; give another --out")
-    if before is not None and before["folder"] != str(folder.resolve()):
-        raise UserError(f"{images} holds the images of {before['folder']}; give another --out")
-    if before is None:
-        write_json(out / SOURCE_FILE, {"folder": str(folder.resolve()), "copied": {}})
 
 
-def _read_source(out: Path) -> dict | None:
-    path = out / SOURCE_FILE
-    return read_json(path) if path.is_file() else None
+def _claim_source(out: Path, folder: Path) -> dict:
+    """What OUT/source.json says; UserError if OUT/images came from elsewhere."""
+    images, record, place = out / "images", out / SOURCE_FILE, str(folder.resolve())
+    if record.is_file():
+        source = read_json(record)
+        if source["folder"] != place:
+            raise UserError(f"{images} holds the images of {source['folder']}; give another --out")
+        return source
+    if images.is_dir():
+        unknown = read_generation(images) is None
+        what = "images of unknown origin" if unknown else "drawn images"
+        raise UserError(f"{images} holds {what}; give another --out")
+    source = {"folder": place, "copied": {}}
+    write_json(record, source)
+    return source
 
 
 def _copy(
-    files: Files, entries: Sequence[dict], selected: Sequence[int], out: Path, form: Form
+    source: dict,
+    files: Files,
+    entries: Sequence[dict],
+    selected: Sequence[int],
+    out: Path,
+    form: Form,
 ) -> list[str]:
     """Write the images of prompts whose files have changed, and remove those of files that are
     gone.
@@ -184,8 +193,7 @@ def _copy(
     Returns:
         What is wrong with files that give no images.
     """
-    source, problems = _read_source(out), []
-    assert source is not None, "the source is claimed before"
+    problems = []
     for index in progress_bar(selected, unit="prompt", desc="copying"):
         found, wrong = files.get(index, {}), []
         images: dict[int, Image.Image] = {}

@@ -23,6 +23,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from t2i.errors import UserError, shorten
@@ -225,28 +226,14 @@ def _item_problems(rows: Sequence[Question]) -> list[str]:
         if lost := [parent for parent in row.parents if parent not in by_id]:
             ids = ", ".join(map(str, lost))
             problems.append(f"{row.place}: depends on {ids}, which the item does not have")
-    if circle := _circle({row.proposition: row.parents for row in by_id.values()}):
+    known = {id_: [p for p in row.parents if p in by_id] for id_, row in by_id.items()}
+    try:
+        TopologicalSorter(known).prepare()
+    except CycleError as error:
+        circle = error.args[1][::-1]  # from child to parent
         way = " -> ".join(map(str, circle))
         problems.append(f"{by_id[circle[0]].place}: depends on itself ({way})")
     return problems
-
-
-def _circle(parents: dict[int, tuple[int, ...]]) -> list[int] | None:
-    """One circle of dependencies, its first proposition repeated at the end; None without one."""
-    sound: set[int] = set()
-    for start in parents:
-        way, choices = [start], [iter(parents[start])]
-        while way:
-            step = next((p for p in choices[-1] if p in parents and p not in sound), None)
-            if step is None:
-                sound.add(way.pop())
-                choices.pop()
-            elif step in way:
-                return [*way[way.index(step) :], step]
-            else:
-                way.append(step)
-                choices.append(iter(parents[step]))
-    return None
 
 
 # -- the official file -----------------------------------------------------------------------------
@@ -260,13 +247,3 @@ OFFICIAL_FILE = PublishedFile(
     advice="give it with --questions PATH, or use the shapes world's questions, which are shipped",
     digest=lambda path: git_blob_sha1(path.read_bytes()),
 )
-
-
-def official_questions(path: str | Path | None = None) -> QuestionGraph:
-    """The questions at `path`, or the official ones from the cache, fetched there on first use.
-
-    Raises:
-        UserError: see `read_questions`; the file cannot be fetched (the
-            message says what to do offline), or what is there is not the official file.
-    """
-    return read_questions(OFFICIAL_FILE.find().path if path is None else path)

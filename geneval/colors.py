@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -39,12 +39,13 @@ TEMPLATES = (
 )
 BACKGROUND = "#999"
 SIDE = 224
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 LOGIT_SCALE = 100.0
 _CROPS_AT_ONCE = 16
 # Entries of OpenAI's archive that are not parameters.
 _ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
+
+# The shorter side to 224, bicubic; the centre square; normalised: float32 [3, 224, 224].
+clip_pixels = open_clip.image_transform(SIDE, is_train=False)
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -67,17 +68,17 @@ class ColorClassifier:
         self._classifiers: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def classify(self, image: Image.Image, name: str, detections: Detections) -> list[str]:
-        """One colour for each detection of the class `name`, in the upright image."""
-        if name not in self._classifiers:
-            self._classifiers[name] = self._classifier(name)
+    def classify(self, image: Image.Image, class_name: str, detections: Detections) -> list[str]:
+        """One colour for each detection of the class, in the upright image."""
+        if class_name not in self._classifiers:
+            self._classifiers[class_name] = self._classifier(class_name)
         crops = object_crops(image, detections)
         colors = []
         for start in range(0, len(crops), _CROPS_AT_ONCE):
-            batch = [clip_pixels(clip_view(crop)) for crop in crops[start : start + _CROPS_AT_ONCE]]
+            batch = [clip_pixels(crop) for crop in crops[start : start + _CROPS_AT_ONCE]]
             with self._autocast():
                 embeddings_ND = self.clip.encode_image(torch.stack(batch).to(self.device))
-                logits_NC = color_logits(embeddings_ND, self._classifiers[name])
+                logits_NC = color_logits(embeddings_ND, self._classifiers[class_name])
             colors += [COLORS[i] for i in first_largest(logits_NC)]
         return colors
 
@@ -105,8 +106,6 @@ def load_clip(path: Path, architecture: str = ARCHITECTURE) -> nn.Module:
     Raises:
         UserError: the file is no TorchScript archive, or its weights do not fit.
     """
-    import open_clip
-
     clip = open_clip.CLIP(**open_clip.get_model_config(architecture))
     try:
         with warnings.catch_warnings():
@@ -122,8 +121,6 @@ def load_clip(path: Path, architecture: str = ARCHITECTURE) -> nn.Module:
 
 def load_tokenizer() -> Tokenizer:
     """CLIP's tokenizer; its vocabulary comes with open_clip."""
-    import open_clip
-
     return open_clip.get_tokenizer(ARCHITECTURE)
 
 
@@ -154,22 +151,6 @@ def object_crops(image: Image.Image, detections: Detections) -> list[Image.Image
         left, top, right, bottom = (round(float(edge)) for edge in box)
         crops.append(shown.crop((left, top, right, bottom)))
     return crops
-
-
-def clip_view(crop: Image.Image) -> Image.Image:
-    """CLIP's resize (shorter side to 224, bicubic) and centre crop; mode RGB."""
-    short = min(crop.size)
-    width, height = (SIDE if edge == short else int(SIDE * edge / short) for edge in crop.size)
-    resized = crop.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
-    return resized.crop((left, top, left + SIDE, top + SIDE))
-
-
-def clip_pixels(view: Image.Image) -> Tensor:
-    """RGB 224 x 224 -> normalised float32 [3, 224, 224]."""
-    pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    return (pixels - mean) / std
 
 
 def color_texts(name: str) -> list[list[str]]:

@@ -9,17 +9,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
-from PIL import Image
 
-from geneval.detector import Detections, Detector
+from geneval.detector import Detector
 from t2i.errors import UserError
 from t2i.files import replacing_folder, saving
 from t2i.published import ProvenFile, PublishedFile, fetch_folder, hashes_by_name
@@ -90,43 +89,49 @@ def load_detector(
         if weights is not None or sha256 is not None:
             raise UserError("the shapes detector has no weights: leave out --detector-weights")
         return open_world(name).open_detector()
+    from geneval.colors import ColorClassifier, load_clip, load_tokenizer
+    from geneval.mask2former import Mask2FormerDetector
+    from geneval.mmdet_weights import load_hub_folder
+
     weights = None if weights is None else Path(weights).expanduser()
+    # All files are found and proven before the first of them is loaded.
     if name == "mask2former":
-        return _official(weights, sha256, device)
-    if sha256 is not None:
+        file = _official(weights, sha256)
+        build, hashes = partial(_converted, file), {file.path.name: file.digest}
+        beside = None if weights is None else file.path.parent
+    elif sha256 is not None:
         raise UserError("a hash can be given for mask2former only")
-    return _approximation(weights, device)
+    else:
+        folder = _approximation(weights)
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+        build, hashes = partial(load_hub_folder, folder), hashes_by_name(files)
+        beside = weights
+    clip = CLIP.find(beside)
+    colors = ColorClassifier(load_clip(clip.path), load_tokenizer(), device)
+    identity = {
+        "name": name,
+        "official": name == "mask2former" and sha256 is None,
+        "weights": {**hashes, clip.path.name: clip.digest},
+        "color_precision": colors.precision,
+        "libraries": {library: version(library) for library in _LIBRARIES},
+    }
+    return PhotoDetector(Mask2FormerDetector(build(), device=device), colors, identity)
 
 
 class PhotoDetector:
     """Mask2Former's objects and CLIP's colours; see `geneval.detector.Detector`."""
 
-    def __init__(
-        self,
-        objects: Mask2FormerDetector,
-        colors: ColorClassifier,
-        identity: Mapping[str, Any],
-    ):
-        self.classes = objects.classes
-        self.colors = colors.colors
-        self._objects, self._colors, self._identity = objects, colors, dict(identity)
-
-    def detect(self, image: Image.Image) -> dict[str, Detections]:
-        """Class -> detections with masks."""
-        return self._objects.detect(image)
-
-    def classify_colors(
-        self, image: Image.Image, class_name: str, detections: Detections
-    ) -> list[str]:
-        """One of the ten colours for each detection."""
-        return self._colors.classify(image, class_name, detections)
+    def __init__(self, objects: Mask2FormerDetector, colors: ColorClassifier, identity: dict):
+        self.classes, self.detect = objects.classes, objects.detect
+        self.colors, self.classify_colors = colors.colors, colors.classify
+        self.objects, self._identity = objects, identity
 
     def identity(self) -> dict[str, Any]:
         """Name, whether its scores are official, weight hashes, precision and library versions."""
         return dict(self._identity)
 
 
-def _official(weights: Path | None, sha256: str | None, device: torch.device | str) -> Detector:
+def _official(weights: Path | None, sha256: str | None) -> ProvenFile:
     source = MASK2FORMER
     if sha256 is not None:
         if weights is None or len(sha256) < _SHORTEST_HASH:
@@ -134,61 +139,17 @@ def _official(weights: Path | None, sha256: str | None, device: torch.device | s
                 f"a hash of at least {_SHORTEST_HASH} digits belongs to a file: give that file too"
             )
         source = replace(MASK2FORMER, hashes=(sha256.lower(),))
-    file = source.find() if weights is None else source.given(weights)
-    beside = None if weights is None else file.path.parent
-    return _detector(
-        "mask2former",
-        model=lambda: _converted(file),
-        described={file.path.name: file.digest},
-        clip_file=CLIP.find(beside),
-        official=sha256 is None,
-        device=device,
-    )
+    return source.find() if weights is None else source.given(weights)
 
 
-def _approximation(weights: Path | None, device: torch.device | str) -> Detector:
-    from geneval.mmdet_weights import load_hub_folder
-
+def _approximation(weights: Path | None) -> Path:
     if weights is not None and not weights.is_dir():
         raise UserError(f"{weights} is no folder: mask2former-hf is loaded from the hub's folder")
-    folder = weights or fetch_folder(
+    return weights or fetch_folder(
         HUB_APPROXIMATION,
         ["config.json", "model.safetensors"],
         advice="Give its folder as --detector-weights",
     )
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    return _detector(
-        "mask2former-hf",
-        model=lambda: load_hub_folder(folder),
-        described=hashes_by_name(files),
-        clip_file=CLIP.find(weights),
-        official=False,
-        device=device,
-    )
-
-
-def _detector(
-    name: str,
-    *,
-    model: Callable[[], Mask2FormerForUniversalSegmentation],
-    described: Mapping[str, str],
-    clip_file: ProvenFile,
-    official: bool,
-    device: torch.device | str,
-) -> Detector:
-    """Both networks. All files are found and proven before the first of them is loaded."""
-    from geneval.colors import ColorClassifier, load_clip, load_tokenizer
-    from geneval.mask2former import Mask2FormerDetector
-
-    colors = ColorClassifier(load_clip(clip_file.path), load_tokenizer(), device)
-    identity = {
-        "name": name,
-        "official": official,
-        "weights": {**described, clip_file.path.name: clip_file.digest},
-        "color_precision": colors.precision,
-        "libraries": {library: version(library) for library in _LIBRARIES},
-    }
-    return PhotoDetector(Mask2FormerDetector(model(), device=device), colors, identity)
 
 
 def _converted(file: ProvenFile) -> Mask2FormerForUniversalSegmentation:

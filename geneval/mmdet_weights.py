@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,77 +25,36 @@ from t2i.weights import check_loading, read_state_dict, shorten_keys
 
 # In transformers' model or in a file, not always in both: a loss weight, a final norm without a
 # part in the outputs, and a table of constants that older versions kept as a buffer.
-_WITHOUT_EFFECT = re.compile(
+WITHOUT_EFFECT = re.compile(
     r"criterion\.empty_weight"
     r"|model\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weight|bias)"
     r"|.*\.relative_position_index"
 )
 
 
-@dataclass(frozen=True)
-class DetectorShape:
-    """Sizes of the network in mmdet's terms; the defaults are the released Swin-S model's."""
-
-    embed_dims: int = 96
-    depths: tuple[int, ...] = (2, 2, 18, 2)
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = 7
-    mlp_ratio: int = 4
-    feat_channels: int = 256
-    heads: int = 8
-    encoder_layers: int = 6
-    encoder_ffn: int = 1024
-    decoder_layers: int = 9
-    decoder_ffn: int = 2048
-    num_queries: int = 100
-    num_classes: int = 80
-
-    def config(self) -> Mask2FormerConfig:
-        """The same network as transformers describes it."""
-        swin: dict[str, Any] = {
-            "embed_dim": self.embed_dims,
-            "depths": list(self.depths),
-            "num_heads": list(self.num_heads),
-            "window_size": self.window_size,
-            "mlp_ratio": float(self.mlp_ratio),
-            "out_features": [f"stage{i + 1}" for i in range(len(self.depths))],
-        }
-        labels: dict[str, Any] = {"num_labels": self.num_classes}
-        return Mask2FormerConfig(
-            backbone_config=SwinConfig(**swin),
-            **labels,
-            feature_size=self.feat_channels,
-            mask_feature_size=self.feat_channels,
-            hidden_dim=self.feat_channels,
-            num_attention_heads=self.heads,
-            encoder_layers=self.encoder_layers,
-            encoder_feedforward_dim=self.encoder_ffn,
-            decoder_layers=self.decoder_layers + 1,
-            dim_feedforward=self.decoder_ffn,
-            num_queries=self.num_queries,
-        )
+def released_config() -> Mask2FormerConfig:
+    """The released Swin-S model's; the decoder's layers count the one before the first, too."""
+    swin: dict[str, Any] = {
+        "embed_dim": 96,
+        "depths": [2, 2, 18, 2],
+        "num_heads": [3, 6, 12, 24],
+        "window_size": 7,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+    sizes: dict[str, Any] = {"num_labels": 80, "num_queries": 100, "decoder_layers": 10}
+    return Mask2FormerConfig(backbone_config=SwinConfig(**swin), **sizes)
 
 
 def load_mmdet(
-    path: Path, shape: DetectorShape | None = None
+    path: Path, config: Mask2FormerConfig | None = None
 ) -> Mask2FormerForUniversalSegmentation:
     """The model of an mmdet checkpoint (2.x or 3.x names), float32 on the CPU, in eval mode.
 
     Raises:
         UserError: the file cannot be read, or a key is missing, unexpected or mis-shaped.
     """
-    state_dict = _read(path)
-    with _quiet():
-        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-            None,
-            config=(shape or DetectorShape()).config(),
-            state_dict=convert_keys(state_dict, path),
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
-        )
-    model, info = loaded
-    return _complete(model, info, path)
+    weights = convert_keys(_read(path), path)
+    return _loaded(path, None, config=config or released_config(), state_dict=weights)
 
 
 def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
@@ -106,28 +64,28 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
         UserError: it cannot be read, or a weight is missing, unexpected or mis-shaped.
     """
     try:
-        with _quiet():
-            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+        return _loaded(folder, folder, local_files_only=True)
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{folder} is no readable folder of a transformers model: {reason}"
         ) from error
-    model, info = loaded
-    return _complete(model, info, folder)
 
 
-def _complete(
-    model: Mask2FormerForUniversalSegmentation, info: dict, source: str | Path
+def _loaded(
+    source: Path, folder: Path | None, **options: Any
 ) -> Mask2FormerForUniversalSegmentation:
+    with _quiet():
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
+            **options,
+        )
+    model, info = loaded
     said = f"{source} does not fit Mask2Former with this Swin backbone (names as in transformers)"
-    check_loading(info, said, _WITHOUT_EFFECT.fullmatch)
+    check_loading(info, said, WITHOUT_EFFECT.fullmatch)
     return model.eval()
 
 
@@ -153,7 +111,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of the unused weights, which `_complete` knows about."""
+    """Without transformers' report of the unused weights, which `_loaded` knows about."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -223,7 +181,7 @@ _MODULES = {
     "PIXELS": "model.pixel_level_module.decoder",
     "QUERIES": "model.transformer_module",
 }
-_RECOMPUTED = ".relative_position_index"  # a table of constants
+RECOMPUTED = ".relative_position_index"  # a table of constants
 _PATCH_MERGING = ".downsample."
 
 
@@ -237,7 +195,7 @@ def convert_keys(state_dict: dict[str, Tensor], source: str | Path) -> dict[str,
     converted: dict[str, Tensor] = {}
     problems = []
     for key, tensor in state_dict.items():
-        if key.endswith(_RECOMPUTED):
+        if key.endswith(RECOMPUTED):
             continue
         names = _hub_names(key)
         if not names or any(name in converted for name in names) or len(tensor) % len(names):
@@ -254,12 +212,15 @@ def convert_keys(state_dict: dict[str, Tensor], source: str | Path) -> dict[str,
     return {name: tensor.contiguous() for name, tensor in converted.items()}
 
 
-def _rules() -> Iterator[tuple[re.Pattern, str]]:
+def _rules() -> Iterator[tuple[str, list[str]]]:
+    """mmdet's name, and the hub's."""
     for line in _NAMES.strip().splitlines():
         old, new = line.split(" = ")
         for module, name in _MODULES.items():
             new = new.replace(module, name)
-        yield re.compile(re.escape(old).replace(r"\#", r"(\d+)")), new
+        before, _, rest = new.partition("{")
+        shares, _, after = rest.partition("}")
+        yield old, [before + share + after for share in shares.split(",")]
 
 
 _RULES = tuple(_rules())
@@ -267,18 +228,24 @@ _RULES = tuple(_rules())
 
 def _hub_names(key: str) -> list[str]:
     """Where an mmdet key's tensor goes: one name, three for joined projections, none if unknown."""
-    for pattern, new in _RULES:
-        if match := pattern.match(key):
-            name = new
-            for number in match.groups():
-                name = name.replace("#", number, 1)
-            name += key[match.end() :]
-            before, brace, rest = name.partition("{")
-            if not brace:
-                return [name]
-            shares, _, after = rest.partition("}")
-            return [before + share + after for share in shares.split(",")]
+    for old, names in _RULES:
+        if found := [name for new in names if (name := _renamed(key, old, new))]:
+            return found
     return []
+
+
+def mmdet_name(key: str) -> str:
+    """The 2.x name of the tensor in which the tensor of this hub key is."""
+    return next(name for old, names in _RULES for new in names if (name := _renamed(key, new, old)))
+
+
+def _renamed(key: str, old: str, new: str) -> str | None:
+    match = re.match(re.escape(old).replace(r"\#", r"(\d+)"), key)
+    if match is None:
+        return None
+    for number in match.groups():
+        new = new.replace("#", number, 1)
+    return new + key[match.end() :]
 
 
 def _merge_pixel_by_pixel(tensor: Tensor) -> Tensor:

@@ -295,11 +295,11 @@ def _course(options: "dict[str, DrawingModelOptions]") -> "list[Chart]":
 
 def _repairs(model: "TensorAR", control: "TensorAR | None", batches: "list[Batch]") -> dict | None:
     """Of the last draft: whether refinement repairs or spoils, beside the control's luck."""
-    from t2i.shapes.refinement import repairs
+    from t2i.evaluation.evidence import repairs
 
     if control is None or not batches or model.config.k == 1:
         return None
-    return asdict(repairs(model, control, batches))
+    return repairs(model, control, batches)
 
 
 if __name__ == "__main__":

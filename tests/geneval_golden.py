@@ -1,26 +1,37 @@
 """The golden Mask2Former of tests/golden/geneval_detector, as its config.json describes it."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from helpers import golden_folder
+from transformers import Mask2FormerConfig, SwinConfig
 
 from geneval.mask2former import InputRules
-from geneval.mmdet_weights import DetectorShape
 
 ROOT = golden_folder("geneval_detector")
 CONFIG = json.loads((ROOT / "config.json").read_text())
 CASES = json.loads((ROOT / "expected.json").read_text())
 CHECKPOINT = next(ROOT.glob("*.pth"))
-SHAPE = DetectorShape(
-    **{
-        field.name: tuple(CONFIG[field.name])
-        if isinstance(CONFIG[field.name], list)
-        else CONFIG[field.name]
-        for field in fields(DetectorShape)
-    }
+SHAPE = Mask2FormerConfig(
+    backbone_config=SwinConfig(
+        embed_dim=CONFIG["embed_dims"],
+        depths=CONFIG["depths"],
+        num_heads=CONFIG["num_heads"],
+        window_size=CONFIG["window_size"],
+        mlp_ratio=float(CONFIG["mlp_ratio"]),
+        out_features=[f"stage{i + 1}" for i in range(len(CONFIG["depths"]))],
+    ),
+    num_labels=CONFIG["num_classes"],
+    feature_size=CONFIG["feat_channels"],
+    mask_feature_size=CONFIG["feat_channels"],
+    hidden_dim=CONFIG["feat_channels"],
+    num_attention_heads=CONFIG["heads"],
+    encoder_layers=CONFIG["encoder_layers"],
+    encoder_feedforward_dim=CONFIG["encoder_ffn"],
+    decoder_layers=CONFIG["decoder_layers"] + 1,
+    dim_feedforward=CONFIG["decoder_ffn"],
+    num_queries=CONFIG["num_queries"],
 )
 RULES = InputRules(
     long_side=max(CONFIG["img_scale"]),

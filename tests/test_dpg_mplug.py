@@ -1,14 +1,12 @@
 """The mPLUG judge: beam search by hand, strict loading, and the image encoded once."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from dpg_bench import mplug_speed as speed
 from dpg_bench.mplug.bert import BertConfig
 from dpg_bench.mplug.decoder import beam_search
 from dpg_bench.mplug.mplug_answerer import MPlugAnswerer, preprocess
@@ -102,8 +100,10 @@ def test_an_image_is_encoded_once_for_all_its_questions(judge, monkeypatch):
     encode = MPlug.encode_images
     monkeypatch.setattr(MPlug, "encode_images", lambda *a: calls.append(1) or encode(*a))
     questions = [Question("0", "", i, (), "", f"is there a dog {i}?") for i in range(40)]
-    assert len(judge.answer(Image.new("RGB", (30, 40)), questions)) == 40
-    assert len(calls) == 1
+    answers = judge.answer(Image.new("RGB", (30, 40)), questions)
+    assert len(answers) == 40 and len(calls) == 1
+    alone = [judge.answer(Image.new("RGB", (30, 40)), [question]) for question in questions[:3]]
+    assert alone == [[answer] for answer in answers[:3]]
     assert judge.answer(Image.new("RGB", (30, 40)), []) == []
 
 
@@ -192,14 +192,6 @@ def test_a_vocabulary_of_another_model_is_refused(tmp_path):
         file.write("".join(f"more{i}\n" for i in range(300)))
     with pytest.raises(ValueError, match="belong to different models"):
         MPlugAnswerer.load(folder)
-
-
-def test_speed_script_runs_and_its_ways_agree(monkeypatch, capsys):
-    arguments = ["--small", "--image-res", "28", "--questions", "3", "--stride-layer", "3"]
-    monkeypatch.setattr(sys, "argv", ["speed.py", *arguments])
-    speed.main()
-    printed = capsys.readouterr().out
-    assert "| image once per question |" in printed and "answers equal: True" in printed
 
 
 def test_no_connected_layer_without_a_stride():

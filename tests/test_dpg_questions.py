@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from dpg_bench import questions
-from dpg_bench.questions import COLUMNS, git_blob_sha1, official_questions, read_questions
+from dpg_bench.dpg_benchmark import load_questions
+from dpg_bench.questions import COLUMNS, git_blob_sha1, read_questions
 
 ROWS = [
     # item, text, proposition, dependency, tuple, question
@@ -109,35 +110,35 @@ def published(tmp_path, monkeypatch):
     blob = git_blob_sha1(path.read_bytes())
     monkeypatch.setattr(questions, "OFFICIAL_BLOB", blob)
     source = replace(questions.OFFICIAL_FILE, url=path.as_uri(), hashes=(blob,))
-    monkeypatch.setattr(questions, "OFFICIAL_FILE", source)
+    monkeypatch.setattr("dpg_bench.dpg_benchmark.OFFICIAL_FILE", source)
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     return path
 
 
 def test_fetched_once_and_proven(tmp_path, published):
-    assert official_questions().is_official
+    assert load_questions("official").is_official
     published.unlink()
-    assert len(official_questions().questions) == 5  # from the cache
+    assert len(load_questions("official").questions) == 5  # from the cache
     cached = tmp_path / "cache" / "dpg_bench" / "dpg_bench.csv"
     cached.write_bytes(cached.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"not the published question file.*delete it"):
-        official_questions()
+        load_questions("official")
 
 
 def test_offline_message_says_what_to_do(published):
     published.unlink()
     with pytest.raises(ValueError, match=r"cannot be downloaded.*--questions PATH.*shapes"):
-        official_questions()
+        load_questions("official")
 
 
 def test_another_file_at_the_address_is_refused_and_not_kept(tmp_path, published):
     published.write_bytes(b"<html>moved</html>")
     with pytest.raises(ValueError, match="18 bytes that are not the published question file"):
-        official_questions()
+        load_questions("official")
     assert not (tmp_path / "cache" / "dpg_bench" / "dpg_bench.csv").exists()
 
 
 def test_a_given_file_needs_no_network(tmp_path):
     assert questions.OFFICIAL_FILE.hashes == (questions.OFFICIAL_BLOB,)
-    assert not official_questions(write(tmp_path)).is_official
+    assert not load_questions(str(write(tmp_path))).is_official

@@ -262,7 +262,7 @@ def test_more_mistakes_are_named(drawn, tmp_path, refusal, monkeypatch):
     assert "does not exist" in refusal("--images", tmp_path / "nowhere", *shapes)
     weights = ("--judge", "mplug", "--judge-weights", tmp_path / "nowhere")
     assert "is neither a folder here nor a model" in refusal(
-        "--images", drawn / "images", *shapes, *weights
+        "--images", drawn / "images", *shapes, *weights, *FEW
     )
     assert "give either --ckpt" in refusal(*shapes)
 

@@ -187,6 +187,14 @@ def test_what_is_wrong_with_a_folder_is_named(images, tmp_path, name, how, messa
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_a_folder_with_fewer_samples_of_every_prompt_is_told_how_to_say_so(images, tmp_path):
+    with pytest.raises(ValueError, match="if 2 a prompt is meant, give --samples 2; else add them"):
+        evaluate(Bright(), tmp_path / "out", images=images, scope=replace(SCOPE, samples=4))
+    (images / "00001/samples/00001.png").unlink()
+    with pytest.raises(ValueError, match="and 3 more; add them"):
+        evaluate(Bright(), tmp_path / "out", images=images, scope=replace(SCOPE, samples=4))
+
+
 @pytest.mark.parametrize("how", ["remove", "truncate"])
 def test_an_incomplete_folder_gives_a_flagged_result_on_request_and_no_zeros(images, tmp_path, how):
     spoil(images / "00001/samples/00000.png", how)

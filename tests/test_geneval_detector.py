@@ -24,7 +24,7 @@ from geneval.mask2former import (
     resize_bilinear,
     scaled_size,
 )
-from geneval.mmdet_weights import DetectorShape, load_mmdet
+from geneval.mmdet_weights import load_mmdet, released_config
 from geneval.object_names import OBJECT_NAMES
 from geneval.rules import decide
 
@@ -258,7 +258,7 @@ def tiny_model():
 @pytest.mark.slow
 def test_the_released_size_runs_on_a_384_px_image():
     torch.manual_seed(0)
-    model = Mask2FormerForUniversalSegmentation(DetectorShape().config())
+    model = Mask2FormerForUniversalSegmentation(released_config())
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(68.8e6, rel=2e-3)
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (384, 384, 3), dtype=np.uint8))

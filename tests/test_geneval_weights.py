@@ -61,7 +61,7 @@ def tiny_models(tmp_path, monkeypatch):
     (tmp_path / "Tiny-CLIP.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(tmp_path / "Tiny-CLIP.json")
     monkeypatch.setattr(colors, "load_clip", lambda path: load_clip(path, "Tiny-CLIP"))
-    monkeypatch.setattr(mmdet_weights, "DetectorShape", lambda: golden.SHAPE)
+    monkeypatch.setattr(mmdet_weights, "released_config", lambda: golden.SHAPE)
     write_archive(open_clip.CLIP(**TINY_CLIP), folder / "ViT-L-14.pt")
     clip_source = replace(CLIP, hashes=(file_sha256(folder / "ViT-L-14.pt"),))
     monkeypatch.setattr(detectors, "CLIP", clip_source)
@@ -115,7 +115,7 @@ def test_the_official_detector_end_to_end(tiny_models, cache):
     again = load_detector("mask2former", weights=tiny_models / MASK2FORMER.names[0])
     assert converted.stat().st_mtime_ns == written
     weights = load_mmdet(golden.CHECKPOINT).state_dict()
-    for key, value in again._objects.model.state_dict().items():
+    for key, value in again.objects.model.state_dict().items():
         assert torch.equal(value, weights[key]), key
 
 

@@ -153,6 +153,18 @@ def clip_parts(_) -> None:
     require_quick_gelu(clip)
 
 
+def inception_parts(_) -> None:
+    from torchvision.models import Inception3
+
+    with torch.device("meta"):
+        network = Inception3(aux_logits=False, init_weights=False)
+    children = dict(network.named_children())
+    names = list(children)
+    assert names[0] == "Conv2d_1a_3x3" and names.index("avgpool") == names.index("Mixed_7c") + 1
+    pooling = {name for name, layer in children.items() if hasattr(layer, "branch_pool")}
+    assert pooling == {f"Mixed_{n}" for n in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c")}
+
+
 def torchscript(_) -> None:
     assert callable(torch.jit.load)
 
@@ -253,6 +265,13 @@ TOUCHES = (
         clip_parts,
     ),
     Touch(
+        "torchvision",
+        "children of Inception3 in the order in which they run; `branch_pool`, the last branch",
+        "t2i/evaluation/fid/inception.py: branch_pool",
+        "FID's network pools otherwise; that the rest is equal is shown in test_golden_adm.py",
+        inception_parts,
+    ),
+    Touch(
         "torch",
         "torch.jit.load, which is deprecated",
         "geneval/colors.py: torch.jit.load",
@@ -298,6 +317,7 @@ DOCUMENTED = {
     "torch.utils.checkpoint",
     "torch.utils.flop_counter",
     "torch.utils.tensorboard",
+    "torchvision.models",
     "transformers.utils",
     "tyro.conf",
 }

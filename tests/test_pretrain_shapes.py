@@ -45,7 +45,7 @@ def test_codes_are_those_of_their_scenes_and_kept(tmp_path):
     cfg = recipe(tmp_path)
     first, again = (scene_codes(cfg, cfg.tokenizer) for _ in range(2))
     assert torch.equal(first.codes, again.codes) and torch.equal(first.prompts, again.prompts)
-    images, texts = next(drawn_scenes(cfg, 20))
+    images, texts = next(iter(drawn_scenes(cfg, 20)))
     assert [every_caption()[i] for i in first.prompts] == texts
     backbone = t2i.load_backbone("llamagen", "shapes")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1

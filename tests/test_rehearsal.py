@@ -67,8 +67,9 @@ def test_holes_take_no_disk(tmp_path):
 
 
 def test_the_detectors_names_are_mmdetections():
-    found = dict(checkpoint_shapes(SHAPE))
-    assert found == {name: tuple(tensor.shape) for name, tensor in golden_detector().items()}
+    assert checkpoint_shapes(SHAPE) == {
+        name: tuple(tensor.shape) for name, tensor in golden_detector().items()
+    }
 
 
 @pytest.mark.slow

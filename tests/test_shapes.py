@@ -78,14 +78,11 @@ def test_benchmark_prompts_are_unique_and_held_out():
         assert len(own) == 20
         assert len(set(own)) == min(20, len(all_prompts(tag)))
     assert all(is_held_out(m) for m in prompts if m["tag"] in HELD_OUT_TAGS)
-    with pytest.raises(ValueError, match="unknown tag 'colours'"):
-        benchmark_prompts(0, 1, tags=["colours"])
 
 
 def test_scenes_are_a_pure_function_of_seed_and_index():
     assert sample_scene(3, 5) == sample_scene(3, 5)
     assert len({sample_scene(seed, 5).objects for seed in range(20)}) == 20
-    assert {sample_scene(0, i, tags=["counting"]).tag for i in range(20)} == {"counting"}
     # A frozen sample: the shipped models were trained on this world.
     scene = sample_scene(0, 0)
     assert scene.prompt == "a photo of a diamond left of a ring"

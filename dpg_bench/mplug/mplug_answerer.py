@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
+import open_clip
 import torch
 from PIL import Image
 from tokenizers import BertWordPieceTokenizer
@@ -23,8 +23,6 @@ from t2i.errors import UserError
 from t2i.published import hashes_by_name
 
 QUESTION_TOKENS = 25
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class MPlugAnswerer:
@@ -95,9 +93,14 @@ class MPlugAnswerer:
         found = self.search(image, [question.text for question in questions])
         return [self.tokenizer.decode(best[0].ids, skip_special_tokens=True) for best in found]
 
+    @torch.inference_mode()
     def search(self, image: Image.Image, texts: Sequence[str]) -> list[list[Hypothesis]]:
         """What the beam search ended with for each question, best first."""
-        return self.search_encoded(self.encode(image), texts)
+        image_1ND, found = self.encode(image), []
+        for start in range(0, len(texts), self.batch):
+            ids_QL, mask_QL = tokenize(self.tokenizer, texts[start : start + self.batch])
+            found += self.model.answer(image_1ND, ids_QL.to(self.device), mask_QL.to(self.device))
+        return found
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
@@ -105,21 +108,11 @@ class MPlugAnswerer:
         pixels = preprocess(image, self.model.config.image_res)
         return self.model.encode_images(pixels[None].to(self.device))
 
-    @torch.inference_mode()
-    def search_encoded(self, image_1ND: Tensor, texts: Sequence[str]) -> list[list[Hypothesis]]:
-        """`search` for an image that is encoded."""
-        found = []
-        for start in range(0, len(texts), self.batch):
-            ids_QL, mask_QL = tokenize(self.tokenizer, texts[start : start + self.batch])
-            found += self.model.answer(image_1ND, ids_QL.to(self.device), mask_QL.to(self.device))
-        return found
-
 
 def preprocess(image: Image.Image, side: int) -> Tensor:
     """CLIP's normalised pixels, float32 [3, side, side], of an image of any shape and mode."""
-    squashed = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    pixels_HW3 = torch.from_numpy(np.array(squashed)).float() / 255
-    return ((pixels_HW3 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
+    squash = open_clip.image_transform(side, is_train=False, resize_mode="squash")
+    return squash(image.convert("RGB"))
 
 
 def load_tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:

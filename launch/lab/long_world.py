@@ -25,12 +25,12 @@ from launch.lab.long_grid import LongGrid, LongRun
 from launch.lab.long_steps import WARM_UP, Trainer
 from launch.lab.results import append
 from t2i.data.order import split_indices
+from t2i.evaluation.evidence import repairs, stage_changes
 from t2i.files import json_sha256
 from t2i.loading import load_backbone, pick_device
 from t2i.models.base import Backbone
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.rng import make_keys
-from t2i.shapes.refinement import repairs, stage_changes
 from t2i.sources import BackboneSource, expand_folder
 from t2i.tensorar import presets
 from t2i.tensorar.method import TensorARConfig
@@ -153,7 +153,7 @@ class World:
         batches = held_out_batches(scenes, held)
         facts = facts | long_judge.held_out(model, batches)
         if model.config.k > 1 and (control := self._control(run)) is not None:
-            facts["repairs"] = asdict(repairs(model, control, batches))
+            facts["repairs"] = repairs(model, control, batches)
         keys = make_keys(run.seed, *self.benchmark.jobs)
         for way, options in {"": {}, **run.arm.ways}.items():
             line = about | {"arm": f"{name}, {way}" if way else name}
@@ -169,7 +169,7 @@ class World:
             line |= long_judge.likeness(drawing, self.benchmark, self.tokenizer)
             if drawing.geometry.stages > 1:
                 changes = stage_changes(drawing.windows_nNkS.cpu(), drawing.geometry)
-                line["changes"] = asdict(changes)
+                line["changes"] = {name: v.mean(0).tolist() for name, v in changes.items()}
             answers = long_judge.ask_verdicts(drawing, self.benchmark, self.pool)
             lines.append((answers, line | ({} if way else facts)))
         self.judged.append(lines)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from t2i.generation import Drawn
+from t2i.rng import fold
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar.drawing import candidates, rules
 from t2i.tensorar.model import TensorAR
@@ -128,27 +129,26 @@ def of_stages(windows: Tensor, log_probs: Tensor, geometry: Windows) -> dict:
     - total_variation: of the distributions of stage r and of the final code, 1/2 sum |q - p|. The
       final code x is a draw of p, so it is estimated by the mean of max(0, 1 - q(x) / p(x)).
     """
-    flipped, agreeing = stage_changes(windows, geometry)
     q = [stage[..., 0] for stage in _stages(log_probs[..., None].double(), geometry)]
     # Rounding may put a code that was drawn just beyond a filter: then it tells nothing.
     moved = [(1 - (draft - q[-1]).exp()).nan_to_num(0.0) for draft in q[:-1]]
     far = [share.clamp(min=0).mean(1) for share in moved]
-    return {
-        "flipped": means(flipped),
-        "agreeing": means(agreeing),
+    changes = {name: means(shares) for name, shares in stage_changes(windows, geometry).items()}
+    return changes | {
         "two_draws": means(q[-1].exp().mean(1, keepdim=True)),
         "total_variation": means(torch.stack(far, dim=1)),
     }
 
 
-def stage_changes(windows: Tensor, geometry: Windows) -> tuple[Tensor, Tensor]:
-    """By image, [B, stages - 1]: the share of codes that differ between stage r and r + 1, and the
-    share that is the final code at stage r.
+def stage_changes(windows: Tensor, geometry: Windows) -> dict[str, Tensor]:
+    """By image, [B, stages - 1], over positions that went through all stages: the share of codes
+    that differ between stage r and r + 1 ("flipped"), and that are the final code at stage r
+    ("agreeing").
     """
     codes = _stages(windows, geometry)
     flipped = [(a != b).any(-1).double().mean(1) for a, b in pairwise(codes)]
     agreeing = [(stage == codes[-1]).all(-1).double().mean(1) for stage in codes[:-1]]
-    return torch.stack(flipped, dim=1), torch.stack(agreeing, dim=1)
+    return {"flipped": torch.stack(flipped, dim=1), "agreeing": torch.stack(agreeing, dim=1)}
 
 
 def _stages(values_BNkx: Tensor, geometry: Windows) -> list[Tensor]:
@@ -196,3 +196,44 @@ def known_means(known: Known) -> dict[str, dict[str, dict[str, list[float]]]]:
 def loss_difference(a: Known, b: Known) -> dict[str, list[float]]:
     """Loss of final codes (slot 0, own drafts) of a, less that of b on the same images."""
     return means((a["own_drafts"]["loss"] - b["own_drafts"]["loss"][:, :1])[:, :1])
+
+
+@torch.no_grad()
+def repairs(model: TensorAR, control: TensorAR, batches: Iterable) -> dict[str, float]:
+    """A position's last draft, and the code drawn next, against the truth. Both models draw every
+    position once, from the true codes before it, with equal luck; the control sees no draft.
+
+    - draft_right: drafts that are the true code;
+    - corrected: of the wrong drafts, those whose final code is right;
+    - spoilt: of the right drafts, those whose final code is wrong;
+    - control_corrected, control_spoilt: the same of the control's codes.
+    """
+    assert model.config.k > 1, "needs drafts"
+    counts = torch.zeros(2, 2, 2)  # draft right, model right, control right
+    for batch in batches:
+        own = model.own_draft_windows(
+            batch.codes, model.backbone.encode_condition(batch.prepared), batch.keys
+        )
+        truth = batch.codes[:, 1:]
+        outcomes = [(own[:, :-1, 1] == truth).all(-1)]
+        for m, windows in ((model, own), (control, control.windows.gather(batch.codes))):
+            outcomes.append((_first_slot(m, batch, windows)[:, 1:] == truth).all(-1))
+        index = 4 * outcomes[0].long() + 2 * outcomes[1].long() + outcomes[2].long()
+        counts += torch.bincount(index.flatten(), minlength=8).view(2, 2, 2).cpu()
+    wrong, right = counts
+    shares = {
+        "draft_right": right.sum() / counts.sum(),
+        "corrected": wrong[1].sum() / wrong.sum(),
+        "spoilt": right[0].sum() / right.sum(),
+        "control_corrected": wrong[:, 1].sum() / wrong.sum(),
+        "control_spoilt": right[:, 0].sum() / right.sum(),
+    }
+    return {name: float(share) for name, share in shares.items()}
+
+
+def _first_slot(model: TensorAR, batch, windows: Tensor) -> Tensor:
+    """Codes int64 [B, T, S] drawn for slot 0 of every window, given input windows."""
+    condition = model.backbone.encode_condition(batch.prepared)
+    d_BND = model.decode_slots(model.hidden(condition, windows))[:, :, 0]
+    position_N = torch.arange(d_BND.shape[1], device=batch.keys.device)
+    return model.draw(d_BND, fold(batch.keys[:, None], 5000, position_N))

@@ -107,12 +107,13 @@ def _header_html(results: dict, failed: int) -> str:
     if generation is not None:
         settings = {"seed": generation["seed"], **generation["sampling"]}
         where = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
+    each = results["samples_per_prompt"]
     complete = results["status"] == "complete"
     flag = "" if complete else f'<p class="flag">{html.escape(results["status"])}</p>'
     return f"""<header><h1>{html.escape(results["benchmark"])} <span>failures</span></h1>
 <p>{html.escape(results["label"][:1].upper() + results["label"][1:])}</p>
 <p><b>{failed}</b> of {coverage["judged"]} images failed: {coverage["prompts"]} prompts,
-{results["samples_per_prompt"]} images each.</p><p class="faint">{html.escape(where)}</p>{flag}</header>
+{each} image{"s" * (each != 1)} each.</p><p class="faint">{html.escape(where)}</p>{flag}</header>
 """
 
 

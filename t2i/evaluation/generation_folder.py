@@ -192,9 +192,11 @@ class Inventory:
                 f"({self.missing[0]} ...){self._unread_note()}"
             )
         if self.missing and not allow_missing:
+            counts = {len(images) for images in self.found.values()}
+            fewer = f"if {min(counts)} a prompt is meant, give --samples {min(counts)}; else "
             raise UserError(
                 f"{self.folder}: {len(self.missing)} of {self.expected} images are missing: "
-                f"{shorten(self.missing)}{self._unread_note()}; "
+                f"{shorten(self.missing)}{self._unread_note()}; {fewer if len(counts) == 1 else ''}"
                 "add them, or judge the rest as INCOMPLETE with --allow-incomplete"
             )
 

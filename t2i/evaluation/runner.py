@@ -214,6 +214,8 @@ def run(
         if processes.is_main and images is None:
             claim_output(out, out / "images")
             check_prompts(out / "images", entries, options.seed)
+        if images is not None and arrange is not None:
+            images = arrange(out, processes)
         benchmark = build(processes)
         model, draw = None, None
         if images is None:
@@ -223,8 +225,6 @@ def run(
                     f"{options.source} draws classes, but {benchmark.name} asks with captions"
                 )
             draw = options.drawing(model)
-        elif arrange is not None:
-            images = arrange(out, processes)
         results = evaluate(
             benchmark,
             out,

@@ -220,9 +220,9 @@ class ClipReward:
 
     @torch.inference_mode()
     def __call__(self, images: Images, metadata: Entries) -> list[float]:
-        from geneval.colors import clip_pixels, clip_view
+        from geneval.colors import clip_pixels
 
-        pixels = torch.stack([clip_pixels(clip_view(image)) for image in images])
+        pixels = torch.stack([clip_pixels(image) for image in images])
         texts = self.tokenizer([entry["prompt"] for entry in metadata])
         seen = self.clip.encode_image(pixels.to(self.device), normalize=True)
         said = self.clip.encode_text(texts.to(self.device), normalize=True)

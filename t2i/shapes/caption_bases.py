@@ -6,20 +6,17 @@ code as the published checkpoints.
 """
 
 import logging
-import multiprocessing
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, T5EncoderModel
 
 from t2i.files import replacing, replacing_folder, write_json
@@ -93,25 +90,27 @@ def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def drawn_scenes(cfg: CaptionBase, chunk: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+def drawn_scenes(cfg: CaptionBase, chunk: int) -> Iterable[tuple[np.ndarray, list[str]]]:
     """All scenes in order, `chunk` at a time, by processes that stay a little ahead."""
-    draw = partial(draw_scenes, cfg.seed, cfg.image_size)
-    chunks = (range(i, min(i + chunk, cfg.scenes)) for i in range(0, cfg.scenes, chunk))
-    if not cfg.workers:
-        yield from map(draw, chunks)
-        return
-    context = multiprocessing.get_context("forkserver")  # a fork of this process may hold a GPU
-    with ProcessPoolExecutor(cfg.workers, mp_context=context) as pool:
-        waiting: deque = deque()
-        try:
-            for indices in chunks:
-                waiting.append(pool.submit(draw, indices))
-                if len(waiting) > 4 * cfg.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return DataLoader(
+        _Chunks(cfg, chunk),
+        batch_size=None,
+        sampler=range(0, cfg.scenes, chunk),
+        num_workers=cfg.workers,
+        collate_fn=tuple,
+        # A fork of this process may hold a GPU.
+        multiprocessing_context="forkserver" if cfg.workers else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Chunks(Dataset):
+    cfg: CaptionBase
+    size: int
+
+    def __getitem__(self, first: int) -> tuple[np.ndarray, list[str]]:
+        end = min(first + self.size, self.cfg.scenes)
+        return draw_scenes(self.cfg.seed, self.cfg.image_size, range(first, end))
 
 
 def scene_codes(cfg: CaptionBase, tokenizer: Path, end: float = float("inf")) -> Scenes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -77,14 +76,14 @@ class Scene:
     metadata: dict
 
 
-def sample_scene(seed: int, index: int, tags: Sequence[str] = TAGS) -> Scene:
+def sample_scene(seed: int, index: int) -> Scene:
     """Scene number `index` of the world `seed`: a tag, a training prompt of it, an arrangement.
 
     All tags are equally likely, then all prompts of the tag; held-out prompts never come
     (see `t2i.shapes.shapes_prompts`). Attributes that the prompt leaves open are random.
     """
     rng = random.Random(f"shapes scene {seed} {index}")
-    return arrange(rng, rng.choice(training_prompts(rng.choice(tuple(tags)))))
+    return arrange(rng, rng.choice(training_prompts(rng.choice(TAGS))))
 
 
 def arrange(rng: random.Random, metadata: dict) -> Scene:

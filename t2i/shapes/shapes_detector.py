@@ -18,6 +18,7 @@ from importlib.metadata import version
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from geneval.detector import Detections
 from t2i.errors import UserError
@@ -123,27 +124,11 @@ def _unmix(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _components(labels: np.ndarray) -> list[np.ndarray]:
     """Masks of the 8-connected regions of equal non-zero label, in raster order."""
-    height, width = labels.shape
-    ids = np.where(labels > 0, np.arange(1, labels.size + 1).reshape(labels.shape), 0)
-    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-    padded_labels = np.pad(labels, 1)
-    joined = [
-        (labels > 0) & (padded_labels[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] == labels)
-        for dy, dx in steps
-    ]
-    # Every pixel takes its region's smallest id: the neighbours', and what the pixel of that number
-    # has by now, which doubles the reach of each round.
-    while True:
-        padded = np.pad(ids, 1)
-        new = ids
-        for (dy, dx), same in zip(steps, joined, strict=True):
-            other = padded[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
-            new = np.where(same, np.minimum(new, other), new)
-        new = np.where(new > 0, new.ravel()[new - 1], 0)
-        if (new == ids).all():
-            break
-        ids = new
-    return [ids == i for i in np.unique(ids) if i > 0]
+    masks = []
+    for label in np.unique(labels[labels > 0]):
+        ids, count = ndimage.label(labels == label, structure=np.ones((3, 3)))
+        masks += [ids == i for i in range(1, count + 1)]
+    return sorted(masks, key=np.argmax)  # by the first pixel
 
 
 def _match(region: np.ndarray) -> tuple[str, float]:

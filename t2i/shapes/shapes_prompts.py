@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
 from functools import lru_cache
 
 from geneval.prompts import (
@@ -45,14 +44,14 @@ def training_prompts(tag: str) -> tuple[dict, ...]:
     return tuple(metadata for metadata in all_prompts(tag) if not is_held_out(metadata))
 
 
-def benchmark_prompts(seed: int = 0, per_tag: int = 20, tags: Sequence[str] = TAGS) -> list[dict]:
+def benchmark_prompts(seed: int = 0, per_tag: int = 20) -> list[dict]:
     """`per_tag` prompts of every tag, tag by tag, as GenEval metadata.
 
     Prompts are unique while the grammar lasts; a tag with fewer than `per_tag` prompts is gone
     through again in a new order, so that every tag has the same number of entries.
     """
     chosen: list[dict] = []
-    for tag in tags:
+    for tag in TAGS:
         rng = random.Random(f"shapes benchmark {seed} {tag}")
         pool = [m for m in all_prompts(tag) if tag not in HELD_OUT_TAGS or is_held_out(m)]
         drawn: list[dict] = []
@@ -76,9 +75,8 @@ def all_prompts(tag: str) -> list[dict]:
         return [colors(s, c) for s in SHAPES for c in COLORS]
     if tag == "position":
         return [position(a, r, b) for a, b in pairs for r in RELATIONS]
-    if tag == "color_attr":
-        return [color_attr(a, ca, b, cb) for a, b in pairs for ca, cb in color_pairs]
-    raise ValueError(f"unknown tag {tag!r}: choose from {', '.join(TAGS)}")
+    assert tag == "color_attr", tag
+    return [color_attr(a, ca, b, cb) for a, b in pairs for ca, cb in color_pairs]
 
 
 def every_prompt() -> list[dict]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models import Inception3
 
 from t2i.published import PublishedFile
 from t2i.rng import make_keys, uniforms
@@ -43,96 +44,6 @@ PUBLISHED = PublishedFile(
 )
 
 
-class Conv(NamedTuple):
-    """A layer; within a branch, stride 1 keeps the size and stride 2 goes without padding."""
-
-    name: str
-    channels: int
-    kernel: int | tuple[int, int] = 1
-    stride: int = 1
-
-
-class Fork(NamedTuple):
-    """Two layers that read the same input; their outputs are joined."""
-
-    first: Conv
-    second: Conv
-
-
-AVERAGE, MAXIMUM, HALVE = "average", "maximum", "halve"
-Branch = list[Conv | Fork | str]
-
-
-def _mixed_35(pool: int) -> list[Branch]:
-    return [
-        [Conv("branch1x1", 64)],
-        [Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5)],
-        [
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, 3),
-            Conv("branch3x3dbl_3", 96, 3),
-        ],
-        [AVERAGE, Conv("branch_pool", pool)],
-    ]
-
-
-def _mixed_35_to_17() -> list[Branch]:
-    return [
-        [Conv("branch3x3", 384, 3, stride=2)],
-        [
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, 3),
-            Conv("branch3x3dbl_3", 96, 3, stride=2),
-        ],
-        [HALVE],
-    ]
-
-
-def _mixed_17(width: int) -> list[Branch]:
-    row, column = (1, 7), (7, 1)
-    return [
-        [Conv("branch1x1", 192)],
-        [
-            Conv("branch7x7_1", width),
-            Conv("branch7x7_2", width, row),
-            Conv("branch7x7_3", 192, column),
-        ],
-        [
-            Conv("branch7x7dbl_1", width),
-            Conv("branch7x7dbl_2", width, column),
-            Conv("branch7x7dbl_3", width, row),
-            Conv("branch7x7dbl_4", width, column),
-            Conv("branch7x7dbl_5", 192, row),
-        ],
-        [AVERAGE, Conv("branch_pool", 192)],
-    ]
-
-
-def _mixed_17_to_8() -> list[Branch]:
-    return [
-        [Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, stride=2)],
-        [
-            Conv("branch7x7x3_1", 192),
-            Conv("branch7x7x3_2", 192, (1, 7)),
-            Conv("branch7x7x3_3", 192, (7, 1)),
-            Conv("branch7x7x3_4", 192, 3, stride=2),
-        ],
-        [HALVE],
-    ]
-
-
-def _mixed_8(pool: str) -> list[Branch]:
-    def fork(name: str) -> Fork:
-        return Fork(Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1)))
-
-    return [
-        [Conv("branch1x1", 320)],
-        [Conv("branch3x3_1", 384), fork("branch3x3_2")],
-        [Conv("branch3x3dbl_1", 448), Conv("branch3x3dbl_2", 384, 3), fork("branch3x3dbl_3")],
-        [pool, Conv("branch_pool", 192)],
-    ]
-
-
 class FrozenNorm(nn.Module):
     """Batch norm with stored statistics, without the step counter that few copies have."""
 
@@ -151,61 +62,6 @@ class FrozenNorm(nn.Module):
         return functional.batch_norm(x_BCHW, *statistics, self.weight, self.bias, eps=0.001)
 
 
-class ConvNormRelu(nn.Module):
-    """Convolution without bias, norm, ReLU."""
-
-    def __init__(self, inputs: int, conv: Conv, *, same_size: bool = True):
-        super().__init__()
-        kernel = (conv.kernel,) * 2 if isinstance(conv.kernel, int) else conv.kernel
-        same_size = same_size and conv.stride == 1
-        padding = (kernel[0] // 2, kernel[1] // 2) if same_size else (0, 0)
-        self.conv = nn.Conv2d(inputs, conv.channels, kernel, conv.stride, padding, bias=False)
-        self.bn = FrozenNorm(conv.channels)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.bn(self.conv(x_BCHW)).relu_()
-
-
-class Mixed(nn.Module):
-    """Branches side by side, joined along the channels."""
-
-    def __init__(self, inputs: int, branches: list[Branch]):
-        super().__init__()
-        self.branches = branches
-        self.channels = 0
-        for branch in branches:
-            width = inputs
-            for step in branch:
-                if isinstance(step, str):
-                    continue
-                convs = step if isinstance(step, Fork) else (step,)
-                for conv in convs:
-                    self.add_module(conv.name, ConvNormRelu(width, conv))
-                width = sum(conv.channels for conv in convs)
-            self.channels += width
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        outputs = []
-        for branch in self.branches:
-            y = x_BCHW
-            for step in branch:
-                y = self._apply_step(step, y)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1)
-
-    def _apply_step(self, step: Conv | Fork | str, x: Tensor) -> Tensor:
-        if isinstance(step, Fork):
-            return torch.cat([self.get_submodule(conv.name)(x) for conv in step], dim=1)
-        if isinstance(step, Conv):
-            return self.get_submodule(step.name)(x)
-        if step == AVERAGE:
-            return functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        if step == MAXIMUM:
-            return functional.max_pool2d(x, 3, stride=1, padding=1)
-        assert step == HALVE, step
-        return functional.max_pool2d(x, 3, stride=2)
-
-
 class InceptionFeatures(NamedTuple):
     """What the evaluator reads of B images: float32 [B, 2048] and [B, 7 * 17 * 17]."""
 
@@ -213,57 +69,38 @@ class InceptionFeatures(NamedTuple):
     spatial: Tensor
 
 
-class Inception(nn.Module):
-    """The network; module names are the keys of the published weights."""
+class Inception(Inception3):
+    """Today's network with the three differences; module names are the keys of the published
+    weights.
+    """
 
     def __init__(self):
-        super().__init__()
-        inputs = 3
-        for conv in (
-            Conv("Conv2d_1a_3x3", 32, 3, stride=2),
-            Conv("Conv2d_2a_3x3", 32, 3),
-            Conv("Conv2d_2b_3x3", 64, 3),
-            Conv("Conv2d_3b_1x1", 80),
-            Conv("Conv2d_4a_3x3", 192, 3),
-        ):
-            layer = ConvNormRelu(inputs, conv, same_size=conv.name == "Conv2d_2b_3x3")
-            self.add_module(conv.name, layer)
-            inputs = conv.channels
-        for name, branches in (
-            ("Mixed_5b", _mixed_35(32)),
-            ("Mixed_5c", _mixed_35(64)),
-            ("Mixed_5d", _mixed_35(64)),
-            ("Mixed_6a", _mixed_35_to_17()),
-            ("Mixed_6b", _mixed_17(128)),
-            ("Mixed_6c", _mixed_17(160)),
-            ("Mixed_6d", _mixed_17(160)),
-            ("Mixed_6e", _mixed_17(192)),
-            ("Mixed_7a", _mixed_17_to_8()),
-            ("Mixed_7b", _mixed_8(AVERAGE)),
-            ("Mixed_7c", _mixed_8(MAXIMUM)),
-        ):
-            block = Mixed(inputs, branches)
-            self.add_module(name, block)
-            inputs = block.channels
-        self.fc = nn.Linear(POOL_WIDTH, 1008)
+        super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
+        for name, module in list(self.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                self.set_submodule(name, FrozenNorm(module.num_features))
 
     def forward(self, x_BCHW: Tensor) -> InceptionFeatures:
         """Features of images float32 [B, 3, 299, 299] in 0..255, as `tf1_resize` gives them."""
         x = (x_BCHW - 128) / 128
-        x = self._through(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3")
-        x = functional.max_pool2d(x, 3, stride=2)
-        x = self._through(x, "Conv2d_3b_1x1", "Conv2d_4a_3x3")
-        x = functional.max_pool2d(x, 3, stride=2)
-        x = self._through(x, "Mixed_5b", "Mixed_5c", "Mixed_5d")
-        x = self._through(x, "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d")
-        spatial = flatten_spatial(x)  # the 1x1 branch, `mixed_6/conv`, comes first
-        x = self._through(x, "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c")
+        spatial = x.new_empty(0)
+        for name, layer in self.named_children():
+            if name == "avgpool":
+                break
+            y = layer(x)
+            if hasattr(layer, "branch_pool"):  # the last of its branches
+                pooled = layer.branch_pool(_pool(x, by_maximum=name == "Mixed_7c"))
+                y = torch.cat([y[:, : -pooled.shape[1]], pooled], dim=1)
+            x = y
+            if name == "Mixed_6d":
+                spatial = flatten_spatial(x)  # the 1x1 branch, `mixed_6/conv`, comes first
         return InceptionFeatures(x.mean(dim=(2, 3)), spatial)
 
-    def _through(self, x: Tensor, *names: str) -> Tensor:
-        for name in names:
-            x = self.get_submodule(name)(x)
-        return x
+
+def _pool(x: Tensor, *, by_maximum: bool) -> Tensor:
+    if by_maximum:
+        return functional.max_pool2d(x, 3, stride=1, padding=1)
+    return functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def flatten_spatial(x_BCHW: Tensor, channels: int = SPATIAL_CHANNELS) -> Tensor:
