@@ -100,7 +100,7 @@ def test_what_is_learned_is_in_the_checkpoint(tiny_world, plain):
     [
         ("full", {}),
         ("updates", {"reward__updates": 2, "reward__cfg_scale": 2.0}),
-        ("lora", LORA | {"method__k": 1}),
+        ("lora", LORA | {"method__k": 1, "reward__start_cfg_scale": 3.0}),
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tiny_world, plain, name, changes):
