@@ -425,9 +425,11 @@ def test_a_users_prompts(tmp_path):
         ({"functions": ("genval",)}, "'genval' is none of geneval"),
         ({"functions": ("dpg", "dpg")}, "names one of them twice"),
         ({"weights": (1.0, 2.0)}, "one for each of the functions"),
-        ({"group": 1}, "group must be at least 2"),
+        ({"group": 1}, "group=1 must be at least 2"),
         ({"clip": 0.0}, "clip=0.0 must be above 0"),
         ({"cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
+        ({"start_cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
+        ({"kl": -1.0}, "kl=-1.0 must be at least 0"),
         ({"watch": ("own",)}, "watch: 'own' is none of"),
     ],
 )

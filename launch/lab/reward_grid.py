@@ -5,7 +5,8 @@ Each run is a process: it scores the start, learns so many minutes, and scores a
 minutes: GenEval on the quickstart's prompts, which are never trained on, drawn as it learns
 (unguided) and as the model is used (guided); DPG-Bench; held-out loss; diversity. On a CPU minutes
 are those of the processor, whatever else the machine does. --out gets a file of each run, and of
-all together; a run that was ended goes on from its last scores by the same command again.
+all together. A run that was ended, or is to last longer, goes on from its last scores by the same
+command again.
 
     python launch/lab/reward_grid.py --grid teachers --seeds 3 --minutes 60 --out runs/reward
     python launch/lab/reward_grid.py --grid rates --processes 5 --minutes 2.5 --out runs/rates
@@ -13,12 +14,12 @@ all together; a run that was ended goes on from its last scores by the same comm
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 if not __package__:  # run from a clone, without installation
@@ -30,7 +31,7 @@ from t2i.errors import UserError
 from t2i.files import owning, read_json, write_json
 from t2i.reward import reward_recipes
 from t2i.reward.options import RewardConfig
-from t2i.training.config import TrainConfig
+from t2i.training.config import DataOptions, TrainConfig
 
 _ONE_WAY = {
     "optim.backbone_lr": 3e-4,
@@ -41,9 +42,11 @@ _ONE_WAY = {
 _GUIDED = {
     "batch_size": 32,
     "ema": 0.9,
-    "optim.backbone_lr": 3e-4,
+    "optim.backbone_lr": 6e-4,
+    "optim.warmup_steps": 3,
     "reward.group": 8,
-    "reward.kl": 0.3,
+    "reward.updates": 2,
+    "reward.kl": 1.0,
     "reward.start_cfg_scale": 4.0,
     "reward.start_temperature": 0.7,
 }
@@ -82,7 +85,7 @@ class RewardGrid:
     control: str = "shapes-control"
     """Recipe of supervised fine-tuning."""
     images: int = 6400
-    """Fresh scenes that it reads."""
+    """Fresh scenes: what it reads, and whose held-out part all runs are watched on."""
     weights: str = ""
     """Model to start from; empty: the recipe's."""
     seeds: int = 2
@@ -138,12 +141,9 @@ def configured(options: RewardGrid) -> TrainConfig:
     from t2i.training.recipes import recipes_for
 
     config: TrainConfig = rewarded(options)
-    data = config.data
+    data = replace(config.data, source=f"shapes:{options.images}")  # the same is held out of it
     if options.one == SUPERVISED:
-        from t2i.training.config import DataOptions
-
         config = recipes_for(DataOptions)[options.control][1]
-        data = replace(data, source=f"shapes:{options.images}")
     return replace(
         config,
         run_dir=options.out / "work" / _name(options.one, options.seed),
@@ -166,6 +166,8 @@ def run_one(options: RewardGrid) -> None:
     name = _name(options.one, options.seed)
     path, config = options.out / f"{name}.json", configured(options)
     found = read_json(path) if path.is_file() else {}
+    if found and (found["minutes"] >= options.minutes or found["steps"] >= options.steps):
+        return
     config = replace(config, resume=found.get("steps", 0) > 0)
     kind = Run if options.one == SUPERVISED else RewardRun
     with run_state.owned(config, start_processes()):
@@ -176,9 +178,12 @@ def run_one(options: RewardGrid) -> None:
             changes = GRIDS[options.grid][options.one]
             found = {"setting": options.one, "changes": changes, "seed": options.seed}
             found |= {"steps": 0, "minutes": 0.0, "batch_size": config.batch_size, "rows": []}
-            scores, first = score()
-            found["scores"] = [scores]
-            save_png(first, options.out / f"{name}-before.png")
+            start = options.out / "start.json"  # of all runs in this folder
+            if not start.is_file():
+                scores, sheet = score()
+                save_png(sheet, options.out / "start.png")
+                write_json(start, scores)
+            found["scores"] = [read_json(start)]
             write_json(path, found)
         while found["minutes"] < options.minutes and run.step < options.steps:
             until = min(found["minutes"] + options.every, options.minutes)
@@ -188,13 +193,12 @@ def run_one(options: RewardGrid) -> None:
                 found["minutes"] += (_seconds(run) - started) / 60
                 kept = {k: round(v, 5) for k, v in row.items() if k.startswith(_KEPT)}
                 found["rows"].append(kept)
-            scores, last = score()
+            scores, sheet = score()
             found["scores"].append(scores | {"minutes": found["minutes"], "step": run.step})
             found["steps"] = run.step
             run.save()
-            save_png(last, options.out / f"{name}-after.png")
+            save_png(sheet, options.out / f"{name}.png")
             write_json(path, found)
-    shutil.rmtree(config.run_dir)
 
 
 def _seconds(run) -> float:
@@ -294,8 +298,9 @@ def collect(options: RewardGrid) -> str:
     """All runs into one file, and a table of them."""
     runs = [read_json(path) for path in sorted(options.out.glob("*-seed*.json"))]
     (options.out / "reward_grid.json").write_text(json.dumps(runs), encoding="utf-8")
-    if runs:
-        save_chart(curves(runs), options.out / "curve")
+    for name, chart in curves(runs).items():
+        if chart.series:
+            save_chart(chart, options.out / name)
     columns = ("unguided", "guided", "watch/dpg", "watch/diversity", "validation/own_drafts/slot0")
     lines = ["| setting | seed | steps | minutes | " + " | ".join(columns) + " | kl |"]
     lines.append("|---|" + "---|" * (len(columns) + 4))
@@ -309,18 +314,29 @@ def collect(options: RewardGrid) -> str:
     return "\n".join(lines)
 
 
-def curves(runs: list[dict]) -> Chart:
-    """Every run's unguided score against its minutes."""
+def curves(runs: list[dict]) -> dict[str, Chart]:
+    """Every run's unguided score against its minutes, and the mean reward of what it drew, of ten
+    steps at a time.
+    """
     settings = list(dict.fromkeys(run["setting"] for run in runs))
-    series = [
-        Series(
-            f"{run['setting']}, seed {run['seed']}",
-            tuple((one.get("minutes", 0.0), one["unguided"]) for one in run["scores"]),
-            settings.index(run["setting"]),
-        )
-        for run in runs
-    ]
-    return Chart("Unseen prompts, unguided", "minutes of one core", "GenEval", tuple(series))
+    scores, rewards = [], []
+    for run in runs:
+        name, color = f"{run['setting']}, seed {run['seed']}", settings.index(run["setting"])
+        marks = [(one.get("minutes", 0.0), one["unguided"]) for one in run.get("scores", ())]
+        if marks:
+            scores.append(Series(name, tuple(marks), color))
+        values = [row["reward/mean"] for row in run["rows"] if "reward/mean" in row]
+        means = [fmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
+        points = tuple(((i + 1) * run["batch_size"], mean) for i, mean in enumerate(means))
+        if points:  # supervised runs draw nothing
+            rewards.append(Series(name, points[4:] or points, color))
+    title, axis = "Unseen prompts, unguided", "minutes of one core"
+    return {
+        "scores": Chart(title, axis, "GenEval", tuple(scores)),
+        "rewards": Chart(
+            "Reward", "images drawn", "mean of what is drawn, over ten steps", tuple(rewards)
+        ),
+    }
 
 
 if __name__ == "__main__":

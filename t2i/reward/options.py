@@ -96,15 +96,11 @@ class RewardOptions:
             )
         if unknown := [name for name in self.watch if name not in BUILT_IN]:
             raise UserError(f"reward.watch: {unknown[0]!r} is none of {', '.join(BUILT_IN)}")
-        counts = {"group": self.group - 1, "updates": self.updates, "constant": self.constant}
-        counts |= {"draw_batch": self.draw_batch, "watch_images": self.watch_images}
-        for name, count in counts.items():
-            if count < 1:
-                least = 2 if name == "group" else 1
-                raise UserError(f"reward.{name} must be at least {least}")
-        for name in ("kl", "watch_prompts", "workers"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"reward.{name}={getattr(self, name)} must not be negative")
+        least = {"group": 2, "kl": 0, "watch_prompts": 0, "workers": 0}
+        least |= dict.fromkeys(("updates", "constant", "draw_batch", "watch_images"), 1)
+        for name, bound in least.items():
+            if not bound <= getattr(self, name) < math.inf:
+                raise UserError(f"reward.{name}={getattr(self, name)} must be at least {bound}")
         for name in ("clip", "temperature", "seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must be above 0")

@@ -24,6 +24,7 @@ from t2i.reward.options import RewardConfig
 from t2i.reward.panel import Panel, RewardError
 from t2i.reward.policy import (
     SUMS,
+    Distributions,
     DrawnBatch,
     PolicyLoss,
     Start,
@@ -61,7 +62,7 @@ class Round:
     """fp64, the weighted sums."""
     advantages_PG: Tensor
     kept_P: Tensor
-    """Which groups are learned from."""
+    """Which groups have a spread."""
 
 
 class RewardRun(loop.Run):
@@ -108,8 +109,9 @@ class RewardRun(loop.Run):
         times.append(time.perf_counter())
         self.round = found = self._judge(*drawn)
         times.append(time.perf_counter())
-        once = config.reward.updates == 1
-        batches = self._batches(found) if once else list(self._batches(found))
+        batches: Iterable[DrawnBatch] = self._batches(found)
+        if config.reward.updates > 1:
+            batches = list(batches)
         for _ in range(config.reward.updates):
             totals, norm = self._update(batches)
         total_norm = self._count_step(norm)
@@ -125,10 +127,7 @@ class RewardRun(loop.Run):
             "reward/group_std": float(found.rewards_PG.std(1, correction=0).mean()),
             **{f"reward/by/{name}": sum(v) / len(v) for name, v in found.values.items()},
             "reward/dropped_groups": 1 - float(found.kept_P.double().mean()),
-            "policy/entropy": means["entropy"],
-            "policy/kl": means["kl"],
-            "policy/clipped": means["clipped"],
-            "policy/ratio_off": means["ratio_off"],
+            **{f"policy/{name}": means[name] for name in SUMS[1:-1]},
             "train/loss": means["loss"],
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
@@ -176,7 +175,7 @@ class RewardRun(loop.Run):
         # images or without: what comes of it is the mean over the images kept.
         count = config.batch_size // config.engine.micro_batch
         teacher = config.reward.teacher
-        # A teacher has something to say of every image, whatever its reward.
+        # A guided start has something to say of every image, whatever its reward.
         kept_P = found.kept_P if teacher is None else torch.ones_like(found.kept_P)
         kept = kept_P[image[:, 0]].float()
         share = kept * count / max(1, int(kept_P.sum()) * config.reward.group)
@@ -186,6 +185,7 @@ class RewardRun(loop.Run):
             own = {name: value.to(device)[of] for name, value in prepared.items()}
             drawn = windows[rows].to(device)
             scored = (self.model, own, drawn, config.reward.sampling)
+            start: Tensor | Distributions
             with self.start.applied():
                 if teacher is None:
                     start = score_codes(*scored).log_p
