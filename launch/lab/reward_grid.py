@@ -60,6 +60,14 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "without reward": _GUIDED | {"reward.weights": (0.0,)},
         "own start": {},
     },
+    "ways": {
+        "recipe": {},
+        "rate 5e-5": {"optim.backbone_lr": 5e-5},
+        "adapters": {"optim.backbone_lr": 5e-4, "tuning": "lora"},
+        "two updates": {"reward.updates": 2},
+        "spread of all": {"reward.by_spread": False},
+        "hardest tasks": {"reward.tasks": ("counting", "position", "color_attr")},
+    },
     "rates": {
         "rate 1e-4": _ONE_WAY | {"optim.backbone_lr": 1e-4},
         "rate 3e-4": _ONE_WAY,
@@ -79,7 +87,7 @@ class RewardGrid:
     out: Path = Path("runs/reward-grid")
     """Folder of what is written."""
     grid: str = "recipe"
-    """Which settings: recipe, teachers or rates."""
+    """Which settings: recipe, teachers, ways or rates."""
     recipe: str = "shapes-reward"
     """Recipe that they change."""
     control: str = "shapes-control"
@@ -141,6 +149,7 @@ def configured(options: RewardGrid) -> TrainConfig:
     from t2i.training.recipes import recipes_for
 
     config: TrainConfig = rewarded(options)
+    assert isinstance(config.data, DataOptions), "captioned scenes"
     data = replace(config.data, source=f"shapes:{options.images}")  # the same is held out of it
     if options.one == SUPERVISED:
         config = recipes_for(DataOptions)[options.control][1]
@@ -169,9 +178,8 @@ def run_one(options: RewardGrid) -> None:
     if found and (found["minutes"] >= options.minutes or found["steps"] >= options.steps):
         return
     config = replace(config, resume=found.get("steps", 0) > 0)
-    kind = Run if options.one == SUPERVISED else RewardRun
     with run_state.owned(config, start_processes()):
-        run = kind(config)
+        run = RewardRun(config) if isinstance(config, RewardConfig) else Run(config)
         run.learning_mode()
         score = Scorer(run, options)
         if not found:
