@@ -429,6 +429,7 @@ def test_a_users_prompts(tmp_path):
         ({"clip": 0.0}, "clip=0.0 must be above 0"),
         ({"cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
         ({"start_cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
+        ({"start_temperature": 0.0}, "start_temperature=0.0 must be above 0"),
         ({"kl": -1.0}, "kl=-1.0 must be at least 0"),
         ({"watch": ("own",)}, "watch: 'own' is none of"),
     ],

@@ -68,7 +68,8 @@ def _drawing_lines(
     ]
     if (teacher := options.teacher) is not None:
         kept = 4 * config.engine.micro_batch * model.windows.tokens * sum(spec.subvocabs)
-        kept *= 1 if options.updates == 1 else config.batch_size // config.engine.micro_batch
+        if options.updates > 1:
+            kept *= config.batch_size // (config.engine.micro_batch * world_size)
         lines.append(
             f"{'what the start says of all codes':<34}{readable_size(kept)}, guided by "
             f"{teacher.cfg_scale:g} at temperature {teacher.temperature:g}"

@@ -101,8 +101,8 @@ class RewardOptions:
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must be at least {bound}")
-        for name in ("clip", "temperature", "seconds"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("clip", "temperature", "start_temperature", "seconds"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must be above 0")
         if not self.tasks:
             raise UserError("reward.tasks is empty: name some of GenEval's tasks")

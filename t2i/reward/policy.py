@@ -12,10 +12,11 @@ Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, 
 final slots of a window, S sub-tokens, V vocabulary; P prompts, G images of each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,12 @@ def score_codes(
     them: teacher-forced, with guidance by two passes as in drawing.
     """
     geometry, work = drawn_windows(model, sampling), partial(_score, model, sampling)
-    parts = []
-    for piece, others in _decoded(model, prepared, windows, sampling, against):
+    size, parts = model.windows_at_once(geometry.stride), []
+    compared: Iterable = repeat(None)
+    if against is not None:
+        compared = zip(*(every.split(size, 1) for every in against), strict=True)
+    pieces = _decoded(model, prepared, windows, sampling)
+    for piece, others in zip(pieces, compared, strict=False):
         if torch.is_grad_enabled():  # the logits are the most of what it would keep
             found = checkpoint(work, *piece, others, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -77,20 +82,16 @@ def code_distributions(
     model: TensorAR, prepared: dict[str, Tensor], windows: Tensor, sampling: SamplingConfig
 ) -> Distributions:
     """Whole log-distributions of what `score_codes` scores."""
-    pieces = _decoded(model, prepared, windows, sampling, None)
-    parts = [tuple(_log_distributions(model, sampling, *piece)) for piece, _ in pieces]
+    pieces = _decoded(model, prepared, windows, sampling)
+    parts = [tuple(_log_distributions(model, sampling, *piece)) for piece in pieces]
     return tuple(torch.cat(subs, 1) for subs in zip(*parts, strict=True))
 
 
 def _decoded(
-    model: TensorAR,
-    prepared: dict[str, Tensor],
-    windows: Tensor,
-    sampling: SamplingConfig,
-    against: Distributions | None,
-) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor | None], Distributions | None]]:
+    model: TensorAR, prepared: dict[str, Tensor], windows: Tensor, sampling: SamplingConfig
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Final slots' hidden states [R, n, s, D], codes [R, n, s, S] and guidance [n, S], so many
-    windows at once that their logits fit, with the same part of `against`.
+    windows at once that their logits fit.
     """
     backbone, stride = model.backbone, drawn_windows(model, sampling).stride
     scales_NS = guidance_table(model, sampling)
@@ -104,8 +105,7 @@ def _decoded(
     for at in range(0, d_RNsD.shape[1], size):
         now = slice(at, at + size)
         scales = None if scales_NS is None else scales_NS[now]
-        others = None if against is None else tuple(every[:, now] for every in against)
-        yield (d_RNsD[:, now], fed[:, now, :stride], scales), others
+        yield d_RNsD[:, now], fed[:, now, :stride], scales
 
 
 def _log_distributions(
