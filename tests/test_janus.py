@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration
 
 import t2i
-from launch.lab.text_drift import drift
+from launch.lab.text_drift import drift_of
 from t2i.generation import draw_images
 from t2i.lora import add_lora, merge_lora, without_lora
 from t2i.models.base import LoadOptions
@@ -294,15 +294,15 @@ def test_lora_can_be_switched_off_and_merged():
 def test_the_drift_of_text_is_what_the_adapters_change():
     backbone = tiny_janus()
     add_lora(backbone, LoRAConfig(rank=2, alpha=2.0))
-    fresh = drift(backbone, "a red cat")
+    fresh = drift_of(backbone, "a red cat")
     assert fresh.kl == fresh.changed == fresh.largest == 0 < fresh.entropy
     with torch.no_grad():
         for name, value in backbone.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    tuned = drift(backbone, "a red cat")
+    tuned = drift_of(backbone, "a red cat")
     assert tuned.kl > 0 < tuned.largest and tuned.entropy == fresh.entropy
-    assert drift(backbone, "a red cat") == tuned, "the adapters are on again"
+    assert drift_of(backbone, "a red cat") == tuned, "the adapters are on again"
 
 
 @pytest.mark.parametrize("recompute", [False, True])

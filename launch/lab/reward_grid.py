@@ -1,24 +1,26 @@
-"""Settings and seeds of reward fine-tuning on the shapes world, side by side, some minutes each.
+"""Settings and seeds of reward fine-tuning on the shapes world, and supervised fine-tuning of the
+same time, from the same start, scored on the same prompts and seeds.
 
-Each run is a process: it scores the start, learns until time or steps are over, and scores again:
-GenEval on the quickstart's prompts, which are never trained on, drawn as it learns (unguided) and
-as the model is used (guided); DPG-Bench; held-out loss; diversity. No weights are kept. --out gets
-one JSON file with all of it, the runs' output, and sheets of one of them.
+Each run is a process: it scores the start, learns so many minutes, and scores again, every --every
+minutes: GenEval on the quickstart's prompts, which are never trained on, drawn as it learns
+(unguided) and as the model is used (guided); DPG-Bench; held-out loss; diversity. On a CPU minutes
+are those of the processor, whatever else the machine does. --out gets a file of each run, and of
+all together. A run that was ended, or is to last longer, goes on from its last scores by the same
+command again.
 
-    python launch/lab/reward_grid.py --grid rates --processes 5 --minutes 2.5 --out runs/reward-grid
-    python launch/lab/reward_grid.py --grid recipe --seeds 3 --minutes 30 --out runs/reward
+    python launch/lab/reward_grid.py --grid teachers --seeds 3 --minutes 60 --out runs/reward
+    python launch/lab/reward_grid.py --grid rates --processes 5 --minutes 2.5 --out runs/rates
 """
 
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,8 +28,10 @@ if not __package__:  # run from a clone, without installation
 from t2i import cli
 from t2i.charts import Chart, Series, save_chart
 from t2i.errors import UserError
+from t2i.files import owning, read_json, write_json
 from t2i.reward import reward_recipes
 from t2i.reward.options import RewardConfig
+from t2i.training.config import DataOptions, TrainConfig
 
 _ONE_WAY = {
     "optim.backbone_lr": 3e-4,
@@ -35,9 +39,35 @@ _ONE_WAY = {
     "reward.tasks": ("two_object", "counting", "colors", "position", "color_attr"),
 }
 """The first grid's settings, of which each other one changes something."""
-_GPU = {"reward.workers": 2, "reward.draw_batch": 256}
+_GUIDED = {
+    "batch_size": 32,
+    "ema": 0.9,
+    "optim.backbone_lr": 6e-4,
+    "optim.warmup_steps": 3,
+    "reward.group": 8,
+    "reward.updates": 2,
+    "reward.kl": 1.0,
+    "reward.start_cfg_scale": 4.0,
+    "reward.start_temperature": 0.7,
+}
+"""The pull goes to what the start draws with guidance."""
+SUPERVISED = "supervised"
 GRIDS: dict[str, dict[str, dict[str, Any]]] = {
-    "recipe": {"recipe": {}},
+    "recipe": {"recipe": {}, SUPERVISED: {}},
+    "teachers": {
+        "guided start": _GUIDED,
+        SUPERVISED: {},
+        "without reward": _GUIDED | {"reward.weights": (0.0,)},
+        "own start": {},
+    },
+    "ways": {
+        "recipe": {},
+        "rate 5e-5": {"optim.backbone_lr": 5e-5},
+        "adapters": {"optim.backbone_lr": 5e-4, "tuning": "lora"},
+        "two updates": {"reward.updates": 2},
+        "spread of all": {"reward.by_spread": False},
+        "hardest tasks": {"reward.tasks": ("counting", "position", "color_attr")},
+    },
     "rates": {
         "rate 1e-4": _ONE_WAY | {"optim.backbone_lr": 1e-4},
         "rate 3e-4": _ONE_WAY,
@@ -45,14 +75,9 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "64 images": _ONE_WAY | {"batch_size": 64, "reward.group": 8},
         "no pull": _ONE_WAY | {"reward.kl": 0.0},
     },
-    "ways": {
-        "1e-4": _GPU,
-        "5e-5": _GPU | {"optim.backbone_lr": 5e-5},
-        "adapters 5e-4": _GPU | {"optim.backbone_lr": 5e-4, "tuning": "lora"},
-    },
 }
 """By name: settings by name, each options that differ from the recipe."""
-_KEPT = ("reward/", "policy/", "train/grad_norm", "seconds/")
+_KEPT = ("reward/", "policy/", "train/", "seconds/")
 
 
 @dataclass(frozen=True)
@@ -61,10 +86,14 @@ class RewardGrid:
 
     out: Path = Path("runs/reward-grid")
     """Folder of what is written."""
-    grid: Literal["recipe", "rates", "ways"] = "recipe"
-    """Which settings."""
+    grid: str = "recipe"
+    """Which settings: recipe, teachers, ways or rates."""
     recipe: str = "shapes-reward"
     """Recipe that they change."""
+    control: str = "shapes-control"
+    """Recipe of supervised fine-tuning."""
+    images: int = 6400
+    """Fresh scenes: what it reads, and whose held-out part all runs are watched on."""
     weights: str = ""
     """Model to start from; empty: the recipe's."""
     seeds: int = 2
@@ -73,12 +102,16 @@ class RewardGrid:
     """Runs at the same time."""
     minutes: float = 5.0
     """Of learning, in each run; scoring comes on top."""
-    steps: int = 1000
+    every: float = 10.0
+    """Minutes from scores to scores."""
+    steps: int = 100_000
     """At most."""
     prompts: int = 20
     """Of each task, that score a model."""
     samples: int = 4
     """Images of each of these."""
+    draw_batch: int = 96
+    """Images that are drawn at once to score it."""
     one: str = ""
     """For the program itself: the setting of one run."""
     seed: int = 0
@@ -87,6 +120,8 @@ class RewardGrid:
 
 def main() -> None:
     options = cli.parse(RewardGrid, __doc__)
+    if options.grid not in GRIDS:
+        raise UserError(f"unknown grid {options.grid!r}; choose from {', '.join(GRIDS)}")
     if options.one:
         run_one(options)
     else:
@@ -94,113 +129,169 @@ def main() -> None:
 
 
 # -- one run ---------------------------------------------------------------------------------------
-def configured(options: RewardGrid, run_dir: Path) -> RewardConfig:
+def rewarded(options: RewardGrid) -> RewardConfig:
     """The recipe with the setting's changes."""
-    changes = GRIDS[options.grid][options.one]
     config = reward_recipes.recipes()[options.recipe][1]
-    weights = options.weights or config.backbone.weights
-    parts: dict[str, dict[str, Any]] = {
-        "log": {"sample_every": 0},
-        "backbone": {"weights": weights},
-    }
-    own: dict[str, Any] = {"run_dir": run_dir, "seed": options.seed, "steps": options.steps}
-    for name, value in changes.items():
+    parts: dict[str, dict[str, Any]] = {"reward": {"watch": ()}}
+    own: dict[str, Any] = {}
+    for name, value in GRIDS[options.grid][options.one].items():
         part, dot, option = name.partition(".")
         if dot:
             parts.setdefault(part, {})[option] = value
         else:
             own[part] = value
     nested = {part: replace(getattr(config, part), **given) for part, given in parts.items()}
-    data = replace(config.data, cache_dir=run_dir / "cache")
-    return replace(config, **nested, **own, data=data)
+    return replace(config, **nested, **own)
+
+
+def configured(options: RewardGrid) -> TrainConfig:
+    """The run of this setting and seed."""
+    from t2i.training.recipes import recipes_for
+
+    config: TrainConfig = rewarded(options)
+    assert isinstance(config.data, DataOptions), "captioned scenes"
+    data = replace(config.data, source=f"shapes:{options.images}")  # the same is held out of it
+    if options.one == SUPERVISED:
+        config = recipes_for(DataOptions)[options.control][1]
+    return replace(
+        config,
+        run_dir=options.out / "work" / _name(options.one, options.seed),
+        seed=options.seed,
+        steps=options.steps,
+        data=replace(data, cache_dir=options.out / "cache"),
+        backbone=replace(config.backbone, weights=options.weights or config.backbone.weights),
+        log=replace(config.log, sample_every=0, validate_every=0, save_every=0, keep_last=1),
+    )
 
 
 def run_one(options: RewardGrid) -> None:
-    """Score, learn, score."""
+    """Score, learn, score, learn ..., or go on with that."""
     from t2i.imaging import save_png
     from t2i.reward.reward_run import RewardRun
     from t2i.training import run_state
     from t2i.training.engine import start_processes
+    from t2i.training.loop import Run
 
-    with tempfile.TemporaryDirectory(prefix="reward-grid-") as scratch:
-        config = configured(options, Path(scratch) / "run")
-        with run_state.owned(config, start_processes()):
-            run = RewardRun(config)
-            before, first = looked_at(run, options)
-            rows, started = [], time.perf_counter()
-            while run.step < options.steps and time.perf_counter() - started < 60 * options.minutes:
-                row = run.train_step()
-                rows.append({k: round(v, 5) for k, v in row.items() if k.startswith(_KEPT)})
-            seconds = time.perf_counter() - started
-            after, last = looked_at(run, options)
-    found: dict[str, Any] = {"setting": options.one, "changes": GRIDS[options.grid][options.one]}
-    found |= {"seed": options.seed, "steps": len(rows), "seconds": seconds}
-    found |= {"batch_size": config.batch_size, "before": before, "after": after, "rows": rows}
     name = _name(options.one, options.seed)
-    (options.out / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
-    if options.seed == 0 and options.one == next(iter(GRIDS[options.grid])):
-        save_png(first, options.out / "before.png")
-        save_png(last, options.out / "after.png")
+    path, config = options.out / f"{name}.json", configured(options)
+    found = read_json(path) if path.is_file() else {}
+    if found and (found["minutes"] >= options.minutes or found["steps"] >= options.steps):
+        return
+    config = replace(config, resume=found.get("steps", 0) > 0)
+    with run_state.owned(config, start_processes()):
+        run = RewardRun(config) if isinstance(config, RewardConfig) else Run(config)
+        run.learning_mode()
+        score = Scorer(run, options)
+        if not found:
+            changes = GRIDS[options.grid][options.one]
+            found = {"setting": options.one, "changes": changes, "seed": options.seed}
+            found |= {"steps": 0, "minutes": 0.0, "batch_size": config.batch_size, "rows": []}
+            start = options.out / "start.json"  # of all runs in this folder
+            if not start.is_file():
+                scores, sheet = score()
+                save_png(sheet, options.out / "start.png")
+                write_json(start, scores)
+            found["scores"] = [read_json(start)]
+            write_json(path, found)
+        while found["minutes"] < options.minutes and run.step < options.steps:
+            until = min(found["minutes"] + options.every, options.minutes)
+            while found["minutes"] < until and run.step < options.steps:
+                started = _seconds(run)
+                row = run.train_step()
+                found["minutes"] += (_seconds(run) - started) / 60
+                kept = {k: round(v, 5) for k, v in row.items() if k.startswith(_KEPT)}
+                found["rows"].append(kept)
+            scores, sheet = score()
+            found["scores"].append(scores | {"minutes": found["minutes"], "step": run.step})
+            found["steps"] = run.step
+            run.save()
+            save_png(sheet, options.out / f"{name}.png")
+            write_json(path, found)
 
 
-def looked_at(run, options: RewardGrid):
-    """Scores of the model as it is, and a sheet of images of its prompts."""
-    from t2i.generation import draw_images
-    from t2i.imaging import grid
-    from t2i.sampling import DrawOptions
-    from t2i.shapes.fine_tuning import examine
-    from t2i.shapes.shapes_prompts import benchmark_prompts
+def _seconds(run) -> float:
+    """The processor's, which others on the machine do not lengthen; the clock's beside a GPU."""
+    on_cpu = run.processes.device.type == "cpu"
+    return time.process_time() if on_cpu else time.perf_counter()
 
-    prompts = benchmark_prompts(per_tag=options.prompts)
-    found: dict[str, Any] = run.validate()
-    ways = {"unguided": run.config.reward.sampling, "guided": run.model.sampling}
-    for way, sampling in ways.items():
+
+class Scorer:
+    """Scores of a run's model as it is, and a sheet of images of its prompts."""
+
+    def __init__(self, run, options: RewardGrid):
+        import torch
+
+        from t2i.reward.panel import Panel
+        from t2i.reward.rewards import load_rewards
+        from t2i.reward.watch import Watch
+        from t2i.shapes.shapes_prompts import benchmark_prompts
+
+        self.run, self.options = run, options
+        config = replace(rewarded(options), seed=0)  # the same images of every run
+        watched = replace(config.reward, watch=("dpg",), watch_prompts=0, cfg_scale=1.0)
+        self.config = replace(config, reward=replace(watched, draw_batch=options.draw_batch))
+        rewards = load_rewards(("dpg",), watched, torch.device("cpu"))
+        panel = Panel(rewards, {"dpg": 1.0}, seconds=watched.seconds, constant=watched.constant)
+        self.watch = Watch(self.config, panel, run.processes)
+        self.prompts = benchmark_prompts(per_tag=options.prompts)
+
+    def __call__(self):
+        from t2i.generation import draw_images
+        from t2i.imaging import grid
+        from t2i.sampling import DrawOptions
+        from t2i.shapes.fine_tuning import examine
+
+        run, options, unguided = self.run, self.options, self.config.reward.sampling
+        found: dict[str, Any] = run.validate()
+        run.model.eval()
+        shown = [entry["prompt"] for entry in self.prompts[:: max(1, len(self.prompts) // 14)]][:14]
         with run.averaged():
-            report = examine(run.model, prompts, seed=0, samples=options.samples, sampling=sampling)
-        summary = report.report.summary
-        found[way] = summary.overall
-        found[f"{way} tasks"] = {tag: score.mean for tag, score in summary.tags.items()}
-    shown = [entry["prompt"] for entry in prompts[:: max(1, len(prompts) // 14)]][:14]
-    drawing = DrawOptions(0, run.config.reward.sampling)
-    with run.averaged():
-        images = [one.image for one in draw_images(run.model, shown, drawing, progress=False)]
-    labels = [text.removeprefix("a photo of ") for text in shown]
-    return found, grid(images, columns=7, labels=labels, cell=160)
+            found |= self.watch(run.model)
+            for way, sampling in {"unguided": unguided, "guided": run.model.sampling}.items():
+                how = {"samples": options.samples, "sampling": sampling}
+                how["batch_size"] = options.draw_batch
+                summary = examine(run.model, self.prompts, seed=0, **how).report.summary
+                found |= {way: summary.overall, f"{way} error": summary.overall_stderr}
+                found[f"{way} tasks"] = {tag: score.mean for tag, score in summary.tags.items()}
+            drawing = DrawOptions(0, unguided)
+            images = [one.image for one in draw_images(run.model, shown, drawing, progress=False)]
+        run.learning_mode()
+        labels = [text.removeprefix("a photo of ") for text in shown]
+        return found, grid(images, columns=7, labels=labels, cell=160)
 
 
 # -- all runs --------------------------------------------------------------------------------------
 def run_all(options: RewardGrid) -> None:
-    """Every setting with every seed, so many at the same time."""
+    """Every setting with every seed, so many at the same time; what is done is kept."""
     options.out.mkdir(parents=True, exist_ok=True)
     waiting = [(name, seed) for seed in range(options.seeds) for name in GRIDS[options.grid]]
     running: dict[tuple[str, int], subprocess.Popen] = {}
     failed = []
-    while waiting or running:
-        while waiting and len(running) < options.processes:
-            name, seed = waiting.pop(0)
-            running[name, seed] = _start(options, name, seed)
-        time.sleep(0.5)
-        for job, process in list(running.items()):
-            if process.poll() is not None:
-                del running[job]
-                if process.returncode:
-                    failed.append(job)
-    print(collect(options))
+    with owning(options.out, "grid of rewards"):
+        while waiting or running:
+            while waiting and len(running) < options.processes:
+                name, seed = waiting.pop(0)
+                running[name, seed] = _start(options, name, seed)
+            time.sleep(0.5)
+            for job, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    if process.returncode:
+                        failed.append(job)
+        print(collect(options))
     if failed:
         raise UserError(f"{len(failed)} runs failed: {failed}; see {options.out}/*.log")
 
 
 def _start(options: RewardGrid, name: str, seed: int) -> subprocess.Popen:
-    given: dict[str, Any] = {"out": options.out, "grid": options.grid, "recipe": options.recipe}
-    given |= {
-        "prompts": options.prompts,
-        "minutes": options.minutes,
-        "steps": options.steps,
-        "samples": options.samples,
-    }
-    given |= {"one": name, "seed": seed} | ({"weights": options.weights} if options.weights else {})
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    with (options.out / f"{_name(name, seed)}.log").open("w", encoding="utf-8") as file:
+    given = vars(options) | {"one": name, "seed": seed}
+    words = [
+        word
+        for key, value in given.items()
+        if value != ""
+        for word in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    with (options.out / f"{_name(name, seed)}.log").open("a", encoding="utf-8") as file:
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         return subprocess.Popen(
             [sys.executable, __file__, *words], stdout=file, stderr=file, env=environment
@@ -213,36 +304,47 @@ def _name(setting: str, seed: int) -> str:
 
 def collect(options: RewardGrid) -> str:
     """All runs into one file, and a table of them."""
-    parts = sorted(options.out.glob("*-seed*.json"))
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
+    runs = [read_json(path) for path in sorted(options.out.glob("*-seed*.json"))]
     (options.out / "reward_grid.json").write_text(json.dumps(runs), encoding="utf-8")
-    for path in parts:
-        path.unlink()
-    if runs:
-        save_chart(curves(runs), options.out / "curve")
+    for name, chart in curves(runs).items():
+        if chart.series:
+            save_chart(chart, options.out / name)
     columns = ("unguided", "guided", "watch/dpg", "watch/diversity", "validation/own_drafts/slot0")
-    lines = ["| setting | seed | steps | images | seconds | " + " | ".join(columns) + " | kl |"]
-    lines.append("|---|" + "---|" * (len(columns) + 5))
+    lines = ["| setting | seed | steps | minutes | " + " | ".join(columns) + " | kl |"]
+    lines.append("|---|" + "---|" * (len(columns) + 4))
     for run in sorted(runs, key=lambda run: (run["setting"], run["seed"])):
-        cells = [run["setting"], run["seed"], run["steps"], run["steps"] * run["batch_size"]]
-        cells += [f"{run['seconds']:.0f}"]
-        cells += [f"{run['before'][c]:.3f} -> {run['after'][c]:.3f}" for c in columns]
-        cells += [f"{run['rows'][-1]['policy/kl']:.3f}"]
+        first, last = run["scores"][0], run["scores"][-1]
+        cells = [run["setting"], run["seed"], run["steps"], f"{run['minutes']:.1f}"]
+        cells += [f"{first[c]:.3f} -> {last[c]:.3f}" for c in columns]
+        divergence = run["rows"][-1].get("policy/kl") if run["rows"] else None
+        cells += ["" if divergence is None else f"{divergence:.3f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def curves(runs: list[dict]) -> Chart:
-    """Every run's mean reward against images, the mean of ten steps at a time."""
+def curves(runs: list[dict]) -> dict[str, Chart]:
+    """Every run's unguided score against its minutes, and the mean reward of what it drew, of ten
+    steps at a time.
+    """
     settings = list(dict.fromkeys(run["setting"] for run in runs))
-    series = []
+    scores, rewards = [], []
     for run in runs:
-        values = [row["reward/mean"] for row in run["rows"]]
+        name, color = f"{run['setting']}, seed {run['seed']}", settings.index(run["setting"])
+        marks = [(one.get("minutes", 0.0), one["unguided"]) for one in run.get("scores", ())]
+        if marks:
+            scores.append(Series(name, tuple(marks), color))
+        values = [row["reward/mean"] for row in run["rows"] if "reward/mean" in row]
         means = [fmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
         points = tuple(((i + 1) * run["batch_size"], mean) for i, mean in enumerate(means))
-        name = f"{run['setting']}, seed {run['seed']}"
-        series.append(Series(name, points[4:] or points, settings.index(run["setting"])))
-    return Chart("Reward", "images drawn", "mean of what is drawn, over ten steps", tuple(series))
+        if points:  # supervised runs draw nothing
+            rewards.append(Series(name, points[4:] or points, color))
+    title, axis = "Unseen prompts, unguided", "minutes of one core"
+    return {
+        "scores": Chart(title, axis, "GenEval", tuple(scores)),
+        "rewards": Chart(
+            "Reward", "images drawn", "mean of what is drawn, over ten steps", tuple(rewards)
+        ),
+    }
 
 
 if __name__ == "__main__":

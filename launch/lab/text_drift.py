@@ -25,6 +25,7 @@ from t2i.files import write_json
 
 if TYPE_CHECKING:
     from t2i.models.base import Backbone
+    from t2i.reward.watch import Drift
 
 TEXTS = (
     "What is shown in this picture? A red circle stands left of a blue square.",
@@ -49,44 +50,22 @@ class TextDrift:
     """auto, cpu or cuda."""
 
 
-@dataclass(frozen=True)
-class Drift:
-    """Of one text."""
-
-    words: int
-    kl: float
-    """Mean over positions, nats."""
-    entropy: float
-    """Of the distributions before, nats."""
-    changed: float
-    """Share of positions where the likeliest word is another."""
-    largest: float
-    """Change of a logit."""
-
-
-def drift(backbone: "Backbone", text: str) -> Drift:
+def drift_of(backbone: "Backbone", text: str) -> "Drift":
     """With the backbone's adapters on, against off."""
     import torch
 
     from t2i.lora import without_lora
     from t2i.models.janus.janus_model import Janus
+    from t2i.reward.watch import drift
 
     assert isinstance(backbone, Janus)
     # As a question to Janus: without the begin-of-image that asks for a picture.
     ids = torch.tensor([backbone.prompts.encode([text])[0][:-1]], device=backbone.device)
     with torch.no_grad():
-        after = backbone.text_logits(ids)[0].float()
+        after = backbone.text_logits(ids)[0]
         with without_lora(backbone):
-            before = backbone.text_logits(ids)[0].float()
-    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
-    p = log_p.exp()
-    return Drift(
-        words=ids.shape[1],
-        kl=float((p * (log_p - log_q)).sum(-1).mean()),
-        entropy=float(-(p * log_p).sum(-1).mean()),
-        changed=float((before.argmax(-1) != after.argmax(-1)).float().mean()),
-        largest=float((after - before).abs().max()),
-    )
+            before = backbone.text_logits(ids)[0]
+    return drift(before, after)
 
 
 def main() -> None:
@@ -99,7 +78,7 @@ def main() -> None:
         raise UserError(f"{config.ckpt} is no run with LoRA on Janus")
     own = config.texts
     texts = TEXTS if own is None else own.read_text(encoding="utf-8").splitlines()
-    found = {text: drift(backbone, text) for text in texts if text.strip()}
+    found = {text: drift_of(backbone, text) for text in texts if text.strip()}
     head = "| text | words | KL | entropy before | other likeliest word | largest change |"
     rows = [
         [

@@ -44,6 +44,12 @@ class RewardOptions:
     """The ratio of an image code's probabilities counts from 1 - clip to 1 + clip only."""
     kl: float = 0.02
     """Weight of the distance to the start, in nats per code."""
+    start_cfg_scale: float | None = None
+    """Guidance of the start, in that distance; None: cfg_scale. With guidance, what is drawn
+    unguided learns to be like what the start draws guided.
+    """
+    start_temperature: float | None = None
+    """Temperature of the start, in that distance; None: temperature."""
     by_spread: bool = True
     """Divide advantages by the spread of their group (GRPO), not by the mean spread of all."""
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
@@ -90,21 +96,17 @@ class RewardOptions:
             )
         if unknown := [name for name in self.watch if name not in BUILT_IN]:
             raise UserError(f"reward.watch: {unknown[0]!r} is none of {', '.join(BUILT_IN)}")
-        counts = {"group": self.group - 1, "updates": self.updates, "constant": self.constant}
-        counts |= {"draw_batch": self.draw_batch, "watch_images": self.watch_images}
-        for name, count in counts.items():
-            if count < 1:
-                least = 2 if name == "group" else 1
-                raise UserError(f"reward.{name} must be at least {least}")
-        for name in ("kl", "watch_prompts", "workers"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"reward.{name}={getattr(self, name)} must not be negative")
-        for name in ("clip", "temperature", "seconds"):
-            if not 0 < getattr(self, name) < math.inf:
+        least = {"group": 2, "kl": 0, "watch_prompts": 0, "workers": 0}
+        least |= dict.fromkeys(("updates", "constant", "draw_batch", "watch_images"), 1)
+        for name, bound in least.items():
+            if not bound <= getattr(self, name) < math.inf:
+                raise UserError(f"reward.{name}={getattr(self, name)} must be at least {bound}")
+        for name in ("clip", "temperature", "start_temperature", "seconds"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must be above 0")
         if not self.tasks:
             raise UserError("reward.tasks is empty: name some of GenEval's tasks")
-        self.sampling  # noqa: B018 (raises for guidance below 1)
+        self.sampling, self.teacher  # noqa: B018 (raise for guidance below 1)
 
     def weighted(self) -> dict[str, float]:
         """Each function's weight."""
@@ -116,6 +118,15 @@ class RewardOptions:
         they remove from learning, too.
         """
         return SamplingConfig(cfg_scale=self.cfg_scale, temperature=self.temperature)
+
+    @property
+    def teacher(self) -> SamplingConfig | None:
+        """How the start draws, if not as the run does."""
+        if self.start_cfg_scale is None and self.start_temperature is None:
+            return None
+        scale = self.cfg_scale if self.start_cfg_scale is None else self.start_cfg_scale
+        own = self.start_temperature
+        return SamplingConfig(scale, temperature=self.temperature if own is None else own)
 
     @property
     def world(self) -> str:

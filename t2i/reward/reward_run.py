@@ -7,7 +7,7 @@ from the same numbers.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +22,19 @@ from t2i.generation import Drawn, draw_images
 from t2i.imaging import grid, save_png
 from t2i.reward.options import RewardConfig
 from t2i.reward.panel import Panel, RewardError
-from t2i.reward.policy import SUMS, DrawnBatch, PolicyLoss, Start, advantages, score_codes
+from t2i.reward.policy import (
+    SUMS,
+    Distributions,
+    DrawnBatch,
+    PolicyLoss,
+    Start,
+    advantages,
+    code_distributions,
+    score_codes,
+)
 from t2i.reward.prompts import training_prompts
 from t2i.reward.rewards import load_rewards
-from t2i.reward.watch import Watch, text_drift, together
+from t2i.reward.watch import Watch, text_kl, together
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
 from t2i.training import loop, run_state
@@ -53,7 +62,7 @@ class Round:
     """fp64, the weighted sums."""
     advantages_PG: Tensor
     kept_P: Tensor
-    """Which groups are learned from."""
+    """Which groups have a spread."""
 
 
 class RewardRun(loop.Run):
@@ -100,7 +109,9 @@ class RewardRun(loop.Run):
         times.append(time.perf_counter())
         self.round = found = self._judge(*drawn)
         times.append(time.perf_counter())
-        batches = list(self._batches(found))
+        batches: Iterable[DrawnBatch] = self._batches(found)
+        if config.reward.updates > 1:
+            batches = list(batches)
         for _ in range(config.reward.updates):
             totals, norm = self._update(batches)
         total_norm = self._count_step(norm)
@@ -116,10 +127,7 @@ class RewardRun(loop.Run):
             "reward/group_std": float(found.rewards_PG.std(1, correction=0).mean()),
             **{f"reward/by/{name}": sum(v) / len(v) for name, v in found.values.items()},
             "reward/dropped_groups": 1 - float(found.kept_P.double().mean()),
-            "policy/entropy": means["entropy"],
-            "policy/kl": means["kl"],
-            "policy/clipped": means["clipped"],
-            "policy/ratio_off": means["ratio_off"],
+            **{f"policy/{name}": means[name] for name in SUMS[1:-1]},
             "train/loss": means["loss"],
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
@@ -166,21 +174,28 @@ class RewardRun(loop.Run):
         # DeepSpeed takes the mean over all passes of all processes, each of which has as many, with
         # images or without: what comes of it is the mean over the images kept.
         count = config.batch_size // config.engine.micro_batch
-        kept = found.kept_P[image[:, 0]].float()
-        share = kept * count / max(1, int(found.kept_P.sum()) * config.reward.group)
+        teacher = config.reward.teacher
+        # A guided start has something to say of every image, whatever its reward.
+        kept_P = found.kept_P if teacher is None else torch.ones_like(found.kept_P)
+        kept = kept_P[image[:, 0]].float()
+        share = kept * count / max(1, int(kept_P.sum()) * config.reward.group)
         for rows in kept.nonzero()[:, 0].tensor_split(count // self.processes.world_size):
             rows = rows if len(rows) else torch.tensor([0])
             of = image[rows, 0].to(device)
             own = {name: value.to(device)[of] for name, value in prepared.items()}
             drawn = windows[rows].to(device)
             scored = (self.model, own, drawn, config.reward.sampling)
+            start: Tensor | Distributions
             with self.start.applied():
-                start = score_codes(*scored).log_p
+                if teacher is None:
+                    start = score_codes(*scored).log_p
+                else:
+                    start = code_distributions(*scored[:3], teacher)
             before = score_codes(*scored).log_p if config.reward.updates > 1 else None
             gain, part = gains[rows].to(device), share[rows].to(device)
             yield DrawnBatch(drawn, own, gain, part, start, before)
 
-    def _update(self, batches: list[DrawnBatch]) -> tuple[Tensor, Tensor | None]:
+    def _update(self, batches: Iterable[DrawnBatch]) -> tuple[Tensor, Tensor | None]:
         """An optimizer step; returns `SUMS` of all processes, and the gradient's norm if known."""
         parts = []
         for batch in batches:
@@ -228,7 +243,7 @@ class RewardRun(loop.Run):
         """The held-out losses, and what `t2i.reward.watch` looks at."""
         found = super().validate()
         with self.averaged():
-            found |= self.watcher(self.model) | text_drift(self.model, self.start)
+            found |= self.watcher(self.model) | text_kl(self.model, self.start)
         return found
 
     def judged_by(self, metrics: dict[str, float]) -> float:

@@ -3,6 +3,7 @@ says of fixed texts. Drawn as the run draws, at fixed prompts and random numbers
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -118,19 +119,45 @@ def diversity(by_prompt: Mapping[int, list[Tensor]]) -> dict[str, float]:
     return found | ({"watch/diversity": sum(pairs) / len(pairs)} if pairs else {})
 
 
+@dataclass(frozen=True)
+class Drift:
+    """How a model that also writes continues a text, against how it did before."""
+
+    words: int
+    kl: float
+    """From before, the mean over positions, nats."""
+    entropy: float
+    """Of the distributions before, nats."""
+    changed: float
+    """Share of positions where the likeliest word is another."""
+    largest: float
+    """Change of a logit."""
+
+
+def drift(before: Tensor, after: Tensor) -> Drift:
+    """Of logits [L, words]."""
+    before, after = before.float(), after.float()
+    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+    p = log_p.exp()
+    return Drift(
+        words=len(before),
+        kl=float((p * (log_p - log_q)).sum(-1).mean()),
+        entropy=float(-(p * log_p).sum(-1).mean()),
+        changed=float((before.argmax(-1) != after.argmax(-1)).float().mean()),
+        largest=float((after - before).abs().max()),
+    )
+
+
 @torch.no_grad()
-def text_drift(model: TensorAR, start: Start) -> dict[str, float]:
-    """How far a model that also writes has come from the start: the divergence of its next word in
-    fixed texts, in nats; nothing where it does not write.
-    """
+def text_kl(model: TensorAR, start: Start) -> dict[str, float]:
+    """The drift from the start in the backbone's fixed texts; nothing where it does not write."""
     now = model.backbone.fixed_text_logits()
     if now is None:
         return {}
     with start.applied():
         before = model.backbone.fixed_text_logits()
     assert before is not None, "the same model"
-    now, before = now.float().log_softmax(-1), before.float().log_softmax(-1)
-    return {"watch/text_kl": float((before.exp() * (before - now)).sum(-1).mean())}
+    return {"watch/text_kl": drift(before, now).kl}
 
 
 def together(processes: Processes, work: Callable[[], Any]) -> list:

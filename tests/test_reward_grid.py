@@ -1,0 +1,28 @@
+"""The grid of reward fine-tuning: supervised runs beside it, and what was ended goes on."""
+
+from dataclasses import replace
+
+import pytest
+
+from launch.lab.reward_grid import SUPERVISED, RewardGrid, collect, run_one
+from t2i.files import read_json
+
+
+@pytest.mark.slow
+def test_runs_are_scored_alike_and_go_on(tiny_world, tmp_path):
+    common = {"out": tmp_path, "grid": "recipe", "weights": str(tiny_world / "base")}
+    common |= {"images": 192, "prompts": 1, "samples": 1, "minutes": 1e-6, "every": 1e-6}
+    taught = RewardGrid(**common, one="recipe")
+    for options in (taught, RewardGrid(**common, one=SUPERVISED), taught):
+        run_one(options)
+    found = read_json(tmp_path / "recipe-seed0.json")
+    control = read_json(tmp_path / f"{SUPERVISED}-seed0.json")
+    assert found["steps"] == control["steps"] == 1, "what is done is not done again"
+    assert found["scores"][0] == control["scores"][0] == read_json(tmp_path / "start.json")
+    assert found["scores"][0].keys() < found["scores"][1].keys()
+    run_one(replace(taught, minutes=1000.0, every=1000.0, steps=2))
+    more = read_json(tmp_path / "recipe-seed0.json")
+    assert more["steps"] == 2 == len(more["rows"]) and more["scores"][:2] == found["scores"]
+    table = collect(taught)
+    assert "| recipe | 0 | 2 |" in table and f"| {SUPERVISED} | 0 | 1 |" in table
+    assert (tmp_path / "scores.svg").is_file() and (tmp_path / "rewards.svg").is_file()
