@@ -26,10 +26,11 @@ from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
-from t2i.training.memory import size_report
+from t2i.training.memory import readable_size, size_report
 from t2i.training.open_data import labelled_sources, open_data, open_labelled
 from t2i.training.plan import Plan, about_settings, peak_rates, plan_run
 from t2i.training.run_state import check_resumable, claim_run_dir
+from t2i.training.scale import checkpoint_bytes
 from t2i.training.start import build_model
 
 
@@ -111,13 +112,17 @@ def check(
         lines, warnings = _captioned(config.data, source, total, model.backbone)
     plan = plan_run(config, total, world_size)
     size, too_much = size_report(model, config, plan, world_size)
+    weights, state = map(readable_size, checkpoint_bytes(model, config))
     sections = {
         "data": lines,
         "batch": _batch_lines(config, plan, world_size),
         "when": _when_lines(config, plan),
         **size,
         **({} if more is None else more(model, plan)),
-        "run folder": [str(config.run_dir)],
+        "run folder": [
+            str(config.run_dir),
+            f"a checkpoint  {weights} of weights, {state} of training state",
+        ],
     }
     warnings += too_much
     warnings += [] if plan is None else about_settings(config, plan)
