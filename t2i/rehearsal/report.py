@@ -61,7 +61,7 @@ def table(rows: Mapping[str, Mapping], about: Mapping[str, str]) -> str:
         said = rows.get(f"check-{tuning}", {}).get("predicted") if kind != "check" else None
         predicted = off = disk_off = ""
         if said and kind in ("train", "resume"):
-            predicted, disk_off = _gb(said["peak"]), _off(row["bytes"], said["saved"])
+            predicted, disk_off = _gb(said["peak"]), _off(row["bytes"], said.get("saved", 0))
             if empty.get("done"):
                 off = _off(row["resident"] - empty["resident"], said["peak"])
         disk = _gb(row["bytes"]) if "bytes" in row else ""
