@@ -171,7 +171,7 @@ class Stages:
             PYTHONPATH=str(ROOT),
             HF_HUB_OFFLINE="1",
             T2I_CACHE=str(self.out / "cache" / "hashes"),
-            MALLOC_MMAP_THRESHOLD_=str(1 << 17),  # what is freed is given back, not kept in the heap
+            MALLOC_MMAP_THRESHOLD_="131072",  # what is freed is given back, not kept
         )
         row: dict = {"done": found.code == 0, **asdict(found)}
         if place is not None and found.code == 0:

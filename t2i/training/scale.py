@@ -103,10 +103,8 @@ def checkpoint_bytes(model: TensorAR, config: TrainConfig) -> tuple[float, float
     whole = trained
     if config.tuning == "full":
         whole = codec + sum(t.numel() for t in model.backbone.official_state_dict().values())
-    weight = weight_bytes(config)
-    # DeepSpeed keeps trained weights, both moments, and the fp32 copy that ZeRO trains.
-    optimizer = 8 if config.engine.zero_stage == 0 else 12
-    return whole * weight, trained * (weight + optimizer)
+    # The state holds weights, both moments and the moving average, all in fp32 (`state.py`).
+    return whole * weight_bytes(config), trained * (16 if config.ema else 12)
 
 
 def _cache_bytes(config: TrainConfig, cluster: Cluster, model: TensorAR, samples: int) -> float:
