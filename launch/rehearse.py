@@ -154,6 +154,7 @@ class Stages:
         return [name for name in STAGES if name in todo]
 
     def _measure(self, name: str) -> dict:
+        from t2i.checkpoint import run_checkpoints
         from t2i.rehearsal.measured import run_measured
         from t2i.rehearsal.report import predictions
 
@@ -170,10 +171,12 @@ class Stages:
             PYTHONPATH=str(ROOT),
             HF_HUB_OFFLINE="1",
             T2I_CACHE=str(self.out / "cache" / "hashes"),
+            MALLOC_MMAP_THRESHOLD_="131072",  # what is freed is given back, not kept
         )
         row: dict = {"done": found.code == 0, **asdict(found)}
         if place is not None and found.code == 0:
-            row["bytes"] = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+            saved = run_checkpoints(place)[-1:] or [place]  # of a run its newest checkpoint alone
+            row["bytes"] = sum(p.stat().st_size for p in saved[0].rglob("*") if p.is_file())
         if kind == "check" and found.code == 0:
             row["predicted"] = predictions(found.output)
         return row

@@ -144,7 +144,8 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
     if weights != folder:
         place = weights.name
         write_json(folder / "config.json", _backbone_folder(model, files, weights, folder))
-    parts = [Part("base", place, _size(weights))]
+    stored = str(dtype).removeprefix("torch.")
+    parts = [Part("base", f"{place} ({stored})", _size(weights))]
     if (folder / _TOKENIZER).exists():
         parts.append(Part("image tokenizer", _TOKENIZER, _size(folder / _TOKENIZER)))
     if files.text_encoder is not None:

@@ -144,6 +144,7 @@ def test_published_text_models_need_no_files(name, no_files, tmp_path):
     )
     report = check(config)
     assert "peak, and a tenth more" in report and "  work: " in report
+    assert "  a checkpoint  " in report and " of training state" in report
     assert "sample sheet  at step 0 and every" in report
 
 

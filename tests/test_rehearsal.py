@@ -146,6 +146,9 @@ REPORT = """memory per process: in all
   what lives for a moment           22.0 MB
   while images are encoded          3.00 GB, before there is an optimizer
   peak, and a tenth more            3.87 GB (computed from shapes, not measured)
+run folder
+  runs/x
+  a checkpoint  500.0 MB of weights, 1.50 GB of training state
 """
 
 
@@ -213,16 +216,18 @@ def test_what_does_not_fit_is_not_tried(run, tmp_path):
     assert "left out: needs 3.5 GB" in (tmp_path / "table.md").read_text()
 
 
-def test_predictions_are_compared_beyond_an_empty_process():
+def test_memory_is_compared_beyond_an_empty_process_and_what_is_far_off_is_bold():
     said = predictions(REPORT)
-    assert said["peak"] == 2e9 + 5e8 + 1e9 + 22e6
+    assert said["peak"] == 2e9 + 5e8 + 1e9 + 22e6 and said["saved"] == 2e9
     row = {"done": True, "seconds": 1, "cpu_seconds": 1, "resident": 1e9, "own": 1e9, "read": 0}
+    row["bytes"] = 2.4e9
     rows = {
         "libraries": row,
         "check-full": row | {"predicted": said},
         "train-full": row | {"resident": 1e9 + 1.1 * said["peak"]},
     }
-    assert "| 3.52 GB | +10% |" in table(rows, STAGES).splitlines()[-1]
+    line = table(rows, STAGES).splitlines()[-1]
+    assert "| 3.52 GB | +10% |" in line and line.endswith("| 2.40 GB | **+20%** |")
     rows["libraries"] = row | {"done": False, "code": 1}
     assert "| 3.52 GB |  |" in table(rows, STAGES).splitlines()[-1], "compared with half a process"
 

@@ -87,6 +87,7 @@ def test_the_program(capsys, monkeypatch):
         {"tuning": "lora"},
         {"engine__precision": "bf16", "engine__zero_stage": 2},
         {"tuning": "lora", "engine__precision": "bf16", "engine__zero_stage": 1},
+        {"engine__zero_stage": 1, "ema": 0.9},
     ],
 )
 def test_checkpoints_have_the_size_that_was_said(changes, tiny_world):
@@ -102,4 +103,4 @@ def test_checkpoints_have_the_size_that_was_said(changes, tiny_world):
         if path.suffix == ".safetensors" and path.parent.name != "training_state"
     )
     assert weights == pytest.approx(model, rel=0.15)
-    assert of_state == pytest.approx(state, rel=0.15)
+    assert of_state == pytest.approx(state, rel=0.05)

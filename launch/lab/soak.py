@@ -86,8 +86,8 @@ def main() -> None:
 
 
 def _row(name: str, fault: str, case, world) -> dict:
-    from launch.lab.soak_faults import Skipped
     from launch.lab.soak_processes import end_launched
+    from launch.lab.soak_world import Skipped
 
     begin = time.monotonic()
     row = {"case": name, "fault": fault, "date": time.strftime("%Y-%m-%d")}

@@ -21,6 +21,8 @@ from launch.lab.soak_processes import (
     fork,
     launched,
     reference,
+    train,
+    wait_for_step,
     wait_until,
 )
 from launch.lab.soak_ways import chain, grid
@@ -42,10 +44,6 @@ _NO_ROOM = "no space is left on the disk"
 SAMPLE_IMAGENET = ROOT / "launch" / "sample_imagenet.py"
 
 
-class Skipped(Exception):
-    """This machine, or this user, cannot do it."""
-
-
 Case = Callable[[World], Outcome]
 
 
@@ -57,17 +55,14 @@ def kills(world: World, count: int, processes: int) -> Outcome:
     moments, facts, same = world.moments(name), {"in a save": 0, "before step 1": 0}, []
     done = lost = 0
     while done < count:
-        newest = newest_step(run_dir)
-        resume = ["--resume"] if (run_dir / "config.json").exists() else []
-        begin = time.time()
-        run = fork(world, name, [*world.words(name), *resume], count=processes)
-        in_save = done % 3 == 2
-        if in_save:
-            _wait_for_a_save(run, run_dir, begin, world.patience)
+        newest, begin = newest_step(run_dir), time.time()
+        run = train(world, name, resume=(run_dir / "config.json").exists(), count=processes)
+        if done % 3 == 2:
+            _wait(world, run, partial(_saving, run_dir, begin))
             time.sleep(moments.random() * 0.03)
         else:
             if moments.random() > 0.3:  # or in the start
-                _wait_for_a_step(run, run_dir, world.patience)
+                _wait(world, run, partial(_stepped, run_dir, steps_logged(run_dir)))
             time.sleep(moments.random() * 1.5)
         saving, alive = _saving(run_dir, begin), run.alive()
         run.kill()
@@ -89,8 +84,8 @@ def kills(world: World, count: int, processes: int) -> Outcome:
     return Outcome(seen, lost <= SAVE_EVERY, same=all(same), facts=facts)
 
 
-def _wait_for_a_save(run: Started, run_dir: Path, begin: float, patience: float) -> None:
-    wait_until(lambda: _saving(run_dir, begin) or not run.alive(), patience)
+def _wait(world: World, run: Started, condition: Callable[[], bool]) -> None:
+    wait_until(lambda: condition() or not run.alive(), world.patience)
 
 
 def _saving(run_dir: Path, begin: float) -> bool:
@@ -102,9 +97,8 @@ def _saving(run_dir: Path, begin: float) -> bool:
     return False
 
 
-def _wait_for_a_step(run: Started, run_dir: Path, patience: float) -> None:
-    before = steps_logged(run_dir)
-    wait_until(lambda: steps_logged(run_dir) != before or not run.alive(), patience)
+def _stepped(run_dir: Path, before: int) -> bool:
+    return steps_logged(run_dir) != before
 
 
 # -- full disks ------------------------------------------------------------------------------------
@@ -117,87 +111,57 @@ def full_save(world: World, count: int) -> Outcome:
     expected = reference(world, count)
     one = _bytes(run_checkpoints(world.run_dir(f"undisturbed-{count}"))[-1])
     with small_disk(world, int(2.5 * one)) as grow:
-        if grow is None:
-            raise Skipped("mounting a small file system needs root")
-        run_dir = world.folder / "disk" / "run"
-        name, options = f"full-save-{count}", {"run_dir": run_dir, "log_keep_best": "False"}
-        words = _flags(world.words(name, **options))
+        name, run_dir = f"full-save-{count}", world.folder / "disk" / "run"
+        words = world.words(name, run_dir=run_dir, log_keep_best=False)
         run = launched(world, name, words, by="process" if count == 1 else "torchrun")
-        code = run.code(world.patience * 5)
-        before = newest_step(run_dir)
+        ended, said, before = run.codes() == [1], run.said(_NO_ROOM), newest_step(run_dir)
         healthy = newest_healthy(run_dir) is not None and not any(run_dir.rglob("*.partial"))
         grow(20 * one)
-        words = _flags([*world.words(name, run_dir=run_dir), "--resume"])
-        again = fork(world, f"{name}-again", words, count=count)
-        assert again.codes(world.patience * 5) == [0] * count
+        train(world, name, resume=True, count=count, run_dir=run_dir).end_with(0)
         mine = fingerprint(run_dir)
         same = all(mine[k] == v for k, v in expected.items() if not k.startswith("best/"))
-        said = run.said(_NO_ROOM)
-        held = code == 1 and bool(said) and healthy and before >= SAVE_EVERY
+        held = ended and bool(said) and healthy and before >= SAVE_EVERY
         return Outcome(said, held, same=same, facts={"newest then": before})
-
-
-def _flags(words: list[str]) -> list[str]:
-    """The parser's way to say no."""
-    if "--log.keep-best" in words:
-        at = words.index("--log.keep-best")
-        words[at : at + 2] = ["--log.no-keep-best"]
-    return words
 
 
 def full_cache(world: World) -> Outcome:
     """The disk fills up while a shard of codes is written."""
-    reference(world, 1)
     with small_disk(world, 4096 * 4) as grow:
-        if grow is None:
-            raise Skipped("mounting a small file system needs root")
         name, cache = "full-cache", world.folder / "disk" / "cache"
         fresh(world, name)
-        words = world.words(name, data_cache_dir=cache)
-        run = fork(world, name, words)
-        code = run.code(world.patience * 5)
+        run = train(world, name, data_cache_dir=cache)
+        ended, said = run.codes() == [1], run.said(_NO_ROOM)
         torn = list(cache.rglob("*.tmp"))
         grow(64 << 20)
-        assert fork(world, f"{name}-again", words).codes(world.patience * 5) == [0]
+        train(world, name, data_cache_dir=cache).end_with(0)
         same = fingerprint(world.run_dir(name)) == reference(world, 1)
-        said = run.said(_NO_ROOM)
-        return Outcome(said, code == 1 and bool(said) and not torn, same=same)
+        return Outcome(said, ended and bool(said) and not torn, same=same)
 
 
 def full_evaluation(world: World) -> Outcome:
     """The disk fills up while images are drawn, and judged where they are of captions."""
     reference(world, 1)
-    checkpoint = ["--ckpt", str(world.run_dir("undisturbed-1"))]
+    words = ["--ckpt", str(world.run_dir("undisturbed-1"))]
     if world.model.classes:
         program, place, result = SAMPLE_IMAGENET, "images.npz", "images.npz"
-        words = [*checkpoint, "--count", "200", "--batch-size", "40"]
+        words += ["--count", "200", "--batch-size", "40"]
     else:
         program, place, result = GENEVAL, "geneval", "geneval/results.jsonl"
-        words = [*checkpoint, "--prompts", "shapes", "--limit", "12", "--samples", "2"]
-        words += ["--batch-size", "4"]
+        words += ["--prompts", "shapes", "--limit", "12", "--samples", "2", "--batch-size", "4"]
 
     def draw(name: str, folder: Path) -> Started:
         return fork(world, name, [*words, "--out", str(folder / place)], program=program)
 
-    roomy = world.folder / "roomy"
-    if not (roomy / result).exists():
-        shutil.rmtree(roomy, ignore_errors=True)
-        whole = draw("roomy-evaluation", roomy)
-        assert whole.codes(world.patience * 5) == [0], whole.text()[-2000:]
+    roomy, disk = world.folder / "roomy", world.folder / "disk"
+    shutil.rmtree(roomy, ignore_errors=True)
+    draw("roomy-evaluation", roomy).end_with(0)
     with small_disk(world, 4096 * 24) as grow:
-        if grow is None:
-            raise Skipped("mounting a small file system needs root")
-        disk = world.folder / "disk"
         run = draw("full-evaluation", disk)
-        code = run.code(world.patience * 5)
-        kept = len(list(disk.rglob("*.png")))
+        ended, said, kept = run.codes() == [1], run.said(_NO_ROOM), len(list(disk.rglob("*.png")))
         grow(64 << 20)
-        again = draw("full-evaluation-2", disk)
-        assert again.codes(world.patience * 5) == [0], again.text()[-2000:]
+        draw("full-evaluation-2", disk).end_with(0)
         same = (disk / result).read_bytes() == (roomy / result).read_bytes()
-        said = run.said(_NO_ROOM)
-        held = code == 1 and bool(said)
-        return Outcome(said, held, same=same, facts={"images kept": kept})
+        return Outcome(said, ended and bool(said), same=same, facts={"images kept": kept})
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -224,11 +188,10 @@ def damaged(world: World, how: Callable[[Path], None]) -> Outcome:
     shutil.copytree(world.run_dir("undisturbed-1"), run_dir)
     before, newest = run_checkpoints(run_dir)[-2:]
     how(newest)
-    run = fork(world, name, [*world.words(name), "--resume"])
-    code = run.code(world.patience * 5)
+    run = train(world, name, resume=True)
+    run.end_with(0)
     said = str(newest) in run.text() and f"going back to {before}" in run.text()
-    same = fingerprint(run_dir) == expected
-    return Outcome(run.said("passed over"), code == 0 and said, same=same)
+    return Outcome(run.said("passed over"), said, same=fingerprint(run_dir) == expected)
 
 
 # -- numbers that are none -------------------------------------------------------------------------
@@ -272,11 +235,11 @@ def not_finite(world: World, what: str, value: float) -> Outcome:
         else:
             mock.patch.object(Checkpoints, "save", spoilt_save).start()
 
-    run = fork(world, name, world.words(name), inject=inject)
-    code = run.code(world.patience * 5)
+    run = train(world, name, inject=inject)
+    run.end_with(1)
     said = run.said("not finite")
     named = f"step {bad_step}" in said and ".png" in said if what == "loss" else bool(said)
-    held = code == 1 and named and newest_step(run_dir) == bad_step - SAVE_EVERY
+    held = named and newest_step(run_dir) == bad_step - SAVE_EVERY
     return Outcome(said, held, same=finish(world, name))
 
 
@@ -285,25 +248,44 @@ def second_run(world: World) -> Outcome:
     """A second run in a folder in use, a new one and a resumed one, is refused at once."""
     name = "in-use"
     run_dir = fresh(world, name)
-    first = fork(world, name, world.words(name))
-    assert wait_until(lambda: steps_logged(run_dir) > 0, world.patience * 5)
-    seconds: list[float] = []
-    codes: list[int | None] = []
-    said = ""
+    first = train(world, name)
+    wait_for_step(world, first, run_dir)
+    words, clock, refused = world.words(name), Clock(), True
     for more in ([], ["--resume"]):
-        clock = Clock()
-        other = fork(world, f"{name}-other", [*world.words(name), *more])
-        codes += other.codes(world.patience, clock) or [None]
-        seconds.append(clock.seconds)
-        said = other.said("error:")
-    held = codes == [1, 1] and "in use" in said and first.codes(world.patience * 5) == [0]
+        other = fork(world, f"{name}-other", [*words, *more])
+        refused &= other.codes(clock) == [1] and "in use" in other.said("error:")
+    first.end_with(0)
     same = fingerprint(run_dir) == reference(world, 1)
-    return Outcome(said, held, max(seconds), same)
+    return Outcome(other.said("error:"), refused, clock.seconds / 2, same)
 
 
 def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
     """By name: what happens, in words, and what does it."""
-    found: dict[str, tuple[str, Case]] = {
+    signals = {
+        f"{by}-{number.name}": (f"{number.name} to {who}", partial(stopped, by=by, number=number))
+        for by, who in (
+            ("process", "the process"),
+            ("torchrun", "`torchrun`"),
+            ("deepspeed", "`deepspeed`"),
+        )
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
+    of_two = {
+        f"{by}-rank{rank}-{verb}": (
+            f"the {('first', 'second')[rank]} of two processes {verb} (`{by}`)",
+            partial(one_of_two, by=by, rank=rank, number=number),
+        )
+        for by, rank, number, verb in (
+            ("torchrun", 1, signal.SIGKILL, "dies"),
+            ("torchrun", 1, signal.SIGSTOP, "freezes"),
+            ("torchrun", 0, signal.SIGSTOP, "freezes"),
+            ("deepspeed", 1, signal.SIGKILL, "dies"),
+            ("deepspeed", 1, signal.SIGSTOP, "freezes"),
+        )
+    }
+    no_number = "a loss that is not finite"
+    nan, inf = float("nan"), float("inf")
+    return {
         "kills": (
             f"kill -9, {kill_count} times, a third of them in a save",
             partial(kills, count=kill_count, processes=1),
@@ -312,54 +294,33 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
             "kill -9 of both of two processes, 6 times",
             partial(kills, count=6, processes=2),
         ),
+        "damage_truncate": ("newest checkpoint truncated", partial(damaged, how=_truncate)),
+        "damage_flip": ("newest checkpoint bit-flipped", partial(damaged, how=_flip)),
+        "damage-manifest": (
+            "newest checkpoint without manifest",
+            partial(damaged, how=_no_manifest),
+        ),
+        "loss-nan": (f"{no_number} (nan)", partial(not_finite, what="loss", value=nan)),
+        "loss-inf": (f"{no_number} (inf)", partial(not_finite, what="loss", value=inf)),
+        "moments": (
+            "optimizer moments not finite",
+            partial(not_finite, what="moments", value=inf),
+        ),
+        "second-run": ("a second run in the folder", second_run),
+        "full-save": ("disk full during a save", partial(full_save, count=1)),
+        "full-save-two": (
+            "disk full during a save of two processes (`torchrun`)",
+            partial(full_save, count=2),
+        ),
+        "full-cache": ("disk full during a cache shard", full_cache),
+        "full-evaluation": ("disk full during an evaluation", full_evaluation),
+        **signals,
+        **of_two,
+        "dead-encoder": ("one of two processes dies while data are encoded", dead_encoder),
+        "grid": ("ZeRO stages, processes, micro-batches, offloading, precisions", grid),
+        "chain": ("the number of processes and the stage change four times", chain),
+        "silent-hub": ("a hub that does not answer", silent_hub),
     }
-    for how, words in ((_truncate, "truncated"), (_flip, "bit-flipped")):
-        found[f"damage{how.__name__}"] = (
-            f"newest checkpoint {words}",
-            partial(damaged, how=how),
-        )
-    found["damage-manifest"] = (
-        "newest checkpoint without manifest",
-        partial(damaged, how=_no_manifest),
-    )
-    for value in (float("nan"), float("inf")):
-        found[f"loss-{value}"] = (
-            f"a loss that is not finite ({value})",
-            partial(not_finite, what="loss", value=value),
-        )
-    found["moments"] = (
-        "optimizer moments not finite",
-        partial(not_finite, what="moments", value=float("inf")),
-    )
-    found["second-run"] = ("a second run in the folder", second_run)
-    found["full-save"] = ("disk full during a save", partial(full_save, count=1))
-    found["full-save-two"] = (
-        "disk full during a save of two processes (`torchrun`)",
-        partial(full_save, count=2),
-    )
-    found["full-cache"] = ("disk full during a cache shard", full_cache)
-    found["full-evaluation"] = ("disk full during an evaluation", full_evaluation)
-    for by in ("process", "torchrun", "deepspeed"):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            found[f"{by}-{number.name}"] = (
-                f"{number.name} to {'the process' if by == 'process' else f'`{by}`'}",
-                partial(stopped, by=by, number=number),
-            )
-    for by in ("torchrun", "deepspeed"):
-        for number, verb in ((signal.SIGKILL, "dies"), (signal.SIGSTOP, "freezes")):
-            found[f"{by}-rank1-{verb}"] = (
-                f"the second of two processes {verb} (`{by}`)",
-                partial(one_of_two, by=by, rank=1, number=number),
-            )
-    found["torchrun-rank0-freezes"] = (
-        "the first of two processes freezes (`torchrun`)",
-        partial(one_of_two, by="torchrun", rank=0, number=signal.SIGSTOP),
-    )
-    found["dead-encoder"] = ("one of two processes dies while data are encoded", dead_encoder)
-    found["grid"] = ("ZeRO stages, processes, micro-batches, offloading, precisions", grid)
-    found["chain"] = ("the number of processes and the stage change four times", chain)
-    found["silent-hub"] = ("a hub that does not answer", silent_hub)
-    return found
 
 
 def imports() -> None:

@@ -10,10 +10,11 @@ from launch.lab.soak_processes import (
     Clock,
     Started,
     finish,
-    fork,
     launched,
     processes_of,
     reference,
+    train,
+    wait_for_step,
     wait_until,
 )
 from launch.lab.soak_world import (
@@ -54,9 +55,8 @@ def stopped(world: World, by: str, number: signal.Signals) -> Outcome:
     """A signal to the process, or to its launcher alone."""
     name = f"{by}-{number.name}"
     run_dir, count = fresh(world, name), 1 if by == "process" else 2
-    reference(world, count)
     run = launched(world, name, world.words(name), by=by)
-    assert wait_until(lambda: steps_logged(run_dir) > 0, world.patience * 5), run.text()[-2000:]
+    wait_for_step(world, run, run_dir)
     os.kill(run.ids[0], number)
     seconds, gone = ended(world, run, run_dir)
     saved, logged = newest_step(run_dir), steps_logged(run_dir)
@@ -72,10 +72,8 @@ def one_of_two(world: World, by: str, rank: int, number: signal.Signals) -> Outc
     """A process dies (SIGKILL) or freezes (SIGSTOP) under a launcher; the other one ends."""
     name = f"{by}-rank{rank}-{number.name}"
     run_dir = fresh(world, name)
-    reference(world, 2)
     run = launched(world, name, world.words(name), by=by)
-    past = SAVE_EVERY + 1
-    assert wait_until(lambda: steps_logged(run_dir) >= past, world.patience * 5), run.text()[-2000:]
+    wait_for_step(world, run, run_dir, SAVE_EVERY + 1)
     (process,) = processes_of(run_dir, rank)
     os.kill(process, number)
     frozen = process if number == signal.SIGSTOP else None
@@ -103,15 +101,14 @@ def dead_encoder(world: World) -> Outcome:
     )
     words = world.words(name, data_cache_dir=cache)
     run = launched(world, name, words, by="torchrun", program=slow)
-    assert wait_until(lambda: any(cache.rglob("shard_*.safetensors")), world.patience * 5)
+    assert wait_until(lambda: any(cache.rglob("shard_*.safetensors")), world.most)
     (process,) = processes_of(run_dir, 1)
     os.kill(process, signal.SIGKILL)
     seconds, gone = ended(world, run, run_dir)
     begun = len(list(cache.rglob("shard_*.safetensors")))
-    again = fork(world, f"{name}-again", words, count=2)
-    held = gone and seconds < 60 and again.codes(world.patience * 5) == [0, 0]
+    train(world, name, count=2, data_cache_dir=cache).end_with(0)
     same = fingerprint(run_dir) == reference(world, 2)
-    return Outcome(f"ended; {begun} shards were kept", held, seconds, same)
+    return Outcome(f"ended; {begun} shards were kept", gone and seconds < 60, seconds, same)
 
 
 def silent_hub(world: World) -> Outcome:
@@ -124,5 +121,5 @@ def silent_hub(world: World) -> Outcome:
         words = world.words("silent-hub", backbone_weights=world.model.on_hub)
         clock = Clock()
         run = launched(world, "silent-hub", words, by="process", env=env)
-        codes = run.codes(world.patience * 3, clock)
+        codes = run.codes(clock)
     return Outcome(run.said("error:"), codes == [1], clock.seconds)

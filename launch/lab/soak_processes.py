@@ -1,22 +1,21 @@
 """Processes of `soak.py`'s runs: forked with everything imported, or started as a user does."""
 
 import os
-import shutil
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.lab.soak_world import ROOT, World, fingerprint
+from launch.lab.soak_world import ROOT, World, fingerprint, fresh, steps_logged
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 _LAUNCHED: list["Started"] = []
 
 
@@ -52,9 +51,11 @@ class Started:
 
     ids: list[int]
     log: Path
+    patience: float
+    """Seconds after which they count as hanging."""
     process: subprocess.Popen | None = None
 
-    def codes(self, patience: float, clock: Clock | None = None) -> list[int] | None:
+    def codes(self, clock: Clock | None = None) -> list[int] | None:
         """Exit codes; None, and all are killed, if it takes too long."""
         found: dict[int, int] = {}
 
@@ -64,15 +65,15 @@ class Started:
                     found[i] = code
             return len(found) == len(self.ids)
 
-        if not wait_until(all_ended, patience, clock):
+        if not wait_until(all_ended, self.patience, clock):
             self.kill()
             return None
         return [found[i] for i in self.ids]
 
-    def code(self, patience: float) -> int | None:
-        """Exit code of the only process; None as above."""
-        codes = self.codes(patience)
-        return None if codes is None else codes[0]
+    def end_with(self, code: int) -> None:
+        """Wait for it; an AssertionError with its last words if a process ends otherwise."""
+        codes = self.codes()
+        assert codes == [code] * len(self.ids), f"{codes}: {self.text()[-2000:]}"
 
     def _ended(self, process: int) -> int | None:
         if self.process is not None:
@@ -121,46 +122,32 @@ def fork(
 
     `inject` is called in each of them before the program.
     """
-    log = world.folder / "logs" / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)
-    port, ids = free_port(), []
+    log, port, ids = world.log(name), free_port(), []
+    log.write_text("")
     for rank in range(count):
         ids.append(os.fork())
         if ids[-1] == 0:
-            _become(
-                program or world.program,
-                words,
-                log,
-                {"RANK": rank, "WORLD_SIZE": count, "PORT": port},
-                inject,
-            )
-    return Started(ids, log)
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            os.environ |= {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            _become(program or world.program, words, log, inject)
+    return Started(ids, log, world.most)
 
 
-def _become(
-    program: Path, words: Sequence[str], log: Path, place: dict[str, int], inject: Callable
-) -> None:
+def _become(program: Path, words: Sequence[str], log: Path, inject: Callable) -> None:
     """In a forked child: run the program and leave."""
     code = 1
     try:
-        with open(log, "a" if place["RANK"] else "w") as file:
+        with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        names = {"RANK": place["RANK"], "LOCAL_RANK": place["RANK"]}
-        names |= {"WORLD_SIZE": place["WORLD_SIZE"], "MASTER_PORT": place["PORT"]}
-        os.environ |= {k: str(v) for k, v in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
         sys.argv = [str(program), *map(str, words)]
-        import runpy
-
         inject()
         runpy.run_path(str(program), run_name="__main__")
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -178,24 +165,22 @@ def launched(
     env: dict[str, str] | None = None,
 ) -> Started:
     """A run as a user starts it: by itself, or two processes by "torchrun" or "deepspeed"."""
-    log = world.folder / "logs" / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)
-    before = {
-        "process": [],
-        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"],
+    launcher = {
+        "process": "",
+        "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2",
+        "deepspeed": f"-m deepspeed.launcher.runner --num_gpus 2 --master_port {free_port()}",
     }[by]
-    before = [*before, str(free_port())] if by == "deepspeed" else before
     inherited = {k: v for k, v in os.environ.items() if k not in _LAUNCHERS}
+    log = world.log(name)
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, *before, str(program or world.program), *map(str, words)],
+            [sys.executable, *launcher.split(), str(program or world.program), *words],
             env=inherited | _ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (env or {}),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    started = Started([process.pid], log, process)
+    started = Started([process.pid], log, world.most, process)
     _LAUNCHED.append(started)
     return started
 
@@ -228,23 +213,37 @@ def processes_of(run_dir: Path, rank: int | None = None) -> list[int]:
 
 
 # -- runs ------------------------------------------------------------------------------------------
+def train(
+    world: World,
+    name: str,
+    *,
+    resume: bool = False,
+    count: int = 1,
+    inject: Callable[[], object] = lambda: None,
+    **options: object,
+) -> Started:
+    """A run of the training program by forked processes; `options` are those of `World.words`."""
+    words = [*world.words(name, **options), *(["--resume"] if resume else [])]
+    log = f"{name}-resumed" if resume else name
+    return fork(world, log, words, count=count, inject=inject)
+
+
 def reference(world: World, count: int) -> dict[str, str]:
     """The fingerprint of an undisturbed run by so many processes, made once."""
     name = f"undisturbed-{count}"
     run_dir = world.run_dir(name)
     if not (run_dir / "finished").exists():
-        shutil.rmtree(run_dir, ignore_errors=True)
-        run = fork(world, name, world.words(name), count=count)
-        assert run.codes(world.patience * 5) == [0] * count, run.text()[-2000:]
+        train(world, fresh(world, name).name, count=count).end_with(0)
         (run_dir / "finished").touch()
     return fingerprint(run_dir)
 
 
-def finish(world: World, name: str, count: int = 1, **options: object) -> bool:
+def finish(world: World, name: str, count: int = 1, *, resume: bool = True) -> bool:
     """Go on with a run to its end; whether it is then the undisturbed one."""
-    words = [*world.words(name, **options), "--resume"]
-    run = fork(world, f"{name}-finish", words, count=count)
-    codes = run.codes(world.patience * 5)
-    assert codes == [0] * count, f"{codes}: {run.text()[-2000:]}"
-    run_dir = Path(str(options.get("run_dir", world.run_dir(name))))
-    return fingerprint(run_dir) == reference(world, count)
+    train(world, name, resume=resume, count=count).end_with(0)
+    return fingerprint(world.run_dir(name)) == reference(world, count)
+
+
+def wait_for_step(world: World, run: Started, run_dir: Path, step: int = 1) -> None:
+    """Until a run has logged so many steps."""
+    assert wait_until(lambda: steps_logged(run_dir) >= step, world.most), run.text()[-2000:]

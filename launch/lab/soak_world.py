@@ -5,7 +5,6 @@ import random
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 40, 5
 
 
+class Skipped(Exception):
+    """This machine, or this user, cannot do it."""
+
+
 @dataclass(frozen=True)
 class World:
     """A folder with base/, data/, cache/ and runs/."""
@@ -28,7 +31,12 @@ class World:
     model: SoakModel
     seed: int
     patience: float
-    """Seconds after which a process counts as hanging."""
+    """Seconds after which a run that was told to end counts as hanging."""
+
+    @property
+    def most(self) -> float:
+        """Seconds after which any run counts as hanging."""
+        return 5 * self.patience
 
     @property
     def program(self) -> Path:
@@ -42,8 +50,16 @@ class World:
     def run_dir(self, name: str) -> Path:
         return self.folder / "runs" / name
 
+    def log(self, name: str) -> Path:
+        """Where a run's output goes."""
+        path = self.folder / "logs" / f"{name}.log"
+        path.parent.mkdir(exist_ok=True)
+        return path
+
     def words(self, name: str, **options: object) -> list[str]:
-        """The command line of a run, but for the program; `data_source=` is --data.source."""
+        """The command line of a run, but for the program; `data_source=` is --data.source, and
+        `log_keep_best=False` --log.no-keep-best.
+        """
         own: dict[str, object] = {
             "backbone_weights": self.folder / "base",
             "method_k": 3,
@@ -69,8 +85,9 @@ class World:
         found = [self.model.recipe]
         for key, value in (own | options).items():
             part, _, rest = key.partition("_")
-            option = f"{part}.{rest}" if part in parts else key
-            found += [f"--{option.replace('_', '-')}", str(value)]
+            no = "no-" if value is False else ""
+            option = f"{part}.{no}{rest}" if part in parts else no + key
+            found += [f"--{option.replace('_', '-')}", *([] if no else [str(value)])]
         return found
 
 
@@ -132,22 +149,22 @@ def fingerprint(run_dir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def small_disk(world: World, size: int) -> Iterator[Callable[[int], None] | None]:
+def small_disk(world: World, size: int) -> Iterator[Callable[[int], object]]:
     """A file system of so many bytes at `world.folder`/disk, and how to make it larger.
 
-    None where this user may not mount one.
+    Raises:
+        Skipped: this user may not mount one.
     """
     place = world.folder / "disk"
     place.mkdir(exist_ok=True)
 
-    def mount(options: str) -> bool:
+    def mount(options: str, *, check: bool = True) -> int:
         words = shlex.split(f"mount -t tmpfs -o {options} tmpfs {place}")
-        return subprocess.run(words, capture_output=True).returncode == 0
+        return subprocess.run(words, capture_output=True, check=check).returncode
 
-    if not mount(f"size={size}"):
-        yield None
-        return
+    if mount(f"size={size}", check=False):
+        raise Skipped("mounting a small file system needs root")
     try:
-        yield lambda more: None if mount(f"remount,size={more}") else sys.exit("remount failed")
+        yield lambda more: mount(f"remount,size={more}")
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)

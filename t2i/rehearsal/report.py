@@ -11,14 +11,20 @@ _LINES = {
     "passing": "what lives for a moment",
     "stepping": "or at the optimizer's step",
     "encoding": "while images are encoded",
-    "total": "peak, and a tenth more",
+    "weights": "a checkpoint",
+    "training": "a checkpoint .* of weights,",
 }
 _UNITS = {"GB": 1e9, "MB": 1e6}
-_HEAD = "| stage | | s | CPU s | resident | its own | predicted | off by | read | on disk |"
+_HEAD = (
+    "| stage | | s | CPU s | resident | its own | predicted | off by | read | on disk | off by |"
+)
+_MOST_OFF = 0.15
 
 
 def predictions(report: str) -> dict[str, float]:
-    """Bytes by name of what `--check` printed, and its peak without the tenth for the allocator."""
+    """Bytes by name of what `--check` printed, its peak without the tenth for the allocator, and
+    what a checkpoint takes ("saved").
+    """
     found = {}
     for name, words in _LINES.items():
         if match := re.search(rf"^\s*{words}\s+([\d.]+) (GB|MB)", report, re.MULTILINE):
@@ -29,7 +35,7 @@ def predictions(report: str) -> dict[str, float]:
 
     moment = max(total("kept", "passing"), total("stepping"))
     peak = max(total("state", "bucket", "frozen") + moment, total("encoding"))
-    return found | {"peak": peak}
+    return found | {"peak": peak, "saved": total("weights", "training")}
 
 
 def summary(row: Mapping) -> str:
@@ -41,26 +47,35 @@ def summary(row: Mapping) -> str:
 
 
 def table(rows: Mapping[str, Mapping], about: Mapping[str, str]) -> str:
-    """Markdown; memory in GB. What is predicted is compared beyond an empty process's memory."""
+    """Markdown; memory in GB, compared with its prediction beyond what an empty process takes.
+    What is off by more than 15 % is bold.
+    """
     empty = rows.get("libraries", {})
     lines = [_HEAD, "|---" * (_HEAD.count("|") - 1) + "|"]
     for name, row in rows.items():
         first = f"| {name} | {about[name]}"
         if "skipped" in row or not row["done"]:
-            lines.append(f"{first}: {summary(row)} |" + " |" * 8)
+            lines.append(f"{first}: {summary(row)} |" + " |" * 9)
             continue
         kind, _, tuning = name.partition("-")
         said = rows.get(f"check-{tuning}", {}).get("predicted") if kind != "check" else None
-        predicted = off = ""
+        predicted = off = disk_off = ""
         if said and kind in ("train", "resume"):
-            predicted = _gb(said["peak"])
+            predicted, disk_off = _gb(said["peak"]), _off(row["bytes"], said.get("saved", 0))
             if empty.get("done"):
-                off = f"{(row['resident'] - empty['resident']) / said['peak'] - 1:+.0%}"
+                off = _off(row["resident"] - empty["resident"], said["peak"])
         disk = _gb(row["bytes"]) if "bytes" in row else ""
         cells = [f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", _gb(row["resident"])]
-        cells += [_gb(row["own"]), predicted, off, _gb(row["read"]), disk]
+        cells += [_gb(row["own"]), predicted, off, _gb(row["read"]), disk, disk_off]
         lines.append(f"{first} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _off(measured: float, predicted: float) -> str:
+    if not predicted:
+        return ""
+    off = measured / predicted - 1
+    return f"**{off:+.0%}**" if abs(off) > _MOST_OFF else f"{off:+.0%}"
 
 
 def _gb(count: float) -> str:

@@ -34,6 +34,7 @@ from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes,
 from t2i.training.open_data import labelled_sources, open_data, open_labelled
 from t2i.training.plan import Plan, about_settings, about_window, peak_rates, plan_run
 from t2i.training.run_state import check_resumable, claim_run_dir
+from t2i.training.scale import checkpoint_bytes
 from t2i.training.start import build_model
 
 _CARDS = (24, 40, 80)
@@ -108,13 +109,17 @@ def check(
         lines, warnings = _captioned(config.data, source, total, model.backbone)
     plan = plan_run(config, total, world_size)
     size, too_much = size_report(model, config, plan, world_size)
+    weights, state = map(readable_size, checkpoint_bytes(model, config))
     sections = {
         "data": lines,
         "batch": _batch_lines(config, plan, world_size),
         "when": _when_lines(config, plan),
         **size,
         **({} if more is None else more(model, plan)),
-        "run folder": [str(config.run_dir)],
+        "run folder": [
+            str(config.run_dir),
+            f"a checkpoint  {weights} of weights, {state} of training state",
+        ],
     }
     warnings += too_much
     warnings += [] if plan is None else about_settings(config, plan)
