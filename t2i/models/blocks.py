@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from t2i.models import lean
 from t2i.models.base import Backbone, Condition
 from t2i.models.kv_cache import KVCache
-from t2i.models.lean import Dropout, keep_less, rms_norm, swiglu
+from t2i.models.lean import Dropout, rms_norm, swiglu
 
 
 def causal_mask(
@@ -228,7 +229,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         both, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        if keep_less():  # a view would keep all of qkv for the backward pass
+        if lean.keep_less():  # a view would keep all of qkv for the backward pass
             v = v.clone()
         q, k = rotate(both, rope).split([self.heads, self.kv_heads], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
