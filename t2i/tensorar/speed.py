@@ -139,9 +139,7 @@ def _frozen(step: Callable[..., None]) -> Callable[..., None]:
     # torch keeps what it compiled by code object and looks at no weight's content. With a code
     # object of its own, this one is never run with what was made of other weights.
     own = FunctionType(work.__code__.replace(), globals(), "work", None, work.__closure__)
-    # Nor need it look, at every step, whether anything else has changed: `Held` has a key for that.
-    unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    fused = torch.compile(own, fullgraph=True, options=unguarded)
+    fused = torch.compile(own, fullgraph=True)
 
     def run(model, drawing, extent: int) -> None:
         span = torch.empty(extent, 0)  # a plain number would be compiled for again and again
