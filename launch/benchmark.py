@@ -75,7 +75,7 @@ class Benchmark:
     batch: int = 32
     """Samples of a training step."""
     naive: bool = False
-    """Also train with the loss of all logits at once."""
+    """Also train with the loss of all logits at once, and blocks of plain operations."""
     recompute: bool = False
     """Train with gradient checkpointing."""
     compiled: bool = False

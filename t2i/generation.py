@@ -29,10 +29,10 @@ from t2i.tensorar.windows import Windows
 
 log = logging.getLogger(__name__)
 
-SPECULATION_PAYS = {1: 12, 4: 4}
-"""Images at once, at most -> windows of each that a call draws, where that is left to the kit: on a
-CPU, in eager steps, of models that predict one code a step (docs/fewer_steps.md); not measured
-elsewhere. It is a rule, and not timed at hand, so that a command draws the same bits every time.
+SPECULATION_PAYS = {"eager": {1: 12, 4: 4}, "compiled": {1: 12}}
+"""By speed: images at once, at most -> windows of each that a call draws, where that is left to the
+kit: on a CPU, of models that predict one code a step (docs/fewer_steps.md); not measured elsewhere.
+It is a rule, and not timed at hand, so that a command draws the same bits every time.
 """
 
 Job = tuple[int, int]
@@ -162,9 +162,10 @@ def choose_run(
     asked = asked_ahead(model, options)
     if asked != "auto":
         return speed, 0 if asked == "off" else asked
-    if device.type != "cpu" or speed != "eager" or model.windows.size > 1:
+    if device.type != "cpu" or model.windows.size > 1:
         return speed, 0
-    return speed, next((ahead for most, ahead in SPECULATION_PAYS.items() if images <= most), 0)
+    pays = SPECULATION_PAYS[speed].items()
+    return speed, next((ahead for most, ahead in pays if images <= most), 0)
 
 
 def check_request(

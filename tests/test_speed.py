@@ -90,7 +90,7 @@ def recorded(monkeypatch):
         return tape.replay
 
     monkeypatch.setattr(speed, "do_and_record", do_and_record)
-    monkeypatch.setattr(KVCache, "BUCKET", 12)
+    monkeypatch.setattr(KVCache, "BUCKET_ON_A_CPU", 12)
     return traces
 
 
@@ -228,7 +228,7 @@ def test_compiled_steps_draw_the_same(stride, speculate, monkeypatch):
     """From one compilation for all lengths that are read and for further batches; weights that were
     changed in place, unseen by autograd, are drawn with. The next model has its own.
     """
-    monkeypatch.setattr(KVCache, "BUCKET", 8)
+    monkeypatch.setattr(KVCache, "BUCKET_ON_A_CPU", 8)
     model, config = small(tiny_llamagen("text")), replace(GUIDED, stride=stride)
     expected = [draw(model, config, seed=seed, speed="eager") for seed in (0, 1)]
     changed = copy.deepcopy(model)

@@ -1,6 +1,7 @@
 """Training steps: time, peak memory and the share of the hardware's rate, in turns."""
 
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from launch.measure.shapes import (
     outline,
 )
 from launch.measure.turns import Contender, Schedule, in_turns, quartiles, ratios, seconds
+from t2i.models import lean
 from t2i.models.base import Condition
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.model import TensorAR
@@ -23,7 +25,7 @@ from t2i.training.config import EngineOptions, TrainConfig
 from t2i.training.memory import estimate
 
 NAIVE = " naive"
-"""Ends the name of a contender that computes the loss of all logits at once."""
+"""Ends the name of a contender that is written as one does it first."""
 COMPILED = " compiled"
 """Ends the name of one whose blocks are compiled."""
 
@@ -38,7 +40,7 @@ class TrainingGroup:
     batch: int
     methods: tuple[str, ...]
     naive: bool = False
-    """Each method also with the loss of all logits at once."""
+    """Each method also as one writes it first."""
     recompute: bool = False
     """Gradient checkpointing."""
     rounds: int = 5
@@ -93,7 +95,13 @@ class TrainingStep:
 
 
 class NaiveStep(TrainingStep):
-    """The same loss from all logits at once, as one writes it first."""
+    """The same loss from all logits at once, and blocks of plain operations, as one writes it
+    first.
+    """
+
+    def __call__(self) -> None:
+        with patch.object(lean, "keep_less", lambda: False):
+            super().__call__()
 
     def loss(self, condition: Condition, windows: Tensor) -> Tensor:
         model, codes = self.model, self.codes

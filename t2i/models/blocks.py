@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from t2i.models import lean
 from t2i.models.base import Backbone, Condition
 from t2i.models.kv_cache import KVCache
+from t2i.models.lean import Dropout, rms_norm, swiglu
 
 
 def causal_mask(
@@ -181,9 +183,7 @@ class RMSNorm(nn.Module):
             if x.dtype == self.weight.dtype == torch.float32:
                 return F.rms_norm(x, shape, self.weight, self.eps)
             return F.rms_norm(x, shape, None, self.eps) * self.weight
-        x32 = x.float()
-        unit = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return unit.type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_table(config: LlamaConfig) -> Tensor:
@@ -222,13 +222,15 @@ class Attention(nn.Module):
             config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
         )
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.resid_dropout)
+        self.dropout = Dropout(config.resid_dropout)
 
     def forward(
         self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         both, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if lean.keep_less():  # a view would keep all of qkv for the backward pass
+            v = v.clone()
         q, k = rotate(both, rope).split([self.heads, self.kv_heads], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self.dropout(self.wo(attend(q, k, v, mask, cache, self.layer)))
@@ -240,10 +242,10 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.ffn_dropout)
+        self.dropout = Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return self.dropout(self.w2(swiglu(self.w1(x), self.w3(x))))
 
 
 class Block(nn.Module):
@@ -289,7 +291,7 @@ class LlamaBackbone(Backbone):
     def __init__(self, trunk: LlamaConfig):
         super().__init__()
         self.trunk_shape = trunk
-        self.token_dropout = nn.Dropout(trunk.token_dropout)
+        self.token_dropout = Dropout(trunk.token_dropout)
         # Not a buffer: it must stay fp32 when the model is cast to bf16.
         self._rope: Tensor | None = None
 

@@ -14,7 +14,9 @@ class KVCache:
     """
 
     BUCKET = 64
-    """Entries read are a multiple of this."""
+    """Entries read are a multiple of this: on a GPU a step is recorded for each."""
+    BUCKET_ON_A_CPU = 16
+    """There one step serves all lengths, and entries that are read for nothing cost time."""
 
     def __init__(
         self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, dtype, device
@@ -25,6 +27,7 @@ class KVCache:
             for _ in range(2)
         )
         self.length = length
+        self.multiple = self.BUCKET_ON_A_CPU if torch.device(device).type == "cpu" else self.BUCKET
         self.index = torch.empty(0, dtype=torch.long, device=device)
         self.extent = 0
 
@@ -38,7 +41,7 @@ class KVCache:
     def bucket(self, filled: int) -> int:
         """How many leading entries are read when so many are filled."""
         assert 0 < filled <= self.length, (filled, self.length)
-        return min(-(-filled // self.BUCKET) * self.BUCKET, self.length)
+        return min(-(-filled // self.multiple) * self.multiple, self.length)
 
     def update(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new entries and return those that are read."""

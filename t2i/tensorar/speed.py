@@ -144,7 +144,7 @@ def _frozen(step: Callable[..., None]) -> Callable[..., None]:
     def run(model, drawing, extent: int) -> None:
         span = torch.empty(extent, 0)  # a plain number would be compiled for again and again
         mark_dynamic(span, 0)
-        with config.patch(freezing=True):
+        with config.patch({"freezing": True, "cpp.enable_concat_linear": True}):
             fused(model, drawing, span)
 
     return run

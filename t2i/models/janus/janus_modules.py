@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from t2i.models.blocks import LlamaConfig, RMSNorm, attend, rotate
 from t2i.models.janus.janus_config import JanusShape
 from t2i.models.kv_cache import KVCache
+from t2i.models.lean import swiglu
 
 
 class JanusAttention(nn.Module):
@@ -44,7 +45,7 @@ class JanusFeedForward(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class JanusBlock(nn.Module):

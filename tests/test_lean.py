@@ -1,0 +1,75 @@
+"""Operations that keep less for the backward pass: same values and gradients, bit for bit."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2i.models import lean
+from t2i.models.blocks import Block, LlamaConfig, rope_table
+from t2i.rng import make_keys, normals
+
+CONFIG = LlamaConfig(dim=32, n_layer=1, n_head=2, grid=(2, 3), resid_dropout=0.3, ffn_dropout=0.3)
+
+
+def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return normals(make_keys(seed), *shape).to(dtype)
+
+
+def passed(work, inputs: list[Tensor]) -> tuple[list[Tensor], int]:
+    """What comes out, with all gradients, and the bytes that are kept for them."""
+    leaves, kept = [x.clone().requires_grad_() for x in inputs], {}
+    own = {x.data_ptr() for x in leaves}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.data_ptr() not in own:
+            storage = x.untyped_storage()
+            kept[storage.data_ptr()] = storage, x  # held, so that no other gets its place
+        return x
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = work(*leaves)
+    size = sum(storage.nbytes() for storage, _ in kept.values())
+    (out.float() * numbers(9, *out.shape)).sum().backward()
+    return [out.detach(), *(x.grad for x in leaves)], size
+
+
+def compare(work, inputs: list[Tensor]) -> float:
+    """The share of bytes that are kept; AssertionError if a bit differs."""
+    (results, size) = passed(work, inputs)
+    with patch.object(lean, "keep_less", lambda: False):
+        expected, plain_size = passed(work, inputs)
+    assert all(map(torch.equal, results, expected))
+    return size / plain_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_and_less_kept(dtype):
+    x, y = (numbers(seed, 3, 5, 32, dtype=dtype) for seed in (1, 2))
+    weight = numbers(3, 32, dtype=dtype)
+    dropout = lean.Dropout(0.3)
+
+    def gated(gate, x):
+        return lean.swiglu(gate * 1, x * 1)  # results of other operations, as in a block
+
+    assert compare(gated, [x, y]) < 0.7
+    assert compare(lambda x, weight: lean.rms_norm(x * 1, weight, 1e-5), [x, weight]) < 0.7
+    assert compare(dropout, [x]) < 0.7
+    dropped = passed(dropout, [x])[0][0]
+    assert 0.1 < (dropped == 0).float().mean() < 0.5
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_a_block_keeps_less():
+    block = Block(CONFIG, 0).train()
+    rope = rope_table(CONFIG)[1:]
+    x = numbers(4, 2, 6, 32)
+    names, values = zip(*block.named_parameters(), strict=True)
+
+    def work(x, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(block, given, (x, rope, None, None))
+
+    assert compare(work, [x, *(v.detach() for v in values)]) < 0.75
