@@ -154,11 +154,6 @@ def choose_run(
     sampling = options.sampling or model.sampling
     steps = batches * drawn_windows(model, sampling).count
     speed = choose(options.speed or model.speed, device, steps)
-    if speed == "compiled" and sampling.renoise:
-        raise UserError(
-            "renoise cannot be drawn with compiled steps (torch.compile gets its indices wrong): "
-            "choose speed auto or eager"
-        )
     asked = asked_ahead(model, options)
     if asked != "auto":
         return speed, 0 if asked == "off" else asked

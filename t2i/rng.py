@@ -27,12 +27,22 @@ def _mix(x: Tensor) -> Tensor:
     return _shift_right(x, 31).bitwise_xor_(x)
 
 
+def _times_golden(x: Tensor) -> Tensor:
+    """Modulo 2^64, in compiled code as well.
+
+    Where a compiler knows the numbers (of `arange`, say) it would multiply signed ones in C++ or
+    Python's endless ones: the one overflows as it likes, the other is not cut off. That it does not
+    see through the `or`, which changes nothing, keeps the product a tensor's.
+    """
+    return x.bitwise_or(0) * _GOLDEN
+
+
 def fold(keys: Tensor, *values: int | Tensor) -> Tensor:
     """New keys int64 of keys int64 and further integers, each broadcast against the keys."""
     for value in values:
         if isinstance(value, int):  # filled in where the keys are: nothing is copied there
             value = torch.full((), value, dtype=torch.long, device=keys.device)
-        keys = _mix((keys ^ _mix(value.to(keys.device) * _GOLDEN + 1)) + _GOLDEN)
+        keys = _mix((keys ^ _mix(_times_golden(value.to(keys.device)) + 1)) + _GOLDEN)
     return keys
 
 
@@ -62,7 +72,7 @@ def gumbels(keys: Tensor, counters: Tensor) -> Tensor:
     """fp32 standard Gumbel numbers [..., n]: of the stream of each key int64 [...], the numbers
     that `counters` int64 [..., n] names.
     """
-    bits = _mix(keys[..., None] + (counters + 1) * _GOLDEN)
+    bits = _mix(keys[..., None] + _times_golden(counters + 1))
     # All 63 bits, never 0: the largest of many numbers comes from near 0, and has to be exact.
     unit = _shift_right(bits, 1).bitwise_or_(1).float().mul_(2.0**-63)
     return unit.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
@@ -72,5 +82,5 @@ def _bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = 1
     for size in shape:
         count *= size
-    counters = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
+    counters = _times_golden(torch.arange(1, count + 1, device=keys.device))
     return _mix(_mix(keys[..., None] + counters)).view(*keys.shape, *shape)

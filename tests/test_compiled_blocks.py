@@ -47,7 +47,7 @@ def test_compiled_blocks_train_alike(backbone, monkeypatch):
     assert len(compiled) == 1, "for both blocks"
     monkeypatch.undo()
     fast = step(model, True)
-    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_not_of_sharded_weights():

@@ -223,13 +223,22 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(speed.compiler_lacks(torch.device("cpu"))), reason="no C++ compiler")
-@pytest.mark.parametrize(("stride", "speculate"), [(1, 0), (1, 4), (2, 3)])
-def test_compiled_steps_draw_the_same(stride, speculate, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "speculate"),
+    [
+        ({}, 0),
+        ({}, 4),
+        ({"stride": 2}, 3),
+        ({"top_k": 0, "top_p": 1.0}, 0),
+        ({"renoise": 0.7}, 0),
+    ],
+)
+def test_compiled_steps_draw_the_same(settings, speculate, monkeypatch):
     """From one compilation for all lengths that are read and for further batches; weights that were
     changed in place, unseen by autograd, are drawn with. The next model has its own.
     """
     monkeypatch.setattr(KVCache, "BUCKET_ON_A_CPU", 8)
-    model, config = small(tiny_llamagen("text")), replace(GUIDED, stride=stride)
+    model, config = small(tiny_llamagen("text")), replace(GUIDED, **settings)
     expected = [draw(model, config, seed=seed, speed="eager") for seed in (0, 1)]
     changed = copy.deepcopy(model)
     for parameter in changed.parameters():
