@@ -1,6 +1,7 @@
 """How codes and images are drawn: the settings, and what overrides them. Without torch."""
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from t2i.errors import UserError
@@ -46,6 +47,9 @@ class SamplingConfig:
         for name in _PER_SUB_TOKEN:
             if isinstance(getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for own in fields(self):
+            if not all(map(math.isfinite, _numbers(getattr(self, own.name)))):
+                raise UserError(f"{own.name}={getattr(self, own.name)} must be a finite number")
         if min(_numbers(self.cfg_scale)) < 1:
             raise UserError(
                 f"cfg_scale={self.cfg_scale} must be at least 1 (1 is without guidance)"

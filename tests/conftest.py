@@ -24,6 +24,7 @@ gc.disable()  # until all is imported
 
 LONGEST_FIRST = (
     "test_ranks",
+    "test_reward_runs",
     "test_training",
     "test_resume",
     "test_sampler",

@@ -175,8 +175,8 @@ def freezing(_) -> None:
     from torch._inductor import config
 
     before = config.freezing
-    with config.patch(freezing=True):
-        assert config.freezing
+    with config.patch({"freezing": True, "cpp.enable_concat_linear": True}):
+        assert config.freezing and config.cpp.enable_concat_linear
     assert config.freezing == before
     mark_dynamic(torch.empty(3, 0), 0)
 
@@ -280,8 +280,8 @@ TOUCHES = (
     ),
     Touch(
         "torch",
-        "inductor's setting `freezing`, and mark_dynamic for a length that varies",
-        "t2i/tensorar/speed.py: config.patch(freezing=True)",
+        "inductor's settings `freezing` and `cpp.enable_concat_linear`, and mark_dynamic for a length that varies",
+        "t2i/tensorar/speed.py: config.patch({",
         "products of a few rows on a CPU are twice as fast with weights in the order they are read",
         freezing,
     ),
@@ -315,6 +315,7 @@ DOCUMENTED = {
     "torch.nn.functional",
     "torch.overrides",
     "torch.utils.checkpoint",
+    "torch.utils.data",
     "torch.utils.flop_counter",
     "torch.utils.tensorboard",
     "torchvision.models",

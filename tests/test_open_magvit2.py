@@ -258,6 +258,8 @@ def test_settings_per_sub_token_are_checked():
         ("top_k", (1, -1)),
         ("top_p", (0.5, 1.5)),
         ("cfg_scale", ()),
+        ("cfg_scale", (2.0, float("inf"))),
+        ("temperature", (float("nan"), 1.0)),
     ):
         with pytest.raises(ValueError, match=name):
             SamplingConfig(**{name: bad})

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Killed
+from helpers import Killed, rare
 from programs import ROOT, launch
 from runs import (
     SAME_SUM,
@@ -99,8 +99,8 @@ def test_what_is_learned_is_in_the_checkpoint(tiny_world, plain):
     ("name", "changes"),
     [
         ("full", {}),
-        ("updates", {"reward__updates": 2, "reward__cfg_scale": 2.0}),
-        ("lora", LORA | {"method__k": 1, "reward__start_cfg_scale": 3.0}),
+        rare("updates", {"reward__updates": 2, "reward__cfg_scale": 2.0}),
+        ("lora", LORA | {"method__k": 1}),
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tiny_world, plain, name, changes):
@@ -172,23 +172,18 @@ def test_a_reward_that_breaks_costs_nothing(tiny_world, function, step, words):
 
 
 def test_groups_without_spread_are_left_out(tiny_world, monkeypatch):
-    """They are counted, and where all are, no weight moves; but a guided start teaches by them."""
-    flat = {"reward__constant": 9, "optim__weight_decay": 0.0}
-    config = tiny_reward_run(tiny_world, "reward-flat", **flat)
+    """They are counted, and where all are, no weight moves."""
+    config = tiny_reward_run(tiny_world, "reward-flat", reward__constant=9, optim__weight_decay=0.0)
     monkeypatch.setattr("reward_functions.brightness", lambda images, metadata: [1.0] * len(images))
     folder = learn(config)
     assert [row["reward/dropped_groups"] for row in metrics(tiny_world, "reward-flat")] == [1, 1, 1]
     base = t2i.load_backbone("llamagen", tiny_world / "base").state_dict()
     own = t2i.from_pretrained(folder).backbone.state_dict()
     assert all(torch.allclose(own[name], base[name], atol=1e-6) for name in base)
-    taught = tiny_reward_run(tiny_world, "reward-taught", reward__start_cfg_scale=3.0, **flat)
-    own = t2i.from_pretrained(learn(taught)).backbone.state_dict()
-    assert metrics(tiny_world, "reward-taught")[-1]["reward/dropped_groups"] == 1
-    assert max(float((own[name] - base[name]).abs().max()) for name in base) > 1e-4
 
 
 # -- recipes and the program -----------------------------------------------------------------------
-@pytest.mark.parametrize("name", list(recipes()))
+@pytest.mark.parametrize("name", [rare(n) if n.startswith("janus") else n for n in recipes()])
 def test_check_looks_at_every_recipe(name, tmp_path):
     config = recipes()[name][1]
     data = replace(config.data, source=config.data.source or "shapes:40", validation_samples=8)

@@ -8,7 +8,7 @@ are those of the processor, whatever else the machine does. --out gets a file of
 all together. A run that was ended, or is to last longer, goes on from its last scores by the same
 command again.
 
-    python launch/lab/reward_grid.py --grid teachers --seeds 3 --minutes 60 --out runs/reward
+    python launch/lab/reward_grid.py --grid recipe --seeds 3 --minutes 60 --out runs/reward
     python launch/lab/reward_grid.py --grid rates --processes 5 --minutes 2.5 --out runs/rates
 """
 
@@ -39,27 +39,9 @@ _ONE_WAY = {
     "reward.tasks": ("two_object", "counting", "colors", "position", "color_attr"),
 }
 """The first grid's settings, of which each other one changes something."""
-_GUIDED = {
-    "batch_size": 32,
-    "ema": 0.9,
-    "optim.backbone_lr": 6e-4,
-    "optim.warmup_steps": 3,
-    "reward.group": 8,
-    "reward.updates": 2,
-    "reward.kl": 1.0,
-    "reward.start_cfg_scale": 4.0,
-    "reward.start_temperature": 0.7,
-}
-"""The pull goes to what the start draws with guidance."""
 SUPERVISED = "supervised"
 GRIDS: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {"recipe": {}, SUPERVISED: {}},
-    "teachers": {
-        "guided start": _GUIDED,
-        SUPERVISED: {},
-        "without reward": _GUIDED | {"reward.weights": (0.0,)},
-        "own start": {},
-    },
     "ways": {
         "recipe": {},
         "rate 5e-5": {"optim.backbone_lr": 5e-5},
@@ -87,7 +69,7 @@ class RewardGrid:
     out: Path = Path("runs/reward-grid")
     """Folder of what is written."""
     grid: str = "recipe"
-    """Which settings: recipe, teachers, ways or rates."""
+    """Which settings: recipe, ways or rates."""
     recipe: str = "shapes-reward"
     """Recipe that they change."""
     control: str = "shapes-control"

@@ -44,12 +44,6 @@ class RewardOptions:
     """The ratio of an image code's probabilities counts from 1 - clip to 1 + clip only."""
     kl: float = 0.02
     """Weight of the distance to the start, in nats per code."""
-    start_cfg_scale: float | None = None
-    """Guidance of the start, in that distance; None: cfg_scale. With guidance, what is drawn
-    unguided learns to be like what the start draws guided.
-    """
-    start_temperature: float | None = None
-    """Temperature of the start, in that distance; None: temperature."""
     by_spread: bool = True
     """Divide advantages by the spread of their group (GRPO), not by the mean spread of all."""
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
@@ -101,12 +95,12 @@ class RewardOptions:
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must be at least {bound}")
-        for name in ("clip", "temperature", "start_temperature", "seconds"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+        for name in ("clip", "temperature", "seconds"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must be above 0")
         if not self.tasks:
             raise UserError("reward.tasks is empty: name some of GenEval's tasks")
-        self.sampling, self.teacher  # noqa: B018 (raise for guidance below 1)
+        self.sampling  # noqa: B018 (raises for guidance below 1)
 
     def weighted(self) -> dict[str, float]:
         """Each function's weight."""
@@ -118,15 +112,6 @@ class RewardOptions:
         they remove from learning, too.
         """
         return SamplingConfig(cfg_scale=self.cfg_scale, temperature=self.temperature)
-
-    @property
-    def teacher(self) -> SamplingConfig | None:
-        """How the start draws, if not as the run does."""
-        if self.start_cfg_scale is None and self.start_temperature is None:
-            return None
-        scale = self.cfg_scale if self.start_cfg_scale is None else self.start_cfg_scale
-        own = self.start_temperature
-        return SamplingConfig(scale, temperature=self.temperature if own is None else own)
 
     @property
     def world(self) -> str:

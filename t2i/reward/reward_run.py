@@ -22,16 +22,7 @@ from t2i.generation import Drawn, draw_images
 from t2i.imaging import grid, save_png
 from t2i.reward.options import RewardConfig
 from t2i.reward.panel import Panel, RewardError
-from t2i.reward.policy import (
-    SUMS,
-    Distributions,
-    DrawnBatch,
-    PolicyLoss,
-    Start,
-    advantages,
-    code_distributions,
-    score_codes,
-)
+from t2i.reward.policy import SUMS, DrawnBatch, PolicyLoss, Start, advantages, score_codes
 from t2i.reward.prompts import training_prompts
 from t2i.reward.rewards import load_rewards
 from t2i.reward.watch import Watch, text_kl, together
@@ -62,7 +53,7 @@ class Round:
     """fp64, the weighted sums."""
     advantages_PG: Tensor
     kept_P: Tensor
-    """Which groups have a spread."""
+    """Which groups are learned from."""
 
 
 class RewardRun(loop.Run):
@@ -174,23 +165,16 @@ class RewardRun(loop.Run):
         # DeepSpeed takes the mean over all passes of all processes, each of which has as many, with
         # images or without: what comes of it is the mean over the images kept.
         count = config.batch_size // config.engine.micro_batch
-        teacher = config.reward.teacher
-        # A guided start has something to say of every image, whatever its reward.
-        kept_P = found.kept_P if teacher is None else torch.ones_like(found.kept_P)
-        kept = kept_P[image[:, 0]].float()
-        share = kept * count / max(1, int(kept_P.sum()) * config.reward.group)
+        kept = found.kept_P[image[:, 0]].float()
+        share = kept * count / max(1, int(found.kept_P.sum()) * config.reward.group)
         for rows in kept.nonzero()[:, 0].tensor_split(count // self.processes.world_size):
             rows = rows if len(rows) else torch.tensor([0])
             of = image[rows, 0].to(device)
             own = {name: value.to(device)[of] for name, value in prepared.items()}
             drawn = windows[rows].to(device)
             scored = (self.model, own, drawn, config.reward.sampling)
-            start: Tensor | Distributions
             with self.start.applied():
-                if teacher is None:
-                    start = score_codes(*scored).log_p
-                else:
-                    start = code_distributions(*scored[:3], teacher)
+                start = score_codes(*scored).log_p
             before = score_codes(*scored).log_p if config.reward.updates > 1 else None
             gain, part = gains[rows].to(device), share[rows].to(device)
             yield DrawnBatch(drawn, own, gain, part, start, before)
