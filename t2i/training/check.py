@@ -32,7 +32,14 @@ from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
 from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes, weight_bytes
 from t2i.training.open_data import labelled_sources, open_data, open_labelled
-from t2i.training.plan import Plan, about_settings, about_window, peak_rates, plan_run
+from t2i.training.plan import (
+    Plan,
+    about_few_pictures,
+    about_settings,
+    about_window,
+    peak_rates,
+    plan_run,
+)
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.scale import checkpoint_bytes
 from t2i.training.start import build_model
@@ -207,6 +214,7 @@ def _batch_lines(config: TrainConfig, plan: Plan | None, world_size: int) -> lis
             passes = plan.steps * config.batch_size / plan.training
             of = f"{plan.training} training samples"
             lines.append(f"{plan.steps} steps = {passes:.2f} passes over {of}")
+            lines += about_few_pictures(config, plan)
     return lines
 
 

@@ -138,6 +138,10 @@ def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
             f"{plan.steps} steps of {config.batch_size} see only {plan.steps * config.batch_size} "
             f"of the {plan.training} training samples; give more --steps, or --epochs instead"
         )
+
+
+def about_few_pictures(config: TrainConfig, plan: Plan) -> Iterator[str]:
+    """What may disappoint with adapters and some dozens of pictures: worth a note, no fault."""
     if config.tuning == "lora" and config.steps is None and plan.steps < _FEW:
         yield (
             f"{plan.steps} steps hardly move adapters; a smaller --batch-size (and "
