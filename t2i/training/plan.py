@@ -142,13 +142,15 @@ def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
 
 def about_few_pictures(config: TrainConfig, plan: Plan) -> Iterator[str]:
     """What may disappoint with adapters and some dozens of pictures: worth a note, no fault."""
-    if config.tuning == "lora" and config.steps is None and plan.steps < _FEW:
+    if config.tuning != "lora" or not plan.training:
+        return
+    if config.steps is None and plan.steps < _FEW:
         yield (
             f"{plan.steps} steps hardly move adapters; a smaller --batch-size (and "
             "--engine.micro-batch) takes more steps over the same pictures"
         )
     passes = plan.steps * config.batch_size / plan.training
-    if config.tuning == "lora" and passes > _PASSES:
+    if passes > _PASSES:
         yield (
             f"{passes:.0f} passes over {plan.training} training samples: so few are learned by "
             f"heart before that; fewer --epochs, or validate often and use {config.run_dir}/best"
