@@ -1,12 +1,14 @@
 """The manifest of a checkpoint folder: name, size and SHA-256 of each file, written last."""
 
-from dataclasses import dataclass
+import logging
 from pathlib import Path, PurePosixPath
 
 from t2i.errors import UserError
-from t2i.fields import from_json, read_object
+from t2i.fields import read_object
 from t2i.files import file_sha256, write_json
 from t2i.published import remembered_sha256
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
@@ -15,14 +17,6 @@ _LOADED = ("config.json", "codec.safetensors", "backbone.safetensors", "adapter/
 
 class DamagedError(UserError):
     """A checkpoint folder is incomplete, or a file of it is not what was written."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What the manifest says of a file."""
-
-    bytes: int
-    sha256: str
 
 
 def write_manifest(folder: Path) -> None:
@@ -52,22 +46,25 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and path.relative_to(folder).as_posix() not in files:
                 raise DamagedError(f"{path} is not in the {MANIFEST}; copy the folder again")
-    for name, entry in files.items():
+    for name, (size, sha256) in files.items():
         path = folder / name
         if name.startswith(f"{TRAINING_STATE}/") and not with_state:
             continue
         if not _is_inside(path, folder):
             what = f"is not within the checkpoint folder: its {MANIFEST} or a link leads out"
-        elif not path.is_file() or path.stat().st_size != entry.bytes:
-            what = f"is missing or has not the {entry.bytes} bytes that the manifest says"
-        elif contents and remembered_sha256(path) != entry.sha256:
+        elif not path.is_file() or path.stat().st_size != size:
+            what = f"is missing or has not the {size} bytes that the manifest says"
+        elif contents and sha256 is not None and remembered_sha256(path) != sha256:
             what = "is damaged: its SHA-256 is not what the manifest says"
         else:
             continue
         raise DamagedError(f"{path} {what}; copy the folder again")
+    if contents and any(sha256 is None for _, sha256 in files.values()):
+        log.warning("%s has no checksums (an older version wrote it): only sizes count", folder)
 
 
-def _read(folder: Path) -> dict[str, _Entry]:
+def _read(folder: Path) -> dict[str, tuple[int, str | None]]:
+    """Size and hash by name; older versions wrote the size alone."""
     path = folder / MANIFEST
     if not path.is_file():
         raise DamagedError(
@@ -76,12 +73,10 @@ def _read(folder: Path) -> dict[str, _Entry]:
             "an earlier step)"
         )
     try:
-        files = read_object(path)["files"].items()
-        found = {name: from_json(_Entry, entry, f"files: {name}") for name, entry in files}
-    except (UserError, KeyError, AttributeError) as error:
+        found = {name: _entry(entry) for name, entry in read_object(path)["files"].items()}
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
-            f"{path} is no list of files with sizes and hashes ({error}): load it with the version "
-            "that wrote it, or copy the folder again"
+            f"{path} is no list of files with their sizes ({error}); copy the folder again"
         ) from error
     if "config.json" not in found:
         raise DamagedError(f"{path} does not list config.json; copy the folder again")
@@ -89,6 +84,13 @@ def _read(folder: Path) -> dict[str, _Entry]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise DamagedError(f"{path} lists {name!r}, which is not within the folder")
     return found
+
+
+def _entry(entry: object) -> tuple[int, str | None]:
+    size, sha256 = (entry["bytes"], entry["sha256"]) if isinstance(entry, dict) else (entry, None)
+    if type(size) is not int or not isinstance(sha256, str | None):
+        raise TypeError(f"not a size and a hash: {entry!r}")
+    return size, sha256
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_makes_sampling_go_back(two_saved, tmp_path, caplog
         "null",
         '{"files": []}',
         '{"files": {}}',
-        '{"files": {"config.json": 12}}',
+        '{"files": {"config.json": "12"}}',
         '{"files": {"config.json": {"bytes": 12}}}',
         '{"files": {"config.json": {"bytes": true, "sha256": 3}}}',
         "",
@@ -125,7 +125,7 @@ def test_a_manifest_that_leads_outside(plain, tmp_path, name):
     """Case 3: is refused, whatever is there."""
     folder = shutil.copytree(plain, tmp_path / "copy")
     with edited(folder / "manifest.json") as manifest:
-        manifest["files"][name] = manifest["files"]["config.json"]
+        manifest["files"][name] = 1
     with pytest.raises(UserError, match="is not within the folder"):
         t2i.from_pretrained(folder)
 
@@ -164,3 +164,12 @@ def test_a_config_that_is_none(plain, tmp_path, content):
     write_manifest(folder)
     with pytest.raises(UserError, match=r"config.json is not what a checkpoint has"):
         t2i.from_pretrained(folder)
+
+
+def test_manifests_of_older_versions_are_read_with_a_warning(plain, copied, tiny_world, caplog):
+    """Case 3: they have no checksums."""
+    folder = copied(plain)
+    with edited(folder / "manifest.json") as manifest:
+        manifest["files"] = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    assert train(tiny_run(tiny_world, folder.parents[1].name, resume=True)) == folder
+    assert f"{folder} has no checksums" in caplog.text

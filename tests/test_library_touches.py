@@ -169,6 +169,12 @@ def torchscript(_) -> None:
     assert callable(torch.jit.load)
 
 
+def silu_gradient(_) -> None:
+    x = torch.linspace(-4, 4, 9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(torch.nn.functional.silu(x).sum(), x)
+    assert torch.equal(torch.ops.aten.silu_backward(torch.ones(9), x.detach()), gradient)
+
+
 def freezing(_) -> None:
     """As settings; that steps are compiled with them is shown in test_speed.py."""
     from torch._dynamo import mark_dynamic
@@ -277,6 +283,13 @@ TOUCHES = (
         "geneval/colors.py: torch.jit.load",
         "OpenAI publishes CLIP as a TorchScript archive",
         torchscript,
+    ),
+    Touch(
+        "torch",
+        "the operator aten.silu_backward",
+        "t2i/models/lean.py: torch.ops.aten.silu_backward",
+        "no function gives silu's gradient with the same bits",
+        silu_gradient,
     ),
     Touch(
         "torch",
