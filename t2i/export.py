@@ -37,6 +37,7 @@ from t2i.loading import pick_device
 from t2i.lora import merge_lora
 from t2i.model_options import ExportOptions
 from t2i.models.families import Family, find_family
+from t2i.progress import readable_size
 from t2i.published import asking_hub
 from t2i.sampling import DrawOptions
 from t2i.sources import BackboneSource, expand_folder, shipped_bases
@@ -130,7 +131,7 @@ class Part:
     """Bytes."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.place}, {self.size / 1e9:.2f} GB"
+        return f"{self.name}: {self.place}, {readable_size(self.size)}"
 
 
 def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:

@@ -135,7 +135,7 @@ class ModelOptions:
 
     def name(self) -> str:
         """The model's name in that of a folder: run and step, the export, or the base's file."""
-        from t2i.checkpoint import EXPORTED
+        from t2i.checkpoint import BEST, EXPORTED
 
         assert self.source is not None, "check comes first"
         if self.checkpoint is None:
@@ -144,6 +144,8 @@ class ModelOptions:
         folder = self.checkpoint.resolve()
         if folder.parent.name == "checkpoints":
             return f"{folder.parents[1].name}-{folder.name}"
+        if folder.name == BEST:
+            return f"{folder.parent.name}-{BEST}"
         return folder.parent.name if folder.name == EXPORTED else folder.name
 
     def about(self, model: "TensorAR") -> dict[str, Any]:

@@ -164,9 +164,9 @@ def test_what_is_missing_is_said(shapes_ckpt, tiny_world, plain, tmp_path, capsy
     assert any("has changed since the run" in line for line in said)
 
 
-def test_what_cannot_be_analyzed(refusal, plain):
+def test_what_cannot_be_analyzed(refusal, plain, tmp_path):
     assert "no model: give --ckpt" in refusal()
-    few = ("--ckpt", plain, "--prompt", "x", "--held-out", "0")
+    few = ("--ckpt", plain, "--prompt", "x", "--held-out", "0", "--out", tmp_path / "a")
     assert "draws other codes" in refusal(*few, "--control", "shapes")
     assert "--renoise 0" in refusal(*few, "--renoise", "0.5")
     assert "no prompts" in refusal("--ckpt", "shapes", "--held-out", "0")

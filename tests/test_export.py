@@ -92,7 +92,7 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
     base = t2i.load_backbone(family, moved)
     assert len(t2i.generate(t2i.attach(base, t2i.presets.base()), prompts[:1], progress=False)) == 1
     card = (moved / "README.md").read_text()
-    assert "- base: " in card and "(float32), " in card and "GB" in card
+    assert "- base: " in card and "(float32), " in card and " MB" in card
     assert ("[207]" in card) == (family in ("rar", "open_magvit2"))
 
 

@@ -200,6 +200,8 @@ def test_a_run_that_trains_on_does_not_change_the_model_meanwhile(plain, tmp_pat
     shutil.copytree(plain, run / "checkpoints" / "step_000004")
     assert options.name() == "run-step_000003"
     assert ModelOptions(ckpt=str(run)).name() == "run-step_000004"
+    shutil.copytree(plain, run / "best")
+    assert ModelOptions(ckpt=str(run / "best")).name() == "run-best"
 
 
 @pytest.mark.parametrize(

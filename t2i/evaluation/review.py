@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from t2i.evaluation.generation_folder import (
 from t2i.evaluation.results import RESULTS_FILE, image_source, read_results
 from t2i.files import json_sha256, read_json, saving, writable_folder, write_text
 from t2i.pages import embedded_json, html_page
+from t2i.sampling import SamplingConfig
 
 COLUMNS, BROUGHT = "columns", "brought"
 _PROMPT_FOLDER = re.compile(r"\d{5,}")
@@ -165,7 +166,9 @@ def _column(out: Path, column: Column, place: Path, folders: Sequence[str]) -> d
                 "verdict": column.verdicts.get(sample_file(*job)),
             }
     generation = read_generation(place) or {}
-    settings = {"seed": generation.get("seed"), **generation.get("sampling", {})}
+    usual = asdict(SamplingConfig())
+    sampling = generation.get("sampling", {}).items()
+    settings = {"seed": generation.get("seed"), **{k: v for k, v in sampling if v != usual.get(k)}}
     return {
         "name": column.name,
         "place": place.resolve().relative_to(out.resolve()).as_posix(),
