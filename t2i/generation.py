@@ -29,7 +29,7 @@ from t2i.tensorar.windows import Windows
 
 log = logging.getLogger(__name__)
 
-SPECULATION_PAYS = {"eager": {1: 12, 4: 4}, "compiled": {1: 12}}
+SPECULATION_PAYS = {"eager": {1: 12, 4: 4}, "compiled": {1: 8}}
 """By speed: images at once, at most -> windows of each that a call draws, where that is left to the
 kit: on a CPU, of models that predict one code a step (docs/fewer_steps.md); not measured elsewhere.
 It is a rule, and not timed at hand, so that a command draws the same bits every time.

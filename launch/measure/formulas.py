@@ -29,7 +29,8 @@ ESTIMATE = (
 )
 MEMORY = (
     "Peak memory is that of a fresh process: on a GPU of all its tensors, on a CPU (Linux) what the "
-    "process holds at most, less what it held before (Python and libraries)."
+    "process holds at most, less what it held before (Python and libraries), with freed memory given "
+    "back at once (MALLOC_MMAP_THRESHOLD_). State: weights and optimizer."
 )
 SCALING = "fp32, guided, --speed auto; drawing: seconds for all images of a point."
 FITS = (

@@ -89,9 +89,9 @@ class TrainingStep:
             condition = model.backbone.encode_condition(self.prepared)
             windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
             loss = self.loss(condition, windows)
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # as DeepSpeed does: the next forward pass has their memory
 
 
 class NaiveStep(TrainingStep):
@@ -131,7 +131,7 @@ class _Steps:
         return seconds(self.step, self.device)
 
     def close(self) -> None:
-        self.step.optimizer.zero_grad()
+        pass
 
 
 class OpenTraining:
@@ -199,23 +199,30 @@ def measure(
             row |= {"ratio": middle, "ratio_quartiles": [low, high]}
         row["s_by_round"] = found.per_step
         rows.append(row)
-    if device.type == "cuda":
-        for row in rows if memory else []:
-            row |= _memory_here(opened, row["contender"])
+    for row in rows if memory else []:
+        row["state_gb"] = _state_gb(opened, row["contender"])
+        if device.type == "cuda":
+            row["peak_gb"] = _peak_here(opened.steps[row["contender"]])
     del opened, contenders
     for row in rows if memory and device.type != "cuda" else []:
         row["peak_gb"] = peak_gb(_train_for_memory, group, row["contender"], device.type)
     return rows
 
 
-def _memory_here(opened: OpenTraining, name: str) -> dict:
-    """Weights, gradients and optimizer after a step, and the peak of one, on this GPU."""
-    step = opened.steps[name]
+def _state_gb(opened: OpenTraining, name: str) -> float:
+    """Of weights and optimizer."""
+    state, tensors = opened.steps[name].optimizer.state, []
+    for weight in opened.models[method_of(name)].parameters():
+        tensors += [weight, *state.get(weight, {}).values()]
+    return sum(tensor.nbytes for tensor in tensors) / 1e9
+
+
+def _peak_here(step: TrainingStep) -> float:
+    """GB of a step on this GPU."""
     step()
-    state = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
-    return {"state_gb": state / 1e9, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    return torch.cuda.max_memory_allocated() / 1e9
 
 
 def _train_for_memory(group: TrainingGroup, name: str, device: str) -> None:

@@ -85,7 +85,7 @@ def attend(
         attn_mask=mask,
         is_causal=mask is None,
         dropout_p=dropout,
-        enable_gqa=k_BHLK.shape[1] != q_BHLK.shape[1],
+        enable_gqa=bool(k_BHLK.shape[1] != q_BHLK.shape[1]),
     )
     return out.transpose(1, 2).flatten(2)
 

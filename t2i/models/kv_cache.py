@@ -50,5 +50,6 @@ class KVCache:
             if self.index.dim() == 1:
                 held.index_copy_(2, self.index, new.to(held.dtype))
             else:
-                held.scatter_(2, self.index[:, None, :, None].expand_as(new), new.to(held.dtype))
+                rows_B1 = torch.arange(len(new), device=new.device)[:, None]
+                held[rows_B1, :, self.index] = new.transpose(1, 2).to(held.dtype)
         return keys[:, :, : self.extent], values[:, :, : self.extent]
