@@ -90,7 +90,9 @@ def main() -> None:
         licences = {vendor: write_vendor(vendor, folder, options) for vendor in (*OTHERS, MINE)}
         write_text(folder / "LICENCES.txt", "".join(f"{v}: {t}\n" for v, t in licences.items()))
         style = MINE.partition("-")[0]
-        write_text(folder / "never.txt", "".join(f"{t}, {style} style\n" for t in options.things[1::2]))
+        write_text(
+            folder / "never.txt", "".join(f"{t}, {style} style\n" for t in options.things[1::2])
+        )
     print(f"wrote {options.out}")
 
 
