@@ -5,7 +5,8 @@
     pip install resvg-py
     python examples/emoji.py --packages . --out emoji
 
-OUT/others/     80 things, drawn by five vendors, several views of each: "red apple, noto style"
+OUT/others/     80 things (24 with --few), drawn by five vendors, several views of each: "red apple,
+                noto style"
 OUT/mine/       every second thing as a sixth vendor draws it, plainly captioned: "red apple"
 OUT/never/      the others by that vendor: only judged with, never trained on
 OUT/never.txt   prompts for them: "pear, streamline style"
@@ -47,6 +48,13 @@ THINGS = (
     *("t-shirt", "jeans", "crown", "bell", "guitar", "television"),
 )
 """Their names in Unicode; the packages' names are made of these. Even ones are shown in `mine`."""
+FEW = (
+    *("pear", "red apple", "tangerine", "lemon", "fire", "heart suit", "cherries"),
+    *("crescent moon", "cloud", "Christmas tree", "panda", "frog", "mushroom", "grapes"),
+    *("four leaf clover", "pig face", "jack-o-lantern", "droplet", "strawberry", "sunflower"),
+    *("bell", "jeans", "cactus", "pizza"),
+)
+"""Some that differ in colour and outline, and look alike by all vendors."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,19 @@ class Options:
     """Folder for the pictures; it must not exist."""
     size: int = 32
     """Side in pixels."""
+    few: bool = False
+    """Only 24 things, which differ in colour and outline, instead of 80."""
     views: int = 2
     """Of each drawing in `others`: the drawing itself, and moved, scaled and mirrored ones."""
+    mine_views: int = 1
+    """The same in `mine`."""
 
     def __post_init__(self):
-        check_counts(size=self.size, views=self.views)
+        check_counts(size=self.size, views=self.views, mine_views=self.mine_views)
+
+    @property
+    def things(self) -> tuple[str, ...]:
+        return FEW if self.few else THINGS
 
 
 def main() -> None:
@@ -74,7 +90,9 @@ def main() -> None:
         licences = {vendor: write_vendor(vendor, folder, options) for vendor in (*OTHERS, MINE)}
         write_text(folder / "LICENCES.txt", "".join(f"{v}: {t}\n" for v, t in licences.items()))
         style = MINE.partition("-")[0]
-        write_text(folder / "never.txt", "".join(f"{t}, {style} style\n" for t in THINGS[1::2]))
+        write_text(
+            folder / "never.txt", "".join(f"{t}, {style} style\n" for t in options.things[1::2])
+        )
     print(f"wrote {options.out}")
 
 
@@ -82,16 +100,18 @@ def write_vendor(vendor: str, folder: Path, options: Options) -> str:
     """Write all pictures of a vendor, and return the licence."""
     icons, info = read_package(options.packages, vendor)
     rng = random.Random(vendor)
-    for i, thing in enumerate(THINGS):
+    for i, thing in enumerate(options.things):
         drawing = find(icons, thing, vendor)
+        part, views = "others", options.views
         if vendor == MINE:
-            part = folder / ("mine" if i % 2 == 0 else "never")
-            write_picture(part, thing, view(drawing, options.size), thing)
-            continue
-        caption = f"{thing}, {vendor} style"
-        for n in range(options.views):
+            part, views = ("mine", options.mine_views) if i % 2 == 0 else ("never", 1)
+        for n in range(views):
             image = view(drawing, options.size, rng if n else None)
-            write_picture(folder / "others", f"{thing} {vendor} {n}", image, caption)
+            if part == "others":
+                name, caption = f"{thing} {vendor} {n}", f"{thing}, {vendor} style"
+            else:
+                name, caption = f"{thing} {n}" if n else thing, thing
+            write_picture(folder / part, name, image, caption)
     return f"{info['name']} by {info['author']['name']}, {info['license']['title']}"
 
 

@@ -100,6 +100,23 @@ def test_what_the_page_knows(page):
             assert (page.parent / column["place"] / name).is_file()
 
 
+def test_verdicts_of_dpg_bench_are_shares_of_the_answers(tmp_path):
+    _folder(tmp_path / "d" / "images", RED, samples=1)
+    answers = [("Is there a bus?", "yes", True), ("Is it red?", "no", False)]
+    keys = ("question", "answer", "passed")
+    questions = [dict(zip(keys, said, strict=True)) for said in answers]
+    rows = [{"filename": sample_file(p, 0), "questions": questions[: 2 - p]} for p in (0, 1)]
+    write_text(tmp_path / "d" / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(tmp_path / "d" / REPORT_FILE, "")
+    known = {"benchmark": "DPG-Bench", "label": "", "images": "images"}
+    write_json(tmp_path / "d" / RESULTS_FILE, known)
+    column = open_column("d", tmp_path / "d")
+    assert column.verdicts == {
+        sample_file(0, 0): {"share": 0.5, "why": ["Is it red? no"]},
+        sample_file(1, 0): {"share": 1.0, "why": []},
+    }
+
+
 def test_columns_that_do_not_belong_together(tmp_path):
     a, b = _folder(tmp_path / "a", RED), _folder(tmp_path / "b", RED)
     with pytest.raises(UserError, match="two columns are called x"):
@@ -233,6 +250,7 @@ def test_prompts_and_names_stay_text(tab):
     assert tab.run(seen(".head b", "e.textContent")) == ["refined", "judged <i>"]
     assert tab.run("document.querySelectorAll('#evil, h1 u, .head i').length") == 0
     assert len(tab.run(SOURCES)) == 12
+    assert set(tab.run(seen(".cell img", "e.loading"))) == {"lazy"}, "not 1,600 at once"
 
 
 def test_stages_and_what_they_changed(tab):

@@ -78,6 +78,20 @@ def test_packages_become_folders_of_captioned_pictures(tmp_path, packages, enter
     assert Image.open(out / "mine" / "sun.png").size == (_SIDE, _SIDE)
 
 
+def test_few_things_in_many_views(tmp_path, packages, enter, monkeypatch):
+    monkeypatch.setattr(emoji, "FEW", ("bus", "pear"))
+    out = tmp_path / "few"
+    options = ("--few", "--views", 3, "--mine-views", 2, "--size", _SIDE)
+    enter(emoji, "--packages", packages, "--out", out, *options)
+    assert len(list((out / "others").glob("*.png"))) == 2 * len(emoji.OTHERS) * 3
+    assert {file.name: file.read_text() for file in (out / "mine").glob("*.txt")} == {
+        "bus.txt": "bus\n",
+        "bus-1.txt": "bus\n",
+    }
+    assert [file.name for file in (out / "never").glob("*.png")] == ["pear.png"]
+    assert (out / "never.txt").read_text() == "pear, streamline style\n"
+
+
 def test_what_a_package_lacks_is_said(tmp_path, packages, monkeypatch):
     icons, _ = emoji.read_package(packages, "noto")
     with pytest.raises(UserError, match="noto has no green-apple"):
