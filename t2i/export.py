@@ -198,8 +198,8 @@ def _score_rows(path: Path) -> list[str]:
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
         mean, stderr = values.get("mean"), values.get("stderr")
-        if not isinstance(mean, int | float):
-            raise UserError(f"{path}: the score {name!r} has no number under mean")
+        if not isinstance(mean, int | float) or not isinstance(stderr, int | float | None):
+            raise UserError(f"{path}: the score {name!r} has no number under mean (or stderr)")
         where = results.get("benchmark", path.stem)
         spread = "" if stderr is None else f" ± {stderr:.3f}"
         rows.append(f"| {where} | {name} | {mean:.3f}{spread} | {results.get('status', '')} |")

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from geneval.summary import by_prompt
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import paired_differences
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.options import BenchmarkOptions, Scope
 from t2i.evaluation.results import Score, compare_folders
-from t2i.evaluation.runner import evaluate
+from t2i.evaluation.runner import claim_output, evaluate
 from t2i.imaging import save_png
 
 SCOPE = Scope(samples=2)
@@ -99,6 +100,11 @@ def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images,
     stricter = Bright(threshold=250)
     evaluate(stricter, out, images=images, scope=SCOPE)
     assert len(stricter.asked) == 8
+
+    for path in out.glob("verdicts/*/00001.jsonl"):
+        path.write_text('{"sample": 0, "sha256": "0"}\n')
+    with pytest.raises(UserError, match=r"00001.jsonl is damaged .* delete it to judge again"):
+        evaluate(Bright(), out, images=images, scope=SCOPE)
 
 
 @pytest.mark.parametrize("place", ["00002.jsonl", "index.html", "results.json"])
@@ -291,3 +297,13 @@ def test_folders_are_compared_if_they_can_be(images, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             compare_folders(tmp_path / "a", tmp_path / other, groups_of)
+    # What another program, or another version, has left.
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    for content in ({}, [], results | {"scores": 1}, {"scores": {}, "images": "a"}):
+        (tmp_path / "b" / "results.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"results.json (is not a benchmark's|must hold)"):
+            compare_folders(tmp_path / "a", tmp_path / "b", groups_of)
+        with pytest.raises(UserError, match=r"results.json (is not a benchmark's|must hold)"):
+            claim_output(tmp_path / "b", images)
+    with pytest.raises(UserError, match="hold results of Bright: its own program compares them"):
+        compare_folders(tmp_path / "a", tmp_path / "a", by_prompt)

@@ -198,3 +198,5 @@ def test_places_are_looked_at_before_the_work(shapes_ckpt, tmp_path, capsys):
     assert "cannot write" in refused(program, capsys, "--ckpt", shapes_ckpt, "--out", inside)
     arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--device", "cuda")
     assert "found no GPU" in refused(program, capsys, *arguments)
+    arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--prompt", "a", "--samples", 0)
+    assert "samples=0 must be at least 1" in refused(program, capsys, *arguments)

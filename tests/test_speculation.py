@@ -213,6 +213,7 @@ def test_auto_is_a_rule():
     assert [chosen(n, speed="compiled")[1] for n in (1, 2, 64)] == [12, 0, 0]
     assert chosen(2, speed="compiled", sampling=SamplingConfig(renoise=0.5)) == ("compiled", 0)
     assert chosen(1, speculate="off") == ("eager", 0) and chosen(64, speculate=3)[1] == 3
+    assert chosen(1, speculate=10**12)[1] == 16, "an image has no more; room is made for all"
     refining = TensorAR(tiny_llamagen("class"), presets.iclr2026()).eval()
     assert chosen(1, refining)[1] == 0, "not measured with windows of several codes"
 

@@ -40,7 +40,13 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
     if path is not None:
         with reading(f"prompt file {path}"):
             lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        parse = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
+        suffix = path.suffix.lower()
+        if suffix in (".json", ".csv", ".tsv"):
+            raise UserError(
+                f"prompt file {path}: {suffix} is not read; give one prompt a line as .txt, or "
+                'one {"prompt": "..."} a line as .jsonl'
+            )
+        parse = _parse_json_line if suffix == ".jsonl" else _parse_text_line
         entries += [
             parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()
         ]
@@ -56,13 +62,15 @@ def _parse_text_line(line: bytes, where: str) -> dict:
         raise UserError(f"{where} is not UTF-8 text: {error}") from error
     if any(ord(c) < 32 and c != "\t" for c in text):
         raise UserError(f"{where} is not text: it has control characters ({text[:80]!r})")
+    if text.startswith("{") and text.endswith("}"):
+        raise UserError(f"{where} is JSON: give the file a name that ends in .jsonl")
     return {"prompt": text}
 
 
 def _parse_json_line(line: bytes, where: str) -> dict:
     try:
         entry = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise UserError(f"{where} is not JSON: {error}") from error
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
