@@ -223,3 +223,5 @@ class ExportOptions:
 
     def __post_init__(self):
         check_counts(samples=self.samples)
+        if not all(prompt.strip() for prompt in self.prompt):
+            raise UserError("one of --prompt is empty; without any, no samples are drawn")

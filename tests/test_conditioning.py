@@ -215,7 +215,7 @@ def test_unusable_folders_are_refused(broken, tmp_path):
         T5Captions.load(broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"d_model": "wide"}))
-    with pytest.raises(ValueError, match="config.json describes no T5"):
+    with pytest.raises(ValueError, match=r"config.json describes no T5"):
         T5Captions.load(broken)
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert' model"):

@@ -172,7 +172,7 @@ def spoil(path: Path, how: str) -> None:
         (
             "00001/samples/00001.png",
             "00007.png",
-            ["00001/samples/00007.png is more than the 2 samples"],
+            ["00001/samples/00007.png are more than the 2 samples of a prompt; give --samples"],
         ),
         (
             "00001/samples/00001.png",
@@ -230,6 +230,8 @@ def test_more_of_what_is_refused(images, tmp_path):
     other.entries[2] = {"prompt": "darkness", "tag": "a"}
     text = message(benchmark=other)
     assert "00002 holds images of 'light 2' instead of 'darkness'" in text
+    other.entries[2] = {"prompt": "light 2", "tag": "c"}
+    assert "00002 holds images of tag 'a' instead of tag 'c'" in message(benchmark=other)
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path / 'file' / 'out'}" in message(out=tmp_path / "file" / "out")
     evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)

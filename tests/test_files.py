@@ -122,9 +122,9 @@ def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
 def test_a_lock_that_cannot_be_taken_is_named(tmp_path):
     """In a folder that is shared, another's lock may be for that one alone."""
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(UserError, match=f"cannot write {tmp_path}: Is a directory"):
-        with owning(tmp_path, "output folder"):
-            pass
+    said = pytest.raises(UserError, match=f"cannot write {tmp_path}: Is a directory")
+    with said, owning(tmp_path, "output folder"):
+        pass
 
 
 def test_the_nearest_path_is_named(tmp_path):
