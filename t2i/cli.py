@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 _HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
+_UNREAD = (errno.EPIPE, errno.ENOSPC)
 _COMMANDS = ("python ", "torchrun ", "deepspeed ", "srun ", "mpirun ")
 
 
@@ -211,15 +212,13 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:
-        if _output_is_read("\n"):
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"error: {error.strerror}: {str(error.filename)[:80]} ...", file=sys.stderr)
+            sys.exit(1)
+        if error.errno not in _UNREAD or _output_is_read("\n"):
             raise
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"error: {error.strerror}: {str(error.filename)[:80]} ...", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt as stop:
         if is_main_process():
             print("interrupted", *stop.args, sep=": ", file=sys.stderr)
@@ -232,12 +231,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _output_is_read(end: str = "") -> bool:
-    """Whether what was printed, and this, finds its reader, who may have left (| head): then
-    nothing more is written, nor complained of.
+    """Whether what was printed, and this, finds its reader, who may have left (| head), or room:
+    if not, nothing more is printed, nor complained of. Results are in files of their own.
     """
     try:
         print(end=end, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in _UNREAD:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True

@@ -2,6 +2,7 @@
 nothing half-written.
 """
 
+import errno
 import json
 import os
 import re
@@ -387,10 +388,13 @@ def test_a_reader_that_leaves_is_no_fault(monkeypatch, capfd):
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: print("a line" * 100_000))
     assert stopped.value.code == 128 + signal.SIGPIPE
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        cli.run(lambda: print("a line"))
     monkeypatch.undo()
 
     def fail() -> None:
-        raise BrokenPipeError("of another pipe")
+        raise BrokenPipeError(errno.EPIPE, "of another pipe")
 
     with pytest.raises(BrokenPipeError):
         cli.run(fail)

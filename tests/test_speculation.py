@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import open_gates, rare, tiny_llamagen, tiny_prepared
+from helpers import BACKBONES, open_gates, rare, tiny_llamagen, tiny_prepared
 
 import t2i
 from launch.lab import fewer_steps, strides
@@ -57,17 +57,25 @@ def draw(model, config, speculate, rows=2, seed=0, **options):
     return sample_windows(model, prepared, keys, config, speculate=speculate, **options)
 
 
-def in_brief(method: str, config: str) -> bool:
-    """Whether the usual tests have it: with one method all settings that are not parts of others,
-    all methods with one.
-    """
-    parts = config in ("plain", "guided", "filters")
-    return config == "guided-filters" or (method == "tensorar" and not parts)
+IN_BRIEF = {
+    ("tensorar", "guided-filters"): BACKBONES,
+    ("base", "guided-filters"): ("llamagen_text", "rar"),
+    ("tensorar", "greedy"): ("llamagen_text", "open_magvit2"),
+    ("tensorar", "drafts"): ("janus", "open_magvit2"),
+    ("tensorar", "stride"): ("llamagen_class", "rar"),
+}
+"""What the usual tests have: every backbone and every setting that is no part of another."""
 
 
 @pytest.mark.parametrize(
-    ("method", "config"),
-    [(m, c) if in_brief(m, c) else rare(m, c) for m in METHODS for c in CONFIGS],
+    ("backbone", "method", "config"),
+    [
+        (b, m, c) if b in IN_BRIEF.get((m, c), ()) else rare(b, m, c)
+        for b in BACKBONES
+        for m in METHODS
+        for c in CONFIGS
+    ],
+    indirect=["backbone"],
 )
 def test_the_same_windows_in_fewer_calls(backbone, method, config):
     """Drafts included, whatever is guessed."""
