@@ -152,7 +152,8 @@ def _told_apart(known: object, wanted: dict | None) -> tuple[str, str]:
     keys = [k for k in entries[0] | entries[1] if entries[0].get(k) != entries[1].get(k)]
     key = "prompt" if "prompt" in keys or not keys else keys[0]
     mark = "" if key == "prompt" else f"{key} "
-    return tuple(f"{mark}{entry.get(key)!r:.200}" for entry in entries)
+    was, now = (f"{mark}{entry.get(key)!r:.200}" for entry in entries)
+    return was, now
 
 
 def write_sheets(
