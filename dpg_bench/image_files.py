@@ -28,7 +28,8 @@ from t2i.evaluation.generation_folder import (
 )
 from t2i.evaluation.options import Scope
 from t2i.evaluation.runner import claim_output
-from t2i.files import file_sha256, read_json, write_json
+from t2i.fields import read_object
+from t2i.files import file_sha256, write_json
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
@@ -166,9 +167,10 @@ def _claim_source(out: Path, folder: Path) -> dict:
     """What OUT/source.json says; UserError if OUT/images came from elsewhere."""
     images, record, place = out / "images", out / SOURCE_FILE, str(folder.resolve())
     if record.is_file():
-        source = read_json(record)
-        if source["folder"] != place:
-            raise UserError(f"{images} holds the images of {source['folder']}; give another --out")
+        source = read_object(record)
+        if source.get("folder") != place or not isinstance(source.get("copied"), dict):
+            there = source.get("folder", "unknown origin")
+            raise UserError(f"{images} holds the images of {there}; give another --out")
         return source
     if images.is_dir():
         unknown = read_generation(images) is None

@@ -18,6 +18,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.evaluation.options import BenchmarkOptions, CompareOptions, parse
+from t2i.sampling import check_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class DPGOptions(BenchmarkOptions):
     """--images holds 2 x 2 grids ITEM.png of images of so many pixels a side (without: ITEM.png or
     ITEM_0.png ... are images).
     """
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(resolution=self.resolution)
 
 
 def main() -> None:

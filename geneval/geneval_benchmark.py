@@ -18,11 +18,13 @@ from geneval.rules import RuleOptions, Verdict, check_schema, check_vocabulary, 
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
 from t2i.charts import TINTS
+from t2i.errors import UserError
 from t2i.evaluation.bootstrap import mean_over_prompts
 from t2i.evaluation.gallery import Box, Card
 from t2i.evaluation.generation_folder import read_prompts
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score
+from t2i.files import nearest_path
 from t2i.worlds import WORLDS, open_world
 
 
@@ -104,12 +106,16 @@ def load_prompts(name: str) -> list[dict]:
     file.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: there is no such file, or it cannot be read.
     """
     if name == "official":
         return official_prompts()
     if name in WORLDS:
         return open_world(name).benchmark_prompts()
+    if not Path(name).exists():
+        known = ", ".join(("official", *WORLDS))
+        text = f"there are no prompts {name!r}: give {known} or a .jsonl file{nearest_path(name)}"
+        raise UserError(text)
     return read_prompts((), Path(name))
 
 

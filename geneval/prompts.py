@@ -16,10 +16,9 @@ from functools import lru_cache
 import numpy as np
 
 from geneval.object_names import OBJECT_NAMES
-from geneval.rules import COLORS
+from geneval.rules import COLORS, RELATIONS
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
 """How many objects a counting prompt may ask for."""
 OFFICIAL_SEED = 43

@@ -24,6 +24,8 @@ COLORS = (
     *("purple", "pink", "brown", "black", "white"),
 )
 
+RELATIONS = ("left of", "right of", "above", "below")
+
 _NOTHING = Detections(np.zeros((0, 4)), np.zeros(0))
 
 ColorsOf = Callable[[str, Sequence[int]], Sequence[str]]
@@ -105,18 +107,36 @@ def judge_image(
 
 
 def check_schema(entry: object, where: str) -> Mapping:
-    """The entry, if it is GenEval metadata: with a tag, a prompt and something asked for; else a
-    UserError says where it stands.
+    """The entry, if it is GenEval metadata: with a tag, a prompt and something asked for that can
+    be judged; else a UserError says where it stands.
     """
     if isinstance(entry, Mapping) and "prompt" in entry and isinstance(entry.get("tag"), str):
         asked = [entry[name] for name in ("include", "exclude") if name in entry]
-        items = [item for part in asked for item in (part if isinstance(part, Sequence) else "?")]
-        if items and all(isinstance(i, Mapping) and {"class", "count"} <= set(i) for i in items):
+        items = [
+            (place, item)
+            for part in asked
+            for place, item in enumerate(part if isinstance(part, Sequence) else "?")
+        ]
+        if items and all(_can_be_judged(item, place) for place, item in items):
             return entry
     raise UserError(
         f"{where} is {entry!r:.200}, which is not GenEval metadata: that has a tag, a prompt and "
-        'include (or exclude), a list of objects such as {"class": "bus", "count": 1}'
+        'include (or exclude), a list of objects such as {"class": "bus", "count": 1}, some with a '
+        '"color", or with a "position" to an object before them, as ["left of", 0]'
     )
+
+
+def _can_be_judged(item: object, place: int) -> bool:
+    """Whether an object that is asked for, with so many before it, has all that the rules read."""
+    if not isinstance(item, Mapping) or not isinstance(item.get("class"), str):
+        return False
+    relation = item.get("position", [RELATIONS[0], 0])
+    if not isinstance(relation, Sequence) or len(relation) != 2 or relation[0] not in RELATIONS:
+        return False
+    numbers = (item.get("count"), relation[1])
+    if not all(isinstance(number, int) for number in numbers):
+        return False
+    return item["count"] >= 1 and ("position" not in item or 0 <= relation[1] < place)
 
 
 def check_vocabulary(metadata: Mapping, detector: Detector) -> None:

@@ -15,7 +15,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 
 VERBS = {
     "train-llamagen": ("launch.train_llamagen", "fine-tune LlamaGen text-to-image"),
@@ -56,7 +56,7 @@ def _program() -> None:
         print("t2i VERB --help shows the options of one.")
         sys.exit()
     if verb not in VERBS:
-        raise UserError(f"there is no t2i {verb}; choose one of {', '.join(VERBS)}")
+        raise UserError(f"there is no t2i {verb}; {choose_one(verb, VERBS)}")
     # The programs name themselves in their help by the first word of the command line.
     sys.argv = [f"t2i {verb}", *given[1:]]
     try:

@@ -24,7 +24,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.training.config import DataOptions
 from t2i.training.recipes import recipes_for
 
@@ -104,7 +104,7 @@ def run_config(config: Quickstart, name: str):
     """The training run of a recipe inside this quickstart's folder."""
     recipes = recipes_for(DataOptions)
     if name not in recipes:
-        raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipes)}")
+        raise UserError(f"unknown recipe {name!r}; {choose_one(name, recipes)}")
     recipe = recipes[name][1]
     assert isinstance(recipe.data, DataOptions), "recipes for captions"
     control = None if name == config.control else config.out / config.control

@@ -26,7 +26,7 @@ import torch
 from t2i import __version__
 from t2i.errors import UserError
 from t2i.fields import from_json, read_object
-from t2i.files import replacing_folder, write_json
+from t2i.files import nearest_path, replacing_folder, write_json
 from t2i.loading import attach, load_backbone, load_source, pick_device
 from t2i.lora import load_adapter, plain_weights, save_adapter
 from t2i.manifest import MANIFEST, DamagedError, check_files, write_manifest
@@ -162,7 +162,8 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"checkpoint folder {folder} does not exist (or is a file)")
+        nearest = nearest_path(folder)
+        raise UserError(f"checkpoint folder {folder} does not exist (or is a file){nearest}")
     check_files(folder, with_state=with_state, contents=contents)
     path = folder / "config.json"
     try:

@@ -1,6 +1,10 @@
 """What all programs share: options, help, logging, and one clear message for a user's mistake."""
 
+import errno
 import logging
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 
 import tyro
 
-from t2i.errors import Stopped, UserError
+from t2i.errors import Stopped, UserError, choose_one
 from t2i.launcher import handling, is_main_process, resume_command, stop_signals
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 _HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
+_UNREAD = (errno.EPIPE, errno.ENOSPC)
 _COMMANDS = ("python ", "torchrun ", "deepspeed ", "srun ", "mpirun ")
 
 
@@ -37,12 +42,16 @@ def parse(
 
 
 def parse_recipe(
-    recipes: Mapping[str, tuple[str, Config]], description: str, main: Sequence[str] = ()
+    recipes: Mapping[str, tuple[str, Config]],
+    description: str,
+    main: Sequence[str] = (),
+    program_of: Callable[[str], str | None] = lambda name: None,
 ) -> Config:
     """Parse `NAME --option value ...`: a named recipe with overrides.
 
     Args:
         main: as in `parse`, for the help of a recipe.
+        program_of: which other program has a recipe of this name.
     """
     given, program = _arguments() or ["--help"], Path(sys.argv[0]).name
     name = given[0]
@@ -56,7 +65,9 @@ def parse_recipe(
         sys.exit()
     if name.startswith("-"):
         raise UserError(f"name a recipe first, then its options; {program} --help lists them")
-    raise UserError(f"unknown recipe {name!r}; choose one of {', '.join(recipes)}")
+    if elsewhere := program_of(name):
+        raise UserError(f"{name} is a recipe of {elsewhere}")
+    raise UserError(f"unknown recipe {name!r}; {choose_one(name, recipes)}")
 
 
 def _parsed(
@@ -158,7 +169,12 @@ def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
 
 def _arguments() -> list[str]:
     # DeepSpeed's launcher appends --local_rank=N; the environment says the same.
-    return [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    # Shells expand "--run-dir ~/a" and not "--run-dir=~/a", which would make a folder named "~".
+    home = os.path.expanduser("~")
+    return [
+        re.sub(r"^(--[\w.-]+=)?~(?=/)", lambda found: (found[1] or "") + home, a) for a in given
+    ]
 
 
 def _quiet_libraries() -> None:
@@ -196,6 +212,13 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"error: {error.strerror}: {str(error.filename)[:80]} ...", file=sys.stderr)
+            sys.exit(1)
+        if error.errno not in _UNREAD or _output_is_read("\n"):
+            raise
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as stop:
         if is_main_process():
             print("interrupted", *stop.args, sep=": ", file=sys.stderr)
@@ -203,7 +226,22 @@ def run(main: Callable[[], None]) -> None:
                 print(f"to go on:\n  {resume_command()}", file=sys.stderr)
         sys.exit(130)
     finally:
+        _output_is_read()
         _leave_processes()
+
+
+def _output_is_read(end: str = "") -> bool:
+    """Whether what was printed, and this, finds its reader, who may have left (| head), or room:
+    if not, nothing more is printed, nor complained of. Results are in files of their own.
+    """
+    try:
+        print(end=end, flush=True)
+    except OSError as error:
+        if error.errno not in _UNREAD:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _leave_processes() -> None:

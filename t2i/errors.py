@@ -1,6 +1,7 @@
 """How the kit tells a user's mistake from a bug of its own, and what messages have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -17,6 +18,14 @@ class NotFiniteError(UserError, FloatingPointError):
 
 class Stopped(KeyboardInterrupt):
     """A training run was stopped on request, and has saved."""
+
+
+def choose_one(name: object, names: Iterable[str]) -> str:
+    """The end of a message about a name that there is not: the nearest one, and all of them."""
+    known = list(names)
+    nearest = get_close_matches(str(name), known, 1)
+    perhaps = f"perhaps you meant {nearest[0]}; " if nearest else ""
+    return f"{perhaps}choose one of {', '.join(known)}"
 
 
 def shorten(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:

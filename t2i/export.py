@@ -12,6 +12,7 @@ that came from the hub is named by its hub id, and not copied.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,8 +199,9 @@ def _score_rows(path: Path) -> list[str]:
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
         mean, stderr = values.get("mean"), values.get("stderr")
-        if not isinstance(mean, int | float):
-            raise UserError(f"{path}: the score {name!r} has no number under mean")
+        numbers = [mean] if stderr is None else [mean, stderr]
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise UserError(f"{path}: the score {name!r} has no number under mean (or stderr)")
         where = results.get("benchmark", path.stem)
         spread = "" if stderr is None else f" ± {stderr:.3f}"
         rows.append(f"| {where} | {name} | {mean:.3f}{spread} | {results.get('status', '')} |")

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def read_json(path: str | Path) -> Any:
         content = Path(path).read_bytes()
     try:
         return json.loads(content)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         text = f"{path} is damaged or not JSON ({error}); copy or make it again"
         raise UserError(text) from error
 
@@ -242,6 +243,19 @@ def namesake(name: str, meaning: str) -> str | None:
     return (
         f"{name!r} is taken for {meaning}; write './{name}' for the one of that name in this folder"
     )
+
+
+def nearest_path(path: str | Path) -> str:
+    """The end of a message about a path that there is not: what it may have meant; or nothing."""
+    there, rest = Path(path), list[str]()
+    while not there.exists() and there != there.parent:
+        there, rest = there.parent, [there.name, *rest]
+    names = os.listdir(there) if rest and there.is_dir() and os.access(there, os.R_OK) else []
+    found = get_close_matches(rest[0], names, 1) if rest else []
+    if not found:
+        return ""
+    meant = there.joinpath(found[0], *rest[1:])
+    return f"; perhaps you meant {meant if meant.exists() else there / found[0]}"
 
 
 # -- before the work -------------------------------------------------------------------------------
@@ -301,7 +315,8 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     held = f".{name}" if name else ""
     lock, owner = FileLock(folder / f"{held}{_LOCK}", timeout=0), folder / f"{held}{_OWNER}"
     try:
-        lock.acquire()
+        with saving(folder):  # a lock that someone else may write, and we may not
+            lock.acquire()
     except Timeout as error:
         raise UserError(
             f"{what} {folder / name} is in use by {_owner(owner)}: "

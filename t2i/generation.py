@@ -152,11 +152,13 @@ def choose_run(
     """
     device = model.backbone.device
     sampling = options.sampling or model.sampling
-    steps = batches * drawn_windows(model, sampling).count
+    windows = drawn_windows(model, sampling).count
+    steps = batches * windows
     speed = choose(options.speed or model.speed, device, steps)
     asked = asked_ahead(model, options)
     if asked != "auto":
-        return speed, 0 if asked == "off" else asked
+        most = 0 if asked == "off" else min(asked, windows)  # room is made for all of them
+        return speed, most if most > 1 else 0
     if device.type != "cpu" or model.windows.size > 1:
         return speed, 0
     pays = SPECULATION_PAYS[speed].items()

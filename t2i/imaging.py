@@ -76,6 +76,7 @@ def grid(
 
 def _fit(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
     """The text, cut so that it does not run into the next cell."""
+    text = text if len(text) <= width else text[:width] + "…"  # no letter is narrower than a pixel
     while text and font.getlength(text) > width:
         text = text[:-2] + "…" if len(text) > 2 else ""
     return text

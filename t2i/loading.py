@@ -166,7 +166,8 @@ def load_source(
     where = f"the sampling settings of {source.weights}"
     own = from_json(SamplingConfig, files.sampling, where, defaults=backbone.spec.sampling)
     backbone.spec = replace(backbone.spec, sampling=own)
-    if files.tokenizer is not None and (weights is not None or files.tokenizer != files.weights):
+    inside = family.tokenizer_inside and files.tokenizer == files.weights
+    if files.tokenizer is not None and (weights is not None or not inside):
         backbone.frozen.tokenizer = backbone.tokenizer_type.load(resolve(files.tokenizer))
     if backbone.frozen.tokenizer is not None:
         _check_codes(backbone)

@@ -67,10 +67,13 @@ def _read(folder: Path) -> dict[str, tuple[int, str | None]]:
     """Size and hash by name; older versions wrote the size alone."""
     path = folder / MANIFEST
     if not path.is_file():
+        below = [p for way in ("step_*", "*/checkpoints/step_*") for p in folder.glob(way)]
+        whole = sorted(place for place in below if (place / MANIFEST).is_file())
+        hint = f"; {whole[-1]} is one" if whole else ""
         raise DamagedError(
             f"{folder} is not a complete checkpoint folder: {MANIFEST} is missing "
             "(a base model is loaded with load_backbone; a run that stopped while saving leaves "
-            "an earlier step)"
+            f"an earlier step){hint}"
         )
     try:
         found = {name: _entry(entry) for name, entry in read_object(path)["files"].items()}

@@ -10,8 +10,9 @@ import tyro
 
 from t2i import __version__
 from t2i.errors import UserError
+from t2i.files import nearest_path
 from t2i.models.families import FamilyName
-from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed
+from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed, check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -80,9 +81,9 @@ class ModelOptions:
             UserError: no model is given, there is none of this name, it is incomplete; there is no
                 such device or type.
         """
-        from t2i.checkpoint import find_checkpoint, read_config
+        from t2i.checkpoint import find_checkpoint, is_checkpoint, read_config
         from t2i.loading import pick_device
-        from t2i.sources import family_of, resolve, shipped_bases
+        from t2i.sources import check_named, family_of, resolve, shipped_bases
         from t2i.tensorar.speed import check_speed
 
         if self.source is None:
@@ -94,15 +95,25 @@ class ModelOptions:
         folder = Path(self.source)
         if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
             raise UserError(
-                f"checkpoint folder {self.ckpt} does not exist (or is a file), and no base is shipped under this name "
-                f"(but {', '.join(shipped_bases())}); a published base is given as --base.weights"
+                f"checkpoint folder {self.ckpt} does not exist (or is a file), and no base is shipped "
+                f"under this name (but {', '.join(shipped_bases())}); a published base is given as "
+                f"--base.weights{nearest_path(folder)}"
             )
-        for given in filter(None, (self.source, self.base.tokenizer, self.base.text_encoder)):
+        if self.ckpt is None and is_checkpoint(self.source):
+            raise UserError(f"{self.source} is a checkpoint, and no base: give it as --ckpt")
+        if self.base.text_encoder is not None:
+            check_named(self.base.text_encoder, folder=True)
+        for given in filter(None, (self.source, self.base.tokenizer)):
             on_hub = given.partition(":")[0].count("/") == 1
             if not (on_hub or Path(given).exists() or given in shipped_bases()):
                 resolve(given)  # says what it could have been
         if self.checkpoint is not None:
-            read_config(self.checkpoint)
+            family = read_config(self.checkpoint)["backbone"].get("family")
+            if self.base.family not in (None, family):
+                raise UserError(
+                    f"{self.ckpt} is of the family {family}, not {self.base.family}: --base.family "
+                    "is for a published base"
+                )
         elif folder.is_dir() and not (folder / "config.json").is_file():
             read_config(find_checkpoint(folder))
         elif self.base.family is None:
@@ -182,8 +193,11 @@ class DrawingModelOptions(ModelOptions):
         return super().check()
 
     def drawing(self, model: "TensorAR") -> DrawOptions:
-        """How this model is to draw."""
+        """How this model is to draw; UserError for settings that it cannot be drawn with."""
+        from t2i.tensorar.sampler import check_sampling
+
         sampling = self.sampling.apply(model.sampling)
+        check_sampling(model, sampling)  # before a folder is claimed with these settings
         return DrawOptions(self.seed, sampling, self.batch_size, about=self.about(model))
 
 
@@ -206,3 +220,8 @@ class ExportOptions:
     """Where to draw them: cpu, cuda, or auto."""
     results: tuple[Path, ...] = ()
     """results.json files of benchmarks, for the model card."""
+
+    def __post_init__(self):
+        check_counts(samples=self.samples)
+        if not all(prompt.strip() for prompt in self.prompt):
+            raise UserError("one of --prompt is empty; without any, no samples are drawn")

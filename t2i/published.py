@@ -11,20 +11,24 @@ import hashlib
 import http.client
 import json
 import os
+import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from t2i.errors import UserError
-from t2i.files import file_sha256, reading, replacing, text_sha256, write_text
+from t2i.files import file_sha256, nearest_path, reading, replacing, text_sha256, write_text
 from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte
+_CONNECT_SECONDS = 5.0
 _LARGE = 16 << 20  # bytes; smaller files are read faster than their entry
 _SETTLED = 2 * 10**9  # nanoseconds; a younger file may change again within one tick of its clock
 # The hub's client has changed its HTTP library twice; its errors come through as they are.
@@ -114,6 +118,24 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 
 # -- the hub ---------------------------------------------------------------------------------------
+@cache
+def hub_is_away() -> bool:
+    """Whether no connection to the hub can be had; asked once, before its client, which would try
+    again and again for half a minute, at every file.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+
+    if is_offline_mode() or {"http", "https", "all"} & urllib.request.getproxies().keys():
+        return False  # the client knows, or a proxy finds the hub's address
+    hub = urlsplit(HfApi().endpoint)
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        socket.create_connection((hub.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return True
+    return False
+
+
 def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: str) -> Path:
     """The local copy of what is not a folder here, fetched if it is not in the hub's cache.
 
@@ -124,8 +146,10 @@ def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: 
     from huggingface_hub import snapshot_download
 
     wanted = None if patterns is None else list(patterns)
-    with asking_hub(f"{hub_id} is neither a folder here nor a model of the hub", advice):
-        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    said = f"{advice}{nearest_path(hub_id)}"
+    with asking_hub(f"{hub_id} is neither a folder here nor a model of the hub", said):
+        away = hub_is_away()  # then what was fetched before will do
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=away))
 
 
 def fetch_model(
@@ -158,6 +182,7 @@ def asking_hub(what: str, advice: str = "") -> Iterator[None]:
         if not isinstance(error, OSError) and library not in _HUB_LIBRARIES:
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = "no connection to the hub" if hub_is_away() else reason
         raise UserError(f"{what} ({reason}). {advice}".rstrip()) from error
 
 

@@ -16,6 +16,10 @@ auto: what is fastest. No image depends on it but for rounding.
 """
 
 
+_MOST_GUIDANCE = 1000
+"""Far more than draws anything, and far from where numbers overflow and images are noise."""
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How codes are drawn. Of several numbers, each is for one sub-token of a code."""
@@ -50,9 +54,15 @@ class SamplingConfig:
         for own in fields(self):
             if not all(map(math.isfinite, _numbers(getattr(self, own.name)))):
                 raise UserError(f"{own.name}={getattr(self, own.name)} must be a finite number")
-        if min(_numbers(self.cfg_scale)) < 1:
+        if (
+            not 1
+            <= min(_numbers(self.cfg_scale))
+            <= max(_numbers(self.cfg_scale))
+            <= _MOST_GUIDANCE
+        ):
             raise UserError(
-                f"cfg_scale={self.cfg_scale} must be at least 1 (1 is without guidance)"
+                f"cfg_scale={self.cfg_scale} must be at least 1 (1 is without guidance), and at most "
+                f"{_MOST_GUIDANCE}"
             )
         if self.cfg_interval < -1:
             raise UserError(f"cfg_interval={self.cfg_interval} must be at least -1 (guide all)")
@@ -147,10 +157,15 @@ class DrawOptions:
                 "or change the model's own with dataclasses.replace(model.sampling, ...)"
             )
         check_counts(batch_size=self.batch_size)
-        check_whole(seed=self.seed)
+        check_seed(self.seed)
         check_speculate(self.speculate or 0)
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed} must be between 0 and 2**63 - 1")
+
+
+def check_seed(seed: int) -> None:
+    """UserError if random numbers cannot be made from it."""
+    check_whole(seed=seed)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be between 0 and 2**63 - 1")
 
 
 def check_speculate(speculate: Speculate) -> None:

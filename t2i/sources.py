@@ -12,9 +12,9 @@ from typing import Any
 
 from t2i.errors import UserError
 from t2i.fields import read_object
-from t2i.files import namesake
+from t2i.files import namesake, nearest_path
 from t2i.models.families import FAMILIES, Family, find_family
-from t2i.published import asking_hub, fetch_model, remembered_sha256
+from t2i.published import asking_hub, fetch_model, hub_is_away, remembered_sha256
 from t2i.weights import folder_sha256
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
     from huggingface_hub import hf_hub_download
 
     with asking_hub(f"{text} is not here, and the hub did not give {filename} of {repo}"):
-        return Path(hf_hub_download(repo, filename))
+        return Path(hf_hub_download(repo, filename, local_files_only=hub_is_away()))
 
 
 def check_named(source: str | Path, *, folder: bool = False) -> None:
@@ -106,6 +106,7 @@ def _nowhere(text: str, folder: bool) -> UserError:
     return UserError(
         f"{text} is not a file, a folder, a shipped base ({', '.join(shipped_bases())}) "
         f"or a hub {'folder written owner/repo' if folder else 'file written owner/repo:file'}"
+        f"{nearest_path(text)}"
     )
 
 
@@ -184,6 +185,10 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
                 f"{path} is not a backbone folder: config.json has no {name!r} "
                 "(a checkpoint or run folder is loaded with from_pretrained)"
             )
+    if strange := sorted(stored.keys() - kinds.keys()):
+        raise UserError(
+            f"{path / 'config.json'} has {', '.join(strange)}, which is none of {', '.join(kinds)}"
+        )
     for name, kind in kinds.items():
         if not isinstance(stored.get(name, kind()), kind):
             raise UserError(

@@ -1,5 +1,6 @@
 """What of a backbone is trained. Without torch, so that programs can name their options at once."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,3 +25,5 @@ class LoRAConfig:
             raise UserError(
                 f"lora.rank={self.rank} must be at least 1 and lora.dropout={self.dropout} in [0, 1)"
             )
+        if not 0 < self.alpha < math.inf:  # with 0 the adapters would do nothing
+            raise UserError(f"lora.alpha={self.alpha} must be a number above 0")

@@ -176,10 +176,12 @@ def load_strict(
     `assign` uses its tensors themselves.
 
     Raises:
-        UserError: names every key that is missing, unexpected or mis-shaped.
+        UserError: names every key that is missing, unexpected or mis-shaped, or holds numbers that
+            are not finite.
     """
     _compare(module.state_dict(), state_dict, type(module).__name__, source)
     module.load_state_dict(state_dict, strict=True, assign=assign)
+    refuse_not_finite(module.state_dict(), source)
 
 
 @torch.no_grad()
@@ -190,6 +192,24 @@ def copy_weights(
     _compare(target, state_dict, "this backbone", source)
     for name, tensor in target.items():
         tensor.copy_(state_dict[name])
+    refuse_not_finite(target, source)
+
+
+@torch.no_grad()
+def refuse_not_finite(weights: dict[str, Tensor], source: str | Path) -> None:
+    """UserError names weights that are infinite or no numbers: they draw noise in silence."""
+    # The extremes are found many times faster than by asking every number.
+    read = {k: v for k, v in weights.items() if v.is_floating_point() and v.numel()}
+    bad = [
+        name
+        for name, tensor in read.items()
+        if not tensor.is_meta and not torch.stack(torch.aminmax(tensor)).isfinite().all()
+    ]
+    if bad:
+        raise UserError(
+            f"{source} holds numbers that are not finite ({shorten_keys(bad)}): it is damaged, or of "
+            "a training that went wrong; take another file"
+        )
 
 
 def _compare(

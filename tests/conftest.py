@@ -16,7 +16,7 @@ from functools import partial
 import pytest
 import torch
 from browser import CHROMIUM, open_browser
-from helpers import tiny_janus, tiny_llamagen, tiny_open_magvit2, tiny_rar
+from helpers import BACKBONES
 from programs import refused
 
 torch.set_num_threads(1)
@@ -50,15 +50,6 @@ def pytest_collection_finish() -> None:
     """What was imported stays: looking through it for garbage took a tenth of the tests' time."""
     gc.freeze()
     gc.enable()
-
-
-BACKBONES = {
-    "llamagen_class": lambda: tiny_llamagen("class"),
-    "llamagen_text": lambda: tiny_llamagen("text"),
-    "janus": tiny_janus,
-    "open_magvit2": tiny_open_magvit2,
-    "rar": tiny_rar,
-}
 
 
 @pytest.fixture(params=BACKBONES)

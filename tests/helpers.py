@@ -310,6 +310,16 @@ def tiny_open_magvit2(seed: int = 0) -> OpenMAGVIT2:
     return backbone.eval()
 
 
+BACKBONES = {
+    "llamagen_class": lambda: tiny_llamagen("class"),
+    "llamagen_text": lambda: tiny_llamagen("text"),
+    "janus": tiny_janus,
+    "open_magvit2": tiny_open_magvit2,
+    "rar": tiny_rar,
+}
+"""Of the `backbone` fixture: each family and kind of condition."""
+
+
 def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
     """Different conditions: labels, or left-padded captions or prompts of different lengths."""
     if backbone.frozen.text_encoder is not None:

@@ -279,8 +279,8 @@ def test_published_shapes_need_no_file(name):
 
 
 def test_results_describe_themselves(tmp_path, capsys):
-    words = "sampling training --shapes tiny-class --images 2 --batch 2 --rounds 3 --no-memory"
-    more = "--peers cat-cache --decode --naive --bandwidth 10 --tflops 1 --steps 12"
+    words = "sampling training --shapes tiny-class --images 2 --batch 2 --rounds 2 --no-memory"
+    more = "--peers cat-cache --decode --naive --bandwidth 10 --tflops 1 --steps 8"
     program(benchmark, *words.split(), *more.split(), "--out", tmp_path / "mine.md")
     found = json.loads((tmp_path / "mine.json").read_text())
     assert found["about"]["versions"]["torch"] == torch.__version__

@@ -2,6 +2,7 @@
 nothing half-written.
 """
 
+import errno
 import json
 import os
 import re
@@ -75,15 +76,20 @@ def train_fails(tiny_world, tmp_path, fails):
 # -- training --------------------------------------------------------------------------------------
 def test_missing_data(train_fails, tmp_path):
     folder = tmp_path / "nothing"
+    assert "File name too long: aaa" in train_fails("--data.source", "a" * 5000)
     assert f"{folder} does not exist" in train_fails("--data.source", folder)
     assert "no data: give --data.source" in train_fails("--data.source", "")
 
 
 def test_no_captions(train_fails, tmp_path):
+    (data := tmp_path / "data").mkdir()
     for i in range(3):
-        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
-    message = train_fails("--data.source", tmp_path)
-    assert f"{tmp_path} holds 3 images but no captions" in message and "metadata.jsonl" in message
+        Image.new("RGB", (32, 32)).save(data / f"{i}.png")
+    message = train_fails("--data.source", data)
+    assert f"{data} holds 3 images but no captions" in message and "metadata.jsonl" in message
+    (data / "0.png.txt").write_text("a circle")
+    message = train_fails("--data.source", data)
+    assert "(0.png.txt stands beside no image of its name)" in message
 
 
 def test_too_little_data(train_fails):
@@ -93,12 +99,26 @@ def test_too_little_data(train_fails):
 
 def test_unknown_names(train_fails):
     message = train_fails(recipe="shapes-iclr2027")
-    assert "unknown recipe 'shapes-iclr2027'; choose one of shapes-tuned," in message
+    assert "perhaps you meant shapes-iclr2026; choose one of shapes-tuned," in message
     message = train_fails("--optim.codec-lrr", 1)
     assert "--optim.codec-lrr" in message and "Perhaps you meant: --optim.codec-lr " in message
     message = train_fails("--method.noise", "loud")
     assert "'loud'" in message and "'categorical', 'codebook', 'gaussian'" in message
-    assert "choose one of llamagen" in train_fails("--backbone.family", "pixart")
+    message = train_fails("--backbone.family", "lamagen")
+    assert "perhaps you meant llamagen; choose one of llamagen" in message
+
+
+def test_a_recipe_of_another_program(train_fails):
+    for name, program in (("janus-pro-1b-lora", "train_janus"), ("rar-b", "train_imagenet")):
+        message = train_fails(recipe=name)
+        assert f"error: {name} is a recipe of launch/{program}.py" in message
+
+
+def test_sampling_is_looked_at_before_the_first_sheet(train_fails):
+    assert "stride=9" in train_fails("--sampling.stride", 9, "--check")
+    assert "window=9" in train_fails("--sampling.window", 9, "--check")
+    two = train_fails("--sampling.temperature", 1, 0.5)
+    assert "must be one number, or one for each of the 1 sub-token" in two
 
 
 def test_bad_values(train_fails):
@@ -123,11 +143,29 @@ def test_bad_values(train_fails):
         ("--optim.betas", "0.9 1.5", "optim.betas=(0.9, 1.5) must be two numbers in [0, 1)"),
         ("--epochs", "nan", "epochs=nan must be a number above 0"),
         ("--log.save-every", "-1", "log.save_every=-1 must be a number of steps, or 0"),
+        ("--lora.alpha", "1e400", "lora.alpha=inf must be a number above 0"),
+        ("--method.slot-weights", "1 inf", "slot_weights=(1.0, inf): give weights >= 0"),
+        ("--seed", str(2**63), f"seed={2**63} must be between 0 and 2**63 - 1"),
     ],
 )
 def test_numbers_that_are_none(train_fails, option, value, message):
     """Case 2: what can only make weights that are no numbers is refused before any loading."""
     assert message in train_fails(option, *value.split())
+
+
+def test_a_run_folder_among_the_pictures(train_fails, tiny_world):
+    """Its sheets became data, and the run could not be resumed: the data had changed."""
+    for inside in (tiny_world / "data", tiny_world / "data" / "runs" / "a"):
+        message = train_fails("--run-dir", inside, "--check")
+        assert "so that its sheets would be read as data: give a --run-dir elsewhere" in message
+    train_fails("--run-dir", tiny_world / "data-2", "--data.source", "none")  # that is another
+
+
+def test_home_behind_an_equals_sign(train_fails, tmp_path, monkeypatch):
+    """A shell leaves it as it is, which made a folder named "~"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/mine does not exist" in train_fails("--data.source=~/mine")
+    assert "~nobody/mine does not exist" in train_fails("--data.source=~nobody/mine")
 
 
 def test_batch_that_cannot_be_split():
@@ -219,7 +257,8 @@ def test_bad_prompts(generate_fails, tmp_path):
         b'["a circle"]',
         b'{"prompt": " "}',
         b'{"prompt": "\xff"}',
-        b'{"prompt": "a \\ud83d"}',  # case 15, as the next one
+        b'{"prompt": "a \\ud83d"}',  # case 15
+        b"[" * 100_000,
     ):
         path.write_bytes(b'{"prompt": "a \xe2\x80\xa8 circle"}\n\n' + bad + b"\n")
         assert f"{path} line 3" in generate_fails("--prompt-file", path)
@@ -227,15 +266,29 @@ def test_bad_prompts(generate_fails, tmp_path):
     for bad in (b"a \xff circle", b"a \x00 circle"):
         path.write_bytes(b"a circle\n" + bad)
         assert f"{path} line 2 is not" in generate_fails("--prompt-file", path)
+    path.write_text('{"prompt": "a circle"}')
+    assert "line 1 is JSON: give the file a name" in generate_fails("--prompt-file", path)
+    for name in ("prompts.json", "prompts.CSV"):  # a line of these would be drawn as a prompt
+        path = tmp_path / name
+        path.write_text("prompt\na circle")
+        assert "is not read; give one prompt a line" in generate_fails("--prompt-file", path)
+    path = tmp_path / "prompts.JSONL"
+    path.write_text('"a circle"')
+    assert f"{path} line 1 has no text" in generate_fails("--prompt-file", path)
 
 
 def test_bad_options(generate_fails):
     prompt = ("--prompt", "a circle")
-    assert "cfg_scale=0.5 must be at least 1" in generate_fails(*prompt, "--cfg-scale", 0.5)
+    for scale in ("0.5", "1e38"):
+        message = generate_fails(*prompt, "--cfg-scale", scale)
+        assert f"cfg_scale={float(scale)} must be at least 1" in message and "most 1000" in message
     assert "found no GPU" in generate_fails(*prompt, "--device", "cuda")
     assert "dtype 'half' must be" in generate_fails(*prompt, "--dtype", "half")
     assert "must be at least 1" in generate_fails(*prompt, "--samples", 0)
     assert "--cfg-scale" in generate_fails(*prompt, "--cfg-scal", 3)
+    # Nothing of the folder may say afterwards that its images are drawn so.
+    for wrong in (("--temperature", 1, 0.5), ("--stride", 9), ("--window", 9)):
+        assert wrong[0].strip("-") + "=" in generate_fails(*prompt, *wrong)
 
 
 def test_values_that_would_get_lost(generate_fails, train_fails):
@@ -259,13 +312,27 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
         return generate_fails("--prompt", "a circle", "--ckpt", folder)
 
     assert f"checkpoint folder {tmp_path / 'none'} does not exist" in message(tmp_path / "none")
+    run = plain.parents[1]
+    assert f"perhaps you meant {plain}" in message(run / "checkpionts" / plain.name)
+    for above in (run.parent, plain.parent):
+        assert "is not a complete checkpoint folder" in message(above)
+        assert re.search(r"/checkpoints/step_\d{6} is one", message(above))
     assert "is not a complete checkpoint folder" in message(tiny_world / "data")
+    as_base = generate_fails("--prompt", "a circle", "--ckpt", plain, "--base.family", "rar")
+    assert f"{plain} is of the family llamagen, not rar" in as_base
     copy = tmp_path / "copy"
     shutil.copytree(plain, copy)
     os.truncate(copy / "backbone.safetensors", 1000)
     assert "backbone.safetensors is missing or has not" in message(copy)
     (copy / "manifest.json").unlink()
     assert "manifest.json is missing" in message(copy)
+
+
+def test_a_checkpoint_is_no_base(fails, plain):
+    message = fails(generate, "--prompt", "a circle", "--base.weights", plain)
+    assert f"{plain} is a checkpoint, and no base: give it as --ckpt" in message
+    encoder = ("--ckpt", plain, "--base.text-encoder", "a/b/c")
+    assert "a hub folder written owner/repo" in fails(generate, "--prompt", "a circle", *encoder)
 
 
 # -- the real thing --------------------------------------------------------------------------------
@@ -305,3 +372,30 @@ def test_a_signal_ends_in_one_line(number, capsys):
         signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler goes with the program"
+
+
+def test_a_reader_that_leaves_is_no_fault(monkeypatch, capfd):
+    """As `| head` does: what was printed early is kept back until the end."""
+
+    def unread() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", open(writer, "w"))  # noqa: SIM115 (closed with it)
+
+    unread()
+    cli.run(lambda: print("a line"))
+    unread()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: print("a line" * 100_000))
+    assert stopped.value.code == 128 + signal.SIGPIPE
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        cli.run(lambda: print("a line"))
+    monkeypatch.undo()
+
+    def fail() -> None:
+        raise BrokenPipeError(errno.EPIPE, "of another pipe")
+
+    with pytest.raises(BrokenPipeError):
+        cli.run(fail)
+    assert capfd.readouterr().err == ""

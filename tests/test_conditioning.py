@@ -214,6 +214,9 @@ def test_unusable_folders_are_refused(broken, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         T5Captions.load(broken)
     config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"d_model": "wide"}))
+    with pytest.raises(ValueError, match=r"config.json describes no T5"):
+        T5Captions.load(broken)
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert' model"):
         T5Captions.load(broken)
@@ -224,6 +227,9 @@ def test_unusable_folders_are_refused(broken, tmp_path):
 
 def test_foreign_tokenizers_are_refused(broken):
     tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        T5Captions.load(broken)
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
     with pytest.raises(ValueError, match="does not end a caption"):
         T5Captions.load(broken)

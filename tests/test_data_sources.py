@@ -13,6 +13,7 @@ from PIL import Image
 
 from t2i.data.data_report import load_sample, survey_source
 from t2i.data.images import ImageRules, SkipSample
+from t2i.errors import UserError
 
 CAPTIONS = ["a red dot", "a green dot", "a blue dot"]
 
@@ -267,7 +268,7 @@ def test_parquet_traps(tmp_path):
     source = open_source(tmp_path / "0.parquet")
     assert [s.captions for s in source] == [["a"], ["b"], ["c"], ["d"]]
     assert levels(source) == [0, 1, "missing", "corrupt"]
-    by_path = open_source(tmp_path / "0.parquet", image_column="file")
+    by_path = open_source(tmp_path / "0.parquet", image_column="file", outside_images=True)
     assert levels(by_path) == [0, "missing", 0, "missing"]
     write_parquet(tmp_path / "0.parquet", {"image": ["https://x/y.png"], "text": ["a"]})
     with pytest.raises(ValueError, match=r"web addresses.*img2dataset"):
@@ -326,6 +327,22 @@ def test_hub_options_and_identity(hub):
     assert source.identity["revision"] == "v1"
     assert source.identity["content"]
     assert source.identity["columns"] == ["image", "text"]
+
+
+def test_pictures_that_are_not_read_are_named(tmp_path):
+    """Photos of phones lay beside the others and were gone without a word."""
+    folder = make("sidecar", tmp_path / "data")
+    (folder / "3.HEIC").write_bytes(b"ftypheic")
+    source = open_source(folder)
+    assert source.left_out == [("3.HEIC", "format that is not read")] and len(list(source)) == 3
+    for name in ("a.heic", "all.tar.gz", "all.zip"):
+        other = tmp_path / name / "data"
+        other.mkdir(parents=True)
+        (other / name).write_bytes(b"")
+        with pytest.raises(UserError, match=f"no tars; unpack or convert what is like {name}"):
+            open_source(other)
+    with pytest.raises(UserError, match=r"neither .parquet nor .tar. Unpack it first"):
+        open_source(other / name)
 
 
 def test_nothing_there(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import GOLDEN_ROOT, edited, folder_content, open_source
@@ -187,6 +189,22 @@ def test_metadata_that_name_images_outside(tmp_path, secret, how):
     trusting = open_source(data, outside_images=True)
     assert isinstance(load_sample(trusting[1], ImageRules(32)), torch.Tensor)
     assert secret / "a.png" in [path for _, path in trusting.files()]
+
+
+@pytest.mark.parametrize("how", ["../secret/a.png", "absolute", "address"])
+def test_tables_that_name_images_outside(tmp_path, secret, how):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "in.png").write_bytes(_png())
+    name = {"absolute": str(secret / "a.png"), "address": f"file://{secret}/a.png"}.get(how, how)
+    pq.write_table(pa.table({"image": ["in.png", name], "text": ["a", "b"]}), data / "0.parquet")
+    source = open_source(data / "0.parquet")
+    good, bad = (load_sample(sample, ImageRules(32)) for sample in source)
+    assert isinstance(good, torch.Tensor)
+    assert isinstance(bad, SkipSample) and bad.reason.startswith("outside the folder")
+    assert len(source.files()) == 2, "not even hashed"
+    trusting = open_source(data / "0.parquet", outside_images=True)
+    assert isinstance(load_sample(trusting[1], ImageRules(32)), torch.Tensor)
 
 
 def test_a_caption_that_is_a_link_to_a_key(tmp_path, secret):

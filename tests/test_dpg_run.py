@@ -209,6 +209,8 @@ def test_what_is_wrong_with_flat_files_is_named(grids, tmp_path, refusal, caplog
     other = tmp_path / "other"
     grids.rename(other)
     assert f"holds the images of {grids}" in refusal("--images", other, *grid[2:])
+    (tmp_path / "out" / "source.json").write_text("{}")
+    assert "holds the images of unknown origin" in refusal("--images", other, *grid[2:])
 
 
 def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path, refusal):

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from geneval.summary import by_prompt
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import paired_differences
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.options import BenchmarkOptions, Scope
 from t2i.evaluation.results import Score, compare_folders
-from t2i.evaluation.runner import evaluate
+from t2i.evaluation.runner import claim_output, evaluate
 from t2i.imaging import save_png
 
 SCOPE = Scope(samples=2)
@@ -100,6 +101,11 @@ def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images,
     evaluate(stricter, out, images=images, scope=SCOPE)
     assert len(stricter.asked) == 8
 
+    for path in out.glob("verdicts/*/00001.jsonl"):
+        path.write_text('{"sample": 0, "sha256": "0"}\n')
+    with pytest.raises(UserError, match=r"00001.jsonl is damaged .* delete it to judge again"):
+        evaluate(Bright(), out, images=images, scope=SCOPE)
+
 
 @pytest.mark.parametrize("place", ["00002.jsonl", "index.html", "results.json"])
 def test_a_full_disk_is_named_and_the_rest_follows(images, tmp_path, monkeypatch, place):
@@ -166,7 +172,7 @@ def spoil(path: Path, how: str) -> None:
         (
             "00001/samples/00001.png",
             "00007.png",
-            ["00001/samples/00007.png is more than the 2 samples"],
+            ["00001/samples/00007.png are more than the 2 samples of a prompt; give --samples"],
         ),
         (
             "00001/samples/00001.png",
@@ -224,6 +230,8 @@ def test_more_of_what_is_refused(images, tmp_path):
     other.entries[2] = {"prompt": "darkness", "tag": "a"}
     text = message(benchmark=other)
     assert "00002 holds images of 'light 2' instead of 'darkness'" in text
+    other.entries[2] = {"prompt": "light 2", "tag": "c"}
+    assert "00002 holds images of tag 'a' instead of tag 'c'" in message(benchmark=other)
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path / 'file' / 'out'}" in message(out=tmp_path / "file" / "out")
     evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
@@ -291,3 +299,13 @@ def test_folders_are_compared_if_they_can_be(images, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             compare_folders(tmp_path / "a", tmp_path / other, groups_of)
+    # What another program, or another version, has left.
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    for content in ({}, [], results | {"scores": 1}, {"scores": {}, "images": "a"}):
+        (tmp_path / "b" / "results.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"results.json (is not a benchmark's|must hold)"):
+            compare_folders(tmp_path / "a", tmp_path / "b", groups_of)
+        with pytest.raises(UserError, match=r"results.json (is not a benchmark's|must hold)"):
+            claim_output(tmp_path / "b", images)
+    with pytest.raises(UserError, match="hold results of Bright: its own program compares them"):
+        compare_folders(tmp_path / "a", tmp_path / "a", by_prompt)

@@ -112,6 +112,10 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"b\.npz is damaged: Bad CRC"):
         read(path)
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"no array")
+    with pytest.raises(ValueError, match=r"d\.npz is damaged: .*magic"):
+        open_images(tmp_path / "d.npz")
     with pytest.raises(ValueError, match="none does not exist; give an"):
         open_images(tmp_path / "none")
     with pytest.raises(ValueError, match="holds no images"):
@@ -215,7 +219,11 @@ def test_stored_statistics_win_over_the_images(tmp_path, network):
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "mu has 5 features, this network has 4"),
         ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"mu is \[4\] and sigma is \[5, 5\]"),
         ({"mu": np.zeros(4)}, "sigma cannot be read"),
-        ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "not finite"),
+        ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "mu must hold finite numbers"),
+        (
+            {"mu": np.array(["a"] * 4), "sigma": np.eye(4)},
+            "mu must hold finite numbers, and is <U1",
+        ),
     ],
 )
 def test_statistics_that_do_not_fit(tmp_path, network, statistics, message):
@@ -259,10 +267,17 @@ def test_fewer_images_than_the_protocol(tmp_path, network, monkeypatch):
 
 def test_too_few_for_any_statistics(tmp_path, network):
     one, three = (write_npz(tmp_path / f"{n}.npz", pictures(n)) for n in (1, 3))
+    four = write_npz(tmp_path / "4.npz", pictures(4))
+    for samples, reference, least in ((one, four, "1.npz holds 1"), (four, three, "3.npz holds 3")):
+        with pytest.raises(ValueError, match=f"{least} images; these scores need 4"):
+            fid.check_inputs(samples, reference, allow_fewer=True)
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(ValueError, match=r"1.npz holds 1 images; these scores need 2"):
+        fid.check_inputs(one, tmp_path / "statistics.npz", allow_fewer=True)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        score(one, three, network)
+        measures.feature_statistics(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="more than 3 images in each set, got 3"):
-        score(three, three, network)
+        measures.compare_manifolds(torch.zeros(3, 4), torch.zeros(3, 4))
 
 
 def test_blocks_do_not_change_the_manifold(monkeypatch):
@@ -360,6 +375,14 @@ def test_the_program(tmp_path, network, monkeypatch, capsys):
     assert found["network"]["sha256"] == "random" and found["versions"]["torch"]
     assert found["samples"]["images"] == found["reference"]["images"] == found["n"] == 4
     printed = capsys.readouterr().out
+    (tmp_path / "notes.json").write_text("{}")
+    for more, message in (
+        (("--reference", "samples"), "holds the scores of samples against reference; give another"),
+        (("--out", "notes.json"), "notes.json holds no scores of this; give another --out"),
+    ):
+        with pytest.raises(SystemExit):
+            run("--allow-fewer", "--out", "here/results.json", *more)
+        assert message in capsys.readouterr().err
     assert "| 4 |" in printed and "PARTIAL" in printed and "wrote here/results.json" in printed
 
 

@@ -13,6 +13,8 @@ from helpers import folder_content
 from t2i.errors import UserError
 from t2i.fields import all_optional
 from t2i.files import (
+    nearest_path,
+    owning,
     partial_folder,
     read_json_lines,
     replacing_folder,
@@ -115,3 +117,23 @@ def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
     path.write_text("{}\n[]\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"rows\.jsonl line 2 is not a JSON object"):
         read_json_lines(path)
+
+
+def test_a_lock_that_cannot_be_taken_is_named(tmp_path):
+    """In a folder that is shared, another's lock may be for that one alone."""
+    (tmp_path / ".lock").mkdir()
+    said = pytest.raises(UserError, match=f"cannot write {tmp_path}: Is a directory")
+    with said, owning(tmp_path, "output folder"):
+        pass
+
+
+def test_the_nearest_path_is_named(tmp_path):
+    (tmp_path / "runs" / "mine" / "best").mkdir(parents=True)
+    for wrong, meant in (
+        ("runs/mine/bset", "runs/mine/best"),
+        ("runs/mien/best", "runs/mine/best"),
+        ("rums/mine/first", "runs"),
+    ):
+        assert nearest_path(tmp_path / wrong) == f"; perhaps you meant {tmp_path / meant}"
+    for nothing in ("runs/x/best", "runs/mine", "runs/mine/best/z"):
+        assert nearest_path(tmp_path / nothing) == ""

@@ -11,8 +11,9 @@ from PIL import Image
 
 import geneval
 from geneval.detector import Detections
-from geneval.rules import COLORS, RuleOptions, decide, relative_position
+from geneval.rules import COLORS, RuleOptions, check_schema, decide, relative_position
 from geneval.summary import format_summary, result_row, summarize
+from t2i.errors import UserError
 
 ROOT = Path(os.environ.get("T2I_GOLDEN", Path(__file__).parent / "golden")) / "geneval_judge"
 CONFIG = json.loads((ROOT / "config.json").read_text())
@@ -169,6 +170,27 @@ def test_score_says_what_does_not_fit(images, wanted, message):
     metadata = [entry("dog"), entry("cat", **wanted)]
     with pytest.raises(ValueError, match=message):
         geneval.score([Image.new("RGB", (8, 8))] * images, metadata, OneDog())
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"count": "1"},
+        {"count": 0},
+        {"class": ["cat"]},
+        {"position": ["left", 0]},
+        {"position": ["left of", 1]},
+        {"position": "left of"},
+    ],
+)
+def test_metadata_that_cannot_be_judged(wanted):
+    """It was an IndexError after all images were drawn, or no image could ever be right."""
+    good = {"class": "dog", "count": 1}
+    include = [good, good | {"position": ["left of", 0]}]
+    check_schema({"tag": "position", "prompt": "a", "include": include}, "prompt 0")
+    include[1] |= wanted
+    with pytest.raises(UserError, match=r"prompt 0 is .* not GenEval metadata"):
+        check_schema({"tag": "position", "prompt": "a", "include": include}, "prompt 0")
 
 
 def test_nothing_to_summarise():

@@ -128,7 +128,9 @@ def test_what_is_passed_over_is_named(dataset, tmp_path):
     (dataset / "train" / "n01" / "z.png").symlink_to("/gone")
     picture(1).save(dataset / "train" / "n02" / ".a.png")
     assert LabelledFolder(dataset).paths == found.paths
+    (dataset / "train" / "n02" / "b.heic").touch()
     left_out = [("n01/z.png", "broken link"), ("n02/.a.png", "hidden file")]
+    left_out.append(("n02/b.heic", "format that is not read"))
     assert LabelledFolder(dataset).left_out == left_out
     report = CodeStore(extract(dataset, tmp_path / "cache")).manifest["report"]
     assert "1 broken link (n01/z.png)" in report["lines"][0]

@@ -227,6 +227,10 @@ def test_what_no_janus_has_is_refused(copy, settings, said):
     (copy / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=f"config.json: no Janus-Pro has.*{said}"):
         Janus.load(copy)
+    stored["text_config"]["num_attention_heads"] = 0
+    (copy / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"config.json lacks a Janus-Pro setting, or has a wrong"):
+        Janus.load(copy)
 
 
 def test_a_text_head_that_was_left_out_is_missed_by_name(folder):

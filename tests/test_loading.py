@@ -156,6 +156,7 @@ def test_sampling_settings_change_only_what_they_name(tmp_path):
         ({"sampling": {"topk": 1}}, "does not know: topk"),
         ({"sampling": {"top_p": 7.0}}, r"top_p=7\.0 in \(0, 1\]"),
         ({"sampling": []}, "sampling is .*not of the type dict"),
+        ({"sampilng": {"top_k": 1}}, "has sampilng, which is none of family, weights"),
     ],
 )
 def test_wrong_settings_of_a_backbone_folder_are_named(tmp_path, change, message):

@@ -1,14 +1,17 @@
 """Published files: found, downloaded whole or not at all, proven; advice without a network."""
 
 import hashlib
+import socket
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import in_threads
 
 from t2i import published
+from t2i.errors import UserError
 from t2i.published import PublishedFile
 
 CONTENT = b"weights" * 1000
@@ -155,3 +158,43 @@ def test_wrong_files_are_named(source, tmp_path, cache):
 def test_the_cache_has_a_default_place(source, monkeypatch):
     monkeypatch.delenv("T2I_CACHE")
     assert source.cache_folder == Path.home() / ".cache" / "t2i" / "things"
+
+
+# -- the hub ---------------------------------------------------------------------------------------
+@pytest.fixture
+def at_port(monkeypatch, online):
+    """Lets the hub be at a port of this machine; says whether it is away."""
+
+    def ask(port: int, **proxies: str) -> bool:
+        hub = SimpleNamespace(endpoint=f"http://127.0.0.1:{port}")
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+        monkeypatch.setattr("urllib.request.getproxies", lambda: proxies)
+        published.hub_is_away.cache_clear()
+        return published.hub_is_away()
+
+    yield ask
+    published.hub_is_away.cache_clear()
+
+
+def test_a_hub_that_is_away_is_not_asked(at_port, monkeypatch, tmp_path):
+    """Its client tries for half a minute, at every file; what it has fetched before is found."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not at_port(port)
+    assert not at_port(port, https="proxy"), "the proxy may know the way"
+    assert at_port(port)
+    asked = []
+
+    def snapshot_download(hub_id: str, **options) -> str:
+        asked.append(options["local_files_only"])
+        raise FileNotFoundError("outgoing traffic has been disabled")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "janus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        published.fetch_folder("models/jannus", advice="Check the name")
+    assert "models/jannus is neither a folder here nor a model of the hub" in str(caught.value)
+    assert "(no connection to the hub)" in str(caught.value)
+    assert "perhaps you meant models/janus" in str(caught.value) and asked == [True]

@@ -70,6 +70,21 @@ def test_2000_pictures_with_the_xl_recipe():
     assert list(about_settings(config, plan)) == []
 
 
+@pytest.mark.parametrize("falls", [False, True])
+def test_the_highest_rate_is_found_without_trying_every_step(falls):
+    """A delay of a billion steps took as many tries."""
+    cases = [(s, w, d) for s in (1, 2, 5, 8) for w in (0, 1, 3, 20) for d in (0, 2, 6, 10)]
+    for steps, warmup, delay in [*cases, (10**12, 10**11, 10**11)]:
+        optim = OptimOptions(warmup_steps=warmup, backbone_delay_steps=delay, backbone_falls=falls)
+        config = TrainConfig(data=DataOptions(source="x"), steps=steps, optim=optim)
+        peaks = peak_rates(config, plan_run(config, 100))
+        for part, rate in (("codec", optim.codec_rate), ("backbone", optim.backbone_rate)):
+            rates = [rate(step, steps) for step in range(min(steps, 100))]
+            assert peaks[part][0] >= max(rates) * (1 - 1e-12), (part, steps, warmup, delay)
+            if steps < 100:
+                assert peaks[part][1] == rates.index(peaks[part][0]), (part, steps, warmup, delay)
+
+
 @pytest.mark.parametrize(
     ("samples", "held_out"), [(5, 1), (12, 2), (60, 8), (2000, 80), (100_000, 256)]
 )
@@ -158,8 +173,11 @@ def test_triggers_reach_every_caption_and_the_caches_key():
     source = open_data(DataOptions(source="shapes:3", trigger="xyz"))
     assert source[1].captions == [f"xyz, {plain[1].captions[0]}"] == list(source)[1].captions
     assert source.identity != plain.identity and source.length == 3
-    with pytest.raises(UserError, match="has no words"):
-        DataOptions(trigger="{caption} ")
+    for trigger in ("{caption} ", ", ."):
+        with pytest.raises(UserError, match="has no words"):
+            DataOptions(trigger=trigger)
+    with pytest.raises(UserError, match=r"has braces besides \{caption\}"):
+        DataOptions(trigger="{captoin}, drawn by xyz")
 
 
 def test_a_trigger_hides_nothing_of_the_source(tmp_path):

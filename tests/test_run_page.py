@@ -9,7 +9,7 @@ from PIL import Image
 
 from t2i.charts import Chart, Series, save_chart, ticks
 from t2i.files import write_json, write_text
-from t2i.imaging import save_png
+from t2i.imaging import grid, save_png
 from t2i.training.run_page import metric_charts, write_run_page
 
 RED, GREEN = "#ff0000", "#00ff00"
@@ -168,3 +168,9 @@ def test_a_run_without_anything_yet(tmp_path):
     write_json(tmp_path / "config.json", {"log": {"control": str(tmp_path / "later")}})
     written = write_run_page(tmp_path).read_text()
     assert "Nothing is logged yet" in written and "control (not there yet)" in written
+
+
+def test_a_label_of_any_length_is_cut():
+    """A prompt of a hundred thousand letters took minutes: one was cut off at a time."""
+    sheet = grid([Image.new("RGB", (8, 8))], columns=1, labels=["a red circle " * 10_000])
+    assert sheet.width < 200

@@ -20,7 +20,8 @@ from t2i.files import owning
 from t2i.reward.options import RewardConfig
 from t2i.training import settings
 from t2i.training.check import check
-from t2i.training.config import LabelledOptions, TrainConfig
+from t2i.training.config import BackboneOptions, LabelledOptions, TrainConfig
+from t2i.training.logs import read_metrics
 from t2i.training.loop import Run, train
 
 STAGES = {
@@ -214,6 +215,10 @@ def test_files_that_moved_are_compared_by_content(plain, copied, tiny_world, tmp
     base = shutil.copytree(tiny_world / "base", tmp_path / "moved")
     config = tiny_run(tiny_world, name, resume=True, backbone__weights=str(base))
     assert train(config) == folder
+    (folder.parents[1] / "metrics.jsonl").write_bytes(b'{"step": 1}\nno\n\0\0\n[1]\n{"step": 2')
+    assert train(replace(config, backbone=BackboneOptions(weights="shapes"))) == folder
+    assert [row["step"] for row in read_metrics(folder.parents[1])] == [1], "damage is passed over"
+    assert "its own weights, which began as" in caplog.text and "not with shapes" in caplog.text
     zero = tmp_path / "zero.json"
     zero.write_text("{}")
     assert train(replace(config, engine=replace(config.engine, deepspeed_config=zero))) == folder
@@ -269,6 +274,11 @@ def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_pa
             with pytest.raises(UserError, match=f"cannot write to {run_dir}"):
                 start(config)
     assert (tmp_path / "file").read_text() == "mine"
+    for inside in ("checkpoints", "samples"):
+        (run_dir := tmp_path / f"with-{inside}").mkdir()
+        (run_dir / inside).touch()
+        with pytest.raises(UserError, match=f"cannot write to {run_dir / inside}"):
+            train(tiny_run(tiny_world, run_dir, backbone__weights="not even there"))
     check(tiny_run(tiny_world, tmp_path / "later"))
     assert not (tmp_path / "later").exists()
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import (
+    BACKBONES,
     feed,
     filter_logits,
     golden_table,
@@ -164,7 +165,16 @@ def test_interval_counts_tokens_for_any_stride(backbone):
 # -- the loop -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg_scale, stride", [rare(1.0, 1), (2.0, 1), (2.0, 3)])
+@pytest.mark.parametrize(
+    ("backbone", "cfg_scale", "stride"),
+    [
+        *((name, 2.0, 1) for name in BACKBONES),
+        *((name, 2.0, 3) for name in ("llamagen_text", "open_magvit2")),
+        *(rare(name, 1.0, 1) for name in BACKBONES),
+        *(rare(name, 2.0, 3) for name in ("llamagen_class", "janus", "rar")),
+    ],
+    indirect=["backbone"],
+)
 def test_an_image_depends_on_its_own_key_and_condition_only(model, cfg_scale, stride):
     config = SamplingConfig(cfg_scale=cfg_scale, top_k=40, top_p=0.95, stride=stride)
     prepared, keys = tiny_prepared(model.backbone, 4), make_keys(3, torch.arange(4))

@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from helpers import rare
 from runs import tiny_run
 from test_recipes import ALL
 
@@ -83,8 +84,8 @@ def test_the_program(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"tuning": "lora"},
+        rare({}),
+        rare({"tuning": "lora"}),
         {"engine__precision": "bf16", "engine__zero_stage": 2},
         {"tuning": "lora", "engine__precision": "bf16", "engine__zero_stage": 1},
         {"engine__zero_stage": 1, "ema": 0.9},

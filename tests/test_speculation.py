@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import open_gates, rare, tiny_llamagen, tiny_prepared
+from helpers import BACKBONES, open_gates, rare, tiny_llamagen, tiny_prepared
 
 import t2i
 from launch.lab import fewer_steps, strides
@@ -57,17 +57,25 @@ def draw(model, config, speculate, rows=2, seed=0, **options):
     return sample_windows(model, prepared, keys, config, speculate=speculate, **options)
 
 
-def in_brief(method: str, config: str) -> bool:
-    """Whether the usual tests have it: with one method all settings that are not parts of others,
-    all methods with one.
-    """
-    parts = config in ("plain", "guided", "filters")
-    return config == "guided-filters" or (method == "tensorar" and not parts)
+IN_BRIEF = {
+    ("tensorar", "guided-filters"): BACKBONES,
+    ("base", "guided-filters"): ("llamagen_text", "rar"),
+    ("tensorar", "greedy"): ("llamagen_text", "open_magvit2"),
+    ("tensorar", "drafts"): ("janus", "open_magvit2"),
+    ("tensorar", "stride"): ("llamagen_class", "rar"),
+}
+"""What the usual tests have: every backbone and every setting that is no part of another."""
 
 
 @pytest.mark.parametrize(
-    ("method", "config"),
-    [(m, c) if in_brief(m, c) else rare(m, c) for m in METHODS for c in CONFIGS],
+    ("backbone", "method", "config"),
+    [
+        (b, m, c) if b in IN_BRIEF.get((m, c), ()) else rare(b, m, c)
+        for b in BACKBONES
+        for m in METHODS
+        for c in CONFIGS
+    ],
+    indirect=["backbone"],
 )
 def test_the_same_windows_in_fewer_calls(backbone, method, config):
     """Drafts included, whatever is guessed."""
@@ -213,6 +221,7 @@ def test_auto_is_a_rule():
     assert [chosen(n, speed="compiled")[1] for n in (1, 2, 64)] == [12, 0, 0]
     assert chosen(2, speed="compiled", sampling=SamplingConfig(renoise=0.5)) == ("compiled", 0)
     assert chosen(1, speculate="off") == ("eager", 0) and chosen(64, speculate=3)[1] == 3
+    assert chosen(1, speculate=10**12)[1] == 16, "an image has no more; room is made for all"
     refining = TensorAR(tiny_llamagen("class"), presets.iclr2026()).eval()
     assert chosen(1, refining)[1] == 0, "not measured with windows of several codes"
 

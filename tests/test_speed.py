@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Killed, open_gates, rare, tiny_llamagen, tiny_prepared
+from helpers import BACKBONES, Killed, open_gates, rare, tiny_llamagen, tiny_prepared
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -95,12 +95,14 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("backbone", "config"),
     [
-        rare(GUIDED, id="filters"),
-        pytest.param(OTHER, id="other"),
-        pytest.param(STRIDE, id="stride"),
+        *(pytest.param(name, OTHER, id=f"{name}-other") for name in BACKBONES),
+        *(pytest.param(name, STRIDE, id=f"{name}-stride") for name in ("rar", "open_magvit2")),
+        *(rare(name, GUIDED, id=f"{name}-filters") for name in BACKBONES),
+        *(rare(n, STRIDE, id=f"{n}-stride") for n in ("llamagen_class", "llamagen_text", "janus")),
     ],
+    indirect=["backbone"],
 )
 def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     """Also for a second batch of the same shape, which runs what was recorded for the first."""

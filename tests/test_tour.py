@@ -81,7 +81,7 @@ def test_a_recipe_with_options():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("shapes-tunde", {}, "unknown recipe 'shapes-tunde'; choose one of shapes-tuned"),
+        ("shapes-tunde", {}, "'shapes-tunde'; perhaps you meant shapes-tuned; choose one of"),
         ("shapes-tuned", {"stepz": 1}, "there is no option stepz; perhaps you meant steps"),
         ("shapes-tuned", {"data.sauce": 1}, "no option data.sauce; perhaps you meant data.source"),
         ("shapes-tuned", {"steps.x": 1}, "there is no option steps.x"),

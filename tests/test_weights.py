@@ -8,6 +8,7 @@ import torch
 from helpers import tiny_config, tiny_llamagen, tiny_vq
 from safetensors.torch import save_file
 
+from t2i.errors import UserError
 from t2i.files import file_sha256, write_json
 from t2i.models.base import LoadOptions
 from t2i.models.llamagen.llamagen_model import LlamaGen
@@ -170,6 +171,17 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, weights):
     assert "missing (2): layers.1.attention.wo.weight, norm.weight" in lines[1]
     assert "unexpected (2): layers.2.attention.wo.weight, surprise" in lines[2]
     assert "mis-shaped (1): output.weight (file (7, 32), model (48, 32))" in lines[3]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_named(tmp_path, weights, number):
+    """Images came out as noise, and in training the rates were blamed."""
+    bad = dict(weights)
+    bad["output.weight"] = bad["output.weight"].clone()
+    bad["output.weight"][3, 2] = number
+    torch.save(bad, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=r"bad.pt holds numbers.* not finite \(output.weight\)"):
+        LlamaGen.load(tmp_path / "bad.pt", LoadOptions(CONFIG))
 
 
 def test_unpublished_shape_needs_a_config(tmp_path, weights):

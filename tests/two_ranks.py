@@ -49,7 +49,7 @@ def zero3(root: Path) -> dict:
 def main(root: Path) -> None:
     train(tiny_run(root, "ranks-zero2", engine__zero_stage=2))
     train(tiny_run(root, "ranks-zero3", log__sample_every=1, **zero3(root)))
-    train(tiny_run(root, "ranks-zero3-lora", tuning="lora", **zero3(root)))
+    train(tiny_run(root, "ranks-zero3-lora", steps=1, tuning="lora", **zero3(root)))
     train(tiny_janus_run(root, "ranks-janus-zero2", engine__zero_stage=2, **JANUS))
     for stage in (1, 2, 3):
         odd_sizes(root, stage)

@@ -27,6 +27,6 @@ class CaptionedImages:
     streaming: bool = False
     """Read hub and parquet data row by row without a copy on disk."""
     outside_images: bool = False
-    """Use images that a folder's metadata.jsonl names outside it, by ../ or an absolute path: only
-    for data that you trust.
+    """Use images that a metadata.jsonl or a parquet file names outside its folder, by ../, an
+    absolute path or an address: only for data that you trust.
     """

@@ -18,6 +18,14 @@ _TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)  # of tables and tars
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 )
+UNREAD_SUFFIXES = frozenset(
+    (
+        *(".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".exr", ".hdr", ".ppm", ".pgm", ".ico"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+    )
+)
+"""Of pictures that are not read: named, so that they do not get lost in silence."""
+PACKED_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _LONGEST_CAPTION = 5000  # characters; no text encoder here reads more
 _MOST_CAPTIONS = 100
 _LARGEST_FILE = 1 << 20
@@ -184,7 +192,7 @@ def choose_column(
         if found
         else f"no {kind} column found (looked for {', '.join(candidates)})"
     )
-    raise UserError(f"{where}: {problem}; {listing}. Name one with {kind}_column")
+    raise UserError(f"{where}: {problem}; {listing}. Name one with --data.{kind}-column")
 
 
 def choose_caption(

@@ -40,7 +40,13 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
     if path is not None:
         with reading(f"prompt file {path}"):
             lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        parse = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
+        suffix = path.suffix.lower()
+        if suffix in (".json", ".csv", ".tsv"):
+            raise UserError(
+                f"prompt file {path}: {suffix} is not read; give one prompt a line as .txt, or "
+                'one {"prompt": "..."} a line as .jsonl'
+            )
+        parse = _parse_json_line if suffix == ".jsonl" else _parse_text_line
         entries += [
             parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()
         ]
@@ -56,13 +62,15 @@ def _parse_text_line(line: bytes, where: str) -> dict:
         raise UserError(f"{where} is not UTF-8 text: {error}") from error
     if any(ord(c) < 32 and c != "\t" for c in text):
         raise UserError(f"{where} is not text: it has control characters ({text[:80]!r})")
+    if text.startswith("{") and text.endswith("}"):
+        raise UserError(f"{where} is JSON: give the file a name that ends in .jsonl")
     return {"prompt": text}
 
 
 def _parse_json_line(line: bytes, where: str) -> dict:
     try:
         entry = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise UserError(f"{where} is not JSON: {error}") from error
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
@@ -131,11 +139,21 @@ def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
             continue
         known, wanted = read_json(path), entries[index] if index < len(entries) else None
         if known != wanted:
-            was, now = (e.get("prompt") if isinstance(e, dict) else e for e in (known, wanted))
+            was, now = _told_apart(known, wanted)
             raise UserError(
-                f"{out} holds images of other prompts ({folder.name}: {was!r} there, {now!r} now); "
+                f"{out} holds images of other prompts ({folder.name}: {was} there, {now} now); "
                 "give another --out, or delete it"
             )
+
+
+def _told_apart(known: object, wanted: dict | None) -> tuple[str, str]:
+    """Two prompts' entries by their words, or by what else differs."""
+    entries = [entry if isinstance(entry, dict) else {"prompt": entry} for entry in (known, wanted)]
+    keys = [k for k in entries[0] | entries[1] if entries[0].get(k) != entries[1].get(k)]
+    key = "prompt" if "prompt" in keys or not keys else keys[0]
+    mark = "" if key == "prompt" else f"{key} "
+    was, now = (f"{mark}{entry.get(key)!r:.200}" for entry in entries)
+    return was, now
 
 
 def write_sheets(
@@ -248,16 +266,21 @@ def take_inventory(
             inventory.problems.append(f"folder {name} belongs to none of {len(entries)} prompts")
         elif problem := _metadata_problem(folders[index], entries[index]):
             inventory.problems.append(problem)
+    more: list[Path] = []
     for index in selected:
         images = {}
         if index in folders:
             inventory.numbered(folders[index], r"(?!)", Path.is_file)  # names what is not read
             images = inventory.numbered(folders[index] / "samples", r"(\d+)\.png", Path.is_file)
-        for sample in sorted(set(images) - set(range(samples))):
-            path = images.pop(sample).relative_to(folder)
-            inventory.problems.append(f"{path} is more than the {samples} samples of a prompt")
+        more += [images.pop(sample) for sample in sorted(set(images) - set(range(samples)))]
         inventory.missing += [sample_file(index, s) for s in range(samples) if s not in images]
         inventory.found[index] = dict(sorted(images.items()))
+    if more:
+        first = shorten([str(path.relative_to(folder)) for path in more], most=3)
+        inventory.problems.append(
+            f"{first} are more than the {samples} samples of a prompt; give --samples, or a folder "
+            "without them"
+        )
     return inventory
 
 
@@ -268,6 +291,6 @@ def _metadata_problem(folder: Path, entry: dict) -> str | None:
     except UserError as error:
         return f"{folder.name}/metadata.jsonl cannot be read ({error})"
     if known != entry:
-        prompt = known.get("prompt") if isinstance(known, dict) else known
-        return f"{folder.name} holds images of {prompt!r} instead of {entry['prompt']!r}"
+        was, wanted = _told_apart(known, entry)
+        return f"{folder.name} holds images of {was} instead of {wanted}"
     return None

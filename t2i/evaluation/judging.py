@@ -70,9 +70,13 @@ class Verdicts:
         if not path.is_file():
             return {}
         try:
-            return {line["sample"]: line for line in read_json_lines(path)}
-        except (UserError, KeyError) as error:
+            lines = read_json_lines(path)
+        except UserError as error:
             raise UserError(f"{path} is damaged ({error}); delete it to judge again") from error
+        for line in lines:
+            if not {"sample", "sha256"} <= line.keys() or {"row", "unreadable"}.isdisjoint(line):
+                raise UserError(f"{path} is damaged ({line!r:.80}); delete it to judge again")
+        return {line["sample"]: line for line in lines}
 
     def write(self, prompt_index: int, lines: dict[int, dict]) -> None:
         """Replace a prompt's lines."""

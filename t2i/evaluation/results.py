@@ -16,7 +16,8 @@ from pathlib import Path
 from t2i import __version__
 from t2i.errors import UserError, shorten
 from t2i.evaluation.bootstrap import Difference, Groups, paired_differences
-from t2i.files import read_json, read_json_lines, write_json, write_text
+from t2i.fields import read_object
+from t2i.files import read_json_lines, write_json, write_text
 
 RESULTS_FILE, ROWS_FILE, REPORT_FILE = "results.json", "results.jsonl", "report.md"
 _PACKAGES = ("torch", "transformers", "open-clip-torch", "numpy", "pillow")
@@ -107,9 +108,17 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
         UserError: the folder holds no finished results.
     """
     try:
-        return read_json(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
+        results, rows = read_object(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
     except UserError as error:
         raise UserError(f"{out} holds no finished results ({error})") from error
+    kinds = {"benchmark": str, "label": str, "decimals": int, "scores": dict, "judge": dict}
+    kinds |= {"images": str, "status": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(results.get(name), kind)]
+    if wrong:
+        raise UserError(
+            f"{out / RESULTS_FILE} is not a benchmark's: it lacks {', '.join(wrong)}; make it again"
+        )
+    return results, rows
 
 
 def table(results: dict) -> str:
@@ -201,14 +210,20 @@ def compare_folders(
             f"{a} and {b} were judged differently, so their numbers cannot be compared:\n"
             f"A: {who_a}\nB: {who_b}"
         )
-    overall, by_group = paired_differences(groups_of(rows_a), groups_of(rows_b))
+    try:
+        groups = groups_of(rows_a), groups_of(rows_b)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{a} and {b} hold results of {results_a['benchmark']}: its own program compares them"
+        ) from error
+    overall, by_group = paired_differences(*groups)
     digits = results_a["decimals"]
     notes = [
         f"**{name}: {results['status']}**\n"
         for name, results in (("A", results_a), ("B", results_b))
         if results["status"] != "complete"
     ]
-    versions = [results["judge"]["versions"] for results in (results_a, results_b)]
+    versions = [results["judge"].get("versions") for results in (results_a, results_b)]
     if versions[0] != versions[1]:
         notes.append(f"judged with different versions: {versions[0]} and {versions[1]}\n")
     head = f"{results_a['benchmark']}: {results_a['label']}"

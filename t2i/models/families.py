@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 
 if TYPE_CHECKING:
     from t2i.models.base import Backbone
@@ -81,5 +81,5 @@ def find_family(name: str) -> Family:
         UserError: there is none of this name.
     """
     if name not in FAMILIES:
-        raise UserError(f"unknown backbone family {name!r}; choose one of {', '.join(FAMILIES)}")
+        raise UserError(f"unknown backbone family {name!r}; {choose_one(name, FAMILIES)}")
     return import_module(f"t2i.models.{name}").FAMILY

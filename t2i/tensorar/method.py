@@ -1,5 +1,6 @@
 """The method's settings. Without torch, so that programs can name their options at once."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,10 +54,9 @@ class TensorARConfig:
                 raise UserError(
                     f"unknown {name} {given!r}; choose one of {', '.join(get_args(kind))}"
                 )
-        if not self.slot_weights or min(self.slot_weights) < 0 or self.slot_weights[0] == 0:
-            raise UserError(
-                f"slot_weights={self.slot_weights}: give weights >= 0, that of slot 0 above 0"
-            )
+        weights = self.slot_weights
+        if not weights or not 0 <= min(weights) <= max(weights) < math.inf or weights[0] == 0:
+            raise UserError(f"slot_weights={weights}: give weights >= 0, that of slot 0 above 0")
         for name in ("own_drafts", "noise_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} must be a number from 0 to 1")

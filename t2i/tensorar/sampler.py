@@ -66,6 +66,12 @@ def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
     return table.to(model.backbone.device)
 
 
+def check_sampling(model: TensorAR, config: SamplingConfig) -> None:
+    """UserError for settings that this model cannot be drawn with."""
+    drawn_windows(model, config)
+    config.by_sub_token(len(model.backbone.spec.subvocabs))
+
+
 def drawn_windows(model: TensorAR, config: SamplingConfig) -> Windows:
     """The windows that are drawn with these settings; UserError if the model has no such ones."""
     return model.windows.shrunk(config.window, config.stride)

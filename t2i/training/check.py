@@ -31,7 +31,7 @@ from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
 from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes, weight_bytes
-from t2i.training.open_data import labelled_sources, open_data, open_labelled
+from t2i.training.open_data import labelled_sources, open_data, open_labelled, refuse_inside
 from t2i.training.plan import (
     Plan,
     about_few_pictures,
@@ -65,9 +65,12 @@ def look_before_work(
     deepspeed_config(config, world_size)
     base = config.backbone
     if checkpoint is None:
+        refuse_inside(config.run_dir, config.data)
         check_named(base.weights, folder=find_family(base.family).published_as_folder)
     if base.tokenizer is not None:
         check_named(base.tokenizer)
+    if base.text_encoder is not None:
+        check_named(base.text_encoder, folder=True)
     if not isinstance(config.data, DataOptions):
         labelled_sources(config.data)
         return None, None

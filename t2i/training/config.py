@@ -16,7 +16,7 @@ import tyro
 from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
 from t2i.model_options import BaseOptions
-from t2i.sampling import SamplingOverrides, check_counts
+from t2i.sampling import SamplingOverrides, check_counts, check_seed
 from t2i.tensorar.method import TensorARConfig
 from t2i.tuning import LoRAConfig, Tuning
 
@@ -36,6 +36,7 @@ class BackboneOptions(BaseOptions):
 
 
 _CAPTION = "{caption}"
+_AROUND = " \t\r\n,.;:"  # trigger words
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,21 @@ class DataOptions(_AnyData, CaptionedImages):
 
     def __post_init__(self):
         check_counts(**{"data.max_samples": self.max_samples})
-        if self.trigger is not None and not self.trigger.replace(_CAPTION, "").strip():
+        if self.trigger is None:
+            return
+        words = self.trigger.replace(_CAPTION, "")
+        if not words.strip(_AROUND) or set("{}") & set(words):
+            what = "has no words" if not words.strip(_AROUND) else f"has braces besides {_CAPTION}"
             raise UserError(
-                f"data.trigger={self.trigger!r} has no words; leave it out, or write 'drawn by "
-                f"xyz' or '{_CAPTION}, drawn by xyz'"
+                f"data.trigger={self.trigger!r} {what}; leave it out, or write 'drawn by xyz' or "
+                f"'{_CAPTION}, drawn by xyz'"
             )
 
     def with_trigger(self, caption: str) -> str:
         """A caption with the trigger words, as the model reads it; as it is if it has them."""
         if self.trigger is None:
             return caption
-        words = re.escape(max(self.trigger.split(_CAPTION), key=len).strip(" ,.;:"))
+        words = re.escape(max(self.trigger.split(_CAPTION), key=len).strip(_AROUND))
         if re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE):
             return caption
         template = self.trigger if _CAPTION in self.trigger else f"{self.trigger}, {_CAPTION}"
@@ -94,6 +99,11 @@ class LabelledOptions(_AnyData):
     """Which crops are encoded: five per crop range, or the centre; each mirrored, too."""
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
     """Ten-crop: sides of the squares that are cropped, relative to the image size."""
+
+    def __post_init__(self):
+        # As `t2i.data.images.Views`, which imports torch.
+        if not self.crop_ranges or not 1 <= min(self.crop_ranges) <= max(self.crop_ranges) <= 10:
+            raise UserError(f"data.crop_ranges={self.crop_ranges} must be factors from 1 to 10")
 
 
 _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
@@ -258,6 +268,7 @@ class TrainConfig:
         engine = self.engine
         of_parts = {"engine.micro_batch": engine.micro_batch, "log.keep_last": self.log.keep_last}
         check_counts(batch_size=self.batch_size, steps=self.steps, **of_parts)
+        check_seed(self.seed)
         if not 0 < self.epochs < math.inf:
             raise UserError(f"epochs={self.epochs} must be a number above 0")
         if self.batch_size % engine.micro_batch:

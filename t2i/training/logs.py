@@ -37,9 +37,16 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, but for one that a kill cut short."""
-    lines = (Path(run_dir) / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a run's metrics.jsonl, but for what a kill or a power cut left of some."""
+    rows = []
+    for line in (Path(run_dir) / METRICS).read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):  # not JSON, or not UTF-8
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def choose_tracker(name: str) -> str:

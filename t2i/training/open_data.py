@@ -1,5 +1,6 @@
 """Where a run's data come from: what `--data.source` names, opened; nothing is encoded yet."""
 
+import os
 from pathlib import Path
 
 from t2i.data.samples import RewrittenSource, Source
@@ -10,6 +11,27 @@ from t2i.errors import UserError
 from t2i.models.base import BackboneSpec
 from t2i.training.config import DataOptions, LabelledOptions
 from t2i.worlds import WORLDS, open_world
+
+
+def refuse_inside(folder: Path, options: DataOptions | LabelledOptions) -> None:
+    """UserError if a run folder lies where images are read: its sheets would become part of the
+    data, which are others then when the run is resumed.
+    """
+    for source in [options.source] if isinstance(options, DataOptions) else options.source:
+        place = Path(os.path.expanduser(source))
+        if isinstance(options, LabelledOptions) and (place / options.split).is_dir():
+            place /= options.split
+        images = place.is_dir() and not is_llamagen_folder(place)
+        if (
+            source
+            and images
+            and source.partition(":")[0] not in WORLDS
+            and folder.resolve().is_relative_to(place.resolve())
+        ):
+            raise UserError(
+                f"run_dir={folder} lies in data.source={source}, so that its sheets would be read "
+                "as data: give a --run-dir elsewhere"
+            )
 
 
 # -- captions --------------------------------------------------------------------------------------

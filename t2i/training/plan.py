@@ -195,9 +195,11 @@ def peak_rates(config: TrainConfig, plan: Plan) -> dict[str, tuple[float, int]]:
         rates["codec"] = lambda step: optim.codec_rate(step, steps)
     if config.tuning != "codec" or config.train_image_layers:
         rates["backbone"] = lambda step: optim.backbone_rate(step, steps)
-    # Both only fall, or stay, once the warm-up and the delay are over.
-    last = min(steps - 1, max(plan.warmup_steps, optim.backbone_delay_steps))
-    best = {part: max(range(last + 1), key=rate) for part, rate in rates.items()}
+    # Both only fall, or stay, once the warm-up and the delay are over; before, what rises while it
+    # falls as well is highest in the middle of the run.
+    turns = (0, optim.backbone_delay_steps, plan.warmup_steps, (steps - 1) // 2, steps // 2)
+    looked_at = sorted({min(step, steps - 1) for step in turns})
+    best = {part: max(looked_at, key=rate) for part, rate in rates.items()}
     return {part: (rates[part](step), step) for part, step in best.items()}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from t2i import cli, launcher
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.fields import from_json
 from t2i.models.families import FAMILIES
 from t2i.tensorar import presets
@@ -160,7 +160,7 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
     """
     recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
     if name not in recipes:
-        raise UserError(f"unknown recipe {name!r:.80}; choose one of {', '.join(recipes)}")
+        raise UserError(f"unknown recipe {name!r:.80}; {choose_one(name, recipes)}")
     return _with_options(recipes[name][1], options or {}, "")
 
 
@@ -184,6 +184,14 @@ def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
     return from_json(type(config), own, prefix.rstrip(".") or "options", defaults=config)
 
 
+def _program_of(name: str) -> str | None:
+    """The program that has a family's recipe of this name."""
+    if name in recipes_for(LabelledOptions):
+        return "launch/train_imagenet.py"
+    _, found = recipes_for(DataOptions).get(name, (None, None))
+    return None if found is None else f"launch/train_{found.backbone.family}.py"
+
+
 def run_recipe(
     recipes: Mapping[str, tuple[str, C]],
     description: str,
@@ -200,7 +208,7 @@ def run_recipe(
         look: what --check prints, for so many processes; `t2i.training.check.check` if None.
         main: options that --help shows besides those of all.
     """
-    config = cli.parse_recipe(recipes, description, main=(*_MAIN_OPTIONS, *main))
+    config = cli.parse_recipe(recipes, description, (*_MAIN_OPTIONS, *main), _program_of)
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(

@@ -184,7 +184,8 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
         UserError: run_dir has a run and --resume is not given, or --resume is given and there is
             nothing to resume; it cannot be written to.
     """
-    writable_folder(config.run_dir, make=False)
+    for inside in ("", "checkpoints", "samples"):
+        writable_folder(config.run_dir / inside, make=False)
     if config.resume:
         if found := newest_healthy(config.run_dir, with_state=True):
             return found

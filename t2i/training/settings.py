@@ -57,6 +57,12 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
         raise UserError(
             f"cannot resume {where} with other settings ({'; '.join(others)}); start a new run_dir"
         )
+    began, weights = before.get("backbone.weights"), config.backbone.weights
+    if weights != began and not Path(weights).exists():  # of a file here the hash is compared
+        log.warning(
+            "resuming %s with its own weights, which began as %s, and not with %s",
+            *(where, began, weights),
+        )
     if changed:
         log.warning("resuming %s with changed settings: %s", where, "; ".join(changed.values()))
 

@@ -26,6 +26,7 @@ from t2i.sampling import SamplingConfig
 from t2i.sources import expand_folder, moved, prove, shipped_bases
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import check_sampling
 from t2i.training.config import BackboneOptions, TrainConfig
 from t2i.weights import load_strict, read_state_dict
 
@@ -73,6 +74,7 @@ def build_model(
     backbone.compile_blocks = config.engine.compile
     model.recompute_codec = config.engine.codec_checkpointing
     model.sampling = config.sampling.apply(model.sampling)
+    check_sampling(model, model.sampling)  # before the first sheet, which may come after hours
     model.trained = trained_parts(config.tuning, config.train_image_layers)
     return model
 

@@ -13,6 +13,8 @@ from t2i.data.content import name_in, printable
 from t2i.data.samples import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
+    PACKED_SUFFIXES,
+    UNREAD_SUFFIXES,
     Sample,
     Source,
     choose_column,
@@ -27,7 +29,8 @@ _ADVICE = (
     'Captions come from a file "metadata.jsonl" with one {"file_name": "a.png", "text": "..."} per '
     'line, or from "a.txt" beside "a.png"'
 )
-_OUTSIDE = "outside the folder (--data.outside-images True uses it)"
+OUTSIDE = "outside the folder (--data.outside-images uses it)"
+"""Why an image is skipped that a table names elsewhere."""
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -35,7 +38,7 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
 
     Links are followed, to folders as well, but every folder is read once: loops end, and what lies
     around this folder is not read. Hidden files and folders (and __MACOSX) are passed over, and
-    named where they are or hold images.
+    named where they are or hold images, as are pictures of formats that are not read.
     """
     root = os.path.realpath(folder)
     files: list[Path] = []
@@ -68,6 +71,8 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
                 (links if entry.is_symlink() else pending).append(path)
             elif kind == "file":
                 files.append(path)
+                if path.suffix.lower() in UNREAD_SUFFIXES:
+                    left_out.append((name, "format that is not read"))
             else:
                 left_out.append((name, kind))
     return sorted(files), sorted(left_out)
@@ -88,6 +93,12 @@ def _holds_images(folder: Path) -> bool:
     return any(is_image(Path(name)) for _, _, names in os.walk(folder) for name in names)
 
 
+def leads_out(name: str) -> bool:
+    """Whether a file's name in a table leads out of the table's folder, or to an address."""
+    name = name if "://" in name else os.path.normpath(name)
+    return "://" in name or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
+
+
 def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
@@ -99,7 +110,11 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
     if metadata:
         return MetadataFolder(folder, metadata, images, wanted)
     if not images:
-        raise UserError(f"{folder} holds no images, no parquet files and no tars")
+        others = [
+            path for path in files if path.suffix.lower() in UNREAD_SUFFIXES | PACKED_SUFFIXES
+        ]
+        hint = f"; unpack or convert what is like {name_in(folder, others[0])}" if others else ""
+        raise UserError(f"{folder} holds no images, no parquet files and no tars{hint}")
     if wanted.image_column or wanted.caption_column:
         raise UserError(f"{folder} has no {METADATA}, so there are no columns to choose. {_ADVICE}")
     return SidecarFolder(folder, images, files)
@@ -148,8 +163,7 @@ class MetadataFolder(Source):
 
     def _may_read(self, name: str) -> bool:
         """Whether a normal path relative to the folder is below it, or may be elsewhere."""
-        out = os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
-        return self._outside_images or not out
+        return self._outside_images or not leads_out(name)
 
     def _name(self, index: int) -> str | None:
         """An image's path relative to the folder, if that is how it is given."""
@@ -163,7 +177,7 @@ class MetadataFolder(Source):
     def __getitem__(self, index: int) -> Sample:
         name = self._name(index)
         if name is not None and not self._may_read(name):
-            return Sample(index, printable(name), None, [], _OUTSIDE)
+            return Sample(index, printable(name), None, [], OUTSIDE)
         path = None if name is None else Path(os.path.normpath(self._folder / name))
         return make_sample(
             index, name or f"row {index}", path, self._rows[index][1].get(self._caption)
@@ -184,6 +198,8 @@ class SidecarFolder(Source):
         if not any(self._texts.values()):
             lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
+            if captions:
+                hint += f" ({name_in(folder, captions[0])} stands beside no image of its name)"
             raise UserError(f"{folder} holds {len(images)} images but no captions. {_ADVICE}{hint}")
         super().__init__(str(folder), {"kind": "sidecar folder"}, len(images))
         used = set(self._texts.values())

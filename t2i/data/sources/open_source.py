@@ -12,6 +12,7 @@ A source opens nothing but its index; images are opened one by one by images.ope
 """
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from pathlib import Path
 
 from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
-from t2i.data.samples import Source
+from t2i.data.samples import PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import METADATA, is_image, open_folder, walk
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError
+from t2i.files import nearest_path
 
 TABLE_SUFFIXES = (".parquet", ".tar")
 _OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}
@@ -81,8 +83,9 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
 
         return open_parquet(root, chosen, wanted)
     if not root.is_dir():
+        packed = ". Unpack it first" if root.suffix.lower() in PACKED_SUFFIXES else ""
         raise UserError(
-            f"{wanted.source}: neither .parquet nor .tar. Give the folder that holds the images"
+            f"{wanted.source}: neither .parquet nor .tar{packed}. Give the folder that holds the images"
         )
     return open_folder(root, found.files, wanted)
 
@@ -96,7 +99,7 @@ def _is_hub_id(text: str) -> bool:
 
 def _find_files(source: str, split: str) -> _Found:
     """Every file that may belong to the data set."""
-    path = Path(source).expanduser().resolve()
+    path = Path(os.path.expanduser(source)).resolve()
     if path.is_dir():
         return _find_in_folder(path, split)
     names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
@@ -109,7 +112,7 @@ def _find_files(source: str, split: str) -> _Found:
     if not files:
         raise UserError(
             f"{source} {'is no file' if names else 'does not exist'}. Give a folder, .parquet "
-            "or .tar files, or a hub id such as owner/name"
+            f"or .tar files, or a hub id such as owner/name{'' if names else nearest_path(os.path.expanduser(source))}"
         )
     if split != "train":
         raise UserError(f"split {split!r}: files that are given by name have no splits")

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from t2i.data.captioned import CaptionedImages
-from t2i.data.images import ImageRef, RemoteFile
+from t2i.data.content import printable
+from t2i.data.images import RemoteFile
 from t2i.data.samples import (
     Sample,
     Source,
@@ -25,7 +26,9 @@ from t2i.data.samples import (
     choose_column,
     make_sample,
 )
+from t2i.data.sources.folders import OUTSIDE, leads_out
 from t2i.errors import UserError
+from t2i.published import hub_is_away
 
 NOT_UTF8 = b"\xff"
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -41,6 +44,8 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
 def open_hub(wanted: CaptionedImages) -> Source:
     """A data set of the Hugging Face hub (or its local cache, when offline)."""
     where = {"path": wanted.source, "name": wanted.config_name, "revision": wanted.revision}
+    if hub_is_away():  # then what was fetched before will do
+        datasets.config.HF_HUB_OFFLINE = True
     return _kind(wanted)(wanted.source, where, wanted)
 
 
@@ -59,8 +64,9 @@ def _load(name: str, where: dict[str, Any], wanted: CaptionedImages) -> tuple[An
         first = next(iter(islice(data, 1)), None)
     except Exception as error:  # the library's loaders raise nearly anything
         cause = error.__cause__ or error
+        here = "" if Path(name).exists() else "no folder of this name is here, and "
         raise UserError(
-            f"{name}: the datasets library could not open split {wanted.split!r} "
+            f"{name}: {here}the datasets library could not open split {wanted.split!r} "
             f"({type(cause).__name__}: {cause})"
         ) from error
     if first is None:
@@ -100,6 +106,8 @@ class _Rows(Source):
         needed = {image, caption, caption.partition(".")[0], "__key__", "__url__"}
         self._data = data.select_columns([column for column in first if column in needed])
         self._image, self._caption, self._folder, self._paths = image, caption, folder, paths
+        # What the library has fetched from the hub lies in its cache, by absolute paths.
+        self._inside = bool(paths) and not wanted.outside_images
         identity: dict = {"kind": "parquet"}
         if not paths:  # of a moving branch the content is another each time
             identity = {"kind": "hub", "id": name, "config": wanted.config_name}
@@ -109,7 +117,12 @@ class _Rows(Source):
 
     def files(self) -> list[tuple[str, Path]]:
         """The parquet files, and images that their rows name by path."""
-        images = [name for path in self._paths for name in _named_images(path, self._image)]
+        images = [
+            name
+            for path in self._paths
+            for name in _named_images(path, self._image)
+            if not (self._inside and leads_out(name))
+        ]
         return [
             *((path.name, path) for path in self._paths),
             *((name, self._folder / name) for name in dict.fromkeys(images)),
@@ -122,8 +135,13 @@ class _Rows(Source):
             key = f"{Path(row.get('__url__') or '').name}:{row['__key__']}"
         elif isinstance(value, dict) and value.get("path"):
             key = f"row {index} ({Path(value['path']).name})"
-        captions = _field(row, self._caption)
-        return make_sample(index, key, _image_ref(value, self._folder), captions)
+        if isinstance(value, dict):  # the {bytes, path} struct of the datasets library
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            if self._inside and leads_out(value):
+                return Sample(index, printable(key), None, [], OUTSIDE)
+            value = RemoteFile(value) if "://" in value else self._folder / value
+        return make_sample(index, key, value, _field(row, self._caption))
 
 
 class TableSource(_Rows):
@@ -185,14 +203,6 @@ def _field(row: dict[str, Any], column: str) -> Any:
         return row[column]
     for name in column.split("."):
         value = value.get(name) if isinstance(value, dict) else value if value == NOT_UTF8 else None
-    return value
-
-
-def _image_ref(value: Any, folder: Path) -> ImageRef:
-    if isinstance(value, dict):  # the {bytes, path} struct of the datasets library
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return RemoteFile(value) if "://" in value else folder / value
     return value
 
 

@@ -81,7 +81,7 @@ class TarSource(Source):
             entry = self._entries[counts.index(max(counts))]
             raise UserError(
                 f"{name}: sample {entry.key} holds several images ({', '.join(entry.images)}). "
-                "Name one with image_column"
+                "Name one with --data.image-column"
             )
         return None  # one a sample, whatever its extension
 

@@ -24,6 +24,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ from t2i.evaluation.fid.measures import (
     inception_score,
 )
 from t2i.evaluation.results import markdown_table, versions
-from t2i.files import file_sha256
+from t2i.files import file_sha256, read_json
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 from t2i.sampling import check_counts
@@ -56,6 +57,7 @@ from t2i.sampling import check_counts
 log = logging.getLogger(__name__)
 
 PROTOCOL_IMAGES = 50_000
+_SETS = ("samples", "reference")
 _SORTED_BELOW = (
     0.9  # of the shuffled score; chance alone moves parts of 5,000 images by a hundredth
 )
@@ -151,9 +153,11 @@ def read_statistics(
     Raises:
         UserError: one of them is missing, or they do not belong together.
     """
-    mean_D, covariance_DD = (
-        torch.from_numpy(read_npz_array(path, name)).to(device) for name in (mean, covariance)
-    )
+    arrays = [read_npz_array(path, name) for name in (mean, covariance)]
+    for name, array in zip((mean, covariance), arrays, strict=True):
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} must hold finite numbers, and is {array.dtype}")
+    mean_D, covariance_DD = (torch.from_numpy(array).to(device) for array in arrays)
     if mean_D.dim() != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
         raise UserError(
             f"{path}: {mean} is {list(mean_D.shape)} and {covariance} is {list(covariance_DD.shape)}; "
@@ -228,9 +232,25 @@ def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: boo
             f"{samples} holds {images.count:,} images, the protocol has {PROTOCOL_IMAGES:,}, and the scores depend on that; "
             "make more, or give --allow-fewer for scores that are marked PARTIAL"
         )
-    if not has_statistics(reference):
-        open_images(reference)
+    sets, least = [images], 2
+    if not has_statistics(reference) or "arr_0" in npz_arrays(Path(reference)):
+        sets, least = [images, open_images(reference)], NEIGHBOUR + 1
+    for one in sets:
+        if one.count < least:
+            raise UserError(f"{one.path} holds {one.count} images; these scores need {least}")
     return images
+
+
+def refuse_other_scores(out: Path, samples: Path, reference: Path) -> None:
+    """UserError if a file to be written holds anything but scores of the same two sets."""
+    if not out.exists():
+        return
+    before = read_json(out)
+    parts = [before.get(name) if isinstance(before, dict) else None for name in _SETS]
+    there = [part.get("path") if isinstance(part, dict) else None for part in parts]
+    if there != [str(samples), str(reference)]:
+        what = f"the scores of {there[0]} against {there[1]}" if all(there) else "no scores of this"
+        raise UserError(f"{out} holds {what}; give another --out, or delete it")
 
 
 def table(results: dict) -> str:

@@ -27,7 +27,7 @@ _RECORDS = ("generation.json", "settings.json")  # what drawing leaves in a fold
 _IMAGES_MEMBER = "arr_0.npy"
 _LARGEST_ARRAY = 1 << 30
 """Bytes of what is read at once, such as statistics; images are read one by one."""
-_BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError)
+_BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)
 
 
 class NpzImages:
@@ -159,7 +159,9 @@ def _open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(name) as file:
             yield file
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except UserError:
+        raise
+    except _BROKEN as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

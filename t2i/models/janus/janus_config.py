@@ -195,8 +195,9 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
         JanusShape(config)
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json lacks a Janus-Pro setting: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        text = f"{folder}/config.json lacks a Janus-Pro setting, or has a wrong one: {error!r}"
+        raise UserError(text) from error
     return config
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5Enc
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.published import fetch_model, files_sha256
-from t2i.weights import check_loading
+from t2i.weights import check_loading, refuse_not_finite
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,7 +37,7 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     Raises:
         UserError: it is neither, or there are no weights in it.
     """
-    folder = Path(path_or_hub_id).expanduser()
+    folder = Path(os.path.expanduser(path_or_hub_id))
     if folder.is_dir():
         return folder
     settings, advice = ["config.json", *_TOKENIZER_FILES], "Official: google/flan-t5-xl"
@@ -88,13 +88,18 @@ def load_encoder(folder: Path, dtype: torch.dtype, *, shapes_only: bool = False)
     kind = read_object(folder / "config.json").get("model_type")
     if kind != "t5":
         raise UserError(f"{folder}/config.json describes a {kind!r} model, not 't5'")
+    try:
+        config = T5Config.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the hub's own classes, for a setting of another type
+        raise UserError(f"{folder}/config.json describes no T5: {error}") from error
     if shapes_only:
         with torch.device("meta"):
-            outline: Any = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True))
+            outline: Any = T5EncoderModel(config)
         return outline.to(dtype)  # `to` is not typed
     try:
         loaded: Any = T5EncoderModel.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
@@ -105,6 +110,7 @@ def load_encoder(folder: Path, dtype: torch.dtype, *, shapes_only: bool = False)
         raise UserError(f"the weights in {folder} cannot be read: {error}") from error
     said = f"the weights in {folder} do not fit its config.json"
     check_loading(info, said, lambda key: key.startswith(_OTHER_HALF))
+    refuse_not_finite(model.state_dict(), folder)
     return model
 
 
@@ -120,7 +126,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise UserError(
             f"the tokenizer in {folder} cannot be read; spiece.model also needs the packages "
             f"sentencepiece and protobuf ({error})"
