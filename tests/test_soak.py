@@ -1,12 +1,16 @@
 """The soak script: its table, and a case that it does once."""
 
 import json
+import signal
 
 import pytest
 from programs import launch
 
 from launch.lab.soak import table
 from launch.lab.soak_faults import cases
+from launch.lab.soak_models import MODELS
+from launch.lab.soak_processes import launched
+from launch.lab.soak_world import World
 
 
 def test_a_table_shows_what_held_and_what_did_not():
@@ -34,6 +38,21 @@ def test_every_kind_of_fault_has_a_case():
         "ZeRO",
     ):
         assert kind.lower() in words.lower(), kind
+
+
+def test_a_soak_in_the_background_starts_runs_that_hear_signals(tmp_path):
+    """Children inherit what `nohup` and a shell's `&` ignore: SIGHUP, SIGINT."""
+    program = tmp_path / "program.py"
+    program.write_text("import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = launched(
+            World(tmp_path, MODELS["llamagen"], 0, 60), "a", [], by="process", program=program
+        )
+        run.end_with(0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.text() == "True\n"
 
 
 @pytest.mark.slow

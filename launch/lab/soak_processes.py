@@ -179,10 +179,17 @@ def launched(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_hear_signals,
         )
     started = Started([process.pid], log, world.most, process)
     _LAUNCHED.append(started)
     return started
+
+
+def _hear_signals() -> None:
+    """Signals that the soak ignores, started with `nohup` or in the background, are not ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def end_launched() -> None:
