@@ -218,7 +218,7 @@ def test_auto_is_a_rule():
         return choose_run(model, DrawOptions(**{"speculate": "auto"} | options), 1, images)
 
     assert [chosen(n)[1] for n in (1, 2, 4, 5, 64)] == [12, 4, 4, 0, 0]
-    assert [chosen(n, speed="compiled")[1] for n in (1, 2, 64)] == [12, 0, 0]
+    assert [chosen(n, speed="compiled")[1] for n in (1, 2, 64)] == [8, 0, 0]
     assert chosen(2, speed="compiled", sampling=SamplingConfig(renoise=0.5)) == ("compiled", 0)
     assert chosen(1, speculate="off") == ("eager", 0) and chosen(64, speculate=3)[1] == 3
     assert chosen(1, speculate=10**12)[1] == 16, "an image has no more; room is made for all"

@@ -108,9 +108,18 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
         UserError: the folder holds no finished results.
     """
     try:
-        results, rows = read_object(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
+        return read_object(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
     except UserError as error:
         raise UserError(f"{out} holds no finished results ({error})") from error
+
+
+def read_whole_results(out: Path) -> tuple[dict, list[dict]]:
+    """The same, of a results.json with all that a benchmark writes.
+
+    Raises:
+        UserError: the folder holds no finished results, or something else's.
+    """
+    results, rows = read_results(out)
     kinds = {"benchmark": str, "label": str, "decimals": int, "scores": dict, "judge": dict}
     kinds |= {"images": str, "status": str}
     wrong = [name for name, kind in kinds.items() if not isinstance(results.get(name), kind)]
@@ -202,8 +211,8 @@ def compare_folders(
     Raises:
         UserError: a folder has no results, or the two are of other benchmarks, judges or prompts.
     """
-    results_a, rows_a = read_results(a)
-    results_b, rows_b = read_results(b)
+    results_a, rows_a = read_whole_results(a)
+    results_b, rows_b = read_whole_results(b)
     who_a, who_b = _who(results_a), _who(results_b)
     if who_a != who_b:
         raise UserError(

@@ -36,7 +36,7 @@ from t2i.evaluation.results import (
     Coverage,
     Score,
     image_source,
-    read_results,
+    read_whole_results,
     table,
     versions,
     write_results,
@@ -123,7 +123,7 @@ def evaluate(
     if processes.is_main:
         _report(benchmark, out, inventory, verdicts, scope)
     processes.barrier()
-    return read_results(out)[0]
+    return read_whole_results(out)[0]
 
 
 def claim_output(out: Path, images: Path) -> None:
@@ -134,7 +134,7 @@ def claim_output(out: Path, images: Path) -> None:
     """
     writable_folder(out)
     if (out / RESULTS_FILE).is_file():
-        before = read_results(out)[0]["images"]
+        before = read_whole_results(out)[0]["images"]
         if before != image_source(out, images):
             raise UserError(f"{out} holds the results of {before}; give another --out")
 
