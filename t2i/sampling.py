@@ -54,12 +54,8 @@ class SamplingConfig:
         for own in fields(self):
             if not all(map(math.isfinite, _numbers(getattr(self, own.name)))):
                 raise UserError(f"{own.name}={getattr(self, own.name)} must be a finite number")
-        if (
-            not 1
-            <= min(_numbers(self.cfg_scale))
-            <= max(_numbers(self.cfg_scale))
-            <= _MOST_GUIDANCE
-        ):
+        scales = _numbers(self.cfg_scale)
+        if min(scales) < 1 or max(scales) > _MOST_GUIDANCE:
             raise UserError(
                 f"cfg_scale={self.cfg_scale} must be at least 1 (1 is without guidance), and at most "
                 f"{_MOST_GUIDANCE}"

@@ -196,6 +196,15 @@ def builder_hash(tmp_path: Path) -> None:
     assert builder.hash and isinstance(builder.hash, str)
 
 
+def offline(_) -> None:
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ConnectionError, match="OfflineModeIsEnabled"):  # nothing was asked
+            datasets.load_dataset_builder("nobody/no-such-data")
+
+
 def pillow_readers(_) -> None:
     from PIL import Image
 
@@ -304,6 +313,13 @@ TOUCHES = (
         "t2i/data/sources/tables.py: builder.hash",
         "it follows the commit of a hub data set, so that codes of older images are not used again",
         builder_hash,
+    ),
+    Touch(
+        "datasets",
+        "config.HF_HUB_OFFLINE, set while the program runs",
+        "t2i/data/sources/tables.py: datasets.config.HF_HUB_OFFLINE",
+        "without a connection the library tries again for half a minute, at every file",
+        offline,
     ),
     Touch(
         "pillow",

@@ -17,6 +17,7 @@ from t2i.errors import UserError
 from t2i.evaluation import draw as draw_module
 from t2i.generation import all_jobs
 from t2i.lora import add_lora, without_lora
+from t2i.models.blocks import attend
 from t2i.models.kv_cache import KVCache
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions, SamplingConfig
@@ -228,6 +229,15 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
         model, entries, all_jobs(range(6), 1), tmp_path / "out", DrawOptions(batch_size=4)
     )
     assert asked == [("auto", 2 * 16), *[("eager", 16)] * 2]
+
+
+def test_attention_compiles_where_numbers_of_heads_vary():
+    """As they do once a second shape is compiled for."""
+    generator = torch.Generator().manual_seed(0)
+    compiled = torch.compile(attend, backend="eager", fullgraph=True, dynamic=True)
+    q_BHLK, k_BHLK = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (4, 2))
+    given = q_BHLK, k_BHLK, k_BHLK, None, None, 0
+    assert compiled(*given).equal(attend(*given))
 
 
 @pytest.mark.slow

@@ -78,6 +78,8 @@ def attend(
         if q_BHLK.shape[2] == 1:
             assert mask is not None
             return _attend_one(q_BHLK, k_BHLK, v_BHLK, mask)
+    # By a branch: of the comparison alone, a compiler that takes sizes for variable makes no bool.
+    grouped = {"enable_gqa": True} if k_BHLK.shape[1] != q_BHLK.shape[1] else {}
     out = F.scaled_dot_product_attention(
         q_BHLK,
         k_BHLK,
@@ -85,7 +87,7 @@ def attend(
         attn_mask=mask,
         is_causal=mask is None,
         dropout_p=dropout,
-        enable_gqa=bool(k_BHLK.shape[1] != q_BHLK.shape[1]),
+        **grouped,
     )
     return out.transpose(1, 2).flatten(2)
 

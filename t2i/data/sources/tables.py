@@ -44,7 +44,7 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
 def open_hub(wanted: CaptionedImages) -> Source:
     """A data set of the Hugging Face hub (or its local cache, when offline)."""
     where = {"path": wanted.source, "name": wanted.config_name, "revision": wanted.revision}
-    if hub_is_away():  # then what was fetched before will do
+    if hub_is_away():  # then what was fetched before will do; the library has no option for it
         datasets.config.HF_HUB_OFFLINE = True
     return _kind(wanted)(wanted.source, where, wanted)
 
