@@ -41,14 +41,14 @@ STAGES = {
     "judge": "load it and judge an image",
     "judge-again": "the same, converted and hashed before",
     "check-lora": "pre-flight, LoRA",
-    "train-lora": "one step with LoRA, a checkpoint",
-    "resume-lora": "one more, resumed",
+    "train-lora": "two steps with LoRA, a checkpoint",
+    "resume-lora": "a third, resumed",
     "draw": "load the run, the first codes of an image",
     "export": "merge and export",
     "reload": "load the export",
     "check-full": "pre-flight, full",
-    "train-full": "one step of all weights, a checkpoint",
-    "resume-full": "one more, resumed",
+    "train-full": "two steps of all weights, a checkpoint",
+    "resume-full": "a third, resumed",
 }
 """In their order; the part behind the hyphen is how the model is tuned."""
 OF_JUDGES = ("write", "judge", "judge-again")
@@ -202,8 +202,9 @@ class Stages:
     def _command(self, name: str) -> list[str]:
         kind, _, tuning = name.partition("-")
         if kind in ("check", "train", "resume"):
-            steps = {"check": ["--steps=1", "--check"], "resume": ["--steps=2", "--resume"]}
-            return self._training(tuning, *steps.get(kind, ["--steps=1"]))
+            # Two, since the optimizer's moments are made in the first.
+            steps = {"check": ["--steps=2", "--check"], "resume": ["--steps=3", "--resume"]}
+            return self._training(tuning, *steps.get(kind, ["--steps=2"]))
         run = str(self.out / "runs" / "lora")
         if kind == "export":
             options = ["--ckpt", run, "--out", str(self.export)]

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte
 _CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 20.0
 _LARGE = 16 << 20  # bytes; smaller files are read faster than their entry
 _SETTLED = 2 * 10**9  # nanoseconds; a younger file may change again within one tick of its clock
 # The hub's client has changed its HTTP library twice; its errors come through as they are.
@@ -120,19 +122,33 @@ def files_sha256(paths: Iterable[Path]) -> str:
 # -- the hub ---------------------------------------------------------------------------------------
 @cache
 def hub_is_away() -> bool:
-    """Whether no connection to the hub can be had; asked once, before its client, which would try
-    again and again for half a minute, at every file.
+    """Whether no connection to the hub can be had, or nothing there answers; asked once, before its
+    client, which would try again and again for half a minute, at every file, or for seven minutes.
     """
     from huggingface_hub import HfApi, is_offline_mode
 
     if is_offline_mode() or {"http", "https", "all"} & urllib.request.getproxies().keys():
         return False  # the client knows, or a proxy finds the hub's address
     hub = urlsplit(HfApi().endpoint)
-    port = hub.port or (80 if hub.scheme == "http" else 443)
+    host, port = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
     try:
-        socket.create_connection((hub.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+        link = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
     except OSError:
         return True
+    with link:
+        link.settimeout(_ANSWER_SECONDS)
+        try:
+            if hub.scheme != "http":
+                link = ssl.create_default_context().wrap_socket(link, server_hostname=host)
+            with link:
+                link.sendall(
+                    f"HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+                )
+                link.recv(1)
+        except TimeoutError:
+            return True
+        except OSError:  # something is there, and its client may know how to talk to it
+            return False
     return False
 
 
@@ -182,7 +198,7 @@ def asking_hub(what: str, advice: str = "") -> Iterator[None]:
         if not isinstance(error, OSError) and library not in _HUB_LIBRARIES:
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        reason = "no connection to the hub" if hub_is_away() else reason
+        reason = "no connection to the hub, or no answer" if hub_is_away() else reason
         raise UserError(f"{what} ({reason}). {advice}".rstrip()) from error
 
 

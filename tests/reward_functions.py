@@ -1,5 +1,6 @@
 """Rewards as users write them, good and bad ones, by the name that a run knows them by."""
 
+import os
 import time
 
 import numpy as np
@@ -19,6 +20,10 @@ def raises(images, metadata):
 
 def hangs(images, metadata):
     time.sleep(600)
+
+
+def dies(images, metadata):
+    os._exit(9)
 
 
 def nan(images, metadata):

@@ -1,8 +1,10 @@
 """Every kind of source gives the same samples; what is wrong with a source is one clear message."""
 
+import gc
 import io
 import json
 import tarfile
+import tracemalloc
 
 import datasets
 import pyarrow as pa
@@ -239,6 +241,25 @@ def test_tar_traps(tmp_path):
         source = open_source(tmp_path)
         assert source.left_out == [("1.tar", "truncated archive")]
         assert source.length == length
+
+
+def test_memory_does_not_grow_with_the_number_of_tars(tmp_path):
+    """An index of all of them took 1 kB a sample, of every process, as long as the run."""
+    held = {}
+    for tars in (8, 40):
+        for number in range(tars):
+            members = {f"{number}_{i}.{kind}": b"x" for i in range(50) for kind in ("png", "txt")}
+            write_tar(tmp_path / str(tars) / f"{number:02d}.tar", members)
+        gc.collect()
+        tracemalloc.start()
+        source = open_source(tmp_path / str(tars))
+        assert [s.captions for s in source] == [["x"]] * 50 * tars
+        assert source[51].key == "01.tar:1_1" and source.length == 50 * tars
+        gc.collect()
+        held[tars] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        del source
+    assert held[40] - held[8] < 32 * 1000, "the index of a tar of fifty samples takes 40,000 bytes"
 
 
 def test_wrong_tars(tmp_path):

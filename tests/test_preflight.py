@@ -216,15 +216,16 @@ def test_activations_are_what_autograd_keeps(tiny_world, tuning, monkeypatch):
 
 
 def test_a_step_of_all_weights_at_real_size():
-    """Measured on RAR-B, full, ZeRO-2, bf16, micro-batch 1, on a CPU: 8.0 GB beyond an empty
-    process; 5.4 GB was said when the optimizer's own step and ZeRO's bucket were left out.
+    """Measured on RAR-B, full, ZeRO-2, bf16, micro-batch 1, on a CPU: 7.2 GB beyond an empty
+    process in a step that has the optimizer's moments; on LlamaGen-L with its frozen parts 11.3 and
+    12.3 GB in fp32.
     """
     config = ALL["rar-b"]
     engine, data = replace(config.engine, micro_batch=1), replace(config.data, views="flip")
     config = replace(config, engine=engine, data=data, batch_size=1)
     model = build_model(config, device="meta")
     cost = estimate(model, config, world_size=1, samples=4, gpu=False)
-    assert cost.total / 1.1 == pytest.approx(8.0e9, rel=0.1)
+    assert cost.total / 1.1 == pytest.approx(7.2e9, rel=0.15)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -247,11 +248,13 @@ def test_zero_gathers_gradients(tiny_world):
         config = tiny_run(tiny_world, "-", **changes)
         return estimate(build_model(config, device="meta"), config, world_size=1, gpu=gpu).bucket
 
-    assert bucket(True) == 0
+    small = bucket(True)
+    assert 0 < small < 4e6 and small % 4 == 0
     assert bucket(True, engine__zero_stage=2) == 4 * 500_000_000
-    small = bucket(False, engine__zero_stage=2, engine__precision="bf16")
-    assert 0 < small < 4e6, "of a CPU's memory only what is written to"
-    assert bucket(False, engine__zero_stage=1, engine__precision="bf16") == 2 * small
+    assert bucket(False, engine__zero_stage=2) == small, "of a CPU's memory what is written to"
+    for stage in (1, 2):  # in bf16, and in ZeRO-1's fp32
+        assert bucket(False, engine__zero_stage=stage, engine__precision="bf16") == small
+    assert bucket(False, engine__zero_stage=3) == 3 * small, "gradients, and weights that it keeps"
 
 
 def test_what_changes_memory(tiny_world):

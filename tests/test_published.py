@@ -1,7 +1,8 @@
 """Published files: found, downloaded whole or not at all, proven; advice without a network."""
 
 import hashlib
-import socket
+import http.server
+import threading
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -177,10 +178,17 @@ def at_port(monkeypatch, online):
 
 
 def test_a_hub_that_is_away_is_not_asked(at_port, monkeypatch, tmp_path):
-    """Its client tries for half a minute, at every file; what it has fetched before is found."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    """Its client tries for half a minute, at every file, and a hub that takes connections and never
+    answers for seven; what it has fetched before is found.
+    """
+    monkeypatch.setattr(published, "_ANSWER_SECONDS", 0.2)
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        port = server.server_port
+        assert at_port(port), "nobody serves"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setattr(published, "_ANSWER_SECONDS", 20.0)
         assert not at_port(port)
+        server.shutdown()
     assert not at_port(port, https="proxy"), "the proxy may know the way"
     assert at_port(port)
     asked = []
@@ -196,5 +204,5 @@ def test_a_hub_that_is_away_is_not_asked(at_port, monkeypatch, tmp_path):
     with pytest.raises(UserError) as caught:
         published.fetch_folder("models/jannus", advice="Check the name")
     assert "models/jannus is neither a folder here nor a model of the hub" in str(caught.value)
-    assert "(no connection to the hub)" in str(caught.value)
+    assert "(no connection to the hub, or no answer)" in str(caught.value)
     assert "perhaps you meant models/janus" in str(caught.value) and asked == [True]

@@ -303,7 +303,7 @@ def test_a_constant_reward_stops_after_some_batches():
 @pytest.mark.slow
 def test_judges_in_processes_of_their_own():
     """Two give the numbers that one gives, in the images' order; what is wrong there is said."""
-    names = ("geneval-soft", BRIGHT, "reward_functions:raises")
+    names = ("geneval-soft", BRIGHT, "reward_functions:raises", "reward_functions:dies")
     rewards = load_rewards(names, RewardOptions(), CPU)
     panel = Panel(rewards, dict.fromkeys(names[:2], 1.0), seconds=120, constant=3)
     entries = [position("circle", "left of", "square"), two_object("circle", "star")]
@@ -313,6 +313,8 @@ def test_judges_in_processes_of_their_own():
     assert panel.judge_all(*of) == alone and len(set(alone["geneval-soft"])) == 2
     with pytest.raises(RewardError, match="raised ConnectionError: no server on port 18085"):
         panel.judge("reward_functions:raises", *of)
+    with pytest.raises(RewardError, match=r"dies raised RuntimeError: a process .*exit code 9"):
+        panel.judge("reward_functions:dies", *of)
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,12 @@ def test_a_soak_in_the_background_starts_runs_that_hear_signals(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_case_is_done_once(tmp_path):
+def test_cases_are_done_once(tmp_path):
     for _ in range(2):
-        launch("launch/lab/soak.py", "--out", str(tmp_path), "--only", "damage_flip")
-    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    row = json.loads(line)
-    assert row["verdict"] == "held" and row["same"] is True and "passed over" in row["seen"]
+        more = ("--only", "damage_flip", "kills", "--kills", "3")
+        launch("launch/lab/soak.py", "--out", str(tmp_path), *more)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in rows] == ["kills", "damage_flip"], "and not kills-two"
+    assert all(row["verdict"] == "held" and row["same"] is True for row in rows)
+    assert rows[0]["facts"]["kills"] == 3 and "passed over" in rows[1]["seen"]
     assert "bit-flipped" in (tmp_path / "table.md").read_text()

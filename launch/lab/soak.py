@@ -5,7 +5,7 @@ with --resume, and must then equal an undisturbed one bit for bit. What is in re
 folder is not done again; the same seed gives the same moments.
 
     python launch/lab/soak.py                        # all: half an hour on two cores
-    python launch/lab/soak.py --only kills full      # cases whose names begin so
+    python launch/lab/soak.py --only kills full      # of these names, or that begin so
     python launch/lab/soak.py --family janus
     python launch/lab/soak.py --list
 """
@@ -39,7 +39,7 @@ class SoakOptions:
     family: Literal["llamagen", "janus", "open_magvit2", "rar"] = "llamagen"
     """Of the model that is trained."""
     only: tuple[str, ...] = ()
-    """Cases whose names begin with one of these; all if empty."""
+    """Cases of these names; what is none's name stands for all that begin so. All if empty."""
     kills: int = 27
     """Of the run that is killed."""
     seed: int = 0
@@ -57,7 +57,8 @@ def main() -> None:
     from launch.lab import soak_faults, soak_world
 
     every = soak_faults.cases(options.kills)
-    chosen = [n for n in every if not options.only or n.startswith(options.only)]
+    begins = tuple(name for name in options.only if name not in every)
+    chosen = [n for n in every if not options.only or n in options.only or n.startswith(begins)]
     if not chosen:
         raise UserError(f"--only {' '.join(options.only)}: the cases are {', '.join(every)}")
     if options.list:

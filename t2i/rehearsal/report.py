@@ -33,8 +33,8 @@ def predictions(report: str) -> dict[str, float]:
     def total(*names: str) -> float:
         return sum(found.get(name, 0) for name in names)
 
-    moment = max(total("kept", "passing"), total("stepping"))
-    peak = max(total("state", "bucket", "frozen") + moment, total("encoding"))
+    moment = max(total("bucket", "kept", "passing"), total("stepping"))
+    peak = max(total("state", "frozen") + moment, total("encoding"))
     return found | {"peak": peak, "saved": total("weights", "training")}
 
 

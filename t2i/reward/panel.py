@@ -10,8 +10,9 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.pool import Pool
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -47,9 +48,11 @@ class Panel:
 
     def share(self, workers: int, options: RewardOptions) -> None:
         """From now on ask copies of the rewards in so many processes of their own, on the CPU."""
+        others = set(active_children())
         pool = get_context("spawn").Pool(workers, _load, (tuple(self.rewards), options))
         atexit.register(pool.terminate)  # also where one of them hangs
-        self.rewards = {name: partial(_ask_all, pool, workers, name) for name in self.rewards}
+        judges = [child for child in active_children() if child not in others]
+        self.rewards = {name: partial(_ask_all, pool, judges, name) for name in self.rewards}
 
     def check(self, entries: Entries, names: Sequence[str] | None = None) -> None:
         """UserError if a reward cannot judge such prompts; before anything is drawn."""
@@ -149,12 +152,21 @@ def _ask_one(name: str, images: Images, entries: Entries) -> list:
     return list(_loaded[name](images, entries))
 
 
-def _ask_all(pool: Pool, workers: int, name: str, images: Images, entries: Entries) -> list:
-    """A reward's answer, each worker asked for its share."""
-    shares = [range(len(images))[i::workers] for i in range(min(workers, len(images)))]
+def _ask_all(
+    pool: Pool, judges: Sequence[BaseProcess], name: str, images: Images, entries: Entries
+) -> list:
+    """A reward's answer, each judge asked for its share."""
+    count = len(judges)
+    shares = [range(len(images))[i::count] for i in range(min(count, len(images)))]
     asked = [(name, [images[i] for i in s], [entries[i] for i in s]) for s in shares]
     answers: list = [None] * len(images)
-    for share, given in zip(shares, pool.starmap(_ask_one, asked), strict=True):
+    answering = pool.starmap_async(_ask_one, asked)
+    while not answering.ready():
+        # A pool puts another process in the place of a dead one, and waits for its answer for ever.
+        if dead := [judge.exitcode for judge in judges if judge.exitcode is not None]:
+            raise RuntimeError(f"a process that judges ended by itself (exit code {dead[0]})")
+        answering.wait(0.2)
+    for share, given in zip(shares, answering.get(), strict=True):
         if len(given) != len(share):
             raise ValueError(f"{len(given)} numbers for {len(share)} images")
         for place, value in zip(share, given, strict=True):

@@ -2,16 +2,19 @@
 
     000.tar:  00017.jpg  00017.txt  00017.json  00018.jpg ...
 
-The member headers are read once into an index; images and captions are then read by offset, so a
-tar has random access and costs no second copy on disk. (The `datasets` builder copies the data
+The member headers are read into an index; images and captions are then read by offset, so a tar has
+random access and costs no second copy on disk. Indexes of a few tars are held at a time: one takes
+1 kB a sample, which for a hundred million no memory has. (The `datasets` builder copies the data
 unless it streams, refuses a tar whose first samples lack a caption, and silently stops at the end
 of a truncated tar.) Tars of a hub data set go through `datasets` all the same, see tables.py.
 """
 
 import json
 import tarfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ from t2i.data.samples import (
     make_sample,
 )
 from t2i.errors import UserError
+
+_HELD = 4
+"""Tars whose index is held; samples are read in order, so that each is indexed twice in all."""
 
 
 @dataclass
@@ -53,48 +59,29 @@ class TarSource(Source):
     """
 
     def __init__(self, root: Path, tars: Sequence[Path], wanted: CaptionedImages):
-        self._entries: list[_Entry] = []
         self._tars = tars
-        left_out = [line for path in tars for line in _index(path, self._entries)]
+        self._indexed = lru_cache(_HELD)(_index)
+        self._ends, left_out, seen = [0], [], _Seen()
+        for path in tars:
+            entries, notes = self._indexed(path)
+            self._ends.append(self._ends[-1] + len(entries))
+            seen.add(entries)
+            left_out += notes
         name = str(root)
-        found = {extension for entry in self._entries for extension in entry.parts}
-        self._image = self._choose_image(name, found, wanted.image_column)
-        self._caption = self._choose_caption(name, found, wanted.caption_column)
+        self._image = _choose_image(seen, name, wanted.image_column)
+        self._caption = _choose_caption(seen, name, wanted.caption_column)
         identity = {"kind": "webdataset", "columns": [self._image, self._caption]}
-        super().__init__(name, identity, len(self._entries))
+        super().__init__(name, identity, self._ends[-1])
         self.left_out = left_out
 
     def files(self) -> list[tuple[str, Path]]:
         return [(path.name, path) for path in self._tars]
 
-    def _choose_image(self, name: str, columns: set[str], given: str | None) -> str | None:
-        if given is not None:
-            return choose_column(sorted(columns), given, (), "image", name)
-        counts = [len(entry.images) for entry in self._entries]
-        if not any(counts):
-            listing = ", ".join(sorted(columns)) or "none"
-            raise UserError(
-                f"{name} holds no images; the members have the extensions: {listing}. "
-                "(A sample's name ends at the first dot: rename a.b.png to a_b.png)"
-            )
-        if max(counts) > 1:
-            entry = self._entries[counts.index(max(counts))]
-            raise UserError(
-                f"{name}: sample {entry.key} holds several images ({', '.join(entry.images)}). "
-                "Name one with --data.image-column"
-            )
-        return None  # one a sample, whatever its extension
-
-    def _choose_caption(self, name: str, columns: set[str], given: str | None) -> str:
-        fields: list[str] = []
-        with_json = next((entry for entry in self._entries if "json" in entry.parts), None)
-        if with_json is not None:
-            document = _read_json(with_json.parts["json"])
-            fields = sorted(f"json.{key}" for key in document if isinstance(key, str))
-        return choose_caption(sorted(columns), fields, given, name)
-
     def __getitem__(self, index: int) -> Sample:
-        entry = self._entries[index]
+        if not 0 <= index < self._ends[-1]:
+            raise IndexError(index)
+        tar = bisect_right(self._ends, index) - 1
+        entry = self._indexed(self._tars[tar])[0][index - self._ends[tar]]
         image = self._image or next(iter(entry.images), "")
         sample = make_sample(index, entry.key, entry.parts.get(image), self._captions(entry))
         if entry.repeats:
@@ -108,8 +95,52 @@ class TarSource(Source):
         return _read_json(entry.parts[extension]).get(name) if name else entry.parts[extension]
 
 
-def _index(path: Path, entries: list[_Entry]) -> list[tuple[str, str]]:
-    """Append the samples of one tar; (name, reason) of what was left out."""
+@dataclass
+class _Seen:
+    """What the samples of all tars have."""
+
+    columns: set[str] = field(default_factory=set)
+    crowded: _Entry | None = None
+    """The first one with the most images."""
+    with_json: _Entry | None = None
+    """The first one with a json member."""
+
+    def add(self, entries: Sequence[_Entry]) -> None:
+        for entry in entries:
+            self.columns |= entry.parts.keys()
+            if self.crowded is None or len(entry.images) > len(self.crowded.images):
+                self.crowded = entry
+            if self.with_json is None and "json" in entry.parts:
+                self.with_json = entry
+
+
+def _choose_image(seen: _Seen, name: str, given: str | None) -> str | None:
+    if given is not None:
+        return choose_column(sorted(seen.columns), given, (), "image", name)
+    entry = seen.crowded
+    if entry is None or not entry.images:
+        listing = ", ".join(sorted(seen.columns)) or "none"
+        raise UserError(
+            f"{name} holds no images; the members have the extensions: {listing}. "
+            "(A sample's name ends at the first dot: rename a.b.png to a_b.png)"
+        )
+    if len(entry.images) > 1:
+        raise UserError(
+            f"{name}: sample {entry.key} holds several images ({', '.join(entry.images)}). "
+            "Name one with --data.image-column"
+        )
+    return None  # one a sample, whatever its extension
+
+
+def _choose_caption(seen: _Seen, name: str, given: str | None) -> str:
+    document = {} if seen.with_json is None else _read_json(seen.with_json.parts["json"])
+    fields = sorted(f"json.{key}" for key in document if isinstance(key, str))
+    return choose_caption(sorted(seen.columns), fields, given, name)
+
+
+def _index(path: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
+    """The samples of one tar; (name, reason) of what was left out."""
+    entries: list[_Entry] = []
     left_out: list[tuple[str, str]] = []
     previous = None
     try:
@@ -142,7 +173,9 @@ def _index(path: Path, entries: list[_Entry]) -> list[tuple[str, str]]:
                 f"{path} is not an uncompressed tar ({error}). Unpack .tar.gz with gunzip first"
             ) from error
         complete = False
-    return left_out if complete else [*left_out, (printable(path.name), "truncated archive")]
+    if not complete:
+        left_out.append((printable(path.name), "truncated archive"))
+    return entries, left_out
 
 
 def _read_json(where: FileSlice) -> dict[str, Any]:
