@@ -234,6 +234,9 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     few = ["--limit", "1", "--samples", "1"]
     enter(geneval_run, "--ckpt", str(run), *few)
     enter(export_program, "--ckpt", str(run), "--out", "exported/mine")
+    card = (tmp_path / "exported" / "mine" / "README.md").read_text()
+    assert "| trigger words | drawn by xyz |" in card
+    assert 't2i.generate(model, ["drawn by xyz, a photo of a red circle"])' in card
     shutil.rmtree(run)
     assert "judged by shapes" in enter(geneval_run, "--ckpt", "exported/mine", *few)
     drawn = sorted(path.name for path in (tmp_path / "outputs").iterdir())
