@@ -94,7 +94,7 @@ def arrange(
     flat = folder.is_dir() and any(folder.glob("*.png"))
     if not flat or any(folder.glob("[0-9]*/samples")):
         if processes.is_main:
-            look_at_names(folder, entries, scope)
+            look_at_names(folder, entries, scope, out)
         return lambda: folder
     form, selected, files = Form(scope.samples, resolution), scope.select(len(entries)), {}
     if processes.is_main:

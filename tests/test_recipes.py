@@ -101,6 +101,8 @@ def test_numbers_that_are_given_stay():
     assert (plan.save_every, plan.validate_every, plan.sample_every, plan.log_every) == (0, 0, 3, 2)
     with pytest.raises(UserError, match="fewer than the 7 usable samples"):
         plan_run(config, 7)
+    with pytest.raises(UserError, match=r"too few usable samples \(1\): one per process \(1\)"):
+        plan_run(ALL["t2i-xl-256-tuned"], 1)  # blamed an option that was not given
     assert plan_run(replace(config, steps=None), None) is None
 
 

@@ -126,11 +126,14 @@ def evaluate(
     return read_whole_results(out)[0]
 
 
-def look_at_names(folder: Path, entries: Sequence[dict], scope: Scope) -> None:
-    """UserError for a folder that cannot be judged, before a judge is loaded."""
+def look_at_names(folder: Path, entries: Sequence[dict], scope: Scope, out: Path) -> None:
+    """UserError, before a judge is loaded, for a folder of images that cannot be judged, or an
+    output folder that is not theirs.
+    """
     selected = scope.select(len(entries))
     inventory = take_inventory(folder, entries, selected, scope.samples)
     inventory.check(allow_missing=scope.allow_incomplete)
+    claim_output(out, folder)
 
 
 def claim_output(out: Path, images: Path) -> None:
@@ -225,7 +228,7 @@ def run(
         if images is not None and arrange is not None:
             copy = arrange(out, processes)
         elif images is not None and processes.is_main:
-            look_at_names(images, entries, options.scope)
+            look_at_names(images, entries, options.scope, out)
         benchmark = build(processes)
         images = images if copy is None else copy()
         model, draw = None, None
