@@ -96,7 +96,8 @@ def arrange(
         if processes.is_main:
             look_at_names(folder, entries, scope, out)
         return lambda: folder
-    form, selected, files = Form(scope.samples, resolution), scope.select(len(entries)), {}
+    form, selected = Form(scope.samples, resolution), scope.select(len(entries))
+    files: Files = {}
     if processes.is_main:
         claim_output(out, out / "images")
         files = _find(folder, entries)

@@ -49,8 +49,6 @@ _NOTES = (
     "Own drafts: the model reads its own samples behind the true codes, as in drawing. Noised "
     "truth: it reads the truth with training's noise, and can copy some of it.",
 )
-
-
 _NO_RENOISE = "renoise changes drafts after they are drawn: analyze with --renoise 0"
 
 

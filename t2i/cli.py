@@ -171,11 +171,6 @@ def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
 def _arguments() -> list[str]:
     # DeepSpeed's launcher appends --local_rank=N; the environment says the same.
     given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    if foreign := [a for a in given if any("\udc80" <= c <= "\udcff" for c in a)]:
-        raise UserError(
-            f"{foreign[0]!r:.80} is not text in {sys.getfilesystemencoding()}, as this shell's locale "
-            "says; start again with PYTHONUTF8=1 (or export LC_ALL=C.UTF-8)"
-        )
     # Shells expand "--run-dir ~/a" and not "--run-dir=~/a", which would make a folder named "~".
     home = os.path.expanduser("~")
     return [
@@ -194,8 +189,9 @@ def _quiet_libraries() -> None:
 
 
 def _log_plainly() -> None:
-    if isinstance(sys.stdout, TextIOWrapper):  # a locale may know neither é nor ±
-        sys.stdout.reconfigure(errors="backslashreplace")
+    out = sys.stdout
+    if isinstance(out, TextIOWrapper) and (out.errors == "strict" or out.encoding != "utf-8"):
+        out.reconfigure(errors="backslashreplace")  # a locale may know neither é nor ±
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers"):
@@ -256,10 +252,9 @@ def _refuse_lost_folder() -> None:
 
 def _no_memory(error: Exception) -> str | None:
     """What to say where memory was too small for what was asked; None for another error."""
+    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
     # On the CPU torch raises a RuntimeError like any other.
-    torch: Any = sys.modules.get("torch")
-    full = isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError))
-    if not full and "allocate memory" not in str(error):
+    if not isinstance(error, MemoryError | of_torch) and "allocate memory" not in str(error):
         return None
     reason = str(error).strip().partition("\n")[0][:200]
     return (
