@@ -11,7 +11,7 @@ files have not changed since is not copied again.
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from t2i.evaluation.generation_folder import (
     write_prompt,
 )
 from t2i.evaluation.options import Scope
-from t2i.evaluation.runner import claim_output
+from t2i.evaluation.runner import claim_output, look_at_names
 from t2i.fields import read_object
 from t2i.files import file_sha256, write_json
 from t2i.imaging import save_png
@@ -79,38 +79,46 @@ def arrange(
     scope: Scope,
     resolution: int | None,
     processes: Processes,
-) -> Path:
-    """The folder to judge: `folder` itself in the common layout, else OUT/images.
-
-    Every process calls it.
+) -> Callable[[], Path]:
+    """Look at a folder's names; returns what copies its images to OUT/images, and names the folder
+    to judge: `folder` itself in the common layout, else that one. Every process calls both.
 
     Args:
         entries: all prompts, each with "item_id" and "prompt".
         resolution: side of one image of a grid in pixels; None if ITEM.png is one image.
 
     Raises:
-        UserError: what is missing, unreadable, of another size or ambiguous is named by its file.
+        UserError: what is missing or ambiguous is named by its file; when copying, also what is
+            unreadable or of another size.
     """
     flat = folder.is_dir() and any(folder.glob("*.png"))
     if not flat or any(folder.glob("[0-9]*/samples")):
-        return folder  # what is wrong with it is named where its layout is read
+        if processes.is_main:
+            look_at_names(folder, entries, scope, out)
+        return lambda: folder
+    form, selected = Form(scope.samples, resolution), scope.select(len(entries))
+    files: Files = {}
     if processes.is_main:
         claim_output(out, out / "images")
-        form = Form(scope.samples, resolution)
-        files, selected = _find(folder, entries), scope.select(len(entries))
+        files = _find(folder, entries)
         _check(folder, files, entries, selected, scope)
         _check_form(form, [files[index] for index in selected if index in files])
-        source = _claim_source(out, folder)
-        problems = _copy(source, files, entries, selected, out, form)
-        if problems and not scope.allow_incomplete:
-            raise UserError(
-                f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; "
-                "replace them, or judge the rest as INCOMPLETE with --allow-incomplete"
-            )
-        for problem in problems:
-            log.error("%s; left out", problem)
-    processes.barrier()
-    return out / "images"
+
+    def copy() -> Path:
+        if processes.is_main:
+            source = _claim_source(out, folder)
+            problems = _copy(source, files, entries, selected, out, form)
+            if problems and not scope.allow_incomplete:
+                raise UserError(
+                    f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; "
+                    "replace them, or judge the rest as INCOMPLETE with --allow-incomplete"
+                )
+            for problem in problems:
+                log.error("%s; left out", problem)
+        processes.barrier()
+        return out / "images"
+
+    return copy
 
 
 def _find(folder: Path, entries: Sequence[dict]) -> Files:

@@ -9,6 +9,7 @@ torchrun --nproc_per_node 8 dpg_bench/run.py --ckpt runs/mine
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,7 +66,7 @@ def main() -> None:
         answerer = load_answerer(who, options.judge_weights, processes.device)
         return DPGBench(graph, answerer, questions=questions)
 
-    def to_layout(out: Path, processes) -> Path:
+    def to_layout(out: Path, processes) -> Callable[[], Path]:
         assert options.images is not None
         return arrange(
             options.images,

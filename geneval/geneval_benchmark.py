@@ -106,7 +106,7 @@ def load_prompts(name: str) -> list[dict]:
     file.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: there is no such file, it cannot be read, or holds something else.
     """
     if name == "official":
         return official_prompts()
@@ -116,7 +116,10 @@ def load_prompts(name: str) -> list[dict]:
         known = ", ".join(("official", *WORLDS))
         text = f"there are no prompts {name!r}: give {known} or a .jsonl file{nearest_path(name)}"
         raise UserError(text)
-    return read_prompts((), Path(name))
+    entries = read_prompts((), Path(name))
+    for index, entry in enumerate(entries):
+        check_schema(entry, f"prompt {index}")
+    return entries
 
 
 def draw_masks(

@@ -21,7 +21,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError
-from t2i.files import owning, remove_leftovers, writable_folder
+from t2i.files import owning, remove_leftovers
 from t2i.model_options import BaseOptions, DrawingModelOptions
 from t2i.sampling import check_counts
 
@@ -49,6 +49,7 @@ _NOTES = (
     "Own drafts: the model reads its own samples behind the true codes, as in drawing. Noised "
     "truth: it reads the truth with training's noise, and can copy some of it.",
 )
+_NO_RENOISE = "renoise changes drafts after they are drawn: analyze with --renoise 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,8 @@ class AnalyzeConfig(DrawingModelOptions):
         check_counts(samples=self.samples, prompts=self.prompts)
         if self.held_out < 0:
             raise UserError(f"held_out={self.held_out} must be a number of images, or 0")
+        if self.sampling.renoise:
+            raise UserError(_NO_RENOISE)
 
     def models(self) -> dict[str, DrawingModelOptions]:
         """The model, and the control if there is one."""
@@ -95,7 +98,7 @@ def main() -> None:
     wheres = {who: own.check() for who, own in options.items()}
     from t2i.evaluation.evidence_page import write_evidence
 
-    writable_folder(config.out)
+    _typed(config)  # a file that cannot be read is named before the work
     with owning(config.out, "analysis folder"):
         remove_leftovers(config.out)
         models = {who: own.load(*wheres[who]) for who, own in options.items()}
@@ -240,15 +243,12 @@ def _prompts(
     data: "TrainingData | None",
 ) -> list[str | int]:
     """Those that were given; else of held-out images; else of the run's sheets."""
-    from t2i.evaluation.generation_folder import read_prompts
     from t2i.generation import parse_conditions
 
-    texts: Sequence[str]
-    if config.prompt or config.prompt_file:
-        texts = [entry["prompt"] for entry in read_prompts(config.prompt, config.prompt_file)]
-    elif data is not None:
+    texts: Sequence[str] = _typed(config)
+    if not texts and data is not None:
         return data.held_out_conditions(config.prompts)
-    else:
+    if not texts:
         try:
             texts = _run_config(options).log.prompts
         except UserError:
@@ -258,11 +258,20 @@ def _prompts(
     return parse_conditions(model.backbone, texts)
 
 
+def _typed(config: AnalyzeConfig) -> list[str]:
+    """The prompts that were given."""
+    from t2i.evaluation.generation_folder import read_prompts
+
+    if not config.prompt and config.prompt_file is None:
+        return []
+    return [entry["prompt"] for entry in read_prompts(config.prompt, config.prompt_file)]
+
+
 def _draw(model: "TensorAR", prompts: list[str | int], drawing, samples: int) -> "list[Drawn]":
     from t2i.generation import draw_images
 
     if drawing.sampling.renoise:
-        raise UserError("renoise changes drafts after they are drawn: analyze with --renoise 0")
+        raise UserError(_NO_RENOISE)
     return list(draw_images(model, prompts, drawing, samples_per_prompt=samples))
 
 

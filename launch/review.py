@@ -21,7 +21,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError
-from t2i.files import json_sha256, owning, remove_leftovers, writable_folder
+from t2i.files import json_sha256, owning, remove_leftovers
 from t2i.model_options import BaseOptions, DrawingModelOptions
 from t2i.sampling import check_counts
 
@@ -93,22 +93,29 @@ def main() -> None:
     config = cli.parse(ReviewConfig, __doc__, main=_MAIN)
     models = list(config.models())
     wheres = [model.check() for model in models]
-    from t2i.evaluation.review import COLUMNS, open_column, write_review
+    from t2i.evaluation.draw import check_prompts
+    from t2i.evaluation.generation_folder import prompt_folder
+    from t2i.evaluation.review import COLUMNS, check_columns, open_column, write_review
 
-    writable_folder(config.out)
+    places = [config.out / COLUMNS / name for name in _place_names(models)]
+    folders = [*places, *config.images]
+    titles = config.names or [folder.name for folder in folders]
+    if len(titles) != len(folders):
+        raise UserError(f"{len(titles)} names for {len(folders)} columns: give one for each")
+    columns = list(zip(titles, folders, strict=True))
+    entries = _entries(config) if models else []
+    # Whatever does not belong together is named before anything is drawn.
+    drawn = {prompt_folder(index): entry for index, entry in enumerate(entries)}
+    there = [open_column(*pair).prompts() for pair in columns[len(places) :]]
+    check_columns(columns, [*[drawn] * len(places), *there])
     with owning(config.out, "review folder"):
         remove_leftovers(config.out)
-        places = [config.out / COLUMNS / name for name in _place_names(models)]
-        if models:
-            entries = _entries(config)
-            for model, where, place in zip(models, wheres, places, strict=True):
-                _draw(config, model, where, entries, place)
-        folders = [*places, *config.images]
-        titles = config.names or [folder.name for folder in folders]
-        if len(titles) != len(folders):
-            raise UserError(f"{len(titles)} names for {len(folders)} columns: give one for each")
-        columns = [open_column(*pair) for pair in zip(titles, folders, strict=True)]
-        page = write_review(config.out, columns, title=config.out.resolve().name)
+        for place in places:
+            check_prompts(place, entries, config.seed)
+        for model, where, place in zip(models, wheres, places, strict=True):
+            _draw(config, model, where, entries, place)
+        opened = [open_column(*pair) for pair in columns]
+        page = write_review(config.out, opened, title=config.out.resolve().name)
     print(f"look at {page}")
 
 
@@ -144,7 +151,6 @@ def _draw(
     from t2i.generation import all_jobs
 
     print(f"{place.name}:", file=sys.stderr)
-    draw.check_prompts(place, entries, config.seed)
     model = model_options.load(*where)
     jobs = all_jobs(range(len(entries)), config.samples)
     rows, stages = min(config.batch_size, len(jobs)), config.stages and model.windows.stages > 1

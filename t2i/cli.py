@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -188,6 +189,9 @@ def _quiet_libraries() -> None:
 
 
 def _log_plainly() -> None:
+    out = sys.stdout
+    if isinstance(out, TextIOWrapper) and (out.errors == "strict" or out.encoding != "utf-8"):
+        out.reconfigure(errors="backslashreplace")  # a locale may know neither é nor ±
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers"):
@@ -199,8 +203,8 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program: a user's mistake (UserError), Ctrl-C, SIGTERM and a closed terminal end in a
-    message alone.
+    """Run a program: a user's mistake (UserError), too little memory, Ctrl-C, SIGTERM and a closed
+    terminal end in a message alone.
 
     Anything else keeps its traceback.
     """
@@ -208,9 +212,15 @@ def run(main: Callable[[], None]) -> None:
         # SIGTERM and a closed terminal end like Ctrl-C; a training run has handlers of its own.
         with handling(stop_signals(), _terminate):
             _log_plainly()
+            _refuse_lost_folder()
             main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if (words := _no_memory(error)) is None:
+            raise
+        print(f"error: {words}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -228,6 +238,30 @@ def run(main: Callable[[], None]) -> None:
     finally:
         _output_is_read()
         _leave_processes()
+
+
+def _refuse_lost_folder() -> None:
+    """UserError where the working directory is no more: imports would fail in many ways."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError(
+            "the folder in which this was started has been deleted; change to another (cd)"
+        ) from error
+
+
+def _no_memory(error: Exception) -> str | None:
+    """What to say where memory was too small for what was asked; None for another error."""
+    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    # On the CPU torch raises a RuntimeError like any other.
+    if not isinstance(error, MemoryError | of_torch) and "allocate memory" not in str(error):
+        return None
+    reason = str(error).strip().partition("\n")[0][:200]
+    return (
+        f"there is not enough memory for this{reason and f' ({reason})'}: ask for less at once, with "
+        "a smaller --batch-size, or in training --engine.micro-batch 1 "
+        "(docs/troubleshooting.md says what else helps)"
+    )
 
 
 def _output_is_read(end: str = "") -> bool:

@@ -11,6 +11,7 @@ Nothing in it names a place on the machine that wrote it. One thing may stay out
 that came from the hub is named by its hub id, and not copied.
 """
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ from t2i.published import asking_hub
 from t2i.sampling import DrawOptions
 from t2i.sources import BackboneSource, expand_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
+from t2i.training.config import DataOptions
 from t2i.weights import save_weights
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,9 @@ def export(options: ExportOptions) -> Path:
     # What is wrong with one is named before the work.
     parse_conditions(model.backbone, options.prompt)
     kind = model.backbone.spec.cond_kind
+    for prompt in options.prompt:
+        if (typed := _with_trigger(config, prompt)) != prompt:
+            log.warning("%r lacks the trigger words of training: %r has them", prompt, typed)
     with owning(out.parent, "export", out.name), replacing_folder(out) as partial:
         merge_lora(model.backbone)
         facts = {name: config["training"].get(name) for name in ("step", "steps")}
@@ -94,7 +99,9 @@ def export(options: ExportOptions) -> Path:
             grid = sheet.relative_to(partial).as_posix()
         for part in parts:
             log.info("  %s", part)
-        card = model_card(config, kind, scores=scores, grid=grid, parts=parts)
+        card = model_card(
+            config, kind, scores=scores, grid=grid, parts=parts, asked=(*options.prompt, None)[0]
+        )
         write_text(partial / "README.md", card)
     return out
 
@@ -215,8 +222,12 @@ def model_card(
     scores: Sequence[str] = (),
     grid: str | None = None,
     parts: Sequence[Part] = (),
+    asked: str | None = None,
 ) -> str:
-    """README.md of an export, from a checkpoint's config.json and its `BackboneSpec.cond_kind`."""
+    """README.md of an export, from a checkpoint's config.json and its `BackboneSpec.cond_kind`.
+
+    asked: the prompt of the sample call.
+    """
     source, training = config["backbone"], config["training"]
     family, draws_classes = find_family(source["family"]), cond_kind == "class"
     run = training.get("config", {})
@@ -235,10 +246,14 @@ def model_card(
         "optimizer steps": training.get("step"),
         "samples per step": run.get("batch_size"),
         "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
+        "trigger words": run.get("data", {}).get("trigger"),
         "optimizer": _listed(run["optim"]) if run else None,
         "precision": run.get("engine", {}).get("precision"),
         "kit version": config["kit_version"],
     }
+    call = f"[{asked or 0}]"  # of every class there is at least the first
+    if not draws_classes:
+        call = f"[{json.dumps(asked or _with_trigger(config, _PROMPT), ensure_ascii=False)}]"
     lines = ["---", *head, "---", "", f"# {source['family']} with TensorAR", ""]
     lines += [_ABOUT, ""]
     lines += [f"![Samples]({grid})", ""] if grid else []
@@ -251,7 +266,7 @@ def model_card(
         else ["None given."]
     )
     lines += ["", "## Files", "", *(f"- {part}" for part in parts)] if parts else []
-    lines += ["", "## Use", "", "```python", *_usage(family, cond_kind), "```", ""]
+    lines += ["", "## Use", "", "```python", *_usage(family, call), "```", ""]
     lines += ["The licence of the base model applies.", ""]
     return "\n".join(lines)
 
@@ -262,6 +277,15 @@ _ABOUT = (
     f"folder itself is the fine-tuned base model; `{EXPORTED}/` holds TensorAR's input encoder and "
     "output decoder."
 )
+
+
+_PROMPT = "a photo of a red circle"
+
+
+def _with_trigger(config: dict, prompt: str) -> str:
+    """A prompt with the trigger words that a checkpoint was trained with."""
+    data = config["training"].get("config", {}).get("data", {})
+    return DataOptions(trigger=data.get("trigger")).with_trigger(prompt)
 
 
 def _listed(settings: dict) -> str:
@@ -282,9 +306,8 @@ def _trained(config: dict) -> str:
     return ", ".join(part for part in (own, layers, "TensorAR's codec") if part)
 
 
-def _usage(family: Family, cond_kind: str) -> list[str]:
-    """How to load the folder, with this kit and without it."""
-    asked = "[207]" if cond_kind == "class" else '["a photo of a red circle"]'
+def _usage(family: Family, asked: str) -> list[str]:
+    """How to load the folder and ask for images, with this kit; and how to load it without."""
     kit = [
         "from huggingface_hub import snapshot_download",
         "import t2i",

@@ -35,6 +35,9 @@ kit: on a CPU, of models that predict one code a step (docs/fewer_steps.md); not
 It is a rule, and not timed at hand, so that a command draws the same bits every time.
 """
 
+_MOST_IMAGES = 10_000_000
+"""That are listed: a gigabyte of pairs of numbers."""
+
 Job = tuple[int, int]
 """Prompt index and sample index: with the seed, all that an image's random numbers depend on."""
 
@@ -65,7 +68,17 @@ class Drawn:
 
 
 def all_jobs(prompts: Iterable[int], samples: int) -> list[Job]:
-    """So many samples of each of these prompt indices, prompt by prompt."""
+    """So many samples of each of these prompt indices, prompt by prompt.
+
+    Raises:
+        UserError: more than can be listed.
+    """
+    prompts = list(prompts)
+    if len(prompts) * samples > _MOST_IMAGES:
+        raise UserError(
+            f"{len(prompts)} prompts with {samples} samples each are more than the "
+            f"{_MOST_IMAGES:,} images that can be drawn in one go"
+        )
     return [(p, s) for p in prompts for s in range(samples)]
 
 

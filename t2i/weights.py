@@ -39,7 +39,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Understands `{"model" | "module" | "state_dict": {...}}`, consolidated FSDP files (the state
     dict at top level), files of LlamaGen's own training (with an argparse namespace inside) and
-    prefixes left by `torch.compile` or DDP.
+    what `torch.compile` or DDP put into names.
 
     Raises:
         UserError: the file is missing, truncated, not a weight file, or holds objects that are
@@ -129,8 +129,8 @@ def _flatten(content: object, path: Path) -> dict[str, Tensor]:
             f"weight file {path} holds no state dict "
             f"(looked at top level and under {', '.join(_NESTING_KEYS)})"
         )
-    # Without what torch.compile and DDP put before the names.
-    return {k.removeprefix("_orig_mod.").removeprefix("module."): v for k, v in content.items()}
+    # Without what torch.compile (of the whole, or of blocks) and DDP put into the names.
+    return {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in content.items()}
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:

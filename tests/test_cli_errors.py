@@ -361,6 +361,61 @@ def test_scripts_end_in_one_line(command, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def run_here(folder: Path, code: str, *arguments: str, **environment: str):
+    """Python code in a process of its own that starts in this folder."""
+    run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    where = {"env": os.environ | environment, "cwd": folder}
+    return subprocess.run([*run, *arguments], capture_output=True, timeout=600, **where)
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    """Libraries fail in their imports there."""
+    code = "import os; os.rmdir(os.getcwd())\nfrom launch import generate as g; g.cli.run(g.main)"
+    done = run_here(tmp_path, code)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert b"error: the folder in which this was started has been deleted" in done.stderr
+
+
+def test_a_locale_without_letters(tmp_path):
+    """A prompt was said to hold lone surrogates, and an answer with a sign that there is not
+    failed."""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "from launch import generate as g; g.cli.run(g.main)"
+    done = run_here(tmp_path, code, "--prompt=rød", **ascii_only)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert b"is not text in ascii" in done.stderr and b"PYTHONUTF8=1" in done.stderr
+    code = "from t2i import cli; cli.run(lambda: print('0.5 \\u00b1 0.1'))"
+    done = run_here(tmp_path, code, **ascii_only)
+    assert done.returncode == 0 and done.stdout.startswith(b"0.5 ") and not done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+    ],
+)
+def test_too_little_memory_ends_in_one_line(error, capsys):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(fail)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 1 and told.count("\n") == 1
+    assert told.startswith("error: there is not enough memory") and "--batch-size" in told
+    with pytest.raises(RuntimeError, match="another"):
+        cli.run(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+
+
+def test_more_images_than_can_be_listed(generate_fails):
+    """All of them were listed first, for minutes, or until memory was full."""
+    message = generate_fails("--prompt", "a circle", "--samples", 10**20)
+    assert "more than the 10,000,000 images" in message
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_in_one_line(number, capsys):
     # A shell starts jobs in the background with SIGINT ignored, and with them the tests.

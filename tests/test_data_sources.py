@@ -207,12 +207,17 @@ def test_sidecar_captions(tmp_path):
     (tmp_path / "0.txt").write_text("\ufeffone\n\ntwo \n", encoding="utf-8")
     (tmp_path / "1.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "2.txt").write_text(" \n")
+    (tmp_path / "2.TXT").write_text("another")
     (tmp_path / "readme.txt").write_text("no caption of anything")
     (tmp_path / "._0.png").write_bytes(b"resource fork")
     source = open_source(tmp_path)
     assert [s.captions for s in source] == [["one", "two"], [], [], []]
     assert levels(source) == [0, "caption is not UTF-8", "no caption", "no caption"]
-    assert source.left_out == [("readme.txt", "caption without image"), ("._0.png", "hidden file")]
+    assert source.left_out == [
+        ("2.TXT", "second caption file of an image"),
+        ("readme.txt", "caption without image"),
+        ("._0.png", "hidden file"),
+    ]
     with pytest.raises(ValueError, match="no columns to choose"):
         open_source(tmp_path, caption_column="text")
 

@@ -269,6 +269,17 @@ def test_more_mistakes_are_named(drawn, tmp_path, refusal, monkeypatch):
     assert "give either --ckpt" in refusal(*shapes)
 
 
+def test_a_judge_that_is_missing_is_named_before_images_are_copied(grids, tmp_path, refusal):
+    """And what is wrong with their names before a judge is loaded."""
+    some = ("--images", grids, "--questions", "shapes", "--limit", 2, "--resolution", 64)
+    out = tmp_path / "out"
+    some += ("--out", out, "--judge", "mplug", "--judge-weights", tmp_path / "nowhere")
+    assert "is neither a folder here nor a model" in refusal(*some)
+    assert not out.exists()
+    (grids / "single_object0.png").unlink()
+    assert "1 of 2 images are missing: single_object0.png" in refusal(*some)
+
+
 def test_other_questions_about_the_same_prompts_are_asked_anew(drawn, tmp_path):
     path = tmp_path / "questions.csv"
     path.write_text(PATH.read_text().replace("single_object0,a photo of a ring,ring,3", "single_object0,a photo of a ring,ring,4"))  # fmt: skip

@@ -16,6 +16,7 @@ from launch.measure.cost import cost_of
 from t2i.evaluation.evidence import known_means, of_known, of_stages, predict
 from t2i.fields import from_json
 from t2i.files import read_json
+from t2i.model_options import DrawingModelOptions
 from t2i.reward import reward_recipes
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
@@ -164,12 +165,15 @@ def test_what_is_missing_is_said(shapes_ckpt, tiny_world, plain, tmp_path, capsy
     assert any("has changed since the run" in line for line in said)
 
 
-def test_what_cannot_be_analyzed(refusal, plain, tmp_path):
+def test_what_cannot_be_analyzed(refusal, plain, tmp_path, monkeypatch):
     assert "no model: give --ckpt" in refusal()
     few = ("--ckpt", plain, "--prompt", "x", "--held-out", "0", "--out", tmp_path / "a")
     assert "draws other codes" in refusal(*few, "--control", "shapes")
-    assert "--renoise 0" in refusal(*few, "--renoise", "0.5")
     assert "no prompts" in refusal("--ckpt", "shapes", "--held-out", "0")
+    with monkeypatch.context() as patch:  # before a model is loaded
+        patch.setattr(DrawingModelOptions, "load", None)
+        assert "--renoise 0" in refusal(*few, "--renoise", "0.5")
+        assert "gone.txt cannot be read" in refusal(*few, "--prompt-file", tmp_path / "gone.txt")
 
 
 def test_one_stage_has_no_drafts(tmp_path):

@@ -93,7 +93,7 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
     assert len(t2i.generate(t2i.attach(base, t2i.presets.base()), prompts[:1], progress=False)) == 1
     card = (moved / "README.md").read_text()
     assert "- base: " in card and "(float32), " in card and " MB" in card
-    assert ("[207]" in card) == (family in ("rar", "open_magvit2"))
+    assert ("generate(model, [1])" in card) == (family in ("rar", "open_magvit2"))
 
 
 def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
@@ -143,6 +143,24 @@ def test_model_card_names_no_place():
     assert "/me/" not in card and "base_model" not in card
     source["weights"] = "owner/repo:file.bin"
     assert "base_model: owner/repo" in model_card(config | {"training": {}}, "class")
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "call"),
+    [
+        ("text", None, '["a photo of a red circle, by xyz"]'),
+        ("text", 'a "bus" at Zoë\'s', r"""["a \"bus\" at Zoë's"]"""),
+        ("class", None, "[0]"),
+        ("class", "7", "[7]"),
+    ],
+)
+def test_sample_call_of_the_model_card(kind, asked, call):
+    """It asked without the words that the model was trained to wait for, and for class 207 of
+    ten."""
+    config = {"backbone": {"family": "rar", "weights": "w"}, "tuning": "full", "method": {"k": 2}}
+    training = {"data": {"trigger": "{caption}, by xyz"}, "optim": {}}
+    config |= {"kit_version": "1", "training": {"config": training}}
+    assert f"t2i.generate(model, {call})" in model_card(config, kind, asked=asked)
 
 
 # -- case 28: the upload --------------------------------------------------------------------------

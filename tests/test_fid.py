@@ -226,10 +226,20 @@ def test_stored_statistics_win_over_the_images(tmp_path, network):
         ),
     ],
 )
-def test_statistics_that_do_not_fit(tmp_path, network, statistics, message):
+def test_statistics_that_do_not_fit(tmp_path, network, statistics, message, monkeypatch):
+    monkeypatch.setattr(fid, "extract", None)  # said before any image is looked at
     np.savez(tmp_path / "reference.npz", **statistics)
     with pytest.raises(ValueError, match=message):
         score(write_npz(tmp_path / "a.npz", pictures(5)), tmp_path / "reference.npz", network)
+
+
+def test_broken_samples_are_met_before_the_reference_is_read(tmp_path, network, monkeypatch):
+    folder = write_folder(tmp_path / "samples", pictures(4))
+    (folder / "000.png").write_bytes((folder / "000.png").read_bytes()[:60])
+    reference = write_npz(tmp_path / "reference.npz", pictures(5))
+    monkeypatch.setattr(fid, "extract", None)
+    with pytest.raises(ValueError, match=r"000\.png cannot be judged"):
+        score(folder, reference, network)
 
 
 def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeypatch):

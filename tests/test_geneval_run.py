@@ -208,9 +208,13 @@ def test_mistakes_are_named(refusal, finished, shapes_ckpt, tiny_world, tmp_path
         ("{", "prompts.jsonl line 1 is not JSON"),
     ):
         prompts.write_text(line + "\n")
-        assert message in refusal(
-            "--images", finished / "images", "--prompts", prompts, "--detector", "shapes", *out
-        )
+        asked = ("--prompts", prompts, "--detector", "shapes", *out)
+        assert message in refusal("--ckpt", shapes_ckpt, *asked)
+    # Before a detector is loaded, whose weights are not there.
+    official = ("--images", finished / "images", "--detector-weights", tmp_path / "nowhere")
+    assert "00000 holds images of" in refusal(*official, "--prompts", "official", *out)
+    prompts.write_text('{"prompt": "a cat"}')
+    assert "is not GenEval metadata" in refusal(*official, "--prompts", prompts, *out)
     assert not any((tmp_path / "out").glob("[!.]*"))
 
 

@@ -101,6 +101,8 @@ def test_numbers_that_are_given_stay():
     assert (plan.save_every, plan.validate_every, plan.sample_every, plan.log_every) == (0, 0, 3, 2)
     with pytest.raises(UserError, match="fewer than the 7 usable samples"):
         plan_run(config, 7)
+    with pytest.raises(UserError, match=r"too few usable samples \(1\): one per process \(1\)"):
+        plan_run(ALL["t2i-xl-256-tuned"], 1)  # blamed an option that was not given
     assert plan_run(replace(config, steps=None), None) is None
 
 
@@ -234,6 +236,9 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     few = ["--limit", "1", "--samples", "1"]
     enter(geneval_run, "--ckpt", str(run), *few)
     enter(export_program, "--ckpt", str(run), "--out", "exported/mine")
+    card = (tmp_path / "exported" / "mine" / "README.md").read_text()
+    assert "| trigger words | drawn by xyz |" in card
+    assert 't2i.generate(model, ["drawn by xyz, a photo of a red circle"])' in card
     shutil.rmtree(run)
     assert "judged by shapes" in enter(geneval_run, "--ckpt", "exported/mine", *few)
     drawn = sorted(path.name for path in (tmp_path / "outputs").iterdir())

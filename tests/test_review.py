@@ -23,6 +23,7 @@ from t2i.evaluation.results import REPORT_FILE, RESULTS_FILE, ROWS_FILE
 from t2i.evaluation.review import Column, open_column, write_review
 from t2i.files import write_json, write_text
 from t2i.imaging import save_png
+from t2i.model_options import DrawingModelOptions
 
 PROMPTS = ["a <b id=evil>red</b> circle</script>", "two stars", "a bus"]
 RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
@@ -227,6 +228,18 @@ def test_what_cannot_be_shown(refusal):
     assert "does not exist" in refusal(
         "--ckpt", "shapes", "--against", "runs/gone", "--prompt", "x"
     )
+
+
+def test_what_does_not_belong_together_is_named_before_drawing(tmp_path, refusal, monkeypatch):
+    monkeypatch.setattr(DrawingModelOptions, "load", None)
+    there = _folder(tmp_path / "there", RED)
+    asked = ("--ckpt", "shapes", "--out", tmp_path / "out")
+    some = (*asked, "--prompt", "a photo of a star", "--images")
+    assert "hold images of other prompts" in refusal(*some, there)
+    assert "gone" in refusal(*some, tmp_path / "gone")
+    assert "1 names for 2 columns" in refusal(*some, there, "--names", "a")
+    assert "two columns are called a" in refusal(*asked, "--images", there, "--names", "a", "a")
+    assert not (tmp_path / "out").exists()
 
 
 # -- in a browser ----------------------------------------------------------------------------------

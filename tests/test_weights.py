@@ -36,6 +36,11 @@ LAYOUTS = {
     },
     "compiled": lambda sd: {"model": {f"_orig_mod.{k}": v for k, v in sd.items()}},
     "wrapped": lambda sd: {"model": {f"module.{k}": v for k, v in sd.items()}},
+    "wrapped_and_compiled": lambda sd: {
+        "model": {
+            f"module._orig_mod.{k.replace('layers.0', 'layers.0._orig_mod')}": sd[k] for k in sd
+        }
+    },
     "after_sampling": lambda sd: {
         "model": {
             **sd,

@@ -112,6 +112,19 @@ def _verdict(row: dict) -> dict:
     return {"share": sum(passed) / max(len(passed), 1), "why": failed}
 
 
+def check_columns(columns: Sequence[tuple[str, Path]], prompts: Sequence[dict[str, dict]]) -> None:
+    """UserError for columns (name, folder) of the same name, or of different prompts."""
+    names = [name for name, _ in columns]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two columns are called {min(twice)}: give --names, one for each column")
+    for (_, folder), entries in zip(columns, prompts, strict=True):
+        if entries != prompts[0]:
+            raise UserError(
+                f"{folder} and {columns[0][1]} hold images of other prompts: a row of the page is "
+                "one prompt"
+            )
+
+
 def write_review(out: Path, columns: Sequence[Column], *, title: str) -> Path:
     """Write OUT/index.html, and bring the columns' images there if they lie elsewhere.
 
@@ -120,16 +133,8 @@ def write_review(out: Path, columns: Sequence[Column], *, title: str) -> Path:
     Raises:
         UserError: columns of different prompts, or two of the same name.
     """
-    names = [column.name for column in columns]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"two columns are called {min(twice)}: give --names, one for each column")
     prompts = [column.prompts() for column in columns]
-    for column, entries in zip(columns, prompts, strict=True):
-        if entries != prompts[0]:
-            raise UserError(
-                f"{column.folder} and {columns[0].folder} hold images of other prompts: a row of "
-                "the page is one prompt"
-            )
+    check_columns([(column.name, column.folder) for column in columns], prompts)
     shown = []
     for number, column in enumerate(columns, start=1):
         place = column.folder

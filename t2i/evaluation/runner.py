@@ -126,6 +126,16 @@ def evaluate(
     return read_whole_results(out)[0]
 
 
+def look_at_names(folder: Path, entries: Sequence[dict], scope: Scope, out: Path) -> None:
+    """UserError, before a judge is loaded, for a folder of images that cannot be judged, or an
+    output folder that is not theirs.
+    """
+    selected = scope.select(len(entries))
+    inventory = take_inventory(folder, entries, selected, scope.samples)
+    inventory.check(allow_missing=scope.allow_incomplete)
+    claim_output(out, folder)
+
+
 def claim_output(out: Path, images: Path) -> None:
     """Make the output folder before any work is done for it.
 
@@ -190,7 +200,7 @@ def run(
     name: str,
     entries: Sequence[dict],
     build: Callable[[Processes], Benchmark],
-    arrange: Callable[[Path, Processes], Path] | None = None,
+    arrange: Callable[[Path, Processes], Callable[[], Path]] | None = None,
 ) -> None:
     """Draw, judge and report; the main process prints the table and where to look.
 
@@ -200,9 +210,9 @@ def run(
         entries: the benchmark's prompts.
         build: the benchmark with its judge on the process's device; called before anything is
             drawn, so that wrong weights are found early.
-        arrange: given OUT and the processes, brings the images of `options.images` into the common
-            layout and returns their folder; every process calls it. They are in that layout already
-            if None.
+        arrange: given OUT and the processes, looks at the images of `options.images` and returns
+            what brings them into the common layout, and gives their folder; every process calls
+            both. They are in that layout already if None.
     """
     device, dtype = where
     out, images = options.out or default_out(options, name), options.images
@@ -214,9 +224,13 @@ def run(
         if processes.is_main and images is None:
             claim_output(out, out / "images")
             check_prompts(out / "images", entries, options.seed)
+        copy: Callable[[], Path] | None = None
         if images is not None and arrange is not None:
-            images = arrange(out, processes)
+            copy = arrange(out, processes)
+        elif images is not None and processes.is_main:
+            look_at_names(images, entries, options.scope, out)
         benchmark = build(processes)
+        images = images if copy is None else copy()
         model, draw = None, None
         if images is None:
             model = options.load(processes.device, dtype)

@@ -1,6 +1,7 @@
 """Conditions as users give them, checked (captions, ImageNet-style class labels); their padding."""
 
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,12 @@ def check_captions(captions: Sequence[str], what: str = "captions") -> None:
         try:
             caption.encode()
         except UnicodeEncodeError as error:
+            known = sys.getfilesystemencoding()
+            if known != "utf-8":  # so a command line comes that is not in it
+                raise UserError(
+                    f"{what}: {caption!r:.200} is not text in {known}, which this shell's locale "
+                    "says; start again with PYTHONUTF8=1, or after export LC_ALL=C.UTF-8"
+                ) from error
             raise UserError(
                 f"{what}: {caption!r:.200} holds a lone surrogate ({caption[error.start]!r}), which "
                 "is no character; take it out"

@@ -83,6 +83,11 @@ def _every(given: int | None, steps: int, *, times: int, most: int) -> int:
 def _held_out(config: TrainConfig, samples: int, world_size: int) -> int:
     count = config.data.validation_samples
     if count is None:
+        if samples <= world_size:
+            raise UserError(
+                f"the data has too few usable samples ({samples}): one per process ({world_size}) is "
+                "held out, and the others are trained on"
+            )
         share = min(max(round(0.04 * samples), 8), 256, samples // 5)
         count = max(share, world_size)
     if not world_size <= count < samples:

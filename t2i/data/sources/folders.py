@@ -203,14 +203,16 @@ class SidecarFolder(Source):
             raise UserError(f"{folder} holds {len(images)} images but no captions. {_ADVICE}{hint}")
         super().__init__(str(folder), {"kind": "sidecar folder"}, len(images))
         used = set(self._texts.values())
-        self.left_out = [
-            (
-                name_in(folder, path),
-                "link to a file that is no .txt" if path in strange else "caption without image",
-            )
-            for path in captions
-            if path not in used
-        ]
+        pictured = {path.with_suffix("") for path in images}
+
+        def reason(path: Path) -> str:
+            if path in strange:
+                return "link to a file that is no .txt"
+            if path.with_suffix("") in pictured:  # a.txt and a.TXT
+                return "second caption file of an image"
+            return "caption without image"
+
+        self.left_out = [(name_in(folder, p), reason(p)) for p in captions if p not in used]
         self.remarks = [
             f"{name_in(folder, path)} is not read: captions are in the .txt files beside the images"
             for path in files

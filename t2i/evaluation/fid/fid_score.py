@@ -191,9 +191,10 @@ def score_images(
     """
     check_counts(batch_size=batch_size)
     images = check_inputs(samples, reference, allow_fewer=allow_fewer)
-    against, measured = (
+    # The samples first: they are newer than a reference, and more often damaged.
+    measured, against = (
         measure(path, network, batch_size=batch_size, description=name)
-        for path, name in ((reference, "reference"), (samples, "samples"))
+        for path, name in ((samples, "samples"), (reference, "reference"))
     )
     assert measured.features is not None, "a set of images has features"
     by_order = _inception_scores(measured.features, network.fc.weight)
@@ -225,7 +226,9 @@ def score_images(
 
 
 def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: bool) -> ImageSet:
-    """The samples, opened; UserError if they are too few, or one of the sets cannot be used."""
+    """The samples, opened; UserError if they are too few, or one of the sets or the reference's
+    statistics cannot be used.
+    """
     images = open_images(samples)
     if images.count < PROTOCOL_IMAGES and not allow_fewer:
         raise UserError(
@@ -238,6 +241,8 @@ def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: boo
     for one in sets:
         if one.count < least:
             raise UserError(f"{one.path} holds {one.count} images; these scores need {least}")
+    if has_statistics(reference):
+        _stored_statistics(Path(reference), torch.device("cpu"))
     return images
 
 
