@@ -3,10 +3,11 @@ time.
 """
 
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+
+from launch.lab.soak_processes import free_port
 
 
 def fork(work: Callable[[], object], environment: Mapping[str, object] = {}) -> int:
@@ -30,10 +31,7 @@ def fork(work: Callable[[], object], environment: Mapping[str, object] = {}) -> 
 
 def start_ranks(work: Callable[[], object], count: int) -> list[int]:
     """The ids of so many processes that do the work together, as torchrun would start them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launch = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [fork(work, {"RANK": i, "LOCAL_RANK": i, **launch}) for i in range(count)]
 
 
