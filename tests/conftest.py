@@ -25,19 +25,24 @@ LINEAR = torch.nn.functional.linear
 
 LONGEST_FIRST = (
     "test_ranks",
-    "test_reward_runs",
     "test_training",
-    "test_resume",
-    "test_sampler",
-    "test_geneval_run",
     "test_speed",
-    "test_speculation",
+    "test_sampler",
+    "test_reward_runs",
     "test_preflight",
     "test_tensorar",
-    "test_pretrain_shapes",
-    "test_imagenet_runs",
-    "test_dpg_run",
     "test_janus_training",
+    "test_evidence",
+    "test_resume",
+    "test_run_safety",
+    "test_geneval_run",
+    "test_loading",
+    "test_benchmark",
+    "test_speculation",
+    "test_dpg_run",
+    "test_scale",
+    "test_geneval_weights",
+    "test_imagenet_runs",
 )
 """Files, the two processes' balance: what starts last should be short."""
 

@@ -9,10 +9,11 @@ import sys
 import time
 
 import pytest
+from forks import free_port
 from programs import ROOT
 from runs import metrics, plain_options
 
-from launch.lab.soak_processes import free_port, processes_of
+from launch.lab.soak_processes import processes_of
 from t2i import checkpoint, launcher
 from t2i.errors import UserError
 from t2i.processes import ALONE

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from forks import free_port
 from helpers import Killed, rare
 from programs import ROOT, launch
 from runs import (
@@ -24,7 +25,6 @@ from safetensors.torch import load_file
 from two_ranks import DRAWN
 
 import t2i
-from launch.lab.soak_processes import free_port
 from t2i import checkpoint
 from t2i.lora import merge_lora
 from t2i.training.loop import train
