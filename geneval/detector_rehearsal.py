@@ -32,7 +32,8 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
     """Write both files."""
     shapes = checkpoint_shapes(released_config())
     weights.pickle(folder / detectors.MASK2FORMER.names[0], shapes, nest="state_dict")
-    _write_clip(folder / detectors.CLIP.names[0])
+    clip = open_clip.CLIP(**open_clip.get_model_config(ARCHITECTURE)).half()
+    write_archive(clip, folder / detectors.CLIP.names[0])
     return Written(side=512)
 
 
@@ -87,6 +88,6 @@ class _Archive(nn.Module):
         return x
 
 
-def _write_clip(path: Path) -> None:
-    clip = open_clip.CLIP(**open_clip.get_model_config(ARCHITECTURE)).half()
+def write_archive(clip: nn.Module, path: Path) -> None:
+    """As OpenAI published it."""
     torch.jit.trace(_Archive(clip), torch.zeros(1), check_trace=False).save(str(path))

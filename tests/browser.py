@@ -24,7 +24,7 @@ _PATIENCE = 30.0
 """Seconds."""
 
 
-class Page:
+class Tab:
     """One tab; `errors` collects what goes wrong in it (exceptions, failed loads)."""
 
     def __init__(self, to_browser: int, from_browser: int):
@@ -90,8 +90,8 @@ class Page:
 
 
 @contextmanager
-def open_browser(profile: Path, width: int = 1400, height: int = 1000) -> Iterator[Page]:
-    """A `Page` of a new browser, which is closed afterwards. `profile`: an empty folder for it."""
+def open_browser(profile: Path, width: int = 1400, height: int = 1000) -> Iterator[Tab]:
+    """A `Tab` of a new browser, which is closed afterwards. `profile`: an empty folder for it."""
     read_commands, to_browser = os.pipe()
     from_browser, write_answers = os.pipe()
     ends = (read_commands, write_answers)
@@ -104,7 +104,7 @@ def open_browser(profile: Path, width: int = 1400, height: int = 1000) -> Iterat
     for end in ends:
         os.close(end)
     try:
-        yield Page(to_browser, from_browser)
+        yield Tab(to_browser, from_browser)
     finally:
         process.terminate()
         process.wait(timeout=_PATIENCE)
@@ -139,7 +139,7 @@ def text(selector: str) -> str:
 
 
 @contextmanager
-def phone_in_the_dark(page: Page) -> Iterator[None]:
+def phone_in_the_dark(page: Tab) -> Iterator[None]:
     """A narrow dark screen, on which nothing is cut off and the page is dark."""
     screen = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     page.call("Emulation.setDeviceMetricsOverride", **screen)

@@ -30,11 +30,14 @@ def fork(work: Callable[[], object], environment: Mapping[str, object] = {}) -> 
 
 def start_ranks(work: Callable[[], object], count: int) -> list[int]:
     """The ids of so many processes that do the work together, as torchrun would start them."""
+    launch = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [fork(work, {"RANK": i, "LOCAL_RANK": i, **launch}) for i in range(count)]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [fork(work, {"RANK": i, "LOCAL_RANK": i, **launch}) for i in range(count)]
+        return probe.getsockname()[1]
 
 
 def exit_codes(ids: list[int]) -> list[int]:

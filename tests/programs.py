@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -81,12 +80,6 @@ def assert_two_do_what_one_does(module, one: Path, out: Path, *arguments) -> Non
     printed = launch("-m", "torch.distributed.run", *map(str, (*script, *arguments))).stdout
     assert printed.count("**overall**") == 1, "only the main process reports"
     assert folder_content(out) == folder_content(one)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def results(out: Path) -> dict:

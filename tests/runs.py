@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,9 @@ from helpers import Killed, randomize
 from safetensors.torch import load_file
 
 import t2i
-from launch.lab.soak_models import TINY
-from t2i.files import write_json
+from launch.lab.soak_models import write_janus, write_llamagen
 from t2i.imaging import save_png
-from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
-from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.reward.options import RewardConfig, RewardOptions
-from t2i.shapes.tiny_janus import build_tiny_janus
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import (
@@ -37,42 +33,13 @@ SAME_SUM = 1e-5
 
 
 def write_tiny_base(folder: Path) -> Path:
-    """A backbone folder as `--backbone.weights` takes it: text-to-image, 4x4 codes of 8 pixels,
-    without dropout of its own.
-    """
-    from t2i.shapes.tiny_t5 import build_tiny_t5
-
-    vq = _tiny_vq()
-    config = LlamaGenConfig(**TINY)
-    gpt = LlamaGen(config)
-    randomize(gpt)
-    build_tiny_t5(folder / "text_encoder", [_WORDS], d_model=32, d_ff=32, num_layers=1)
-    torch.save(vq.state_dict(), folder / "vq.pt")
-    torch.save({"model": gpt.official_state_dict()}, folder / "gpt.pt")
-    files = {"weights": "gpt.pt", "tokenizer": "vq.pt", "text_encoder": "text_encoder"}
-    content = {"family": "llamagen", **files, "config": asdict(config)}
-    write_json(folder / "config.json", {**content, "sampling": {"cfg_scale": 2.0}})
-    return folder
+    """A backbone folder as `--backbone.weights` takes it."""
+    return write_llamagen(folder, randomize, sampling={"cfg_scale": 2.0})
 
 
 def write_tiny_janus(folder: Path) -> Path:
     """A Janus folder in transformers' layout, of the same images as the tiny base."""
-    vq = _tiny_vq().eval()
-    shape = {"dim": 64, "layers": 2, "heads": 2, "ffn_dim": 128, "vocab_size": 320}
-    backbone = build_tiny_janus([_WORDS], vq, side=4, **shape)
-    randomize(backbone.janus)
-    folder.mkdir()
-    backbone.save_official(folder, torch.float32)
-    return folder
-
-
-_WORDS = "a photo of two three red green blue circle square star left right above below"
-
-
-def _tiny_vq() -> VQTokenizer:
-    vq = VQTokenizer(VQConfig(32, (1, 1, 1, 1), 1, 32, codebook_size=64, codebook_dim=8))
-    randomize(vq)
-    return vq
+    return write_janus(folder, randomize)
 
 
 def tiny_janus_run(root: Path, name: str, **changes) -> TrainConfig:

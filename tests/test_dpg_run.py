@@ -34,8 +34,8 @@ from t2i.imaging import save_png
 from t2i.shapes.shapes_questions import PATH, shapes_questions
 
 FEW = ("--limit", "4", "--samples", "2")
-# Three batches, the last one not full; hot enough that the base errs.
-SMALL = (*FEW, "--batch-size", "3", "--temperature", "3")
+# Two batches, the last one not full; hot enough that the base errs.
+SMALL = (*FEW, "--batch-size", "5", "--temperature", "3")
 
 
 @pytest.fixture(scope="session")

@@ -39,8 +39,8 @@ SMALL = (
     "--samples",
     "2",
     "--batch-size",
-    "5",
-)  # three batches, the last one not full
+    "8",
+)  # two batches, the last one not full
 
 
 @pytest.fixture(scope="session")

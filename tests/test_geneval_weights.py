@@ -1,7 +1,6 @@
 """Weight files found, proven and loaded by name; what a user without a network is told."""
 
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from geneval import colors, detectors, mmdet_weights
 from geneval.colors import load_clip
+from geneval.detector_rehearsal import write_archive
 from geneval.detectors import CLIP, DETECTORS, MASK2FORMER, load_detector
 from geneval.mmdet_weights import load_hub_folder, load_mmdet
 from geneval.rules import judge_image
@@ -70,27 +70,6 @@ def tiny_models(tmp_path, monkeypatch):
         detectors, "MASK2FORMER", replace(MASK2FORMER, hashes=(file_sha256(golden.CHECKPOINT),))
     )
     return folder
-
-
-def write_archive(model, path):
-    """What OpenAI published: a TorchScript archive, with constants among the parameters."""
-
-    class Archive(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, value in model.named_children():
-                self.add_module(name, value)
-            for name, value in model.named_parameters(recurse=False):
-                setattr(self, name, value)
-            for name in ("input_resolution", "context_length", "vocab_size"):
-                self.register_buffer(name, torch.tensor(224))
-
-        def forward(self, x):
-            return x
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.trace(Archive(), torch.zeros(1), check_trace=False).save(str(path))
 
 
 def test_the_official_detector_end_to_end(tiny_models, cache):

@@ -17,7 +17,7 @@ from t2i.evaluation.fid.fid_score import read_statistics
 from t2i.weights import load_strict
 
 
-class Case:
+class EvaluatorCase:
     """A folder with the evaluator's inputs and outputs."""
 
     def __init__(self, folder, config):
@@ -52,7 +52,7 @@ def found_cases():
     for path in sorted(GOLDEN_ROOT.rglob("config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         if "fid_cases" in config:
-            yield pytest.param(Case(path.parent, config), id=path.parent.name)
+            yield pytest.param(EvaluatorCase(path.parent, config), id=path.parent.name)
 
 
 CASES = list(found_cases())

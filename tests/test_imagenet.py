@@ -46,7 +46,7 @@ def encode(pixels):
     return ((1 - levels) * 127.5).round().long()[..., None]
 
 
-class Encoder:
+class ViewEncoder:
     """Counts views; dies before the view with this number."""
 
     def __init__(self, dies_at=10**9):
@@ -192,11 +192,11 @@ def test_the_folder_follows_the_views(dataset, tmp_path):
 def test_resume_after_a_kill_while_encoding(dataset, tmp_path, dies_at):
     whole = folder_content(extract(dataset, tmp_path / "whole"))
     with pytest.raises(Killed):
-        extract(dataset, tmp_path / "cache", images=Encoder(dies_at))
+        extract(dataset, tmp_path / "cache", images=ViewEncoder(dies_at))
     (folder,) = (tmp_path / "cache").iterdir()
     complete = len(list(folder.glob("*.safetensors")))
     assert complete == (dies_at >= 6) + (dies_at >= 10), "two views of three images are a shard"
-    rest = Encoder()
+    rest = ViewEncoder()
     assert extract(dataset, tmp_path / "cache", images=rest) == folder
     assert rest.seen == [16, 10, 6][complete], "number 5 is broken"
     assert folder_content(folder) == whole

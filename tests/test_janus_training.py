@@ -133,6 +133,7 @@ def test_lora_learns_and_draws(tiny_world, lora, tmp_path):
 def test_stop_and_resume_changes_no_bit(tiny_world):
     options = {"steps": 4, "tuning": "lora", "train_image_layers": True, "condition_dropout": 0.3}
     options |= {"backbone__generation_only": True, "engine__gradient_checkpointing": True}
+    options |= {"batch_size": 8}
     whole = train(tiny_janus_run(tiny_world, "janus-whole", **options))
     stop = before_step(1, lambda run: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt), stop:

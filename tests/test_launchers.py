@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from programs import ROOT, free_port
+from forks import free_port
+from programs import ROOT
 from runs import metrics, plain_options
 
+from launch.lab.soak_processes import processes_of
 from t2i import checkpoint, launcher
 from t2i.errors import UserError
 from t2i.processes import ALONE
@@ -160,18 +161,6 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def of_run(run_dir: Path) -> list[int]:
-    """Processes that have the run folder among their arguments."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(run_dir).encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.slow
 def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
     """SIGTERM to `deepspeed` ends that process alone: its ranks notice, save and end."""
@@ -189,10 +178,10 @@ def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
     )
     log = run_dir / "metrics.jsonl"
     wait_for(lambda: process.poll() is not None or (log.exists() and log.stat().st_size > 0))
-    assert process.poll() is None and len(of_run(run_dir)) == 4, "runner, launch, two ranks"
+    assert process.poll() is None and len(processes_of(run_dir)) == 4, "runner, launch, two ranks"
     process.send_signal(signal.SIGTERM)
     process.wait()
-    wait_for(lambda: not of_run(run_dir), 60)
+    wait_for(lambda: not processes_of(run_dir), 60)
     (saved,) = checkpoint.run_checkpoints(run_dir)
     assert int(saved.name[5:]) == metrics(tiny_world, run_dir.name)[-1]["step"]
     checkpoint.read_config(saved, with_state=True, contents=True)
@@ -217,7 +206,7 @@ def test_a_frozen_process_ends_the_others(frozen):
                     os.kill(os.getpid(), signal.SIGSTOP)
                 time.sleep(60)
         cli.run(main)"""
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code],

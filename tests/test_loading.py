@@ -220,10 +220,8 @@ def test_whatever_can_draw_is_loaded(tiny_world, plain):
 @pytest.mark.parametrize(("old", "new"), [("lora", "lora"), ("full", "full")])
 def test_a_run_begins_with_the_weights_of_another(tiny_world, tmp_path, old, new):
     """And needs neither its folder to be loaded later, nor to be resumed."""
-    lora = {"lora__rank": 2, "train_image_layers": True}
-    first = tiny_run(
-        tiny_world, f"{tmp_path.name}-old", tuning=old, **(lora if old == "lora" else {})
-    )
+    lora = {"lora__rank": 2, "train_image_layers": True} if old == "lora" else {}
+    first = tiny_run(tiny_world, f"{tmp_path.name}-old", batch_size=4, tuning=old, **lora)
     started_from = tmp_path / "old"
     shutil.copytree(train(first), started_from)
     config = tiny_run(
@@ -231,6 +229,7 @@ def test_a_run_begins_with_the_weights_of_another(tiny_world, tmp_path, old, new
         f"{tmp_path.name}-new",
         tuning=new,
         backbone__weights=str(started_from),
+        batch_size=4,
         steps=2,
         log__save_every=1,
     )

@@ -1,9 +1,12 @@
 """Training by two processes, under both launchers and each ZeRO stage, is that of one."""
 
+import shutil
+
 import pytest
 import torch
+from forks import free_port
 from helpers import Killed, rare
-from programs import ROOT, free_port, launch
+from programs import ROOT, launch
 from runs import (
     PROMPTS,
     SAME_SUM,
@@ -37,7 +40,9 @@ def two_ranks(tiny_world, plain):
     with pytest.raises(Killed), before_step(1, kill):
         train(tiny_run(tiny_world, "one-then-two", log__save_every=1))
     launch(SCRIPT, str(tiny_world))
-    train(tiny_run(tiny_world, "two-then-one", resume=True, log__save_every=1))
+    begun = shutil.copytree(tiny_world / "runs/ranks-zero2", tiny_world / "runs/two-then-one")
+    shutil.rmtree(begun / "checkpoints" / "step_000003")
+    train(tiny_run(tiny_world, "two-then-one", resume=True))
     return tiny_world
 
 
@@ -47,7 +52,7 @@ def rare_ranks(tiny_world, plain):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     launch(*torchrun, SCRIPT, str(tiny_world), "rare")
     options = (*plain_options(tiny_world, "ranks-deepspeed"), "--engine.zero-stage", "2")
-    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port())
+    launcher = f"-m deepspeed.launcher.runner --num_gpus 2 --master_port {free_port()}".split()
     done = launch(*launcher, "launch/train_llamagen.py", *options)
     assert done.stdout.count("checkpoint: ") == 1, "only the main process reports"
     return tiny_world
@@ -62,7 +67,7 @@ def made_by(usual, unusual) -> list:
 
 
 @pytest.mark.parametrize(
-    ("fixture", "name"), made_by(("zero2", "zero3"), ("zero0", "zero1", "deepspeed"))
+    ("fixture", "name"), made_by(("zero2",), ("zero0", "zero1", "zero3", "deepspeed"))
 )
 def test_two_ranks_do_what_one_does(fixture, name, request):
     root = request.getfixturevalue(fixture)
@@ -78,7 +83,7 @@ def test_zero3_saves_whole_adapters_and_draws_sheets(two_ranks):
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 5, "two matrices for each of five layers in two blocks"
     assert all(v.numel() > 0 and v.abs().max() > 0 for v in adapter.values()), "lora_B left zero"
-    assert len(list((two_ranks / "runs" / "ranks-zero3" / "samples").glob("*.png"))) == 1
+    assert len(list((two_ranks / "runs" / "one-then-two" / "samples").glob("*.png"))) == 1
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +92,11 @@ def janus_alone(tiny_world):
     return train(tiny_janus_run(tiny_world, "ranks-janus-alone", **options))
 
 
-@pytest.mark.parametrize(
-    ("fixture", "name"), made_by(("ranks-janus-zero2",), ("ranks-janus-zero3",))
-)
-def test_janus_adapters_under_zero(fixture, name, janus_alone, request):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ranks-janus-zero2", "ranks-janus-zero3"])
+def test_janus_adapters_under_zero(rare_ranks, name, janus_alone):
     """Two ranks do what one does, the adapters are saved whole, and merging changes nothing."""
-    root = request.getfixturevalue(fixture)
+    root = rare_ranks
     assert_same_metrics(metrics(root, name), metrics(root, "ranks-janus-alone"), SAME_SUM)
     folder = checkpoint.find_checkpoint(root / "runs" / name)
     alone, saved = weights(janus_alone), weights(folder)

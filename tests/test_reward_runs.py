@@ -106,7 +106,7 @@ def test_what_is_learned_is_in_the_checkpoint(tiny_world, plain):
 def test_a_killed_run_goes_on_bit_for_bit(tiny_world, plain, name, changes):
     """The same weights and metrics, though no checkpoint holds the start that it is pulled to."""
     run_dir = f"reward-killed-{name}"
-    changes = {"reward__kl": 0.3} | changes
+    changes = {"reward__kl": 0.3, "batch_size": 8} | changes
     whole = learn(tiny_reward_run(tiny_world, f"reward-whole-{name}", **changes))
     config = tiny_reward_run(tiny_world, run_dir, log__save_every=2, **changes)
     with pytest.raises(Killed), before_step(2, kill):
@@ -134,7 +134,8 @@ def test_two_processes_do_what_one_does(tiny_world, plain):
 
 def test_janus_adapters(tiny_world):
     """Adapters alone, with drafts: what it says of text is watched, and the base stays."""
-    changes = janus(tiny_world, **LORA, method__k=2, reward__watch=("geneval", "dpg"))
+    watched = {"reward__watch": ("geneval", "dpg"), "batch_size": 8}
+    changes = janus(tiny_world, **LORA, method__k=2, **watched)
     folder = learn(tiny_reward_run(tiny_world, "reward-janus", **changes, reward__watch_prompts=1))
     row = metrics(tiny_world, "reward-janus")[-1]
     assert 0 < row["watch/text_kl"] < 1 and row["watch/geneval"] == 0
@@ -183,7 +184,7 @@ def test_groups_without_spread_are_left_out(tiny_world, monkeypatch):
 
 
 # -- recipes and the program -----------------------------------------------------------------------
-@pytest.mark.parametrize("name", [rare(n) if n.startswith("janus") else n for n in recipes()])
+@pytest.mark.parametrize("name", [n if n.startswith("shapes") else rare(n) for n in recipes()])
 def test_check_looks_at_every_recipe(name, tmp_path):
     config = recipes()[name][1]
     data = replace(config.data, source=config.data.source or "shapes:40", validation_samples=8)

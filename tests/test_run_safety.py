@@ -51,9 +51,8 @@ def staged(root: Path, name: str, stage: str, **changes) -> TrainConfig:
 @pytest.mark.parametrize(
     "stage",
     [
-        "zero0",
         "zero2-bf16",
-        *map(rare, ("zero1-bf16", "zero2-offload", "zero3-lora", "zero3-offload")),
+        *map(rare, ("zero0", "zero1-bf16", "zero2-offload", "zero3-lora", "zero3-offload")),
     ],
 )
 def test_the_state_of_every_stage_is_read(tiny_world, stage):

@@ -93,7 +93,7 @@ def test_the_program(capsys, monkeypatch):
 )
 def test_checkpoints_have_the_size_that_was_said(changes, tiny_world):
     name = "size-" + "-".join(map(str, changes.values()))
-    config = tiny_run(tiny_world, name, steps=1, method__mlp=True, **changes)
+    config = tiny_run(tiny_world, name, steps=1, batch_size=4, method__mlp=True, **changes)
     model, state = checkpoint_bytes(build_model(config, device="meta"), config)
     folder = train(config)
     found = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}

@@ -111,7 +111,7 @@ def test_bf16_is_close_to_fp32(tiny_world, plain):
 def test_other_methods_train(tiny_world, method):
     name = "-".join(map(str, method.values()))
     options = {f"method__{k}": v for k, v in method.items()}
-    train(tiny_run(tiny_world, name, steps=12, **options))
+    train(tiny_run(tiny_world, name, steps=6, **options))
     losses = [row["train/loss"] for row in metrics(tiny_world, name)]
     assert losses[-1] < losses[0]
 
@@ -196,10 +196,10 @@ def test_parameter_groups(tiny_world):
 
 
 def test_backbone_waits_for_the_codec(tiny_world):
-    folder = train(tiny_run(tiny_world, "delay", optim__backbone_delay_steps=3))
+    folder = train(tiny_run(tiny_world, "delay", batch_size=4, optim__backbone_delay_steps=3))
     base = t2i.load_backbone("llamagen", tiny_world / "base").official_state_dict()
     assert_same_weights(load_file(folder / "backbone.safetensors"), base)
-    later = train(tiny_run(tiny_world, "delay-over", optim__backbone_delay_steps=2))
+    later = train(tiny_run(tiny_world, "delay-over", batch_size=4, optim__backbone_delay_steps=2))
     moved = load_file(later / "backbone.safetensors")
     assert not torch.equal(moved["tok_embeddings.weight"], base["tok_embeddings.weight"])
 
@@ -230,7 +230,7 @@ def test_ranks_share_the_batches(tiny_world, plain):
 
 
 def test_another_tokenizer_gets_another_cache(tiny_world, plain, tmp_path):
-    config = tiny_run(tiny_world, "-", data__cache_dir=tmp_path / "cache")
+    config = tiny_run(tiny_world, "-", data__cache_dir=tmp_path / "cache", data__max_samples=16)
 
     def cache(base: Path) -> Path:
         backbone = t2i.load_backbone("llamagen", base)
@@ -269,8 +269,8 @@ def test_validation(tiny_world, plain):
 
 # -- what is written -------------------------------------------------------------------------------
 def test_a_run_leaves_its_page(tiny_world):
-    options = {"log__sample_every": 2, "log__validate_every": 2, "log__log_every": 2, "steps": 5}
-    train(tiny_run(tiny_world, "page", **options))
+    options = {"log__sample_every": 2, "log__validate_every": 2, "log__log_every": 2}
+    train(tiny_run(tiny_world, "page", steps=5, batch_size=4, **options))
     run_dir = tiny_world / "runs" / "page"
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == [2, 4, 5]

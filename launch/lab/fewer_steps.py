@@ -210,7 +210,7 @@ def study_calls(study: Study) -> Iterator[dict]:
 # -- seconds ---------------------------------------------------------------------------------------
 
 
-class Contender:
+class Redrawing:
     """Images, codes only, that are drawn again and again in batches, at least `PROMPTS` of them:
     recorded or compiled once.
     """
@@ -292,7 +292,7 @@ def study_seconds(study: Study) -> Iterator[dict]:
             options = DrawOptions(speed=study.speed, speculate="auto")
             auto = choose_run(model, options, 1, batch)[1]
             works = {
-                ahead: Contender(model, batch, study, ahead)
+                ahead: Redrawing(model, batch, study, ahead)
                 for ahead in dict.fromkeys((0, *study.ahead, auto))
             }
             if study.speed != "eager":
@@ -310,7 +310,7 @@ def study_seconds(study: Study) -> Iterator[dict]:
                 yield about | row
 
 
-def in_turns(works: dict[int, Contender], study: Study) -> dict[int, tuple[int, float, float]]:
+def in_turns(works: dict[int, Redrawing], study: Study) -> dict[int, tuple[int, float, float]]:
     """Of each: calls, processor seconds and seconds of all its batches, the least of several rounds
     for each batch. One batch after another is drawn by all.
     """

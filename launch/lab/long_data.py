@@ -29,7 +29,7 @@ HELD_OUT_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Scenes:
+class EncodedScenes:
     """Codes and captions on the device."""
 
     codes_nT: Tensor
@@ -61,14 +61,14 @@ def drawn_scenes(backbone: Backbone, tokenizer: Path, count: int, folder: Path, 
     folder.mkdir(parents=True, exist_ok=True)
     found = scene_codes(recipe, tokenizer)
     codes = found.codes.to(device).long()
-    return Scenes(codes, found.prompts.to(device), every_caption_prepared(backbone))
+    return EncodedScenes(codes, found.prompts.to(device), every_caption_prepared(backbone))
 
 
 @dataclass(frozen=True)
 class Order:
     """All batches of a run, on the device."""
 
-    scenes: Scenes
+    scenes: EncodedScenes
     samples_RB: Tensor
     """int64, of the scenes"""
     keys_RB: Tensor
@@ -88,7 +88,7 @@ class Order:
         return Batch(codes, prepared, keys, drop, progress, samples)
 
 
-def order(scenes: Scenes, config: TrainConfig, train: Tensor) -> Order:
+def order(scenes: EncodedScenes, config: TrainConfig, train: Tensor) -> Order:
     """The batches of `config.steps` steps over these samples, as `TrainingData` has them."""
     device, steps, size = scenes.codes_nT.device, config.steps, config.batch_size
     assert steps is not None
@@ -104,7 +104,7 @@ def _positions(steps: int, size: int, count: int, seed: int) -> Tensor:
     return torch.tensor(found).view(steps, size)
 
 
-def held_out_batches(scenes: Scenes, held_out: Tensor) -> Sequence[Batch]:
+def held_out_batches(scenes: EncodedScenes, held_out: Tensor) -> Sequence[Batch]:
     """The held-out samples with fixed noise, nothing dropped."""
     device, batches = scenes.codes_nT.device, []
     for indices in held_out.split(HELD_OUT_ROWS):

@@ -157,10 +157,10 @@ def planned(grid: LongGrid) -> list[LongRun]:
 
 def do(runs: list[LongRun], grid: LongGrid) -> None:
     """Do the runs, several at once, until time is up."""
-    from launch.lab.long_world import World
+    from launch.lab.long_world import GridWorld
 
     end = time.time() + 60 * grid.minutes
-    world = World(grid)
+    world = GridWorld(grid)
     queue, lock = list(runs), threading.Lock()
     failed: list[str] = []
 

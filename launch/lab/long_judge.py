@@ -44,7 +44,7 @@ _POOLED = 2
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class JudgedPrompts:
     """Prompts, true scenes of them, and how many images of each are drawn."""
 
     metadata: list[dict]
@@ -73,7 +73,7 @@ def true_scenes(entries: Sequence[dict], first: int) -> np.ndarray:
 
 def open_benchmark(
     tokenizer: VQTokenizer, per_task: int, samples: int, pool: Executor
-) -> Benchmark:
+) -> JudgedPrompts:
     """The shapes world's prompts with their truth; the tokenizer is on the device."""
     metadata = benchmark_prompts(0, per_task)
     entries = [entry for entry in metadata for _ in range(samples)]
@@ -83,7 +83,7 @@ def open_benchmark(
     truth = features(tokenizer, np.concatenate(drawn))
     device = truth.device
     jobs = torch.cartesian_prod(torch.arange(len(metadata)), torch.arange(samples)).view(-1, 2)
-    return Benchmark(
+    return JudgedPrompts(
         metadata=metadata,
         samples=samples,
         captions_n=torch.tensor([numbers[e["prompt"]] for e in entries], device=device),
@@ -104,7 +104,7 @@ def features(tokenizer: VQTokenizer, images_nHWC: np.ndarray) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class DrawnImages:
     """What a model drew of a benchmark."""
 
     windows_nNkS: Tensor
@@ -116,12 +116,12 @@ class Drawing:
 @torch.no_grad()
 def draw(
     model: TensorAR,
-    benchmark: Benchmark,
+    benchmark: JudgedPrompts,
     prepared: dict[str, Tensor],
     keys: Tensor,
     settings: SamplingConfig,
     batch: int,
-) -> Drawing:
+) -> DrawnImages:
     """Draw all images, each by its key, in batches of one size; `prepared` has every caption."""
     geometry, windows, images = drawn_windows(model, settings), [], []
     for rows, captions in zip(keys.split(batch), benchmark.captions_n.split(batch), strict=True):
@@ -129,7 +129,7 @@ def draw(
         drawn = sample_windows(model, conditions, rows, settings, speed="eager")
         windows.append(drawn)
         images.append(model.backbone.decode_images(geometry.final_codes(drawn)).cpu().numpy())
-    return Drawing(torch.cat(windows), geometry, np.concatenate(images))
+    return DrawnImages(torch.cat(windows), geometry, np.concatenate(images))
 
 
 # -- verdicts --------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def judged(images: np.ndarray, entries: Sequence[dict]) -> list[bool]:
     ]
 
 
-def ask_verdicts(drawing: Drawing, benchmark: Benchmark, pool: Executor) -> list[Future]:
+def ask_verdicts(drawing: DrawnImages, benchmark: JudgedPrompts, pool: Executor) -> list[Future]:
     """Have the images judged by the processes of a pool."""
     entries = benchmark.entries
     return [
@@ -151,14 +151,14 @@ def ask_verdicts(drawing: Drawing, benchmark: Benchmark, pool: Executor) -> list
     ]
 
 
-def score(answers: Sequence[Future], benchmark: Benchmark) -> dict:
+def score(answers: Sequence[Future], benchmark: JudgedPrompts) -> dict:
     """What `scores` says of such verdicts, once they are there."""
     verdicts = [verdict for answer in answers for verdict in answer.result()]
     return scores(verdicts, benchmark.metadata, benchmark.samples)
 
 
 # -- pictures as a whole ---------------------------------------------------------------------------
-def likeness(drawing: Drawing, benchmark: Benchmark, tokenizer: VQTokenizer) -> dict:
+def likeness(drawing: DrawnImages, benchmark: JudgedPrompts, tokenizer: VQTokenizer) -> dict:
     """How drawn images compare to true ones of the same prompts.
 
     distance: Fréchet's, between the features of all; precision and recall: as in `measures`;

@@ -14,8 +14,8 @@ from torch import Tensor
 from launch.lab import long_judge
 from launch.lab.long_arms import CONTROL, FALLING, objective
 from launch.lab.long_data import (
+    EncodedScenes,
     Order,
-    Scenes,
     drawn_scenes,
     every_caption_prepared,
     held_out_batches,
@@ -43,7 +43,7 @@ AWAY_STEPS, AWAY_SAMPLES = 200, 6400
 _TENTHS = 10
 
 
-class World:
+class GridWorld:
     """Bases, scenes and benchmark on the device, and processes that judge."""
 
     def __init__(self, grid: LongGrid):
@@ -67,7 +67,7 @@ class World:
         files = expand_folder(BackboneSource(first.spec.family, folders[0][1]))
         assert files.tokenizer is not None, "codes are of one"
         scenes = drawn_scenes(first, Path(files.tokenizer), shared, grid.out, grid.workers)
-        self.scenes: dict[str, Scenes] = {
+        self.scenes: dict[str, EncodedScenes] = {
             name: replace(scenes, prepared=every_caption_prepared(backbone))
             for name, backbone in self.backbones.items()
         }
@@ -232,7 +232,7 @@ class World:
                 self._examine(run, f"{run.arm.name}, {weight:g}", away, held, facts)
 
     @torch.no_grad()
-    def _own_samples(self, model: TensorAR, run: LongRun, count: int) -> Scenes:
+    def _own_samples(self, model: TensorAR, run: LongRun, count: int) -> EncodedScenes:
         """Unfiltered and unguided samples for captions of the training scenes."""
         scenes, codes = self.scenes[run.base], []
         count = min(count, AWAY_SAMPLES, len(scenes.captions_n))
@@ -243,7 +243,7 @@ class World:
             given = {name: value[part] for name, value in scenes.prepared.items()}
             windows = sample_windows(model, given, rows, plain, speed="eager")
             codes.append(model.windows.final_codes(windows)[..., 0])
-        return Scenes(torch.cat(codes), captions, scenes.prepared)
+        return EncodedScenes(torch.cat(codes), captions, scenes.prepared)
 
 
 def _settings(run: LongRun, grid: LongGrid) -> dict:

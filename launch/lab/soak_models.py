@@ -1,19 +1,28 @@
-"""The tiny models that `soak.py` trains, one of a family: base, pictures, program and recipe."""
+"""The tiny models that `soak.py` trains, one of a family: base, pictures, program and recipe. Tests
+train those of captions, too.
+"""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t2i.files import write_json
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from t2i.models.tokenizers.vq import VQTokenizer
+
+Fill = Callable[["nn.Module"], object]
+"""Gives a module its weights."""
 TINY: dict[str, Any] = {
     **{"dim": 64, "n_layer": 2, "n_head": 2, "ffn_dim": 128, "vocab_size": 64, "grid": (4, 4)},
     **{"cond": "text", "caption_tokens": 12, "caption_dim": 32},
     **{"resid_dropout": 0.0, "ffn_dropout": 0.0},  # drawn anew for every split
 }
 """Shape of a LlamaGen whose training takes seconds."""
-_WORDS = "a photo of two red green blue circle square star left right above below"
+_WORDS = "a photo of two three red green blue circle square star left right above below"
 _PICTURES = 60
 
 
@@ -38,40 +47,53 @@ def _scenes(folder: Path) -> None:
     write_dataset(folder, _PICTURES, size=32)
 
 
-def _llamagen(folder: Path) -> None:
-    """A LlamaGen with random weights: 4x4 codes of 8 pixels."""
+def _fill(module: "nn.Module") -> None:
+    """Random weights."""
+    from torch import nn
+
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+
+
+def write_llamagen(folder: Path, fill: Fill = _fill, **settings: object) -> Path:
+    """A LlamaGen as `--backbone.weights` takes it: 4x4 codes of 8 pixels, without dropout of its
+    own.
+    """
     import torch
 
     from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
     from t2i.shapes.tiny_t5 import build_tiny_t5
 
     config = LlamaGenConfig(**TINY)
-    vq = _tiny_vq()
-    gpt = LlamaGen(config)
-    for p in (*gpt.parameters(), *vq.parameters()):
-        torch.nn.init.normal_(p, std=0.2)
+    vq, gpt = _tiny_vq(), LlamaGen(config)
+    fill(vq), fill(gpt)
     build_tiny_t5(folder / "text_encoder", [_WORDS], d_model=32, d_ff=32, num_layers=1)
     torch.save(vq.state_dict(), folder / "vq.pt")
     torch.save({"model": gpt.official_state_dict()}, folder / "gpt.pt")
     files = {"weights": "gpt.pt", "tokenizer": "vq.pt", "text_encoder": "text_encoder"}
-    write_json(folder / "config.json", {"family": "llamagen", **files, "config": asdict(config)})
+    about = {"family": "llamagen", **files, "config": asdict(config), **settings}
+    write_json(folder / "config.json", about)
+    return folder
 
 
-def _janus(folder: Path) -> None:
-    """A Janus folder in transformers' layout, of as many codes."""
+def write_janus(folder: Path, fill: Fill | None = None) -> Path:
+    """A Janus folder in transformers' layout, of the same images."""
     import torch
 
     from t2i.shapes.tiny_janus import build_tiny_janus
 
-    vq = _tiny_vq()
-    for p in vq.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    vq = _tiny_vq().eval()
+    (fill or _fill)(vq)
     shape = {"dim": 64, "layers": 2, "heads": 2, "ffn_dim": 128, "vocab_size": 320}
+    backbone = build_tiny_janus([_WORDS], vq, side=4, **shape)
+    if fill is not None:
+        fill(backbone.janus)
     folder.mkdir(parents=True)
-    build_tiny_janus([_WORDS], vq.eval(), side=4, **shape).save_official(folder, torch.float32)
+    backbone.save_official(folder, torch.float32)
+    return folder
 
 
-def _tiny_vq():
+def _tiny_vq() -> "VQTokenizer":
     import torch
 
     from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
@@ -106,8 +128,10 @@ def _recipe(family: Any):
 
 
 MODELS = {
-    "llamagen": SoakModel("train_llamagen.py", "shapes-iclr2026", _llamagen, _scenes),
-    "janus": SoakModel("train_janus.py", "shapes-janus-lora", _janus, _scenes, "somebody/model"),
+    "llamagen": SoakModel("train_llamagen.py", "shapes-iclr2026", write_llamagen, _scenes),
+    "janus": SoakModel(
+        "train_janus.py", "shapes-janus-lora", write_janus, _scenes, "somebody/model"
+    ),
     "open_magvit2": _of_classes("open_magvit2"),
     "rar": _of_classes("rar"),
 }

@@ -42,7 +42,7 @@ from t2i.tensorar.method import TensorARConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from launch.lab.long_data import Scenes
+    from launch.lab.long_data import EncodedScenes
     from t2i.sampling import SamplingConfig
     from t2i.tensorar.model import TensorAR
 
@@ -103,7 +103,7 @@ def arms(study: Strides) -> Iterator[LongArm]:
     yield arm("multi-token", method, [(s, s) for s in study.strides if s > 1])
 
 
-def draw_scenes(study: Strides, model: "TensorAR") -> "Scenes":
+def draw_scenes(study: Strides, model: "TensorAR") -> "EncodedScenes":
     """Those to learn from and, behind them, those that are held out."""
     from launch.lab.long_data import drawn_scenes
     from t2i.sources import BackboneSource, expand_folder
@@ -116,7 +116,7 @@ def draw_scenes(study: Strides, model: "TensorAR") -> "Scenes":
     return drawn_scenes(model.backbone, Path(tokenizer), count, study.out, study.workers)
 
 
-def trained(study: Strides, arm: LongArm, seed: int, scenes: "Scenes") -> "TensorAR":
+def trained(study: Strides, arm: LongArm, seed: int, scenes: "EncodedScenes") -> "TensorAR":
     """The base with a fresh codec, after its run."""
     import torch
 
@@ -137,7 +137,7 @@ def trained(study: Strides, arm: LongArm, seed: int, scenes: "Scenes") -> "Tenso
     return trainer.end()
 
 
-def held_out_loss(model: "TensorAR", scenes: "Scenes") -> list[float]:
+def held_out_loss(model: "TensorAR", scenes: "EncodedScenes") -> list[float]:
     """Cross entropy by slot of scenes that were not learnt from, with own drafts as input."""
     import torch
 
@@ -262,7 +262,9 @@ def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[d
 # -- all -------------------------------------------------------------------------------------------
 
 
-def do(study: Strides, arm: LongArm, seed: int, scenes: "Scenes", done: set[str]) -> Iterator[dict]:
+def do(
+    study: Strides, arm: LongArm, seed: int, scenes: "EncodedScenes", done: set[str]
+) -> Iterator[dict]:
     """A line for every way of drawing that has none."""
     settings = f"{study.base} steps={study.steps} batch={study.batch} scenes={study.scenes}"
     about = {"arm": arm.name, "k": arm.method.k, "seed": seed, "settings": settings}

@@ -20,11 +20,11 @@ FORMULAS = (
     "4 q (m + q) D, in blocks after the first 6 q D^2 more, with an MLP 6 q D h more.",
     "The head's: N k x those of one slot, which are counted.",
 )
-"""What the numbers of `Cost` are, in words."""
+"""What the numbers of `ModelCost` are, in words."""
 
 
 @dataclass(frozen=True)
-class Cost:
+class ModelCost:
     """Of one model. `FORMULAS` says how it is reckoned."""
 
     base_parameters: int
@@ -41,12 +41,12 @@ class Cost:
 
 
 def cost_of(model: TensorAR) -> dict[str, int]:
-    """A model's `Cost`, as JSON."""
+    """A model's `ModelCost`, as JSON."""
     codec = 0 if model.codec is None else sum(p.numel() for p in model.codec.parameters())
     base = TensorAR(model.backbone, presets.base()).eval()
     head, count = _head_flops(model), model.windows.count
     return asdict(
-        Cost(
+        ModelCost(
             base_parameters=sum(p.numel() for p in model.backbone.parameters()),
             codec_parameters=codec,
             codec_by_formula=codec_parameters(model),

@@ -29,7 +29,7 @@ _SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class Drawing:
+class RequestState:
     """How far a request is."""
 
     images: list[Image.Image]
@@ -69,7 +69,7 @@ class Models:
         return limits(most_images=self.most_images, codes=codes)
 
 
-def draw_live(model: TensorAR, request: Request) -> Iterator[Drawing]:
+def draw_live(model: TensorAR, request: Request) -> Iterator[RequestState]:
     """Pictures while they are drawn, and at last the images, as launch/generate.py draws them.
 
     Closed before its end, it stops drawing.
@@ -85,7 +85,7 @@ def draw_live(model: TensorAR, request: Request) -> Iterator[Drawing]:
         speculate=request.speculate,
     )
 
-    def draw(report: Callable[[Drawing | None], None]) -> None:
+    def draw(report: Callable[[RequestState | None], None]) -> None:
         done: list[Drawn] = []
         geometry = drawn_windows(model, options.sampling or model.sampling)
         row = max(1, model.backbone.spec.grid[1] // geometry.stride)
@@ -98,7 +98,7 @@ def draw_live(model: TensorAR, request: Request) -> Iterator[Drawing]:
                 return report(None)
             drawn = len(done) + len(jobs) * settled / geometry.count
             pictures = [one.image for one in done] + so_far(model, geometry, windows, settled)
-            report(Drawing(pictures, drawn / request.samples))
+            report(RequestState(pictures, drawn / request.samples))
             again = time.monotonic() + max(_PAUSE, (time.monotonic() - started) / _SHARE)
 
         samples = request.samples
@@ -109,7 +109,7 @@ def draw_live(model: TensorAR, request: Request) -> Iterator[Drawing]:
             done.append(one)
         stages = tuple(one.stages for one in done if one.stages)
         notes = _notes(model, request.prompt)
-        report(Drawing([one.image for one in done], 1.0, stages, notes))
+        report(RequestState([one.image for one in done], 1.0, stages, notes))
 
     try:
         yield from reports(draw)

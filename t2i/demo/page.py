@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from t2i.demo.live import Drawing, Models, draw_live
+from t2i.demo.live import Models, RequestState, draw_live
 from t2i.demo.request import FIELDS, OPTIONAL, SPECULATE, Limit, Request, model_words, read_request
 from t2i.errors import UserError
 
@@ -200,14 +200,14 @@ def _said(text: str, *, wrong: bool = False) -> str:
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
 
 
-def _progress(state: Drawing, request: Request) -> str:
+def _progress(state: RequestState, request: Request) -> str:
     if state.share < 1:
         return f"Drawing: {state.share:.0%}"
     images = "1 image" if request.samples == 1 else f"{request.samples} images"
     return "; ".join([f"{images}, seed {request.seed}", *state.notes])
 
 
-def _captioned(state: Drawing) -> list[tuple]:
+def _captioned(state: RequestState) -> list[tuple]:
     return [
         (picture, f"{r} of {len(stages)}")
         for stages in state.stages

@@ -113,10 +113,10 @@ def estimate(
     model.train()
     recompute = config.engine.gradient_checkpointing
     layers = len(model.backbone.new_cache(1, 1).keys)
-    kept, forward = _forward(model, config, recompute=False)
+    kept, forward = _kept(model, config, recompute=False), _operations(model, config)
     passing = 0.0
     if recompute:
-        outside, _ = _forward(model, config, recompute=True)
+        outside = _kept(model, config, recompute=True)
         row = model.backbone.spec.dim * next(model.parameters()).element_size()
         length = _prompt_length(model.backbone) + model.windows.count - 1
         inputs = config.engine.micro_batch * length * row
@@ -193,11 +193,16 @@ def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
     return parts + count * (2 if config.backbone.text_encoder_dtype == "bfloat16" else 4)
 
 
-def _forward(model: TensorAR, config: TrainConfig, *, recompute: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward pass, less what is computed again; operations."""
-    backbone, batch, spec = model.backbone, config.engine.micro_batch, model.backbone.spec
+def _inputs(model: TensorAR, config: TrainConfig) -> tuple[Tensor, Condition, Tensor]:
+    """Of a forward pass."""
+    batch, spec = config.engine.micro_batch, model.backbone.spec
     shape = (batch, spec.num_tokens, len(spec.subvocabs))
     codes = torch.zeros(shape, dtype=torch.long, device="meta")
+    return codes, _condition(model.backbone, batch), model.windows.gather(codes)
+
+
+def _kept(model: TensorAR, config: TrainConfig, *, recompute: bool) -> int:
+    """Bytes that autograd keeps of a forward pass, less what is computed again."""
     weights = [p.untyped_storage() for p in model.parameters()]
     known = {id(storage) for storage in weights}
     seen: dict[int, torch.UntypedStorage] = {}
@@ -208,15 +213,19 @@ def _forward(model: TensorAR, config: TrainConfig, *, recompute: bool) -> tuple[
             seen[id(storage)] = storage
         return tensor
 
-    backbone.gradient_checkpointing = recompute
-    inputs = (codes, _condition(backbone, batch), model.windows.gather(codes))
+    model.backbone.gradient_checkpointing = recompute
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, _FusedAttention():
-        model(*inputs)
+        model(*_inputs(model, config))
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def _operations(model: TensorAR, config: TrainConfig) -> int:
+    """Of a forward pass."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter, _FusedAttention():  # the loss has its gradients computed else
-        model(*inputs)
-    return sum(storage.nbytes() for storage in seen.values()), counter.get_total_flops()
+        model(*_inputs(model, config))
+    return counter.get_total_flops()
 
 
 def _condition(backbone: Backbone, batch: int) -> Condition:

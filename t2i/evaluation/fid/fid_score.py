@@ -64,7 +64,7 @@ _SORTED_BELOW = (
 
 
 # -- features --------------------------------------------------------------------------------------
-class Measured(NamedTuple):
+class MeasuredSet(NamedTuple):
     """One side of a comparison; None for what a file of statistics alone does not give."""
 
     pool: Statistics
@@ -81,7 +81,7 @@ def measure(
     *,
     batch_size: int,
     description: str,
-) -> Measured:
+) -> MeasuredSet:
     """Features and statistics of an .npz file or a folder of images, on the network's device.
 
     Raises:
@@ -94,7 +94,7 @@ def measure(
     about = {"path": str(path), "kind": "npz" if path.is_file() else "folder", "images": 0}
     if stored is not None and "arr_0" not in npz_arrays(path):
         about |= {"statistics": "stored in the file", "sha256": file_sha256(path)}
-        return Measured(*stored, None, about)
+        return MeasuredSet(*stored, None, about)
 
     images = open_images(path)
     features, pixels_sha256 = _extract_all(images, network, batch_size, description)
@@ -103,7 +103,7 @@ def measure(
     if stored is not None:  # the pixels' hash does not cover them
         about["sha256"] = file_sha256(path)
     pool, spatial = stored or map(feature_statistics, features)
-    return Measured(pool, spatial, features.pool, about)
+    return MeasuredSet(pool, spatial, features.pool, about)
 
 
 def _extract_all(
@@ -274,7 +274,7 @@ def table(results: dict) -> str:
     return text if results["status"] == "complete" else f"{text}\n\n{results['status']}"
 
 
-def _compare(samples: Measured, reference: Measured) -> dict[str, float | None]:
+def _compare(samples: MeasuredSet, reference: MeasuredSet) -> dict[str, float | None]:
     scores = dict.fromkeys(("fid", "sfid", "precision", "recall"))
     scores["fid"] = frechet_distance(samples.pool, reference.pool)
     if samples.spatial is not None and reference.spatial is not None:
