@@ -27,6 +27,7 @@ from t2i.reward.check import check
 from t2i.reward.options import RewardConfig
 from t2i.reward.reward_recipes import recipes
 from t2i.reward.reward_run import RewardRun
+from t2i.sampling import SamplingOverrides
 from t2i.training.loop import train
 from t2i.training.run_page import write_run_page
 
@@ -194,7 +195,9 @@ def test_guidance_is_learned_without_any_reward(tiny_world, monkeypatch):
         tiny_world, "guided", **options, reward__watch=(), steps=8, optim__backbone_lr=1e-3
     )
     monkeypatch.setattr("reward_functions.brightness", None)
-    learn(config)
+    config = replace(config, sampling=SamplingOverrides(top_p=0.9))
+    drawn_with = t2i.from_pretrained(learn(config)).sampling
+    assert (drawn_with.cfg_scale, drawn_with.temperature, drawn_with.top_p) == (1.0, 1.0, 0.9)
     rows = metrics(tiny_world, "guided")
     assert [row["reward/mean"] for row in rows] == [0.0] * len(rows)
     assert rows[-1]["policy/kl"] < rows[0]["policy/kl"]

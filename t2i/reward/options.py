@@ -1,7 +1,7 @@
 """The settings of reward fine-tuning, on top of those of any training run. Without torch."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -174,6 +174,16 @@ class RewardConfig(TrainConfig):
             )
         if self.method.k > 1 and self.method.noise == "gaussian":
             raise UserError("method.noise=gaussian is for training on data; drafts are drawn here")
+
+    def drawn_with(self, own: SamplingConfig) -> SamplingConfig:
+        """As it was learned, where guidance was: to guide again would apply it twice."""
+        if self.reward.teacher is not None:
+            learned = self.reward.sampling
+            changes = {
+                n: getattr(learned, n) for n in ("cfg_scale", "temperature", "top_k", "top_p")
+            }
+            own = replace(own, **changes, cfg_interval=learned.cfg_interval, cfg_power=0.0)
+        return super().drawn_with(own)
 
     @property
     def prompts_per_step(self) -> int:
