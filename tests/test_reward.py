@@ -18,7 +18,14 @@ from t2i.lora import add_lora
 from t2i.reward import policy
 from t2i.reward.options import RewardOptions
 from t2i.reward.panel import Panel, RewardError
-from t2i.reward.policy import DrawnBatch, PolicyLoss, Start, advantages, score_codes
+from t2i.reward.policy import (
+    DrawnBatch,
+    PolicyLoss,
+    Start,
+    advantages,
+    code_distributions,
+    score_codes,
+)
 from t2i.reward.prompts import benchmark_hashes, prompt_hash, training_prompts
 from t2i.reward.rewards import DPGReward, load_rewards, own_function, soft_credit
 from t2i.reward.watch import diversity
@@ -166,6 +173,40 @@ def test_clipping_and_the_pull():
     found = dict(zip(policy.SUMS, (sums / sums[-1]).tolist(), strict=True))
     assert found["kl"] == pytest.approx(np.exp(-0.5) - 0.5, rel=1e-4)
     assert max(p.grad.abs().max() for p in model.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llamagen("text"), tiny_open_magvit2])
+def test_a_guided_start_pulls_by_whole_distributions(make):
+    """It is the mean, over what the start would draw guided, of how much likelier that is for it;
+    it falls along its gradient, and is 0 where the run draws as the start does.
+    """
+    model = open_gates(TensorAR(make(), TensorARConfig(k=3))).eval()
+    batch, guided = batch_of(model), SamplingConfig(3.0, temperature=0.8)
+    of = (model, batch.prepared, batch.windows)
+    others = code_distributions(*of, guided)
+    picked = [
+        every.gather(-1, batch.windows[:, :, :1, sub, None])[..., 0]
+        for sub, every in enumerate(others)
+    ]
+    log_q = score_codes(*of, guided)
+    torch.testing.assert_close(sum(picked) * log_q.valid, log_q.log_p)
+    own = code_distributions(*of, SamplingConfig())
+    expected = sum((q.exp() * (q - p)).sum(-1) for p, q in zip(own, others, strict=True))
+    batch = replace(batch, start=others, advantage=torch.zeros(4))
+    loss, sums = PolicyLoss(model, SamplingConfig(), clip=0.2, kl=0.5)(batch)
+    loss.backward()
+    per_image = expected.mean((1, 2))
+    assert loss.item() == pytest.approx(0.5 * float((per_image * batch.share).sum()), rel=1e-4)
+    found = dict(zip(policy.SUMS, (sums / sums[-1]).tolist(), strict=True))
+    assert found["kl"] == pytest.approx(float(per_image.mean()), rel=1e-4) and found["kl"] > 0.01
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.sub_(1e-3 * p.grad / p.grad.norm().clamp(min=1e-9))
+    nearer, _ = PolicyLoss(model, SamplingConfig(), clip=0.2, kl=0.5)(batch)
+    assert nearer < loss
+    level = replace(batch, start=code_distributions(*of, SamplingConfig()))
+    assert abs(PolicyLoss(model, SamplingConfig(), clip=0.2, kl=0.5)(level)[0]) < 1e-6
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -389,7 +430,11 @@ def test_a_users_prompts(tmp_path):
         ({"group": 1}, "group=1 must be at least 2"),
         ({"clip": 0.0}, "clip=0.0 must be above 0"),
         ({"cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
+        ({"start_cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
+        ({"start_temperature": 0.0}, "start_temperature=0.0 must be above 0"),
         ({"kl": -1.0}, "kl=-1.0 must be at least 0"),
+        ({"functions": ()}, "reward.functions is empty, so nothing would be learned"),
+        ({"functions": (), "start_cfg_scale": 3.0, "kl": 0.0}, "reward.functions is empty"),
         ({"watch": ("own",)}, "watch: 'own' is none of"),
     ],
 )

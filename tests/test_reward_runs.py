@@ -27,6 +27,7 @@ from t2i.reward.check import check
 from t2i.reward.options import RewardConfig
 from t2i.reward.reward_recipes import recipes
 from t2i.reward.reward_run import RewardRun
+from t2i.sampling import SamplingOverrides
 from t2i.training.loop import train
 from t2i.training.run_page import write_run_page
 
@@ -100,7 +101,7 @@ def test_what_is_learned_is_in_the_checkpoint(tiny_world, plain):
     [
         ("full", {}),
         rare("updates", {"reward__updates": 2, "reward__cfg_scale": 2.0}),
-        ("lora", LORA | {"method__k": 1}),
+        ("lora", LORA | {"method__k": 1, "reward__start_cfg_scale": 3.0}),
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tiny_world, plain, name, changes):
@@ -173,14 +174,34 @@ def test_a_reward_that_breaks_costs_nothing(tiny_world, function, step, words):
 
 
 def test_groups_without_spread_are_left_out(tiny_world, monkeypatch):
-    """They are counted, and where all are, no weight moves."""
-    config = tiny_reward_run(tiny_world, "reward-flat", reward__constant=9, optim__weight_decay=0.0)
+    """They are counted, and where all are, no weight moves; but a guided start teaches by them."""
+    flat = {"reward__constant": 9, "optim__weight_decay": 0.0}
+    config = tiny_reward_run(tiny_world, "reward-flat", **flat)
     monkeypatch.setattr("reward_functions.brightness", lambda images, metadata: [1.0] * len(images))
     folder = learn(config)
     assert [row["reward/dropped_groups"] for row in metrics(tiny_world, "reward-flat")] == [1, 1, 1]
     base = t2i.load_backbone("llamagen", tiny_world / "base").state_dict()
     own = t2i.from_pretrained(folder).backbone.state_dict()
     assert all(torch.allclose(own[name], base[name], atol=1e-6) for name in base)
+    taught = tiny_reward_run(tiny_world, "reward-taught", reward__start_cfg_scale=3.0, **flat)
+    own = t2i.from_pretrained(learn(taught)).backbone.state_dict()
+    assert metrics(tiny_world, "reward-taught")[-1]["reward/dropped_groups"] == 1
+    assert max(float((own[name] - base[name]).abs().max()) for name in base) > 1e-4
+
+
+def test_guidance_is_learned_without_any_reward(tiny_world, monkeypatch):
+    """Nothing is judged; what is drawn unguided comes nearer to what the start draws guided."""
+    options = {"reward__functions": (), "reward__start_cfg_scale": 3.0, "reward__kl": 1.0}
+    config = tiny_reward_run(
+        tiny_world, "guided", **options, reward__watch=(), steps=8, optim__backbone_lr=1e-3
+    )
+    monkeypatch.setattr("reward_functions.brightness", None)
+    config = replace(config, sampling=SamplingOverrides(top_p=0.9))
+    drawn_with = t2i.from_pretrained(learn(config)).sampling
+    assert (drawn_with.cfg_scale, drawn_with.temperature, drawn_with.top_p) == (1.0, 1.0, 0.9)
+    rows = metrics(tiny_world, "guided")
+    assert [row["reward/mean"] for row in rows] == [0.0] * len(rows)
+    assert rows[-1]["policy/kl"] < rows[0]["policy/kl"]
 
 
 # -- recipes and the program -----------------------------------------------------------------------
@@ -193,7 +214,8 @@ def test_check_looks_at_every_recipe(name, tmp_path):
     said = check(replace(config, data=data, run_dir=tmp_path / "run"))
     group = config.reward.group
     assert f" images per step = {config.batch_size // group} prompts x {group} images" in said
-    assert "copy of the start" in said and "geneval-soft" in said
+    taught = "geneval-soft" if config.reward.functions else "nothing is rewarded"
+    assert "copy of the start" in said and taught in said
     assert "warnings" not in said, said
 
 

@@ -31,6 +31,7 @@ from t2i.errors import UserError
 from t2i.files import owning, read_json, write_json
 from t2i.reward import reward_recipes
 from t2i.reward.options import RewardConfig
+from t2i.sampling import SamplingOverrides
 from t2i.training.config import DataOptions, TrainConfig
 
 _ONE_WAY = {
@@ -39,9 +40,16 @@ _ONE_WAY = {
     "reward.tasks": ("two_object", "counting", "colors", "position", "color_attr"),
 }
 """The first grid's settings, of which each other one changes something."""
+_AS_USED = SamplingOverrides(cfg_scale=2.5, top_p=0.95)
+"""The base's own settings, which guided scores are drawn with."""
 SUPERVISED = "supervised"
 GRIDS: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {"recipe": {}, SUPERVISED: {}},
+    "guided": {
+        "guided": {"base": "shapes-guided", "sampling": _AS_USED},
+        "guided, then rewarded": {"after": "guided", "reward.kl": 0.0, "sampling": _AS_USED},
+        SUPERVISED: {},
+    },
     "ways": {
         "recipe": {},
         "rate 5e-5": {"optim.backbone_lr": 5e-5},
@@ -58,7 +66,9 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "no pull": _ONE_WAY | {"reward.kl": 0.0},
     },
 }
-"""By name: settings by name, each options that differ from the recipe."""
+"""By name: settings by name, each options that differ from the recipe ("base" names another one).
+After: it goes on from where that setting's run of the same seed ended.
+"""
 _KEPT = ("reward/", "policy/", "train/", "seconds/")
 
 
@@ -69,7 +79,7 @@ class RewardGrid:
     out: Path = Path("runs/reward-grid")
     """Folder of what is written."""
     grid: str = "recipe"
-    """Which settings: recipe, ways or rates."""
+    """Which settings: recipe, guided, ways or rates."""
     recipe: str = "shapes-reward"
     """Recipe that they change."""
     control: str = "shapes-control"
@@ -113,10 +123,13 @@ def main() -> None:
 # -- one run ---------------------------------------------------------------------------------------
 def rewarded(options: RewardGrid) -> RewardConfig:
     """The recipe with the setting's changes."""
-    config = reward_recipes.recipes()[options.recipe][1]
+    changes = GRIDS[options.grid][options.one]
+    config = reward_recipes.recipes()[changes.get("base", options.recipe)][1]
     parts: dict[str, dict[str, Any]] = {"reward": {"watch": ()}}
-    own: dict[str, Any] = {}
-    for name, value in GRIDS[options.grid][options.one].items():
+    own: dict[str, Any] = {} if "base" in changes else {"steps": options.steps}
+    for name, value in changes.items():
+        if name in ("base", "after"):
+            continue
         part, dot, option = name.partition(".")
         if dot:
             parts.setdefault(part, {})[option] = value
@@ -128,20 +141,23 @@ def rewarded(options: RewardGrid) -> RewardConfig:
 
 def configured(options: RewardGrid) -> TrainConfig:
     """The run of this setting and seed."""
+    from t2i.checkpoint import find_checkpoint
     from t2i.training.recipes import recipes_for
 
     config: TrainConfig = rewarded(options)
     assert isinstance(config.data, DataOptions), "captioned scenes"
     data = replace(config.data, source=f"shapes:{options.images}")  # the same is held out of it
+    weights = options.weights or config.backbone.weights
     if options.one == SUPERVISED:
-        config = recipes_for(DataOptions)[options.control][1]
+        config = replace(recipes_for(DataOptions)[options.control][1], steps=options.steps)
+    elif first := GRIDS[options.grid][options.one].get("after"):
+        weights = str(find_checkpoint(_work(options, first)))
     return replace(
         config,
-        run_dir=options.out / "work" / _name(options.one, options.seed),
+        run_dir=_work(options, options.one),
         seed=options.seed,
-        steps=options.steps,
         data=replace(data, cache_dir=options.out / "cache"),
-        backbone=replace(config.backbone, weights=options.weights or config.backbone.weights),
+        backbone=replace(config.backbone, weights=weights),
         log=replace(config.log, sample_every=0, validate_every=0, save_every=0, keep_last=1),
     )
 
@@ -157,7 +173,9 @@ def run_one(options: RewardGrid) -> None:
     name = _name(options.one, options.seed)
     path, config = options.out / f"{name}.json", configured(options)
     found = read_json(path) if path.is_file() else {}
-    if found and (found["minutes"] >= options.minutes or found["steps"] >= options.steps):
+    steps = config.steps
+    assert steps is not None, "of a run on drawn images or fresh scenes"
+    if found and (found["minutes"] >= options.minutes or found["steps"] >= steps):
         return
     config = replace(config, resume=found.get("steps", 0) > 0)
     with run_state.owned(config, start_processes()):
@@ -168,16 +186,15 @@ def run_one(options: RewardGrid) -> None:
             changes = GRIDS[options.grid][options.one]
             found = {"setting": options.one, "changes": changes, "seed": options.seed}
             found |= {"steps": 0, "minutes": 0.0, "batch_size": config.batch_size, "rows": []}
-            start = options.out / "start.json"  # of all runs in this folder
-            if not start.is_file():
-                scores, sheet = score()
-                save_png(sheet, options.out / "start.png")
-                write_json(start, scores)
-            found["scores"] = [read_json(start)]
+            if first := changes.get("after"):
+                before = read_json(options.out / f"{_name(first, options.seed)}.json")
+                found |= {key: before[key] for key in ("minutes", "scores")}
+            else:
+                found["scores"] = [_start_scores(options, score)]
             write_json(path, found)
-        while found["minutes"] < options.minutes and run.step < options.steps:
+        while found["minutes"] < options.minutes and run.step < steps:
             until = min(found["minutes"] + options.every, options.minutes)
-            while found["minutes"] < until and run.step < options.steps:
+            while found["minutes"] < until and run.step < steps:
                 started = _seconds(run)
                 row = run.train_step()
                 found["minutes"] += (_seconds(run) - started) / 60
@@ -189,6 +206,23 @@ def run_one(options: RewardGrid) -> None:
             run.save()
             save_png(sheet, options.out / f"{name}.png")
             write_json(path, found)
+
+
+def _start_scores(options: RewardGrid, score: "Scorer") -> dict:
+    """Of the model that all runs in this folder start from."""
+    from t2i.imaging import save_png
+
+    path = options.out / "start.json"
+    if not path.is_file():
+        scores, sheet = score()
+        save_png(sheet, options.out / "start.png")
+        write_json(path, scores)
+    return read_json(path)
+
+
+def _work(options: RewardGrid, setting: str) -> Path:
+    """Folder of a run."""
+    return options.out / "work" / _name(setting, options.seed)
 
 
 def _seconds(run) -> float:
@@ -251,8 +285,9 @@ def run_all(options: RewardGrid) -> None:
     failed = []
     with owning(options.out, "grid of rewards"):
         while waiting or running:
-            while waiting and len(running) < options.processes:
-                name, seed = waiting.pop(0)
+            ready = [job for job in waiting if (_after(options, *job)) not in (*waiting, *running)]
+            for name, seed in ready[: options.processes - len(running)]:
+                waiting.remove((name, seed))
                 running[name, seed] = _start(options, name, seed)
             time.sleep(0.5)
             for job, process in list(running.items()):
@@ -263,6 +298,11 @@ def run_all(options: RewardGrid) -> None:
         print(collect(options))
     if failed:
         raise UserError(f"{len(failed)} runs failed: {failed}; see {options.out}/*.log")
+
+
+def _after(options: RewardGrid, name: str, seed: int) -> tuple[str | None, int]:
+    """The run that this one goes on from, if any."""
+    return GRIDS[options.grid][name].get("after"), seed
 
 
 def _start(options: RewardGrid, name: str, seed: int) -> subprocess.Popen:

@@ -39,8 +39,9 @@ def _reward_lines(config: RewardConfig) -> list[str]:
         if name not in BUILT_IN:
             own_function(name)
     counts = ", ".join(f"{len(entries)} {task}" for task, entries in pool.tasks.items())
+    rewards = " + ".join(f"{w:g} x {name}" for name, w in options.weighted().items())
     return [
-        "learns from  " + " + ".join(f"{w:g} x {name}" for name, w in options.weighted().items()),
+        f"learns from  {rewards or 'what the start draws guided; nothing is rewarded'}",
         f"prompts      {counts}; {pool.left_out} left out, which are a benchmark's",
         f"watches      {', '.join(options.watch) or 'held-out loss alone'}",
     ]
@@ -67,6 +68,14 @@ def _drawing_lines(
         f"{'copy of the start':<34}{readable_size(start)}, beside the model",
         f"{'cache while drawing':<34}{readable_size(held)}, kept from step to step",
     ]
+    if (teacher := options.teacher) is not None:
+        kept = 4 * config.engine.micro_batch * model.windows.tokens * sum(spec.subvocabs)
+        if options.updates > 1:
+            kept *= config.batch_size // (config.engine.micro_batch * world_size)
+        lines.append(
+            f"{'what the start says of all codes':<34}{readable_size(kept)}, guided by "
+            f"{teacher.cfg_scale:g} at temperature {teacher.temperature:g}"
+        )
     if plan is not None:
         batches = -(-config.batch_size // (world_size * images)) * plan.steps
         seconds = batches * model.windows.count * weights / BANDWIDTH

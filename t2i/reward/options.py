@@ -1,7 +1,7 @@
 """The settings of reward fine-tuning, on top of those of any training run. Without torch."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -21,7 +21,8 @@ class RewardOptions:
     functions: tuple[str, ...] = ("geneval-soft",)
     """geneval (the verdict, 0 or 1), geneval-soft (credit for objects and colours, too), dpg
     (share of questions answered yes), clip (similarity of image and prompt), or your own
-    function, package.module:function, of (images, metadata) -> a number an image.
+    function, package.module:function, of (images, metadata) -> a number an image. None: nothing
+    is rewarded; only start_cfg_scale and start_temperature are learned.
     """
     weights: tuple[float, ...] = ()
     """Of each function in the sum; none: 1 for all."""
@@ -44,6 +45,12 @@ class RewardOptions:
     """The ratio of an image code's probabilities counts from 1 - clip to 1 + clip only."""
     kl: float = 0.02
     """Weight of the distance to the start, in nats per code."""
+    start_cfg_scale: float | None = None
+    """Guidance of the start, in that distance; None: cfg_scale. With it, the model learns to draw
+    unguided what the start draws guided, at half the work.
+    """
+    start_temperature: float | None = None
+    """Temperature of the start, in that distance; None: temperature."""
     by_spread: bool = True
     """Divide advantages by the spread of their group (GRPO), not by the mean spread of all."""
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
@@ -73,8 +80,11 @@ class RewardOptions:
     """Images of each of these prompts; diversity needs two."""
 
     def __post_init__(self):
-        if not self.functions:
-            raise UserError(f"reward.functions is empty: name one of {', '.join(BUILT_IN)}")
+        if not self.functions and (self.teacher is None or not self.kl):
+            raise UserError(
+                f"reward.functions is empty, so nothing would be learned: name one of "
+                f"{', '.join(BUILT_IN)}, or learn a guided start (reward.start_cfg_scale, reward.kl)"
+            )
         for name in self.functions:
             if name not in BUILT_IN and not _is_path(name):
                 raise UserError(
@@ -95,12 +105,12 @@ class RewardOptions:
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must be at least {bound}")
-        for name in ("clip", "temperature", "seconds"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("clip", "temperature", "start_temperature", "seconds"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UserError(f"reward.{name}={getattr(self, name)} must be above 0")
         if not self.tasks:
             raise UserError("reward.tasks is empty: name some of GenEval's tasks")
-        self.sampling  # noqa: B018 (raises for guidance below 1)
+        self.sampling, self.teacher  # noqa: B018 (raise for guidance below 1)
 
     def weighted(self) -> dict[str, float]:
         """Each function's weight."""
@@ -112,6 +122,15 @@ class RewardOptions:
         they remove from learning, too.
         """
         return SamplingConfig(cfg_scale=self.cfg_scale, temperature=self.temperature)
+
+    @property
+    def teacher(self) -> SamplingConfig | None:
+        """How the start draws, if not as the run does."""
+        if self.start_cfg_scale is None and self.start_temperature is None:
+            return None
+        scale = self.cfg_scale if self.start_cfg_scale is None else self.start_cfg_scale
+        own = self.start_temperature
+        return SamplingConfig(scale, temperature=self.temperature if own is None else own)
 
     @property
     def world(self) -> str:
@@ -155,6 +174,16 @@ class RewardConfig(TrainConfig):
             )
         if self.method.k > 1 and self.method.noise == "gaussian":
             raise UserError("method.noise=gaussian is for training on data; drafts are drawn here")
+
+    def drawn_with(self, own: SamplingConfig) -> SamplingConfig:
+        """As it was learned, where guidance was: to guide again would apply it twice."""
+        if self.reward.teacher is not None:
+            learned = self.reward.sampling
+            changes = {
+                n: getattr(learned, n) for n in ("cfg_scale", "temperature", "top_k", "top_p")
+            }
+            own = replace(own, **changes, cfg_interval=learned.cfg_interval, cfg_power=0.0)
+        return super().drawn_with(own)
 
     @property
     def prompts_per_step(self) -> int:

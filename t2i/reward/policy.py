@@ -12,10 +12,11 @@ Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, 
 final slots of a window, S sub-tokens, V vocabulary; P prompts, G images of each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ from t2i.training.state import trained
 # -- log-probabilities -----------------------------------------------------------------------------
 
 
+Distributions = tuple[Tensor, ...]
+"""Log-probabilities of all codes [B, N, s, V], fp32, of each sub-token given the drawn ones."""
+
+
 @dataclass(frozen=True)
 class CodeScores:
     """Of the final codes of drawn images, in the order of the windows."""
@@ -41,58 +46,106 @@ class CodeScores:
     """fp32 [B, N, s] of the distribution that the code was drawn from, without a gradient."""
     valid: Tensor
     """bool [N, s]"""
+    divergence: Tensor
+    """fp32 [B, N, s], of the distributions `against` from these; 0 without."""
 
 
 def score_codes(
-    model: TensorAR, prepared: dict[str, Tensor], windows: Tensor, sampling: SamplingConfig
+    model: TensorAR,
+    prepared: dict[str, Tensor],
+    windows: Tensor,
+    sampling: SamplingConfig,
+    against: Distributions | None = None,
 ) -> CodeScores:
     """What the model that drew windows [B, N, k, S] so (`SamplingConfig`, without filters) says of
     them: teacher-forced, with guidance by two passes as in drawing.
     """
-    backbone, geometry = model.backbone, drawn_windows(model, sampling)
-    stride = geometry.stride
+    geometry, work = drawn_windows(model, sampling), partial(_score, model, sampling)
+    size, parts = model.windows_at_once(geometry.stride), []
+    compared: Iterable = repeat(None)
+    if against is not None:
+        compared = zip(*(every.split(size, 1) for every in against), strict=True)
+    pieces = _decoded(model, prepared, windows, sampling)
+    for piece, others in zip(pieces, compared, strict=False):
+        if torch.is_grad_enabled():  # the logits are the most of what it would keep
+            found = checkpoint(work, *piece, others, use_reentrant=False, preserve_rng_state=False)
+        else:
+            found = work(*piece, others)
+        parts.append(found)
+    log_p, entropy, divergence = (torch.cat(found, 1) for found in zip(*parts, strict=True))
+    valid = geometry.valid(windows.device)[:, : geometry.stride]
+    return CodeScores(log_p * valid, entropy * valid, valid, divergence * valid)
+
+
+@torch.no_grad()
+def code_distributions(
+    model: TensorAR, prepared: dict[str, Tensor], windows: Tensor, sampling: SamplingConfig
+) -> Distributions:
+    """Whole log-distributions of what `score_codes` scores."""
+    pieces = _decoded(model, prepared, windows, sampling)
+    parts = [tuple(_log_distributions(model, sampling, *piece)) for piece in pieces]
+    return tuple(torch.cat(subs, 1) for subs in zip(*parts, strict=True))
+
+
+def _decoded(
+    model: TensorAR, prepared: dict[str, Tensor], windows: Tensor, sampling: SamplingConfig
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Final slots' hidden states [R, n, s, D], codes [R, n, s, S] and guidance [n, S], so many
+    windows at once that their logits fit.
+    """
+    backbone, stride = model.backbone, drawn_windows(model, sampling).stride
     scales_NS = guidance_table(model, sampling)
-    condition, fed, guided = backbone.encode_condition(prepared), windows, scales_NS is not None
-    if guided:
+    condition, fed = backbone.encode_condition(prepared), windows
+    if scales_NS is not None:
         drop = torch.ones(len(windows), dtype=torch.bool, device=windows.device)
         condition = Condition.cat([condition, backbone.encode_condition(prepared, drop)])
         fed = torch.cat([windows, windows])
     d_RNsD = model.decode_slots(model.hidden(condition, fed, stride=stride))[:, :, :stride]
-    codes = fed[:, :, :stride]
-    work = partial(_score, model, sampling.by_sub_token(codes.shape[-1]))
     size = model.windows_at_once(stride)
-    scales = None if scales_NS is None else scales_NS.split(size)
-    parts = []
-    for i, piece in enumerate(zip(d_RNsD.split(size, 1), codes.split(size, 1), strict=True)):
-        inputs = (*piece, None if scales is None else scales[i])
-        if torch.is_grad_enabled():  # the logits are the most of what it would keep
-            parts.append(checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(work(*inputs))
-    log_p, entropy = (torch.cat(found, 1) for found in zip(*parts, strict=True))
-    valid = geometry.valid(windows.device)[:, :stride]
-    return CodeScores(log_p * valid, entropy * valid, valid)
+    for at in range(0, d_RNsD.shape[1], size):
+        now = slice(at, at + size)
+        scales = None if scales_NS is None else scales_NS[now]
+        yield d_RNsD[:, now], fed[:, now, :stride], scales
+
+
+def _log_distributions(
+    model: TensorAR,
+    sampling: SamplingConfig,
+    d_RnsD: Tensor,
+    codes_RnsS: Tensor,
+    scales_nS: Tensor | None,
+) -> Iterator[Tensor]:
+    """Of each sub-token, [B, n, s, V]."""
+    settings = sampling.by_sub_token(codes_RnsS.shape[-1])
+    heads = model.backbone.all_heads(d_RnsD, codes_RnsS)
+    for sub, ((x, head), own) in enumerate(zip(heads, settings, strict=True)):
+        logits = head(x).float()
+        if scales_nS is not None:
+            cond, null = logits.chunk(2)
+            scale = scales_nS[:, sub, None, None]
+            logits = torch.where(scale == 1, cond, null + (cond - null) * scale)
+        yield (logits / own.temperature).log_softmax(-1)
 
 
 def _score(
-    model: TensorAR, settings: tuple, d_RnsD: Tensor, codes_RnsS: Tensor, scales_nS: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [B, n, s] of codes."""
-    log_p: Tensor | float = 0.0
-    entropy: Tensor | float = 0.0
-    heads = model.backbone.all_heads(d_RnsD, codes_RnsS)
-    for sub, ((x, head), own) in enumerate(zip(heads, settings, strict=True)):
-        logits, codes = head(x).float(), codes_RnsS[..., sub, None]
-        if scales_nS is not None:
-            (cond, null), codes = logits.chunk(2), codes.chunk(2)[0]
-            scale = scales_nS[:, sub, None, None]
-            logits = torch.where(scale == 1, cond, null + (cond - null) * scale)
-        every = (logits / own.temperature).log_softmax(-1)
-        log_p = log_p + every.gather(-1, codes)[..., 0]
+    model: TensorAR,
+    sampling: SamplingConfig,
+    d_RnsD: Tensor,
+    codes_RnsS: Tensor,
+    scales_nS: Tensor | None,
+    against: Distributions | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy and divergence [B, n, s] of codes."""
+    log_p, entropy, divergence = [], [], []
+    found = _log_distributions(model, sampling, d_RnsD, codes_RnsS, scales_nS)
+    for sub, every in enumerate(found):
+        log_p.append(every.gather(-1, codes_RnsS[: len(every), ..., sub, None])[..., 0])
+        if against is not None:
+            divergence.append((against[sub].exp() * (against[sub] - every)).sum(-1))
         with torch.no_grad():
-            entropy = entropy - (every.exp() * every).sum(-1)
-    assert isinstance(log_p, Tensor) and isinstance(entropy, Tensor), "a code has a sub-token"
-    return log_p, entropy
+            entropy.append(-(every.exp() * every).sum(-1))
+    zero = torch.zeros_like(entropy[0])
+    return sum(log_p, zero), sum(entropy, zero), sum(divergence, zero)
 
 
 # -- advantages ------------------------------------------------------------------------------------
@@ -126,8 +179,10 @@ class DrawnBatch:
     """fp32 [B]"""
     share: Tensor
     """fp32 [B]: of the batch's loss; 0 for an image of a group that is left out."""
-    start: Tensor
-    """fp32 [B, N, s]: log-probabilities by the model that the run started from."""
+    start: Tensor | Distributions
+    """fp32 [B, N, s]: log-probabilities by the model that the run started from; whole distributions
+    where that one is asked as it draws in another way.
+    """
     before: Tensor | None = None
     """The same by the model that drew; None where that is the model that learns now."""
 
@@ -141,8 +196,9 @@ class PolicyLoss(nn.Module):
 
     Of each code min(r A, clip(r) A) - kl (exp(d) - d - 1), where r is the ratio of its
     probabilities now and when it was drawn, A its image's advantage, and d = log p_start - log p
-    (an estimate of the divergence that is never negative). Mean over the codes, and over the images
-    that are not left out.
+    (an estimate of the divergence that is never negative). Where the start is asked for whole
+    distributions q, it is their divergence sum q (log q - log p) itself. Mean over the codes, and
+    over the images that are not left out.
     """
 
     def __init__(self, model: TensorAR, sampling: SamplingConfig, *, clip: float, kl: float):
@@ -151,13 +207,17 @@ class PolicyLoss(nn.Module):
         self.clip, self.kl = clip, kl
 
     def forward(self, batch: DrawnBatch) -> tuple[Tensor, Tensor]:
-        found = score_codes(self.model, batch.prepared, batch.windows, self.sampling)
+        start = batch.start
+        against = None if isinstance(start, Tensor) else start
+        found = score_codes(self.model, batch.prepared, batch.windows, self.sampling, against)
         log_p = found.log_p
         ratio = (log_p - (log_p.detach() if batch.before is None else batch.before)).exp()
         gain = batch.advantage[:, None, None]
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
-        behind = (batch.start - log_p) * found.valid
-        kl = behind.exp() - behind - 1
+        kl = found.divergence
+        if isinstance(start, Tensor):
+            behind = (start - log_p) * found.valid
+            kl = behind.exp() - behind - 1
         each = self.kl * kl - torch.minimum(ratio * gain, clipped * gain)
         per_image = (each * found.valid).sum((1, 2)) / found.valid.sum()
         loss = (per_image * batch.share).sum()

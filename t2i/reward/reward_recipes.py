@@ -31,6 +31,19 @@ def recipes() -> RewardRecipes:
     """By name; every option can be changed on the command line."""
     llamagen, janus = llamagen_recipes.recipes(), janus_recipes.recipes()
     shapes = _on_shapes(llamagen["shapes-control"][1], "shapes-reward", rate=1e-4)
+    guided = replace(
+        _on_shapes(llamagen["shapes-control"][1], "shapes-guided", rate=3e-4),
+        batch_size=32,
+        steps=200,
+        ema=0.0,
+    )
+    guided = replace(
+        guided,
+        optim=replace(guided.optim, warmup_steps=10, backbone_falls=True),
+        reward=replace(
+            guided.reward, functions=(), group=2, kl=1.0, start_cfg_scale=4.0, start_temperature=0.7
+        ),
+    )
     tiny_janus = _on_shapes(janus["shapes-janus-control"][1], "shapes-janus-reward", rate=3e-4)
     janus_1b = replace(
         _real(janus["janus-pro-1b-control"][1], "janus-pro-1b-reward", rate=3e-5),
@@ -40,6 +53,7 @@ def recipes() -> RewardRecipes:
     janus_1b = replace(janus_1b, backbone=replace(janus_1b.backbone, generation_only=False))
     xl = _real(llamagen["t2i-xl-256-control"][1], "t2i-xl-256-reward", rate=1e-6)
     return {
+        "shapes-guided": ("offline shapes world: guidance built in, nothing rewarded", guided),
         "shapes-reward": ("offline shapes world: GenEval as the teacher", shapes),
         "shapes-janus-reward": ("offline shapes world, tiny Janus: adapters", tiny_janus),
         "janus-pro-1b-reward": ("Janus-Pro 1B: adapters, GenEval as the teacher", janus_1b),

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,16 @@ from t2i.generation import Drawn, draw_images
 from t2i.imaging import grid, save_png
 from t2i.reward.options import RewardConfig
 from t2i.reward.panel import Panel, RewardError
-from t2i.reward.policy import SUMS, DrawnBatch, PolicyLoss, Start, advantages, score_codes
+from t2i.reward.policy import (
+    SUMS,
+    Distributions,
+    DrawnBatch,
+    PolicyLoss,
+    Start,
+    advantages,
+    code_distributions,
+    score_codes,
+)
 from t2i.reward.prompts import training_prompts
 from t2i.reward.rewards import load_rewards
 from t2i.reward.watch import Watch, text_kl, together
@@ -53,18 +61,18 @@ class Round:
     """fp64, the weighted sums."""
     advantages_PG: Tensor
     kept_P: Tensor
-    """Which groups are learned from."""
+    """Which groups have a spread."""
 
 
 class RewardRun(loop.Run):
     """See `t2i.training.loop.Run`."""
 
-    shown: ClassVar[str] = "reward/mean"
     config: RewardConfig
 
     def __init__(self, config: RewardConfig):
         processes, options = start_processes(), config.reward
         self.pool = training_prompts(options, config.seed)
+        self.shown = "reward/mean" if options.functions else "policy/kl"
         names = dict.fromkeys((*options.functions, *options.watch))
         device = torch.device("cpu") if options.workers else processes.device
         rewards = load_rewards(tuple(names), options, device)
@@ -148,7 +156,8 @@ class RewardRun(loop.Run):
         shares = together(self.processes, lambda: self.panel.judge_all(images, asked))
         values = {name: [v for share in shares for v in share[name]] for name in shares[0]}
         self.panel.look(values, [entry["prompt"] for entry in entries])
-        total = torch.tensor(self.panel.total(values), dtype=torch.float64)
+        summed = self.panel.total(values) or [0.0] * self.config.batch_size  # nothing is rewarded
+        total = torch.tensor(summed, dtype=torch.float64)
         rewards = total.view(len(entries), self.config.reward.group)
         found = advantages(rewards, by_spread=self.config.reward.by_spread)
         return Round(entries, mine, drawn, values, rewards, *found)
@@ -165,16 +174,23 @@ class RewardRun(loop.Run):
         # DeepSpeed takes the mean over all passes of all processes, each of which has as many, with
         # images or without: what comes of it is the mean over the images kept.
         count = config.batch_size // config.engine.micro_batch
-        kept = found.kept_P[image[:, 0]].float()
-        share = kept * count / max(1, int(found.kept_P.sum()) * config.reward.group)
+        teacher = config.reward.teacher
+        # A guided start has something to say of every image, whatever its reward.
+        kept_P = found.kept_P if teacher is None else torch.ones_like(found.kept_P)
+        kept = kept_P[image[:, 0]].float()
+        share = kept * count / max(1, int(kept_P.sum()) * config.reward.group)
         for rows in kept.nonzero()[:, 0].tensor_split(count // self.processes.world_size):
             rows = rows if len(rows) else torch.tensor([0])
             of = image[rows, 0].to(device)
             own = {name: value.to(device)[of] for name, value in prepared.items()}
             drawn = windows[rows].to(device)
             scored = (self.model, own, drawn, config.reward.sampling)
+            start: Tensor | Distributions
             with self.start.applied():
-                start = score_codes(*scored).log_p
+                if teacher is None:
+                    start = score_codes(*scored).log_p
+                else:
+                    start = code_distributions(*scored[:3], teacher)
             before = score_codes(*scored).log_p if config.reward.updates > 1 else None
             gain, part = gains[rows].to(device), share[rows].to(device)
             yield DrawnBatch(drawn, own, gain, part, start, before)
@@ -231,10 +247,14 @@ class RewardRun(loop.Run):
         return found
 
     def judged_by(self, metrics: dict[str, float]) -> float:
-        """The rewards on their own benchmarks, less is better; else the held-out loss."""
+        """The rewards on their own benchmarks (all that are watched, if nothing is rewarded), less
+        is better; else the held-out loss.
+        """
+        options = self.config.reward
+        weights = options.weighted() or dict.fromkeys(options.watch, 1.0)
         scores = [
             weight * metrics[f"watch/{watched}"]
-            for name, weight in self.config.reward.weighted().items()
+            for name, weight in weights.items()
             for watched in dict.fromkeys((name.removesuffix("-soft"), name))
             if f"watch/{watched}" in metrics
         ]

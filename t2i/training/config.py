@@ -16,7 +16,7 @@ import tyro
 from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
 from t2i.model_options import BaseOptions
-from t2i.sampling import SamplingOverrides, check_counts, check_seed
+from t2i.sampling import SamplingConfig, SamplingOverrides, check_counts, check_seed
 from t2i.tensorar.method import TensorARConfig
 from t2i.tuning import LoRAConfig, Tuning
 
@@ -263,6 +263,10 @@ class TrainConfig:
     """Go on from the newest complete checkpoint in run_dir."""
     check: bool = False
     """Look at data, model and settings, print what would happen, and train nothing."""
+
+    def drawn_with(self, own: SamplingConfig) -> SamplingConfig:
+        """How the checkpoint draws by default, of the model's own settings."""
+        return self.sampling.apply(own)
 
     def __post_init__(self):
         engine = self.engine

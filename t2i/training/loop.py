@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ BEST_BY = "validation/own_drafts/slot0"
 class Run:
     """A run in progress: everything that the steps share."""
 
-    shown: ClassVar[str] = "train/loss"
+    shown = "train/loss"
     """The metric beside the bar."""
 
     def __init__(self, config: TrainConfig):

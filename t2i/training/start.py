@@ -73,7 +73,7 @@ def build_model(
     backbone.gradient_checkpointing = config.engine.gradient_checkpointing
     backbone.compile_blocks = config.engine.compile
     model.recompute_codec = config.engine.codec_checkpointing
-    model.sampling = config.sampling.apply(model.sampling)
+    model.sampling = config.drawn_with(model.sampling)
     check_sampling(model, model.sampling)  # before the first sheet, which may come after hours
     model.trained = trained_parts(config.tuning, config.train_image_layers)
     return model
