@@ -31,7 +31,6 @@ from t2i.errors import UserError
 from t2i.files import owning, read_json, write_json
 from t2i.reward import reward_recipes
 from t2i.reward.options import RewardConfig
-from t2i.sampling import SamplingOverrides
 from t2i.training.config import DataOptions, TrainConfig
 
 _ONE_WAY = {
@@ -40,14 +39,14 @@ _ONE_WAY = {
     "reward.tasks": ("two_object", "counting", "colors", "position", "color_attr"),
 }
 """The first grid's settings, of which each other one changes something."""
-_AS_USED = SamplingOverrides(cfg_scale=2.5, top_p=0.95)
+_AS_USED = {"sampling.cfg_scale": 2.5, "sampling.top_p": 0.95}
 """The base's own settings, which guided scores are drawn with."""
 SUPERVISED = "supervised"
 GRIDS: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {"recipe": {}, SUPERVISED: {}},
     "guided": {
-        "guided": {"base": "shapes-guided", "sampling": _AS_USED},
-        "guided, then rewarded": {"after": "guided", "reward.kl": 0.0, "sampling": _AS_USED},
+        "guided": _AS_USED | {"base": "shapes-guided"},
+        "guided, then rewarded": _AS_USED | {"after": "guided", "reward.kl": 0.0},
         SUPERVISED: {},
     },
     "ways": {
