@@ -26,3 +26,18 @@ def test_runs_are_scored_alike_and_go_on(tiny_world, tmp_path):
     table = collect(taught)
     assert "| recipe | 0 | 2 |" in table and f"| {SUPERVISED} | 0 | 1 |" in table
     assert (tmp_path / "scores.svg").is_file() and (tmp_path / "rewards.svg").is_file()
+
+
+@pytest.mark.slow
+def test_a_setting_goes_on_where_another_ended(tiny_world, tmp_path):
+    """With its time and scores, from its weights."""
+    common = {"out": tmp_path, "grid": "guided", "weights": str(tiny_world / "base")}
+    common |= {"images": 192, "prompts": 1, "samples": 1, "every": 1e-6}
+    run_one(RewardGrid(**common, minutes=1e-6, one="guided"))
+    first = read_json(tmp_path / "guided-seed0.json")
+    run_one(RewardGrid(**common, minutes=first["minutes"] + 1e-6, one="guided, then rewarded"))
+    then = read_json(tmp_path / "guided--then-rewarded-seed0.json")
+    assert first["steps"] == then["steps"] == 1 and then["minutes"] > first["minutes"]
+    assert then["scores"][:2] == first["scores"] and len(then["scores"]) == 3
+    config = read_json(tmp_path / "work" / "guided--then-rewarded-seed0" / "config.json")
+    assert "guided-seed0" in config["backbone"]["weights"]
