@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -203,10 +204,10 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program: a user's mistake (UserError), too little memory, Ctrl-C, SIGTERM and a closed
-    terminal end in a message alone.
+    """Run a program: a user's mistake (UserError), Ctrl-C, SIGTERM and a closed terminal end in a
+    message alone.
 
-    Anything else keeps its traceback.
+    Anything else keeps its traceback; where memory was too small, advice comes below it.
     """
     try:
         # SIGTERM and a closed terminal end like Ctrl-C; a training run has handlers of its own.
@@ -220,6 +221,7 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if (words := _no_memory(error)) is None:
             raise
+        traceback.print_exc()
         print(f"error: {words}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:

@@ -65,8 +65,8 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "no pull": _ONE_WAY | {"reward.kl": 0.0},
     },
 }
-"""By name: settings by name, each options that differ from the recipe ("base" names another one).
-After: it goes on from where that setting's run of the same seed ended.
+"""By name: settings by name, each options that differ from the recipe. "base" names another recipe,
+with its own steps; "after" the setting whose run of the same seed is gone on with.
 """
 _KEPT = ("reward/", "policy/", "train/", "seconds/")
 
@@ -96,7 +96,7 @@ class RewardGrid:
     every: float = 10.0
     """Minutes from scores to scores."""
     steps: int = 100_000
-    """At most."""
+    """At most; a setting with a recipe of its own has that one's."""
     prompts: int = 20
     """Of each task, that score a model."""
     samples: int = 4
@@ -149,7 +149,7 @@ def configured(options: RewardGrid) -> TrainConfig:
     weights = options.weights or config.backbone.weights
     if options.one == SUPERVISED:
         config = replace(recipes_for(DataOptions)[options.control][1], steps=options.steps)
-    elif first := GRIDS[options.grid][options.one].get("after"):
+    elif first := _before(options, options.one):
         weights = str(find_checkpoint(_work(options, first)))
     return replace(
         config,
@@ -185,9 +185,9 @@ def run_one(options: RewardGrid) -> None:
             changes = GRIDS[options.grid][options.one]
             found = {"setting": options.one, "changes": changes, "seed": options.seed}
             found |= {"steps": 0, "minutes": 0.0, "batch_size": config.batch_size, "rows": []}
-            if first := changes.get("after"):
-                before = read_json(options.out / f"{_name(first, options.seed)}.json")
-                found |= {key: before[key] for key in ("minutes", "scores")}
+            if first := _before(options, options.one):
+                earlier = read_json(options.out / f"{_name(first, options.seed)}.json")
+                found |= {key: earlier[key] for key in ("minutes", "scores")}
             else:
                 found["scores"] = [_start_scores(options, score)]
             write_json(path, found)
@@ -217,6 +217,11 @@ def _start_scores(options: RewardGrid, score: "Scorer") -> dict:
         save_png(sheet, options.out / "start.png")
         write_json(path, scores)
     return read_json(path)
+
+
+def _before(options: RewardGrid, setting: str) -> str | None:
+    """The setting whose run this one's goes on from, if any."""
+    return GRIDS[options.grid][setting].get("after")
 
 
 def _work(options: RewardGrid, setting: str) -> Path:
@@ -284,7 +289,10 @@ def run_all(options: RewardGrid) -> None:
     failed = []
     with owning(options.out, "grid of rewards"):
         while waiting or running:
-            ready = [job for job in waiting if (_after(options, *job)) not in (*waiting, *running)]
+            busy = {*waiting, *running}
+            ready = [
+                (name, seed) for name, seed in waiting if (_before(options, name), seed) not in busy
+            ]
             for name, seed in ready[: options.processes - len(running)]:
                 waiting.remove((name, seed))
                 running[name, seed] = _start(options, name, seed)
@@ -297,11 +305,6 @@ def run_all(options: RewardGrid) -> None:
         print(collect(options))
     if failed:
         raise UserError(f"{len(failed)} runs failed: {failed}; see {options.out}/*.log")
-
-
-def _after(options: RewardGrid, name: str, seed: int) -> tuple[str | None, int]:
-    """The run that this one goes on from, if any."""
-    return GRIDS[options.grid][name].get("after"), seed
 
 
 def _start(options: RewardGrid, name: str, seed: int) -> subprocess.Popen:

@@ -1,7 +1,7 @@
 """The settings of reward fine-tuning, on top of those of any training run. Without torch."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -82,7 +82,7 @@ class RewardOptions:
     def __post_init__(self):
         if not self.functions and (self.teacher is None or not self.kl):
             raise UserError(
-                f"reward.functions is empty, so nothing would be learned: name one of "
+                "reward.functions is empty, so nothing would be learned: name one of "
                 f"{', '.join(BUILT_IN)}, or learn a guided start (reward.start_cfg_scale, reward.kl)"
             )
         for name in self.functions:
@@ -178,11 +178,7 @@ class RewardConfig(TrainConfig):
     def drawn_with(self, own: SamplingConfig) -> SamplingConfig:
         """As it was learned, where guidance was: to guide again would apply it twice."""
         if self.reward.teacher is not None:
-            learned = self.reward.sampling
-            changes = {
-                n: getattr(learned, n) for n in ("cfg_scale", "temperature", "top_k", "top_p")
-            }
-            own = replace(own, **changes, cfg_interval=learned.cfg_interval, cfg_power=0.0)
+            own = self.reward.sampling
         return super().drawn_with(own)
 
     @property

@@ -12,11 +12,10 @@ Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, 
 final slots of a window, S sub-tokens, V vocabulary; P prompts, G images of each.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +60,9 @@ def score_codes(
     them: teacher-forced, with guidance by two passes as in drawing.
     """
     geometry, work = drawn_windows(model, sampling), partial(_score, model, sampling)
-    size, parts = model.windows_at_once(geometry.stride), []
-    compared: Iterable = repeat(None)
-    if against is not None:
-        compared = zip(*(every.split(size, 1) for every in against), strict=True)
-    pieces = _decoded(model, prepared, windows, sampling)
-    for piece, others in zip(pieces, compared, strict=False):
+    parts = []
+    for now, piece in _decoded(model, prepared, windows, sampling):
+        others = None if against is None else tuple(every[:, now] for every in against)
         if torch.is_grad_enabled():  # the logits are the most of what it would keep
             found = checkpoint(work, *piece, others, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -83,15 +79,15 @@ def code_distributions(
 ) -> Distributions:
     """Whole log-distributions of what `score_codes` scores."""
     pieces = _decoded(model, prepared, windows, sampling)
-    parts = [tuple(_log_distributions(model, sampling, *piece)) for piece in pieces]
+    parts = [tuple(_log_distributions(model, sampling, *piece)) for _, piece in pieces]
     return tuple(torch.cat(subs, 1) for subs in zip(*parts, strict=True))
 
 
 def _decoded(
     model: TensorAR, prepared: dict[str, Tensor], windows: Tensor, sampling: SamplingConfig
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Final slots' hidden states [R, n, s, D], codes [R, n, s, S] and guidance [n, S], so many
-    windows at once that their logits fit.
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor | None]]]:
+    """So many windows at once that their logits fit: which, and of their final slots the hidden
+    states [R, n, s, D], codes [R, n, s, S] and guidance [n, S].
     """
     backbone, stride = model.backbone, drawn_windows(model, sampling).stride
     scales_NS = guidance_table(model, sampling)
@@ -105,7 +101,7 @@ def _decoded(
     for at in range(0, d_RNsD.shape[1], size):
         now = slice(at, at + size)
         scales = None if scales_NS is None else scales_NS[now]
-        yield d_RNsD[:, now], fed[:, now, :stride], scales
+        yield now, (d_RNsD[:, now], fed[:, now, :stride], scales)
 
 
 def _log_distributions(
