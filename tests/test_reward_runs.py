@@ -200,7 +200,7 @@ def test_guidance_is_learned_without_any_reward(tiny_world, monkeypatch):
     drawn_with = t2i.from_pretrained(learn(config)).sampling
     assert (drawn_with.cfg_scale, drawn_with.temperature, drawn_with.top_p) == (1.0, 1.0, 0.9)
     rows = metrics(tiny_world, "guided")
-    assert [row["reward/mean"] for row in rows] == [0.0] * len(rows)
+    assert not any(name.startswith("reward/") for name in rows[-1])
     assert rows[-1]["policy/kl"] < rows[0]["policy/kl"]
 
 

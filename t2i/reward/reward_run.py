@@ -64,6 +64,17 @@ class Round:
     """Which groups have a spread."""
 
 
+def _reward_metrics(found: Round) -> dict[str, float]:
+    rewards = found.rewards_PG
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std(correction=0)),
+        "reward/group_std": float(rewards.std(1, correction=0).mean()),
+        **{f"reward/by/{name}": sum(v) / len(v) for name, v in found.values.items()},
+        "reward/dropped_groups": 1 - float(found.kept_P.double().mean()),
+    }
+
+
 class RewardRun(loop.Run):
     """See `t2i.training.loop.Run`."""
 
@@ -121,11 +132,7 @@ class RewardRun(loop.Run):
         names = ("drawing", "judging", "learning")
         means = dict(zip(SUMS, (totals / totals[-1]).tolist(), strict=True))
         return {
-            "reward/mean": float(found.rewards_PG.mean()),
-            "reward/std": float(found.rewards_PG.std(correction=0)),
-            "reward/group_std": float(found.rewards_PG.std(1, correction=0).mean()),
-            **{f"reward/by/{name}": sum(v) / len(v) for name, v in found.values.items()},
-            "reward/dropped_groups": 1 - float(found.kept_P.double().mean()),
+            **(_reward_metrics(found) if config.reward.functions else {}),
             **{f"policy/{name}": means[name] for name in SUMS[1:-1]},
             "train/loss": means["loss"],
             **{f"lr/{part}": rate for part, rate in rates.items()},
