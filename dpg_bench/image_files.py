@@ -19,6 +19,7 @@ from PIL import Image
 
 from dpg_bench.score import IMAGES_PER_PROMPT
 from t2i.errors import UserError, shorten
+from t2i.evaluation.evaluation_options import Scope
 from t2i.evaluation.generation_folder import (
     Inventory,
     load_image,
@@ -26,7 +27,6 @@ from t2i.evaluation.generation_folder import (
     sample_file,
     write_prompt,
 )
-from t2i.evaluation.options import Scope
 from t2i.evaluation.runner import claim_output, look_at_names
 from t2i.fields import read_object
 from t2i.files import file_sha256, write_json

@@ -18,7 +18,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.evaluation.options import BenchmarkOptions, CompareOptions, parse
+from t2i.evaluation.evaluation_options import BenchmarkOptions, CompareOptions, parse
 from t2i.sampling import check_counts
 
 

@@ -18,7 +18,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.lab.long_grid import LongGrid, do_what_is_left, planned
-from launch.lab.results import over_seeds, results
+from launch.lab.result_lines import over_seeds, results
 from t2i import cli
 from t2i.evaluation.results import markdown_table
 from t2i.files import write_text

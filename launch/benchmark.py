@@ -44,7 +44,7 @@ Dtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class SpeedBenchmark:
     """What to measure."""
 
     what: tyro.conf.Positional[tuple[What, ...]] = ("sampling", "training")
@@ -102,16 +102,16 @@ class Benchmark:
             raise UserError(f"images={self.images} must be numbers of at least 1")
 
 
-def groups(config: Benchmark, device: "torch.device", machine: "Machine") -> Iterator[tuple]:
+def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -> Iterator[tuple]:
     """(kind of rows, what it is, function that measures it) in order."""
-    from launch.measure import sampling, scaling, training
+    from launch.measure import scaling, timed_sampling, timed_training
     from t2i.sampling import Speed
 
     if "sampling" in config.what:
         usual = ("graphs", "eager") if device.type == "cuda" else ("eager",)
         speeds: tuple[Speed, ...] = config.speeds or usual  # type: ignore[assignment]
         for shape, dtype, images in product(config.shapes, config.dtypes, config.images):
-            group = sampling.Group(
+            group = timed_sampling.Group(
                 shape,
                 dtype,
                 images,
@@ -124,14 +124,14 @@ def groups(config: Benchmark, device: "torch.device", machine: "Machine") -> Ite
                 config.top_k,
                 config.llamagen,
             )
-            work = partial(sampling.measure, group, device, machine, memory=config.memory)
+            work = partial(timed_sampling.measure, group, device, machine, memory=config.memory)
             yield "sampling", f"{shape}, {dtype}, {images} images", work
         for shape, images in product(config.shapes, config.images if config.decode else ()):
-            row = partial(sampling.decode_row, shape, images, device, config.rounds)
+            row = partial(timed_sampling.decode_row, shape, images, device, config.rounds)
             yield "decoding", f"{shape}, {images} images", lambda row=row: [row()]
     if "training" in config.what:
         for shape, dtype in product(config.shapes, config.dtypes):
-            steps = training.TrainingGroup(
+            steps = timed_training.TrainingGroup(
                 shape,
                 dtype,
                 config.batch,
@@ -141,7 +141,7 @@ def groups(config: Benchmark, device: "torch.device", machine: "Machine") -> Ite
                 config.rounds,
                 config.compiled,
             )
-            work = partial(training.measure, steps, device, machine, memory=config.memory)
+            work = partial(timed_training.measure, steps, device, machine, memory=config.memory)
             yield "training", f"{shape}, {dtype}, batch {config.batch}", work
     if "scaling" in config.what:
         for name, points in scaling.points(scaling.Point()).items():
@@ -153,7 +153,7 @@ def groups(config: Benchmark, device: "torch.device", machine: "Machine") -> Ite
             )
 
 
-def _peers(config: Benchmark) -> tuple[str, ...]:
+def _peers(config: SpeedBenchmark) -> tuple[str, ...]:
     from launch.measure.peers import PEERS, check_llamagen
 
     if config.llamagen is not None:
@@ -169,8 +169,8 @@ def _peers(config: Benchmark) -> tuple[str, ...]:
 
 
 def main() -> None:
-    config = cli.parse(Benchmark, __doc__)
-    from launch.measure import report, roofline, sampling
+    config = cli.parse(SpeedBenchmark, __doc__)
+    from launch.measure import benchmark_report, roofline, timed_sampling
     from launch.measure.shapes import check_shapes
     from t2i.files import writable_file
     from t2i.loading import pick_device
@@ -189,15 +189,15 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     command = shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]])
     dtypes: dict[str, torch.dtype] = {
-        k: v for k, v in sampling.DTYPES.items() if k in config.dtypes
+        k: v for k, v in timed_sampling.DTYPES.items() if k in config.dtypes
     }
     machine = roofline.known(device, dtypes, config.bandwidth, config.tflops)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()}
     results: dict = {
-        "about": report.about(device, command),
+        "about": benchmark_report.about(device, command),
         "settings": settings,
         "machine": asdict(machine),
-        "notes": report.NOTES,
+        "notes": benchmark_report.NOTES,
         "rows": {},
     }
     begun = time.time()
@@ -213,9 +213,9 @@ def main() -> None:
         _add(results["rows"], kind, found)
         results["machine"] = asdict(machine)
         if stem is not None:
-            report.write(results, stem)
-    print(report.markdown(results))
-    if stem is not None and not report.plot(results, stem.with_suffix(".svg")):
+            benchmark_report.write(results, stem)
+    print(benchmark_report.markdown(results))
+    if stem is not None and not benchmark_report.plot(results, stem.with_suffix(".svg")):
         log.info("no plot: matplotlib is not installed")
 
 

@@ -33,7 +33,7 @@ class ExportProgram(ExportOptions):
 
 def main() -> None:
     config = cli.parse(ExportProgram, __doc__, main=_MAIN)
-    from t2i.export import export, is_exported, prepare_upload, push_to_hub
+    from t2i.export_folder import export, is_exported, prepare_upload, push_to_hub
 
     repo = config.push_to_hub
     done = repo is not None and is_exported(config.ckpt, config.out)

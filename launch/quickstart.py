@@ -122,7 +122,7 @@ def scores_of(model, name: str, metadata: list[dict], config: Quickstart) -> dic
     """GenEval by `geneval/run.py`'s own code, with files and gallery: its scores by name."""
     from geneval.detectors import load_detector
     from geneval.geneval_benchmark import GenEval
-    from t2i.evaluation.options import Scope
+    from t2i.evaluation.evaluation_options import Scope
     from t2i.evaluation.runner import evaluate
     from t2i.sampling import DrawOptions
 

@@ -126,7 +126,7 @@ class Stages:
     def run(self) -> list[str]:
         """All that is asked for and not done; returns the stages that failed."""
         from t2i.files import write_json, write_text
-        from t2i.rehearsal.report import summary, table
+        from t2i.rehearsal.rehearsal_report import summary, table
 
         config, failed = self.config, []
         of_kind = OF_JUDGES if config.model in JUDGES else set(STAGES) - set(OF_JUDGES[1:])
@@ -156,7 +156,7 @@ class Stages:
     def _measure(self, name: str) -> dict:
         from t2i.checkpoint import run_checkpoints
         from t2i.rehearsal.measured import run_measured
-        from t2i.rehearsal.report import predictions
+        from t2i.rehearsal.rehearsal_report import predictions
 
         kind, _, tuning = name.partition("-")
         place = {"write": self.base, "export": self.export}.get(kind)

@@ -95,7 +95,7 @@ def main() -> None:
     wheres = [model.check() for model in models]
     from t2i.evaluation.draw import check_prompts
     from t2i.evaluation.generation_folder import prompt_folder
-    from t2i.evaluation.review import COLUMNS, check_columns, open_column, write_review
+    from t2i.evaluation.review_page import COLUMNS, check_columns, open_column, write_review
 
     places = [config.out / COLUMNS / name for name in _place_names(models)]
     folders = [*places, *config.images]
@@ -132,7 +132,7 @@ def _place_names(models: Sequence[DrawingModelOptions]) -> list[str]:
 def _entries(config: ReviewConfig) -> list[dict]:
     """The prompts that were given, or else those of the first images."""
     from t2i.evaluation.generation_folder import read_prompts
-    from t2i.evaluation.review import open_column
+    from t2i.evaluation.review_page import open_column
 
     if config.prompt or config.prompt_file or not config.images:
         return read_prompts(config.prompt, config.prompt_file)

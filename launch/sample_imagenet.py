@@ -23,7 +23,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.evaluation.options import ClassImages
+from t2i.evaluation.evaluation_options import ClassImages
 from t2i.model_options import DrawingModelOptions
 
 _MAIN = (

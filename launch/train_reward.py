@@ -15,7 +15,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.reward import reward_recipes
-from t2i.reward.options import RewardConfig
+from t2i.reward.reward_options import RewardConfig
 from t2i.training.recipes import run_recipe
 
 _MAIN_OPTIONS = (
@@ -38,7 +38,7 @@ def train(config: RewardConfig) -> Path:
 
 def check(config: RewardConfig, world_size: int) -> str:
     """What --check prints."""
-    from t2i.reward.check import check as look
+    from t2i.reward.reward_check import check as look
 
     return look(config, world_size)
 

@@ -27,7 +27,7 @@ from t2i import __version__
 from t2i.errors import UserError
 from t2i.fields import from_json, read_object
 from t2i.files import nearest_path, replacing_folder, write_json
-from t2i.loading import attach, load_backbone, load_source, pick_device
+from t2i.loading import attach, load_source, pick_device
 from t2i.lora import load_adapter, plain_weights, save_adapter
 from t2i.manifest import MANIFEST, DamagedError, check_files, write_manifest
 from t2i.models.base import Backbone
@@ -35,6 +35,7 @@ from t2i.models.families import find_family
 from t2i.sampling import SamplingConfig
 from t2i.sources import (
     BackboneSource,
+    base_files,
     beside,
     family_of,
     moved,
@@ -342,7 +343,6 @@ def load_stored_backbone(
     return backbone
 
 
-# More than seven arguments: a notebook types one word each, where a group is a class to look up.
 def load_model(
     source: str | Path,
     *,
@@ -350,7 +350,6 @@ def load_model(
     base: str | Path | None = None,
     tokenizer: str | Path | None = None,
     text_encoder: str | Path | None = None,
-    text_encoder_dtype: str = "float32",
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
 ) -> TensorAR:
@@ -366,7 +365,6 @@ def load_model(
         base: where a checkpoint's base is now, if it moved (see `from_pretrained`).
         tokenizer: image tokenizer of a base, or where a checkpoint's is now.
         text_encoder: caption encoder of a base, or where a checkpoint's is now.
-        text_encoder_dtype: "float32" or "bfloat16", of a base's caption encoder.
         device: "auto" is a GPU where there is one, else the CPU.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
@@ -385,16 +383,19 @@ def load_model(
         )
     if base is not None:
         raise UserError(f"{source} is no checkpoint, so it has no other base: leave out base")
-    backbone = load_backbone(
-        family or family_of(source),
-        source,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        text_encoder_dtype=text_encoder_dtype,
-        generation_only=True,
-        device=device,
-        dtype=dtype,
+    family = family or family_of(source)
+    files = base_files(
+        family, source, tokenizer=tokenizer, text_encoder=text_encoder, generation_only=True
     )
+    return load_base(files, device, dtype)
+
+
+def load_base(
+    files: BackboneSource, device: torch.device | str, dtype: torch.dtype | str
+) -> TensorAR:
+    """A base by itself, to draw with (k = 1), in eval mode."""
+    device, dtype = pick_device(device, dtype)
+    backbone = load_source(files, device=device, dtype=dtype)
     return attach(backbone, TensorARConfig(k=1))
 
 

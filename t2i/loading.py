@@ -16,9 +16,9 @@ from t2i.published import remembered_sha256
 from t2i.sampling import SamplingConfig
 from t2i.sources import (
     BackboneSource,
+    base_files,
     check_named,
     expand_folder,
-    lasting,
     prove,
     resolve,
 )
@@ -72,17 +72,13 @@ def _check_gpu(name: str) -> None:
         )
 
 
-# More than seven arguments: a notebook types one word each, where a group is a class to look up.
 def load_backbone(
     family: str,
     source: str | Path,
     *,
     tokenizer: str | Path | None = None,
     text_encoder: str | Path | None = None,
-    text_encoder_dtype: str = "float32",
     config: Any | None = None,
-    grid: tuple[int, int] | None = None,
-    generation_only: bool = False,
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
 ) -> Backbone:
@@ -96,12 +92,9 @@ def load_backbone(
             checkpoints hold their own.
         text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image:
             google/flan-t5-xl).
-        text_encoder_dtype: "float32" or "bfloat16" (what LlamaGen's features were computed in),
-            whatever the backbone's is.
-        config: the family's config dataclass, for shapes that were never published.
-        grid: height and width in codes, where the file's name does not tell.
-        generation_only: leave out what drawing images does not need (Janus-Pro's understanding
-            tower and text head).
+        config: the family's config dataclass, for shapes that were never published; or the grid
+            alone, (height, width) in codes, where only that is missing: it is not in the weights,
+            and a renamed file does not tell.
         device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone:
             no file is fetched for a published name, and of a local one names and shapes are read.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
@@ -111,18 +104,18 @@ def load_backbone(
     """
     device, dtype = pick_device(device, dtype)
     wanted = find_family(family).backbone_class.config_type
-    if config is not None and not isinstance(config, wanted):
-        raise UserError(f"config must be a {wanted.__name__}, and is {config!r:.80}")
-    spec = BackboneSource(
-        family=family,
-        weights=lasting(source),
-        tokenizer=None if tokenizer is None else lasting(tokenizer),
-        text_encoder=None if text_encoder is None else lasting(text_encoder),
-        text_encoder_dtype=text_encoder_dtype,
-        config=None if config is None else asdict(config),
-        generation_only=generation_only,
-    )
-    return load_source(spec, grid=grid, dtype=dtype, device=device)
+    grid = config if isinstance(config, tuple) else None
+    if not (config is None or isinstance(config, wanted) or _is_grid(config)):
+        raise UserError(
+            f"config must be a {wanted.__name__}, or a grid (height, width), and is {config!r:.80}"
+        )
+    shape = asdict(config) if isinstance(config, wanted) else None
+    files = base_files(family, source, tokenizer=tokenizer, text_encoder=text_encoder, config=shape)
+    return load_source(files, grid=grid, dtype=dtype, device=device)
+
+
+def _is_grid(config: Any) -> bool:
+    return isinstance(config, tuple) and [type(size) for size in config] == [int, int]
 
 
 def load_source(
@@ -133,12 +126,15 @@ def load_source(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Load a `BackboneSource`.
+    """Load a `BackboneSource`: `load_backbone` for what checkpoints and programs say of a base.
 
     On the "meta" device a published size needs no file; what is not local of its tokenizer and text
     encoder is left out.
 
     Args:
+        source: also says how captions' features are computed (`text_encoder_dtype`: LlamaGen's were
+            in "bfloat16", whatever the backbone's type is), and whether to leave out what drawing
+            images does not need (`generation_only`: Janus-Pro's understanding tower and text head).
         weights: what replaces the weight file (fine-tuned weights of a checkpoint folder).
     """
     if source.text_encoder_dtype not in DTYPES:

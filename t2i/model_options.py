@@ -122,20 +122,24 @@ class ModelOptions:
 
     def load(self, device: "torch.device | str", dtype: "torch.dtype | str") -> "TensorAR":
         """The model in eval mode, without what drawing images does not need."""
-        from t2i.checkpoint import load_model
+        from t2i.checkpoint import load_base, load_model
+        from t2i.sources import base_files, family_of
 
         base = self.base
         assert self.source is not None, "check comes first"
-        model = load_model(
-            self.checkpoint or self.source,
-            family=base.family,
-            base=base.weights if self.ckpt is not None else None,
-            tokenizer=base.tokenizer,
-            text_encoder=base.text_encoder,
-            text_encoder_dtype=base.text_encoder_dtype,
-            device=device,
-            dtype=dtype,
-        )
+        if self.checkpoint is None and (self.ckpt is None or base.weights is None):
+            family = base.family or family_of(self.source)
+            given = asdict(base) | {"family": family, "weights": self.source}
+            model = load_base(base_files(**given, generation_only=True), device, dtype)
+        else:
+            model = load_model(
+                self.checkpoint or self.source,
+                base=base.weights,
+                tokenizer=base.tokenizer,
+                text_encoder=base.text_encoder,
+                device=device,
+                dtype=dtype,
+            )
         model.speed, model.speculate = self.speed, self.speculate
         frozen, spec = model.backbone.frozen, model.backbone.spec
         if frozen.tokenizer is None:

@@ -119,6 +119,24 @@ def lasting(source: str | Path) -> str:
     return str(Path(source).resolve() if Path(source).exists() else source)
 
 
+def base_files(
+    family: str,
+    weights: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    **settings: Any,
+) -> BackboneSource:
+    """The files of a base, each `lasting`, with the rest of a `BackboneSource`'s settings."""
+
+    def lasts(source: str | Path | None) -> str | None:
+        return None if source is None else lasting(source)
+
+    return BackboneSource(
+        family, lasting(weights), lasts(tokenizer), lasts(text_encoder), **settings
+    )
+
+
 def shipped_bases() -> list[str]:
     """Names of the base models in the package."""
     return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import t2i
 from launch.lab.soak_models import write_janus, write_llamagen
 from t2i.imaging import save_png
-from t2i.reward.options import RewardConfig, RewardOptions
+from t2i.reward.reward_options import RewardConfig, RewardOptions
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import (

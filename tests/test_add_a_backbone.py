@@ -14,7 +14,7 @@ from PIL import Image
 
 import t2i
 from t2i import models
-from t2i.export import export
+from t2i.export_folder import export
 from t2i.files import write_json
 from t2i.model_options import ExportOptions
 from t2i.models import families

@@ -13,8 +13,8 @@ from helpers import tiny_janus, tiny_llamagen, tiny_prepared
 from programs import program, refused
 
 from launch import benchmark
-from launch.measure import peers, roofline, sampling, scaling, training
-from launch.measure.memory import peak_gb
+from launch.measure import peers, roofline, scaling, timed_sampling, timed_training
+from launch.measure.peak_memory import peak_gb
 from launch.measure.peers import Task
 from launch.measure.shapes import outline
 from launch.measure.textbook import Textbook
@@ -172,8 +172,8 @@ def test_llamagen_is_imported_from_the_checkout_that_is_named(tmp_path, monkeypa
 # -- training --------------------------------------------------------------------------------------
 
 
-def training_group(*methods: str, **settings) -> training.TrainingGroup:
-    return training.TrainingGroup("tiny-class", "fp32", 2, methods, **settings)
+def training_group(*methods: str, **settings) -> timed_training.TrainingGroup:
+    return timed_training.TrainingGroup("tiny-class", "fp32", 2, methods, **settings)
 
 
 def test_it_trains_as_training_does(monkeypatch):
@@ -186,13 +186,13 @@ def test_it_trains_as_training_does(monkeypatch):
 
     monkeypatch.setattr(TensorAR, "own_draft_windows", record)
     for method in ("iclr2026", "tuned"):
-        training.OpenTraining(training_group(method), (method,), CPU).steps[method]()
+        timed_training.OpenTraining(training_group(method), (method,), CPU).steps[method]()
     assert passes == [1]
 
 
 def test_the_naive_loss_is_the_same_loss():
     group = training_group("iclr2026", naive=True)
-    steps = training.OpenTraining(group, group.names, CPU).steps
+    steps = timed_training.OpenTraining(group, group.names, CPU).steps
     own, naive = (steps[name] for name in ("iclr2026", "iclr2026 naive"))
     naive.codes = own.codes
     backbone = own.model.backbone
@@ -206,7 +206,7 @@ def test_the_naive_loss_is_the_same_loss():
 def test_a_step_changes_only_what_it_trains():
     """One optimizer serves all contenders of a group."""
     group = training_group("base", "iclr2026")
-    opened = training.OpenTraining(group, group.names, CPU)
+    opened = timed_training.OpenTraining(group, group.names, CPU)
     codec = {k: v.clone() for k, v in opened.models["iclr2026"].codec.state_dict().items()}
     backbone = [p.clone() for p in opened.models["base"].backbone.parameters()]
     opened.steps["base"]()
@@ -221,8 +221,8 @@ def test_a_step_changes_only_what_it_trains():
 
 
 def test_the_floor_is_weights_and_cache_over_bandwidth():
-    group = sampling.Group("tiny-class", "fp32", 2, ("base",), ("eager",), steps=8, rounds=2)
-    (row,) = sampling.measure(group, CPU, MACHINE)
+    group = timed_sampling.Group("tiny-class", "fp32", 2, ("base",), ("eager",), steps=8, rounds=2)
+    (row,) = timed_sampling.measure(group, CPU, MACHINE)
     backbone = outline("tiny-class")
     gpt, config = backbone.gpt, backbone.config
     tables = gpt.tok_embeddings.weight.numel() + gpt.cls_embedding.embedding_table.weight.numel()
@@ -319,7 +319,7 @@ def test_a_group_that_does_not_fit_is_a_row(tmp_path, monkeypatch):
     def full(group, *_, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sampling, "measure", full)
+    monkeypatch.setattr(timed_sampling, "measure", full)
     words = ("sampling", "--shapes", "tiny-class", "--bandwidth", "1", "--tflops", "1")
     program(benchmark, *words, "--out", tmp_path / "mine")
     (row,) = json.loads((tmp_path / "mine.json").read_text())["rows"]["sampling"]

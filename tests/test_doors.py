@@ -33,7 +33,7 @@ from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
 from t2i.evaluation.fid.image_sets import open_images, read_npz_array
 from t2i.evaluation.generation_folder import load_image
-from t2i.evaluation.review import open_column, write_review
+from t2i.evaluation.review_page import open_column, write_review
 from t2i.files import file_sha256
 from t2i.models.llamagen.t5_files import load_tokenizer
 from t2i.training.loop import train

@@ -26,8 +26,8 @@ from dpg_bench.dpg_benchmark import DPGBench
 from dpg_bench.questions import QuestionGraph
 from dpg_bench.score import format_scores, score
 from t2i.evaluation import draw, judging
+from t2i.evaluation.evaluation_options import Scope
 from t2i.evaluation.generation_folder import load_image, sample_file, write_prompt
-from t2i.evaluation.options import Scope
 from t2i.evaluation.results import table
 from t2i.evaluation.runner import evaluate
 from t2i.imaging import save_png

@@ -15,9 +15,9 @@ from PIL import Image
 from geneval.summary import by_prompt
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import paired_differences
+from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
-from t2i.evaluation.options import BenchmarkOptions, Scope
 from t2i.evaluation.results import Score, compare_folders
 from t2i.evaluation.runner import claim_output, evaluate
 from t2i.imaging import save_png

@@ -14,9 +14,9 @@ from runs import PROMPTS, write_tiny_base, write_tiny_janus
 
 import t2i
 from launch import export as program
-from t2i.evaluation.options import BenchmarkOptions
+from t2i.evaluation.evaluation_options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
-from t2i.export import export, model_card
+from t2i.export_folder import export, model_card
 from t2i.files import owning, write_json
 from t2i.lora import add_lora
 from t2i.model_options import ExportOptions
@@ -192,7 +192,7 @@ def test_upload_without_a_network(shapes_ckpt, tmp_path, capsys, monkeypatch):
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     manifest = json.loads((other / "manifest.json").read_text())
     monkeypatch.setattr(
-        "t2i.export.read_config", lambda f: json.loads((f / "config.json").read_text())
+        "t2i.export_folder.read_config", lambda f: json.loads((f / "config.json").read_text())
     )
     assert manifest and "exists; export to a new folder" in refused(
         program, capsys, "--ckpt", other, "--out", out, *push
@@ -200,7 +200,7 @@ def test_upload_without_a_network(shapes_ckpt, tmp_path, capsys, monkeypatch):
 
 
 def test_a_program_bug_keeps_its_traceback(monkeypatch):
-    from t2i.export import prepare_upload
+    from t2i.export_folder import prepare_upload
 
     def wrong(*args, **kwargs):
         raise KeyError("ours")

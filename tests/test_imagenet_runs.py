@@ -20,7 +20,7 @@ from launch import fid as fid_program
 from launch import sample_imagenet, train_imagenet
 from t2i import cli
 from t2i.evaluation.draw import draw_classes, sample_labels
-from t2i.evaluation.options import ClassImages
+from t2i.evaluation.evaluation_options import ClassImages
 from t2i.models.llamagen.llamagen_recipes import class_recipes
 from t2i.models.open_magvit2 import open_magvit2_recipes
 from t2i.models.rar import rar_recipes

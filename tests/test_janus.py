@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGenerati
 import t2i
 from launch.lab.text_drift import drift_of
 from t2i.generation import draw_images
+from t2i.loading import load_source
 from t2i.lora import add_lora, merge_lora, without_lora
 from t2i.models.base import LoadOptions
 from t2i.models.janus import janus_config
@@ -34,6 +35,7 @@ from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import BOS, PAD, JanusPrompts
 from t2i.sampling import DrawOptions
 from t2i.shapes.tiny_janus import build_tokenizer
+from t2i.sources import BackboneSource
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tuning import LoRAConfig
@@ -408,7 +410,9 @@ def test_published_sizes_need_no_files():
         }
         assert counts == {"language model": language, "image layers": image, "understanding": rest}
         assert count(backbone.tokenizer) == 71_883_403
-        small = t2i.load_backbone("janus", name, device="meta", generation_only=True)
+        small = load_source(
+            BackboneSource("janus", name, generation_only=True), device=torch.device("meta")
+        )
         assert small.left_out == rest and count(small) == language + image
         assert (backbone.spec.grid, backbone.spec.subvocabs) == ((24, 24), (16384,))
     assert set(janus_config.PUBLISHED.values()) == {"1B", "7B"}

@@ -26,7 +26,7 @@ from transformers import JanusForConditionalGeneration
 
 import t2i
 from launch import export, generate, train_janus
-from t2i.export import export as export_folder
+from t2i.export_folder import export as export_folder
 from t2i.lora import merge_lora
 from t2i.model_options import ExportOptions
 from t2i.models.janus import janus_weights

@@ -80,6 +80,7 @@ def test_generate_with_a_backbone_or_without_captions():
         (lambda: t2i.load_backbone("shapes", "shapes"), "unknown backbone family 'shapes'"),
         (lambda: t2i.load_backbone("rar", "shapes"), "holds a llamagen backbone, not rar"),
         (lambda: t2i.load_backbone("rar", "shapes", config={"dim": 3}), "config .*RARConfig"),
+        (lambda: t2i.load_backbone("rar", "shapes", config=(16,)), r"or a grid .*is \(16,\)"),
         (lambda: t2i.from_pretrained("shapes"), "does not exist"),
     ],
 )

@@ -14,7 +14,7 @@ from launch.lab.long_arms import LONG_GRIDS, objective
 from launch.lab.long_data import drawn_scenes, order
 from launch.lab.long_report import rank_correlation
 from launch.lab.long_steps import Trainer
-from launch.lab.results import estimate, results
+from launch.lab.result_lines import estimate, results
 from t2i.data.order import split_indices
 from t2i.shapes.pretraining import Descent
 from t2i.sources import ASSETS

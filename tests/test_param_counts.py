@@ -74,6 +74,8 @@ def test_published_files_need_no_config(stem, size, cond, grid):
 
 def test_a_renamed_file_needs_its_grid():
     weights = of_size("B").gpt.state_dict()
-    with pytest.raises(ValueError, match=r"'mine'.*grid is not in the weights.*grid="):
+    with pytest.raises(
+        ValueError, match=r"'mine'.*grid is not in the weights.*config=.*height, width"
+    ):
         LlamaGen.infer_config(weights, "mine", None)
     assert LlamaGen.infer_config(weights, "mine", (24, 24)).grid == (24, 24)

@@ -226,7 +226,7 @@ def test_missing_parts_are_named_as_options(tiny_world, monkeypatch):
     """Case 25: published weights come without tokenizer and text encoder."""
     options = ModelOptions(base=BaseOptions(weights=str(tiny_world / "base")))
     model = load_model(tiny_world / "base")
-    monkeypatch.setattr("t2i.checkpoint.load_model", lambda *args, **given: model)
+    monkeypatch.setattr("t2i.checkpoint.load_base", lambda *args, **given: model)
     model.backbone.frozen.text_encoder = None
     with pytest.raises(UserError, match=r"give --base\.text-encoder"):
         options.load("cpu", "float32")
@@ -335,7 +335,7 @@ def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
 
 def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monkeypatch):
     """Case 7 and its siblings: `fid.py --out FOLDER` computed everything first."""
-    monkeypatch.setattr("t2i.checkpoint.load_model", None)
+    monkeypatch.setattr("t2i.checkpoint.load_base", None)
     monkeypatch.setattr("t2i.evaluation.fid.inception.load_inception", None)
     (file := tmp_path / "file").touch()
     ckpt = ("--ckpt", tiny_world / "base")
@@ -355,7 +355,7 @@ def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monk
 
 def test_impossible_options_are_named_before_the_model_is_loaded(tiny_world, capsys, monkeypatch):
     """No time is spent before a cheap mistake is named."""
-    monkeypatch.setattr("t2i.checkpoint.load_model", None)
+    monkeypatch.setattr("t2i.checkpoint.load_base", None)
     ckpt = ("--ckpt", tiny_world / "base", "--out", tiny_world / "nothing")
     drawing = ((generate, ("--prompt", "x")), (geneval_run, ()), (sample_imagenet, ()))
     for module, own in drawing:

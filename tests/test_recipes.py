@@ -27,8 +27,8 @@ from t2i.training.config import DataOptions, LogOptions, OptimOptions, TrainConf
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.open_data import open_data
-from t2i.training.plan import about_settings, peak_rates, plan_run
 from t2i.training.recipes import OWN_PICTURES
+from t2i.training.run_plan import about_settings, peak_rates, plan_run
 
 FAMILIES_RECIPES = (llamagen_recipes, janus_recipes, open_magvit2_recipes, rar_recipes)
 ALL = {name: recipe[1] for family in FAMILIES_RECIPES for name, recipe in family.recipes().items()}

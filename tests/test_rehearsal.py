@@ -21,7 +21,7 @@ from t2i.models.llamagen.t5_files import load_tokenizer
 from t2i.rehearsal import layout, measured
 from t2i.rehearsal.measured import Measured, run_measured
 from t2i.rehearsal.random_weights import RandomWeights, shapes_of
-from t2i.rehearsal.report import predictions, table
+from t2i.rehearsal.rehearsal_report import predictions, table
 from t2i.weights import read_folder, read_state_dict
 
 SHAPES = {"a.weight": (300, 7), "a.bias": (7,), "norm.weight": (300,), "b.weight": (5, 2, 3)}

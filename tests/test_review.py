@@ -20,7 +20,7 @@ from t2i.evaluation.generation_folder import (
     write_prompt,
 )
 from t2i.evaluation.results import REPORT_FILE, RESULTS_FILE, ROWS_FILE
-from t2i.evaluation.review import Column, open_column, write_review
+from t2i.evaluation.review_page import Column, open_column, write_review
 from t2i.files import write_json, write_text
 from t2i.imaging import save_png
 from t2i.model_options import DrawingModelOptions

@@ -16,7 +16,6 @@ from geneval.prompts import color_attr, counting, official_prompts, position, tw
 from t2i.errors import UserError
 from t2i.lora import add_lora
 from t2i.reward import policy
-from t2i.reward.options import RewardOptions
 from t2i.reward.panel import Panel, RewardError
 from t2i.reward.policy import (
     DrawnBatch,
@@ -26,9 +25,10 @@ from t2i.reward.policy import (
     code_distributions,
     score_codes,
 )
-from t2i.reward.prompts import benchmark_hashes, prompt_hash, training_prompts
+from t2i.reward.reward_options import RewardOptions
+from t2i.reward.reward_prompts import benchmark_hashes, prompt_hash, training_prompts
+from t2i.reward.reward_watch import diversity
 from t2i.reward.rewards import DPGReward, load_rewards, own_function, soft_credit
-from t2i.reward.watch import diversity
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.shapes.scenes import Scene, SceneObject, render

@@ -23,8 +23,8 @@ import t2i
 from launch import train_reward
 from t2i.checkpoint import find_checkpoint, read_config, run_checkpoints
 from t2i.errors import UserError
-from t2i.reward.check import check
-from t2i.reward.options import RewardConfig
+from t2i.reward.reward_check import check
+from t2i.reward.reward_options import RewardConfig
 from t2i.reward.reward_recipes import recipes
 from t2i.reward.reward_run import RewardRun
 from t2i.sampling import SamplingOverrides

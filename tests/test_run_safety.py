@@ -17,7 +17,7 @@ from t2i import checkpoint
 from t2i.errors import NotFiniteError, UserError
 from t2i.fields import leaves
 from t2i.files import owning
-from t2i.reward.options import RewardConfig
+from t2i.reward.reward_options import RewardConfig
 from t2i.training import settings
 from t2i.training.check import check
 from t2i.training.config import BackboneOptions, LabelledOptions, TrainConfig

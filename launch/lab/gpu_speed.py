@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from launch.measure import roofline, sampling
-from launch.measure import training as steps
+from launch.measure import roofline, timed_sampling
+from launch.measure import timed_training as steps
 from launch.measure.roofline import Machine
-from launch.measure.sampling import DTYPES, Group
 from launch.measure.shapes import TINY
-from launch.measure.training import TrainingGroup
+from launch.measure.timed_sampling import DTYPES, Group
+from launch.measure.timed_training import TrainingGroup
 from t2i.sampling import Speed
 
 Rows = Iterator[tuple[dict, Callable[[], dict | list[dict]]]]
@@ -82,7 +82,7 @@ def _drawn(
 ) -> tuple[dict, Callable[[], list[dict]]]:
     group = Group(shape, "bf16", images, METHODS, speeds, peers, steps=timed, rounds=4)
     about = {"shape": shape, "images": images}
-    return about, lambda: [_short(row) for row in sampling.measure(group, device, machine)]
+    return about, lambda: [_short(row) for row in timed_sampling.measure(group, device, machine)]
 
 
 def training_rows(device: torch.device, tiny: bool) -> Rows:

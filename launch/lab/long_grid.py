@@ -26,7 +26,7 @@ if not __package__:  # run from a clone, without installation
 from tyro.conf import Positional
 
 from launch.lab.long_arms import LONG_GRIDS, LongArm
-from launch.lab.results import results
+from launch.lab.result_lines import results
 from t2i import cli
 from t2i.errors import UserError
 from t2i.files import json_sha256, writable_folder

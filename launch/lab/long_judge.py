@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from geneval.rules import judge_image
-from launch.lab.results import scores
+from launch.lab.result_lines import scores
 from t2i.evaluation.fid.measures import (
     Statistics,
     compare_manifolds,

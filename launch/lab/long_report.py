@@ -21,7 +21,7 @@ import numpy as np
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.lab.results import Estimate, estimate, over_seeds
+from launch.lab.result_lines import Estimate, estimate, over_seeds
 from t2i import cli
 from t2i.evaluation.results import markdown_table
 from t2i.files import read_json_lines, writable_folder, write_text

@@ -23,7 +23,7 @@ from launch.lab.long_data import (
 )
 from launch.lab.long_grid import LongGrid, LongRun
 from launch.lab.long_steps import WARM_UP, Trainer
-from launch.lab.results import append
+from launch.lab.result_lines import append
 from t2i.data.order import split_indices
 from t2i.evaluation.evidence import repairs, stage_changes
 from t2i.files import json_sha256

@@ -30,7 +30,7 @@ from t2i.charts import Chart, Series, save_chart
 from t2i.errors import UserError
 from t2i.files import owning, read_json, write_json
 from t2i.reward import reward_recipes
-from t2i.reward.options import RewardConfig
+from t2i.reward.reward_options import RewardConfig
 from t2i.training.config import DataOptions, TrainConfig
 
 _ONE_WAY = {
@@ -242,8 +242,8 @@ class Scorer:
         import torch
 
         from t2i.reward.panel import Panel
+        from t2i.reward.reward_watch import Watch
         from t2i.reward.rewards import load_rewards
-        from t2i.reward.watch import Watch
         from t2i.shapes.shapes_prompts import benchmark_prompts
 
         self.run, self.options = run, options

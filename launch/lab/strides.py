@@ -32,7 +32,7 @@ if not __package__:  # run from a clone, without installation
 
 from launch.lab.long_arms import LongArm
 from launch.lab.long_grid import LongGrid, LongRun
-from launch.lab.results import append, results, scores
+from launch.lab.result_lines import append, results, scores
 from t2i import cli
 from t2i.errors import UserError
 from t2i.files import writable_folder

@@ -25,7 +25,7 @@ from t2i.files import write_json
 
 if TYPE_CHECKING:
     from t2i.models.base import Backbone
-    from t2i.reward.watch import Drift
+    from t2i.reward.reward_watch import Drift
 
 TEXTS = (
     "What is shown in this picture? A red circle stands left of a blue square.",
@@ -56,7 +56,7 @@ def drift_of(backbone: "Backbone", text: str) -> "Drift":
 
     from t2i.lora import without_lora
     from t2i.models.janus.janus_model import Janus
-    from t2i.reward.watch import drift
+    from t2i.reward.reward_watch import drift
 
     assert isinstance(backbone, Janus)
     # As a question to Janus: without the begin-of-image that asks for a picture.

@@ -11,10 +11,10 @@ from functools import partial
 
 import torch
 
-from launch.measure.memory import peak_gb
+from launch.measure.peak_memory import peak_gb
 from launch.measure.roofline import multiplied
 from launch.measure.shapes import PROMPT_TOKENS, filled, llamagen
-from launch.measure.training import TrainingStep
+from launch.measure.timed_training import TrainingStep
 from launch.measure.turns import quartiles, seconds
 from t2i.generation import choose_run
 from t2i.sampling import DrawOptions, SamplingConfig

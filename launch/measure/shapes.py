@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from t2i.errors import UserError
-from t2i.loading import load_backbone
+from t2i.loading import load_source
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.families import find_family
 from t2i.models.janus import janus_config
@@ -21,6 +21,7 @@ from t2i.models.rar.rar_model import RAR, RARConfig
 from t2i.models.rar.rar_model import SIZES as RAR_SIZES
 from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 from t2i.shapes.tiny_janus import build_tiny_janus
+from t2i.sources import BackboneSource
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 
@@ -84,10 +85,14 @@ def check_shapes(names: tuple[str, ...]) -> None:
             raise UserError(f"shape {name!r} must be one of {', '.join(known)}")
 
 
+def _shipped(name: str, device: torch.device) -> Backbone:
+    return load_source(BackboneSource(SHIPPED[name], name, generation_only=True), device=device)
+
+
 def outline(name: str) -> Backbone:
     """A shape with its image tokenizer's, without weights (a tiny one may have some)."""
     if name in SHIPPED:
-        return load_backbone(SHIPPED[name], name, generation_only=True, device="meta")
+        return _shipped(name, torch.device("meta"))
     if name in TINY:
         backbone = TINY[name]()
         kind = backbone.tokenizer_type
@@ -105,8 +110,7 @@ def open_backbone(
 ) -> Backbone:
     """A shipped base, or a shape with random weights; with its image tokenizer if asked for."""
     if name in SHIPPED:
-        backbone = load_backbone(SHIPPED[name], name, generation_only=True, device=device)
-        backbone = backbone.to(dtype)
+        backbone = _shipped(name, device).to(dtype)
     else:
         backbone = filled(outline(name), dtype, device)
     if not tokenizer:

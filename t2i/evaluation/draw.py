@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from t2i import __version__
 from t2i.errors import UserError
-from t2i.evaluation.options import ClassImages
+from t2i.evaluation.evaluation_options import ClassImages
 from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
 from t2i.files import json_sha256, saving
 from t2i.generation import (

@@ -22,6 +22,7 @@ import torch
 from t2i.checkpoint import read_config
 from t2i.errors import UserError, shorten
 from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
+from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import (
     Inventory,
@@ -30,7 +31,6 @@ from t2i.evaluation.generation_folder import (
     take_inventory,
 )
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
-from t2i.evaluation.options import BenchmarkOptions, Scope
 from t2i.evaluation.results import (
     RESULTS_FILE,
     Coverage,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from t2i.errors import UserError
-from t2i.reward.options import RewardOptions
+from t2i.reward.reward_options import RewardOptions
 from t2i.reward.rewards import Entries, Images, Reward, load_rewards
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from t2i.models.janus import janus_recipes
 from t2i.models.llamagen import llamagen_recipes
-from t2i.reward.options import RewardConfig, RewardOptions
+from t2i.reward.reward_options import RewardConfig, RewardOptions
 from t2i.training.config import DataOptions, EngineOptions, LogOptions, OptimOptions, TrainConfig
 
 RewardRecipes = dict[str, tuple[str, RewardConfig]]

@@ -19,7 +19,6 @@ from t2i.errors import NotFiniteError
 from t2i.files import saving
 from t2i.generation import Drawn, draw_images
 from t2i.imaging import grid, save_png
-from t2i.reward.options import RewardConfig
 from t2i.reward.panel import Panel, RewardError
 from t2i.reward.policy import (
     SUMS,
@@ -31,9 +30,10 @@ from t2i.reward.policy import (
     code_distributions,
     score_codes,
 )
-from t2i.reward.prompts import training_prompts
+from t2i.reward.reward_options import RewardConfig
+from t2i.reward.reward_prompts import training_prompts
+from t2i.reward.reward_watch import Watch, text_kl, together
 from t2i.reward.rewards import load_rewards
-from t2i.reward.watch import Watch, text_kl, together
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
 from t2i.training import loop, run_state
@@ -247,7 +247,7 @@ class RewardRun(loop.Run):
         return super().save()
 
     def validate(self) -> dict[str, float]:
-        """The held-out losses, and what `t2i.reward.watch` looks at."""
+        """The held-out losses, and what `t2i.reward.reward_watch` looks at."""
         found = super().validate()
         with self.averaged():
             found |= self.watcher(self.model) | text_kl(self.model, self.start)

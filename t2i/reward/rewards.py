@@ -17,7 +17,7 @@ from geneval.detector import Detections, Detector
 from geneval.detectors import CLIP, load_detector
 from geneval.rules import RuleOptions, check_schema, check_vocabulary, decide
 from t2i.errors import UserError
-from t2i.reward.options import RewardOptions
+from t2i.reward.reward_options import RewardOptions
 from t2i.shapes.shapes_questions import ANY_SHAPE, PLAIN_BACKGROUND, questions_of
 
 Images = Sequence[Image.Image]

@@ -19,7 +19,7 @@ from t2i.processes import Processes
 from t2i.rng import fold, make_keys, uniforms
 from t2i.training.config import TrainConfig
 from t2i.training.examples import encode_examples
-from t2i.training.plan import plan_run
+from t2i.training.run_plan import plan_run
 
 _NOISE, _DROP, _CHOICE = 1, 2, 3  # streams derived from a sample's key
 

@@ -32,7 +32,7 @@ from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
 from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes, weight_bytes
 from t2i.training.open_data import labelled_sources, open_data, open_labelled, refuse_inside
-from t2i.training.plan import (
+from t2i.training.run_plan import (
     Plan,
     about_few_pictures,
     about_settings,

@@ -2,7 +2,7 @@
 
 Numbers that suit a run only if they grow with it (how many samples are held out, how long the rates
 warm up, how often something is written) may be None: they are then settled from the data and the
-steps, see `t2i.training.plan`. The named recipes are in `t2i/models/*/*_recipes.py`.
+steps, see `t2i.training.run_plan`. The named recipes are in `t2i/models/*/*_recipes.py`.
 """
 
 import math
@@ -44,7 +44,7 @@ class _AnyData:
     """What captioned images and images of classes have in common."""
 
     validation_samples: int | None = None
-    """Held out for the validation loss, never trained on; None: 4 %, see `t2i.training.plan`."""
+    """Held out for the validation loss, never trained on; None: 4 % (`t2i.training.run_plan`)."""
     cache_dir: Path = Path("cache")
     """Where codes and text features are kept; reused by every run on the same data."""
 

@@ -12,7 +12,7 @@ from t2i.training.config import DataOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import IMAGES_PER_SHARD, views_of
 from t2i.training.memory import FLOPS, estimate, weight_bytes
-from t2i.training.plan import about_settings, plan_run
+from t2i.training.run_plan import about_settings, plan_run
 from t2i.training.start import build_model
 
 _LINE_BYTES = 320

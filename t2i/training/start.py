@@ -19,11 +19,11 @@ from t2i.checkpoint import (
     stored_source,
     trained_parts,
 )
-from t2i.loading import load_backbone
+from t2i.loading import load_source
 from t2i.lora import add_lora, merge_lora
 from t2i.models.base import Backbone
 from t2i.sampling import SamplingConfig
-from t2i.sources import expand_folder, moved, prove, shipped_bases
+from t2i.sources import base_files, expand_folder, moved, prove, shipped_bases
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import check_sampling
@@ -51,16 +51,8 @@ def build_model(
             earlier, options, resumed=resumed is not None, base=base, device=device, dtype=dtype
         )
     else:
-        backbone = load_backbone(
-            options.family,
-            earlier,
-            tokenizer=options.tokenizer,
-            text_encoder=options.text_encoder,
-            text_encoder_dtype=options.text_encoder_dtype,
-            generation_only=options.generation_only,
-            device=device,
-            dtype=dtype,
-        )
+        files = base_files(**{**asdict(options), "weights": earlier})
+        backbone = load_source(files, device=device, dtype=dtype)
     model = TensorAR(backbone, config.method, seed=config.seed)
     if resumed is None and is_checkpoint(earlier):
         _take_codec(model, earlier)

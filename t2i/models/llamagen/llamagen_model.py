@@ -156,7 +156,8 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
             raise UserError(
                 f"a GPT of width {dim} with {layers} layers named {stem!r} is not a published "
                 f"LlamaGen file: its {'grid' if size else 'head count'} is not in the "
-                "weights; pass config=LlamaGenConfig(...)" + (" or grid=(h, w)" if size else "")
+                "weights; pass config=LlamaGenConfig(...)"
+                + (" or config=(height, width)" if size else "")
             )
         config = LlamaGenConfig(**SIZES[size], grid=grid, vocab_size=vocab, ffn_dim=ffn_dim)
         if caption is None:

@@ -236,7 +236,7 @@ class RAR(WeightFileBackbone):
         if grid[0] * grid[1] != tokens:
             raise UserError(
                 f"the tables hold {tokens} image tokens, which is not a grid of "
-                f"{grid[0]} x {grid[1]}; pass grid=(h, w)"
+                f"{grid[0]} x {grid[1]}; pass config=(height, width)"
             )
         return RARConfig(dim, layers, n_head, mlp_dim, grid, vocab, classes)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.measure.memory import peak_gb
+from launch.measure.peak_memory import peak_gb
 from launch.measure.roofline import Machine, forward_flops, random_codes
 from launch.measure.shapes import (
     PROMPT_TOKENS,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from launch.measure.memory import peak_gb
+from launch.measure.peak_memory import peak_gb
 from launch.measure.peers import PEERS, Task, open_peer
 from launch.measure.roofline import Machine, step_floor
 from launch.measure.shapes import PROMPT_TOKENS, attached, need_tokenizer, open_backbone

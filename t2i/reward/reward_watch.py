@@ -14,9 +14,9 @@ from torch import Tensor
 from geneval.prompts import TAGS, official_prompts
 from t2i.generation import all_jobs, draw_images
 from t2i.processes import Processes
-from t2i.reward.options import RewardConfig
 from t2i.reward.panel import Panel, RewardError
 from t2i.reward.policy import Start
+from t2i.reward.reward_options import RewardConfig
 from t2i.sampling import DrawOptions
 from t2i.shapes.shapes_prompts import benchmark_prompts
 from t2i.shapes.shapes_questions import shapes_questions

@@ -3,13 +3,13 @@ neither loaded nor fetched.
 """
 
 from t2i.progress import readable_size, readable_time
-from t2i.reward.options import BUILT_IN, RewardConfig
-from t2i.reward.prompts import training_prompts
+from t2i.reward.reward_options import BUILT_IN, RewardConfig
+from t2i.reward.reward_prompts import training_prompts
 from t2i.reward.rewards import own_function
 from t2i.tensorar.model import TensorAR
 from t2i.training import check as training_check
 from t2i.training.memory import weight_bytes
-from t2i.training.plan import Plan
+from t2i.training.run_plan import Plan
 from t2i.training.state import trained
 
 BANDWIDTH = 2e12
