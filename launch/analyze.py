@@ -217,7 +217,7 @@ def _run_data(
 
 def _training(options: DrawingModelOptions) -> dict:
     """What a checkpoint says about its run; UserError if there was none."""
-    from t2i.checkpoint import read_config
+    from t2i.checkpoint_folders import read_config
 
     known = read_config(options.checkpoint)["training"] if options.checkpoint else {}
     if "config" not in known or "data_key" not in known:

@@ -18,7 +18,7 @@ from launch.measure.shapes import (
 )
 from launch.measure.turns import Contender, Schedule, in_turns, quartiles, ratios, seconds
 from t2i.models import lean
-from t2i.models.base import Condition
+from t2i.models.conditions import Condition
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import EngineOptions, TrainConfig

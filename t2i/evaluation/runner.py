@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from t2i.checkpoint import read_config
+from t2i.checkpoint_folders import read_config
 from t2i.errors import UserError, shorten
 from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2i.models import lean
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Backbone
+from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.models.lean import Dropout, rms_norm, swiglu
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2i.lora import without_lora
-from t2i.models.base import Condition
+from t2i.models.conditions import Condition
 from t2i.sampling import SamplingConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows, guidance_table

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Backbone
+from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.rng import fold
 from t2i.sampling import SamplingConfig, Speed, SubTokenSampling

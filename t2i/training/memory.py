@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Backbone
+from t2i.models.conditions import Condition
 from t2i.models.families import find_family
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.tensorar.loss import rows_at_once

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.base import AS_PUBLISHED, BackboneSpec, Condition, LoadOptions
+from t2i.models.base import AS_PUBLISHED, BackboneSpec, LoadOptions
 from t2i.models.blocks import LlamaBackbone
+from t2i.models.conditions import Condition
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
