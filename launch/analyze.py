@@ -103,7 +103,7 @@ def main() -> None:
         remove_leftovers(config.out)
         models = {who: own.load(*wheres[who]) for who, own in options.items()}
         evidence, drawn = examine(config, options, models)
-        sheets = _write_sheets(config.out, models["model"], drawn)
+        sheets = _write_sheets(config.out, drawn)
         page = write_evidence(config.out, evidence, _course(options), sheets)
     for line in evidence["missing"]:
         print(f"missing: {line}", file=sys.stderr)
@@ -275,7 +275,7 @@ def _draw(model: "TensorAR", prompts: list[str | int], drawing, samples: int) ->
     return list(draw_images(model, prompts, drawing, samples_per_prompt=samples))
 
 
-def _write_sheets(out: Path, model: "TensorAR", drawn: "list[Drawn]") -> list[tuple[str, str]]:
+def _write_sheets(out: Path, drawn: "list[Drawn]") -> list[tuple[str, str]]:
     """What was drawn at every stage, a sheet each: file in `out`, and its label."""
     from t2i.imaging import grid, save_png
 

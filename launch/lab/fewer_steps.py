@@ -255,15 +255,12 @@ def requests(model: "TensorAR", images: int) -> "tuple[dict[str, Tensor], Tensor
     """`conditions` of so many images; of a shape with random weights, made up."""
     import torch
 
-    from launch.measure.shapes import PROMPT_TOKENS
+    from launch.measure.shapes import made_up
     from t2i.rng import make_keys
 
     if model.backbone.frozen.text_encoder is not None:
         return conditions(model, images)
-    prepared = model.backbone.made_up_conditions(images, PROMPT_TOKENS)
-    dtype = next(model.parameters()).dtype
-    prepared = {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
-    return prepared, make_keys(0, torch.arange(images), 0)
+    return made_up(model.backbone, images), make_keys(0, torch.arange(images), 0)
 
 
 def opened(name: str, study: Study) -> "TensorAR":
