@@ -287,7 +287,7 @@ def _listed(settings: dict) -> str:
 
 
 def _public_name(source: str) -> str:
-    """A name that may be published: of what lies on this machine not the way to it."""
+    """A name that may be published: of what lies on this machine, the last part of its path."""
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
     return Path(source).resolve().name if local or Path(source).exists() else source
 

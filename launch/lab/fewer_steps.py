@@ -228,7 +228,8 @@ class Redrawing:
         self.batches = []
         for rows in torch.arange(self.images).split(batch):
             own = {name: value[rows] for name, value in prepared.items()}
-            condition = encode_rows(model.backbone, own, guided=scales is not None)
+            with torch.no_grad():
+                condition = encode_rows(model.backbone, own, guided=scales is not None)
             key = keys[rows].to(model.backbone.device)
             self.batches.append((condition, key, noise_keys(key, model.windows, subs)))
         condition, key, _ = self.batches[0]

@@ -95,9 +95,8 @@ def new_state(
     return DecodeState(condition, cache, scales_NS, windows)
 
 
-@torch.no_grad()
 def encode_rows(backbone: Backbone, prepared: dict[str, Tensor], *, guided: bool) -> Condition:
-    """The condition of all rows."""
+    """The condition of all rows; with a gradient, where one is kept."""
     condition = backbone.encode_condition(prepared)
     if not guided:
         return condition
@@ -158,8 +157,12 @@ def window_logits(
     )
     if state.scales_NS is None:
         return logits
+    return guide_logits(logits, state.scales_NS[index, s][:, None, None])
+
+
+def guide_logits(logits: Tensor, scale: Tensor) -> Tensor:
+    """Guided logits [B, ...] from those of all rows [2B, ...]."""
     cond, null = logits.chunk(2)
-    scale = state.scales_NS[index, s][:, None, None]
     return torch.where(scale == 1, cond, null + (cond - null) * scale)
 
 
