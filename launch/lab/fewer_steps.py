@@ -297,7 +297,7 @@ def study_seconds(study: Study) -> Iterator[dict]:
                 for work in works.values():
                     work.draw(0, study.most_calls)
             about = {"base": base, "batch": batch, "speed": study.speed, "auto": auto}
-            for ahead, (calls, processor, wall) in in_turns(works, study).items():
+            for ahead, (calls, processor, wall) in least_of_rounds(works, study).items():
                 images = works[ahead].images
                 row: dict = {"ahead": ahead, "images": images, "calls": calls}
                 row |= {"ms_per_call": 1e3 * wall / calls}
@@ -308,9 +308,14 @@ def study_seconds(study: Study) -> Iterator[dict]:
                 yield about | row
 
 
-def in_turns(works: dict[int, Redrawing], study: Study) -> dict[int, tuple[int, float, float]]:
+def least_of_rounds(
+    works: dict[int, Redrawing], study: Study
+) -> dict[int, tuple[int, float, float]]:
     """Of each: calls, processor seconds and seconds of all its batches, the least of several rounds
     for each batch. One batch after another is drawn by all.
+
+    Not step by step, as `launch.measure.turns` does: how many calls a batch takes depends on how
+    many of its guesses come true.
     """
     least: dict[int, list[tuple[int, float, float]]] = {ahead: [] for ahead in works}
     for i in range(len(next(iter(works.values())).batches)):

@@ -207,7 +207,11 @@ def alike_in_turns(
     works: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, Times]:
     """Time works whose steps are all alike: one to warm up, then one in every round."""
-    singles = {name: Single(lambda _, work=work: work(), device) for name, work in works.items()}
+
+    def single(work: Callable[[], object]) -> Single:
+        return Single(lambda _: work(), device)
+
+    singles = {name: single(work) for name, work in works.items()}
     return in_turns(singles, Schedule(rounds, rounds, rounds))
 
 
