@@ -103,7 +103,7 @@ def main() -> None:
         remove_leftovers(config.out)
         models = {who: own.load(*wheres[who]) for who, own in options.items()}
         evidence, drawn = examine(config, options, models)
-        sheets = _write_sheets(config.out, models["model"], drawn)
+        sheets = _write_sheets(config.out, drawn)
         page = write_evidence(config.out, evidence, _course(options), sheets)
     for line in evidence["missing"]:
         print(f"missing: {line}", file=sys.stderr)
@@ -217,7 +217,7 @@ def _run_data(
 
 def _training(options: DrawingModelOptions) -> dict:
     """What a checkpoint says about its run; UserError if there was none."""
-    from t2i.checkpoint import read_config
+    from t2i.checkpoint_folders import read_config
 
     known = read_config(options.checkpoint)["training"] if options.checkpoint else {}
     if "config" not in known or "data_key" not in known:
@@ -275,7 +275,7 @@ def _draw(model: "TensorAR", prompts: list[str | int], drawing, samples: int) ->
     return list(draw_images(model, prompts, drawing, samples_per_prompt=samples))
 
 
-def _write_sheets(out: Path, model: "TensorAR", drawn: "list[Drawn]") -> list[tuple[str, str]]:
+def _write_sheets(out: Path, drawn: "list[Drawn]") -> list[tuple[str, str]]:
     """What was drawn at every stage, a sheet each: file in `out`, and its label."""
     from t2i.imaging import grid, save_png
 

@@ -154,7 +154,7 @@ class Stages:
         return [name for name in STAGES if name in todo]
 
     def _measure(self, name: str) -> dict:
-        from t2i.checkpoint import run_checkpoints
+        from t2i.checkpoint_folders import run_checkpoints
         from t2i.rehearsal.measured import run_measured
         from t2i.rehearsal.rehearsal_report import predictions
 

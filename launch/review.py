@@ -77,7 +77,8 @@ class ReviewConfig(DrawingModelOptions):
 
     def _own_base(self, trained: DrawingModelOptions) -> BaseOptions:
         """What the checkpoint says that it was trained from."""
-        from t2i.checkpoint import read_config, stored_source
+        from t2i.checkpoint import stored_source
+        from t2i.checkpoint_folders import read_config
 
         if trained.checkpoint is None:
             raise UserError(f"{self.ckpt} is a base by itself: --with-base needs something trained")

@@ -20,15 +20,8 @@ from pathlib import Path
 
 import torch
 
-from t2i.checkpoint import (
-    EXPORTED,
-    MANIFEST,
-    choose_checkpoint,
-    find_checkpoint,
-    from_pretrained,
-    read_config,
-    save_pretrained,
-)
+from t2i.checkpoint import from_pretrained, save_pretrained
+from t2i.checkpoint_folders import EXPORTED, choose_checkpoint, find_checkpoint, read_config
 from t2i.errors import UserError
 from t2i.evaluation.draw import draw_prompts
 from t2i.evaluation.generation_folder import write_sheets
@@ -37,6 +30,7 @@ from t2i.files import file_sha256, owning, replacing_folder, writable_folder, wr
 from t2i.generation import all_jobs, parse_conditions
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
+from t2i.manifest import MANIFEST
 from t2i.model_options import ExportOptions
 from t2i.models.families import Family, find_family
 from t2i.progress import readable_size
@@ -293,7 +287,7 @@ def _listed(settings: dict) -> str:
 
 
 def _public_name(source: str) -> str:
-    """A name that may be published: of what lies on this machine not the way to it."""
+    """A name that may be published: of what lies on this machine, the last part of its path."""
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
     return Path(source).resolve().name if local or Path(source).exists() else source
 

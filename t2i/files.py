@@ -363,10 +363,10 @@ def wait_until_none(missing: Callable[[], Sequence[Path]], patience: float, what
 
     Args:
         missing: what is still missing; asked again and again.
-        what: of these files, as "the hash of ".
+        what: of these files, for the message, such as "the hash of ".
 
     Raises:
-        TimeoutError: nothing was added to it for `patience` seconds.
+        TimeoutError: for `patience` seconds nothing came that had been missing.
     """
     still = missing()
     deadline = time.monotonic() + patience

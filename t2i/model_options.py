@@ -68,7 +68,7 @@ class ModelOptions:
     def checkpoint(self) -> Path | None:
         """The checkpoint folder that `ckpt` stands for; None for a base by itself."""
         # Found once: a run that is still training may write a newer one in the meantime.
-        from t2i.checkpoint import choose_checkpoint, is_checkpoint
+        from t2i.checkpoint_folders import choose_checkpoint, is_checkpoint
 
         if self.ckpt is None or not is_checkpoint(self.ckpt):
             return None
@@ -81,7 +81,7 @@ class ModelOptions:
             UserError: no model is given, there is none of this name, it is incomplete; there is no
                 such device or type.
         """
-        from t2i.checkpoint import find_checkpoint, is_checkpoint, read_config
+        from t2i.checkpoint_folders import find_checkpoint, is_checkpoint, read_config
         from t2i.loading import pick_device
         from t2i.sources import check_named, family_of, resolve, shipped_bases
         from t2i.tensorar.speed import check_speed
@@ -150,7 +150,7 @@ class ModelOptions:
 
     def name(self) -> str:
         """The model's name in that of a folder: run and step, the export, or the base's file."""
-        from t2i.checkpoint import BEST, EXPORTED
+        from t2i.checkpoint_folders import BEST, EXPORTED
 
         assert self.source is not None, "check comes first"
         if self.checkpoint is None:
@@ -165,7 +165,7 @@ class ModelOptions:
 
     def about(self, model: "TensorAR") -> dict[str, Any]:
         """What files of results say about the model."""
-        from t2i.checkpoint import read_config
+        from t2i.checkpoint_folders import read_config
 
         if self.checkpoint is None:
             assert model.backbone.source is not None, "of load_backbone"

@@ -55,9 +55,9 @@ def file_status(path: Path) -> list[int] | None:
 class KnownHashes:
     """Hashes of files, kept in a JSON file; nowhere if that is None.
 
-    One holds for a file of the same place, size and times. The time of change (ctime) cannot be set
-    by `cp -p` or `touch -r`, so a file that was overwritten is read again even if its date was put
-    back.
+    A hash counts while the file has the same place, size and times. The time of change (ctime)
+    cannot be set by `cp -p` or `touch -r`, so a file that was overwritten is read again even if its
+    date was put back.
     """
 
     def __init__(self, place: Path | None):
@@ -122,8 +122,8 @@ def files_sha256(paths: Iterable[Path]) -> str:
 # -- the hub ---------------------------------------------------------------------------------------
 @cache
 def hub_is_away() -> bool:
-    """Whether no connection to the hub can be had, or nothing there answers; asked once, before its
-    client, which would try again and again for half a minute, at every file, or for seven minutes.
+    """Whether the hub cannot be reached, or does not answer. It is tried once, before the hub's own
+    client is used, which would retry for half a minute at every file, or for seven minutes.
     """
     from huggingface_hub import HfApi, is_offline_mode
 
@@ -182,7 +182,8 @@ def fetch_model(
 
 @contextmanager
 def asking_hub(what: str, advice: str = "") -> Iterator[None]:
-    """While the hub is asked: what it refuses, or no network gives, is the user's to mend.
+    """While the hub is asked: what it refuses, or what fails without a network, is the user's to
+    mend.
 
     Args:
         what: went wrong then, for the message.

@@ -17,7 +17,7 @@ from runs import SAME_SUM
 
 from launch.lab import score_class_shapes
 from launch.lab.score_class_shapes import row, verdicts_on
-from t2i.checkpoint import run_checkpoints
+from t2i.checkpoint_folders import run_checkpoints
 from t2i.data.order import split_indices
 from t2i.data.sources.classes import LabelledFolder
 from t2i.evaluation.draw import sample_labels

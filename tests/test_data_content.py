@@ -18,7 +18,8 @@ from test_data_sources import (
 from test_data_store import build, encode_images
 
 from t2i import published
-from t2i.checkpoint import is_checkpoint, load_model
+from t2i.checkpoint import load_model
+from t2i.checkpoint_folders import is_checkpoint
 from t2i.data import content
 from t2i.data.content import ABSENT, describe_changes, hash_files
 from t2i.data.data_report import survey_source

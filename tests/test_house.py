@@ -1,14 +1,34 @@
-"""One name, one meaning: what a name says is the same wherever it stands in the tree."""
+"""One name, one meaning: what a name says is the same wherever it stands in the tree. And imports
+run one way.
+"""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+from t2i.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("t2i", "launch", "geneval", "dpg_bench")
 SAME_ON_PURPOSE = {"run"}  # geneval/run.py and dpg_bench/run.py, as users type them
 MOST_PARAMETERS = 7
+FLOORS = (
+    (5, r"t2i\.models\.\w+\.\w+_(recipes|rehearsal)$"),
+    (2, rf"t2i\.models\.({'|'.join(FAMILIES)})\b"),
+    (1, r"t2i\.(models|data)\b"),
+    (2, r"t2i\.tensorar\b"),
+    (3, r"t2i\.(sources|loading|checkpoint\w*|lora|model_options|generation)$"),
+    (4, r"t2i\.(training|evaluation|demo|rehearsal)\b"),
+    (5, r"t2i\.export_folder$"),
+    (6, r"(geneval|dpg_bench)\b"),
+    (7, r"t2i\.shapes\b"),
+    (8, r"t2i\.reward\b"),
+    (9, r"launch\b"),
+    (0, r"t2i\b"),
+)
+"""Of a module, by the first pattern that its name fits (docs/how_it_works.md)."""
 
 
 def modules() -> Iterator[tuple[Path, ast.Module]]:
@@ -45,3 +65,40 @@ def test_what_needs_many_parameters_takes_an_object():
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
                 names = [a.arg for a in arguments if a.arg not in ("self", "cls", "ctx")]
                 assert len(names) <= MOST_PARAMETERS, f"{path}: {node.name}({', '.join(names)})"
+
+
+def floor_and_room(module: str) -> tuple[int, str]:
+    """A room is a family's folder, another folder of t2i/, or a package beside it."""
+    floor = next(floor for floor, pattern in FLOORS if re.match(pattern, module))
+    family = re.match(rf"t2i\.models\.({'|'.join(FAMILIES)})\b", module)
+    first, *rest = module.split(".")
+    inside = first == "t2i" and bool(rest) and (ROOT / first / rest[0]).is_dir()
+    return floor, family[0] if family else f"{first}.{rest[0]}" if inside else first
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """What a module imports of the tree when it runs, at once or in a function."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        for alias in node.names:
+            inner = ROOT.joinpath(*node.module.split("."), f"{alias.name}.py")
+            yield f"{node.module}.{alias.name}" if inner.exists() else node.module
+    for child in ast.iter_child_nodes(node):
+        yield from imports(child)
+
+
+def test_imports_run_one_way():
+    """Down, or within a room: what stands on one floor in another room is not known."""
+    seen = 0
+    for path, tree in modules():
+        own = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        floor, room = floor_and_room(own)
+        for other in imports(tree):
+            if other.split(".")[0] in PACKAGES:
+                seen += 1
+                below, next_door = floor_and_room(other)
+                assert below < floor or next_door == room, f"{own} imports {other}"
+    assert seen > 1000

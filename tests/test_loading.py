@@ -14,7 +14,8 @@ from runs import PROMPTS, assert_same_weights, tiny_run, weights, write_tiny_bas
 
 import t2i
 from t2i import published
-from t2i.checkpoint import is_checkpoint, load_model
+from t2i.checkpoint import load_model
+from t2i.checkpoint_folders import is_checkpoint
 from t2i.files import file_sha256, write_json
 from t2i.loading import load_backbone
 from t2i.manifest import write_manifest

@@ -225,7 +225,7 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     assert all("validation/own_drafts/slot0" in row for row in read_metrics(run))
     sheets = sorted(path.name for path in (run / "samples").iterdir())
     assert sheets == ["step_000000.png", "step_000003.png"]
-    from t2i.checkpoint import read_config, run_checkpoints
+    from t2i.checkpoint_folders import read_config, run_checkpoints
 
     assert [folder.name for folder in run_checkpoints(run)] == [f"step_00000{i}" for i in (1, 2, 3)]
     training = read_config(run_checkpoints(run)[-1])["training"]

@@ -24,7 +24,7 @@ from runs import (
 from safetensors.torch import load_file
 
 import t2i
-from t2i.checkpoint import read_config, run_checkpoints
+from t2i.checkpoint_folders import read_config, run_checkpoints
 from t2i.errors import Stopped
 from t2i.processes import ALONE
 from t2i.shapes.shapes_source import write_dataset
@@ -163,7 +163,7 @@ def test_the_best_model_is_kept(tiny_world, monkeypatch, caplog):
     losses = iter([1.5, 9.0])
     train(tiny_run(tiny_world, "early", steps=2, **options))
     early = tiny_world / "runs" / "early"
-    with caplog.at_level(logging.INFO, "t2i.checkpoint"):
+    with caplog.at_level(logging.INFO, "t2i.checkpoint_folders"):
         t2i.from_pretrained(early)
     said = f"step_000002; the best at its validations was step 1: {early / 'best'} (loss 1.500)"
     assert said in caplog.text

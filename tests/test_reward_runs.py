@@ -21,7 +21,7 @@ from runs import (
 
 import t2i
 from launch import train_reward
-from t2i.checkpoint import find_checkpoint, read_config, run_checkpoints
+from t2i.checkpoint_folders import find_checkpoint, read_config, run_checkpoints
 from t2i.errors import UserError
 from t2i.reward.reward_check import check
 from t2i.reward.reward_options import RewardConfig

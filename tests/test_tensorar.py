@@ -16,7 +16,7 @@ from helpers import (
     tiny_prepared,
 )
 
-from t2i.models.base import Condition
+from t2i.models.conditions import Condition
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets

@@ -16,13 +16,13 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 
-FILES = {
-    "LlamaGen-B 256": "c2i_B_256.pt",
-    "LlamaGen-L 384": "c2i_L_384.pt",
-    "LlamaGen-XL 384": "c2i_XL_384.pt",
-    "LlamaGen-XXL 384": "c2i_XXL_384.pt",
+SHAPES = {
+    "LlamaGen-B 256": "llamagen-B",
+    "LlamaGen-L 384": "llamagen-L-384",
+    "LlamaGen-XL 384": "llamagen-XL-384",
+    "LlamaGen-XXL 384": "llamagen-XXL-384",
 }
-"""Published sizes by their file, which need not be there."""
+"""Published sizes, by their names in launch/measure/shapes.py."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,27 @@ class CodecCost:
 
 def cost_table() -> str:
     """A row for each size and window."""
-    from launch.measure.roofline import forward_flops
+    from launch.measure.cost import cost_of
+    from launch.measure.shapes import outline
     from t2i.evaluation.results import markdown_table
-    from t2i.loading import load_backbone
     from t2i.tensorar import presets
     from t2i.tensorar.model import TensorAR
 
     methods = {
         "base": presets.base(),
         **{f"iclr2026, k = {k}": presets.iclr2026(k=k) for k in (2, 4, 8)},
-        # Codebook noise asks for an image tokenizer.
-        "arxiv2505, k = 4": presets.arxiv2505(noise="categorical"),
+        "arxiv2505, k = 4": presets.arxiv2505(),
     }
     rows = []
-    for name, file in FILES.items():
-        backbone = load_backbone("llamagen", file, device="meta", dtype="float32")
-        costs = {}
+    for name, shape in SHAPES.items():
+        backbone = outline(shape)
         for method, config in methods.items():
-            model = TensorAR(backbone, config).eval()
-            costs[method] = sum(p.numel() for p in model.parameters()), forward_flops(model)
-        size, work = costs["base"]
-        for method, (total, done) in costs.items():
-            added = f"+{total / size - 1:.1%}" if total > size else ""
-            told = [f"{total / 1e6:.0f} M", added, f"{done / 1e9:.0f}", f"{done / work:.2f}"]
-            rows.append([name, method, *told])
+            cost = cost_of(TensorAR(backbone, config).eval())
+            size, codec = cost["base_parameters"], cost["codec_parameters"]
+            added = f"+{codec / size:.1%}" if codec else ""
+            done, of_base = cost["operations"], cost["base_operations"]
+            told = [f"{(size + codec) / 1e6:.0f} M", added, f"{done / 1e9:.0f}"]
+            rows.append([name, method, *told, f"{done / of_base:.2f}"])
     head = "| model | method | parameters | added | GFLOP of a pass | to the base's |"
     return markdown_table(head, rows)
 

@@ -228,7 +228,8 @@ class Redrawing:
         self.batches = []
         for rows in torch.arange(self.images).split(batch):
             own = {name: value[rows] for name, value in prepared.items()}
-            condition = encode_rows(model.backbone, own, guided=scales is not None)
+            with torch.no_grad():
+                condition = encode_rows(model.backbone, own, guided=scales is not None)
             key = keys[rows].to(model.backbone.device)
             self.batches.append((condition, key, noise_keys(key, model.windows, subs)))
         condition, key, _ = self.batches[0]
@@ -255,15 +256,12 @@ def requests(model: "TensorAR", images: int) -> "tuple[dict[str, Tensor], Tensor
     """`conditions` of so many images; of a shape with random weights, made up."""
     import torch
 
-    from launch.measure.shapes import PROMPT_TOKENS
+    from launch.measure.shapes import made_up
     from t2i.rng import make_keys
 
     if model.backbone.frozen.text_encoder is not None:
         return conditions(model, images)
-    prepared = model.backbone.made_up_conditions(images, PROMPT_TOKENS)
-    dtype = next(model.parameters()).dtype
-    prepared = {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
-    return prepared, make_keys(0, torch.arange(images), 0)
+    return made_up(model.backbone, images), make_keys(0, torch.arange(images), 0)
 
 
 def opened(name: str, study: Study) -> "TensorAR":
@@ -299,7 +297,7 @@ def study_seconds(study: Study) -> Iterator[dict]:
                 for work in works.values():
                     work.draw(0, study.most_calls)
             about = {"base": base, "batch": batch, "speed": study.speed, "auto": auto}
-            for ahead, (calls, processor, wall) in in_turns(works, study).items():
+            for ahead, (calls, processor, wall) in least_of_rounds(works, study).items():
                 images = works[ahead].images
                 row: dict = {"ahead": ahead, "images": images, "calls": calls}
                 row |= {"ms_per_call": 1e3 * wall / calls}
@@ -310,9 +308,14 @@ def study_seconds(study: Study) -> Iterator[dict]:
                 yield about | row
 
 
-def in_turns(works: dict[int, Redrawing], study: Study) -> dict[int, tuple[int, float, float]]:
+def least_of_rounds(
+    works: dict[int, Redrawing], study: Study
+) -> dict[int, tuple[int, float, float]]:
     """Of each: calls, processor seconds and seconds of all its batches, the least of several rounds
     for each batch. One batch after another is drawn by all.
+
+    Not step by step, as `launch.measure.turns` does: how many calls a batch takes depends on how
+    many of its guesses come true.
     """
     least: dict[int, list[tuple[int, float, float]]] = {ahead: [] for ahead in works}
     for i in range(len(next(iter(works.values())).batches)):

@@ -99,8 +99,8 @@ _CONSTANT = tuple(
 )
 
 
-def _ablated(name: str, optim: dict | None = None, **changes) -> LongArm:
-    return LongArm(name, presets.iclr2026(**changes), optim=optim or {})
+def _ablated(name: str, **changes) -> LongArm:
+    return LongArm(name, presets.iclr2026(**changes))
 
 
 _ABLATION = (

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.lab.long_steps import Objective
-from t2i.models.base import Condition
 from t2i.models.blocks import LlamaBackbone
+from t2i.models.conditions import Condition
 from t2i.rng import fold, integers, uniforms
 from t2i.tensorar.loss import WindowLosses, filled, window_losses
 from t2i.tensorar.model import TensorAR

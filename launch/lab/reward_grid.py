@@ -140,7 +140,7 @@ def rewarded(options: RewardGrid) -> RewardConfig:
 
 def configured(options: RewardGrid) -> TrainConfig:
     """The run of this setting and seed."""
-    from t2i.checkpoint import find_checkpoint
+    from t2i.checkpoint_folders import find_checkpoint
     from t2i.training.recipes import recipes_for
 
     config: TrainConfig = rewarded(options)

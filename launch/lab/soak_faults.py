@@ -37,7 +37,7 @@ from launch.lab.soak_world import (
     small_disk,
     steps_logged,
 )
-from t2i.checkpoint import newest_healthy, run_checkpoints
+from t2i.checkpoint_folders import newest_healthy, run_checkpoints
 
 GENEVAL = ROOT / "geneval" / "run.py"
 _NO_ROOM = "no space is left on the disk"

@@ -245,9 +245,9 @@ def reference(world: World, count: int) -> dict[str, str]:
     return fingerprint(run_dir)
 
 
-def finish(world: World, name: str, count: int = 1, *, resume: bool = True) -> bool:
+def finish(world: World, name: str, count: int = 1) -> bool:
     """Go on with a run to its end; whether it is then the undisturbed one."""
-    train(world, name, resume=resume, count=count).end_with(0)
+    train(world, name, resume=True, count=count).end_with(0)
     return fingerprint(world.run_dir(name)) == reference(world, count)
 
 

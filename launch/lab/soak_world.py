@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.lab.soak_models import MODELS, SoakModel
-from t2i.checkpoint import run_checkpoints
+from t2i.checkpoint_folders import run_checkpoints
 from t2i.files import file_sha256, read_json
 from t2i.manifest import MANIFEST
 

@@ -166,8 +166,9 @@ def _panels(rows: dict[str, list[dict]]) -> list[tuple]:
     for (shape, dtype, batch), of in groups.items():
         title = f"{shape}, {dtype}, batch {batch}: s a training step"
         panels.append((title, _bars("s_per_step", "s_quartiles"), of))
-    for name in dict.fromkeys(row["variable"] for row in rows.get("scaling", [])):
-        of = [row for row in rows["scaling"] if row["variable"] == name]
+    grown = [row for row in rows.get("scaling", []) if "seconds" in row]
+    for name in dict.fromkeys(row["variable"] for row in grown):
+        of = [row for row in grown if row["variable"] == name]
         panels.append((f"seconds as {name} grows", _growth, of))
     return panels
 

@@ -93,5 +93,5 @@ def _head_flops(model: TensorAR) -> int:
     first = next(model.backbone.parameters())
     d = torch.zeros(1, 1, model.backbone.spec.dim, device=first.device, dtype=first.dtype)
     with FlopCounterMode(display=False) as counter:
-        model.backbone.all_logits(d, random_codes(model, 1)[:, :1])
+        model.backbone.all_logits(d, random_codes(model.backbone, 1)[:, :1])
     return counter.get_total_flops()

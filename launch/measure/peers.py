@@ -67,6 +67,7 @@ def open_peer(name: str, task: Task) -> Contender | None:
 # -- textbook loops --------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def _textbook(task: Task) -> Textbook:
     assert isinstance(task.backbone, LlamaGen)
     condition = encode_rows(task.backbone, task.prepared, guided=task.guided)

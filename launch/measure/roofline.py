@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.measure.shapes import PROMPT_TOKENS
+from launch.measure.shapes import made_up
 from launch.measure.turns import seconds
+from t2i.models.base import Backbone
 from t2i.tensorar.model import TensorAR
 
 
@@ -77,13 +78,12 @@ def multiplied(model: nn.Module) -> int:
 def forward_flops(model: TensorAR) -> int:
     """Operations of a teacher-forced pass over one image, attention's counted as plain products."""
     backbone = model.backbone
-    condition = backbone.encode_condition(backbone.made_up_conditions(1, PROMPT_TOKENS))
-    codes = random_codes(model, 1)
+    condition = backbone.encode_condition(made_up(backbone, 1))
+    codes = random_codes(backbone, 1)
     plain = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # fused kernels are not counted
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(
-        False
-    )  # the counter would follow views of them to a graph that is not there
+    # The counter would follow views of them to a graph that is not there.
+    model.requires_grad_(False)
     with FlopCounterMode(display=False) as counter, plain:
         model(codes, condition, model.windows.gather(codes))
     for parameter in trained:
@@ -95,13 +95,12 @@ def forward_flops(model: TensorAR) -> int:
 def prefix_length(model: TensorAR) -> int:
     """Prefix tokens of what is measured."""
     backbone = model.backbone
-    prepared = backbone.made_up_conditions(1, PROMPT_TOKENS)
-    return backbone.encode_condition(prepared).prefix.shape[1]
+    return backbone.encode_condition(made_up(backbone, 1)).prefix.shape[1]
 
 
-def random_codes(model: TensorAR, batch: int) -> Tensor:
+def random_codes(backbone: Backbone, batch: int) -> Tensor:
     """Codes [B, T, S] that mean nothing."""
-    spec, device = model.backbone.spec, model.backbone.device
+    spec, device = backbone.spec, backbone.device
     shape = (batch, spec.num_tokens)
     return torch.stack([torch.randint(v, shape, device=device) for v in spec.subvocabs], -1)
 

@@ -13,9 +13,9 @@ import torch
 
 from launch.measure.peak_memory import peak_gb
 from launch.measure.roofline import multiplied
-from launch.measure.shapes import PROMPT_TOKENS, filled, llamagen
+from launch.measure.shapes import filled, llamagen, made_up
 from launch.measure.timed_training import TrainingStep
-from launch.measure.turns import quartiles, seconds
+from launch.measure.turns import alike_in_turns, quartiles
 from t2i.generation import choose_run
 from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar import presets
@@ -67,7 +67,7 @@ def points(base: Point, *, tiny: bool = False) -> dict[str, list[Point]]:
 def drawing(model: TensorAR, images: int):
     """Draws images as a user's program would."""
     speed, speculate = choose_run(model, DrawOptions(), 1, images)
-    prepared = model.backbone.made_up_conditions(images, PROMPT_TOKENS)
+    prepared = made_up(model.backbone, images)
     keys, settings = torch.arange(images), SamplingConfig(cfg_scale=2.0)
     return partial(
         sample_windows, model.eval(), prepared, keys, settings, speed=speed, speculate=speculate
@@ -75,7 +75,7 @@ def drawing(model: TensorAR, images: int):
 
 
 def training(model: TensorAR, images: int) -> TrainingStep:
-    prepared = model.backbone.made_up_conditions(images, PROMPT_TOKENS)
+    prepared = made_up(model.backbone, images)
     return TrainingStep(model, prepared, torch.optim.AdamW(model.parameters(), lr=1e-6))
 
 
@@ -89,16 +89,15 @@ def measure(
     rows = []
     for work, prepare in WORKS.items():
         models = [point.model(device) for point in of]
+        sizes = [str(point.work(variable, model)) for point, model in zip(of, models, strict=True)]
         runs = [prepare(model, point.images) for model, point in zip(models, of, strict=True)]
-        times: list[list[float]] = [[] for _ in runs]
-        for number in range(rounds + 1):
-            for taken, run in zip(times, runs, strict=True):
-                spent = seconds(run, device)
-                if number > 0:  # the first round warms up
-                    taken.append(spent)
-        for point, model, taken in zip(of, models, times, strict=True):
-            low, middle, high = quartiles(taken)
-            row: dict = {"variable": variable, "work": work, "x": point.work(variable, model)}
+        times = alike_in_turns(dict(zip(sizes, runs, strict=True)), device, rounds)
+        for point, (size, found) in zip(of, times.items(), strict=True):
+            row: dict = {"variable": variable, "work": work, "x": int(size)}
+            if found.error is not None:
+                rows.append(row | {"error": found.error})
+                continue
+            low, middle, high = quartiles(found.per_step)
             row |= {"seconds": middle, "seconds_quartiles": [low, high]}
             if memory:
                 row["peak_gb"] = peak_gb(_once, work, point, device.type)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.loading import load_source
@@ -95,9 +95,8 @@ def outline(name: str) -> Backbone:
         return _shipped(name, torch.device("meta"))
     if name in TINY:
         backbone = TINY[name]()
-        kind = backbone.tokenizer_type
-        with torch.device("meta"):
-            backbone.frozen.tokenizer = backbone.frozen.tokenizer or kind(kind.config_type())
+        frozen = backbone.frozen
+        frozen.tokenizer = frozen.tokenizer or backbone.tokenizer_type.outline()
         return backbone
     family, source = PUBLISHED[name]
     found = find_family(family).backbone_class.outline(source, LoadOptions(generation_only=True))
@@ -140,6 +139,13 @@ def _fill(module: nn.Module) -> None:
 def attached(backbone: Backbone, method: str) -> TensorAR:
     """A preset of the method around it."""
     return TensorAR(backbone, presets.method(method)).eval()
+
+
+def made_up(backbone: Backbone, images: int) -> dict[str, Tensor]:
+    """Conditions that mean nothing, in the type of the weights."""
+    prepared = backbone.made_up_conditions(images, PROMPT_TOKENS)
+    dtype = next(backbone.parameters()).dtype
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
 
 
 def need_tokenizer(methods: Iterable[str]) -> bool:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i.models.base import Condition
 from t2i.models.blocks import rope_table
+from t2i.models.conditions import Condition
 from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.sampling import SamplingConfig
 

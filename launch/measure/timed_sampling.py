@@ -9,8 +9,8 @@ import torch
 
 from launch.measure.peak_memory import peak_gb
 from launch.measure.peers import PEERS, Task, open_peer
-from launch.measure.roofline import Machine, step_floor
-from launch.measure.shapes import PROMPT_TOKENS, attached, need_tokenizer, open_backbone
+from launch.measure.roofline import Machine, random_codes, step_floor
+from launch.measure.shapes import attached, made_up, need_tokenizer, open_backbone
 from launch.measure.turns import (
     Contender,
     Loop,
@@ -75,9 +75,7 @@ class OpenGroup:
         backbone = self.backbone = open_backbone(
             group.shape, DTYPES[group.dtype], device, tokenizer=need_tokenizer(group.methods)
         )
-        prepared = backbone.made_up_conditions(group.images, PROMPT_TOKENS)
-        floating = (k for k, v in prepared.items() if v.is_floating_point())
-        prepared |= {k: prepared[k].to(DTYPES[group.dtype]) for k in floating}
+        prepared = made_up(backbone, group.images)
         self.task = Task(backbone, prepared, group.images, group.settings, group.llamagen)
         self.contenders: dict[str, Contender] = {}
         """By name."""
@@ -175,11 +173,7 @@ def _draw_for_memory(group: Group, device: str) -> None:
 def decode_row(shape: str, images: int, device: torch.device, rounds: int = 5) -> dict:
     """Codes to pixels, apart from drawing them; in fp32, as always."""
     backbone = open_backbone(shape, torch.float32, device, tokenizer=True)
-    spec = backbone.spec
-    codes = torch.stack(
-        [torch.randint(v, (images, spec.num_tokens), device=device) for v in spec.subvocabs], -1
-    )
-    work = torch.no_grad()(partial(backbone.decode_images, codes))
+    work = torch.no_grad()(partial(backbone.decode_images, random_codes(backbone, images)))
     work()
     _, middle, _ = quartiles([seconds(work, device) for _ in range(rounds)])
     about = {"shape": shape, "dtype": "fp32", "images": images, "contender": "codes to pixels"}

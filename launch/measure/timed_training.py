@@ -10,15 +10,15 @@ from torch import Tensor
 from launch.measure.peak_memory import peak_gb
 from launch.measure.roofline import Machine, forward_flops, random_codes
 from launch.measure.shapes import (
-    PROMPT_TOKENS,
     attached,
+    made_up,
     need_tokenizer,
     open_backbone,
     outline,
 )
-from launch.measure.turns import Contender, Schedule, in_turns, quartiles, ratios, seconds
+from launch.measure.turns import alike_in_turns, quartiles, ratios
 from t2i.models import lean
-from t2i.models.base import Condition
+from t2i.models.conditions import Condition
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import EngineOptions, TrainConfig
@@ -75,7 +75,7 @@ class TrainingStep:
         batch = len(next(iter(prepared.values())))
         self.model, self.prepared, self.autocast = model, prepared, autocast
         self.compiled = compiled
-        self.codes = random_codes(model, batch)
+        self.codes = random_codes(model.backbone, batch)
         self.keys = torch.arange(batch, device=self.codes.device)
         self.optimizer = optimizer
 
@@ -118,22 +118,6 @@ class NaiveStep(TrainingStep):
         return (per_slot * weight).sum() / (len(codes) * weight.sum())
 
 
-class _Steps:
-    """Training steps as a contender."""
-
-    def __init__(self, step: TrainingStep):
-        self.step, self.device = step, step.codes.device
-
-    def warm_up(self, whole: int, steps: int) -> None:
-        self.step()
-
-    def turn(self, first: int, steps: int) -> float:
-        return seconds(self.step, self.device)
-
-    def close(self) -> None:
-        pass
-
-
 class OpenTraining:
     """A group with its models: one backbone, and one optimizer, which leaves alone what has no
     gradient.
@@ -147,7 +131,7 @@ class OpenTraining:
         )
         backbone.gradient_checkpointing = group.recompute
         self.models = {method: attached(backbone, method) for method in methods}
-        prepared = backbone.made_up_conditions(group.batch, PROMPT_TOKENS)
+        prepared = made_up(backbone, group.batch)
         trained = {id(p): p for model in self.models.values() for p in model.parameters()}
         optimizer = torch.optim.AdamW(
             trained.values(), lr=1e-6, fused=True if device.type == "cuda" else None
@@ -173,8 +157,7 @@ def measure(
     torch.compiler.reset()
     opened = OpenTraining(group, group.names, device)
     flops = {method: 3 * forward_flops(model) for method, model in opened.models.items()}
-    contenders: dict[str, Contender] = {name: _Steps(s) for name, s in opened.steps.items()}
-    times = in_turns(contenders, Schedule(group.rounds, group.rounds, group.rounds))
+    times = alike_in_turns(opened.steps, device, group.rounds)
     reference = next(iter(times.values()))
     about = {"shape": group.shape, "dtype": group.dtype, "batch": group.batch}
     rows = []
@@ -203,7 +186,7 @@ def measure(
         row["state_gb"] = _state_gb(opened, row["contender"])
         if device.type == "cuda":
             row["peak_gb"] = _peak_here(opened.steps[row["contender"]])
-    del opened, contenders
+    del opened
     for row in rows if memory and device.type != "cuda" else []:
         row["peak_gb"] = peak_gb(_train_for_memory, group, row["contender"], device.type)
     return rows

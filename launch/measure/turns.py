@@ -203,6 +203,18 @@ def warm_all_up(
             times[name].first = one.warm_up(schedule.image, schedule.warm_up)
 
 
+def alike_in_turns(
+    works: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, Times]:
+    """Time works whose steps are all alike: one to warm up, then one in every round."""
+
+    def single(work: Callable[[], object]) -> Single:
+        return Single(lambda _: work(), device)
+
+    singles = {name: single(work) for name, work in works.items()}
+    return in_turns(singles, Schedule(rounds, rounds, rounds))
+
+
 @contextmanager
 def _fitting(
     name: str, running: dict[str, Contender], times: Mapping[str, Times]

@@ -21,7 +21,7 @@ from t2i.rng import fold
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar.drawing import candidates, rules
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import drawn_windows, encode_rows, guidance_table
+from t2i.tensorar.sampler import drawn_windows, encode_rows, guidance_table, guide_logits
 from t2i.tensorar.windows import Windows
 
 PLAIN = SamplingConfig()
@@ -64,9 +64,7 @@ def predict(
         sums = torch.zeros((), device=h.device)
         for s, logits in enumerate(model.slot_logits(d, given[:, n])):
             if scales_NS is not None:
-                cond, null = logits.chunk(2)
-                scale = scales_NS[n, s][:, None, None]
-                logits = torch.where(scale == 1, cond, null + (cond - null) * scale)
+                logits = guide_logits(logits, scales_NS[n, s][:, None, None])
             of_slots = (slice(0, stride), slice(stride, slots))
             pairs = zip(of_slots, rules(sampling, codes.shape[-1])[s], strict=True)
             found = [_facts(logits[:, :, j], codes[:, n, j, s], rule) for j, rule in pairs]

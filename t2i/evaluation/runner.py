@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from t2i.checkpoint import read_config
+from t2i.checkpoint_folders import read_config
 from t2i.errors import UserError, shorten
 from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
@@ -208,7 +208,7 @@ def run(
         where: device and type that the model draws with, as `options.check` tells.
         name: of the benchmark, as in its default output folder.
         entries: the benchmark's prompts.
-        build: the benchmark with its judge on the process's device; called before anything is
+        build: makes the benchmark, its judge on the process's device; called before anything is
             drawn, so that wrong weights are found early.
         arrange: given OUT and the processes, looks at the images of `options.images` and returns
             what brings them into the common layout, and gives their folder; every process calls

@@ -10,17 +10,17 @@ vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.conditions import class_ids
+from t2i.models.conditions import CaptionFeatures, Condition, class_ids
 from t2i.models.kv_cache import KVCache
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
@@ -72,61 +72,6 @@ class BackboneSpec:
             found = f"the data has codes from {int(codes.min())} to {int(codes.max())}, this "
             own = f"{self.family} backbone {self.subvocabs}: they are of another tokenizer"
             raise UserError(found + own)
-
-
-@dataclass
-class Condition:
-    """An encoded condition: what precedes the image in the trunk's input."""
-
-    prefix: Tensor
-    """Embeddings [B, P, D]; the output at the last one predicts the first image token."""
-    mask: Tensor | None = None
-    """Which prefix entries may be attended to, bool [B, P]; None means all."""
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    """Whatever else a family's trunk needs, batch first."""
-
-    def rows(self, index: Tensor) -> "Condition":
-        """The conditions of some samples."""
-        return Condition(
-            self.prefix[index],
-            None if self.mask is None else self.mask[index],
-            {k: v[index] for k, v in self.extras.items()},
-        )
-
-    @staticmethod
-    def cat(parts: Sequence["Condition"]) -> "Condition":
-        """Stack along the batch."""
-        first, masks = parts[0], [p.mask for p in parts if p.mask is not None]
-        return Condition(
-            torch.cat([p.prefix for p in parts]),
-            torch.cat(masks) if masks else None,
-            {k: torch.cat([p.extras[k] for p in parts]) for k in first.extras},
-        )
-
-
-class TextEncoder(Protocol):
-    """What turns captions into what `Backbone.prepare` needs."""
-
-    folder: Path | None
-    """Where it was loaded from."""
-
-    def to(self, device: torch.device | str) -> Self: ...
-
-    def notes(self, captions: Sequence[str]) -> list[list[str] | None]:
-        """What is lost of each caption, in fixed phrases; None if nothing of it is left."""
-
-    def weights_hash(self) -> str:
-        """SHA-256 of all that an image can depend on."""
-
-
-@dataclass(frozen=True)
-class CaptionFeatures:
-    """What a data set's cache keeps of captions where encoding them is expensive."""
-
-    encode: Callable[[list[str]], list[Tensor]]
-    """Captions to features [n_i, C] each."""
-    key: dict
-    """JSON-able: what the features depend on."""
 
 
 @dataclass

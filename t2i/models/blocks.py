@@ -2,13 +2,13 @@
 Llama-like ones trunk, norm and rotation, with the block of LlamaGen and Open-MAGVIT2.
 
 That block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
-SwiGLU. Two things differ from the Llama that everyone knows, which is Janus-Pro's
+SwiGLU. Two things differ from the usual Llama, which is Janus-Pro's
 (`janus_modules.py`), and matter for parity:
 
-- RoPE is two-dimensional on interleaved pairs: the first half of the pairs turns with the row, the
-  second with the column.
-- The prefix (class or caption) is not turned by the identity but by zero, so its queries and keys
-  vanish: every attention logit to or from a prefix entry is 0.
+- RoPE is two-dimensional on interleaved pairs: the first half of the pairs is rotated by the row,
+  the second half by the column.
+- The rows of the rotary table that belong to the prefix (class or caption) are zero, so its queries
+  and keys vanish: every attention logit to or from a prefix entry is 0.
 
 Shapes: B batch, L inputs, P prefix length, D model width, H heads, K width of a head, T image
 tokens.
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2i.models import lean
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Backbone
+from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.models.lean import Dropout, rms_norm, swiglu
 

@@ -1,13 +1,20 @@
-"""Conditions as users give them, checked (captions, ImageNet-style class labels); their padding."""
+"""Conditions: as users give them, checked (captions, ImageNet-style class labels); what encodes
+captions; padding; and as a trunk reads them.
+
+Shapes: B batch, P prefix length, D model width, C width of a caption's features.
+"""
 
 import operator
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from t2i.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -86,3 +93,60 @@ def left_pad(rows: "Sequence[Tensor]", length: int, fill: float = 0) -> "tuple[T
         batch[index, length - len(row) :] = row
         mask[index, length - len(row) :] = True
     return batch, mask
+
+
+class TextEncoder(Protocol):
+    """What turns captions into what `Backbone.prepare` needs."""
+
+    folder: Path | None
+    """Where it was loaded from."""
+
+    def to(self, device: "torch.device | str") -> Self: ...
+
+    def notes(self, captions: Sequence[str]) -> list[list[str] | None]:
+        """What is lost of each caption, in fixed phrases; None if nothing of it is left."""
+
+    def weights_hash(self) -> str:
+        """SHA-256 of all that an image can depend on."""
+
+
+@dataclass(frozen=True)
+class CaptionFeatures:
+    """What a data set's cache keeps of captions where encoding them is expensive."""
+
+    encode: "Callable[[list[str]], list[Tensor]]"
+    """Captions to features [n_i, C] each."""
+    key: dict
+    """JSON-able: what the features depend on."""
+
+
+@dataclass
+class Condition:
+    """An encoded condition: what precedes the image in the trunk's input."""
+
+    prefix: "Tensor"
+    """Embeddings [B, P, D]; the output at the last one predicts the first image token."""
+    mask: "Tensor | None" = None
+    """Which prefix entries may be attended to, bool [B, P]; None means all."""
+    extras: "dict[str, Tensor]" = field(default_factory=dict)
+    """Whatever else a family's trunk needs, batch first."""
+
+    def rows(self, index: "Tensor") -> "Condition":
+        """The conditions of some samples."""
+        return Condition(
+            self.prefix[index],
+            None if self.mask is None else self.mask[index],
+            {k: v[index] for k, v in self.extras.items()},
+        )
+
+    @staticmethod
+    def cat(parts: Sequence["Condition"]) -> "Condition":
+        """Stack along the batch."""
+        import torch
+
+        first, masks = parts[0], [p.mask for p in parts if p.mask is not None]
+        return Condition(
+            torch.cat([p.prefix for p in parts]),
+            torch.cat(masks) if masks else None,
+            {k: torch.cat([p.extras[k] for p in parts]) for k in first.extras},
+        )

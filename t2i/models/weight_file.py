@@ -71,8 +71,7 @@ class WeightFileBackbone(Backbone):
         build: Any = cls
         with torch.device("meta"):
             backbone = build(config)
-            tokenizer = cls.tokenizer_type(cls.tokenizer_type.config_type())
-        backbone.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
+        backbone.frozen.tokenizer = cls.tokenizer_type.outline()
         return backbone.eval()
 
 

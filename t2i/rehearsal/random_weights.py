@@ -51,14 +51,13 @@ class RandomWeights:
         *,
         nest: str | None,
         tied: Mapping[str, str] | None = None,
-        dtype: torch.dtype = torch.float32,
     ) -> Path:
-        """A .pt, .bin or .ckpt file, with the weights under the key `nest`.
+        """A .pt, .bin or .ckpt file in fp32, with the weights under the key `nest`.
 
         tied: names of weights that are others, by the names of those.
         """
         # Memory that nobody writes to is never taken, and the bytes in the file are not written.
-        weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
         weights |= {name: weights[other] for name, other in (tied or {}).items()}
         with replacing(path) as temporary:
             with torch.serialization.skip_data():

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2i.lora import without_lora
-from t2i.models.base import Condition
 from t2i.sampling import SamplingConfig
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import drawn_windows, guidance_table
+from t2i.tensorar.sampler import drawn_windows, encode_rows, guidance_table, guide_logits
 from t2i.training.state import trained
 
 # -- log-probabilities -----------------------------------------------------------------------------
@@ -91,11 +90,8 @@ def _decoded(
     """
     backbone, stride = model.backbone, drawn_windows(model, sampling).stride
     scales_NS = guidance_table(model, sampling)
-    condition, fed = backbone.encode_condition(prepared), windows
-    if scales_NS is not None:
-        drop = torch.ones(len(windows), dtype=torch.bool, device=windows.device)
-        condition = Condition.cat([condition, backbone.encode_condition(prepared, drop)])
-        fed = torch.cat([windows, windows])
+    condition = encode_rows(backbone, prepared, guided=scales_NS is not None)
+    fed = windows if scales_NS is None else torch.cat([windows, windows])
     d_RNsD = model.decode_slots(model.hidden(condition, fed, stride=stride))[:, :, :stride]
     size = model.windows_at_once(stride)
     for at in range(0, d_RNsD.shape[1], size):
@@ -117,9 +113,7 @@ def _log_distributions(
     for sub, ((x, head), own) in enumerate(zip(heads, settings, strict=True)):
         logits = head(x).float()
         if scales_nS is not None:
-            cond, null = logits.chunk(2)
-            scale = scales_nS[:, sub, None, None]
-            logits = torch.where(scale == 1, cond, null + (cond - null) * scale)
+            logits = guide_logits(logits, scales_nS[:, sub, None, None])
         yield (logits / own.temperature).log_softmax(-1)
 
 

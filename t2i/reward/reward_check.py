@@ -8,15 +8,12 @@ from t2i.reward.reward_prompts import training_prompts
 from t2i.reward.rewards import own_function
 from t2i.tensorar.model import TensorAR
 from t2i.training import check as training_check
-from t2i.training.memory import weight_bytes
+from t2i.training.memory import prompt_length, weight_bytes
 from t2i.training.run_plan import Plan
 from t2i.training.state import trained
 
 BANDWIDTH = 2e12
 """Bytes per second that weights are read with while drawing: an A100's; an H100 reads 3.3e12."""
-
-_PROMPT_TOKENS = 128
-"""Prefix that is assumed where it varies with the prompts, as in `t2i.training.memory`."""
 
 
 def check(config: RewardConfig, world_size: int = 1) -> str:
@@ -51,10 +48,10 @@ def _drawing_lines(
     config: RewardConfig, model: TensorAR, plan: Plan | None, world_size: int
 ) -> list[str]:
     """How images are drawn, and what that takes besides learning; `model` is on the meta device."""
-    options, spec = config.reward, model.backbone.spec
+    options = config.reward
     guided = options.cfg_scale != 1
     images = min(options.draw_batch, config.batch_size // world_size)
-    length = min(spec.prefix_tokens, _PROMPT_TOKENS) + model.windows.count - 1
+    length = prompt_length(model.backbone) + model.windows.count - 1
     cache = model.backbone.new_cache(images * (1 + guided), length)
     held = sum(t.nbytes for t in (*cache.keys, *cache.values))
     start = weight_bytes(config) * sum(
@@ -69,7 +66,12 @@ def _drawing_lines(
         f"{'cache while drawing':<34}{readable_size(held)}, kept from step to step",
     ]
     if (teacher := options.teacher) is not None:
-        kept = 4 * config.engine.micro_batch * model.windows.tokens * sum(spec.subvocabs)
+        kept = (
+            4
+            * config.engine.micro_batch
+            * model.windows.tokens
+            * sum(model.backbone.spec.subvocabs)
+        )
         if options.updates > 1:
             kept *= config.batch_size // (config.engine.micro_batch * world_size)
         lines.append(

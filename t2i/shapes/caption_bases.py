@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from t2i.files import replacing, replacing_folder, write_json
 from t2i.loading import attach, load_backbone, pick_device
-from t2i.models.base import Condition
+from t2i.models.conditions import Condition
 from t2i.models.janus.janus_model import Janus
 from t2i.models.llamagen.captions import clean_caption
 from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig

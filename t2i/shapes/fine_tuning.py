@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import geneval
-from t2i.checkpoint import from_pretrained, run_checkpoints
+from t2i.checkpoint import from_pretrained
+from t2i.checkpoint_folders import run_checkpoints
 from t2i.generation import draw_images
 from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.shapes.shapes_detector import ShapesDetector

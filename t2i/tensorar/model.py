@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t2i.models.base import Backbone, Condition, parameter_count
+from t2i.models.base import Backbone, parameter_count
+from t2i.models.conditions import Condition
 from t2i.rng import fold, integers, normals, uniforms
 from t2i.sampling import Speculate, Speed
 from t2i.tensorar.codec import Codec

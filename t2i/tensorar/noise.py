@@ -24,6 +24,8 @@ from torch import Tensor
 from t2i.rng import fold, integers, uniforms
 from t2i.tensorar.method import Schedule
 
+_ROWS_AT_ONCE = 8192
+"""Vectors that are compared with all of a codebook at once."""
 GAUSSIAN_VARIANCE = 0.1
 """Variance of the ablation's embedding noise (arXiv 2505.16324, section 4.3)."""
 
@@ -73,19 +75,17 @@ def corrupt_codebook(
         x = (1 - b) * table_VC[windows[..., s]] + b * table_VC[noise]
         mixed.append(_nearest_by_cosine(x, F.normalize(table_VC, dim=-1)))
     noised = torch.stack(mixed, dim=-1)
-    return torch.where(
-        strengths_k[:, None] > 0, noised, windows
-    )  # slot 0 is kept even where two codes share a direction
+    # Slot 0 is kept even where two codes share a direction.
+    return torch.where(strengths_k[:, None] > 0, noised, windows)
 
 
-def _nearest_by_cosine(x: Tensor, unit_VC: Tensor, rows: int = 8192) -> Tensor:
+def _nearest_by_cosine(x: Tensor, unit_VC: Tensor) -> Tensor:
     """Index of the row with the largest cosine; in chunks, because [B, N, k, V] scores would not
     fit.
     """
     flat = x.reshape(-1, x.shape[-1])
-    return torch.cat([(chunk @ unit_VC.T).argmax(-1) for chunk in flat.split(rows)]).view(
-        x.shape[:-1]
-    )
+    nearest = [(chunk @ unit_VC.T).argmax(-1) for chunk in flat.split(_ROWS_AT_ONCE)]
+    return torch.cat(nearest).view(x.shape[:-1])
 
 
 def corrupt_bits(

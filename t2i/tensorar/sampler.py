@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Backbone
+from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.rng import fold
 from t2i.sampling import SamplingConfig, Speed, SubTokenSampling
@@ -94,9 +95,8 @@ def new_state(
     return DecodeState(condition, cache, scales_NS, windows)
 
 
-@torch.no_grad()
 def encode_rows(backbone: Backbone, prepared: dict[str, Tensor], *, guided: bool) -> Condition:
-    """The condition of all rows."""
+    """The condition of all rows; with a gradient, where one is kept."""
     condition = backbone.encode_condition(prepared)
     if not guided:
         return condition
@@ -157,8 +157,12 @@ def window_logits(
     )
     if state.scales_NS is None:
         return logits
+    return guide_logits(logits, state.scales_NS[index, s][:, None, None])
+
+
+def guide_logits(logits: Tensor, scale: Tensor) -> Tensor:
+    """Guided logits [B, ...] from those of all rows [2B, ...]."""
     cond, null = logits.chunk(2)
-    scale = state.scales_NS[index, s][:, None, None]
     return torch.where(scale == 1, cond, null + (cond - null) * scale)
 
 

@@ -115,17 +115,15 @@ class Held:
 
 def runner(step: Callable[..., None], drawing, speed: Speed, device: torch.device) -> Run:
     """`step(model, drawing, extent)` at this speed. It holds no model, which would hold it."""
-    at_speed = _compiled(step, device) if speed == "compiled" else step
+    at_speed = step
+    if speed == "compiled":
+        at_speed = _frozen(step) if device.type == "cpu" else _fused(step)
 
     def run(model, extent: int) -> None:
         at_speed(model, drawing, extent)
 
     recorded = speed == "graphs" or (speed == "compiled" and device.type == "cuda")
     return Graphs(run, device) if recorded else run
-
-
-def _compiled(step: Callable[..., None], device: torch.device) -> Callable[..., None]:
-    return _frozen(step) if device.type == "cpu" else _fused(step)
 
 
 def _frozen(step: Callable[..., None]) -> Callable[..., None]:

@@ -102,9 +102,8 @@ class Windows:
             )
         position = torch.arange(self.tokens, device=windows.device)
         window, slot = position // self.stride, position % self.stride
-        deepest = torch.div(
-            self.size - 1 - slot, self.stride, rounding_mode="floor"
-        )  # earlier windows that hold it
+        # How many earlier windows hold it.
+        deepest = torch.div(self.size - 1 - slot, self.stride, rounding_mode="floor")
         back = torch.minimum(
             torch.minimum(window, deepest), torch.tensor(self.stages - stage, device=windows.device)
         )

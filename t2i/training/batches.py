@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from t2i.checkpoint import read_config, run_checkpoints
+from t2i.checkpoint_folders import read_config, run_checkpoints
 from t2i.data.order import sample_index, split_indices
 from t2i.data.samples import Source
 from t2i.data.store import CodeStore

@@ -60,8 +60,8 @@ class DataOptions(_AnyData, CaptionedImages):
     small_images: Literal["skip", "upscale"] = "skip"
     """What to do with images that are smaller than the model's."""
     views: Literal["centre", "flip"] = "centre"
-    """The centre of each image, or (flip) every time that or its mirror image: not where captions
-    say left or right, or images hold writing.
+    """The centre of each image, or (flip) each time either that or its mirror image; not for
+    captions that say left or right, nor for images with writing.
     """
 
     def __post_init__(self):

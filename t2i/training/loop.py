@@ -14,7 +14,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from t2i.checkpoint import find_checkpoint, from_pretrained, read_config, run_checkpoints
+from t2i.checkpoint import from_pretrained
+from t2i.checkpoint_folders import find_checkpoint, read_config, run_checkpoints
 from t2i.errors import NotFiniteError, Stopped, UserError
 from t2i.files import saving, write_json
 from t2i.generation import draw_images

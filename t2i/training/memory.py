@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i.models.base import Backbone, Condition
+from t2i.models.base import Backbone
+from t2i.models.conditions import Condition
 from t2i.models.families import find_family
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.tensorar.loss import rows_at_once
@@ -118,7 +119,7 @@ def estimate(
     if recompute:
         outside = _kept(model, config, recompute=True)
         row = model.backbone.spec.dim * next(model.parameters()).element_size()
-        length = _prompt_length(model.backbone) + model.windows.count - 1
+        length = prompt_length(model.backbone) + model.windows.count - 1
         inputs = config.engine.micro_batch * length * row
         kept, passing = outside + layers * inputs, (kept - outside) / layers
     # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
@@ -179,7 +180,8 @@ def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
     return per_logit * config.engine.micro_batch * logits
 
 
-def _prompt_length(backbone: Backbone) -> int:
+def prompt_length(backbone: Backbone) -> int:
+    """Prefix tokens, as far as they are known before the captions are."""
     return min(backbone.spec.prefix_tokens, _PROMPT_TOKENS)
 
 
@@ -233,7 +235,7 @@ def _condition(backbone: Backbone, batch: int) -> Condition:
     spec = backbone.spec
     if spec.cond_kind == "class":
         return backbone.encode_condition(backbone.prepare([0] * batch))
-    length = _prompt_length(backbone)
+    length = prompt_length(backbone)
     dtype = next(backbone.parameters()).dtype
     prefix = torch.zeros(batch, length, spec.dim, dtype=dtype, device="meta", requires_grad=True)
     return Condition(prefix, mask=torch.ones(batch, length, dtype=torch.bool, device="meta"))

@@ -19,15 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i.checkpoint import (
-    BEST,
-    new_checkpoint,
-    newest_healthy,
-    read_config,
-    run_checkpoints,
-    step_folders,
-    write_model,
-)
+from t2i.checkpoint import new_checkpoint, write_model
+from t2i.checkpoint_folders import BEST, newest_healthy, read_config, run_checkpoints, step_folders
 from t2i.errors import UserError
 from t2i.files import owning, read_json, saving, settle_folder, writable_folder
 from t2i.manifest import TRAINING_STATE

@@ -8,16 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from t2i.checkpoint import (
+from t2i.checkpoint import load_stored_backbone, stored_part, stored_source, trained_parts
+from t2i.checkpoint_folders import (
     CODEC,
     choose_checkpoint,
     find_checkpoint,
     is_checkpoint,
-    load_stored_backbone,
     read_config,
-    stored_part,
-    stored_source,
-    trained_parts,
 )
 from t2i.loading import load_source
 from t2i.lora import add_lora, merge_lora

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.base import AS_PUBLISHED, BackboneSpec, Condition, LoadOptions
+from t2i.models.base import AS_PUBLISHED, BackboneSpec, LoadOptions
 from t2i.models.blocks import LlamaBackbone
+from t2i.models.conditions import Condition
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
 from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
 from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
-from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
+from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.weights import load_strict, naming, read_folder, reading_shape
 
@@ -130,9 +131,11 @@ class Janus(LlamaBackbone):
         stored = config.transformers if config else janus_config.read_config(folder, weights)
         tied = names.HEAD not in weights
         with naming(folder), reading_shape("a Janus-Pro"):
-            vq = VQConfig.from_state_dict(names.vq_weights(weights))
             if tied:
                 weights[names.HEAD] = weights[names.EMBEDDING]
+        own = names.vq_weights(weights)
+        tokenizer = VQTokenizer.empty(own, folder)
+        load_strict(tokenizer, own, folder)
         prompts = JanusPrompts.load(folder, _MAX_PROMPT)
         # transformers' default is True, whatever the file holds
         known: dict = {"tie_word_embeddings": tied}
@@ -142,8 +145,7 @@ class Janus(LlamaBackbone):
         backbone = cls(shape, generation_only=options.generation_only)
         prompts.max_tokens = backbone.spec.prefix_tokens
         backbone.frozen.text_encoder = prompts
-        own = None if options.shapes_only else names.vq_weights(weights)
-        backbone._take_tokenizer(vq, own, folder)
+        backbone.frozen.tokenizer = tokenizer
         other = (names.VQ, *_UNDERSTANDING) if options.generation_only else (names.VQ,)
         kept = {k: v.to(options.dtype) for k, v in weights.items() if not k.startswith(other)}
         load_strict(backbone.janus, kept, folder, assign=True)
@@ -165,18 +167,8 @@ class Janus(LlamaBackbone):
         shape: JanusShape = options.config or janus_config.published_shape(size)
         shape = replace(shape, grid=options.grid or shape.grid)
         backbone = cls(shape, generation_only=options.generation_only)
-        backbone._take_tokenizer(VQConfig(), None, source)
+        backbone.frozen.tokenizer = VQTokenizer.outline()
         return backbone
-
-    def _take_tokenizer(
-        self, config: VQConfig, weights: dict[str, Tensor] | None, source: str | Path
-    ) -> None:
-        """Build the image tokenizer, in fp32; without weights it stays on the meta device."""
-        with torch.device("meta"):
-            tokenizer = VQTokenizer(config)
-        if weights is not None:
-            load_strict(tokenizer, {k: v.float() for k, v in weights.items()}, source, assign=True)
-        self.frozen.tokenizer = tokenizer.eval().requires_grad_(False)
 
     def official_state_dict(self) -> dict[str, Tensor]:
         weights = self.janus.state_dict()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.base import BackboneSpec, CaptionFeatures, Condition
+from t2i.models.base import BackboneSpec
 from t2i.models.blocks import (
     Block,
     ClassEmbedding,
@@ -27,7 +27,7 @@ from t2i.models.blocks import (
     RMSNorm,
     normal_weights,
 )
-from t2i.models.conditions import left_pad
+from t2i.models.conditions import CaptionFeatures, Condition, left_pad
 from t2i.models.llamagen.captions import caption_losses, clean_caption
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.models.weight_file import WeightFileBackbone, published_size

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.base import BackboneSpec, Condition
+from t2i.models.base import BackboneSpec
 from t2i.models.blocks import (
     Block,
     ClassEmbedding,
@@ -33,6 +33,7 @@ from t2i.models.blocks import (
     normal_weights,
     run_blocks,
 )
+from t2i.models.conditions import Condition
 from t2i.models.tokenizers.lfq import LFQTokenizer, signs, tokenizer_part
 from t2i.models.weight_file import WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig

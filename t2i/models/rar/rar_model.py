@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.base import BackboneSpec, Condition
+from t2i.models.base import BackboneSpec
 from t2i.models.blocks import attend, causal_mask, run_blocks
+from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from t2i.models.weight_file import WeightFileBackbone, published_size

@@ -190,6 +190,11 @@ class ConvTokenizer(nn.Module, ABC):
         return tokenizer
 
     @classmethod
+    def outline(cls) -> Self:
+        """A frozen tokenizer of the published shape, without weights, on the meta device."""
+        return build_empty(lambda: cls(cls.config_type()), device="meta").requires_grad_(False)
+
+    @classmethod
     def empty(cls, state_dict: dict[str, Tensor], path: str | Path) -> Self:
         """A frozen tokenizer of the shape that a file's weights have, where they are, to be filled
         with them.

@@ -1,0 +1,146 @@
+"""Checkpoint folders: which one is meant, and whether it is whole (`t2i.checkpoint` says what is in
+one).
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import get_args
+
+from t2i.errors import UserError
+from t2i.fields import read_object
+from t2i.files import nearest_path
+from t2i.manifest import MANIFEST, DamagedError, check_files
+from t2i.sources import shipped_bases
+from t2i.tuning import Tuning
+
+log = logging.getLogger(__name__)
+
+EXPORTED = "tensorar"
+"""Name of the checkpoint folder within an export, whose base is given relative to it."""
+BEST = "best"
+"""Folder of the model with the lowest held-out loss, within a run folder."""
+CODEC = "codec.safetensors"
+"""File of TensorAR's own weights."""
+_SECTIONS = ("backbone", "method", "sampling", "training")
+
+
+def read_config(folder: str | Path, *, with_state: bool = False, contents: bool = False) -> dict:
+    """The config.json of a complete checkpoint folder.
+
+    Args:
+        with_state: also ask for the files that resume needs.
+        contents: compare checksums, not only sizes: reads every file.
+
+    Raises:
+        UserError: no such folder, not a checkpoint, incomplete, a file is not what was written, or
+            a way of training that is no more.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        nearest = nearest_path(folder)
+        raise UserError(f"checkpoint folder {folder} does not exist (or is a file){nearest}")
+    check_files(folder, with_state=with_state, contents=contents)
+    path = folder / "config.json"
+    try:
+        config = read_object(path)
+    except UserError as error:
+        raise DamagedError(f"{path} is not what a checkpoint has: {error}") from error
+    wrong = [name for name in _SECTIONS if not isinstance(config.get(name), dict)]
+    if config.get("tuning") not in get_args(Tuning):
+        wrong.append("tuning")
+    if wrong:
+        raise DamagedError(
+            f"{path} is not what a checkpoint has: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
+            "copy the folder again"
+        )
+    # Once a stride was trained: one input of the trunk for so many codes.
+    if of_run := (config.get("training") or {}).get("config"):
+        of_run.get("method", {}).pop("stride", None)
+    if (stride := config["method"].pop("stride", 1)) != 1:
+        raise UserError(
+            f"{folder} was trained with method.stride={stride}, one input of the trunk for {stride} "
+            "codes, which is no more: train it again without, and draw with --stride"
+        )
+    return config
+
+
+def run_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Complete checkpoint folders of a run, oldest first."""
+    return [folder for folder in step_folders(run_dir) if (folder / MANIFEST).is_file()]
+
+
+def step_folders(run_dir: str | Path) -> list[Path]:
+    """Folders by the names of checkpoints, which may be incomplete, oldest first."""
+    steps = {
+        int(match[1]): folder
+        for folder in (Path(run_dir) / "checkpoints").glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", folder.name))
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | None:
+    """The newest checkpoint of a run whose files are what was written; None if it has none.
+
+    Goes back from a damaged one with a warning that names the file.
+
+    Raises:
+        DamagedError: all are damaged.
+    """
+    damage = None
+    for folder in reversed(step_folders(run_dir)):
+        try:
+            read_config(folder, with_state=with_state, contents=True)
+        except DamagedError as error:
+            log.warning("%s is passed over: %s", folder, error)
+            damage = damage or error
+            continue
+        if damage is not None:
+            log.warning("going back to %s", folder)
+        return folder
+    if damage is not None:
+        raise DamagedError(f"{run_dir} has no healthy checkpoint: {damage}") from damage
+    return None
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The folder itself, the newest healthy checkpoint of a run, or the one within an export.
+
+    Raises:
+        DamagedError: it is a run folder, and all its checkpoints are damaged.
+    """
+    if found := newest_healthy(folder):
+        return found
+    exported = Path(folder) / EXPORTED
+    return exported if (exported / MANIFEST).is_file() else Path(folder)
+
+
+def choose_checkpoint(folder: str | Path) -> Path:
+    """As `find_checkpoint`; of a run, a log line says which it is, and where the best model is."""
+    found, best = find_checkpoint(folder), Path(folder) / BEST
+    if found.parent != Path(folder) / "checkpoints":
+        return found
+    beside = ""
+    try:
+        facts = read_config(best)["training"]
+        if found.name != f"step_{facts['step']:06d}":
+            beside = f"; the best at its validations was step {facts['step']}: {best}"
+            beside += f" (loss {facts['best_loss']:.3f})"
+    except (UserError, KeyError):  # none, or damaged, which is of no concern here
+        pass
+    log.info("%s: its newest checkpoint, %s%s", folder, found.name, beside)
+    return found
+
+
+def is_checkpoint(source: str | Path) -> bool:
+    """Whether this is a checkpoint, run or export folder (perhaps a damaged one), and not a base.
+
+    The bare name of a shipped base is that base, also where a folder here has this name.
+    """
+    folder = Path(source)
+    if str(source) in shipped_bases() or not folder.is_dir():
+        return False
+    if find_checkpoint(folder) != folder or (folder / MANIFEST).is_file():
+        return True
+    return (folder / "checkpoints").is_dir() or (folder / CODEC).is_file()
