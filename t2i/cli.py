@@ -87,6 +87,7 @@ def _parsed(
         description += "\n\n  --help-all shows every option"
     given = ["--help" if a == _HELP_ALL else a for a in given]
     _refuse_repeats(default, given)
+    _refuse_blanks(default, given)
     config = tyro.cli(
         kind,
         prog=prog,
@@ -108,6 +109,23 @@ def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) ->
         if (count := names.count(name)) > 1:
             raise UserError(
                 f"{name} is given {count} times: give it once, with all values behind it"
+            )
+
+
+def _refuse_blanks(config: "DataclassInstance | type", given: Sequence[str]) -> None:
+    """UserError for an option of one value that is given nothing."""
+    # An empty path would be the working directory: so a shell variable that is not set would put
+    # a run there.
+    lists = set(_lists(config))
+    for option, following in zip(given, [*given[1:], None], strict=True):
+        name, equals, value = option.partition("=")
+        value = value if equals else following
+        if not name.startswith("--") or value is None or value.strip():
+            continue
+        if name.replace("_", "-") not in lists:
+            raise UserError(
+                f"{name} is given nothing: leave it out, or say what it is (a shell variable that "
+                "is not set is nothing)"
             )
 
 

@@ -138,7 +138,9 @@ def test_other_files(folder):
         RAR.load(folder / "vq.bin")
     with pytest.raises(ValueError, match=r"rar\.bin: not a MaskGIT VQGAN.*encoder\.conv_in"):
         MaskGITVQGAN.load(folder / "rar.bin")
-    with pytest.raises(ValueError, match=r"16 image tokens.*grid of 3 x 5; pass config=.height, width"):
+    with pytest.raises(
+        ValueError, match=r"16 image tokens.*grid of 3 x 5; pass config=.height, width"
+    ):
         RAR.load(folder / "rar.bin", LoadOptions(grid=(3, 5)))
     assert RAR.load(folder / "rar.bin", LoadOptions(grid=(2, 8))).spec.grid == (2, 8)
 
