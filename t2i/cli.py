@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -117,9 +118,9 @@ def _refuse_blanks(config: "DataclassInstance | type", given: Sequence[str]) -> 
     # An empty path would be the working directory: so a shell variable that is not set would put
     # a run there.
     lists = set(_lists(config))
-    for option, following in zip(given, [*given[1:], None], strict=True):
-        name, equals, value = option.partition("=")
-        value = value if equals else following
+    for option, following in pairwise([*given, None]):
+        name, equals, own = (option or "").partition("=")
+        value = own if equals else following
         if not name.startswith("--") or value is None or value.strip():
             continue
         if name.replace("_", "-") not in lists:
