@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -214,8 +215,11 @@ def _log_plainly() -> None:
         out.reconfigure(errors="backslashreplace")  # a locale may know neither é nor ±
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
-    for noisy in ("httpx", "datasets", "transformers"):
+    for noisy in ("httpx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also raises what it logs
+    # Pillow's, of large images, which the kit counts and names itself.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit of")
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -144,6 +144,7 @@ def test_bad_values(train_fails):
         ("--epochs", "nan", "epochs=nan must be a number above 0"),
         ("--log.save-every", "-1", "log.save_every=-1 must be a number of steps, or 0"),
         ("--lora.alpha", "1e400", "lora.alpha=inf must be a number above 0"),
+        ("--lora.rank", str(10**9), f"lora.rank={10**9} must be at least 1 and at most 4096"),
         ("--method.slot-weights", "1 inf", "slot_weights=(1.0, inf): give weights >= 0"),
         ("--method.slot-weights", "1e300", "slot_weights=(1e+300,): give weights >= 0 and at most"),
         ("--method.slot-weights", "1e-300", "that of slot 0 at least 1e-12"),
