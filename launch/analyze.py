@@ -140,6 +140,8 @@ def examine(
         }
     if model.windows.stages == 1:
         missing.append("refinement stages: this model draws every code once")
+    elif "stages" not in facts["model"]["drawn"]:
+        missing.append("refinement stages: its window is the whole image, so no code has had all")
     found = {
         "name": options["model"].name(),
         **facts,

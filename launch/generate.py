@@ -60,12 +60,14 @@ def main() -> None:
     with ExitStack() as held:
         from t2i.evaluation import draw
         from t2i.generation import all_jobs
+        from t2i.training.trigger_words import remind_of_trigger
 
         if config.out is None:
             writable_folder(_OUTPUTS)
         else:
             held.enter_context(owning(config.out, "image folder"))
             draw.check_prompts(config.out, entries, config.seed)
+        remind_of_trigger(config.checkpoint, [entry["prompt"] for entry in entries])
         model = config.load(device, dtype)
         jobs = all_jobs(range(len(entries)), config.samples)
         rows = min(config.batch_size, len(jobs))

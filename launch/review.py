@@ -150,8 +150,10 @@ def _draw(
     """Draw what a column lacks."""
     from t2i.evaluation import draw
     from t2i.generation import all_jobs
+    from t2i.training.trigger_words import remind_of_trigger
 
     print(f"{place.name}:", file=sys.stderr)
+    remind_of_trigger(model_options.checkpoint, [entry["prompt"] for entry in entries])
     model = model_options.load(*where)
     jobs = all_jobs(range(len(entries)), config.samples)
     rows, stages = min(config.batch_size, len(jobs)), config.stages and model.windows.stages > 1

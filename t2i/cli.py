@@ -7,11 +7,13 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -87,6 +89,7 @@ def _parsed(
         description += "\n\n  --help-all shows every option"
     given = ["--help" if a == _HELP_ALL else a for a in given]
     _refuse_repeats(default, given)
+    _refuse_blanks(default, given)
     config = tyro.cli(
         kind,
         prog=prog,
@@ -108,6 +111,23 @@ def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) ->
         if (count := names.count(name)) > 1:
             raise UserError(
                 f"{name} is given {count} times: give it once, with all values behind it"
+            )
+
+
+def _refuse_blanks(config: "DataclassInstance | type", given: Sequence[str]) -> None:
+    """UserError for an option of one value that is given nothing."""
+    # An empty path would be the working directory: so a shell variable that is not set would put
+    # a run there.
+    lists = set(_lists(config))
+    for option, following in pairwise([*given, None]):
+        name, equals, own = (option or "").partition("=")
+        value = own if equals else following
+        if not name.startswith("--") or value is None or value.strip():
+            continue
+        if name.replace("_", "-") not in lists:
+            raise UserError(
+                f"{name} is given nothing: leave it out, or say what it is (a shell variable that "
+                "is not set is nothing)"
             )
 
 
@@ -195,8 +215,11 @@ def _log_plainly() -> None:
         out.reconfigure(errors="backslashreplace")  # a locale may know neither é nor ±
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
-    for noisy in ("httpx", "datasets", "transformers"):
+    for noisy in ("httpx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also raises what it logs
+    # Pillow's, of large images, which the kit counts and names itself.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit of")
 
 
 def _terminate(number: int, frame: object) -> None:

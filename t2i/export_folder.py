@@ -38,7 +38,7 @@ from t2i.published import asking_hub
 from t2i.sampling import DrawOptions
 from t2i.sources import BackboneSource, expand_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
-from t2i.training.config import DataOptions
+from t2i.training.trigger_words import TRIGGER, remind_of_trigger, trigger_of, with_trigger
 from t2i.weights import save_weights
 
 log = logging.getLogger(__name__)
@@ -71,12 +71,11 @@ def export(options: ExportOptions) -> Path:
     # What is wrong with one is named before the work.
     parse_conditions(model.backbone, options.prompt)
     kind = model.backbone.spec.cond_kind
-    for prompt in options.prompt:
-        if (typed := _with_trigger(config, prompt)) != prompt:
-            log.warning("%r lacks the trigger words of training: %r has them", prompt, typed)
+    remind_of_trigger(checkpoint, options.prompt)
     with owning(out.parent, "export", out.name), replacing_folder(out) as partial:
         merge_lora(model.backbone)
         facts = {name: config["training"].get(name) for name in ("step", "steps")}
+        facts[TRIGGER] = trigger_of(config["training"])
         facts["exported_from"] = _fingerprint(checkpoint)
         parts = _save(model, partial, getattr(torch, options.dtype), facts)
         del model
@@ -240,14 +239,14 @@ def model_card(
         "optimizer steps": training.get("step"),
         "samples per step": run.get("batch_size"),
         "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
-        "trigger words": run.get("data", {}).get("trigger"),
+        "trigger words": trigger_of(training),
         "optimizer": _listed(run["optim"]) if run else None,
         "precision": run.get("engine", {}).get("precision"),
         "kit version": config["kit_version"],
     }
     call = f"[{asked or 0}]"  # of every class there is at least the first
     if not draws_classes:
-        call = f"[{json.dumps(asked or _with_trigger(config, _PROMPT), ensure_ascii=False)}]"
+        call = f"[{json.dumps(asked or with_trigger(training, _PROMPT), ensure_ascii=False)}]"
     lines = ["---", *head, "---", "", f"# {source['family']} with TensorAR", ""]
     lines += [_ABOUT, ""]
     lines += [f"![Samples]({grid})", ""] if grid else []
@@ -274,12 +273,6 @@ _ABOUT = (
 
 
 _PROMPT = "a photo of a red circle"
-
-
-def _with_trigger(config: dict, prompt: str) -> str:
-    """A prompt with the trigger words that a checkpoint was trained with."""
-    data = config["training"].get("config", {}).get("data", {})
-    return DataOptions(trigger=data.get("trigger")).with_trigger(prompt)
 
 
 def _listed(settings: dict) -> str:

@@ -4,6 +4,7 @@ one owner a folder, waiting for other processes.
 Nothing here knows what a file is about.
 """
 
+import codecs
 import errno
 import hashlib
 import json
@@ -203,14 +204,19 @@ def read_json(path: str | Path) -> Any:
 def read_json_lines(path: str | Path) -> list[dict]:
     """The objects of a JSON Lines file; empty lines are passed over."""
     with reading(path):
-        lines = Path(path).read_bytes().splitlines()
+        content = Path(path).read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        at = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {at} is not UTF-8: save the file as UTF-8") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(rows[-1], dict):
             raise UserError(f"{path} line {number} is not a JSON object: {line[:80]!r}")

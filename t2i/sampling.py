@@ -10,6 +10,9 @@ from t2i.fields import all_optional
 Speed = Literal["auto", "eager", "compiled", "graphs"]
 """How the steps are run (`t2i.tensorar.speed`); no image depends on it but for rounding."""
 
+_MOST_ROWS = 65_536
+"""Of a batch that is drawn."""
+
 Speculate = int | Literal["auto", "off"]
 """Windows of each image that a call of the model draws, all but one from guesses; off (or 0): one;
 auto: what is fastest. No image depends on it but for rounding.
@@ -153,6 +156,8 @@ class DrawOptions:
                 "or change the model's own with dataclasses.replace(model.sampling, ...)"
             )
         check_counts(batch_size=self.batch_size)
+        if self.batch_size > _MOST_ROWS:  # a batch is filled up to its size
+            raise UserError(f"batch_size={self.batch_size} must be at most {_MOST_ROWS:,} images")
         check_seed(self.seed)
         check_speculate(self.speculate or 0)
 

@@ -1,12 +1,14 @@
 """What of a backbone is trained. Without torch, so that programs can name their options at once."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from t2i.errors import UserError
 
 Tuning = Literal["full", "codec", "lora"]
+
+_MOST_RANK = 4096
+"""The width of the widest trunk (Janus-Pro 7B): no update has a higher rank."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,10 @@ class LoRAConfig:
     """Dropout on the adapters' input."""
 
     def __post_init__(self):
-        if self.rank < 1 or not 0 <= self.dropout < 1:
+        if not 1 <= self.rank <= _MOST_RANK or not 0 <= self.dropout < 1:
             raise UserError(
-                f"lora.rank={self.rank} must be at least 1 and lora.dropout={self.dropout} in [0, 1)"
+                f"lora.rank={self.rank} must be at least 1 and at most {_MOST_RANK}, and "
+                f"lora.dropout={self.dropout} in [0, 1)"
             )
-        if not 0 < self.alpha < math.inf:  # with 0 the adapters would do nothing
-            raise UserError(f"lora.alpha={self.alpha} must be a number above 0")
+        if not 1e-6 <= self.alpha <= 1e6:  # with 0 the adapters would do nothing
+            raise UserError(f"lora.alpha={self.alpha} must be a number above 0 (from 1e-6 to 1e6)")

@@ -47,7 +47,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"weight file {path} does not exist; check the path")
+        what = "is a folder, or no usual file" if path.exists() else "does not exist"
+        raise UserError(f"weight file {path} {what}; check the path")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)

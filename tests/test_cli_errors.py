@@ -78,7 +78,7 @@ def test_missing_data(train_fails, tmp_path):
     folder = tmp_path / "nothing"
     assert "File name too long: aaa" in train_fails("--data.source", "a" * 5000)
     assert f"{folder} does not exist" in train_fails("--data.source", folder)
-    assert "no data: give --data.source" in train_fails("--data.source", "")
+    assert "--data.source is given nothing" in train_fails("--data.source", "")
 
 
 def test_no_captions(train_fails, tmp_path):
@@ -144,13 +144,31 @@ def test_bad_values(train_fails):
         ("--epochs", "nan", "epochs=nan must be a number above 0"),
         ("--log.save-every", "-1", "log.save_every=-1 must be a number of steps, or 0"),
         ("--lora.alpha", "1e400", "lora.alpha=inf must be a number above 0"),
+        ("--optim.codec-lr", "1e300", "and not negative (at most 1e+12)"),
+        ("--optim.grad-clip", "1e-300", "optim.grad_clip=1e-300 must be above 0"),
+        ("--batch-size", str(2**40), f"batch_size={2**40} must be at most 1,048,576"),
+        ("--steps", str(10**30), f"steps={10**30} must be at most 1,000,000,000"),
+        ("--epochs", "1e300", "epochs=1e+300 must be at most 1,000,000,000"),
+        ("--lora.rank", str(10**9), f"lora.rank={10**9} must be at least 1 and at most 4096"),
         ("--method.slot-weights", "1 inf", "slot_weights=(1.0, inf): give weights >= 0"),
+        ("--method.slot-weights", "1e300", "slot_weights=(1e+300,): give weights >= 0 and at most"),
+        ("--method.slot-weights", "1e-300", "that of slot 0 at least 1e-12"),
+        ("--method.depth", str(10**9), f"depth={10**9} must be from 1 to 100"),
         ("--seed", str(2**63), f"seed={2**63} must be between 0 and 2**63 - 1"),
     ],
 )
 def test_numbers_that_are_none(train_fails, option, value, message):
     """Case 2: what can only make weights that are no numbers is refused before any loading."""
     assert message in train_fails(option, *value.split())
+
+
+def test_an_option_that_is_given_nothing(train_fails, generate_fails):
+    """As --run-dir "$RUN" does where RUN is not set: the run was put into the working directory."""
+    for nothing in ("", " ", "\n"):
+        assert "--run-dir is given nothing: leave it out" in train_fails("--run-dir", nothing)
+        assert "--run_dir is given nothing" in train_fails(f"--run_dir={nothing}")
+        assert "--out is given nothing" in generate_fails("--prompt", "a", "--out", nothing)
+    assert "--steps is given nothing" in train_fails("--steps", "")
 
 
 def test_a_run_folder_among_the_pictures(train_fails, tiny_world):
@@ -285,6 +303,7 @@ def test_bad_options(generate_fails):
     assert "found no GPU" in generate_fails(*prompt, "--device", "cuda")
     assert "dtype 'half' must be" in generate_fails(*prompt, "--dtype", "half")
     assert "must be at least 1" in generate_fails(*prompt, "--samples", 0)
+    assert "at most 65,536 images" in generate_fails(*prompt, "--batch-size", 10**9)
     assert "--cfg-scale" in generate_fails(*prompt, "--cfg-scal", 3)
     # Nothing of the folder may say afterwards that its images are drawn so.
     for wrong in (("--temperature", 1, 0.5), ("--stride", 9), ("--window", 9)):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from test_data_sources import (
 )
 from test_data_store import build, report_of
 
+from t2i import cli
 from t2i.data.data_report import survey_source
 from t2i.data.images import ImageRules
 from t2i.data.order import split_indices
@@ -273,3 +275,41 @@ def test_small_images_say_what_is_wanted(tmp_path):
         said
         == "1 too small (0.png: 9 x 7 px, needs 8; --data.small-images upscale enlarges small images)"
     )
+
+
+def test_metadata_of_another_encoding_is_named(tmp_path):
+    """UTF-16, as some editors save it: "not JSON: codec can't decode byte 0x00"."""
+    write_images(tmp_path)
+    rows = "".join(f'{{"file_name": "{i}.png", "text": "café"}}\n' for i in range(3))
+    path = tmp_path / "metadata.jsonl"
+    for encoding, line in (("utf-16", 1), ("latin-1", 1)):
+        path.write_bytes(rows.encode(encoding))
+        with pytest.raises(UserError, match=rf"line {line} is not UTF-8: save the file as UTF-8"):
+            open_source(tmp_path)
+    path.write_bytes(rows.encode("utf-8-sig"))
+    assert len(list(open_source(tmp_path))) == 3
+
+
+def test_a_table_of_text_is_told_what_is_read(tmp_path):
+    """It was sent to the folder of the images, which sent it back."""
+    (tmp_path / "a.csv").write_text("file_name,text\n0.png,a dog\n")
+    with pytest.raises(UserError, match=r'neither .parquet nor .tar. .*"metadata.jsonl" with one'):
+        open_source(tmp_path / "a.csv")
+
+
+def test_long_names_are_cut_in_reports(tmp_path):
+    """A table may name a file of any length, which filled the screen."""
+    write_images(tmp_path)
+    write_metadata(tmp_path, [{"file_name": "x" * 5000, "text": "a"}])
+    said = survey_source(open_source(tmp_path), rules=ImageRules(8))[0].describe()
+    assert "xxx..." in said and len(said) < 400
+
+
+def test_pillows_warning_of_large_images_is_not_shown(tmp_path):
+    """A bare DecompressionBombWarning, with a line of Pillow's code, beside the kit's own count."""
+    Image.new("1", (9500, 9500)).save(tmp_path / "a.png")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        cli.run(lambda: None)  # as every program begins
+        ImageRules(8).load(tmp_path / "a.png")
+    assert [str(one.message) for one in shown] == []

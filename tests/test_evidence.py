@@ -1,5 +1,6 @@
 """What refinement does, in numbers, and launch/analyze.py with its page."""
 
+import math
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from runs import tiny_run
 import t2i
 from launch import analyze as run
 from launch.measure.cost import cost_of
-from t2i.evaluation.evidence import known_means, of_known, of_stages, predict
+from t2i.evaluation.evidence import known_means, of_known, of_stages, predict, repair_shares
 from t2i.fields import from_json
 from t2i.files import read_json
 from t2i.model_options import DrawingModelOptions
@@ -92,6 +93,16 @@ def test_total_variation_is_estimated_without_bias():
     found = of_stages(torch.zeros(40_000, 3, 2, 1), log_probs, Windows(3, 2))["total_variation"]
     exact = float((p - q).abs().sum() / 2)
     assert abs(found["mean"][0] - exact) < 4 * found["stderr"][0] < 0.02 < exact
+
+
+def test_shares_of_nothing_are_left_out():
+    """Of a young model no draft is right: "nan" stood in the table and, which is no JSON, in the
+    file.
+    """
+    counts = torch.zeros(2, 2, 2)
+    counts[0, 1, 0] = counts[0, 0, 0] = 3
+    shares = repair_shares(counts)
+    assert shares == {"draft_right": 0.0, "corrected": 0.5, "control_corrected": 0.0}
 
 
 def test_settings_survive_json():
@@ -182,6 +193,19 @@ def test_one_stage_has_no_drafts(tmp_path):
     assert any("draws every code once" in line for line in found["missing"])
     assert found["cost"]["codec_parameters"] == 0
     assert "Flip rate" not in (tmp_path / "a" / "index.html").read_text()
+
+
+def test_a_window_of_the_whole_image(tiny_world, tmp_path):
+    """No code went through all stages: means of nothing ended in a traceback after all the work."""
+    backbone = t2i.load_backbone("llamagen", tiny_world / "base", device="cpu")
+    model = t2i.attach(backbone, presets.iclr2026(k=math.prod(backbone.spec.grid)))
+    t2i.save_pretrained(model, tmp_path / "ckpt", tuning="codec")
+    few = ("--prompt", "x", "--samples", 1, "--out", tmp_path / "a")
+    program(run, "--ckpt", tmp_path / "ckpt", *few)
+    found = read_json(tmp_path / "a" / "evidence.json")
+    assert "stages" not in found["model"]["drawn"]
+    assert any("its window is the whole image" in line for line in found["missing"])
+    assert (tmp_path / "a" / "index.html").is_file()
 
 
 # -- in a browser ----------------------------------------------------------------------------------

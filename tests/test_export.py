@@ -14,6 +14,8 @@ from runs import PROMPTS, write_tiny_base, write_tiny_janus
 
 import t2i
 from launch import export as program
+from launch import generate
+from t2i.checkpoint import save_pretrained
 from t2i.evaluation.evaluation_options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
 from t2i.export_folder import export, model_card
@@ -161,6 +163,25 @@ def test_sample_call_of_the_model_card(kind, asked, call):
     training = {"data": {"trigger": "{caption}, by xyz"}, "optim": {}}
     config |= {"kit_version": "1", "training": {"config": training}}
     assert f"t2i.generate(model, {call})" in model_card(config, kind, asked=asked)
+
+
+def test_prompts_without_trigger_words_are_told(tmp_path, caplog, monkeypatch):
+    """By the run's checkpoint, its export, and the export of that."""
+    monkeypatch.chdir(tmp_path)
+    backbone = t2i.load_backbone("llamagen", write_tiny_base(tmp_path / "base"))
+    run = {"data": {"trigger": "drawn by xyz"}, "optim": {}}
+    model = t2i.attach(backbone, t2i.presets.base())
+    save_pretrained(model, tmp_path / "ckpt", tuning="codec", training={"config": run})
+    export(ExportOptions(tmp_path / "ckpt", tmp_path / "one"))
+    export(ExportOptions(tmp_path / "one", tmp_path / "two"))
+    assert "| trigger words | drawn by xyz |" in (tmp_path / "two" / "README.md").read_text()
+    for name in ("ckpt", "one", "two"):
+        caplog.clear()
+        asked = ("--prompt", "a dog", "a cat", "a cat drawn by xyz", "--samples", 1)
+        program_run(generate, "--ckpt", tmp_path / name, *asked)
+        said = [line for line in caplog.messages if "trigger words" in line]
+        assert len(said) == 1 and said[0].startswith("'a dog' (and 1 more)"), name
+        assert "'drawn by xyz, a dog' has them" in said[0]
 
 
 # -- case 28: the upload --------------------------------------------------------------------------

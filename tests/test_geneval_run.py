@@ -228,7 +228,9 @@ def test_a_model_of_classes_is_refused(refusal, tmp_path):
     model = t2i.attach(t2i.load_backbone("llamagen", tmp_path), t2i.presets.base())
     save_pretrained(model, tmp_path / "ckpt", tuning="codec")
     shapes = ("--prompts", "shapes", "--out", tmp_path / "out")
-    assert "draws classes" in refusal("--ckpt", tmp_path / "ckpt", *shapes)
+    # Before a detector is loaded, whose weights are not there.
+    official = ("--detector", "mask2former", "--detector-weights", tmp_path / "nowhere")
+    assert "draws classes" in refusal("--ckpt", tmp_path / "ckpt", *shapes, *official)
 
 
 def test_images_without_a_record_are_not_completed(refusal, finished, shapes_ckpt, tmp_path):

@@ -75,6 +75,17 @@ def write_dataset_of_captions(folder, caption: str, *, count: int, size: int):
     return folder / "data"
 
 
+def test_what_is_skipped_is_not_counted(tiny_world, tmp_path):
+    """Of a small folder all samples are looked at, and the plan still counted what it skips."""
+    folder = write_dataset_of_captions(tmp_path, "a red circle", count=10, size=32)
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(b"")
+    own = {"data__source": str(folder), "data__validation_samples": 2}
+    said = check(tiny_run(tiny_world, "skipped", **own))
+    assert "4 empty (0.png, 1.png, 2.png, ...)" in said
+    assert "2 of 6 samples held out" in said and "over 4 training samples" in said
+
+
 # -- the pre-flight's order, and what it needs -----------------------------------------------------
 @pytest.fixture
 def no_files(monkeypatch):

@@ -1,6 +1,7 @@
 """Reward fine-tuning: what is drawn is what is scored and trained, and judges are not trusted."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -429,6 +430,10 @@ def test_a_users_prompts(tmp_path):
         ({"weights": (1.0, 2.0)}, "one for each of the functions"),
         ({"group": 1}, "group=1 must be at least 2"),
         ({"clip": 0.0}, "clip=0.0 must be above 0"),
+        ({"seconds": 1e300}, "seconds=1e\\+300 must be above 0 .from"),
+        ({"workers": 10**9}, "at most 1,000,000"),
+        ({"workers": 1000}, "workers=1000 must be at most 256: each is a process"),
+        ({"weights": (math.inf,)}, "must be numbers from -1,000,000"),
         ({"cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
         ({"start_cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
         ({"start_temperature": 0.0}, "start_temperature=0.0 must be above 0"),

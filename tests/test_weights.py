@@ -208,3 +208,11 @@ def test_file_helpers(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     (tmp_path / "abc").write_bytes(b"abc")
     assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_a_folder_in_place_of_a_weight_file(tmp_path):
+    """It "does not exist", said the message."""
+    with pytest.raises(UserError, match="is a folder, or no usual file"):
+        read_state_dict(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_state_dict(tmp_path / "x.pt")

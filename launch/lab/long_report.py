@@ -149,7 +149,8 @@ def draft_table(lines: Lines, base: str) -> str:
             *(("repairs", "control_corrected", ".1%"), ("repairs", "spoilt", ".1%")),
             ("repairs", "control_spoilt", ".1%"),
         ):
-            cells.append(_each([x[part][name] for x in own if x.get(part)], how))
+            found = [x[part][name] for x in own if name in (x.get(part) or {})]
+            cells.append(_each(found, how))
         rows.append(cells)
     return table(head, rows)
 

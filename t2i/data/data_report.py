@@ -21,6 +21,7 @@ from t2i.files import write_text
 
 _KEYS_PER_REASON = 100
 _NAMED = 3
+_LONGEST_NAME = 120
 
 CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
 """What a text encoder loses of each caption, in fixed phrases; None if nothing of it is left."""
@@ -153,9 +154,16 @@ def _listing(found: dict[str, list[str]], advice: Callable[[str], str] = lambda 
     parts = []
     for what, keys in found.items():
         different = list(dict.fromkeys(keys))
-        names = ", ".join(different[:_NAMED]) + (", ..." if len(different) > _NAMED else "")
+        names = ", ".join(map(short_name, different[:_NAMED])) + (
+            ", ..." if len(different) > _NAMED else ""
+        )
         parts.append(f"{len(keys)} {what} ({names}{advice(what)})")
     return ", ".join(parts)
+
+
+def short_name(key: str) -> str:
+    """A sample's key as a line of a report takes it: a table may name a file of any length."""
+    return key if len(key) <= _LONGEST_NAME else f"{key[:_LONGEST_NAME]}..."
 
 
 def survey_source(

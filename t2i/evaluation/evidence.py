@@ -113,7 +113,7 @@ def of_drawn(
         log_probs.append(found.log_probs.cpu())
         entropies.append(found.entropies.cpu())
     facts: dict = {"entropy": means(by_slot(torch.cat(entropies), geometry))}
-    if geometry.stages > 1:
+    if _drafted(geometry).any():
         facts["stages"] = of_stages(torch.cat(windows), torch.cat(log_probs), geometry)
     return facts
 
@@ -151,8 +151,15 @@ def stage_changes(windows: Tensor, geometry: Windows) -> dict[str, Tensor]:
 
 def _stages(values_BNkx: Tensor, geometry: Windows) -> list[Tensor]:
     """What stands at each stage, [B, positions, x] each, where a position went through all."""
-    drafted = torch.arange(geometry.tokens) >= geometry.size  # earlier ones had no first draft
+    drafted = _drafted(geometry)
     return [geometry.stage_codes(values_BNkx, r + 1)[:, drafted] for r in range(geometry.stages)]
+
+
+def _drafted(geometry: Windows) -> Tensor:
+    """The positions, bool [T], that went through all stages: where there are several, and not the
+    first ones, which had no first draft.
+    """
+    return (torch.arange(geometry.tokens) >= geometry.size) & (geometry.stages > 1)
 
 
 # -- images with known codes -----------------------------------------------------------------------
@@ -205,6 +212,8 @@ def repairs(model: TensorAR, control: TensorAR, batches: Iterable) -> dict[str, 
     - corrected: of the wrong drafts, those whose final code is right;
     - spoilt: of the right drafts, those whose final code is wrong;
     - control_corrected, control_spoilt: the same of the control's codes.
+
+    A share of nothing (where no draft was right) is left out.
     """
     assert model.config.k > 1, "needs drafts"
     counts = torch.zeros(2, 2, 2)  # draft right, model right, control right
@@ -218,15 +227,20 @@ def repairs(model: TensorAR, control: TensorAR, batches: Iterable) -> dict[str, 
             outcomes.append((_first_slot(m, batch, windows)[:, 1:] == truth).all(-1))
         index = 4 * outcomes[0].long() + 2 * outcomes[1].long() + outcomes[2].long()
         counts += torch.bincount(index.flatten(), minlength=8).view(2, 2, 2).cpu()
+    return repair_shares(counts)
+
+
+def repair_shares(counts: Tensor) -> dict[str, float]:
+    """The shares of `repairs`, from counts [draft right, model right, control right]."""
     wrong, right = counts
     shares = {
-        "draft_right": right.sum() / counts.sum(),
-        "corrected": wrong[1].sum() / wrong.sum(),
-        "spoilt": right[0].sum() / right.sum(),
-        "control_corrected": wrong[:, 1].sum() / wrong.sum(),
-        "control_spoilt": right[:, 0].sum() / right.sum(),
+        "draft_right": (right.sum(), counts.sum()),
+        "corrected": (wrong[1].sum(), wrong.sum()),
+        "spoilt": (right[0].sum(), right.sum()),
+        "control_corrected": (wrong[:, 1].sum(), wrong.sum()),
+        "control_spoilt": (right[:, 0].sum(), right.sum()),
     }
-    return {name: float(share) for name, share in shares.items()}
+    return {name: float(part / whole) for name, (part, whole) in shares.items() if whole > 0}
 
 
 def _first_slot(model: TensorAR, batch, windows: Tensor) -> Tensor:

@@ -229,16 +229,14 @@ def run(
             copy = arrange(out, processes)
         elif images is not None and processes.is_main:
             look_at_names(images, entries, options.scope, out)
-        benchmark = build(processes)
-        images = images if copy is None else copy()
         model, draw = None, None
-        if images is None:
+        if images is None:  # a model that cannot be asked is named before a judge is fetched
             model = options.load(processes.device, dtype)
             if model.backbone.spec.cond_kind != "text":
-                raise UserError(
-                    f"{options.source} draws classes, but {benchmark.name} asks with captions"
-                )
+                raise UserError(f"{options.source} draws classes, but {name} asks with captions")
             draw = options.drawing(model)
+        benchmark = build(processes)
+        images = images if copy is None else copy()
         results = evaluate(
             benchmark,
             out,

@@ -1,6 +1,5 @@
 """The settings of reward fine-tuning, on top of those of any training run. Without torch."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,6 +11,9 @@ from t2i.training.config import TrainConfig
 BUILT_IN = ("geneval", "geneval-soft", "dpg", "clip")
 WORLDS = ("shapes", "official")
 """Whose grammar and benchmarks: the offline world's, or GenEval's with 80 classes of photos."""
+
+_MOST, _MOST_WORKERS = 1_000_000, 256
+"""Of numbers that are more than anything has a use for, before they overflow or fill memory."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,24 @@ class RewardOptions:
         least = {"group": 2, "kl": 0, "watch_prompts": 0, "workers": 0}
         least |= dict.fromkeys(("updates", "constant", "draw_batch", "watch_images"), 1)
         for name, bound in least.items():
-            if not bound <= getattr(self, name) < math.inf:
-                raise UserError(f"reward.{name}={getattr(self, name)} must be at least {bound}")
+            if not bound <= getattr(self, name) <= _MOST:
+                raise UserError(
+                    f"reward.{name}={getattr(self, name)} must be at least {bound} (and at most "
+                    f"{_MOST:,})"
+                )
+        if self.workers > _MOST_WORKERS:
+            raise UserError(
+                f"reward.workers={self.workers} must be at most {_MOST_WORKERS}: each is a process"
+            )
+        if not all(abs(weight) <= _MOST for weight in self.weights):  # nor NaN
+            raise UserError(
+                f"reward.weights={self.weights} must be numbers from -{_MOST:,} to {_MOST:,}"
+            )
         for name in ("clip", "temperature", "start_temperature", "seconds"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise UserError(f"reward.{name}={getattr(self, name)} must be above 0")
+            if (value := getattr(self, name)) is not None and not 1e-6 <= value <= _MOST:
+                raise UserError(
+                    f"reward.{name}={value} must be above 0 (from 0.000001 to {_MOST:,})"
+                )
         if not self.tasks:
             raise UserError("reward.tasks is empty: name some of GenEval's tasks")
         self.sampling, self.teacher  # noqa: B018 (raise for guidance below 1)

@@ -1,6 +1,5 @@
 """The method's settings. Without torch, so that programs can name their options at once."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +8,11 @@ from t2i.errors import UserError
 Residual = Literal["first", "all", "none"]
 Schedule = Literal["linear", "sine", "sqrt", "exponential"]
 NoiseKind = Literal["categorical", "codebook", "gaussian"]
+
+_MOST_DEPTH = 100
+"""Deeper than the trunks that it stands beside."""
+_SLOT_WEIGHTS = (1e6, 1e-12)
+"""The heaviest, and the lightest of slot 0: beyond, sums or divisions overflow."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,13 @@ class TensorARConfig:
                     f"unknown {name} {given!r}; choose one of {', '.join(get_args(kind))}"
                 )
         weights = self.slot_weights
-        if not weights or not 0 <= min(weights) <= max(weights) < math.inf or weights[0] == 0:
-            raise UserError(f"slot_weights={weights}: give weights >= 0, that of slot 0 above 0")
+        heaviest, lightest = _SLOT_WEIGHTS
+        fit = bool(weights) and all(0 <= weight <= heaviest for weight in weights)
+        if not fit or weights[0] < lightest:
+            raise UserError(
+                f"slot_weights={weights}: give weights >= 0 and at most {heaviest:g}, that of slot 0 "
+                f"at least {lightest:g}"
+            )
         for name in ("own_drafts", "noise_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
@@ -64,8 +73,8 @@ class TensorARConfig:
             raise UserError(
                 "own_drafts and noise='gaussian' exclude each other: that noise is on embeddings, not on codes"
             )
-        if self.depth < 1:
-            raise UserError(f"depth={self.depth} must be at least 1")
+        if not 1 <= self.depth <= _MOST_DEPTH:
+            raise UserError(f"depth={self.depth} must be from 1 to {_MOST_DEPTH}")
 
     def weights(self) -> list[float]:
         """Loss weight of every slot."""

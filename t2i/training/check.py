@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from t2i.data.data_report import DataReport, survey_source
+from t2i.data.data_report import DataReport, short_name, survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules
 from t2i.data.samples import Source
@@ -116,7 +116,9 @@ def check(
         total, lines, warnings = _labelled(config.data, model.backbone)
     else:
         assert source is not None
-        lines, warnings = _captioned(config.data, source, total, model.backbone)
+        survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
+        if survey.seen == total:  # all were looked at
+            total = survey.usable
     plan = plan_run(config, total, world_size)
     size, too_much = size_report(model, config, plan, world_size)
     weights, state = map(readable_size, checkpoint_bytes(model, config))
@@ -145,8 +147,8 @@ def check(
 # -- data ------------------------------------------------------------------------------------------
 def _captioned(
     options: DataOptions, source: Source, total: int | None, backbone: Backbone
-) -> tuple[list[str], list[str]]:
-    """Lines on the data, and warnings."""
+) -> tuple[DataReport, list[str], list[str]]:
+    """What was found, lines on the data, and warnings."""
     size = image_size(backbone)
     rules = ImageRules(size, small=options.small_images)
     survey, usable = survey_source(source, rules, caption_notes=backbone.caption_notes)
@@ -156,7 +158,7 @@ def _captioned(
     lines = [
         f"source        {options.source}: {count} samples",
         f"looked at     {survey.seen} of them: {survey.describe()}",
-        *(f"caption       {s.captions[0]!r} ({s.key})" for s in usable[:3]),
+        *(f"caption       {s.captions[0]!r:.300} ({short_name(s.key)})" for s in usable[:3]),
     ]
     warnings = list(_about_captions(survey, size))
     sided = [c for s in usable for c in s.captions if re.search(r"\b(left|right)\b", c, re.I)]
@@ -165,7 +167,7 @@ def _captioned(
             f"{len(sided)} captions of the samples looked at say left or right ({sided[0]!r:.80}), "
             "which mirrored images make wrong: leave out --data.views flip"
         )
-    return lines, warnings
+    return survey, lines, warnings
 
 
 def _about_captions(survey: DataReport, size: int) -> Iterator[str]:
@@ -179,10 +181,10 @@ def _about_captions(survey: DataReport, size: int) -> Iterator[str]:
         if count := len(keys) - around[reason]:
             yield (
                 f"{count} of {survey.seen} samples looked at are skipped, {reason} "
-                f"({keys[0]}){advice}"
+                f"({short_name(keys[0])}){advice}"
             )
         if count := around[reason]:
-            yield f"{count} left out, {reason} ({keys[-1]})"
+            yield f"{count} left out, {reason} ({short_name(keys[-1])})"
 
 
 def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int, list[str], list[str]]:

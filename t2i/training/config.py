@@ -35,6 +35,8 @@ class BackboneOptions(BaseOptions):
     """Leave unloaded what drawing does not need: Janus-Pro's understanding tower and text head."""
 
 
+_MOST_SAMPLES, _MOST_STEPS = 1_048_576, 1_000_000_000
+"""Of a step, whose samples are listed; and of a run."""
 _CAPTION = "{caption}"
 _AROUND = " \t\r\n,.;:"  # trigger words
 
@@ -106,6 +108,8 @@ class LabelledOptions(_AnyData):
             raise UserError(f"data.crop_ranges={self.crop_ranges} must be factors from 1 to 10")
 
 
+_MOST_RATE = 1e12
+"""A learning rate or decay; what is far larger overflows within PyTorch."""
 _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
 
 
@@ -133,9 +137,11 @@ class OptimOptions:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name not in ("betas", "grad_clip") and not 0 <= (value or 0) < math.inf:  # nor NaN
-                raise UserError(f"optim.{name}={value} must be a number, and not negative")
-        if not self.grad_clip > 0:  # nor NaN
+            most = math.inf if name.endswith("_steps") else _MOST_RATE
+            if name not in ("betas", "grad_clip") and not 0 <= (value or 0) <= most:  # nor NaN
+                limit = "" if most == math.inf or value < most else f" (at most {most:g})"
+                raise UserError(f"optim.{name}={value} must be a number, and not negative{limit}")
+        if not self.grad_clip > 1e-12:  # nor NaN
             raise UserError(f"optim.grad_clip={self.grad_clip} must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
@@ -272,6 +278,13 @@ class TrainConfig:
         engine = self.engine
         of_parts = {"engine.micro_batch": engine.micro_batch, "log.keep_last": self.log.keep_last}
         check_counts(batch_size=self.batch_size, steps=self.steps, **of_parts)
+        for name, value, most in (
+            ("batch_size", self.batch_size, _MOST_SAMPLES),
+            ("steps", self.steps or 0, _MOST_STEPS),
+            ("epochs", self.epochs, _MOST_STEPS),
+        ):
+            if value > most and value < math.inf:
+                raise UserError(f"{name}={value} must be at most {most:,}")
         check_seed(self.seed)
         if not 0 < self.epochs < math.inf:
             raise UserError(f"epochs={self.epochs} must be a number above 0")

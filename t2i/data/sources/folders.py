@@ -25,7 +25,7 @@ from t2i.files import read_json_lines
 
 METADATA = "metadata.jsonl"
 _MISNAMED_SUFFIXES = (".jsonl", ".json", ".json1", ".ndjson", ".csv", ".tsv")
-_ADVICE = (
+METADATA_ADVICE = (
     'Captions come from a file "metadata.jsonl" with one {"file_name": "a.png", "text": "..."} per '
     'line, or from "a.txt" beside "a.png"'
 )
@@ -116,7 +116,9 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
         hint = f"; unpack or convert what is like {name_in(folder, others[0])}" if others else ""
         raise UserError(f"{folder} holds no images, no parquet files and no tars{hint}")
     if wanted.image_column or wanted.caption_column:
-        raise UserError(f"{folder} has no {METADATA}, so there are no columns to choose. {_ADVICE}")
+        raise UserError(
+            f"{folder} has no {METADATA}, so there are no columns to choose. {METADATA_ADVICE}"
+        )
     return SidecarFolder(folder, images, files)
 
 
@@ -138,7 +140,7 @@ class MetadataFolder(Source):
             for row in read_json_lines(path)
         ]
         if not self._rows:
-            raise UserError(f"{metadata[0]} holds no rows. {_ADVICE}")
+            raise UserError(f"{metadata[0]} holds no rows. {METADATA_ADVICE}")
         names = dict.fromkeys(name for _, row in self._rows for name in row)
         where = str(metadata[0])
         self._image = choose_column(names, wanted.image_column, ("file_name",), "image", where)
@@ -200,7 +202,9 @@ class SidecarFolder(Source):
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
             if captions:
                 hint += f" ({name_in(folder, captions[0])} stands beside no image of its name)"
-            raise UserError(f"{folder} holds {len(images)} images but no captions. {_ADVICE}{hint}")
+            raise UserError(
+                f"{folder} holds {len(images)} images but no captions. {METADATA_ADVICE}{hint}"
+            )
         super().__init__(str(folder), {"kind": "sidecar folder"}, len(images))
         used = set(self._texts.values())
         pictured = {path.with_suffix("") for path in images}

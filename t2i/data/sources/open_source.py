@@ -22,7 +22,7 @@ from pathlib import Path
 from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
 from t2i.data.samples import PACKED_SUFFIXES, Source
-from t2i.data.sources.folders import METADATA, is_image, open_folder, walk
+from t2i.data.sources.folders import METADATA, METADATA_ADVICE, is_image, open_folder, walk
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError
 from t2i.files import nearest_path
@@ -83,7 +83,9 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
 
         return open_parquet(root, chosen, wanted)
     if not root.is_dir():
-        packed = ". Unpack it first" if root.suffix.lower() in PACKED_SUFFIXES else ""
+        suffix = root.suffix.lower()
+        packed = ". Unpack it first" if suffix in PACKED_SUFFIXES else ""
+        packed += f". {METADATA_ADVICE}" if suffix in (".csv", ".tsv") else ""
         raise UserError(
             f"{wanted.source}: neither .parquet nor .tar{packed}. Give the folder that holds the images"
         )
