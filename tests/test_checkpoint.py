@@ -9,7 +9,7 @@ from helpers import edited
 from runs import PROMPTS, assert_same_weights, tiny_run
 
 import t2i
-from t2i import checkpoint
+from t2i import checkpoint_folders
 from t2i.errors import UserError
 from t2i.manifest import write_manifest
 from t2i.training.loop import train
@@ -66,7 +66,7 @@ def test_a_stride_that_was_trained_is_refused(plain, tmp_path):
         write_manifest(folder)
         if stride == 1:
             assert t2i.from_pretrained(folder).config == t2i.from_pretrained(plain).config
-    for read in (t2i.from_pretrained, checkpoint.read_config):
+    for read in (t2i.from_pretrained, checkpoint_folders.read_config):
         with pytest.raises(UserError, match=r"trained with method.stride=2, .* draw with --stride"):
             read(folder)
 
@@ -83,13 +83,13 @@ def test_complete_checkpoints_are_found_in_order(tmp_path):
         folder.mkdir(parents=True)
         (folder / "manifest.json").touch()
     (tmp_path / "checkpoints" / "step_2000000").mkdir()
-    names = [folder.name for folder in checkpoint.run_checkpoints(tmp_path)]
+    names = [folder.name for folder in checkpoint_folders.run_checkpoints(tmp_path)]
     assert names == ["step_000100", "step_999999", "step_1000000"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tiny_world):
     train(tiny_run(tiny_world, "kept", steps=4, log__save_every=1, log__keep_last=2))
-    found = checkpoint.run_checkpoints(tiny_world / "runs" / "kept")
+    found = checkpoint_folders.run_checkpoints(tiny_world / "runs" / "kept")
     assert [f.name for f in found] == ["step_000003", "step_000004"]
 
 

@@ -9,7 +9,7 @@ from helpers import edited, folder_content
 from runs import assert_same_weights, metrics, tiny_run, weights
 
 import t2i
-from t2i import checkpoint, files
+from t2i import checkpoint_folders, files
 from t2i.errors import UserError
 from t2i.manifest import write_manifest
 from t2i.training.loop import train
@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_noticed(plain, copied, tiny_world, file, place):
 def test_a_damaged_checkpoint_makes_resume_go_back(two_saved, tiny_world, caplog):
     """Case 3: to the newest healthy one, with a warning; the run then ends as it would have."""
     run_dir = shutil.copytree(two_saved, tiny_world / "runs" / "goes-back")
-    first, last = checkpoint.run_checkpoints(run_dir)
+    first, last = checkpoint_folders.run_checkpoints(run_dir)
     expected = weights(last)
     flip(next((last / "training_state").iterdir()))
     assert train(tiny_run(tiny_world, run_dir.name, resume=True)) == last
@@ -84,8 +84,8 @@ def test_a_damaged_checkpoint_makes_resume_go_back(two_saved, tiny_world, caplog
 def test_a_damaged_checkpoint_makes_sampling_go_back(two_saved, tmp_path, caplog):
     """Case 3: of a run folder; a folder that was given by name is refused."""
     run_dir = shutil.copytree(two_saved, tmp_path / "run")
-    first, last = checkpoint.run_checkpoints(run_dir)
-    assert checkpoint.find_checkpoint(run_dir) == last
+    first, last = checkpoint_folders.run_checkpoints(run_dir)
+    assert checkpoint_folders.find_checkpoint(run_dir) == last
     flip(last / "codec.safetensors")
     model = t2i.from_pretrained(run_dir)
     assert "codec.safetensors is damaged" in caplog.text and str(first) in caplog.text

@@ -14,7 +14,7 @@ from programs import ROOT
 from runs import metrics, plain_options
 
 from launch.lab.soak_processes import processes_of
-from t2i import checkpoint, launcher
+from t2i import checkpoint_folders, launcher
 from t2i.errors import UserError
 from t2i.processes import ALONE
 
@@ -182,9 +182,9 @@ def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
     process.send_signal(signal.SIGTERM)
     process.wait()
     wait_for(lambda: not processes_of(run_dir), 60)
-    (saved,) = checkpoint.run_checkpoints(run_dir)
+    (saved,) = checkpoint_folders.run_checkpoints(run_dir)
     assert int(saved.name[5:]) == metrics(tiny_world, run_dir.name)[-1]["step"]
-    checkpoint.read_config(saved, with_state=True, contents=True)
+    checkpoint_folders.read_config(saved, with_state=True, contents=True)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from two_ranks import DRAWN
 
 import t2i
-from t2i import checkpoint
+from t2i import checkpoint_folders
 from t2i.lora import merge_lora
 from t2i.training.loop import train
 
@@ -73,13 +73,13 @@ def test_two_ranks_do_what_one_does(fixture, name, request):
     root = request.getfixturevalue(fixture)
     got, expected = (metrics(root, run) for run in (f"ranks-{name}", "plain"))
     assert_same_metrics(got, expected, SAME_SUM)
-    folder = checkpoint.find_checkpoint(root / "runs" / f"ranks-{name}")
-    for key, value in weights(checkpoint.find_checkpoint(root / "runs" / "plain")).items():
+    folder = checkpoint_folders.find_checkpoint(root / "runs" / f"ranks-{name}")
+    for key, value in weights(checkpoint_folders.find_checkpoint(root / "runs" / "plain")).items():
         assert torch.allclose(weights(folder)[key], value, atol=2e-4), key
 
 
 def test_zero3_saves_whole_adapters_and_draws_sheets(two_ranks):
-    folder = checkpoint.find_checkpoint(two_ranks / "runs" / "ranks-zero3-lora")
+    folder = checkpoint_folders.find_checkpoint(two_ranks / "runs" / "ranks-zero3-lora")
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 5, "two matrices for each of five layers in two blocks"
     assert all(v.numel() > 0 and v.abs().max() > 0 for v in adapter.values()), "lora_B left zero"
@@ -98,7 +98,7 @@ def test_janus_adapters_under_zero(rare_ranks, name, janus_alone):
     """Two ranks do what one does, the adapters are saved whole, and merging changes nothing."""
     root = rare_ranks
     assert_same_metrics(metrics(root, name), metrics(root, "ranks-janus-alone"), SAME_SUM)
-    folder = checkpoint.find_checkpoint(root / "runs" / name)
+    folder = checkpoint_folders.find_checkpoint(root / "runs" / name)
     alone, saved = weights(janus_alone), weights(folder)
     assert alone.keys() == saved.keys()
     assert sum("lora_B" in k for k in saved) == 2 * 7, "every layer of two blocks"
@@ -119,8 +119,8 @@ def test_janus_adapters_under_zero(rare_ranks, name, janus_alone):
 def test_another_number_of_processes_goes_on(two_ranks, name):
     """Under another stage, too: the same samples in the same order, and the same optimizer."""
     assert_same_metrics(metrics(two_ranks, name), metrics(two_ranks, "plain"), SAME_SUM)
-    folder = checkpoint.find_checkpoint(two_ranks / "runs" / name)
-    expected = checkpoint.find_checkpoint(two_ranks / "runs" / "plain")
+    folder = checkpoint_folders.find_checkpoint(two_ranks / "runs" / name)
+    expected = checkpoint_folders.find_checkpoint(two_ranks / "runs" / "plain")
     for key, value in weights(expected).items():
         assert torch.allclose(weights(folder)[key], value, atol=2e-4), key
 
@@ -148,7 +148,7 @@ def test_four_processes_do_what_one_does(tiny_world, plain):
 
 def test_a_signal_to_one_rank_stops_all(two_ranks):
     run_dir = two_ranks / "runs" / "ranks-stopped"
-    assert [f.name for f in checkpoint.run_checkpoints(run_dir)] == ["step_000002"]
+    assert [f.name for f in checkpoint_folders.run_checkpoints(run_dir)] == ["step_000002"]
 
 
 def test_a_full_disk_of_one_rank_ends_both(two_ranks):

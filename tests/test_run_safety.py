@@ -13,7 +13,7 @@ import torch
 from helpers import Killed, folder_content, rare
 from runs import assert_same_weights, before_step, kill, metrics, tiny_run, weights
 
-from t2i import checkpoint
+from t2i import checkpoint_folders
 from t2i.errors import NotFiniteError, UserError
 from t2i.fields import leaves
 from t2i.files import owning
@@ -90,7 +90,7 @@ def test_a_run_that_diverges_names_step_and_samples(tiny_world, stage, own_draft
     with pytest.raises(NotFiniteError) as stopped:
         train(staged(tiny_world, name, stage, steps=30, log__save_every=1, **options))
     message = str(stopped.value)
-    found = checkpoint.run_checkpoints(tiny_world / "runs" / name)
+    found = checkpoint_folders.run_checkpoints(tiny_world / "runs" / name)
     assert "step" in message and "\n" not in message
     assert (str(found[-1]) if found else "there is no checkpoint") in message
     for folder in found:
