@@ -208,8 +208,8 @@ def read_json_lines(path: str | Path) -> list[dict]:
     try:
         content.decode()
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} line {line} is not UTF-8: save the file as UTF-8") from error
+        at = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {at} is not UTF-8: save the file as UTF-8") from error
     rows = []
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not line.strip():
