@@ -118,7 +118,11 @@ def check(
         assert source is not None
         survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
         if survey.seen == total:  # all were looked at
-            total = survey.usable
+            try:
+                plan_run(config, survey.usable, world_size)
+                total = survey.usable
+            except UserError as error:  # the report still says what is skipped, and why
+                warnings.append(f"training would end at once: {error}")
     plan = plan_run(config, total, world_size)
     size, too_much = size_report(model, config, plan, world_size)
     weights, state = map(readable_size, checkpoint_bytes(model, config))
