@@ -74,7 +74,7 @@ def test_2000_pictures_with_the_xl_recipe():
 def test_the_highest_rate_is_found_without_trying_every_step(falls):
     """A delay of a billion steps took as many tries."""
     cases = [(s, w, d) for s in (1, 2, 5, 8) for w in (0, 1, 3, 20) for d in (0, 2, 6, 10)]
-    for steps, warmup, delay in [*cases, (10**12, 10**11, 10**11)]:
+    for steps, warmup, delay in [*cases, (10**9, 10**8, 10**8)]:
         optim = OptimOptions(warmup_steps=warmup, backbone_delay_steps=delay, backbone_falls=falls)
         config = TrainConfig(data=DataOptions(source="x"), steps=steps, optim=optim)
         peaks = peak_rates(config, plan_run(config, 100))
