@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,7 @@ def load_source(
     if files.config is not None:
         shape = f"the {source.family} shape of {files.weights}"
         config = from_json(family.backbone_class.config_type, files.config, shape)
+        _check_shape(config, shape)
     backbone, on_meta = None, torch.device(device).type == "meta"
     options = LoadOptions(config, grid, dtype, source.generation_only, shapes_only=on_meta)
     if on_meta and not Path(files.weights).exists():
@@ -176,6 +177,20 @@ def load_source(
             device=device,
         )
     return backbone.to(device)
+
+
+def _check_shape(config: Any, where: str) -> None:
+    """UserError for sizes that no model has; where a file holds other ones, its keys tell."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float):
+                least = 1 if isinstance(number, int) else 0
+                if not least <= number < math.inf:
+                    raise UserError(f"{where}: {field.name}={value} must be at least {least}")
+    heads = getattr(config, "n_head", 1)
+    if getattr(config, "dim", heads) % heads:
+        raise UserError(f"{where}: dim={config.dim} must be a multiple of n_head={heads}")
 
 
 def _local_helpers(files: BackboneSource) -> BackboneSource:

@@ -170,6 +170,25 @@ def test_wrong_settings_of_a_backbone_folder_are_named(tmp_path, change, message
 
 
 @pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"dim": -1}, "dim=-1 must be at least 1"),
+        ({"n_layer": 0}, "n_layer=0 must be at least 1"),
+        ({"grid": [4, 0]}, r"grid=\(4, 0\) must be at least 1"),
+        ({"dropout": -0.5}, "dropout=-0.5 must be at least 0"),
+        ({"n_head": 3}, "dim=32 must be a multiple of n_head=3"),
+    ],
+)
+def test_impossible_sizes_of_a_backbone_folder_are_named(tmp_path, size, message):
+    backbone = tiny_rar()
+    torch.save(backbone.official_state_dict(), tmp_path / "rar.bin")
+    content = {"family": "rar", "weights": "rar.bin", "config": vars(backbone.config) | size}
+    write_json(tmp_path / "config.json", content)
+    with pytest.raises(t2i.UserError, match=message):
+        load_backbone("rar", tmp_path)
+
+
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda c: c.pop("method"), "method is None"),

@@ -49,6 +49,7 @@ def test_captions_that_come_out_empty(tmp_path, monkeypatch):
     report = check(config)
     assert "11 of 12 samples looked at are skipped, caption has no text the encoder can" in report
     assert "1 left out, caption without image (README.txt)" in report
+    assert report.endswith("without --check would end at once")
     (folder / "1.txt").write_text("a circle left of a square")
     report = check(replace(config, data=replace(data, views="flip"), epochs=40))
     assert "1 captions of the samples looked at say left or right ('a circle left of a" in report

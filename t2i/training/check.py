@@ -112,6 +112,7 @@ def check(
     model = build_model(config, device="meta")
     look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained
+    otherwise = "train all the same"
     if isinstance(config.data, LabelledOptions):
         total, lines, warnings = _labelled(config.data, model.backbone)
     else:
@@ -123,6 +124,7 @@ def check(
                 total = survey.usable
             except UserError as error:  # the report still says what is skipped, and why
                 warnings.append(f"training would end at once: {error}")
+                otherwise = "end at once"
     plan = plan_run(config, total, world_size)
     size, too_much = size_report(model, config, plan, world_size)
     weights, state = map(readable_size, checkpoint_bytes(model, config))
@@ -143,7 +145,7 @@ def check(
     if warnings:
         sections["warnings"] = warnings
         count = f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
-        verdict = f"not ready, {count}: the same command without --check would train all the same"
+        verdict = f"not ready, {count}: the same command without --check would {otherwise}"
     indented = ["\n  ".join([title, *lines]) for title, lines in sections.items()]
     return "\n".join([*indented, verdict])
 
