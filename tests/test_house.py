@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("t2i", "launch", "geneval", "dpg_bench")
 SAME_ON_PURPOSE = {"run"}  # geneval/run.py and dpg_bench/run.py, as users type them
 MOST_PARAMETERS = 7
+WIDTH = 100
 FLOORS = (
     (5, r"t2i\.models\.\w+\.\w+_(recipes|rehearsal)$"),
     (2, rf"t2i\.models\.({'|'.join(FAMILIES)})\b"),
@@ -102,3 +103,16 @@ def test_imports_run_one_way():
                 below, next_door = floor_and_room(other)
                 assert below < floor or next_door == room, f"{own} imports {other}"
     assert seen > 1000
+
+
+def test_pages_keep_to_the_width_of_code():
+    """But for what cannot be broken: tables, pictures, addresses, commands."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        fenced = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            fenced ^= line.startswith("```")
+            whole = line.startswith(("|", "![", "#")) or "<http" in line
+            words = re.sub(r"`[^`]*`", lambda span: span[0].replace(" ", "_"), line).split()
+            unbroken = max(map(len, words), default=0) > 80
+            assert fenced or whole or unbroken or len(line) <= WIDTH, f"{page.name}:{number}"
