@@ -236,10 +236,11 @@ class Stages:
                 f"print(with_hashes({source}, Path()))"
             )
         if kind == "load":
-            weights = base.pop("weights")
-            options = base | {"text_encoder_dtype": "bfloat16", "dtype": "bfloat16"}
+            files = {"family": config.model} | base | {"text_encoder_dtype": "bfloat16"}
             return (
-                f"import t2i; print(t2i.load_backbone({config.model!r}, {weights!r}, **{options}))"
+                "import torch; from t2i.loading import load_source; "
+                "from t2i.sources import base_files; "
+                f"print(load_source(base_files(**{files}), dtype=torch.bfloat16))"
             )
         own = f"import t2i; print(t2i.from_pretrained({str(self.export)!r}, dtype='bfloat16'))"
         return self._written.library.replace("FOLDER", repr(str(self.export))) or own
