@@ -101,6 +101,10 @@ class ModelOptions:
             )
         if self.ckpt is None and is_checkpoint(self.source):
             raise UserError(f"{self.source} is a checkpoint, and no base: give it as --ckpt")
+        if self.ckpt is not None and self.base.weights is not None and self.checkpoint is None:
+            raise UserError(
+                f"{self.ckpt} is no checkpoint, so it has no other base: leave out --base.weights"
+            )
         if self.base.text_encoder is not None:
             check_named(self.base.text_encoder, folder=True)
         for given in filter(None, (self.source, self.base.tokenizer)):
@@ -127,13 +131,13 @@ class ModelOptions:
 
         base = self.base
         assert self.source is not None, "check comes first"
-        if self.checkpoint is None and (self.ckpt is None or base.weights is None):
+        if self.checkpoint is None:
             family = base.family or family_of(self.source)
             given = asdict(base) | {"family": family, "weights": self.source}
             model = load_base(base_files(**given, generation_only=True), device, dtype)
         else:
             model = load_model(
-                self.checkpoint or self.source,
+                self.checkpoint,
                 base=base.weights,
                 tokenizer=base.tokenizer,
                 text_encoder=base.text_encoder,

@@ -11,7 +11,9 @@ Speed = Literal["auto", "eager", "compiled", "graphs"]
 """How the steps are run (`t2i.tensorar.speed`); no image depends on it but for rounding."""
 
 _MOST_ROWS = 65_536
-"""Of a batch that is drawn."""
+"""Of a batch that is drawn: it is filled up to its size."""
+_MOST_COUNT = 1_000_000_000
+"""Of anything else: more steps, samples or pixels than anybody has a use for."""
 
 Speculate = int | Literal["auto", "off"]
 """Windows of each image that a call of the model draws, all but one from guesses; off (or 0): one;
@@ -155,9 +157,7 @@ class DrawOptions:
                 f"sampling is {self.sampling!r:.80}: give a t2i.SamplingConfig, "
                 "or change the model's own with dataclasses.replace(model.sampling, ...)"
             )
-        check_counts(batch_size=self.batch_size)
-        if self.batch_size > _MOST_ROWS:  # a batch is filled up to its size
-            raise UserError(f"batch_size={self.batch_size} must be at most {_MOST_ROWS:,} images")
+        check_counts(_MOST_ROWS, batch_size=self.batch_size)
         check_seed(self.seed)
         check_speculate(self.speculate or 0)
 
@@ -180,13 +180,15 @@ def check_speculate(speculate: Speculate) -> None:
         )
 
 
-def check_counts(**values: int | None) -> None:
-    """UserError for one of these that is given and no whole number of at least 1."""
+def check_counts(most: int = _MOST_COUNT, **values: int | None) -> None:
+    """UserError for one of these that is given and no whole number from 1 to `most`."""
     for name, value in values.items():
         if value is not None:
             check_whole(**{name: value})
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+            if value > most:
+                raise UserError(f"{name}={value} must be at most {most:,}")
 
 
 def check_whole(**values: int) -> None:

@@ -214,6 +214,7 @@ def test_a_run_that_trains_on_does_not_change_the_model_meanwhile(plain, tmp_pat
         (ModelOptions(base=BaseOptions(weights="none.pt")), "none.pt is not a file"),
         (ModelOptions(base=BaseOptions("rar", "none.bin")), "none.bin is not a file"),
         (ModelOptions(ckpt="shapes", base=BaseOptions(tokenizer="vq.pt")), "vq.pt is not a file"),
+        (ModelOptions(ckpt="shapes", base=BaseOptions(weights="x.pt")), "leave out --base.weights"),
     ],
 )
 def test_no_such_model(options, message):

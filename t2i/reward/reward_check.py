@@ -48,7 +48,7 @@ def _drawing_lines(
     config: RewardConfig, model: TensorAR, plan: Plan | None, world_size: int
 ) -> list[str]:
     """How images are drawn, and what that takes besides learning; `model` is on the meta device."""
-    options = config.reward
+    options, spec = config.reward, model.backbone.spec
     guided = options.cfg_scale != 1
     images = min(options.draw_batch, config.batch_size // world_size)
     length = prompt_length(model.backbone) + model.windows.count - 1
@@ -66,12 +66,7 @@ def _drawing_lines(
         f"{'cache while drawing':<34}{readable_size(held)}, kept from step to step",
     ]
     if (teacher := options.teacher) is not None:
-        kept = (
-            4
-            * config.engine.micro_batch
-            * model.windows.tokens
-            * sum(model.backbone.spec.subvocabs)
-        )
+        kept = 4 * config.engine.micro_batch * model.windows.tokens * sum(spec.subvocabs)
         if options.updates > 1:
             kept *= config.batch_size // (config.engine.micro_batch * world_size)
         lines.append(

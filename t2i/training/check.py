@@ -112,20 +112,19 @@ def check(
     model = build_model(config, device="meta")
     look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained
-    otherwise = "train all the same"
+    survey, otherwise = None, "train all the same"
     if isinstance(config.data, LabelledOptions):
         total, lines, warnings = _labelled(config.data, model.backbone)
     else:
         assert source is not None
         survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
-        if survey.seen == total:  # all were looked at
-            try:
-                plan_run(config, survey.usable, world_size)
-                total = survey.usable
-            except UserError as error:  # the report still says what is skipped, and why
-                warnings.append(f"training would end at once: {error}")
-                otherwise = "end at once"
     plan = plan_run(config, total, world_size)
+    if survey is not None and survey.seen == total:  # all were looked at
+        try:
+            plan = plan_run(config, survey.usable, world_size)
+        except UserError as error:  # the report still says what is skipped, and why
+            warnings.append(f"training would end at once: {error}")
+            otherwise = "end at once"
     size, too_much = size_report(model, config, plan, world_size)
     weights, state = map(readable_size, checkpoint_bytes(model, config))
     sections = {

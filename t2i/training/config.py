@@ -5,7 +5,6 @@ warm up, how often something is written) may be None: they are then settled from
 steps, see `t2i.training.run_plan`. The named recipes are in `t2i/models/*/*_recipes.py`.
 """
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ class BackboneOptions(BaseOptions):
     """Leave unloaded what drawing does not need: Janus-Pro's understanding tower and text head."""
 
 
-_MOST_SAMPLES, _MOST_STEPS = 1_048_576, 1_000_000_000
+_MOST_SAMPLES, _MOST_EPOCHS = 1_048_576, 1e9
 """Of a step, whose samples are listed; and of a run."""
 _CAPTION = "{caption}"
 _AROUND = " \t\r\n,.;:"  # trigger words
@@ -108,8 +107,8 @@ class LabelledOptions(_AnyData):
             raise UserError(f"data.crop_ranges={self.crop_ranges} must be factors from 1 to 10")
 
 
-_MOST_RATE = 1e12
-"""A learning rate or decay; what is far larger overflows within PyTorch."""
+_MOST_RATE, _LEAST_CLIP = 1e12, 1e-12
+"""Of a rate, decay or delay, and of a gradient's norm: what is far beyond overflows in PyTorch."""
 _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
 
 
@@ -137,12 +136,15 @@ class OptimOptions:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            most = math.inf if name.endswith("_steps") else _MOST_RATE
-            if name not in ("betas", "grad_clip") and not 0 <= (value or 0) <= most:  # nor NaN
-                limit = "" if most == math.inf or value < most else f" (at most {most:g})"
-                raise UserError(f"optim.{name}={value} must be a number, and not negative{limit}")
-        if not self.grad_clip > 1e-12:  # nor NaN
-            raise UserError(f"optim.grad_clip={self.grad_clip} must be above 0")
+            if (
+                name not in ("betas", "grad_clip") and not 0 <= (value or 0) <= _MOST_RATE
+            ):  # nor NaN
+                raise UserError(
+                    f"optim.{name}={value} must be a number, and not negative (at most "
+                    f"{_MOST_RATE:g})"
+                )
+        if not self.grad_clip >= _LEAST_CLIP:  # nor NaN
+            raise UserError(f"optim.grad_clip={self.grad_clip} must be at least {_LEAST_CLIP:g}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
 
@@ -277,17 +279,13 @@ class TrainConfig:
     def __post_init__(self):
         engine = self.engine
         of_parts = {"engine.micro_batch": engine.micro_batch, "log.keep_last": self.log.keep_last}
-        check_counts(batch_size=self.batch_size, steps=self.steps, **of_parts)
-        for name, value, most in (
-            ("batch_size", self.batch_size, _MOST_SAMPLES),
-            ("steps", self.steps or 0, _MOST_STEPS),
-            ("epochs", self.epochs, _MOST_STEPS),
-        ):
-            if value > most and value < math.inf:
-                raise UserError(f"{name}={value} must be at most {most:,}")
+        check_counts(_MOST_SAMPLES, batch_size=self.batch_size)
+        check_counts(steps=self.steps, **of_parts)
         check_seed(self.seed)
-        if not 0 < self.epochs < math.inf:
-            raise UserError(f"epochs={self.epochs} must be a number above 0")
+        if not 0 < self.epochs <= _MOST_EPOCHS:  # nor NaN
+            raise UserError(
+                f"epochs={self.epochs} must be a number above 0 (at most {_MOST_EPOCHS:,.0f})"
+            )
         if self.batch_size % engine.micro_batch:
             raise UserError(
                 f"batch_size={self.batch_size} must be a multiple of "
