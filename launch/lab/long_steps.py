@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from launch.lab.long_data import Order
+from t2i.products import fast_products
 from t2i.tensorar.loss import WindowLosses
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import Batch
@@ -77,8 +78,9 @@ class Trainer:
         count = min(count, self.steps - self.done)
         self.done += count
         if self.stream is None:
-            for _ in range(count):
-                self._step()
+            with fast_products(self.device, self.model.windows.tokens):
+                for _ in range(count):
+                    self._step()
             return
         with torch.cuda.stream(self.stream):
             while count and self._replay is None:

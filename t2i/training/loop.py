@@ -22,6 +22,7 @@ from t2i.generation import draw_images
 from t2i.imaging import grid, save_png
 from t2i.launcher import handling, stop_signals
 from t2i.processes import peak_gb
+from t2i.products import fast_products
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
@@ -117,7 +118,7 @@ class Run:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics, over the samples of all ranks."""
-        with self.watch.step():
+        with self.watch.step(), fast_products(self.processes.device, self.model.windows.tokens):
             return self._train_step()
 
     def _train_step(self) -> dict[str, float]:

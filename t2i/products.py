@@ -1,0 +1,70 @@
+"""Matrix products in fp32 on AMD processors.
+
+torch leaves those of a CPU to Intel's MKL, which keeps AMD's processors to half as wide registers
+as they have. oneDNN, which comes with torch as well, does not, and torch hands it fp32 products
+once these *may* be rounded to bf16. Where no unit for that kind of product is built in, as in AMD's
+processors, oneDNN makes no use of the permission; a product is tried before it is relied on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_SHORT = 192
+"""Inputs of a sequence up to which fused attention is a great many small products, which oneDNN is
+slow to begin.
+"""
+_CLOSE = 1e-6
+"""Root mean square error of a product in fp32, as a share; in bf16 it is above 1e-3."""
+
+
+@contextmanager
+def fast_products(device: torch.device, inputs: int | None = None) -> Iterator[None]:
+    """Within it products of fp32 are oneDNN's, where that is faster and as exact (on a CPU of AMD
+    with AVX-512). `inputs`: the length of sequences that attend; if they are short, attention is
+    made of such products, too.
+    """
+    if device.type != "cpu" or not _pays():
+        yield
+        return
+    short = inputs is not None and inputs <= _SHORT
+    attention = sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
+    with _handed_over(), attention:
+        yield
+
+
+@cache
+def _pays() -> bool:
+    info = Path("/proc/cpuinfo")  # torch does not tell whose processor it is
+    if not info.is_file() or "AuthenticAMD" not in info.read_text():
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _as_exact()
+
+
+@contextmanager
+def _handed_over() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _as_exact() -> bool:
+    """Whether oneDNN's products, with and without a transposed factor, are those of fp32."""
+    a, b = (torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    with _handed_over():
+        found = a @ b, a @ b.T, a.T @ b
+    exact = (x.double() @ y.double() for x, y in ((a, b), (a, b.T), (a.T, b)))
+    return all(_error(f, e) < _CLOSE for f, e in zip(found, exact, strict=True))
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float(((found - exact).square().mean() / exact.square().mean()).sqrt())

@@ -1,0 +1,57 @@
+"""fp32 products that are handed to oneDNN: only where they stay fp32's, and not for good."""
+
+import pytest
+import torch
+
+from t2i import products
+from t2i.products import fast_products
+
+CPU = torch.device("cpu")
+
+
+def settings() -> tuple[str, bool]:
+    return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("inputs, fused", [(64, False), (192, False), (193, True), (576, True)])
+def test_products_are_handed_over_within_and_no_longer(monkeypatch, inputs, fused):
+    monkeypatch.setattr(products, "_pays", lambda: True)
+    before = settings()
+    with pytest.raises(KeyError), fast_products(CPU, inputs):
+        assert settings() == ("bf16", fused)
+        raise KeyError
+    assert settings() == before
+
+
+@pytest.mark.parametrize("device, pays", [("cpu", False), ("cuda", True), ("meta", True)])
+def test_elsewhere_nothing_is_changed(monkeypatch, device, pays):
+    monkeypatch.setattr(products, "_pays", lambda: pays)
+    before = settings()
+    with fast_products(torch.device(device), 64):
+        assert settings() == before
+
+
+def test_products_that_would_be_rounded_are_found(monkeypatch):
+    """As where a processor multiplies in bf16: oneDNN would make use of what it is allowed."""
+    matmul = torch.Tensor.__matmul__
+
+    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.dtype == torch.float32 and settings()[0] == "bf16":
+            a, b = a.bfloat16().float(), b.bfloat16().float()
+        return matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not products._as_exact()
+
+
+def test_where_it_is_used_products_are_those_of_fp32():
+    a, b = (torch.randn(300, 70, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    a, b = a.requires_grad_(), b.requires_grad_()
+    exact = a.double() @ b.double().T
+    wanted = torch.autograd.grad(exact.square().sum(), (a, b))
+    with fast_products(CPU, 64):
+        found = torch.nn.functional.linear(a, b)
+        grads = torch.autograd.grad(found.square().sum(), (a, b))
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+    for grad, own in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, own, rtol=1e-4, atol=1e-2)
