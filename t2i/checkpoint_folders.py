@@ -38,8 +38,10 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        nearest = nearest_path(folder)
-        raise UserError(f"checkpoint folder {folder} does not exist (or is a file){nearest}")
+        hint = nearest_path(folder)
+        if str(folder) in shipped_bases():
+            hint = "; that is a shipped base, and a trained model is wanted here"
+        raise UserError(f"checkpoint folder {folder} does not exist (or is a file){hint}")
     check_files(folder, with_state=with_state, contents=contents)
     path = folder / "config.json"
     try:

@@ -23,6 +23,10 @@ _CLOSE = 1e-6
 """Root mean square error of a product in fp32, as a share; in bf16 it is above 1e-3."""
 
 
+_attention_by_products = False
+"""Within `fast_products`, with short sequences."""
+
+
 @contextmanager
 def fast_products(device: torch.device, inputs: int | None = None) -> Iterator[None]:
     """Within it products of fp32 are oneDNN's, where that is faster and as exact (on a CPU of AMD
@@ -32,10 +36,20 @@ def fast_products(device: torch.device, inputs: int | None = None) -> Iterator[N
     if device.type != "cpu" or not _pays():
         yield
         return
+    global _attention_by_products
     short = inputs is not None and inputs <= _SHORT
     attention = sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
-    with _handed_over(), attention:
-        yield
+    before, _attention_by_products = _attention_by_products, short
+    try:
+        with _handed_over(), attention:
+            yield
+    finally:
+        _attention_by_products = before
+
+
+def prefers_products(device: torch.device) -> bool:
+    """Whether attention is to be made of products; torch's own heeds it where it isn't compiled."""
+    return device.type == "cpu" and _attention_by_products
 
 
 @cache

@@ -5,9 +5,11 @@ import torch
 from helpers import tiny_codes, tiny_prepared
 from torch import nn
 
+from t2i import products
 from t2i.errors import UserError
 from t2i.models import blocks
 from t2i.models.rar.rar_model import RARAttention
+from t2i.products import fast_products
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.speed import compiler_lacks
@@ -29,7 +31,8 @@ def step(model: TensorAR, compiled: bool) -> tuple[torch.Tensor, list[torch.Tens
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(compiler_lacks(CPU)), reason="no C++ compiler")
-def test_compiled_blocks_train_alike(backbone, monkeypatch):
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_compiled_blocks_train_alike(backbone, monkeypatch, handed_over):
     torch.compiler.reset()  # more than a few shapes in a process would run uncompiled
     model = TensorAR(backbone, presets.iclr2026()).train().requires_grad_(True)
     for layer in model.modules():
@@ -46,7 +49,9 @@ def test_compiled_blocks_train_alike(backbone, monkeypatch):
     step(model, True)
     assert len(compiled) == 1, "for both blocks"
     monkeypatch.undo()
-    fast = step(model, True)
+    monkeypatch.setattr(products, "_pays", lambda: handed_over)
+    with fast_products(CPU, 16):
+        fast = step(model, True)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
 

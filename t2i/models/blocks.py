@@ -29,6 +29,7 @@ from t2i.models.base import Backbone
 from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.models.lean import Dropout, rms_norm, swiglu
+from t2i.products import prefers_products
 
 
 def causal_mask(
@@ -78,7 +79,12 @@ def attend(
         k_BHLK, v_BHLK = k.type_as(q_BHLK), v.type_as(q_BHLK)
         if q_BHLK.shape[2] == 1:
             assert mask is not None
-            return _attend_one(q_BHLK, k_BHLK, v_BHLK, mask)
+            return _attend_by_products(q_BHLK, k_BHLK, v_BHLK, mask)
+    if torch.compiler.is_compiling() and prefers_products(q_BHLK.device) and not dropout:
+        if mask is None:
+            length = q_BHLK.shape[2]
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q_BHLK.device).tril()
+        return _attend_by_products(q_BHLK, k_BHLK, v_BHLK, mask)
     # By a branch: of the comparison alone, a compiler that takes sizes for variable makes no bool.
     grouped = {"enable_gqa": True} if k_BHLK.shape[1] != q_BHLK.shape[1] else {}
     out = F.scaled_dot_product_attention(
@@ -93,14 +99,17 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
-def _attend_one(q_BH1K: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor) -> Tensor:
-    """One query against the cache, [B, 1, H*K], by plain products: the fused kernels are made for
-    many queries, and some prepare themselves anew for every length of the cache.
+def _attend_by_products(q_BHnK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor) -> Tensor:
+    """Attention [B, n, H*K] of n queries by plain products: the fused kernels are made for many
+    queries, and some prepare themselves anew for every length of the cache.
     """
+    batch, shared, _, width = k_BHLK.shape
     # Queries that share keys are the rows of one product.
-    q = (q_BH1K * q_BH1K.shape[-1] ** -0.5).reshape(*k_BHLK.shape[:2], -1, q_BH1K.shape[-1])
-    scores = (q @ k_BHLK.transpose(-1, -2)).float().masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1).type_as(v_BHLK) @ v_BHLK).view(len(q), 1, -1)
+    q = (q_BHnK * width**-0.5).reshape(batch, shared, -1, width)
+    scores = (q @ k_BHLK.transpose(-1, -2)).float().unflatten(2, (-1, q_BHnK.shape[2]))
+    weights = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
+    out = weights.type_as(v_BHLK).flatten(2, 3) @ v_BHLK
+    return out.view(q_BHnK.shape).transpose(1, 2).flatten(2)
 
 
 def run_blocks(
