@@ -1,9 +1,9 @@
 """Matrix products in fp32 on AMD processors.
 
-torch leaves those of a CPU to Intel's MKL, which keeps AMD's processors to half as wide registers
+torch leaves those of a CPU to Intel's MKL, which keeps AMD's processors to registers half as wide
 as they have. oneDNN, which comes with torch as well, does not, and torch hands it fp32 products
-once these *may* be rounded to bf16. Where no unit for that kind of product is built in, as in AMD's
-processors, oneDNN makes no use of the permission; a product is tried before it is relied on.
+once these *may* be rounded to bf16. oneDNN does that where a processor has matrix units for it
+(Intel's AMX), and nowhere else; products are tried before this is relied on.
 """
 
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def _pays() -> bool:
 
 @contextmanager
 def _handed_over() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
