@@ -29,10 +29,10 @@ from t2i.tensorar.windows import Windows
 
 log = logging.getLogger(__name__)
 
-SPECULATION_PAYS = {"eager": {1: 12, 4: 4}, "compiled": {1: 8}}
-"""By speed: images at once, at most -> windows of each that a call draws, where that is left to the
-kit: on a CPU, of models that predict one code a step (docs/fewer_steps.md); not measured elsewhere.
-It is a rule, and not timed at hand, so that a command draws the same bits every time.
+SPECULATION_PAYS = {"eager": 12, "compiled": 8}
+"""Windows of one image at once that a call draws, by speed, where that is left to the kit: on a CPU,
+of models that predict one code a step (docs/fewer_steps.md); elsewhere it was not seen to pay. It
+is a rule, and not timed at hand, so that a command draws the same bits every time.
 """
 
 _MOST_IMAGES = 10_000_000
@@ -172,10 +172,8 @@ def choose_run(
     if asked != "auto":
         most = 0 if asked == "off" else min(asked, windows)  # room is made for all of them
         return speed, most if most > 1 else 0
-    if device.type != "cpu" or model.windows.size > 1:
-        return speed, 0
-    pays = SPECULATION_PAYS[speed].items()
-    return speed, next((ahead for most, ahead in pays if images <= most), 0)
+    pays = device.type == "cpu" and model.windows.size == 1 and images == 1
+    return speed, SPECULATION_PAYS[speed] if pays else 0
 
 
 def check_request(
