@@ -187,6 +187,22 @@ def freezing(_) -> None:
     mark_dynamic(torch.empty(3, 0), 0)
 
 
+def guard_filter(_) -> None:
+    found = []
+    options = {"guard_filter_fn": lambda guards: found.extend(guards) or [False for _ in guards]}
+    plus_one = torch.compile(lambda x: x + 1, backend="eager", options=options)
+    plus_one(torch.ones(3))
+    assert {("TENSOR_MATCH", "x")} < {(guard.guard_type, guard.name) for guard in found}
+
+
+def fp32_precision(_) -> None:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    assert matmul.fp32_precision == "bf16"
+    matmul.fp32_precision = before
+
+
 def builder_hash(tmp_path: Path) -> None:
     import datasets
 
@@ -308,6 +324,20 @@ TOUCHES = (
         freezing,
     ),
     Touch(
+        "torch",
+        "torch.compile's option `guard_filter_fn`, and kinds and names of guards",
+        "t2i/tensorar/speed.py: guard_filter_fn",
+        "guards of a whole model take a tenth of a small model's step",
+        guard_filter,
+    ),
+    Touch(
+        "torch",
+        "torch.backends.mkldnn.matmul.fp32_precision, which not all of its documentation names",
+        "t2i/products.py: fp32_precision",
+        "products of fp32 are oneDNN's then, twice as fast on AMD's processors",
+        fp32_precision,
+    ),
+    Touch(
         "datasets",
         "DatasetBuilder.hash",
         "t2i/data/sources/tables.py: builder.hash",
@@ -341,6 +371,7 @@ DOCUMENTED = {
     "tokenizers.processors",
     "torch.distributed",
     "torch.nn",
+    "torch.nn.attention",
     "torch.nn.functional",
     "torch.overrides",
     "torch.utils.checkpoint",
