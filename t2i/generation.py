@@ -30,9 +30,9 @@ from t2i.tensorar.windows import Windows
 log = logging.getLogger(__name__)
 
 SPECULATION_PAYS = {"eager": 12, "compiled": 8}
-"""Windows of one image at once that a call draws, by speed, where that is left to the kit: on a CPU,
-of models that predict one code a step (docs/fewer_steps.md); elsewhere it was not seen to pay. It
-is a rule, and not timed at hand, so that a command draws the same bits every time.
+"""Windows of one image at once that a call draws, by speed, where that is left to the kit: on a
+CPU, of models that predict one code a step (docs/fewer_steps.md); elsewhere it was not seen to pay.
+It is a rule, and not timed at hand, so that a command draws the same bits every time.
 """
 
 _MOST_IMAGES = 10_000_000
