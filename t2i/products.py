@@ -22,7 +22,6 @@ slow to begin.
 _CLOSE = 1e-6
 """Root mean square error of a product in fp32, as a share; in bf16 it is above 1e-3."""
 
-
 _attention_by_products = False
 """Within `fast_products`, with short sequences."""
 

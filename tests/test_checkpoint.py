@@ -33,6 +33,8 @@ def test_incomplete_folders_are_refused(tiny_world, plain, tmp_path):
     damaged("backbone.safetensors is missing", lambda f: (f / "backbone.safetensors").unlink())
     with pytest.raises(ValueError, match="does not exist"):
         t2i.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="that is a shipped base, and a trained model is wanted"):
+        checkpoint_folders.read_config("shapes")
 
 
 def test_settings_of_another_version_are_refused(plain, tmp_path):

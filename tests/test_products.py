@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from runs import tiny_run
 
 from t2i import products
+from t2i.models.blocks import attend
 from t2i.products import fast_products
+from t2i.tensorar import speed
+from t2i.training.loop import Run, train
 
 CPU = torch.device("cpu")
 
@@ -42,6 +47,45 @@ def test_products_that_would_be_rounded_are_found(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert not products._as_exact()
+
+
+def test_compiled_attention_is_made_of_products_too(monkeypatch):
+    """torch's own switch is not heeded there."""
+    monkeypatch.setattr(products, "_pays", lambda: True)
+    q, k, v = torch.randn(3, 2, 4, 6, 8)
+    plain, called = attend(q, k, v, None, None, 0), []
+
+    def look(graph, _):
+        called[:] = [node.target for node in graph.graph.nodes]
+        return graph.forward
+
+    def compiled() -> torch.Tensor:
+        return torch.compile(attend, backend=look, fullgraph=True)(q, k, v, None, None, 0)
+
+    torch.testing.assert_close(compiled(), plain)
+    assert F.scaled_dot_product_attention in called
+    with fast_products(CPU, 6):
+        torch.testing.assert_close(compiled(), plain)
+    assert called and F.scaled_dot_product_attention not in called
+
+
+def test_who_hands_products_over(monkeypatch, tiny_world):
+    """Steps of training, and of drawing while they are compiled."""
+    monkeypatch.setattr(products, "_pays", lambda: True)
+    seen, own = [], Run._train_step
+    monkeypatch.setattr(Run, "_train_step", lambda run: seen.append(settings()[0]) or own(run))
+    train(tiny_run(tiny_world, "handed-over", steps=2))
+    assert seen == ["bf16", "bf16"] and settings()[0] != "bf16"
+
+    def compile_nothing(function, **_):
+        return lambda *_: seen.append(settings()[0])
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    run, before = speed._frozen(lambda *_: None), settings()[0]
+    seen.clear()
+    run(None, None, 4)
+    run(None, None, 5)
+    assert seen == ["bf16", before], "what is compiled then packs its weights; the rest is MKL's"
 
 
 def test_where_it_is_used_products_are_those_of_fp32():
