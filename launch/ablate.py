@@ -36,6 +36,8 @@ class Ablation:
     """Training seeds; they seed the sampling as well."""
     steps: int = 1500
     """Optimizer steps of each run."""
+    batch_size: int = 32
+    """Samples of a step."""
     images: int = 48_000
     """Scenes to train on."""
     samples: int = 8

@@ -4,6 +4,7 @@ rounding changes a code, and seconds per image. docs/fewer_steps.md shows the re
 python launch/lab/fewer_steps.py calls                  # OUT/calls.json and acceptance.svg
 python launch/lab/fewer_steps.py calls --dtype bfloat16 # OUT/calls_bfloat16.json
 python launch/lab/fewer_steps.py seconds --bases shapes --batches 1 4   # best on one thread
+python launch/lab/fewer_steps.py seconds --strides 1 2 4                # with a codec as well
 python launch/lab/fewer_steps.py seconds --device cuda --speed graphs   # OUT/seconds_graphs.json
 """
 
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
@@ -60,6 +61,8 @@ class Study:
     """Windows that a call draws."""
     batches: tuple[int, ...] = (1, 4, 16, 64)
     """Images at once, of `seconds`."""
+    strides: tuple[int, ...] = ()
+    """Of `seconds`: draw so, too, with an untrained codec of windows as large as the largest."""
     speed: Speed = "eager"
     """How steps are run, of `seconds`; compiled compiles each contender first."""
     device: str = "cpu"
@@ -210,18 +213,28 @@ def study_calls(study: Study) -> Iterator[dict]:
 # -- seconds ---------------------------------------------------------------------------------------
 
 
+class Way(NamedTuple):
+    """How an image is drawn."""
+
+    k: int
+    """Codes of a window; 1: no codec is attached."""
+    stride: int = 1
+    ahead: int = 0
+
+
 class Redrawing:
     """Images, codes only, that are drawn again and again in batches, at least `PROMPTS` of them:
     recorded or compiled once.
     """
 
-    def __init__(self, model: "TensorAR", batch: int, study: Study, ahead: int):
+    def __init__(self, model: "TensorAR", batch: int, study: Study, way: Way):
         import torch
 
         from t2i.tensorar.drawing import noise_keys
-        from t2i.tensorar.sampler import begin, encode_rows, guidance_table
+        from t2i.tensorar.sampler import begin, drawn_windows, encode_rows, guidance_table
 
-        self.model, config = model, model.sampling
+        self.model, config = model, replace(model.sampling, stride=way.stride)
+        windows = drawn_windows(model, config)
         self.images = batch * max(1, len(PROMPTS) // batch)
         prepared, keys = requests(model, self.images)
         scales, subs = guidance_table(model, config), len(model.backbone.spec.subvocabs)
@@ -231,11 +244,11 @@ class Redrawing:
             with torch.no_grad():
                 condition = encode_rows(model.backbone, own, guided=scales is not None)
             key = keys[rows].to(model.backbone.device)
-            self.batches.append((condition, key, noise_keys(key, model.windows, subs)))
+            self.batches.append((condition, key, noise_keys(key, windows, subs)))
         condition, key, _ = self.batches[0]
         with torch.no_grad():
             self.drawing, self.run = begin(
-                model, condition, scales, key, config, study.speed, ahead
+                model, condition, scales, key, config, study.speed, way.ahead
             )
 
     def draw(self, number: int, most: int) -> tuple[int, float, float]:
@@ -283,23 +296,31 @@ def study_seconds(study: Study) -> Iterator[dict]:
     """Rows of the table."""
     from t2i.generation import choose_run
     from t2i.sampling import DrawOptions
+    from t2i.tensorar import presets
+    from t2i.tensorar.model import TensorAR
 
     for base in study.bases:
         model = opened(base, study)
         for batch in study.batches:
             options = DrawOptions(speed=study.speed, speculate="auto")
             auto = choose_run(model, options, 1, batch)[1]
-            works = {
-                ahead: Redrawing(model, batch, study, ahead)
-                for ahead in dict.fromkeys((0, *study.ahead, auto))
-            }
+            ways = [Way(model.windows.size, 1, n) for n in dict.fromkeys((0, *study.ahead, auto))]
+            works = {way: Redrawing(model, batch, study, way) for way in ways}
+            if study.strides:
+                k = max(study.strides)
+                drafting = TensorAR(model.backbone, presets.tuned(k=k)).eval()
+                drafting.sampling = model.sampling
+                works |= {
+                    way: Redrawing(drafting, batch, study, way)
+                    for way in (Way(k, stride) for stride in study.strides)
+                }
             if study.speed != "eager":
                 for work in works.values():
                     work.draw(0, study.most_calls)
             about = {"base": base, "batch": batch, "speed": study.speed, "auto": auto}
-            for ahead, (calls, processor, wall) in least_of_rounds(works, study).items():
-                images = works[ahead].images
-                row: dict = {"ahead": ahead, "images": images, "calls": calls}
+            for way, (calls, processor, wall) in least_of_rounds(works, study).items():
+                images = works[way].images
+                row: dict = way._asdict() | {"images": images, "calls": calls}
                 row |= {"ms_per_call": 1e3 * wall / calls}
                 row |= {"processor_ms_per_call": 1e3 * processor / calls}
                 if not study.most_calls:
@@ -309,25 +330,25 @@ def study_seconds(study: Study) -> Iterator[dict]:
 
 
 def least_of_rounds(
-    works: dict[int, Redrawing], study: Study
-) -> dict[int, tuple[int, float, float]]:
+    works: dict[Way, Redrawing], study: Study
+) -> dict[Way, tuple[int, float, float]]:
     """Of each: calls, processor seconds and seconds of all its batches, the least of several rounds
     for each batch. One batch after another is drawn by all.
 
     Not step by step, as `launch.measure.turns` does: how many calls a batch takes depends on how
     many of its guesses come true.
     """
-    least: dict[int, list[tuple[int, float, float]]] = {ahead: [] for ahead in works}
+    least: dict[Way, list[tuple[int, float, float]]] = {way: [] for way in works}
     for i in range(len(next(iter(works.values())).batches)):
         taken = [
-            {ahead: work.draw(i, study.most_calls) for ahead, work in works.items()}
+            {way: work.draw(i, study.most_calls) for way, work in works.items()}
             for _ in range(study.rounds)
         ]
-        for ahead, own in least.items():
-            calls, processor, wall = zip(*(turn[ahead] for turn in taken), strict=True)
+        for way, own in least.items():
+            calls, processor, wall = zip(*(turn[way] for turn in taken), strict=True)
             own.append((calls[0], min(processor), min(wall)))
-    sums = {ahead: [sum(each) for each in zip(*own, strict=True)] for ahead, own in least.items()}
-    return {ahead: (int(calls), cpu, wall) for ahead, (calls, cpu, wall) in sums.items()}
+    sums = {way: [sum(each) for each in zip(*own, strict=True)] for way, own in least.items()}
+    return {way: (int(calls), cpu, wall) for way, (calls, cpu, wall) in sums.items()}
 
 
 # -- the picture -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -128,8 +128,7 @@ def trained(study: Strides, arm: LongArm, seed: int, scenes: "EncodedScenes") ->
 
     base = load_model(study.base, device=study.device, dtype="float32")
     model = TensorAR(base.backbone.requires_grad_(True), arm.method, seed=seed)
-    precision: Any = "autocast" if model.backbone.device.type == "cuda" else "fp32"
-    grid = LongGrid("", steps=study.steps, batch_size=study.batch, precision=precision)
+    grid = LongGrid("", steps=study.steps, batch_size=study.batch)
     config = LongRun("", study.base, arm, seed).config(grid)
     batches = order(scenes, config, torch.arange(study.scenes))
     trainer = Trainer(model, objective("method", model), config, batches)
