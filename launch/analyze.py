@@ -246,13 +246,16 @@ def _prompts(
 ) -> list[str | int]:
     """Those that were given; else of held-out images; else of the run's sheets."""
     from t2i.generation import parse_conditions
+    from t2i.training.check import sheet_prompts
+    from t2i.training.trigger_words import remind_of_trigger
 
     texts: Sequence[str] = _typed(config)
+    remind_of_trigger(options.checkpoint, texts)
     if not texts and data is not None:
         return data.held_out_conditions(config.prompts)
     if not texts:
         try:
-            texts = _run_config(options).log.prompts
+            texts = sheet_prompts(_run_config(options))
         except UserError:
             texts = ()
         if not texts:

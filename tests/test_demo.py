@@ -16,6 +16,7 @@ import t2i
 from launch import demo as run
 from launch import generate
 from t2i import cli
+from t2i.checkpoint import save_pretrained
 from t2i.demo import live
 from t2i.demo.live import Models, draw_live, reports, so_far
 from t2i.demo.request import FIELDS, limits, model_words, read_request
@@ -202,6 +203,14 @@ def test_too_little_memory_is_said(model, monkeypatch):
 def test_what_is_not_read_of_a_prompt_is_said(model):
     *_, last = draw_live(model, read(prompt="a " * 100, samples=1))
     assert any("token" in note for note in last.notes), last.notes
+
+
+def test_trigger_words_that_a_prompt_lacks_are_said(model, tmp_path):
+    training = {"config": {"data": {"trigger": "drawn by xyz"}}}
+    save_pretrained(model, tmp_path / "ckpt", tuning="codec", training=training)
+    for prompt, notes in (("a star", 1), ("a star drawn by xyz", 0)):
+        *_, last = draw_live(model, read(prompt=prompt, samples=1), tmp_path / "ckpt")
+        assert sum("'drawn by xyz, a star' has them" in note for note in last.notes) == notes
 
 
 # -- the program -----------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import torch
 from browser import WIDTH, phone_in_the_dark, seen, text, type_in
 from helpers import open_gates, tiny_codes, tiny_llamagen, tiny_prepared
 from programs import program
-from runs import tiny_run
+from runs import tiny_run, write_tiny_base
 
 import t2i
 from launch import analyze as run
 from launch.measure.cost import cost_of
+from t2i.checkpoint import save_pretrained
 from t2i.evaluation.evidence import known_means, of_known, of_stages, predict, repair_shares
 from t2i.fields import from_json
 from t2i.files import read_json
@@ -246,3 +247,17 @@ def test_the_settings_of_reward_runs_are_read(monkeypatch):
     monkeypatch.setattr(run, "_training", lambda options: {"config": as_json(config)})
     found = run._run_config(SimpleNamespace(checkpoint="run"))
     assert found.data == config.data and found.log.prompts == config.log.prompts
+
+
+def test_trigger_words_are_in_the_runs_prompts_and_asked_for_in_others(tmp_path, caplog):
+    trained = tiny_run(tmp_path, "x", log__prompts=("a star",), data__trigger="by xyz")
+    backbone = t2i.load_backbone("llamagen", write_tiny_base(tmp_path / "base"))
+    model = t2i.attach(backbone, t2i.presets.base())
+    training = {"config": as_json(trained), "data_key": "its"}
+    save_pretrained(model, tmp_path / "ckpt", tuning="codec", training=training)
+    options = DrawingModelOptions(ckpt=str(tmp_path / "ckpt"))
+    assert run._prompts(run.AnalyzeConfig(), options, model, None) == ["by xyz, a star"]
+    assert not caplog.messages
+    typed = run.AnalyzeConfig(prompt=("a dog",))
+    assert run._prompts(typed, options, model, None) == ["a dog"]
+    assert "'by xyz, a dog' has them" in caplog.messages[-1]

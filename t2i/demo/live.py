@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from t2i.sampling import DrawOptions
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows
 from t2i.tensorar.windows import Windows
+from t2i.training.trigger_words import without_trigger
 
 T = TypeVar("T")
 
@@ -39,7 +41,7 @@ class RequestState:
     stages: tuple[tuple[Image.Image, ...], ...] = ()
     """Of each image at the end, where the model refines."""
     notes: tuple[str, ...] = ()
-    """What the model did not read of the prompt, in fixed phrases."""
+    """What the model did not read of the prompt, and what the prompt lacks."""
 
 
 class Models:
@@ -69,8 +71,11 @@ class Models:
         return limits(most_images=self.most_images, codes=codes)
 
 
-def draw_live(model: TensorAR, request: Request) -> Iterator[RequestState]:
+def draw_live(
+    model: TensorAR, request: Request, checkpoint: Path | None = None
+) -> Iterator[RequestState]:
     """Pictures while they are drawn, and at last the images, as launch/generate.py draws them.
+    `checkpoint` is the folder that the model is from.
 
     Closed before its end, it stops drawing.
 
@@ -108,7 +113,7 @@ def draw_live(model: TensorAR, request: Request) -> Iterator[RequestState]:
         for one in drawing:  # `look` counts them meanwhile
             done.append(one)
         stages = tuple(one.stages for one in done if one.stages)
-        notes = _notes(model, request.prompt)
+        notes = _notes(model, request.prompt, checkpoint)
         report(RequestState([one.image for one in done], 1.0, stages, notes))
 
     try:
@@ -137,11 +142,13 @@ def so_far(
     return pictures
 
 
-def _notes(model: TensorAR, prompt: str) -> tuple[str, ...]:
+def _notes(model: TensorAR, prompt: str, checkpoint: Path | None) -> tuple[str, ...]:
     if model.backbone.spec.cond_kind != "text":
         return ()
     (lost,) = model.backbone.caption_notes([prompt])
-    return ("the prompt has no text the encoder can read",) if lost is None else tuple(lost)
+    notes = ("the prompt has no text the encoder can read",) if lost is None else tuple(lost)
+    lacking = without_trigger(checkpoint, [prompt])
+    return (*notes, lacking) if lacking else notes
 
 
 class _Closed(Exception):

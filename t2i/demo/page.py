@@ -174,9 +174,9 @@ class Page:
         same = gr.skip()
         try:
             request = read_request(dict(zip(FIELDS, values, strict=True)), self.models.limits(name))
-            model, words = self.models.load(name), model_words(self.models.options[name])
-            command = request.command(words, stages=model.windows.stages > 1)
-            for state in draw_live(model, request):
+            model, options = self.models.load(name), self.models.options[name]
+            command = request.command(model_words(options), stages=model.windows.stages > 1)
+            for state in draw_live(model, request, options.checkpoint):
                 stages = gr.update(value=_captioned(state), visible=bool(state.stages))
                 again = gr.update(value=command, visible=True)
                 yield state.images, stages, again, _said(_progress(state, request))

@@ -25,15 +25,22 @@ def with_trigger(training: dict, prompt: str) -> str:
 
 
 def remind_of_trigger(checkpoint: Path | None, prompts: Sequence[str]) -> None:
-    """Say, once, that prompts lack the words; of a base by itself (None) there are none."""
+    """Say, once, that prompts lack the words."""
+    if lacking := without_trigger(checkpoint, prompts):
+        log.warning(lacking)
+
+
+def without_trigger(checkpoint: Path | None, prompts: Sequence[str]) -> str:
+    """What to say of prompts that lack the words; "": nothing, and of a base by itself (None)."""
     if checkpoint is None:
-        return
+        return ""
     training = read_config(checkpoint)["training"]
     typed = {prompt: with_trigger(training, prompt) for prompt in prompts}
     lacking = [prompt for prompt, full in typed.items() if full != prompt]
-    if lacking:
-        others = "" if len(lacking) == 1 else f" (and {len(lacking) - 1} more)"
-        log.warning(
-            f"{lacking[0]!r:.200}{others} lacks the trigger words of training: "
-            f"{typed[lacking[0]]!r:.300} has them"
-        )
+    if not lacking:
+        return ""
+    others = "" if len(lacking) == 1 else f" (and {len(lacking) - 1} more)"
+    return (
+        f"{lacking[0]!r:.200}{others} lacks the trigger words of training: "
+        f"{typed[lacking[0]]!r:.300} has them"
+    )
