@@ -35,10 +35,22 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
 def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
-    """Local parquet files, all of one split; image paths in them are relative to the folder."""
+    """Local parquet files, all of one split; image paths in them are relative to the folder. The
+    library cannot read those without rows, which writers of many parts leave behind.
+    """
+    files = [path for path in files if not _empty(path)]
+    if not files:
+        raise UserError(f"{root} holds no rows")
     where = {"path": "parquet", "data_files": {wanted.split: [str(path) for path in files]}}
     folder = root if root.is_dir() else root.parent
     return _kind(wanted)(str(root), where, wanted, folder, files)
+
+
+def _empty(path: Path) -> bool:
+    try:
+        return pq.read_metadata(path).num_rows == 0
+    except (OSError, pa.ArrowException):  # the library says what is wrong with it
+        return False
 
 
 def open_hub(wanted: CaptionedImages) -> Source:
