@@ -4,7 +4,7 @@ Every row changes one thing of the ICLR 2026 method; all runs start from one bas
 steps and rates, as does the control, the base without TensorAR. Printed as the paper prints it,
 with two measures: a distance between drawn and true scenes in place of FID (lower is better), and
 GenEval's score by the exact detector in place of IS. Each is a mean over seeds, ± its standard
-error.
+error (of scores the larger of two, over seeds and over prompts).
 
     python launch/ablate.py --base runs/bases/1m --out runs/ablation
     python launch/ablate.py --tiny                # in some minutes on a CPU: that it runs, no more
@@ -18,7 +18,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.lab.long_grid import LongGrid, do_what_is_left, planned
-from launch.lab.result_lines import over_seeds, results
+from launch.lab.result_lines import estimate, over_seeds, rates, results
 from t2i import cli
 from t2i.evaluation.results import markdown_table
 from t2i.files import write_text
@@ -68,7 +68,7 @@ class Ablation:
             held_out=4,
             workers=0,
             samples=1,
-            prompts_per_task=1,
+            prompts_per_task=2,
             draw_batch=6,
         )
 
@@ -105,8 +105,8 @@ def table(lines: list[dict]) -> str:
         seeds = found.get(arm, [])
         if not seeds:
             return f"{name}: not run"
-        distance, score = (over_seeds([x[n] for x in seeds]) for n in ("distance", "score"))
-        told = f"{distance.told(2)}, {score.told(3)}"
+        distance = over_seeds([line["distance"] for line in seeds])
+        told = f"{distance.told(2)}, {estimate(rates(seeds)).told(3)}"
         mark = "*" if arm == "iclr2026" else ""
         return f"{name}{mark}: {told}" if name else told
 
@@ -115,8 +115,15 @@ def table(lines: list[dict]) -> str:
     ]
     head = "| changed | distance, score |"
     seeds = sorted({line["seed"] for line in lines})
-    steps = " and ".join(str(steps) for steps in sorted({line["steps"] for line in lines}))
-    about = f"Seeds {', '.join(map(str, seeds))}; {steps} steps; * the paper's default."
+    steps, batch = (
+        " and ".join(str(value) for value in sorted(set(values)))
+        for values in (
+            [line["steps"] for line in lines],
+            [line["settings"]["batch_size"] for line in lines],
+        )
+    )
+    about = f"Seeds {', '.join(map(str, seeds))}; {steps} steps of batch {batch}; "
+    about += "* the paper's default."
     return f"{markdown_table(head, rows)}\n\n{about}\n"
 
 

@@ -11,7 +11,6 @@ Shapes: R seeds, P prompts.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.lab.result_lines import Estimate, estimate, over_seeds
+from launch.lab.result_lines import Estimate, estimate, over_seeds, rates
 from t2i import cli
 from t2i.evaluation.results import markdown_table
 from t2i.files import read_json_lines, writable_folder, write_text
@@ -69,11 +68,6 @@ class Lines:
         name = next(iter(ours.values()))["control"]
         control = self.found.get((base, name), {}) if name != arm else {}
         return [(line, control[seed]) for seed, line in sorted(ours.items()) if seed in control]
-
-
-def rates(lines: Sequence[dict]) -> np.ndarray:
-    """[R, P]"""
-    return np.array([x["correct"] for x in lines]) / lines[0]["settings"]["samples"]
 
 
 def gain(pairs: list[tuple[dict, dict]]) -> Estimate | None:

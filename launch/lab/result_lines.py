@@ -43,6 +43,11 @@ def scores(verdicts: Sequence[bool], metadata: Sequence[dict], each: int) -> dic
     return {"score": float(np.mean(list(means.values()))), "tags": means, "correct": correct}
 
 
+def rates(lines: Sequence[dict]) -> np.ndarray:
+    """Shares of images that are right, of a line for each seed: [R, P]."""
+    return np.array([x["correct"] for x in lines]) / lines[0]["settings"]["samples"]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean and its standard error (NaN where one seed tells none)."""
