@@ -143,12 +143,17 @@ def test_a_grid_is_drawn_in_several_ways_and_reported(monkeypatch, tmp_path, cap
 RECIPE = Path(__file__).resolve().parents[1] / "docs" / "recipe"
 
 
-@pytest.mark.parametrize("grid", ["presets", "levers", "longer", "long_cpu"])
+@pytest.mark.parametrize("grid", ["presets", "levers", "longer", "long_cpu", "ablation"])
 def test_the_pages_tables_are_made_from_its_results(grid, monkeypatch, tmp_path):
     where = ("--results", RECIPE / grid / "results.jsonl", "--out", tmp_path)
     monkeypatch.setattr(sys, "argv", ["long_report.py", *map(str, where)])
     long_report.main()
     assert (tmp_path / "tables.md").read_text() == (RECIPE / grid / "tables.md").read_text()
+
+
+def test_the_ablations_table_is_made_from_its_results():
+    folder = RECIPE / "ablation"
+    assert ablate.table(results(folder)) == (folder / "table.md").read_text()
 
 
 def test_standard_error_is_the_larger_of_seeds_and_prompts():

@@ -1,11 +1,14 @@
 """Windows that are settled several at once are those that are drawn one by one."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import BACKBONES, open_gates, rare, tiny_llamagen, tiny_prepared
 
 import t2i
-from launch.lab import fewer_steps, strides
+from launch.lab import fewer_steps, strides, strides_report
 from t2i import generation
 from t2i.errors import UserError
 from t2i.evaluation.draw import draw_prompts
@@ -280,3 +283,32 @@ def test_codes_that_are_drawn_apart():
     seen = marginal.sum(0) > 40
     change = (marginal[0] - marginal[1]).square() / marginal.sum(0)
     assert change[seen].mean() < 2.5, "the same share of images has each code there"
+
+
+def test_the_pages_strides_are_made_from_its_results(monkeypatch, tmp_path):
+    folder = Path(__file__).resolve().parents[1] / "docs" / "fewer_steps" / "strides"
+    where = ("--results", folder / "results.jsonl", "--out", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["strides_report.py", *map(str, where)])
+    strides_report.main()
+    assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
+    assert (tmp_path / "curve.svg").stat().st_size > 5000
+
+
+def test_a_stride_is_compared_with_the_same_seeds_drawn_code_by_code():
+    def line(arm, stride, seed, correct):
+        study = {"base": "b", "samples": 2}
+        about = {"arm": arm, "stride": stride, "seed": seed, "study": study}
+        return about | {"correct": correct, "calls_per_code": 1 / stride, "losses": [1.0, seed]}
+
+    every = strides_report.points(
+        [
+            *(line("control", 1, seed, 3 * [1, 2, 1, 2]) for seed in (0, 1)),
+            *(line("refined", 2, seed, 3 * [0, 1, 0, 1]) for seed in (1, 0)),
+        ]
+    )
+    assert [len(one.lines) for one in every] == [2, 2]
+    gained = strides_report.gain(every[1], every)
+    assert gained is not None and (gained.mean, gained.error) == (-0.5, 0)
+    assert strides_report.gain(every[0], every) is None
+    assert "| b | refined | 2 | 2 | 0.50 |" in strides_report.table(every)
+    assert every[1].losses() == "1.00 / 0.50"

@@ -1,0 +1,138 @@
+"""The table and the curve of docs/fewer_steps.md, from the results of `launch/lab/strides.py`.
+
+python launch/lab/strides_report.py --results docs/fewer_steps/strides/results.jsonl \\
+    --out docs/fewer_steps/strides
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+if not __package__:  # run from a clone, without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.lab.result_lines import Estimate, estimate
+from t2i import cli
+from t2i.evaluation.results import markdown_table
+from t2i.files import read_json_lines, writable_folder, write_text
+
+
+@dataclass(frozen=True)
+class StridesReport:
+    """What to read and where to write."""
+
+    results: Path = Path("runs/strides/results.jsonl")
+    """Lines of `launch/lab/strides.py`."""
+    out: Path = Path("runs/strides-report")
+    """Folder for table.md and curve.svg."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way of drawing one model, over its seeds."""
+
+    base: str
+    arm: str
+    stride: int
+    lines: list[dict]
+
+    def mean(self, name: str) -> float:
+        return float(np.mean([line[name] for line in self.lines if name in line] or [np.nan]))
+
+    def rates(self) -> np.ndarray:
+        """[seeds, prompts]"""
+        return np.array([np.array(x["correct"]) / x["study"]["samples"] for x in self.lines])
+
+    def score(self) -> Estimate:
+        return estimate(self.rates())
+
+    def losses(self) -> str:
+        """Of slots, nats per code."""
+        found = [line["losses"] for line in self.lines if "losses" in line]
+        return " / ".join(f"{loss:.2f}" for loss in np.mean(found, axis=0)) if found else ""
+
+
+def points(lines: Sequence[dict]) -> list[Point]:
+    found: dict[tuple[str, str, int], dict[int, dict]] = {}
+    for line in lines:
+        kind = line["study"]["base"], line["arm"], line["stride"]
+        found.setdefault(kind, {})[line["seed"]] = line
+    return [Point(*kind, [own[seed] for seed in sorted(own)]) for kind, own in found.items()]
+
+
+def gain(point: Point, every: Sequence[Point]) -> Estimate | None:
+    """Of the score against the control, or where nothing is trained the base, drawn code by code;
+    by seed and prompt.
+    """
+    arm = "ideal" if point.arm == "ideal" else "control"
+    for other in every:
+        if (other.base, other.arm, other.stride) != (point.base, arm, 1) or other is point:
+            continue
+        seeds = [[line["seed"] for line in one.lines] for one in (point, other)]
+        assert seeds[0] == seeds[1], "every way was drawn with every seed"
+        return estimate(point.rates() - other.rates())
+    return None
+
+
+def table(every: Sequence[Point]) -> str:
+    head = "| base | arm | stride | seeds | calls per code | with speculation | score "
+    head += "| against code by code | losses of slots |"
+    rows = []
+    for one in every:
+        gained, speculating = gain(one, every), one.mean("speculating_calls_per_code")
+        rows.append(
+            [
+                *(Path(one.base).name, one.arm, str(one.stride), str(len(one.lines))),
+                f"{one.mean('calls_per_code'):.2f}",
+                "" if np.isnan(speculating) else f"{speculating:.2f}",
+                one.score().told(),
+                gained.told(signed=True) if gained else "",
+                one.losses(),
+            ]
+        )
+    return markdown_table(head, rows) + "\n"
+
+
+def plot(every: Sequence[Point], path: Path) -> None:
+    """Score against calls per code, a panel for each base; exact speculation beside them."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    bases = list(dict.fromkeys(one.base for one in every))
+    arms = list(dict.fromkeys(one.arm for one in every))
+    figure = Figure(figsize=(4 * len(bases), 3.4), layout="constrained")
+    for axes, base in zip(figure.subplots(1, len(bases), squeeze=False)[0], bases, strict=True):
+        own = [one for one in every if one.base == base]
+        for arm in dict.fromkeys(one.arm for one in own):
+            style = {"marker": "o", "color": f"C{arms.index(arm)}", "label": arm}
+            line = [one for one in own if one.arm == arm]
+            x = [one.mean("calls_per_code") for one in line]
+            score = [one.score() for one in line]
+            axes.errorbar(x, [each.mean for each in score], [each.error for each in score], **style)
+            first = line[0]
+            if arm == "control":
+                calls, exact = first.mean("speculating_calls_per_code"), first.score()
+                axes.errorbar(
+                    *([calls], [exact.mean], [exact.error]),
+                    **{"marker": "*", "ms": 11, "color": "black", "label": "exact speculation"},
+                )
+        axes.set(xlabel="calls per code", ylabel="score", title=Path(base).name, ylim=(0, None))
+        axes.set_xlim(0, 1.05)
+        axes.legend(fontsize=7)
+    with rc_context({"svg.hashsalt": path.stem}):  # the file changes with its data only
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    config = cli.parse(StridesReport, __doc__)
+    every = points(read_json_lines(config.results))
+    writable_folder(config.out)
+    print(write_text(config.out / "table.md", table(every)).read_text())
+    plot(every, config.out / "curve.svg")
+
+
+if __name__ == "__main__":
+    cli.run(main)
