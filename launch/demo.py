@@ -76,11 +76,17 @@ def main() -> None:
     from t2i.demo.live import Models
     from t2i.demo.page import Page, served
 
-    models = Models(options, wheres[0], config.most_images)
+    models = Models(options, wheres[0], config.most_images, _lacking)
     models.load(models.names[0])
     with served(lambda: Page(models), config.host, config.port) as address:
         print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
         Event().wait()
+
+
+def _lacking(options: ModelOptions, prompt: str) -> str:
+    from t2i.training.trigger_words import without_trigger
+
+    return without_trigger(options.checkpoint, [prompt])
 
 
 def _need_gradio() -> None:

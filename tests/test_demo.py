@@ -209,7 +209,9 @@ def test_trigger_words_that_a_prompt_lacks_are_said(model, tmp_path):
     training = {"config": {"data": {"trigger": "drawn by xyz"}}}
     save_pretrained(model, tmp_path / "ckpt", tuning="codec", training=training)
     for prompt, notes in (("a star", 1), ("a star drawn by xyz", 0)):
-        *_, last = draw_live(model, read(prompt=prompt, samples=1), tmp_path / "ckpt")
+        options = ModelOptions(ckpt=str(tmp_path / "ckpt"))
+        lacking = run._lacking(options, prompt)
+        *_, last = draw_live(model, read(prompt=prompt, samples=1), lacking)
         assert sum("'drawn by xyz, a star' has them" in note for note in last.notes) == notes
 
 

@@ -31,7 +31,7 @@ class StridesReport:
 
 
 @dataclass(frozen=True)
-class Point:
+class DrawnWay:
     """One way of drawing one model, over its seeds."""
 
     base: str
@@ -55,15 +55,15 @@ class Point:
         return " / ".join(f"{loss:.2f}" for loss in np.mean(found, axis=0)) if found else ""
 
 
-def points(lines: Sequence[dict]) -> list[Point]:
+def points(lines: Sequence[dict]) -> list[DrawnWay]:
     found: dict[tuple[str, str, int], dict[int, dict]] = {}
     for line in lines:
         kind = line["study"]["base"], line["arm"], line["stride"]
         found.setdefault(kind, {})[line["seed"]] = line
-    return [Point(*kind, [own[seed] for seed in sorted(own)]) for kind, own in found.items()]
+    return [DrawnWay(*kind, [own[seed] for seed in sorted(own)]) for kind, own in found.items()]
 
 
-def gain(point: Point, every: Sequence[Point]) -> Estimate | None:
+def gain(point: DrawnWay, every: Sequence[DrawnWay]) -> Estimate | None:
     """Of the score against the control, or where nothing is trained the base, drawn code by code;
     by seed and prompt.
     """
@@ -77,7 +77,7 @@ def gain(point: Point, every: Sequence[Point]) -> Estimate | None:
     return None
 
 
-def table(every: Sequence[Point]) -> str:
+def table(every: Sequence[DrawnWay]) -> str:
     head = "| base | arm | stride | seeds | calls per code | with speculation | score "
     head += "| against code by code | losses of slots |"
     rows = []
@@ -96,7 +96,7 @@ def table(every: Sequence[Point]) -> str:
     return markdown_table(head, rows) + "\n"
 
 
-def plot(every: Sequence[Point], path: Path) -> None:
+def plot(every: Sequence[DrawnWay], path: Path) -> None:
     """Score against calls per code, a panel for each base; exact speculation beside them."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -20,7 +19,6 @@ from t2i.sampling import DrawOptions
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows
 from t2i.tensorar.windows import Windows
-from t2i.training.trigger_words import without_trigger
 
 T = TypeVar("T")
 
@@ -47,9 +45,19 @@ class RequestState:
 class Models:
     """The models that may be chosen, each loaded when it is first asked for."""
 
-    def __init__(self, options: Mapping[str, ModelOptions], where: tuple, most_images: int):
-        """where: device and type, of `ModelOptions.check`."""
+    def __init__(
+        self,
+        options: Mapping[str, ModelOptions],
+        where: tuple,
+        most_images: int,
+        lacking: Callable[[ModelOptions, str], str] = lambda options, prompt: "",
+    ):
+        """
+        where: device and type, of `ModelOptions.check`.
+        lacking: says what a prompt lacks that a model was trained with; "": nothing.
+        """
         self.options, self.where, self.most_images = options, where, most_images
+        self.lacking = lacking
         self._loaded: dict[str, TensorAR] = {}
         self._lock = threading.Lock()
 
@@ -71,11 +79,9 @@ class Models:
         return limits(most_images=self.most_images, codes=codes)
 
 
-def draw_live(
-    model: TensorAR, request: Request, checkpoint: Path | None = None
-) -> Iterator[RequestState]:
+def draw_live(model: TensorAR, request: Request, lacking: str = "") -> Iterator[RequestState]:
     """Pictures while they are drawn, and at last the images, as launch/generate.py draws them.
-    `checkpoint` is the folder that the model is from.
+    `lacking` is a further note.
 
     Closed before its end, it stops drawing.
 
@@ -113,7 +119,7 @@ def draw_live(
         for one in drawing:  # `look` counts them meanwhile
             done.append(one)
         stages = tuple(one.stages for one in done if one.stages)
-        notes = _notes(model, request.prompt, checkpoint)
+        notes = (*_notes(model, request.prompt), *filter(None, [lacking]))
         report(RequestState([one.image for one in done], 1.0, stages, notes))
 
     try:
@@ -142,13 +148,11 @@ def so_far(
     return pictures
 
 
-def _notes(model: TensorAR, prompt: str, checkpoint: Path | None) -> tuple[str, ...]:
+def _notes(model: TensorAR, prompt: str) -> tuple[str, ...]:
     if model.backbone.spec.cond_kind != "text":
         return ()
     (lost,) = model.backbone.caption_notes([prompt])
-    notes = ("the prompt has no text the encoder can read",) if lost is None else tuple(lost)
-    lacking = without_trigger(checkpoint, [prompt])
-    return (*notes, lacking) if lacking else notes
+    return ("the prompt has no text the encoder can read",) if lost is None else tuple(lost)
 
 
 class _Closed(Exception):

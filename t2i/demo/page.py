@@ -176,7 +176,8 @@ class Page:
             request = read_request(dict(zip(FIELDS, values, strict=True)), self.models.limits(name))
             model, options = self.models.load(name), self.models.options[name]
             command = request.command(model_words(options), stages=model.windows.stages > 1)
-            for state in draw_live(model, request, options.checkpoint):
+            lacking = self.models.lacking(options, request.prompt)
+            for state in draw_live(model, request, lacking):
                 stages = gr.update(value=_captioned(state), visible=bool(state.stages))
                 again = gr.update(value=command, visible=True)
                 yield state.images, stages, again, _said(_progress(state, request))
