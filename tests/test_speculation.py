@@ -300,7 +300,7 @@ def test_a_stride_is_compared_with_the_same_seeds_drawn_code_by_code():
         about = {"arm": arm, "stride": stride, "seed": seed, "study": study}
         return about | {"correct": correct, "calls_per_code": 1 / stride, "losses": [1.0, seed]}
 
-    every = strides_report.points(
+    every = strides_report.drawn_ways(
         [
             *(line("control", 1, seed, 3 * [1, 2, 1, 2]) for seed in (0, 1)),
             *(line("refined", 2, seed, 3 * [0, 1, 0, 1]) for seed in (1, 0)),

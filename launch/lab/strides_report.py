@@ -55,7 +55,7 @@ class DrawnWay:
         return " / ".join(f"{loss:.2f}" for loss in np.mean(found, axis=0)) if found else ""
 
 
-def points(lines: Sequence[dict]) -> list[DrawnWay]:
+def drawn_ways(lines: Sequence[dict]) -> list[DrawnWay]:
     found: dict[tuple[str, str, int], dict[int, dict]] = {}
     for line in lines:
         kind = line["study"]["base"], line["arm"], line["stride"]
@@ -63,17 +63,17 @@ def points(lines: Sequence[dict]) -> list[DrawnWay]:
     return [DrawnWay(*kind, [own[seed] for seed in sorted(own)]) for kind, own in found.items()]
 
 
-def gain(point: DrawnWay, every: Sequence[DrawnWay]) -> Estimate | None:
+def gain(way: DrawnWay, every: Sequence[DrawnWay]) -> Estimate | None:
     """Of the score against the control, or where nothing is trained the base, drawn code by code;
     by seed and prompt.
     """
-    arm = "ideal" if point.arm == "ideal" else "control"
+    arm = "ideal" if way.arm == "ideal" else "control"
     for other in every:
-        if (other.base, other.arm, other.stride) != (point.base, arm, 1) or other is point:
+        if (other.base, other.arm, other.stride) != (way.base, arm, 1) or other is way:
             continue
-        seeds = [[line["seed"] for line in one.lines] for one in (point, other)]
+        seeds = [[line["seed"] for line in one.lines] for one in (way, other)]
         assert seeds[0] == seeds[1], "every way was drawn with every seed"
-        return estimate(point.rates() - other.rates())
+        return estimate(way.rates() - other.rates())
     return None
 
 
@@ -128,7 +128,7 @@ def plot(every: Sequence[DrawnWay], path: Path) -> None:
 
 def main() -> None:
     config = cli.parse(StridesReport, __doc__)
-    every = points(read_json_lines(config.results))
+    every = drawn_ways(read_json_lines(config.results))
     writable_folder(config.out)
     print(write_text(config.out / "table.md", table(every)).read_text())
     plot(every, config.out / "curve.svg")
