@@ -115,15 +115,9 @@ def table(lines: list[dict]) -> str:
     ]
     head = "| changed | distance, score |"
     seeds = sorted({line["seed"] for line in lines})
-    steps, batch = (
-        " and ".join(str(value) for value in sorted(set(values)))
-        for values in (
-            [line["steps"] for line in lines],
-            [line["settings"]["batch_size"] for line in lines],
-        )
-    )
-    about = f"Seeds {', '.join(map(str, seeds))}; {steps} steps of batch {batch}; "
-    about += "* the paper's default."
+    ran = sorted({(line["steps"], line["settings"]["batch_size"]) for line in lines})
+    told = " and ".join(f"{steps} steps of batch {batch}" for steps, batch in ran)
+    about = f"Seeds {', '.join(map(str, seeds))}; {told}; * the paper's default."
     return f"{markdown_table(head, rows)}\n\n{about}\n"
 
 

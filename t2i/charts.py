@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
 from t2i.files import write_text
 from t2i.imaging import save_png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TINTS = ("#e5484d", "#3b82f6", "#22a06b", "#d97706", "#8b5cf6", "#0ea5b7", "#db2777", "#65748b")
 """Colours that are told apart on white and on black, taken round and round."""
@@ -227,6 +231,14 @@ def reading(chart: Chart) -> dict:
         "label": chart.x_label,
         "series": [{"name": s.name, "points": s.points} for s in chart.series],
     }
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure of matplotlib as SVG, which changes with what is shown only."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def save_chart(chart: Chart, path: Path) -> list[Path]:

@@ -255,7 +255,7 @@ def address(shapes_ckpt):
     from t2i.demo.page import Page, served
 
     options = {name: ModelOptions(ckpt=name) for name in ("shapes", str(shapes_ckpt))}
-    models = Models(options, ("cpu", "float32"), most_images=3)
+    models = Models(options, ("cpu", "float32"), 3, lambda options, prompt: "<i id=evil>lacks</i>")
     with served(lambda: Page(models), "127.0.0.1", None) as address:
         yield address
 
@@ -292,7 +292,7 @@ def test_the_page_draws_and_refuses(tab, address, tmp_path):
     fill(tab, "samples", 2)
     fill(tab, "seed", 5)
     press(tab, "draw")
-    tab.wait(f"{SAID}.includes('2 images, seed 5')")
+    tab.wait(f"{SAID}.includes('2 images, seed 5; ') && {SAID}.includes('<i id=evil>lacks</i>')")
     tab.wait("[...document.querySelectorAll('#pictures img')].length == 2")
     tab.wait("[...document.querySelectorAll('#pictures img')].every(i => i.naturalWidth == 64)")
     words = shlex.split(tab.run("document.querySelector('#command textarea').value"))

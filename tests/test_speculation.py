@@ -1,6 +1,7 @@
 """Windows that are settled several at once are those that are drawn one by one."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,20 @@ def test_the_pages_strides_are_made_from_its_results(monkeypatch, tmp_path):
     strides_report.main()
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
     assert (tmp_path / "curve.svg").stat().st_size > 5000
+
+
+def test_strides_of_other_settings_are_other_results(monkeypatch):
+    """With other bases, steps or samples what is there is not taken for done."""
+    monkeypatch.setattr(strides, "trained", lambda *_: TensorAR(tiny_llamagen("text"), presets.base()))
+    monkeypatch.setattr(strides, "held_out_loss", lambda *_: [1.0])
+    monkeypatch.setattr(strides, "scored", lambda *_: {})
+    study = strides.Strides("trained")
+    control = next(strides.arms(study))
+    (line,) = strides.do(study, control, 0, None, set())
+    assert not list(strides.do(study, control, 0, None, {line["key"]}))
+    for other in ({"base": "b"}, {"steps": 2}, {"samples": 3}, {"codec_lr": 1.0}):
+        again = replace(study, **other)
+        assert len(list(strides.do(again, control, 0, None, {line["key"]}))) == 1, other
 
 
 def test_a_stride_is_compared_with_the_same_seeds_drawn_code_by_code():

@@ -356,8 +356,9 @@ def least_of_rounds(
 
 def plot(rows: list[dict], path: Path) -> None:
     """Calls per code against windows a call, and where guesses come true."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
+
+    from t2i.charts import save_figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     curve, places = figure.subplots(1, 2)
@@ -375,8 +376,7 @@ def plot(rows: list[dict], path: Path) -> None:
     places.set(xlabel="place in the raster", title="guessed right, largest W", ylim=(0, 1))
     for axes in (curve, places):
         axes.legend(fontsize=7)
-    with rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def main() -> None:

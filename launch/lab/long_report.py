@@ -22,6 +22,7 @@ if not __package__:  # run from a clone, without installation
 
 from launch.lab.result_lines import Estimate, estimate, over_seeds, rates
 from t2i import cli
+from t2i.charts import save_figure
 from t2i.evaluation.results import markdown_table
 from t2i.files import read_json_lines, writable_folder, write_text
 
@@ -201,7 +202,6 @@ def plot_gains(lines: Lines, path: Path) -> None:
     """By base and arm, sampled in the base's own way: score less the control's, with one (thick)
     and two standard errors.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     found = {
@@ -228,8 +228,7 @@ def plot_gains(lines: Lines, path: Path) -> None:
         axes.plot([], [], "o-", color=color, label=base)
     axes.set(yticks=range(len(arms)), yticklabels=arms, xlabel="score less the control's")
     axes.legend()
-    with rc_context({"svg.hashsalt": path.stem}):  # the file changes with its data only
-        figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -84,6 +84,14 @@ class Strides:
     workers: int = 0
     """Processes that draw scenes; 0 draws them in this one."""
 
+    def of(self, names: Iterable[str]) -> dict:
+        """These settings: what a result depends on."""
+        return {name: getattr(self, name) for name in names}
+
+
+JUDGED = ("base", "prompts_per_task", "samples")
+TRAINED = ("ahead", "steps", "batch", "scenes", "codec_lr", "backbone_lr")
+
 
 def arms(study: Strides) -> Iterator[LongArm]:
     """What is trained, and the strides and windows that it is drawn with."""
@@ -240,10 +248,9 @@ def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[d
     prompts = [entry["prompt"] for entry in metadata]
     prepared = model.backbone.prepare(prompts, model.backbone.prefix_length(prompts))
     jobs = torch.tensor(all_jobs(range(len(prompts)), study.samples))
-    judge = [f"{study.prompts_per_task} prompts x {study.samples}"]
     for seed in study.seeds:
         for stride in study.strides:
-            about = {"arm": "ideal", "stride": stride, "seed": seed, "settings": judge}
+            about = {"arm": "ideal", "stride": stride, "seed": seed, "settings": study.of(JUDGED)}
             if (key := json.dumps(about)) in done:
                 continue
             images, start = [], time.perf_counter()
@@ -265,9 +272,9 @@ def do(
     study: Strides, arm: LongArm, seed: int, scenes: "EncodedScenes", done: set[str]
 ) -> Iterator[dict]:
     """A line for every way of drawing that has none."""
-    settings = f"{study.base} steps={study.steps} batch={study.batch} scenes={study.scenes}"
+    settings = study.of((*JUDGED, *TRAINED))
     about = {"arm": arm.name, "k": arm.method.k, "seed": seed, "settings": settings}
-    keys = {way: f"{settings} {arm.name} seed={seed} {way}" for way in arm.ways}
+    keys = {way: json.dumps(about | {"way": way}) for way in arm.ways}
     todo = {way: key for way, key in keys.items() if key not in done}
     if not todo:
         return

@@ -16,6 +16,7 @@ if not __package__:  # run from a clone, without installation
 
 from launch.lab.result_lines import Estimate, estimate
 from t2i import cli
+from t2i.charts import save_figure
 from t2i.evaluation.results import markdown_table
 from t2i.files import read_json_lines, writable_folder, write_text
 
@@ -98,7 +99,6 @@ def table(every: Sequence[DrawnWay]) -> str:
 
 def plot(every: Sequence[DrawnWay], path: Path) -> None:
     """Score against calls per code, a panel for each base; exact speculation beside them."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     bases = list(dict.fromkeys(one.base for one in every))
@@ -109,21 +109,20 @@ def plot(every: Sequence[DrawnWay], path: Path) -> None:
         for arm in dict.fromkeys(one.arm for one in own):
             style = {"marker": "o", "color": f"C{arms.index(arm)}", "label": arm}
             line = [one for one in own if one.arm == arm]
-            x = [one.mean("calls_per_code") for one in line]
-            score = [one.score() for one in line]
-            axes.errorbar(x, [each.mean for each in score], [each.error for each in score], **style)
-            first = line[0]
+            _errorbar(axes, line, "calls_per_code", style)
             if arm == "control":
-                calls, exact = first.mean("speculating_calls_per_code"), first.score()
-                axes.errorbar(
-                    *([calls], [exact.mean], [exact.error]),
-                    **{"marker": "*", "ms": 11, "color": "black", "label": "exact speculation"},
-                )
+                style = {"marker": "*", "ms": 11, "color": "black", "label": "exact speculation"}
+                _errorbar(axes, line, "speculating_calls_per_code", style)
         axes.set(xlabel="calls per code", ylabel="score", title=Path(base).name, ylim=(0, None))
         axes.set_xlim(0, 1.05)
         axes.legend(fontsize=7)
-    with rc_context({"svg.hashsalt": path.stem}):  # the file changes with its data only
-        figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
+
+
+def _errorbar(axes, ways: Sequence[DrawnWay], calls: str, style: dict) -> None:
+    score = [one.score() for one in ways]
+    x = [one.mean(calls) for one in ways]
+    axes.errorbar(x, [each.mean for each in score], [each.error for each in score], **style)
 
 
 def main() -> None:

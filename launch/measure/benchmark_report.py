@@ -11,6 +11,7 @@ import torch
 
 from launch.measure import formulas
 from launch.measure.peers import PEERS
+from t2i.charts import save_figure
 from t2i.evaluation.results import markdown_table, versions
 from t2i.files import write_json, write_text
 
@@ -127,7 +128,6 @@ def write(results: dict, stem: Path) -> None:
 def plot(results: dict, path: Path) -> bool:
     """A panel for every group; False where matplotlib is not installed."""
     try:
-        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         return False
@@ -143,8 +143,7 @@ def plot(results: dict, path: Path) -> bool:
         axis.set_title(title, fontsize=9)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    with rc_context({"svg.hashsalt": "benchmark"}):  # it changes with its data only
-        figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
     return True
 
 

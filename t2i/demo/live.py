@@ -50,7 +50,7 @@ class Models:
         options: Mapping[str, ModelOptions],
         where: tuple,
         most_images: int,
-        lacking: Callable[[ModelOptions, str], str] = lambda options, prompt: "",
+        lacking: Callable[[ModelOptions, str], str],
     ):
         """
         where: device and type, of `ModelOptions.check`.
