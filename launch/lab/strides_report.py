@@ -107,7 +107,7 @@ def plot(every: Sequence[DrawnWay], path: Path) -> None:
     for axes, base in zip(figure.subplots(1, len(bases), squeeze=False)[0], bases, strict=True):
         own = [one for one in every if one.base == base]
         for arm in dict.fromkeys(one.arm for one in own):
-            style = {"marker": "o", "color": f"C{arms.index(arm)}", "label": arm}
+            style: dict = {"marker": "o", "color": f"C{arms.index(arm)}", "label": arm}
             line = [one for one in own if one.arm == arm]
             _errorbar(axes, line, "calls_per_code", style)
             if arm == "control":
