@@ -297,7 +297,9 @@ def test_the_pages_strides_are_made_from_its_results(monkeypatch, tmp_path):
 
 def test_strides_of_other_settings_are_other_results(monkeypatch):
     """With other bases, steps or samples what is there is not taken for done."""
-    monkeypatch.setattr(strides, "trained", lambda *_: TensorAR(tiny_llamagen("text"), presets.base()))
+    monkeypatch.setattr(
+        strides, "trained", lambda *_: TensorAR(tiny_llamagen("text"), presets.base())
+    )
     monkeypatch.setattr(strides, "held_out_loss", lambda *_: [1.0])
     monkeypatch.setattr(strides, "scored", lambda *_: {})
     study = strides.Strides("trained")
