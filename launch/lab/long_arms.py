@@ -35,7 +35,9 @@ class LongArm:
     control: str = FALLING
     """The arm that it is compared with: it shares all but the idea."""
     ways: dict[str, dict] = field(default_factory=dict)
-    """Further ways of drawing from its result, by name: changes to the base's own sampling."""
+    """Further ways of drawing from its result, by name: changes to the base's own sampling, and
+    options of `long_ways.draw`.
+    """
     away: tuple[float, ...] = ()
     """Begin with the control's result, train briefly on own samples, and step away from what comes
     of it by these weights (Neon, arXiv 2510.03597).
@@ -52,6 +54,8 @@ def _objectives() -> dict[str, Callable[["TensorAR"], "Objective"]]:
         "own context": lambda model: o.OwnContext(_OWN),
         "regressions": lambda model: o.Regressions(model, _MOST),
         "clean targets": lambda model: o.CleanTargets(_OWN),
+        "shared noise": lambda model: o.SharedNoise(),
+        "correction": lambda model: o.Correction(_OWN),
     }
 
 
@@ -85,6 +89,20 @@ _MORE = (
         replace(_OWN_DRAFTS, slot_weights=(1.0, 1.0)),
         optim=_FAST,
         objective="growing",
+    ),
+    LongArm(
+        "own drafts, shared noise",
+        _OWN_DRAFTS,
+        optim=_FAST,
+        objective="shared noise",
+        ways={f"{which} shared": {"noise": which} for which in ("drafts", "all")},
+    ),
+    LongArm(
+        "own drafts, correction",
+        _OWN_DRAFTS,
+        optim=_FAST,
+        objective="correction",
+        ways={f"{share:.0%} again": {"again": share} for share in (0.03, 0.1)},
     ),
     LongArm(
         "own drafts, weights falling with distance",

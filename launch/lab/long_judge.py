@@ -8,7 +8,7 @@ Shapes: n images, P prompts, F features, B batch, N windows, k slots, V vocabula
 import random
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from geneval.rules import judge_image
+from launch.lab import long_ways
 from launch.lab.result_lines import scores
 from t2i.evaluation.fid.measures import (
     Statistics,
@@ -26,13 +27,12 @@ from t2i.evaluation.fid.measures import (
     full_distances,
 )
 from t2i.models.tokenizers.vq import VQTokenizer
-from t2i.sampling import SamplingConfig
 from t2i.shapes.caption_bases import every_caption, to_pixels
 from t2i.shapes.scenes import arrange, render
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.shapes.shapes_prompts import benchmark_prompts
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import drawn_windows, sample_windows
+from t2i.tensorar.sampler import drawn_windows
 from t2i.tensorar.windows import Windows
 from t2i.training.batches import Batch
 from t2i.training.validation import Validation, batch_losses
@@ -119,14 +119,19 @@ def draw(
     benchmark: JudgedPrompts,
     prepared: dict[str, Tensor],
     keys: Tensor,
-    settings: SamplingConfig,
+    way: dict,
     batch: int,
 ) -> DrawnImages:
-    """Draw all images, each by its key, in batches of one size; `prepared` has every caption."""
+    """Draw all images, each by its key, in batches of one size; `prepared` has every caption.
+
+    way: changes to the model's own sampling, and options of `long_ways.draw`.
+    """
+    extra = {name: way[name] for name in ("noise", "again") if name in way}
+    settings = replace(model.sampling, **{n: v for n, v in way.items() if n not in extra})
     geometry, windows, images = drawn_windows(model, settings), [], []
     for rows, captions in zip(keys.split(batch), benchmark.captions_n.split(batch), strict=True):
         conditions = {name: value[captions] for name, value in prepared.items()}
-        drawn = sample_windows(model, conditions, rows, settings, speed="eager")
+        drawn = long_ways.draw(model, conditions, rows, settings, **extra)
         windows.append(drawn)
         images.append(model.backbone.decode_images(geometry.final_codes(drawn)).cpu().numpy())
     return DrawnImages(torch.cat(windows), geometry, np.concatenate(images))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from launch.lab.long_steps import Objective
 from t2i.models.blocks import LlamaBackbone
 from t2i.models.conditions import Condition
-from t2i.rng import fold, integers, uniforms
+from t2i.rng import fold, gumbels, integers, uniforms
 from t2i.tensorar.loss import WindowLosses, filled, window_losses
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import Batch
@@ -66,6 +66,59 @@ class Method(Objective):
         with looking(keys.device):
             own = model.own_draft_windows(batch.codes, condition, fold(keys, 2000), passes=1)
         return torch.where(chosen_B[:, None, None, None], own, windows)
+
+
+class SharedNoise(Method):
+    """Own drafts that share the noise of their position's final code: it is drawn given that the
+    true code has the largest log p + G where slot 0 predicts it (Maddison et al. 2014, A* sampling,
+    top down), and a draft is the code that has it by the same noise where its slot does.
+
+    So a draft has its own distribution, and still tells something of the true code that the past
+    does not.
+    """
+
+    def windows(self, model: TensorAR, batch: Batch, condition: Condition) -> Tensor:
+        truth, keys = model.windows.gather(batch.codes), fold(batch.keys, _CONTEXT + 4)
+        vocab = model.backbone.spec.subvocabs[0]
+        noise = integers(keys, vocab, *truth.shape[1:])
+        with looking(keys.device):
+            h = model.hidden(condition, torch.cat([truth[:, :, :1], noise[:, :, 1:]], dim=2))
+            logits = model.backbone.next_logits(model.decode_slots(h), truth[..., :0])
+            position_T = torch.arange(truth.shape[1], device=keys.device)
+            gumbel_BTV = noise_given(
+                logits[:, :, 0], truth[:, :, 0, 0], fold(keys[:, None], position_T)
+            )
+            later_Nk = model.windows.positions(keys.device)[:, 1:].clamp(max=len(position_T) - 1)
+            drafts = (logits[:, :, 1:] + gumbel_BTV[:, later_Nk]).argmax(-1)
+        return torch.cat([truth[:, :, :1], drafts[..., None]], dim=2)
+
+
+def noise_given(logits: Tensor, codes: Tensor, keys: Tensor) -> Tensor:
+    """Gumbel noise fp32 [..., V], by keys int64 [...], with which codes int64 [...] are drawn from
+    logits [..., V]: of its distribution given that.
+    """
+    log_p, every = logits.log_softmax(-1), torch.arange(logits.shape[-1], device=keys.device)
+    largest = gumbels(fold(keys, 1), codes[..., None])  # independent of which code has it
+    others = -torch.logaddexp(-largest, -(log_p + gumbels(keys, every)))
+    return torch.where(every == codes[..., None], largest, others) - log_p
+
+
+class Correction(Method):
+    """Own drafts for half of the samples; the others read, of their own samples among the true
+    codes, every window as it will be once the image is there, and are to say what is true.
+    """
+
+    def __init__(self, most: float):
+        super().__init__()
+        self.most = most
+
+    def windows(self, model: TensorAR, batch: Batch, condition: Condition) -> Tensor:
+        own = super().windows(model, batch, condition)
+        with looking(batch.keys.device):
+            first_BTD = model.decode_slots(model.hidden(condition, own))[:, :, 0]
+            context = own_context(model, batch, first_BTD, self.most)
+        chosen_B = uniforms(fold(batch.keys, _CONTEXT + 5)) < 0.5
+        return torch.where(chosen_B[:, None, None, None], model.windows.gather(context), own)
 
 
 def shares(keys_B: Tensor, most: float, count: int) -> Tensor:

@@ -163,7 +163,7 @@ class GridWorld:
                 self.benchmark,
                 scenes.prepared,
                 keys,
-                replace(model.sampling, **options),
+                options,
                 grid.draw_batch,
             )
             line |= long_judge.likeness(drawing, self.benchmark, self.tokenizer)
@@ -173,7 +173,7 @@ class GridWorld:
             answers = long_judge.ask_verdicts(drawing, self.benchmark, self.pool)
             lines.append((answers, line | ({} if way else facts)))
         self.judged.append(lines)
-        self.write_down()
+        self.write_down(wait=not self.grid.workers)  # without them, nothing is gained by waiting
 
     def write_down(self, wait: bool = False) -> None:
         """Write the lines whose verdicts are there. Whoever calls it holds `eager`."""

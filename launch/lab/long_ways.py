@@ -1,0 +1,95 @@
+"""Ways of drawing that `long_grid.py` tries and the kit does not have: drafts that share their
+noise, with each other or with the final code too, and codes that are drawn again once all of them
+are there.
+
+Shapes: B images, R rows (2B with guidance), T codes, N windows, k slots, D width, V vocabulary.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from t2i.rng import fold
+from t2i.sampling import SamplingConfig
+from t2i.tensorar import sampler
+from t2i.tensorar.drawing import noise_keys, pick, rules
+from t2i.tensorar.model import TensorAR
+from t2i.tensorar.windows import Windows
+
+_DRAFTS, _AGAIN = 4000, 4001  # streams of an image's noise, besides those of the kit
+_COLD = 0.5
+"""Temperature of what is drawn again."""
+
+
+def draw(
+    model: TensorAR,
+    prepared: dict[str, Tensor],
+    keys: Tensor,
+    settings: SamplingConfig,
+    *,
+    noise: str = "",
+    again: float = 0.0,
+) -> Tensor:
+    """Windows int64 [B, N, k, 1] of images.
+
+    noise: what has one noise at a position: "drafts"; "all", the final code too; "": nothing.
+    again: share of each image's codes that is drawn again, the least likely ones.
+    """
+    if noise:
+        scales = sampler.guidance_table(model, settings)
+        condition = sampler.encode_rows(model.backbone, prepared, guided=scales is not None)
+        drawing, run = sampler.begin(model, condition, scales, keys, settings, "eager", 0)
+        drawing.noise_NBkS.copy_(shared_noise(keys, drawing.state.windows, noise))
+        for _ in sampler.whole_run(model, drawing, run):
+            pass
+        windows = drawing.windows_BNkS
+    else:
+        windows = sampler.sample_windows(model, prepared, keys, settings, speed="eager")
+    return drawn_again(model, prepared, keys, settings, windows, again) if again else windows
+
+
+def shared_noise(keys_B: Tensor, windows: Windows, noise: str) -> Tensor:
+    """Keys int64 [N, B, k, 1] of the noise of every slot; final codes have that of the kit."""
+    keys = noise_keys(keys_B, windows, 1)
+    positions_Nk = windows.positions(keys_B.device).clamp(max=windows.tokens - 1)
+    if noise == "all":
+        by_position_TB = noise_keys(keys_B, Windows(windows.tokens, 1), 1)[:, :, 0, 0]
+    else:
+        position_T1 = torch.arange(windows.tokens, device=keys_B.device)[:, None]
+        by_position_TB = fold(keys_B, _DRAFTS, position_T1)
+    keys[:, :, 1:, 0] = by_position_TB[positions_Nk[:, 1:]].transpose(1, 2)
+    return keys
+
+
+@torch.no_grad()
+def drawn_again(
+    model: TensorAR,
+    prepared: dict[str, Tensor],
+    keys: Tensor,
+    settings: SamplingConfig,
+    windows: Tensor,
+    share: float,
+) -> Tensor:
+    """Windows with other final codes where those are least likely to a model that reads, before
+    each position, the codes in front of it and the window behind it: what it draws there, colder.
+    """
+    geometry = model.windows
+    codes_BT1 = geometry.final_codes(windows)
+    read, scales = geometry.gather(codes_BT1), sampler.guidance_table(model, settings)
+    condition = sampler.encode_rows(model.backbone, prepared, guided=scales is not None)
+    if scales is not None:
+        read = torch.cat([read, read])
+    d_RTD = model.decode_slots(model.hidden(condition, read))[:, :, 0]
+    logits = model.backbone.next_logits(d_RTD, read[:, :, 0, :0])
+    if scales is not None:
+        logits = sampler.guide_logits(logits, scales)
+    likely_BT = logits.log_softmax(-1).gather(-1, codes_BT1)[..., 0]
+    count = max(1, round(share * geometry.tokens))
+    least = likely_BT.topk(count, dim=1, largest=False).indices
+    rule, _ = rules(replace(settings, temperature=_COLD), 1)[0]
+    noise_BT = fold(keys[:, None], _AGAIN, torch.arange(geometry.tokens, device=keys.device))
+    drawn_BT = pick(logits, noise_BT, rule)
+    windows = windows.clone()
+    windows[:, :, 0, 0] = codes_BT1[..., 0].scatter(1, least, drawn_BT.gather(1, least))
+    return windows
