@@ -141,7 +141,7 @@ def test_the_loss_is_the_policy_gradient():
             torch.testing.assert_close(got[name], p.grad, msg=name)
     found = dict(zip(policy.SUMS, (sums / sums[-1]).tolist(), strict=True))
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["clipped"] == 0
-    assert 0 < found["entropy"] < np.log(48) and sums[-1] == 4 * 16
+    assert 0 < found["entropy"] < np.log(48) and sums[-1] == 3 * 16, "one has no share"
 
 
 def test_a_step_makes_the_better_images_likelier():
@@ -199,7 +199,8 @@ def test_a_guided_start_pulls_by_whole_distributions(make):
     per_image = expected.mean((1, 2))
     assert loss.item() == pytest.approx(0.5 * float((per_image * batch.share).sum()), rel=1e-4)
     found = dict(zip(policy.SUMS, (sums / sums[-1]).tolist(), strict=True))
-    assert found["kl"] == pytest.approx(float(per_image.mean()), rel=1e-4) and found["kl"] > 0.01
+    assert found["kl"] == pytest.approx(float(per_image[:3].mean()), rel=1e-4)
+    assert found["kl"] > 0.01
     with torch.no_grad():
         for p in model.parameters():
             if p.grad is not None:

@@ -5,6 +5,7 @@ when a reward does not do its part.
 from dataclasses import replace
 
 import pytest
+import reward_functions
 import torch
 from helpers import Killed, rare
 from programs import ROOT, launch
@@ -187,6 +188,26 @@ def test_groups_without_spread_are_left_out(tiny_world, monkeypatch):
     own = t2i.from_pretrained(learn(taught)).backbone.state_dict()
     assert metrics(tiny_world, "reward-taught")[-1]["reward/dropped_groups"] == 1
     assert max(float((own[name] - base[name]).abs().max()) for name in base) > 1e-4
+
+
+def test_passes_without_an_image_weigh_nothing(tiny_world, monkeypatch):
+    """Of small micro-batches there are more passes than images in the groups that are kept."""
+    plain = reward_functions.brightness
+
+    def of_the_first_group(images, metadata):
+        return [*plain(images, metadata)[:4], *[1.0] * (len(images) - 4)]
+
+    monkeypatch.setattr("reward_functions.brightness", of_the_first_group)
+    own = {}
+    for micro in (4, 1):
+        name = f"reward-micro-{micro}"
+        options = {"engine__micro_batch": micro, "reward__constant": 9, "steps": 1}
+        own[micro] = weights(learn(tiny_reward_run(tiny_world, name, **options)))
+        row = metrics(tiny_world, name)[0]
+        assert row["reward/dropped_groups"] == 0.75 and row["policy/entropy"] > 0
+    # A first step of AdamW goes by the gradients' signs, which rounding turns where they are 0.
+    off = torch.cat([(own[1][name] - value).flatten().abs() for name, value in own[4].items()])
+    assert (off > 1e-4).float().mean() < 0.02
 
 
 def test_guidance_is_learned_without_any_reward(tiny_world, monkeypatch):

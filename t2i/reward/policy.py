@@ -178,7 +178,7 @@ class DrawnBatch:
 
 
 SUMS = ("loss", "entropy", "kl", "clipped", "ratio_off", "codes")
-"""What a forward pass adds up, over the codes of all its images."""
+"""What a forward pass adds up, over the codes of the images that it learns from."""
 
 
 class PolicyLoss(nn.Module):
@@ -212,11 +212,10 @@ class PolicyLoss(nn.Module):
         per_image = (each * found.valid).sum((1, 2)) / found.valid.sum()
         loss = (per_image * batch.share).sum()
         with torch.no_grad():
-            cut = ((ratio * gain > clipped * gain) & found.valid).sum()
-            off = ((ratio - 1).abs() * found.valid).sum()
-            codes = found.valid.sum() * len(log_p)
-            sums = (loss * codes, found.entropy.sum(), kl.sum(), cut, off, codes)
-        return loss, torch.stack([value.detach().float() for value in sums])
+            learned = found.valid & (batch.share > 0)[:, None, None]
+            cut, off = ratio * gain > clipped * gain, (ratio - 1).abs()
+            values = (each, found.entropy, kl, cut, off, torch.ones_like(off))
+        return loss, torch.stack([(value * learned).sum().float() for value in values])
 
 
 # -- the start -------------------------------------------------------------------------------------

@@ -130,10 +130,11 @@ class RewardRun(loop.Run):
         times.append(time.perf_counter())
         seconds = [later - earlier for earlier, later in pairwise(times)]
         names = ("drawing", "judging", "learning")
-        means = dict(zip(SUMS, (totals / totals[-1]).tolist(), strict=True))
+        means = dict(zip(SUMS, (totals / totals[-1].clamp(min=1)).tolist(), strict=True))
+        learned = totals[-1] > 0  # else no image says anything of these
         return {
             **(_reward_metrics(found) if config.reward.functions else {}),
-            **{f"policy/{name}": means[name] for name in SUMS[1:-1]},
+            **{f"policy/{name}": means[name] for name in SUMS[1:-1] if learned},
             "train/loss": means["loss"],
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
@@ -187,7 +188,9 @@ class RewardRun(loop.Run):
         kept = kept_P[image[:, 0]].float()
         share = kept * count / max(1, int(kept_P.sum()) * config.reward.group)
         for rows in kept.nonzero()[:, 0].tensor_split(count // self.processes.world_size):
-            rows = rows if len(rows) else torch.tensor([0])
+            # Every process takes every pass; one without an image of its own weighs nothing.
+            weighs = len(rows) > 0
+            rows = rows if weighs else torch.tensor([0])
             of = image[rows, 0].to(device)
             own = {name: value.to(device)[of] for name, value in prepared.items()}
             drawn = windows[rows].to(device)
@@ -199,7 +202,7 @@ class RewardRun(loop.Run):
                 else:
                     start = code_distributions(*scored[:3], teacher)
             before = score_codes(*scored).log_p if config.reward.updates > 1 else None
-            gain, part = gains[rows].to(device), share[rows].to(device)
+            gain, part = gains[rows].to(device), weighs * share[rows].to(device)
             yield DrawnBatch(drawn, own, gain, part, start, before)
 
     def _update(self, batches: Iterable[DrawnBatch]) -> tuple[Tensor, Tensor | None]:

@@ -62,7 +62,7 @@ def candidates(logits: Tensor, rule: SubTokenSampling) -> tuple[Tensor, Tensor]:
         kth = logits[..., rule.top_k - 1 : rule.top_k]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     elif filtered:
-        logits, codes = logits.sort(dim=-1, descending=True)
+        logits, codes = logits.sort(dim=-1, descending=True, stable=True)
     else:
         codes = torch.arange(vocab, device=logits.device)
     if rule.temperature != 1:

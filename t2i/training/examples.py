@@ -8,6 +8,7 @@ Shapes: B samples, T image tokens, S sub-tokens.
 import logging
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from t2i.data.encoding import Encoding, build_store
@@ -73,7 +74,8 @@ def _encoding(
         return Encoding(lambda codes: codes, None, shard_size=_LINES_PER_SHARD)
 
     def encode_images(pixels: Tensor) -> Tensor:
-        codes = backbone.encode_images(pixels.to(backbone.device)).cpu()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes codes
+            codes = backbone.encode_images(pixels.to(backbone.device)).cpu()
         backbone.spec.check_codes(codes)
         return codes
 

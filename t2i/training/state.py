@@ -187,7 +187,7 @@ class StoredState:
                 continue
             moments = {kind: self._get(name, kind) for kind in MOMENTS}
             own = {kind: value.to(p) for kind, value in moments.items() if value is not None}
-            optimizer.state[p] = {STEP: step, **own}
+            optimizer.state[p] = {STEP: step.to(p.device), **own}  # fused steps read it there
 
     def _load_shards(self, engine) -> None:
         optimizer, sharded = _adamw(engine), engine.optimizer
@@ -197,7 +197,7 @@ class StoredState:
         flat = [p for group in optimizer.param_groups for p in group["params"]]
         for shard in getattr(sharded, "fp32_partitioned_groups_flat", flat):  # ZeRO-3's name
             empty = {kind: torch.zeros_like(shard, requires_grad=False) for kind in MOMENTS}
-            optimizer.state[shard] = {STEP: step.clone(), **empty}
+            optimizer.state[shard] = {STEP: step.to(shard.device, copy=True), **empty}
         _link(engine, (p for _, p in self._parameters()))
         for name, p in self._parameters():
             for kind in (WEIGHT, *MOMENTS):
