@@ -93,32 +93,34 @@ def arrange(
     """
     flat = folder.is_dir() and any(folder.glob("*.png"))
     if not flat or any(folder.glob("[0-9]*/samples")):
-        if processes.is_main:
-            look_at_names(folder, entries, scope, out)
+        processes.on_main(lambda: look_at_names(folder, entries, scope, out))
         return lambda: folder
     form, selected = Form(scope.samples, resolution), scope.select(len(entries))
     files: Files = {}
-    if processes.is_main:
+
+    def look() -> None:
         claim_output(out, out / "images")
-        files = _find(folder, entries)
+        files.update(_find(folder, entries))
         _check(folder, files, entries, selected, scope)
         _check_form(form, [files[index] for index in selected if index in files])
 
-    def copy() -> Path:
-        if processes.is_main:
-            source = _claim_source(out, folder)
-            problems = _copy(source, files, entries, selected, out, form)
-            if problems and not scope.allow_incomplete:
-                raise UserError(
-                    f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; "
-                    "replace them, or judge the rest as INCOMPLETE with --allow-incomplete"
-                )
-            for problem in problems:
-                log.error("%s; left out", problem)
-        processes.barrier()
+    def copy() -> None:
+        source = _claim_source(out, folder)
+        problems = _copy(source, files, entries, selected, out, form)
+        if problems and not scope.allow_incomplete:
+            raise UserError(
+                f"{folder}: {len(problems)} files cannot be judged: {shorten(problems, '; ')}; "
+                "replace them, or judge the rest as INCOMPLETE with --allow-incomplete"
+            )
+        for problem in problems:
+            log.error("%s; left out", problem)
+
+    def copied() -> Path:
+        processes.on_main(copy)
         return out / "images"
 
-    return copy
+    processes.on_main(look)
+    return copied
 
 
 def _find(folder: Path, entries: Sequence[dict]) -> Files:

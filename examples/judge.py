@@ -55,11 +55,13 @@ class Options:
     style: str
     """The style that is asked for, and of pictures whose captions name none."""
     out: Path = Path("outputs/judged")
+    """Folder for results.json and sheet.png."""
     epochs: int = 30
     """Passes of the judge over the pictures."""
     rows: int = 12
     """Prompts on the sheet."""
     seed: int = 0
+    """Of the judge's weights, and of the order in which it sees the pictures."""
 
     def __post_init__(self):
         check_counts(epochs=self.epochs, rows=self.rows)
@@ -181,9 +183,11 @@ def trained(known: Pictures, things: list[str], styles: list[str], epochs: int) 
     model = Classifier(len(things), len(styles)).train()
     thing = torch.tensor([things.index(t) for t in known.things])
     style = torch.tensor([styles.index(s) for s in known.styles])
+    if len(thing) < _BATCH:
+        raise UserError(f"{len(thing)} pictures to learn from: at least {_BATCH} are needed")
     steps = epochs * (len(thing) // _BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 1))
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(epochs):
         for rows in torch.randperm(len(thing)).split(_BATCH)[: len(thing) // _BATCH]:
             says_thing, says_style = model(moved(known.pixels[rows]))
@@ -250,13 +254,16 @@ def table(results: dict[str, dict]) -> str:
 def write_sheet(options: Options, known: Pictures, asked: dict[str, Pictures]) -> Path:
     """Prompts as rows: the real picture, the first drawn by each model, and the nearest known."""
     real, *drawn = asked.values()
+    names = ["real", *(folder.name for folder in options.drawn)]
+    empty = torch.ones_like(known.pixels[0])
     cells, labels = [], []
     for thing in list(dict.fromkeys(drawn[0].things if drawn else real.things))[: options.rows]:
-        shown = [p.pixels[p.things.index(thing)] for p in asked.values() if thing in p.things]
+        shown = [
+            p.pixels[p.things.index(thing)] if thing in p.things else empty for p in asked.values()
+        ]
         number = int(nearest(shown[-1][None], known.pixels)[1])
         cells += [_image(one) for one in (*shown, known.pixels[number])]
-        names = ["real", *(folder.name for folder in options.drawn)]
-        labels += [f"{thing}: {name}" for name in names[: len(shown)]]
+        labels += [f"{thing}: {name}" for name in names]
         labels.append(f"near: {known.things[number]}, {known.styles[number]}")
     columns = len(asked) + 1
     return save_png(grid(cells, columns, labels=labels), options.out / "sheet.png")

@@ -37,7 +37,7 @@ class Options:
     out: Path = Path("base")
     """Folder for the base; it must not exist."""
     size: int = 32
-    """Side of the pictures in pixels, 4 of which make a code."""
+    """Side of the pictures in pixels, a multiple of 4 (a code is 4 x 4 pixels)."""
     codes: int = 512
     """Size of the image tokenizer's codebook."""
     tokenizer: Path | None = None
@@ -93,6 +93,11 @@ def make_base(options: Options) -> Path:
         tokenizer = trained_tokenizer(pixels, options)
     else:
         tokenizer = VQTokenizer.load(options.tokenizer)
+    if options.size % tokenizer.downsample:
+        raise UserError(
+            f"size={options.size} must be a multiple of {tokenizer.downsample}, the tokenizer's pixels "
+            "per code"
+        )
     side = options.size // tokenizer.downsample
     config = LlamaGenConfig(
         dim=options.dim,

@@ -125,12 +125,12 @@ def load_tokenizer() -> Tokenizer:
 
 
 def require_quick_gelu(clip: nn.Module) -> None:
-    """ValueError unless every MLP of both towers has QuickGELU."""
+    """UserError unless every MLP of both towers has QuickGELU."""
     activations = {
         type(module.gelu).__name__ for module in clip.modules() if hasattr(module, "gelu")
     }
     if activations != {"QuickGELU"}:
-        raise ValueError(
+        raise UserError(
             "OpenAI's CLIP needs QuickGELU, this model has "
             f"{', '.join(sorted(activations)) or 'no activation named gelu'}: "
             f"build open_clip's {ARCHITECTURE}"

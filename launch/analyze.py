@@ -42,7 +42,7 @@ _NOTES = (
     "Drafts and final codes are drawn with noise of their own: two draws of the same distribution "
     "often differ, too. So agreement is to be read beside that of two draws of the final "
     "distribution, and total variation (0: the same distribution, 1: nothing in common) tells how "
-    "far refinement has moved the model's mind.",
+    "much refinement changes the model's prediction.",
     "Total variation, and the entropy as drawn, are of the distributions that codes were drawn "
     "from, with guidance, temperature and filters; loss and entropy of held-out images are the "
     "model's own, without them.",

@@ -157,6 +157,8 @@ def write_comparison(models: dict, config: Quickstart) -> None:
         )
         short = name.removeprefix("shapes-")
         labels += [f"{short}: {p.removeprefix('a photo of ')}" for p in prompts]
+    last, model = list(models.items())[-1]
+    short = last.removeprefix("shapes-")
     drawing = DrawOptions(config.seed, batch_size=len(prompts), stages=True)
     staged = [drawn.stages for drawn in draw_images(model, prompts, drawing, progress=False)]
     for r, of_stage in enumerate(zip(*staged, strict=True), start=1):

@@ -211,7 +211,7 @@ class Stages:
             return [sys.executable, "-m", "launch", "export", *options]
         if kind == "draw":
             prompt = _CLASS if self._written.classes else _PROMPT
-            options = ["--ckpt", run, "--prompt", prompt, "--codes", str(self.config.codes)]
+            options = ["--ckpt", run, "--prompt", prompt, "--calls", str(self.config.codes)]
             options += ["--dtype", "bfloat16", "--speed", "eager"]
             return [sys.executable, "-m", "t2i.rehearsal.first_codes", *options]
         return [sys.executable, "-c", self._python(kind)]

@@ -13,7 +13,7 @@ run that was killed goes on where it stopped.
 """
 
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,11 +54,15 @@ def main() -> None:
     device, dtype = config.check()
     out, processes = config.out, join_processes(device)
     place = (out.parent, out.name) if out.suffix == ".npz" else (out, "")
-    with owning(place[0], "image set", place[1]) if processes.is_main else nullcontext():
-        if processes.is_main:
+    with ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(owning(place[0], "image set", place[1]))
             known = {"count": config.images.count, "labels": config.images.labels}
             known |= {"seed": config.seed, "batch_size": config.batch_size}
             numbered_place(out, config.images.count).check(known)
+
+        processes.on_main(claim)
         model = config.load(processes.device, dtype)
         draw_classes(model, out, config.images, config.drawing(model), processes)
     if processes.is_main:

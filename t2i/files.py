@@ -119,7 +119,7 @@ def write_json(path: str | Path, content: object) -> Path:
 
 @contextmanager
 def saving(what: str | Path) -> Iterator[None]:
-    """While something is written: no room and no permission are the user's to mend.
+    """While something is written: no room and no permission are for the user to fix.
 
     Other errors keep their traceback. Libraries wrap the system's error (torch in a RuntimeError,
     safetensors in its own class), so the words are looked at, too.
@@ -142,14 +142,15 @@ def saving(what: str | Path) -> Iterator[None]:
 # pos", "file write failed" or "100 requested and 60 written".
 _FULL = (
     *("No space left", "quota exceeded", "os error 28"),
-    *("unexpected pos", "file write failed", "requested and"),
+    *("unexpected pos", "file write failed"),
 )
+_SHORT = re.compile(r"\d+ requested and \d+ written")
 _NOT_HERE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
 def _full(error: Exception) -> str | None:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or any(words in str(error) for words in _FULL):
+    if full or any(words in str(error) for words in _FULL) or _SHORT.search(str(error)):
         return "no space is left on the disk. Free some and start again"
     return None
 
@@ -178,7 +179,7 @@ def remove_leftovers(folder: str | Path, before: float = math.inf) -> None:
 # -- reading ---------------------------------------------------------------------------------------
 @contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """While something that the user named is read: if it is not there, the user has to mend it.
+    """While something that the user named is read: if it is not there, the user has to fix it.
 
     Raises:
         UserError: there is no such file, it is of another kind (a folder), or permission is
@@ -333,7 +334,11 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        if made and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]:
+        if (
+            made
+            and folder.is_dir()
+            and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]
+        ):
             Path(lock.lock_file).unlink()
             with suppress(OSError):  # a parent that others use, too
                 for path in made:

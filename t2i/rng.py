@@ -3,8 +3,8 @@
 There is no state, so no order, batch or device can change them. A counter-based generator: the key
 (seed, sample, ...) and the position of a number in its array are mixed by the finaliser of
 SplitMix64 (Steele et al., OOPSLA 2014), vectorised on int64 tensors. Training noise is keyed by
-(seed, epoch, sample), images by (seed, prompt index, sample index): the same on any batch split,
-process count or device.
+(seed, position in the run), images by (seed, prompt index, sample index): the same on any batch
+split, process count or device.
 """
 
 import torch
@@ -47,7 +47,7 @@ def fold(keys: Tensor, *values: int | Tensor) -> Tensor:
 
 
 def make_keys(seed: int, *values: int | Tensor) -> Tensor:
-    """Keys int64 of a stream: `make_keys(seed, epoch, sample_indices)` gives one per sample."""
+    """Keys int64 of a stream: `make_keys(seed, prompt, samples)` gives one per sample."""
     shape = torch.broadcast_shapes(*(torch.as_tensor(v).shape for v in values)) if values else ()
     return fold(torch.full(shape, seed, dtype=torch.long), *values)
 

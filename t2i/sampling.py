@@ -17,7 +17,7 @@ _MOST_COUNT = 1_000_000_000
 
 Speculate = int | Literal["auto", "off"]
 """Windows of each image that a call of the model draws, all but one from guesses; off (or 0): one;
-auto: what is fastest. No image depends on it but for rounding.
+auto: what `docs/fewer_steps.md` found to pay. No image depends on it but for rounding.
 """
 
 
@@ -32,7 +32,7 @@ class SamplingConfig:
     cfg_scale: float | tuple[float, ...] = 1.0
     """Classifier-free guidance: null + scale * (cond - null); 1 is off and halves the work."""
     cfg_interval: int = -1
-    """Guide the first image token and the next so many + 1 only (LlamaGen's option); -1: all."""
+    """Guide only the first cfg_interval + 2 image tokens (LlamaGen's option); -1: all."""
     cfg_power: float = 0.0
     """Let guidance grow along a power-cosine (RAR's option), the later the higher; 0: constant."""
     temperature: float | tuple[float, ...] = 1.0
@@ -139,7 +139,7 @@ class DrawOptions:
     sampling: SamplingConfig | None = None
     """How codes are drawn; the model's own settings if None."""
     batch_size: int = 16
-    """Rows of a batch; another size changes rounding, and nothing else."""
+    """Images of a batch; another size changes rounding, and nothing else."""
     stages: bool = False
     """Also keep every refinement stage."""
     speed: Speed | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,12 +57,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
                 mapped = zipfile.is_zipfile(path)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle stream can make the unpickler raise anything
-        reason = str(error).strip().split("\n")[0][:300]
-        raise UserError(
-            f"weight file {path} cannot be read: it is truncated, not a weight file, or holds "
-            f"unsafe objects ({reason}); download or copy it again"
-        ) from error
+        raise _unreadable(path, error) from error
     return _flatten(content, path)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0][:300]
+    return UserError(
+        f"weight file {path} cannot be read: it is truncated, not a weight file, or holds "
+        f"unsafe objects ({reason}); download or copy it again"
+    )
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -110,8 +114,11 @@ def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, T
 def _read_shapes(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":  # pickles are mapped: their data is not read either
         return {k: v.to("meta") for k, v in read_state_dict(path).items()}
-    with safe_open(path, framework="pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 

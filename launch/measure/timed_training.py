@@ -91,7 +91,7 @@ class TrainingStep:
             loss = self.loss(condition, windows)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()  # as DeepSpeed does: the next forward pass has their memory
+        self.optimizer.zero_grad()  # as DeepSpeed does: frees the gradients' memory
 
 
 class NaiveStep(TrainingStep):

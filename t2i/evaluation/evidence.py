@@ -1,4 +1,4 @@
-"""What refinement does to codes and to the model's mind, in numbers.
+"""What refinement does to codes and to the model's predictions, in numbers.
 
 Of drawn images: how often codes change from stage to stage, and how far a draft's distribution is
 from the final code's. Two draws differ often, even of one distribution: so beside the agreement of

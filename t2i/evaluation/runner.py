@@ -12,7 +12,7 @@ and its arithmetic (`Benchmark`); all else is here.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -106,17 +106,18 @@ def evaluate(
     selected = scope.select(len(entries))
     folder = out / "images" if images is None else images
     if model is not None:
-        if processes.is_main:
-            claim_output(out, folder)
+        processes.on_main(lambda: claim_output(out, folder))
         jobs = all_jobs(selected, scope.samples)
         draw_prompts(model, entries, jobs, folder, draw or DrawOptions(), processes)
-    if processes.is_main:
+
+    def look() -> None:
         inventory = take_inventory(folder, entries, selected, scope.samples)
         inventory.check(allow_missing=scope.allow_incomplete)
         if inventory.unread:
             log.warning("%s: names that are not read: %s", folder, shorten(inventory.unread))
         claim_output(out, folder)
-    processes.barrier()
+
+    processes.on_main(look)
     inventory = take_inventory(folder, entries, selected, scope.samples)
     verdicts = Verdicts(out, benchmark.identity(), prompts_digest(entries))
     judge_images(benchmark, inventory, verdicts, processes)
@@ -217,18 +218,21 @@ def run(
     device, dtype = where
     out, images = options.out or default_out(options, name), options.images
     processes = join_processes(device)
-    # One launch holds the folder: its main process for all of them.
-    with owning(out, "output folder") if processes.is_main else nullcontext():
-        if processes.is_main:
+    with ExitStack() as held:
+
+        def claim() -> None:  # one launch holds the folder: its main process for all of them
+            held.enter_context(owning(out, "output folder"))
             remove_leftovers(out)
-        if processes.is_main and images is None:
-            claim_output(out, out / "images")
-            check_prompts(out / "images", entries, options.seed)
+            if images is None:
+                claim_output(out, out / "images")
+                check_prompts(out / "images", entries, options.seed)
+            elif arrange is None:
+                look_at_names(images, entries, options.scope, out)
+
+        processes.on_main(claim)
         copy: Callable[[], Path] | None = None
         if images is not None and arrange is not None:
             copy = arrange(out, processes)
-        elif images is not None and processes.is_main:
-            look_at_names(images, entries, options.scope, out)
         model, draw = None, None
         if images is None:  # a model that cannot be asked is named before a judge is fetched
             model = options.load(processes.device, dtype)

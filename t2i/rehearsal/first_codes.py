@@ -1,6 +1,6 @@
 """Load a model as `launch/generate.py` does, draw the first codes of an image, and decode one.
 
-python -m t2i.rehearsal.first_codes --ckpt RUN --prompt "a red fox" --codes 16
+python -m t2i.rehearsal.first_codes --ckpt RUN --prompt "a red fox" --calls 16
 
 A whole image of a large model takes minutes on a CPU; a few steps of the same loop show that it
 runs, what a step takes, and (the cache has its full length) what memory it needs.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from t2i import cli
 from t2i.model_options import DrawingModelOptions
+from t2i.sampling import check_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,11 @@ class FirstCodes(DrawingModelOptions):
 
     prompt: str
     """Caption, or class id."""
-    codes: int = 16
-    """Stop after so many calls of the model."""
+    calls: int = 16
+    """Calls of the model that are timed, after a first one that is not."""
+
+    def __post_init__(self):
+        check_counts(calls=self.calls)
 
 
 class _Enough(Exception):
@@ -41,7 +45,7 @@ def main() -> None:
 
     def tick(_) -> None:
         times.append(time.perf_counter())
-        if len(times) > config.codes:
+        if len(times) > config.calls:
             raise _Enough
 
     prepared = backbone.prepare(parse_conditions(backbone, [config.prompt]))

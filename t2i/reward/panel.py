@@ -9,6 +9,7 @@ import atexit
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import active_children, get_context
 from multiprocessing.pool import Pool
@@ -88,10 +89,14 @@ class Panel:
         # In a thread, since nothing else ends a wait for a server or a lock; a daemon, so that the
         # program can end although it hangs.
         outcome: list[Any] = [None, None]
+        # A thread begins with the first GPU and with gradients.
+        initialized = torch.cuda.is_initialized()
+        gpu = torch.cuda.device(torch.cuda.current_device()) if initialized else nullcontext()
 
         def work() -> None:
             try:
-                outcome[0] = self.rewards[name](images, entries)
+                with torch.no_grad(), gpu:
+                    outcome[0] = self.rewards[name](images, entries)
             except BaseException as error:
                 outcome[1] = error
 

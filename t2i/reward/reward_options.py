@@ -9,8 +9,6 @@ from t2i.sampling import SamplingConfig
 from t2i.training.config import TrainConfig
 
 BUILT_IN = ("geneval", "geneval-soft", "dpg", "clip")
-WORLDS = ("shapes", "official")
-"""Whose grammar and benchmarks: the offline world's, or GenEval's with 80 classes of photos."""
 
 _MOST, _MOST_WORKERS = 1_000_000, 256
 """Of numbers that are more than anything has a use for, before they overflow or fill memory."""

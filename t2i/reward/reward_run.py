@@ -262,12 +262,11 @@ class RewardRun(loop.Run):
         """
         options = self.config.reward
         weights = options.weighted() or dict.fromkeys(options.watch, 1.0)
-        scores = [
-            weight * metrics[f"watch/{watched}"]
-            for name, weight in weights.items()
-            for watched in dict.fromkeys((name.removesuffix("-soft"), name))
-            if f"watch/{watched}" in metrics
-        ]
+        scores = []
+        for name, weight in weights.items():
+            watched = (f"watch/{one}" for one in (name.removesuffix("-soft"), name))
+            if (known := next((one for one in watched if one in metrics), None)) is not None:
+                scores.append(weight * metrics[known])
         return -math.fsum(scores) if scores else super().judged_by(metrics)
 
     def sample_sheet(self) -> None:

@@ -250,7 +250,8 @@ def _when_lines(config: TrainConfig, plan: Plan | None) -> list[str]:
         + (", and the best model" if config.log.keep_best else ""),
     ]
     for part, (rate, step) in peak_rates(config, plan).items():
-        course = "then falls to 0 at the end" if part == "codec" else "then stays"
+        falls = part == "codec" or config.optim.backbone_falls
+        course = "then falls to 0 at the end" if falls else "then stays"
         lines.append(f"{part + ' rate':<14}{rate:.3g} at step {step + 1} of {steps}, {course}")
     return lines
 

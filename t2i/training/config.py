@@ -125,7 +125,7 @@ class OptimOptions:
     warmup_steps: int | None = 0
     """Steps over which both rates rise from zero; None is 3 % of the run's."""
     backbone_delay_steps: int = 0
-    """The backbone stands still for so many steps, while the codec finds its feet."""
+    """Steps for which the backbone is frozen while the codec starts to learn."""
     backbone_falls: bool = False
     """Let the backbone's rate fall to zero over the run, as the codec's does."""
     betas: tuple[float, float] = (0.9, 0.95)

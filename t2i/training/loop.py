@@ -134,7 +134,7 @@ class Run:
             parts.append((batch.indices, SlotLosses(sums, counts)))
             if self.engine.is_gradient_accumulation_boundary():
                 norm = grad_norm(self.engine)
-                total = self._healthy(parts, norm)  # or no weight is touched
+                total = self._healthy(parts, norm)  # raises before any weight is touched
             self.engine.step()
         total_norm = self._count_step(norm)
         if not healthy_norm(total_norm):

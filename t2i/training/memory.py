@@ -122,10 +122,12 @@ def estimate(
         length = prompt_length(model.backbone) + model.windows.count - 1
         inputs = config.engine.micro_batch * length * row
         kept, passing = outside + layers * inputs, (kept - outside) / layers
-    # Backward is two forwards; recomputation is one more, and so is the pass that draws own drafts.
-    passes = 3 + recompute + (config.method.own_drafts if config.method.k > 1 else 0)
+    # Backward is a forward for the inputs' gradients and one for the weights', which frozen ones
+    # have not; recomputation is one more, and so is the pass that draws own drafts.
+    passes = (2 if config.tuning == "lora" else 3) + recompute
+    passes += config.method.own_drafts if config.method.k > 1 else 0
     logits = logit_bytes(model, config, gpu=gpu)
-    # Themselves, their logarithms of shares, the gradient in the head's type; or own drafts.
+    # Themselves, their log-probabilities, the gradient in the head's type; or own drafts.
     passing += max(2.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
@@ -225,7 +227,11 @@ def _kept(model: TensorAR, config: TrainConfig, *, recompute: bool) -> int:
 def _operations(model: TensorAR, config: TrainConfig) -> int:
     """Of a forward pass."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, _FusedAttention():  # the loss has its gradients computed else
+    with (
+        torch.no_grad(),
+        counter,
+        _FusedAttention(),
+    ):  # with a gradient the loss would compute its own
         model(*_inputs(model, config))
     return counter.get_total_flops()
 

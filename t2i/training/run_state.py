@@ -24,10 +24,11 @@ from t2i.checkpoint_folders import BEST, newest_healthy, read_config, run_checkp
 from t2i.errors import UserError
 from t2i.files import owning, read_json, saving, settle_folder, writable_folder
 from t2i.manifest import TRAINING_STATE
+from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
 from t2i.training.average import Average
 from t2i.training.config import TrainConfig
-from t2i.training.engine import Processes, whole_weights
+from t2i.training.engine import whole_weights
 from t2i.training.settings import check_settings, plain, say_what_differs, state_facts
 from t2i.training.state import StoredState, write_state
 

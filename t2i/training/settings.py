@@ -29,7 +29,9 @@ FREE = (
     *("data.source", "backbone.weights", "backbone.tokenizer", "backbone.text_encoder"),
     "engine.deepspeed_config",
 )
-"""Nothing that is computed depends on them."""
+"""May change without a word: nothing that is computed depends on them, but for the DeepSpeed file,
+which `say_what_differs` compares.
+"""
 
 
 def plain(config: TrainConfig) -> dict:
