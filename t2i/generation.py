@@ -41,7 +41,7 @@ _MOST_IMAGES = 10_000_000
 Job = tuple[int, int]
 """Prompt index and sample index: with the seed, all that an image's random numbers depend on."""
 
-Watch = Callable[[Sequence[Job], Tensor, int], None]
+OnWindow = Callable[[Sequence[Job], Tensor, int], None]
 """Is told, for every window that is settled, which images are being drawn, all their windows
 [B, N, k, S] as they are by then (to be read and left alone), and how many of these are settled.
 """
@@ -90,7 +90,7 @@ def draw_images(
     samples_per_prompt: int = 1,
     jobs: Sequence[Job] | None = None,
     progress: bool = True,
-    watch: Watch | None = None,
+    watch: OnWindow | None = None,
 ) -> Iterator[Drawn]:
     """Draw images one batch at a time, in the order of `jobs`.
 
@@ -136,7 +136,7 @@ def draw_images(
                 yield Drawn(p, s, prompts[p], images[i], windows[i].cpu(), *staged[i])
 
 
-def _on_step(batch: Sequence[Job], bar: Any, watch: Watch | None) -> Callable[[Tensor], None]:
+def _on_step(batch: Sequence[Job], bar: Any, watch: OnWindow | None) -> Callable[[Tensor], None]:
     """What `sample_windows` calls: moves the progress bar, and lets `watch` look."""
     settled = 0
 

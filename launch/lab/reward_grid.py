@@ -242,7 +242,7 @@ class Scorer:
         import torch
 
         from t2i.reward.panel import Panel
-        from t2i.reward.reward_watch import Watch
+        from t2i.reward.reward_watch import WatchedBenchmarks
         from t2i.reward.rewards import load_rewards
         from t2i.shapes.shapes_prompts import benchmark_prompts
 
@@ -252,7 +252,7 @@ class Scorer:
         self.config = replace(config, reward=replace(watched, draw_batch=options.draw_batch))
         rewards = load_rewards(("dpg",), watched, torch.device("cpu"))
         panel = Panel(rewards, {"dpg": 1.0}, seconds=watched.seconds, constant=watched.constant)
-        self.watch = Watch(self.config, panel, run.processes)
+        self.watch = WatchedBenchmarks(self.config, panel, run.processes)
         self.prompts = benchmark_prompts(per_tag=options.prompts)
 
     def __call__(self):

@@ -32,7 +32,7 @@ from t2i.reward.policy import (
 )
 from t2i.reward.reward_options import RewardConfig
 from t2i.reward.reward_prompts import training_prompts
-from t2i.reward.reward_watch import Watch, text_kl, together
+from t2i.reward.reward_watch import WatchedBenchmarks, text_kl, together
 from t2i.reward.rewards import load_rewards
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
@@ -91,7 +91,7 @@ class RewardRun(loop.Run):
             rewards, options.weighted(), seconds=options.seconds, constant=options.constant
         )
         self.panel.check(self.pool.every())
-        self.watcher = Watch(config, self.panel, processes)
+        self.watcher = WatchedBenchmarks(config, self.panel, processes)
         if options.workers:
             self.panel.share(options.workers, options)
         super().__init__(config)

@@ -42,7 +42,7 @@ def benchmark_of(name: str, world: str, per_task: int) -> list[dict]:
     return [entry for entries in by_task for entry in entries[: per_task or None]]
 
 
-class Watch:
+class WatchedBenchmarks:
     """Draws and judges the benchmarks of `reward.watch`; every process does its share.
 
     Raises:

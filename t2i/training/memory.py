@@ -124,8 +124,8 @@ def estimate(
         kept, passing = outside + layers * inputs, (kept - outside) / layers
     # Backward is a forward for the inputs' gradients and one for the weights', which frozen ones
     # have not; recomputation is one more, and so is the pass that draws own drafts.
-    passes = (2 if config.tuning == "lora" else 3) + recompute
-    passes += config.method.own_drafts if config.method.k > 1 else 0
+    drawing = config.method.own_drafts if config.method.k > 1 else 0
+    passes = (2 if config.tuning == "lora" else 3) + recompute + drawing
     logits = logit_bytes(model, config, gpu=gpu)
     # Themselves, their log-probabilities, the gradient in the head's type; or own drafts.
     passing += max(2.5 * logits, _draft_bytes(model, config))
