@@ -77,7 +77,7 @@ def look_before_work(
     source = open_data(config.data)
     known = [n for n in (source.length, config.data.max_samples) if n is not None]
     if known:
-        plan_run(config, min(known), world_size)
+        plan_run(config, min(known))
     return source, min(known, default=None)
 
 
@@ -118,10 +118,10 @@ def check(
     else:
         assert source is not None
         survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
-    plan = plan_run(config, total, world_size)
+    plan = plan_run(config, total)
     if survey is not None and survey.seen == total:  # all were looked at
         try:
-            plan = plan_run(config, survey.usable, world_size)
+            plan = plan_run(config, survey.usable)
         except UserError as error:  # the report still says what is skipped, and why
             warnings.append(f"training would end at once: {error}")
             otherwise = "end at once"
@@ -219,7 +219,8 @@ def _batch_lines(config: TrainConfig, plan: Plan | None, world_size: int) -> lis
         f"{accumulated} accumulated x {world_size} processes"
     ]
     if plan is not None and plan.training:
-        lines.append(f"{plan.held_out} of {plan.samples} samples held out")
+        together = ", those of one picture together" * isinstance(config.data, DataOptions)
+        lines.append(f"{plan.held_out} of {plan.samples} samples held out{together}")
         if config.learns_from_data:
             passes = plan.steps * config.batch_size / plan.training
             of = f"{plan.training} training samples"

@@ -28,7 +28,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     """A report for people."""
     samples = int(cluster.images)
     accumulated = deepspeed_config(config, cluster.gpus)["gradient_accumulation_steps"]
-    plan = plan_run(config, samples, cluster.gpus)
+    plan = plan_run(config, samples)
     model = build_model(config, device="meta")
     parameter_groups(model, config)  # raises where nothing would be trained
     disk, saved = _cache_bytes(config, cluster, model, samples), checkpoint_bytes(model, config)
