@@ -43,6 +43,7 @@ from t2i.training.run_plan import (
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.scale import checkpoint_bytes
 from t2i.training.start import build_model
+from t2i.training.trigger_words import refuse_lost_words
 
 _CARDS = (24, 40, 80)
 """Sizes of common cards in GB, where this machine has none."""
@@ -88,6 +89,8 @@ def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
     captions = isinstance(config.data, DataOptions) and backbone.spec.cond_kind == "text"
     if not (to_fetch and captions):
         check_backbone(backbone, config.data)
+    if isinstance(config.data, DataOptions):
+        refuse_lost_words(backbone, config.data)
     return parse_conditions(backbone, sheet_prompts(config))
 
 
