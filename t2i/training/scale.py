@@ -4,7 +4,9 @@ and what about it is impossible. From settings and shapes alone; nothing is read
 
 import math
 
+from t2i.checkpoint import holds_all_weights
 from t2i.errors import UserError
+from t2i.lora import plain_weights
 from t2i.progress import readable_size, readable_time
 from t2i.tensorar.model import TensorAR
 from t2i.training.cluster import Cluster
@@ -108,9 +110,11 @@ def checkpoint_bytes(model: TensorAR, config: TrainConfig) -> tuple[float, float
     """Bytes of a checkpoint's model, and of its training state in all processes together."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     codec = 0 if model.codec is None else sum(p.numel() for p in model.codec.parameters())
-    whole = trained
-    if config.tuning == "full":
-        whole = codec + sum(t.numel() for t in model.backbone.official_state_dict().values())
+    backbone, whole = model.backbone, trained
+    assert backbone.source is not None, "of build_model"
+    if holds_all_weights(config.tuning, backbone.source):
+        adapters = trained - codec if config.tuning == "lora" else 0
+        whole = codec + adapters + sum(t.numel() for t in plain_weights(backbone).values())
     # Of the state: each weight, both moments and, if there is one, the average, in fp32.
     return whole * weight_bytes(config), trained * (16 if config.ema else 12)
 
