@@ -218,6 +218,8 @@ def test_files_that_moved_are_compared_by_content(plain, copied, tiny_world, tmp
     assert train(replace(config, backbone=BackboneOptions(weights="shapes"))) == folder
     assert [row["step"] for row in read_metrics(folder.parents[1])] == [1], "damage is passed over"
     assert "its own weights, which began as" in caplog.text and "not with shapes" in caplog.text
+    gone = replace(config, backbone=BackboneOptions(weights="runs/gone"))
+    assert train(gone) == folder and "3 steps" in check(gone), "--check refused it"
     zero = tmp_path / "zero.json"
     zero.write_text("{}")
     assert train(replace(config, engine=replace(config.engine, deepspeed_config=zero))) == folder

@@ -19,7 +19,7 @@ from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules
 from t2i.data.samples import Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
@@ -91,7 +91,13 @@ def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
         check_backbone(backbone, config.data)
     if isinstance(config.data, DataOptions):
         refuse_lost_words(backbone, config.data)
-    return parse_conditions(backbone, sheet_prompts(config))
+    try:
+        return parse_conditions(backbone, sheet_prompts(config))
+    except UserError as error:  # they may be the recipe's, which its user never typed
+        raise UserError(
+            f"--log.prompts {shorten(sheet_prompts(config))}: {error}; give others, or --log.prompts "
+            "alone for those of held-out samples"
+        ) from error
 
 
 def sheet_prompts(config: TrainConfig) -> list[str]:
@@ -111,8 +117,9 @@ def check(
 
     more: further lines by title, from the model on the meta device.
     """
-    source, total = look_before_work(config, world_size, claim_run_dir(config))
-    model = build_model(config, device="meta")
+    checkpoint = claim_run_dir(config)
+    source, total = look_before_work(config, world_size, checkpoint)
+    model = build_model(config, device="meta", resumed=checkpoint)
     look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained
     survey, otherwise = None, "train all the same"
