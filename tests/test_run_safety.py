@@ -4,13 +4,14 @@ runs beside it, and with settings that change on the way.
 
 import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Killed, folder_content, rare
+from helpers import Killed, folder_content, in_threads, rare
 from runs import assert_same_weights, before_step, kill, metrics, tiny_run, weights
 
 from t2i import checkpoint_folders
@@ -285,6 +286,22 @@ def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_pa
 
 
 # -- 26: own drafts --------------------------------------------------------------------------------
+@pytest.mark.parametrize("look", [check, train])
+def test_a_name_that_is_not_utf8_is_refused_first(tiny_world, look):
+    """All was encoded before config.json could not be written."""
+    config = tiny_run(tiny_world, "no-text", data__source=os.fsdecode(b"bilder_\xe4"))
+    with pytest.raises(UserError, match=r"data.source='bilder_\\udce4' is not UTF-8: rename"):
+        look(config)
+    assert not config.run_dir.exists()
+
+
+def test_a_thread_trains(tiny_world):
+    """Handlers of signals belong to the main thread: there it ended after all was encoded."""
+    config = tiny_run(tiny_world, "in-a-thread", steps=1, batch_size=4)
+    (folder,) = in_threads(lambda _: train(config), [0])
+    assert folder.name == "step_000001"
+
+
 def test_own_drafts_are_drawn_without_dropout(tiny_world):
     """Case 26: in training, too; the mode stays, and with it the dropout of the step itself."""
     run = Run(tiny_run(tiny_world, "draft-mode", method__own_drafts=1.0, token_dropout=0.5))

@@ -20,6 +20,7 @@ from t2i.data.images import ImageRules
 from t2i.data.samples import Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError, shorten
+from t2i.fields import leaves
 from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
@@ -42,6 +43,7 @@ from t2i.training.run_plan import (
 )
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.scale import checkpoint_bytes
+from t2i.training.settings import plain
 from t2i.training.start import build_model
 from t2i.training.trigger_words import refuse_lost_words
 
@@ -59,6 +61,7 @@ def look_before_work(
     that is known. A resumed run (with a `checkpoint`) stands on its own checkpoint: what its first
     weights were called does not matter any more.
     """
+    _refuse_no_text(config)
     choose_tracker(config.log.tracker)
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
@@ -80,6 +83,18 @@ def look_before_work(
     if known:
         plan_run(config, min(known))
     return source, min(known, default=None)
+
+
+def _refuse_no_text(config: TrainConfig) -> None:
+    """UserError for a name that is not UTF-8, as files may have it: config.json cannot hold it."""
+    for option, value in leaves(plain(config)).items():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                str(text).encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{option}={text!r} is not UTF-8: rename the file or folder"
+                ) from error
 
 
 def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
