@@ -43,10 +43,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with saving(path):
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            temporary.touch()
+            temporary.touch()  # as the umask lets it be
             mode = temporary.stat().st_mode
             yield temporary
-            _settle(temporary, mode)
+            _finish(temporary, mode)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -65,11 +65,10 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         with saving(folder):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            mode = partial.stat().st_mode
             yield partial
             for path in partial.rglob("*"):
                 if path.is_file():
-                    _settle(path, mode)
+                    _finish(path, partial.stat().st_mode)
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 os.rename(folder, old)
@@ -99,10 +98,8 @@ def _old_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
-def _settle(path: Path, mode: int) -> None:
-    """Force a file's content to the disk, and let those read and write it who may by `mode`: what
-    the umask leaves of a new file or folder. Some libraries, as safetensors, let the owner alone.
-    """
+def _finish(path: Path, mode: int) -> None:
+    """Force a file to the disk, with the rights in `mode`: libraries write for the owner alone."""
     there = path.stat().st_mode
     if missing := mode & 0o666 & ~there:
         path.chmod(there | missing)
