@@ -10,6 +10,7 @@ The recipe's own options are those of its training program.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -33,8 +34,9 @@ _MAIN = (
 class PlannedRun:
     """A cluster, and what is trained on it."""
 
-    cluster: tyro.conf.OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
-    run: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    # Without these two names in front of the options, and with those of their parts.
+    cluster: Annotated[Cluster, tyro.conf.arg(name="")] = field(default_factory=Cluster)
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
     import t2i
     backbone = t2i.load_backbone("llamagen", "c2i_B_256.pt", tokenizer="vq_ds16_c2i.pt")
     model = t2i.attach(backbone, t2i.presets.iclr2026())   # equal to the base model until trained
-    folder = t2i.train(t2i.recipe("shapes-tuned", {"run_dir": "runs/mine", "steps": 100}))
+    config = t2i.recipe("shapes-tuned", {"run_dir": "runs/mine", "steps": 100})
+    print(t2i.check(config))                               # what would happen; trains nothing
+    folder = t2i.train(config)
     model = t2i.from_pretrained("runs/mine")               # a checkpoint, run or export folder
     model = t2i.load_model("shapes")                       # any of these, or a base by itself
     images = t2i.generate(model, ["a photo of a red circle"], seed=0, samples_per_prompt=4)
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from t2i.loading import load_backbone as load_backbone
     from t2i.sampling import SamplingConfig as SamplingConfig
     from t2i.tensorar import presets as presets
+    from t2i.training.check import check as check
     from t2i.training.loop import train as train
     from t2i.training.recipes import recipe as recipe
 
@@ -40,6 +43,7 @@ _HOMES = {
     "generate": "t2i.generation",
     "grid": "t2i.imaging",
     "recipe": "t2i.training.recipes",
+    "check": "t2i.training.check",
     "train": "t2i.training.loop",
     "SamplingConfig": "t2i.sampling",
     "UserError": "t2i.errors",

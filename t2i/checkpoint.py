@@ -113,7 +113,7 @@ def write_model(
         save_weights(folder / CODEC, model.codec.state_dict())
     if tuning == "lora":
         save_adapter(backbone, folder / "adapter", image_layers=image_layers)
-    if _holds_all(tuning, backbone.source):
+    if holds_all_weights(tuning, backbone.source):
         save_weights(folder / _BACKBONE, plain_weights(backbone))
     elif tuning == "codec" and image_layers:
         save_weights(folder / _BACKBONE, _image_layers(backbone))
@@ -131,7 +131,7 @@ def write_model(
     )
 
 
-def _holds_all(tuning: Tuning, source: BackboneSource) -> bool:
+def holds_all_weights(tuning: Tuning, source: BackboneSource) -> bool:
     """Whether a checkpoint holds all of the backbone's weights, so that its base is not needed."""
     return tuning == "full" or source.started_from is not None
 
@@ -213,7 +213,7 @@ def load_stored_backbone(
 ) -> Backbone:
     """The backbone of a checkpoint folder; without the adapter: what that was trained on."""
     tuning, changed = config["tuning"], folder / _BACKBONE
-    holds_all = _holds_all(tuning, source)
+    holds_all = holds_all_weights(tuning, source)
     replaces_base = holds_all and not find_family(source.family).published_as_folder
     # A base folder, and some weight files, bring the image tokenizer.
     refuse_gone(source, folder, weights=not replaces_base or source.tokenizer is None)

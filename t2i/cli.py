@@ -133,14 +133,17 @@ def _refuse_blanks(config: "DataclassInstance | type", given: Sequence[str]) -> 
 
 def _lists(config: "DataclassInstance | type", prefix: str = "--") -> Iterator[str]:
     """Options of a config (or its class) that take any number of values."""
-    hints = get_type_hints(config if isinstance(config, type) else type(config))
+    kind = config if isinstance(config, type) else type(config)
+    hints, marked = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for f in fields(config):
         name, hint = prefix + f.name.replace("_", "-"), hints[f.name]
         inner = hint if isinstance(config, type) else getattr(config, f.name)
         if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
             yield name
         elif is_dataclass(inner):
-            yield from _lists(inner, f"{name}.")
+            marks = getattr(marked[f.name], "__metadata__", ())
+            nameless = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _lists(inner, prefix if nameless else f"{name}.")
 
 
 def _refuse_nan(config: "DataclassInstance", prefix: str = "") -> None:

@@ -43,8 +43,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with saving(path):
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
+            temporary.touch()  # as the umask lets it be
+            mode = temporary.stat().st_mode
             yield temporary
-            _sync(temporary)
+            _finish(temporary, mode)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -66,7 +68,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
             yield partial
             for path in partial.rglob("*"):
                 if path.is_file():
-                    _sync(path)
+                    _finish(path, partial.stat().st_mode)
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 os.rename(folder, old)
@@ -96,8 +98,11 @@ def _old_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
-def _sync(path: Path) -> None:
-    """Force a file's content to the disk."""
+def _finish(path: Path, mode: int) -> None:
+    """Force a file to the disk, with the rights in `mode`: libraries write for the owner alone."""
+    there = path.stat().st_mode
+    if missing := mode & 0o666 & ~there:
+        path.chmod(there | missing)
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -226,7 +231,7 @@ def read_json_lines(path: str | Path) -> list[dict]:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hex."""
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

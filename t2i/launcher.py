@@ -150,7 +150,12 @@ def stop_signals() -> list[signal.Signals]:
 def handling(
     numbers: Iterable[signal.Signals], handler: Callable[[int, object], None]
 ) -> Iterator[None]:
-    """For the duration these signals are handled so."""
+    """For the duration these signals are handled so; nothing changes outside the main thread, where
+    Python takes no handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i.errors import UserError, shorten
-from t2i.files import read_json
+from t2i.files import read_json, reading
 from t2i.published import files_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers
@@ -49,6 +49,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "is a folder, or no usual file" if path.exists() else "does not exist"
         raise UserError(f"weight file {path} {what}; check the path")
+    with reading(f"weight file {path}"), open(path, "rb"):
+        pass  # without permission libraries say that it is damaged
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)

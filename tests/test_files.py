@@ -17,6 +17,7 @@ from t2i.files import (
     owning,
     partial_folder,
     read_json_lines,
+    replacing,
     replacing_folder,
     saving,
     wait_for,
@@ -53,6 +54,30 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         for name in ("a", "b"):
             (partial / name).write_text(name)
     assert calls == ["sync", "sync", "rename"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_others_may_read_what_the_umask_lets_them(umask, mode, tmp_path):
+    """safetensors lets the owner alone: weights of a run could be read by nobody else."""
+
+    def write(path: Path) -> None:
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+
+    before = os.umask(umask)
+    try:
+        with replacing_folder(tmp_path / "folder") as partial:
+            write(partial / "weights")
+            (partial / "program").touch()
+            (partial / "program").chmod(0o755)
+        with replacing(tmp_path / "shard") as temporary:
+            temporary.unlink(missing_ok=True)
+            write(temporary)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "folder" / "weights", tmp_path / "shard"):
+        assert path.stat().st_mode & 0o777 == mode
+    assert (tmp_path / "folder" / "program").stat().st_mode & 0o755 == 0o755, "nothing is taken"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")

@@ -244,7 +244,7 @@ def test_wrong_data_is_named(base):
     refused("no data: give --data.source", source=())
     refused("19 classes and this", source=(str(_nineteen_classes(base.parent)),))
     refused("may be several", source=("a", "b"))
-    with pytest.raises(ValueError, match="class label 20"):
+    with pytest.raises(ValueError, match=r"--log.prompts 20: class label 20 .* give others"):
         train(replace(config, log=replace(config.log, prompts=("20",))))
     with pytest.raises(ValueError, match="training on captions needs"):
         train(replace(config, data=DataOptions(source="shapes")))

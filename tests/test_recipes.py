@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
+from helpers import tiny_janus
 from runs import tiny_run
 
 from geneval import run as geneval_run
@@ -23,12 +24,14 @@ from t2i.models.rar import rar_recipes
 from t2i.shapes.shapes_source import write_dataset
 from t2i.tensorar import presets
 from t2i.training import loop
+from t2i.training.check import check
 from t2i.training.config import DataOptions, LogOptions, OptimOptions, TrainConfig
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.open_data import open_data
 from t2i.training.recipes import OWN_PICTURES
 from t2i.training.run_plan import about_settings, peak_rates, plan_run
+from t2i.training.trigger_words import refuse_lost_words
 
 FAMILIES_RECIPES = (llamagen_recipes, janus_recipes, open_magvit2_recipes, rar_recipes)
 ALL = {name: recipe[1] for family in FAMILIES_RECIPES for name, recipe in family.recipes().items()}
@@ -86,7 +89,7 @@ def test_the_highest_rate_is_found_without_trying_every_step(falls):
 
 
 @pytest.mark.parametrize(
-    ("samples", "held_out"), [(5, 1), (12, 2), (60, 8), (2000, 80), (100_000, 256)]
+    ("samples", "held_out"), [(2, 1), (5, 1), (12, 2), (60, 8), (2000, 80), (100_000, 256)]
 )
 def test_held_out_share(samples, held_out):
     assert plan_run(ALL["t2i-xl-256-tuned"], samples).held_out == held_out
@@ -101,7 +104,7 @@ def test_numbers_that_are_given_stay():
     assert (plan.save_every, plan.validate_every, plan.sample_every, plan.log_every) == (0, 0, 3, 2)
     with pytest.raises(UserError, match="fewer than the 7 usable samples"):
         plan_run(config, 7)
-    with pytest.raises(UserError, match=r"too few usable samples \(1\): one per process \(1\)"):
+    with pytest.raises(UserError, match=r"too few usable samples \(1\): one at least is"):
         plan_run(ALL["t2i-xl-256-tuned"], 1)  # blamed an option that was not given
     assert plan_run(replace(config, steps=None), None) is None
 
@@ -192,6 +195,41 @@ def test_a_trigger_hides_nothing_of_the_source(tmp_path):
     )
     assert source.files() == plain.files() and len(source.files()) > 2
     assert source.remarks == plain.remarks != [] and source.left_out == plain.left_out != []
+
+
+@pytest.mark.parametrize(
+    ("trigger", "lost"),
+    [
+        ("@monet", "'monet'"),
+        ("<sks>", "'sks'"),
+        ("xyz123", "'xyz123'"),
+        ("tok1234", "'tok1234'"),
+        ("ohwx2024", None),  # four letters: no article number
+        ("p3rson", "'p3rson'"),
+        ("{caption}, by z8k", "'z8k'"),
+        ("m0n3t style", "'m0n3t'"),
+        ("莫奈 style", "'莫奈'"),
+        ("free shipping, page 3", "'free', 'shipping', 'page', '3'"),
+        ("drawn by xyz", None),
+        ("(Ohwx)_Style of-the-art", None),
+        ("#ohwx, l'été", None),
+    ],
+)
+def test_trigger_words_that_the_cleaning_takes_out_are_refused(trigger, lost, tiny_world):
+    """The run said that it was trained with words that no encoder had ever read."""
+    config = tiny_run(tiny_world, "lost-words", data__trigger=trigger)
+    if lost is None:
+        check(config)
+        return
+    for look in (check, train):
+        with pytest.raises(UserError, match=rf"data.trigger=.* takes {lost} out"):
+            look(config)
+    assert not config.run_dir.exists()
+
+
+def test_janus_reads_every_trigger_word():
+    options = DataOptions(trigger="@monet xyz123")
+    refuse_lost_words(tiny_janus(), options)
 
 
 # -- the first hour --------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ runs beside it, and with settings that change on the way.
 
 import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Killed, folder_content, rare
+from helpers import Killed, folder_content, in_threads, rare
 from runs import assert_same_weights, before_step, kill, metrics, tiny_run, weights
 
 from t2i import checkpoint_folders
@@ -218,6 +219,8 @@ def test_files_that_moved_are_compared_by_content(plain, copied, tiny_world, tmp
     assert train(replace(config, backbone=BackboneOptions(weights="shapes"))) == folder
     assert [row["step"] for row in read_metrics(folder.parents[1])] == [1], "damage is passed over"
     assert "its own weights, which began as" in caplog.text and "not with shapes" in caplog.text
+    gone = replace(config, backbone=BackboneOptions(weights="runs/gone"))
+    assert train(gone) == folder and "3 steps" in check(gone), "--check refused it"
     zero = tmp_path / "zero.json"
     zero.write_text("{}")
     assert train(replace(config, engine=replace(config.engine, deepspeed_config=zero))) == folder
@@ -283,6 +286,22 @@ def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_pa
 
 
 # -- 26: own drafts --------------------------------------------------------------------------------
+@pytest.mark.parametrize("look", [check, train])
+def test_a_name_that_is_not_utf8_is_refused_first(tiny_world, look):
+    """All was encoded before config.json could not be written."""
+    config = tiny_run(tiny_world, "no-text", data__source=os.fsdecode(b"bilder_\xe4"))
+    with pytest.raises(UserError, match=r"data.source='bilder_\\udce4' is not UTF-8: rename"):
+        look(config)
+    assert not config.run_dir.exists()
+
+
+def test_a_thread_trains(tiny_world):
+    """Handlers of signals belong to the main thread: there it ended after all was encoded."""
+    config = tiny_run(tiny_world, "in-a-thread", steps=1, batch_size=4)
+    (folder,) = in_threads(lambda _: train(config), [0])
+    assert folder.name == "step_000001"
+
+
 def test_own_drafts_are_drawn_without_dropout(tiny_world):
     """Case 26: in training, too; the mode stays, and with it the dropout of the step itself."""
     run = Run(tiny_run(tiny_world, "draft-mode", method__own_drafts=1.0, token_dropout=0.5))

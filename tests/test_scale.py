@@ -61,6 +61,13 @@ def test_classes_are_counted_by_view():
         ({"gpu_memory": 0.1}, {}, r"needs \d.\d+ GB of GPU memory, and there is 0.10 GB"),
         ({"node_memory": 30}, {}, "needs 32.00 GB of main memory of a machine"),
         ({"disk": 50}, {}, r"of disk, and there is 50.00 GB: use fewer images"),
+        # 500 images are 2.3 MB of codes; two checkpoints of 0.13 GB, one being saved, the best one
+        ({"images": 500, "disk": 0.412}, {}, r"needs 0.42 GB of disk, and there is 0.41 GB"),
+        (
+            {"hours": 3, "images_per_second": 4000, "encoded_per_second": 100},
+            {},
+            r"takes 7.2 hours \(4.3 hours of it to encode the data\), more than 3 hours",
+        ),
         ({"hours": 2, "images_per_second": 4000}, {}, "takes 2.8 hours, more than 2 hours"),
     ],
 )
@@ -75,10 +82,20 @@ def test_fewer_shards_than_processes():
     assert "10,000 images are 10 shards: 54 of 64 processes encode nothing" in report
 
 
-def test_the_program(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["plan.py", "rar-b", "--gpus", "8", "--images", "1e6"])
-    plan.main()
-    assert "8 GPUs on 1 machine(s)" in capsys.readouterr().out
+def test_the_program_takes_the_options_of_the_training_program(capsys, monkeypatch):
+    """It knew none of a part, such as the one that its own advice named."""
+
+    def enter(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *options])
+        plan.main()
+        return capsys.readouterr().out
+
+    assert "8 GPUs on 1 machine(s)" in enter("rar-b", "--gpus", "8", "--images", "1e6")
+    text = "--gpus 8 --images 5000 --engine.micro-batch 4 --data.validation-samples 99"
+    said = enter("shapes-tuned", *text.split(), "--backbone.weights", "shapes")
+    assert "32 a step = 4 a pass x 1 accumulated x 8 GPUs" in said and "99 of them held out" in said
+    with pytest.raises(UserError, match=r"--log.prompts is given 2 times"):
+        enter("shapes-tuned", "--log.prompts", "a", "--log.prompts", "b")
 
 
 @pytest.mark.parametrize(
@@ -89,10 +106,14 @@ def test_the_program(capsys, monkeypatch):
         {"engine__precision": "bf16", "engine__zero_stage": 2},
         {"tuning": "lora", "engine__precision": "bf16", "engine__zero_stage": 1},
         {"engine__zero_stage": 1, "ema": 0.9},
+        {"tuning": "lora", "backbone__weights": "plain"},  # of an earlier run, which holds all
+        rare({"tuning": "codec", "backbone__weights": "plain", "train_image_layers": True}),
     ],
 )
-def test_checkpoints_have_the_size_that_was_said(changes, tiny_world):
-    name = "size-" + "-".join(map(str, changes.values()))
+def test_checkpoints_have_the_size_that_was_said(changes, tiny_world, plain):
+    if "backbone__weights" in changes:
+        changes = changes | {"backbone__weights": str(plain)}
+    name = "size-" + "-".join(str(value).replace("/", "_") for value in changes.values())
     config = tiny_run(tiny_world, name, steps=1, batch_size=4, method__mlp=True, **changes)
     model, state = checkpoint_bytes(build_model(config, device="meta"), config)
     folder = train(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from runs import tiny_run
 
 import geneval
 import t2i
@@ -78,12 +79,44 @@ def test_a_recipe_with_options():
     assert isinstance(t2i.recipe("rar-shapes").data, LabelledOptions)
 
 
+def test_a_mapping_changes_what_it_names_alone():
+    """It put the other options of the part back to their class's defaults."""
+    dotted = t2i.recipe("shapes-small-data", {"optim.betas": (0.8, 0.9), "data.source": "mine"})
+    parts = {"optim": {"betas": [0.8, 0.9]}, "data": {"source": "mine"}}
+    assert t2i.recipe("shapes-small-data", parts) == dotted
+    both = {"optim": {"codec-lr": 1.0, "betas": [0.8, 0.9]}, "optim.codec_lr": 3e-4, **parts}
+    assert t2i.recipe("shapes-small-data", both) == dotted
+
+
+def test_the_home_folder_of_a_recipe(monkeypatch):
+    """It made a folder named "~"."""
+    monkeypatch.setenv("HOME", "/at/home")
+    options = {"run_dir": "~/runs/a", "data.source": "~/mine", "data.cache_dir": Path("~/cache")}
+    config = t2i.recipe("shapes-tuned", {**options, "data.trigger": "~sks"})
+    assert config.run_dir == Path("/at/home/runs/a") and config.data.source == "/at/home/mine"
+    assert config.data.cache_dir == Path("/at/home/cache") and config.data.trigger == "~sks"
+    images = t2i.recipe("rar-shapes", {"data.source": ["~/images", "b"]}).data.source
+    assert images == ("/at/home/images", "b")
+
+
+def test_train_does_not_pass_over_check(tiny_world):
+    config = tiny_run(tiny_world, "looked-at", check=True)
+    with pytest.raises(t2i.UserError, match=r"print\(t2i.check\(config\)\)"):
+        t2i.train(config)
+    assert not config.run_dir.exists() and "3 steps" in t2i.check(config)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("shapes-tunde", {}, "'shapes-tunde'; perhaps you meant shapes-tuned; choose one of"),
         ("shapes-tuned", {"stepz": 1}, "there is no option stepz; perhaps you meant steps"),
         ("shapes-tuned", {"data.sauce": 1}, "no option data.sauce; perhaps you meant data.source"),
+        (
+            "shapes-tuned",
+            {"data": {"sauce": 1}},
+            "no option data.sauce; perhaps you meant data.source",
+        ),
         ("shapes-tuned", {"steps.x": 1}, "there is no option steps.x"),
         ("shapes-tuned", {"steps": "7"}, "steps is '7', which is not of the type"),
         ("shapes-tuned", {"optim.codec_lr": -1.0}, "optim.codec_lr=-1.0 must be a number"),

@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 
 import t2i
 from launch import train_llamagen
+from t2i.files import read_json_lines
 from t2i.processes import ALONE, Processes
+from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData
 from t2i.training.config import OptimOptions
 from t2i.training.engine import TrainingLoss, parameter_groups
@@ -227,6 +229,36 @@ def test_ranks_share_the_batches(tiny_world, plain):
     assert [len(keys) for keys in counted] == [9, 5, 4]
     train_set, validation_set = set(one.train.tolist()), set(one.validation.tolist())
     assert not train_set & validation_set and len(train_set | validation_set) == 60
+
+
+def test_the_held_out_samples_are_the_same_on_any_number_of_processes(tiny_world, plain):
+    """Also on more processes than samples are held out, which a run may be resumed on."""
+    config = tiny_run(tiny_world, "-", engine__micro_batch=1, data__validation_samples=None)
+    backbone = t2i.load_backbone("llamagen", tiny_world / "base")
+    one, *ranks = (
+        TrainingData(config, backbone, processes)
+        for processes in (ALONE, *(Processes(r, 16) for r in range(16)))
+    )
+    assert all(data.plan == one.plan and torch.equal(data.train, one.train) for data in ranks)
+    assert one.plan.held_out == len(one.validation) == 8
+    batches = [list(data.validation_batches()) for data in ranks]
+    assert all(len(batches_of_rank) == 1 for batches_of_rank in batches)
+    keys = [int(batch.keys) for (batch, counted), *_ in batches if counted]
+    assert keys == [int(batch.keys) for batch, _ in one.validation_batches()]
+
+
+def test_the_plan_counts_what_is_really_held_out(tiny_world, tmp_path):
+    """Three pictures with twenty captions each: all twenty of one are held out."""
+    write_dataset(tmp_path / "data", 3, size=32)
+    rows = read_json_lines(tmp_path / "data" / "metadata.jsonl")
+    lines = [json.dumps(row | {"text": f"{row['text']} {i}"}) for i in range(20) for row in rows]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    own = {"data__source": str(tmp_path / "data"), "data__cache_dir": tmp_path / "cache"}
+    config = tiny_run(tiny_world, "-", steps=None, **own, data__validation_samples=None)
+    data = TrainingData(config, t2i.load_backbone("llamagen", tiny_world / "base"), ALONE)
+    plan = data.plan
+    assert (plan.samples, plan.held_out, plan.training) == (60, 20, 40)
+    assert len(data.train) == 40 and plan.steps == 20 * 40 / 16
 
 
 def test_another_tokenizer_gets_another_cache(tiny_world, plain, tmp_path):

@@ -1,6 +1,7 @@
 """Every layout of weight file loads; a damaged or foreign one ends in one ValueError."""
 
 import argparse
+import errno
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from helpers import tiny_config, tiny_llamagen, tiny_vq
 from safetensors.torch import save_file
 
+import t2i.files
+import t2i.weights
 from t2i.errors import UserError
 from t2i.files import file_sha256, write_json
 from t2i.models.base import LoadOptions
@@ -208,6 +211,20 @@ def test_file_helpers(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     (tmp_path / "abc").write_bytes(b"abc")
     assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_a_file_without_permission(tmp_path, monkeypatch, weights):
+    """Weights were said to be damaged, and hashing them ended in a traceback."""
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    torch.save(weights, tmp_path / "a.pt")
+    for module, read in ((t2i.weights, read_state_dict), (t2i.files, file_sha256)):
+        with monkeypatch.context() as patch:  # not chmod: root may read everything
+            patch.setattr(module, "open", refuse, raising=False)
+            with pytest.raises(UserError, match=r"a.pt cannot be read: Permission denied"):
+                read(tmp_path / "a.pt")
 
 
 def test_a_folder_in_place_of_a_weight_file(tmp_path):

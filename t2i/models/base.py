@@ -227,6 +227,10 @@ class Backbone(nn.Module, ABC):
         """
         return self.prepare([i % self.spec.num_classes for i in range(batch)])
 
+    def as_read(self, caption: str) -> str:
+        """A caption as it goes to the text encoder: cleaned, where the family cleans captions."""
+        return caption
+
     def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
         """What is lost of each caption, in fixed phrases; None if nothing of it is left."""
         return [[] for _ in captions]

@@ -19,7 +19,7 @@ from t2i.processes import Processes
 from t2i.rng import fold, make_keys, uniforms
 from t2i.training.config import TrainConfig
 from t2i.training.examples import encode_examples
-from t2i.training.run_plan import plan_run
+from t2i.training.run_plan import least_held_out, plan_run
 
 _NOISE, _DROP, _CHOICE = 1, 2, 3  # streams derived from a sample's key
 
@@ -71,9 +71,9 @@ class TrainingData:
         self.config, self.backbone, self.processes = config, backbone, processes
         expected = stored_data_key(config)
         self.store = store = encode_examples(config, backbone, processes, source, expected)
-        self.plan = plan_run(config, len(store), processes.world_size)
-        held_out, same = self.plan.held_out, store.same_images()
+        held_out, same = least_held_out(config, len(store)), store.same_images()
         self.train, self.validation = split_indices(len(store), held_out, config.seed, same)
+        self.plan = plan_run(config, len(store), len(self.validation))
         if len(self.validation) > held_out and processes.is_main:
             log.warning(
                 f"{len(self.validation)} samples are held out instead of {held_out}, so that no "
@@ -113,11 +113,12 @@ class TrainingData:
         collective; those with False only fill up and are not to be counted.
         """
         size, world_size = self.config.engine.micro_batch, self.processes.world_size
-        mine = self.validation[self.processes.rank :: world_size].split(size)
-        most = -(-len(self.validation) // world_size)
-        for i in range(-(-most // size)):
-            indices = mine[min(i, len(mine) - 1)]
-            yield self._on_device(indices, make_keys(0, indices), None, None), i < len(mine)
+        of_ranks = [self.validation[rank::world_size] for rank in range(world_size)]
+        mine = of_ranks[self.processes.rank]
+        for start in range(0, len(of_ranks[0]), size):  # the first has no fewer than others
+            counted = start < len(mine)  # there may be fewer samples than processes
+            indices = mine[start : start + size] if counted else self.validation[:1]
+            yield self._on_device(indices, make_keys(0, indices), None, None), counted
 
     def names(self, indices: Tensor) -> str:
         """Samples by their names and numbers in the set, for a message."""

@@ -19,7 +19,8 @@ from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules
 from t2i.data.samples import Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
+from t2i.fields import leaves
 from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
@@ -42,7 +43,9 @@ from t2i.training.run_plan import (
 )
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.scale import checkpoint_bytes
+from t2i.training.settings import plain
 from t2i.training.start import build_model
+from t2i.training.trigger_words import refuse_lost_words
 
 _CARDS = (24, 40, 80)
 """Sizes of common cards in GB, where this machine has none."""
@@ -58,6 +61,7 @@ def look_before_work(
     that is known. A resumed run (with a `checkpoint`) stands on its own checkpoint: what its first
     weights were called does not matter any more.
     """
+    _refuse_no_text(config)
     choose_tracker(config.log.tracker)
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
@@ -77,8 +81,20 @@ def look_before_work(
     source = open_data(config.data)
     known = [n for n in (source.length, config.data.max_samples) if n is not None]
     if known:
-        plan_run(config, min(known), world_size)
+        plan_run(config, min(known))
     return source, min(known, default=None)
+
+
+def _refuse_no_text(config: TrainConfig) -> None:
+    """UserError for a name that is not UTF-8, as files may have it: config.json cannot hold it."""
+    for option, value in leaves(plain(config)).items():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                str(text).encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{option}={text!r} is not UTF-8: rename the file or folder"
+                ) from error
 
 
 def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
@@ -88,7 +104,15 @@ def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
     captions = isinstance(config.data, DataOptions) and backbone.spec.cond_kind == "text"
     if not (to_fetch and captions):
         check_backbone(backbone, config.data)
-    return parse_conditions(backbone, sheet_prompts(config))
+    if isinstance(config.data, DataOptions):
+        refuse_lost_words(backbone, config.data)
+    try:
+        return parse_conditions(backbone, sheet_prompts(config))
+    except UserError as error:  # they may be the recipe's, which its user never typed
+        raise UserError(
+            f"--log.prompts {shorten(sheet_prompts(config))}: {error}; give others, or --log.prompts "
+            "alone for those of held-out samples"
+        ) from error
 
 
 def sheet_prompts(config: TrainConfig) -> list[str]:
@@ -108,8 +132,9 @@ def check(
 
     more: further lines by title, from the model on the meta device.
     """
-    source, total = look_before_work(config, world_size, claim_run_dir(config))
-    model = build_model(config, device="meta")
+    checkpoint = claim_run_dir(config)
+    source, total = look_before_work(config, world_size, checkpoint)
+    model = build_model(config, device="meta", resumed=checkpoint)
     look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained
     survey, otherwise = None, "train all the same"
@@ -118,10 +143,10 @@ def check(
     else:
         assert source is not None
         survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
-    plan = plan_run(config, total, world_size)
+    plan = plan_run(config, total)
     if survey is not None and survey.seen == total:  # all were looked at
         try:
-            plan = plan_run(config, survey.usable, world_size)
+            plan = plan_run(config, survey.usable)
         except UserError as error:  # the report still says what is skipped, and why
             warnings.append(f"training would end at once: {error}")
             otherwise = "end at once"
@@ -219,7 +244,8 @@ def _batch_lines(config: TrainConfig, plan: Plan | None, world_size: int) -> lis
         f"{accumulated} accumulated x {world_size} processes"
     ]
     if plan is not None and plan.training:
-        lines.append(f"{plan.held_out} of {plan.samples} samples held out")
+        together = ", those of one picture together" * isinstance(config.data, DataOptions)
+        lines.append(f"{plan.held_out} of {plan.samples} samples held out{together}")
         if config.learns_from_data:
             passes = plan.steps * config.batch_size / plan.training
             of = f"{plan.training} training samples"

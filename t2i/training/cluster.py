@@ -19,7 +19,7 @@ class Cluster:
     node_memory: float = 1000.0
     """GB of main memory of a machine, for all its processes."""
     disk: float | None = None
-    """GB that cache and checkpoints may take; None: any."""
+    """GB that cache and checkpoints may take, one that is being saved included; None: any."""
     images: float = 1e8
     """Usable samples, such as 100e6."""
     caption_tokens: int = 40
@@ -27,9 +27,9 @@ class Cluster:
     images_per_second: float | None = None
     """Of all GPUs together in training; None: from the work, at a third of an A100's peak."""
     encoded_per_second: float | None = None
-    """Images that one GPU turns into codes; None: that time is left out."""
+    """Images that one GPU turns into codes in a second; None: that time is left out."""
     hours: float | None = None
-    """Refuse a run that takes longer."""
+    """Refuse a run that takes longer, encoding included where its speed is given."""
 
     def __post_init__(self):
         for name, value in vars(self).items():

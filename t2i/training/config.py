@@ -295,6 +295,13 @@ class TrainConfig:
             raise UserError(
                 "train_image_layers is for tuning lora or codec: full trains them anyway"
             )
+        usual = vars(LoRAConfig())
+        adapters = [f"lora.{k}={v}" for k, v in vars(self.lora).items() if v != usual[k]]
+        if adapters and self.tuning != "lora":
+            raise UserError(
+                f"{', '.join(adapters)} has no effect with tuning={self.tuning}: leave it out, or "
+                "give --tuning lora"
+            )
         if engine.precision == "bf16" and engine.zero_stage == 0:
             raise UserError(
                 "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer "

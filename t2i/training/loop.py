@@ -291,12 +291,17 @@ def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
     """Run (or resume) a training of this kind; returns the last checkpoint folder.
 
     Raises:
-        UserError: something in the configuration or the data is wrong, run_dir is in use, or the
-            disk is full.
+        UserError: something in the configuration or the data is wrong, run_dir is in use, the disk
+            is full, or config.check is set, which `t2i.check` is for.
         NotFiniteError: loss, gradient or weights are not finite any more; no such checkpoint is
             written.
         Stopped: on request (Ctrl-C, SIGTERM, SIGHUP), after a checkpoint; a KeyboardInterrupt.
     """
+    if config.check:
+        raise UserError(
+            "check=True asks for a look at a run, and t2i.train trains: print(t2i.check(config)) "
+            "says what would happen; leave check out to train"
+        )
     with run_state.owned(config, start_processes()):
         return _train(kind(config))
 

@@ -1,8 +1,10 @@
 """Where a run's data come from: what `--data.source` names, opened; nothing is encoded yet."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
+from t2i.data.captioned import CaptionedImages
 from t2i.data.samples import RewrittenSource, Source
 from t2i.data.sources.classes import LabelledFolder, find_classes
 from t2i.data.sources.open_source import open_source
@@ -42,11 +44,26 @@ def open_data(options: DataOptions) -> Source:
             "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
         )
     name = options.source.partition(":")[0]
-    open_it = open_world(name).open_source if name in WORLDS else None
-    source: Source = open_source(options) if open_it is None else open_it(options.source)
+    source: Source
+    if name in WORLDS:
+        _refuse_without_effect(options, name)
+        source = open_world(name).open_source(options.source)
+    else:
+        source = open_source(options)
     if options.trigger is None:
         return source
     return RewrittenSource(source, options.with_trigger, {"trigger": options.trigger})
+
+
+def _refuse_without_effect(options: DataOptions, world: str) -> None:
+    """UserError for an option of how files are read, where there are none."""
+    usual = CaptionedImages()
+    for name in (f.name for f in fields(CaptionedImages) if f.name != "source"):
+        if (given := getattr(options, name)) != getattr(usual, name):
+            raise UserError(
+                f"data.{name}={given} has no effect on {world}, which is drawn and not read: leave it "
+                "out"
+            )
 
 
 # -- classes ---------------------------------------------------------------------------------------

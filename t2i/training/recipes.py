@@ -6,6 +6,7 @@ falling to 0, a lower constant one for the backbone. Both rates are lost in all 
 those here are our choice, a tenth of the usual pre-training rates for the backbone.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -153,7 +154,8 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
     """The training run of a named recipe, for `t2i.train`.
 
     Args:
-        options: by their names on the command line, as {"steps": 20, "data.source": "my_images"}.
+        options: by their names on the command line, as {"steps": 20, "data.source": "my_images"};
+            {"data": {"source": "my_images"}} is the same. "~/" is the home folder, as in a shell.
 
     Raises:
         UserError: there is no such recipe or option, or a value that it cannot have.
@@ -165,7 +167,9 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
 
 
 def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
-    """Settings with some of them changed; "part.option" is one of a part."""
+    """Settings with some of them changed; "part.option" is one of a part, and so is what a mapping
+    has for a part.
+    """
     known = {f.name: getattr(config, f.name) for f in fields(config)}
     own: dict[str, Any] = {}
     of_parts: dict[str, dict[str, Any]] = {}
@@ -177,11 +181,21 @@ def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
             raise UserError(f"there is no option {prefix}{name}{perhaps}")
         if option:
             of_parts.setdefault(part, {})[option] = value
+        elif isinstance(value, Mapping) and is_dataclass(known[part]):
+            of_parts[part] = of_parts.get(part, {}) | {**value}
         else:
-            own[part] = value
+            own[part] = _at_home(value)
     for part, values in of_parts.items():
         own[part] = _with_options(known[part], values, f"{prefix}{part}.")
     return from_json(type(config), own, prefix.rstrip(".") or "options", defaults=config)
+
+
+def _at_home(value: Any) -> Any:
+    """Names of files as a shell reads them: "~/a" would be a folder named "~"."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_at_home, value))
+    at_home = isinstance(value, str | Path) and str(value).startswith("~/")
+    return type(value)(os.path.expanduser(value)) if at_home else value
 
 
 def _program_of(name: str) -> str | None:

@@ -1,10 +1,12 @@
 """What a run does when, in numbers, and what of it will not make sense.
 
-The numbers are settled from the settings, the number of samples and nothing else.
+The numbers are settled from the settings, the number of samples and nothing else: a run that goes
+on with another number of processes has the same plan.
 
 A setting that is a number is taken as it is. One that is None follows the run's length:
 
-- held out: 4 % of the samples, 8 to 256 of them, but never more than a fifth;
+- held out: 4 % of the samples, 8 to 256 of them, but never more than a fifth (more only where
+  one picture has more samples than that: they are held out together);
 - warm-up: 3 % of the steps, at most 2,000 (`OptimOptions.warmup`);
 - validations and sample sheets: ten in a run, checkpoints: five; at least one in 1,000 steps
   (checkpoints: 2,000);
@@ -37,7 +39,7 @@ class Plan:
     samples: int | None
     """Usable samples; None where nobody has counted them yet."""
     held_out: int
-    """0 where nobody has counted them yet."""
+    """0 where nobody has counted them yet; before the data are split, the least number."""
     steps: int
     warmup_steps: int
     log_every: int
@@ -52,12 +54,18 @@ class Plan:
 
 
 @overload
-def plan_run(config: TrainConfig, samples: int, world_size: int = 1) -> Plan: ...
+def plan_run(config: TrainConfig, samples: int, held_out: int | None = None) -> Plan: ...
 @overload
-def plan_run(config: TrainConfig, samples: int | None, world_size: int = 1) -> Plan | None: ...
-def plan_run(config: TrainConfig, samples: int | None, world_size: int = 1) -> Plan | None:
-    """The numbers of a run on so many usable samples; None if these and the steps are unknown."""
-    held_out = 0 if samples is None else _held_out(config, samples, world_size)
+def plan_run(
+    config: TrainConfig, samples: int | None, held_out: int | None = None
+) -> Plan | None: ...
+def plan_run(config: TrainConfig, samples: int | None, held_out: int | None = None) -> Plan | None:
+    """The numbers of a run on so many usable samples; None if these and the steps are unknown.
+
+    held_out: how many of them are, where the data are split already.
+    """
+    if held_out is None:
+        held_out = 0 if samples is None else least_held_out(config, samples)
     steps = config.steps
     if steps is None and samples is not None:
         steps = max(1, round(config.epochs * (samples - held_out) / config.batch_size))
@@ -80,20 +88,20 @@ def _every(given: int | None, steps: int, *, times: int, most: int) -> int:
     return min(most, max(1, steps // times)) if given is None else given
 
 
-def _held_out(config: TrainConfig, samples: int, world_size: int) -> int:
+def least_held_out(config: TrainConfig, samples: int) -> int:
+    """How many of so many usable samples are held out, unless one picture has several."""
     count = config.data.validation_samples
     if count is None:
-        if samples <= world_size:
+        if samples < 2:
             raise UserError(
-                f"the data has too few usable samples ({samples}): one per process ({world_size}) is "
-                "held out, and the others are trained on"
+                f"the data has too few usable samples ({samples}): one at least is held out, and the "
+                "others are trained on"
             )
-        share = min(max(round(0.04 * samples), 8), 256, samples // 5)
-        count = max(share, world_size)
-    if not world_size <= count < samples:
+        return max(1, min(max(round(0.04 * samples), 8), 256, samples // 5))
+    if not 1 <= count < samples:
         raise UserError(
-            f"data.validation_samples={count} must be at least one per process ({world_size}) and "
-            f"fewer than the {samples} usable samples, or they leave none to train on"
+            f"data.validation_samples={count} must be at least 1 and fewer than the {samples} usable "
+            "samples, or they leave none to train on"
         )
     return count
 

@@ -4,7 +4,9 @@ and what about it is impossible. From settings and shapes alone; nothing is read
 
 import math
 
+from t2i.checkpoint import holds_all_weights
 from t2i.errors import UserError
+from t2i.lora import plain_weights
 from t2i.progress import readable_size, readable_time
 from t2i.tensorar.model import TensorAR
 from t2i.training.cluster import Cluster
@@ -28,7 +30,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     """A report for people."""
     samples = int(cluster.images)
     accumulated = deepspeed_config(config, cluster.gpus)["gradient_accumulation_steps"]
-    plan = plan_run(config, samples, cluster.gpus)
+    plan = plan_run(config, samples)
     model = build_model(config, device="meta")
     parameter_groups(model, config)  # raises where nothing would be trained
     disk, saved = _cache_bytes(config, cluster, model, samples), checkpoint_bytes(model, config)
@@ -38,7 +40,9 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     seconds = plan.steps * config.batch_size / rate
     captioned = isinstance(config.data, DataOptions)
     resident = samples * (_SORTING_BYTES if captioned else _ORDER_BYTES)
-    all_saved = sum(saved) * config.log.keep_last
+    # While one is saved, the oldest is still there; the best model has no state.
+    best = saved[0] if config.log.keep_best else 0
+    all_saved = sum(saved) * (config.log.keep_last + 1) + best
     _refuse_more(
         {
             "GPU memory": (cost.total, cluster.gpu_memory, "lower --engine.micro-batch"),
@@ -50,9 +54,12 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
             "disk": (disk + all_saved, cluster.disk or math.inf, "use fewer images"),
         }
     )
-    if cluster.hours is not None and seconds > 3600 * cluster.hours:
+    encoding = _encoding_seconds(cluster, samples, views_of(config.data).count)
+    in_all = seconds + (encoding or 0)
+    if cluster.hours is not None and in_all > 3600 * cluster.hours:
+        of_it = "" if encoding is None else f" ({readable_time(encoding)} of it to encode the data)"
         raise UserError(
-            f"the run takes {readable_time(seconds)}, more than {cluster.hours:g} hours: give "
+            f"the run takes {readable_time(in_all)}{of_it}, more than {cluster.hours:g} hours: give "
             f"fewer --epochs or --steps, or more --gpus"
         )
     said = "as given" if cluster.images_per_second else "computed from the work, not measured"
@@ -67,14 +74,17 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
         "time": [
             f"training    {readable_time(seconds)} at {rate:,.0f} images/s ({said}); "
             f"work {work:.2g} operations",
-            *_encoding_time(cluster, samples, views_of(config.data).count),
+            "encoding    not known: give --encoded-per-second"
+            if encoding is None
+            else f"encoding    {readable_time(encoding)}, once, before training",
         ],
         "code cache": _shard_lines(cluster, samples, disk),
         "a checkpoint": [
             f"model {readable_size(saved[0])}, training state {readable_size(saved[1])} "
             f"({readable_size(saved[1] / cluster.gpus)} a process)",
             f"every {plan.save_every or plan.steps:,} steps; the last {config.log.keep_last} are "
-            f"kept, {readable_size(all_saved)}",
+            f"kept{' and the best model' * bool(best)}: {readable_size(all_saved)} while one more is "
+            "saved",
         ],
         "memory": [
             f"{readable_size(cost.total)} on a GPU (computed from shapes, with a tenth more)",
@@ -108,9 +118,11 @@ def checkpoint_bytes(model: TensorAR, config: TrainConfig) -> tuple[float, float
     """Bytes of a checkpoint's model, and of its training state in all processes together."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     codec = 0 if model.codec is None else sum(p.numel() for p in model.codec.parameters())
-    whole = trained
-    if config.tuning == "full":
-        whole = codec + sum(t.numel() for t in model.backbone.official_state_dict().values())
+    backbone, whole = model.backbone, trained
+    assert backbone.source is not None, "of build_model"
+    if holds_all_weights(config.tuning, backbone.source):
+        adapters = trained - codec if config.tuning == "lora" else 0
+        whole = codec + adapters + sum(t.numel() for t in plain_weights(backbone).values())
     # Of the state: each weight, both moments and, if there is one, the average, in fp32.
     return whole * weight_bytes(config), trained * (16 if config.ema else 12)
 
@@ -136,8 +148,8 @@ def _shard_lines(cluster: Cluster, samples: int, size: float) -> list[str]:
     ]
 
 
-def _encoding_time(cluster: Cluster, samples: int, views: int) -> list[str]:
+def _encoding_seconds(cluster: Cluster, samples: int, views: int) -> float | None:
+    """None where nobody said how fast that is."""
     if cluster.encoded_per_second is None:
-        return ["encoding    not known: give --encoded-per-second"]
-    seconds = samples * views / (cluster.encoded_per_second * cluster.gpus)
-    return [f"encoding    {readable_time(seconds)}, once, before training"]
+        return None
+    return samples * views / (cluster.encoded_per_second * cluster.gpus)

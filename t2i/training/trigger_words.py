@@ -1,16 +1,47 @@
-"""The trigger words that a model was trained with, for those who draw with it."""
+"""The trigger words that a model is trained with: whether it reads them, and what those who draw
+with it are told.
+"""
 
 import logging
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2i.checkpoint_folders import read_config
+from t2i.errors import UserError
 from t2i.training.config import DataOptions
+
+if TYPE_CHECKING:
+    from t2i.models.base import Backbone
 
 log = logging.getLogger(__name__)
 
 TRIGGER = "trigger"
 """Among the facts of an export, whose run is not stored."""
+
+
+def refuse_lost_words(backbone: "Backbone", options: DataOptions) -> None:
+    """UserError names the trigger words that never get to the text encoder: LlamaGen's cleaning of
+    captions takes whole words out, and the run would teach, and be drawn with, nothing.
+    """
+    if options.trigger is None:
+        return
+    read = _words(backbone.as_read(options.with_trigger("a picture")))
+    if lost := [word for word in _words(options.with_trigger("")) if word not in read]:
+        raise UserError(
+            f"data.trigger={options.trigger!r}: the cleaning of captions that this "
+            f"{backbone.spec.family} model was trained with takes {', '.join(map(repr, lost))} out, "
+            "so that its text encoder would never read it. Plain words of Latin letters stay, made "
+            "up or not ('drawn by xyz'); letters mixed with digits, @names, <tags>, file types and "
+            "Chinese may go"
+        )
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters and digits, in lower case."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
 
 
 def trigger_of(training: dict) -> str | None:

@@ -204,6 +204,9 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
         shape = (batch, self.config.caption_tokens, self.config.caption_dim)
         return self.collate_features(torch.randn(shape, device=self.device).unbind())
 
+    def as_read(self, caption: str) -> str:
+        return clean_caption(caption)
+
     def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
         if self.frozen.text_encoder is not None:
             return self.frozen.text_encoder.notes(captions)
