@@ -1,0 +1,77 @@
+"""Parquet files and tars as users have them: replaced, oddly named, with texts that are no text."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import open_source
+from test_data_sources import (
+    CAPTIONS,
+    image_structs,
+    levels,
+    private_datasets_cache,  # noqa: F401
+    write_parquet,
+)
+
+STREAMED_OR_NOT = pytest.mark.parametrize("streaming", [False, True])
+
+
+def not_text(values: list[bytes]) -> pa.Array:
+    """Bytes that a file calls strings, as writers do that do not look."""
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+@STREAMED_OR_NOT
+def test_a_replaced_parquet_file_is_read_anew(tmp_path, streaming):
+    """With the old path and date, as `cp -p` and rsync leave it; the library's copy held the old
+    rows, which went into a cache under the new content's key.
+    """
+    path = tmp_path / "data" / "0.parquet"
+    for captions in (CAPTIONS, ["x", "y", "z"]):
+        write_parquet(path, {"image": image_structs(), "text": captions})
+        os.utime(path, (1e9, 1e9))
+        source = open_source(path.parent, streaming=streaming)
+        assert [sample.captions for sample in source] == [[caption] for caption in captions]
+
+
+@STREAMED_OR_NOT
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_caption_that_is_no_text_costs_its_row(tmp_path, streaming, bad):
+    """A stream ended there, at each start again; in the first row neither kind could be opened."""
+    texts = [b"a", b"b", b"c"]
+    texts[bad] = b"\xff\xfe"
+    columns = {"image": pa.array(image_structs()), "text": not_text(texts)}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    source = open_source(tmp_path, streaming=streaming)
+    expected = [0, 1, 2]
+    expected[bad] = "caption is not UTF-8"
+    assert levels(source) == expected
+
+
+@STREAMED_OR_NOT
+def test_texts_that_are_no_text_inside_of_others(tmp_path, streaming):
+    """A field of a caption, one of several captions, and the name of a picture."""
+    texts = not_text([b"\xff", b"b", b"c"])
+    columns = {
+        "image": pa.array(image_structs()),
+        "meta": pa.StructArray.from_arrays([texts, texts], ["caption", "other"]),
+        "several": pa.ListArray.from_arrays([0, 2, 3, 3], texts),
+        "file": texts,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    source = open_source(tmp_path, streaming=streaming)
+    assert levels(source) == ["caption is not UTF-8", 1, 2]
+    several = open_source(tmp_path, streaming=streaming, caption_column="several")
+    assert [sample.captions for sample in several] == [["b"], ["c"], []]
+    named = open_source(tmp_path, streaming=streaming, image_column="file")
+    assert levels(named)[1:] == ["missing", "missing"]
+    assert [name for name, _ in named.files()] == ["0.parquet", "b", "c"]
+
+
+@STREAMED_OR_NOT
+@pytest.mark.parametrize("name", ["my[1]data", "what?*", "50%20 a"])
+def test_parquet_in_oddly_named_folders(tmp_path, streaming, name):
+    """The library takes a path for a pattern."""
+    write_parquet(tmp_path / name / "0.parquet", {"image": image_structs(), "text": CAPTIONS})
+    assert levels(open_source(tmp_path / name, streaming=streaming)) == [0, 1, 2]
