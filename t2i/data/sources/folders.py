@@ -62,8 +62,8 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         for entry in entries:
             path, kind = Path(entry.path), _kind(entry)
             name = printable(os.path.relpath(path, folder))
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                if kind == "folder" and not entry.is_symlink() and _holds_images(path):
+            if is_hidden(entry.name):
+                if kind == "folder" and not entry.is_symlink() and holds_images(path):
                     left_out.append((f"{name}/", "hidden folder"))
                 elif kind != "folder" and is_image(path):
                     left_out.append((name, "hidden file"))
@@ -89,7 +89,12 @@ def _kind(entry: os.DirEntry) -> str:
     return "broken link" if entry.is_symlink() else "not a regular file"
 
 
-def _holds_images(folder: Path) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no one's data, wherever it lies."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def holds_images(folder: Path) -> bool:
     return any(is_image(Path(name)) for _, _, names in os.walk(folder) for name in names)
 
 
