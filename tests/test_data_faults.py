@@ -131,6 +131,24 @@ def test_splits_that_a_user_may_not_mean(tmp_path):
     assert open_source(tmp_path / "one")[0].key == "dog/0.png"
 
 
+def test_a_picture_beside_splits(tmp_path):
+    """Case 13: it makes one data set of all of them, the test set too: said, with the reason."""
+    for name in ("train", "test"):
+        sidecars(tmp_path / name)
+    assert open_source(tmp_path).length == 2
+    (tmp_path / "cover.png").write_bytes(png(1))
+    source = open_source(tmp_path)
+    assert source.length == 5
+    assert source.remarks == [
+        f"all sub-folders of {tmp_path} are used (test, train), since cover.png lies beside them; "
+        f"give {tmp_path}/train to use it alone"
+    ]
+    with pytest.raises(UserError, match=r"no splits, since cover\.png .*; give .*/test without"):
+        open_source(tmp_path, split="test")
+    with pytest.raises(UserError, match="has no sub-folder for the split 'val'"):
+        open_source(tmp_path, split="val")
+
+
 def test_metadata_that_is_not_read_is_named(tmp_path):
     """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take."""
     sidecars(tmp_path)
