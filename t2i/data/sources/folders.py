@@ -5,6 +5,7 @@ metadata does not list, knows no sidecar captions, and copies nothing that lazy 
 """
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ METADATA_ADVICE = (
 )
 OUTSIDE = "outside the folder (--data.outside-images uses it)"
 """Why an image is skipped that a table names elsewhere."""
+_STRANGE = "link to a file that is no .txt"
+_HASH = re.compile("[0-9a-f]{30,}")
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -198,15 +201,15 @@ class SidecarFolder(Source):
         self._folder = folder
         self._images = images
         captions = [path for path in files if path.suffix.lower() == ".txt"]
-        # What a link shows as a caption would get into pages and model cards: a key file, say.
-        strange = {path for path in captions if path.resolve().suffix.lower() != ".txt"}
+        strange = {path for path in captions if not _may_be_caption(path.resolve())}
         texts = {path.with_suffix(""): path for path in captions if path not in strange}
         self._texts = {path: texts.get(path.with_suffix("")) for path in images}
         if not any(self._texts.values()):
             lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
             if captions:
-                hint += f" ({name_in(folder, captions[0])} stands beside no image of its name)"
+                why = _STRANGE if captions[0] in strange else "stands beside no image of its name"
+                hint += f" ({name_in(folder, captions[0])}: {why})"
             raise UserError(
                 f"{folder} holds {len(images)} images but no captions. {METADATA_ADVICE}{hint}"
             )
@@ -216,7 +219,7 @@ class SidecarFolder(Source):
 
         def reason(path: Path) -> str:
             if path in strange:
-                return "link to a file that is no .txt"
+                return _STRANGE
             if path.with_suffix("") in pictured:  # a.txt and a.TXT
                 return "second caption file of an image"
             return "caption without image"
@@ -236,6 +239,14 @@ class SidecarFolder(Source):
     def __getitem__(self, index: int) -> Sample:
         path = self._images[index]
         return make_sample(index, str(path.relative_to(self._folder)), path, self._texts[path])
+
+
+def _may_be_caption(target: Path) -> bool:
+    """Whether a caption file, or what it links to, may be read: not a key file, say, which would
+    get into pages and model cards. Stores by content (the caches of the hub and of DVC) name files
+    by hashes, which nobody can guess who wants to have another file shown.
+    """
+    return target.suffix.lower() == ".txt" or _HASH.fullmatch(target.name) is not None
 
 
 def _looks_like_metadata(path: Path) -> bool:

@@ -101,9 +101,10 @@ def _is_hub_id(text: str) -> bool:
 
 def _find_files(source: str, split: str) -> _Found:
     """Every file that may belong to the data set."""
-    path = Path(os.path.expanduser(source)).resolve()
-    if path.is_dir():
-        return _find_in_folder(path, split)
+    given = Path(os.path.expanduser(source))
+    if given.is_dir():
+        return _find_in_folder(given.resolve(), split)
+    path = given.parent.resolve() / given.name  # a link's own name says what it is
     names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
     files = [name for name in names if name.is_file()]
     left_out = [
