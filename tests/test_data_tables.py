@@ -1,5 +1,6 @@
 """Parquet files and tars as users have them: replaced, oddly named, with texts that are no text."""
 
+import json
 import os
 
 import pyarrow as pa
@@ -10,9 +11,14 @@ from test_data_sources import (
     CAPTIONS,
     image_structs,
     levels,
+    png,
     private_datasets_cache,  # noqa: F401
     write_parquet,
+    write_tar,
 )
+
+from t2i.data.sources import tars
+from t2i.errors import UserError
 
 STREAMED_OR_NOT = pytest.mark.parametrize("streaming", [False, True])
 
@@ -75,3 +81,28 @@ def test_parquet_in_oddly_named_folders(tmp_path, streaming, name):
     """The library takes a path for a pattern."""
     write_parquet(tmp_path / name / "0.parquet", {"image": image_structs(), "text": CAPTIONS})
     assert levels(open_source(tmp_path / name, streaming=streaming)) == [0, 1, 2]
+
+
+# -- tars ------------------------------------------------------------------------------------------
+def test_the_first_json_of_a_tar_may_lack_the_caption(tmp_path, monkeypatch):
+    """There was no way in: the columns were those of the first one, also for a given name."""
+    members = {}
+    for i, fields in enumerate([{"url": "x"}, {"caption": "b"}, {"caption": "c", "long": "d"}]):
+        members |= {f"{i}.png": png(i), f"{i}.json": json.dumps(fields)}
+    write_tar(tmp_path / "0.tar", members)
+    assert levels(open_source(tmp_path)) == ["no caption", 1, 2]
+    assert levels(open_source(tmp_path, caption_column="json.long")) == ["no caption"] * 2 + [2]
+    with pytest.raises(UserError, match=r"no column 'json\.longer'.*json\.caption, json\.long"):
+        open_source(tmp_path, caption_column="json.longer")
+    monkeypatch.setattr(tars, "_ASKED", 2)  # what comes later has not been seen
+    assert levels(open_source(tmp_path, caption_column="json.long"))[2] == 2
+
+
+def test_a_tar_whose_pictures_and_texts_are_apart(tmp_path):
+    """It was "4 missing, 4 no caption", without a word of what a tar must be like."""
+    members = {f"{i}.png": png(i) for i in range(4)} | {f"{i}.txt": "x" for i in range(4)}
+    write_tar(tmp_path / "0.tar", members)
+    (remark,) = open_source(tmp_path).remarks
+    assert "apart (0.tar:0): the members of a sample must be neighbours" in remark
+    write_tar(tmp_path / "0.tar", dict(sorted(members.items())) | {"4.png": png(4), "5.txt": "x"})
+    assert open_source(tmp_path).remarks == []
