@@ -283,6 +283,24 @@ def test_a_cache_hit_reports_the_files_of_today(tmp_path):
     assert report_of(folder)["skipped"]["broken link"]["first"] == ["zz.png"]
 
 
+@pytest.mark.parametrize("what", ["missing", "cut"])
+@pytest.mark.parametrize("suffix", ["safetensors", "jsonl"])
+def test_a_damaged_shard_says_what_to_do(tmp_path, what, suffix):
+    """A full disk or a clean-up: it was a RuntimeError of a view, or FileNotFoundError alone."""
+    folder = build(open_source(make("sidecar", tmp_path / "data")), tmp_path / "cache")
+    path = folder / f"shard_00000.{suffix}"
+    if what == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-30])
+    store = CodeStore(folder)
+    message = rf"{path.name} is missing or damaged .*Delete {folder} and start again"
+    with pytest.raises(UserError, match=message):
+        _ = store.codes([0]) if suffix == "safetensors" else store.condition(0)
+    (tmp_path / "data" / "zz.png").symlink_to("/gone")  # so that the report is made again
+    build(open_source(tmp_path / "data"), tmp_path / "cache")
+
+
 # -- 28 --------------------------------------------------------------------------------------------
 def test_small_images_say_what_is_wanted(tmp_path):
     """Case 28: the size, and the option."""
