@@ -3,6 +3,7 @@
 import json
 import os
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -81,6 +82,20 @@ def test_parquet_in_oddly_named_folders(tmp_path, streaming, name):
     """The library takes a path for a pattern."""
     write_parquet(tmp_path / name / "0.parquet", {"image": image_structs(), "text": CAPTIONS})
     assert levels(open_source(tmp_path / name, streaming=streaming)) == [0, 1, 2]
+
+
+def test_a_saved_data_set_is_told_how_to_be_read(tmp_path):
+    """What `save_to_disk` writes is Arrow; the advice works."""
+    images = [{"bytes": png(i), "path": None} for i in range(3)]
+    data = datasets.Dataset.from_dict({"image": images, "text": CAPTIONS})
+    data = data.cast_column("image", datasets.Image())
+    datasets.DatasetDict(train=data).save_to_disk(tmp_path / "saved")
+    advice = r"no tars; .*/train was saved by .* datasets\.(load_from_disk\('.*/saved/train'\))"
+    for name in ("saved", "saved/train"):
+        with pytest.raises(UserError, match=advice):
+            open_source(tmp_path / name)
+    datasets.load_from_disk(tmp_path / "saved" / "train").to_parquet(tmp_path / "train.parquet")
+    assert levels(open_source(tmp_path / "train.parquet")) == [0, 1, 2]
 
 
 # -- tars ------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ METADATA_ADVICE = (
 OUTSIDE = "outside the folder (--data.outside-images uses it)"
 """Why an image is skipped that a table names elsewhere."""
 _STRANGE = "link to a file that is no .txt"
+_SAVED = "state.json"  # of Dataset.save_to_disk
 _HASH = re.compile("[0-9a-f]{30,}")
 
 
@@ -122,6 +123,11 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
             path for path in files if path.suffix.lower() in UNREAD_SUFFIXES | PACKED_SUFFIXES
         ]
         hint = f"; unpack or convert what is like {name_in(folder, others[0])}" if others else ""
+        if saved := next((path.parent for path in files if path.name == _SAVED), None):
+            hint = (
+                f"; {saved} was saved by the datasets library: write it as parquet with "
+                f"datasets.load_from_disk({str(saved)!r}).to_parquet('train.parquet')"
+            )
         raise UserError(f"{folder} holds no images, no parquet files and no tars{hint}")
     if wanted.image_column or wanted.caption_column:
         raise UserError(
