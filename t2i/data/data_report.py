@@ -167,17 +167,24 @@ def short_name(key: str) -> str:
 
 
 def survey_source(
-    source: Source, rules: ImageRules, *, caption_notes: CaptionNotes | None = None, limit: int = 64
+    source: Source,
+    rules: ImageRules,
+    *,
+    caption_notes: CaptionNotes | None = None,
+    max_samples: int | None = None,
+    limit: int = 64,
 ) -> tuple[DataReport, list[Sample]]:
     """Look at a source before a run: a report over at most `limit` samples, and the usable ones.
 
-    The samples are spread evenly over the source; of a stream, the first ones are taken.
+    The samples are spread evenly over the source, or over its first `max_samples`, which the run
+    is to use; of a stream, the first ones are taken.
     """
     if source.length is None:
-        samples: Iterable[Sample] = islice(source, limit)
+        samples: Iterable[Sample] = islice(source, min(limit, max_samples or limit))
     else:
-        count = min(limit, source.length)
-        samples = (source[i * source.length // count] for i in range(count))
+        length = min(source.length, max_samples or source.length)
+        count = min(limit, length)
+        samples = (source[i * length // count] for i in range(count))
     lines, usable = [], []
     for sample in samples:
         checked = drop_unreadable(sample, caption_notes)
