@@ -301,6 +301,19 @@ def test_a_damaged_shard_says_what_to_do(tmp_path, what, suffix):
     build(open_source(tmp_path / "data"), tmp_path / "cache")
 
 
+def test_shards_of_six_digits_keep_their_order(tmp_path):
+    """Where the report is made again, the samples changed places: 100000 sorts before 99999."""
+    source = open_source(make("sidecar", tmp_path / "data"))
+    folder = build(source, tmp_path / "cache", shard_size=2)
+    before = CodeStore(folder).codes([0, 1, 2])
+    for old, new in (("00001", "100000"), ("00000", "99999")):
+        for path in folder.glob(f"shard_{old}.*"):
+            path.rename(path.with_stem(f"shard_{new}"))
+    (tmp_path / "data" / "zz.png").symlink_to("/gone")
+    build(open_source(tmp_path / "data"), tmp_path / "cache", shard_size=2)
+    assert torch.equal(CodeStore(folder).codes([0, 1, 2]), before)
+
+
 # -- 28 --------------------------------------------------------------------------------------------
 def test_small_images_say_what_is_wanted(tmp_path):
     """Case 28: the size, and the option."""

@@ -41,7 +41,9 @@ def test_llamagen_folders_are_known_by_their_content(tmp_path):
 
 
 def test_llamagen_folders(tmp_path):
-    data = LlamaGenCodes(write_llamagen(tmp_path, images=11))  # "10" sorts before "2" as text
+    write_llamagen(tmp_path, images=11)
+    (tmp_path / "imagenet256_codes" / "².npy").touch()  # a digit, and no number
+    data = LlamaGenCodes(tmp_path)  # "10" sorts before "2" as text
     assert (len(data), data.views) == (11, 3)
     assert [data.condition(i) for i in (10, 2)] == [70, 14]
     codes = data.codes(torch.tensor([10, 2]), torch.tensor([0, 4]))

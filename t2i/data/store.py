@@ -62,6 +62,12 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard_{shard:05d}.safetensors"
 
 
+def shard_paths(folder: Path) -> list[Path]:
+    """All that are there, by number: from shard 100,000 on names sort otherwise."""
+    found = folder.glob("shard_*.safetensors")
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("shard_")))
+
+
 def sample_line(sample: Sample, skipped: SkipSample | None = None) -> dict:
     """What the jsonl says of a sample."""
     line: dict = {"index": sample.index, "key": sample.key}

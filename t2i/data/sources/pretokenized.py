@@ -141,7 +141,8 @@ def _find_pair(root: Path) -> tuple[Path, Path]:
 
 
 def _numbers(folder: Path) -> list[int]:
-    numbers = sorted(int(path.stem) for path in folder.glob("*.npy") if path.stem.isdigit())
+    names = [path.stem for path in folder.glob("*.npy")]
+    numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
     if not numbers:
         raise UserError(f"{folder} holds no files named as 0.npy")
     return numbers
