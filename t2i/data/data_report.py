@@ -185,17 +185,27 @@ def survey_source(
         length = min(source.length, max_samples or source.length)
         count = min(limit, length)
         samples = (source[i * length // count] for i in range(count))
-    lines, usable = [], []
-    for sample in samples:
-        checked = drop_unreadable(sample, caption_notes)
-        result = load_sample(checked, rules)
-        lines.append(sample_line(checked, result if isinstance(result, SkipSample) else None))
-        if not isinstance(result, SkipSample):
-            usable.append(checked)
-    report = DataReport.collect(lines, source)
+    checked = (drop_unreadable(sample, caption_notes) for sample in samples)
+    report, found = read_samples(checked, source, rules)
+    usable = [sample for sample, _ in found]
     if several := sum(len(sample.captions) > 1 for sample in usable):
         report.remarks.append(
             f"{several} have several captions (lines of a text or items of a list), "
             "of which training picks one each time"
         )
     return report, usable
+
+
+def read_samples(
+    samples: Iterable[Sample], source: Source, rules: ImageRules
+) -> tuple[DataReport, list[tuple[Sample, Tensor]]]:
+    """A report over some samples of a source; and the usable ones, each with its image's views."""
+    lines, usable = [], []
+    for sample in samples:
+        result = load_sample(sample, rules)
+        if isinstance(result, SkipSample):
+            lines.append(sample_line(sample, result))
+        else:
+            lines.append(sample_line(sample))
+            usable.append((sample, result))
+    return DataReport.collect(lines, source), usable
