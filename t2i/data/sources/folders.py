@@ -6,6 +6,7 @@ metadata does not list, knows no sidecar captions, and copies nothing that lazy 
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ METADATA_ADVICE = (
 OUTSIDE = "outside the folder (--data.outside-images uses it)"
 """Why an image is skipped that a table names elsewhere."""
 _STRANGE = "link to a file that is no .txt"
-_SAVED = "state.json"  # of Dataset.save_to_disk
+_SAVED = ("dataset_info.json", "state.json")  # by Dataset.save_to_disk
 _HASH = re.compile("[0-9a-f]{30,}")
 
 
@@ -123,10 +124,12 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
             path for path in files if path.suffix.lower() in UNREAD_SUFFIXES | PACKED_SUFFIXES
         ]
         hint = f"; unpack or convert what is like {name_in(folder, others[0])}" if others else ""
-        if saved := next((path.parent for path in files if path.name == _SAVED), None):
+        names = Counter(path.parent for path in files if path.name in _SAVED)
+        if parts := [parent for parent, count in names.items() if count == len(_SAVED)]:
+            saved = next((path for path in parts if path.name == "train"), parts[0])
             hint = (
                 f"; {saved} was saved by the datasets library: write it as parquet with "
-                f"datasets.load_from_disk({str(saved)!r}).to_parquet('train.parquet')"
+                f"datasets.load_from_disk({str(saved)!r}).to_parquet({saved.name + '.parquet'!r})"
             )
         raise UserError(f"{folder} holds no images, no parquet files and no tars{hint}")
     if wanted.image_column or wanted.caption_column:
