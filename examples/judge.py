@@ -27,7 +27,8 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.data.captioned import CaptionedImages
-from t2i.data.images import center_crop, open_image, to_pixels
+from t2i.data.data_report import read_samples
+from t2i.data.images import ImageRules, center_crop, to_pixels
 from t2i.data.sources.open_source import open_source
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import load_image
@@ -114,10 +115,16 @@ def judge(options: Options) -> None:
 # -- pictures --------------------------------------------------------------------------------------
 def read_captioned(sources: Sequence[str], base: Backbone, style: str) -> Pictures:
     """All pictures of some data sets."""
-    opened = [open_source(CaptionedImages(source)) for source in sources]
-    samples = [sample for source in opened for sample in source if sample.captions]
-    images = [open_image(sample.image) for sample in samples]
-    return _pictures(images, [sample.captions[0] for sample in samples], base, style)
+    found = []
+    for source in map(open_source, map(CaptionedImages, sources)):
+        rules = ImageRules(base.image_size[0], small="upscale")
+        report, usable = read_samples(source, source, rules)
+        print(f"{source.name}: {report.describe()}")
+        found += usable
+    if not found:
+        raise UserError(f"no picture of {', '.join(sources)} can be used")
+    pixels = torch.cat([views for _, views in found])
+    return _pictures(pixels, [sample.captions[0] for sample, _ in found], base, style)
 
 
 def read_drawn(folder: Path, base: Backbone, style: str) -> Pictures:
@@ -129,15 +136,12 @@ def read_drawn(folder: Path, base: Backbone, style: str) -> Pictures:
         captions += [read_json_lines(prompt / "metadata.jsonl")[0]["prompt"]] * len(files)
     if not images:
         raise UserError(f"{folder} has no images: name a folder of launch/generate.py")
-    return _pictures(images, captions, base, style)
+    pixels = [to_pixels(center_crop(image, base.image_size[0])) for image in images]
+    return _pictures(torch.stack(pixels), captions, base, style)
 
 
 @torch.no_grad()
-def _pictures(
-    images: Sequence[Image.Image], captions: Sequence[str], base: Backbone, style: str
-) -> Pictures:
-    size = base.image_size[0]
-    pixels = torch.stack([to_pixels(center_crop(image, size)) for image in images])
+def _pictures(pixels: Tensor, captions: Sequence[str], base: Backbone, style: str) -> Pictures:
     seen = [base.decode_pixels(base.encode_images(some)) for some in pixels.split(64)]
     parts = [thing_and_style(caption, style) for caption in captions]
     things, styles = ([part[i] for part in parts] for i in (0, 1))

@@ -149,13 +149,19 @@ def read_pictures(sources: Sequence[str], size: int):
     import torch
 
     from t2i.data.captioned import CaptionedImages
-    from t2i.data.images import center_crop, open_image, to_pixels
+    from t2i.data.data_report import read_samples
+    from t2i.data.images import ImageRules
     from t2i.data.sources.open_source import open_source
 
-    opened = [open_source(CaptionedImages(source)) for source in sources]
-    samples = [sample for source in opened for sample in source if sample.captions]
-    pixels = [to_pixels(center_crop(open_image(sample.image), size)) for sample in samples]
-    return torch.stack(pixels), [caption for sample in samples for caption in sample.captions]
+    found = []
+    for source in map(open_source, map(CaptionedImages, sources)):
+        report, usable = read_samples(source, source, ImageRules(size, small="upscale"))
+        print(f"{source.name}: {report.describe()}")
+        found += usable
+    if not found:
+        raise UserError(f"no picture of {', '.join(sources)} can be used")
+    captions = [caption for sample, _ in found for caption in sample.captions]
+    return torch.cat([views for _, views in found]), captions
 
 
 if __name__ == "__main__":

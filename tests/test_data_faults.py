@@ -131,6 +131,24 @@ def test_splits_that_a_user_may_not_mean(tmp_path):
     assert open_source(tmp_path / "one")[0].key == "dog/0.png"
 
 
+def test_a_picture_beside_splits(tmp_path):
+    """Case 13: it makes one data set of all of them, the test set too: said, with the reason."""
+    for name in ("train", "test"):
+        sidecars(tmp_path / name)
+    assert open_source(tmp_path).length == 2
+    (tmp_path / "cover.png").write_bytes(png(1))
+    source = open_source(tmp_path)
+    assert source.length == 5
+    assert source.remarks == [
+        f"all sub-folders of {tmp_path} are used (test, train), since cover.png lies beside them; "
+        f"give {tmp_path}/train to use it alone"
+    ]
+    with pytest.raises(UserError, match=r"no splits, since cover\.png .*; give .*/test without"):
+        open_source(tmp_path, split="test")
+    with pytest.raises(UserError, match="has no sub-folder for the split 'val'"):
+        open_source(tmp_path, split="val")
+
+
 def test_metadata_that_is_not_read_is_named(tmp_path):
     """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take."""
     sidecars(tmp_path)
@@ -263,6 +281,37 @@ def test_a_cache_hit_reports_the_files_of_today(tmp_path):
     assert build(open_source(data), tmp_path / "cache") == folder
     assert CodeStore(folder).manifest["report"]["lines"] == ["1 broken link (zz.png)"]
     assert report_of(folder)["skipped"]["broken link"]["first"] == ["zz.png"]
+
+
+@pytest.mark.parametrize("what", ["missing", "cut"])
+@pytest.mark.parametrize("suffix", ["safetensors", "jsonl"])
+def test_a_damaged_shard_says_what_to_do(tmp_path, what, suffix):
+    """A full disk or a clean-up: it was a RuntimeError of a view, or FileNotFoundError alone."""
+    folder = build(open_source(make("sidecar", tmp_path / "data")), tmp_path / "cache")
+    path = folder / f"shard_00000.{suffix}"
+    if what == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-30])
+    store = CodeStore(folder)
+    message = rf"{path.name} is missing or damaged .*Delete {folder} and start again"
+    with pytest.raises(UserError, match=message):
+        _ = store.codes([0]) if suffix == "safetensors" else store.condition(0)
+    (tmp_path / "data" / "zz.png").symlink_to("/gone")  # so that the report is made again
+    build(open_source(tmp_path / "data"), tmp_path / "cache")
+
+
+def test_shards_of_six_digits_keep_their_order(tmp_path):
+    """Where the report is made again, the samples changed places: 100000 sorts before 99999."""
+    source = open_source(make("sidecar", tmp_path / "data"))
+    folder = build(source, tmp_path / "cache", shard_size=2)
+    before = CodeStore(folder).codes([0, 1, 2])
+    for old, new in (("00001", "100000"), ("00000", "99999")):
+        for path in folder.glob(f"shard_{old}.*"):
+            path.rename(path.with_stem(f"shard_{new}"))
+    (tmp_path / "data" / "zz.png").symlink_to("/gone")
+    build(open_source(tmp_path / "data"), tmp_path / "cache", shard_size=2)
+    assert torch.equal(CodeStore(folder).codes([0, 1, 2]), before)
 
 
 # -- 28 --------------------------------------------------------------------------------------------

@@ -130,6 +130,42 @@ def test_16_bit_is_scaled(kind):
     assert (opened == np.rint(values / 257)[..., None]).all()
 
 
+def tagged(image, **tags):
+    """A TIFF with other values of tags that hold one short number."""
+    numbers, data = {"bits": 258, "photometric": 262, "format": 339}, encode(image, "TIFF")
+    for name, value in tags.items():
+        entry = struct.pack("<HHI", numbers[name], 3, 1)
+        at = data.index(entry) + len(entry)
+        data = data[:at] + struct.pack("<H", value) + data[at + 2 :]
+    return data
+
+
+def test_tiffs_whose_tags_say_what_the_numbers_mean():
+    """Negatives were read as positives, and the brighter half of unsigned numbers as black."""
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    grey = np.rint(ramp * 255).astype(np.uint8)[..., None]
+    sixteen = Image.fromarray((ramp * 65535).astype(np.uint16))
+    floats = Image.fromarray(ramp.astype(np.float32))
+    unsigned = Image.fromarray((ramp * (2**32 - 1)).astype(np.uint32).view(np.int32))
+    for data, expected in (
+        (tagged(sixteen, photometric=0), 255 - grey),
+        (tagged(floats, photometric=0), 255 - grey),
+        (tagged(unsigned, format=1), grey),
+        (tagged(Image.new("I;16", (8, 8), 65535), bits=12), 255),
+    ):
+        assert np.abs(np.array(open_image(data)).astype(int) - expected).max() <= 1
+
+
+def test_a_transparent_value_of_16_bits():
+    """The picture was clipped to white."""
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    image = Image.fromarray(values)
+    opened = np.array(open_image(encode(image, "PNG", transparency=int(values[0, 1]))))
+    expected = np.rint(values / 257)
+    expected[0, 1] = 255
+    assert (opened == expected[..., None]).all()
+
+
 def test_grey_scales_that_do_not_say_what_white_is():
     eight_bit = Image.fromarray(np.full((4, 4), 200, np.int32))
     thirty_two_bit = Image.fromarray(np.full((4, 4), 2**30, np.int32))

@@ -220,6 +220,32 @@ def test_a_caption_that_is_a_link_to_a_key(tmp_path, secret):
     assert ("a.txt", "link to a file that is no .txt") in source.left_out
 
 
+def test_the_reason_is_named_where_all_captions_are_links(tmp_path, secret):
+    """It said that the file "stands beside no image of its name"."""
+    (tmp_path / "a.png").write_bytes(_png())
+    (tmp_path / "a.txt").symlink_to(secret / "id_rsa")
+    with pytest.raises(UserError, match=r"\(a\.txt: link to a file that is no \.txt\)"):
+        open_source(tmp_path)
+
+
+def test_links_into_stores_by_content(tmp_path):
+    """The caches of the hub and of DVC: names of hashes, which nobody can guess."""
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    pq.write_table(pa.table({"image": [_png()], "text": ["a dot"]}), tmp_path / "rows")
+    contents = {"a.png": _png(), "a.txt": b"a dot", "0.parquet": (tmp_path / "rows").read_bytes()}
+    for number, (name, content) in enumerate(contents.items()):
+        blob = tmp_path / "blobs" / f"{number}{'0a1b2c3d4e' * 3}"
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
+    assert [s.captions for s in open_source(snapshot / "0.parquet")] == [["a dot"]]
+    (snapshot / "0.parquet").unlink()
+    (sample,) = open_source(snapshot)
+    assert sample.captions == ["a dot"]
+    assert isinstance(load_sample(sample, ImageRules(32)), torch.Tensor)
+
+
 def test_tars_are_never_unpacked(tmp_path, secret):
     """Links and names that lead out are entries like others: nothing is written or followed."""
     path = tmp_path / "data" / "0.tar"

@@ -59,10 +59,11 @@ class ViewEncoder:
         return encode(pixels)
 
 
-def extract(dataset, folder, views="flip", **changes):
+def extract(dataset, folder, views="flip", expected_key=None, **changes):
     rules = ImageRules(SIZE, Views(views), small="upscale")
     defaults = {"images": encode, "rules": rules, "batch_size": 4, "shard_size": 3}
-    return build_store(LabelledFolder(dataset), folder, Encoding(**(defaults | changes)))
+    encoding = Encoding(**(defaults | changes))
+    return build_store(LabelledFolder(dataset), folder, encoding, expected_key=expected_key)
 
 
 # -- views -----------------------------------------------------------------------------------------
@@ -134,6 +135,33 @@ def test_what_is_passed_over_is_named(dataset, tmp_path):
     assert LabelledFolder(dataset).left_out == left_out
     report = CodeStore(extract(dataset, tmp_path / "cache")).manifest["report"]
     assert "1 broken link (n01/z.png)" in report["lines"][0]
+
+
+def test_empty_classes_are_part_of_the_data(dataset, tmp_path):
+    """One that is renamed moves the labels of all behind it, and no file changes."""
+    (dataset / "train" / "n04").mkdir()
+    before = extract(dataset, tmp_path / "cache")
+    (dataset / "train" / "n04").rename(dataset / "train" / "n00")
+    after = extract(dataset, tmp_path / "cache")
+    assert [CodeStore(folder).condition(0) for folder in (before, after)] == [0, 1]
+    with pytest.raises(ValueError, match=r"empty_classes: \['n04'\] -> \['n00'\]"):
+        extract(dataset, tmp_path / "cache", expected_key=before.name)
+
+
+def test_hidden_folders_are_no_classes(dataset):
+    """What a Mac's zip holds besides would shift the labels of classes in small letters."""
+    found = LabelledFolder(dataset)
+    for name in ("__MACOSX", ".thumbs"):
+        (dataset / "train" / name).mkdir()
+        picture(1).save(dataset / "train" / name / "0.png")
+    again = LabelledFolder(dataset)
+    assert (again.classes, again.paths, again.identity) == (
+        found.classes,
+        found.paths,
+        found.identity,
+    )
+    left_out = [(".thumbs/", "hidden folder"), ("__MACOSX/", "hidden folder")]
+    assert again.left_out == left_out
 
 
 def test_other_folders_are_refused(tmp_path):

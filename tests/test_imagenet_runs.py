@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Killed, in_threads, rare, tiny_llamagen, tiny_rar
+from PIL import Image
 from programs import refused
 from runs import assert_same_weights, before_step, kill, weights
 
@@ -19,6 +20,7 @@ import t2i
 from launch import fid as fid_program
 from launch import sample_imagenet, train_imagenet
 from t2i import cli
+from t2i.errors import UserError
 from t2i.evaluation.draw import draw_classes, sample_labels
 from t2i.evaluation.evaluation_options import ClassImages
 from t2i.models.llamagen.llamagen_recipes import class_recipes
@@ -221,6 +223,27 @@ def test_recipes_of_all_published_sizes():
     assert "c2i_XL_384.pt" in published["llamagen-xl-384"].backbone.weights
     assert "c2i_L_256.pt" in published["llamagen-l-256"].backbone.weights
     assert "AR_256_B.ckpt" in published["open-magvit2-b"].backbone.weights
+
+
+def test_pictures_of_classes_are_looked_at(base, tmp_path):
+    """The pre-flight opened none of them."""
+    for i in range(20):
+        (tmp_path / "images" / f"c{i:02d}").mkdir(parents=True)
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"c{i:02d}" / "0.png")
+    config = tiny(base, "looked")
+    data = replace(config.data, source=(str(tmp_path / "images"),), validation_samples=2)
+    config = replace(config, data=data)
+    assert "looked at     20 of them: nothing skipped" in check(config)
+    (tmp_path / "images" / "c03" / "0.png").write_bytes(b"junk")
+    (tmp_path / "images" / "c04" / "z.png").symlink_to("/gone")
+    said = check(config)
+    assert "1 of 20 samples looked at are skipped, corrupt (c03/0.png)" in said
+    assert "1 left out, broken link (c04/z.png)" in said and "2 of 19 samples held out" in said
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.unlink()
+        path.write_bytes(b"junk")
+    with pytest.raises(UserError, match="none of the images looked at can be used: 21 corrupt"):
+        check(config)
 
 
 def test_command_line(monkeypatch):

@@ -87,6 +87,16 @@ def test_what_is_skipped_is_not_counted(tiny_world, tmp_path):
     assert "2 of 6 samples held out" in said and "over 4 training samples" in said
 
 
+def test_what_is_beyond_the_bound_is_not_looked_at(tiny_world, tmp_path):
+    """Case 28: broken samples that the run does not use made it "not ready"."""
+    folder = write_dataset_of_captions(tmp_path, "a red circle", count=10, size=32)
+    for i in range(6, 10):
+        (folder / f"{i}.png").write_bytes(b"")
+    own = {"data__source": str(folder), "data__validation_samples": 2}
+    said = check(tiny_run(tiny_world, "bounded", **own, data__max_samples=5))
+    assert "looked at     5 of them: nothing skipped" in said and "empty" not in said
+
+
 # -- the pre-flight's order, and what it needs -----------------------------------------------------
 @pytest.fixture
 def no_files(monkeypatch):

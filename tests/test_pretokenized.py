@@ -11,6 +11,7 @@ from t2i.data.encoding import Encoding, build_store
 from t2i.data.sources import pretokenized
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.data.store import CodeStore
+from t2i.errors import UserError
 from t2i.processes import ALONE, Processes
 from t2i.training.config import LabelledOptions, TrainConfig
 from t2i.training.examples import encode_examples
@@ -40,7 +41,9 @@ def test_llamagen_folders_are_known_by_their_content(tmp_path):
 
 
 def test_llamagen_folders(tmp_path):
-    data = LlamaGenCodes(write_llamagen(tmp_path, images=11))  # "10" sorts before "2" as text
+    write_llamagen(tmp_path, images=11)
+    (tmp_path / "imagenet256_codes" / "².npy").touch()  # a digit, and no number
+    data = LlamaGenCodes(tmp_path)  # "10" sorts before "2" as text
     assert (len(data), data.views) == (11, 3)
     assert [data.condition(i) for i in (10, 2)] == [70, 14]
     codes = data.codes(torch.tensor([10, 2]), torch.tensor([0, 4]))
@@ -82,6 +85,35 @@ def test_broken_llamagen_folders(tmp_path):
     (root / "imagenet256_labels" / "1.npy").unlink()
     with pytest.raises(ValueError, match=r"1\.npy is in one of them only"):
         LlamaGenCodes(root)
+
+
+def test_files_that_are_unlike_the_first_are_named(tmp_path):
+    """Interrupted or mixed extractions ended a training in an IndexError or in np.stack."""
+    root = write_llamagen(tmp_path / "a")
+    np.save(root / "imagenet256_codes" / "2.npy", np.zeros((1, 2, 5), int))
+    np.save(root / "imagenet256_codes" / "3.npy", np.zeros((1, 3, 4), int))
+    np.save(root / "imagenet256_labels" / "1.npy", np.array([1.7]))
+    data = LlamaGenCodes(root)
+    with pytest.raises(UserError, match=r"codes/2\.npy holds \[2, 5\] .*, 0\.npy \[3, 5\]"):
+        data.codes([1, 2], [0, 2])
+    with pytest.raises(UserError, match=r"codes/3\.npy holds \[3, 4\]"):
+        data.codes([1, 3])
+    with pytest.raises(UserError, match=r"labels/1\.npy holds float64 \[1\], expected a label"):
+        data.condition(1)
+    other = write_llamagen(tmp_path / "b")
+    for i in range(4):
+        np.save(other / "imagenet256_codes" / f"{i}.npy", np.zeros((1, 1, 4), int))
+    with pytest.raises(UserError, match=r"different sizes \(.*a/\S+ 5, .*b/\S+ 4 positions"):
+        LlamaGenCodes(root, other)
+
+
+def test_every_label_is_part_of_the_key(tmp_path):
+    """Of 200 only every third was."""
+    root = write_llamagen(tmp_path, images=200)
+    before = LlamaGenCodes(root).key
+    assert LlamaGenCodes(root).key == before
+    np.save(root / "imagenet256_labels" / "1.npy", np.array([8]))
+    assert LlamaGenCodes(root).key != before
 
 
 def write_jsonl(path, count=8, end="\n"):

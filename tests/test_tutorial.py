@@ -100,6 +100,28 @@ def test_what_a_package_lacks_is_said(tmp_path, packages, monkeypatch):
         emoji.read_package(packages, "nobody")
 
 
+def test_pictures_that_cannot_be_read_are_skipped(tmp_path, capsys):
+    """One truncated picture ended the program in a traceback."""
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"a {name}")
+    pixels, captions = new_base.read_pictures([str(tmp_path)], 16)
+    assert pixels.shape == (3, 3, 16, 16) and captions == ["a a", "a b", "a c"]
+    assert "nothing skipped" in capsys.readouterr().out
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
+    (tmp_path / "c.txt").write_text("")
+    base = types.SimpleNamespace(
+        image_size=(16, 16), encode_images=lambda x: x, decode_pixels=lambda x: x
+    )
+    pixels, captions = new_base.read_pictures([str(tmp_path)], 16)
+    judged = judge.read_captioned([str(tmp_path)], base, "streamline style")
+    assert captions == ["a a"] and pixels.shape == judged.pixels.shape == (1, 3, 16, 16)
+    assert capsys.readouterr().out.count("1 corrupt (b.png), 1 no caption (c.png)") == 2
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=f"no picture of {tmp_path} can be used"):
+        new_base.read_pictures([str(tmp_path)], 16)
+
+
 @pytest.mark.slow
 def test_the_tutorials_way(tmp_path, packages, enter, monkeypatch):
     monkeypatch.chdir(tmp_path)

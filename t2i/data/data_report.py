@@ -167,28 +167,45 @@ def short_name(key: str) -> str:
 
 
 def survey_source(
-    source: Source, rules: ImageRules, *, caption_notes: CaptionNotes | None = None, limit: int = 64
+    source: Source,
+    rules: ImageRules,
+    *,
+    caption_notes: CaptionNotes | None = None,
+    max_samples: int | None = None,
+    limit: int = 64,
 ) -> tuple[DataReport, list[Sample]]:
     """Look at a source before a run: a report over at most `limit` samples, and the usable ones.
 
-    The samples are spread evenly over the source; of a stream, the first ones are taken.
+    The samples are spread evenly over the source, or over its first `max_samples`, which the run
+    is to use; of a stream, the first ones are taken.
     """
     if source.length is None:
-        samples: Iterable[Sample] = islice(source, limit)
+        samples: Iterable[Sample] = islice(source, min(limit, max_samples or limit))
     else:
-        count = min(limit, source.length)
-        samples = (source[i * source.length // count] for i in range(count))
-    lines, usable = [], []
-    for sample in samples:
-        checked = drop_unreadable(sample, caption_notes)
-        result = load_sample(checked, rules)
-        lines.append(sample_line(checked, result if isinstance(result, SkipSample) else None))
-        if not isinstance(result, SkipSample):
-            usable.append(checked)
-    report = DataReport.collect(lines, source)
+        length = min(source.length, max_samples or source.length)
+        count = min(limit, length)
+        samples = (source[i * length // count] for i in range(count))
+    checked = (drop_unreadable(sample, caption_notes) for sample in samples)
+    report, found = read_samples(checked, source, rules)
+    usable = [sample for sample, _ in found]
     if several := sum(len(sample.captions) > 1 for sample in usable):
         report.remarks.append(
             f"{several} have several captions (lines of a text or items of a list), "
             "of which training picks one each time"
         )
     return report, usable
+
+
+def read_samples(
+    samples: Iterable[Sample], source: Source, rules: ImageRules
+) -> tuple[DataReport, list[tuple[Sample, Tensor]]]:
+    """A report over some samples of a source; and the usable ones, each with its image's views."""
+    lines, usable = [], []
+    for sample in samples:
+        result = load_sample(sample, rules)
+        if isinstance(result, SkipSample):
+            lines.append(sample_line(sample, result))
+        else:
+            lines.append(sample_line(sample))
+            usable.append((sample, result))
+    return DataReport.collect(lines, source), usable

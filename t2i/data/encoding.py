@@ -32,7 +32,7 @@ from t2i.data.content import Contents, content_key, contents_key, describe_chang
 from t2i.data.data_report import CaptionNotes, DataReport, drop_unreadable, load_sample
 from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
-from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path
+from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path, shard_paths
 from t2i.errors import UserError
 from t2i.fields import leaves
 from t2i.files import read_json, remove_leftovers, wait_for, writable_folder, write_text
@@ -291,6 +291,6 @@ def _refresh(folder: Path, source: Source) -> None:
     """Bring the report up to date with files around the samples, which the key does not cover."""
     manifest = read_json(folder / MANIFEST)
     if manifest["surroundings"] != _surroundings(source):
-        shards = map(ShardReader, sorted(folder.glob("shard_*.safetensors")))
+        shards = map(ShardReader, shard_paths(folder))
         with suppress(UserError):  # someone else's store, which can only be read
             _finish(folder, manifest["key"], source, list(shards))

@@ -15,7 +15,7 @@ import stat
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from t2i.errors import UserError
 
 # Part of every cache key: change it whenever the pixels of an image change.
-PIXELS_VERSION = "adm-crop-1"
+PIXELS_VERSION = "adm-crop-2"
 _MOST_MEGAPIXELS = 100.0
 """Larger images are skipped. Pillow has a limit of its own near 179, which also ends in a skip."""
 # Formats that decode by themselves; EPS, for example, would start Ghostscript on a downloaded file.
@@ -33,6 +33,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 _LARGEST_FILE = 1 << 30
 """Bytes of an encoded image that are read; more than 100 megapixels never need."""
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG, _PHOTOMETRIC_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -274,30 +276,45 @@ def _normalise(image: Image.Image) -> Image.Image:
     image.load()
     # Not ImageOps.exif_transpose: it rewrites the whole EXIF block and raises on a damaged tag.
     turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bit(image)
     image = image if turn is None else image.transpose(turn)
     if image.has_transparency_data:
         if image.mode == "La":  # Pillow has no direct way from here to RGBA
             image = image.convert("LA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bit(image)
     return image.convert("RGB")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Greyscale with more than 8 bits -> mode L; Pillow's own convert would clip to white.
+    """Greyscale with more than 8 bits -> mode L, over white; Pillow's own convert would clip it.
 
-    Mode I;16 is 16-bit by definition. Modes I and F do not say what white is: it is taken to be
-    the smallest of the usual full scales (float 1, 8, 16, 31 bits) that holds the largest value.
+    Mode I;16 has 16 bits, or as many as a TIFF's tags say. Modes I and F do not say what white is:
+    it is taken to be the smallest of the usual full scales (float 1; 8, 16, 31 or unsigned 32 bits)
+    that holds the largest value.
     """
-    values = np.asarray(image).astype(np.float64)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, from which Pillow takes the numbers alone
+    stored = np.asarray(image)
+    sample_format = _first(tags.get(_SAMPLE_FORMAT_TAG, _UNSIGNED))
+    unsigned = bool(tags) and image.mode == "I" and sample_format == _UNSIGNED
+    values = (stored.view(np.uint32) if unsigned else stored).astype(np.float64)
     if not np.isfinite(values).all():
         raise SkipSample("corrupt", "holds values that are not finite")
     if image.mode.startswith("I;16"):
-        white = 65535.0
+        white = 2.0 ** _first(tags.get(_BITS_TAG, 16)) - 1
     else:
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((scale for scale in scales if values.max() <= scale), 2.0**31 - 1)
+        full = 2.0**32 - 1 if unsigned else 2.0**31 - 1
+        white = next((scale for scale in scales if values.max() <= scale), full)
+    if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
+        values = white - values
+    elif "transparency" in image.info:  # one value of a PNG
+        values = np.where(values == image.info["transparency"], white, values)
     scaled = np.clip(values / white, 0, 1) * 255
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def _first(value: Any) -> Any:
+    """Of a TIFF's tag, which holds a number or one for each channel."""
+    return value[0] if isinstance(value, tuple) else value

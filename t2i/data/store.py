@@ -25,11 +25,13 @@ feature width.
 import bisect
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,6 +60,12 @@ Numbers = Sequence[int] | Tensor
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard_{shard:05d}.safetensors"
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """All that are there, by number: from shard 100,000 on names sort otherwise."""
+    found = folder.glob("shard_*.safetensors")
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("shard_")))
 
 
 def sample_line(sample: Sample, skipped: SkipSample | None = None) -> dict:
@@ -134,7 +142,10 @@ class ShardReader:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        return map_tensors(self.path)
+        # safetensors itself compares the header with the size, which a mapped file does not tell;
+        # to it, a file that may not be read is missing.
+        with _whole(self.path), open(self.path, "rb"), safe_open(self.path, framework="pt"):
+            return map_tensors(self.path)
 
     @cached_property
     def labels(self) -> list[int] | None:
@@ -159,14 +170,20 @@ class ShardReader:
 
     def lines(self) -> Iterator[dict]:
         """Every sample seen, usable or skipped, in source order."""
-        with open(self.path.with_suffix(".jsonl"), encoding="utf-8") as file:
+        path = self.path.with_suffix(".jsonl")
+        with _whole(path), open(path, encoding="utf-8") as file:
             yield from map(json.loads, file)
 
     @cached_property
     def _usable(self) -> list[bytes]:
         """The lines of the usable samples: only those that are asked for are parsed."""
-        content = self.path.with_suffix(".jsonl").read_bytes()
-        return [line for line in content.split(b"\n") if line and _SKIPPED not in line]
+        path = self.path.with_suffix(".jsonl")
+        with _whole(path):
+            content = path.read_bytes()
+            lines = [line for line in content.split(b"\n") if line and _SKIPPED not in line]
+            if len(lines) != (count := self.codes_shape[0]) or not content.endswith(b"\n"):
+                raise ValueError(f"it ends in line {len(lines)} of {count}")
+        return lines
 
     def sample(self, row: int) -> dict:
         """{index, key, captions} of a usable sample, in the order of the codes."""
@@ -183,6 +200,20 @@ class ShardReader:
         caption = first + choice % (end - first)
         start, end = text[caption : caption + 2].tolist()
         return self._tensors["text"][start : min(end, start + max_tokens)].float()
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """While a file of a shard is read, which was written whole: UserError if it is not any more."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (FileNotFoundError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({error}). Delete {path.parent} and start again: the "
+            "data are encoded anew"
+        ) from error
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ that name is given as `./shapes`.
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 from t2i.data.samples import Sample, Source
@@ -46,7 +47,7 @@ def parse_shapes(text: str) -> ShapesSource | None:
     name, colon, count = text.partition(":")
     if name != NAME:
         return None
-    if colon and (not count.isdigit() or int(count) < 1):
+    if colon and (not re.fullmatch("[0-9]{1,15}", count) or int(count) < 1):
         raise UserError(f"data source {text!r}: write shapes or shapes:N with N scenes, at least 1")
     source = ShapesSource(int(count) if colon else DEFAULT_SCENES)
     if said := namesake(text, "the scenes that the kit draws"):

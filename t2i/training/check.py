@@ -139,7 +139,7 @@ def check(
     parameter_groups(model, config)  # raises where nothing would be trained
     survey, otherwise = None, "train all the same"
     if isinstance(config.data, LabelledOptions):
-        total, lines, warnings = _labelled(config.data, model.backbone)
+        survey, total, lines, warnings = _labelled(config.data, model.backbone)
     else:
         assert source is not None
         survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
@@ -181,7 +181,12 @@ def _captioned(
     """What was found, lines on the data, and warnings."""
     size = image_size(backbone)
     rules = ImageRules(size, small=options.small_images)
-    survey, usable = survey_source(source, rules, caption_notes=backbone.caption_notes)
+    survey, usable = survey_source(
+        source,
+        rules,
+        caption_notes=backbone.caption_notes,
+        max_samples=options.max_samples,
+    )
     if not usable:
         raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
     count = "unknown number of" if total is None else total
@@ -190,7 +195,7 @@ def _captioned(
         f"looked at     {survey.seen} of them: {survey.describe()}",
         *(f"caption       {s.captions[0]!r:.300} ({short_name(s.key)})" for s in usable[:3]),
     ]
-    warnings = list(_about_captions(survey, size))
+    warnings = list(_about_samples(survey, size))
     sided = [c for s in usable for c in s.captions if re.search(r"\b(left|right)\b", c, re.I)]
     if options.views == "flip" and sided:
         warnings.append(
@@ -200,7 +205,7 @@ def _captioned(
     return survey, lines, warnings
 
 
-def _about_captions(survey: DataReport, size: int) -> Iterator[str]:
+def _about_samples(survey: DataReport, size: int) -> Iterator[str]:
     """On the samples that were looked at, and on files that belong to no sample."""
     around = Counter(line["reason"] for line in survey.skipped if line["index"] is None)
     for reason, keys in survey.keys.items():
@@ -217,23 +222,30 @@ def _about_captions(survey: DataReport, size: int) -> Iterator[str]:
             yield f"{count} left out, {reason} ({short_name(keys[-1])})"
 
 
-def _labelled(options: LabelledOptions, backbone: Backbone) -> tuple[int, list[str], list[str]]:
-    """Number of images (or of their codes), lines on them, and warnings."""
+def _labelled(
+    options: LabelledOptions, backbone: Backbone
+) -> tuple[DataReport | None, int, list[str], list[str]]:
+    """What was found of images, their number (or of their codes), lines on them, and warnings."""
     opened = open_labelled(options, backbone.spec)
     source = f"source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
-        return len(opened), [f"{source}{len(opened)} x {opened.views} views"], []
+        return None, len(opened), [f"{source}{len(opened)} x {opened.views} views"], []
     count = opened.length or 0
     if isinstance(opened, JsonlCodes):
-        return count, [f"{source}{count} lines"], []
+        return None, count, [f"{source}{count} lines"], []
+    size = image_size(backbone)
+    survey, usable = survey_source(opened, ImageRules(size, small="upscale"))
+    if not usable:
+        raise UserError(f"none of the images looked at can be used: {survey.describe()}")
     views = views_of(options).count
     per_image = views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
     gigabytes = count * per_image / 1e9
     lines = [
         f"{source}{count} images of {len(opened.classes)} classes",
+        f"looked at     {survey.seen} of them: {survey.describe()}",
         f"codes         {views} views of each, {gigabytes:.2f} GB in {options.cache_dir}",
     ]
-    return count, lines, DataReport.collect((), opened).lines()
+    return survey, count, lines, [*_about_samples(survey, size), *survey.remarks]
 
 
 # -- what happens when -----------------------------------------------------------------------------

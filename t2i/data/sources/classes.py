@@ -10,7 +10,7 @@ from pathlib import Path
 
 from t2i.data.content import name_in, printable
 from t2i.data.samples import Sample, Source
-from t2i.data.sources.folders import is_image, walk
+from t2i.data.sources.folders import holds_images, is_hidden, is_image, walk
 from t2i.errors import UserError
 
 
@@ -27,7 +27,9 @@ class LabelledFolder(Source):
         self._root, self.classes = root, classes = find_classes(folder, split)
         self.paths: list[Path] = []
         self.labels: list[int] = []
-        empty, left_out = [], []
+        empty: list[str] = []
+        hidden = (path for path in sorted(root.iterdir()) if is_hidden(path.name) and path.is_dir())
+        left_out = [(f"{name_in(root, p)}/", "hidden folder") for p in hidden if holds_images(p)]
         for label, name in enumerate(classes):
             inside, passed_over = walk(root / name)
             found = [path for path in inside if is_image(path)]
@@ -37,7 +39,9 @@ class LabelledFolder(Source):
             left_out += [(f"{printable(name)}/{key}", reason) for key, reason in passed_over]
         if not self.paths:
             raise UserError(f"{root} has {len(classes)} sub-folders, and no images in them")
+        # The names of the others are in `files`. An empty class has its place among them, too.
         identity = {"kind": "labelled folder", "classes": len(classes)}
+        identity |= {"empty_classes": empty} if empty else {}
         super().__init__(str(root), identity, len(self.paths))
         self.left_out = left_out
         if empty:
@@ -60,11 +64,11 @@ def find_classes(folder: str | Path, split: str) -> tuple[Path, list[str]]:
     """
     root = Path(folder)
     part = root / split
-    if part.is_dir() and any(path.is_dir() for path in part.iterdir()):  # or it is a class
+    if part.is_dir() and any(path.is_dir() for path in _visible(part)):  # or it is a class
         root = part
     if not root.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds {split}/<class>/")
-    children = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    children = _visible(root)
     classes = [path.name for path in children if path.is_dir()]
     loose = [path.name for path in children if is_image(path) and not path.is_dir()]
     if loose or not classes:
@@ -74,3 +78,7 @@ def find_classes(folder: str | Path, split: str) -> tuple[Path, list[str]]:
             f"train/n01440764/; it {holds}"
         )
     return root, classes
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name))

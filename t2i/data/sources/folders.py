@@ -5,6 +5,8 @@ metadata does not list, knows no sidecar captions, and copies nothing that lazy 
 """
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +33,9 @@ METADATA_ADVICE = (
 )
 OUTSIDE = "outside the folder (--data.outside-images uses it)"
 """Why an image is skipped that a table names elsewhere."""
+_STRANGE = "link to a file that is no .txt"
+_SAVED = ("dataset_info.json", "state.json")  # by Dataset.save_to_disk
+_HASH = re.compile("[0-9a-f]{30,}")
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -62,8 +67,8 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         for entry in entries:
             path, kind = Path(entry.path), _kind(entry)
             name = printable(os.path.relpath(path, folder))
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                if kind == "folder" and not entry.is_symlink() and _holds_images(path):
+            if is_hidden(entry.name):
+                if kind == "folder" and not entry.is_symlink() and holds_images(path):
                     left_out.append((f"{name}/", "hidden folder"))
                 elif kind != "folder" and is_image(path):
                     left_out.append((name, "hidden file"))
@@ -89,7 +94,12 @@ def _kind(entry: os.DirEntry) -> str:
     return "broken link" if entry.is_symlink() else "not a regular file"
 
 
-def _holds_images(folder: Path) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no one's data, wherever it lies."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def holds_images(folder: Path) -> bool:
     return any(is_image(Path(name)) for _, _, names in os.walk(folder) for name in names)
 
 
@@ -114,6 +124,13 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
             path for path in files if path.suffix.lower() in UNREAD_SUFFIXES | PACKED_SUFFIXES
         ]
         hint = f"; unpack or convert what is like {name_in(folder, others[0])}" if others else ""
+        names = Counter(path.parent for path in files if path.name in _SAVED)
+        if parts := [parent for parent, count in names.items() if count == len(_SAVED)]:
+            saved = next((path for path in parts if path.name == "train"), parts[0])
+            hint = (
+                f"; {saved} was saved by the datasets library: write it as parquet with "
+                f"datasets.load_from_disk({str(saved)!r}).to_parquet({saved.name + '.parquet'!r})"
+            )
         raise UserError(f"{folder} holds no images, no parquet files and no tars{hint}")
     if wanted.image_column or wanted.caption_column:
         raise UserError(
@@ -193,15 +210,15 @@ class SidecarFolder(Source):
         self._folder = folder
         self._images = images
         captions = [path for path in files if path.suffix.lower() == ".txt"]
-        # What a link shows as a caption would get into pages and model cards: a key file, say.
-        strange = {path for path in captions if path.resolve().suffix.lower() != ".txt"}
+        strange = {path for path in captions if not _may_be_caption(path.resolve())}
         texts = {path.with_suffix(""): path for path in captions if path not in strange}
         self._texts = {path: texts.get(path.with_suffix("")) for path in images}
         if not any(self._texts.values()):
             lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
             if captions:
-                hint += f" ({name_in(folder, captions[0])} stands beside no image of its name)"
+                why = _STRANGE if captions[0] in strange else "stands beside no image of its name"
+                hint += f" ({name_in(folder, captions[0])}: {why})"
             raise UserError(
                 f"{folder} holds {len(images)} images but no captions. {METADATA_ADVICE}{hint}"
             )
@@ -211,7 +228,7 @@ class SidecarFolder(Source):
 
         def reason(path: Path) -> str:
             if path in strange:
-                return "link to a file that is no .txt"
+                return _STRANGE
             if path.with_suffix("") in pictured:  # a.txt and a.TXT
                 return "second caption file of an image"
             return "caption without image"
@@ -231,6 +248,14 @@ class SidecarFolder(Source):
     def __getitem__(self, index: int) -> Sample:
         path = self._images[index]
         return make_sample(index, str(path.relative_to(self._folder)), path, self._texts[path])
+
+
+def _may_be_caption(target: Path) -> bool:
+    """Whether a caption file, or what it links to, may be read: not a key file, say, which would
+    get into pages and model cards. Stores by content (the caches of the hub and of DVC) name files
+    by hashes, which nobody can guess who wants to have another file shown.
+    """
+    return target.suffix.lower() == ".txt" or _HASH.fullmatch(target.name) is not None
 
 
 def _looks_like_metadata(path: Path) -> bool:

@@ -101,9 +101,10 @@ def _is_hub_id(text: str) -> bool:
 
 def _find_files(source: str, split: str) -> _Found:
     """Every file that may belong to the data set."""
-    path = Path(os.path.expanduser(source)).resolve()
-    if path.is_dir():
-        return _find_in_folder(path, split)
+    given = Path(os.path.expanduser(source))
+    if given.is_dir():
+        return _find_in_folder(given.resolve(), split)
+    path = given.parent.resolve() / given.name  # a link's own name says what it is
     names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
     files = [name for name in names if name.is_file()]
     left_out = [
@@ -145,10 +146,10 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
             folder, chosen, left_out + [(name, f"not of the split {split}") for name in names]
         )
     where, parts = _sub_folders(folder, data)
-    own = any(path.parent == where for path in data)
+    own = next((path for path in data if path.parent == where), None)
     chosen_part = next((name for name in sorted(parts) if name.lower() == split.lower()), None)
-    divided = not own and all(name.lower() in _SPLITS for name in parts)
-    if chosen_part is not None and (divided or (split != "train" and not own)):
+    divided = own is None and all(name.lower() in _SPLITS for name in parts)
+    if chosen_part is not None and (divided or (split != "train" and own is None)):
         left_out += [
             (f"{printable(name)}/ ({count} files)", f"not of the split {split}")
             for name, count in sorted(parts.items())
@@ -157,12 +158,19 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         chosen_folder = where / chosen_part
         inside = [path for path in files if path.is_relative_to(chosen_folder)]
         return _Found(chosen_folder, inside, left_out)
+    beside = "" if own is None else f"{printable(own.name)} lies beside them"
+    if split != "train" and chosen_part is not None:
+        raise UserError(
+            f"the sub-folders of {where} are taken for no splits, since {beside}; give "
+            f"{where / chosen_part} without a split to use it alone"
+        )
     if split != "train":
         raise UserError(f"{where} has no sub-folder for the split {split!r}")
     remarks = []
     named = [name for name in sorted(parts) if name.lower() in _SPLITS]
-    if named and not own:
-        why = "none is named train" if divided else "they are not all named as splits"
+    if named:
+        other = "none is named train" if divided else "they are not all named as splits"
+        why = beside or other
         remarks = [
             f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
             f"since {why}; give {where / (chosen_part or named[0])} to use it alone"

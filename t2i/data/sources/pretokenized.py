@@ -12,6 +12,7 @@ Shape legend: N = images, A = views of an image, B = batch, T = positions, S = 1
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from t2i.errors import UserError
 
 _BLOCK = 1 << 24
 _SAMPLED = 64
+_THREADS, _AT_ONCE = 8, 4096
 
 
 class LlamaGenCodes:
@@ -58,23 +60,31 @@ class LlamaGenCodes:
                 f"{', '.join(map(str, roots))} hold different images: "
                 f"images {ends} have the classes {classes}"
             )
+        self._shapes = {folder: _codes(folder, ends[0]).shape for folder, _ in self._folders}
+        lengths = {folder: positions for folder, (_, positions) in self._shapes.items()}
+        if len({*lengths.values()}) > 1:
+            listing = ", ".join(f"{folder}: {length}" for folder, length in lengths.items())
+            raise UserError(f"the images have codes of different sizes ({listing} positions)")
         self._views = [
-            (folder, view)
-            for folder, _ in self._folders
-            for view in range(len(self._read(folder, self._numbers[0])))
+            (folder, view) for folder, (views, _) in self._shapes.items() for view in range(views)
         ]
         self.views = len(self._views)
 
     @cached_property
     def key(self) -> str:
-        """Identifies the content by every n-th image, since a million small files take too long."""
+        """Identifies the content: by every label, and by the codes of every n-th image, since a
+        million of them take too long.
+        """
         digest, step = hashlib.sha256(), max(1, len(self) // _SAMPLED)
-        for codes, labels in self._folders:
-            for number in self._numbers[::step]:
-                digest.update(_load(codes / f"{number}.npy").tobytes())
-                digest.update(_load(labels / f"{number}.npy").tobytes())
-        content = {"count": len(self), "views": self.views, "sample": digest.hexdigest()}
-        return content_key(content)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for codes, labels in self._folders:
+                for start in range(0, len(self), _AT_ONCE):
+                    numbers = self._numbers[start : start + _AT_ONCE]
+                    for content in pool.map(_bytes, [labels / f"{n}.npy" for n in numbers]):
+                        digest.update(content)
+                for number in self._numbers[::step]:
+                    digest.update(_load(codes / f"{number}.npy").tobytes())
+        return content_key({"count": len(self), "views": self.views, "hash": digest.hexdigest()})
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -101,14 +111,14 @@ class LlamaGenCodes:
 
     def _read(self, folder: Path, number: int) -> np.ndarray:
         """Codes [A, T] of an image."""
-        path = folder / f"{number}.npy"
-        array = _load(path)
-        if array.ndim != 3 or len(array) != 1 or array.dtype.kind not in "iu":
+        codes, expected = _codes(folder, number), self._shapes[folder]
+        if codes.shape != expected:
             raise UserError(
-                f"{path} holds {array.dtype} {list(array.shape)}, "
-                "expected integers [1, views, positions]"
+                f"{folder / f'{number}.npy'} holds {list(codes.shape)} views and positions, "
+                f"{self._numbers[0]}.npy {list(expected)}: was the extraction or a copy interrupted, "
+                "or done twice with other settings?"
             )
-        return array[0]
+        return codes
 
 
 def is_llamagen_folder(root: Path) -> bool:
@@ -131,17 +141,40 @@ def _find_pair(root: Path) -> tuple[Path, Path]:
 
 
 def _numbers(folder: Path) -> list[int]:
-    numbers = sorted(int(path.stem) for path in folder.glob("*.npy") if path.stem.isdigit())
+    names = [path.stem for path in folder.glob("*.npy")]
+    numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
     if not numbers:
         raise UserError(f"{folder} holds no files named as 0.npy")
     return numbers
 
 
+def _codes(folder: Path, number: int) -> np.ndarray:
+    """[A, T] of an image."""
+    path = folder / f"{number}.npy"
+    array = _load(path)
+    if array.ndim != 3 or len(array) != 1 or array.dtype.kind not in "iu":
+        raise UserError(
+            f"{path} holds {array.dtype} {list(array.shape)}, "
+            "expected integers [1, views, positions]"
+        )
+    return array[0]
+
+
 def _label(folder: Path, number: int) -> int:
-    array = _load(folder / f"{number}.npy")
-    if array.size != 1:
-        raise UserError(f"{folder / f'{number}.npy'} holds {array.size} numbers instead of a label")
+    path = folder / f"{number}.npy"
+    array = _load(path)
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise UserError(
+            f"{path} holds {array.dtype} {list(array.shape)}, expected a label: one integer"
+        )
     return int(array.item())
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _load(path: Path) -> np.ndarray:

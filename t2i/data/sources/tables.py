@@ -5,6 +5,7 @@ one skipped sample of ours rather than an exception in the middle of its iterati
 streaming, the library keeps an Arrow copy of the data in its own cache folder.
 """
 
+import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from t2i.data.captioned import CaptionedImages
-from t2i.data.content import printable
+from t2i.data.content import content_key, printable
 from t2i.data.images import RemoteFile
 from t2i.data.samples import (
     Sample,
@@ -28,7 +29,7 @@ from t2i.data.samples import (
 )
 from t2i.data.sources.folders import OUTSIDE, leads_out
 from t2i.errors import UserError
-from t2i.published import hub_is_away
+from t2i.published import file_status, hub_is_away
 
 NOT_UTF8 = b"\xff"
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -41,7 +42,11 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
     files = [path for path in files if not _empty(path)]
     if not files:
         raise UserError(f"{root} holds no rows")
-    where = {"path": "parquet", "data_files": {wanted.split: [str(path) for path in files]}}
+    # The library finds its Arrow copy by path and modification time, which `cp -p` and rsync keep
+    # where they replace a file: with a name of its own, each state of the files has its own copy.
+    name = content_key({"files": list(map(file_status, files))})
+    patterns = [glob.escape(str(path)) for path in files]
+    where = {"path": "parquet", "name": name, "data_files": {wanted.split: patterns}}
     folder = root if root.is_dir() else root.parent
     return _kind(wanted)(str(root), where, wanted, folder, files)
 
@@ -73,7 +78,11 @@ def _load(name: str, where: dict[str, Any], wanted: CaptionedImages) -> tuple[An
             builder.download_and_prepare()
             data = builder.as_dataset(wanted.split)
         data = _undecoded(data)
-        first = next(iter(islice(data, 1)), None)
+        # Arrow takes any bytes for a string, and one that is not UTF-8 would end an iteration in
+        # Python's objects. A builder of another kind has made Python's objects itself.
+        if not wanted.streaming or isinstance(builder, datasets.ArrowBasedBuilder):
+            data = data.with_format("arrow")
+        first = next(map(_python_row, islice(data, 1)), None)
     except Exception as error:  # the library's loaders raise nearly anything
         cause = error.__cause__ or error
         here = "" if Path(name).exists() else "no folder of this name is here, and "
@@ -145,7 +154,7 @@ class _Rows(Source):
         key = f"row {index}"
         if row.get("__key__"):  # a webdataset on the hub
             key = f"{Path(row.get('__url__') or '').name}:{row['__key__']}"
-        elif isinstance(value, dict) and value.get("path"):
+        elif isinstance(value, dict) and isinstance(value.get("path"), str):
             key = f"row {index} ({Path(value['path']).name})"
         if isinstance(value, dict):  # the {bytes, path} struct of the datasets library
             value = value.get("bytes") or value.get("path")
@@ -160,12 +169,7 @@ class TableSource(_Rows):
     """Rows of a loaded (map-style) data set."""
 
     def __getitem__(self, index: int) -> Sample:
-        try:
-            row = self._data[index]
-        except UnicodeDecodeError:  # Arrow takes any bytes for a string
-            column = self._caption.partition(".")[0]
-            row = self._data.remove_columns(column)[index] | {column: NOT_UTF8}
-        return self._sample(index, row)
+        return self._sample(index, _python_row(self._data[index]))
 
 
 class StreamSource(_Rows):
@@ -183,7 +187,7 @@ class StreamSource(_Rows):
                     f"{self.name}: the stream broke after {index} samples "
                     f"({type(error).__name__}: {error}). Start again to go on from there"
                 ) from error
-            yield self._sample(index, row)
+            yield self._sample(index, _python_row(row))
 
 
 def _kind(wanted: CaptionedImages) -> type[_Rows]:
@@ -209,12 +213,30 @@ def _undecoded(
     return data
 
 
+def _python_row(row: pa.Table | dict[str, Any]) -> dict[str, Any]:
+    """A row as Python's objects, in which `NOT_UTF8` stands for a string that is no text."""
+    if isinstance(row, dict):
+        return row
+    return {name: _python_value(row[name][0]) for name in row.column_names}
+
+
+def _python_value(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        if isinstance(value, pa.StructScalar):
+            return {name: _python_value(part) for name, part in value.items()}
+        if isinstance(value, pa.ListScalar | pa.LargeListScalar):
+            return list(map(_python_value, value.values))
+        return NOT_UTF8
+
+
 def _field(row: dict[str, Any], column: str) -> Any:
     value: Any = row
     if column in row:
         return row[column]
     for name in column.split("."):
-        value = value.get(name) if isinstance(value, dict) else value if value == NOT_UTF8 else None
+        value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
@@ -230,7 +252,8 @@ def _named_images(path: Path, column: str) -> list[str]:
         names = file.read(columns=[column])[column]
     else:
         return []
-    return [name for name in names.to_pylist() if name and "://" not in name]
+    texts = [name for name in map(_python_value, names) if isinstance(name, str)]
+    return [name for name in texts if name and "://" not in name]
 
 
 def _holds_every(file: pq.ParquetFile, column: str) -> bool:

@@ -33,6 +33,8 @@ from t2i.errors import UserError
 
 _HELD = 4
 """Tars whose index is held; samples are read in order, so that each is indexed twice in all."""
+_ASKED = 100
+"""JSON members that are asked for their fields."""
 
 
 @dataclass
@@ -73,6 +75,11 @@ class TarSource(Source):
         identity = {"kind": "webdataset", "columns": [self._image, self._caption]}
         super().__init__(name, identity, self._ends[-1])
         self.left_out = left_out
+        if seen.apart:
+            self.remarks.append(
+                f"picture and text of one name are apart ({seen.apart[0]}): the members of a "
+                "sample must be neighbours in its tar, as `tar --sort=name` packs them"
+            )
 
     def files(self) -> list[tuple[str, Path]]:
         return [(path.name, path) for path in self._tars]
@@ -102,16 +109,20 @@ class _Seen:
     columns: set[str] = field(default_factory=set)
     crowded: _Entry | None = None
     """The first one with the most images."""
-    with_json: _Entry | None = None
-    """The first one with a json member."""
+    with_json: list[_Entry] = field(default_factory=list)
+    """The first ones with a json member."""
+    apart: list[str] = field(default_factory=list)
+    """Names whose image and text are not neighbours: the first of each tar."""
 
     def add(self, entries: Sequence[_Entry]) -> None:
+        pictures = {entry.key for entry in entries if len(entry.images) == len(entry.parts)}
+        self.apart += [e.key for e in entries if not e.images and e.key in pictures][:1]
         for entry in entries:
             self.columns |= entry.parts.keys()
             if self.crowded is None or len(entry.images) > len(self.crowded.images):
                 self.crowded = entry
-            if self.with_json is None and "json" in entry.parts:
-                self.with_json = entry
+            if "json" in entry.parts and len(self.with_json) < _ASKED:
+                self.with_json.append(entry)
 
 
 def _choose_image(seen: _Seen, name: str, given: str | None) -> str | None:
@@ -133,9 +144,11 @@ def _choose_image(seen: _Seen, name: str, given: str | None) -> str | None:
 
 
 def _choose_caption(seen: _Seen, name: str, given: str | None) -> str:
-    document = {} if seen.with_json is None else _read_json(seen.with_json.parts["json"])
-    fields = sorted(f"json.{key}" for key in document if isinstance(key, str))
-    return choose_caption(sorted(seen.columns), fields, given, name)
+    documents = [_read_json(entry.parts["json"]) for entry in seen.with_json]
+    fields = {f"json.{key}" for document in documents for key in document}
+    if given is not None and given.startswith("json.") and len(documents) == _ASKED:
+        fields.add(given)  # it may come later
+    return choose_caption(sorted(seen.columns), sorted(fields), given, name)
 
 
 def _index(path: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:

@@ -1,0 +1,123 @@
+"""Parquet files and tars as users have them: replaced, oddly named, with texts that are no text."""
+
+import json
+import os
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import open_source
+from test_data_sources import (
+    CAPTIONS,
+    image_structs,
+    levels,
+    png,
+    private_datasets_cache,  # noqa: F401
+    write_parquet,
+    write_tar,
+)
+
+from t2i.data.sources import tars
+from t2i.errors import UserError
+
+STREAMED_OR_NOT = pytest.mark.parametrize("streaming", [False, True])
+
+
+def not_text(values: list[bytes]) -> pa.Array:
+    """Bytes that a file calls strings, as writers do that do not look."""
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+@STREAMED_OR_NOT
+def test_a_replaced_parquet_file_is_read_anew(tmp_path, streaming):
+    """With the old path and date, as `cp -p` and rsync leave it; the library's copy held the old
+    rows, which went into a cache under the new content's key.
+    """
+    path = tmp_path / "data" / "0.parquet"
+    for captions in (CAPTIONS, ["x", "y", "z"]):
+        write_parquet(path, {"image": image_structs(), "text": captions})
+        os.utime(path, (1e9, 1e9))
+        source = open_source(path.parent, streaming=streaming)
+        assert [sample.captions for sample in source] == [[caption] for caption in captions]
+
+
+@STREAMED_OR_NOT
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_caption_that_is_no_text_costs_its_row(tmp_path, streaming, bad):
+    """A stream ended there, at each start again; in the first row neither kind could be opened."""
+    texts = [b"a", b"b", b"c"]
+    texts[bad] = b"\xff\xfe"
+    columns = {"image": pa.array(image_structs()), "text": not_text(texts)}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    source = open_source(tmp_path, streaming=streaming)
+    expected = [0, 1, 2]
+    expected[bad] = "caption is not UTF-8"
+    assert levels(source) == expected
+
+
+@STREAMED_OR_NOT
+def test_texts_that_are_no_text_inside_of_others(tmp_path, streaming):
+    """A field of a caption, one of several captions, and the name of a picture."""
+    texts = not_text([b"\xff", b"b", b"c"])
+    columns = {
+        "image": pa.array(image_structs()),
+        "meta": pa.StructArray.from_arrays([texts, texts], ["caption", "other"]),
+        "several": pa.ListArray.from_arrays([0, 2, 3, 3], texts),
+        "file": texts,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    source = open_source(tmp_path, streaming=streaming)
+    assert levels(source) == ["caption is not UTF-8", 1, 2]
+    several = open_source(tmp_path, streaming=streaming, caption_column="several")
+    assert [sample.captions for sample in several] == [["b"], ["c"], []]
+    named = open_source(tmp_path, streaming=streaming, image_column="file")
+    assert levels(named)[1:] == ["missing", "missing"]
+    assert [name for name, _ in named.files()] == ["0.parquet", "b", "c"]
+
+
+@STREAMED_OR_NOT
+@pytest.mark.parametrize("name", ["my[1]data", "what?*", "50%20 a"])
+def test_parquet_in_oddly_named_folders(tmp_path, streaming, name):
+    """The library takes a path for a pattern."""
+    write_parquet(tmp_path / name / "0.parquet", {"image": image_structs(), "text": CAPTIONS})
+    assert levels(open_source(tmp_path / name, streaming=streaming)) == [0, 1, 2]
+
+
+def test_a_saved_data_set_is_told_how_to_be_read(tmp_path):
+    """What `save_to_disk` writes is Arrow; the advice works."""
+    images = [{"bytes": png(i), "path": None} for i in range(3)]
+    data = datasets.Dataset.from_dict({"image": images, "text": CAPTIONS})
+    data = data.cast_column("image", datasets.Image())
+    datasets.DatasetDict(test=data, train=data).save_to_disk(tmp_path / "saved")
+    advice = r"/train was saved by .*load_from_disk\('.*/saved/train'\).*'train\.parquet'"
+    for name in ("saved", "saved/train"):
+        with pytest.raises(UserError, match=advice):
+            open_source(tmp_path / name)
+    datasets.load_from_disk(tmp_path / "saved" / "train").to_parquet(tmp_path / "train.parquet")
+    assert levels(open_source(tmp_path / "train.parquet")) == [0, 1, 2]
+
+
+# -- tars ------------------------------------------------------------------------------------------
+def test_the_first_json_of_a_tar_may_lack_the_caption(tmp_path, monkeypatch):
+    """There was no way in: the columns were those of the first one, also for a given name."""
+    members = {}
+    for i, fields in enumerate([{"url": "x"}, {"caption": "b"}, {"caption": "c", "long": "d"}]):
+        members |= {f"{i}.png": png(i), f"{i}.json": json.dumps(fields)}
+    write_tar(tmp_path / "0.tar", members)
+    assert levels(open_source(tmp_path)) == ["no caption", 1, 2]
+    assert levels(open_source(tmp_path, caption_column="json.long")) == ["no caption"] * 2 + [2]
+    with pytest.raises(UserError, match=r"no column 'json\.longer'.*json\.caption, json\.long"):
+        open_source(tmp_path, caption_column="json.longer")
+    monkeypatch.setattr(tars, "_ASKED", 2)  # what comes later has not been seen
+    assert levels(open_source(tmp_path, caption_column="json.long"))[2] == 2
+
+
+def test_a_tar_whose_pictures_and_texts_are_apart(tmp_path):
+    """It was "4 missing, 4 no caption", without a word of what a tar must be like."""
+    members = {f"{i}.png": png(i) for i in range(4)} | {f"{i}.txt": "x" for i in range(4)}
+    write_tar(tmp_path / "0.tar", members)
+    (remark,) = open_source(tmp_path).remarks
+    assert "apart (0.tar:0): the members of a sample must be neighbours" in remark
+    write_tar(tmp_path / "0.tar", dict(sorted(members.items())) | {"4.png": png(4), "5.txt": "x"})
+    assert open_source(tmp_path).remarks == []
