@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -140,6 +140,10 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
     backbone = model.backbone
     assert backbone.source is not None, "of a checkpoint"
     files, base = expand_folder(backbone.source), backbone.source.weights
+    # The base by itself, in this kit or another, draws with the checkpoint's settings: a model that
+    # was trained without guidance must not get it because the first base had it.
+    own = model.sampling.of_base()
+    backbone.spec = replace(backbone.spec, sampling=own)
     backbone.to(dtype)  # in place: a converted copy would be half as much again
     weights = backbone.save_official(folder, dtype)
     place = "all files but those below"  # where the authors' layout is a folder
@@ -160,7 +164,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
         "..",
         text_encoder_dtype=files.text_encoder_dtype,
         config=asdict(backbone.config),
-        sampling=files.sampling,
+        sampling=asdict(own),
         shipped_base=files.shipped_base or (base if base in shipped_bases() else None),
     )
     if model.codec is not None:
@@ -182,7 +186,8 @@ def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, fold
         if Path(files.text_encoder).is_dir():
             frozen.text_encoder.copy_files(folder / _TEXT_ENCODER)
             content["text_encoder"] = _TEXT_ENCODER
-    return {**content, "config": asdict(model.backbone.config), "sampling": files.sampling}
+    config, sampling = model.backbone.config, model.backbone.spec.sampling
+    return {**content, "config": asdict(config), "sampling": asdict(sampling)}
 
 
 def _size(path: Path) -> int:

@@ -22,6 +22,7 @@ from t2i.export_folder import export, model_card
 from t2i.files import owning, write_json
 from t2i.lora import add_lora
 from t2i.model_options import ExportOptions
+from t2i.sampling import SamplingConfig
 from t2i.training.config import BackboneOptions
 from t2i.training.start import start_from
 from t2i.tuning import LoRAConfig
@@ -96,6 +97,23 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
     card = (moved / "README.md").read_text()
     assert "- base: " in card and "(float32), " in card and " MB" in card
     assert ("generate(model, [1])" in card) == (family in ("rar", "open_magvit2"))
+
+
+@pytest.mark.parametrize("family", ["llamagen", "janus"])
+def test_the_base_of_an_export_draws_with_the_checkpoints_settings(family, tmp_path):
+    """It had those of the first base: a model trained with guidance built in got it twice."""
+    backbone, _ = of_family(family, tmp_path / "source")
+    model = t2i.attach(backbone, t2i.presets.iclr2026(k=2))
+    model.sampling = SamplingConfig(cfg_scale=1.0, top_k=7, stride=2, draft_temperature=0.5)
+    checkpoint = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="full")
+    out = export(ExportOptions(checkpoint, tmp_path / "out"))
+    assert t2i.from_pretrained(out).sampling == model.sampling
+    if family == "janus":
+        stored = json.loads((out / "generation_config.json").read_text())
+        assert stored["guidance_scale"] < 1.001 and stored["top_k"] == 7
+    else:
+        base = t2i.load_backbone(family, out)
+        assert base.spec.sampling == SamplingConfig(cfg_scale=1.0, top_k=7), "it has no windows"
 
 
 def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
