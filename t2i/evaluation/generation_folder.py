@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from t2i.errors import UserError, shorten
 from t2i.files import read_json, reading, saving, write_text
-from t2i.imaging import grid, save_png
+from t2i.imaging import grid, save_png, upright_rgb
 from t2i.models.conditions import check_captions
 
 GENERATION_FILE = "generation.json"
@@ -85,7 +85,7 @@ def prompt_folder(index: int) -> str:
 
 
 def sample_file(prompt_index: int, sample_index: int) -> str:
-    """An image's file within a generation folder, which is also its name in results."""
+    """An image's file within a generation folder, as this kit names it."""
     return f"{prompt_folder(prompt_index)}/samples/{sample_index:05d}.png"
 
 
@@ -116,12 +116,16 @@ def load_image(path: Path) -> Image.Image:
     """An image as judges see it: upright, RGB.
 
     Raises:
-        UserError: the file is not a whole image.
+        UserError: the file is not a whole image, or has more than 8 bits a channel.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for damage
+            return upright_rgb(image)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make Pillow's parsers raise nearly anything
         raise UserError(f"{path} is not a readable image ({error})") from error
 
 
@@ -199,6 +203,10 @@ class Inventory:
     """What would be judged as something else (extra samples, other prompts); always refused."""
     unread: list[str] = field(default_factory=list)
     """Names that no evaluator of this layout reads; they are left alone."""
+
+    def name(self, prompt_index: int, sample: int) -> str:
+        """What an image is called in results: its file within the folder."""
+        return self.found[prompt_index][sample].relative_to(self.folder).as_posix()
 
     def check(self, *, allow_missing: bool) -> None:
         """UserError names what forbids judging."""

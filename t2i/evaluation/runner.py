@@ -27,7 +27,6 @@ from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import (
     Inventory,
     read_generation,
-    sample_file,
     take_inventory,
 )
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
@@ -182,7 +181,7 @@ def _report(
     exhibits = [
         Exhibit(
             card=card,
-            name=sample_file(image.prompt_index, image.sample),
+            name=inventory.name(image.prompt_index, image.sample),
             image=inventory.found[image.prompt_index][image.sample],
             sha256=image.sha256,
             overlay=verdicts.overlay(image.prompt_index, image.sample),
