@@ -95,7 +95,6 @@ def main() -> None:
     models = list(config.models())
     wheres = [model.check() for model in models]
     from t2i.evaluation.draw import check_prompts
-    from t2i.evaluation.generation_folder import prompt_folder
     from t2i.evaluation.review_page import COLUMNS, check_columns, open_column, write_review
 
     places = [config.out / COLUMNS / name for name in _place_names(models)]
@@ -106,9 +105,8 @@ def main() -> None:
     columns = list(zip(titles, folders, strict=True))
     entries = _entries(config) if models else []
     # Whatever does not belong together is named before anything is drawn.
-    drawn = {prompt_folder(index): entry for index, entry in enumerate(entries)}
     there = [open_column(*pair).prompts() for pair in columns[len(places) :]]
-    check_columns(columns, [*[drawn] * len(places), *there])
+    check_columns(columns, [*[entries] * len(places), *there])
     with owning(config.out, "review folder"):
         remove_leftovers(config.out)
         for place in places:
@@ -137,7 +135,7 @@ def _entries(config: ReviewConfig) -> list[dict]:
 
     if config.prompt or config.prompt_file or not config.images:
         return read_prompts(config.prompt, config.prompt_file)
-    return list(open_column("", config.images[0]).prompts().values())
+    return open_column("", config.images[0]).prompts()
 
 
 def _draw(
