@@ -64,11 +64,11 @@ def score(
 ) -> Judgement:
     """Judge images and summarise.
 
-    images: PIL images, uint8 arrays [H, W, 3] (or [H, W]) or files, prompt by prompt: the same number of images
-    for each entry of `metadata`, in its order. metadata: in GenEval's schema (tag, prompt, include,
-    exclude), or the words of one of GenEval's 553 prompts, or of the shapes world's. detector:
-    Mask2Former with CLIP, loaded once and on a GPU where there is one, if None. seed: of the
-    bootstrap standard errors.
+    images: PIL images, uint8 arrays [H, W, 3] (or [H, W]) or files, prompt by prompt: the same
+    number of images for each entry of `metadata`, in its order. metadata: in GenEval's schema (tag,
+    prompt, include, exclude), or the words of one of GenEval's 553 prompts, or of the shapes
+    world's. detector: Mask2Former with CLIP, loaded once and on a GPU where there is one, if None.
+    seed: of the bootstrap standard errors.
 
     Raises UserError when an argument is of another kind, when the numbers do not fit, or when the
     detector cannot name a class or colour that the metadata asks for.

@@ -383,12 +383,31 @@ def test_tied_and_untied_text_heads(copy, folder):
     assert not torch.equal(untied.janus.lm_head.weight, untied.language_model.embed_tokens.weight)
     rewrite(copy, **{"lm_head.weight": None})
     tied = Janus.load(copy)
+    says_untied = copy / "config.json"
+    said = says_untied.read_text()
+    says_untied.write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    with pytest.raises(t2i.UserError, match=r"lacks lm_head\.weight.*does not tie it"):
+        Janus.load(copy)
+    Janus.load(copy, LoadOptions(generation_only=True))
+    says_untied.write_text(said)
     assert tied.janus.lm_head.weight is tied.language_model.embed_tokens.weight
     out = copy / "out"
     out.mkdir()
     tied.save_official(out, torch.float32)
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
     assert torch.equal(text_logits(Janus.load(out)), text_logits(tied))
+
+
+def test_the_tokenizer_of_a_larger_model_is_named(copy):
+    """It ended in an IndexError at drawing."""
+    path = copy / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    stored["model"]["vocab"] |= {
+        "larger": json.loads((copy / "config.json").read_text())["text_config"]["vocab_size"]
+    }
+    path.write_text(json.dumps(stored))
+    with pytest.raises(t2i.UserError, match=r"tokenizer\.json has tokens up to id \d+, but"):
+        Janus.load(copy)
 
 
 def test_attaching_a_codec_leaves_the_text_side_alone(folder):

@@ -19,6 +19,7 @@ from t2i.checkpoint_folders import is_checkpoint
 from t2i.files import file_sha256, write_json
 from t2i.loading import load_backbone
 from t2i.manifest import write_manifest
+from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.published import remembered_sha256
 from t2i.sources import family_of
 from t2i.training.loop import train
@@ -186,6 +187,36 @@ def test_impossible_sizes_of_a_backbone_folder_are_named(tmp_path, size, message
     write_json(tmp_path / "config.json", content)
     with pytest.raises(t2i.UserError, match=message):
         load_backbone("rar", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"n_head": 16, "dim": 32}, r"dim / n_head = 2 must be a multiple of 4"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
+    ],
+)
+def test_heads_that_cannot_be_rotated_or_shared_are_named(size, message):
+    """They ended in the middle of an operation of PyTorch."""
+    config = replace(tiny_llamagen("class").config, **size)
+    with pytest.raises(t2i.UserError, match=message):
+        load_backbone("llamagen", "gpt.pt", config=config)
+
+
+def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
+    """Of another width, or given to a model that reads no captions."""
+    folder = write_tiny_base(tmp_path / "base")
+    wide = t2i.load_backbone("llamagen", folder)
+    config = replace(wide.config, caption_dim=2 * wide.config.caption_dim)
+    other = LlamaGen(config)
+    torch.save({"model": other.official_state_dict()}, tmp_path / "wide.pt")
+    given = {"text_encoder": folder / "text_encoder"}
+    with pytest.raises(t2i.UserError, match=r"gives features of width \d+, and .*wide\.pt reads"):
+        load_backbone("llamagen", tmp_path / "wide.pt", config=config, **given)
+    classes = tiny_llamagen("class")
+    torch.save({"model": classes.official_state_dict()}, tmp_path / "classes.pt")
+    with pytest.raises(t2i.UserError, match=r"classes\.pt draws classes and reads no captions"):
+        load_backbone("llamagen", tmp_path / "classes.pt", config=classes.config, **given)
 
 
 @pytest.mark.parametrize(
