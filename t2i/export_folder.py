@@ -44,6 +44,7 @@ from t2i.weights import save_weights
 log = logging.getLogger(__name__)
 
 _TOKENIZER, _TEXT_ENCODER = "tokenizer.safetensors", "text_encoder"
+_ABOVE = ".."  # where an export's checkpoint has its base
 _GO_ON = (
     "A login: `hf auth login`; offline: HF_HUB_OFFLINE. The same command again goes on from here"
 )
@@ -161,7 +162,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
         parts.append(Part("text encoder", _TEXT_ENCODER + "/" if copied else hub, size))
     backbone.source = BackboneSource(
         files.family,
-        "..",
+        _ABOVE,
         text_encoder_dtype=files.text_encoder_dtype,
         config=asdict(backbone.config),
         sampling=asdict(own),
@@ -203,13 +204,16 @@ def _score_rows(path: Path) -> list[str]:
     rows = []
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
-        mean, stderr = values.get("mean"), values.get("stderr")
-        numbers = [mean] if stderr is None else [mean, stderr]
+        if "mean" not in values:
+            raise UserError(f"{path}: the score {name!r} has no number under mean")
+        mean, stderr = (values.get(key) for key in ("mean", "stderr"))
+        numbers = [number for number in (mean, stderr) if number is not None]
         if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
             raise UserError(f"{path}: the score {name!r} has no number under mean (or stderr)")
         where = results.get("benchmark", path.stem)
-        spread = "" if stderr is None else f" ± {stderr:.3f}"
-        rows.append(f"| {where} | {name} | {mean:.3f}{spread} | {results.get('status', '')} |")
+        shown = "-" if mean is None else f"{mean:.3f}"  # nothing was there to count
+        spread = "" if mean is None or stderr is None else f" ± {stderr:.3f}"
+        rows.append(f"| {where} | {name} | {shown}{spread} | {results.get('status', '')} |")
     return rows
 
 
@@ -230,6 +234,8 @@ def model_card(
     family, draws_classes = find_family(source["family"]), cond_kind == "class"
     run = training.get("config", {})
     base = source["weights"]
+    if {*Path(base).parts} == {_ABOVE}:  # of an export, which does not tell what it was made from
+        base = source.get("shipped_base") or "an export of this kit"
     pipeline = "unconditional-image-generation" if draws_classes else "text-to-image"
     head = [f"pipeline_tag: {pipeline}", "tags: [tensorar, autoregressive]"]
     if family.library is not None:

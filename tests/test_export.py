@@ -18,7 +18,7 @@ from launch import generate
 from t2i.checkpoint import save_pretrained
 from t2i.evaluation.evaluation_options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
-from t2i.export_folder import export, model_card
+from t2i.export_folder import _score_rows, export, model_card
 from t2i.files import owning, write_json
 from t2i.lora import add_lora
 from t2i.model_options import ExportOptions
@@ -124,6 +124,8 @@ def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
     assert start_from(out, BackboneOptions()).source.shipped_base == "shapes"
     again = t2i.save_pretrained(t2i.from_pretrained(out), tmp_path / "again", tuning="codec")
     export(ExportOptions(again, tmp_path / "second"))
+    export(ExportOptions(out, tmp_path / "third"))
+    assert "| base | shapes |" in (tmp_path / "third" / "README.md").read_text()
     assert is_shapes_world(BenchmarkOptions(ckpt=str(tmp_path / "second")))
 
 
@@ -161,6 +163,9 @@ def test_model_card_names_no_place():
     card = model_card(config | {"training": {"config": run | {"optim": {}}}}, "class")
     assert "| data | pictures, more |" in card and "| base | rar.bin |" in card
     assert "/me/" not in card and "base_model" not in card
+    source["weights"] = ".."  # of an export: it named a folder of this machine
+    card = model_card(config | {"training": {}}, "class")
+    assert "| base | an export of this kit |" in card
     source["weights"] = "owner/repo:file.bin"
     assert "base_model: owner/repo" in model_card(config | {"training": {}}, "class")
 
@@ -200,6 +205,14 @@ def test_prompts_without_trigger_words_are_told(tmp_path, caplog, monkeypatch):
         said = [line for line in caplog.messages if "trigger words" in line]
         assert len(said) == 1 and said[0].startswith("'a dog' (and 1 more)"), name
         assert "'drawn by xyz, a dog' has them" in said[0]
+
+
+def test_scores_of_nothing_are_dashes(tmp_path):
+    """FID has no precision of few images, and DPG-Bench no official mean where none counts."""
+    scores = {"fid": 3.25, "precision": None, "overall": {"mean": None, "stderr": None}}
+    write_json(tmp_path / "results.json", {"benchmark": "FID", "scores": scores})
+    shown = [row.split(" | ")[1:3] for row in _score_rows(tmp_path / "results.json")]
+    assert shown == [["fid", "3.250"], ["precision", "-"], ["overall", "-"]]
 
 
 # -- case 28: the upload --------------------------------------------------------------------------
