@@ -202,6 +202,19 @@ def test_a_folder_with_fewer_samples_of_every_prompt_is_told_how_to_say_so(image
         evaluate(Bright(), tmp_path / "out", images=images, scope=replace(SCOPE, samples=4))
 
 
+@pytest.mark.parametrize("content", ['{"model": "sdxl"}', '["a"]', '{"seed": 1, "sampling": 2}'])
+def test_a_file_of_another_program_beside_the_images(images, tmp_path, content):
+    """It ended the report in a traceback, after all images had been judged."""
+    (images / "generation.json").write_text(content)
+    results = evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
+    assert results["generation"] is None and results["status"] == "complete"
+    (images / "generation.json").write_text("{")
+    unasked = Bright()
+    with pytest.raises(UserError, match=r"generation\.json"):
+        evaluate(unasked, tmp_path / "again", images=images, scope=SCOPE)
+    assert unasked.asked == []
+
+
 def test_results_name_files_that_are_there(images, tmp_path):
     """GenEval's own names: results and gallery named 00001/samples/00000.png."""
     for path in images.glob("*/samples/*.png"):

@@ -14,6 +14,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def _parse_text_line(line: bytes, where: str) -> dict:
         raise UserError(f"{where} is not UTF-8 text: {error}") from error
     if any(ord(c) < 32 and c != "\t" for c in text):
         raise UserError(f"{where} is not text: it has control characters ({text[:80]!r})")
-    if text.startswith("{") and text.endswith("}"):
+    entry = None
+    with suppress(ValueError, RecursionError):
+        entry = json.loads(text)
+    if isinstance(entry, dict):
         raise UserError(f"{where} is JSON: give the file a name that ends in .jsonl")
     return {"prompt": text}
 
@@ -130,9 +134,15 @@ def load_image(path: Path) -> Image.Image:
 
 
 def read_generation(folder: Path) -> dict | None:
-    """How a folder's images were drawn; None where something else has written them."""
+    """How a folder's images were drawn; None where something else has written them, or a file of
+    this name.
+    """
     path = folder / GENERATION_FILE
-    return read_json(path) if path.is_file() else None
+    known = read_json(path) if path.is_file() else None
+    if not isinstance(known, dict) or not isinstance(known.get("seed"), int):
+        return None
+    parts = known.get("sampling"), known.get("about", {})
+    return known if all(isinstance(part, dict) for part in parts) else None
 
 
 def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:

@@ -114,6 +114,7 @@ def evaluate(
         inventory.check(allow_missing=scope.allow_incomplete)
         if inventory.unread:
             log.warning("%s: names that are not read: %s", folder, shorten(inventory.unread))
+        read_generation(folder)  # a damaged one is named before the work
         claim_output(out, folder)
 
     processes.on_main(look)
