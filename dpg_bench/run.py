@@ -1,8 +1,8 @@
 """DPG-Bench: draw a model's images and judge them, judge a folder of images, or compare two
 results.
 
-python dpg_bench/run.py --ckpt runs/mine
-python dpg_bench/run.py --ckpt shapes                                  # the shipped base by itself
+python dpg_bench/run.py --ckpt runs/mine --out outputs/dpg_bench/mine
+python dpg_bench/run.py --ckpt shapes --out outputs/dpg_bench/base     # the shipped base by itself
 python dpg_bench/run.py --images grids --resolution 512
 python dpg_bench/run.py compare outputs/dpg_bench/base outputs/dpg_bench/mine
 torchrun --nproc_per_node 8 dpg_bench/run.py --ckpt runs/mine

@@ -63,7 +63,9 @@ class BenchmarkOptions(DrawingModelOptions):
     images: Path | None = None
     """Instead of a model, a folder of images in GenEval's layout (00000/samples/00000.png ...)."""
     out: Path | None = None
-    """Folder for all that comes of it; outputs/<benchmark>/<name of the model> if not given."""
+    """Folder for all that comes of it; outputs/<benchmark>/<name of the model> if not given (of a
+    run: RUN-step_N).
+    """
     scope: tyro.conf.OmitArgPrefixes[Scope] = field(default_factory=Scope)
 
     def __post_init__(self):
