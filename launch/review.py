@@ -63,6 +63,8 @@ class ReviewConfig(DrawingModelOptions):
             raise UserError("--with-base is the base of --ckpt, and no --ckpt is given")
         if self.source is None and not self.images and not self.against:
             raise UserError("nothing to show: give --ckpt, --against or --images")
+        if self.source is None and not self.against:
+            self.refuse_drawing(("prompt", "prompt_file", "samples", "stages"))
 
     def models(self) -> Iterator[DrawingModelOptions]:
         """Each model that is to draw, in the order of the columns."""
@@ -78,11 +80,16 @@ class ReviewConfig(DrawingModelOptions):
     def _own_base(self, trained: DrawingModelOptions) -> BaseOptions:
         """What the checkpoint says that it was trained from."""
         from t2i.checkpoint import stored_source
-        from t2i.checkpoint_folders import read_config
+        from t2i.checkpoint_folders import is_checkpoint, read_config
 
         if trained.checkpoint is None:
             raise UserError(f"{self.ckpt} is a base by itself: --with-base needs something trained")
         source = stored_source(read_config(trained.checkpoint), trained.checkpoint)
+        if self.base.weights is None and is_checkpoint(source.weights):
+            raise UserError(
+                f"the base of {self.ckpt} is the export {source.weights}, which is fine-tuned itself "
+                "and does not hold what it was trained from: leave out --with-base"
+            )
         moved = {
             k: v for k in ("weights", "tokenizer", "text_encoder") if (v := getattr(self.base, k))
         }

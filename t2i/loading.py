@@ -111,8 +111,9 @@ def load_backbone(
             f"config must be a {wanted.__name__}, or a grid (height, width), and is {config!r:.80}"
         )
     shape = asdict(config) if isinstance(config, wanted) else None
-    files = base_files(family, source, tokenizer=tokenizer, text_encoder=text_encoder, config=shape)
-    return load_source(files, grid=grid, dtype=dtype, device=device)
+    helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    files = base_files(family, source, **helpers, config=shape, grid=grid)
+    return load_source(files, dtype=dtype, device=device)
 
 
 def _is_grid(config: Any) -> bool:
@@ -123,7 +124,6 @@ def load_source(
     source: BackboneSource,
     *,
     weights: Path | None = None,
-    grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
@@ -150,7 +150,9 @@ def load_source(
         config = from_json(family.backbone_class.config_type, files.config, shape)
         _check_shape(config, shape)
     backbone, on_meta = None, torch.device(device).type == "meta"
-    options = LoadOptions(config, grid, dtype, source.generation_only, shapes_only=on_meta)
+    if source.grid is not None and min(source.grid) < 1:
+        raise UserError(f"grid={source.grid} must be at least 1 code high and wide")
+    options = LoadOptions(config, source.grid, dtype, source.generation_only, shapes_only=on_meta)
     if on_meta and not Path(files.weights).exists():
         backbone = family.backbone_class.outline(files.weights, options)
     if backbone is not None:

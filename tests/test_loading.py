@@ -19,7 +19,8 @@ from t2i.checkpoint_folders import is_checkpoint
 from t2i.files import file_sha256, write_json
 from t2i.loading import load_backbone
 from t2i.manifest import write_manifest
-from t2i.models.llamagen.llamagen_model import LlamaGen
+from t2i.model_options import BaseOptions, ModelOptions
+from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen
 from t2i.published import remembered_sha256
 from t2i.sources import family_of
 from t2i.training.loop import train
@@ -201,6 +202,31 @@ def test_heads_that_cannot_be_rotated_or_shared_are_named(size, message):
     config = replace(tiny_llamagen("class").config, **size)
     with pytest.raises(t2i.UserError, match=message):
         load_backbone("llamagen", "gpt.pt", config=config)
+
+
+def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
+    """What users of LlamaGen's own training have, 0300000.pt, could be loaded in Python only."""
+    own = tiny_llamagen("class")
+    small = {"n_layer": own.config.n_layer, "n_head": own.config.n_head, "dim": own.config.dim}
+    torch.save({"model": own.official_state_dict()}, tmp_path / "0300000.pt")
+    torch.save({"model": tiny_vq().state_dict()}, tmp_path / "vq.pt")
+    given = {"weights": str(tmp_path / "0300000.pt"), "tokenizer": str(tmp_path / "vq.pt")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", small)
+        options = ModelOptions(base=BaseOptions("llamagen", **given))
+        with pytest.raises(t2i.UserError, match=r"its grid is not .* --base\.grid HEIGHT WIDTH"):
+            options.load(*options.check())
+        options = replace(options, base=replace(options.base, grid=(4, 4)))
+        model = options.load(*options.check())
+        assert model.backbone.spec.grid == (4, 4)
+        folder = t2i.save_pretrained(model, tmp_path / "ckpt", tuning="codec")
+        assert t2i.from_pretrained(folder).backbone.spec.grid == (4, 4)
+        twice = ModelOptions(ckpt=str(folder), base=BaseOptions(grid=(2, 8)))
+        with pytest.raises(t2i.UserError, match=r"--base\.grid is for a published base"):
+            twice.check()
+        wrong = replace(options, base=replace(options.base, grid=(0, 4)))
+        with pytest.raises(t2i.UserError, match=r"grid=\(0, 4\) must be at least 1"):
+            wrong.load(*wrong.check())
 
 
 def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):

@@ -21,9 +21,10 @@ from t2i.evaluation.generation_folder import (
 )
 from t2i.evaluation.results import REPORT_FILE, RESULTS_FILE, ROWS_FILE
 from t2i.evaluation.review_page import Column, open_column, write_review
+from t2i.export_folder import export
 from t2i.files import write_json, write_text
 from t2i.imaging import save_png
-from t2i.model_options import DrawingModelOptions
+from t2i.model_options import DrawingModelOptions, ExportOptions
 
 PROMPTS = ["a <b id=evil>red</b> circle</script>", "two stars", "a bus"]
 RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
@@ -276,6 +277,19 @@ def test_what_cannot_be_shown(refusal):
     assert "does not exist" in refusal(
         "--ckpt", "shapes", "--against", "runs/gone", "--prompt", "x"
     )
+
+
+def test_an_export_has_no_base_of_its_own(tmp_path, refusal, shapes_ckpt):
+    """The answer was to give it as --ckpt, as it was."""
+    out = export(ExportOptions(Path(shapes_ckpt), tmp_path / "out"))
+    message = refusal("--ckpt", out, "--with-base", "--prompt", "x")
+    assert "does not hold what it was trained from" in message
+
+
+def test_options_of_models_are_refused_where_none_draws(tmp_path, refusal):
+    there = _folder(tmp_path / "there", RED)
+    message = refusal("--images", there, "--prompt", "x", "--cfg-scale", 3, "--samples", 2)
+    assert "--cfg-scale, --prompt, --samples: of a model that draws" in message
 
 
 def test_what_does_not_belong_together_is_named_before_drawing(tmp_path, refusal, monkeypatch):

@@ -75,6 +75,8 @@ class BenchmarkOptions(DrawingModelOptions):
                 "give either --ckpt or --base.weights (a model to draw and judge), "
                 "or --images (a folder)"
             )
+        if self.images is not None:
+            self.refuse_drawing()
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
         """As for any model; and whether there are images, where they are to be judged."""
@@ -82,7 +84,6 @@ class BenchmarkOptions(DrawingModelOptions):
             return super().check()
         from t2i.loading import pick_device
 
-        self.sampling.check()
         if not self.images.exists():
             raise UserError(f"{self.images} does not exist; --images is a folder that holds images")
         return pick_device(self.device, self.dtype)
