@@ -223,7 +223,11 @@ def test_results_name_files_that_are_there(images, tmp_path):
     evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
     rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert sum((images / row["filename"]).is_file() for row in rows) == 8
-    assert "1/samples/0000.png" in (tmp_path / "out" / "gallery" / "index.html").read_text()
+    (images / "1").rename(images / "00001")  # no verdict is repeated for that
+    evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
+    rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert sum((images / row["filename"]).is_file() for row in rows) == 8
+    assert "00001/samples/0000.png" in (tmp_path / "out" / "gallery" / "index.html").read_text()
 
 
 def deep_grey(path):

@@ -152,5 +152,6 @@ def collect(inventory: Inventory, verdicts: Verdicts) -> tuple[list[JudgedImage]
                 unreadable.append(lines[sample]["unreadable"])
             else:
                 line = lines[sample]
-                judged.append(JudgedImage(index, sample, line["sha256"], line["row"]))
+                row = line["row"] | {"filename": name}  # it may have another name since
+                judged.append(JudgedImage(index, sample, line["sha256"], row))
     return judged, unreadable
