@@ -209,11 +209,12 @@ def graph_problems(questions: Sequence[Question]) -> list[str]:
             problems.append(f"{question.place}: the item's rows are not together")
         last_of_item[question.item] = index
     for rows in group_by_item(questions).values():
-        problems += _item_problems(rows)
+        problems += item_problems(rows)
     return problems
 
 
-def _item_problems(rows: Sequence[Question]) -> list[str]:
+def item_problems(rows: Sequence[Question]) -> list[str]:
+    """What keeps one item's questions from being scored."""
     problems = []
     by_id: dict[int, Question] = {}
     for row in rows:

@@ -1,8 +1,8 @@
 """DPG-Bench: draw a model's images and judge them, judge a folder of images, or compare two
 results.
 
-python dpg_bench/run.py --ckpt runs/mine
-python dpg_bench/run.py --ckpt shapes                                  # the shipped base by itself
+python dpg_bench/run.py --ckpt runs/mine --out outputs/dpg_bench/mine
+python dpg_bench/run.py --ckpt shapes --out outputs/dpg_bench/base     # the shipped base by itself
 python dpg_bench/run.py --images grids --resolution 512
 python dpg_bench/run.py compare outputs/dpg_bench/base outputs/dpg_bench/mine
 torchrun --nproc_per_node 8 dpg_bench/run.py --ckpt runs/mine
@@ -18,6 +18,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
+from t2i.errors import UserError
 from t2i.evaluation.evaluation_options import BenchmarkOptions, CompareOptions, parse
 from t2i.sampling import check_counts
 
@@ -40,6 +41,8 @@ class DPGOptions(BenchmarkOptions):
     def __post_init__(self):
         super().__post_init__()
         check_counts(resolution=self.resolution)
+        if self.resolution is not None and self.images is None:
+            raise UserError("--resolution is of the grids in --images: leave it out")
 
 
 def main() -> None:

@@ -146,6 +146,14 @@ class ChatAnswerer(_YesNoAnswerer):
     model_class = AutoModelForImageTextToText
     request = "{} Answer with yes or no."
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.processor.chat_template is None:
+            raise UserError(
+                f"judge {self.name}: {self.source} has no chat template, so it is not known how it "
+                "wants to be asked: give an instruction-tuned model (its -Instruct files have one)"
+            )
+
     def identity(self) -> dict:
         return super().identity() | {"request": self.request}
 

@@ -21,6 +21,8 @@ from geneval.prompts import official_prompts
 from geneval.rules import RuleOptions, Verdict, check_schema, decide, judge_image
 from geneval.summary import Summary, TagScore, format_summary, result_row, summarize
 from t2i.errors import UserError
+from t2i.evaluation.generation_folder import load_image
+from t2i.imaging import upright_rgb
 from t2i.worlds import open_world
 
 __all__ = [
@@ -62,17 +64,17 @@ def score(
 ) -> Judgement:
     """Judge images and summarise.
 
-    images: PIL images, uint8 arrays [H, W, 3] or files, prompt by prompt: the same number of images
-    for each entry of `metadata`, in its order. metadata: in GenEval's schema (tag, prompt, include,
-    exclude), or the words of one of GenEval's 553 prompts, or of the shapes world's. detector:
-    Mask2Former with CLIP, loaded once and on a GPU where there is one, if None. seed: of the
-    bootstrap standard errors.
+    images: PIL images, uint8 arrays [H, W, 3] (or [H, W]) or files, prompt by prompt: the same
+    number of images for each entry of `metadata`, in its order. metadata: in GenEval's schema (tag,
+    prompt, include, exclude), or the words of one of GenEval's 553 prompts, or of the shapes
+    world's. detector: Mask2Former with CLIP, loaded once and on a GPU where there is one, if None.
+    seed: of the bootstrap standard errors.
 
     Raises UserError when an argument is of another kind, when the numbers do not fit, or when the
     detector cannot name a class or colour that the metadata asks for.
     """
     asked: list[Any] = [metadata] if isinstance(metadata, str | Mapping) else list(metadata)
-    single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) == 3
+    single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) < 4
     given: list[Any] = [images] if single else list(images)
     if not asked or not given or len(given) % len(asked):
         raise UserError(
@@ -114,19 +116,21 @@ def _known_prompts() -> dict[str, dict]:
 
 
 def _picture(given: Image.Image | np.ndarray | str | Path, place: int) -> Image.Image:
-    if isinstance(given, Image.Image):
-        return given
     try:
+        if isinstance(given, Image.Image):
+            return upright_rgb(given)
         if isinstance(given, str | Path):
-            with Image.open(given) as image:
-                return image.convert("RGB")
-        if isinstance(given, np.ndarray) and given.dtype == np.uint8:
+            return load_image(Path(given))
+        if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim in (2, 3):
             return Image.fromarray(given).convert("RGB")
-    except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
+    except (UserError, OSError, TypeError, ValueError) as error:
         raise UserError(f"images[{place}] cannot be read as an image: {error}") from error
-    kind = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else f"{given!r:.80}"
+    kind = f"{given!r:.80}"
+    if isinstance(given, np.ndarray):
+        kind = f"an array of {given.dtype}, {list(given.shape)}"
     raise UserError(
-        f"images[{place}] is {kind}: score takes PIL images, uint8 arrays [H, W, 3] and files"
+        f"images[{place}] is {kind}: score takes PIL images, files, and uint8 arrays [H, W, 3] or "
+        "[H, W]"
     )
 
 

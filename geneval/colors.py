@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from geneval.detector import Detections, upright_rgb
+from geneval.detector import Detections
 from geneval.rules import COLORS
 from t2i.errors import UserError
+from t2i.imaging import upright_rgb
 from t2i.weights import load_strict
 
 ARCHITECTURE = "ViT-L-14-quickgelu"

@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
-
-from t2i.errors import UserError
-
-_UNSUPPORTED_MODES = ("I", "F")  # 16- and 32-bit greyscale: Pillow's conversion clips to white
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -79,14 +75,3 @@ class Detector(Protocol):
         """What judged, for the results file: name, whether GenEval is defined by it ("official"),
         weights (file name -> SHA-256) and library versions. JSON types only."""
         ...
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """EXIF orientation applied, alpha dropped without blending, mode RGB.
-
-    Raises:
-        UserError: more than 8 bits a channel, which the official judge has no rule for.
-    """
-    if image.mode.startswith(_UNSUPPORTED_MODES):
-        raise UserError(f"an image of mode {image.mode} cannot be judged: convert it to 8-bit RGB")
-    return ImageOps.exif_transpose(image).convert("RGB")

@@ -30,9 +30,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from geneval.detector import Detections, upright_rgb
+from geneval.detector import Detections
 from geneval.object_names import OBJECT_NAMES
 from t2i.errors import UserError
+from t2i.imaging import upright_rgb
 
 MAX_DETECTIONS = 100
 # Masks of this many queries are enlarged at once: a bound on memory, without effect on the result.

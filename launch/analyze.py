@@ -138,10 +138,8 @@ def examine(
             "drawn": of_drawn(one, drawn, drawing.sampling, config.batch_size),
             "known": known_means(known[who]),
         }
-    if model.windows.stages == 1:
-        missing.append("refinement stages: this model draws every code once")
-    elif "stages" not in facts["model"]["drawn"]:
-        missing.append("refinement stages: its window is the whole image, so no code has had all")
+    if "stages" not in facts["model"]["drawn"]:
+        missing.append("refinement stages: with these settings the model draws every code once")
     found = {
         "name": options["model"].name(),
         **facts,

@@ -63,6 +63,8 @@ class ReviewConfig(DrawingModelOptions):
             raise UserError("--with-base is the base of --ckpt, and no --ckpt is given")
         if self.source is None and not self.images and not self.against:
             raise UserError("nothing to show: give --ckpt, --against or --images")
+        if self.source is None and not self.against:
+            self.refuse_drawing(("prompt", "prompt_file", "samples", "stages"))
 
     def models(self) -> Iterator[DrawingModelOptions]:
         """Each model that is to draw, in the order of the columns."""
@@ -78,11 +80,16 @@ class ReviewConfig(DrawingModelOptions):
     def _own_base(self, trained: DrawingModelOptions) -> BaseOptions:
         """What the checkpoint says that it was trained from."""
         from t2i.checkpoint import stored_source
-        from t2i.checkpoint_folders import read_config
+        from t2i.checkpoint_folders import is_checkpoint, read_config
 
         if trained.checkpoint is None:
             raise UserError(f"{self.ckpt} is a base by itself: --with-base needs something trained")
         source = stored_source(read_config(trained.checkpoint), trained.checkpoint)
+        if self.base.weights is None and is_checkpoint(source.weights):
+            raise UserError(
+                f"the base of {self.ckpt} is the export {source.weights}, which is fine-tuned itself "
+                "and does not hold what it was trained from: leave out --with-base"
+            )
         moved = {
             k: v for k in ("weights", "tokenizer", "text_encoder") if (v := getattr(self.base, k))
         }
@@ -95,7 +102,6 @@ def main() -> None:
     models = list(config.models())
     wheres = [model.check() for model in models]
     from t2i.evaluation.draw import check_prompts
-    from t2i.evaluation.generation_folder import prompt_folder
     from t2i.evaluation.review_page import COLUMNS, check_columns, open_column, write_review
 
     places = [config.out / COLUMNS / name for name in _place_names(models)]
@@ -106,9 +112,8 @@ def main() -> None:
     columns = list(zip(titles, folders, strict=True))
     entries = _entries(config) if models else []
     # Whatever does not belong together is named before anything is drawn.
-    drawn = {prompt_folder(index): entry for index, entry in enumerate(entries)}
     there = [open_column(*pair).prompts() for pair in columns[len(places) :]]
-    check_columns(columns, [*[drawn] * len(places), *there])
+    check_columns(columns, [*[entries] * len(places), *there])
     with owning(config.out, "review folder"):
         remove_leftovers(config.out)
         for place in places:
@@ -137,7 +142,7 @@ def _entries(config: ReviewConfig) -> list[dict]:
 
     if config.prompt or config.prompt_file or not config.images:
         return read_prompts(config.prompt, config.prompt_file)
-    return list(open_column("", config.images[0]).prompts().values())
+    return open_column("", config.images[0]).prompts()
 
 
 def _draw(

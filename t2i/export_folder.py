@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ from t2i.weights import save_weights
 log = logging.getLogger(__name__)
 
 _TOKENIZER, _TEXT_ENCODER = "tokenizer.safetensors", "text_encoder"
+_ABOVE = ".."  # where an export's checkpoint has its base
 _GO_ON = (
     "A login: `hf auth login`; offline: HF_HUB_OFFLINE. The same command again goes on from here"
 )
@@ -140,6 +141,10 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
     backbone = model.backbone
     assert backbone.source is not None, "of a checkpoint"
     files, base = expand_folder(backbone.source), backbone.source.weights
+    # The base by itself, in this kit or another, draws with the checkpoint's settings: a model that
+    # was trained without guidance must not get it because the first base had it.
+    own = model.sampling.of_base()
+    backbone.spec = replace(backbone.spec, sampling=own)
     backbone.to(dtype)  # in place: a converted copy would be half as much again
     weights = backbone.save_official(folder, dtype)
     place = "all files but those below"  # where the authors' layout is a folder
@@ -157,10 +162,10 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
         parts.append(Part("text encoder", _TEXT_ENCODER + "/" if copied else hub, size))
     backbone.source = BackboneSource(
         files.family,
-        "..",
+        _ABOVE,
         text_encoder_dtype=files.text_encoder_dtype,
         config=asdict(backbone.config),
-        sampling=files.sampling,
+        sampling=asdict(own),
         shipped_base=files.shipped_base or (base if base in shipped_bases() else None),
     )
     if model.codec is not None:
@@ -182,7 +187,8 @@ def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, fold
         if Path(files.text_encoder).is_dir():
             frozen.text_encoder.copy_files(folder / _TEXT_ENCODER)
             content["text_encoder"] = _TEXT_ENCODER
-    return {**content, "config": asdict(model.backbone.config), "sampling": files.sampling}
+    config, sampling = model.backbone.config, model.backbone.spec.sampling
+    return {**content, "config": asdict(config), "sampling": asdict(sampling)}
 
 
 def _size(path: Path) -> int:
@@ -198,13 +204,16 @@ def _score_rows(path: Path) -> list[str]:
     rows = []
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
-        mean, stderr = values.get("mean"), values.get("stderr")
-        numbers = [mean] if stderr is None else [mean, stderr]
+        if "mean" not in values:
+            raise UserError(f"{path}: the score {name!r} has no number under mean")
+        mean, stderr = (values.get(key) for key in ("mean", "stderr"))
+        numbers = [number for number in (mean, stderr) if number is not None]
         if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
             raise UserError(f"{path}: the score {name!r} has no number under mean (or stderr)")
         where = results.get("benchmark", path.stem)
-        spread = "" if stderr is None else f" ± {stderr:.3f}"
-        rows.append(f"| {where} | {name} | {mean:.3f}{spread} | {results.get('status', '')} |")
+        shown = "-" if mean is None else f"{mean:.3f}"  # nothing was there to count
+        spread = "" if mean is None or stderr is None else f" ± {stderr:.3f}"
+        rows.append(f"| {where} | {name} | {shown}{spread} | {results.get('status', '')} |")
     return rows
 
 
@@ -225,6 +234,8 @@ def model_card(
     family, draws_classes = find_family(source["family"]), cond_kind == "class"
     run = training.get("config", {})
     base = source["weights"]
+    if {*Path(base).parts} == {_ABOVE}:  # of an export, which does not tell what it was made from
+        base = source.get("shipped_base") or "an export of this kit"
     pipeline = "unconditional-image-generation" if draws_classes else "text-to-image"
     head = [f"pipeline_tag: {pipeline}", "tags: [tensorar, autoregressive]"]
     if family.library is not None:

@@ -1,16 +1,28 @@
-"""Writing images and contact sheets."""
+"""Images as judges see them; writing images and contact sheets."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from t2i.errors import UserError
 from t2i.files import replacing, saving
 
+_DEEP_MODES = ("I", "F")  # 16- and 32-bit greyscale: Pillow's conversion clips to white
 _GAP = 6
 _LABEL_HEIGHT = 16
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """EXIF orientation applied, alpha dropped without blending, mode RGB.
+
+    Raises:
+        UserError: more than 8 bits a channel, which the official judges have no rule for.
+    """
+    if image.mode.startswith(_DEEP_MODES):
+        raise UserError(f"an image of mode {image.mode} cannot be judged: convert it to 8-bit RGB")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:

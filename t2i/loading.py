@@ -11,6 +11,7 @@ import torch
 from t2i.errors import UserError
 from t2i.fields import from_json
 from t2i.models.base import Backbone, LoadOptions
+from t2i.models.blocks import LlamaConfig
 from t2i.models.families import find_family
 from t2i.published import remembered_sha256
 from t2i.sampling import SamplingConfig
@@ -110,8 +111,9 @@ def load_backbone(
             f"config must be a {wanted.__name__}, or a grid (height, width), and is {config!r:.80}"
         )
     shape = asdict(config) if isinstance(config, wanted) else None
-    files = base_files(family, source, tokenizer=tokenizer, text_encoder=text_encoder, config=shape)
-    return load_source(files, grid=grid, dtype=dtype, device=device)
+    helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    files = base_files(family, source, **helpers, config=shape, grid=grid)
+    return load_source(files, dtype=dtype, device=device)
 
 
 def _is_grid(config: Any) -> bool:
@@ -122,7 +124,6 @@ def load_source(
     source: BackboneSource,
     *,
     weights: Path | None = None,
-    grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
@@ -149,7 +150,9 @@ def load_source(
         config = from_json(family.backbone_class.config_type, files.config, shape)
         _check_shape(config, shape)
     backbone, on_meta = None, torch.device(device).type == "meta"
-    options = LoadOptions(config, grid, dtype, source.generation_only, shapes_only=on_meta)
+    if source.grid is not None and min(source.grid) < 1:
+        raise UserError(f"grid={source.grid} must be at least 1 code high and wide")
+    options = LoadOptions(config, source.grid, dtype, source.generation_only, shapes_only=on_meta)
     if on_meta and not Path(files.weights).exists():
         backbone = family.backbone_class.outline(files.weights, options)
     if backbone is not None:
@@ -170,12 +173,23 @@ def load_source(
         _check_codes(backbone)
         backbone.frozen.tokenizer.to(device)
     if encoder_class is not None and files.text_encoder is not None:
-        backbone.frozen.text_encoder = encoder_class.load(
+        if backbone.spec.cond_kind == "class":
+            raise UserError(
+                f"{files.weights} draws classes and reads no captions: leave out the text encoder "
+                f"{files.text_encoder}"
+            )
+        encoder = encoder_class.load(
             files.text_encoder,
             max_tokens=backbone.spec.prefix_tokens,
             dtype=DTYPES[files.text_encoder_dtype],
             device=device,
         )
+        if encoder.dim != backbone.caption_width:
+            raise UserError(
+                f"the text encoder {files.text_encoder} gives features of width {encoder.dim}, and "
+                f"{files.weights} reads {backbone.caption_width}: they do not belong together"
+            )
+        backbone.frozen.text_encoder = encoder
     return backbone.to(device)
 
 
@@ -191,6 +205,16 @@ def _check_shape(config: Any, where: str) -> None:
     heads = getattr(config, "n_head", 1)
     if getattr(config, "dim", heads) % heads:
         raise UserError(f"{where}: dim={config.dim} must be a multiple of n_head={heads}")
+    if isinstance(config, LlamaConfig):
+        if config.head_dim % 4:  # half for each axis of the image, in pairs
+            raise UserError(
+                f"{where}: dim / n_head = {config.head_dim} must be a multiple of 4, as rows and "
+                "columns are told apart by rotating pairs"
+            )
+        if heads % config.kv_heads:
+            raise UserError(
+                f"{where}: n_head={heads} must be a multiple of n_kv_head={config.kv_heads}"
+            )
 
 
 def _local_helpers(files: BackboneSource) -> BackboneSource:

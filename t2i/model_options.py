@@ -1,7 +1,7 @@
 """Which model a program draws with or exports, and how. Without torch, as --help needs it."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +36,8 @@ class BaseOptions:
     """Caption encoder of LlamaGen: folder or hub id (a backbone folder brings its own)."""
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of its features."""
+    grid: tuple[int, int] | None = None
+    """Height and width of an image in codes, of a renamed weight file: nothing in it tells them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,11 @@ class ModelOptions:
             raise UserError(
                 f"{self.ckpt} says itself how captions are encoded: --base.text-encoder-dtype is for "
                 "a published base; leave it out"
+            )
+        if self.checkpoint is not None and self.base.grid is not None:
+            raise UserError(
+                f"{self.ckpt} says itself which grid it draws: --base.grid is for a published base; "
+                "leave it out"
             )
         if self.base.text_encoder is not None:
             check_named(self.base.text_encoder, folder=True)
@@ -205,6 +212,18 @@ class DrawingModelOptions(ModelOptions):
         self.sampling.check()
         return super().check()
 
+    def refuse_drawing(self, more: tuple[str, ...] = ()) -> None:
+        """UserError for options that say how a model draws, where none does.
+
+        Args:
+            more: further such options of this program.
+        """
+        given = [name for name in given_options(self) if name.partition(".")[0] in _DRAWING + more]
+        if given:
+            typed = [name.removeprefix("sampling.").replace("_", "-") for name in given]
+            names = ", ".join(f"--{name}" for name in typed)
+            raise UserError(f"{names}: of a model that draws, and none is given; leave it out")
+
     def drawing(self, model: "TensorAR") -> DrawOptions:
         """How this model is to draw; UserError for settings that it cannot be drawn with."""
         from t2i.tensorar.sampler import check_sampling
@@ -212,6 +231,22 @@ class DrawingModelOptions(ModelOptions):
         sampling = self.sampling.apply(model.sampling)
         check_sampling(model, sampling)  # before a folder is claimed with these settings
         return DrawOptions(self.seed, sampling, self.batch_size, about=self.about(model))
+
+
+_DRAWING = ("base", "dtype", "speed", "speculate", "seed", "batch_size", "sampling")
+
+
+def given_options(options: Any) -> list[str]:
+    """Dotted names of the options that are not as they are by themselves."""
+    found = []
+    for own in fields(options):
+        value = getattr(options, own.name)
+        usual = own.default if own.default_factory is MISSING else own.default_factory()
+        if value == usual:
+            continue
+        inner = given_options(value) if is_dataclass(value) else []
+        found += [f"{own.name}.{name}" for name in inner] or [own.name]
+    return found
 
 
 @dataclass(frozen=True)
@@ -236,5 +271,9 @@ class ExportOptions:
 
     def __post_init__(self):
         check_counts(samples=self.samples)
+        moved = ("weights", "tokenizer", "text_encoder")
+        if other := [name for name in given_options(self.base) if name not in moved]:
+            names = ", ".join(f"--base.{name.replace('_', '-')}" for name in other)
+            raise UserError(f"{names}: the checkpoint says it itself; leave it out")
         if not all(prompt.strip() for prompt in self.prompt):
             raise UserError("one of --prompt is empty; without any, no samples are drawn")

@@ -86,6 +86,11 @@ class SamplingConfig:
         if not 0 <= self.renoise <= 1:
             raise UserError(f"renoise={self.renoise} must be from 0 to 1")
 
+    def of_base(self) -> "SamplingConfig":
+        """Without what only windows have: how the base draws by itself."""
+        usual = SamplingConfig()
+        return replace(self, **{name: getattr(usual, name) for name in _OF_WINDOWS})
+
     def by_sub_token(self, count: int) -> "tuple[SubTokenSampling, ...]":
         """The settings of each of `count` sub-tokens; UserError if numbers are missing for some."""
         settings = vars(self)
@@ -111,6 +116,7 @@ class SubTokenSampling(SamplingConfig):
 
 
 _PER_SUB_TOKEN = ("cfg_scale", "temperature", "top_k", "top_p")
+_OF_WINDOWS = ("window", "stride", "draft_temperature", "renoise")
 
 
 def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:

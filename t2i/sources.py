@@ -50,6 +50,8 @@ class BackboneSource:
     tokenizer: str | None = None
     text_encoder: str | None = None
     text_encoder_dtype: str = "float32"
+    grid: tuple[int, int] | None = None
+    """Height and width in codes, where neither config nor the file's name tells them."""
     config: dict | None = None
     """Shape of the backbone, as its family's config dataclass has it."""
     sampling: dict = field(default_factory=dict)

@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +27,9 @@ from t2i.published import files_sha256
 # look for them.
 _NESTING_KEYS = ("model", "module", "state_dict")
 _MOST_KEYS = 40
+
+_POINTER = b"version https://git-lfs"
+_UNPICKLER = "WeightsUnpickler error:"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,7 +67,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0][:300]
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return UserError(
+                f"weight file {path} is a Git LFS pointer, not the weights: run `git lfs pull` there, "
+                "or download it from the hub"
+            )
+    # PyTorch also advises to execute what is in the file: only what is wrong is quoted.
+    text = str(error).rpartition(_UNPICKLER)[2].partition("Please use")[0].strip()
+    reason = text.split("\n")[0][:300] or type(error).__name__
     return UserError(
         f"weight file {path} cannot be read: it is truncated, not a weight file, or holds "
         f"unsafe objects ({reason}); download or copy it again"

@@ -20,6 +20,7 @@ from PIL import Image
 from launch import generate, train_llamagen
 from t2i import cli
 from t2i.errors import UserError
+from t2i.evaluation.generation_folder import read_prompts
 from t2i.fields import from_json
 from t2i.sampling import SamplingConfig
 from t2i.training.config import EngineOptions, TrainConfig
@@ -286,6 +287,8 @@ def test_bad_prompts(generate_fails, tmp_path):
         assert f"{path} line 2 is not" in generate_fails("--prompt-file", path)
     path.write_text('{"prompt": "a circle"}')
     assert "line 1 is JSON: give the file a name" in generate_fails("--prompt-file", path)
+    path.write_text("{a red circle}\n")  # is not, and a prompt like any other
+    assert read_prompts((), path) == [{"prompt": "{a red circle}"}]
     for name in ("prompts.json", "prompts.CSV"):  # a line of these would be drawn as a prompt
         path = tmp_path / name
         path.write_text("prompt\na circle")

@@ -1,5 +1,7 @@
 """Judges other than mPLUG, as tiny random models, and what `load_answerer` says to mistakes."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -208,3 +210,11 @@ def test_unknown_judges_and_folders():
             ValueError, match=rf"{DEFAULT_WEIGHTS[name]} is neither.*Offline.*judge {name}"
         ):
             load_answerer(name)
+
+
+def test_a_model_that_is_not_for_chats_is_named(chat_folder, tmp_path):
+    """It was found at the first image, after all had been drawn."""
+    folder = shutil.copytree(chat_folder, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template"):
+        load_answerer("vlm", folder)

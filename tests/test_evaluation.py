@@ -5,6 +5,7 @@ numbers rest on all images.
 import errno
 import json
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,6 +200,55 @@ def test_a_folder_with_fewer_samples_of_every_prompt_is_told_how_to_say_so(image
     (images / "00001/samples/00001.png").unlink()
     with pytest.raises(ValueError, match="and 3 more; add them"):
         evaluate(Bright(), tmp_path / "out", images=images, scope=replace(SCOPE, samples=4))
+
+
+@pytest.mark.parametrize("content", ['{"model": "sdxl"}', '["a"]', '{"seed": 1, "sampling": 2}'])
+def test_a_file_of_another_program_beside_the_images(images, tmp_path, content):
+    """It ended the report in a traceback, after all images had been judged."""
+    (images / "generation.json").write_text(content)
+    results = evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
+    assert results["generation"] is None and results["status"] == "complete"
+    (images / "generation.json").write_text("{")
+    unasked = Bright()
+    with pytest.raises(UserError, match=r"generation\.json"):
+        evaluate(unasked, tmp_path / "again", images=images, scope=SCOPE)
+    assert unasked.asked == []
+
+
+def test_results_name_files_that_are_there(images, tmp_path):
+    """GenEval's own names: results and gallery named 00001/samples/00000.png."""
+    for path in images.glob("*/samples/*.png"):
+        path.rename(path.with_name(path.name[1:]))
+    (images / "00001").rename(images / "1")
+    evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
+    rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert sum((images / row["filename"]).is_file() for row in rows) == 8
+    (images / "1").rename(images / "00001")  # no verdict is repeated for that
+    evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
+    rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert sum((images / row["filename"]).is_file() for row in rows) == 8
+    assert "00001/samples/0000.png" in (tmp_path / "out" / "gallery" / "index.html").read_text()
+
+
+def deep_grey(path):
+    """16 bits a channel: Pillow's conversion makes all but the darkest values white."""
+    Image.fromarray(np.full((8, 8), 500, np.uint16)).save(path)
+
+
+def damaged_header(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + struct.pack(">I", 2) + data[12:])
+
+
+@pytest.mark.parametrize("spoil", [deep_grey, damaged_header])
+def test_an_image_that_cannot_be_judged_is_named(images, tmp_path, spoil):
+    """One was judged as white, the other ended the judging in a traceback."""
+    spoil(images / "00001/samples/00000.png")
+    with pytest.raises(UserError, match=r"1 of 8 images cannot be judged: .*00001/samples/00000"):
+        evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
+    scope = replace(SCOPE, allow_incomplete=True)
+    results = evaluate(Bright(), tmp_path / "out", images=images, scope=scope)
+    assert results["coverage"]["judged"] == 7
 
 
 @pytest.mark.parametrize("how", ["remove", "truncate"])

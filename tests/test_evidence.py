@@ -15,7 +15,14 @@ import t2i
 from launch import analyze as run
 from launch.measure.cost import cost_of
 from t2i.checkpoint import save_pretrained
-from t2i.evaluation.evidence import known_means, of_known, of_stages, predict, repair_shares
+from t2i.evaluation.evidence import (
+    known_means,
+    of_known,
+    of_stages,
+    predict,
+    repair_shares,
+    stage_changes,
+)
 from t2i.fields import from_json
 from t2i.files import read_json
 from t2i.model_options import DrawingModelOptions
@@ -69,29 +76,43 @@ def test_probabilities_and_entropies_belong_together():
 
 
 def test_stages_by_hand():
-    """4 positions, k = 2: the first two never had a first draft of their own."""
+    """4 positions, k = 2: the first one is never a draft."""
     geometry = Windows(4, 2)
     windows = torch.tensor([[[0, 1], [1, 7], [2, 8], [3, 3]], [[0, 1], [1, 2], [2, 8], [3, 3]]])
-    p, q = torch.tensor([0.5, 0.2]), torch.tensor([0.2, 0.4])  # of positions 2 and 3
+    p, q = torch.tensor([1.0, 0.5, 0.2]), torch.tensor([0.4, 0.2, 0.4])  # of positions 1 to 3
     log_probs = torch.zeros(2, 4, 2)
-    log_probs[:, 2:, 0], log_probs[:, 1:3, 1] = p.log(), q.log()
+    log_probs[:, 1:, 0], log_probs[:, :3, 1] = p.log(), q.log()
     found = of_stages(windows[..., None], log_probs, geometry)
-    assert found["flipped"]["mean"] == [0.75] and found["agreeing"]["mean"] == [0.25]
-    assert found["flipped"]["stderr"] == [pytest.approx(0.25)]
-    assert found["two_draws"]["mean"] == [pytest.approx(0.35)]
-    assert found["total_variation"]["mean"] == [pytest.approx((0.6 + 0) / 2)]
+    assert found["flipped"]["mean"] == [pytest.approx((2 + 1) / 6)]
+    assert found["agreeing"]["mean"] == [pytest.approx(0.5)]
+    assert found["flipped"]["stderr"] == [pytest.approx(1 / 6)]
+    assert found["two_draws"]["mean"] == [pytest.approx(1.7 / 3)]
+    assert found["total_variation"]["mean"] == [pytest.approx((0.6 + 0.6 + 0) / 3)]
     log_probs[0, 3, 0] = log_probs[0, 2, 1] = -torch.inf  # beyond a filter by rounding
     again = of_stages(windows[..., None], log_probs, geometry)
-    assert again["total_variation"]["mean"] == [pytest.approx(0.3)]
+    assert again["total_variation"]["mean"] == [pytest.approx(0.4)]
+
+
+@pytest.mark.parametrize(("k", "stride"), [(4, 1), (4, 2), (4, 3), (8, 3), (9, 4), (16, 1)])
+def test_only_codes_with_every_stage_count(k, stride):
+    """Where every prediction is another code, no code agrees with a draft: positions that were
+    never drafted counted as agreeing.
+    """
+    geometry = Windows(16, k, stride)
+    windows = torch.arange(geometry.count * k).view(1, geometry.count, k, 1)
+    found = stage_changes(windows, geometry)
+    drafts = geometry.stages - 1
+    assert found["agreeing"].tolist() == [[0.0] * drafts]
+    assert found["flipped"].tolist() == [[1.0] * drafts]
 
 
 def test_total_variation_is_estimated_without_bias():
     p, q = (torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).double() ** 2).unbind()
     p, q = p / p.sum(), q / q.sum()
     drawn = torch.multinomial(p, 40_000, replacement=True, generator=torch.Generator())
-    log_probs = torch.zeros(40_000, 3, 2).double()
-    log_probs[:, 2, 0], log_probs[:, 1, 1] = p[drawn].log(), q[drawn].log()
-    found = of_stages(torch.zeros(40_000, 3, 2, 1), log_probs, Windows(3, 2))["total_variation"]
+    log_probs = torch.zeros(40_000, 2, 2).double()
+    log_probs[:, 1, 0], log_probs[:, 0, 1] = p[drawn].log(), q[drawn].log()
+    found = of_stages(torch.zeros(40_000, 2, 2, 1), log_probs, Windows(2, 2))["total_variation"]
     exact = float((p - q).abs().sum() / 2)
     assert abs(found["mean"][0] - exact) < 4 * found["stderr"][0] < 0.02 < exact
 
@@ -188,24 +209,27 @@ def test_what_cannot_be_analyzed(refusal, plain, tmp_path, monkeypatch):
         assert "gone.txt cannot be read" in refusal(*few, "--prompt-file", tmp_path / "gone.txt")
 
 
-def test_one_stage_has_no_drafts(tmp_path):
-    program(run, "--ckpt", "shapes", "--prompt", "x", "--samples", 1, "--out", tmp_path / "a")
+@pytest.mark.parametrize("settings", [("shapes",), (None, "--window", 1), (None, "--stride", 4)])
+def test_one_stage_has_no_drafts(shapes_ckpt, tmp_path, settings):
+    """A base, and a model whose settings leave it none: the page named a cause that was not it."""
+    ckpt, *others = settings
+    few = ("--prompt", "x", "--samples", 1, "--held-out", 0, "--out", tmp_path / "a")
+    program(run, "--ckpt", ckpt or shapes_ckpt, *few, *others)
     found = read_json(tmp_path / "a" / "evidence.json")
     assert any("draws every code once" in line for line in found["missing"])
-    assert found["cost"]["codec_parameters"] == 0
+    assert (found["cost"]["codec_parameters"] == 0) == (ckpt is not None)
     assert "Flip rate" not in (tmp_path / "a" / "index.html").read_text()
 
 
 def test_a_window_of_the_whole_image(tiny_world, tmp_path):
-    """No code went through all stages: means of nothing ended in a traceback after all the work."""
+    """Only the last code went through all stages."""
     backbone = t2i.load_backbone("llamagen", tiny_world / "base", device="cpu")
     model = t2i.attach(backbone, presets.iclr2026(k=math.prod(backbone.spec.grid)))
     t2i.save_pretrained(model, tmp_path / "ckpt", tuning="codec")
     few = ("--prompt", "x", "--samples", 1, "--out", tmp_path / "a")
     program(run, "--ckpt", tmp_path / "ckpt", *few)
     found = read_json(tmp_path / "a" / "evidence.json")
-    assert "stages" not in found["model"]["drawn"]
-    assert any("its window is the whole image" in line for line in found["missing"])
+    assert len(found["model"]["drawn"]["stages"]["flipped"]["mean"]) == model.windows.stages - 1
     assert (tmp_path / "a" / "index.html").is_file()
 
 

@@ -18,10 +18,11 @@ from launch import generate
 from t2i.checkpoint import save_pretrained
 from t2i.evaluation.evaluation_options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
-from t2i.export_folder import export, model_card
+from t2i.export_folder import _score_rows, export, model_card
 from t2i.files import owning, write_json
 from t2i.lora import add_lora
 from t2i.model_options import ExportOptions
+from t2i.sampling import SamplingConfig
 from t2i.training.config import BackboneOptions
 from t2i.training.start import start_from
 from t2i.tuning import LoRAConfig
@@ -98,6 +99,23 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
     assert ("generate(model, [1])" in card) == (family in ("rar", "open_magvit2"))
 
 
+@pytest.mark.parametrize("family", ["llamagen", "janus"])
+def test_the_base_of_an_export_draws_with_the_checkpoints_settings(family, tmp_path):
+    """It had those of the first base: a model trained with guidance built in got it twice."""
+    backbone, _ = of_family(family, tmp_path / "source")
+    model = t2i.attach(backbone, t2i.presets.iclr2026(k=2))
+    model.sampling = SamplingConfig(cfg_scale=1.0, top_k=7, stride=2, draft_temperature=0.5)
+    checkpoint = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="full")
+    out = export(ExportOptions(checkpoint, tmp_path / "out"))
+    assert t2i.from_pretrained(out).sampling == model.sampling
+    if family == "janus":
+        stored = json.loads((out / "generation_config.json").read_text())
+        assert stored["guidance_scale"] < 1.001 and stored["top_k"] == 7
+    else:
+        base = t2i.load_backbone(family, out)
+        assert base.spec.sampling == SamplingConfig(cfg_scale=1.0, top_k=7), "it has no windows"
+
+
 def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
     """Case 25: GenEval takes the shapes world's prompts and judge for what starts from it."""
     model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
@@ -106,6 +124,8 @@ def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
     assert start_from(out, BackboneOptions()).source.shipped_base == "shapes"
     again = t2i.save_pretrained(t2i.from_pretrained(out), tmp_path / "again", tuning="codec")
     export(ExportOptions(again, tmp_path / "second"))
+    export(ExportOptions(out, tmp_path / "third"))
+    assert "| base | shapes |" in (tmp_path / "third" / "README.md").read_text()
     assert is_shapes_world(BenchmarkOptions(ckpt=str(tmp_path / "second")))
 
 
@@ -143,6 +163,9 @@ def test_model_card_names_no_place():
     card = model_card(config | {"training": {"config": run | {"optim": {}}}}, "class")
     assert "| data | pictures, more |" in card and "| base | rar.bin |" in card
     assert "/me/" not in card and "base_model" not in card
+    source["weights"] = ".."  # of an export: it named a folder of this machine
+    card = model_card(config | {"training": {}}, "class")
+    assert "| base | an export of this kit |" in card
     source["weights"] = "owner/repo:file.bin"
     assert "base_model: owner/repo" in model_card(config | {"training": {}}, "class")
 
@@ -182,6 +205,14 @@ def test_prompts_without_trigger_words_are_told(tmp_path, caplog, monkeypatch):
         said = [line for line in caplog.messages if "trigger words" in line]
         assert len(said) == 1 and said[0].startswith("'a dog' (and 1 more)"), name
         assert "'drawn by xyz, a dog' has them" in said[0]
+
+
+def test_scores_of_nothing_are_dashes(tmp_path):
+    """FID has no precision of few images, and DPG-Bench no official mean where none counts."""
+    scores = {"fid": 3.25, "precision": None, "overall": {"mean": None, "stderr": None}}
+    write_json(tmp_path / "results.json", {"benchmark": "FID", "scores": scores})
+    shown = [row.split(" | ")[1:3] for row in _score_rows(tmp_path / "results.json")]
+    assert shown == [["fid", "3.250"], ["precision", "-"], ["overall", "-"]]
 
 
 # -- case 28: the upload --------------------------------------------------------------------------
@@ -241,6 +272,8 @@ def test_places_are_looked_at_before_the_work(shapes_ckpt, tmp_path, capsys):
     assert "samples=0 must be at least 1" in refused(program, capsys, *arguments)
     arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--prompt", "a", " ")
     assert "one of --prompt is empty" in refused(program, capsys, *arguments)
+    arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--base.grid", 4, 4)
+    assert "--base.grid: the checkpoint says it itself" in refused(program, capsys, *arguments)
     for score in ('"x"', "NaN", '{"mean": 1, "stderr": "x"}'):
         (results := tmp_path / "results.json").write_text(f'{{"scores": {{"a": {score}}}}}')
         arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--results", results)

@@ -403,3 +403,11 @@ def test_the_reference_is_looked_at_before_weights_are_loaded(tmp_path, monkeypa
     with pytest.raises(SystemExit):
         cli.run(program.main)
     assert "none.npz does not exist" in capsys.readouterr().err
+
+
+def test_no_distance_is_below_zero():
+    """Rounding printed -0.0000 for a set against itself."""
+    features = torch.randn(200, 16, generator=torch.Generator().manual_seed(3))
+    for scale in (1.0, 10.0, 100.0, 1000.0):
+        found = measures.feature_statistics(scale * features)
+        assert not f"{measures.frechet_distance(found, found):.4f}".startswith("-")

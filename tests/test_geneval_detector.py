@@ -13,7 +13,6 @@ from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation
 
 from geneval import mmdet_weights
-from geneval.detector import upright_rgb
 from geneval.mask2former import (
     MAX_DETECTIONS,
     InputRules,
@@ -27,6 +26,7 @@ from geneval.mask2former import (
 from geneval.mmdet_weights import load_mmdet, released_config
 from geneval.object_names import OBJECT_NAMES
 from geneval.rules import decide
+from t2i.imaging import upright_rgb
 
 LOGITS, SCORES, MASK_PIXELS = 1e-3, 1e-3, 2  # tolerances of the golden data
 

@@ -3,6 +3,7 @@ in, through our sampler and loss.
 """
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from helpers import (
     golden_cases,
     teacher_forced,
 )
+from safetensors.torch import save_file
 
+from t2i.errors import UserError
 from t2i.models.base import LoadOptions
 from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import JanusPrompts
@@ -216,3 +219,15 @@ def test_shapes_only_reads_no_data(layout, model):
     shapes = {k: v.shape for k, v in model.backbone.janus.state_dict().items()}
     assert {k: v.shape for k, v in outline.janus.state_dict().items()} == shapes
     assert all(p.device.type == "meta" for p in outline.parameters())
+
+
+def test_a_folder_without_the_understanding_side_is_named(case, tmp_path):
+    """In DeepSeek's layout widths and depths are read off the weights."""
+    folder = case.folder / case.config["original_dir"]
+    for path in folder.glob("*.json"):
+        shutil.copyfile(path, tmp_path / path.name)
+    (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
+    kept = {k: v for k, v in read_folder(folder).items() if not k.startswith("vision_model.")}
+    save_file({k: v.contiguous() for k, v in kept.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"the weights lack the understanding tower \(vision_model"):
+        Janus.load(tmp_path)

@@ -7,6 +7,7 @@ they are compared with.
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers import (
     JANUS_PROMPTS,
     count,
     randomize,
+    teacher_forced,
     text_logits,
     tiny_codes,
     tiny_janus,
@@ -33,7 +35,7 @@ from t2i.models.janus import janus_config
 from t2i.models.janus.janus_config import JanusShape
 from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import BOS, PAD, JanusPrompts
-from t2i.sampling import DrawOptions
+from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.shapes.tiny_janus import build_tokenizer
 from t2i.sources import BackboneSource
 from t2i.tensorar import presets
@@ -381,12 +383,31 @@ def test_tied_and_untied_text_heads(copy, folder):
     assert not torch.equal(untied.janus.lm_head.weight, untied.language_model.embed_tokens.weight)
     rewrite(copy, **{"lm_head.weight": None})
     tied = Janus.load(copy)
+    says_untied = copy / "config.json"
+    said = says_untied.read_text()
+    says_untied.write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    with pytest.raises(t2i.UserError, match=r"lacks lm_head\.weight.*does not tie it"):
+        Janus.load(copy)
+    Janus.load(copy, LoadOptions(generation_only=True))
+    says_untied.write_text(said)
     assert tied.janus.lm_head.weight is tied.language_model.embed_tokens.weight
     out = copy / "out"
     out.mkdir()
     tied.save_official(out, torch.float32)
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
     assert torch.equal(text_logits(Janus.load(out)), text_logits(tied))
+
+
+def test_the_tokenizer_of_a_larger_model_is_named(copy):
+    """It ended in an IndexError at drawing."""
+    path = copy / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    stored["model"]["vocab"] |= {
+        "larger": json.loads((copy / "config.json").read_text())["text_config"]["vocab_size"]
+    }
+    path.write_text(json.dumps(stored))
+    with pytest.raises(t2i.UserError, match=r"tokenizer\.json has tokens up to id \d+, but"):
+        Janus.load(copy)
 
 
 def test_attaching_a_codec_leaves_the_text_side_alone(folder):
@@ -422,3 +443,32 @@ def test_saved_tokenizer_is_read_by_transformers(folder, janus):
     theirs = AutoTokenizer.from_pretrained(folder)
     text = "<|User|>: a red  circle\n\n<|Assistant|>:<begin_of_image>"
     assert theirs(text)["input_ids"] == janus.prompts.encode(["a red  circle"])[0]
+
+
+@pytest.mark.parametrize(
+    ("own", "written"),
+    [
+        (SamplingConfig(cfg_scale=1.0, top_p=0.9), {"do_sample": True, "top_p": 0.9}),
+        (SamplingConfig(cfg_scale=(3.0,), top_k=5), {"guidance_scale": 3.0, "top_k": 5}),
+        (SamplingConfig(temperature=0.0), {"do_sample": False}),
+    ],
+)
+def test_transformers_draws_with_the_settings_that_are_written(janus, tmp_path, own, written):
+    """It fails with a scale of 1, and greedy drawing was written as sampling."""
+    usual = janus.spec
+    janus.spec = replace(usual, sampling=own)
+    try:
+        janus.save_official(tmp_path, torch.float32)
+    finally:
+        janus.spec = usual
+    stored = json.loads((tmp_path / "generation_config.json").read_text())
+    assert {name: stored[name] for name in written} == written
+    theirs = JanusForConditionalGeneration.from_pretrained(tmp_path)
+    ids = torch.tensor([janus.prompts.encode(["a red circle"])[0]])
+    some = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_mode": "image"}
+    drawn = theirs.generate(**some)
+    assert drawn.shape == (1, 16)
+    if not stored["do_sample"]:  # and without guidance
+        plain, prepared = TensorAR(janus, presets.base()).eval(), janus.prepare(["a red circle"])
+        (logits,) = teacher_forced(plain, prepared, drawn[..., None])
+        assert torch.equal(logits.argmax(-1), drawn)

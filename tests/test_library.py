@@ -197,6 +197,8 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
     for images in ([image], image, [np.asarray(image)], np.asarray(image)[None], [path], str(path)):
         for metadata in ([entry], entry, entry["prompt"], [entry["prompt"]]):
             assert geneval.score(images, metadata, detector) == plain
+    grey = geneval.score(np.asarray(image)[..., 0], [entry], detector)
+    assert grey == plain, "one image, not one for each of its rows"
     official = official_prompts()[0]
     assert geneval._known_prompts()[official["prompt"]] == official
     for images, metadata, message in (
@@ -205,8 +207,15 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
         ([image], [{**entry, "include": ["circle"]}], "a list of objects such as"),
         ([image], [7], r"metadata\[0\] is 7"),
         ([tmp_path / "none.png"], [entry], r"images\[0\] cannot be read"),
-        ([np.zeros((8, 8, 3))], [entry], r"images\[0\] is an array of float64: score takes PIL"),
+        (
+            [np.zeros((8, 8, 3))],
+            [entry],
+            r"images\[0\] is an array of float64, .*: score takes PIL",
+        ),
         ([None], [entry], r"images\[0\] is None: score takes"),
+        ([np.zeros(8, np.uint8)], [entry], r"images\[0\] is an array of uint8, \[8\]"),
+        (np.zeros((4, 8, 8), np.uint8), [entry], r"images\[0\] cannot be read"),
+        ([Image.new("I;16", (8, 8))], [entry], r"images\[0\] cannot be read.*8-bit RGB"),
         ([image] * 3, [entry] * 2, "3 images for 2 prompts"),
     ):
         with pytest.raises(t2i.UserError, match=message):

@@ -19,6 +19,8 @@ from t2i.checkpoint_folders import is_checkpoint
 from t2i.files import file_sha256, write_json
 from t2i.loading import load_backbone
 from t2i.manifest import write_manifest
+from t2i.model_options import BaseOptions, ModelOptions
+from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen
 from t2i.published import remembered_sha256
 from t2i.sources import family_of
 from t2i.training.loop import train
@@ -186,6 +188,61 @@ def test_impossible_sizes_of_a_backbone_folder_are_named(tmp_path, size, message
     write_json(tmp_path / "config.json", content)
     with pytest.raises(t2i.UserError, match=message):
         load_backbone("rar", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"n_head": 16, "dim": 32}, r"dim / n_head = 2 must be a multiple of 4"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
+    ],
+)
+def test_heads_that_cannot_be_rotated_or_shared_are_named(size, message):
+    """They ended in the middle of an operation of PyTorch."""
+    config = replace(tiny_llamagen("class").config, **size)
+    with pytest.raises(t2i.UserError, match=message):
+        load_backbone("llamagen", "gpt.pt", config=config)
+
+
+def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
+    """What users of LlamaGen's own training have, 0300000.pt, could be loaded in Python only."""
+    own = tiny_llamagen("class")
+    small = {"n_layer": own.config.n_layer, "n_head": own.config.n_head, "dim": own.config.dim}
+    torch.save({"model": own.official_state_dict()}, tmp_path / "0300000.pt")
+    torch.save({"model": tiny_vq().state_dict()}, tmp_path / "vq.pt")
+    given = {"weights": str(tmp_path / "0300000.pt"), "tokenizer": str(tmp_path / "vq.pt")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", small)
+        options = ModelOptions(base=BaseOptions("llamagen", **given))
+        with pytest.raises(t2i.UserError, match=r"its grid is not .* --base\.grid HEIGHT WIDTH"):
+            options.load(*options.check())
+        options = replace(options, base=replace(options.base, grid=(4, 4)))
+        model = options.load(*options.check())
+        assert model.backbone.spec.grid == (4, 4)
+        folder = t2i.save_pretrained(model, tmp_path / "ckpt", tuning="codec")
+        assert t2i.from_pretrained(folder).backbone.spec.grid == (4, 4)
+        twice = ModelOptions(ckpt=str(folder), base=BaseOptions(grid=(2, 8)))
+        with pytest.raises(t2i.UserError, match=r"--base\.grid is for a published base"):
+            twice.check()
+        wrong = replace(options, base=replace(options.base, grid=(0, 4)))
+        with pytest.raises(t2i.UserError, match=r"grid=\(0, 4\) must be at least 1"):
+            wrong.load(*wrong.check())
+
+
+def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
+    """Of another width, or given to a model that reads no captions."""
+    folder = write_tiny_base(tmp_path / "base")
+    wide = t2i.load_backbone("llamagen", folder)
+    config = replace(wide.config, caption_dim=2 * wide.config.caption_dim)
+    other = LlamaGen(config)
+    torch.save({"model": other.official_state_dict()}, tmp_path / "wide.pt")
+    given = {"text_encoder": folder / "text_encoder"}
+    with pytest.raises(t2i.UserError, match=r"gives features of width \d+, and .*wide\.pt reads"):
+        load_backbone("llamagen", tmp_path / "wide.pt", config=config, **given)
+    classes = tiny_llamagen("class")
+    torch.save({"model": classes.official_state_dict()}, tmp_path / "classes.pt")
+    with pytest.raises(t2i.UserError, match=r"classes\.pt draws classes and reads no captions"):
+        load_backbone("llamagen", tmp_path / "classes.pt", config=classes.config, **given)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from t2i.evaluation.generation_folder import (
 )
 from t2i.evaluation.results import REPORT_FILE, RESULTS_FILE, ROWS_FILE
 from t2i.evaluation.review_page import Column, open_column, write_review
+from t2i.export_folder import export
 from t2i.files import write_json, write_text
 from t2i.imaging import save_png
-from t2i.model_options import DrawingModelOptions
+from t2i.model_options import DrawingModelOptions, ExportOptions
 
 PROMPTS = ["a <b id=evil>red</b> circle</script>", "two stars", "a bus"]
 RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
@@ -113,8 +114,8 @@ def test_verdicts_of_dpg_bench_are_shares_of_the_answers(tmp_path):
     write_json(tmp_path / "d" / RESULTS_FILE, known)
     column = open_column("d", tmp_path / "d")
     assert column.verdicts == {
-        sample_file(0, 0): {"share": 0.5, "why": ["Is it red? no"]},
-        sample_file(1, 0): {"share": 1.0, "why": []},
+        (0, 0): {"share": 0.5, "why": ["Is it red? no"]},
+        (1, 0): {"share": 1.0, "why": []},
     }
 
 
@@ -128,6 +129,54 @@ def test_columns_that_do_not_belong_together(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in GenEval's layout"):
         open_column("z", tmp_path / "empty")
+
+
+def test_names_of_images_as_judges_take_them(tmp_path):
+    """GenEval's own code writes samples/0000.png: the page of such a folder was empty."""
+    source = _folder(tmp_path / "a" / "images", RED)
+    _judge(tmp_path / "a", sample_file(1, 0))
+    for folder in [p for p in source.iterdir() if p.is_dir()]:
+        for path in sorted((folder / "samples").iterdir()):
+            path.rename(path.with_name(f"{int(path.stem):04d}.png"))
+        folder.rename(source / f"{int(folder.name):03d}")
+    columns = [open_column("a", tmp_path / "a"), open_column("b", _folder(tmp_path / "b", GREEN))]
+    page = write_review(tmp_path / "r", columns, title="t")
+    (column, _) = _content(page)["columns"]
+    assert sorted(column["images"]) == [sample_file(p, s) for p in range(3) for s in range(2)]
+    assert column["images"][sample_file(1, 0)]["verdict"]["share"] == 0
+    assert all((page.parent / column["place"] / name).is_file() for name in column["images"])
+    shutil.copy(source / "000/samples/0000.png", source / "000/samples/0.png")
+    with pytest.raises(UserError, match=r"0.png and 0000.png are the same number"):
+        write_review(tmp_path / "r", columns, title="t")
+
+
+def test_rows_are_prompts_whatever_their_numbers(tmp_path):
+    """A benchmark of every 30th prompt leaves 00000, 00030 ...; models draw into 00000, 00001."""
+    drawn = _folder(tmp_path / "r" / "columns" / "drawn", RED)
+    spread = _folder(tmp_path / "s" / "images", GREEN)
+    _judge(tmp_path / "s", sample_file(2, 1))
+    rows = (tmp_path / "s" / ROWS_FILE).read_text()
+    for number in (2, 1):
+        (spread / f"{number:05d}").rename(spread / f"{30 * number:05d}")
+        rows = rows.replace(f"{number:05d}/samples", f"{30 * number:05d}/samples")
+    write_text(tmp_path / "s" / ROWS_FILE, rows)
+    for order in ((drawn, tmp_path / "s"), (tmp_path / "s", drawn)):
+        columns = [open_column(str(i), folder) for i, folder in enumerate(order)]
+        page = write_review(tmp_path / "r", columns, title="t")
+        content = _content(page)
+        folders = [prompt["folder"] for prompt in content["prompts"]]
+        assert folders == [
+            "00000",
+            *(["00001", "00002"] if order[0] == drawn else ["00030", "00060"]),
+        ]
+        for column in content["columns"]:
+            assert {name[:5] for name in column["images"]} == set(folders)
+            assert all((page.parent / column["place"] / n).is_file() for n in column["images"])
+        judged = content["columns"][order.index(tmp_path / "s")]["images"]
+        assert [n for n, i in judged.items() if not i["verdict"]["share"]] == [
+            f"{folders[2]}/samples/00001.png"
+        ]
+    assert len(list(drawn.glob("*/samples/*.png"))) == 6, "what was drawn stays"
 
 
 def test_images_that_changed_are_brought_again(tmp_path):
@@ -228,6 +277,19 @@ def test_what_cannot_be_shown(refusal):
     assert "does not exist" in refusal(
         "--ckpt", "shapes", "--against", "runs/gone", "--prompt", "x"
     )
+
+
+def test_an_export_has_no_base_of_its_own(tmp_path, refusal, shapes_ckpt):
+    """The answer was to give it as --ckpt, as it was."""
+    out = export(ExportOptions(Path(shapes_ckpt), tmp_path / "out"))
+    message = refusal("--ckpt", out, "--with-base", "--prompt", "x")
+    assert "does not hold what it was trained from" in message
+
+
+def test_options_of_models_are_refused_where_none_draws(tmp_path, refusal):
+    there = _folder(tmp_path / "there", RED)
+    message = refusal("--images", there, "--prompt", "x", "--cfg-scale", 3, "--samples", 2)
+    assert "--cfg-scale, --prompt, --samples: of a model that draws" in message
 
 
 def test_what_does_not_belong_together_is_named_before_drawing(tmp_path, refusal, monkeypatch):

@@ -311,6 +311,17 @@ def test_questions_of_a_users_file():
         ask([RIGHT], [{"prompt": "x", "questions": [{"text": "?"}]}])
     with pytest.raises(UserError, match='neither "questions" nor'):
         ask.check([{"prompt": "x"}])
+    own = [questions[0] | {"parents": [0]}, *questions[1:]]  # as DPG-Bench says "none"
+    assert ask([RIGHT], [{"prompt": "x", "questions": own}]) == [pytest.approx(1 / 3)]
+    for wrong, message in (
+        ([], "no question to ask about 'x'"),
+        ([questions[0] | {"parents": [7]}], "cannot be scored.*depends on 7, which"),
+        ([questions[0] | {"parents": [1]}], "cannot be scored.*depends on itself"),
+        ([questions[0] | {"parents": ["1"]}], "are no numbers"),
+        ([questions[0] | {"question": " "}], "question 1 has an empty text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ask.check([{"prompt": "x", "questions": wrong}])
 
 
 def panel_of(function: str, **changes) -> Panel:

@@ -4,7 +4,9 @@ that scores can use.
 
 import json
 import os
+import time
 import zipfile
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -12,10 +14,15 @@ import torch
 from helpers import Killed, folder_content, in_threads
 from PIL import Image
 
+from t2i.errors import UserError
 from t2i.evaluation import places
 from t2i.evaluation.draw import fill, numbered_batches, numbered_place, sample_labels
 from t2i.evaluation.fid.image_sets import open_images
+from t2i.evaluation.generation_folder import sample_file
+from t2i.evaluation.places import GenerationFolder
+from t2i.files import read_json
 from t2i.generation import Drawn
+from t2i.imaging import save_png
 from t2i.processes import ALONE, Processes
 
 SIZE = (4, 6)
@@ -218,6 +225,42 @@ def test_images_of_other_settings_are_not_continued(out):
     with pytest.raises(ValueError, match=r"scale None there, 1\.5 now"):
         write(out, settings={"seed": 0, "scale": 1.5})
     assert folder_content(out.parent) == before
+
+
+def test_a_run_that_was_stopped_before_its_first_image_claims_nothing(out):
+    """It was refused for images that are not there, in a file that does not exist."""
+    with pytest.raises(Killed):
+        write(out, Draw(dies_at=0))
+    assert (out.parent / _record(out)).is_file()
+    others = []
+    late = Thread(target=lambda: others.append(claim_other(out, Processes(1, 2, patience=20))))
+    late.start()  # sees the record of the run before
+    time.sleep(0.2)
+    write(out, settings={"seed": 1})
+    late.join()
+    assert others[0]["seed"] == 1 and read_json(out.parent / _record(out))["seed"] == 1
+    with pytest.raises(ValueError, match=r"drawn otherwise \(seed 1 there, 0 now\)"):
+        write(out)
+
+
+def claim_other(out, processes):
+    settings = {"seed": 1, "count": 10, "size": list(SIZE), "batch_size": 3}
+    return numbered_place(out, 10, processes).claim(settings, {})
+
+
+def test_a_generation_folder_without_an_image_is_begun_anew(tmp_path):
+    first = GenerationFolder(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
+    first.claim({"seed": 0}, {})
+    first.write_prompts([0, 1])
+    place = GenerationFolder(tmp_path, [{"prompt": "c"}])
+    place.check({"seed": 1})
+    assert place.claim({"seed": 1}, {})["seed"] == 1
+    place.write_prompts([0])
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["00000", "generation.json"]
+    assert read_json(tmp_path / "00000" / "metadata.jsonl") == {"prompt": "c"}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / sample_file(0, 0))
+    with pytest.raises(UserError, match="images of other prompts"):
+        first.claim({"seed": 1}, {})
 
 
 def test_files_of_others_are_not_overwritten(tmp_path):

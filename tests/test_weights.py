@@ -123,9 +123,20 @@ def _damaged(kind: str, folder: Path, weights) -> Path:
 )
 def test_damaged_files(tmp_path, weights, kind):
     path = _damaged(kind, tmp_path, weights)
-    with pytest.raises(ValueError, match=r"gpt\.pt cannot be read"):
+    with pytest.raises(ValueError, match=r"gpt\.pt cannot be read") as refused:
         read_state_dict(path)
+    for advice in ("weights_only", "safe_globals", "Re-running", "()"):
+        assert advice not in str(refused.value)
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt.pt", "model.safetensors"])
+def test_a_pointer_in_place_of_weights(tmp_path, name):
+    """What `git clone` leaves of a large file without Git LFS."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(ValueError, match="Git LFS pointer, not the weights: run `git lfs pull`"):
+        read_state_dict(tmp_path / name)
 
 
 def test_truncated_safetensors(tmp_path, weights):

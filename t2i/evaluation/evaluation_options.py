@@ -63,7 +63,9 @@ class BenchmarkOptions(DrawingModelOptions):
     images: Path | None = None
     """Instead of a model, a folder of images in GenEval's layout (00000/samples/00000.png ...)."""
     out: Path | None = None
-    """Folder for all that comes of it; outputs/<benchmark>/<name of the model> if not given."""
+    """Folder for all that comes of it; outputs/<benchmark>/<name of the model> if not given (of a
+    run: RUN-step_N).
+    """
     scope: tyro.conf.OmitArgPrefixes[Scope] = field(default_factory=Scope)
 
     def __post_init__(self):
@@ -73,6 +75,8 @@ class BenchmarkOptions(DrawingModelOptions):
                 "give either --ckpt or --base.weights (a model to draw and judge), "
                 "or --images (a folder)"
             )
+        if self.images is not None:
+            self.refuse_drawing()
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
         """As for any model; and whether there are images, where they are to be judged."""
@@ -80,7 +84,6 @@ class BenchmarkOptions(DrawingModelOptions):
             return super().check()
         from t2i.loading import pick_device
 
-        self.sampling.check()
         if not self.images.exists():
             raise UserError(f"{self.images} does not exist; --images is a folder that holds images")
         return pick_device(self.device, self.dtype)

@@ -113,7 +113,7 @@ def of_drawn(
         log_probs.append(found.log_probs.cpu())
         entropies.append(found.entropies.cpu())
     facts: dict = {"entropy": means(by_slot(torch.cat(entropies), geometry))}
-    if _drafted(geometry).any():
+    if geometry.stages > 1:
         facts["stages"] = of_stages(torch.cat(windows), torch.cat(log_probs), geometry)
     return facts
 
@@ -156,10 +156,14 @@ def _stages(values_BNkx: Tensor, geometry: Windows) -> list[Tensor]:
 
 
 def _drafted(geometry: Windows) -> Tensor:
-    """The positions, bool [T], that went through all stages: where there are several, and not the
-    first ones, which had no first draft.
+    """The positions, bool [T], that went through all stages: not the first ones, which no earlier
+    window drafted, and where the stride does not divide the window not those that the earliest
+    such window ends before.
     """
-    return (torch.arange(geometry.tokens) >= geometry.size) & (geometry.stages > 1)
+    position = torch.arange(geometry.tokens)
+    window, slot = position // geometry.stride, position % geometry.stride
+    deepest = (geometry.size - 1 - slot) // geometry.stride
+    return torch.minimum(window, deepest) == geometry.stages - 1
 
 
 # -- images with known codes -----------------------------------------------------------------------

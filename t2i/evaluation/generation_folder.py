@@ -14,14 +14,15 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from t2i.errors import UserError, shorten
 from t2i.files import read_json, reading, saving, write_text
-from t2i.imaging import grid, save_png
+from t2i.imaging import grid, save_png, upright_rgb
 from t2i.models.conditions import check_captions
 
 GENERATION_FILE = "generation.json"
@@ -62,7 +63,10 @@ def _parse_text_line(line: bytes, where: str) -> dict:
         raise UserError(f"{where} is not UTF-8 text: {error}") from error
     if any(ord(c) < 32 and c != "\t" for c in text):
         raise UserError(f"{where} is not text: it has control characters ({text[:80]!r})")
-    if text.startswith("{") and text.endswith("}"):
+    entry = None
+    with suppress(ValueError, RecursionError):
+        entry = json.loads(text)
+    if isinstance(entry, dict):
         raise UserError(f"{where} is JSON: give the file a name that ends in .jsonl")
     return {"prompt": text}
 
@@ -85,7 +89,7 @@ def prompt_folder(index: int) -> str:
 
 
 def sample_file(prompt_index: int, sample_index: int) -> str:
-    """An image's file within a generation folder, which is also its name in results."""
+    """An image's file within a generation folder, as this kit names it."""
     return f"{prompt_folder(prompt_index)}/samples/{sample_index:05d}.png"
 
 
@@ -116,19 +120,29 @@ def load_image(path: Path) -> Image.Image:
     """An image as judges see it: upright, RGB.
 
     Raises:
-        UserError: the file is not a whole image.
+        UserError: the file is not a whole image, or has more than 8 bits a channel.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for damage
+            return upright_rgb(image)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make Pillow's parsers raise nearly anything
         raise UserError(f"{path} is not a readable image ({error})") from error
 
 
 def read_generation(folder: Path) -> dict | None:
-    """How a folder's images were drawn; None where something else has written them."""
+    """How a folder's images were drawn; None where something else has written them, or a file of
+    this name.
+    """
     path = folder / GENERATION_FILE
-    return read_json(path) if path.is_file() else None
+    known = read_json(path) if path.is_file() else None
+    if not isinstance(known, dict) or not isinstance(known.get("seed"), int):
+        return None
+    parts = known.get("sampling"), known.get("about", {})
+    return known if all(isinstance(part, dict) for part in parts) else None
 
 
 def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
@@ -199,6 +213,10 @@ class Inventory:
     """What would be judged as something else (extra samples, other prompts); always refused."""
     unread: list[str] = field(default_factory=list)
     """Names that no evaluator of this layout reads; they are left alone."""
+
+    def name(self, prompt_index: int, sample: int) -> str:
+        """What an image is called in results: its file within the folder."""
+        return self.found[prompt_index][sample].relative_to(self.folder).as_posix()
 
     def check(self, *, allow_missing: bool) -> None:
         """UserError names what forbids judging."""

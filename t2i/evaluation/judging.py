@@ -16,7 +16,7 @@ from typing import Protocol
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.evaluation.generation_folder import Inventory, load_image, prompt_folder, sample_file
+from t2i.evaluation.generation_folder import Inventory, load_image, prompt_folder
 from t2i.files import (
     file_sha256,
     json_sha256,
@@ -109,20 +109,21 @@ def judge_images(
                 with reading(path):
                     digest = file_sha256(path)
                 if lines.get(sample, {}).get("sha256") != digest:
-                    answer = _answer(judge, index, sample, path, verdicts.overlay(index, sample))
+                    overlay, name = verdicts.overlay(index, sample), inventory.name(index, sample)
+                    answer = _answer(judge, index, path, overlay, name)
                     lines[sample] = {"sample": sample, "sha256": digest, **answer}
                     verdicts.write(index, lines)
                 bar.update()
     processes.barrier()
 
 
-def _answer(judge: Judge, index: int, sample: int, path: Path, overlay: Path) -> dict:
+def _answer(judge: Judge, index: int, path: Path, overlay: Path, name: str) -> dict:
     """A verdict as recorded; its overlay is written before it, so that a verdict implies it."""
     try:
         image = load_image(path)
     except UserError as error:
         return {"unreadable": str(error)}
-    judged = judge.judge(index, image, sample_file(index, sample))
+    judged = judge.judge(index, image, name)
     overlay.unlink(missing_ok=True)
     if judged.overlay is not None:
         save_png(judged.overlay, overlay)
@@ -145,11 +146,12 @@ def collect(inventory: Inventory, verdicts: Verdicts) -> tuple[list[JudgedImage]
     for index, images in sorted(inventory.found.items()):
         lines = verdicts.read(index)
         for sample in images:
-            name = sample_file(index, sample)
+            name = inventory.name(index, sample)
             assert sample in lines, f"{name} was not judged"
             if "unreadable" in lines[sample]:
                 unreadable.append(lines[sample]["unreadable"])
             else:
                 line = lines[sample]
-                judged.append(JudgedImage(index, sample, line["sha256"], line["row"]))
+                row = line["row"] | {"filename": name}  # it may have another name since
+                judged.append(JudgedImage(index, sample, line["sha256"], row))
     return judged, unreadable

@@ -17,6 +17,7 @@ import shutil
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +65,14 @@ class Place(ABC):
             known: the settings that are known by then.
         """
         writable_folder(self.record.parent, make=False)
-        if self.record.is_file():
-            refuse_others(read_json(self.record), known, images=self.out, compared=set(known))
+        if self.record.is_file() and self.is_occupied():
+            refuse_others(read_json(self.record), known, images=self.images, compared=set(known))
 
     def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
         """Record the settings of new images, or compare them with those of the images that are
         there; every process calls it. Returns what is recorded.
+
+        A record without any image is of a run that was stopped before its first: it is replaced.
 
         Args:
             about: facts that are recorded, but not compared.
@@ -83,25 +86,36 @@ class Place(ABC):
         settings, compared = settings | {"about": about}, compared or set(settings)
         if self.processes.is_main:
             self.check({})
-            if not self.record.is_file():
+            if not (self.record.is_file() and self.is_occupied()):
                 self._begin(settings)
-        wait_for([self.record], self.processes.patience)
+
+        def unsettled() -> list[Path]:
+            there = self.record.is_file()
+            same = there and not _changes(read_json(self.record), settings, compared)
+            return [] if same or (there and self.is_occupied()) else [self.record]
+
+        wait_until_none(unsettled, self.processes.patience)
         recorded = read_json(self.record)
-        refuse_others(recorded, settings, images=self.out, compared=compared)
+        refuse_others(recorded, settings, images=self.images, compared=compared)
         return recorded
 
     def _begin(self, settings: dict) -> None:
         if self.is_occupied():
             raise UserError(
-                f"{self.out} holds files without {self.record.name}, so nobody can say how they "
+                f"{self.images} holds files without {self.record.name}, so nobody can say how they "
                 "were drawn; give another --out"
             )
         writable_folder(self.record.parent)
         write_json(self.record, settings)
 
+    @property
+    def images(self) -> Path:
+        """The file or folder that holds what is there."""
+        return self.out
+
     @abstractmethod
     def is_occupied(self) -> bool:
-        """Whether images, or anything else, are in the place."""
+        """Whether images, or anything else but the record, are in the place."""
 
     @abstractmethod
     def missing(self, batch: Sequence[Job]) -> set[Job]:
@@ -127,11 +141,20 @@ class GenerationFolder(Place):
         self.entries, self.stages = entries, stages
 
     def check(self, known: dict) -> None:
-        refuse_other_images(self.out, self.entries)
+        if self.is_occupied() or not self.record.is_file():
+            refuse_other_images(self.out, self.entries)
         super().check(known)
 
     def is_occupied(self) -> bool:
-        return any(self.out.glob("[0-9]*/samples/*"))
+        return any(self.out.glob("[0-9]*/samples/*")) or any(self.out.glob("[0-9]*/stages/*"))
+
+    def _begin(self, settings: dict) -> None:
+        stopped = self.record.is_file()
+        super()._begin(settings)
+        for metadata in self.out.glob("[0-9]*/metadata.jsonl") if stopped else ():
+            metadata.unlink()  # of the run that drew nothing
+            with suppress(OSError):
+                metadata.parent.rmdir()
 
     def missing(self, batch: Sequence[Job]) -> set[Job]:
         return {job for job in batch if not self._has(job)}
@@ -176,7 +199,7 @@ class NumberedImages(Place):
         self.count = count
 
     def is_occupied(self) -> bool:
-        return any(self.out.glob("[!.]*"))
+        return any(path != self.record for path in self.out.glob("[!.]*"))
 
     def _file(self, number: int) -> Path:
         return self.out / f"{number:06d}.png"
@@ -206,8 +229,12 @@ class ImageArray(Place):
         writable_file(self.out)
         super().check(known)
 
+    @property
+    def images(self) -> Path:
+        return self.out if self.out.exists() else self._folder
+
     def is_occupied(self) -> bool:
-        return self.out.exists()
+        return self.out.exists() or any(self._folder.glob("*.npy"))
 
     def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
         """As for any place; the settings hold the images' "size" and the "batch_size"."""
@@ -269,12 +296,7 @@ def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]
         compared: the keys that are looked at.
     """
     known = before if isinstance(before, dict) else {}
-    there, here = (dict(_flat({k: d.get(k) for k in compared})) for d in (known, now))
-    changes = [
-        f"{key} {_shown(there.get(key))} there, {_shown(here.get(key))} now"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
+    changes = _changes(before, now, compared)
     if any(change.startswith("weights.") for change in changes):
         changes.insert(0, f"{_who(known)} there, {_who(now)} now")
     if changes:
@@ -282,6 +304,16 @@ def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]
             f"{images} holds images drawn otherwise ({'; '.join(changes)}); "
             "give another --out, or delete it"
         )
+
+
+def _changes(before: object, now: dict, compared: set[str]) -> list[str]:
+    known = before if isinstance(before, dict) else {}
+    there, here = (dict(_flat({k: d.get(k) for k in compared})) for d in (known, now))
+    return [
+        f"{key} {_shown(there.get(key))} there, {_shown(here.get(key))} now"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
 
 
 def _who(settings: dict) -> str:

@@ -23,21 +23,23 @@ from t2i.evaluation.generation_folder import (
     GENERATION_FILE,
     codes_file,
     load_image,
+    prompt_folder,
     read_generation,
     sample_file,
 )
 from t2i.evaluation.results import RESULTS_FILE, image_source, read_results
 from t2i.files import json_sha256, read_json, saving, writable_folder, write_text
+from t2i.generation import Job
 from t2i.pages import embedded_json, html_page
 from t2i.sampling import SamplingConfig
 
 COLUMNS, BROUGHT = "columns", "brought"
-_PROMPT_FOLDER = re.compile(r"\d{5,}")
-_FILES = re.compile(r"metadata\.jsonl|samples/\d{5,}\.png|stages/\d{5,}(_\d+\.png|\.json)")
-"""Of a prompt's folder."""
+_SAMPLE = re.compile(r"samples/(\d+)\.png")
+_OTHERS = re.compile(r"metadata\.jsonl|stages/\d{5,}(_\d+\.png|\.json)")
+"""Of a prompt's folder: as judges read samples, and as this kit names the rest."""
 _PNG = b"\x89PNG\r\n\x1a\n"
-Verdicts = dict[str, dict]
-"""Image file (00000/samples/00000.png) -> {"share": passed, 0..1, "why": sentences}."""
+ByImage = dict[Job, dict]
+"""(prompt's number, sample) -> {"share": passed, 0..1, "why": sentences}."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +49,44 @@ class Column:
     name: str
     folder: Path
     """A generation folder."""
-    verdicts: Verdicts
+    verdicts: ByImage
     judge: str = ""
     """Who gave the verdicts."""
 
-    def prompts(self) -> dict[str, dict]:
-        """Prompt folder -> its metadata, in order.
+    def folders(self) -> dict[int, Path]:
+        """Number of a prompt -> its folder, in order.
+
+        Raises:
+            UserError: two have the same number (0 and 00000).
+        """
+        found: dict[int, Path] = {}
+        for path in self.folder.iterdir():
+            if path.name.isdecimal() and (path / "samples").is_dir():
+                _add(found, int(path.name), path)
+        return dict(sorted(found.items()))
+
+    def prompts(self) -> list[dict]:
+        """Their metadata, in order.
 
         Raises:
             UserError: metadata are damaged, or gone.
         """
-        found = {}
-        for path in sorted(self.folder.iterdir()):
-            if _PROMPT_FOLDER.fullmatch(path.name) and (path / "samples").is_dir():
-                metadata = path / "metadata.jsonl"
-                entry = read_json(metadata)
-                if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-                    raise UserError(f'{metadata} has no text under "prompt"')
-                found[path.name] = entry
+        found = []
+        for folder in self.folders().values():
+            metadata = folder / "metadata.jsonl"
+            entry = read_json(metadata)
+            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+                raise UserError(f'{metadata} has no text under "prompt"')
+            found.append(entry)
         return found
+
+    def files(self, rows: Sequence[int]) -> dict[str, Path]:
+        """Name in the layout -> file, of all that the page shows, if its rows are called so."""
+        found: dict[str, Path] = {}
+        for row, folder in zip(rows, self.folders().values(), strict=True):
+            found |= {f"{prompt_folder(row)}/{k}": v for k, v in _files_of(folder).items()}
+        generation = self.folder / GENERATION_FILE
+        return found | ({GENERATION_FILE: generation} if generation.is_file() else {})
 
 
 def open_column(name: str, folder: Path) -> Column:
@@ -84,12 +105,14 @@ def open_column(name: str, folder: Path) -> Column:
             f"the results of {folder} are not as a benchmark writes them ({error!r}); judge it "
             "again, or delete them to look at the images alone"
         ) from error
-    if not any(_PROMPT_FOLDER.fullmatch(p.parts[-3]) for p in images.glob("*/samples/*.png")):
+    column = Column(name, images, verdicts, judge)
+    there = column.folders().values() if images.is_dir() else ()
+    if not any(_SAMPLE.fullmatch(name) for folder in there for name in _files_of(folder)):
         raise UserError(f"{folder} holds no images in GenEval's layout (00000/samples/00000.png)")
-    return Column(name, images, verdicts, judge)
+    return column
 
 
-def _with_verdicts(folder: Path) -> tuple[Path, Verdicts, str]:
+def _with_verdicts(folder: Path) -> tuple[Path, ByImage, str]:
     """Images, what was said of them, and who said it."""
     images, results, rows = folder, dict[str, Any](), list[dict]()
     if (folder / RESULTS_FILE).is_file():
@@ -100,7 +123,13 @@ def _with_verdicts(folder: Path) -> tuple[Path, Verdicts, str]:
         if found["images"] == image_source(folder.parent, folder):
             results, rows = found, of_them
     judge = f"{results['benchmark']}: {results['label']}" if results else ""
-    return images, {row["filename"]: _verdict(row) for row in rows}, judge
+    return images, {_job_of(row["filename"]): _verdict(row) for row in rows}, judge
+
+
+def _job_of(name: str) -> Job:
+    """The prompt's and the sample's number of an image that results name."""
+    prompt, _, sample = name.removesuffix(".png").split("/")
+    return int(prompt), int(sample)
 
 
 def _verdict(row: dict) -> dict:
@@ -112,7 +141,7 @@ def _verdict(row: dict) -> dict:
     return {"share": sum(passed) / max(len(passed), 1), "why": failed}
 
 
-def check_columns(columns: Sequence[tuple[str, Path]], prompts: Sequence[dict[str, dict]]) -> None:
+def check_columns(columns: Sequence[tuple[str, Path]], prompts: Sequence[list[dict]]) -> None:
     """UserError for columns (name, folder) of the same name, or of different prompts."""
     names = [name for name, _ in columns]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -128,39 +157,41 @@ def check_columns(columns: Sequence[tuple[str, Path]], prompts: Sequence[dict[st
 def write_review(out: Path, columns: Sequence[Column], *, title: str) -> Path:
     """Write OUT/index.html, and bring the columns' images there if they lie elsewhere.
 
-    Prompts are those of the first column's folder; the others must have the same.
+    Prompts, and their numbers, are those of the first column's folder; the others must have the
+    same ones in the same order, whatever their numbers.
 
     Raises:
         UserError: columns of different prompts, or two of the same name.
     """
     prompts = [column.prompts() for column in columns]
     check_columns([(column.name, column.folder) for column in columns], prompts)
-    shown = []
+    shown, rows = [], list(columns[0].folders())
     for number, column in enumerate(columns, start=1):
-        place = column.folder
-        if not place.resolve().is_relative_to(out.resolve()):
+        place, files = column.folder, column.files(rows)
+        as_named = all(place / name == path for name, path in files.items())
+        if not (as_named and place.resolve().is_relative_to(out.resolve())):
             name = re.sub(r"[^\w-]+", "-", column.name)
             place = out / BROUGHT / f"{number}-{name}"
-            _bring(column.folder, place, list(prompts[0]))
-        shown.append(_column(out, column, place, list(prompts[0])))
-    rows = [
-        {"folder": name, "text": entry["prompt"], "tag": str(entry.get("tag", ""))}
-        for name, entry in prompts[0].items()
+            _bring(column.folder, files, place)
+        shown.append(_column(out, column, place, rows))
+    asked = [
+        {"folder": prompt_folder(row), "text": e["prompt"], "tag": str(e.get("tag", ""))}
+        for row, e in zip(rows, prompts[0], strict=True)
     ]
-    content = {"title": title, "prompts": rows, "columns": shown}
+    content = {"title": title, "prompts": asked, "columns": shown}
     content["id"] = json_sha256(content)[:12]
     body = "<noscript>This page needs JavaScript.</noscript>\n" + embedded_json("review", content)
     return write_text(out / "index.html", html_page(title, body, name="review"))
 
 
-def _column(out: Path, column: Column, place: Path, folders: Sequence[str]) -> dict:
-    """What the page knows of a column, whose images are in `place`."""
+def _column(out: Path, column: Column, place: Path, rows: Sequence[int]) -> dict:
+    """What the page knows of a column, whose images are in `place` under the rows' numbers."""
     images, grid = {}, None
-    for folder in folders:
-        for path in _files_of(place / folder):
-            if path.parent.name != "samples":
+    for row, own in zip(rows, column.folders(), strict=True):
+        for name, path in _files_of(place / prompt_folder(row)).items():
+            if not _SAMPLE.fullmatch(name):
                 continue
-            job = int(folder), int(path.stem)
+            job = row, int(path.stem)
             codes = _stage_codes(place / codes_file(*job))
             if codes and grid is None:
                 width, height = load_image(path).size
@@ -168,7 +199,7 @@ def _column(out: Path, column: Column, place: Path, folders: Sequence[str]) -> d
                 grid = [len(codes[0]) // columns, columns]
             images[sample_file(*job)] = {
                 "changed": [_changed(*pair) for pair in pairwise(codes)],
-                "verdict": column.verdicts.get(sample_file(*job)),
+                "verdict": column.verdicts.get((own, job[1])),
             }
     generation = read_generation(place) or {}
     usual = asdict(SamplingConfig())
@@ -184,22 +215,24 @@ def _column(out: Path, column: Column, place: Path, folders: Sequence[str]) -> d
     }
 
 
-def _bring(source: Path, place: Path, folders: Sequence[str]) -> None:
+def _bring(source: Path, files: dict[str, Path], place: Path) -> None:
     """Link (or copy) a generation folder's images, stages and metadata into another, which holds
     nothing else afterwards.
+
+    Args:
+        files: name in `place` -> file of `source`.
 
     Raises:
         UserError: a file is a link to something of another place that is no image.
     """
+    if place.resolve() == source.resolve():
+        raise UserError(f"{source} is this page's copy of other images: give those")
     writable_folder(place)
-    files = [path for name in folders for path in _files_of(source / name)]
-    files += [path] if (path := source / GENERATION_FILE).is_file() else []
-    wanted = {path.relative_to(source) for path in files}
     for path in [path for path in place.rglob("*") if path.is_symlink() or path.is_file()]:
-        if path.relative_to(place) not in wanted:
+        if path.relative_to(place).as_posix() not in files:
             path.unlink()  # of what was here before
-    for path in files:
-        target, real = place / path.relative_to(source), path.resolve()
+    for name, path in files.items():
+        target, real = place / name, path.resolve()
         if not real.is_relative_to(source.resolve()) and not _is_png(real):
             raise UserError(
                 f"{path} is a link to {real}, which is no PNG, and would get into a folder that is "
@@ -216,11 +249,25 @@ def _bring(source: Path, place: Path, folders: Sequence[str]) -> None:
                 shutil.copy2(real, target)
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """The files of a prompt's folder that belong to the layout."""
-    found = sorted(path for part in ("*", "samples/*", "stages/*") for path in folder.glob(part))
-    names = [path for path in found if _FILES.fullmatch(path.relative_to(folder).as_posix())]
-    return [path for path in names if path.is_file()]
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Name in the layout -> file, of a prompt's folder.
+
+    Raises:
+        UserError: two samples have the same number (0000.png and 00000.png).
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(p for part in ("*", "samples/*", "stages/*") for p in folder.glob(part)):
+        name = path.relative_to(folder).as_posix()
+        sample = _SAMPLE.fullmatch(name)
+        if (sample or _OTHERS.fullmatch(name)) and path.is_file():
+            _add(found, f"samples/{int(sample[1]):05d}.png" if sample else name, path)
+    return found
+
+
+def _add(found: dict, key: object, path: Path) -> None:
+    first = found.setdefault(key, path)
+    if first is not path:
+        raise UserError(f"{first} and {path.name} are the same number: leave one of them")
 
 
 def _is_png(path: Path) -> bool:

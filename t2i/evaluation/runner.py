@@ -27,7 +27,6 @@ from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import (
     Inventory,
     read_generation,
-    sample_file,
     take_inventory,
 )
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
@@ -115,6 +114,7 @@ def evaluate(
         inventory.check(allow_missing=scope.allow_incomplete)
         if inventory.unread:
             log.warning("%s: names that are not read: %s", folder, shorten(inventory.unread))
+        read_generation(folder)  # a damaged one is named before the work
         claim_output(out, folder)
 
     processes.on_main(look)
@@ -182,7 +182,7 @@ def _report(
     exhibits = [
         Exhibit(
             card=card,
-            name=sample_file(image.prompt_index, image.sample),
+            name=inventory.name(image.prompt_index, image.sample),
             image=inventory.found[image.prompt_index][image.sample],
             sha256=image.sha256,
             overlay=verdicts.overlay(image.prompt_index, image.sample),

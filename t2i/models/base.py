@@ -185,7 +185,10 @@ class Backbone(nn.Module, ABC):
         """The weights that fine-tuning may change, under their official names."""
 
     def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
-        """Write all weights in this type and the official layout; returns what `load` takes."""
+        """Write all weights in this type under their official names; returns what `load` takes.
+
+        Here one file, {"model": weights} as LlamaGen nests them, without the image tokenizer.
+        """
         weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
         torch.save({"model": weights}, folder / "model.pt")
         return folder / "model.pt"

@@ -75,6 +75,12 @@ class WeightFileBackbone(Backbone):
         return backbone.eval()
 
 
+GIVE_GRID = (
+    "config=(height, width); to a program --base.grid HEIGHT WIDTH, to training --backbone.grid"
+)
+"""What to do where only the grid is missing."""
+
+
 def published_size(sizes: dict[str, dict], **known) -> str:
     """Name of the first size that agrees with what is known of a shape; "" if none does."""
     for name, size in sizes.items():

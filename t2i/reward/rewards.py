@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dpg_bench.answerers import Answerer, load_answerer
-from dpg_bench.questions import Question
+from dpg_bench.questions import Question, item_problems
 from dpg_bench.score import score_image
 from geneval.detector import Detections, Detector
 from geneval.detectors import CLIP, load_detector
@@ -165,28 +165,18 @@ class DPGReward:
     def _questions(self, entry: Mapping) -> list[Question]:
         prompt = entry["prompt"]
         if "questions" in entry:
-            given = list(entry["questions"])
-            if all(isinstance(q, Question) for q in given) and given:
-                return given
-            try:
-                return [
-                    Question(
-                        prompt, prompt, n, tuple(q.get("parents", ())), q["tuple"], q["question"]
-                    )
-                    for n, q in enumerate(given, start=1)
-                ]
-            except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"the questions of {prompt!r:.80} are not as dpg needs them: "
-                    f'[{{"tuple": ..., "question": ..., "parents": [...]}}] ({error!r})'
-                ) from error
-        if "include" not in entry:
+            asked = _given_questions(prompt, entry["questions"])
+        elif "include" not in entry:
             raise UserError(
                 f"dpg cannot know what to ask about {prompt!r:.80}: its metadata has neither "
                 '"questions" nor GenEval\'s "include"'
             )
-        asked = questions_of(prompt, dict(entry))
-        return asked if self.own else [q for q in asked if not _of_shapes(q)]
+        else:
+            asked = questions_of(prompt, dict(entry))
+            asked = asked if self.own else [q for q in asked if not _of_shapes(q)]
+        if not asked:
+            raise UserError(f"dpg has no question to ask about {prompt!r:.80}")
+        return asked
 
     def __call__(self, images: Images, metadata: Entries) -> list[float]:
         found = []
@@ -196,6 +186,33 @@ class DPGReward:
             answers = {str(q.proposition): a for q, a in zip(questions, given, strict=True)}
             found.append(score_image(questions, answers)[0])
         return found
+
+
+def _given_questions(prompt: str, given: Any) -> list[Question]:
+    """Metadata's own; UserError if they cannot be asked and scored."""
+    try:
+        asked = [
+            q if isinstance(q, Question) else _question(prompt, number, q)
+            for number, q in enumerate(given, start=1)
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the questions of {prompt!r:.80} are not as dpg needs them: "
+            f'[{{"tuple": ..., "question": ..., "parents": [...]}}] ({error!r})'
+        ) from error
+    if problems := item_problems(asked):
+        raise UserError(f"the questions of {prompt!r:.80} cannot be scored: {'; '.join(problems)}")
+    return asked
+
+
+def _question(prompt: str, number: int, given: Mapping) -> Question:
+    texts, parents = (given["tuple"], given["question"]), given.get("parents", ())
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise TypeError(f"question {number} has an empty text, or none")
+    if not all(isinstance(parent, int) for parent in parents):
+        raise TypeError(f"parents {parents!r} of question {number} are no numbers")
+    # DPG-Bench's own files say 0 for none.
+    return Question(prompt, prompt, number, tuple(p for p in parents if p != 0), *texts)
 
 
 def _of_shapes(question: Question) -> bool:

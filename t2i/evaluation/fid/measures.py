@@ -62,7 +62,8 @@ def feature_statistics(features_ND: Tensor) -> Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64; singular covariances are fine.
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64, at least 0 whatever the rounding;
+    singular covariances are fine.
 
     Raises:
         UserError: statistics of different widths, or values that are not finite.
@@ -79,7 +80,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     trace_of_root = eigenvalues.clamp_min(0).sqrt().sum()
     traces = a.covariance.trace() + b.covariance.trace()
-    return float(difference.dot(difference) + traces - 2 * trace_of_root)
+    return max(0.0, float(difference.dot(difference) + traces - 2 * trace_of_root))
 
 
 def _symmetric_root(covariance_DD: Tensor) -> Tensor:

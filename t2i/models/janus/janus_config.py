@@ -64,6 +64,9 @@ _FIXED: dict = {  # what every Janus-Pro has and these modules compute
     "vq_config": {"hidden_act": "gelu"},
 }
 
+_PATCHES = "model.vision_model.embeddings.patch_embedding.weight"
+_CODE_HEAD = "model.generation_head.proj_out.weight"
+
 SIZES = {
     "1B": {
         "hidden_size": 2048,
@@ -203,9 +206,10 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
 
 def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
     """DeepSeek's configuration says little: widths and depths are read off the weights."""
+    _check_whole(weights)
     language = {k: v for k, v in stored["language_config"].items() if k != "torch_dtype"}
     image_size = stored["vision_config"]["params"]["image_size"]
-    patches = weights["model.vision_model.embeddings.patch_embedding.weight"]
+    patches = weights[_PATCHES]
     vision_width, _, patch, _ = patches.shape
     layers = count_children(weights, "model.vision_model.encoder.layers.")
     heads = 16
@@ -217,9 +221,10 @@ def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
             heads,
         )
     vq = VQConfig.from_state_dict(names.vq_weights(weights))
-    head = weights["model.generation_head.proj_out.weight"]
+    head = weights[_CODE_HEAD]
     return {
         "model_type": "janus",
+        "tie_word_embeddings": language.get("tie_word_embeddings", False),  # Llama's default
         "text_config": {"model_type": "llama", **language},
         "vision_config": {
             "hidden_size": vision_width,
@@ -240,6 +245,20 @@ def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
             "num_hidden_layers": stored["gen_aligner_config"]["params"]["depth"],
         },
     }
+
+
+def _check_whole(weights: dict[str, Tensor]) -> None:
+    """UserError if what the shape is read off is not there."""
+    parts = {
+        "the understanding tower (vision_model)": _PATCHES,
+        "the understanding aligner (aligner)": "model.aligner.fc1.weight",
+        "the head for codes (gen_head)": _CODE_HEAD,
+    }
+    if missing := [part for part, key in parts.items() if key not in weights]:
+        raise UserError(
+            f"the weights lack {' and '.join(missing)}: of a folder in DeepSeek's layout the shape is "
+            "read off them; take the whole folder"
+        )
 
 
 def vq_settings(vq: VQConfig) -> dict:

@@ -129,7 +129,14 @@ class Janus(LlamaBackbone):
             )
         weights = names.to_transformers(read_folder(folder, shapes_only=options.shapes_only))
         stored = config.transformers if config else janus_config.read_config(folder, weights)
-        tied = names.HEAD not in weights
+        # transformers' default is True, whatever the file holds
+        without_head = names.HEAD not in weights
+        tied = without_head and stored.get("tie_word_embeddings", True)
+        if without_head and not (tied or options.generation_only):
+            raise UserError(
+                f"{folder} lacks {names.HEAD}, and its config.json does not tie it to the embedding: "
+                "download it again, or load it for drawing alone (generation_only)"
+            )
         with naming(folder), reading_shape("a Janus-Pro"):
             if tied:
                 weights[names.HEAD] = weights[names.EMBEDDING]
@@ -137,11 +144,12 @@ class Janus(LlamaBackbone):
         tokenizer = VQTokenizer.empty(own, folder)
         load_strict(tokenizer, own, folder)
         prompts = JanusPrompts.load(folder, _MAX_PROMPT)
-        # transformers' default is True, whatever the file holds
         known: dict = {"tie_word_embeddings": tied}
         if (image := prompts.tokenizer.token_to_id(IMAGE)) is not None:
             known["image_token_id"] = image
         shape = JanusShape(stored | known, options.grid or (config.grid if config else None))
+        with naming(folder):
+            prompts.check_ids(shape.text["vocab_size"])
         backbone = cls(shape, generation_only=options.generation_only)
         prompts.max_tokens = backbone.spec.prefix_tokens
         backbone.frozen.text_encoder = prompts

@@ -74,6 +74,15 @@ class JanusPrompts:
         prompts.folder = Path(folder)
         return prompts
 
+    def check_ids(self, embeddings: int) -> None:
+        """UserError if a token has no place among so many embeddings."""
+        most = max(self.tokenizer.get_vocab().values())
+        if most >= embeddings:
+            raise UserError(
+                f"tokenizer.json has tokens up to id {most}, but the model {embeddings} embeddings: "
+                "they belong to different models"
+            )
+
     def save(self, folder: Path) -> None:
         """Write a tokenizer for transformers, one that puts BOS in front by itself (version 5)."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())

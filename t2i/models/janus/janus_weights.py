@@ -7,6 +7,7 @@ DeepSeek's repositories (`model_type: multi_modality`) name modules after
 inside is handed to our `VQTokenizer`, whose names are DeepSeek's.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from t2i.fields import read_object
 from t2i.files import write_json
 from t2i.models.janus.janus_prompts import JanusPrompts
 from t2i.sampling import SamplingConfig
+
+log = logging.getLogger(__name__)
 
 VQ = "model.vqmodel."
 HEAD = "lm_head.weight"
@@ -51,6 +54,8 @@ _VQ_NAMES = (
     (".mid.1.", ".mid.attn_1."),
     (".mid.2.", ".mid.block_2."),
 )
+# transformers' drawing of images fails with a scale of 1; this one leaves logits as they are.
+_NO_GUIDANCE = 1 + 1e-9
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers stored this table
 # A pooling head that the model does not use, and a usage counter of the tokenizer's training.
 _UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.codebook_used")
@@ -139,12 +144,8 @@ def save_folder(
         "bos_token_id": prompts.bos_id,
         "eos_token_id": prompts.tokenizer.token_to_id(prompts.eos),
         "pad_token_id": prompts.pad_id,
-        "do_sample": True,
-        "guidance_scale": sampling.cfg_scale,
-        "temperature": sampling.temperature or 1.0,
-        "top_k": sampling.top_k,  # 0 has to be said, or transformers takes 50
-        "top_p": sampling.top_p,
         "generation_kwargs": {"boi_token_id": prompts.boi_id},
+        **_drawing_settings(sampling),
     }
     write_json(folder / "generation_config.json", generation)
     prompts.save(folder)
@@ -152,6 +153,25 @@ def save_folder(
         for name in _PROCESSOR_FILES:
             if (prompts.folder / name).is_file():
                 shutil.copyfile(prompts.folder / name, folder / name)
+
+
+def _drawing_settings(sampling: SamplingConfig) -> dict:
+    """Of generation_config.json."""
+    own = sampling.by_sub_token(1)[0]
+    if own.cfg_interval != -1 or own.cfg_power:
+        log.warning(
+            "transformers guides all tokens alike: cfg_interval and cfg_power are this kit's"
+        )
+    guidance = {"guidance_scale": max(own.cfg_scale, _NO_GUIDANCE)}
+    if own.temperature == 0:
+        return {"do_sample": False, **guidance}
+    return {
+        "do_sample": True,
+        **guidance,
+        "temperature": own.temperature,
+        "top_k": own.top_k,  # 0 has to be said, or transformers takes 50
+        "top_p": own.top_p,
+    }
 
 
 def _is_transformers(folder: Path) -> bool:

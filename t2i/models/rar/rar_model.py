@@ -31,7 +31,7 @@ from t2i.models.blocks import attend, causal_mask, run_blocks
 from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
-from t2i.models.weight_file import WeightFileBackbone, published_size
+from t2i.models.weight_file import GIVE_GRID, WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
 from t2i.weights import count_children, reading_shape
 
@@ -237,7 +237,7 @@ class RAR(WeightFileBackbone):
         if grid[0] * grid[1] != tokens:
             raise UserError(
                 f"the tables hold {tokens} image tokens, which is not a grid of "
-                f"{grid[0]} x {grid[1]}; pass config=(height, width)"
+                f"{grid[0]} x {grid[1]}; pass {GIVE_GRID}"
             )
         return RARConfig(dim, layers, n_head, mlp_dim, grid, vocab, classes)
 
