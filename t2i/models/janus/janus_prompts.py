@@ -46,6 +46,7 @@ class JanusPrompts:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.bos, self.eos = bos, eos
         self.folder: Path | None = None
+        self.embeddings: int | None = None
         self.bos_id, self.pad_id, self.boi_id = map(self.token_id, (bos, PAD, BEGIN_OF_IMAGE))
         if tokenizer.decode(self._ids(_SPACES), skip_special_tokens=False) != _SPACES:
             raise UserError(
@@ -75,12 +76,18 @@ class JanusPrompts:
         return prompts
 
     def check_ids(self, embeddings: int) -> None:
-        """UserError if a token has no place among so many embeddings."""
-        most = max(self.tokenizer.get_vocab().values())
-        if most >= embeddings:
+        """UserError, now or of a prompt, for a token without a place among so many embeddings.
+
+        A tokenizer may have further ones that no prompt makes.
+        """
+        self.embeddings = embeddings
+        self._check_ids([self.bos_id, self.pad_id, self.boi_id])
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if self.embeddings is not None and max(ids) >= self.embeddings:
             raise UserError(
-                f"tokenizer.json has tokens up to id {most}, but the model {embeddings} embeddings: "
-                "they belong to different models"
+                f"tokenizer.json makes token {max(ids)}, but the model has {self.embeddings} "
+                "embeddings: they belong to different models"
             )
 
     def save(self, folder: Path) -> None:
@@ -142,6 +149,7 @@ class JanusPrompts:
             ids = ids[: self.max_tokens - 1 - len(end)] + end
         ids = [self.bos_id, *ids]
         assert ids[-1] == self.boi_id, "the tokenizer does not end in begin-of-image"
+        self._check_ids(ids)
         return ids, cut
 
     def _ids(self, text: str) -> list[int]:
