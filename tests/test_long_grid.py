@@ -143,7 +143,7 @@ def test_a_grid_is_drawn_in_several_ways_and_reported(monkeypatch, tmp_path, cap
 RECIPE = Path(__file__).resolve().parents[1] / "docs" / "recipe"
 
 
-@pytest.mark.parametrize("grid", ["presets", "levers", "longer", "long_cpu", "ablation"])
+@pytest.mark.parametrize("grid", ["presets", "levers", "longer", "long_cpu", "ideas", "ablation"])
 def test_the_pages_tables_are_made_from_its_results(grid, monkeypatch, tmp_path):
     where = ("--results", RECIPE / grid / "results.jsonl", "--out", tmp_path)
     monkeypatch.setattr(sys, "argv", ["long_report.py", *map(str, where)])

@@ -82,7 +82,7 @@ _CORE = (
     LongArm("own context", _BASE, objective="own context"),
 )
 _MORE = (
-    LongArm("away from own samples", _BASE, away=(0.25, 0.5, 1.0, 2.0)),
+    LongArm("away from own samples", _BASE, away=(0.5, 1.0)),
     LongArm("control, falling from 3e-4", _BASE, optim={"backbone_lr": 3e-4}),
     LongArm(
         "own drafts, growing to full weight",
@@ -102,7 +102,7 @@ _MORE = (
         _OWN_DRAFTS,
         optim=_FAST,
         objective="correction",
-        ways={f"{share:.0%} again": {"again": share} for share in (0.03, 0.1)},
+        ways={"5 % again": {"again": 0.05}},
     ),
     LongArm(
         "own drafts, weights falling with distance",
