@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -415,6 +416,7 @@ def test_blind_votes_and_notes_are_saved_and_loaded(tab, page, tmp_path):
 
 def test_notes_survive_a_reload(tab, page):
     tab.run(type_in("textarea", "good"))
+    time.sleep(1)  # the browser may open it in another process, which hears of notes a little later
     tab.open(page)
     assert tab.run("document.querySelector('textarea').value") == "good"
 
