@@ -118,7 +118,7 @@ def read_captioned(sources: Sequence[str], base: Backbone, style: str) -> Pictur
     found = []
     for source in map(open_source, map(CaptionedImages, sources)):
         rules = ImageRules(base.image_size[0], small="upscale")
-        report, usable = read_samples(source, source, rules)
+        report, usable = read_samples(source, source, rules, lambda *found: found)
         print(f"{source.name}: {report.describe()}")
         found += usable
     if not found:

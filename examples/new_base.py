@@ -155,7 +155,8 @@ def read_pictures(sources: Sequence[str], size: int):
 
     found = []
     for source in map(open_source, map(CaptionedImages, sources)):
-        report, usable = read_samples(source, source, ImageRules(size, small="upscale"))
+        rules = ImageRules(size, small="upscale")
+        report, usable = read_samples(source, source, rules, lambda *found: found)
         print(f"{source.name}: {report.describe()}")
         found += usable
     if not found:

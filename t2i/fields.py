@@ -118,6 +118,20 @@ def leaves(settings: Mapping, part: str = "") -> dict[str, object]:
 
 
 # -- overrides -------------------------------------------------------------------------------------
+def given_options(options: "DataclassInstance") -> list[str]:
+    """Dotted names of the options that are not as they are by themselves."""
+    found = []
+    for own in fields(options):
+        value = getattr(options, own.name)
+        usual = own.default if own.default_factory is MISSING else own.default_factory()
+        if value == usual:
+            continue
+        nested = is_dataclass(value) and not isinstance(value, type)
+        inner = given_options(value) if nested else []
+        found += [f"{own.name}.{name}" for name in inner] or [own.name]
+    return found
+
+
 def all_optional(settings: type) -> Callable[[type[C]], type[C]]:
     """Class decorator: adds every field of a settings class, None by default, with its docstring.
 

@@ -1,7 +1,7 @@
 """Which model a program draws with or exports, and how. Without torch, as --help needs it."""
 
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +10,7 @@ import tyro
 
 from t2i import __version__
 from t2i.errors import UserError
+from t2i.fields import given_options
 from t2i.files import nearest_path
 from t2i.models.families import FamilyName
 from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed, check_counts
@@ -234,19 +235,6 @@ class DrawingModelOptions(ModelOptions):
 
 
 _DRAWING = ("base", "dtype", "speed", "speculate", "seed", "batch_size", "sampling")
-
-
-def given_options(options: Any) -> list[str]:
-    """Dotted names of the options that are not as they are by themselves."""
-    found = []
-    for own in fields(options):
-        value = getattr(options, own.name)
-        usual = own.default if own.default_factory is MISSING else own.default_factory()
-        if value == usual:
-            continue
-        inner = given_options(value) if is_dataclass(value) else []
-        found += [f"{own.name}.{name}" for name in inner] or [own.name]
-    return found
 
 
 @dataclass(frozen=True)

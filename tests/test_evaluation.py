@@ -22,6 +22,7 @@ from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score, compare_folders
 from t2i.evaluation.runner import claim_output, evaluate
 from t2i.imaging import save_png
+from t2i.processes import Processes
 
 SCOPE = Scope(samples=2)
 
@@ -72,6 +73,20 @@ def images(tmp_path):
             save_png(image, folder / f"{index:05d}" / "samples" / f"{sample:05d}.png")
         (folder / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(entry))
     return folder
+
+
+def test_what_the_main_process_refuses_ends_the_others(images, tmp_path):
+    """They waited for it, where a launcher did not end them."""
+
+    class Other(Processes):
+        def on_main(self, work):
+            raise UserError("said by the main process")
+
+        def barrier(self):
+            raise AssertionError("waits")
+
+    with pytest.raises(UserError, match="said by the main process"):
+        evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE, processes=Other(1, 2))
 
 
 def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images, tmp_path):

@@ -86,6 +86,8 @@ def test_numpy_on_a_full_disk(tmp_path):
     refused = pytest.raises(UserError, match="cannot write x: no space is left")
     with refused, saving("x"), open("/dev/full", "wb", buffering=0) as file:
         np.zeros(100_000).tofile(file)
+    with pytest.raises(RuntimeError, match="requested and"), saving("x"):
+        raise RuntimeError("12 GB requested and not available on the device")
 
 
 def test_waiting_goes_on_while_files_appear(tmp_path, monkeypatch):

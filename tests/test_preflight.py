@@ -294,6 +294,24 @@ def test_what_changes_memory(tiny_world):
     assert cost(tuning="lora").state < plain.state
 
 
+def test_work_counts_gradients_of_trained_weights_alone(tiny_world):
+    """The pass back has a product for the inputs' gradients, and one for the weights'."""
+    config = tiny_run(tiny_world, "-", tuning="lora")
+    model = build_model(config, device="meta")
+    frozen, trained = (
+        estimate(model, replace(config, tuning=tuning), world_size=1).flops
+        for tuning in ("lora", "full")
+    )
+    assert frozen == pytest.approx(2 / 3 * trained)
+
+
+def test_whether_a_rate_falls_is_said(tiny_world):
+    for falls, course in ((False, "then stays"), (True, "then falls to 0 at the end")):
+        report = check(tiny_run(tiny_world, "new", steps=4, optim__backbone_falls=falls))
+        rate = next(line for line in report.splitlines() if "backbone rate" in line)
+        assert rate.endswith(course)
+
+
 # -- DeepSpeed's JSON ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("settings", "words"),

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import Killed, folder_content, in_threads, tiny_rar
+from runs import tiny_run
 
 from t2i.data.encoding import Encoding, build_store
 from t2i.data.sources import pretokenized
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.data.store import CodeStore
 from t2i.errors import UserError
+from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.processes import ALONE, Processes
 from t2i.training.config import LabelledOptions, TrainConfig
 from t2i.training.examples import encode_examples
+from t2i.training.start import build_model
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +189,21 @@ def test_no_lines(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):
         JsonlCodes(tmp_path / "empty.jsonl")
+
+
+def test_images_are_encoded_without_tf32(tiny_world, monkeypatch):
+    """It changes codes, and the key of a cache does not say what it was made on."""
+    asked, encode = [], LlamaGen.encode_images
+
+    def encode_images(backbone, pixels):
+        asked.append(torch.backends.cudnn.allow_tf32)
+        return encode(backbone, pixels)
+
+    monkeypatch.setattr(LlamaGen, "encode_images", encode_images)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    config = tiny_run(tiny_world, "-", data__cache_dir=tiny_world / "without_tf32")
+    encode_examples(config, build_model(config).backbone, ALONE)
+    assert asked and not any(asked) and torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(

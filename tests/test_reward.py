@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from t2i.reward.policy import (
 )
 from t2i.reward.reward_options import RewardOptions
 from t2i.reward.reward_prompts import benchmark_hashes, prompt_hash, training_prompts
+from t2i.reward.reward_run import RewardRun
 from t2i.reward.reward_watch import diversity
 from t2i.reward.rewards import DPGReward, load_rewards, own_function, soft_credit
 from t2i.rng import make_keys
@@ -344,6 +346,21 @@ def test_a_bad_reward_is_named_with_a_prompt(function, words):
     panel = panel_of(function, seconds=0.2 if function == "hangs" else 30.0)
     with pytest.raises(RewardError, match=words):
         panel.judge_all([RIGHT, WRONG], [position("circle", "left of", "square")] * 2)
+
+
+def test_rewards_keep_no_gradients():
+    """They run in a thread, which begins with gradients on."""
+    asks = {"asks": lambda images, _: [float(torch.is_grad_enabled())]}
+    panel = Panel(asks, {"asks": 1.0}, seconds=30.0, constant=3)
+    assert panel.judge_all([RIGHT], [position("circle", "left of", "square")]) == {"asks": [0.0]}
+
+
+def test_a_soft_reward_counts_once_by_its_benchmark():
+    """Also where both are watched."""
+    options = RewardOptions(functions=("geneval-soft",), watch=("geneval", "geneval-soft"))
+    run = SimpleNamespace(config=SimpleNamespace(reward=options))
+    metrics = {"watch/geneval": 0.5, "watch/geneval-soft": 0.75}
+    assert RewardRun.judged_by(run, metrics) == -0.5
 
 
 def test_a_constant_reward_stops_after_some_batches():

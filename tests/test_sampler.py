@@ -19,7 +19,7 @@ from t2i.errors import UserError
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar import presets, sampler
-from t2i.tensorar.drawing import likeliest, noise_keys, pick
+from t2i.tensorar.drawing import candidates, likeliest, noise_keys, pick
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows, window_logits
 from t2i.tensorar.windows import Windows
@@ -52,6 +52,13 @@ def test_filters_by_hand():
     assert kept(logits, top_p=0.7) == [1, 3, 4]
     assert kept(logits, top_p=1e-6) == [1] and kept(logits, top_k=99) == [0, 1, 2, 3, 4]
     assert kept(logits, temperature=0.5, top_p=0.55) == [1], "temperature comes before top-p"
+
+
+def test_codes_that_are_as_likely_come_in_order():
+    """Whichever crosses top-p, in a batch of any shape."""
+    logits = torch.zeros(3, 5000)
+    _, codes = candidates(logits, SubTokenSampling(top_p=0.5))
+    assert torch.equal(codes, torch.arange(5000).expand(3, -1))
 
 
 def test_temperature_scales_and_zero_is_greedy():

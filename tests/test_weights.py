@@ -16,7 +16,7 @@ from t2i.files import file_sha256, write_json
 from t2i.models.base import LoadOptions
 from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.models.tokenizers.vq import VQTokenizer
-from t2i.weights import read_state_dict
+from t2i.weights import read_folder, read_state_dict
 
 CONFIG = tiny_config("text")
 
@@ -140,11 +140,13 @@ def test_a_pointer_in_place_of_weights(tmp_path, name):
 
 
 def test_truncated_safetensors(tmp_path, weights):
-    path = tmp_path / "gpt.safetensors"
+    path = tmp_path / "model.safetensors"
     save_file(weights, path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
         read_state_dict(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_folder(tmp_path, shapes_only=True)
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, {}, {3: torch.zeros(1)}, torch.zeros(2)])

@@ -6,6 +6,7 @@ Shapes: B images, R rows (2B with guidance), T codes, N windows, k slots, D widt
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def draw(
     keys: Tensor,
     settings: SamplingConfig,
     *,
-    noise: str = "",
+    noise: Literal["", "drafts", "all"] = "",
     again: float = 0.0,
 ) -> Tensor:
     """Windows int64 [B, N, k, 1] of images.
@@ -49,8 +50,9 @@ def draw(
     return drawn_again(model, prepared, keys, settings, windows, again) if again else windows
 
 
-def shared_noise(keys_B: Tensor, windows: Windows, noise: str) -> Tensor:
+def shared_noise(keys_B: Tensor, windows: Windows, noise: Literal["drafts", "all"]) -> Tensor:
     """Keys int64 [N, B, k, 1] of the noise of every slot; final codes have that of the kit."""
+    assert noise in ("drafts", "all"), noise
     keys = noise_keys(keys_B, windows, 1)
     positions_Nk = windows.positions(keys_B.device).clamp(max=windows.tokens - 1)
     if noise == "all":

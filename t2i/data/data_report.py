@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
 from t2i.data.store import sample_line
 from t2i.files import write_text
+
+T = TypeVar("T")
 
 _KEYS_PER_REASON = 100
 _NAMED = 3
@@ -186,8 +188,7 @@ def survey_source(
         count = min(limit, length)
         samples = (source[i * length // count] for i in range(count))
     checked = (drop_unreadable(sample, caption_notes) for sample in samples)
-    report, found = read_samples(checked, source, rules)
-    usable = [sample for sample, _ in found]
+    report, usable = read_samples(checked, source, rules, lambda sample, _: sample)
     if several := sum(len(sample.captions) > 1 for sample in usable):
         report.remarks.append(
             f"{several} have several captions (lines of a text or items of a list), "
@@ -197,9 +198,14 @@ def survey_source(
 
 
 def read_samples(
-    samples: Iterable[Sample], source: Source, rules: ImageRules
-) -> tuple[DataReport, list[tuple[Sample, Tensor]]]:
-    """A report over some samples of a source; and the usable ones, each with its image's views."""
+    samples: Iterable[Sample],
+    source: Source,
+    rules: ImageRules,
+    take: Callable[[Sample, Tensor], T],
+) -> tuple[DataReport, list[T]]:
+    """A report over some samples of a source; and what is taken of the usable ones and their
+    images' views, which are large.
+    """
     lines, usable = [], []
     for sample in samples:
         result = load_sample(sample, rules)
@@ -207,5 +213,5 @@ def read_samples(
             lines.append(sample_line(sample, result))
         else:
             lines.append(sample_line(sample))
-            usable.append((sample, result))
+            usable.append(take(sample, result))
     return DataReport.collect(lines, source), usable

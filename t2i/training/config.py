@@ -14,6 +14,7 @@ import tyro
 
 from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
+from t2i.fields import given_options
 from t2i.model_options import BaseOptions
 from t2i.sampling import SamplingConfig, SamplingOverrides, check_counts, check_seed
 from t2i.tensorar.method import TensorARConfig
@@ -295,8 +296,7 @@ class TrainConfig:
             raise UserError(
                 "train_image_layers is for tuning lora or codec: full trains them anyway"
             )
-        usual = vars(LoRAConfig())
-        adapters = [f"lora.{k}={v}" for k, v in vars(self.lora).items() if v != usual[k]]
+        adapters = [f"lora.{k}={getattr(self.lora, k)}" for k in given_options(self.lora)]
         if adapters and self.tuning != "lora":
             raise UserError(
                 f"{', '.join(adapters)} has no effect with tuning={self.tuning}: leave it out, or "

@@ -10,6 +10,7 @@ from t2i.data.sources.classes import LabelledFolder, find_classes
 from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes, is_llamagen_folder
 from t2i.errors import UserError
+from t2i.fields import given_options
 from t2i.models.base import BackboneSpec
 from t2i.training.config import DataOptions, LabelledOptions
 from t2i.worlds import WORLDS, open_world
@@ -57,13 +58,12 @@ def open_data(options: DataOptions) -> Source:
 
 def _refuse_without_effect(options: DataOptions, world: str) -> None:
     """UserError for an option of how files are read, where there are none."""
-    usual = CaptionedImages()
-    for name in (f.name for f in fields(CaptionedImages) if f.name != "source"):
-        if (given := getattr(options, name)) != getattr(usual, name):
-            raise UserError(
-                f"data.{name}={given} has no effect on {world}, which is drawn and not read: leave it "
-                "out"
-            )
+    of_files = {f.name for f in fields(CaptionedImages)} - {"source"}
+    if given := [name for name in given_options(options) if name in of_files]:
+        told = ", ".join(f"data.{name}={getattr(options, name)}" for name in given)
+        raise UserError(
+            f"{told} has no effect on {world}, which is drawn and not read: leave it out"
+        )
 
 
 # -- classes ---------------------------------------------------------------------------------------

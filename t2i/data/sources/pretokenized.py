@@ -24,6 +24,7 @@ from t2i.data.content import content_key
 from t2i.data.samples import Sample, Source
 from t2i.data.store import Numbers
 from t2i.errors import UserError
+from t2i.files import reading
 
 _BLOCK = 1 << 24
 _SAMPLED = 64
@@ -171,10 +172,8 @@ def _label(folder: Path, number: int) -> int:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    with reading(path):
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _load(path: Path) -> np.ndarray:

@@ -80,7 +80,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     trace_of_root = eigenvalues.clamp_min(0).sqrt().sum()
     traces = a.covariance.trace() + b.covariance.trace()
-    return max(0.0, float(difference.dot(difference) + traces - 2 * trace_of_root))
+    # In this order NaN, of numbers too large, stays one.
+    return max(float(difference.dot(difference) + traces - 2 * trace_of_root), 0.0)
 
 
 def _symmetric_root(covariance_DD: Tensor) -> Tensor:
