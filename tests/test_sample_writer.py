@@ -243,6 +243,15 @@ def test_a_run_that_was_stopped_before_its_first_image_claims_nothing(out):
         write(out)
 
 
+def test_a_record_on_its_way_is_no_image(tmp_path):
+    """Who waits for it took the folder for occupied, and compared the record before."""
+    place = numbered_place(tmp_path, 10)
+    (tmp_path / f"{place.record.name}.0123abcd.tmp").touch()
+    assert not place.is_occupied()
+    (tmp_path / "000000.png").touch()
+    assert place.is_occupied()
+
+
 def claim_other(out, processes):
     settings = {"seed": 1, "count": 10, "size": list(SIZE), "batch_size": 3}
     return numbered_place(out, 10, processes).claim(settings, {})

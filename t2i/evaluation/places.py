@@ -199,7 +199,9 @@ class NumberedImages(Place):
         self.count = count
 
     def is_occupied(self) -> bool:
-        return any(path != self.record for path in self.out.glob("[!.]*"))
+        # Not the record, nor what it is written to before it has its name.
+        names = (path.name for path in self.out.glob("[!.]*"))
+        return any(not name.startswith(self.record.name) for name in names)
 
     def _file(self, number: int) -> Path:
         return self.out / f"{number:06d}.png"
