@@ -106,6 +106,12 @@ PARTS = {
     "compiled": CheckPart(
         _of("gpu_speed", "compiled_rows"), 60, "As sampling, compiled against graphs."
     ),
+    "kernels": CheckPart(
+        _of("gpu_kernels", "kernel_rows"),
+        100,
+        "What a step of drawing consists of, by torch's profiler: kernels a step, how long the "
+        "device is busy with them and how much of the step it is idle; then the longest of them.",
+    ),
 }
 
 

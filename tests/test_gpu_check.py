@@ -63,6 +63,14 @@ def test_drawing_rows_of_every_kind_of_backbone():
     assert all(row["ms_per_step"] > 0 for row in found) and found[0]["of_floor"] > 0
 
 
+def test_kernels_of_a_step_add_up_to_it():
+    step, *kernels = rows("kernels", {})
+    assert step["ms_per_step"] > 0 and step["idle"] < 1
+    assert 0 < sum(row["busy_ms"] for row in kernels) <= step["busy_ms"]
+    assert 0 < sum(row["kernels"] for row in kernels) <= step["kernels"]
+    assert {"aten::mm", "aten::bmm"} < {row["kernel"] for row in kernels}
+
+
 def test_training_rows_have_what_check_expects():
     found = rows("training", {"shape": "tiny-rar"})
     assert all(row["s_per_step"] > 0 for row in found)

@@ -374,6 +374,7 @@ DOCUMENTED = {
     "torch.nn.attention",
     "torch.nn.functional",
     "torch.overrides",
+    "torch.profiler",
     "torch.utils.checkpoint",
     "torch.utils.data",
     "torch.utils.flop_counter",
