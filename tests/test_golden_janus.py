@@ -279,10 +279,26 @@ def test_a_configuration_of_other_weights_is_refused(case, tmp_path, part):
         Janus.load(folder)
 
 
-def test_another_image_tokenizer_than_stated_is_refused(case, tmp_path):
+def test_an_aligner_that_no_janus_pro_has_is_refused(case, tmp_path):
+    """Its layers have the names of another kind's."""
+    folder = shutil.copytree(case.folder / case.config["original_dir"], tmp_path / "copy")
+    with edited(folder / "config.json") as config:
+        config["gen_aligner_config"]["params"]["projector_type"] = "identity"
+    with pytest.raises(UserError, match="projector_type is 'identity', not mlp_gelu or linear"):
+        Janus.load(folder)
+
+
+@pytest.mark.parametrize(
+    "setting, value, said",
+    [
+        ("num_res_blocks", 7, r"num_res_blocks is 7, and the weights have"),
+        ("double_latent", True, r"double_latent=True, not False"),
+    ],
+)
+def test_another_image_tokenizer_than_stated_is_refused(case, tmp_path, setting, value, said):
     """In transformers' layout, which exports repeat."""
     folder = shutil.copytree(case.folder / case.config["hf_dir"], tmp_path / "copy")
     with edited(folder / "config.json") as config:
-        config["vq_config"]["num_res_blocks"] = 7
-    with pytest.raises(UserError, match=r"vq_config\.num_res_blocks is 7, and the weights have"):
+        config["vq_config"][setting] = value
+    with pytest.raises(UserError, match=rf"vq_config\.{said}"):
         Janus.load(folder)

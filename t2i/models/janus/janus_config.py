@@ -62,11 +62,17 @@ _FIXED: dict = {  # what every Janus-Pro has and these modules compute
         "mlp_bias": False,
     },
     "vision_config": {"attention_bias": True, "use_qk_norm": False},
-    "vq_config": {"hidden_act": "gelu"},
+    "vq_config": {
+        "hidden_act": "gelu",
+        "double_latent": False,
+        "in_channels": 3,
+        "out_channels": 3,
+    },
 }
 
 _PATCHES = "model.vision_model.embeddings.patch_embedding.weight"
 _CODE_HEAD = "model.generation_head.proj_out.weight"
+_ALIGNERS = ("mlp_gelu", "linear")
 _STATED = (  # part of DeepSeek's configuration, the weight it is about, its outputs and inputs
     ("aligner_config", "model.aligner.fc1.weight", ("n_embed", "input_dim")),
     ("gen_aligner_config", "model.generation_aligner.fc1.weight", ("n_embed", "input_dim")),
@@ -289,6 +295,9 @@ def _check_stated(stored: dict, weights: dict[str, Tensor]) -> None:
             for name, size in zip(sizes, shape, strict=False)
             if params.get(name, size) != size
         ]
+    for part in ("aligner_config", "gen_aligner_config"):
+        if (kind := stored[part]["params"].get("projector_type", "mlp_gelu")) not in _ALIGNERS:
+            other.append(f"{part}.params.projector_type is {kind!r}, not {' or '.join(_ALIGNERS)}")
     if other:
         raise UserError(f"it is not of these weights: {'; '.join(other)}; download both again")
 
