@@ -206,6 +206,8 @@ def _check_shape(config: Any, where: str) -> None:
     if getattr(config, "dim", heads) % heads:
         raise UserError(f"{where}: dim={config.dim} must be a multiple of n_head={heads}")
     if isinstance(config, LlamaConfig):
+        if not config.rope_base > 0:
+            raise UserError(f"{where}: rope_base={config.rope_base} must be above 0")
         if config.head_dim % 4:  # half for each axis of the image, in pairs
             raise UserError(
                 f"{where}: dim / n_head = {config.head_dim} must be a multiple of 4, as rows and "

@@ -24,8 +24,10 @@ from t2i.files import read_json, reading
 from t2i.published import files_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers
-# look for them.
-_NESTING_KEYS = ("model", "module", "state_dict")
+# look for them; averages are read where there is nothing else.
+_NESTING_KEYS = ("model", "module", "state_dict", "ema")
+# What some files carry along and no model learns: tables, masks, and caches of sampling.
+_COMPUTED = ("freqs_cis", "causal_mask", "attn_mask", "k_cache", "v_cache", "inv_freq")
 _MOST_KEYS = 40
 
 _POINTER = b"version https://git-lfs"
@@ -40,9 +42,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     The file is mapped into memory, so that nothing is read before it is used, and weights that are
     copied into a model are not there twice. (Pickles of before torch 1.6 cannot be mapped.)
 
-    Understands `{"model" | "module" | "state_dict": {...}}`, consolidated FSDP files (the state
-    dict at top level), files of LlamaGen's own training (with an argparse namespace inside) and
-    what `torch.compile` or DDP put into names.
+    Understands `{"model" | "module" | "state_dict" | "ema": {...}}`, consolidated FSDP files (the
+    state dict at top level), files of LlamaGen's own training (with an argparse namespace inside)
+    and what `torch.compile` or DDP put into names. Tables, masks and caches that were saved along
+    are left out.
 
     Raises:
         UserError: the file is missing, truncated, not a weight file, or holds objects that are
@@ -132,7 +135,12 @@ def _read_shapes(path: Path) -> dict[str, Tensor]:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return _learned({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+
+
+def _learned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what is computed."""
+    return {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in _COMPUTED}
 
 
 def _flatten(content: object, path: Path) -> dict[str, Tensor]:
@@ -151,7 +159,8 @@ def _flatten(content: object, path: Path) -> dict[str, Tensor]:
             f"(looked at top level and under {', '.join(_NESTING_KEYS)})"
         )
     # Without what torch.compile (of the whole, or of blocks) and DDP put into the names.
-    return {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in content.items()}
+    named = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in content.items()}
+    return _learned(named)
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:

@@ -1,16 +1,13 @@
 """Every kind of odd image has one defined answer: right pixels, or a skip with its reason."""
 
 import io
-import json
-import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import golden_fixture
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
 
 from t2i.data import images
 from t2i.data.images import (
@@ -23,8 +20,9 @@ from t2i.data.images import (
     to_pixels,
 )
 
-GOLDEN = Path(os.environ.get("T2I_GOLDEN", Path(__file__).parent / "golden")) / "vq16"
 ORIENTATION = 0x0112
+
+case = golden_fixture("VQ tokenizer")
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -45,18 +43,17 @@ def reason(image, **options) -> str:
     return caught.value.reason
 
 
-def test_center_crop_golden():
-    size = json.loads((GOLDEN / "config.json").read_text())["image_size"]
-    expected = load_file(GOLDEN / "io.safetensors")["expected.wide_center_crop_uint8"]
-    crop = center_crop(open_image(GOLDEN / "wide.png"), size)
+def test_center_crop_golden(case):
+    size, expected = case.config["image_size"], case.expected("wide_center_crop_uint8")
+    crop = center_crop(open_image(case.folder / "wide.png"), size)
     difference = torch.from_numpy(np.array(crop)).int() - expected.int()
     assert difference.shape == (size, size, 3)
     assert difference.abs().max() <= 1
 
 
-def test_pixels_golden():
-    expected = load_file(GOLDEN / "io.safetensors")["expected.png_tensor"][0]
-    pixels = to_pixels(open_image(GOLDEN / "image.png"))
+def test_pixels_golden(case):
+    expected = case.expected("png_tensor")[0]
+    pixels = to_pixels(open_image(case.folder / "image.png"))
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
     assert to_pixels(Image.new("RGB", (2, 2), "black")).unique().tolist() == [-1]

@@ -1,12 +1,11 @@
 """The rules and the summary against golden verdicts of the official GenEval."""
 
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import golden_folder
 from PIL import Image
 
 import geneval
@@ -15,7 +14,7 @@ from geneval.rules import COLORS, RuleOptions, check_schema, decide, relative_po
 from geneval.summary import format_summary, result_row, summarize
 from t2i.errors import UserError
 
-ROOT = Path(os.environ.get("T2I_GOLDEN", Path(__file__).parent / "golden")) / "geneval_judge"
+ROOT = golden_folder("geneval_judge")
 CONFIG = json.loads((ROOT / "config.json").read_text())
 
 

@@ -129,7 +129,7 @@ def test_embedded_tokenizer(case, model):
     assert torch.equal(codes, codes_of(case.expected, "image_codes_{}"))
     decoded = backbone.tokenizer.decode(backbone.tokenizer.encode(image))
     close(decoded, case.expected("image_decoded"), atol=5e-4)
-    close(backbone.tokenizer.decode_vectors(case.expected("image_quantised")), decoded, atol=1e-5)
+    close(backbone.tokenizer.decode_vectors(case.expected("image_quantised")), decoded, atol=5e-4)
 
 
 def test_uint8_images(case, model):

@@ -68,10 +68,9 @@ def tokenizer(case):
 @pytest.fixture(scope="module")
 def painter(case, tokenizer):
     """A generator around the tokenizer, for the paths that go through a backbone."""
-    stored = case.config["tokenizer"]
-    side = stored["image_size"] // stored["downsample"]
+    height, width = (side // tokenizer.downsample for side in case.input("image").shape[-2:])
     sizes = {"vocab_size": tokenizer.codebook_size, "num_classes": 1}
-    backbone = RAR(RARConfig(dim=8, n_layer=1, n_head=1, mlp_dim=8, grid=(side, side), **sizes))
+    backbone = RAR(RARConfig(dim=8, n_layer=1, n_head=1, mlp_dim=8, grid=(height, width), **sizes))
     backbone.frozen.tokenizer = tokenizer
     return backbone
 

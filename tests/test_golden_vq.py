@@ -58,13 +58,13 @@ def test_encode_and_decode(case, tokenizer, backbone, kind):
     quantised = tokenizer.quantize.vectors()[grid].permute(0, 3, 1, 2)
     torch.testing.assert_close(quantised, case.expected(f"{kind}_quantised"), atol=1e-5, rtol=0)
     decoded = tokenizer.decode(grid)
-    torch.testing.assert_close(decoded, case.expected(f"{kind}_decoded"), atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoded, case.expected(f"{kind}_decoded"), atol=5e-4, rtol=0)
 
 
 def test_decode_free_codes(case, tokenizer, backbone):
     codes = case.input("free_codes").unflatten(1, backbone.config.grid)
     expected = case.expected("free_decoded")
-    torch.testing.assert_close(tokenizer.decode(codes), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokenizer.decode(codes), expected, atol=5e-4, rtol=0)
 
 
 def test_uint8_images(case, backbone):

@@ -237,6 +237,13 @@ def test_what_no_janus_has_is_refused(copy, settings, said):
         Janus.load(copy)
 
 
+def test_cut_off_ratios():
+    """transformers cuts off the fraction of width times ratio: 352 * (938 / 352) is 937.99..."""
+    for width in range(8, 400, 8):
+        hidden = int(width * 8 / 3)
+        assert int(width * janus_config.cut_off_ratio(hidden, width)) == hidden
+
+
 def test_a_text_head_that_was_left_out_is_missed_by_name(folder):
     with pytest.raises(ValueError, match="generation_only has no text head"):
         drawing = LoadOptions(generation_only=True)
@@ -391,6 +398,8 @@ def test_tied_and_untied_text_heads(copy, folder):
     Janus.load(copy, LoadOptions(generation_only=True))
     says_untied.write_text(said)
     assert tied.janus.lm_head.weight is tied.language_model.embed_tokens.weight
+    drawing = Janus.load(copy, LoadOptions(generation_only=True))
+    assert drawing.left_out == count(tied) - count(drawing), "the embedding is there"
     out = copy / "out"
     out.mkdir()
     tied.save_official(out, torch.float32)

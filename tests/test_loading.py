@@ -195,6 +195,7 @@ def test_impossible_sizes_of_a_backbone_folder_are_named(tmp_path, size, message
     [
         ({"n_head": 16, "dim": 32}, r"dim / n_head = 2 must be a multiple of 4"),
         ({"n_head": 4, "n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
+        ({"rope_base": 0.0}, r"rope_base=0\.0 must be above 0"),
     ],
 )
 def test_heads_that_cannot_be_rotated_or_shared_are_named(size, message):

@@ -157,6 +157,19 @@ def test_averaged_weights(tmp_path):
 
 
 @pytest.mark.parametrize("ema", [False, True])
+def test_a_training_saves_its_discriminator_along(tmp_path, ema):
+    """The published files are without it."""
+    content = with_averages(tiny_lfq())
+    loss = {
+        "loss.discriminator.0.weight": torch.ones(1),
+        "model_ema.lossdiscriminator0weight": torch.ones(1),
+    }
+    path = write(tmp_path / "tokenizer.ckpt", content | loss)
+    weight = LFQTokenizer.load(path, ema=ema).decoder.conv_in.weight
+    assert torch.equal(weight, content["decoder.conv_in.weight"] + ema)
+
+
+@pytest.mark.parametrize("ema", [False, True])
 def test_every_weight_of_a_tokenizer_file_must_fit(tmp_path, ema):
     for part, dot in (("model_ema.", ""), ("", ".")):
         bad = with_averages(tiny_lfq())

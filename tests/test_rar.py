@@ -114,14 +114,14 @@ def test_every_key_that_does_not_fit_is_named(tmp_path):
     backbone = tiny_rar()
     weights = dict(backbone.official_state_dict())
     del weights["cls_token"], weights["blocks.1.attn.q_norm.bias"]
-    weights["attn_mask"] = torch.zeros(2, 2)
+    weights["surprise"] = torch.zeros(2, 2)
     weights["pos_embed"] = torch.zeros(1, 7, 32)
     torch.save(weights, tmp_path / "bad.bin")
     with pytest.raises(ValueError) as caught:
         RAR.load(tmp_path / "bad.bin")
     message = str(caught.value)
     assert "missing (2): cls_token, blocks.1.attn.q_norm.bias" in message
-    assert "unexpected (1): attn_mask" in message
+    assert "unexpected (1): surprise" in message
     assert "pos_embed (file (1, 7, 32), model (1, 1040, 32))" in message
 
     rows = dict(backbone.tokenizer.state_dict())

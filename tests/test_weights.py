@@ -44,6 +44,7 @@ LAYOUTS = {
             f"module._orig_mod.{k.replace('layers.0', 'layers.0._orig_mod')}": sd[k] for k in sd
         }
     },
+    "averages_alone": lambda sd: {"ema": sd, "steps": 3},
     "after_sampling": lambda sd: {
         "model": {
             **sd,
@@ -64,6 +65,22 @@ def test_layouts_load(tmp_path, weights, layout):
     loaded = LlamaGen.load(path, LoadOptions(CONFIG)).gpt.state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
+
+
+@pytest.mark.parametrize("shapes_only", [False, True])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_what_is_computed_is_left_out(tmp_path, name, shapes_only):
+    """Of every family: some saved files carry it along."""
+    computed = (
+        "transformer.freqs_cis",  # Open-MAGVIT2
+        "transformer.causal_mask",
+        "transformer.factorized_blocks.0.attention.kv_cache.v_cache",
+        "attn_mask",  # RAR
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq",  # Janus
+    )
+    weights = {key: torch.ones(2) for key in (*computed, "norm.weight")}
+    (torch.save if name.endswith("bin") else save_file)(weights, tmp_path / name)
+    assert list(read_folder(tmp_path, shapes_only=shapes_only)) == ["norm.weight"]
 
 
 def test_old_pickles_load(tmp_path, weights):

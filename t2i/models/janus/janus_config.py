@@ -1,6 +1,7 @@
 """Configuration of a Janus-Pro, from either layout, in the words of transformers' config.json."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,11 +62,32 @@ _FIXED: dict = {  # what every Janus-Pro has and these modules compute
         "mlp_bias": False,
     },
     "vision_config": {"attention_bias": True, "use_qk_norm": False},
-    "vq_config": {"hidden_act": "gelu"},
+    "vq_config": {
+        "hidden_act": "gelu",
+        "double_latent": False,
+        "in_channels": 3,
+        "out_channels": 3,
+    },
 }
 
 _PATCHES = "model.vision_model.embeddings.patch_embedding.weight"
 _CODE_HEAD = "model.generation_head.proj_out.weight"
+_ALIGNERS = ("mlp_gelu", "linear")
+_STATED = (  # part of DeepSeek's configuration, the weight it is about, its outputs and inputs
+    ("aligner_config", "model.aligner.fc1.weight", ("n_embed", "input_dim")),
+    ("gen_aligner_config", "model.generation_aligner.fc1.weight", ("n_embed", "input_dim")),
+    (
+        "gen_vision_config",
+        "model.generation_embeddings.weight",
+        ("image_token_size", "n_embed"),
+    ),
+    ("gen_head_config", _CODE_HEAD, ("image_token_embed", "n_embed")),
+    (
+        "gen_head_config",
+        "model.generation_head.vision_head.weight",
+        ("image_token_size", "image_token_embed"),
+    ),
+)
 
 SIZES = {
     "1B": {
@@ -207,6 +229,7 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
 def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
     """DeepSeek's configuration says little: widths and depths are read off the weights."""
     _check_whole(weights)
+    _check_stated(stored, weights)
     language = {k: v for k, v in stored["language_config"].items() if k != "torch_dtype"}
     image_size = stored["vision_config"]["params"]["image_size"]
     patches = weights[_PATCHES]
@@ -232,17 +255,18 @@ def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
             "num_attention_heads": heads,
             "image_size": image_size,
             "patch_size": patch,
-            "mlp_ratio": weights["model.vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
-            / vision_width,
+            "mlp_ratio": cut_off_ratio(
+                weights["model.vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0], vision_width
+            ),
             "projection_dim": weights["model.aligner.fc1.weight"].shape[0],
-            "depth": stored["aligner_config"]["params"]["depth"],
+            "depth": _depth(stored["aligner_config"]),
             "num_image_tokens": (image_size // patch) ** 2,
         },
         "vq_config": {
             **vq_settings(vq),
             "projection_dim": head.shape[0],
             "image_token_embed_dim": head.shape[1],
-            "num_hidden_layers": stored["gen_aligner_config"]["params"]["depth"],
+            "num_hidden_layers": _depth(stored["gen_aligner_config"]),
         },
     }
 
@@ -259,6 +283,47 @@ def _check_whole(weights: dict[str, Tensor]) -> None:
             f"the weights lack {' and '.join(missing)}: of a folder in DeepSeek's layout the shape is "
             "read off them; take the whole folder"
         )
+
+
+def _check_stated(stored: dict, weights: dict[str, Tensor]) -> None:
+    """UserError if the configuration states other sizes than the weights have."""
+    other = []
+    for part, weight, sizes in _STATED:
+        params, shape = stored[part]["params"], weights[weight].shape if weight in weights else ()
+        other += [
+            f"{part}.params.{name} is {params[name]}, and {weight} has {size}"
+            for name, size in zip(sizes, shape, strict=False)
+            if params.get(name, size) != size
+        ]
+    for part in ("aligner_config", "gen_aligner_config"):
+        if (kind := stored[part]["params"].get("projector_type", "mlp_gelu")) not in _ALIGNERS:
+            other.append(f"{part}.params.projector_type is {kind!r}, not {' or '.join(_ALIGNERS)}")
+    if other:
+        raise UserError(f"it is not of these weights: {'; '.join(other)}; download both again")
+
+
+def _depth(aligner: dict) -> int:
+    """Linear layers of an aligner, as DeepSeek's configuration says it."""
+    params = aligner["params"]
+    return 1 if params.get("projector_type") == "linear" else params.get("depth", 1)
+
+
+def cut_off_ratio(hidden: int, width: int) -> float:
+    """What times `width` gives `hidden` when its fraction is cut off, as transformers does."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def check_codes(shape: JanusShape, vq: VQConfig) -> None:
+    """UserError if the configuration states another image tokenizer than the weights hold."""
+    held = vq_settings(vq)
+    other = [
+        f"vq_config.{name} is {stated}, and the weights have {held[name]}"
+        for name in held
+        if (stated := shape.codes[name]) != held[name]
+    ]
+    if other:
+        raise UserError(f"config.json is not of these weights: {'; '.join(other)}")
 
 
 def vq_settings(vq: VQConfig) -> dict:

@@ -62,7 +62,9 @@ class Janus(LlamaBackbone):
         with torch.device("meta"):
             self.janus = JanusModel(config)
         if generation_only:
-            self.left_out = sum(p.numel() for m in self._understanding() for p in m.parameters())
+            tied = (self.janus.lm_head,) if config.transformers["tie_word_embeddings"] else ()
+            modules = (m for m in self._understanding() if m not in tied)
+            self.left_out = sum(p.numel() for m in modules for p in m.parameters())
             del self.janus.model.vision_model, self.janus.model.aligner, self.janus.lm_head
         self.spec = BackboneSpec(
             family="janus",
@@ -149,6 +151,7 @@ class Janus(LlamaBackbone):
             known["image_token_id"] = image
         shape = JanusShape(stored | known, options.grid or (config.grid if config else None))
         with naming(folder):
+            janus_config.check_codes(shape, tokenizer.config)
             prompts.check_ids(shape.text["vocab_size"])
         backbone = cls(shape, generation_only=options.generation_only)
         prompts.max_tokens = backbone.spec.prefix_tokens

@@ -56,7 +56,6 @@ _VQ_NAMES = (
 )
 # transformers' drawing of images fails with a scale of 1; this one leaves logits as they are.
 _NO_GUIDANCE = 1 + 1e-9
-_COMPUTED = ".rotary_emb.inv_freq"  # older transformers stored this table
 # A pooling head that the model does not use, and a usage counter of the tokenizer's training.
 _UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.codebook_used")
 # What transformers' JanusProcessor reads besides the tokenizer; only a folder in its own layout has
@@ -66,7 +65,6 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_t
 
 def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under transformers' names, from either layout; unknown keys stay as they are."""
-    weights = {k: v for k, v in weights.items() if not k.endswith(_COMPUTED)}
     if any(key.startswith("model.") for key in weights):
         return weights
     renamed: dict[str, Tensor] = {}
@@ -89,12 +87,10 @@ def _rename(key: str) -> str:
     prefix, ours = next(((a, b) for a, b in _MODULES if key.startswith(a)), ("", ""))
     rest = key[len(prefix) :]
     if prefix in ("gen_aligner.layers.", "aligner.layers."):  # Linear, GELU, Linear, GELU, ...
-        place, _, kind = rest.partition(".")
-        return (
-            f"{ours}fc1.{kind}"
-            if place == "0"
-            else f"{ours}hidden_layers.{int(place) // 2 - 1}.{kind}"
-        )
+        place, _, kind = rest.rpartition(".")  # or, without a place, one Linear alone
+        if place in ("", "0"):
+            return f"{ours}fc1.{kind}"
+        return f"{ours}hidden_layers.{int(place) // 2 - 1}.{kind}" if place.isdecimal() else key
     name = ours + rest
     if prefix == "gen_vision_model.":
         return VQ + _replace(rest, _VQ_NAMES)

@@ -10,7 +10,6 @@ Shapes: B batch, L inputs, P prefix, D width, T image tokens, C caption feature 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -171,11 +170,6 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
         kind, size, *_ = stem.split("_")
         cond: Literal["class", "text"] = "class" if kind == "c2i" else "text"
         return LlamaGenConfig(**SIZES[size], cond=cond, grid=grid or GRIDS[stem])
-
-    def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
-        # Some saved files carry position tables and sampling caches along.
-        kept = {k: v for k, v in state_dict.items() if k != "freqs_cis" and ".kv_cache." not in k}
-        super().fill(kept, path)
 
     # -- the condition -----------------------------------------------------------------------------
     def prepare(self, conditions: Sequence, length: int | None = None) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ from t2i.weights import load_strict, read_state_dict, reading_shape
 _EMBEDDED = "first_stage_model."
 _EMA = "model_ema."
 _EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+# The discriminator and other parts of the loss, which a training of one's own saves along.
+_LOSS = ("loss.", "model_ema.loss")
 
 
 def signs(indices: Tensor, bits: int) -> Tensor:
@@ -184,6 +186,7 @@ class LFQTokenizer(ConvTokenizer):
         """
         state_dict = read_state_dict(path)
         state_dict = tokenizer_part(state_dict) or state_dict
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(_LOSS)}
         raw = {k: v for k, v in state_dict.items() if not k.startswith(_EMA)}
         averaged = {k: v for k, v in state_dict.items() if k not in raw and k not in _EMA_COUNTERS}
         if ema and not averaged:
