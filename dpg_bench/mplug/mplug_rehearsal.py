@@ -23,7 +23,7 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
     bert = {**asdict(config.bert), "stride_layer": 6}
     with torch.device("meta"):
         shapes = shapes_of(MPlug(config).state_dict())
-    first = config.bert.num_hidden_layers - config.bert.fusion_layers
+    first = config.bert.num_hidden_layers - config.bert.fusion_depth
     # The file numbers fusion layers from the first of BERT's.
     named = {f"model.{_renumbered(name, first)}": size for name, size in shapes.items()}
     same = {f"{_HEAD}.decoder.weight": f"{_WORDS}.weight", f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"}
