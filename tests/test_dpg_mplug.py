@@ -125,6 +125,16 @@ def test_identity_names_weights_and_hash(judge):
     assert all(len(value) == 64 for value in identity["sha256"].values())
 
 
+def test_a_judge_with_another_configuration_is_another_judge(tmp_path, judge):
+    """Its verdicts were taken for those of the same weights under the old configuration."""
+    folder = copy_with(tmp_path, lambda weights: None)
+    config = json.loads((folder / "config_bert.json").read_text())
+    (folder / "config_bert.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
+    hashes = MPlugAnswerer.load(folder).identity()["sha256"]
+    changed = {name for name, value in hashes.items() if value != judge.identity()["sha256"][name]}
+    assert "config_bert.json" in changed and "config.yaml" not in changed
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_images_of_any_mode_are_squashed_to_a_square(mode):
     pixels = preprocess(Image.new("RGB", (9, 30), (255, 0, 0)).convert(mode), 14)

@@ -291,6 +291,8 @@ def test_more_of_what_is_refused(images, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "none of the 8 expected images" in message(folder=tmp_path / "empty")
     assert "none of the 8" in message(folder=tmp_path / "empty", allow_incomplete=True)
+    (tmp_path / "empty" / "images").mkdir()
+    assert f"is {tmp_path / 'empty' / 'images'} meant?" in message(folder=tmp_path / "empty")
     other = Bright()
     other.entries[2] = {"prompt": "darkness", "tag": "a"}
     text = message(benchmark=other)

@@ -92,7 +92,8 @@ class MPlugAnswerer:
     def _hashes(self) -> dict[str, str] | None:
         if self.folder is None:
             return None
-        return hashes_by_name(self.folder / name for name in (WEIGHTS, CONFIG, VOCABULARY))
+        names = (WEIGHTS, CONFIG, self.model.config.bert_config, VOCABULARY)
+        return hashes_by_name(self.folder / name for name in names)
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
         """The answer to each question, in their order, as the model writes it ("yes", "2")."""

@@ -41,6 +41,7 @@ class MPlugConfig:
     beam_size: int = 5
     max_length: int = 10
     min_length: int = 1
+    bert_config: str = "config_bert.json"
     bert: BertConfig = field(default_factory=BertConfig)
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class MPlugConfig:
 
         try:
             stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-            bert_file = folder / stored.get("bert_config", "config_bert.json")
+            bert_file = folder / stored.get("bert_config", cls.bert_config)
             bert = json.loads(bert_file.read_text(encoding="utf-8"))
         except (OSError, AttributeError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
             raise UserError(

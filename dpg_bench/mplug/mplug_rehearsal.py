@@ -30,9 +30,8 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
     tied = {f"model.{a}": f"model.{b}" for a, b in same.items() if a in shapes and b in shapes}
     weights.pickle(folder / WEIGHTS, named, nest="module", tied=tied)
     settings = {k: v for k, v in asdict(config).items() if k != "bert"}
-    settings["bert_config"] = "config_bert.json"
     (folder / CONFIG).write_text(json.dumps(settings))  # JSON is YAML, too
-    (folder / "config_bert.json").write_text(json.dumps(bert))
+    (folder / config.bert_config).write_text(json.dumps(bert))
     words = ["[PAD]", *(f"[unused{n}]" for n in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words += [chr(code) for code in range(33, 127)]
     words += [f"word{n}" for n in range(config.bert.vocab_size - len(words))]
