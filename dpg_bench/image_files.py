@@ -91,7 +91,12 @@ def arrange(
         UserError: what is missing or ambiguous is named by its file; when copying, also what is
             unreadable or of another size.
     """
-    flat = folder.is_dir() and any(folder.glob("*.png"))
+    items = {entry["item_id"] for entry in entries}
+    # An item's image in another format belongs here, too, where it is told which is read.
+    flat = folder.is_dir() and any(
+        path.suffix == ".png" or (path.stem in items and path.is_file())
+        for path in folder.glob("*")
+    )
     if not flat or any(folder.glob("[0-9]*/samples")):
         processes.on_main(lambda: look_at_names(folder, entries, scope, out))
         return lambda: folder

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -143,12 +143,11 @@ def _learned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in _COMPUTED}
 
 
-def _flatten(content: object, path: Path) -> dict[str, Tensor]:
+def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
-        for key in _NESTING_KEYS:
+        for key in _NESTING_KEYS:  # one within another, too, as mPLUG's own loader takes them
             if isinstance(content.get(key), dict):
                 content = content[key]
-                break
     if (
         not isinstance(content, dict)
         or not content

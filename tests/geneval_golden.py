@@ -20,6 +20,7 @@ SHAPE = Mask2FormerConfig(
         num_heads=CONFIG["num_heads"],
         window_size=CONFIG["window_size"],
         mlp_ratio=float(CONFIG["mlp_ratio"]),
+        qkv_bias=CONFIG["qkv_bias"],
         out_features=[f"stage{i + 1}" for i in range(len(CONFIG["depths"]))],
     ),
     num_labels=CONFIG["num_classes"],

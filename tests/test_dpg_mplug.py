@@ -1,5 +1,6 @@
 """The mPLUG judge: beam search by hand, strict loading, and the image encoded once."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from dpg_bench.mplug.bert import BertConfig
 from dpg_bench.mplug.decoder import beam_search
-from dpg_bench.mplug.mplug_answerer import MPlugAnswerer, preprocess
+from dpg_bench.mplug.mplug_answerer import MPlugAnswerer, load_tokenizer, preprocess, write_out
 from dpg_bench.mplug.mplug_model import MPlug, MPlugConfig
 from dpg_bench.questions import Question
 
@@ -90,6 +91,17 @@ def test_length_penalty_is_undone_between_steps():
     assert search(table)[0] == ([START, A, A, END], penalised(0.61, 0.97, 0.97))
 
 
+def test_a_token_without_any_probability_comes_after_a_forbidden_end():
+    """As in the reference, whose forbidden end has -1e20, and whose softmax has real zeros."""
+
+    def next_logits(tokens, origin):
+        return torch.tensor([[[-200.0, 0.0, -200.0, 5.0]] * 2])
+
+    starts = torch.full((1, 2), START)
+    [found] = beam_search(next_logits, starts, max_length=1, min_length=1, end=END)
+    assert [h.ids for h in found] == [[START, A], [START, END]]
+
+
 @pytest.fixture(scope="module")
 def judge():
     return MPlugAnswerer.load(TINY)
@@ -111,6 +123,16 @@ def test_identity_names_weights_and_hash(judge):
     identity = judge.identity()
     assert identity["judge"] == "mplug" and identity["weights"] == "with_visn_fc"
     assert all(len(value) == 64 for value in identity["sha256"].values())
+
+
+def test_a_judge_with_another_configuration_is_another_judge(tmp_path, judge):
+    """Its verdicts were taken for those of the same weights under the old configuration."""
+    folder = copy_with(tmp_path, lambda weights: None)
+    config = json.loads((folder / "config_bert.json").read_text())
+    (folder / "config_bert.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
+    hashes = MPlugAnswerer.load(folder).identity()["sha256"]
+    changed = {name for name, value in hashes.items() if value != judge.identity()["sha256"][name]}
+    assert "config_bert.json" in changed and "config.yaml" not in changed
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
@@ -172,6 +194,54 @@ def test_what_the_network_does_not_use_may_be_absent(tmp_path, judge):
     model = MPlug.load(copy_with(tmp_path, drop))
     for name, value in judge.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_weights_may_be_nested_twice(tmp_path, judge):
+    """As the reference unwraps them: "model", then "module"."""
+    folder = copy_with(tmp_path, lambda weights: None)
+    content = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({"model": content}, folder / "pytorch_model.bin")
+    model = MPlug.load(folder)
+    for name, value in judge.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_there_may_be_fewer_layers_than_fusion_would_use(tmp_path):
+    """The reference then uses all that there are."""
+
+    def drop(weights):
+        layer = "model.fusion_encoder.encoder.layer."
+        for key in list(weights):
+            if key.startswith(layer) and int(key.removeprefix(layer).split(".")[0]) >= 3:
+                del weights[key]
+
+    folder = copy_with(tmp_path, drop)
+    config = json.loads((folder / "config_bert.json").read_text())
+    assert config["fusion_layers"] > 3
+    (folder / "config_bert.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    model = MPlug.load(folder)
+    stored = torch.load(folder / "pytorch_model.bin", weights_only=True)["module"]
+    assert len(list(model.fusion_encoder.encoder)) == 3
+    name = "fusion_encoder.encoder.layer.0.attention.output.dense.weight"
+    assert torch.equal(model.state_dict()[name], stored[f"model.{name}"].float())
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        ("[CLS] don ' t [SEP]", "don't"),
+        ("[CLS] yes , it ' ##s red . [SEP] [PAD]", "yes, it's red."),
+        ("[CLS] ' yes ' [UNK] no ! ?", "' yes'no!?"),
+        ("[CLS] ##ing yes ##ing", "##ing yesing"),
+    ],
+)
+def test_answers_are_spaced_as_in_the_reference(tmp_path, words, written):
+    """Expected: BertTokenizer.decode of transformers 4.41."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##s", "##ing"]
+    vocabulary += ["don", "it", "t", "yes", "no", "red", *"',.!?"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    ids = [vocabulary.index(word) for word in words.split()]
+    assert write_out(load_tokenizer(tmp_path / "vocab.txt"), ids) == written
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,16 @@ def test_one_image_a_prompt_is_said_so(grids, tmp_path, refusal):
     assert load_image(tmp_path / "out/images/00000/samples/00000.png").size == (128, 128)
 
 
+def test_images_of_another_format_are_told_which_is_read(grids, tmp_path, refusal, caplog):
+    """The layout of GenEval was asked for, which nobody had in mind."""
+    for path in grids.iterdir():
+        path.rename(path.with_suffix(".jpg"))
+    some = ("--questions", "shapes", "--limit", 2, "--resolution", 64, "--out", tmp_path / "out")
+    text = refusal("--images", grids, *some)
+    assert "none of the 2 expected images (single_object0.png ...)" in text
+    assert "names that are not read" in caplog.text and "single_object0.jpg" in caplog.text
+
+
 def test_what_is_wrong_with_flat_files_is_named(grids, tmp_path, refusal, caplog):
     some = ("--images", grids, "--questions", "shapes", "--limit", 2)
     grid = (*some, "--resolution", 64, "--out", tmp_path / "out")

@@ -291,6 +291,8 @@ def test_more_of_what_is_refused(images, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "none of the 8 expected images" in message(folder=tmp_path / "empty")
     assert "none of the 8" in message(folder=tmp_path / "empty", allow_incomplete=True)
+    (tmp_path / "empty" / "images").mkdir()
+    assert f"is {tmp_path / 'empty' / 'images'} meant?" in message(folder=tmp_path / "empty")
     other = Bright()
     other.entries[2] = {"prompt": "darkness", "tag": "a"}
     text = message(benchmark=other)
@@ -346,6 +348,9 @@ def test_overall_difference_weighs_groups_equally():
     assert single.stderr is None
     with pytest.raises(ValueError, match="1 in both, 1 only in A, 0 only in B"):
         paired_differences({"x": {"1": [0], "2": [0]}}, {"x": {"1": [0]}})
+    several = {"x": {"1": [0], "2": [0]}, "y": {"1": [0], "2": [0]}}
+    with pytest.raises(ValueError, match="1 in both, 1 only in A, 0 only in B"):
+        paired_differences(several, {"x": {"1": [0]}, "y": {"1": [0]}})
 
 
 def test_folders_are_compared_if_they_can_be(images, tmp_path):

@@ -213,6 +213,14 @@ def test_stored_statistics_win_over_the_images(tmp_path, network):
     assert score(samples, tmp_path / "only_fid.npz", network)["scores"]["sfid"] is None
 
 
+def test_a_stored_mean_is_not_rounded(tmp_path):
+    """The evaluator subtracts it as it is."""
+    mean = np.full(4, 1 + 1e-8)
+    np.savez(tmp_path / "stored.npz", mu=mean, sigma=np.eye(4))
+    stored = fid.read_statistics(tmp_path / "stored.npz", "mu", "sigma")
+    assert stored.mean.tolist() == mean.tolist()
+
+
 @pytest.mark.parametrize(
     ("statistics", "message"),
     [

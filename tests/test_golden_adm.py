@@ -116,13 +116,14 @@ def test_inception_score(case):
     weight = case.array("softmax_w").T
     probabilities = measures.class_probabilities(case.array("sample"), weight)
     first = case.arrays["softmax_sample_first_8"]
-    np.testing.assert_allclose(probabilities[: len(first)], first, atol=1e-6)
+    np.testing.assert_allclose(probabilities[: len(first)], first, rtol=1e-5, atol=1e-6)
     for name, expected in case.expected["inception_score"].items():
         if not isinstance(expected, float):
             continue
         array, split_size = name.split(".split_size_")
-        features = case.array(array.split("_")[0])
-        if "sorted_by_predicted_class" in array:
+        by_class = "_sorted_by_predicted_class"
+        features = case.array(array.removesuffix(by_class))
+        if array.endswith(by_class):
             features = features[(features @ weight.T).argmax(1).argsort(stable=True)]
         probabilities = measures.class_probabilities(features, weight)
         assert close(measures.inception_score(probabilities, int(split_size)).mean, expected, 1e-5)
@@ -141,9 +142,12 @@ def test_precision_and_recall_as_the_evaluator_rounds(case):
         tolerance = 0.01 if name == "small" else 0
         assert close(found.precision, entry["official_precision"], absolute=tolerance), name
         assert close(found.recall, entry["official_recall"], absolute=tolerance), name
+        # Half precision rounds at the size of the norms, however small a distance is.
+        largest = max(float(side.square().sum(1).max()) for side in (reference, samples))
+        rounding = 2e-3 * largest if any(entry["official_took_fp16_branch"].values()) else 0
         for side, radii in (("ref", found.reference_radii), ("sample", found.sample_radii)):
             expected = case.arrays[f"{name}.official_radii_{side}"]
-            np.testing.assert_allclose(radii, expected, rtol=5e-3, err_msg=name)
+            np.testing.assert_allclose(radii, expected, rtol=5e-3, atol=rounding, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -52,6 +52,11 @@ class BertConfig:
                 f"num_attention_heads {self.num_attention_heads}"
             )
 
+    @property
+    def fusion_depth(self) -> int:
+        """How many fusion layers are used: the last ones of those that there are."""
+        return min(self.fusion_layers, self.num_hidden_layers)
+
     def is_connected(self, fusion_layer: int) -> bool:
         """Whether this fusion layer, counted from the first that is used, is a connected one."""
         return fusion_layer > 0 and fusion_layer % self.stride_layer == 0
@@ -189,7 +194,7 @@ class FusionEncoder(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.encoder = Layers(
-            Layer(config, cross=not config.is_connected(k)) for k in range(config.fusion_layers)
+            Layer(config, cross=not config.is_connected(k)) for k in range(config.fusion_depth)
         )
 
     def forward(self, text_QLD: Tensor, mask_QL: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:

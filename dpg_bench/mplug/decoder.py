@@ -154,7 +154,7 @@ def beam_search(
     ended: list[list[Hypothesis]] = [[] for _ in range(questions)]
     searching = set(range(questions))
     for step in range(max_length):
-        log_probs_QKV = next_logits(tokens_QK, origin_QK).float().log_softmax(dim=-1)
+        log_probs_QKV = next_logits(tokens_QK, origin_QK).float().softmax(dim=-1).log()
         if step < min_length:
             log_probs_QKV[..., end] = NEVER
         penalty = ((5 + step + 1) / 6) ** LENGTH_PENALTY

@@ -23,6 +23,13 @@ from t2i.errors import UserError
 from t2i.published import hashes_by_name
 
 QUESTION_TOKENS = 25
+_NEEDED = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
+# What BERT's tokenizer in transformers 4 puts together, over the whole answer and in this order.
+_TOGETHER = {
+    **{f" {mark}": mark for mark in ".?!,"},
+    " ' ": "'",
+    **{f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")},
+}
 
 
 class MPlugAnswerer:
@@ -59,8 +66,7 @@ class MPlugAnswerer:
         """
         folder = Path(folder)
         tokenizer = load_tokenizer(folder / VOCABULARY)
-        ends = (tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"))
-        model = MPlug.load(folder, start=ends[0], end=ends[1])
+        model = MPlug.load(folder)
         if tokenizer.get_vocab_size() > model.config.bert.vocab_size:
             raise UserError(
                 f"{folder / VOCABULARY} has {tokenizer.get_vocab_size()} words, the model only "
@@ -86,12 +92,13 @@ class MPlugAnswerer:
     def _hashes(self) -> dict[str, str] | None:
         if self.folder is None:
             return None
-        return hashes_by_name(self.folder / name for name in (WEIGHTS, CONFIG, VOCABULARY))
+        names = (WEIGHTS, CONFIG, self.model.config.bert_config, VOCABULARY)
+        return hashes_by_name(self.folder / name for name in names)
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
         """The answer to each question, in their order, as the model writes it ("yes", "2")."""
         found = self.search(image, [question.text for question in questions])
-        return [self.tokenizer.decode(best[0].ids, skip_special_tokens=True) for best in found]
+        return [write_out(self.tokenizer, best[0].ids) for best in found]
 
     @torch.inference_mode()
     def search(self, image: Image.Image, texts: Sequence[str]) -> list[list[Hypothesis]]:
@@ -124,7 +131,7 @@ def load_tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:
     if not vocabulary.is_file():
         raise UserError(f"{vocabulary} does not exist; it belongs to the judge's folder")
     tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
-    for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
+    for token in _NEEDED:
         if tokenizer.token_to_id(token) is None:
             raise UserError(f"{vocabulary} has no {token}: it is not a BERT vocabulary")
     tokenizer.enable_truncation(QUESTION_TOKENS)
@@ -137,3 +144,18 @@ def tokenize(tokenizer: BertWordPieceTokenizer, texts: Sequence[str]) -> tuple[T
     encoded = tokenizer.encode_batch([text.lower() for text in texts])
     ids_QL = torch.tensor([one.ids for one in encoded])
     return ids_QL, torch.tensor([one.attention_mask for one in encoded]).bool()
+
+
+def write_out(tokenizer: BertWordPieceTokenizer, ids: Sequence[int]) -> str:
+    """An answer as text, spaced as the reference's tokenizer does it.
+
+    (The tokenizers library closes gaps word by word, and so leaves those around an apostrophe.)
+    """
+    unwritten = {tokenizer.token_to_id(word) for word in (*_NEEDED, "[MASK]")}
+    written = [number for number in ids if number not in unwritten]
+    # A number beyond the vocabulary is written, as there.
+    words = [tokenizer.id_to_token(number) or "[UNK]" for number in written]
+    text = " ".join(words).replace(" ##", "").strip()
+    for apart, together in _TOGETHER.items():
+        text = text.replace(apart, together)
+    return text

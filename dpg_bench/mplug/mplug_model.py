@@ -41,6 +41,7 @@ class MPlugConfig:
     beam_size: int = 5
     max_length: int = 10
     min_length: int = 1
+    bert_config: str = "config_bert.json"
     bert: BertConfig = field(default_factory=BertConfig)
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class MPlugConfig:
 
         try:
             stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-            bert_file = folder / stored.get("bert_config", "config_bert.json")
+            bert_file = folder / stored.get("bert_config", cls.bert_config)
             bert = json.loads(bert_file.read_text(encoding="utf-8"))
         except (OSError, AttributeError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
             raise UserError(
@@ -78,14 +79,14 @@ class MPlugConfig:
 
 
 class MPlug(nn.Module):
-    """Image and questions to answers, as ids.
+    """Image and questions to answers, as ids."""
 
-    start, end: the ids around an answer ([CLS] and [SEP]).
-    """
+    start, end = 101, 102
+    """The ids around an answer: BERT's [CLS] and [SEP], numbers in the reference, too."""
 
-    def __init__(self, config: MPlugConfig, start: int = 101, end: int = 102):
+    def __init__(self, config: MPlugConfig):
         super().__init__()
-        self.config, self.start, self.end = config, start, end
+        self.config = config
         vision = VisionTransformer(
             config.image_res,
             config.clip_vision_patch_size,
@@ -126,14 +127,14 @@ class MPlug(nn.Module):
         )
 
     @classmethod
-    def load(cls, folder: str | Path, *, start: int = 101, end: int = 102) -> MPlug:
+    def load(cls, folder: str | Path) -> MPlug:
         """The network of a published folder, float32, in eval mode, on the CPU.
 
         Raises:
             UserError: a file is missing or unreadable, or keys are missing, unknown or mis-shaped.
         """
         folder = Path(folder)
-        model = cls(MPlugConfig.load(folder), start, end)
+        model = cls(MPlugConfig.load(folder))
         stored = read_state_dict(folder / WEIGHTS)
         stored = {key.removeprefix("model."): value for key, value in stored.items()}
         kept = used_weights(stored, model.config.bert)
@@ -153,7 +154,7 @@ def used_weights(stored: dict[str, Tensor], bert: BertConfig) -> dict[str, Tenso
     layers below the first that is used, and the cross-attention of connected layers. Fusion layers
     are numbered from the first that is used.
     """
-    first = max(0, bert.num_hidden_layers - bert.fusion_layers)
+    first = bert.num_hidden_layers - bert.fusion_depth
     kept = {}
     for key, value in stored.items():
         if key.split(".")[0].endswith("_m") or key.endswith("embeddings.position_ids"):

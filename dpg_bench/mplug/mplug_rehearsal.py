@@ -23,16 +23,15 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
     bert = {**asdict(config.bert), "stride_layer": 6}
     with torch.device("meta"):
         shapes = shapes_of(MPlug(config).state_dict())
-    first = config.bert.num_hidden_layers - config.bert.fusion_layers
+    first = config.bert.num_hidden_layers - config.bert.fusion_depth
     # The file numbers fusion layers from the first of BERT's.
     named = {f"model.{_renumbered(name, first)}": size for name, size in shapes.items()}
     same = {f"{_HEAD}.decoder.weight": f"{_WORDS}.weight", f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"}
     tied = {f"model.{a}": f"model.{b}" for a, b in same.items() if a in shapes and b in shapes}
     weights.pickle(folder / WEIGHTS, named, nest="module", tied=tied)
     settings = {k: v for k, v in asdict(config).items() if k != "bert"}
-    settings["bert_config"] = "config_bert.json"
     (folder / CONFIG).write_text(json.dumps(settings))  # JSON is YAML, too
-    (folder / "config_bert.json").write_text(json.dumps(bert))
+    (folder / config.bert_config).write_text(json.dumps(bert))
     words = ["[PAD]", *(f"[unused{n}]" for n in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words += [chr(code) for code in range(33, 127)]
     words += [f"word{n}" for n in range(config.bert.vocab_size - len(words))]

@@ -90,12 +90,14 @@ def paired_differences(a: Groups, b: Groups) -> tuple[Difference, dict[str, Diff
     Raises:
         UserError: the two were not asked the same prompts.
     """
-    prompts_a, prompts_b = ({(g, p) for g in groups for p in groups[g]} for groups in (a, b))
-    if prompts_a != prompts_b or not prompts_a:
+    of_a, of_b = ({(g, p) for g in groups for p in groups[g]} for groups in (a, b))
+    # A prompt may be in several groups, and counts once.
+    in_a, in_b = ({prompt for _, prompt in pairs} for pairs in (of_a, of_b))
+    if of_a != of_b or not of_a:
         raise UserError(
             "the two results are not about the same prompts: "
-            f"{len(prompts_a & prompts_b)} in both, {len(prompts_a - prompts_b)} only in A, "
-            f"{len(prompts_b - prompts_a)} only in B; judge both on the same prompts (and --limit)"
+            f"{len(in_a & in_b)} in both, {len(in_a - in_b)} only in A, "
+            f"{len(in_b - in_a)} only in B; judge both on the same prompts (and --limit)"
         )
     by_group, drawn = {}, []
     for name in a:
@@ -112,7 +114,7 @@ def paired_differences(a: Groups, b: Groups) -> tuple[Difference, dict[str, Diff
         float(np.mean([d.a for d in by_group.values()])),
         float(np.mean([d.b for d in by_group.values()])),
         np.mean(drawn, axis=0),
-        len(prompts_a),
+        len(in_a),
         known=all(d.stderr is not None for d in by_group.values()),
     )
     return overall, by_group

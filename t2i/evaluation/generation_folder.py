@@ -223,9 +223,11 @@ class Inventory:
         if self.problems:
             raise UserError(f"{self.folder} cannot be judged: {shorten(self.problems, '; ')}")
         if not any(self.found.values()):
+            within = self.folder / "images"
+            meant = f"; is {within} meant?" if within.is_dir() else self._unread_note()
             raise UserError(
                 f"{self.folder} holds none of the {self.expected} expected images "
-                f"({self.missing[0]} ...){self._unread_note()}"
+                f"({self.missing[0]} ...){meant}"
             )
         if self.missing and not allow_missing:
             counts = {len(images) for images in self.found.values()}

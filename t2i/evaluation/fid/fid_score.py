@@ -163,7 +163,7 @@ def read_statistics(
             f"{path}: {mean} is {list(mean_D.shape)} and {covariance} is {list(covariance_DD.shape)}; "
             "expected [D] and [D, D]"
         )
-    return Statistics(mean_D.float(), covariance_DD.double())
+    return Statistics(mean_D, covariance_DD.double())
 
 
 # -- scores ----------------------------------------------------------------------------------------

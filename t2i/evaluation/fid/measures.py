@@ -37,7 +37,7 @@ Distances = Callable[[Tensor, Tensor], Tensor]
 
 
 class Statistics(NamedTuple):
-    """Mean float32 [D] and covariance float64 [D, D] of a set of features."""
+    """Mean float32 [D] (a stored one as it is) and covariance float64 [D, D] of features."""
 
     mean: Tensor
     covariance: Tensor
