@@ -124,6 +124,14 @@ def test_without_permission_the_folder_is_named(plain, monkeypatch):
         t2i.from_pretrained(plain.parents[1])
 
 
+def test_a_folder_in_place_of_the_metrics_is_named(plain, copied, tiny_world):
+    run_dir = copied(plain).parents[1]
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: Is a directory"):
+        train(tiny_run(tiny_world, run_dir.name, steps=4, resume=True))
+
+
 # -- places ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_link_that_leads_nowhere_is_no_place(tiny_world, plain, copied, tmp_path, resume):
