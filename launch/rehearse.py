@@ -23,7 +23,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.models.families import FAMILIES
 from t2i.rehearsal.layout import JUDGES, Written, module_of
 
@@ -113,6 +113,25 @@ def main() -> None:
         raise UserError(f"{', '.join(failed)} failed: see {config.folder / 'logs'}")
 
 
+def _known_rows(out: Path) -> dict:
+    """What a rehearsal in this folder has found so far.
+
+    Raises:
+        UserError: it holds something else, of which data/ or runs/ would be deleted.
+    """
+    from t2i.fields import read_object
+
+    path = out / "results.json"
+    rows = read_object(path) if path.is_file() else {}
+    others = [p.name for p in sorted(out.glob("[!.]*")) if not path.is_file()]
+    if others or not rows.keys() <= STAGES.keys():
+        raise UserError(
+            f"{out} holds {shorten(others) or path.name}, which is of no rehearsal: what it writes "
+            "it deletes in the end, so give a folder of its own"
+        )
+    return rows
+
+
 # -- the stages ------------------------------------------------------------------------------------
 class Stages:
     """The stages of a rehearsal, each a process of its own, and what they took."""
@@ -120,8 +139,7 @@ class Stages:
     def __init__(self, config: Rehearsal):
         self.config, self.out = config, config.folder.resolve()
         self.base, self.export = self.out / "base", self.out / "export"
-        stored = self.out / "results.json"
-        self.rows: dict[str, dict] = json.loads(stored.read_text()) if stored.is_file() else {}
+        self.rows: dict[str, dict] = _known_rows(self.out)
 
     def run(self) -> list[str]:
         """All that is asked for and not done; returns the stages that failed."""
@@ -131,6 +149,7 @@ class Stages:
         config, failed = self.config, []
         of_kind = OF_JUDGES if config.model in JUDGES else set(STAGES) - set(OF_JUDGES[1:])
         wanted = set(config.stages or STAGES) & set(HOLES if config.holes else of_kind)
+        write_json(self.out / "results.json", self.rows)  # the folder is a rehearsal's from now on
         (self.out / "logs").mkdir(exist_ok=True)
         for name in self._todo(wanted):
             print(f"{name}: {STAGES[name]} ...", flush=True)

@@ -3,13 +3,14 @@ one).
 """
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import get_args
 
-from t2i.errors import UserError
+from t2i.errors import UserError, nearest_path
 from t2i.fields import read_object
-from t2i.files import nearest_path
+from t2i.files import reading
 from t2i.manifest import MANIFEST, DamagedError, check_files
 from t2i.sources import shipped_bases
 from t2i.tuning import Tuning
@@ -23,6 +24,9 @@ BEST = "best"
 CODEC = "codec.safetensors"
 """File of TensorAR's own weights."""
 _SECTIONS = ("backbone", "method", "sampling", "training")
+_FACTS = {"kit_version": str, "image_layers": bool}
+_OF_RUN = {"step": int, "data_key": str, "config": dict, "state": dict}
+"""What resuming reads of "training"."""
 
 
 def read_config(folder: str | Path, *, with_state: bool = False, contents: bool = False) -> dict:
@@ -37,7 +41,9 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
             a way of training that is no more.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    with reading(folder):
+        is_folder = folder.is_dir()
+    if not is_folder:
         hint = nearest_path(folder)
         if str(folder) in shipped_bases():
             hint = "; that is a shipped base, and a trained model is wanted here"
@@ -51,20 +57,41 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
     wrong = [name for name in _SECTIONS if not isinstance(config.get(name), dict)]
     if config.get("tuning") not in get_args(Tuning):
         wrong.append("tuning")
+    wrong += [n for n, of in _FACTS.items() if not isinstance(config.get(n, False), of)]
     if wrong:
         raise DamagedError(
             f"{path} is not what a checkpoint has: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
             "copy the folder again"
         )
     # Once a stride was trained: one input of the trunk for so many codes.
-    if of_run := (config.get("training") or {}).get("config"):
-        of_run.get("method", {}).pop("stride", None)
+    of_run = config["training"].get("config")
+    if isinstance(of_run, dict) and isinstance(of_run.get("method"), dict):
+        of_run["method"].pop("stride", None)
     if (stride := config["method"].pop("stride", 1)) != 1:
         raise UserError(
             f"{folder} was trained with method.stride={stride}, one input of the trunk for {stride} "
             "codes, which is no more: train it again without, and draw with --stride"
         )
+    if with_state:
+        _check_run(folder, config["training"])
     return config
+
+
+def _check_run(folder: Path, facts: dict) -> None:
+    """What resuming reads is there, and the folder's name says when it was saved."""
+    for name, kind in _OF_RUN.items():
+        if not isinstance(facts.get(name), kind) and (name in facts or name != "state"):
+            raise DamagedError(
+                f"{folder / 'config.json'} is not what a run's checkpoint has: training.{name} is "
+                f"{facts.get(name)!r:.80}; copy the folder again"
+            )
+    named = re.fullmatch(r"step_(\d+)", folder.name)
+    # By their names the newest is found, and the oldest are deleted.
+    if facts["step"] < 1 or (named and int(named[1]) != facts["step"]):
+        raise UserError(
+            f"{folder} was saved after step {facts['step']}: rename it to "
+            f"step_{facts['step']:06d}, or move it elsewhere"
+        )
 
 
 def run_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -74,11 +101,11 @@ def run_checkpoints(run_dir: str | Path) -> list[Path]:
 
 def step_folders(run_dir: str | Path) -> list[Path]:
     """Folders by the names of checkpoints, which may be incomplete, oldest first."""
-    steps = {
-        int(match[1]): folder
-        for folder in (Path(run_dir) / "checkpoints").glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", folder.name))
-    }
+    place = Path(run_dir) / "checkpoints"
+    with reading(place):
+        names = os.listdir(place) if place.is_dir() else []
+    found = filter(None, (re.fullmatch(r"step_(\d+)", name) for name in names))
+    steps = {int(match[1]): place / match[0] for match in found}
     return [steps[step] for step in sorted(steps)]
 
 
@@ -115,7 +142,8 @@ def find_checkpoint(folder: str | Path) -> Path:
     if found := newest_healthy(folder):
         return found
     exported = Path(folder) / EXPORTED
-    return exported if (exported / MANIFEST).is_file() else Path(folder)
+    with reading(exported):
+        return exported if (exported / MANIFEST).is_file() else Path(folder)
 
 
 def choose_checkpoint(folder: str | Path) -> Path:
@@ -129,7 +157,7 @@ def choose_checkpoint(folder: str | Path) -> Path:
         if found.name != f"step_{facts['step']:06d}":
             beside = f"; the best at its validations was step {facts['step']}: {best}"
             beside += f" (loss {facts['best_loss']:.3f})"
-    except (UserError, KeyError):  # none, or damaged, which is of no concern here
+    except (ValueError, KeyError, TypeError):  # none, or damaged, which is of no concern here
         pass
     log.info("%s: its newest checkpoint, %s%s", folder, found.name, beside)
     return found
@@ -141,8 +169,9 @@ def is_checkpoint(source: str | Path) -> bool:
     The bare name of a shipped base is that base, also where a folder here has this name.
     """
     folder = Path(source)
-    if str(source) in shipped_bases() or not folder.is_dir():
-        return False
-    if find_checkpoint(folder) != folder or (folder / MANIFEST).is_file():
-        return True
-    return (folder / "checkpoints").is_dir() or (folder / CODEC).is_file()
+    with reading(source):
+        if str(source) in shipped_bases() or not folder.is_dir():
+            return False
+        if find_checkpoint(folder) != folder or (folder / MANIFEST).is_file():
+            return True
+        return (folder / "checkpoints").is_dir() or (folder / CODEC).is_file()

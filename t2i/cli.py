@@ -74,6 +74,11 @@ def parse_recipe(
     raise UserError(f"unknown recipe {name!r}; {choose_one(name, recipes)}")
 
 
+def recipe_name() -> str:
+    """The recipe that the command line names first."""
+    return _arguments()[0]
+
+
 def _parsed(
     default: Config | type[Config],
     given: list[str],

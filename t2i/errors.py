@@ -1,7 +1,9 @@
 """How the kit tells a user's mistake from a bug of its own, and what messages have in common."""
 
+import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -26,6 +28,22 @@ def choose_one(name: object, names: Iterable[str]) -> str:
     nearest = get_close_matches(str(name), known, 1)
     perhaps = f"perhaps you meant {nearest[0]}; " if nearest else ""
     return f"{perhaps}choose one of {', '.join(known)}"
+
+
+def nearest_path(path: str | Path) -> str:
+    """The end of a message about a path that there is not: what it may have meant; or nothing."""
+    home = os.path.expanduser(path)  # which a shell does, and Python does not
+    if str(path).startswith("~") and os.path.exists(home):
+        return f"; perhaps you meant {home}"
+    there, rest = Path(path), list[str]()
+    while not there.exists() and there != there.parent:
+        there, rest = there.parent, [there.name, *rest]
+    names = os.listdir(there) if rest and there.is_dir() and os.access(there, os.R_OK) else []
+    found = get_close_matches(rest[0], names, 1) if rest else []
+    if not found:
+        return ""
+    meant = there.joinpath(found[0], *rest[1:])
+    return f"; perhaps you meant {meant if meant.exists() else there / found[0]}"
 
 
 def shorten(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:

@@ -30,7 +30,7 @@ from t2i.files import file_sha256, owning, replacing_folder, writable_folder, wr
 from t2i.generation import all_jobs, parse_conditions
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
-from t2i.manifest import MANIFEST
+from t2i.manifest import MANIFEST, refuse_in_checkpoint
 from t2i.model_options import ExportOptions
 from t2i.models.families import Family, find_family
 from t2i.progress import readable_size
@@ -39,7 +39,7 @@ from t2i.sampling import DrawOptions
 from t2i.sources import BackboneSource, expand_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
 from t2i.training.trigger_words import TRIGGER, remind_of_trigger, trigger_of, with_trigger
-from t2i.weights import save_weights
+from t2i.weights import refuse_not_finite, save_weights
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def export(options: ExportOptions) -> Path:
     out, base = options.out, options.base
     if out.exists():
         raise UserError(f"{out} exists; export to a new folder")
+    refuse_in_checkpoint(out, "--out")
     where, precision = pick_device(options.device, "auto")
     scores = [line for path in options.results for line in _score_rows(path)]
     checkpoint = choose_checkpoint(options.ckpt)
@@ -146,6 +147,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
     own = model.sampling.of_base()
     backbone.spec = replace(backbone.spec, sampling=own)
     backbone.to(dtype)  # in place: a converted copy would be half as much again
+    refuse_not_finite(backbone.official_state_dict(), f"this model in {dtype}")
     weights = backbone.save_official(folder, dtype)
     place = "all files but those below"  # where the authors' layout is a folder
     if weights != folder:

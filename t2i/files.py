@@ -18,16 +18,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from t2i.errors import UserError
+from t2i.lfs import refuse_pointers
 
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
+PARTIAL, REPLACED = ".t2i-partial", ".t2i-old"
+"""Ends of names of folders, which are cleared away, and so must not be what people name theirs."""
 _POLL_SECONDS = 0.2
 
 
@@ -63,24 +65,31 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     partial, old = partial_folder(folder), _old_folder(folder)
     try:
         with saving(folder):
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             partial.mkdir(parents=True)
             yield partial
             for path in partial.rglob("*"):
                 if path.is_file():
                     _finish(path, partial.stat().st_mode)
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
+            _remove(old)
+            if folder.exists() or folder.is_symlink():
                 os.rename(folder, old)
             os.rename(partial, folder)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder if there is one; of a link to one, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:
     """Where `replacing_folder` has a folder written."""
-    return folder.with_name(folder.name + ".partial")
+    return folder.with_name(folder.name + PARTIAL)
 
 
 def settle_folder(folder: Path) -> None:
@@ -91,11 +100,11 @@ def settle_folder(folder: Path) -> None:
     if old.exists() and not folder.exists():
         os.rename(old, folder)
     for left in (old, partial_folder(folder)):
-        shutil.rmtree(left, ignore_errors=True)
+        _remove(left)
 
 
 def _old_folder(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
+    return folder.with_name(folder.name + REPLACED)
 
 
 def _finish(path: Path, mode: int) -> None:
@@ -203,6 +212,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        refuse_pointers(Path(path))
         text = f"{path} is damaged or not JSON ({error}); copy or make it again"
         raise UserError(text) from error
 
@@ -223,6 +233,7 @@ def read_json_lines(path: str | Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
+            refuse_pointers(Path(path))
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(rows[-1], dict):
             raise UserError(f"{path} line {number} is not a JSON object: {line[:80]!r}")
@@ -257,19 +268,6 @@ def namesake(name: str, meaning: str) -> str | None:
     )
 
 
-def nearest_path(path: str | Path) -> str:
-    """The end of a message about a path that there is not: what it may have meant; or nothing."""
-    there, rest = Path(path), list[str]()
-    while not there.exists() and there != there.parent:
-        there, rest = there.parent, [there.name, *rest]
-    names = os.listdir(there) if rest and there.is_dir() and os.access(there, os.R_OK) else []
-    found = get_close_matches(rest[0], names, 1) if rest else []
-    if not found:
-        return ""
-    meant = there.joinpath(found[0], *rest[1:])
-    return f"; perhaps you meant {meant if meant.exists() else there / found[0]}"
-
-
 # -- before the work -------------------------------------------------------------------------------
 def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     """Make a folder if there is none, and prove that files can be written there.
@@ -283,6 +281,9 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     folder = Path(folder)
     there = folder
     try:
+        if lost := [p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()]:
+            to = os.readlink(lost[0])
+            raise UserError(f"cannot write to {folder}: {lost[0]} is a link to {to}, which is gone")
         while not make and not there.exists() and there != there.parent:
             there = there.parent
         there.mkdir(parents=True, exist_ok=True)

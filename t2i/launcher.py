@@ -80,6 +80,28 @@ def adopt_launcher() -> None:
     os.environ["RANK"] = str(task.rank)
 
 
+def settle_group() -> None:
+    """Set torchrun's variables in the only process, which nothing started as one of several.
+
+    Raises:
+        UserError: some are there, as a shell may keep them, that describe no process of a group.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:  # plain `python`: no launcher
+        os.environ |= alone | master
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if size == 1:
+        os.environ |= {name: value for name, value in master.items() if name not in os.environ}
+    if rank is None or size is None or rank >= size or not master.keys() <= os.environ.keys():
+        names = ("RANK", "WORLD_SIZE", *master)
+        told = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
+        raise UserError(
+            f"the environment describes no process of a group: {told}. Start with torchrun "
+            "--nproc_per_node N, or unset RANK to train in one process"
+        )
+
+
 def _mpi_task() -> _Task | None:
     for names in _MPI:
         if names[0] not in os.environ:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from t2i.errors import UserError
 from t2i.fields import from_json, read_object
 from t2i.models.base import Backbone
 from t2i.tuning import LoRAConfig
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _PEFT_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
+_OTHERWISE = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
+"""PEFT's settings that change what the same weights do; off in the kit's adapters."""
 
 
 def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
@@ -88,13 +91,21 @@ def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool = False
 
 def load_adapter(backbone: Backbone, folder: Path) -> None:
     """Inject the adapters of a folder written by `save_adapter` into a fresh backbone, strictly."""
-    stored = read_object(folder / "adapter_config.json")
+    settings = folder / "adapter_config.json"
+    stored = read_object(settings)
+    if lacking := [name for name in ("r", "lora_alpha") if name not in stored]:
+        raise UserError(f"{settings} lacks {', '.join(lacking)}; copy it again")
+    if other := [f"{name}={stored[name]}" for name in _OTHERWISE if stored.get(name)]:
+        raise UserError(
+            f"{settings}: {', '.join(other)} makes other adapters than the kit's, which have plain "
+            "A and B of one rank and scale; merge these with PEFT"
+        )
     names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-    settings = {ours: stored[theirs] for theirs, ours in names.items() if theirs in stored}
-    add_lora(backbone, from_json(LoRAConfig, settings, f"{folder}/adapter_config.json"))
+    own = {ours: stored[theirs] for theirs, ours in names.items() if theirs in stored}
+    add_lora(backbone, from_json(LoRAConfig, own, str(settings)))
     path = folder / _WEIGHTS
-    own = adapter_state_dict(backbone, image_layers=bool(stored.get("modules_to_save")))
-    copy_weights(own, read_state_dict(path), path)
+    weights = adapter_state_dict(backbone, image_layers=bool(stored.get("modules_to_save")))
+    copy_weights(weights, read_state_dict(path), path)
 
 
 def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:

@@ -5,18 +5,34 @@ from pathlib import Path, PurePosixPath
 
 from t2i.errors import UserError
 from t2i.fields import read_object
-from t2i.files import file_sha256, write_json
+from t2i.files import file_sha256, reading, write_json
 from t2i.published import remembered_sha256
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
+_OF_RUN = ("checkpoints", "best")
+"""Folders in a run's that belong to it alone."""
 _LOADED = ("config.json", "codec.safetensors", "backbone.safetensors", "adapter/*")
 
 
 class DamagedError(UserError):
     """A checkpoint folder is incomplete, or a file of it is not what was written."""
+
+
+def refuse_in_checkpoint(place: str | Path, option: str) -> None:
+    """UserError if something is to be written into a checkpoint, or where a run keeps its own: it
+    would go with the folder, which the run deletes or replaces as a whole.
+    """
+    path = Path(place).resolve()
+    for folder in (path, *path.parents):
+        of_run = folder.name in _OF_RUN and (folder.parent / "metrics.jsonl").is_file()
+        if of_run or ((folder / MANIFEST).is_file() and (folder / "config.json").is_file()):
+            raise UserError(
+                f"{option} {place} lies in {folder}, which a training run keeps for its checkpoints "
+                "and deletes or replaces as a whole: give a place elsewhere"
+            )
 
 
 def write_manifest(folder: Path) -> None:
@@ -39,6 +55,11 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
         DamagedError: names the file that is missing, cut short, changed, not listed, or not within
             the folder.
     """
+    with reading(folder):
+        _check_files(folder, with_state, contents)
+
+
+def _check_files(folder: Path, with_state: bool, contents: bool) -> None:
     files = _read(folder)
     if with_state and not any(name.startswith(f"{TRAINING_STATE}/") for name in files):
         raise DamagedError(f"{folder / TRAINING_STATE} is missing: nothing can resume from it")
@@ -61,6 +82,12 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
         raise DamagedError(f"{path} {what}; copy the folder again")
     if contents and any(sha256 is None for _, sha256 in files.values()):
         log.warning("%s has no checksums (an older version wrote it): only sizes count", folder)
+
+
+def listed_weights(folder: Path) -> dict[str, str | None]:
+    """SHA-256 by name of the files of a checkpoint that hold weights, as its manifest says."""
+    files = _read(folder).items()
+    return {name: sha256 for name, (_, sha256) in files if name.endswith(".safetensors")}
 
 
 def _read(folder: Path) -> dict[str, tuple[int, str | None]]:

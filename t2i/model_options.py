@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from t2i import __version__
-from t2i.errors import UserError
+from t2i.errors import UserError, nearest_path
 from t2i.fields import given_options
-from t2i.files import nearest_path
 from t2i.models.families import FamilyName
 from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed, check_counts
 
@@ -39,6 +38,24 @@ class BaseOptions:
     """Precision of its features."""
     grid: tuple[int, int] | None = None
     """Height and width of an image in codes, of a renamed weight file: nothing in it tells them."""
+
+    def check_beside(self, checkpoint: Path, option: str) -> None:
+        """UserError for what is said of a base beside a checkpoint, which says it itself.
+
+        option: what these options are called, "base" or "backbone".
+        """
+        from t2i.checkpoint_folders import read_config
+
+        stored = read_config(checkpoint)["backbone"]
+        for name in ("family", "text_encoder_dtype", "grid"):
+            value, own = getattr(self, name), stored.get(name)
+            own = tuple(own) if isinstance(own, list) else own
+            if value not in (getattr(type(self), name), own):
+                told = f"not {value}" if own is None else f"{own}, and not {value}"
+                raise UserError(
+                    f"--{option}.{name.replace('_', '-')} is for a published base: {checkpoint} "
+                    f"says it itself ({told}); give no other, or leave it out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +125,6 @@ class ModelOptions:
             raise UserError(
                 f"{self.ckpt} is no checkpoint, so it has no other base: leave out --base.weights"
             )
-        if self.checkpoint is not None and self.base.text_encoder_dtype != "float32":
-            raise UserError(
-                f"{self.ckpt} says itself how captions are encoded: --base.text-encoder-dtype is for "
-                "a published base; leave it out"
-            )
-        if self.checkpoint is not None and self.base.grid is not None:
-            raise UserError(
-                f"{self.ckpt} says itself which grid it draws: --base.grid is for a published base; "
-                "leave it out"
-            )
         if self.base.text_encoder is not None:
             check_named(self.base.text_encoder, folder=True)
         for given in filter(None, (self.source, self.base.tokenizer)):
@@ -125,12 +132,7 @@ class ModelOptions:
             if not (on_hub or Path(given).exists() or given in shipped_bases()):
                 resolve(given)  # says what it could have been
         if self.checkpoint is not None:
-            family = read_config(self.checkpoint)["backbone"].get("family")
-            if self.base.family not in (None, family):
-                raise UserError(
-                    f"{self.ckpt} is of the family {family}, not {self.base.family}: --base.family "
-                    "is for a published base"
-                )
+            self.base.check_beside(self.checkpoint, "base")
         elif folder.is_dir() and not (folder / "config.json").is_file():
             read_config(find_checkpoint(folder))
         elif self.base.family is None:

@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from t2i.errors import UserError
-from t2i.files import file_sha256, nearest_path, reading, replacing, text_sha256, write_text
+from t2i.errors import UserError, nearest_path
+from t2i.files import file_sha256, reading, replacing, text_sha256, write_text
 from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte

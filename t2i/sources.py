@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from t2i.errors import UserError
+from t2i.errors import UserError, nearest_path
 from t2i.fields import read_object
-from t2i.files import namesake, nearest_path
+from t2i.files import namesake
 from t2i.models.families import FAMILIES, Family, find_family
 from t2i.published import asking_hub, fetch_model, hub_is_away, remembered_sha256
 from t2i.weights import folder_sha256
@@ -227,6 +227,13 @@ def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
     missing = {n: f.sha256 for n, f in _FILES.items() if getattr(source, f.sha256) is None}
     found: dict[str, Any] = {of: _file_hash(files, name) for name, of in missing.items()}
     return replace(source, **found)
+
+
+def weights_sha256(source: BackboneSource) -> str:
+    """SHA-256 of a base's weights, wherever they lie."""
+    found = source.sha256 or _file_hash(expand_folder(source), "weights")
+    assert found is not None, "every base has weights"
+    return found
 
 
 def _file_hash(files: BackboneSource, name: str) -> str | None:

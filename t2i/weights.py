@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError, shorten
 from t2i.files import read_json, reading
+from t2i.lfs import refuse_pointers
 from t2i.published import files_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers
@@ -30,7 +31,6 @@ _NESTING_KEYS = ("model", "module", "state_dict", "ema")
 _COMPUTED = ("freqs_cis", "causal_mask", "attn_mask", "k_cache", "v_cache", "inv_freq")
 _MOST_KEYS = 40
 
-_POINTER = b"version https://git-lfs"
 _UNPICKLER = "WeightsUnpickler error:"
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,12 +70,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    with suppress(OSError), path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            return UserError(
-                f"weight file {path} is a Git LFS pointer, not the weights: run `git lfs pull` there, "
-                "or download it from the hub"
-            )
+    refuse_pointers(path)
     # PyTorch also advises to execute what is in the file: only what is wrong is quoted.
     text = str(error).rpartition(_UNPICKLER)[2].partition("Please use")[0].strip()
     reason = text.split("\n")[0][:300] or type(error).__name__
@@ -252,6 +247,12 @@ def _compare(
             f"{k} (file {tuple(state_dict[k].shape)}, model {tuple(v.shape)})"
             for k, v in expected.items()
             if k in state_dict and state_dict[k].shape != v.shape
+        ],
+        # Such as quantised ones, which are no weights without their scales.
+        "of a type that is no weight's": [
+            f"{k} ({state_dict[k].dtype})"
+            for k, v in expected.items()
+            if k in state_dict and v.is_floating_point() > state_dict[k].is_floating_point()
         ],
     }
     refuse_misfits(problems, f"{source} does not fit {what}")

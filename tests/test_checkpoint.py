@@ -78,8 +78,8 @@ def test_complete_checkpoints_are_found_in_order(tmp_path):
         "step_000100",
         "step_999999",
         "step_1000000",
-        "step_1000001.partial",
-        "step_1000000.old",
+        "step_1000001.t2i-partial",
+        "step_1000000.t2i-old",
     ):
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)

@@ -41,13 +41,17 @@ def test_what_a_kill_in_a_save_left_is_cleared_up(plain, copied, tiny_world):
     """
     run_dir = copied(plain, "killed-in-save").parents[1]
     best = folder_content(run_dir / "best")
-    (run_dir / "best").rename(run_dir / "best.old")
-    for name in ("best.partial", "checkpoints/step_000002.partial", "checkpoints/step_000003.old"):
+    (run_dir / "best").rename(run_dir / "best.t2i-old")
+    for name in (
+        "best.t2i-partial",
+        "checkpoints/step_000002.t2i-partial",
+        "checkpoints/step_000003.t2i-old",
+    ):
         (run_dir / name).mkdir()
         (run_dir / name / "codec.safetensors").write_bytes(b"x")
     train(tiny_run(tiny_world, run_dir.name, resume=True))
     assert folder_content(run_dir / "best") == best
-    assert not [*run_dir.rglob("*.partial"), *run_dir.rglob("*.old")]
+    assert not [*run_dir.rglob("*.t2i-partial"), *run_dir.rglob("*.t2i-old")]
 
 
 @pytest.mark.parametrize(

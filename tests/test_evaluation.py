@@ -105,6 +105,8 @@ def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images,
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
 
     save_png(Image.new("RGB", (8, 8), "white"), images / "00002/samples/00000.png")
+    mine = out / "gallery" / "pictures" / "mine.jpg"
+    mine.touch()
     changed = Bright()
     results = evaluate(changed, out, images=images, scope=SCOPE)
     assert changed.asked == ["00002/samples/00000.png"]
@@ -112,6 +114,7 @@ def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images,
     overlays = {p.name for p in out.glob("verdicts/*/overlays/*")}
     assert overlays == {f"{i:05d}_00000.png" for i in (0, 1, 3)}, "only what failed has one"
     assert len(list((out / "gallery" / "pictures").glob("*.webp"))) == 3
+    assert mine.exists(), "deleted with the pictures that are not shown any more"
 
     stricter = Bright(threshold=250)
     evaluate(stricter, out, images=images, scope=SCOPE)

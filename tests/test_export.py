@@ -149,11 +149,11 @@ def test_a_text_encoder_of_the_hub_is_named_and_not_copied(tmp_path, monkeypatch
 def test_a_second_export_to_a_folder_is_refused(shapes_ckpt, tmp_path, capsys):
     """Case 5: it would delete what the first one writes, and then fail to put its own there."""
     with owning(tmp_path, "export", "out"):
-        (tmp_path / "out.partial").mkdir()
+        (tmp_path / "out.t2i-partial").mkdir()
         message = refused(program, capsys, "--ckpt", shapes_ckpt, "--out", tmp_path / "out")
-        assert "is in use by process" in message and (tmp_path / "out.partial").is_dir()
+        assert "is in use by process" in message and (tmp_path / "out.t2i-partial").is_dir()
     program_run(program, "--ckpt", shapes_ckpt, "--out", tmp_path / "out")
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.t2i-partial").exists()
 
 
 def test_model_card_names_no_place():
@@ -278,3 +278,17 @@ def test_places_are_looked_at_before_the_work(shapes_ckpt, tmp_path, capsys):
         (results := tmp_path / "results.json").write_text(f'{{"scores": {{"a": {score}}}}}')
         arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--results", results)
         assert "the score 'a' has no number" in refused(program, capsys, *arguments)
+
+
+def test_numbers_that_a_type_cannot_hold_are_not_exported(tmp_path):
+    """float16 ends at 65504: the export held infinities, and could not be loaded."""
+    backbone, _ = of_family("llamagen", tmp_path / "source")
+    with torch.no_grad():
+        next(backbone.parameters()).view(-1)[0] = 1e5
+    model = t2i.attach(backbone, t2i.presets.base())
+    checkpoint = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="full")
+    with pytest.raises(
+        t2i.UserError, match=r"this model in torch.float16 holds numbers .* not finite"
+    ):
+        export(ExportOptions(checkpoint, tmp_path / "out", dtype="float16"))
+    assert not (tmp_path / "out").exists()

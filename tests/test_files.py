@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from helpers import folder_content
 
-from t2i.errors import UserError
+from t2i.errors import UserError, nearest_path
 from t2i.fields import all_optional
 from t2i.files import (
-    nearest_path,
     owning,
     partial_folder,
     read_json_lines,

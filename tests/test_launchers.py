@@ -261,3 +261,19 @@ def test_tasks_of_srun_join(tmp_path):
         out = (tmp_path / f"out{rank}").read_text()
         assert out.split("\n")[:2] == ["[0, 1] True 0", main], err
         assert err.endswith("error: wrong\n")
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"RANK": "0"},
+        {"RANK": "1", "WORLD_SIZE": "1"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+    ],
+)
+def test_variables_that_describe_no_process_are_named(monkeypatch, kept):
+    """As a shell may have kept them: tracebacks from PyTorch's and DeepSpeed's start."""
+    monkeypatch.setattr(os, "environ", dict(kept))
+    with pytest.raises(UserError, match=rf"RANK={kept['RANK']}, .*MASTER_ADDR=.* unset RANK"):
+        launcher.settle_group()

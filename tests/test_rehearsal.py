@@ -265,3 +265,13 @@ def test_published_files_have_their_published_sizes(tmp_path):
     assert path.stat().st_size == pytest.approx(1_043_822_726, rel=1e-4)
     layout.write("open_magvit2", "B", str(tmp_path), holes=True)
     assert 1.83e9 < (tmp_path / "base" / "AR_256_B.ckpt").stat().st_size < 1.84e9
+
+
+@pytest.mark.parametrize("name", ["data/mine.png", "results.json"])
+def test_a_folder_of_something_else_is_no_place(tmp_path, name):
+    """`--out .`: data/, runs/ and cache/ of the working directory were deleted in the end."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"scores": {}}')
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which is of no rehearsal"):
+        Stages(Rehearsal("llamagen", "tiny", out=tmp_path))
+    assert (tmp_path / name).read_text() == '{"scores": {}}'

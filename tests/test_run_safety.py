@@ -263,7 +263,7 @@ def test_a_full_disk_leaves_the_newest_checkpoint(two_saved, tiny_world, monkeyp
         with pytest.raises(UserError, match=r"cannot write \S+step_000004: no space is left"):
             train(config)
     assert folder_content(run_dir / "checkpoints") == before
-    assert not list(run_dir.rglob("*.partial"))
+    assert not list(run_dir.rglob("*.t2i-partial"))
     assert train(config).name == "step_000004"
 
 
@@ -279,7 +279,7 @@ def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_pa
     for inside in ("checkpoints", "samples"):
         (run_dir := tmp_path / f"with-{inside}").mkdir()
         (run_dir / inside).touch()
-        with pytest.raises(UserError, match=f"cannot write to {run_dir / inside}"):
+        with pytest.raises(UserError, match=f"{run_dir}.*{inside}"):
             train(tiny_run(tiny_world, run_dir, backbone__weights="not even there"))
     check(tiny_run(tiny_world, tmp_path / "later"))
     assert not (tmp_path / "later").exists()

@@ -152,7 +152,7 @@ def test_a_pointer_in_place_of_weights(tmp_path, name):
     """What `git clone` leaves of a large file without Git LFS."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
     (tmp_path / name).write_text(pointer)
-    with pytest.raises(ValueError, match="Git LFS pointer, not the weights: run `git lfs pull`"):
+    with pytest.raises(ValueError, match="Git LFS pointer, not the file: run `git lfs pull`"):
         read_state_dict(tmp_path / name)
 
 

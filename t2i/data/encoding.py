@@ -36,6 +36,7 @@ from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_pat
 from t2i.errors import UserError
 from t2i.fields import leaves
 from t2i.files import read_json, remove_leftovers, wait_for, writable_folder, write_text
+from t2i.manifest import refuse_in_checkpoint
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
@@ -139,6 +140,7 @@ def build_store(
 
 def check_cache_dir(cache_dir: Path) -> None:
     """UserError if no store can be written there, and none is finished there. Makes no folder."""
+    refuse_in_checkpoint(cache_dir, "data.cache_dir")
     if not any(cache_dir.glob(f"*/{MANIFEST}")):
         writable_folder(cache_dir, make=False)
 

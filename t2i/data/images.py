@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from t2i.errors import UserError
+from t2i.lfs import LFS_POINTER
 
 # Part of every cache key: change it whenever the pixels of an image change.
 PIXELS_VERSION = "adm-crop-2"
@@ -46,11 +47,16 @@ _UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
 }
 
 
+POINTER = "Git LFS pointer"
+"""Reason to skip what Git LFS has not fetched."""
+
+
 class SkipSample(Exception):
     """A sample that cannot be used: `reason` is a fixed phrase to count by, `detail` says more.
 
     Reasons of images: `missing` (no such file), `unreadable` (the file system refuses), `empty`
-    (zero bytes), `corrupt` (no known format, truncated or damaged), `too large`, `too small`.
+    (zero bytes), `corrupt` (no known format, truncated or damaged), `too large`, `too small`,
+    and `POINTER`.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -132,6 +138,8 @@ def open_image(image: ImageRef) -> Image.Image:
         image = read_bytes(image, limit=_LARGEST_FILE)
     if isinstance(image, bytes) and not image:
         raise SkipSample("empty", "zero bytes")
+    if isinstance(image, bytes) and image.startswith(LFS_POINTER):
+        raise SkipSample(POINTER, "`git lfs pull` fetches the image")
     try:
         if isinstance(image, Image.Image):
             return _normalise(image)

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from t2i.data.content import printable
-from t2i.data.images import FileSlice, ImageRef, SkipSample, read_bytes
+from t2i.data.images import POINTER, FileSlice, ImageRef, SkipSample, read_bytes
 from t2i.errors import UserError
+from t2i.lfs import LFS_POINTER
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)  # of tables and tars
@@ -165,6 +166,8 @@ def _as_text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes):
+        if value.startswith(LFS_POINTER):
+            raise SkipSample(f"caption is a {POINTER}")
         try:
             return value.decode("utf-8-sig")
         except UnicodeDecodeError as error:

@@ -28,13 +28,13 @@ from t2i.generation import (
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
-from t2i.sampling import DrawOptions
+from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows
 from t2i.weights import state_dict_sha256
 
-_MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights"}
+_MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights", "method"}
 _CODES = 1
 """In place of a sample index; an image's class comes from the key without it, its codes with."""
 
@@ -151,7 +151,8 @@ def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawO
 def request_hash(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> str:
     """A short name for all that must match in a folder of images."""
     settings = generation_settings(model, entries, options)
-    return json_sha256({key: settings[key] for key in _MUST_MATCH})[:8]
+    told = {key: settings[key] for key in _MUST_MATCH if settings[key] != {}}
+    return json_sha256(told)[:8]
 
 
 def prompts_digest(entries: Sequence[dict]) -> dict:
@@ -167,8 +168,17 @@ def image_settings(model: TensorAR, options: DrawOptions) -> dict:
         "noise": NOISE,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "weights": weights_hashes(model),
+        "method": _unusual_method(model, options.sampling or model.sampling),
         "batch_size": options.batch_size,
     }
+
+
+def _unusual_method(model: TensorAR, sampling: SamplingConfig) -> dict:
+    """What images depend on of the method, and the weights do not show; nothing as a rule."""
+    method, names = model.config, ["residual"] if model.config.residual == "all" else []
+    if sampling.renoise:
+        names += ["noise", "schedule", "noise_floor"]
+    return {name: getattr(method, name) for name in names if method.k > 1}
 
 
 def weights_hashes(model: TensorAR) -> dict[str, str]:

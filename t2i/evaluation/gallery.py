@@ -7,6 +7,7 @@ needs no network, and JavaScript only for filter and zoom.
 
 import html
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from t2i.imaging import save_image
 from t2i.pages import html_page
 
 _SIDE = 512
+_OWN = re.compile(r"[0-9a-f]{16}\.(webp|png)")
+"""Names of the pictures that a gallery writes: only those are removed."""
 _PIXEL_ART = 160
 """Images of fewer pixels a side are kept without loss, and shown with square pixels."""
 
@@ -84,7 +87,8 @@ def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> P
         cards = sections.setdefault(exhibit.card.section, [])
         cards.append(_card_html(exhibit, pictures, shown))
     for path in set(pictures.iterdir()) - shown:
-        path.unlink()
+        if _OWN.fullmatch(path.name):
+            path.unlink()
     found = Counter(name for exhibit in exhibits for name in exhibit.card.filters)
     names = dict.fromkeys([score["name"] for score in results["scores"].values()] + list(found))
     filters = {name: found[name] for name in names if name in found}  # in the scores' order

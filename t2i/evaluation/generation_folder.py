@@ -23,6 +23,7 @@ from PIL import Image
 from t2i.errors import UserError, shorten
 from t2i.files import read_json, reading, saving, write_text
 from t2i.imaging import grid, save_png, upright_rgb
+from t2i.lfs import refuse_pointers
 from t2i.models.conditions import check_captions
 
 GENERATION_FILE = "generation.json"
@@ -130,6 +131,7 @@ def load_image(path: Path) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow's parsers raise nearly anything
+        refuse_pointers(path)
         raise UserError(f"{path} is not a readable image ({error})") from error
 
 

@@ -44,6 +44,7 @@ from t2i.files import (
 )
 from t2i.generation import Drawn, Job
 from t2i.imaging import save_png
+from t2i.manifest import refuse_in_checkpoint
 from t2i.processes import ALONE, Processes
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Place(ABC):
         Args:
             known: the settings that are known by then.
         """
+        refuse_in_checkpoint(self.out, "--out")
         writable_folder(self.record.parent, make=False)
         if self.record.is_file() and self.is_occupied():
             refuse_others(read_json(self.record), known, images=self.images, compared=set(known))

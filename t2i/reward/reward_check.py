@@ -10,6 +10,8 @@ from t2i.tensorar.model import TensorAR
 from t2i.training import check as training_check
 from t2i.training.memory import prompt_length, weight_bytes
 from t2i.training.run_plan import Plan
+from t2i.training.run_state import claim_run_dir
+from t2i.training.start import check_start
 from t2i.training.state import trained
 
 BANDWIDTH = 2e12
@@ -23,6 +25,8 @@ def check(config: RewardConfig, world_size: int = 1) -> str:
         UserError: what makes the run impossible.
     """
     reward = _reward_lines(config)
+    if checkpoint := claim_run_dir(config):
+        check_start(config, checkpoint)
 
     def more(model: TensorAR, plan: Plan | None) -> dict[str, list[str]]:
         return {"reward": reward, "drawing": _drawing_lines(config, model, plan, world_size)}

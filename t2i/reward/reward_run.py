@@ -38,7 +38,7 @@ from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
 from t2i.training import loop, run_state
 from t2i.training.engine import set_rates, start_processes
-from t2i.training.start import build_model
+from t2i.training.start import build_model, check_start, start_facts
 
 _DRAWN = 31
 """Number of the stream of random numbers that images are drawn with."""
@@ -102,6 +102,11 @@ class RewardRun(loop.Run):
         self.saved_step = self.step
         self.round: Round | None = None
         self.learning_mode()
+
+    def facts(self, checkpoint: Path | None) -> dict:
+        if checkpoint is not None:
+            check_start(self.config, checkpoint)
+        return {"start": start_facts(self.config)}
 
     def loss_module(self) -> nn.Module:
         options = self.config.reward

@@ -32,9 +32,7 @@ def start_processes() -> Processes:
     """
     cuda = _choose_accelerator()
     launcher.adopt_launcher()
-    if "RANK" not in os.environ:  # plain `python`: no launcher
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    launcher.settle_group()
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")

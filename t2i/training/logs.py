@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from t2i.errors import UserError
-from t2i.files import saving, text_sha256, write_text
+from t2i.files import reading, saving, text_sha256, write_text
 from t2i.training.config import TrainConfig
 from t2i.training.settings import plain
 
@@ -38,8 +38,10 @@ class MetricsLog:
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
     """The lines of a run's metrics.jsonl, but for what a kill or a power cut left of some."""
-    rows = []
-    for line in (Path(run_dir) / METRICS).read_bytes().splitlines(keepends=True):
+    rows, path = [], Path(run_dir) / METRICS
+    with reading(path):
+        content = path.read_bytes()
+    for line in content.splitlines(keepends=True):
         try:
             row = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):  # not JSON, or not UTF-8

@@ -66,6 +66,7 @@ class Run:
         self.processes = processes = start_processes()
         checkpoint = processes.on_main(lambda: run_state.claim_run_dir(config))
         source, _ = look_before_work(config, processes.world_size, checkpoint)
+        own_facts = processes.on_main(lambda: self.facts(checkpoint))
         self.model = build_model(config, resumed=checkpoint).to(processes.device)
         prompts = look_at_model(self.model.backbone, config)
         self._place_helpers()
@@ -74,7 +75,7 @@ class Run:
         self.prompts = prompts or self.data.held_out_conditions(4)
         self.step, state = 0, None
         if checkpoint is not None:
-            state = run_state.resumed_state(self.model, config, checkpoint, self.data.key)
+            state = run_state.resumed_state(self.model, config, checkpoint, self.data)
             self.step = read_config(checkpoint)["training"]["step"]
         self.engine = start_engine(self.model, config, processes, self.loss_module())
         self.average = Average(self.model, config.ema) if config.ema else None
@@ -89,7 +90,7 @@ class Run:
             )
         self.stop_requested = self.stop_agreed = False
         self.watch = PeerWatch(processes)
-        facts = (self.plan.steps, self.data.key, self.average)
+        facts = (self.plan.steps, self.data.key, self.average, own_facts)
         self.checkpoints = run_state.Checkpoints(self.engine, self.model, config, processes, *facts)
         self.best_loss = self.checkpoints.best_loss()
         self.seconds = self.waited = 0.0
@@ -101,6 +102,12 @@ class Run:
             settled = {"plan": asdict(self.plan), "sheet_prompts": self.prompts}
             write_json(config.run_dir / "config.json", plain(config) | settled)
             self.metrics = MetricsLog(config, self.step)
+
+    def facts(self, checkpoint: Path | None) -> dict:
+        """What checkpoints say of this kind of run alone; those that a resumed one stands on are
+        compared. The main process is asked.
+        """
+        return {}
 
     def loss_module(self) -> nn.Module:
         """What DeepSpeed wraps."""

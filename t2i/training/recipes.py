@@ -8,7 +8,7 @@ those here are our choice, a tenth of the usual pre-training rates for the backb
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from t2i import cli, launcher
 from t2i.errors import UserError, choose_one
-from t2i.fields import from_json
+from t2i.fields import from_json, leaves
 from t2i.models.families import FAMILIES
 from t2i.tensorar import presets
 from t2i.training.config import (
@@ -163,7 +163,23 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
     recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r:.80}; {choose_one(name, recipes)}")
-    return _with_options(recipes[name][1], options or {}, "")
+    config = _with_options(recipes[name][1], options or {}, "")
+    refuse_idle(recipes[name][1], config)
+    return config
+
+
+def refuse_idle(recipe: TrainConfig, config: TrainConfig) -> None:
+    """UserError for options, other than the recipe's, of what a model without drafts has not."""
+    if config.method.k > 1:
+        return
+    names = [f"method.{f.name}" for f in fields(config.method) if f.name != "k"]
+    before, now = (leaves(asdict(of)) for of in (recipe, config))
+    idle = [f"{n}={now[n]}" for n in (*names, "optim.codec_lr") if now[n] != before[n]]
+    if idle:
+        raise UserError(
+            f"{', '.join(idle)} has no effect with method.k=1, the base model by itself: leave it "
+            "out, or give a --method.k above 1"
+        )
 
 
 def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
@@ -223,6 +239,7 @@ def run_recipe(
         main: options that --help shows besides those of all.
     """
     config = cli.parse_recipe(recipes, description, (*_MAIN_OPTIONS, *main), _program_of)
+    refuse_idle(recipes[cli.recipe_name()][1], config)
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(

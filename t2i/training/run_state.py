@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,22 @@ from typing import Any
 from t2i.checkpoint import new_checkpoint, write_model
 from t2i.checkpoint_folders import BEST, newest_healthy, read_config, run_checkpoints, step_folders
 from t2i.errors import UserError
-from t2i.files import owning, read_json, saving, settle_folder, writable_folder
-from t2i.manifest import TRAINING_STATE
+from t2i.fields import read_object
+from t2i.files import PARTIAL, REPLACED, owning, read_json, saving, settle_folder, writable_folder
+from t2i.manifest import TRAINING_STATE, refuse_in_checkpoint
 from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
 from t2i.training.average import Average
+from t2i.training.batches import TrainingData
 from t2i.training.config import TrainConfig
 from t2i.training.engine import whole_weights
 from t2i.training.settings import check_settings, plain, say_what_differs, state_facts
 from t2i.training.state import StoredState, write_state
 
 log = logging.getLogger(__name__)
+
+_REPLACED = ("config.json", "index.html", "checkpoints", BEST)
+"""What a run writes over or clears away in its folder."""
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Checkpoints:
         steps: of the whole run.
         data_key: identifies the data's content.
         average: its weights are the saved model's, where there is one.
+        facts: what else they say of the run.
     """
 
     engine: Any
@@ -52,6 +58,7 @@ class Checkpoints:
     steps: int
     data_key: str
     average: Average | None
+    facts: dict
 
     def save(self, step: int) -> Path:
         """Save after so many steps, and delete the oldest ones.
@@ -70,7 +77,10 @@ class Checkpoints:
         self._write(folder, {"step": step}, write_training_state)
         if self.processes.is_main:
             for old in run_checkpoints(self.config.run_dir)[: -self.config.log.keep_last]:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:  # such as one that is open elsewhere, on NFS
+                    log.warning("%s is left as it is: it cannot be deleted (%s)", old, error)
         self.processes.barrier()
         return folder
 
@@ -84,8 +94,11 @@ class Checkpoints:
         def read() -> float:
             folder = self.config.run_dir / BEST
             try:
-                return float(read_config(folder, contents=True)["training"]["best_loss"])
-            except (UserError, KeyError, TypeError):  # none yet, or damaged: the next one counts
+                facts = read_config(folder, contents=True)["training"]
+                loss, of_data = float(facts["best_loss"]), facts.get("data_key")
+                # Put there of another run, or as nothing is lower than: no model would be kept.
+                return loss if math.isfinite(loss) and of_data == self.data_key else math.inf
+            except (ValueError, KeyError, TypeError):  # none yet, or damaged: the next one counts
                 return math.inf
 
         return self.processes.on_main(read)
@@ -98,6 +111,7 @@ class Checkpoints:
         average = nullcontext() if self.average is None else self.average.applied()
         training = {
             **facts,
+            **self.facts,
             "steps": self.steps,
             "state": state_facts(config, processes.world_size),
             "data_key": self.data_key,
@@ -130,11 +144,14 @@ def advice(run_dir: Path) -> str:
     return f"{left}. Lower the learning rates, or train in fp32"
 
 
-def resumed_state(model: TensorAR, config: TrainConfig, folder: Path, data_key: str) -> StoredState:
+def resumed_state(
+    model: TensorAR, config: TrainConfig, folder: Path, data: TrainingData
+) -> StoredState:
     """The training state to go on from (see also `check_resumable`); its weights are in the model
     then.
     """
-    if read_config(folder)["training"]["data_key"] != data_key:
+    _refuse_other_split(config.run_dir, data.plan.held_out)
+    if read_config(folder)["training"]["data_key"] != data.key:
         raise UserError(
             f"cannot resume {folder}: the data set has changed since (files were added, removed or "
             "edited), and with it the held-out split and the order; start a new run_dir"
@@ -142,6 +159,23 @@ def resumed_state(model: TensorAR, config: TrainConfig, folder: Path, data_key: 
     state = StoredState(folder / TRAINING_STATE, model)
     state.load_weights()
     return state
+
+
+def _refuse_other_split(run_dir: Path, held_out: int) -> None:
+    """UserError if the run held out other samples than it would now: an older version settled
+    their number otherwise.
+    """
+    try:
+        plan = read_object(run_dir / "config.json").get("plan")
+    except UserError:  # the checkpoints stand without it
+        return
+    before = plan.get("held_out", held_out) if isinstance(plan, dict) else held_out
+    if before != held_out:
+        raise UserError(
+            f"cannot resume {run_dir}: it held out {before} samples, and {held_out} would be held "
+            "out now, so that it would train on some of those that it is judged by; start a new "
+            f"run_dir from its weights, with --backbone.weights {run_dir}"
+        )
 
 
 def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
@@ -159,15 +193,36 @@ def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
         def take() -> None:
             if config.resume and not config.run_dir.exists():
                 raise UserError(f"--resume: {config.run_dir} holds no run; start without --resume")
+            refuse_in_checkpoint(config.run_dir, "run_dir")
             stack.enter_context(owning(config.run_dir, "run folder"))
+            _refuse_foreign(config.run_dir)
             # After a kill in the middle of a save.
             left = (config.run_dir / "checkpoints").glob("step_*.*")
-            saved = {path.with_suffix("") for path in left if path.suffix in (".partial", ".old")}
+            saved = {path.with_suffix("") for path in left if path.suffix in (PARTIAL, REPLACED)}
             for folder in (config.run_dir / BEST, *saved):
                 settle_folder(folder)
 
         processes.on_main(take)
         yield
+
+
+def _is_run(run_dir: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    if run_checkpoints(run_dir) or (run_dir / "metrics.jsonl").exists():
+        return True
+    with suppress(UserError):
+        return "plan" in read_object(run_dir / "config.json")
+    return False
+
+
+def _refuse_foreign(run_dir: Path) -> None:
+    """UserError if a run would overwrite or delete what no run has written."""
+    paths = [] if _is_run(run_dir) else [run_dir / name for name in _REPLACED]
+    if found := [p.name for p in paths if p.is_file() or (p.is_dir() and any(p.iterdir()))]:
+        raise UserError(
+            f"{run_dir} holds {', '.join(found)}, which no run of this kit wrote, and which a run "
+            "would overwrite or delete; give another --run-dir"
+        )
 
 
 def claim_run_dir(config: TrainConfig) -> Path | None:
@@ -178,8 +233,10 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
         UserError: run_dir has a run and --resume is not given, or --resume is given and there is
             nothing to resume; it cannot be written to.
     """
+    refuse_in_checkpoint(config.run_dir, "run_dir")
     for inside in ("", "checkpoints", "samples"):
         writable_folder(config.run_dir / inside, make=False)
+    _refuse_foreign(config.run_dir)
     if config.resume:
         if found := newest_healthy(config.run_dir, with_state=True):
             return found

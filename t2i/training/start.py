@@ -16,11 +16,21 @@ from t2i.checkpoint_folders import (
     is_checkpoint,
     read_config,
 )
+from t2i.errors import UserError
+from t2i.files import json_sha256
 from t2i.loading import load_source
 from t2i.lora import add_lora, merge_lora
+from t2i.manifest import TRAINING_STATE, listed_weights
 from t2i.models.base import Backbone
 from t2i.sampling import SamplingConfig
-from t2i.sources import base_files, expand_folder, moved, prove, shipped_bases
+from t2i.sources import (
+    base_files,
+    expand_folder,
+    moved,
+    prove,
+    shipped_bases,
+    weights_sha256,
+)
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import check_sampling
@@ -99,6 +109,8 @@ def start_from(
     """
     folder = choose_checkpoint(folder)
     config = read_config(folder)
+    if not resumed:
+        options.check_beside(folder, "backbone")
     source = moved(
         stored_source(config, folder),
         base=base,
@@ -128,6 +140,30 @@ def start_from(
         started_from=str(folder.resolve()) if changed else source.started_from,
     )
     return backbone
+
+
+def start_facts(config: TrainConfig) -> dict[str, str]:
+    """The weights that a new run starts from: where they lie, and a hash of what they are."""
+    weights = config.backbone.weights
+    if not is_checkpoint(weights):
+        files = base_files(**asdict(config.backbone))
+        return {"weights": files.weights, "sha256": weights_sha256(files)}
+    folder = find_checkpoint(weights)
+    source = stored_source(read_config(folder), folder)
+    base = {} if source.started_from else {"base": weights_sha256(source)}
+    whole = {k: v for k, v in listed_weights(folder).items() if not k.startswith(TRAINING_STATE)}
+    return {"weights": str(folder.resolve()), "sha256": json_sha256(whole | base)}
+
+
+def check_start(config: TrainConfig, folder: Path) -> None:
+    """UserError if a run whose start is still asked is to go on with another one."""
+    before = read_config(folder)["training"].get("start")
+    if isinstance(before, dict) and before.get("sha256") != start_facts(config)["sha256"]:
+        raise UserError(
+            f"cannot resume {folder} with backbone.weights={config.backbone.weights}: the run is "
+            f"held to the weights that it began with, which were others ({before.get('weights')}); "
+            "give those, wherever they are now"
+        )
 
 
 def _is_local_base(weights: str) -> bool:

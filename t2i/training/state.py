@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from t2i.errors import NotFiniteError, UserError, shorten
-from t2i.files import saving
+from t2i.files import PARTIAL, saving
 from t2i.processes import Processes
 from t2i.weights import save_weights
 
@@ -54,7 +54,7 @@ def write_state(
         nonlocal files, full
         name = f"{processes.rank:05d}_of_{processes.world_size:05d}_{files:03d}.safetensors"
         try:
-            with saving(str(folder.parent).removesuffix(".partial")):  # the name it will have
+            with saving(str(folder.parent).removesuffix(PARTIAL)):  # the name it will have
                 folder.mkdir(exist_ok=True)
                 if part and not full:
                     save_weights(folder / name, part)

@@ -24,8 +24,7 @@ from t2i.data.content import name_in, printable
 from t2i.data.samples import PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import METADATA, METADATA_ADVICE, is_image, open_folder, walk
 from t2i.data.sources.tars import TarSource
-from t2i.errors import UserError
-from t2i.files import nearest_path
+from t2i.errors import UserError, nearest_path
 
 TABLE_SUFFIXES = (".parquet", ".tar")
 _OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}

@@ -25,6 +25,7 @@ from t2i.data.samples import Sample, Source
 from t2i.data.store import Numbers
 from t2i.errors import UserError
 from t2i.files import reading
+from t2i.lfs import refuse_pointers
 
 _BLOCK = 1 << 24
 _SAMPLED = 64
@@ -180,6 +181,7 @@ def _load(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        refuse_pointers(path)
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -230,6 +232,7 @@ class JsonlCodes(Source):
             fits = all(isinstance(t, int) and 0 <= t < self._vocab for t in tokens)
             fits = fits and isinstance(label, int) and 0 <= label < self._num_classes
         except (ValueError, KeyError, TypeError) as error:  # not JSON, no object, other fields
+            refuse_pointers(self._path)
             raise UserError(f"{where} is not a line of codes: {error!r}") from error
         if not fits or not tokens or len(tokens) != (self._positions or len(tokens)):
             raise UserError(

@@ -29,6 +29,7 @@ from t2i.data.samples import (
 )
 from t2i.data.sources.folders import OUTSIDE, leads_out
 from t2i.errors import UserError
+from t2i.lfs import refuse_pointers
 from t2i.published import file_status, hub_is_away
 
 NOT_UTF8 = b"\xff"
@@ -54,7 +55,8 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
 def _empty(path: Path) -> bool:
     try:
         return pq.read_metadata(path).num_rows == 0
-    except (OSError, pa.ArrowException):  # the library says what is wrong with it
+    except (OSError, pa.ArrowException):  # the library says what else is wrong with it
+        refuse_pointers(path)
         return False
 
 

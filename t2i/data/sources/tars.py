@@ -30,6 +30,7 @@ from t2i.data.samples import (
     make_sample,
 )
 from t2i.errors import UserError
+from t2i.lfs import refuse_pointers
 
 _HELD = 4
 """Tars whose index is held; samples are read in order, so that each is indexed twice in all."""
@@ -182,6 +183,7 @@ def _index(path: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except tarfile.TarError as error:
         if previous is None:
+            refuse_pointers(path)
             raise UserError(
                 f"{path} is not an uncompressed tar ({error}). Unpack .tar.gz with gunzip first"
             ) from error

@@ -21,6 +21,7 @@ from t2i.data.encoding import load_ahead
 from t2i.data.images import SkipSample, open_image
 from t2i.data.sources.folders import is_image, walk
 from t2i.errors import UserError
+from t2i.lfs import refuse_pointers
 
 _SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
 _RECORDS = ("generation.json", "settings.json")  # what drawing leaves in a folder of images
@@ -126,6 +127,7 @@ def npz_arrays(path: Path) -> set[str]:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except _BROKEN as error:
+        refuse_pointers(path)
         raise UserError(f"{path} is not a readable .npz file: {error}") from error
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import text_sha256, write_json
+from t2i.lfs import refuse_pointers
 from t2i.models.conditions import check_captions, left_pad
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -61,6 +62,7 @@ class JanusPrompts:
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception for a damaged file
+            refuse_pointers(path)
             raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
         settings = path.with_name("tokenizer_config.json")
         stored = read_object(settings) if settings.is_file() else {}

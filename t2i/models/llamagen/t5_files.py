@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5Enc
 
 from t2i.errors import UserError
 from t2i.fields import read_object
+from t2i.lfs import refuse_pointers
 from t2i.published import fetch_model, files_sha256
 from t2i.weights import check_loading, refuse_not_finite
 
@@ -107,6 +108,7 @@ def load_encoder(folder: Path, dtype: torch.dtype, *, shapes_only: bool = False)
         )
         model, info = loaded
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        refuse_pointers(*folder.iterdir())
         raise UserError(f"the weights in {folder} cannot be read: {error}") from error
     said = f"the weights in {folder} do not fit its config.json"
     check_loading(info, said, lambda key: key.startswith(_OTHER_HALF))
@@ -127,6 +129,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        refuse_pointers(*folder.iterdir())
         raise UserError(
             f"the tokenizer in {folder} cannot be read; spiece.model also needs the packages "
             f"sentencepiece and protobuf ({error})"
