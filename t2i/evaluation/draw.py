@@ -5,6 +5,7 @@ places: whatever was interrupted before, and however many processes share the wo
 out of the same matrix products. Where they go, and which are there, is a `Place`'s to say.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows
 from t2i.weights import state_dict_sha256
+
+log = logging.getLogger(__name__)
 
 _MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights"}
 _CODES = 1
@@ -123,6 +126,9 @@ def draw_prompts(
         batch += [batch[-1]] * (options.batch_size - len(batch))
     options = _claim(place, settings, model, options, len(batches), compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
+    sampling = options.sampling or model.sampling
+    if sampling.is_greedy and not sampling.renoise and any(sample for _, sample in jobs):
+        log.warning("temperature=0: all samples of a prompt are the same image")
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, prompts, options, jobs=batch, progress=show_steps)

@@ -163,7 +163,10 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
     recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r:.80}; {choose_one(name, recipes)}")
-    return _with_options(recipes[name][1], options or {}, "")
+    own = recipes[name][1]
+    config = _with_options(own, options or {}, "")
+    _refuse_unread(config, own)
+    return config
 
 
 def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
@@ -198,6 +201,13 @@ def _at_home(value: Any) -> Any:
     return type(value)(os.path.expanduser(value)) if at_home else value
 
 
+def _refuse_unread(config: TrainConfig, own: TrainConfig) -> None:
+    """UserError for options that would have no effect; own: the recipe."""
+    from t2i.training.unread_options import refuse_unread  # imports torch
+
+    refuse_unread(config, own)
+
+
 def _program_of(name: str) -> str | None:
     """The program that has a family's recipe of this name."""
     if name in recipes_for(LabelledOptions):
@@ -222,7 +232,8 @@ def run_recipe(
         look: what --check prints, for so many processes; `t2i.training.check.check` if None.
         main: options that --help shows besides those of all.
     """
-    config = cli.parse_recipe(recipes, description, (*_MAIN_OPTIONS, *main), _program_of)
+    main = (*_MAIN_OPTIONS, *main)
+    config = cli.parse_recipe(recipes, description, main, _program_of, _refuse_unread)
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(
