@@ -17,6 +17,8 @@ from test_data_sources import png as picture
 
 from t2i.data.sources.classes import find_classes
 from t2i.errors import UserError
+from t2i.training.check import check
+from t2i.training.recipes import recipe
 
 
 def captions(source) -> list[list[str]]:
@@ -181,3 +183,13 @@ def test_a_folder_that_reads_as_an_address(tmp_path):
     write_parquet(folder / "0.parquet", {"image": image_structs(), "text": ["x"] * 3})
     with pytest.raises(UserError, match=r"a::b/0\.parquet: .* rename"):
         open_source(folder)
+
+
+def test_one_picture_alone_before_the_run(tmp_path):
+    """--check says what training would: rows of one picture are one side of a split."""
+    write_metadata(tmp_path / "data", [{"file_name": "a.png", "text": "x"} for _ in range(12)])
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "a.png")
+    options = {"data.source": str(tmp_path / "data"), "data.validation_samples": 2}
+    report = check(recipe("shapes-control", options | {"run_dir": str(tmp_path / "run")}))
+    assert "training would end at once: cannot hold out 2 of 12 samples" in report
+    assert "only 1 different images" in report and report.endswith("would end at once")

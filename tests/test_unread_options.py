@@ -13,6 +13,7 @@ import t2i
 from launch import export as export_program
 from launch import generate
 from launch import train_imagenet as imagenet_program
+from launch.ablate import Ablation
 from t2i import cli
 from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
@@ -118,6 +119,21 @@ def test_a_recipe_that_holds_out_more_than_there_is():
         plan_run(recipe("shapes-control"), 12)
     config = recipe("shapes-control", {"data.validation_samples": None})
     assert plan_run(config, 12).held_out == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"seeds": (0, 0)}, r"seeds=\(0, 0\) must be different ones"),
+        ({"seeds": (-1,)}, "seed=-1 must be between"),
+        ({"minutes": -1.0}, r"minutes=-1\.0 must not be negative"),
+    ],
+)
+def test_a_grid_of_nothing(options, message):
+    """Refused at once, and not after the scenes have been encoded."""
+    with pytest.raises(UserError, match=message):
+        Ablation(**options).grid()
 
 
 # -- drawing ---------------------------------------------------------------------------------------

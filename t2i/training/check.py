@@ -17,6 +17,7 @@ import torch
 from t2i.data.data_report import DataReport, short_name, survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules
+from t2i.data.order import split_indices
 from t2i.data.samples import Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError, shorten
@@ -147,6 +148,9 @@ def check(
     if survey is not None and survey.seen == total:  # all were looked at
         try:
             plan = plan_run(config, survey.usable)
+            if plan is not None and isinstance(config.data, DataOptions):
+                same = torch.tensor(survey.pictures)
+                split_indices(survey.usable, plan.held_out, config.seed, same)
         except UserError as error:  # the report still says what is skipped, and why
             warnings.append(f"training would end at once: {error}")
             otherwise = "end at once"
