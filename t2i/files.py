@@ -28,6 +28,7 @@ from t2i.errors import UserError
 
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
+_OF_FILES = (".png", ".jpg", ".npy", ".npz", ".html", ".json", ".pt", ".safetensors", ".zip")
 _POLL_SECONDS = 0.2
 
 
@@ -278,10 +279,11 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     the folder is not there yet, it is proved that it could be made.
 
     Raises:
-        UserError: it is a file, or cannot be made or written to.
+        UserError: it is a file (or new, and named as one), or cannot be made or written to.
     """
-    folder = Path(folder)
-    there = folder
+    folder = there = Path(folder)
+    if folder.suffix.lower() in _OF_FILES and not folder.exists():
+        raise UserError(f"{folder} is to be a folder, and is named as a file; give another name")
     try:
         while not make and not there.exists() and there != there.parent:
             there = there.parent
@@ -339,11 +341,8 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        if (
-            made
-            and folder.is_dir()
-            and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]
-        ):
+        left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        if made and left == [Path(lock.lock_file).name]:
             Path(lock.lock_file).unlink()
             with suppress(OSError):  # a parent that others use, too
                 for path in made:

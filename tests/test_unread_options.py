@@ -17,6 +17,7 @@ from launch.ablate import Ablation
 from t2i import cli
 from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
+from t2i.files import writable_folder
 from t2i.model_options import DrawingModelOptions
 from t2i.sampling import SamplingConfig, SamplingOverrides
 from t2i.training.check import check
@@ -187,7 +188,7 @@ def test_greedy_samples_are_alike(monkeypatch, plain, tmp_path, caplog):
         draw(monkeypatch, plain, "--samples", 1, "--out", tmp_path / "1")
         assert "same image" not in caplog.text
         draw(monkeypatch, plain, "--samples", 2, "--out", tmp_path / "2")
-    assert "temperature=0: all samples of a prompt are the same image" in caplog.text
+    assert "temperature=0: all samples of a prompt, or class, are the same image" in caplog.text
     a, b = ((tmp_path / f"2/00000/samples/0000{i}.png").read_bytes() for i in (0, 1))
     assert a == b
 
@@ -198,6 +199,15 @@ def test_images_of_others_in_the_folder(monkeypatch, plain, tmp_path):
     with pytest.raises(UserError, match=r"holds other images \(mine\.JPG, \.\.\.\)"):
         draw(monkeypatch, plain, "--samples", 1, "--out", tmp_path)
     assert list(tmp_path.glob("*[!k]")) == [tmp_path / "mine.JPG"]
+
+
+@pytest.mark.parametrize("name", ["grid.png", "images.NPY", "new/page.html"])
+def test_a_folder_with_the_name_of_a_file(monkeypatch, plain, tmp_path, name):
+    with pytest.raises(UserError, match="is to be a folder, and is named as a file"):
+        draw(monkeypatch, plain, "--out", tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.zip").mkdir()  # somebody has folders of such names
+    assert writable_folder(tmp_path / "a.zip") == tmp_path / "a.zip"
 
 
 # -- the command line ------------------------------------------------------------------------------

@@ -126,14 +126,19 @@ def draw_prompts(
         batch += [batch[-1]] * (options.batch_size - len(batch))
     options = _claim(place, settings, model, options, len(batches), compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
-    sampling = options.sampling or model.sampling
-    if sampling.is_greedy and not sampling.renoise and any(sample for _, sample in jobs):
-        log.warning("temperature=0: all samples of a prompt are the same image")
+    _say_what_is_alike(model, options, any(sample for _, sample in jobs))
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, prompts, options, jobs=batch, progress=show_steps)
 
     fill(place, batches, draw, progress=not show_steps)
+
+
+def _say_what_is_alike(model: TensorAR, options: DrawOptions, repeats: bool) -> None:
+    """repeats: whether there are several images of one condition."""
+    sampling = options.sampling or model.sampling
+    if repeats and sampling.is_greedy and not sampling.renoise:
+        log.warning("temperature=0: all samples of a prompt, or class, are the same image")
 
 
 def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:
@@ -229,6 +234,7 @@ def draw_classes(
     batches = numbered_batches(images.count, options.batch_size)
     compared = set(settings)
     options = _claim(place, settings, model, options, len(batches), compared=compared)
+    _say_what_is_alike(model, options, len({*classes}) < images.count)
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, classes, options, jobs=batch, progress=False)
