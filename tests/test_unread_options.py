@@ -112,6 +112,14 @@ def test_what_does_not_learn():
     assert "optim.backbone_lr=0: the backbone does not learn" in warnings
 
 
+def test_a_prompt_of_which_nothing_is_read(tmp_path):
+    options = {"data.source": "shapes:600", "run_dir": str(tmp_path / "run")}
+    message = "log.prompts '\u7ea2' has no text the encoder can read"
+    prompts = {"log.prompts": ["\u7ea2", "a red circle"]}
+    assert message in check(recipe("shapes-control", options | prompts))
+    assert "log.prompts" not in check(recipe("shapes-control", options))
+
+
 def test_a_recipe_that_holds_out_more_than_there_is():
     """The number may be the recipe's: another one is said, which always works."""
     with pytest.raises(

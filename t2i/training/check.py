@@ -9,7 +9,7 @@ the code cache.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -136,7 +136,7 @@ def check(
     checkpoint = claim_run_dir(config)
     source, total = look_before_work(config, world_size, checkpoint)
     model = build_model(config, device="meta", resumed=checkpoint)
-    look_at_model(model.backbone, config)
+    prompts = look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained
     survey, otherwise = None, "train all the same"
     if isinstance(config.data, LabelledOptions):
@@ -167,7 +167,7 @@ def check(
             f"a checkpoint  {weights} of weights, {state} of training state",
         ],
     }
-    warnings += too_much
+    warnings += [*_about_prompts(prompts, model.backbone), *too_much]
     warnings += [] if plan is None else about_settings(config, plan)
     verdict = "ready: the same command without --check trains"
     if warnings:
@@ -224,6 +224,14 @@ def _about_samples(survey: DataReport, size: int) -> Iterator[str]:
             )
         if count := around[reason]:
             yield f"{count} left out, {reason} ({short_name(keys[-1])})"
+
+
+def _about_prompts(prompts: Sequence[str | int], backbone: Backbone) -> Iterator[str]:
+    """On prompts of the sheets of which the model would read nothing."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    for text, lost in zip(texts, backbone.caption_notes(texts), strict=True):
+        if lost is None:
+            yield f"log.prompts {text!r:.200} has no text the encoder can read"
 
 
 def _labelled(

@@ -237,10 +237,11 @@ class SidecarFolder(Source):
         self._images = images
         captions = [path for path in files if _is_caption_file(path)]
         strange = {path for path in captions if not _may_be_caption(path.resolve())}
-        texts = {path.with_suffix(""): path for path in captions if path not in strange}
-        self._texts = {path: texts.get(path.with_suffix("")) for path in images}
+        usual = {path.with_suffix(""): path for path in captions if path not in strange}
+        self._texts = {path: usual.get(path.with_suffix("")) for path in images}
         bare = {p for image, text in self._texts.items() if text is None for p in _stems(image)}
-        beside = [p for p in files if p.with_suffix("") in bare and p.suffix.lower() in _TEXTS]
+        texts = [path for path in files if path.suffix.lower() in _TEXTS and path not in strange]
+        beside = [path for path in texts if path.with_suffix("") in bare]
         if not any(self._texts.values()):
             lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
