@@ -127,7 +127,7 @@ def examine(
     kept: list[Drawn] = []
     known = {who: of_known(one, batches) for who, one in models.items()}
     for who, one in models.items():
-        drawing = options[who].drawing(one)
+        drawing = options[who].drawing(one, among_others=True)
         assert drawing.sampling is not None, "settled by the options"
         drawn = _draw(one, prompts, replace(drawing, stages=who == "model"), config.samples)
         kept = kept or drawn

@@ -14,6 +14,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
+from t2i.errors import UserError
 from t2i.model_options import ExportOptions
 
 _MAIN = ("ckpt", "out", "base.weights", "dtype", "prompt", "results", "push_to_hub", "private")
@@ -29,6 +30,11 @@ class ExportProgram(ExportOptions):
     """
     private: bool = False
     """Create that repository as a private one."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.private and self.push_to_hub is None:
+            raise UserError("--private is of --push-to-hub: give both, or leave it out")
 
 
 def main() -> None:

@@ -162,7 +162,9 @@ def _draw(
     model = model_options.load(*where)
     jobs = all_jobs(range(len(entries)), config.samples)
     rows, stages = min(config.batch_size, len(jobs)), config.stages and model.windows.stages > 1
-    options = replace(model_options.drawing(model), batch_size=rows, stages=stages)
+    options = replace(
+        model_options.drawing(model, among_others=True), batch_size=rows, stages=stages
+    )
     draw.draw_prompts(model, entries, jobs, place, options)
 
 

@@ -50,18 +50,22 @@ def parse_recipe(
     description: str,
     main: Sequence[str] = (),
     program_of: Callable[[str], str | None] = lambda name: None,
+    look: Callable[[Config, Config], None] = lambda config, own: None,
 ) -> Config:
     """Parse `NAME --option value ...`: a named recipe with overrides.
 
     Args:
         main: as in `parse`, for the help of a recipe.
         program_of: which other program has a recipe of this name.
+        look: called with what was made of a recipe, and the recipe; may refuse it.
     """
     given, program = _arguments() or ["--help"], Path(sys.argv[0]).name
     name = given[0]
     if name in recipes:
         about, recipe = recipes[name]
-        return _parsed(recipe, given[1:], about, main, prog=f"{program} {name}")
+        config = _parsed(recipe, given[1:], about, main, prog=f"{program} {name}")
+        look(config, recipe)
+        return config
     if name in (*_HELP, _HELP_ALL):
         width = max(map(len, recipes))
         print(f"{_help_text(description)}\n\n  {program} RECIPE --help shows its options\n")
@@ -72,11 +76,6 @@ def parse_recipe(
     if elsewhere := program_of(name):
         raise UserError(f"{name} is a recipe of {elsewhere}")
     raise UserError(f"unknown recipe {name!r}; {choose_one(name, recipes)}")
-
-
-def recipe_name() -> str:
-    """The recipe that the command line names first."""
-    return _arguments()[0]
 
 
 def _parsed(
@@ -94,6 +93,7 @@ def _parsed(
         description += "\n\n  --help-all shows every option"
     given = ["--help" if a == _HELP_ALL else a for a in given]
     _refuse_repeats(default, given)
+    _refuse_dashes(given)
     _refuse_blanks(default, given)
     config = tyro.cli(
         kind,
@@ -117,6 +117,20 @@ def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) ->
             raise UserError(
                 f"{name} is given {count} times: give it once, with all values behind it"
             )
+
+
+def _refuse_dashes(given: Sequence[str]) -> None:
+    """UserError for words that begin with "-", which would be taken for an option."""
+    option = ""
+    for word in given:
+        name, equals, _ = word.partition("=")
+        if word.startswith("-") and any(map(str.isspace, name)):
+            several = "; several go into a --prompt-file" if option == "--prompt" else ""
+            raise UserError(
+                f"{word!r:.80} begins with '-', as options do: write {option or '--OPTION'}="
+                f"{word!r:.80}{several}"
+            )
+        option = word if word.startswith("--") and not equals else option
 
 
 def _refuse_blanks(config: "DataclassInstance | type", given: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
 PARTIAL, REPLACED = ".t2i-partial", ".t2i-old"
 """Ends of names of folders, which are cleared away, and so must not be what people name theirs."""
+_OF_FILES = (".png", ".jpg", ".npy", ".npz", ".html", ".json", ".pt", ".safetensors", ".zip")
 _POLL_SECONDS = 0.2
 
 
@@ -276,10 +277,11 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     the folder is not there yet, it is proved that it could be made.
 
     Raises:
-        UserError: it is a file, or cannot be made or written to.
+        UserError: it is a file (or new, and named as one), or cannot be made or written to.
     """
-    folder = Path(folder)
-    there = folder
+    folder = there = Path(folder)
+    if folder.suffix.lower() in _OF_FILES and not folder.exists():
+        raise UserError(f"{folder} is to be a folder, and is named as a file; give another name")
     try:
         if lost := [p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()]:
             to = os.readlink(lost[0])
@@ -340,11 +342,8 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        if (
-            made
-            and folder.is_dir()
-            and [path.name for path in folder.iterdir()] == [Path(lock.lock_file).name]
-        ):
+        left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        if made and left == [Path(lock.lock_file).name]:
             Path(lock.lock_file).unlink()
             with suppress(OSError):  # a parent that others use, too
                 for path in made:

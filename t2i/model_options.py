@@ -227,12 +227,18 @@ class DrawingModelOptions(ModelOptions):
             names = ", ".join(f"--{name}" for name in typed)
             raise UserError(f"{names}: of a model that draws, and none is given; leave it out")
 
-    def drawing(self, model: "TensorAR") -> DrawOptions:
-        """How this model is to draw; UserError for settings that it cannot be drawn with."""
-        from t2i.tensorar.sampler import check_sampling
+    def drawing(self, model: "TensorAR", *, among_others: bool = False) -> DrawOptions:
+        """How this model is to draw; UserError for settings that it cannot be drawn with.
+
+        Args:
+            among_others: further models have the same options, which need not be of use to all.
+        """
+        from t2i.tensorar.sampler import check_sampling, drawn_windows
 
         sampling = self.sampling.apply(model.sampling)
         check_sampling(model, sampling)  # before a folder is claimed with these settings
+        drafts = among_others or drawn_windows(model, sampling).stages > 1
+        self.sampling.refuse_unread(sampling, drafts)
         return DrawOptions(self.seed, sampling, self.batch_size, about=self.about(model))
 
 
@@ -265,5 +271,7 @@ class ExportOptions:
         if other := [name for name in given_options(self.base) if name not in moved]:
             names = ", ".join(f"--base.{name.replace('_', '-')}" for name in other)
             raise UserError(f"{names}: the checkpoint says it itself; leave it out")
+        if self.samples != ExportOptions.samples and not self.prompt:
+            raise UserError("--samples is of the images of --prompt: give one, or leave it out")
         if not all(prompt.strip() for prompt in self.prompt):
             raise UserError("one of --prompt is empty; without any, no samples are drawn")

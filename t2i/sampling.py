@@ -91,6 +91,11 @@ class SamplingConfig:
         usual = SamplingConfig()
         return replace(self, **{name: getattr(usual, name) for name in _OF_WINDOWS})
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every code is the most likely one."""
+        return max(_numbers(self.temperature)) == 0
+
     def by_sub_token(self, count: int) -> "tuple[SubTokenSampling, ...]":
         """The settings of each of `count` sub-tokens; UserError if numbers are missing for some."""
         settings = vars(self)
@@ -135,6 +140,26 @@ class SamplingOverrides:
     def check(self) -> None:
         """UserError for a value that no model takes, before one is loaded."""
         self.apply(SamplingConfig())
+
+    def refuse_unread(self, settings: SamplingConfig, drafts: bool) -> None:
+        """UserError for one that changes nothing beside the other settings.
+
+        drafts: whether the model draws drafts with them.
+        """
+        usual = vars(SamplingConfig())
+        given = {n: v for n, v in vars(self).items() if v is not None and v != usual[n]}
+        greedy, unguided = settings.is_greedy, max(_numbers(settings.cfg_scale)) == 1
+        for names, unread, why in (
+            (
+                ("draft_temperature", "renoise"),
+                not drafts,
+                "k=1 (or --window 1): nothing is drafted",
+            ),
+            (("cfg_interval", "cfg_power"), unguided, "cfg_scale=1, which is without guidance"),
+            (("top_k", "top_p"), greedy, "temperature=0, which takes the most likely code"),
+        ):
+            if told := [f"{name}={given[name]}" for name in names if unread and name in given]:
+                raise UserError(f"{', '.join(told)} has no effect with {why}; leave it out")
 
 
 @dataclass(frozen=True)

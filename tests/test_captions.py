@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from t2i.models.llamagen.captions import clean_caption
+from t2i.models.llamagen.captions import WORDS, caption_losses, clean_caption
 
 # (caption, what LlamaGen's cleaning makes of it). Leaving out any one rule, or the second pass,
 # fails at least one row.
@@ -82,6 +82,35 @@ def test_official_results(caption, expected):
 
 def test_chinese_caption_becomes_empty():
     assert clean_caption("\u4e00\u53ea\u732b") == ""
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a photo of r2d2",
+        "by @artist",
+        "jersey #7",
+        "a 1920x1080 photo",
+        "an a.jpg of a cat",
+        "1234567 a",
+    ],
+)
+def test_words_that_cleaning_takes_out_are_noted(caption):
+    assert caption_losses(caption, clean_caption(caption)) == [WORDS]
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "&#39;a&#39; <b>red</b> &amp; blue",
+        "a%20red bus, https://x.org/12.jpg",
+        "it’s a “red” café, 2 dogs (3/4 view) in München 2020",
+        "this-is-my-cute-cat_a_b",
+        "ＴＨＥ ﬁnest",
+    ],
+)
+def test_captions_that_lose_no_word(caption):
+    assert caption_losses(caption, clean_caption(caption)) == []
 
 
 def test_markup_that_the_parser_rejects_is_no_error():

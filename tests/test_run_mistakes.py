@@ -23,7 +23,6 @@ from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar.method import TensorARConfig
 from t2i.training.check import check
 from t2i.training.loop import train
-from t2i.training.recipes import recipe
 
 
 def rewrite(folder: Path, **facts) -> None:
@@ -208,14 +207,6 @@ def test_what_a_checkpoint_says_itself_is_not_said_beside_it(plain, tiny_world, 
     for start in (train, check):
         with pytest.raises(UserError, match=named):
             start(config)
-
-
-def test_options_of_drafts_are_refused_where_there_are_none():
-    for name, value in (("method.depth", 2), ("method.own_drafts", 1.0), ("optim.codec_lr", 0.1)):
-        with pytest.raises(UserError, match=rf"{name}={value} has no effect with method\.k=1"):
-            recipe("shapes-control", {name: value})
-        assert recipe("shapes-control", {name: value, "method.k": 2}).method.k == 2
-    assert recipe("shapes-tuned", {"method.k": 1}).method.own_drafts > 0  # the recipe's own
 
 
 def test_a_reward_run_is_held_to_its_own_start(plain, copied, tiny_world, tmp_path):

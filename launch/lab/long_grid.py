@@ -31,6 +31,7 @@ from t2i import cli
 from t2i.errors import UserError
 from t2i.files import json_sha256, writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
+from t2i.sampling import check_counts, check_seed
 from t2i.training.config import TrainConfig
 
 
@@ -74,6 +75,18 @@ class LongGrid:
     """auto, cpu or cuda."""
     record: bool = True
     """Record steps as CUDA graphs (on a GPU)."""
+
+    def __post_init__(self):
+        names = ("steps", "batch_size", "images", "held_out", "prompts_per_task", "samples")
+        check_counts(**{n: getattr(self, n) for n in (*names, "draw_batch", "at_once")})
+        for seed in self.seeds:
+            check_seed(seed)
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise UserError(f"seeds={self.seeds} must be different ones, and at least one")
+        if min(self.workers, self.minutes) < 0:
+            raise UserError(
+                f"workers={self.workers} and minutes={self.minutes} must not be negative"
+            )
 
     def trained(self) -> list:
         """What a trained model depends on, besides its arm and seed."""

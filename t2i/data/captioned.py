@@ -8,9 +8,9 @@ class CaptionedImages:
     """A data set of captioned images, and how it is read."""
 
     source: str = ""
-    """Folder with metadata.jsonl or sidecar .txt captions (sub-folders and links to folders are
-    read, too), parquet, webdataset tars, a hub id, or "shapes" (offline; a folder of that name is
-    ./shapes).
+    """Folder with metadata.jsonl or sidecar .txt (.caption) captions (sub-folders and links to
+    folders are read, too), parquet, webdataset tars, a hub id, or "shapes" (offline; a folder of
+    that name is ./shapes).
     """
     split: str = "train"
     """Split of a hub data set, or of a folder: its sub-folder, or the files named after it."""

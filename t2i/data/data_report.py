@@ -5,6 +5,7 @@ A sample that is silently dropped is the most common data bug there is, so every
 a reason and a line in a file.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,12 @@ def drop_unreadable(sample: Sample, caption_notes: CaptionNotes | None) -> Sampl
     return replace(sample, captions=kept, notes=tuple(dict.fromkeys((*sample.notes, *notes))))
 
 
+def picture_hash(views: Tensor) -> int:
+    """64 bits of a hash of an image's views, equal for same images."""
+    digest = hashlib.sha256(views.numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
 def load_sample(sample: Sample, rules: ImageRules | None) -> Tensor | SkipSample:
     """The views of a sample's image (or their codes), or why it is skipped: returned, not raised.
 
@@ -70,6 +77,7 @@ class DataReport:
         noted: the keys of samples that are used although something is unusual about them, by what
             it is.
         remarks: sentences on the source as a whole.
+        pictures: of a survey, a number for each usable sample, equal where the pictures are.
     """
 
     seen: int = 0
@@ -77,6 +85,7 @@ class DataReport:
     skipped: list[dict] = field(default_factory=list)
     noted: dict[str, list[str]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
 
     @classmethod
     def collect(cls, lines: Iterable[dict], source: Source) -> "DataReport":
@@ -190,7 +199,8 @@ def survey_source(
         count = min(limit, length)
         samples = (source[i * length // count] for i in range(count))
     checked = (drop_unreadable(sample, caption_notes) for sample in samples)
-    report, usable = read_samples(checked, source, rules, lambda sample, _: sample)
+    report, taken = read_samples(checked, source, rules, lambda s, views: (s, picture_hash(views)))
+    usable, report.pictures = [s for s, _ in taken], [number for _, number in taken]
     if several := sum(len(sample.captions) > 1 for sample in usable):
         report.remarks.append(
             f"{several} have several captions (lines of a text or items of a list), "

@@ -13,7 +13,6 @@ Shape legend: B = images, A = views of an image, T = positions, S = sub-tokens, 
 width.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,13 @@ import torch
 from torch import Tensor
 
 from t2i.data.content import Contents, content_key, contents_key, describe_changes, hash_files
-from t2i.data.data_report import CaptionNotes, DataReport, drop_unreadable, load_sample
+from t2i.data.data_report import (
+    CaptionNotes,
+    DataReport,
+    drop_unreadable,
+    load_sample,
+    picture_hash,
+)
 from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
 from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path, shard_paths
@@ -215,10 +220,7 @@ def _load(sample: Sample, rules: ImageRules | None) -> tuple[Tensor, int | None]
     views = load_sample(sample, rules)
     if isinstance(views, SkipSample):
         return views
-    if sample.label is not None:
-        return views, None
-    digest = hashlib.sha256(views.numpy().tobytes()).digest()
-    return views, int.from_bytes(digest[:8], "big", signed=True)
+    return views, picture_hash(views) if sample.label is None else None
 
 
 def _encode_batch(

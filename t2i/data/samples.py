@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2i.data.content import printable
 from t2i.data.images import POINTER, FileSlice, ImageRef, SkipSample, read_bytes
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.lfs import LFS_POINTER
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -26,6 +26,8 @@ UNREAD_SUFFIXES = frozenset(
     )
 )
 """Of pictures that are not read: named, so that they do not get lost in silence."""
+CAPTION_SUFFIXES = frozenset((".txt", ".caption"))
+"""Of text files beside pictures."""
 PACKED_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _LONGEST_CAPTION = 5000  # characters; no text encoder here reads more
 _MOST_CAPTIONS = 100
@@ -182,7 +184,7 @@ def choose_column(
 ) -> str:
     """The column that the user named, or the only candidate among the columns."""
     columns = list(columns)
-    listing = f"the columns are: {', '.join(columns) or 'none'}"
+    listing = f"the columns are: {shorten(columns, most=20) or 'none'}"
     if given is not None:
         if given not in columns:
             raise UserError(f"{where} has no column {given!r}; {listing}")
@@ -201,11 +203,24 @@ def choose_column(
 def choose_caption(
     columns: Iterable[str], fields: Sequence[str], given: str | None, where: str
 ) -> str:
-    """The column of captions, or else the field ("json.caption") of one; raises as above."""
+    """The column of captions, or else the field ("json.caption") of one; raises as above.
+
+    fields: of the columns that hold objects, which are no captions themselves.
+    """
     columns = list(columns)
-    candidates: Sequence[str] = _TEXT_COLUMNS
+    nested = {field.partition(".")[0] for field in fields}
+    candidates: Sequence[str] = [name for name in _TEXT_COLUMNS if name not in nested]
     if given is None and not set(candidates) & set(columns):
         candidates = [field for field in fields if field.rpartition(".")[2] in CAPTION_COLUMNS]
-    return choose_column(
-        [*columns, *fields], given, candidates or CAPTION_COLUMNS, "caption", where
-    )
+    candidates = candidates or [name for name in CAPTION_COLUMNS if name not in nested]
+    return choose_column([*columns, *fields], given, candidates, "caption", where)
+
+
+def read_field(row: dict[str, Any], column: str) -> Any:
+    """The value of a column, or of a field of one; None where there is none."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -5,6 +5,7 @@ places: whatever was interrupted before, and however many processes share the wo
 out of the same matrix products. Where they go, and which are there, is a `Place`'s to say.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from t2i.tensorar.drawing import NOISE
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows
 from t2i.weights import state_dict_sha256
+
+log = logging.getLogger(__name__)
 
 _MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights", "method"}
 _CODES = 1
@@ -123,11 +126,19 @@ def draw_prompts(
         batch += [batch[-1]] * (options.batch_size - len(batch))
     options = _claim(place, settings, model, options, len(batches), compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
+    _say_what_is_alike(model, options, any(sample for _, sample in jobs))
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, prompts, options, jobs=batch, progress=show_steps)
 
     fill(place, batches, draw, progress=not show_steps)
+
+
+def _say_what_is_alike(model: TensorAR, options: DrawOptions, repeats: bool) -> None:
+    """repeats: whether there are several images of one condition."""
+    sampling = options.sampling or model.sampling
+    if repeats and sampling.is_greedy and not sampling.renoise:
+        log.warning("temperature=0: all samples of a prompt, or class, are the same image")
 
 
 def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:
@@ -233,6 +244,7 @@ def draw_classes(
     batches = numbered_batches(images.count, options.batch_size)
     compared = set(settings)
     options = _claim(place, settings, model, options, len(batches), compared=compared)
+    _say_what_is_alike(model, options, len({*classes}) < images.count)
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, classes, options, jobs=batch, progress=False)

@@ -28,7 +28,8 @@ from t2i.models.conditions import check_captions
 
 GENERATION_FILE = "generation.json"
 _MAX_GRID_IMAGES = 64
-_KNOWN = {"grid.png", "stages.png", "stages", "samples", "metadata.jsonl", GENERATION_FILE}
+SHEETS = {"grid.png", "stages.png"}
+_KNOWN = SHEETS | {"stages", "samples", "metadata.jsonl", GENERATION_FILE}
 
 
 def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:

@@ -22,9 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
+from t2i.data.sources.folders import is_image
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import (
     GENERATION_FILE,
+    SHEETS,
     codes_file,
     load_image,
     refuse_other_images,
@@ -50,6 +52,11 @@ from t2i.processes import ALONE, Processes
 log = logging.getLogger(__name__)
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def _is_other(path: Path) -> bool:
+    """Whether a file of a generation folder is an image that is not one of its sheets."""
+    return is_image(path) and path.name not in SHEETS
 
 
 class Place(ABC):
@@ -145,7 +152,15 @@ class GenerationFolder(Place):
     def check(self, known: dict) -> None:
         if self.is_occupied() or not self.record.is_file():
             refuse_other_images(self.out, self.entries)
+        if not self.record.is_file() and (others := sorted(filter(_is_other, self._children()))):
+            raise UserError(
+                f"{self.out} holds other images ({others[0].name}, ...), which would lie among those "
+                "that are drawn; give another --out"
+            )
         super().check(known)
+
+    def _children(self) -> Iterator[Path]:
+        return self.out.iterdir() if self.out.is_dir() else iter(())
 
     def is_occupied(self) -> bool:
         return any(self.out.glob("[0-9]*/samples/*")) or any(self.out.glob("[0-9]*/stages/*"))

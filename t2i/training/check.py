@@ -9,7 +9,7 @@ the code cache.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from t2i.data.data_report import DataReport, short_name, survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules
+from t2i.data.order import split_indices
 from t2i.data.samples import Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError, shorten
@@ -135,7 +136,7 @@ def check(
     checkpoint = claim_run_dir(config)
     source, total = look_before_work(config, world_size, checkpoint)
     model = build_model(config, device="meta", resumed=checkpoint)
-    look_at_model(model.backbone, config)
+    prompts = look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained
     survey, otherwise = None, "train all the same"
     if isinstance(config.data, LabelledOptions):
@@ -147,6 +148,9 @@ def check(
     if survey is not None and survey.seen == total:  # all were looked at
         try:
             plan = plan_run(config, survey.usable)
+            if plan is not None and isinstance(config.data, DataOptions):
+                same = torch.tensor(survey.pictures)
+                split_indices(survey.usable, plan.held_out, config.seed, same)
         except UserError as error:  # the report still says what is skipped, and why
             warnings.append(f"training would end at once: {error}")
             otherwise = "end at once"
@@ -163,7 +167,7 @@ def check(
             f"a checkpoint  {weights} of weights, {state} of training state",
         ],
     }
-    warnings += too_much
+    warnings += [*_about_prompts(prompts, model.backbone), *too_much]
     warnings += [] if plan is None else about_settings(config, plan)
     verdict = "ready: the same command without --check trains"
     if warnings:
@@ -222,6 +226,14 @@ def _about_samples(survey: DataReport, size: int) -> Iterator[str]:
             yield f"{count} left out, {reason} ({short_name(keys[-1])})"
 
 
+def _about_prompts(prompts: Sequence[str | int], backbone: Backbone) -> Iterator[str]:
+    """On prompts of the sheets of which the model would read nothing."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    for text, lost in zip(texts, backbone.caption_notes(texts), strict=True):
+        if lost is None:
+            yield f"log.prompts {text!r:.200} has no text the encoder can read"
+
+
 def _labelled(
     options: LabelledOptions, backbone: Backbone
 ) -> tuple[DataReport | None, int, list[str], list[str]]:
@@ -229,9 +241,11 @@ def _labelled(
     opened = open_labelled(options, backbone.spec)
     source = f"source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
+        backbone.spec.check_codes(opened.codes([0]))
         return None, len(opened), [f"{source}{len(opened)} x {opened.views} views"], []
     count = opened.length or 0
     if isinstance(opened, JsonlCodes):
+        backbone.spec.check_codes(opened.codes(0))
         return None, count, [f"{source}{count} lines"], []
     size = image_size(backbone)
     survey, usable = survey_source(opened, ImageRules(size, small="upscale"))

@@ -67,6 +67,11 @@ def _refuse_without_effect(options: DataOptions, world: str) -> None:
 
 
 # -- classes ---------------------------------------------------------------------------------------
+def holds_codes(source: str | Path) -> bool:
+    """Whether a source of classes is codes that others computed, and no images."""
+    return is_llamagen_folder(Path(source)) or Path(source).suffix == ".jsonl"
+
+
 def labelled_sources(options: LabelledOptions) -> list[Path]:
     """What data.source names: one place, or several folders of LlamaGen's codes."""
     sources = [Path(source) for source in options.source]

@@ -8,7 +8,7 @@ those here are our choice, a tenth of the usual pre-training rates for the backb
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from t2i import cli, launcher
 from t2i.errors import UserError, choose_one
-from t2i.fields import from_json, leaves
+from t2i.fields import from_json
 from t2i.models.families import FAMILIES
 from t2i.tensorar import presets
 from t2i.training.config import (
@@ -163,23 +163,10 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
     recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r:.80}; {choose_one(name, recipes)}")
-    config = _with_options(recipes[name][1], options or {}, "")
-    refuse_idle(recipes[name][1], config)
+    own = recipes[name][1]
+    config = _with_options(own, options or {}, "")
+    _refuse_unread(config, own)
     return config
-
-
-def refuse_idle(recipe: TrainConfig, config: TrainConfig) -> None:
-    """UserError for options, other than the recipe's, of what a model without drafts has not."""
-    if config.method.k > 1:
-        return
-    names = [f"method.{f.name}" for f in fields(config.method) if f.name != "k"]
-    before, now = (leaves(asdict(of)) for of in (recipe, config))
-    idle = [f"{n}={now[n]}" for n in (*names, "optim.codec_lr") if now[n] != before[n]]
-    if idle:
-        raise UserError(
-            f"{', '.join(idle)} has no effect with method.k=1, the base model by itself: leave it "
-            "out, or give a --method.k above 1"
-        )
 
 
 def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
@@ -214,6 +201,13 @@ def _at_home(value: Any) -> Any:
     return type(value)(os.path.expanduser(value)) if at_home else value
 
 
+def _refuse_unread(config: TrainConfig, own: TrainConfig) -> None:
+    """UserError for options that would have no effect; own: the recipe."""
+    from t2i.training.unread_options import refuse_unread  # imports torch
+
+    refuse_unread(config, own)
+
+
 def _program_of(name: str) -> str | None:
     """The program that has a family's recipe of this name."""
     if name in recipes_for(LabelledOptions):
@@ -238,8 +232,8 @@ def run_recipe(
         look: what --check prints, for so many processes; `t2i.training.check.check` if None.
         main: options that --help shows besides those of all.
     """
-    config = cli.parse_recipe(recipes, description, (*_MAIN_OPTIONS, *main), _program_of)
-    refuse_idle(recipes[cli.recipe_name()][1], config)
+    main = (*_MAIN_OPTIONS, *main)
+    config = cli.parse_recipe(recipes, description, main, _program_of, _refuse_unread)
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(

@@ -101,7 +101,7 @@ def least_held_out(config: TrainConfig, samples: int) -> int:
     if not 1 <= count < samples:
         raise UserError(
             f"data.validation_samples={count} must be at least 1 and fewer than the {samples} usable "
-            "samples, or they leave none to train on"
+            "samples, or they leave none to train on; --data.validation-samples None takes a share"
         )
     return count
 
@@ -185,6 +185,8 @@ def _about_rates(config: TrainConfig, plan: Plan) -> Iterator[str]:
                 f"optim.{part}_lr={given:g}: "
                 "shorten --optim.warmup-steps or --optim.backbone-delay-steps, or train longer"
             )
+        if part in peaks and given == 0:
+            yield f"optim.{part}_lr=0: the {part} does not learn"
     rate = optim.backbone_lr
     if config.tuning == "lora" and not 3e-5 <= rate <= 3e-3:
         yield (

@@ -11,7 +11,8 @@ from pathlib import Path
 from t2i.data.content import name_in, printable
 from t2i.data.samples import Sample, Source
 from t2i.data.sources.folders import holds_images, is_hidden, is_image, walk
-from t2i.errors import UserError
+from t2i.data.sources.splits import split_of_folder
+from t2i.errors import UserError, shorten
 
 
 class LabelledFolder(Source):
@@ -63,11 +64,15 @@ def find_classes(folder: str | Path, split: str) -> tuple[Path, list[str]]:
         UserError: no such folder, no sub-folders, or images beside them.
     """
     root = Path(folder)
-    part = root / split
-    if part.is_dir() and any(path.is_dir() for path in _visible(part)):  # or it is a class
-        root = part
     if not root.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds {split}/<class>/")
+    parts = [path for path in _visible(root) if path.is_dir()]
+    part = next((path for path in parts if path.name.lower() == split.lower()), None)
+    if part is not None and any(path.is_dir() for path in _visible(part)):  # or it is a class
+        root = part
+    elif parts and (split != "train" or all(split_of_folder(path.name) for path in parts)):
+        found = shorten([printable(path.name) for path in parts], most=3)
+        raise UserError(f"{root} has no sub-folder {split!r} with one for each class, but {found}")
     children = _visible(root)
     classes = [path.name for path in children if path.is_dir()]
     loose = [path.name for path in children if is_image(path) and not path.is_dir()]

@@ -13,27 +13,31 @@ from pathlib import Path
 from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
 from t2i.data.samples import (
-    CAPTION_COLUMNS,
+    CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     PACKED_SUFFIXES,
     UNREAD_SUFFIXES,
     Sample,
     Source,
+    choose_caption,
     choose_column,
     make_sample,
+    read_field,
 )
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.files import read_json_lines
 
 METADATA = "metadata.jsonl"
 _MISNAMED_SUFFIXES = (".jsonl", ".json", ".json1", ".ndjson", ".csv", ".tsv")
+_TEXTS = frozenset((".txt", ".text", ".cap", ".tags", ".md", ".json"))
+"""Of files beside pictures (a.json, a.png.txt) that may hold captions and are not read."""
 METADATA_ADVICE = (
     'Captions come from a file "metadata.jsonl" with one {"file_name": "a.png", "text": "..."} per '
-    'line, or from "a.txt" beside "a.png"'
+    'line, or from "a.txt" (or "a.caption") beside "a.png"'
 )
 OUTSIDE = "outside the folder (--data.outside-images uses it)"
 """Why an image is skipped that a table names elsewhere."""
-_STRANGE = "link to a file that is no .txt"
+_STRANGE = "link to a file that is no caption file"
 _SAVED = ("dataset_info.json", "state.json")  # by Dataset.save_to_disk
 _HASH = re.compile("[0-9a-f]{30,}")
 
@@ -109,6 +113,13 @@ def leads_out(name: str) -> bool:
     return "://" in name or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
 
 
+def name_below(folder: Path, name: str) -> str:
+    """A file's name in a table as it is within the folder, where an absolute one leads there."""
+    absolute = os.path.isabs(name) and "://" not in name
+    below = absolute and Path(os.path.normpath(name)).is_relative_to(folder)
+    return os.path.relpath(name, folder) if below else name
+
+
 def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
@@ -118,7 +129,13 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
     images = [path for path in files if is_image(path)]
     metadata = [path for path in files if path.name == METADATA]
     if metadata:
-        return MetadataFolder(folder, metadata, images, wanted)
+        source = MetadataFolder(folder, metadata, images, wanted)
+        if unread := [path for path in files if _is_caption_file(path)]:
+            source.remarks.append(
+                f"{len(unread)} text files such as {name_in(folder, unread[0])} are not read: "
+                f"captions are in {METADATA}"
+            )
+        return source
     if not images:
         others = [
             path for path in files if path.suffix.lower() in UNREAD_SUFFIXES | PACKED_SUFFIXES
@@ -161,15 +178,25 @@ class MetadataFolder(Source):
         names = dict.fromkeys(name for _, row in self._rows for name in row)
         where = str(metadata[0])
         self._image = choose_column(names, wanted.image_column, ("file_name",), "image", where)
-        self._caption = choose_column(
-            names, wanted.caption_column, CAPTION_COLUMNS, "caption", where
-        )
+        fields = [f"{name}.{key}" for name in names for key in self._keys(name)]
+        self._caption = choose_caption(names, fields, wanted.caption_column, where)
         identity = {"kind": "metadata folder", "columns": [self._image, self._caption]}
         super().__init__(str(folder), identity, len(self._rows))
+        parts = dict.fromkeys(str(row["split"]) for _, row in self._rows if "split" in row)
+        if len(parts) > 1:
+            self.remarks.append(
+                f'the column "split" is not read: rows of {shorten([*parts])} are all used'
+            )
         listed = {self._folder / name for name in self._listed()}
         self.left_out = [
             (name_in(folder, path), "not in metadata") for path in images if path not in listed
         ]
+
+    def _keys(self, column: str) -> dict[str, None]:
+        """The fields of a column that holds objects, and nothing that a caption can be."""
+        values = [row[column] for _, row in self._rows if row.get(column) is not None]
+        objects = all(isinstance(value, dict) for value in values)
+        return dict.fromkeys(key for value in values for key in value) if objects else {}
 
     def files(self) -> list[tuple[str, Path]]:
         """The metadata and every image that it names."""
@@ -188,35 +215,39 @@ class MetadataFolder(Source):
         """An image's path relative to the folder, if that is how it is given."""
         parent, row = self._rows[index]
         name = row.get(self._image)
+        if not isinstance(name, str) or not name:
+            return None
         # normpath: "./a.png" and "b/../a.png" list a.png too.
-        return (
-            os.path.normpath(os.path.join(parent, name)) if isinstance(name, str) and name else None
-        )
+        return name_below(self._folder, os.path.normpath(os.path.join(parent, name)))
 
     def __getitem__(self, index: int) -> Sample:
         name = self._name(index)
         if name is not None and not self._may_read(name):
             return Sample(index, printable(name), None, [], OUTSIDE)
         path = None if name is None else Path(os.path.normpath(self._folder / name))
-        return make_sample(
-            index, name or f"row {index}", path, self._rows[index][1].get(self._caption)
-        )
+        caption = read_field(self._rows[index][1], self._caption)
+        return make_sample(index, name or f"row {index}", path, caption)
 
 
 class SidecarFolder(Source):
-    """Images with captions in a .txt file of the same name (in any case)."""
+    """Images with captions in a .txt (or .caption) file of the same name (in any case)."""
 
     def __init__(self, folder: Path, images: Sequence[Path], files: Sequence[Path]):
         self._folder = folder
         self._images = images
-        captions = [path for path in files if path.suffix.lower() == ".txt"]
+        captions = [path for path in files if _is_caption_file(path)]
         strange = {path for path in captions if not _may_be_caption(path.resolve())}
-        texts = {path.with_suffix(""): path for path in captions if path not in strange}
-        self._texts = {path: texts.get(path.with_suffix("")) for path in images}
+        usual = {path.with_suffix(""): path for path in captions if path not in strange}
+        self._texts = {path: usual.get(path.with_suffix("")) for path in images}
+        bare = {p for image, text in self._texts.items() if text is None for p in _stems(image)}
+        texts = [path for path in files if path.suffix.lower() in _TEXTS and path not in strange]
+        beside = [path for path in texts if path.with_suffix("") in bare]
         if not any(self._texts.values()):
             lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
-            if captions:
+            if beside:
+                hint = f". {_not_read(folder, beside[0])}"
+            elif captions:
                 why = _STRANGE if captions[0] in strange else "stands beside no image of its name"
                 hint += f" ({name_in(folder, captions[0])}: {why})"
             raise UserError(
@@ -239,6 +270,11 @@ class SidecarFolder(Source):
             for path in files
             if path.stem.lower() == "metadata" and _looks_like_metadata(path)
         ]
+        if beside:
+            self.remarks.append(
+                f"{len(beside)} text files stand beside pictures that have no caption: "
+                f"{_not_read(folder, beside[0])}"
+            )
 
     def files(self) -> list[tuple[str, Path]]:
         """The images, each followed by its captions."""
@@ -255,7 +291,22 @@ def _may_be_caption(target: Path) -> bool:
     get into pages and model cards. Stores by content (the caches of the hub and of DVC) name files
     by hashes, which nobody can guess who wants to have another file shown.
     """
-    return target.suffix.lower() == ".txt" or _HASH.fullmatch(target.name) is not None
+    return _is_caption_file(target) or _HASH.fullmatch(target.name) is not None
+
+
+def _stems(image: Path) -> tuple[Path, Path]:
+    """What the name of a file beside the image begins with: a.json and a.png.txt."""
+    return image.with_suffix(""), image
+
+
+def _not_read(folder: Path, path: Path) -> str:
+    base = path.with_suffix("")
+    base = base.with_suffix("") if is_image(base) else base
+    return f"{name_in(folder, path)} is not read; its caption belongs into {base.name}.txt"
+
+
+def _is_caption_file(path: Path) -> bool:
+    return path.suffix.lower() in CAPTION_SUFFIXES
 
 
 def _looks_like_metadata(path: Path) -> bool:

@@ -15,7 +15,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
 from t2i.data.samples import PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import METADATA, METADATA_ADVICE, is_image, open_folder, walk
+from t2i.data.sources.splits import same_split, split_of_folder, splits_in
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError, nearest_path
+from t2i.fields import given_options
 
 TABLE_SUFFIXES = (".parquet", ".tar")
-_OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}
-_SPLITS = {"train", *_OTHER_SPLITS}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -44,10 +44,18 @@ def open_source(wanted: CaptionedImages) -> Source:
 
         return open_hub(wanted)
     found = _find_files(wanted.source, wanted.split)
+    _refuse_unread(wanted)
     opened = _open_files(found, wanted)
     opened.left_out += found.left_out
     opened.remarks += found.remarks
     return opened
+
+
+def _refuse_unread(wanted: CaptionedImages) -> None:
+    """UserError for options of hub data sets, where files are given."""
+    if given := [name for name in given_options(wanted) if name in ("config_name", "revision")]:
+        told = ", ".join(f"data.{name}={getattr(wanted, name)}" for name in given)
+        raise UserError(f"{told} is of data on the hub, and {wanted.source} is here; leave it out")
 
 
 @dataclass
@@ -133,8 +141,8 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     data = [path for path in files if _is_data(path)]
     if any(map(_is_table, files)):
         chosen = [path for path in files if _in_split(path.relative_to(folder), split)]
-        of_split = set(chosen)
-        others = [path for path in files if _is_table(path) and path not in of_split]
+        taken = set(chosen)
+        others = [path for path in files if _is_table(path) and path not in taken]
         if not any(map(_is_table, chosen)):
             raise UserError(
                 f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
@@ -146,33 +154,33 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         )
     where, parts = _sub_folders(folder, data)
     own = next((path for path in data if path.parent == where), None)
-    chosen_part = next((name for name in sorted(parts) if name.lower() == split.lower()), None)
-    divided = own is None and all(name.lower() in _SPLITS for name in parts)
-    if chosen_part is not None and (divided or (split != "train" and own is None)):
+    of_split = _parts_of(split, parts)
+    divided = own is None and all(map(split_of_folder, parts))
+    if of_split and (divided or (split != "train" and own is None)):
         left_out += [
             (f"{printable(name)}/ ({count} files)", f"not of the split {split}")
             for name, count in sorted(parts.items())
-            if name != chosen_part
+            if name not in of_split
         ]
-        chosen_folder = where / chosen_part
-        inside = [path for path in files if path.is_relative_to(chosen_folder)]
-        return _Found(chosen_folder, inside, left_out)
+        folders = [where / name for name in of_split]
+        inside = [path for path in files if any(map(path.is_relative_to, folders))]
+        return _Found(folders[0] if len(folders) == 1 else where, inside, left_out)
     beside = "" if own is None else f"{printable(own.name)} lies beside them"
-    if split != "train" and chosen_part is not None:
+    if split != "train" and of_split:
         raise UserError(
             f"the sub-folders of {where} are taken for no splits, since {beside}; give "
-            f"{where / chosen_part} without a split to use it alone"
+            f"{where / of_split[0]} without a split to use it alone"
         )
     if split != "train":
         raise UserError(f"{where} has no sub-folder for the split {split!r}")
     remarks = []
-    named = [name for name in sorted(parts) if name.lower() in _SPLITS]
+    named = [name for name in sorted(parts) if split_of_folder(name)]
     if named:
         other = "none is named train" if divided else "they are not all named as splits"
         why = beside or other
         remarks = [
             f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
-            f"since {why}; give {where / (chosen_part or named[0])} to use it alone"
+            f"since {why}; give {where / (of_split or named)[0]} to use it alone"
         ]
     return _Found(folder, files, left_out, remarks)
 
@@ -182,9 +190,16 @@ def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]
     inside = [path.relative_to(folder).parts for path in data]
     parts = Counter(names[0] for names in inside if len(names) > 1)
     only = next(iter(parts), "")
-    if len(parts) == 1 and all(len(names) > 2 for names in inside) and only.lower() not in _SPLITS:
+    if len(parts) == 1 and all(len(names) > 2 for names in inside) and not split_of_folder(only):
         return _sub_folders(folder / only, data)
     return folder, parts
+
+
+def _parts_of(split: str, parts: Iterable[str]) -> list[str]:
+    """The sub-folders of a split: that of its own name, or all that stand for it."""
+    exact = [name for name in sorted(parts) if name.lower() == split.lower()]
+    named = [(name, split_of_folder(name)) for name in sorted(parts)]
+    return exact[:1] or [name for name, own in named if own and same_split(own, split)]
 
 
 def _is_table(path: Path, *suffixes: str) -> bool:
@@ -193,10 +208,10 @@ def _is_table(path: Path, *suffixes: str) -> bool:
 
 def _in_split(name: Path, split: str) -> bool:
     """train-00000.parquet and train/00000.parquet are of `train`, and so are names of no split."""
-    words = set(re.findall("[a-z]+", str(name).lower()))
-    if "train" in words or not words & _OTHER_SPLITS:
-        return split.lower() == "train"
-    return split.lower() in words
+    found = splits_in(str(name))
+    if "train" in found or not found:
+        return same_split("train", split)
+    return any(same_split(other, split) for other in found)
 
 
 def _is_data(path: Path) -> bool:

@@ -219,9 +219,12 @@ class JsonlCodes(Source):
         return [("codes.jsonl", self._path)]
 
     def __getitem__(self, index: int) -> Sample:
-        label, tokens = self._parse(index)
-        codes = torch.tensor(tokens)[None, :, None]
-        return Sample(index, f"line {index + 1}", codes, [], label=label)
+        label, _ = self._parse(index)
+        return Sample(index, f"line {index + 1}", self.codes(index), [], label=label)
+
+    def codes(self, index: int) -> Tensor:
+        """int64 [1, T, 1] of a line."""
+        return torch.tensor(self._parse(index)[1])[None, :, None]
 
     def _parse(self, index: int) -> tuple[int, list[int]]:
         """The label and the tokens of a line."""

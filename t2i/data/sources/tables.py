@@ -26,8 +26,9 @@ from t2i.data.samples import (
     choose_caption,
     choose_column,
     make_sample,
+    read_field,
 )
-from t2i.data.sources.folders import OUTSIDE, leads_out
+from t2i.data.sources.folders import OUTSIDE, leads_out, name_below
 from t2i.errors import UserError
 from t2i.lfs import refuse_pointers
 from t2i.published import file_status, hub_is_away
@@ -40,6 +41,11 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
     """Local parquet files, all of one split; image paths in them are relative to the folder. The
     library cannot read those without rows, which writers of many parts leave behind.
     """
+    if strange := [path for path in files if "::" in str(path)]:
+        raise UserError(
+            f"{strange[0]}: the datasets library takes '::' for a chain of addresses; rename the file "
+            "or folder"
+        )
     files = [path for path in files if not _empty(path)]
     if not files:
         raise UserError(f"{root} holds no rows")
@@ -140,12 +146,9 @@ class _Rows(Source):
 
     def files(self) -> list[tuple[str, Path]]:
         """The parquet files, and images that their rows name by path."""
-        images = [
-            name
-            for path in self._paths
-            for name in _named_images(path, self._image)
-            if not (self._inside and leads_out(name))
-        ]
+        names = (name for path in self._paths for name in _named_images(path, self._image))
+        below = (name_below(self._folder, name) for name in names)
+        images = [name for name in below if not (self._inside and leads_out(name))]
         return [
             *((path.name, path) for path in self._paths),
             *((name, self._folder / name) for name in dict.fromkeys(images)),
@@ -161,10 +164,11 @@ class _Rows(Source):
         if isinstance(value, dict):  # the {bytes, path} struct of the datasets library
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
+            value = name_below(self._folder, value)
             if self._inside and leads_out(value):
                 return Sample(index, printable(key), None, [], OUTSIDE)
             value = RemoteFile(value) if "://" in value else self._folder / value
-        return make_sample(index, key, value, _field(row, self._caption))
+        return make_sample(index, key, value, read_field(row, self._caption))
 
 
 class TableSource(_Rows):
@@ -231,15 +235,6 @@ def _python_value(value: pa.Scalar) -> Any:
         if isinstance(value, pa.ListScalar | pa.LargeListScalar):
             return list(map(_python_value, value.values))
         return NOT_UTF8
-
-
-def _field(row: dict[str, Any], column: str) -> Any:
-    value: Any = row
-    if column in row:
-        return row[column]
-    for name in column.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def _named_images(path: Path, column: str) -> list[str]:

@@ -12,7 +12,7 @@ of a truncated tar.) Tars of a hub data set go through `datasets` all the same, 
 import json
 import tarfile
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,14 +22,17 @@ from t2i.data.captioned import CaptionedImages
 from t2i.data.content import printable
 from t2i.data.images import FileSlice, SkipSample, read_bytes
 from t2i.data.samples import (
+    CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
     Sample,
     Source,
     choose_caption,
     choose_column,
     make_sample,
+    read_captions,
 )
-from t2i.errors import UserError
+from t2i.data.sources.folders import is_image
+from t2i.errors import UserError, shorten
 from t2i.lfs import refuse_pointers
 
 _HELD = 4
@@ -76,11 +79,27 @@ class TarSource(Source):
         identity = {"kind": "webdataset", "columns": [self._image, self._caption]}
         super().__init__(name, identity, self._ends[-1])
         self.left_out = left_out
+        self.remarks += self._unread(seen, wanted)
         if seen.apart:
             self.remarks.append(
                 f"picture and text of one name are apart ({seen.apart[0]}): the members of a "
                 "sample must be neighbours in its tar, as `tar --sort=name` packs them"
             )
+
+    def _unread(self, seen: "_Seen", wanted: CaptionedImages) -> Iterator[str]:
+        """On members that a user may have meant."""
+        dotted = [c for c in sorted(seen.columns) if "." in c and is_image(Path(f"a.{c}"))]
+        if wanted.image_column is None and dotted:
+            yield (
+                f"pictures that end in {shorten(dotted, most=3)} are not read, since a sample's name "
+                "ends at the first dot: rename a.b.png to a_b.png, or name one with "
+                "--data.image-column"
+            )
+        for name in CAPTION_COLUMNS if wanted.caption_column is None else ():
+            both = [e for e in seen.with_json if self._caption in e.parts]
+            values = ((_read_json(e.parts["json"]).get(name), self._captions(e)) for e in both)
+            if any(value is not None and _differ(value, text) for value, text in values):
+                yield f"captions are those of {self._caption}, and not of json.{name}, which differ"
 
     def files(self) -> list[tuple[str, Path]]:
         return [(path.name, path) for path in self._tars]
@@ -131,7 +150,7 @@ def _choose_image(seen: _Seen, name: str, given: str | None) -> str | None:
         return choose_column(sorted(seen.columns), given, (), "image", name)
     entry = seen.crowded
     if entry is None or not entry.images:
-        listing = ", ".join(sorted(seen.columns)) or "none"
+        listing = shorten(sorted(seen.columns), most=20) or "none"
         raise UserError(
             f"{name} holds no images; the members have the extensions: {listing}. "
             "(A sample's name ends at the first dot: rename a.b.png to a_b.png)"
@@ -191,6 +210,10 @@ def _index(path: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
     if not complete:
         left_out.append((printable(path.name), "truncated archive"))
     return entries, left_out
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return read_captions(one)[0] != read_captions(other)[0]
 
 
 def _read_json(where: FileSlice) -> dict[str, Any]:

@@ -27,6 +27,7 @@ CAPTION_CLEANING_VERSION = "llamagen-1"
 
 UNKNOWN = "caption holds words or characters that the encoder does not know"
 CHINESE = "caption loses its Chinese characters in cleaning"
+WORDS = "caption loses words in cleaning, such as those of letters and digits"
 _READABLE = re.compile("[a-z0-9]")
 
 # From this many hyphens and underscores on, they stand for spaces: this-is-my-cute-cat.
@@ -76,7 +77,23 @@ def caption_losses(caption: str, cleaned: str, known: bool = True) -> list[str] 
         return []  # nothing to lose: the unconditional form
     if not cleaned.strip() or not (known or _READABLE.search(cleaned)):
         return None
-    return [CHINESE] if _CHINESE.search(caption) else []
+    lost = [CHINESE] if _CHINESE.search(caption) else []
+    kept = set(_words(cleaned))
+    if any(word not in kept for word in _words(_before_rules(caption))):
+        lost.append(WORDS)
+    return lost
+
+
+def _before_rules(caption: str) -> str:
+    """A caption without what nobody means as words of it: addresses, markup, Chinese."""
+    text = _repair_characters(unquote_plus(caption))
+    for step in (str.lower, _ADDRESS, _markup_to_text, partial(_CHINESE.sub, " ")):
+        text = step(text)
+    return text
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text)
 
 
 def _replace(pattern: str, replacement: str = "") -> Callable[[str], str]:
@@ -105,6 +122,8 @@ def _repair_characters(text: str) -> str:
     # Captions are often escaped twice ("&amp;lt;").
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
+
+_ADDRESS = _replace(rf"\b(?:https?:\S+|{_HOST})\S*")
 
 _PASS: tuple[Callable[[str], str], ...] = (
     unquote_plus,

@@ -1,0 +1,32 @@
+"""Which split of a data set the name of a folder or file stands for."""
+
+import re
+
+_SPLITS = ("train", "validation", "test", "dev", "eval")
+_SAME = {
+    "training": "train",
+    **dict.fromkeys(("validate", "valid", "val"), "validation"),
+    "testing": "test",
+}
+"""Other words for a split."""
+
+
+def split_named(word: str) -> str | None:
+    """The split that a word means; None for another word."""
+    split = _SAME.get(word.lower(), word.lower())
+    return split if split in _SPLITS else None
+
+
+def split_of_folder(name: str) -> str | None:
+    """The split whose name a folder has: train, Training, train2017; not train_station."""
+    return split_named(re.sub(r"[\d_.-]+$", "", name))
+
+
+def splits_in(path: str) -> set[str]:
+    """The splits that words of a path stand for, as in data/train-00000-of-00002.parquet."""
+    return {split for word in re.findall("[a-z]+", path.lower()) if (split := split_named(word))}
+
+
+def same_split(split: str, wanted: str) -> bool:
+    """Whether a split is the one asked for, by its own name or another one of the same meaning."""
+    return split == (split_named(wanted) or wanted.lower())

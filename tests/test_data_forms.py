@@ -1,0 +1,195 @@
+"""Data as users have them, where a file or column that was meant is another one: read, or named."""
+
+import json
+
+import pytest
+from helpers import open_source
+from PIL import Image
+from test_data_sources import (
+    image_structs,
+    private_datasets_cache,  # noqa: F401
+    write_images,
+    write_metadata,
+    write_parquet,
+    write_tar,
+)
+from test_data_sources import png as picture
+
+from t2i.data.sources.classes import find_classes
+from t2i.errors import UserError
+from t2i.training.check import check
+from t2i.training.recipes import recipe
+
+
+def captions(source) -> list[list[str]]:
+    return [sample.captions for sample in source]
+
+
+def test_captions_named_caption(tmp_path):
+    """As kohya's trainers have them; of two, the .txt counts and the other is named."""
+    write_images(tmp_path)
+    for name in ("0.caption", "1.CAPTION", "2.caption", "2.txt"):
+        (tmp_path / name).write_text(name)
+    source = open_source(tmp_path)
+    assert captions(source) == [["0.caption"], ["1.CAPTION"], ["2.txt"]]
+    assert source.left_out == [("2.caption", "second caption file of an image")]
+
+
+@pytest.mark.parametrize("name", ["0.json", "0.png.txt", "0.tags"])
+def test_captions_in_other_files(tmp_path, name):
+    """Files of text beside pictures without a caption are named, with what to do."""
+    write_images(tmp_path)
+    (tmp_path / name).write_text('{"caption": "x"}')
+    words = f"{name} is not read; its caption belongs into 0.txt"
+    with pytest.raises(UserError, match=words):
+        open_source(tmp_path)
+    (tmp_path / "1.txt").write_text("a dot")
+    (tmp_path / "1.json").write_text("{}")  # beside one that has a caption: as img2dataset has it
+    assert open_source(tmp_path).remarks == [
+        f"1 text files stand beside pictures that have no caption: {words}"
+    ]
+
+
+def test_captions_beside_a_table(tmp_path):
+    """metadata.jsonl wins over .txt files, and a column of splits divides nothing: it is said."""
+    write_images(tmp_path)
+    (tmp_path / "0.txt").write_text("another")
+    parts = ("train", "train", "test")
+    rows = [{"file_name": f"{i}.png", "text": "x", "split": part} for i, part in enumerate(parts)]
+    write_metadata(tmp_path, rows)
+    source = open_source(tmp_path)
+    assert captions(source) == [["x"]] * 3
+    assert source.remarks == [
+        'the column "split" is not read: rows of train, test are all used',
+        "1 text files such as 0.txt are not read: captions are in metadata.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["metadata", "parquet"])
+def test_captions_in_a_field(kind, tmp_path):
+    """A column of objects is no column of captions; its fields are offered, in every table."""
+    texts = [{"en": "a dot", "de": "ein Punkt"}] * 3
+    if kind == "metadata":
+        write_images(tmp_path)
+        rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+        write_metadata(tmp_path, rows)
+    else:
+        write_parquet(tmp_path / "0.parquet", {"image": image_structs(), "text": texts})
+    with pytest.raises(UserError, match=r"no caption column .* text\.en, text\.de"):
+        open_source(tmp_path)
+    assert captions(open_source(tmp_path, caption_column="text.de")) == [["ein Punkt"]] * 3
+
+
+def test_a_text_that_is_an_object_once(tmp_path):
+    write_images(tmp_path)
+    texts = ["a dot", {"en": "a dot"}, None]
+    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": t} for i, t in enumerate(texts)])
+    assert captions(open_source(tmp_path)) == [["a dot"], [], []]
+
+
+@pytest.mark.parametrize("kind", ["metadata", "parquet"])
+def test_absolute_names_of_the_folder_itself(kind, tmp_path):
+    """They lead nowhere else, so that nobody has to allow images outside of it."""
+    data = tmp_path / "data"
+    write_images(data)
+    (tmp_path / "database").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "database" / "3.png")
+    names = [f"{data}/{i}.png" for i in range(3)] + [f"{data}base/3.png", f"{data}/../x.png"]
+    if kind == "metadata":
+        write_metadata(data, [{"file_name": name, "text": "x"} for name in names])
+        source = open_source(data)
+    else:
+        write_parquet(data / "0.parquet", {"image": names, "text": ["x"] * 5})
+        source = open_source(data / "0.parquet")
+    assert [bool(sample.captions) for sample in source] == [True] * 3 + [False] * 2
+    named = [name for name, _ in source.files()]
+    assert named[1:] == ["0.png", "1.png", "2.png"]
+    assert source.left_out == []
+
+
+def test_splits_by_other_names(tmp_path):
+    """Training is a train, val2017 a validation; several parts of one split belong together."""
+    for name in ("train2014", "Training", "val2017", "testing"):
+        write_images(tmp_path / name, 1)
+        (tmp_path / name / "0.txt").write_text(name)
+    source = open_source(tmp_path)
+    assert sorted(captions(source)) == [["Training"], ["train2014"]]
+    assert [name for name, _ in source.left_out] == ["testing/ (1 files)", "val2017/ (1 files)"]
+    for split in ("val", "validation", "val2017"):
+        assert captions(open_source(tmp_path, split=split)) == [["val2017"]]
+    write_images(tmp_path / "train_station", 1)
+    (tmp_path / "train_station" / "0.txt").write_text("x")
+    assert "since they are not all named as splits" in open_source(tmp_path).remarks[0]
+    for name in ("training-0", "testing-0"):
+        write_tar(tmp_path / "tars" / f"{name}.tar", {"a.png": picture(0), "a.txt": name})
+    assert captions(open_source(tmp_path / "tars")) == [["training-0"]]
+
+
+def test_a_split_of_classes_that_is_not_there(tmp_path):
+    """Neither its siblings nor the classes themselves are taken for it."""
+    for name in ("Train/cat", "Train/dog", "val/cat", "val/dog"):
+        (tmp_path / name).mkdir(parents=True)
+    assert find_classes(tmp_path, "train") == (tmp_path / "Train", ["cat", "dog"])
+    with pytest.raises(UserError, match=r"no sub-folder 'test' .* but Train, val"):
+        find_classes(tmp_path, "test")
+    with pytest.raises(UserError, match=r"no sub-folder 'val' .* but cat, dog"):
+        find_classes(tmp_path / "val", "val")
+    (tmp_path / "Train").rename(tmp_path / "test")
+    with pytest.raises(UserError, match=r"no sub-folder 'train' .* but test, val"):
+        find_classes(tmp_path, "train")
+
+
+def test_dots_in_names_of_a_tar(tmp_path):
+    """Pictures whose name goes on behind its first dot are named, a few of them."""
+    good = {
+        f"{i}.{end}": picture(i) if end == "png" else "x" for i in (0, 1) for end in ("png", "txt")
+    }
+    dotted = {f"a.v{i}.png": picture(i) for i in range(30)}
+    write_tar(tmp_path / "0.tar", good | dotted)
+    (remark,) = open_source(tmp_path).remarks
+    assert remark.startswith("pictures that end in v0.png, v1.png, v10.png, and 27 more are not")
+    write_tar(tmp_path / "0.tar", dotted)
+    with pytest.raises(UserError) as error:
+        open_source(tmp_path)
+    assert "and 10 more" in str(error.value) and "rename a.b.png" in str(error.value)
+    write_tar(
+        tmp_path / "0.tar", {"a.left.png": picture(0), "a.right.png": picture(1), "a.txt": "x"}
+    )
+    source = open_source(tmp_path, image_column="left.png")  # as WebDataset means it
+    assert source.length == 1 and source.remarks == []
+
+
+def test_two_captions_of_a_tar(tmp_path):
+    """A text and a JSON field that differ: which is read is said, unless it was asked for."""
+    same = {"0.png": picture(0), "0.txt": "x", "0.json": json.dumps({"caption": " x", "n": 1})}
+    write_tar(tmp_path / "0.tar", same)
+    assert open_source(tmp_path).remarks == []
+    write_tar(tmp_path / "0.tar", same | {"0.json": json.dumps({"caption": "y"})})
+    source = open_source(tmp_path)
+    assert captions(source) == [["x"]]
+    assert source.remarks == ["captions are those of txt, and not of json.caption, which differ"]
+    assert open_source(tmp_path, caption_column="txt").remarks == []
+
+
+def test_options_of_the_hub(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "0.txt").write_text("x")
+    with pytest.raises(UserError, match=r"data\.config_name=en, data\.revision=v1 is of data on"):
+        open_source(tmp_path, revision="v1", config_name="en")
+
+
+def test_a_folder_that_reads_as_an_address(tmp_path):
+    folder = tmp_path / "a::b"
+    write_parquet(folder / "0.parquet", {"image": image_structs(), "text": ["x"] * 3})
+    with pytest.raises(UserError, match=r"a::b/0\.parquet: .* rename"):
+        open_source(folder)
+
+
+def test_one_picture_alone_before_the_run(tmp_path):
+    """--check says what training would: rows of one picture are one side of a split."""
+    write_metadata(tmp_path / "data", [{"file_name": "a.png", "text": "x"} for _ in range(12)])
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "a.png")
+    options = {"data.source": str(tmp_path / "data"), "data.validation_samples": 2}
+    report = check(recipe("shapes-control", options | {"run_dir": str(tmp_path / "run")}))
+    assert "training would end at once: cannot hold out 2 of 12 samples" in report
+    assert "only 1 different images" in report and report.endswith("would end at once")

@@ -1,0 +1,250 @@
+"""Options that would have no effect beside the others are refused, and nothing that a recipe says
+by itself is.
+"""
+
+import logging
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import t2i
+from launch import export as export_program
+from launch import generate
+from launch import train_imagenet as imagenet_program
+from launch.ablate import Ablation
+from t2i import cli
+from t2i.data.sources.pretokenized import LlamaGenCodes
+from t2i.errors import UserError
+from t2i.files import writable_folder
+from t2i.model_options import DrawingModelOptions
+from t2i.sampling import SamplingConfig, SamplingOverrides
+from t2i.training.check import check
+from t2i.training.config import LabelledOptions
+from t2i.training.recipes import recipe, recipes_for
+from t2i.training.run_plan import about_settings, plan_run
+from t2i.training.unread_options import refuse_unread
+
+
+def test_recipes_are_as_they_are():
+    for _, own in recipes_for(LabelledOptions).values():
+        refuse_unread(own, own)
+        refuse_unread(replace(own, method=t2i.presets.base()), own)
+    assert recipe("shapes-tuned", {"method.k": 1}).method.own_drafts == 0.5
+    assert recipe("rar-b", {"data.source": ["m.jsonl"]}).data.crop_ranges == (1.1,)
+    assert recipe("rar-b", {"data.views": "flip"}).data.crop_ranges == (1.1,)
+    assert recipe("shapes-control", {"steps": None, "epochs": 2.0}).epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "shapes-control",
+            {"method.own_drafts": 1.0},
+            "method.own_drafts=1.0 has no effect with meth",
+        ),
+        ("shapes-control", {"sampling.renoise": 0.5}, "sampling.renoise=0.5 has no effect"),
+        (
+            "shapes-control",
+            {"epochs": 3.0},
+            r"epochs=3.0 has no effect with steps=200 \(--steps None",
+        ),
+        ("shapes-tuned", {"log.project": "mine"}, "log.project=mine has no effect"),
+        (
+            "rar-b",
+            {"data.views": "flip", "data.crop_ranges": [1.2]},
+            "data.crop_ranges=.* data.views=flip",
+        ),
+        (
+            "rar-b",
+            {"data.source": ["m.jsonl"], "data.split": "val"},
+            "data.split=val has .* computed",
+        ),
+        (
+            "rar-b",
+            {"data.source": ["m.jsonl"], "data.crop_ranges": [1.2]},
+            "data.crop_ranges=.* comp",
+        ),
+    ],
+)
+def test_what_a_run_would_not_read(name, options, message):
+    with pytest.raises(UserError, match=message):
+        recipe(name, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({"method.k": 1}, "optim.codec_lr"),
+        ({"tuning": "codec"}, "optim.backbone_lr"),
+    ],
+)
+def test_rates_of_what_is_not_trained_are_pointed_out(options, rate, caplog):
+    """A script gives all rates to every recipe: that ends no run."""
+    name = "shapes-tuned"
+    assert recipe(name, options) and not caplog.messages
+    recipe(name, options | {rate: 0.1})
+    assert f"{rate}=0.1 has no effect with {next(iter(options))}" in caplog.text
+
+
+def test_on_the_command_line(monkeypatch, tmp_path):
+    """Of LlamaGen's codes no views are cut, and none are left out by a split."""
+    (tmp_path / "imagenet256_codes").mkdir()
+    arguments = ["llamagen-b-256", "--data.source", tmp_path, "--data.views", "flip", "--check"]
+    monkeypatch.setattr(sys, "argv", ["p.py", *map(str, arguments)])
+    with pytest.raises(UserError, match=r"data\.views=flip has no effect with codes that others"):
+        imagenet_program.main()
+
+
+def test_codes_of_another_size_before_the_run(tmp_path):
+    """--check says what the run would, after it has loaded the model."""
+    for part, values in (("codes", np.zeros((1, 2, 256), int)), ("labels", np.zeros(1, int))):
+        (tmp_path / f"imagenet256_{part}").mkdir()
+        for i in range(20):
+            np.save(tmp_path / f"imagenet256_{part}" / f"{i}.npy", values)
+    assert LlamaGenCodes(tmp_path).views == 2
+    options = {"data.source": [str(tmp_path)], "run_dir": str(tmp_path / "run")}
+    assert "20 x 2 views" in check(recipe("llamagen-b-256", options))
+    with pytest.raises(UserError, match=r"256 x 1 codes .* backbone 576 x 1"):
+        check(recipe("llamagen-b-384", options))
+
+
+def test_what_does_not_learn():
+    config = recipe("shapes-control", {"optim.backbone_lr": 0.0})
+    warnings = list(about_settings(config, plan_run(config, 3000)))
+    assert "optim.backbone_lr=0: the backbone does not learn" in warnings
+
+
+def test_a_prompt_of_which_nothing_is_read(tmp_path):
+    options = {"data.source": "shapes:600", "run_dir": str(tmp_path / "run")}
+    message = "log.prompts '\u7ea2' has no text the encoder can read"
+    prompts = {"log.prompts": ["\u7ea2", "a red circle"]}
+    assert message in check(recipe("shapes-control", options | prompts))
+    assert "log.prompts" not in check(recipe("shapes-control", options))
+
+
+def test_a_recipe_that_holds_out_more_than_there_is():
+    """The number may be the recipe's: another one is said, which always works."""
+    with pytest.raises(
+        UserError, match=r"validation_samples=256 .* --data\.validation-samples None"
+    ):
+        plan_run(recipe("shapes-control"), 12)
+    config = recipe("shapes-control", {"data.validation_samples": None})
+    assert plan_run(config, 12).held_out == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"seeds": (0, 0)}, r"seeds=\(0, 0\) must be different ones"),
+        ({"seeds": (-1,)}, "seed=-1 must be between"),
+        ({"minutes": -1.0}, r"minutes=-1\.0 must not be negative"),
+    ],
+)
+def test_a_grid_of_nothing(options, message):
+    """Refused at once, and not after the scenes have been encoded."""
+    with pytest.raises(UserError, match=message):
+        Ablation(**options).grid()
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("given", "own", "message"),
+    [
+        ({"renoise": 0.5}, {}, r"renoise=0\.5 has no effect with k=1"),
+        ({"draft_temperature": 0.0}, {}, r"draft_temperature=0\.0 has no effect with k=1"),
+        (
+            {"cfg_power": 2.0, "cfg_scale": 1.0},
+            {},
+            r"cfg_power=2\.0 has no effect with cfg_scale=1",
+        ),
+        ({"cfg_interval": 3}, {}, "cfg_interval=3 has no effect"),
+        ({"temperature": 0.0, "top_p": 0.5}, {}, r"top_p=0\.5 has no effect with temperature=0"),
+        ({"temperature": 0.0, "top_k": 0}, {"top_k": 9}, None),
+        ({"temperature": (0.0, 1.0), "top_k": 5}, {}, None),
+        ({"cfg_interval": 3}, {"cfg_scale": 2.0}, None),
+        ({"window": 1}, {"renoise": 0.5}, None),
+    ],
+)
+def test_sampling_that_changes_nothing(given, own, message):
+    overrides = SamplingOverrides(**given)
+    settings = overrides.apply(SamplingConfig(**own))
+    if message is None:
+        overrides.refuse_unread(settings, drafts=False)
+    else:
+        with pytest.raises(UserError, match=message):
+            overrides.refuse_unread(settings, drafts=False)
+
+
+def test_a_model_among_others(plain):
+    """A page of several models has one set of options: those of drafts are for some of them."""
+    options = DrawingModelOptions(
+        ckpt=str(plain), sampling=SamplingOverrides(renoise=0.5, window=1)
+    )
+    model = options.load("cpu", "float32")
+    with pytest.raises(UserError, match=r"renoise=0\.5 has no effect"):
+        options.drawing(model)
+    assert options.drawing(model, among_others=True).sampling.renoise == 0.5
+
+
+def draw(monkeypatch, plain, *arguments):
+    prompts = ["--prompt", "a circle", "--ckpt", str(plain), "--temperature", "0"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *prompts, *map(str, arguments)])
+    generate.main()
+
+
+def test_greedy_samples_are_alike(monkeypatch, plain, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        draw(monkeypatch, plain, "--samples", 1, "--out", tmp_path / "1")
+        assert "same image" not in caplog.text
+        draw(monkeypatch, plain, "--samples", 2, "--out", tmp_path / "2")
+    assert "temperature=0: all samples of a prompt, or class, are the same image" in caplog.text
+    a, b = ((tmp_path / f"2/00000/samples/0000{i}.png").read_bytes() for i in (0, 1))
+    assert a == b
+
+
+def test_images_of_others_in_the_folder(monkeypatch, plain, tmp_path):
+    """A folder of pictures is no place to draw to: the sheets would become part of them."""
+    (tmp_path / "mine.JPG").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds other images \(mine\.JPG, \.\.\.\)"):
+        draw(monkeypatch, plain, "--samples", 1, "--out", tmp_path)
+    assert list(tmp_path.glob("*[!k]")) == [tmp_path / "mine.JPG"]
+
+
+@pytest.mark.parametrize("name", ["grid.png", "images.NPY", "new/page.html"])
+def test_a_folder_with_the_name_of_a_file(monkeypatch, plain, tmp_path, name):
+    with pytest.raises(UserError, match="is to be a folder, and is named as a file"):
+        draw(monkeypatch, plain, "--out", tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.zip").mkdir()  # somebody has folders of such names
+    assert writable_folder(tmp_path / "a.zip") == tmp_path / "a.zip"
+
+
+# -- the command line ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--private"], "--private is of --push-to-hub"),
+        (["--samples", "3"], "--samples is of the images of --prompt"),
+    ],
+)
+def test_exports(monkeypatch, capsys, tmp_path, options, message):
+    monkeypatch.setattr(sys, "argv", ["export.py", "--ckpt", "a", "--out", str(tmp_path), *options])
+    with pytest.raises(SystemExit):
+        export_program.main()
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_words_that_begin_like_an_option(monkeypatch):
+    for given in (["--prompt", "a", "-a red circle"], ["--prompt", "--a\tb"]):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *given])
+        with pytest.raises(
+            UserError, match=r"begins with '-', as options do: write --prompt='-.*--pro"
+        ):
+            cli.parse(generate.GenerateConfig, "")
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt=-a red circle", "--seed", "3"])
+    config = cli.parse(generate.GenerateConfig, "")
+    assert (config.prompt, config.seed) == (("-a red circle",), 3)
