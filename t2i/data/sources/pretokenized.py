@@ -177,6 +177,10 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
+def _as_codes(tokens: list[int]) -> Tensor:
+    return torch.tensor(tokens)[None, :, None]
+
+
 def _load(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
@@ -219,12 +223,12 @@ class JsonlCodes(Source):
         return [("codes.jsonl", self._path)]
 
     def __getitem__(self, index: int) -> Sample:
-        label, _ = self._parse(index)
-        return Sample(index, f"line {index + 1}", self.codes(index), [], label=label)
+        label, tokens = self._parse(index)
+        return Sample(index, f"line {index + 1}", _as_codes(tokens), [], label=label)
 
     def codes(self, index: int) -> Tensor:
         """int64 [1, T, 1] of a line."""
-        return torch.tensor(self._parse(index)[1])[None, :, None]
+        return _as_codes(self._parse(index)[1])
 
     def _parse(self, index: int) -> tuple[int, list[int]]:
         """The label and the tokens of a line."""
