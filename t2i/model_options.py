@@ -238,7 +238,7 @@ class DrawingModelOptions(ModelOptions):
         sampling = self.sampling.apply(model.sampling)
         check_sampling(model, sampling)  # before a folder is claimed with these settings
         drafts = among_others or drawn_windows(model, sampling).stages > 1
-        self.sampling.refuse_unread(sampling, drafts)
+        self.sampling.look_for_unread(sampling, drafts)
         return DrawOptions(self.seed, sampling, self.batch_size, about=self.about(model))
 
 

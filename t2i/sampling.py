@@ -1,11 +1,14 @@
 """How codes and images are drawn: the settings, and what overrides them. Without torch."""
 
+import logging
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from t2i.errors import UserError
 from t2i.fields import all_optional
+
+log = logging.getLogger(__name__)
 
 Speed = Literal["auto", "eager", "compiled", "graphs"]
 """How the steps are run (`t2i.tensorar.speed`); no image depends on it but for rounding."""
@@ -141,25 +144,26 @@ class SamplingOverrides:
         """UserError for a value that no model takes, before one is loaded."""
         self.apply(SamplingConfig())
 
-    def refuse_unread(self, settings: SamplingConfig, drafts: bool) -> None:
-        """UserError for one that changes nothing beside the other settings.
+    def look_for_unread(self, settings: SamplingConfig, drafts: bool) -> None:
+        """UserError for options of drafts where there are none; a warning for others that change
+        nothing beside the settings that they became part of.
 
         drafts: whether the model draws drafts with them.
         """
         usual = vars(SamplingConfig())
         given = {n: v for n, v in vars(self).items() if v is not None and v != usual[n]}
-        greedy, unguided = settings.is_greedy, max(_numbers(settings.cfg_scale)) == 1
-        for names, unread, why in (
-            (
-                ("draft_temperature", "renoise"),
-                not drafts,
-                "k=1 (or --window 1): nothing is drafted",
-            ),
-            (("cfg_interval", "cfg_power"), unguided, "cfg_scale=1, which is without guidance"),
-            (("top_k", "top_p"), greedy, "temperature=0, which takes the most likely code"),
-        ):
-            if told := [f"{name}={given[name]}" for name in names if unread and name in given]:
-                raise UserError(f"{', '.join(told)} has no effect with {why}; leave it out")
+
+        def told(*names: str) -> str:
+            return ", ".join(f"{name}={given[name]}" for name in names if name in given)
+
+        if not drafts and (of_drafts := told("draft_temperature", "renoise")):
+            raise UserError(
+                f"{of_drafts} has no effect with k=1 (or --window 1): nothing is drafted; leave it out"
+            )
+        if max(_numbers(settings.cfg_scale)) == 1 and (guided := told("cfg_interval", "cfg_power")):
+            log.warning("%s has no effect with cfg_scale=1, which is without guidance", guided)
+        if settings.is_greedy and (filters := told("top_k", "top_p")):
+            log.warning("%s has no effect with temperature=0: the likeliest code is taken", filters)
 
 
 @dataclass(frozen=True)
