@@ -34,7 +34,7 @@ class ExportProgram(ExportOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.private and self.push_to_hub is None:
-            raise UserError("--private is of --push-to-hub: give both, or leave it out")
+            raise UserError("--private needs --push-to-hub: give both, or leave it out")
 
 
 def main() -> None:

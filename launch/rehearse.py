@@ -126,8 +126,8 @@ def _known_rows(out: Path) -> dict:
     others = [p.name for p in sorted(out.glob("[!.]*")) if not path.is_file()]
     if others or not rows.keys() <= STAGES.keys():
         raise UserError(
-            f"{out} holds {shorten(others) or path.name}, which is of no rehearsal: what it writes "
-            "it deletes in the end, so give a folder of its own"
+            f"{out} holds {shorten(others) or path.name}, which no rehearsal wrote; a rehearsal "
+            "deletes its files at the end, so give it a folder of its own"
         )
     return rows
 

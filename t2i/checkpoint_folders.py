@@ -25,7 +25,7 @@ CODEC = "codec.safetensors"
 """File of TensorAR's own weights."""
 _SECTIONS = ("backbone", "method", "sampling", "training")
 _FACTS = {"kit_version": str, "image_layers": bool}
-_OF_RUN = {"step": int, "data_key": str, "config": dict, "state": dict}
+_RUN_FACTS = {"step": int, "data_key": str, "config": dict, "state": dict}
 """What resuming reads of "training"."""
 
 
@@ -79,15 +79,16 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
 
 def _check_run(folder: Path, facts: dict) -> None:
     """What resuming reads is there, and the folder's name says when it was saved."""
-    for name, kind in _OF_RUN.items():
-        if not isinstance(facts.get(name), kind) and (name in facts or name != "state"):
+    for name, kind in _RUN_FACTS.items():
+        right = isinstance(facts.get(name), kind) and (name != "step" or facts[name] > 0)
+        if not right and (name in facts or name != "state"):
             raise DamagedError(
                 f"{folder / 'config.json'} is not what a run's checkpoint has: training.{name} is "
                 f"{facts.get(name)!r:.80}; copy the folder again"
             )
     named = re.fullmatch(r"step_(\d+)", folder.name)
     # By their names the newest is found, and the oldest are deleted.
-    if facts["step"] < 1 or (named and int(named[1]) != facts["step"]):
+    if named and int(named[1]) != facts["step"]:
         raise UserError(
             f"{folder} was saved after step {facts['step']}: rename it to "
             f"step_{facts['step']:06d}, or move it elsewhere"

@@ -120,11 +120,11 @@ def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) ->
 
 
 def _refuse_dashes(given: Sequence[str]) -> None:
-    """UserError for words that begin with "-", which would be taken for an option."""
+    """UserError for words that begin with "-" and a letter, which would be taken for an option."""
     option = ""
     for word in given:
         name, equals, _ = word.partition("=")
-        if word.startswith("-") and any(map(str.isspace, name)):
+        if re.match(r"--?[^\W\d_]", word) and any(map(str.isspace, name)):
             several = "; several go into a --prompt-file" if option == "--prompt" else ""
             raise UserError(
                 f"{word!r:.80} begins with '-', as options do: write {option or '--OPTION'}="

@@ -147,7 +147,8 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
     own = model.sampling.of_base()
     backbone.spec = replace(backbone.spec, sampling=own)
     backbone.to(dtype)  # in place: a converted copy would be half as much again
-    refuse_not_finite(backbone.official_state_dict(), f"this model in {dtype}")
+    advice = "they are too large for this type; choose --dtype bfloat16 or float32"
+    refuse_not_finite(backbone.official_state_dict(), f"this model in {dtype}", advice)
     weights = backbone.save_official(folder, dtype)
     place = "all files but those below"  # where the authors' layout is a folder
     if weights != folder:

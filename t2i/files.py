@@ -285,7 +285,9 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     try:
         if lost := [p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()]:
             to = os.readlink(lost[0])
-            raise UserError(f"cannot write to {folder}: {lost[0]} is a link to {to}, which is gone")
+            raise UserError(
+                f"cannot write to {folder}: {lost[0]} is a link to {to}, which leads nowhere"
+            )
         while not make and not there.exists() and there != there.parent:
             there = there.parent
         there.mkdir(parents=True, exist_ok=True)

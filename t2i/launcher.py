@@ -92,7 +92,8 @@ def settle_group() -> None:
         os.environ |= alone | master
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     if size == 1:
-        os.environ |= {name: value for name, value in master.items() if name not in os.environ}
+        one = {"LOCAL_RANK": "0"} | master
+        os.environ |= {name: value for name, value in one.items() if name not in os.environ}
     if rank is None or size is None or rank >= size or not master.keys() <= os.environ.keys():
         names = ("RANK", "WORLD_SIZE", *master)
         told = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)

@@ -1,6 +1,7 @@
 """The manifest of a checkpoint folder: name, size and SHA-256 of each file, written last."""
 
 import logging
+import os
 from pathlib import Path, PurePosixPath
 
 from t2i.errors import UserError
@@ -13,7 +14,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
 _OF_RUN = ("checkpoints", "best")
-"""Folders in a run's that belong to it alone."""
+"""Folders in a run's own that it deletes from, or replaces."""
 _LOADED = ("config.json", "codec.safetensors", "backbone.safetensors", "adapter/*")
 
 
@@ -22,13 +23,14 @@ class DamagedError(UserError):
 
 
 def refuse_in_checkpoint(place: str | Path, option: str) -> None:
-    """UserError if something is to be written into a checkpoint, or where a run keeps its own: it
-    would go with the folder, which the run deletes or replaces as a whole.
+    """UserError if something is to be written where a run keeps its checkpoints: it would go with
+    the folder, which the run deletes or replaces as a whole.
     """
-    path = Path(place).resolve()
+    path = Path(os.path.realpath(place))
     for folder in (path, *path.parents):
-        of_run = folder.name in _OF_RUN and (folder.parent / "metrics.jsonl").is_file()
-        if of_run or ((folder / MANIFEST).is_file() and (folder / "config.json").is_file()):
+        # metrics.jsonl is a run's; a checkpoint is in a folder of this name before it is, too.
+        saved = (folder.parent / "metrics.jsonl", *folder.parent.glob(f"checkpoints/*/{MANIFEST}"))
+        if folder.name in _OF_RUN and any(path.is_file() for path in saved):
             raise UserError(
                 f"{option} {place} lies in {folder}, which a training run keeps for its checkpoints "
                 "and deletes or replaces as a whole: give a place elsewhere"

@@ -39,11 +39,8 @@ class BaseOptions:
     grid: tuple[int, int] | None = None
     """Height and width of an image in codes, of a renamed weight file: nothing in it tells them."""
 
-    def check_beside(self, checkpoint: Path, option: str) -> None:
-        """UserError for what is said of a base beside a checkpoint, which says it itself.
-
-        option: what these options are called, "base" or "backbone".
-        """
+    def check_beside(self, checkpoint: Path) -> None:
+        """UserError for what is said of a base beside a checkpoint, which says it itself."""
         from t2i.checkpoint_folders import read_config
 
         stored = read_config(checkpoint)["backbone"]
@@ -53,7 +50,7 @@ class BaseOptions:
             if value not in (getattr(type(self), name), own):
                 told = f"not {value}" if own is None else f"{own}, and not {value}"
                 raise UserError(
-                    f"--{option}.{name.replace('_', '-')} is for a published base: {checkpoint} "
+                    f"--base.{name.replace('_', '-')} is for a published base: {checkpoint} "
                     f"says it itself ({told}); give no other, or leave it out"
                 )
 
@@ -132,7 +129,7 @@ class ModelOptions:
             if not (on_hub or Path(given).exists() or given in shipped_bases()):
                 resolve(given)  # says what it could have been
         if self.checkpoint is not None:
-            self.base.check_beside(self.checkpoint, "base")
+            self.base.check_beside(self.checkpoint)
         elif folder.is_dir() and not (folder / "config.json").is_file():
             read_config(find_checkpoint(folder))
         elif self.base.family is None:
@@ -272,6 +269,6 @@ class ExportOptions:
             names = ", ".join(f"--base.{name.replace('_', '-')}" for name in other)
             raise UserError(f"{names}: the checkpoint says it itself; leave it out")
         if self.samples != ExportOptions.samples and not self.prompt:
-            raise UserError("--samples is of the images of --prompt: give one, or leave it out")
+            raise UserError("--samples needs a --prompt to draw: give one, or leave it out")
         if not all(prompt.strip() for prompt in self.prompt):
             raise UserError("one of --prompt is empty; without any, no samples are drawn")

@@ -220,7 +220,11 @@ def copy_weights(
 
 
 @torch.no_grad()
-def refuse_not_finite(weights: dict[str, Tensor], source: str | Path) -> None:
+def refuse_not_finite(
+    weights: dict[str, Tensor],
+    source: str | Path,
+    advice: str = "it is damaged, or of a training that went wrong; take another file",
+) -> None:
     """UserError names weights that are infinite or no numbers: they draw noise in silence."""
     # The extremes are found many times faster than by asking every number.
     read = {k: v for k, v in weights.items() if v.is_floating_point() and v.numel()}
@@ -231,8 +235,7 @@ def refuse_not_finite(weights: dict[str, Tensor], source: str | Path) -> None:
     ]
     if bad:
         raise UserError(
-            f"{source} holds numbers that are not finite ({shorten_keys(bad)}): it is damaged, or of "
-            "a training that went wrong; take another file"
+            f"{source} holds numbers that are not finite ({shorten_keys(bad)}): {advice}"
         )
 
 

@@ -90,7 +90,7 @@ def test_no_captions(train_fails, tmp_path):
     assert f"{data} holds 3 images but no captions" in message and "metadata.jsonl" in message
     (data / "0.png.txt").write_text("a circle")
     message = train_fails("--data.source", data)
-    assert "0.png.txt is not read; its caption belongs into 0.txt" in message
+    assert "0.png.txt is not read; its caption belongs in 0.txt" in message
 
 
 def test_too_little_data(train_fails):

@@ -40,7 +40,7 @@ def test_captions_in_other_files(tmp_path, name):
     """Files of text beside pictures without a caption are named, with what to do."""
     write_images(tmp_path)
     (tmp_path / name).write_text('{"caption": "x"}')
-    words = f"{name} is not read; its caption belongs into 0.txt"
+    words = f"{name} is not read; its caption belongs in 0.txt"
     with pytest.raises(UserError, match=words):
         open_source(tmp_path)
     (tmp_path / "1.txt").write_text("a dot")
@@ -105,6 +105,10 @@ def test_absolute_names_of_the_folder_itself(kind, tmp_path):
     named = [name for name, _ in source.files()]
     assert named[1:] == ["0.png", "1.png", "2.png"]
     assert source.left_out == []
+    # With images outside allowed they are what they were: their names are part of the identity.
+    path = data if kind == "metadata" else data / "0.parquet"
+    named = [name for name, _ in open_source(path, outside_images=True).files()]
+    assert named[1:4] == names[:3]
 
 
 def test_splits_by_other_names(tmp_path):
@@ -134,6 +138,9 @@ def test_a_split_of_classes_that_is_not_there(tmp_path):
         find_classes(tmp_path, "test")
     with pytest.raises(UserError, match=r"no sub-folder 'val' .* but cat, dog"):
         find_classes(tmp_path / "val", "val")
+    (tmp_path / "val").rename(tmp_path / "val2017")
+    assert find_classes(tmp_path, "validation")[0] == tmp_path / "val2017"
+    (tmp_path / "val2017").rename(tmp_path / "val")
     (tmp_path / "Train").rename(tmp_path / "test")
     with pytest.raises(UserError, match=r"no sub-folder 'train' .* but test, val"):
         find_classes(tmp_path, "train")
@@ -174,7 +181,7 @@ def test_two_captions_of_a_tar(tmp_path):
 def test_options_of_the_hub(tmp_path):
     write_images(tmp_path)
     (tmp_path / "0.txt").write_text("x")
-    with pytest.raises(UserError, match=r"data\.config_name=en, data\.revision=v1 is of data on"):
+    with pytest.raises(UserError, match=r"data\.config_name=en, data\.revision=v1: for data on"):
         open_source(tmp_path, revision="v1", config_name="en")
 
 

@@ -272,6 +272,6 @@ def test_a_folder_of_something_else_is_no_place(tmp_path, name):
     """`--out .`: data/, runs/ and cache/ of the working directory were deleted in the end."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"scores": {}}')
-    with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which is of no rehearsal"):
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which no rehearsal wrote"):
         Stages(Rehearsal("llamagen", "tiny", out=tmp_path))
     assert (tmp_path / name).read_text() == '{"scores": {}}'

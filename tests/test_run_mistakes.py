@@ -14,15 +14,16 @@ from runs import tiny_reward_run, tiny_run
 
 import t2i
 from t2i.errors import UserError
-from t2i.evaluation.draw import request_hash
+from t2i.evaluation.draw import generation_settings, request_hash
 from t2i.evaluation.places import GenerationFolder
-from t2i.files import replacing_folder
-from t2i.manifest import write_manifest
+from t2i.files import json_sha256, replacing_folder
+from t2i.manifest import refuse_in_checkpoint, write_manifest
 from t2i.reward.reward_run import RewardRun
 from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar.method import TensorARConfig
 from t2i.training.check import check
 from t2i.training.loop import train
+from t2i.training.recipes import recipe
 
 
 def rewrite(folder: Path, **facts) -> None:
@@ -43,7 +44,7 @@ def rewrite(folder: Path, **facts) -> None:
         ({"data_key": None}, r"training\.data_key is None"),
         ({"config": []}, r"training\.config is \[\]"),
         ({"state": [1]}, r"training\.state is \[1\]"),
-        ({"step": -5}, r"saved after step -5"),
+        ({"step": -5}, r"training\.step is -5"),
     ],
 )
 def test_a_checkpoint_that_says_nothing_of_its_run(plain, copied, tiny_world, facts, named):
@@ -91,13 +92,17 @@ def test_a_best_model_that_is_none_of_the_runs_is_replaced(plain, copied, tiny_w
     assert json.loads((run_dir / "best" / "config.json").read_text())["training"]["step"] == 4
 
 
-def test_a_run_that_held_out_others_is_refused(plain, copied, tiny_world):
+def test_a_run_that_held_out_others_is_refused(plain, copied, tiny_world, monkeypatch):
     """Of an older version, whose number depended on the processes."""
     run_dir = copied(plain).parents[1]
     with edited(run_dir / "config.json") as config:
         config["plan"]["held_out"] = 12
+    config = tiny_run(tiny_world, run_dir.name, steps=4, resume=True)
     with pytest.raises(UserError, match="it held out 12 samples, and 9 would be held out now"):
-        train(tiny_run(tiny_world, run_dir.name, steps=4, resume=True))
+        train(config)
+    # The least number was recorded once, where images with several captions made it more.
+    monkeypatch.setattr("t2i.training.run_state.least_held_out", lambda *_: 12)
+    train(config)
 
 
 def test_without_permission_the_folder_is_named(plain, monkeypatch):
@@ -140,7 +145,7 @@ def test_a_link_that_leads_nowhere_is_no_place(tiny_world, plain, copied, tmp_pa
     if not resume:
         (run_dir / "metrics.jsonl").unlink()
     (run_dir / "checkpoints").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"checkpoints is a link to .*gone, which is gone"):
+    with pytest.raises(UserError, match=r"checkpoints is a link to .*gone, which leads nowhere"):
         train(tiny_run(tiny_world, run_dir.name, resume=resume))
 
 
@@ -161,6 +166,16 @@ def test_nothing_is_written_where_a_run_keeps_its_own(plain, copied, tiny_world,
     assert folder_content(place.parent) == before
 
 
+def test_a_project_of_others_is_a_place(plain, tmp_path):
+    """Files of these names are common; and a checkpoint copied elsewhere is its owner's."""
+    for name in ("manifest.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    refuse_in_checkpoint(tmp_path / "runs" / "mine", "run_dir")
+    refuse_in_checkpoint(shutil.copytree(plain, tmp_path / "copy") / "images", "--out")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refuse_in_checkpoint(tmp_path / "loop" / "x", "--out")  # said elsewhere
+
+
 @pytest.mark.parametrize("name", ["config.json", "best/mine.txt", "checkpoints/mine.txt"])
 def test_a_run_takes_no_folder_of_others(tiny_world, tmp_path, name):
     """`--run-dir` of a backbone folder: its config.json was overwritten; a folder of one's own that
@@ -170,7 +185,7 @@ def test_a_run_takes_no_folder_of_others(tiny_world, tmp_path, name):
     (tmp_path / name).write_text('{"family": "llamagen"}')
     for resume in (False, True):
         for start in (train, check):
-            with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which no run"):
+            with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which a run would"):
                 start(tiny_run(tiny_world, str(tmp_path), resume=resume))
     assert (tmp_path / name).read_text() == '{"family": "llamagen"}'
 
@@ -190,22 +205,22 @@ def test_replacing_a_folder_leaves_what_people_named_so(tmp_path):
 
 
 # -- options ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"backbone__grid": (4, 4)}, r"--backbone\.grid is for a published base"),
-        (
-            {"backbone__family": "rar"},
-            r"--backbone\.family .* says it itself \(llamagen, and not rar\)",
-        ),
-        ({"backbone__text_encoder_dtype": "bfloat16"}, r"--backbone\.text-encoder-dtype .*float32"),
-    ],
-)
-def test_what_a_checkpoint_says_itself_is_not_said_beside_it(plain, tiny_world, options, named):
-    """It was not read, without a word."""
-    config = tiny_run(tiny_world, "beside", backbone__weights=str(plain), **options)
+@pytest.mark.parametrize("option", [{"grid": (4, 4)}, {"text_encoder_dtype": "bfloat16"}])
+def test_what_a_checkpoint_says_itself_is_not_said_beside_it(plain, option):
+    """It was not read, without a word. What a recipe says of published bases is nobody's wish."""
+    start = {"backbone.weights": str(plain)}
+    assert recipe("t2i-xl-256-small-data", start).backbone.text_encoder_dtype == "bfloat16"
+    (name, value), *_ = option.items()
+    with pytest.raises(UserError, match=rf"backbone\.{name}=.* which says it itself; leave it out"):
+        recipe("shapes-control", start | {f"backbone.{name}": value})
+
+
+def test_a_recipe_of_another_family_is_refused(plain, tiny_world):
+    config = tiny_run(tiny_world, "beside", backbone__weights=str(plain), backbone__family="rar")
     for start in (train, check):
-        with pytest.raises(UserError, match=named):
+        with pytest.raises(
+            UserError, match=r"is of the family llamagen: train on it with a recipe"
+        ):
             start(config)
 
 
@@ -268,6 +283,10 @@ def test_images_depend_on_what_weights_do_not_show_of_the_method(plain):
     renoised = replace(own, renoise=0.5)
     assert named(own) == named(own, schedule="linear") != named(own, residual="all")
     assert named(renoised) != named(renoised, schedule="linear")
+    model.config = TensorARConfig(k=3)
+    settings = generation_settings(model, [{"prompt": "a"}], DrawOptions(sampling=own))
+    names = ("prompts", "seed", "sampling", "noise", "dtype", "weights")  # of before
+    assert named(own) == json_sha256({name: settings[name] for name in names})[:8]
 
 
 def test_a_home_folder_is_named(monkeypatch, tmp_path):

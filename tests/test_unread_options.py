@@ -226,8 +226,8 @@ def test_a_folder_with_the_name_of_a_file(monkeypatch, plain, tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--private"], "--private is of --push-to-hub"),
-        (["--samples", "3"], "--samples is of the images of --prompt"),
+        (["--private"], "--private needs --push-to-hub"),
+        (["--samples", "3"], "--samples needs a --prompt"),
     ],
 )
 def test_exports(monkeypatch, capsys, tmp_path, options, message):
@@ -244,6 +244,9 @@ def test_words_that_begin_like_an_option(monkeypatch):
             UserError, match=r"begins with '-', as options do: write --prompt='-.*--pro"
         ):
             cli.parse(generate.GenerateConfig, "")
+    for word in ("- a red circle", "-5 degrees outside", "-1/2 cup"):  # are no options
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt", word])
+        assert cli.parse(generate.GenerateConfig, "").prompt == (word,)
     monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt=-a red circle", "--seed", "3"])
     config = cli.parse(generate.GenerateConfig, "")
     assert (config.prompt, config.seed) == (("-a red circle",), 3)

@@ -38,6 +38,7 @@ from launch.lab.soak_world import (
     steps_logged,
 )
 from t2i.checkpoint_folders import newest_healthy, run_checkpoints
+from t2i.files import PARTIAL
 
 GENEVAL = ROOT / "geneval" / "run.py"
 _NO_ROOM = "no space is left on the disk"
@@ -90,7 +91,7 @@ def _wait(world: World, run: Started, condition: Callable[[], bool]) -> None:
 
 def _saving(run_dir: Path, begin: float) -> bool:
     """Whether a folder is being written; what earlier kills left does not count."""
-    for unfinished in run_dir.rglob("*.t2i-partial"):
+    for unfinished in run_dir.rglob(f"*{PARTIAL}"):
         with suppress(FileNotFoundError):
             if unfinished.stat().st_mtime > begin:
                 return True
@@ -115,7 +116,7 @@ def full_save(world: World, count: int) -> Outcome:
         words = world.words(name, run_dir=run_dir, log_keep_best=False)
         run = launched(world, name, words, by="process" if count == 1 else "torchrun")
         ended, said, before = run.codes() == [1], run.said(_NO_ROOM), newest_step(run_dir)
-        healthy = newest_healthy(run_dir) is not None and not any(run_dir.rglob("*.t2i-partial"))
+        healthy = newest_healthy(run_dir) is not None and not any(run_dir.rglob(f"*{PARTIAL}"))
         grow(20 * one)
         train(world, name, resume=True, count=count, run_dir=run_dir).end_with(0)
         mine = fingerprint(run_dir)

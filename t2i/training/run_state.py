@@ -31,12 +31,13 @@ from t2i.training.average import Average
 from t2i.training.batches import TrainingData
 from t2i.training.config import TrainConfig
 from t2i.training.engine import whole_weights
+from t2i.training.run_plan import least_held_out
 from t2i.training.settings import check_settings, plain, say_what_differs, state_facts
 from t2i.training.state import StoredState, write_state
 
 log = logging.getLogger(__name__)
 
-_REPLACED = ("config.json", "index.html", "checkpoints", BEST)
+_OVERWRITTEN = ("config.json", "index.html", "checkpoints", BEST)
 """What a run writes over or clears away in its folder."""
 
 
@@ -150,27 +151,31 @@ def resumed_state(
     """The training state to go on from (see also `check_resumable`); its weights are in the model
     then.
     """
-    _refuse_other_split(config.run_dir, data.plan.held_out)
+    assert data.plan.samples is not None, "the data are there"
+    # Once the least number was recorded, also where images with several captions made it more.
+    recorded = {data.plan.held_out, least_held_out(config, data.plan.samples)}
+    _refuse_other_split(config.run_dir, data.plan.held_out, recorded)
     if read_config(folder)["training"]["data_key"] != data.key:
         raise UserError(
             f"cannot resume {folder}: the data set has changed since (files were added, removed or "
-            "edited), and with it the held-out split and the order; start a new run_dir"
+            "edited, or this version reads it otherwise), and with it the held-out split and the "
+            "order; start a new run_dir"
         )
     state = StoredState(folder / TRAINING_STATE, model)
     state.load_weights()
     return state
 
 
-def _refuse_other_split(run_dir: Path, held_out: int) -> None:
+def _refuse_other_split(run_dir: Path, held_out: int, recorded: set[int]) -> None:
     """UserError if the run held out other samples than it would now: an older version settled
-    their number otherwise.
+    their number otherwise. recorded: the numbers that mean the same.
     """
     try:
         plan = read_object(run_dir / "config.json").get("plan")
     except UserError:  # the checkpoints stand without it
         return
     before = plan.get("held_out", held_out) if isinstance(plan, dict) else held_out
-    if before != held_out:
+    if before not in recorded:
         raise UserError(
             f"cannot resume {run_dir}: it held out {before} samples, and {held_out} would be held "
             "out now, so that it would train on some of those that it is judged by; start a new "
@@ -217,11 +222,11 @@ def _is_run(run_dir: Path) -> bool:
 
 def _refuse_foreign(run_dir: Path) -> None:
     """UserError if a run would overwrite or delete what no run has written."""
-    paths = [] if _is_run(run_dir) else [run_dir / name for name in _REPLACED]
+    paths = [] if _is_run(run_dir) else [run_dir / name for name in _OVERWRITTEN]
     if found := [p.name for p in paths if p.is_file() or (p.is_dir() and any(p.iterdir()))]:
         raise UserError(
-            f"{run_dir} holds {', '.join(found)}, which no run of this kit wrote, and which a run "
-            "would overwrite or delete; give another --run-dir"
+            f"{run_dir} holds {', '.join(found)}, which a run would overwrite or delete, and nothing "
+            "there says that a run wrote it; give another --run-dir"
         )
 
 

@@ -109,8 +109,12 @@ def start_from(
     """
     folder = choose_checkpoint(folder)
     config = read_config(folder)
-    if not resumed:
-        options.check_beside(folder, "backbone")
+    family = config["backbone"].get("family")
+    if family not in (None, options.family) and not resumed:
+        raise UserError(
+            f"backbone.family={options.family}, and {folder} is of the family {family}: train on it "
+            "with a recipe of that family"
+        )
     source = moved(
         stored_source(config, folder),
         base=base,

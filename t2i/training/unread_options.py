@@ -8,6 +8,7 @@ was given.
 import logging
 from collections.abc import Iterator
 
+from t2i.checkpoint_folders import is_checkpoint
 from t2i.errors import UserError
 from t2i.fields import given_options, leaves
 from t2i.training.config import LabelledOptions, TrainConfig
@@ -52,6 +53,9 @@ def _unread(config: TrainConfig) -> _Unread:
         of_method = {f"method.{name}" for name in vars(config.method)} - {"method.k"}
         windows = {"sampling.draft_temperature", "sampling.renoise", "engine.codec_checkpointing"}
         yield of_method | windows, _WITHOUT
+    if is_checkpoint(config.backbone.weights):
+        of_base = {"backbone.grid", "backbone.text_encoder_dtype"}
+        yield of_base, f"backbone.weights={config.backbone.weights}, which says it itself"
     if config.steps is not None:
         yield {"epochs"}, f"steps={config.steps} (--steps None goes by epochs)"
     if config.log.tracker != "wandb":

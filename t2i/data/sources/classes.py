@@ -11,7 +11,7 @@ from pathlib import Path
 from t2i.data.content import name_in, printable
 from t2i.data.samples import Sample, Source
 from t2i.data.sources.folders import holds_images, is_hidden, is_image, walk
-from t2i.data.sources.splits import split_of_folder
+from t2i.data.sources.splits import folders_of, split_of_folder
 from t2i.errors import UserError, shorten
 
 
@@ -67,7 +67,8 @@ def find_classes(folder: str | Path, split: str) -> tuple[Path, list[str]]:
     if not root.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds {split}/<class>/")
     parts = [path for path in _visible(root) if path.is_dir()]
-    part = next((path for path in parts if path.name.lower() == split.lower()), None)
+    named = folders_of(split, [path.name for path in parts])
+    part = root / named[0] if len(named) == 1 else None
     if part is not None and any(path.is_dir() for path in _visible(part)):  # or it is a class
         root = part
     elif parts and (split != "train" or all(split_of_folder(path.name) for path in parts)):

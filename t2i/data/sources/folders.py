@@ -115,9 +115,10 @@ def leads_out(name: str) -> bool:
 
 def name_below(folder: Path, name: str) -> str:
     """A file's name in a table as it is within the folder, where an absolute one leads there."""
-    absolute = os.path.isabs(name) and "://" not in name
-    below = absolute and Path(os.path.normpath(name)).is_relative_to(folder)
-    return os.path.relpath(name, folder) if below else name
+    if "://" in name or not os.path.isabs(name):
+        return name
+    place = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+    return str(place.relative_to(folder)) if place.is_relative_to(folder) else name
 
 
 def is_image(path: Path) -> bool:
@@ -218,7 +219,8 @@ class MetadataFolder(Source):
         if not isinstance(name, str) or not name:
             return None
         # normpath: "./a.png" and "b/../a.png" list a.png too.
-        return name_below(self._folder, os.path.normpath(os.path.join(parent, name)))
+        name = os.path.normpath(os.path.join(parent, name))
+        return name if self._outside_images else name_below(self._folder, name)
 
     def __getitem__(self, index: int) -> Sample:
         name = self._name(index)
@@ -302,7 +304,7 @@ def _stems(image: Path) -> tuple[Path, Path]:
 def _not_read(folder: Path, path: Path) -> str:
     base = path.with_suffix("")
     base = base.with_suffix("") if is_image(base) else base
-    return f"{name_in(folder, path)} is not read; its caption belongs into {base.name}.txt"
+    return f"{name_in(folder, path)} is not read; its caption belongs in {base.name}.txt"
 
 
 def _is_caption_file(path: Path) -> bool:

@@ -15,7 +15,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
 from t2i.data.samples import PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import METADATA, METADATA_ADVICE, is_image, open_folder, walk
-from t2i.data.sources.splits import same_split, split_of_folder, splits_in
+from t2i.data.sources.splits import folders_of, same_split, split_of_folder, splits_in
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError, nearest_path
 from t2i.fields import given_options
@@ -55,7 +55,7 @@ def _refuse_unread(wanted: CaptionedImages) -> None:
     """UserError for options of hub data sets, where files are given."""
     if given := [name for name in given_options(wanted) if name in ("config_name", "revision")]:
         told = ", ".join(f"data.{name}={getattr(wanted, name)}" for name in given)
-        raise UserError(f"{told} is of data on the hub, and {wanted.source} is here; leave it out")
+        raise UserError(f"{told}: for data on the hub, and {wanted.source} is here; leave it out")
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         )
     where, parts = _sub_folders(folder, data)
     own = next((path for path in data if path.parent == where), None)
-    of_split = _parts_of(split, parts)
+    of_split = folders_of(split, parts)
     divided = own is None and all(map(split_of_folder, parts))
     if of_split and (divided or (split != "train" and own is None)):
         left_out += [
@@ -193,13 +193,6 @@ def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]
     if len(parts) == 1 and all(len(names) > 2 for names in inside) and not split_of_folder(only):
         return _sub_folders(folder / only, data)
     return folder, parts
-
-
-def _parts_of(split: str, parts: Iterable[str]) -> list[str]:
-    """The sub-folders of a split: that of its own name, or all that stand for it."""
-    exact = [name for name in sorted(parts) if name.lower() == split.lower()]
-    named = [(name, split_of_folder(name)) for name in sorted(parts)]
-    return exact[:1] or [name for name, own in named if own and same_split(own, split)]
 
 
 def _is_table(path: Path, *suffixes: str) -> bool:

@@ -1,6 +1,7 @@
 """Which split of a data set the name of a folder or file stands for."""
 
 import re
+from collections.abc import Iterable
 
 _SPLITS = ("train", "validation", "test", "dev", "eval")
 _SAME = {
@@ -30,3 +31,10 @@ def splits_in(path: str) -> set[str]:
 def same_split(split: str, wanted: str) -> bool:
     """Whether a split is the one asked for, by its own name or another one of the same meaning."""
     return split == (split_named(wanted) or wanted.lower())
+
+
+def folders_of(split: str, names: Iterable[str]) -> list[str]:
+    """Of the names of folders those of a split: that of its own name, or all that stand for it."""
+    exact = [name for name in sorted(names) if name.lower() == split.lower()]
+    named = [(name, split_of_folder(name)) for name in sorted(names)]
+    return exact[:1] or [name for name, own in named if own and same_split(own, split)]

@@ -144,10 +144,14 @@ class _Rows(Source):
         identity |= {"streaming": wanted.streaming, "columns": [image, caption]}
         super().__init__(name, identity, None if wanted.streaming else len(self._data))
 
+    def _below(self, name: str) -> str:
+        """An image's name within the folder, if it leads there and other places are not read."""
+        return name_below(self._folder, name) if self._inside else name
+
     def files(self) -> list[tuple[str, Path]]:
         """The parquet files, and images that their rows name by path."""
         names = (name for path in self._paths for name in _named_images(path, self._image))
-        below = (name_below(self._folder, name) for name in names)
+        below = (self._below(name) for name in names)
         images = [name for name in below if not (self._inside and leads_out(name))]
         return [
             *((path.name, path) for path in self._paths),
@@ -164,7 +168,7 @@ class _Rows(Source):
         if isinstance(value, dict):  # the {bytes, path} struct of the datasets library
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            value = name_below(self._folder, value)
+            value = self._below(value)
             if self._inside and leads_out(value):
                 return Sample(index, printable(key), None, [], OUTSIDE)
             value = RemoteFile(value) if "://" in value else self._folder / value

@@ -27,7 +27,7 @@ CAPTION_CLEANING_VERSION = "llamagen-1"
 
 UNKNOWN = "caption holds words or characters that the encoder does not know"
 CHINESE = "caption loses its Chinese characters in cleaning"
-WORDS = "caption loses words in cleaning, such as those of letters and digits"
+WORDS = "caption loses words in cleaning, such as r2d2, #7 and @name do"
 _READABLE = re.compile("[a-z0-9]")
 
 # From this many hyphens and underscores on, they stand for spaces: this-is-my-cute-cat.
