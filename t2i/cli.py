@@ -50,22 +50,21 @@ def parse_recipe(
     description: str,
     main: Sequence[str] = (),
     program_of: Callable[[str], str | None] = lambda name: None,
-    look: Callable[[Config, Config], None] = lambda config, own: None,
+    settle: Callable[[Config, Config], Config] = lambda config, own: config,
 ) -> Config:
     """Parse `NAME --option value ...`: a named recipe with overrides.
 
     Args:
         main: as in `parse`, for the help of a recipe.
         program_of: which other program has a recipe of this name.
-        look: called with what was made of a recipe, and the recipe; may refuse it.
+        settle: called with what was made of a recipe, and the recipe; gives what is meant.
     """
     given, program = _arguments() or ["--help"], Path(sys.argv[0]).name
     name = given[0]
     if name in recipes:
         about, recipe = recipes[name]
         config = _parsed(recipe, given[1:], about, main, prog=f"{program} {name}")
-        look(config, recipe)
-        return config
+        return settle(config, recipe)
     if name in (*_HELP, _HELP_ALL):
         width = max(map(len, recipes))
         print(f"{_help_text(description)}\n\n  {program} RECIPE --help shows its options\n")

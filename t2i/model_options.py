@@ -1,5 +1,6 @@
 """Which model a program draws with or exports, and how. Without torch, as --help needs it."""
 
+import logging
 import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ import tyro
 from t2i import __version__
 from t2i.errors import UserError, nearest_path
 from t2i.fields import given_options
+from t2i.files import namesake
 from t2i.models.families import FamilyName
 from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed, check_counts
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from t2i.tensorar.model import TensorAR
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,9 @@ class ModelOptions:
                 resolve(given)  # says what it could have been
         if self.checkpoint is not None:
             self.base.check_beside(self.checkpoint)
+        elif self.source in shipped_bases():
+            if said := namesake(self.source, "the base that the kit ships"):
+                log.warning(said)
         elif folder.is_dir() and not (folder / "config.json").is_file():
             read_config(find_checkpoint(folder))
         elif self.base.family is None:

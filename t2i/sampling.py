@@ -145,8 +145,7 @@ class SamplingOverrides:
         self.apply(SamplingConfig())
 
     def look_for_unread(self, settings: SamplingConfig, drafts: bool) -> None:
-        """UserError for options of drafts where there are none; a warning for others that change
-        nothing beside the settings that they became part of.
+        """Warns of options that change nothing beside the settings that they became part of.
 
         drafts: whether the model draws drafts with them.
         """
@@ -157,9 +156,7 @@ class SamplingOverrides:
             return ", ".join(f"{name}={given[name]}" for name in names if name in given)
 
         if not drafts and (of_drafts := told("draft_temperature", "renoise")):
-            raise UserError(
-                f"{of_drafts} has no effect with k=1 (or --window 1): nothing is drafted; leave it out"
-            )
+            log.warning("%s has no effect with k=1 (or --window 1): nothing is drafted", of_drafts)
         if max(_numbers(settings.cfg_scale)) == 1 and (guided := told("cfg_interval", "cfg_power")):
             log.warning("%s has no effect with cfg_scale=1, which is without guidance", guided)
         if settings.is_greedy and (filters := told("top_k", "top_p")):

@@ -24,69 +24,68 @@ from t2i.training.check import check
 from t2i.training.config import LabelledOptions
 from t2i.training.recipes import recipe, recipes_for
 from t2i.training.run_plan import about_settings, plan_run
-from t2i.training.unread_options import refuse_unread
+from t2i.training.unread_options import settle_options
 
 
-def test_recipes_are_as_they_are():
+def test_recipes_are_as_they_are(caplog):
     for _, own in recipes_for(LabelledOptions).values():
-        refuse_unread(own, own)
-        refuse_unread(replace(own, method=t2i.presets.base()), own)
+        assert settle_options(own, own) == own
+        settle_options(replace(own, method=t2i.presets.base()), own)
     assert recipe("shapes-tuned", {"method.k": 1}).method.own_drafts == 0.5
     assert recipe("rar-b", {"data.source": ["m.jsonl"]}).data.crop_ranges == (1.1,)
     assert recipe("rar-b", {"data.views": "flip"}).data.crop_ranges == (1.1,)
-    assert recipe("shapes-control", {"steps": None, "epochs": 2.0}).epochs == 2
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"data.views": "flip", "data.crop_ranges": [1.2]},
+            r"data.crop_ranges=.* data.views=flip \(ten-crop reads it\)",
+        ),
+        ({"data.source": ["m.jsonl"], "data.split": "val"}, "data.split=val has .* computed"),
+        ({"data.source": ["m.jsonl"], "data.crop_ranges": [1.2]}, "data.crop_ranges=.* comp"),
+    ],
+)
+def test_what_would_make_another_run_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        recipe("rar-b", options)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("shapes-control", {"method.own_drafts": 1.0}, "method.own_drafts=1.0 has no effect with"),
+        ("shapes-control", {"sampling.renoise": 0.5}, "renoise=0.5 has no effect with method.k=1"),
         (
-            "shapes-control",
-            {"method.own_drafts": 1.0},
-            "method.own_drafts=1.0 has no effect with meth",
+            "shapes-tuned",
+            {"method.k": 1, "optim.codec_lr": 0.1},
+            "optim.codec_lr=0.1 has no effect",
         ),
-        ("shapes-control", {"sampling.renoise": 0.5}, "sampling.renoise=0.5 has no effect"),
         (
-            "shapes-control",
-            {"epochs": 3.0},
-            r"epochs=3.0 has no effect with steps=200 \(--steps None",
+            "shapes-tuned",
+            {"tuning": "codec", "optim.backbone_lr": 0.1},
+            "optim.backbone_lr=0.1 has no effect with tuning=codec",
         ),
+        ("shapes-control", {"epochs": 3.0, "steps": 7}, "epochs=3.0 has no effect with steps=7"),
         ("shapes-tuned", {"log.project": "mine"}, "log.project=mine has no effect"),
-        (
-            "rar-b",
-            {"data.views": "flip", "data.crop_ranges": [1.2]},
-            "data.crop_ranges=.* data.views=flip",
-        ),
-        (
-            "rar-b",
-            {"data.source": ["m.jsonl"], "data.split": "val"},
-            "data.split=val has .* computed",
-        ),
-        (
-            "rar-b",
-            {"data.source": ["m.jsonl"], "data.crop_ranges": [1.2]},
-            "data.crop_ranges=.* comp",
-        ),
     ],
 )
-def test_what_a_run_would_not_read(name, options, message):
-    with pytest.raises(UserError, match=message):
-        recipe(name, options)
+def test_what_a_run_does_not_read_is_pointed_out(name, options, message, caplog):
+    """A script gives all options to every recipe: that ends no run."""
+    assert recipe(name, options)
+    assert message in caplog.text
+    caplog.clear()
+    assert recipe(name, {o: v for o, v in options.items() if o in ("method.k", "tuning", "steps")})
+    assert not caplog.text
 
 
-@pytest.mark.parametrize(
-    ("options", "rate"),
-    [
-        ({"method.k": 1}, "optim.codec_lr"),
-        ({"tuning": "codec"}, "optim.backbone_lr"),
-    ],
-)
-def test_rates_of_what_is_not_trained_are_pointed_out(options, rate, caplog):
-    """A script gives all rates to every recipe: that ends no run."""
-    name = "shapes-tuned"
-    assert recipe(name, options) and not caplog.messages
-    recipe(name, options | {rate: 0.1})
-    assert f"{rate}=0.1 has no effect with {next(iter(options))}" in caplog.text
+def test_epochs_that_are_given_alone_count(caplog):
+    config = recipe("shapes-control", {"epochs": 2.0})
+    assert (config.steps, config.epochs) == (None, 2)
+    assert recipe("shapes-control", {"epochs": 2.0, "steps": 7}).steps == 7
+    assert recipe("shapes-control").steps == 200
 
 
 def test_on_the_command_line(monkeypatch, tmp_path):
@@ -170,23 +169,25 @@ def test_sampling_that_changes_nothing_is_pointed_out(given, own, message, caplo
 
 
 @pytest.mark.parametrize("given", [{"renoise": 0.5}, {"draft_temperature": 0.0}])
-def test_options_of_drafts_where_none_are_drawn(given):
+def test_options_of_drafts_where_none_are_drawn(given, caplog):
     overrides, (name, value) = SamplingOverrides(**given), *given.items()
     settings = overrides.apply(SamplingConfig())
-    with pytest.raises(UserError, match=rf"{name}={value} has no effect with k=1"):
-        overrides.look_for_unread(settings, drafts=False)
     overrides.look_for_unread(settings, drafts=True)
+    assert not caplog.text
+    overrides.look_for_unread(settings, drafts=False)
+    assert f"{name}={value} has no effect with k=1" in caplog.text
 
 
-def test_a_model_among_others(plain):
+def test_a_model_among_others(plain, caplog):
     """A page of several models has one set of options: those of drafts are for some of them."""
     options = DrawingModelOptions(
         ckpt=str(plain), sampling=SamplingOverrides(renoise=0.5, window=1)
     )
     model = options.load("cpu", "float32")
-    with pytest.raises(UserError, match=r"renoise=0\.5 has no effect"):
-        options.drawing(model)
     assert options.drawing(model, among_others=True).sampling.renoise == 0.5
+    assert not caplog.text
+    options.drawing(model)
+    assert "renoise=0.5 has no effect" in caplog.text
 
 
 def draw(monkeypatch, plain, *arguments):
@@ -205,12 +206,25 @@ def test_greedy_samples_are_alike(monkeypatch, plain, tmp_path, caplog):
     assert a == b
 
 
-def test_images_of_others_in_the_folder(monkeypatch, plain, tmp_path):
-    """A folder of pictures is no place to draw to: the sheets would become part of them."""
+def test_images_of_others_in_the_folder(monkeypatch, plain, tmp_path, caplog):
+    """Pictures to train on, say: the sheets become part of them."""
     (tmp_path / "mine.JPG").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"holds other images \(mine\.JPG, \.\.\.\)"):
+    for _ in range(2):  # the second time its own sheets are there
         draw(monkeypatch, plain, "--samples", 1, "--out", tmp_path)
-    assert list(tmp_path.glob("*[!k]")) == [tmp_path / "mine.JPG"]
+    told = [message for message in caplog.messages if "holds other images" in message]
+    assert len(told) == 1 and "(mine.JPG, ...)" in told[0]
+    assert (tmp_path / "mine.JPG").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("folder", ["shapes", "shapes/images"])
+def test_a_shipped_base_where_a_folder_has_its_name(monkeypatch, tmp_path, folder, caplog):
+    """It was taken for a checkpoint that is not complete."""
+    (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    DrawingModelOptions(ckpt="shapes").check()
+    assert "'shapes' is taken for the base that the kit ships; write './shapes'" in caplog.text
+    with pytest.raises(UserError, match=r"\./shapes|shapes is not a complete"):
+        DrawingModelOptions(ckpt="./shapes").check()
 
 
 @pytest.mark.parametrize("name", ["grid.png", "images.NPY", "new/page.html"])

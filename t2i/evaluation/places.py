@@ -152,21 +152,16 @@ class GenerationFolder(Place):
     def check(self, known: dict) -> None:
         if self.is_occupied() or not self.record.is_file():
             refuse_other_images(self.out, self.entries)
-        if not self.record.is_file() and (others := sorted(filter(_is_other, self._children()))):
-            raise UserError(
-                f"{self.out} holds other images ({others[0].name}, ...), which would lie among those "
-                "that are drawn; give another --out"
-            )
         super().check(known)
-
-    def _children(self) -> Iterator[Path]:
-        return self.out.iterdir() if self.out.is_dir() else iter(())
 
     def is_occupied(self) -> bool:
         return any(self.out.glob("[0-9]*/samples/*")) or any(self.out.glob("[0-9]*/stages/*"))
 
     def _begin(self, settings: dict) -> None:
-        stopped = self.record.is_file()
+        stopped, children = self.record.is_file(), sorted(self.out.glob("*"))
+        if not stopped and (others := [path.name for path in children if _is_other(path)]):
+            told = "%s holds other images (%s, ...), among which sheets and folders are written"
+            log.warning(told, self.out, others[0])
         super()._begin(settings)
         for metadata in self.out.glob("[0-9]*/metadata.jsonl") if stopped else ():
             metadata.unlink()  # of the run that drew nothing

@@ -257,7 +257,7 @@ class TrainConfig:
     batch_size: int = 256
     """Samples per optimizer step, over all processes."""
     epochs: float = 20.0
-    """Passes over the data, where no `steps` are given (--steps None, if the recipe has some)."""
+    """Passes over the data; `steps` wins if it is given. A recipe's own steps give way to them."""
     steps: int | None = None
     """Optimizer steps."""
     condition_dropout: float = 0.1

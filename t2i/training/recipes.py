@@ -164,9 +164,7 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r:.80}; {choose_one(name, recipes)}")
     own = recipes[name][1]
-    config = _with_options(own, options or {}, "")
-    _refuse_unread(config, own)
-    return config
+    return _settle_options(_with_options(own, options or {}, ""), own)
 
 
 def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
@@ -201,11 +199,11 @@ def _at_home(value: Any) -> Any:
     return type(value)(os.path.expanduser(value)) if at_home else value
 
 
-def _refuse_unread(config: TrainConfig, own: TrainConfig) -> None:
-    """UserError for options that would have no effect; own: the recipe."""
-    from t2i.training.unread_options import refuse_unread  # imports torch
+def _settle_options(config: C, own: C) -> C:
+    """See `unread_options.settle_options`, which imports torch; own: the recipe."""
+    from t2i.training.unread_options import settle_options
 
-    refuse_unread(config, own)
+    return settle_options(config, own)
 
 
 def _program_of(name: str) -> str | None:
@@ -233,7 +231,7 @@ def run_recipe(
         main: options that --help shows besides those of all.
     """
     main = (*_MAIN_OPTIONS, *main)
-    config = cli.parse_recipe(recipes, description, main, _program_of, _refuse_unread)
+    config = cli.parse_recipe(recipes, description, main, _program_of, _settle_options)
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(
