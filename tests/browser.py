@@ -46,7 +46,9 @@ class Tab:
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._receive()
-            if answer.get("method") in ("Runtime.exceptionThrown", "Network.loadingFailed"):
+            failed = answer.get("method") in ("Runtime.exceptionThrown", "Network.loadingFailed")
+            # A page that is left stops loading its images, which is no failure.
+            if failed and answer["params"].get("errorText") != "net::ERR_ABORTED":
                 self.errors.append(answer["params"])
             if answer.get("id") == self.count:
                 assert "error" not in answer, answer
