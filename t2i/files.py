@@ -284,10 +284,8 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
         raise UserError(f"{folder} is to be a folder, and is named as a file; give another name")
     try:
         if lost := [p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()]:
-            to = os.readlink(lost[0])
-            raise UserError(
-                f"cannot write to {folder}: {lost[0]} is a link to {to}, which leads nowhere"
-            )
+            link = f"{lost[0]} is a link to {os.readlink(lost[0])}, which leads nowhere"
+            raise UserError(f"cannot write to {folder}: {link}")
         while not make and not there.exists() and there != there.parent:
             there = there.parent
         there.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,10 @@ def refuse_in_checkpoint(place: str | Path, option: str) -> None:
     """
     path = Path(os.path.realpath(place))
     for folder in (path, *path.parents):
-        # metrics.jsonl is a run's; a checkpoint is in a folder of this name before it is, too.
-        saved = (folder.parent / "metrics.jsonl", *folder.parent.glob(f"checkpoints/*/{MANIFEST}"))
-        if folder.name in _OF_RUN and any(path.is_file() for path in saved):
+        run_dir = folder.parent
+        if folder.name in _OF_RUN and (
+            (run_dir / "metrics.jsonl").is_file() or any(run_dir.glob(f"checkpoints/*/{MANIFEST}"))
+        ):
             raise UserError(
                 f"{option} {place} lies in {folder}, which a training run keeps for its checkpoints "
                 "and deletes or replaces as a whole: give a place elsewhere"

@@ -200,3 +200,10 @@ def test_one_picture_alone_before_the_run(tmp_path):
     report = check(recipe("shapes-control", options | {"run_dir": str(tmp_path / "run")}))
     assert "training would end at once: cannot hold out 2 of 12 samples" in report
     assert "only 1 different images" in report and report.endswith("would end at once")
+
+
+def test_mixed_folders_are_ambiguous(tmp_path):
+    write_images(tmp_path)
+    write_tar(tmp_path / "0.tar", {"a.png": picture(0), "a.txt": "x"})
+    with pytest.raises(ValueError, match=r"holds \.tar files and also 0\.png"):
+        open_source(tmp_path)

@@ -392,10 +392,3 @@ def test_nothing_there(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"somebody/nothing.*could not open"):
         open_source("somebody/nothing")
-
-
-def test_mixed_folders_are_ambiguous(tmp_path):
-    write_images(tmp_path)
-    write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "x"})
-    with pytest.raises(ValueError, match=r"holds \.tar files and also 0\.png"):
-        open_source(tmp_path)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from t2i.data.images import POINTER, ImageRules, SkipSample
+from t2i.data.images import UNFETCHED, ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
 from t2i.data.store import sample_line
 from t2i.files import write_text
@@ -137,7 +137,7 @@ class DataReport:
         ]
 
     def _advice(self, reason: str) -> str:
-        if POINTER in reason:
+        if UNFETCHED in reason:
             return ": run `git lfs pull` there, which fetches the files themselves"
         if reason != "too small":
             return ""

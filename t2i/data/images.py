@@ -47,7 +47,7 @@ _UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
 }
 
 
-POINTER = "Git LFS pointer"
+UNFETCHED = "Git LFS pointer"
 """Reason to skip what Git LFS has not fetched."""
 
 
@@ -55,8 +55,8 @@ class SkipSample(Exception):
     """A sample that cannot be used: `reason` is a fixed phrase to count by, `detail` says more.
 
     Reasons of images: `missing` (no such file), `unreadable` (the file system refuses), `empty`
-    (zero bytes), `corrupt` (no known format, truncated or damaged), `too large`, `too small`,
-    and `POINTER`.
+    (zero bytes), `corrupt` (no known format, truncated or damaged), `too large`, `too small`, and
+    `Git LFS pointer`.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -139,7 +139,7 @@ def open_image(image: ImageRef) -> Image.Image:
     if isinstance(image, bytes) and not image:
         raise SkipSample("empty", "zero bytes")
     if isinstance(image, bytes) and image.startswith(LFS_POINTER):
-        raise SkipSample(POINTER, "`git lfs pull` fetches the image")
+        raise SkipSample(UNFETCHED, "`git lfs pull` fetches the image")
     try:
         if isinstance(image, Image.Image):
             return _normalise(image)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from t2i.data.content import printable
-from t2i.data.images import POINTER, FileSlice, ImageRef, SkipSample, read_bytes
+from t2i.data.images import UNFETCHED, FileSlice, ImageRef, SkipSample, read_bytes
 from t2i.errors import UserError, shorten
 from t2i.lfs import LFS_POINTER
 
@@ -169,7 +169,7 @@ def _as_text(value: Any) -> str:
         return ""
     if isinstance(value, bytes):
         if value.startswith(LFS_POINTER):
-            raise SkipSample(f"caption is a {POINTER}")
+            raise SkipSample(f"caption is a {UNFETCHED}")
         try:
             return value.decode("utf-8-sig")
         except UnicodeDecodeError as error:

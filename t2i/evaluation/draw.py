@@ -162,6 +162,7 @@ def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawO
 def request_hash(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> str:
     """A short name for all that must match in a folder of images."""
     settings = generation_settings(model, entries, options)
+    # What is empty as a rule is left out: the names of folders of before stay.
     told = {key: settings[key] for key in _MUST_MATCH if settings[key] != {}}
     return json_sha256(told)[:8]
 

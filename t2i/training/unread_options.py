@@ -33,7 +33,7 @@ def settle_options(config: C, recipe: C) -> C:
     """
     before, now = leaves(plain(recipe)), leaves(plain(config))
     given = [name for name in given_options(config) if now.get(name) != before.get(name)]
-    for told in _told(given, now, _contradicted(config)):
+    for told in _told(given, now, _contradicted(config, given)):
         raise UserError(f"{told}; leave it out")
     if "epochs" in given and config.steps == recipe.steps:
         config = replace(config, steps=None)
@@ -48,10 +48,9 @@ def _told(given: list[str], values: dict, unread: _Unread) -> Iterator[str]:
             yield f"{', '.join(parts)} has no effect with {why}"
 
 
-def _contradicted(config: TrainConfig) -> _Unread:
-    data = config.data
-    if is_checkpoint(config.backbone.weights):
-        of_base = {"backbone.grid", "backbone.text_encoder_dtype"}
+def _contradicted(config: TrainConfig, given: list[str]) -> _Unread:
+    data, of_base = config.data, {"backbone.grid", "backbone.text_encoder_dtype"}
+    if of_base & {*given} and is_checkpoint(config.backbone.weights):  # which reads all of it
         yield of_base, f"backbone.weights={config.backbone.weights}, which says it itself"
     if isinstance(data, LabelledOptions) and any(map(holds_codes, data.source)):
         yield {"data.views", "data.crop_ranges", "data.split"}, "codes that others computed"

@@ -195,9 +195,14 @@ class MetadataFolder(Source):
 
     def _keys(self, column: str) -> dict[str, None]:
         """The fields of a column that holds objects, and nothing that a caption can be."""
-        values = [row[column] for _, row in self._rows if row.get(column) is not None]
-        objects = all(isinstance(value, dict) for value in values)
-        return dict.fromkeys(key for value in values for key in value) if objects else {}
+        found: dict[str, None] = {}
+        for _, row in self._rows:
+            value = row.get(column)
+            if isinstance(value, dict):
+                found |= dict.fromkeys(value)
+            elif value is not None:  # as a rule in the first row
+                return {}
+        return found
 
     def files(self) -> list[tuple[str, Path]]:
         """The metadata and every image that it names."""

@@ -95,10 +95,13 @@ class TarSource(Source):
                 "ends at the first dot: rename a.b.png to a_b.png, or name one with "
                 "--data.image-column"
             )
-        for name in CAPTION_COLUMNS if wanted.caption_column is None else ():
-            both = [e for e in seen.with_json if self._caption in e.parts]
-            values = ((_read_json(e.parts["json"]).get(name), self._captions(e)) for e in both)
-            if any(value is not None and _differ(value, text) for value, text in values):
+        if wanted.caption_column is not None:
+            return
+        both = [entry for entry in seen.with_json if self._caption in entry.parts]
+        read = [(self._captions(entry), _read_json(entry.parts["json"])) for entry in both]
+        for name in CAPTION_COLUMNS:
+            others = ((text, row[name]) for text, row in read if row.get(name) is not None)
+            if any(_differ(*pair) for pair in others):
                 yield f"captions are those of {self._caption}, and not of json.{name}, which differ"
 
     def files(self) -> list[tuple[str, Path]]:
