@@ -8,6 +8,7 @@ LlamaGen's own training scripts store next to the weights.
 
 import argparse
 import hashlib
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,18 @@ from t2i.published import files_sha256
 # look for them; averages are read where there is nothing else.
 _NESTING_KEYS = ("model", "module", "state_dict", "ema")
 # What some files carry along and no model learns: tables, masks, and caches of sampling.
-_COMPUTED = ("freqs_cis", "causal_mask", "attn_mask", "k_cache", "v_cache", "inv_freq")
+_COMPUTED = (
+    "freqs_cis",
+    "causal_mask",
+    "attn_mask",
+    "k_cache",
+    "v_cache",
+    "inv_freq",
+    "n_averaged",  # PyTorch's AveragedModel counts its updates
+)
+# What torch.compile (of the whole, or of blocks), FSDP and its checkpointing put into names.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_DDP = re.compile(r"^(module\.)+")
 _MOST_KEYS = 40
 
 _UNPICKLER = "WeightsUnpickler error:"
@@ -44,7 +56,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Understands `{"model" | "module" | "state_dict" | "ema": {...}}`, consolidated FSDP files (the
     state dict at top level), files of LlamaGen's own training (with an argparse namespace inside)
-    and what `torch.compile` or DDP put into names. Tables, masks and caches that were saved along
+XX. Tables, masks and caches that were saved along
     are left out.
 
     Raises:
@@ -152,9 +164,19 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
             f"weight file {path} holds no state dict "
             f"(looked at top level and under {', '.join(_NESTING_KEYS)})"
         )
-    # Without what torch.compile (of the whole, or of blocks) and DDP put into the names.
-    named = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in content.items()}
+    named: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if (name := _unwrapped(key)) in named:
+            raise UserError(f"weight file {path} holds {name} twice, once as {key}")
+        named[name] = value
     return _learned(named)
+
+
+def _unwrapped(name: str) -> str:
+    """A weight's name without what parallel training and compiling put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return _DDP.sub("", name)  # averages of a DDP model have it twice
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:

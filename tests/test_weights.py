@@ -44,7 +44,15 @@ LAYOUTS = {
             f"module._orig_mod.{k.replace('layers.0', 'layers.0._orig_mod')}": sd[k] for k in sd
         }
     },
+    "fsdp": lambda sd: {
+        f"_fsdp_wrapped_module.{k.replace('layers.0', 'layers.0._checkpoint_wrapped_module')}": sd[k]
+        for k in sd
+    },
     "averages_alone": lambda sd: {"ema": sd, "steps": 3},
+    "averaged_model_of_ddp": lambda sd: {
+        "n_averaged": torch.tensor(3),
+        **{f"module.module.{k}": v for k, v in sd.items()},
+    },
     "after_sampling": lambda sd: {
         "model": {
             **sd,
@@ -171,6 +179,13 @@ def test_files_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds no state dict"):
         read_state_dict(tmp_path / "x.pt")
+
+
+def test_a_weight_under_two_names(tmp_path, weights):
+    path = tmp_path / "gpt.pt"
+    torch.save({**weights, "module.norm.weight": weights["norm.weight"] + 1}, path)
+    with pytest.raises(UserError, match=r"norm\.weight twice, once as module\.norm\.weight"):
+        LlamaGen.load(path, LoadOptions(CONFIG))
 
 
 def test_missing_file(tmp_path):
