@@ -118,7 +118,15 @@ def lasting(source: str | Path) -> str:
         if (Path(source) / "config.json").is_file():
             log.warning(namesake(str(source), "the base that the kit ships"))
         return str(source)
-    return str(Path(source).resolve() if Path(source).exists() else source)
+    return str(absolute(source) if Path(source).exists() else source)
+
+
+def absolute(path: str | Path) -> Path:
+    """A path for any working directory. A link to a file keeps its own name, which says the file's
+    format and shape: what it leads to may be named by a hash (the hub's cache, DVC).
+    """
+    path = Path(path)
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
 def base_files(
@@ -278,7 +286,7 @@ def beside(source: BackboneSource, folder: Path) -> BackboneSource:
     """The source of a checkpoint folder whose base lies relative to it (an export's)."""
     given = {name: getattr(source, name) or "" for name in _FILES}
     inside = {name: path for name, path in given.items() if path.startswith("..")}
-    found: dict[str, Any] = {name: str((folder / path).resolve()) for name, path in inside.items()}
+    found: dict[str, Any] = {name: str(absolute(folder / path)) for name, path in inside.items()}
     return replace(source, **found)
 
 
@@ -332,7 +340,7 @@ def _helper(given: str | Path | None, stored: str | None, root: Path | None) -> 
 def _under(root: Path, stored: str) -> Path | None:
     """What lies under the folder by the longest end of a stored path, or hub name."""
     parts = [part for part in Path(stored.replace(":", "/")).parts if part != "/"]
-    ends = (root.joinpath(*parts[i:]).resolve() for i in range(len(parts)))
+    ends = (absolute(root.joinpath(*parts[i:])) for i in range(len(parts)))
     return next((end for end in ends if end.exists()), None)
 
 

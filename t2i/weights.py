@@ -56,8 +56,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Understands `{"model" | "module" | "state_dict" | "ema": {...}}`, consolidated FSDP files (the
     state dict at top level), files of LlamaGen's own training (with an argparse namespace inside)
-XX. Tables, masks and caches that were saved along
-    are left out.
+    and what `torch.compile`, DDP or FSDP put into names. Tables, masks and caches that were saved
+    along are left out.
 
     Raises:
         UserError: the file is missing, truncated, not a weight file, or holds objects that are
@@ -70,7 +70,7 @@ XX. Tables, masks and caches that were saved along
     with reading(f"weight file {path}"), open(path, "rb"):
         pass  # without permission libraries say that it is damaged
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             content = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
@@ -79,6 +79,16 @@ XX. Tables, masks and caches that were saved along
     except Exception as error:  # a damaged pickle stream can make the unpickler raise anything
         raise _unreadable(path, error) from error
     return _flatten(content, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by its content: a hub's cache and habit give it other names."""
+    if path.suffix == ".safetensors":
+        return True
+    with open(path, "rb") as file:
+        start = file.read(9)  # the length of a JSON object, and its first character
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and length <= path.stat().st_size - 8
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -135,7 +145,7 @@ def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, T
 
 
 def _read_shapes(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":  # pickles are mapped: their data is not read either
+    if not _is_safetensors(path):  # pickles are mapped: their data is not read either
         return {k: v.to("meta") for k, v in read_state_dict(path).items()}
     try:
         with safe_open(path, framework="pt") as file:

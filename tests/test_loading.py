@@ -230,6 +230,27 @@ def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
             wrong.load(*wrong.check())
 
 
+def test_links_to_files_named_by_a_hash(tmp_path):
+    """The hub's cache and DVC have them: the link's own name tells format and shape."""
+    backbone, blobs, links = tiny_rar(), tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    links.mkdir()
+    for name, module in {"rar": backbone.gpt, "vq": backbone.frozen.tokenizer}.items():
+        torch.save(module.state_dict(), blobs / name)
+        (links / f"{name}.bin").symlink_to(f"../blobs/{name}")
+    given = {"tokenizer": links / "vq.bin"}
+    loaded = load_backbone("rar", links / "rar.bin", **given)
+    assert loaded.source.weights == str(links / "rar.bin")
+    assert loaded.source.tokenizer == str(links / "vq.bin")
+    model = t2i.attach(loaded, t2i.presets.iclr2026(k=2))
+    folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
+    links = links.rename(tmp_path / "moved")
+    moved = t2i.from_pretrained(folder, base=links)
+    assert moved.backbone.source.weights == str(links / "rar.bin")
+    options = ModelOptions(base=BaseOptions(family="rar", weights=str(links / "rar.bin")))
+    assert options.name() == "rar"
+
+
 def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
     """Of another width, or given to a model that reads no captions."""
     folder = write_tiny_base(tmp_path / "base")

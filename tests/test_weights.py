@@ -45,7 +45,7 @@ LAYOUTS = {
         }
     },
     "fsdp": lambda sd: {
-        f"_fsdp_wrapped_module.{k.replace('layers.0', 'layers.0._checkpoint_wrapped_module')}": sd[k]
+        f"_fsdp_wrapped_module.{k.replace('s.0', 's.0._checkpoint_wrapped_module')}": sd[k]
         for k in sd
     },
     "averages_alone": lambda sd: {"ema": sd, "steps": 3},
@@ -179,6 +179,12 @@ def test_files_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds no state dict"):
         read_state_dict(tmp_path / "x.pt")
+
+
+def test_safetensors_of_another_name(tmp_path, weights):
+    """As the hub's cache has them, by their hash."""
+    save_file(weights, tmp_path / "c2i")
+    assert read_state_dict(tmp_path / "c2i").keys() == weights.keys()
 
 
 def test_a_weight_under_two_names(tmp_path, weights):
