@@ -41,6 +41,7 @@ _COMPUTED = (
 # What torch.compile (of the whole, or of blocks), FSDP and its checkpointing put into names.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _DDP = re.compile(r"^(module\.)+")
+_MOST_NESTED = 4  # one within another, as mPLUG's own loader takes them
 _MOST_KEYS = 40
 
 _UNPICKLER = "WeightsUnpickler error:"
@@ -161,18 +162,13 @@ def _learned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict):
-        for key in _NESTING_KEYS:  # one within another, too, as mPLUG's own loader takes them
-            if isinstance(content.get(key), dict):
-                content = content[key]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
+    for _ in range(_MOST_NESTED):
+        if isinstance(content, dict):
+            content = _within(content)
+    if not _is_state_dict(content):
         raise UserError(
-            f"weight file {path} holds no state dict "
-            f"(looked at top level and under {', '.join(_NESTING_KEYS)})"
+            f"weight file {path} holds no state dict (looked at top level, under "
+            f"{', '.join(_NESTING_KEYS)}, and for the only one under another name)"
         )
     named: dict[str, Tensor] = {}
     for key, value in content.items():
@@ -180,6 +176,23 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
             raise UserError(f"weight file {path} holds {name} twice, once as {key}")
         named[name] = value
     return _learned(named)
+
+
+def _within(content: dict) -> dict:
+    """What a dict holds under a usual key, else its only state dict; itself if it has none."""
+    for key in _NESTING_KEYS:
+        if isinstance(content.get(key), dict):
+            return content[key]
+    found = [value for value in content.values() if _is_state_dict(value)]
+    return found[0] if len(found) == 1 else content
+
+
+def _is_state_dict(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    )
 
 
 def _unwrapped(name: str) -> str:

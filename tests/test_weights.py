@@ -48,6 +48,8 @@ LAYOUTS = {
         f"_fsdp_wrapped_module.{k.replace('s.0', 's.0._checkpoint_wrapped_module')}": sd[k]
         for k in sd
     },
+    "nested_the_other_way": lambda sd: {"state_dict": {"model": {"module": sd}}},
+    "a_key_of_ones_own": lambda sd: {"model_state_dict": sd, "epoch": 3, "optimizer": {"a": {}}},
     "averages_alone": lambda sd: {"ema": sd, "steps": 3},
     "averaged_model_of_ddp": lambda sd: {
         "n_averaged": torch.tensor(3),
@@ -174,7 +176,16 @@ def test_truncated_safetensors(tmp_path, weights):
         read_folder(tmp_path, shapes_only=True)
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, {}, {3: torch.zeros(1)}, torch.zeros(2)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a": 1},
+        {},
+        {3: torch.zeros(1)},
+        torch.zeros(2),
+        {"generator": {"a": torch.zeros(1)}, "discriminator": {"b": torch.zeros(1)}},
+    ],
+)
 def test_files_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds no state dict"):
