@@ -308,14 +308,14 @@ def moved(
     """
     weights, root = source.weights, None
     if base is not None and Path(base).is_dir():
-        root = Path(base)
+        root = absolute(base)
         found = _under(root, source.weights)
         if found is None and (root / "config.json").is_file():
             found = root
         weights = str(found or source.weights)
     elif base is not None:
         weights = str(base)  # a hub's file, or an error later
-        if (file := Path(base)).is_file():
+        if (file := absolute(base)).is_file():
             root = file.parent
             # A backbone folder's own weight file stands for the folder, which brings the rest.
             whole = source.tokenizer is None and (root / "config.json").is_file()

@@ -78,6 +78,30 @@ def test_one_folder_finds_all_moved_files(trained, tmp_path):
         assert [i.tobytes() for i in drawn] == [i.tobytes() for i in expected]
 
 
+@pytest.mark.parametrize("base", ["elsewhere", "elsewhere/gpt.pt"])
+def test_what_moved_may_be_named_from_the_working_directory(trained, tmp_path, monkeypatch, base):
+    """A checkpoint of such a model is loaded from any other."""
+    files, folder, _ = trained
+    files.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    model = t2i.from_pretrained(folder, base=base)
+    again = t2i.save_pretrained(model, tmp_path / "again", tuning="codec")
+    monkeypatch.chdir("/")
+    assert_same_weights(t2i.from_pretrained(again).state_dict(), model.state_dict())
+
+
+def test_a_backbone_folder_that_moved_may_be_named_so(tmp_path, monkeypatch):
+    files = write_tiny_base(tmp_path / "files")
+    model = t2i.attach(load_backbone("llamagen", files), t2i.presets.iclr2026(k=2))
+    folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
+    files.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    moved = t2i.from_pretrained(folder, base="elsewhere")
+    again = t2i.save_pretrained(moved, tmp_path / "again", tuning="codec")
+    monkeypatch.chdir("/")
+    assert_same_weights(t2i.from_pretrained(again).state_dict(), model.state_dict())
+
+
 def test_a_part_that_is_missing_is_named_alone(trained, tmp_path):
     files, folder, _ = trained
     moved = files.rename(tmp_path / "elsewhere")
