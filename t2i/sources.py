@@ -15,7 +15,7 @@ from t2i.fields import read_object
 from t2i.files import namesake
 from t2i.models.families import FAMILIES, Family, find_family
 from t2i.published import asking_hub, fetch_model, hub_is_away, remembered_sha256
-from t2i.weights import folder_sha256
+from t2i.weights import stored_sha256
 
 log = logging.getLogger(__name__)
 
@@ -248,10 +248,9 @@ def _file_hash(files: BackboneSource, name: str) -> str | None:
     """SHA-256 of one of the files of an expanded source; None where there is none."""
     family = find_family(files.family)
     if name == "weights":
-        path = resolve(files.weights, folder=family.published_as_folder)
-        return folder_sha256(path) if path.is_dir() else remembered_sha256(path)
+        return stored_sha256(resolve(files.weights, folder=family.published_as_folder))
     if name == "tokenizer":
-        return files.tokenizer and remembered_sha256(resolve(files.tokenizer))
+        return files.tokenizer and stored_sha256(resolve(files.tokenizer))
     if family.prompt_file is not None:
         return remembered_sha256(resolve(files.weights, folder=True) / family.prompt_file)
     return files.text_encoder and family.text_encoder_class.hash_of(files.text_encoder)

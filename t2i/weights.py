@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from t2i.errors import UserError, shorten
 from t2i.files import read_json, reading
 from t2i.lfs import refuse_pointers
-from t2i.published import files_sha256
+from t2i.published import files_sha256, remembered_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers
 # look for them; averages are read where there is nothing else.
@@ -44,13 +44,15 @@ _DDP = re.compile(r"^(module\.)+")
 _MOST_NESTED = 4  # one within another, as mPLUG's own loader takes them
 _MOST_KEYS = 40
 
+_INDEX = ".index.json"  # how the name of an index of shards ends
 _UNPICKLER = "WeightsUnpickler error:"
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """A weight file (.safetensors, or a .pt/.pth/.bin pickle) as a flat state dict on the CPU.
+    """A weight file (.safetensors, a .pt/.pth/.bin pickle, or the .index.json of shards beside it)
+    as a flat state dict on the CPU.
 
     The file is mapped into memory, so that nothing is read before it is used, and weights that are
     copied into a model are not there twice. (Pickles of before torch 1.6 cannot be mapped.)
@@ -68,6 +70,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "is a folder, or no usual file" if path.exists() else "does not exist"
         raise UserError(f"weight file {path} {what}; check the path")
+    if path.name.endswith(_INDEX):
+        return _together(_shards(path))
     with reading(f"weight file {path}"), open(path, "rb"):
         pass  # without permission libraries say that it is damaged
     try:
@@ -113,31 +117,37 @@ def weight_files(folder: str | Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            try:
-                names = set(read_json(folder / index)["weight_map"].values())
-            except (KeyError, TypeError, AttributeError) as error:
-                text = f"{folder / index} is damaged ({error!r}); download it again"
-                raise UserError(text) from error
-            if strange := sorted(str(n) for n in names if Path(str(n)).name != n):
-                raise UserError(
-                    f"{folder / index} names {', '.join(strange)}, which is not within the folder"
-                )
-            if missing := sorted(n for n in names if not (folder / n).is_file()):
-                raise UserError(
-                    f"{folder / index} names {', '.join(missing)}, which is not there; "
-                    "download it again"
-                )
-            return [folder / name for name in sorted(names)]
+            return _shards(folder / index)
     raise UserError(
         f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, "
         "nor an index of their shards"
     )
 
 
+def _shards(index: Path) -> list[Path]:
+    """The files beside an index that its weights are in."""
+    folder = index.parent
+    try:
+        names = set(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}); download it again") from error
+    if strange := sorted(str(n) for n in names if Path(str(n)).name != n):
+        raise UserError(f"{index} names {', '.join(strange)}, which is not within the folder")
+    if missing := sorted(n for n in names if not (folder / n).is_file()):
+        raise UserError(
+            f"{index} names {', '.join(missing)}, which is not there; download it again"
+        )
+    return [folder / name for name in sorted(names)]
+
+
 def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """All weights of a folder (see `weight_files`); `shapes_only`: on the meta device, unread."""
+    return _together(weight_files(folder), shapes_only=shapes_only)
+
+
+def _together(paths: Sequence[Path], *, shapes_only: bool = False) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
-    for path in weight_files(folder):
+    for path in paths:
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
         if twice := sorted(weights.keys() & part.keys()):
             raise UserError(f"{path} holds keys that another shard has, too: {shorten_keys(twice)}")
@@ -333,9 +343,13 @@ def check_loading(info: dict, said: str, without_effect: Callable[[str], object]
     refuse_misfits(counted, said)
 
 
-def folder_sha256(folder: str | Path) -> str:
-    """SHA-256 over the hashes of a folder's weight files, in the order of their names."""
-    return files_sha256(weight_files(folder))
+def stored_sha256(path: Path) -> str:
+    """SHA-256 of a weight file; of a folder, or an index of shards, over the hashes of its weight
+    files in the order of their names.
+    """
+    if path.is_dir():
+        return files_sha256(weight_files(path))
+    return files_sha256(_shards(path)) if path.name.endswith(_INDEX) else remembered_sha256(path)
 
 
 def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:

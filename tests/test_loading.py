@@ -10,7 +10,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from helpers import tiny_llamagen, tiny_rar, tiny_vq
+from huggingface_hub import save_torch_state_dict
 from runs import PROMPTS, assert_same_weights, tiny_run, weights, write_tiny_base
+from safetensors.torch import load_file, save_file
 
 import t2i
 from t2i import published
@@ -252,6 +254,27 @@ def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
         wrong = replace(options, base=replace(options.base, grid=(0, 4)))
         with pytest.raises(t2i.UserError, match=r"grid=\(0, 4\) must be at least 1"):
             wrong.load(*wrong.check())
+
+
+def test_shards_of_a_family_that_publishes_one_file(tmp_path):
+    """As transformers and the hub's library split large files; the hash covers all of them."""
+    backbone = tiny_rar()
+    for name, module in {"rar": backbone.gpt, "vq": backbone.frozen.tokenizer}.items():
+        (tmp_path / name).mkdir()
+        save_torch_state_dict(module.state_dict(), tmp_path / name, max_shard_size="50KB")
+    index, vq = (tmp_path / name / "model.safetensors.index.json" for name in ("rar", "vq"))
+    loaded = load_backbone("rar", index, tokenizer=vq)
+    assert_same_weights(loaded.gpt.state_dict(), backbone.gpt.state_dict())
+    model = t2i.attach(loaded, t2i.presets.iclr2026(k=2))
+    folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
+    assert_same_weights(t2i.from_pretrained(folder).state_dict(), model.state_dict())
+    shard = sorted(index.parent.glob("*.safetensors"))[-1]
+    save_file({k: v + 1 for k, v in load_file(shard).items()}, shard)
+    with pytest.raises(t2i.UserError, match="is not the weight file that the checkpoint"):
+        t2i.from_pretrained(folder)
+    shard.unlink()
+    with pytest.raises(t2i.UserError, match=f"names {shard.name}, which is not there"):
+        load_backbone("rar", index)
 
 
 def test_links_to_files_named_by_a_hash(tmp_path):
