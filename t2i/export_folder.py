@@ -36,7 +36,7 @@ from t2i.models.families import Family, find_family
 from t2i.progress import readable_size
 from t2i.published import asking_hub
 from t2i.sampling import DrawOptions
-from t2i.sources import BackboneSource, expand_folder, shipped_bases
+from t2i.sources import BackboneSource, absolute, expand_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
 from t2i.training.trigger_words import TRIGGER, remind_of_trigger, trigger_of, with_trigger
 from t2i.weights import refuse_not_finite, save_weights
@@ -296,7 +296,7 @@ def _listed(settings: dict) -> str:
 def _public_name(source: str) -> str:
     """A name that may be published: of what lies on this machine, the last part of its path."""
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
-    return Path(source).resolve().name if local or Path(source).exists() else source
+    return absolute(source).name if local or Path(source).exists() else source
 
 
 def _trained(config: dict) -> str:

@@ -35,6 +35,8 @@ CPU, of models that predict one code a step (docs/fewer_steps.md); elsewhere it 
 It is a rule, and not timed at hand, so that a command draws the same bits every time.
 """
 
+_MOST_WARNINGS = 20
+"""Prompts that are listed as read in part: of thousands, more would hide everything else."""
 _MOST_IMAGES = 10_000_000
 """That are listed: a gigabyte of pairs of numbers."""
 
@@ -207,9 +209,16 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
     captions = [str(prompt) for prompt in prompts]
     for prompt, lost in zip(captions, backbone.caption_notes(captions), strict=True):
         said = "has no text the encoder can read" if lost is None else "; ".join(lost)
-        if said and prompt not in backbone.frozen.warned:
-            backbone.frozen.warned.add(prompt)
-            log.warning(f"prompt {prompt!r:.200}: {said}")
+        if not said or prompt in backbone.frozen.warned:
+            continue
+        backbone.frozen.warned.add(prompt)
+        if lost is not None:
+            backbone.frozen.read_in_part += 1
+            if backbone.frozen.read_in_part == _MOST_WARNINGS + 1:
+                log.warning("further prompts that are read in part are not listed")
+            if backbone.frozen.read_in_part > _MOST_WARNINGS:
+                continue
+        log.warning(f"prompt {prompt!r:.200}: {said}")
 
 
 def parse_conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:

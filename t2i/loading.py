@@ -13,7 +13,6 @@ from t2i.fields import from_json
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.blocks import LlamaConfig
 from t2i.models.families import find_family
-from t2i.published import remembered_sha256
 from t2i.sampling import SamplingConfig
 from t2i.sources import (
     BackboneSource,
@@ -25,7 +24,7 @@ from t2i.sources import (
 )
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
-from t2i.weights import state_dict_sha256
+from t2i.weights import state_dict_sha256, stored_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -258,5 +257,5 @@ def tokenizer_hash(backbone: Backbone) -> str:
     assert backbone.source is not None, "of load_backbone"
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
-        return remembered_sha256(resolve(files.tokenizer))
+        return stored_sha256(resolve(files.tokenizer))
     return state_dict_sha256(backbone.tokenizer.state_dict())

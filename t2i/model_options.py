@@ -174,10 +174,11 @@ class ModelOptions:
     def name(self) -> str:
         """The model's name in that of a folder: run and step, the export, or the base's file."""
         from t2i.checkpoint_folders import BEST, EXPORTED
+        from t2i.sources import absolute
 
         assert self.source is not None, "check comes first"
         if self.checkpoint is None:
-            name = Path(self.source.rpartition(":")[2]).resolve().name
+            name = absolute(self.source.rpartition(":")[2]).name
             return re.sub(r"\.(pt|pth|ckpt|bin|safetensors)$", "", name)
         folder = self.checkpoint.resolve()
         if folder.parent.name == "checkpoints":

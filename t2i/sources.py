@@ -15,7 +15,7 @@ from t2i.fields import read_object
 from t2i.files import namesake
 from t2i.models.families import FAMILIES, Family, find_family
 from t2i.published import asking_hub, fetch_model, hub_is_away, remembered_sha256
-from t2i.weights import folder_sha256
+from t2i.weights import stored_sha256
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,15 @@ def lasting(source: str | Path) -> str:
         if (Path(source) / "config.json").is_file():
             log.warning(namesake(str(source), "the base that the kit ships"))
         return str(source)
-    return str(Path(source).resolve() if Path(source).exists() else source)
+    return str(absolute(source) if Path(source).exists() else source)
+
+
+def absolute(path: str | Path) -> Path:
+    """A path for any working directory. A link to a file keeps its own name, which says the file's
+    format and shape: what it leads to may be named by a hash (the hub's cache, DVC).
+    """
+    path = Path(path)
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
 def base_files(
@@ -240,10 +248,9 @@ def _file_hash(files: BackboneSource, name: str) -> str | None:
     """SHA-256 of one of the files of an expanded source; None where there is none."""
     family = find_family(files.family)
     if name == "weights":
-        path = resolve(files.weights, folder=family.published_as_folder)
-        return folder_sha256(path) if path.is_dir() else remembered_sha256(path)
+        return stored_sha256(resolve(files.weights, folder=family.published_as_folder))
     if name == "tokenizer":
-        return files.tokenizer and remembered_sha256(resolve(files.tokenizer))
+        return files.tokenizer and stored_sha256(resolve(files.tokenizer))
     if family.prompt_file is not None:
         return remembered_sha256(resolve(files.weights, folder=True) / family.prompt_file)
     return files.text_encoder and family.text_encoder_class.hash_of(files.text_encoder)
@@ -278,7 +285,7 @@ def beside(source: BackboneSource, folder: Path) -> BackboneSource:
     """The source of a checkpoint folder whose base lies relative to it (an export's)."""
     given = {name: getattr(source, name) or "" for name in _FILES}
     inside = {name: path for name, path in given.items() if path.startswith("..")}
-    found: dict[str, Any] = {name: str((folder / path).resolve()) for name, path in inside.items()}
+    found: dict[str, Any] = {name: str(absolute(folder / path)) for name, path in inside.items()}
     return replace(source, **found)
 
 
@@ -300,14 +307,14 @@ def moved(
     """
     weights, root = source.weights, None
     if base is not None and Path(base).is_dir():
-        root = Path(base)
+        root = absolute(base)
         found = _under(root, source.weights)
         if found is None and (root / "config.json").is_file():
             found = root
         weights = str(found or source.weights)
     elif base is not None:
         weights = str(base)  # a hub's file, or an error later
-        if (file := Path(base)).is_file():
+        if (file := absolute(base)).is_file():
             root = file.parent
             # A backbone folder's own weight file stands for the folder, which brings the rest.
             whole = source.tokenizer is None and (root / "config.json").is_file()
@@ -332,7 +339,7 @@ def _helper(given: str | Path | None, stored: str | None, root: Path | None) -> 
 def _under(root: Path, stored: str) -> Path | None:
     """What lies under the folder by the longest end of a stored path, or hub name."""
     parts = [part for part in Path(stored.replace(":", "/")).parts if part != "/"]
-    ends = (root.joinpath(*parts[i:]).resolve() for i in range(len(parts)))
+    ends = (absolute(root.joinpath(*parts[i:])) for i in range(len(parts)))
     return next((end for end in ends if end.exists()), None)
 
 

@@ -8,6 +8,7 @@ LlamaGen's own training scripts store next to the weights.
 
 import argparse
 import hashlib
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,30 +23,44 @@ from torch import Tensor, nn
 from t2i.errors import UserError, shorten
 from t2i.files import read_json, reading
 from t2i.lfs import refuse_pointers
-from t2i.published import files_sha256
+from t2i.published import files_sha256, remembered_sha256
 
 # The key under which a training script nests its weights, in the order in which LlamaGen's samplers
 # look for them; averages are read where there is nothing else.
 _NESTING_KEYS = ("model", "module", "state_dict", "ema")
 # What some files carry along and no model learns: tables, masks, and caches of sampling.
-_COMPUTED = ("freqs_cis", "causal_mask", "attn_mask", "k_cache", "v_cache", "inv_freq")
+_COMPUTED = (
+    "freqs_cis",
+    "causal_mask",
+    "attn_mask",
+    "k_cache",
+    "v_cache",
+    "inv_freq",
+    "n_averaged",  # PyTorch's AveragedModel counts its updates
+)
+# What torch.compile (of the whole, or of blocks), FSDP and its checkpointing put into names.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_DDP = re.compile(r"^(module\.)+")
+_MOST_NESTED = 4  # one within another, as mPLUG's own loader takes them
 _MOST_KEYS = 40
 
+_INDEX = ".index.json"  # how the name of an index of shards ends
 _UNPICKLER = "WeightsUnpickler error:"
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """A weight file (.safetensors, or a .pt/.pth/.bin pickle) as a flat state dict on the CPU.
+    """A weight file (.safetensors, a .pt/.pth/.bin pickle, or the .index.json of shards beside it)
+    as a flat state dict on the CPU.
 
     The file is mapped into memory, so that nothing is read before it is used, and weights that are
     copied into a model are not there twice. (Pickles of before torch 1.6 cannot be mapped.)
 
     Understands `{"model" | "module" | "state_dict" | "ema": {...}}`, consolidated FSDP files (the
     state dict at top level), files of LlamaGen's own training (with an argparse namespace inside)
-    and what `torch.compile` or DDP put into names. Tables, masks and caches that were saved along
-    are left out.
+    and what `torch.compile`, DDP or FSDP put into names. Tables, masks and caches that were saved
+    along are left out.
 
     Raises:
         UserError: the file is missing, truncated, not a weight file, or holds objects that are
@@ -55,10 +70,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "is a folder, or no usual file" if path.exists() else "does not exist"
         raise UserError(f"weight file {path} {what}; check the path")
+    if path.name.endswith(_INDEX):
+        return _together(_shards(path))
     with reading(f"weight file {path}"), open(path, "rb"):
         pass  # without permission libraries say that it is damaged
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             content = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
@@ -67,6 +84,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle stream can make the unpickler raise anything
         raise _unreadable(path, error) from error
     return _flatten(content, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by its content: a hub's cache and habit give it other names."""
+    if path.suffix == ".safetensors":
+        return True
+    with open(path, "rb") as file:
+        start = file.read(9)  # the length of a JSON object, and its first character
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and length <= path.stat().st_size - 8
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -90,31 +117,37 @@ def weight_files(folder: str | Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            try:
-                names = set(read_json(folder / index)["weight_map"].values())
-            except (KeyError, TypeError, AttributeError) as error:
-                text = f"{folder / index} is damaged ({error!r}); download it again"
-                raise UserError(text) from error
-            if strange := sorted(str(n) for n in names if Path(str(n)).name != n):
-                raise UserError(
-                    f"{folder / index} names {', '.join(strange)}, which is not within the folder"
-                )
-            if missing := sorted(n for n in names if not (folder / n).is_file()):
-                raise UserError(
-                    f"{folder / index} names {', '.join(missing)}, which is not there; "
-                    "download it again"
-                )
-            return [folder / name for name in sorted(names)]
+            return _shards(folder / index)
     raise UserError(
         f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, "
         "nor an index of their shards"
     )
 
 
+def _shards(index: Path) -> list[Path]:
+    """The files beside an index that its weights are in."""
+    folder = index.parent
+    try:
+        names = set(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}); download it again") from error
+    if strange := sorted(str(n) for n in names if Path(str(n)).name != n):
+        raise UserError(f"{index} names {', '.join(strange)}, which is not within the folder")
+    if missing := sorted(n for n in names if not (folder / n).is_file()):
+        raise UserError(
+            f"{index} names {', '.join(missing)}, which is not there; download it again"
+        )
+    return [folder / name for name in sorted(names)]
+
+
 def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """All weights of a folder (see `weight_files`); `shapes_only`: on the meta device, unread."""
+    return _together(weight_files(folder), shapes_only=shapes_only)
+
+
+def _together(paths: Sequence[Path], *, shapes_only: bool = False) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
-    for path in weight_files(folder):
+    for path in paths:
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
         if twice := sorted(weights.keys() & part.keys()):
             raise UserError(f"{path} holds keys that another shard has, too: {shorten_keys(twice)}")
@@ -123,7 +156,7 @@ def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, T
 
 
 def _read_shapes(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":  # pickles are mapped: their data is not read either
+    if not _is_safetensors(path):  # pickles are mapped: their data is not read either
         return {k: v.to("meta") for k, v in read_state_dict(path).items()}
     try:
         with safe_open(path, framework="pt") as file:
@@ -139,22 +172,44 @@ def _learned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict):
-        for key in _NESTING_KEYS:  # one within another, too, as mPLUG's own loader takes them
-            if isinstance(content.get(key), dict):
-                content = content[key]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
+    for _ in range(_MOST_NESTED):
+        if isinstance(content, dict):
+            content = _within(content)
+    if not _is_state_dict(content):
         raise UserError(
-            f"weight file {path} holds no state dict "
-            f"(looked at top level and under {', '.join(_NESTING_KEYS)})"
+            f"weight file {path} holds no state dict (looked at top level, under "
+            f"{', '.join(_NESTING_KEYS)}, and for the only one under another name)"
         )
-    # Without what torch.compile (of the whole, or of blocks) and DDP put into the names.
-    named = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in content.items()}
+    named: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if (name := _unwrapped(key)) in named:
+            raise UserError(f"weight file {path} holds {name} twice, once as {key}")
+        named[name] = value
     return _learned(named)
+
+
+def _within(content: dict) -> dict:
+    """What a dict holds under a usual key, else its only state dict; itself if it has none."""
+    for key in _NESTING_KEYS:
+        if isinstance(content.get(key), dict):
+            return content[key]
+    found = [value for value in content.values() if _is_state_dict(value)]
+    return found[0] if len(found) == 1 else content
+
+
+def _is_state_dict(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    )
+
+
+def _unwrapped(name: str) -> str:
+    """A weight's name without what parallel training and compiling put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return _DDP.sub("", name)  # averages of a DDP model have it twice
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
@@ -288,9 +343,13 @@ def check_loading(info: dict, said: str, without_effect: Callable[[str], object]
     refuse_misfits(counted, said)
 
 
-def folder_sha256(folder: str | Path) -> str:
-    """SHA-256 over the hashes of a folder's weight files, in the order of their names."""
-    return files_sha256(weight_files(folder))
+def stored_sha256(path: Path) -> str:
+    """SHA-256 of a weight file; of a folder, or an index of shards, over the hashes of its weight
+    files in the order of their names.
+    """
+    if path.is_dir():
+        return files_sha256(weight_files(path))
+    return files_sha256(_shards(path)) if path.name.endswith(_INDEX) else remembered_sha256(path)
 
 
 def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:

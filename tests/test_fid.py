@@ -395,12 +395,21 @@ def test_the_program(tmp_path, network, monkeypatch, capsys):
     printed = capsys.readouterr().out
     (tmp_path / "notes.json").write_text("{}")
     for more, message in (
-        (("--reference", "samples"), "holds the scores of samples against reference; give another"),
+        (
+            ("--reference", "samples"),
+            f"holds the scores of {tmp_path}/samples against {tmp_path}/ref",
+        ),
         (("--out", "notes.json"), "notes.json holds no scores of this; give another --out"),
     ):
         with pytest.raises(SystemExit):
             run("--allow-fewer", "--out", "here/results.json", *more)
         assert message in capsys.readouterr().err
+    write_folder(tmp_path / "elsewhere" / "samples", pictures(4, seed=2))
+    write_folder(tmp_path / "elsewhere" / "reference", pictures(4, seed=3))
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where the same names are of other images
+    with pytest.raises(SystemExit):
+        run("--allow-fewer", "--out", "../here/results.json")
+    assert f"holds the scores of {tmp_path}/samples against" in capsys.readouterr().err
     assert "| 4 |" in printed and "PARTIAL" in printed and "wrote here/results.json" in printed
 
 

@@ -15,7 +15,7 @@ from dpg_bench.answerers import answer_prompt, load_answerer
 from dpg_bench.questions import QuestionGraph
 from dpg_bench.score import score as dpg_score
 from geneval.prompts import official_prompts
-from t2i import loading
+from t2i import generation, loading
 from t2i.loading import pick_device
 from t2i.lora import add_lora, load_adapter, save_adapter
 from t2i.shapes.shapes_detector import ShapesDetector
@@ -37,6 +37,21 @@ def test_every_name_is_listed_and_found():
             assert parameter.annotation is not parameter.empty, (name, parameter)
     with pytest.raises(AttributeError, match="it offers load_backbone"):
         t2i.nothing  # noqa: B018
+
+
+def test_of_thousands_of_prompts_those_read_in_part_are_not_all_listed(caplog):
+    backbone = t2i.load_backbone("llamagen", "shapes")
+    most = generation._MOST_WARNINGS
+    prompts = [f"a red circle zebra{i}" for i in range(most + 5)]
+    for start in range(0, len(prompts), 4):  # batch by batch
+        generation._warn_of_prompts(backbone, prompts[start : start + 4])
+    generation._warn_of_prompts(backbone, ["\u7ea2", *prompts])
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("the encoder does not know" in line for line in said) == most
+    assert said[most:] == [
+        "further prompts that are read in part are not listed",
+        "prompt '\u7ea2': has no text the encoder can read",
+    ]
 
 
 def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):

@@ -10,7 +10,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from helpers import tiny_llamagen, tiny_rar, tiny_vq
+from huggingface_hub import save_torch_state_dict
 from runs import PROMPTS, assert_same_weights, tiny_run, weights, write_tiny_base
+from safetensors.torch import load_file, save_file
 
 import t2i
 from t2i import published
@@ -76,6 +78,30 @@ def test_one_folder_finds_all_moved_files(trained, tmp_path):
     for again in found:
         drawn = t2i.generate(again, PROMPTS, progress=False)
         assert [i.tobytes() for i in drawn] == [i.tobytes() for i in expected]
+
+
+@pytest.mark.parametrize("base", ["elsewhere", "elsewhere/gpt.pt"])
+def test_what_moved_may_be_named_from_the_working_directory(trained, tmp_path, monkeypatch, base):
+    """A checkpoint of such a model is loaded from any other."""
+    files, folder, _ = trained
+    files.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    model = t2i.from_pretrained(folder, base=base)
+    again = t2i.save_pretrained(model, tmp_path / "again", tuning="codec")
+    monkeypatch.chdir("/")
+    assert_same_weights(t2i.from_pretrained(again).state_dict(), model.state_dict())
+
+
+def test_a_backbone_folder_that_moved_may_be_named_so(tmp_path, monkeypatch):
+    files = write_tiny_base(tmp_path / "files")
+    model = t2i.attach(load_backbone("llamagen", files), t2i.presets.iclr2026(k=2))
+    folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
+    files.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    moved = t2i.from_pretrained(folder, base="elsewhere")
+    again = t2i.save_pretrained(moved, tmp_path / "again", tuning="codec")
+    monkeypatch.chdir("/")
+    assert_same_weights(t2i.from_pretrained(again).state_dict(), model.state_dict())
 
 
 def test_a_part_that_is_missing_is_named_alone(trained, tmp_path):
@@ -228,6 +254,48 @@ def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
         wrong = replace(options, base=replace(options.base, grid=(0, 4)))
         with pytest.raises(t2i.UserError, match=r"grid=\(0, 4\) must be at least 1"):
             wrong.load(*wrong.check())
+
+
+def test_shards_of_a_family_that_publishes_one_file(tmp_path):
+    """As transformers and the hub's library split large files; the hash covers all of them."""
+    backbone = tiny_rar()
+    for name, module in {"rar": backbone.gpt, "vq": backbone.frozen.tokenizer}.items():
+        (tmp_path / name).mkdir()
+        save_torch_state_dict(module.state_dict(), tmp_path / name, max_shard_size="50KB")
+    index, vq = (tmp_path / name / "model.safetensors.index.json" for name in ("rar", "vq"))
+    loaded = load_backbone("rar", index, tokenizer=vq)
+    assert_same_weights(loaded.gpt.state_dict(), backbone.gpt.state_dict())
+    model = t2i.attach(loaded, t2i.presets.iclr2026(k=2))
+    folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
+    assert_same_weights(t2i.from_pretrained(folder).state_dict(), model.state_dict())
+    shard = sorted(index.parent.glob("*.safetensors"))[-1]
+    save_file({k: v + 1 for k, v in load_file(shard).items()}, shard)
+    with pytest.raises(t2i.UserError, match="is not the weight file that the checkpoint"):
+        t2i.from_pretrained(folder)
+    shard.unlink()
+    with pytest.raises(t2i.UserError, match=f"names {shard.name}, which is not there"):
+        load_backbone("rar", index)
+
+
+def test_links_to_files_named_by_a_hash(tmp_path):
+    """The hub's cache and DVC have them: the link's own name tells format and shape."""
+    backbone, blobs, links = tiny_rar(), tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    links.mkdir()
+    for name, module in {"rar": backbone.gpt, "vq": backbone.frozen.tokenizer}.items():
+        torch.save(module.state_dict(), blobs / name)
+        (links / f"{name}.bin").symlink_to(f"../blobs/{name}")
+    given = {"tokenizer": links / "vq.bin"}
+    loaded = load_backbone("rar", links / "rar.bin", **given)
+    assert loaded.source.weights == str(links / "rar.bin")
+    assert loaded.source.tokenizer == str(links / "vq.bin")
+    model = t2i.attach(loaded, t2i.presets.iclr2026(k=2))
+    folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
+    links = links.rename(tmp_path / "moved")
+    moved = t2i.from_pretrained(folder, base=links)
+    assert moved.backbone.source.weights == str(links / "rar.bin")
+    options = ModelOptions(base=BaseOptions(family="rar", weights=str(links / "rar.bin")))
+    assert options.name() == "rar"
 
 
 def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):

@@ -44,7 +44,17 @@ LAYOUTS = {
             f"module._orig_mod.{k.replace('layers.0', 'layers.0._orig_mod')}": sd[k] for k in sd
         }
     },
+    "fsdp": lambda sd: {
+        f"_fsdp_wrapped_module.{k.replace('s.0', 's.0._checkpoint_wrapped_module')}": sd[k]
+        for k in sd
+    },
+    "nested_the_other_way": lambda sd: {"state_dict": {"model": {"module": sd}}},
+    "a_key_of_ones_own": lambda sd: {"model_state_dict": sd, "epoch": 3, "optimizer": {"a": {}}},
     "averages_alone": lambda sd: {"ema": sd, "steps": 3},
+    "averaged_model_of_ddp": lambda sd: {
+        "n_averaged": torch.tensor(3),
+        **{f"module.module.{k}": v for k, v in sd.items()},
+    },
     "after_sampling": lambda sd: {
         "model": {
             **sd,
@@ -166,11 +176,33 @@ def test_truncated_safetensors(tmp_path, weights):
         read_folder(tmp_path, shapes_only=True)
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, {}, {3: torch.zeros(1)}, torch.zeros(2)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a": 1},
+        {},
+        {3: torch.zeros(1)},
+        torch.zeros(2),
+        {"generator": {"a": torch.zeros(1)}, "discriminator": {"b": torch.zeros(1)}},
+    ],
+)
 def test_files_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds no state dict"):
         read_state_dict(tmp_path / "x.pt")
+
+
+def test_safetensors_of_another_name(tmp_path, weights):
+    """As the hub's cache has them, by their hash."""
+    save_file(weights, tmp_path / "c2i")
+    assert read_state_dict(tmp_path / "c2i").keys() == weights.keys()
+
+
+def test_a_weight_under_two_names(tmp_path, weights):
+    path = tmp_path / "gpt.pt"
+    torch.save({**weights, "module.norm.weight": weights["norm.weight"] + 1}, path)
+    with pytest.raises(UserError, match=r"norm\.weight twice, once as module\.norm\.weight"):
+        LlamaGen.load(path, LoadOptions(CONFIG))
 
 
 def test_missing_file(tmp_path):

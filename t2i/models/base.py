@@ -83,6 +83,8 @@ class Frozen:
     """A `TextEncoder`, or None."""
     warned: set[str] = field(default_factory=set)
     """Prompts that were warned of."""
+    read_in_part: int = 0
+    """How many of these are read in part."""
 
 
 @dataclass(frozen=True)

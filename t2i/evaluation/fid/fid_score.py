@@ -53,6 +53,7 @@ from t2i.files import file_sha256, read_json
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 from t2i.sampling import check_counts
+from t2i.sources import absolute
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def measure(
     path = Path(path)
     device = network.fc.weight.device
     stored = _stored_statistics(path, device) if has_statistics(path) else None
-    about = {"path": str(path), "kind": "npz" if path.is_file() else "folder", "images": 0}
+    kind = "npz" if path.is_file() else "folder"
+    about = {"path": str(absolute(path)), "kind": kind, "images": 0}
     if stored is not None and "arr_0" not in npz_arrays(path):
         about |= {"statistics": "stored in the file", "sha256": file_sha256(path)}
         return MeasuredSet(*stored, None, about)
@@ -252,8 +254,8 @@ def refuse_other_scores(out: Path, samples: Path, reference: Path) -> None:
         return
     before = read_json(out)
     parts = [before.get(name) if isinstance(before, dict) else None for name in _SETS]
-    there = [part.get("path") if isinstance(part, dict) else None for part in parts]
-    if there != [str(samples), str(reference)]:
+    there = [str(part.get("path") or "") if isinstance(part, dict) else "" for part in parts]
+    if not all(there) or [*map(absolute, there)] != [absolute(samples), absolute(reference)]:
         what = f"the scores of {there[0]} against {there[1]}" if all(there) else "no scores of this"
         raise UserError(f"{out} holds {what}; give another --out, or delete it")
 
