@@ -185,6 +185,26 @@ def test_the_best_model_is_kept(tiny_world, monkeypatch, caplog):
     assert not (tiny_world / "runs" / "none-kept" / "best").exists()
 
 
+def test_a_kill_before_the_best_model_is_kept(tiny_world, monkeypatch):
+    """Between the checkpoint and the best model of one step: the best one was forgotten."""
+    losses = iter([3.0, 1.0, 2.0, 1.5])
+    monkeypatch.setattr(Run, "validate", lambda _: {BEST_BY: next(losses)})
+    options = {"log__validate_every": 1, "log__save_every": 1, "batch_size": 4}
+    keep = Run.keep_if_best
+
+    def killed(run: Run, found: dict[str, float]) -> None:
+        if run.step == 2:
+            raise Killed
+        keep(run, found)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "keep_if_best", killed)
+        train(tiny_run(tiny_world, "best-killed", steps=4, **options))
+    train(tiny_run(tiny_world, "best-killed", steps=4, resume=True, **options))
+    best = read_config(tiny_world / "runs" / "best-killed" / "best")["training"]
+    assert (best["step"], best["best_loss"]) == (2, 1.0)
+
+
 def test_resume_without_a_checkpoint(tiny_world, monkeypatch):
     with pytest.raises(ValueError, match="holds no run; start without --resume"):
         train(tiny_run(tiny_world, "never-started", resume=True))

@@ -18,6 +18,9 @@ class MetricsLog:
     """Appends one JSON line per call; only the main process has one.
 
     A resumed run first drops the lines of steps that it will do again.
+
+    Attributes:
+        validated: what was recorded of the step that is gone on from, if it was validated.
     """
 
     def __init__(self, config: TrainConfig, start_step: int):
@@ -26,6 +29,8 @@ class MetricsLog:
         if self.path.exists():
             kept = [row for row in read_metrics(config.run_dir) if 0 < start_step >= row["step"]]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        last = kept[-1] if kept and kept[-1]["step"] == start_step else {}
+        self.validated = last if any(name.startswith("validation/") for name in last) else None
         self.tracker = _start_tracker(config)
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -293,6 +293,11 @@ class Run:
             self.best_loss = self.judged_by(metrics)
             self.checkpoints.save_best(self.step, self.best_loss)
 
+    def catch_up(self) -> None:
+        """What a kill after the checkpoint, at the same step, left undone."""
+        if found := self.processes.on_main(lambda: self.metrics.validated):
+            self.keep_if_best(found)
+
 
 def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
     """Run (or resume) a training of this kind; returns the last checkpoint folder.
@@ -317,6 +322,7 @@ def _train(run: Run) -> Path:
     config, plan = run.config, run.plan
     if config.log.at_start and run.step == 0:
         run.first_look()
+    run.catch_up()
     started, first = time.perf_counter(), run.step
     run.learning_mode()
     bar = progress_bar(
