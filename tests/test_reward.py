@@ -441,6 +441,9 @@ def test_a_users_prompts(tmp_path):
     path.write_text(json.dumps(lines[1]))
     with pytest.raises(UserError, match=r"all 1 prompts of own\.jsonl are a benchmark's"):
         training_prompts(RewardOptions(prompts=str(path)), 0)
+    path.write_text("\n")
+    with pytest.raises(UserError, match=r"own\.jsonl holds no prompt"):  # not of other options
+        training_prompts(RewardOptions(prompts=str(path)), 0)
     with pytest.raises(UserError, match="is no file; give shapes, official, or"):
         training_prompts(RewardOptions(prompts="nowhere"), 0)
     with pytest.raises(UserError, match="single_object are a benchmark's"):

@@ -44,7 +44,7 @@ from t2i.training.run_plan import (
 )
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.scale import checkpoint_bytes
-from t2i.training.settings import plain
+from t2i.training.settings import plain, settings_of
 from t2i.training.start import build_model
 from t2i.training.trigger_words import refuse_lost_words
 
@@ -132,7 +132,7 @@ def check(
 
     more: further lines by title, from the model on the meta device.
     """
-    checkpoint = claim_run_dir(config)
+    checkpoint = claim_run_dir(settings_of(config, "t2i.check"))
     source, total = look_before_work(config, world_size, checkpoint)
     refuse_changed_files(config, source)
     model = build_model(config, device="meta", resumed=checkpoint)

@@ -45,7 +45,7 @@ from t2i.training.engine import (
 )
 from t2i.training.logs import MetricsLog
 from t2i.training.run_page import write_run_page
-from t2i.training.settings import plain
+from t2i.training.settings import plain, settings_of
 from t2i.training.start import build_model
 from t2i.training.validation import validate
 from t2i.training.watch import PeerWatch
@@ -309,7 +309,7 @@ def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
             written.
         Stopped: on request (Ctrl-C, SIGTERM, SIGHUP), after a checkpoint; a KeyboardInterrupt.
     """
-    if config.check:
+    if settings_of(config, "t2i.train").check:
         raise UserError(
             "check=True asks for a look at a run, and t2i.train trains: print(t2i.check(config)) "
             "says what would happen; leave check out to train"
