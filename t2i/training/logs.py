@@ -1,6 +1,7 @@
 """Where a run's numbers go: `metrics.jsonl`, and TensorBoard or wandb if asked."""
 
 import json
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,8 @@ from t2i.errors import UserError
 from t2i.files import reading, saving, text_sha256, write_text
 from t2i.training.config import TrainConfig
 from t2i.training.settings import plain
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 """Name of a run's file of numbers."""
@@ -35,6 +38,12 @@ class MetricsLog:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values after optimizer step number `step` (1 is the first)."""
+        if not self.path.parent.exists():
+            logger.warning(
+                "the run folder %s is gone, deleted or moved: the run goes on in a new one there",
+                self.path.parent.absolute(),
+            )
+            self.path.parent.mkdir(parents=True)
         with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.tracker is not None:

@@ -44,7 +44,7 @@ from t2i.training.engine import (
     whole_weights,
 )
 from t2i.training.logs import MetricsLog
-from t2i.training.run_page import write_run_page
+from t2i.training.run_page import refresh_run_page
 from t2i.training.settings import plain, settings_of
 from t2i.training.start import build_model
 from t2i.training.validation import validate
@@ -252,7 +252,7 @@ class Run:
             self.sample_sheet()
         if self.processes.is_main:
             self.metrics.log(0, metrics)
-            write_run_page(self.config.run_dir)
+            refresh_run_page(self.config.run_dir)
 
     def _whole_model(self) -> TensorAR:
         """A model that one process can draw with: under ZeRO-3 the checkpoint just written."""
@@ -361,7 +361,7 @@ def _train(run: Run) -> Path:
             if plan.sample_every and sheet_due and not run.stop_agreed:
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
-                write_run_page(config.run_dir)
+                refresh_run_page(config.run_dir)
     if run.step < plan.steps:
         raise Stopped(f"saved after step {run.step}; the same with --resume goes on")
     return run_checkpoints(config.run_dir)[-1]
