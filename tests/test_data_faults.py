@@ -396,3 +396,16 @@ def test_accents_in_two_spellings(tmp_path, kind, decomposed):
     assert (source.left_out, levels(source)) == ([], [0])
     assert source[0].captions == ["a cup"]
     assert all(path.exists() for _, path in source.files())
+
+
+def test_a_picture_in_two_formats(tmp_path):
+    """Left by a conversion: a held-out picture is trained on, in other pixels."""
+    sidecars(tmp_path)
+    assert open_source(tmp_path).remarks == []
+    Image.open(tmp_path / "1.png").convert("RGB").save(tmp_path / "1.jpg")
+    source = open_source(tmp_path)
+    assert source.length == 3
+    [said] = source.remarks
+    assert said.startswith(
+        "2 pictures share captions with others of their name, as 1.jpg and 1.png"
+    )

@@ -299,6 +299,15 @@ class SidecarFolder(Source):
             for path in files
             if path.stem.lower() == "metadata" and _looks_like_metadata(path)
         ]
+        named = Counter(path.with_suffix("") for path in images)
+        if twice := [
+            path for path in images if self._texts[path] and named[path.with_suffix("")] > 1
+        ]:
+            self.remarks.append(
+                f"{len(twice)} pictures share captions with others of their name, as "
+                f"{name_in(folder, twice[0])} and {twice[1].name}: of copies in two formats keep one, "
+                "or one may be held out and the other trained on"
+            )
         if beside:
             self.remarks.append(
                 f"{len(beside)} text files stand beside pictures that have no caption: "
