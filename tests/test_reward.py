@@ -339,6 +339,7 @@ def panel_of(function: str, **changes) -> Panel:
         ("hangs", r"hangs did not answer within 0\.2 seconds .* 2 images; prompt 'a photo"),
         ("nan", r"nan gave nan; prompt 'a photo of a circle left"),
         ("one_too_few", r"one_too_few gave 1 numbers for 2 images; prompt"),
+        ("column", r"column gave array\(\[\[1\.\], \[1\.\]\]\) instead of a number an image"),
         ("words", r"words gave \['good', 'good'\] instead of a number an image"),
     ],
 )
