@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import unicodedata
 import warnings
 
 import pytest
@@ -164,11 +165,13 @@ def test_folders_that_are_passed_over(tmp_path):
     sidecars(tmp_path)
     sidecars(tmp_path / ".ipynb_checkpoints")
     sidecars(tmp_path / "__MACOSX")
+    sidecars(tmp_path / "@eaDir")
     (tmp_path / ".git").mkdir()
     source = open_source(tmp_path)
     assert source.length == 2
     assert source.left_out == [
         (".ipynb_checkpoints/", "hidden folder"),
+        ("@eaDir/", "hidden folder"),
         ("__MACOSX/", "hidden folder"),
     ]
     write_metadata(tmp_path, [{"file_name": "0.png", "text": "x"}])
@@ -362,3 +365,47 @@ def test_pillows_warning_of_large_images_is_not_shown(tmp_path):
         cli.run(lambda: None)  # as every program begins
         ImageRules(8).load(tmp_path / "a.png")
     assert [str(one.message) for one in shown] == []
+
+
+def test_tars_that_were_joined(tmp_path):
+    """`cat a.tar b.tar`: what lies behind the end of the first one was lost without a word."""
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "x"})
+    assert open_source(tmp_path / "0.tar").left_out == []
+    joined = tmp_path / "0.tar"
+    joined.write_bytes(joined.read_bytes() * 2)
+    source = open_source(joined)
+    assert source.length == 1
+    [(name, reason)] = source.left_out
+    assert name == "0.tar" and "second archive behind the end of the first" in reason
+
+
+@pytest.mark.parametrize("decomposed", ["picture", "other"])
+@pytest.mark.parametrize("kind", ["sidecar", "metadata"])
+def test_accents_in_two_spellings(tmp_path, kind, decomposed):
+    """A Mac's disks and zips decompose them: the caption of "é.png" was missing, "é.png" was not
+    in metadata.
+    """
+    names = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
+    picture, other = names if decomposed == "other" else reversed(names)
+    (tmp_path / f"{picture}.png").write_bytes(png(0))
+    if kind == "sidecar":
+        (tmp_path / f"{other}.txt").write_text("a cup")
+    else:
+        write_metadata(tmp_path, [{"file_name": f"{other}.png", "text": "a cup"}])
+    source = open_source(tmp_path)
+    assert (source.left_out, levels(source)) == ([], [0])
+    assert source[0].captions == ["a cup"]
+    assert all(path.exists() for _, path in source.files())
+
+
+def test_a_picture_in_two_formats(tmp_path):
+    """Left by a conversion: a held-out picture is trained on, in other pixels."""
+    sidecars(tmp_path)
+    assert open_source(tmp_path).remarks == []
+    Image.open(tmp_path / "1.png").convert("RGB").save(tmp_path / "1.jpg")
+    source = open_source(tmp_path)
+    assert source.length == 3
+    [said] = source.remarks
+    assert said.startswith(
+        "2 pictures share captions with others of their name, as 1.jpg and 1.png"
+    )

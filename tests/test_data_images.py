@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -161,6 +162,33 @@ def test_a_transparent_value_of_16_bits():
     expected = np.rint(values / 257)
     expected[0, 1] = 255
     assert (opened == expected[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "transparent", "shown"),
+    [
+        (2, b"\x4b", 1, [255, 0, 170, 255]),
+        (4, b"\x5f\x05", 5, [255, 255, 0, 255]),
+        (1, b"\x50", 0, [255, 255, 255, 255]),
+    ],
+)
+def test_a_transparent_value_of_few_bits(bits, row, transparent, shown):
+    """As optimisers write line drawings: what was transparent was grey."""
+    data = grey_png(bits, row, len(shown), transparent)
+    assert np.array(open_image(data))[0, :, 0].tolist() == shown
+
+
+def grey_png(bits: int, row: bytes, width: int, transparent: int) -> bytes:
+    """One row; Pillow writes none of less than 8 bits."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, 1, bits, 0, 0, 0, 0)
+    parts = (b"IHDR", header), (b"tRNS", struct.pack(">H", transparent))
+    parts += (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def test_grey_scales_that_do_not_say_what_white_is():

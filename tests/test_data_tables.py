@@ -84,6 +84,19 @@ def test_parquet_in_oddly_named_folders(tmp_path, streaming, name):
     assert levels(open_source(tmp_path / name, streaming=streaming)) == [0, 1, 2]
 
 
+@STREAMED_OR_NOT
+def test_parquet_files_with_other_columns(tmp_path, streaming):
+    """A stream broke at the first row of such a file, in mid-run; otherwise dumped schemas."""
+    rows = {"image": image_structs(), "text": CAPTIONS}
+    write_parquet(tmp_path / "0.parquet", rows)
+    write_parquet(tmp_path / "1.parquet", {"text": CAPTIONS, "image": image_structs()})
+    assert levels(open_source(tmp_path, streaming=streaming)) == [0, 1, 2] * 2
+    write_parquet(tmp_path / "2.parquet", rows | {"score": [1, 2, 3]})
+    words = r"2\.parquet and 0\.parquet have not the same columns \(score in one only\)"
+    with pytest.raises(UserError, match=words):
+        open_source(tmp_path, streaming=streaming)
+
+
 def test_a_saved_data_set_is_told_how_to_be_read(tmp_path):
     """What `save_to_disk` writes is Arrow; the advice works."""
     images = [{"bytes": png(i), "path": None} for i in range(3)]

@@ -164,6 +164,24 @@ def test_hidden_folders_are_no_classes(dataset):
     assert again.left_out == left_out
 
 
+@pytest.mark.parametrize(
+    ("names", "remark"),
+    [
+        (("0", "1", "2"), None),
+        (("00", "01", "10", "11"), "folder 10 is class 2: "),
+        (("0", "1", "10", "2"), "folder 10 is class 2: "),
+        (("a", "5"), None),
+    ],
+)
+def test_numbers_that_are_not_the_classes(tmp_path, names, remark):
+    """Folders 0 to 999, as scripts write them: class 2 was folder 10, without a word."""
+    for name in names:
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "a.png")
+    found = LabelledFolder(tmp_path).remarks
+    assert [text.startswith(remark) for text in found] == [True] if remark else found == []
+
+
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"gone is no folder; give the one that holds val/<class>/"

@@ -5,6 +5,7 @@ costs and what is wrong.
 import json
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,6 +314,17 @@ def test_whether_a_rate_falls_is_said(tiny_world):
 
 
 # -- DeepSpeed's JSON ------------------------------------------------------------------------------
+def test_the_kits_own_deepspeed_file_is_found_from_any_folder(tmp_path, monkeypatch):
+    """By the name that pages give it; a file of that name here comes first."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("launch/zero3_offload.json")
+    config = TrainConfig(engine=replace(TrainConfig().engine, deepspeed_config=path, zero_stage=3))
+    assert "offload_param" in deepspeed_config(config, 1)["zero_optimization"]
+    path.parent.mkdir()
+    path.write_text("{}")
+    assert deepspeed_config(config, 1)["zero_optimization"] == {"stage": 3}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

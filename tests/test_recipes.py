@@ -29,7 +29,7 @@ from t2i.training.config import DataOptions, LogOptions, OptimOptions, TrainConf
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.open_data import open_data
-from t2i.training.recipes import OWN_PICTURES
+from t2i.training.recipes import OWN_PICTURES, recipe
 from t2i.training.run_plan import about_settings, peak_rates, plan_run
 from t2i.training.trigger_words import refuse_lost_words
 
@@ -294,3 +294,12 @@ def test_given_prompts_get_the_trigger_and_the_base_is_looked_at_once(tiny_world
     assert [row["step"] for row in read_metrics(config.run_dir)] == [0, 1, 2]
     stored = json.loads((config.run_dir / "config.json").read_text())
     assert stored["sheet_prompts"] == ["red, a photo of two squares"]
+
+
+def test_what_a_notebook_may_give(tmp_path):
+    """A path as such; and a recipe's name in place of its settings says what is wanted."""
+    assert recipe("shapes-control", {"data.source": tmp_path}).data.source == str(tmp_path)
+    assert recipe("rar-b", {"data.source": [tmp_path]}).data.source == (str(tmp_path),)
+    for start, name in ((train, "t2i.train"), (check, "t2i.check")):
+        with pytest.raises(UserError, match=rf"'shapes-control' is none: {name}\(t2i\.recipe\("):
+            start("shapes-control")

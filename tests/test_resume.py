@@ -25,10 +25,12 @@ from safetensors.torch import load_file
 
 import t2i
 from t2i.checkpoint_folders import read_config, run_checkpoints
+from t2i.data import content
 from t2i.errors import Stopped
 from t2i.processes import ALONE
 from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData
+from t2i.training.check import check
 from t2i.training.loop import BEST_BY, Run, train
 from t2i.training.start import build_model
 from t2i.training.validation import validate
@@ -70,14 +72,23 @@ def test_resume_wants_the_same_run(tiny_world, plain):
     assert train(tiny_run(tiny_world, "plain", resume=True)) == plain, "nothing left to do"
 
 
-def test_resume_wants_the_same_data(tiny_world, tmp_path):
+def test_resume_wants_the_same_data(tiny_world, tmp_path, monkeypatch):
     write_dataset(tmp_path / "data", 40, size=32)
     config = tiny_run(tiny_world, "grown", data__source=str(tmp_path / "data"))
     train(replace(config, steps=1))
     write_dataset(tmp_path / "data", 41, size=32)
     changes = r"the data set has changed since .* 1 file was edited \(metadata\.jsonl\), 1 file was added \("
-    with pytest.raises(ValueError, match=changes):
-        train(replace(config, resume=True))
+    for start in (train, check):  # which had said that the run would train
+        with pytest.raises(ValueError, match=changes):
+            start(replace(config, resume=True))
+    monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
+    with pytest.raises(ValueError, match=r"changed since .*data: 1 file was added"):  # names alone
+        check(replace(config, resume=True))
+    write_dataset(tmp_path / "again", 40, size=32)
+    data = replace(config.data, source=f"{tmp_path}/again")
+    before = sorted(tiny_world.glob("cache/**"))
+    assert "the same command without --check" in check(replace(config, resume=True, data=data))
+    assert sorted(tiny_world.glob("cache/**")) == before, "a look writes nothing"
 
 
 def test_resume_knows_data_by_their_content(tiny_world, tmp_path):
@@ -172,6 +183,26 @@ def test_the_best_model_is_kept(tiny_world, monkeypatch, caplog):
     losses = iter([9.0] * 5)
     train(tiny_run(tiny_world, "none-kept", log__keep_best=False, **options))
     assert not (tiny_world / "runs" / "none-kept" / "best").exists()
+
+
+def test_a_kill_before_the_best_model_is_kept(tiny_world, monkeypatch):
+    """Between the checkpoint and the best model of one step: the best one was forgotten."""
+    losses = iter([3.0, 1.0, 2.0, 1.5])
+    monkeypatch.setattr(Run, "validate", lambda _: {BEST_BY: next(losses)})
+    options = {"log__validate_every": 1, "log__save_every": 1, "batch_size": 4}
+    keep = Run.keep_if_best
+
+    def killed(run: Run, found: dict[str, float]) -> None:
+        if run.step == 2:
+            raise Killed
+        keep(run, found)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "keep_if_best", killed)
+        train(tiny_run(tiny_world, "best-killed", steps=4, **options))
+    train(tiny_run(tiny_world, "best-killed", steps=4, resume=True, **options))
+    best = read_config(tiny_world / "runs" / "best-killed" / "best")["training"]
+    assert (best["step"], best["best_loss"]) == (2, 1.0)
 
 
 def test_resume_without_a_checkpoint(tiny_world, monkeypatch):

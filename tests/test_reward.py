@@ -339,6 +339,7 @@ def panel_of(function: str, **changes) -> Panel:
         ("hangs", r"hangs did not answer within 0\.2 seconds .* 2 images; prompt 'a photo"),
         ("nan", r"nan gave nan; prompt 'a photo of a circle left"),
         ("one_too_few", r"one_too_few gave 1 numbers for 2 images; prompt"),
+        ("column", r"column gave array\(\[\[1\.\], \[1\.\]\]\) instead of a number an image"),
         ("words", r"words gave \['good', 'good'\] instead of a number an image"),
     ],
 )
@@ -440,6 +441,9 @@ def test_a_users_prompts(tmp_path):
     assert prompt_hash(known) in benchmark_hashes()
     path.write_text(json.dumps(lines[1]))
     with pytest.raises(UserError, match=r"all 1 prompts of own\.jsonl are a benchmark's"):
+        training_prompts(RewardOptions(prompts=str(path)), 0)
+    path.write_text("\n")
+    with pytest.raises(UserError, match=r"own\.jsonl holds no prompt"):  # not of other options
         training_prompts(RewardOptions(prompts=str(path)), 0)
     with pytest.raises(UserError, match="is no file; give shapes, official, or"):
         training_prompts(RewardOptions(prompts="nowhere"), 0)

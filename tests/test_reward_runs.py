@@ -240,6 +240,16 @@ def test_check_looks_at_every_recipe(name, tmp_path):
     assert "warnings" not in said, said
 
 
+def test_check_names_prompts_that_are_not_read(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("a red fox\n\u7ea2\u8272\n", encoding="utf-8")
+    config = recipes()["shapes-reward"][1]
+    reward = replace(config.reward, prompts=str(path), functions=("reward_functions:brightness",))
+    data = replace(config.data, source="shapes:40", validation_samples=8)
+    said = check(replace(config, data=data, run_dir=tmp_path / "run", reward=reward))
+    assert "1 of 2 prompts have no text the encoder can read, such as '\u7ea2\u8272'" in said
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

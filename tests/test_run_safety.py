@@ -286,6 +286,33 @@ def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_pa
 
 
 # -- 26: own drafts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["deepspeed", "settings", "folder"])
+def test_what_goes_while_a_run_is_on(tiny_world, tmp_path, caplog, what):
+    """None of it ends the run, which lost its steps since the last checkpoint."""
+    options = tmp_path / "zero.json"
+    options.write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
+    name = f"gone-{what}"
+
+    def act(run: Run) -> None:
+        folder = run.config.run_dir
+        if what == "deepspeed":
+            options.unlink()
+        elif what == "settings":
+            (folder / "config.json").write_text("[]")
+        else:
+            folder.rename(tmp_path / "moved")
+
+    engine = {"engine__zero_stage": 2, "engine__deepspeed_config": options}
+    config = tiny_run(tiny_world, name, log__save_every=1, **engine)
+    with before_step(1, act):
+        last = train(config)
+    assert last == config.run_dir / "checkpoints" / "step_000003" and last.exists()
+    said = {"settings": "the run's page stays as it is", "folder": "is gone, deleted or moved"}
+    assert said.get(what, "") in caplog.text
+
+
 @pytest.mark.parametrize("look", [check, train])
 def test_a_name_that_is_not_utf8_is_refused_first(tiny_world, look):
     """All was encoded before config.json could not be written."""

@@ -40,15 +40,28 @@ def hash_files(
     Raises:
         TimeoutError: the main process stopped.
     """
-    found = ((path, file_status(path)) for _, path in files)
-    statuses = {path: status for path, status in found if status is not None}
-    total = sum(size for size, *_ in statuses.values())
-    place = _index_path(files, cache_dir) if total >= _WORTH_AN_INDEX else None
+    statuses = _statuses(files)
+    place = _index_path(files, cache_dir) if _bytes(statuses) >= _WORTH_AN_INDEX else None
     if place is not None and not processes.is_main:
         hashes = _wait_for_index(place, statuses, processes.patience)
     else:
         hashes = _hash_new(place, statuses, quiet=not processes.is_main)
     return [(name, hashes.get(path, ABSENT)) for name, path in files]
+
+
+def worth_an_index(files: Sequence[tuple[str, Path]]) -> bool:
+    """Whether so much is to be hashed that `hash_files` keeps what it finds."""
+    return _bytes(_statuses(files)) >= _WORTH_AN_INDEX
+
+
+def _statuses(files: Sequence[tuple[str, Path]]) -> dict[Path, list[int]]:
+    """Of the files that are there."""
+    found = ((path, file_status(path)) for _, path in files)
+    return {path: status for path, status in found if status is not None}
+
+
+def _bytes(statuses: dict[Path, list[int]]) -> int:
+    return sum(size for size, *_ in statuses.values())
 
 
 def contents_key(contents: Contents) -> str:

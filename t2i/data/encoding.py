@@ -27,7 +27,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from t2i.data.content import Contents, content_key, contents_key, describe_changes, hash_files
+from t2i.data.content import (
+    Contents,
+    content_key,
+    contents_key,
+    describe_changes,
+    hash_files,
+    worth_an_index,
+)
 from t2i.data.data_report import (
     CaptionNotes,
     DataReport,
@@ -163,6 +170,21 @@ def _changes(before: Path, key: dict, contents: Contents) -> str:
     old, new = leaves(stored["key"]), leaves(key)
     names = [name for name in old | new if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+def changed_files(source: Source, cache_dir: Path, key: str) -> str:
+    """How the files of a source differ from those of a store, in words, as far as a look tells that
+    writes nothing: of large sets the names alone are compared.
+    """
+    try:
+        before = read_json(cache_dir / key / "source.json")["files"]
+    except (UserError, KeyError):  # gone, or not readable: nobody knows
+        return ""
+    files = source.files()
+    if worth_an_index(files):
+        stored = dict(before)
+        return describe_changes(before, [(name, stored.get(name, "")) for name, _ in files])
+    return describe_changes(before, hash_files(files, cache_dir))
 
 
 # -- shards ----------------------------------------------------------------------------------------

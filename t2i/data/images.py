@@ -26,7 +26,7 @@ from t2i.errors import UserError
 from t2i.lfs import LFS_POINTER
 
 # Part of every cache key: change it whenever the pixels of an image change.
-PIXELS_VERSION = "adm-crop-2"
+PIXELS_VERSION = "adm-crop-3"
 _MOST_MEGAPIXELS = 100.0
 """Larger images are skipped. Pillow has a limit of its own near 179, which also ends in a skip."""
 # Formats that decode by themselves; EPS, for example, would start Ghostscript on a downloaded file.
@@ -36,6 +36,7 @@ _LARGEST_FILE = 1 << 30
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _PHOTOMETRIC_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
+_PNG_BITS = 24  # where a PNG says how many it has a channel
 _UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -144,6 +145,7 @@ def open_image(image: ImageRef) -> Image.Image:
         if isinstance(image, Image.Image):
             return _normalise(image)
         with Image.open(io.BytesIO(image), formats=_formats()) as opened:
+            _scale_transparent_grey(opened, image)
             return _normalise(opened)
     except (SkipSample, MemoryError):
         raise
@@ -293,6 +295,15 @@ def _normalise(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def _scale_transparent_grey(opened: Image.Image, data: bytes) -> None:
+    """A PNG's transparent grey of 2 or 4 bits as its pixels are: Pillow scales these alone."""
+    value = opened.info.get("transparency")
+    if opened.format == "PNG" and opened.mode == "L" and isinstance(value, int):
+        largest = 2 ** data[_PNG_BITS] - 1
+        if value <= largest:
+            opened.info["transparency"] = value * 255 // largest
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

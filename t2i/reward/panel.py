@@ -73,8 +73,9 @@ class Panel:
         try:
             values = [float(value) for value in given]
         except (TypeError, ValueError) as error:
+            told = " ".join(repr(given).split())  # an array's has several lines
             raise RewardError(
-                f"reward {name} gave {given!r:.80} instead of a number an image ({error}){about}"
+                f"reward {name} gave {told:.80} instead of a number an image ({error}){about}"
             ) from error
         if len(values) != len(images):
             raise RewardError(

@@ -2,6 +2,8 @@
 neither loaded nor fetched.
 """
 
+from collections.abc import Iterator
+
 from t2i.progress import readable_size, readable_time
 from t2i.reward.reward_options import BUILT_IN, RewardConfig
 from t2i.reward.reward_prompts import training_prompts
@@ -29,7 +31,8 @@ def check(config: RewardConfig, world_size: int = 1) -> str:
         check_start(config, checkpoint)
 
     def more(model: TensorAR, plan: Plan | None) -> dict[str, list[str]]:
-        return {"reward": reward, "drawing": _drawing_lines(config, model, plan, world_size)}
+        lines = [*reward, *_unreadable(config, model)]
+        return {"reward": lines, "drawing": _drawing_lines(config, model, plan, world_size)}
 
     return training_check.check(config, world_size, more)
 
@@ -46,6 +49,20 @@ def _reward_lines(config: RewardConfig) -> list[str]:
         f"prompts      {counts}; {pool.left_out} left out, which are a benchmark's",
         f"watches      {', '.join(options.watch) or 'held-out loss alone'}",
     ]
+
+
+def _unreadable(config: RewardConfig, model: TensorAR) -> Iterator[str]:
+    """On own prompts of which the model would read nothing."""
+    pool = training_prompts(config.reward, config.seed)
+    if config.reward.world == "shapes" or config.reward.prompts == "official":
+        return
+    prompts = [entry["prompt"] for entries in pool.tasks.values() for entry in entries]
+    notes = model.backbone.caption_notes(prompts)
+    if lost := [text for text, found in zip(prompts, notes, strict=True) if found is None]:
+        yield (
+            f"not read     {len(lost)} of {len(prompts)} prompts have no text the encoder can read, "
+            f"such as {lost[0]!r:.200}"
+        )
 
 
 def _drawing_lines(

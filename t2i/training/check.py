@@ -3,8 +3,7 @@ training.
 
 Cheap mistakes come first: run folder, DeepSpeed JSON, batch and data are looked at before any
 model. Parameter counts, memory and work come from the shapes of the model that would be trained,
-built without data: for a published size nothing is fetched or read. Nothing is written, not even
-the code cache.
+built without data: for a published size nothing is fetched or read. Nothing is written.
 """
 
 import re
@@ -28,6 +27,7 @@ from t2i.models.families import find_family
 from t2i.progress import readable_size, readable_time
 from t2i.sources import check_named
 from t2i.tensorar.model import TensorAR
+from t2i.training.batches import refuse_changed_files
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
@@ -44,12 +44,11 @@ from t2i.training.run_plan import (
 )
 from t2i.training.run_state import check_resumable, claim_run_dir
 from t2i.training.scale import checkpoint_bytes
-from t2i.training.settings import plain
+from t2i.training.settings import plain, settings_of
 from t2i.training.start import build_model
 from t2i.training.trigger_words import refuse_lost_words
 
-_CARDS = (24, 40, 80)
-"""Sizes of common cards in GB, where this machine has none."""
+_CARDS = (24, 40, 80)  # GB of common cards, where this machine has none
 
 
 # -- before the work -------------------------------------------------------------------------------
@@ -133,8 +132,9 @@ def check(
 
     more: further lines by title, from the model on the meta device.
     """
-    checkpoint = claim_run_dir(config)
+    checkpoint = claim_run_dir(settings_of(config, "t2i.check"))
     source, total = look_before_work(config, world_size, checkpoint)
+    refuse_changed_files(config, source)
     model = build_model(config, device="meta", resumed=checkpoint)
     prompts = look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises where nothing would be trained

@@ -82,7 +82,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
 
 
 def _zero_settings(path: Path, stage: int) -> dict:
-    content = read_json(path)
+    own = Path(__file__).parents[2] / path  # launch/zero3_offload.json, from any folder
+    content = read_json(own if own.is_file() and not path.exists() else path)
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):
         raise UserError(
             f'engine.deepspeed_config {path} must hold {{"zero_optimization": {{...}}}}'

@@ -1,6 +1,7 @@
 """Where a run's numbers go: `metrics.jsonl`, and TensorBoard or wandb if asked."""
 
 import json
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,8 @@ from t2i.files import reading, saving, text_sha256, write_text
 from t2i.training.config import TrainConfig
 from t2i.training.settings import plain
 
+logger = logging.getLogger(__name__)
+
 METRICS = "metrics.jsonl"
 """Name of a run's file of numbers."""
 
@@ -18,6 +21,9 @@ class MetricsLog:
     """Appends one JSON line per call; only the main process has one.
 
     A resumed run first drops the lines of steps that it will do again.
+
+    Attributes:
+        validated: what was recorded of the step that is gone on from, if it was validated.
     """
 
     def __init__(self, config: TrainConfig, start_step: int):
@@ -26,10 +32,18 @@ class MetricsLog:
         if self.path.exists():
             kept = [row for row in read_metrics(config.run_dir) if 0 < start_step >= row["step"]]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        last = kept[-1] if kept and kept[-1]["step"] == start_step else {}
+        self.validated = last if any(name.startswith("validation/") for name in last) else None
         self.tracker = _start_tracker(config)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values after optimizer step number `step` (1 is the first)."""
+        if not self.path.parent.exists():
+            logger.warning(
+                "the run folder %s is gone, deleted or moved: the run goes on in a new one there",
+                self.path.parent.absolute(),
+            )
+            self.path.parent.mkdir(parents=True)
         with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.tracker is not None:

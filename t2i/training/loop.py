@@ -44,8 +44,8 @@ from t2i.training.engine import (
     whole_weights,
 )
 from t2i.training.logs import MetricsLog
-from t2i.training.run_page import write_run_page
-from t2i.training.settings import plain
+from t2i.training.run_page import refresh_run_page
+from t2i.training.settings import plain, settings_of
 from t2i.training.start import build_model
 from t2i.training.validation import validate
 from t2i.training.watch import PeerWatch
@@ -252,7 +252,7 @@ class Run:
             self.sample_sheet()
         if self.processes.is_main:
             self.metrics.log(0, metrics)
-            write_run_page(self.config.run_dir)
+            refresh_run_page(self.config.run_dir)
 
     def _whole_model(self) -> TensorAR:
         """A model that one process can draw with: under ZeRO-3 the checkpoint just written."""
@@ -293,6 +293,11 @@ class Run:
             self.best_loss = self.judged_by(metrics)
             self.checkpoints.save_best(self.step, self.best_loss)
 
+    def catch_up(self) -> None:
+        """What a kill after the checkpoint, at the same step, left undone."""
+        if found := self.processes.on_main(lambda: self.metrics.validated):
+            self.keep_if_best(found)
+
 
 def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
     """Run (or resume) a training of this kind; returns the last checkpoint folder.
@@ -304,7 +309,7 @@ def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
             written.
         Stopped: on request (Ctrl-C, SIGTERM, SIGHUP), after a checkpoint; a KeyboardInterrupt.
     """
-    if config.check:
+    if settings_of(config, "t2i.train").check:
         raise UserError(
             "check=True asks for a look at a run, and t2i.train trains: print(t2i.check(config)) "
             "says what would happen; leave check out to train"
@@ -317,6 +322,7 @@ def _train(run: Run) -> Path:
     config, plan = run.config, run.plan
     if config.log.at_start and run.step == 0:
         run.first_look()
+    run.catch_up()
     started, first = time.perf_counter(), run.step
     run.learning_mode()
     bar = progress_bar(
@@ -355,7 +361,7 @@ def _train(run: Run) -> Path:
             if plan.sample_every and sheet_due and not run.stop_agreed:
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
-                write_run_page(config.run_dir)
+                refresh_run_page(config.run_dir)
     if run.step < plan.steps:
         raise Stopped(f"saved after step {run.step}; the same with --resume goes on")
     return run_checkpoints(config.run_dir)[-1]

@@ -192,11 +192,12 @@ def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _at_home(value: Any) -> Any:
-    """Names of files as a shell reads them: "~/a" would be a folder named "~"."""
+    """Names of files as the command line has them: texts, and "~/a" is no folder named "~"."""
     if isinstance(value, list | tuple):
         return type(value)(map(_at_home, value))
-    at_home = isinstance(value, str | Path) and str(value).startswith("~/")
-    return type(value)(os.path.expanduser(value)) if at_home else value
+    if not isinstance(value, str | Path):
+        return value
+    return os.path.expanduser(value) if str(value).startswith("~/") else str(value)
 
 
 def _settle_options(config: C, own: C) -> C:

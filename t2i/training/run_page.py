@@ -4,6 +4,7 @@ has logged (and of its control's), sheets over time, settings.
 
 import html
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,14 @@ from pathlib import Path
 from statistics import fmean
 
 from t2i.charts import Chart, Point, Series
-from t2i.files import read_json, write_text
+from t2i.errors import UserError
+from t2i.fields import read_object
+from t2i.files import write_text
 from t2i.pages import chart_html, facts_html, frames_html, html_page
 from t2i.progress import readable_time
 from t2i.training.logs import METRICS, read_metrics
+
+log = logging.getLogger(__name__)
 
 _NATS = "nats per code"
 _LOSSES = (
@@ -39,10 +44,18 @@ _MOST_POINTS = 400
 """A curve of more is drawn as means of neighbours."""
 
 
+def refresh_run_page(run_dir: str | Path) -> None:
+    """Rewrite the page of a run that goes on, which no page must end: a warning if it cannot be."""
+    try:
+        write_run_page(run_dir)
+    except (UserError, OSError) as error:
+        log.warning("the run's page stays as it is: %s", error)
+
+
 def write_run_page(run_dir: str | Path) -> Path:
     """Write or rewrite the page of a run as it stands."""
     run_dir = Path(run_dir)
-    rows, config = read_metrics(run_dir), read_json(run_dir / "config.json")
+    rows, config = read_metrics(run_dir), read_object(run_dir / "config.json")
     control = (config.get("log") or {}).get("control")
     title, beside, other = run_dir.resolve().name, "", list[dict]()
     if control is not None:

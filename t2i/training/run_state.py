@@ -61,6 +61,10 @@ class Checkpoints:
     average: Average | None
     facts: dict
 
+    def __post_init__(self):
+        # Once: the DeepSpeed file that it reads may be gone by the time of a save.
+        self._state = state_facts(self.config, self.processes.world_size)
+
     def save(self, step: int) -> Path:
         """Save after so many steps, and delete the oldest ones.
 
@@ -114,7 +118,7 @@ class Checkpoints:
             **facts,
             **self.facts,
             "steps": self.steps,
-            "state": state_facts(config, processes.world_size),
+            "state": self._state,
             "data_key": self.data_key,
             "config": plain(config),
         }

@@ -34,6 +34,16 @@ which `say_what_differs` compares.
 """
 
 
+def settings_of(config: TrainConfig, caller: str) -> TrainConfig:
+    """What a function that a notebook calls was given; UserError if it is no run's settings."""
+    if not isinstance(config, TrainConfig):
+        raise UserError(
+            f"{caller} takes the settings of a run, and {config!r:.80} is none: "
+            f"{caller}(t2i.recipe('shapes-control', {{'steps': 20}}))"
+        )
+    return config
+
+
 def plain(config: TrainConfig) -> dict:
     """The settings as JSON gives them back."""
     return json.loads(json.dumps(asdict(config), default=str))

@@ -48,6 +48,14 @@ class LabelledFolder(Source):
         if empty:
             some = f"{len(empty)} of {len(classes)} classes have no images ({empty[0]}, ...)"
             self.remarks.append(some)
+        numbers = {name: label for label, name in enumerate(classes) if name.isdecimal()}
+        other = [(name, label) for name, label in numbers.items() if int(name) != label]
+        if other and len(numbers) == len(classes):
+            name, label = other[0]
+            self.remarks.append(
+                f"folder {name} is class {label}: names are sorted as text, and numbers are no "
+                "exception; where they say the class, begin with 0 and give all as many digits"
+            )
 
     def files(self) -> list[tuple[str, Path]]:
         return [(str(path.relative_to(self._root)), path) for path in self.paths]

@@ -6,6 +6,7 @@ metadata does not list, knows no sidecar captions, and copies nothing that lazy 
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ METADATA_ADVICE = (
 OUTSIDE = "outside the folder (--data.outside-images uses it)"
 """Why an image is skipped that a table names elsewhere."""
 _STRANGE = "link to a file that is no caption file"
+_OF_SYSTEMS = frozenset(
+    ("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+)
+"""Folders that systems put among people's own, for thumbnails, say, or what was deleted."""
 _SAVED = ("dataset_info.json", "state.json")  # by Dataset.save_to_disk
 _HASH = re.compile("[0-9a-f]{30,}")
 
@@ -46,8 +51,8 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """Every file below the folder, sorted, and (name, reason) of what was passed over.
 
     Links are followed, to folders as well, but every folder is read once: loops end, and what lies
-    around this folder is not read. Hidden files and folders (and __MACOSX) are passed over, and
-    named where they are or hold images, as are pictures of formats that are not read.
+    around this folder is not read. Hidden files and folders (and those of `_OF_SYSTEMS`) are passed
+    over, and named where they are or hold images, as are pictures of formats that are not read.
     """
     root = os.path.realpath(folder)
     files: list[Path] = []
@@ -100,7 +105,7 @@ def _kind(entry: os.DirEntry) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is no one's data, wherever it lies."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def holds_images(folder: Path) -> bool:
@@ -119,6 +124,11 @@ def name_below(folder: Path, name: str) -> str:
         return name
     place = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
     return str(place.relative_to(folder)) if place.is_relative_to(folder) else name
+
+
+def composed(name: str) -> str:
+    """A name with its accents in one spelling: Macs' disks and zips have e and an accent for é."""
+    return unicodedata.normalize("NFC", name)
 
 
 def is_image(path: Path) -> bool:
@@ -181,6 +191,8 @@ class MetadataFolder(Source):
         self._image = choose_column(names, wanted.image_column, ("file_name",), "image", where)
         fields = [f"{name}.{key}" for name in names for key in self._keys(name)]
         self._caption = choose_caption(names, fields, wanted.caption_column, where)
+        inside = [str(path.relative_to(folder)) for path in images]
+        self._accented = {composed(name): name for name in inside if not name.isascii()}
         identity = {"kind": "metadata folder", "columns": [self._image, self._caption]}
         super().__init__(str(folder), identity, len(self._rows))
         parts = dict.fromkeys(str(row["split"]) for _, row in self._rows if "split" in row)
@@ -225,7 +237,10 @@ class MetadataFolder(Source):
             return None
         # normpath: "./a.png" and "b/../a.png" list a.png too.
         name = os.path.normpath(os.path.join(parent, name))
-        return name if self._outside_images else name_below(self._folder, name)
+        name = name if self._outside_images else name_below(self._folder, name)
+        if name.isascii() or os.path.lexists(self._folder / name):
+            return name
+        return self._accented.get(composed(name), name)
 
     def __getitem__(self, index: int) -> Sample:
         name = self._name(index)
@@ -245,7 +260,14 @@ class SidecarFolder(Source):
         captions = [path for path in files if _is_caption_file(path)]
         strange = {path for path in captions if not _may_be_caption(path.resolve())}
         usual = {path.with_suffix(""): path for path in captions if path not in strange}
-        self._texts = {path: usual.get(path.with_suffix("")) for path in images}
+        accented = {
+            composed(str(stem)): path for stem, path in usual.items() if not str(stem).isascii()
+        }
+        self._texts = {
+            path: usual.get(stem) or accented.get(composed(str(stem)))
+            for path in images
+            for stem in [path.with_suffix("")]
+        }
         bare = {p for image, text in self._texts.items() if text is None for p in _stems(image)}
         texts = [path for path in files if path.suffix.lower() in _TEXTS and path not in strange]
         beside = [path for path in texts if path.with_suffix("") in bare]
@@ -277,6 +299,15 @@ class SidecarFolder(Source):
             for path in files
             if path.stem.lower() == "metadata" and _looks_like_metadata(path)
         ]
+        named = Counter(path.with_suffix("") for path in images)
+        if twice := [
+            path for path in images if self._texts[path] and named[path.with_suffix("")] > 1
+        ]:
+            self.remarks.append(
+                f"{len(twice)} pictures share captions with others of their name, as "
+                f"{name_in(folder, twice[0])} and {twice[1].name}: of copies in two formats keep one, "
+                "or one may be held out and the other trained on"
+            )
         if beside:
             self.remarks.append(
                 f"{len(beside)} text files stand beside pictures that have no caption: "

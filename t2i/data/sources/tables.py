@@ -29,7 +29,7 @@ from t2i.data.samples import (
     read_field,
 )
 from t2i.data.sources.folders import OUTSIDE, leads_out, name_below
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.lfs import refuse_pointers
 from t2i.published import file_status, hub_is_away
 
@@ -46,9 +46,11 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
             f"{strange[0]}: the datasets library takes '::' for a chain of addresses; rename the file "
             "or folder"
         )
-    files = [path for path in files if not _empty(path)]
-    if not files:
+    columns = {path: found for path in files if (found := _columns(path)) is not None}
+    if not columns:
         raise UserError(f"{root} holds no rows")
+    files = list(columns)
+    _refuse_different(root, {path: found for path, found in columns.items() if found})
     # The library finds its Arrow copy by path and modification time, which `cp -p` and rsync keep
     # where they replace a file: with a name of its own, each state of the files has its own copy.
     name = content_key({"files": list(map(file_status, files))})
@@ -58,12 +60,28 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
     return _kind(wanted)(str(root), where, wanted, folder, files)
 
 
-def _empty(path: Path) -> bool:
+def _columns(path: Path) -> set[str] | None:
+    """The columns of a parquet file, None without rows; empty if it cannot be read."""
     try:
-        return pq.read_metadata(path).num_rows == 0
+        found = pq.read_metadata(path)
+        return set(found.schema.to_arrow_schema().names) if found.num_rows else None
     except (OSError, pa.ArrowException):  # the library says what else is wrong with it
         refuse_pointers(path)
-        return False
+        return set()
+
+
+def _refuse_different(root: Path, columns: dict[Path, set[str]]) -> None:
+    """UserError if files have not all the same columns: the library stops where it reads the first
+    other one, which is in mid-run where it streams, and does not name it.
+    """
+    first = next(iter(columns), None)
+    for path, found in columns.items():
+        if first is not None and (other := found ^ columns[first]):
+            raise UserError(
+                f"{root}: {path.name} and {first.name} have not the same columns "
+                f"({shorten(sorted(other), most=5)} in one only); give files of one kind by name, such "
+                f"as '{root}/a*.parquet', or write them with the same columns"
+            )
 
 
 def open_hub(wanted: CaptionedImages) -> Source:

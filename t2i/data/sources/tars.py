@@ -39,6 +39,11 @@ _HELD = 4
 """Tars whose index is held; samples are read in order, so that each is indexed twice in all."""
 _ASKED = 100
 """JSON members that are asked for their fields."""
+_PADDING = 1 << 20
+"""Bytes behind an archive that are looked at: tar fills up to 10 kB, by default, with zeros."""
+_SECOND = (
+    "second archive behind the end of the first, as `cat` joins them: pack it as a tar of its own"
+)
 
 
 @dataclass
@@ -201,6 +206,8 @@ def _index(path: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
             with open(path, "rb") as file:
                 file.seek(tar.offset)
                 complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+                if complete and any(file.read(_PADDING)):
+                    left_out.append((printable(path.name), _SECOND))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except tarfile.TarError as error:
