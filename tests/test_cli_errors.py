@@ -271,7 +271,9 @@ def generate_fails(fails, plain, tmp_path):
 def test_bad_prompts(generate_fails, tmp_path):
     assert "no prompt: give --prompt TEXT" in generate_fails()
     assert "no prompt: give --prompt TEXT" in generate_fails("--prompt", "a circle", "")
-    assert r"--prompt: 'a \udcff' holds a lone surrogate" in generate_fails("--prompt", "a \udcff")
+    assert r"--prompt: 'a \udcff' contains a lone surrogate" in generate_fails(
+        "--prompt", "a \udcff"
+    )
     path = tmp_path / "prompts.jsonl"
     assert "cannot be read" in generate_fails("--prompt-file", path)
     for bad in (
