@@ -83,7 +83,7 @@ def _write_t5(folder: Path, weights: RandomWeights, changes: dict) -> None:
     config = T5Config(**{**_FLAN_T5_XL, **changes, **own})
     with torch.device("meta"):
         encoder = T5EncoderModel(config)
-    shapes = shapes_of(encoder.state_dict())
+    shapes = dict(shapes_of(encoder.state_dict()))
     shapes.pop("encoder.embed_tokens.weight", None)  # stored as shared.weight
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
