@@ -84,7 +84,7 @@ class Frozen:
     text_encoder: Any = None
     """A `TextEncoder`, or None."""
     warned: set[str] = field(default_factory=set)
-    """Prompts that a warning has already been logged for."""
+    """Prompts that were warned of."""
 
 
 @dataclass(frozen=True)
