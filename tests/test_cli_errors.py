@@ -151,9 +151,13 @@ def test_bad_values(train_fails):
         ("--steps", str(10**30), f"steps={10**30} must be at most 1,000,000,000"),
         ("--epochs", "1e300", "epochs=1e+300 must be a number above 0"),
         ("--lora.rank", str(10**9), f"lora.rank={10**9} must be at least 1 and at most 4096"),
-        ("--method.slot-weights", "1 inf", "slot_weights=(1.0, inf): give weights >= 0"),
-        ("--method.slot-weights", "1e300", "slot_weights=(1e+300,): give weights >= 0 and at most"),
-        ("--method.slot-weights", "1e-300", "that of slot 0 at least 1e-12"),
+        ("--method.slot-weights", "1 inf", "slot_weights=(1.0, inf): give one or more weights"),
+        (
+            "--method.slot-weights",
+            "1e300",
+            "slot_weights=(1e+300,): give one or more weights from 0 to",
+        ),
+        ("--method.slot-weights", "1e-300", "slot 0's at least 1e-12"),
         ("--method.depth", str(10**9), f"depth={10**9} must be from 1 to 100"),
         ("--seed", str(2**63), f"seed={2**63} must be between 0 and 2**63 - 1"),
     ],
@@ -267,7 +271,9 @@ def generate_fails(fails, plain, tmp_path):
 def test_bad_prompts(generate_fails, tmp_path):
     assert "no prompt: give --prompt TEXT" in generate_fails()
     assert "no prompt: give --prompt TEXT" in generate_fails("--prompt", "a circle", "")
-    assert r"--prompt: 'a \udcff' holds a lone surrogate" in generate_fails("--prompt", "a \udcff")
+    assert r"--prompt: 'a \udcff' contains a lone surrogate" in generate_fails(
+        "--prompt", "a \udcff"
+    )
     path = tmp_path / "prompts.jsonl"
     assert "cannot be read" in generate_fails("--prompt-file", path)
     for bad in (

@@ -144,7 +144,7 @@ def test_notes_name_what_is_lost_of_captions(encoder):
 def test_a_lone_surrogate_is_refused_by_name(encoder):
     """Case 15, for prompts; data sets lose it when they are read."""
     for use in (encoder.encode, encoder.notes):
-        with pytest.raises(UserError, match=r"'a \\ud83d' holds a lone surrogate"):
+        with pytest.raises(UserError, match=r"'a \\ud83d' contains a lone surrogate"):
             use(["a \ud83d"])
 
 
@@ -172,7 +172,7 @@ def test_dtype_and_token_limit(folder):
     encoder = T5Captions.load(folder, max_tokens=5, dtype=torch.bfloat16)
     features = encoder.encode(CAPTIONS)
     assert {f.dtype for f in features} == {torch.bfloat16} and len(features[0]) == 5
-    with pytest.raises(ValueError, match="max_tokens is 1"):
+    with pytest.raises(ValueError, match="max_tokens=1 must be at least 2"):
         T5Captions.load(folder, max_tokens=1)
 
 
@@ -217,7 +217,7 @@ def test_unusable_folders_are_refused(broken, tmp_path):
         T5Captions.load(broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"d_model": "wide"}))
-    with pytest.raises(ValueError, match=r"config.json describes no T5"):
+    with pytest.raises(ValueError, match=r"config.json does not describe a T5"):
         T5Captions.load(broken)
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert' model"):

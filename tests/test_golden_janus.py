@@ -275,7 +275,7 @@ def test_a_configuration_of_other_weights_is_refused(case, tmp_path, part):
         params = config[part]["params"]
         size = next(name for name in ("image_token_size", "input_dim") if name in params)
         params[size] += 1
-    with pytest.raises(UserError, match=rf"{part}\.params\.{size} is {params[size]}, and model\."):
+    with pytest.raises(UserError, match=rf"{part}\.params\.{size} is {params[size]}, but model\."):
         Janus.load(folder)
 
 
@@ -291,7 +291,7 @@ def test_an_aligner_that_no_janus_pro_has_is_refused(case, tmp_path):
 @pytest.mark.parametrize(
     "setting, value, said",
     [
-        ("num_res_blocks", 7, r"num_res_blocks is 7, and the weights have"),
+        ("num_res_blocks", 7, r"num_res_blocks is 7, but the weights have"),
         ("double_latent", True, r"double_latent=True, not False"),
     ],
 )

@@ -229,11 +229,13 @@ def test_what_no_janus_has_is_refused(copy, settings, said):
     stored = json.loads((copy / "config.json").read_text())
     stored["text_config"] |= settings
     (copy / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=f"config.json: no Janus-Pro has.*{said}"):
+    with pytest.raises(
+        ValueError, match=f"config.json: this is not a Janus-Pro configuration.*{said}"
+    ):
         Janus.load(copy)
     stored["text_config"]["num_attention_heads"] = 0
     (copy / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"config.json lacks a Janus-Pro setting, or has a wrong"):
+    with pytest.raises(ValueError, match=r"config.json lacks a Janus-Pro setting or has a wrong"):
         Janus.load(copy)
 
 
@@ -416,7 +418,7 @@ def test_a_token_without_an_embedding_is_named(copy):
     path.write_text(json.dumps(stored | {"added_tokens": [*stored["added_tokens"], token]}))
     prompts = Janus.load(copy).frozen.text_encoder
     assert max(prompts.encode(["a red circle"])[0]) < size
-    with pytest.raises(t2i.UserError, match=rf"makes token {size}, but the model has {size}"):
+    with pytest.raises(t2i.UserError, match=rf"produces token {size}, but the model has {size}"):
         prompts.encode(["a <|further|> circle"])
 
 

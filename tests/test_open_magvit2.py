@@ -187,7 +187,9 @@ def test_every_weight_of_a_tokenizer_file_must_fit(tmp_path, ema):
 
 def test_wrong_files(tmp_path, content):
     path = write(tmp_path / "AR.ckpt", content)
-    with pytest.raises(ValueError, match=r"width 32 with 2 layers is no published size.*config="):
+    with pytest.raises(
+        ValueError, match=r"width 32 with 2 layers is not a published size.*config="
+    ):
         OpenMAGVIT2.load(path)
     vq = write(tmp_path / "vq.pt", tiny_vq().state_dict())
     with pytest.raises(ValueError, match=r"vq\.pt: not an Open-MAGVIT2 .*transformer\.pre_emb"):

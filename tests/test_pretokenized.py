@@ -209,9 +209,17 @@ def test_images_are_encoded_without_tf32(tiny_world, monkeypatch):
 @pytest.mark.parametrize(
     ("positions", "code", "message"),
     [
-        (15, 1, r"15 x 1 codes .* this rar backbone 16 x 1: they are of another tokenizer"),
-        (16, 48, r"codes from 0 to 48, this rar backbone \(48,\): they are of another tokenizer"),
-        (16, -1, r"codes from -1 to 0, this rar backbone \(48,\): they are of another tokenizer"),
+        (15, 1, r"15 x 1 codes .* this rar backbone 16 x 1: they come from another tokenizer"),
+        (
+            16,
+            48,
+            r"codes from 0 to 48, but this rar backbone's vocabulary is \(48,\): they come from another tokenizer",
+        ),
+        (
+            16,
+            -1,
+            r"codes from -1 to 0, but this rar backbone's vocabulary is \(48,\): they come from another tokenizer",
+        ),
     ],
 )
 def test_codes_of_another_tokenizer_are_refused(tmp_path, positions, code, message):

@@ -231,6 +231,7 @@ def test_dropout_acts_in_training_only(place):
         still = loss_of(model.eval(), codes)
         assert torch.equal(loss_of(model, codes), still)
         seen.clear()
+        torch.manual_seed(0)  # a few masks change the loss by less
         assert abs(loss_of(model.train(), codes) - still) > 1e-3
     assert seen == {"projection": [32, 32], "mlp": [64, 32] * 2}.get(place, [])
 

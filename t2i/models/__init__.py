@@ -1,1 +1,1 @@
-"""The families of image generators, a folder each, behind the interface in `base`."""
+"""Families of image generators, one folder each, behind the interface in `base`."""

@@ -1,14 +1,14 @@
-"""What causal transformers share: attention, its mask and a pass through blocks; and for the
-Llama-like ones trunk, norm and rotation, with the block of LlamaGen and Open-MAGVIT2.
+"""Code shared by causal transformers (attention, its mask, running blocks) and by Llama-like ones
+(trunk, norm, rotation, and the block of LlamaGen and Open-MAGVIT2).
 
 That block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
-SwiGLU. Two things differ from the usual Llama, which is Janus-Pro's
-(`janus_modules.py`), and matter for parity:
+SwiGLU. Two differences from the usual Llama block (as in Janus-Pro, `janus_modules.py`) matter for
+parity:
 
 - RoPE is two-dimensional on interleaved pairs: the first half of the pairs is rotated by the row,
   the second half by the column.
-- The rows of the rotary table that belong to the prefix (class or caption) are zero, so its queries
-  and keys vanish: every attention logit to or from a prefix entry is 0.
+- The rows of the rotary table that belong to the prefix (class or caption) are zero, so the
+  prefix's queries and keys vanish: every attention logit to or from a prefix entry is 0.
 
 Shapes: B batch, L inputs, P prefix length, D model width, H heads, K width of a head, T image
 tokens.
@@ -35,10 +35,10 @@ from t2i.products import prefers_products
 def causal_mask(
     x_BLD: Tensor, prefix_mask_BP: Tensor | None, cache: KVCache | None
 ) -> Tensor | None:
-    """Which entries the inputs may attend to, bool [B or 1, 1, L, extent]; None where they are all
-    and in order.
+    """Which entries the inputs may attend to, bool [B or 1, 1, L, extent]; None for plain causal
+    attention.
 
-    Every entry sees itself, also a masked-out prefix entry: a row without any key would give NaN.
+    Every entry sees itself, even a masked-out prefix entry: a row without any key would give NaN.
     """
     if prefix_mask_BP is None and cache is None:
         return None
@@ -68,10 +68,10 @@ def attend(
     *,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of one layer's queries to its keys and values, after what the cache holds of them:
+    """Attention of a layer's queries to its keys and values, and to earlier ones in the cache:
     [B, L, H*K].
 
-    Keys and values may have fewer heads than queries. Without a mask attention is causal (see
+    Keys and values may have fewer heads than queries. Without a mask, attention is causal (see
     `causal_mask`).
     """
     if cache is not None:
@@ -85,7 +85,7 @@ def attend(
             length = q_BHLK.shape[2]
             mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q_BHLK.device).tril()
         return _attend_by_products(q_BHLK, k_BHLK, v_BHLK, mask)
-    # By a branch: of the comparison alone, a compiler that takes sizes for variable makes no bool.
+    # A branch, as with dynamic sizes the comparison alone is not a bool to a compiler.
     grouped = {"enable_gqa": True} if k_BHLK.shape[1] != q_BHLK.shape[1] else {}
     out = F.scaled_dot_product_attention(
         q_BHLK,
@@ -100,11 +100,11 @@ def attend(
 
 
 def _attend_by_products(q_BHnK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Tensor) -> Tensor:
-    """Attention [B, n, H*K] of n queries by plain products: the fused kernels are made for many
-    queries, and some prepare themselves anew for every length of the cache.
+    """Attention [B, n, H*K] of n queries by plain matrix products: fused kernels are made for many
+    queries, and some have a setup cost for every new cache length.
     """
     batch, shared, _, width = k_BHLK.shape
-    # Queries that share keys are the rows of one product.
+    # Queries that share keys become the rows of one matrix product.
     q = (q_BHnK * width**-0.5).reshape(batch, shared, -1, width)
     scores = (q @ k_BHLK.transpose(-1, -2)).float().unflatten(2, (-1, q_BHnK.shape[2]))
     weights = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
@@ -119,14 +119,14 @@ def run_blocks(
     recompute: bool,
     compiled: bool = False,
 ) -> Tensor:
-    """Apply blocks in turn, each to (x, *shared); `recompute` computes their activations again in
-    the backward pass.
+    """Apply blocks in turn, each to (x, *shared); `recompute` recomputes their activations in the
+    backward pass.
     """
     run = _compiled_block() if compiled else _run_block
     for block in blocks:
         if recompute and torch.is_grad_enabled():
-            # Not the reentrant kind, which trains nothing when its input needs no gradient, as with
-            # frozen embeddings.
+            # The reentrant kind would train nothing when its input needs no gradient (frozen
+            # embeddings).
             x_BLD = checkpoint(run, block, x_BLD, *shared, use_reentrant=False)
         else:
             x_BLD = run(block, x_BLD, *shared)
@@ -139,15 +139,13 @@ def _run_block(block: Callable[..., Tensor], *inputs) -> Tensor:
 
 @lru_cache
 def _compiled_block() -> Callable[..., Tensor]:
-    """One function for all blocks of a trunk, which is compiled once: they differ in their weights
-    alone.
-    """
+    """One compiled function for all blocks of a trunk, as they differ only in their weights."""
     return torch.compile(_run_block)
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What the trunks' shapes have in common."""
+    """The part of a model's shape that all Llama-like trunks share."""
 
     dim: int
     n_layer: int
@@ -155,12 +153,12 @@ class LlamaConfig:
     grid: tuple[int, int] = (16, 16)
     n_kv_head: int | None = None
     ffn_dim: int | None = None
-    """Hidden width of the SwiGLU; None means 8/3 of dim rounded up to a multiple of 256."""
+    """Hidden width of the SwiGLU; None: 8/3 of `dim`, rounded up to a multiple of 256."""
     num_classes: int = 1000
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
     token_dropout: float = 0.1
-    """Element dropout on all input embeddings of the trunk (training only)."""
+    """Element dropout on the trunk's input embeddings (training only)."""
     resid_dropout: float = 0.1
     ffn_dropout: float = 0.1
 
@@ -190,7 +188,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and not torch.compiler.is_compiling():  # one operation there, backward too
+        if x.is_cuda and not torch.compiler.is_compiling():  # a single fused kernel each way
             shape = x.shape[-1:]
             if x.dtype == self.weight.dtype == torch.float32:
                 return F.rms_norm(x, shape, self.weight, self.eps)
@@ -210,10 +208,10 @@ def rope_table(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x_BLHK: Tensor, rope_LK2: Tensor, *, halves: bool = False) -> Tensor:
-    """Turn pairs by the angles of a table, for all rows or [B, ...] for each, in fp32: neighbours,
-    or with `halves` entry i of each half.
+    """Rotate pairs of entries in fp32, by the angles of a table that all rows share ([B, ...]: one
+    per row). Pairs are neighbors, or with `halves` entries i of both halves.
     """
-    if not halves and not torch.compiler.is_compiling():  # one operation, with the same bits
+    if not halves and not torch.compiler.is_compiling():  # a single operation, bit-identical
         pairs = torch.view_as_complex(x_BLHK.float().unflatten(-1, (-1, 2)))
         turned = pairs * torch.view_as_complex(rope_LK2).unsqueeze(-2)
         return torch.view_as_real(turned).flatten(-2).type_as(x_BLHK)
@@ -241,7 +239,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         both, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        if lean.keep_less():  # a view would keep all of qkv for the backward pass
+        if lean.keep_less():  # a view would keep all of qkv alive for the backward pass
             v = v.clone()
         q, k = rotate(both, rope).split([self.heads, self.kv_heads], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -289,15 +287,15 @@ class ClassEmbedding(nn.Module):
 
 
 def normal_weights(module: nn.Module, generator: torch.Generator) -> None:
-    """N(0, 0.02) for all matrices, as the reference starts its pre-training."""
+    """N(0, 0.02) for all matrices, as the reference initializes pre-training."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=0.02, generator=generator)
 
 
 class LlamaBackbone(Backbone):
-    """The trunk of a Llama-like family: dropout, then blocks that are called with (x, rope, mask,
-    cache), then perhaps a norm.
+    """The trunk of a Llama-like family: dropout, blocks called with (x, rope, mask, cache), and
+    possibly a norm.
     """
 
     def __init__(self, trunk: LlamaConfig):
@@ -313,7 +311,7 @@ class LlamaBackbone(Backbone):
         """The trunk's blocks, in order."""
 
     def finish(self, x: Tensor) -> Tensor:
-        """What follows the last block, before the head."""
+        """Applied between the last block and the head."""
         return x
 
     def rope_table(self) -> Tensor:

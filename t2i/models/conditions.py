@@ -1,5 +1,5 @@
-"""Conditions: as users give them, checked (captions, ImageNet-style class labels); what encodes
-captions; padding; and as a trunk reads them.
+"""Conditions: checks of the captions and class labels that users give, the interface of caption
+encoders, padding, and encoded conditions as a trunk reads them.
 
 Shapes: B batch, P prefix length, D model width, C width of a caption's features.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_captions(captions: Sequence[str], what: str = "captions") -> None:
-    """UserError unless this is a list of strings that text encoders can take."""
+    """UserError unless this is a list of strings that can be encoded as UTF-8."""
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
         raise UserError(f"{what} must be a list of strings, got {captions!r:.200}")
     for caption in captions:
@@ -27,27 +27,27 @@ def check_captions(captions: Sequence[str], what: str = "captions") -> None:
             caption.encode()
         except UnicodeEncodeError as error:
             known = sys.getfilesystemencoding()
-            if known != "utf-8":  # so a command line comes that is not in it
+            if known != "utf-8":  # then non-ASCII arguments arrive as surrogates
                 raise UserError(
-                    f"{what}: {caption!r:.200} is not text in {known}, which this shell's locale "
-                    "says; start again with PYTHONUTF8=1, or after export LC_ALL=C.UTF-8"
+                    f"{what}: {caption!r:.200} is not text in {known}, the encoding of this shell's "
+                    "locale; start again with PYTHONUTF8=1, or after export LC_ALL=C.UTF-8"
                 ) from error
             raise UserError(
-                f"{what}: {caption!r:.200} holds a lone surrogate ({caption[error.start]!r}), which "
-                "is no character; take it out"
+                f"{what}: {caption!r:.200} contains a lone surrogate ({caption[error.start]!r}), which "
+                "is not a character; remove it"
             ) from error
 
 
 def class_ids(values: "Iterable[object] | Tensor", num_classes: int) -> "Tensor":
     """Check class labels and return them as an int64 tensor [n] on the CPU.
 
-    Labels are integers (Python, numpy or torch) in 0 .. num_classes - 1. The null class that
-    guidance uses is no label: dropping a condition is the backbone's business.
+    Labels are integers (Python, numpy or torch) in 0 .. num_classes - 1. The null class used by
+    guidance is not a valid label: the backbone itself drops conditions.
 
     Raises:
-        UserError: names the first value that is not an integer or out of range, and its place.
+        UserError: names the first value that is not an integer in this range, and its position.
     """
-    import torch  # here, so that programs which only check captions answer at once
+    import torch  # here, so that programs that only check captions start fast
 
     if isinstance(values, torch.Tensor):
         values = values.tolist()
@@ -73,11 +73,11 @@ def _class_id(value: Any, place: int, num_classes: int) -> int:
 
 
 def left_pad(rows: "Sequence[Tensor]", length: int, fill: float = 0) -> "tuple[Tensor, Tensor]":
-    """Rows [n_i] or [n_i, C] as a batch, the padding first: [B, length] or [B, length, C], and a
-    mask bool [B, length], True for a row's own entries.
+    """Batch rows [n_i] or [n_i, C], padded on the left: [B, length] or [B, length, C], and a mask
+    bool [B, length], True for a row's own entries.
 
     Raises:
-        ValueError: there is no row, one is longer than `length`, or their widths differ.
+        ValueError: there are no rows, one is longer than `length`, or their widths differ.
     """
     import torch
 
@@ -96,43 +96,43 @@ def left_pad(rows: "Sequence[Tensor]", length: int, fill: float = 0) -> "tuple[T
 
 
 class TextEncoder(Protocol):
-    """What turns captions into what `Backbone.prepare` needs."""
+    """Encodes captions for `Backbone.prepare`."""
 
     folder: Path | None
-    """Where it was loaded from."""
+    """The folder it was loaded from."""
 
     def to(self, device: "torch.device | str") -> Self: ...
 
     def notes(self, captions: Sequence[str]) -> list[list[str] | None]:
-        """What is lost of each caption, in fixed phrases; None if nothing of it is left."""
+        """Fixed phrases for what each caption loses; None for one of which nothing is left."""
 
     def weights_hash(self) -> str:
-        """SHA-256 of all that an image can depend on."""
+        """SHA-256 of everything that an image can depend on."""
 
 
 @dataclass(frozen=True)
 class CaptionFeatures:
-    """What a data set's cache keeps of captions where encoding them is expensive."""
+    """How to encode captions for a data set's cache, where doing so at every step is expensive."""
 
     encode: "Callable[[list[str]], list[Tensor]]"
-    """Captions to features [n_i, C] each."""
+    """Maps captions to features, [n_i, C] each."""
     key: dict
-    """JSON-able: what the features depend on."""
+    """Everything the features depend on, as JSON-serializable values."""
 
 
 @dataclass
 class Condition:
-    """An encoded condition: what precedes the image in the trunk's input."""
+    """An encoded condition: the part of the trunk's input that precedes the image."""
 
     prefix: "Tensor"
     """Embeddings [B, P, D]; the output at the last one predicts the first image token."""
     mask: "Tensor | None" = None
     """Which prefix entries may be attended to, bool [B, P]; None means all."""
     extras: "dict[str, Tensor]" = field(default_factory=dict)
-    """Whatever else a family's trunk needs, batch first."""
+    """Other tensors that a family's trunk needs, batch first."""
 
     def rows(self, index: "Tensor") -> "Condition":
-        """The conditions of some samples."""
+        """The conditions of the samples `index`."""
         return Condition(
             self.prefix[index],
             None if self.mask is None else self.mask[index],
@@ -141,7 +141,7 @@ class Condition:
 
     @staticmethod
     def cat(parts: Sequence["Condition"]) -> "Condition":
-        """Stack along the batch."""
+        """Concatenate along the batch."""
         import torch
 
         first, masks = parts[0], [p.mask for p in parts if p.mask is not None]

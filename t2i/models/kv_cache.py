@@ -1,4 +1,4 @@
-"""The keys and values that a trunk has computed so far, in buffers whose shapes stay."""
+"""The keys and values that a trunk has computed so far, in buffers of fixed shape."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,18 @@ from torch import Tensor
 class KVCache:
     """Preallocated keys and values of every layer, [B, H, length, K] each.
 
-    `at` says which entries the next trunk call writes, and how many leading ones attention reads:
-    a bucket, so that few shapes occur; a mask made from `index` hides what is not filled yet.
-    Buffers are a layer's own: a compiler copies one buffer whole to write into a view of it. They
-    are one entry longer than what is read: a compiler makes other code for a whole buffer.
+    `at` sets which entries the next trunk call writes, and how many leading entries attention
+    reads. That number is rounded up to a bucket, so that few shapes occur; a mask made from `index`
+    hides entries that are not filled yet.
+    Two details are for `torch.compile`: every layer has its own buffer, because a compiler copies a
+    whole buffer to write into a view of it; and buffers are one entry longer than what is read,
+    because a compiler generates different code for reading a whole buffer.
     """
 
     BUCKET = 64
-    """Entries read are a multiple of this: on a GPU a step is recorded for each."""
+    """The number of entries read is a multiple of this: on a GPU each is recorded separately."""
     BUCKET_ON_A_CPU = 16
-    """There one step serves all lengths, and entries that are read for nothing cost time."""
+    """Smaller, as one compiled step serves all lengths, and reading unused entries takes time."""
 
     def __init__(
         self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, dtype, device
@@ -32,19 +34,19 @@ class KVCache:
         self.extent = 0
 
     def at(self, index_L: Tensor, extent: int) -> "KVCache":
-        """Write entries `index_L`, all below `extent`, and read the first `extent`. [B, L] gives
-        each row entries of its own.
+        """Let the next call write entries `index_L` ([B, L]: by row), all below `extent`, and read
+        the first `extent` entries.
         """
         self.index, self.extent = index_L, extent
         return self
 
     def bucket(self, filled: int) -> int:
-        """How many leading entries are read when so many are filled."""
+        """How many leading entries to read when `filled` of them are filled."""
         assert 0 < filled <= self.length, (filled, self.length)
         return min(-(-filled // self.multiple) * self.multiple, self.length)
 
     def update(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new entries and return those that are read."""
+        """Write a layer's new entries and return the entries to read."""
         keys, values = self.keys[layer], self.values[layer]
         for held, new in ((keys, k_BHLK), (values, v_BHLK)):
             if self.index.dim() == 1:

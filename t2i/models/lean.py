@@ -1,8 +1,7 @@
-"""Operations that keep less for the backward pass than those they are made of, with the same bits:
-what is not kept is computed again.
+"""Operations that save less for the backward pass than plain ones, with bit-identical results:
+what is not saved is recomputed.
 
-They are worth it where a trunk's blocks keep most of what training holds: of LlamaGen's, four
-tenths (docs/performance.md).
+They pay off because a trunk's blocks hold most of training's memory (docs/performance.md).
 """
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 
 def keep_less() -> bool:
-    """Whether there will be a backward pass; a compiler chooses by itself what to keep for it."""
+    """Whether a backward pass may follow in eager mode (a compiler decides itself what to save)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -33,9 +32,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """Keeps which numbers it kept, not what each was multiplied with; on a GPU nn.Dropout's own
-    operation does so.
-    """
+    """Saves a bool mask instead of the factors; on a GPU, nn.Dropout's own operation does this."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.p and keep_less()) or x.device.type != "cpu":
@@ -58,7 +55,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalised in fp32, cast back, then scaled."""
+    """RMS norm: normalized in fp32, cast back, then scaled."""
     x32 = x.float()
     inverse = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     if keep_less():

@@ -1,4 +1,4 @@
-"""Backbones that are published as one weight file: how a file becomes a model, strictly."""
+"""Backbones published as one weight file, and how to load them strictly."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -13,9 +13,9 @@ from t2i.weights import build_empty, load_strict, naming, read_state_dict
 
 
 class WeightFileBackbone(Backbone):
-    """A backbone whose shape can be read off its weights, but for what only published names tell.
+    """A backbone whose shape is read off its weights and, where these are not enough, its name.
 
-    A family gives `infer_config` and `published_config`, and its weights as `gpt`.
+    A family defines `infer_config` and `published_config`, and holds its weights in `gpt`.
     """
 
     gpt: Any
@@ -26,19 +26,20 @@ class WeightFileBackbone(Backbone):
     def infer_config(
         cls, state_dict: dict[str, Tensor], stem: str, grid: tuple[int, int] | None
     ) -> Any:
-        """The shape of an official state dict from a file of this name without suffix; `grid` wins.
+        """The shape of an official state dict; `stem` is the file's name without suffix, and `grid`
+        overrides it.
 
         Raises:
-            UserError: it is another family's, or a shape that the weights do not tell.
+            UserError: it is another family's, or the weights do not determine the shape.
         """
 
     @classmethod
     @abstractmethod
     def published_config(cls, stem: str, grid: tuple[int, int] | None) -> Any | None:
-        """The shape of a published file of this name without suffix; None if there is none."""
+        """The shape of the published file named `stem` (no suffix); None if there is none."""
 
     def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
-        """Take the weights of an official file, strictly."""
+        """Load the weights of an official file, strictly."""
         load_strict(self.gpt, state_dict, path)
 
     def official_state_dict(self) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ class WeightFileBackbone(Backbone):
                 config = cls.infer_config(state_dict, Path(path).stem, grid)
         elif grid is not None:
             config = replace(config, grid=grid)
-        build: Any = cls  # a family's class is called with its shape
+        build: Any = cls  # each family's class takes its config
         device = "meta" if options.shapes_only else "cpu"
         backbone = build_empty(lambda: build(config), options.dtype, device)
         backbone.fill(state_dict, path)
@@ -78,11 +79,11 @@ class WeightFileBackbone(Backbone):
 GIVE_GRID = (
     "config=(height, width); to a program --base.grid HEIGHT WIDTH, to training --backbone.grid"
 )
-"""What to do where only the grid is missing."""
+"""Advice for error messages where only the grid is missing."""
 
 
 def published_size(sizes: dict[str, dict], **known) -> str:
-    """Name of the first size that agrees with what is known of a shape; "" if none does."""
+    """Name of the first size that matches the known parts of a shape; "" if none does."""
     for name, size in sizes.items():
         if all(known.get(key, value) == value for key, value in size.items()):
             return name

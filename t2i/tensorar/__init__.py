@@ -1,3 +1,3 @@
-"""The method: windows, noise, codec, model and sampler. It knows `t2i.models.base` and no model
-by name.
+"""The method: windows, noise, codec, model and sampler. It uses the interface in `t2i.models.base`
+and never names a model family.
 """

@@ -1,18 +1,18 @@
-"""Input encoder (k -> 1) and output decoder (1 -> k): the plug-in around an unchanged trunk (arXiv
+"""Input encoder (k -> 1) and output decoder (1 -> k), placed around an unchanged trunk (arXiv
 2505.16324, section 3.2).
 
-Both are query transformers: learned queries read a short memory. The queries attend to the memory
-and to each other, so that one hidden state can answer every slot's query differently.
+Both are query transformers: learned queries attend to a short memory and to each other, so one
+hidden state can answer every slot's query differently.
 
     E(w)    = e(w[0]) + z_in * QT_in(e(w[0]) .. e(w[k-1]))
     D(h)[0] = h       + z_out * QT_out(h)[0]
     D(h)[j] =                   QT_out(h)[j]          for drafts j >= 1
 
-z_in and z_out are zero at initialisation, so an attached model is the base model bit for bit.
-Drafts do not get h itself by default: if they do (`residual="all"`), all slots pull on one h and
-the base's own prediction suffers.
+z_in and z_out are zero at initialization, so an attached model equals the base model bit for bit.
+By default h is not added to drafts: with `residual="all"` all slots pull on the same h, and the
+base's own prediction suffers.
 
-Shapes: M rows (batch x windows), m memory entries, q queries (p where they are read), k slots, D
+Shapes: M rows (batch x windows), m memory entries, q queries (p as keys and values), k slots, D
 width, H heads, K width of a head.
 """
 
@@ -25,8 +25,8 @@ from t2i.tensorar.method import TensorARConfig
 
 
 class CodecBlock(nn.Module):
-    """Queries attend to [memory; queries], then an optional SwiGLU of 8 D^2 parameters;
-    pre-norm.
+    """Pre-norm attention of queries to [memory; queries], then an optional SwiGLU (8 D^2
+    parameters).
     """
 
     def __init__(self, config: TensorARConfig, dim: int, heads: int):
@@ -38,8 +38,8 @@ class CodecBlock(nn.Module):
         self.mlp = SwiGLU(dim) if config.mlp else None
 
     def forward(self, x: Tensor, memory_MmD: Tensor, valid_Mm: Tensor | None) -> Tensor:
-        """Queries [M, q, D] after reading; [q, D] where every row has the same, which are then
-        projected once.
+        """Updated queries [M, q, D], from queries [M, q, D] or [q, D] (shared by all rows, and then
+        projected only once).
         """
         unit = self.norm_query(x)
         q, own, read = self.wq(unit), self.wkv(unit), self.wkv(self.norm_memory(memory_MmD))
@@ -52,8 +52,8 @@ class CodecBlock(nn.Module):
 
 
 def _attend(q: Tensor, read: Tensor, own: Tensor, valid_Mm: Tensor | None) -> Tensor:
-    """Queries [M, q, H, K] or [q, H, K] to keys and values of the memory [M, m, 2, H, K] and to
-    those of the queries [M, q, 2, H, K] or [q, 2, H, K]: [M, q, H, K].
+    """Attention [M, q, H, K] of queries [M, q, H, K] or [q, H, K] to the keys and values of the
+    memory [M, m, 2, H, K] and of the queries themselves [M, q, 2, H, K] or [q, 2, H, K].
     """
     rows = len(read)
     q, own = q.expand(rows, *q.shape[-3:]), own.expand(rows, *own.shape[-4:])
@@ -66,8 +66,8 @@ def _attend(q: Tensor, read: Tensor, own: Tensor, valid_Mm: Tensor | None) -> Te
 
 
 def _attend_shared(q_qHK: Tensor, read: Tensor, own: Tensor, valid_Mm: Tensor | None) -> Tensor:
-    """The same for queries that all rows share. On a CPU the fused kernel takes far longer for
-    thousands of rows with a few entries each than a few large products do.
+    """`_attend` for queries that all rows share. On a CPU, a few large products are much faster
+    than the fused kernel on thousands of rows with a few entries each.
     """
     (k_MmHK, v_MmHK), (k_pHK, v_pHK) = read.unbind(2), own.unbind(1)
     q_qHK = q_qHK * q_qHK.shape[-1] ** -0.5
@@ -78,7 +78,7 @@ def _attend_shared(q_qHK: Tensor, read: Tensor, own: Tensor, valid_Mm: Tensor | 
     scores = torch.cat([to_memory, to_own.expand(len(read), -1, -1, -1)], dim=-1)
     weights = scores.softmax(-1).type_as(read)
     of_memory, of_own = weights.split([k_MmHK.shape[1], len(k_pHK)], dim=-1)
-    # One query or one entry: plain products, added up.
+    # Often one query or one entry: elementwise products and a sum beat a matrix product.
     out = (of_memory.permute(0, 2, 3, 1)[..., None] * v_MmHK[:, None]).sum(2)
     return out + torch.einsum("mhqp,phk->mqhk", of_own, v_pHK)
 
@@ -86,7 +86,7 @@ def _attend_shared(q_qHK: Tensor, read: Tensor, own: Tensor, valid_Mm: Tensor | 
 class SwiGLU(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        hidden = 8 * round(dim / 3)  # a multiple of 8, as tensor cores want
+        hidden = 8 * round(dim / 3)  # tensor cores need a multiple of 8
         self.norm = nn.RMSNorm(dim)
         self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
@@ -121,7 +121,7 @@ class InputEncoder(nn.Module):
         self.z_in = None if config.residual == "none" else nn.Parameter(torch.zeros(dim))
 
     def forward(self, e_MkD: Tensor, valid_Mk: Tensor) -> Tensor:
-        """Embeddings of a window's slots [M, k, D] and which of them exist [M, k] -> [M, D]."""
+        """Embeddings of a window's slots [M, k, D] and which are valid [M, k] -> [M, D]."""
         memory = F.rms_norm(e_MkD, e_MkD.shape[-1:]) + self.slots[: e_MkD.shape[1]]
         read = self.transformer(memory.type_as(e_MkD), valid_Mk)[:, 0]
         return read if self.z_in is None else e_MkD[:, 0] + self.z_in * read
@@ -148,7 +148,7 @@ class OutputDecoder(nn.Module):
 
 
 class Codec(nn.Module):
-    """Input encoder and output decoder; all that TensorAR adds to a backbone."""
+    """Input encoder and output decoder: everything TensorAR adds to a backbone."""
 
     def __init__(self, config: TensorARConfig, dim: int, heads: int):
         super().__init__()
@@ -159,10 +159,10 @@ class Codec(nn.Module):
         """N(0, 1/fan_in) for matrices, N(0, 0.02) for queries and slots, zero for the gates, one
         for the norms.
 
-        What the decoder's blocks add is a tenth of that: drafts then start near the uniform
-        distribution. At full scale they start well above its loss, and that error would reach the
-        trunk and the shared head. (Where a norm follows the decoder, as in Open-MAGVIT2's head,
-        their size is lost, and drafts start there anyway.)
+        The output matrices of the decoder's blocks get a tenth of that scale, so that drafts start
+        near the uniform distribution. At full scale their loss starts well above uniform, and that
+        error would reach the trunk and the shared head. (Where a norm follows the decoder, as in
+        Open-MAGVIT2's head, the scale cancels, and drafts start above uniform anyway.)
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and name.endswith(".weight"):

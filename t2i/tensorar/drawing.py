@@ -1,8 +1,8 @@
 """How one code is drawn: temperature, filters, and the code with the largest log p + G.
 
-G is Gumbel noise, a number of its own for every (image, position, sub-token, code): the argmax then
-follows the softmax distribution, an image is a function of its key and the model alone, and whoever
-predicts the same logits draws the same code. Only codes that the filters leave are looked at.
+G is Gumbel noise, a separate number for every (image, position, sub-token, code). The argmax then
+follows the softmax distribution, an image is a function of its key and the model alone, and equal
+logits always give the same code. Only codes that pass the filters get noise.
 
 Shapes: n candidates, B images, N windows, k slots, S sub-tokens, V vocabulary.
 """
@@ -18,17 +18,17 @@ from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar.windows import Windows
 
 NOISE = "gumbel"
-"""Name of this way of drawing: images that were drawn another way are never mixed with these."""
+"""Name of this way of drawing; images drawn in different ways are never mixed in a folder."""
 TIES = 64
-"""So many codes as likely as the k-th stay besides the first k, those with the lowest numbers."""
+"""How many codes tied with the k-th top-k keeps beyond the first k (those with the lowest ids)."""
 _NOISE = 0
-"""Number of this stream among an image's."""
+"""Number of this random stream among those of an image."""
 
 
 def rules(
     config: SamplingConfig, sub_tokens: int
 ) -> tuple[tuple[SubTokenSampling, SubTokenSampling], ...]:
-    """The settings of final slots and of drafts, for each sub-token."""
+    """For each sub-token, the settings of final slots and those of drafts."""
     return tuple(
         (own, replace(own, temperature=own.temperature * config.draft_temperature))
         for own in config.by_sub_token(sub_tokens)
@@ -36,12 +36,12 @@ def rules(
 
 
 def noise_keys(keys_B: Tensor, windows: Windows, sub_tokens: int) -> Tensor:
-    """Keys int64 [N, B, k, S] of the noise of every slot, by position: final codes have the same
-    noise for every k and stride.
+    """Noise keys int64 [N, B, k, S] of every slot. They depend on the position, so a final code
+    gets the same noise for every k and stride.
 
-    Drafts have their own. With the noise of the final code they would foretell it more often, but
-    the model reads them: what it then says of the position would be drawn with noise that it has
-    seen, and no longer follow its own distribution.
+    Drafts have separate noise. With the final code's noise they would match it more often, but the
+    model reads drafts: it would have seen the noise that its next prediction is drawn with, and the
+    codes would no longer follow its distribution.
     """
     position_NkS = windows.positions(keys_B.device)[..., None]
     depth_kS = torch.arange(windows.size, device=keys_B.device)[:, None] // windows.stride
@@ -53,7 +53,7 @@ def candidates(logits: Tensor, rule: SubTokenSampling) -> tuple[Tensor, Tensor]:
     """The codes that may be drawn, int64 [..., n] or [n], and their fp32 scores [..., n]: logits
     over temperature, -inf where a filter removed one.
 
-    Top-k comes first (ties stay), then top-p (the code that crosses the threshold stays).
+    Top-k comes first (keeping ties), then top-p (keeping the code that crosses the threshold).
     """
     vocab, filtered = logits.shape[-1], rule.top_p < 1
     if 0 < rule.top_k < vocab:
@@ -67,7 +67,7 @@ def candidates(logits: Tensor, rule: SubTokenSampling) -> tuple[Tensor, Tensor]:
         codes = torch.arange(vocab, device=logits.device)
     if rule.temperature != 1:
         logits = logits / max(rule.temperature, 1e-5)
-    if filtered:  # they are in order
+    if filtered:  # sorted by either branch above
         over = logits.softmax(-1).cumsum(-1) > rule.top_p
         removed = F.pad(over[..., :-1], (1, 0), value=False)
         logits = logits.masked_fill(removed, -torch.inf)
@@ -75,10 +75,10 @@ def candidates(logits: Tensor, rule: SubTokenSampling) -> tuple[Tensor, Tensor]:
 
 
 def likeliest(logits: Tensor, count: int) -> Tensor:
-    """The codes of the largest fp32 logits [..., V], in order: int64 [..., count].
+    """The codes of the largest fp32 logits [..., V], in descending order: int64 [..., count].
 
-    Of equal ones the lower code comes first, whatever the shape of the batch: the order is that of
-    whole numbers, the logit's bits before the code.
+    Of equal logits the lower code comes first, whatever the shape of the batch: the sort key is an
+    integer made of the logit's bits and then the code.
     """
     vocab = logits.shape[-1]
     bits = (logits + 0.0).view(torch.int32).long()  # -0 becomes 0
@@ -99,11 +99,11 @@ def pick(logits: Tensor, keys: Tensor, rule: SubTokenSampling) -> Tensor:
 
 
 def draw_by_share(logits: Tensor, keys: Tensor) -> Tensor:
-    """One code int64 [...] per row of fp32 logits [..., V], as `pick` draws it without filters, by
-    one random number per row: keys int64 [...].
+    """One code int64 [...] per row of fp32 logits [..., V], from the softmax distribution by one
+    random number per row: keys int64 [...].
 
-    For training's own drafts. Noise of every code couples them to what another model would draw,
-    which drafts have no use for, and costs far more.
+    For own drafts in training. Noise for every code, as in `pick`, makes different models draw
+    comparable codes, but drafts do not need that, and it takes far longer.
     """
     share = logits.softmax(-1).cumsum(-1)
     drawn = uniforms(keys)[..., None] * share[..., -1:]

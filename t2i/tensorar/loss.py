@@ -1,9 +1,9 @@
-"""The cross entropy of windows, with few logits at once.
+"""The cross entropy of windows, without holding all logits at once.
 
-The logits of k slots are the most of what a small model would hold in training (GPT-B, 8 images of
-256 codes, k = 4: 0.5 GB, three times over). They exist for some rows at a time here: what is left
-of them for the backward pass are the gradients of the head's input and of its weight, which are
-computed on the way. That is no more work than to do it later, and the sum is the same.
+The logits of k slots would take most of a small model's memory in training (GPT-B, 8 images of 256
+codes, k = 4: three copies of 0.5 GB). Here they exist for only some rows at a time: the gradients
+of the head's input and weight are computed in the forward pass, and only these are kept for the
+backward pass. This takes no more work than computing them later, and gives the same sums.
 
 Shapes: B batch, N windows, k slots, S sub-tokens, D width, V vocabulary; R rows (all slots of all
 windows), r some of them.
@@ -20,15 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from t2i.models.base import Backbone
 
 LOGITS_AT_ONCE = 2**22
-"""So many logits exist at once in training, or those of `ROWS_AT_ONCE` rows if they are more."""
+"""How many logits exist at once in training (but at least those of `ROWS_AT_ONCE` rows)."""
 LOGITS_AT_ONCE_ON_A_GPU = 2**25
-"""The same there, where few large products take far less time than many small ones."""
+"""The same on a GPU, where a few large products are far faster than many small ones."""
 ROWS_AT_ONCE = 256
-"""For every so many rows the weight's gradient is added up once."""
+"""Minimum number of rows per chunk: each chunk is one addition to the weight's gradient."""
 LOGITS_OF_A_SAMPLE = 2**21
-"""Logits of one sample that exist at once where no gradient is asked for, or where the head is
-called as a layer. The number of parts must not depend on how many samples a process has: under
-ZeRO-3 a call is collective.
+"""How many logits of one sample exist at once where no gradient is needed, or where the head is
+called as a layer. Counted per sample, because the number of calls must not depend on how many
+samples a process has: under ZeRO-3 all processes must take part in each call.
 """
 
 
@@ -52,21 +52,21 @@ class SlotLosses:
 
 @dataclass
 class WindowLosses(SlotLosses):
-    """Of one forward pass. The sums carry no gradient, `loss` does."""
+    """The losses of one forward pass. `sums` carries no gradient; `loss` does."""
 
     loss: Tensor
-    """`weighted` by the method's own weights: what is trained on."""
+    """The training loss: `weighted` by the method's slot weights."""
 
 
 def slot_parts(k: int) -> list[slice]:
-    """Slot 0 and the drafts: slot 0 passes the head by itself, in the base model's shape and hence
-    with its bits.
+    """Slot 0 and the drafts. Slot 0 passes the head alone, in the same matrix shape as in the base
+    model and hence with the same bits.
     """
     return [slice(0, 1), slice(1, k)] if k > 1 else [slice(0, 1)]
 
 
 def filled(values: Sequence[float], device: torch.device) -> Tensor:
-    """fp32 [n], written where it is used: a copy from the host cannot be recorded in a graph."""
+    """fp32 [n], filled on the device: a copy from the host cannot be recorded in a CUDA graph."""
     return torch.stack([torch.full((), v, device=device) for v in values])
 
 
@@ -99,7 +99,7 @@ def window_losses(
 def _heads(
     backbone: Backbone, d_BnkD: Tensor, codes_BnkS: Tensor
 ) -> list[tuple[Tensor, nn.Module]]:
-    """For every sub-token what its last layer reads, [R, D], and this layer."""
+    """The head's last layer for every sub-token, with its input [R, D]."""
     if backbone.gradient_checkpointing and torch.is_grad_enabled():
         states = checkpoint(backbone.all_heads, d_BnkD, codes_BnkS, use_reentrant=False)
     else:
@@ -109,26 +109,26 @@ def _heads(
 
 @dataclass
 class Rows:
-    """Some rows that a head reads; those of slot 0 are never multiplied together with others."""
+    """Some of a head's rows; those of slot 0 are never multiplied together with others."""
 
     x_RD: Tensor
     codes_R: Tensor
-    """int64, what is true"""
+    """int64, the true codes"""
     scale_R: Tensor
-    """fp32, a row's share of the loss"""
+    """fp32, the weight of each row in the loss"""
     batch: int
-    """Samples that these are of."""
+    """The number of samples that these rows belong to."""
 
 
 def cross_entropy(
     head: nn.Module, rows: list[Rows], vocab: int, *, usable: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """sum_R scale_R CE_R with its gradient, and every CE_R without.
+    """sum_R scale_R CE_R with its gradient, and each CE_R without one.
 
     Args:
-        usable: the head's weight can be used as it stands. Where it cannot (ZeRO-3 holds a shard of
-            it, PEFT has wrapped the layer), the layer is called for every part of the rows, and
-            once more in the backward pass.
+        usable: the head's weight can be used directly. Otherwise (ZeRO-3 holds a shard of it, or
+            PEFT has wrapped the layer) the layer is called for every part of the rows, and again in
+            the backward pass.
     """
     sizes = [len(part.codes_R) for part in rows]
     if torch.is_grad_enabled() and usable:
@@ -152,7 +152,7 @@ def rows_at_once(vocab: int, *, gpu: bool) -> int:
 
 
 def _chunks(sizes: list[int], most: int) -> list[slice]:
-    """At most so many rows that pass the head together; none from two of the parts of so many."""
+    """Slices of at most `most` rows over parts of these sizes; no slice spans two parts."""
     chunks, start = [], 0
     for size in sizes:
         end = start + size
@@ -162,7 +162,7 @@ def _chunks(sizes: list[int], most: int) -> list[slice]:
 
 
 def _in_parts(head: nn.Module, rows: Rows, vocab: int) -> Tensor:
-    """CE_R, by calling the layer for parts of the rows."""
+    """CE_R, computed by calling the layer on parts of the rows."""
 
     def losses(x_rD: Tensor, codes_r: Tensor) -> Tensor:
         return F.cross_entropy(head(x_rD).float(), codes_r, reduction="none")
@@ -176,7 +176,7 @@ def _in_parts(head: nn.Module, rows: Rows, vocab: int) -> Tensor:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """`cross_entropy` with a whole weight, and the gradients computed in the forward pass."""
+    """`cross_entropy` with a directly usable weight: computes the gradients in the forward pass."""
 
     @staticmethod
     def forward(ctx, x_RD, weight_VD, bias_V, codes_R, scale_R, chunks):
@@ -199,7 +199,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_weight is not None and kind == torch.float32:
                 d_weight.addmm_(d_logits.T, x_rD)
             elif d_weight is not None:
-                d_weight += d_logits.T @ x_rD  # added up in fp32
+                d_weight += d_logits.T @ x_rD  # accumulated in fp32
             if d_bias is not None:
                 d_bias += d_logits.sum(0, dtype=torch.float32)
         ctx.save_for_backward(
@@ -213,12 +213,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        # In place: what was saved is used up, and autograd refuses to go through here twice.
+        # In place: the saved tensors are not read again, as autograd refuses a second backward.
         return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    """The type that a linear layer multiplies in here."""
+    """The dtype that a linear layer would multiply in, given autocast."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

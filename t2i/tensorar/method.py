@@ -1,4 +1,4 @@
-"""The method's settings. Without torch, so that programs can name their options at once."""
+"""The method's settings. Does not import torch, so that `--help` is fast."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,43 +10,44 @@ Schedule = Literal["linear", "sine", "sqrt", "exponential"]
 NoiseKind = Literal["categorical", "codebook", "gaussian"]
 
 _MOST_DEPTH = 100
-"""Deeper than the trunks that it stands beside."""
+"""Deeper than any trunk."""
 _SLOT_WEIGHTS = (1e6, 1e-12)
-"""The heaviest, and the lightest of slot 0: beyond, sums or divisions overflow."""
+"""Largest weight of any slot, smallest weight of slot 0: beyond, sums or divisions overflow."""
 
 
 @dataclass(frozen=True)
 class TensorARConfig:
-    """The method's own settings; `t2i.presets` has the published ones."""
+    """Settings of the method; `t2i.presets` has the published ones."""
 
     k: int = 4
-    """Window size: how many codes a step predicts. 1 is the base model."""
+    """Window size: the number of codes that each step predicts. 1 is the base model."""
     depth: int = 1
-    """Blocks in each of the two query transformers."""
+    """Number of blocks in each of the codec's two query transformers."""
     mlp: bool = False
-    """Give each block a SwiGLU of 8 D^2 parameters."""
+    """Give each block an MLP (SwiGLU, 8 D^2 parameters for width D)."""
     residual: Residual = "first"
-    """Which output slots get the trunk's hidden state added: slot 0 only, all, or none (then
-    neither does the input encoder).
+    """Which output slots add the trunk's hidden state: slot 0 only, all, or none (then the input
+    encoder has no residual either).
     """
     noise: NoiseKind = "categorical"
-    """How drafts in the input windows are corrupted in training."""
+    """The kind of noise that corrupts drafts in the input windows during training."""
     schedule: Schedule = "exponential"
-    """How the corruption grows from slot to slot."""
+    """How the strength of the noise grows from slot to slot."""
     noise_floor: float = 0.0
-    """Smallest corruption of a draft: the schedule is squeezed into [floor, 1]."""
+    """Smallest noise strength of a draft: the schedule is rescaled to [floor, 1]."""
     own_drafts: float = 0.0
-    """Share of training samples whose drafts are the model's own samples, as in sampling, instead
-    of noised truth.
+    """Share of training samples whose drafts are sampled from the model, as when drawing images,
+    instead of true codes with noise. A number from 0 to 1.
     """
     anneal: bool = False
-    """Let that share grow linearly from 0 at the first step to `own_drafts` at the last."""
+    """Grow `own_drafts` linearly over the run, from 0 at the first step to its full value at the
+    last."""
     detach: bool = False
-    """The output decoder reads the trunk's state without a gradient: drafts cannot pull on the
-    trunk, only on the head.
+    """Pass no gradient from the output decoder to the trunk: drafts then train the head, but not
+    the trunk.
     """
     slot_weights: tuple[float, ...] = (1.0,)
-    """Loss weight of slot 0, 1, ...; the last entry holds for all further slots."""
+    """Loss weights of slots 0, 1, ...; the last one also applies to all further slots."""
 
     def __post_init__(self):
         for name, given, kind in (
@@ -63,7 +64,7 @@ class TensorARConfig:
         fit = bool(weights) and all(0 <= weight <= heaviest for weight in weights)
         if not fit or weights[0] < lightest:
             raise UserError(
-                f"slot_weights={weights}: give weights >= 0 and at most {heaviest:g}, that of slot 0 "
+                f"slot_weights={weights}: give one or more weights from 0 to {heaviest:g}, slot 0's "
                 f"at least {lightest:g}"
             )
         for name in ("own_drafts", "noise_floor"):
@@ -71,7 +72,7 @@ class TensorARConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
         if self.own_drafts > 0 and self.noise == "gaussian":
             raise UserError(
-                "own_drafts and noise='gaussian' exclude each other: that noise is on embeddings, not on codes"
+                "own_drafts cannot be combined with noise='gaussian', which is added to embeddings, not to codes"
             )
         if not 1 <= self.depth <= _MOST_DEPTH:
             raise UserError(f"depth={self.depth} must be from 1 to {_MOST_DEPTH}")

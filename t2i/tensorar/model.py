@@ -1,5 +1,5 @@
-"""TensorAR = a backbone + a codec: the training loss, and the pieces that the sampler is made of
-(arXiv 2505.16324).
+"""TensorAR = a backbone + a codec: the training loss and the building blocks of the sampler (arXiv
+2505.16324).
 
 Shapes: B batch, T image tokens, N windows, k slots, S sub-tokens, P prefix, D width, V vocabulary.
 """
@@ -36,12 +36,10 @@ from t2i.tensorar.windows import Windows
 
 
 class TensorAR(nn.Module):
-    """A backbone that predicts windows. With `config.k == 1` there is no codec and this is the base
-    model.
+    """A backbone that predicts windows. With `config.k == 1` it has no codec and is the base model.
 
     Raises:
-        UserError: k does not fit the image, or codebook noise is asked for without an image
-            tokenizer.
+        UserError: k does not fit the image, or there is codebook noise and no image tokenizer.
     """
 
     def __init__(self, backbone: Backbone, config: TensorARConfig, *, seed: int = 0):
@@ -53,14 +51,14 @@ class TensorAR(nn.Module):
         self.speed: Speed = "auto"
         self.speculate: Speculate = "off"
         self.recompute_codec = False
-        """Recompute the codec in the backward pass; with the backbone's blocks it always is."""
+        """Recompute the codec in the backward pass (always done when the backbone's blocks are)."""
         self.held = Held()
         self.trained = "nothing yet"
-        """What training has changed, or is about to, in words."""
+        """A phrase for what training has changed, or is about to change."""
         self.codec: Codec | None = None
         if config.k > 1:
             if config.noise == "codebook":
-                backbone.code_vectors()  # raises where the codebook is not there
+                backbone.code_vectors()  # raises if there is no codebook
             first = next(backbone.parameters())
             with torch.device("meta"):
                 codec = Codec(config, backbone.spec.dim, backbone.spec.num_heads)
@@ -70,7 +68,7 @@ class TensorAR(nn.Module):
             self.codec = codec
 
     def __repr__(self) -> str:
-        """One line; `print(model.backbone.gpt)` and the like show the modules."""
+        """A one-line summary; `print(model.backbone.gpt)` and the like show the modules."""
         c = self.config
         window = f"k={c.k}" if self.codec is not None else "k=1, the base model"
         size = "" if self.codec is None else f", codec {parameter_count(self.codec)}"
@@ -88,8 +86,8 @@ class TensorAR(nn.Module):
 
     # -- inputs ------------------------------------------------------------------------------------
     def noised_windows(self, codes: Tensor, keys: Tensor) -> Tensor:
-        """Input windows int64 [B, N, k, S] of codes [B, T, S], drafts corrupted by the configured
-        noise; keys int64 [B].
+        """Input windows int64 [B, N, k, S] of codes [B, T, S], with the configured noise on drafts;
+        keys int64 [B].
         """
         clean = self.windows.gather(codes)
         if self.config.k == 1 or self.config.noise == "gaussian":
@@ -99,8 +97,10 @@ class TensorAR(nn.Module):
     def corruption(
         self, slots: int, device: torch.device, share: float = 1.0, final: int = 1
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """What corrupts windows int64 [B, n, slots, S] by keys int64 [B] with `share` of the
-        configured strengths; their first `final` slots stay. Its tables are on the device.
+        """A function that corrupts windows int64 [B, n, slots, S], given keys int64 [B].
+
+        share: factor on the configured strengths.
+        final: how many leading slots stay unchanged.
         """
         strengths = schedule_strengths(self.config.schedule, self.config.k, self.config.noise_floor)
         b_k = share * filled([*[0.0] * final, *strengths[final:]][:slots], device)
@@ -115,17 +115,17 @@ class TensorAR(nn.Module):
     def training_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, progress: float = 1.0
     ) -> Tensor:
-        """What a training step reads, int64 [B, N, k, S]: noised truth, or own drafts for the
-        configured share of samples.
+        """Input windows of a training step, int64 [B, N, k, S]: true codes with noise or, for the
+        configured share of samples, own drafts.
 
-        progress: share of the run that is done, for annealing.
+        progress: share of the run that is completed, for annealing.
         """
         windows = self.noised_windows(codes, keys)
         share = self.config.own_drafts * (progress if self.config.anneal else 1.0)
         if share == 0 or self.config.k == 1:
             return windows
-        # Only the chosen rows pass the model again; at least one does, since under ZeRO-3 a pass is
-        # collective.
+        # Only the chosen rows take a second pass, but at least one row does: under ZeRO-3 all
+        # processes must take part in a pass.
         chosen = torch.nonzero(uniforms(fold(keys, 2001)) < share)[:, 0]
         rows = chosen if len(chosen) else torch.zeros(1, dtype=torch.long, device=keys.device)
         own = self.own_draft_windows(
@@ -140,10 +140,11 @@ class TensorAR(nn.Module):
         gaussian_keys: Tensor | None = None,
         known_n: Tensor | None = None,
     ) -> Tensor:
-        """E(w): windows [B, n, k' <= k, S], of which the first begins at position `first` ([B, 1]:
-        in each row), each one further on, -> embeddings [B, n, D].
+        """E(w): windows [B, n, k' <= k, S] -> embeddings [B, n, D].
 
-        known_n: how many slots of each are known, int64 [n]; None for all.
+        first: position of the first window, or int64 [B, 1] of each row's; each further window
+            begins one position later.
+        known_n: number of known slots in each window, int64 [n]; None for all.
         """
         e_BnkD = self.backbone.embed_tokens(windows)
         if self.codec is None:
@@ -163,7 +164,7 @@ class TensorAR(nn.Module):
         return read.unflatten(0, (len(windows), n))
 
     def _run(self, part: nn.Module, *inputs: Tensor) -> Tensor:
-        """A part of the codec, computed again in the backward pass where that is asked for."""
+        """Run a part of the codec, recomputed in the backward pass if so configured."""
         if torch.is_grad_enabled() and (
             self.recompute_codec or self.backbone.gradient_checkpointing
         ):
@@ -178,8 +179,9 @@ class TensorAR(nn.Module):
         gaussian_keys: Tensor | None = None,
         stride: int = 1,
     ) -> Tensor:
-        """Trunk outputs [B, N, D] that predict windows 0..N-1, from input windows 0..N-2 (the last
-        one given is not read), which may have been drawn with a stride.
+        """Trunk outputs [B, N, D] that predict windows 0..N-1, from windows [B, N, k', S].
+
+        The last window is not read. `stride` is the one that the windows were drawn with.
         """
         prefix, geometry = condition.prefix, self.windows.shrunk(windows.shape[2], stride)
         fed, known_n = geometry.fed(windows[:, :-1])
@@ -196,7 +198,7 @@ class TensorAR(nn.Module):
 
     def slot_logits(self, d_kD: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
         """Teacher-forced logits [..., k, V_s] per sub-token, from decoded slots [..., k, D] and
-        their codes [..., k, S].
+        true codes [..., k, S].
         """
         parts = [
             self.backbone.all_logits(d_kD[..., part, :], codes[..., part, :])
@@ -211,8 +213,8 @@ class TensorAR(nn.Module):
         windows: Tensor,
         gaussian_keys: Tensor | None = None,
     ) -> WindowLosses:
-        """Cross entropy of the true codes [B, T, S] by slot, given input windows [B, N, k, S]
-        (noised, or own drafts).
+        """Cross entropy of the true codes [B, T, S] by slot, given input windows [B, N, k, S] (with
+        noise or own drafts).
         """
         d_BNkD = self.decode_slots(self.hidden(condition, windows, gaussian_keys))
         valid_Nk = self.windows.valid(codes.device).float()
@@ -221,7 +223,7 @@ class TensorAR(nn.Module):
         return window_losses(self.backbone, d_BNkD, targets, valid_Nk, weights_k)
 
     def windows_at_once(self, slots: int) -> int:
-        """How many windows of so many slots have `LOGITS_OF_A_SAMPLE` logits, at least 1."""
+        """How many windows with this many slots make up `LOGITS_OF_A_SAMPLE` logits, at least 1."""
         return max(1, LOGITS_OF_A_SAMPLE // (slots * max(self.backbone.spec.subvocabs)))
 
     # -- own drafts --------------------------------------------------------------------------------
@@ -229,13 +231,12 @@ class TensorAR(nn.Module):
     def own_draft_windows(
         self, codes: Tensor, condition: Condition, keys: Tensor, passes: int = 2
     ) -> Tensor:
-        """Input windows with the true code in slot 0 and the model's own samples behind it, int64
-        [B, N, k, S].
+        """Input windows int64 [B, N, k, S]: the true code in slot 0, then the model's own samples.
 
-        Each pass predicts all windows in parallel and takes their samples as the next pass's
-        drafts; the first pass sees pure noise as drafts, so no truth can leak into them. This is
-        what sampling feeds the model, up to the true slot 0; as there, nothing is dropped out,
-        also in training. Leaves the model in the mode it was in.
+        Each pass predicts all windows in parallel and uses the samples as the next pass's drafts.
+        In the first pass the drafts are pure noise, so the truth cannot leak into them. Apart from
+        the true slot 0 this is what sampling feeds the model, and as in sampling there is no
+        dropout. The model's train/eval mode is restored at the end.
         """
         truth = self.windows.gather(codes)
         if self.config.k == 1:
@@ -261,8 +262,8 @@ class TensorAR(nn.Module):
 
     @torch.no_grad()
     def draw(self, d: Tensor, keys: Tensor) -> Tensor:
-        """Codes int64 [..., S] of decoded slots [..., D], by the model's own distribution, with
-        keys int64 [...] of the random numbers.
+        """Codes int64 [..., S] drawn from the model's own distribution for decoded slots [..., D];
+        `keys` int64 [...] seed the draw.
         """
         codes = keys[..., None][..., :0]
         for s in range(len(self.backbone.spec.subvocabs)):

@@ -1,16 +1,16 @@
-"""Noise schedules and corruptions of the drafts that a window feeds back (training only).
+"""Noise schedules, and how training corrupts the drafts in input windows.
 
-Slot 0 of an input window is the true code. Slot j >= 1 is corrupted with strength b(j), more the
-further it is from being final.
+Slot 0 of an input window is the true code. Slot j >= 1 is corrupted with strength b(j), which grows
+with the distance from the final slot.
 
 Schedules, with u = j / k:
     linear       b = u
     sine         b = sin(pi u / 2)
     sqrt         b = u ** 0.5
     exponential  b = 1 - exp(-2 u), that is 1 - exp(-j / (k / 2))
-The papers name these four; their table of formulas is lost in every copy that we have (a public
-review quotes the "1/(k/2)" of the exponential one). With u = j / k the last draft keeps some signal
-(b < 1 for j = k - 1), which k = 2 needs: its only draft would be pure noise otherwise.
+The papers name these four, but the table of formulas is missing from every copy that we have (a
+public review quotes the "1/(k/2)" of the exponential one). With u = j / k the last draft keeps some
+signal (b < 1 for j = k - 1). k = 2 needs this: otherwise its only draft would be pure noise.
 
 Shapes: B batch, N windows, k slots, S sub-tokens, V vocabulary, C codebook width.
 """
@@ -25,15 +25,13 @@ from t2i.rng import fold, integers, uniforms
 from t2i.tensorar.method import Schedule
 
 _ROWS_AT_ONCE = 8192
-"""Vectors that are compared with all of a codebook at once."""
+"""How many vectors are compared with the whole codebook at a time."""
 GAUSSIAN_VARIANCE = 0.1
-"""Variance of the ablation's embedding noise (arXiv 2505.16324, section 4.3)."""
+"""Variance of the embedding noise in the ablation (arXiv 2505.16324, section 4.3)."""
 
 
 def schedule_strengths(schedule: Schedule, k: int, floor: float = 0.0) -> list[float]:
-    """b(0) .. b(k-1); b(0) is 0. A floor squeezes the others into [floor, 1]: drafts that are wrong
-    more often than not.
-    """
+    """b(0) .. b(k-1); b(0) is 0, and `floor` rescales the others from [0, 1] to [floor, 1]."""
     b = {
         "linear": lambda u: u,
         "sine": lambda u: math.sin(math.pi * u / 2),
@@ -46,7 +44,7 @@ def schedule_strengths(schedule: Schedule, k: int, floor: float = 0.0) -> list[f
 def corrupt_categorical(
     windows: Tensor, strengths_k: Tensor, subvocabs: tuple[int, ...], keys: Tensor
 ) -> Tensor:
-    """With probability b(j) the whole token becomes uniform over the vocabulary (ICLR version).
+    """Replace a whole token, with probability b(j), by one drawn uniformly (ICLR version).
 
     windows int64 [B, N, k, S], strengths fp32 [k], keys int64 [B] -> int64 [B, N, k, S].
     """
@@ -61,8 +59,8 @@ def corrupt_categorical(
 def corrupt_codebook(
     windows: Tensor, strengths_k: Tensor, vectors: tuple[Tensor, ...], keys: Tensor
 ) -> Tensor:
-    """Mix each code's vector with a random code's and take the codebook entry nearest by cosine
-    (arXiv version, Algorithm 2).
+    """Mix each code's vector with that of a random code, then take the codebook entry nearest by
+    cosine (arXiv version, Algorithm 2).
 
     windows int64 [B, N, k, S], strengths fp32 [k], vectors [V_s, C] per sub-token, keys int64 [B]
     -> int64 [B, N, k, S].
@@ -75,14 +73,12 @@ def corrupt_codebook(
         x = (1 - b) * table_VC[windows[..., s]] + b * table_VC[noise]
         mixed.append(_nearest_by_cosine(x, F.normalize(table_VC, dim=-1)))
     noised = torch.stack(mixed, dim=-1)
-    # Slot 0 is kept even where two codes share a direction.
+    # Keeps slot 0 even where two codes share a direction.
     return torch.where(strengths_k[:, None] > 0, noised, windows)
 
 
 def _nearest_by_cosine(x: Tensor, unit_VC: Tensor) -> Tensor:
-    """Index of the row with the largest cosine; in chunks, because [B, N, k, V] scores would not
-    fit.
-    """
+    """Index of the row with the largest cosine; in chunks, as [B, N, k, V] scores would not fit."""
     flat = x.reshape(-1, x.shape[-1])
     nearest = [(chunk @ unit_VC.T).argmax(-1) for chunk in flat.split(_ROWS_AT_ONCE)]
     return torch.cat(nearest).view(x.shape[:-1])
@@ -91,13 +87,12 @@ def _nearest_by_cosine(x: Tensor, unit_VC: Tensor) -> Tensor:
 def corrupt_bits(
     windows: Tensor, strengths_k: Tensor, subvocabs: tuple[int, ...], keys: Tensor
 ) -> Tensor:
-    """Draw every bit of a code anew with probability b(j), that is flip it with probability b(j) /
-    2.
+    """Resample every bit of a code with probability b(j), i.e. flip it with probability b(j) / 2.
 
-    Codebook noise where the codebook is all sign patterns (Open-MAGVIT2): squared distances there
-    are 4 per differing bit, so that a kernel that falls off exponentially with them treats each bit
-    by itself. b = 0 changes nothing, b = 1 gives uniform codes. At the same b a whole code survives
-    less often than under the other kinds: (1 - b/2)^18 for 18 bits.
+    This is codebook noise for a codebook of all sign patterns (Open-MAGVIT2): each differing bit
+    adds 4 to the squared distance, so a kernel that decays exponentially with it factors into
+    independent bits. b = 0 changes nothing, b = 1 gives uniform codes. At the same b, a whole code
+    survives less often than with the other kinds of noise: (1 - b/2)^18 for 18 bits.
 
     windows int64 [B, N, k, S], strengths fp32 [k], subvocabs powers of 2, keys int64 [B] -> int64
     [B, N, k, S].

@@ -8,9 +8,7 @@ from t2i.tensorar.method import TensorARConfig
 
 
 def iclr2026(**overrides) -> TensorARConfig:
-    """The ICLR 2026 version: one attention block on each side, exponential schedule, categorical
-    noise.
-    """
+    """ICLR 2026: one attention block on each side, exponential schedule, categorical noise."""
     return _changed(
         TensorARConfig(k=4, depth=1, mlp=False, schedule="exponential", noise="categorical"),
         overrides,
@@ -18,23 +16,21 @@ def iclr2026(**overrides) -> TensorARConfig:
 
 
 def arxiv2505(**overrides) -> TensorARConfig:
-    """arXiv 2505.16324 v1: two full transformer blocks on each side, sine schedule, codebook
-    noise.
-    """
+    """arXiv 2505.16324 v1: two transformer blocks on each side, sine schedule, codebook noise."""
     return _changed(
         TensorARConfig(k=4, depth=2, mlp=True, schedule="sine", noise="codebook"), overrides
     )
 
 
 def tuned(**overrides) -> TensorARConfig:
-    """Not from the papers: drafts that weigh little, and half of them the model's own (evidence:
-    docs/recipe.md).
+    """Not from the papers: a low loss weight on drafts, half of which are the model's own samples
+    (evidence: docs/recipe.md).
     """
     return iclr2026(**{"slot_weights": (1.0, 0.03), "own_drafts": 0.5, **overrides})
 
 
 def base(**overrides) -> TensorARConfig:
-    """No TensorAR: the backbone as it is (k = 1), for controls that go through the same code."""
+    """No TensorAR: the unchanged backbone (k = 1), for controls that run the same code."""
     return _changed(TensorARConfig(k=1), overrides)
 
 
@@ -42,7 +38,7 @@ METHODS = {"iclr2026": iclr2026, "arxiv2505": arxiv2505, "tuned": tuned, "base":
 
 
 def method(name: str, **overrides) -> TensorARConfig:
-    """A preset by name; UserError lists the names."""
+    """A preset by name; UserError for an unknown name."""
     if name not in METHODS:
         raise UserError(f"unknown preset {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name](**overrides)

@@ -1,10 +1,11 @@
 """Sampling windows (arXiv 2505.16324, Algorithm 1): prefix, one step, loop.
 
-A step feeds the window that was drawn last, un-noised, and draws the next one whole; slots
-0..stride-1 are final (`Windows.fed`: the trunk reads an input for each of them). All slots share
-the filters and the guidance scale. A step works on tensors alone: no number that changes from step
-to step is Python's, and none is read back from the device.
-A `leap` feeds n windows of each row, all but the first guessed (`t2i.tensorar.speculation`).
+A step feeds the last window drawn, without noise, and draws the whole next one; slots 0..stride-1
+are final (`Windows.fed`: the trunk reads one input for each). All slots share the filters and the
+guidance scale. So that a step can be recorded in a CUDA graph, every number that changes from step
+to step is in a tensor, and none is read back from the device.
+A `leap` feeds n windows of each row, of which all but the first are guesses
+(`t2i.tensorar.speculation`).
 
 Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, n of them at once, M
 rows by n, k slots, S sub-tokens, P prefix, D width, V vocabulary.
@@ -33,15 +34,15 @@ from t2i.tensorar.windows import Windows
 
 @dataclass
 class DecodeState:
-    """What the trunk needs from step to step, and the guidance of each."""
+    """What the trunk needs from step to step, and the guidance of every step."""
 
     condition: Condition
-    """Of R rows."""
+    """The condition of all R rows."""
     cache: KVCache
     scales_NS: Tensor | None
     """Guidance by window and sub-token, fp32; None without guidance."""
     windows: Windows
-    """Those that are drawn."""
+    """The geometry of the windows that are drawn."""
 
     @property
     def guided(self) -> bool:
@@ -49,12 +50,12 @@ class DecodeState:
         return self.scales_NS is not None
 
     def extent(self, index: int) -> int:
-        """How many entries of the cache the step reads that feeds window `index`."""
+        """How many cache entries are read by the step that feeds window `index`."""
         return self.cache.bucket(self.condition.prefix.shape[1] + (index + 1) * self.windows.stride)
 
 
 def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
-    """Guidance scales fp32 [N, S]; None if there is no guidance. Past `cfg_interval` they are 1."""
+    """Guidance scales fp32 [N, S], 1 past `cfg_interval`; None if there is no guidance."""
     settings = config.by_sub_token(len(model.backbone.spec.subvocabs))
     if all(own.cfg_scale == 1 for own in settings):
         return None
@@ -68,13 +69,13 @@ def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
 
 
 def check_sampling(model: TensorAR, config: SamplingConfig) -> None:
-    """UserError for settings that this model cannot be drawn with."""
+    """UserError if this model cannot be sampled with these settings."""
     drawn_windows(model, config)
     config.by_sub_token(len(model.backbone.spec.subvocabs))
 
 
 def drawn_windows(model: TensorAR, config: SamplingConfig) -> Windows:
-    """The windows that are drawn with these settings; UserError if the model has no such ones."""
+    """The windows drawn with these settings; UserError if they do not fit the model."""
     return model.windows.shrunk(config.window, config.stride)
 
 
@@ -86,8 +87,9 @@ def new_state(
     *,
     own_pace: bool = False,
 ) -> DecodeState:
-    """With an empty cache for this condition; where rows go at their own pace, with room for the
-    last window, which rows that are done feed.
+    """A state with an empty cache for this condition.
+
+    With `own_pace` there is room for the last window too, because finished rows feed it.
     """
     rows, length = condition.prefix.shape[:2]
     fed = windows.count - 1 + own_pace
@@ -96,7 +98,7 @@ def new_state(
 
 
 def encode_rows(backbone: Backbone, prepared: dict[str, Tensor], *, guided: bool) -> Condition:
-    """The condition of all rows; with a gradient, where one is kept."""
+    """The condition of all rows, with gradients unless the caller has disabled them."""
     condition = backbone.encode_condition(prepared)
     if not guided:
         return condition
@@ -106,7 +108,7 @@ def encode_rows(backbone: Backbone, prepared: dict[str, Tensor], *, guided: bool
 
 @torch.no_grad()
 def run_prefix(backbone: Backbone, state: DecodeState) -> Tensor:
-    """Fill the cache with the prefix; returns the hidden state [R, D] that predicts window 0."""
+    """Fill the cache with the prefix; return the hidden state [R, D] that predicts window 0."""
     prefix = state.condition.prefix
     positions = torch.arange(prefix.shape[1], device=prefix.device)
     cache = state.cache.at(positions, prefix.shape[1])
@@ -117,21 +119,21 @@ def run_prefix(backbone: Backbone, state: DecodeState) -> Tensor:
 def advance(
     model: TensorAR, windows: Tensor, index: Tensor, state: DecodeState, extent: int
 ) -> Tensor:
-    """Feed windows `index` (int64 [n], one after another, or [B, n] of each row), [B, n, k, S];
-    returns the hidden states [R, n, D], each of which predicts the next window. `extent` is
+    """Feed consecutive windows [B, n, k, S]; return the hidden states [R, n, D] that predict the
+    window after each. `index` int64 [n], or [B, n] by row, are their numbers; `extent` is
     `state.extent` of the last.
     """
     stride, prefix = state.windows.stride, state.condition.prefix.shape[1]
     fed, known = state.windows.fed(windows)
     x = model.embed_windows(fed, first=index[..., :1] * stride, known_n=known)
     if state.guided:
-        x = torch.cat([x, x])  # windows are the same on both sides: encode them once
+        x = torch.cat([x, x])  # both halves have the same windows: encode them once
         index = index if index.dim() == 1 else torch.cat([index, index])
     entry = position = prefix + index
     if stride > 1:
         shift_s = torch.arange(stride, device=index.device)
         entry = prefix + (index[..., None] * stride + shift_s).flatten(-2)
-        # Rows that are done may feed codes past the image; nobody reads what follows from them.
+        # Finished rows may feed codes past the image; their outputs are never used.
         position = entry.clamp(max=prefix + state.windows.tokens - 1)
     cache = state.cache.at(entry, extent)
     return model.backbone.trunk(x, position, state.condition, cache)[:, stride - 1 :: stride]
@@ -141,15 +143,15 @@ def advance(
 def window_logits(
     model: TensorAR, d_MkD: Tensor, earlier: Tensor, index: Tensor, state: DecodeState
 ) -> Tensor:
-    """Guided fp32 logits [B n, k, V_s] of the next sub-token of windows, from decoded slots and
-    earlier sub-tokens [B n, k, s]. `index` is theirs, int64 [1] or [B n].
+    """Guided fp32 logits [B n, k, V_s] of the windows' next sub-token, from decoded slots and the
+    earlier sub-tokens [B n, k, s]. `index` int64 [1] or [B n]: the windows' numbers.
     """
     s = earlier.shape[-1]
     if state.guided:
         earlier = torch.cat([earlier, earlier])
     logits = torch.cat(
         [
-            # In one layout for every k: in bf16 the bits of a matrix product depend on it.
+            # The same memory layout for every k: in bf16 the bits of a product depend on it.
             model.backbone.next_logits(d_MkD[:, part].contiguous(), earlier[:, part])
             for part in slot_parts(d_MkD.shape[1])
         ],
@@ -161,7 +163,7 @@ def window_logits(
 
 
 def guide_logits(logits: Tensor, scale: Tensor) -> Tensor:
-    """Guided logits [B, ...] from those of all rows [2B, ...]."""
+    """Guided logits [B, ...] from the logits of all rows [2B, ...]."""
     cond, null = logits.chunk(2)
     return torch.where(scale == 1, cond, null + (cond - null) * scale)
 
@@ -171,27 +173,27 @@ def guide_logits(logits: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass
 class Drawing:
-    """A batch of images while it is drawn: all that a step reads and writes."""
+    """A batch of images while it is being drawn: everything that a step reads and writes."""
 
     state: DecodeState
     rules: tuple[tuple[SubTokenSampling, SubTokenSampling], ...]
-    """Of final slots and of drafts, for each sub-token."""
+    """The sampling settings of final slots and of drafts, for each sub-token."""
     keys_B: Tensor
     noise_NBkS: Tensor
-    """Keys of the noise of every slot."""
+    """Noise keys of every slot."""
     corrupt: Callable[[Tensor, Tensor], Tensor] | None
-    """What is done to drafts before they are fed back."""
+    """Re-noises the drafts before they are fed back; None to feed them as drawn."""
     windows_BNkS: Tensor
-    """What has been drawn; where rows go at their own pace, guesses behind it, and one window more
-    than there are, for rows that are done.
+    """The windows drawn so far. With speculation, guesses follow them, and there is one more window
+    for finished rows to write to.
     """
     index: Tensor
-    """The window that was drawn last, int64 [1]; [B, 1] where rows go at their own pace."""
+    """The number of the last window drawn, int64 [1]; with speculation [B, 1], one per row."""
     ahead: int
-    """Windows of each row that a call draws, from guesses; 0: one, the same of all rows."""
+    """How many windows of each row a call draws by speculation; 0: no speculation."""
 
     def refill(self, condition: Condition, keys: Tensor, noise: Tensor) -> None:
-        """Begin another batch of the same shape, in place."""
+        """Start another batch of the same shape, in place."""
         for own, new in zip(_tensors(self.state.condition), _tensors(condition), strict=True):
             own.copy_(new)
         for layer in (*self.state.cache.keys, *self.state.cache.values):
@@ -214,7 +216,7 @@ def new_drawing(
     config: SamplingConfig,
     ahead: int = 0,
 ) -> Drawing:
-    """A batch of images of which nothing is drawn yet."""
+    """A batch of images before anything is drawn."""
     count, batch, slots, subs = noise.shape
     room, own = (count + 1, (batch, 1)) if ahead else (count, (1,))
     corrupt = None
@@ -233,14 +235,14 @@ def new_drawing(
 
 
 def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing) -> Tensor:
-    """Draw windows `index` (int64 [n], or [B, n] of each row) from the hidden states that predict
-    them: [B, n, k, S].
+    """Draw windows `index` (int64 [n], or [B, n] by row), [B, n, k, S], from the hidden states
+    that predict them.
     """
     stride, n = drawing.state.windows.stride, index.shape[-1]
     noise_MkS = take(drawing.noise_NBkS.transpose(0, 1), index).flatten(0, 1)
     rows, slots = noise_MkS.shape[:2]
-    one = index.numel() == 1  # for all rows
-    index_M = (index if one else index.expand(rows // n, n)).flatten()
+    shared = index.numel() == 1  # all rows draw the same window
+    index_M = (index if shared else index.expand(rows // n, n)).flatten()
     d_MkD = model.decode_slots(h_RnD.flatten(0, 1))[:, :slots]
     windows = noise_MkS[..., :0]
     for s, (final, drafts) in enumerate(drawing.rules):
@@ -254,10 +256,10 @@ def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing
     return windows.unflatten(0, (-1, n))
 
 
-def draw_behind(model: TensorAR, index: Tensor, drawing: Drawing, extent: int) -> Tensor:
-    """Feed windows `index` (int64 [n], one after another, or [B, n] of each row) as they are
-    written down, and draw the one behind each: [B, n, k, S]. `extent` is `DecodeState.extent` of
-    the last. Behind the image's last window comes anything.
+def draw_next(model: TensorAR, index: Tensor, drawing: Drawing, extent: int) -> Tensor:
+    """Feed the drawing's windows `index` (consecutive, int64 [n], or [B, n] by row) and draw the
+    window after each: [B, n, k, S]. `extent` is `DecodeState.extent` of the last. What is drawn
+    after the image's last window is meaningless.
     """
     windows = take(drawing.windows_BNkS, index)
     if drawing.corrupt is not None:
@@ -266,35 +268,35 @@ def draw_behind(model: TensorAR, index: Tensor, drawing: Drawing, extent: int) -
         windows = corrupted[:, 0].unflatten(0, keys_Bn.shape)
     h = advance(model, windows, index, drawing.state, extent)
     last = drawing.state.windows.count - 1
-    behind = index + 1 if index.dim() == 1 else (index + 1).clamp(max=last)
-    return draw_windows(model, h, behind, drawing)
+    following = index + 1 if index.dim() == 1 else (index + 1).clamp(max=last)
+    return draw_windows(model, h, following, drawing)
 
 
 def step(model: TensorAR, drawing: Drawing, extent: int) -> None:
-    """Feed the window that was drawn last and draw the next. `extent` is `DecodeState.extent`."""
-    window = draw_behind(model, drawing.index, drawing, extent)
+    """Feed the last window drawn and draw the next. `extent` is `DecodeState.extent`."""
+    window = draw_next(model, drawing.index, drawing, extent)
     drawing.index.add_(1)
     drawing.windows_BNkS.index_copy_(1, drawing.index, window)
 
 
 def leap(model: TensorAR, drawing: Drawing, extent: int) -> None:
-    """Feed of each row the window that was settled last and the guesses behind it, and settle what
-    follows from right ones. What else was drawn are the next guesses.
+    """Feed each row's last settled window and the guesses after it, and settle the windows that
+    follow from correct ones. The other windows drawn become the next guesses.
     """
     geometry, ahead = drawing.state.windows, drawing.ahead
     last = geometry.count - 1
     ahead_n = torch.arange(ahead, device=drawing.index.device)
     fed_Bn = (drawing.index + ahead_n).clamp(max=last)
-    drawn = draw_behind(model, fed_Bn, drawing, extent)
+    drawn = draw_next(model, fed_Bn, drawing, extent)
     settled = count_right(drawn, take(drawing.windows_BNkS, fed_Bn + 1), geometry, fed_Bn + 1)
     put(drawing.windows_BNkS, fed_Bn + 1, drawn)
     drawing.index.add_(settled).clamp_(max=last)
-    # Of those that the next call feeds and this one did not draw.
+    # First guesses for the windows that the next call feeds and this one did not draw.
     guess(model, drawing, fed_Bn[:, -1:] + 1)
 
 
 def guess(model: TensorAR, drawing: Drawing, known_B1: Tensor) -> None:
-    """Write down first guesses behind the last window of each row that was drawn."""
+    """Write first guesses after window `known_B1`, the last one drawn in each row."""
     geometry = drawing.state.windows
     ahead_n = torch.arange(1, drawing.ahead, device=known_B1.device)
     columns = model.backbone.spec.grid[1]
@@ -312,20 +314,20 @@ def sample_windows(
     speed: Speed = "eager",
     speculate: int = 0,
 ) -> Tensor:
-    """Sample images as all their windows, int64 [B, N, k, S]: `Windows` reads the final codes and
-    every stage off them.
+    """Sample images, returned as all their windows int64 [B, N, k, S], from which `Windows` reads
+    the final codes and every refinement stage.
 
     Args:
         prepared: conditions of B images, from `Backbone.prepare`.
         keys: int64 [B], one per image (`t2i.rng.make_keys`).
-        on_step: called for every window that is settled, with all windows [B, N, k, S] as they are
-            by then, to be read and left alone: for a progress bar, or a look at the image so far.
-        speed: how steps are run, settled by `t2i.tensorar.speed.choose`.
-        speculate: windows of each image that a call draws; 0: one by one.
+        on_step: called once for every settled window with all windows [B, N, k, S] so far, which
+            it must not change: for a progress bar, or a preview of the image.
+        speed: how steps are run, as returned by `t2i.tensorar.speed.choose`.
+        speculate: how many windows of each image a call draws; 0: one by one.
     """
-    assert not model.training, "sampling needs model.eval(): dropout would act"
+    assert not model.training, "sampling needs model.eval(), or dropout is active"
     backbone, windows = model.backbone, drawn_windows(model, config)
-    assert speed != "auto", "settled by `choose`"
+    assert speed != "auto", "resolve it with `choose` first"
     keys = keys.to(backbone.device)
     scales = guidance_table(model, config)
     condition = encode_rows(backbone, prepared, guided=scales is not None)
@@ -360,10 +362,10 @@ def begin(
     speed: Speed,
     speculate: int,
 ) -> tuple[Drawing, Run]:
-    """A batch of images of which nothing is drawn yet, and what does a step of it."""
+    """A batch of images before anything is drawn, and the function that runs one step of it."""
     windows, device = drawn_windows(model, config), model.backbone.device
     noise = noise_keys(keys, windows, len(model.backbone.spec.subvocabs))
-    copy = Condition.cat([condition])  # to be refilled
+    copy = Condition.cat([condition])  # `refill` overwrites it
     state = new_state(model, copy, scales_NS, windows, own_pace=speculate > 0)
     drawing = new_drawing(model, state, keys, noise, config, speculate)
     return drawing, runner(leap if speculate else step, drawing, speed, device)
@@ -371,9 +373,7 @@ def begin(
 
 @torch.no_grad()
 def whole_run(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
-    """Draw all windows; yields after each call of the trunk how many more are settled in every
-    row.
-    """
+    """Draw all windows; after each call of the trunk, yield how many more all rows have settled."""
     first = run_prefix(model.backbone, drawing.state)[:, None]
     drawing.windows_BNkS[:, :1] = draw_windows(model, first, drawing.index, drawing)
     if drawing.ahead:

@@ -1,15 +1,15 @@
-"""Exact speculation: several windows settled by one call of the trunk, and the same image.
+"""Exact speculation: one call of the trunk settles several windows, and the image stays the same.
 
-The noise of every slot is fixed by the image's key and the position, so that a window is a function
-of those before it, and an image the one solution of "every window is what follows from the ones
-before". It is found by iteration: guess the windows behind the settled ones, feed them all at once,
-draw each anew with its own noise, and settle all up to and including the first whose guess was
-wrong, for that one still followed from right ones. A wrong guess costs a call and changes nothing;
-what it left in the cache is written over by the next call. (Jacobi decoding with noise that is
-shared between rounds: arXiv 2410.01699, 2510.24211.)
+The image's key and the position fix the noise of every slot, so each window is a function of the
+windows before it, and the image is the only solution of "every window follows from those before
+it". It is found by iteration: guess the windows after the settled ones, feed them all at once, draw
+each again with its own noise, and settle all up to and including the first wrong guess: the window
+drawn in its place still followed from correct ones. A wrong guess wastes work but changes nothing;
+the next call overwrites its cache entries. (Jacobi decoding with the same noise in every round:
+arXiv 2410.01699, 2510.24211.)
 
-Every row of a batch goes at its own pace. A row that is done, or near its end, feeds a window past
-the image that nobody reads, so that every call has one shape.
+Every row of a batch advances at its own pace. A row that is finished, or nearly so, feeds windows
+past the image whose outputs are never used, so that every call has the same shape.
 
 Shapes: B images, N windows, n of them at once, k slots, S sub-tokens.
 """
@@ -21,14 +21,14 @@ from t2i.tensorar.windows import Windows
 
 
 def take(values_BN: Tensor, index: Tensor) -> Tensor:
-    """Windows `index` of [B, N, k, S]: int64 [n], the same of every row, or [B, n]."""
+    """Windows `index` of [B, N, k, S]: int64 [n], the same for every row, or [B, n]."""
     if index.dim() == 1:
         return values_BN.index_select(1, index)
     return values_BN.gather(1, _over(index, values_BN))
 
 
 def put(values_BN: Tensor, index_Bn: Tensor, new_Bn: Tensor) -> None:
-    """Write windows of each row, in place."""
+    """Write windows `index_Bn` of each row, in place."""
     values_BN.scatter_(1, _over(index_Bn, values_BN), new_Bn)
 
 
@@ -39,12 +39,12 @@ def _over(index_Bn: Tensor, values_BN: Tensor) -> Tensor:
 def count_right(
     drawn_BnkS: Tensor, guessed_BnkS: Tensor, geometry: Windows, index_Bn: Tensor
 ) -> Tensor:
-    """How many of windows `index_Bn` are settled by a call that drew them, int64 [B, 1]: those that
-    were guessed right before the first that was not, and that one.
+    """How many of windows `index_Bn` the call that drew them settles, int64 [B, 1]: the correct
+    guesses before the first wrong one, and the window drawn in its place.
     """
     valid_Bnk = slot_positions(geometry, index_Bn) < geometry.tokens
     right = (drawn_BnkS == guessed_BnkS) | ~valid_Bnk[..., None]
-    right_Bn = right.flatten(2).all(-1)[:, :-1].long()  # nothing was fed behind the last
+    right_Bn = right.flatten(2).all(-1)[:, :-1].long()  # the last one was not fed
     return 1 + right_Bn.cumprod(1).sum(1, keepdim=True)
 
 
@@ -57,9 +57,10 @@ def slot_positions(geometry: Windows, index_Bn: Tensor) -> Tensor:
 def first_guesses(
     windows_BNkS: Tensor, geometry: Windows, columns: int, index_Bn: Tensor
 ) -> Tensor:
-    """First guesses [B, n, k, S] of windows `index_Bn` that follow one another, from all before the
-    first of them: what the last of these says of a position, else the code above, of a row of
-    `columns` codes; in the first row the last final code.
+    """First guesses [B, n, k, S] of consecutive windows `index_Bn`, from all windows before them.
+
+    A position gets the code that the last known window has for it, if any; otherwise the code above
+    it in the image (rows of `columns` codes); in the first row the last final code.
     """
     stride, known_B1 = geometry.stride, index_Bn[:, :1] - 1
     position_Bnk = slot_positions(geometry, index_Bn)

@@ -1,11 +1,11 @@
-"""How the steps of drawing are run. The step is one and the same; the images are, up to rounding.
+"""How drawing steps are run. Every speed draws the same images, up to rounding.
 
-- eager: every operation by itself. On a GPU starting them takes longer than what they do.
-- graphs: the operations of a step recorded as a CUDA graph, one for each length of the cache that
-  is read, and replayed. Recording takes about as long as a few steps.
-- compiled: operations fused by `torch.compile`, and on a GPU recorded as well. The first step takes
-  a minute or so. On a CPU the weights are frozen into what is compiled, in the order in which
-  products read them: a second copy of them, and twice as fast.
+- eager: one operation after another. On a GPU, launching them takes longer than running them.
+- graphs: a step's operations are recorded as a CUDA graph, one for each number of cache entries
+  read, and replayed. Recording takes about as long as a few steps.
+- compiled: `torch.compile` fuses operations, and on a GPU they are recorded as well. The first step
+  takes a minute or so. On a CPU the compiled code holds a second copy of the weights, laid out for
+  its matrix products, and is twice as fast.
 """
 
 import logging
@@ -31,19 +31,19 @@ from t2i.sampling import Speculate, Speed, check_speculate
 log = logging.getLogger(__name__)
 
 GRAPHS_PAY_FROM = 64
-"""Steps of a request on a GPU: recording costs as much as some tens of them."""
+"""Number of steps from which recording graphs pays: it takes as long as some tens of steps."""
 
 COMPILING_PAYS_FROM = 4096
-"""Steps of a request on a CPU: compiling costs as much as a thousand of a small model, or more. It
-is pointed out, and not done unasked: not every model and setting has been compiled.
+"""Number of steps from which compiling pays on a CPU: it takes as long as a thousand steps of a
+small model, or more. `auto` only suggests it: not every model and setting has been tried compiled.
 """
 
 Run = Callable[[Any, int], None]
-"""Does one step of a model; given how many entries of the cache it reads."""
+"""Runs one step, given the model and the number of cache entries to read."""
 
 
 def check_speed(speed: Speed, device: torch.device, speculate: Speculate = 0) -> None:
-    """UserError if there is no such speed, or not on this device, or no such speculation."""
+    """UserError if the speed is unknown or unavailable on this device, or `speculate` invalid."""
     if speed not in get_args(Speed):
         raise UserError(f"speed={speed!r} must be one of {', '.join(get_args(Speed))}")
     if speed == "graphs" and device.type != "cuda":
@@ -57,7 +57,9 @@ def check_speed(speed: Speed, device: torch.device, speculate: Speculate = 0) ->
 
 
 def choose(speed: Speed, device: torch.device, steps: int) -> Speed:
-    """What to run so many steps with: `auto` settled, and said; UserError as `check_speed`."""
+    """The speed for this many steps: resolves `auto` and logs the choice; UserError as in
+    `check_speed`.
+    """
     check_speed(speed, device)
     if speed != "auto":
         return speed
@@ -66,12 +68,12 @@ def choose(speed: Speed, device: torch.device, steps: int) -> Speed:
     hint = ""
     if device.type == "cpu" and steps >= COMPILING_PAYS_FROM:
         hint = "; --speed compiled may be twice as fast, after a minute"
-    _say(f"speed: {chosen}, for {steps} steps on {device.type}{hint}")
+    _log_once(f"speed: {chosen}, for {steps} steps on {device.type}{hint}")
     return chosen
 
 
 def compiler_lacks(device: torch.device) -> str:
-    """What steps on a CPU are compiled with and this machine does not have; "": nothing."""
+    """What this machine lacks to compile steps on a CPU; "" if nothing."""
     if device.type != "cpu":
         return ""
     own = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
@@ -83,28 +85,28 @@ def compiler_lacks(device: torch.device) -> str:
 
 
 @cache
-def _say(message: str) -> None:
+def _log_once(message: str) -> None:
     log.info(message)
 
 
 class Held:
-    """What a model keeps between batches of one shape: tensors and graphs.
+    """What a model keeps between batches of the same shape: one object, with tensors and graphs.
 
-    Copies of the model start without. Who changes what a model computes, other than by its
-    parameters, settings or `Backbone.revision`, calls `clear`.
+    Copies of the model start with nothing. Code that changes what a model computes, other than
+    through its parameters, settings or `Backbone.revision`, must call `clear`.
     """
 
     def __init__(self) -> None:
         self.key: Hashable = None
         self.content: Any = None
         self.lock = Lock()
-        """Of whoever draws with it: one batch at a time."""
+        """Held while a batch is drawn: one batch at a time."""
 
     def __reduce__(self):
         return Held, ()
 
     def fetch(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, bool]:
-        """What is held under this key, else made anew; and whether it was. One thing is held."""
+        """The object held under this key (made now if there is none), and whether it was held."""
         known = self.content is not None and self.key == key
         if not known:
             self.clear()  # before the new one needs the memory
@@ -116,7 +118,11 @@ class Held:
 
 
 def runner(step: Callable[..., None], drawing, speed: Speed, device: torch.device) -> Run:
-    """`step(model, drawing, extent)` at this speed. It holds no model, which would hold it."""
+    """A function that runs `step(model, drawing, extent)` at this speed.
+
+    It keeps no reference to the model: the model holds this function, and the cycle would keep GPU
+    memory alive.
+    """
     at_speed = step
     if speed == "compiled":
         at_speed = _frozen(step) if device.type == "cpu" else _fused(step)
@@ -129,22 +135,22 @@ def runner(step: Callable[..., None], drawing, speed: Speed, device: torch.devic
 
 
 def _frozen(step: Callable[..., None]) -> Callable[..., None]:
-    """The step with the weights of the model that is first given frozen into it."""
+    """The step, compiled with the weights of the first model that it is called with frozen in."""
     from torch._dynamo import mark_dynamic
     from torch._inductor import config
 
     def work(model, drawing, span: torch.Tensor) -> None:
         step(model, drawing, span.shape[0])
 
-    # torch keeps what it compiled by code object and looks at no weight's content. With a code
-    # object of its own, this one is never run with what was made of other weights.
+    # torch caches compiled code by code object and does not compare weights. A new code object
+    # ensures that this step never runs code compiled for other weights.
     own = FunctionType(work.__code__.replace(), globals(), "work", None, work.__closure__)
     fused = torch.compile(own, fullgraph=True, options={"guard_filter_fn": _of_span})
-    # Whose products the frozen weights are packed for is settled when it is compiled.
+    # Compiling decides which library's products the frozen weights are packed for.
     compiling = [fast_products(torch.device("cpu"))]
 
     def run(model, drawing, extent: int) -> None:
-        span = torch.empty(extent, 0)  # a plain number would be compiled for again and again
+        span = torch.empty(extent, 0)  # each value of a plain number would be compiled separately
         mark_dynamic(span, 0)
         frozen = config.patch({"freezing": True, "cpp.enable_concat_linear": True})
         with frozen, compiling.pop() if compiling else nullcontext():
@@ -154,8 +160,8 @@ def _frozen(step: Callable[..., None]) -> Callable[..., None]:
 
 
 def _of_span(guards: Sequence) -> list[bool]:
-    """What is looked at before a compiled step is run. Nothing of the model and the drawing, which
-    takes a tenth of a small model's step: `Held` knows when they are others.
+    """Which guards are checked before a compiled step runs: none on the model or the drawing, as
+    that would take a tenth of a small model's step. `Held` already notices when these change.
     """
     return [g.guard_type in ("GLOBAL_STATE", "SHAPE_ENV") or "span" in g.name for g in guards]
 
@@ -166,25 +172,25 @@ def _fused(step: Callable[..., None]) -> Callable[..., None]:
 
 
 def frozen_weights(model: nn.Module, speed: Speed) -> Hashable:
-    """What says whether a model's parameters are those that steps were made for: where they are,
-    and, where they are frozen into the steps, what they hold.
+    """A key that changes when a model's parameters are no longer those that its steps were built
+    for: their addresses and, where steps have them frozen in, their values.
     """
     parameters = list(model.parameters())
     places = tuple(p.data_ptr() for p in parameters)
     if speed != "compiled" or parameters[0].device.type != "cpu":
         return places
-    # Takes about a step. The hash, an exclusive or, would miss a change of all signs.
+    # Takes about as long as a step. The hash (XOR) alone would miss a change of all signs.
     values = (p.detach() for p in parameters)
     return places, *((torch.hash_tensor(v).item(), repr(v.sum().item())) for v in values)
 
 
 class Graphs:
-    """Steps recorded on first use, one graph for every extent."""
+    """Runs steps as CUDA graphs, recorded on first use: one for every extent."""
 
     def __init__(self, run: Run, device: torch.device):
         self.run, self.device = run, device
         self.replays: dict[int, Callable[[], None]] = {}
-        # One memory for all: they run one after another, and nothing they make outlives a step.
+        # All graphs share memory: they run one at a time, and no intermediate outlives its step.
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def __call__(self, model, extent: int) -> None:
@@ -196,8 +202,8 @@ class Graphs:
 
 
 def do_and_record(work: Callable[[], None], pool: Any, device: torch.device) -> Callable[[], None]:
-    """Do the work once, and return what does it again: a CUDA graph's replay."""
-    with torch.cuda.device(device):  # a stream is of the current one
+    """Do the work once, and return a function that repeats it by replaying a CUDA graph."""
+    with torch.cuda.device(device):  # streams belong to the current device
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -205,5 +211,5 @@ def do_and_record(work: Callable[[], None], pool: Any, device: torch.device) -> 
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=aside):
-            work()  # is recorded, and not done
+            work()  # recorded, not run
     return graph.replay

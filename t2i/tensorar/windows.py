@@ -2,11 +2,11 @@
 
 Window i starts at position p_i = i * stride and holds positions p_i .. p_i + k - 1; slots past the
 last position are padding. With stride 1 a position is drafted in the last slot and then moves one
-slot forward per step: k looks at every code.
+slot forward per step, so every code is predicted k times.
 
-A stride s > 1 is a way of drawing: slots 0..s-1 of every window are final, so that T / s calls are
-enough. The trunk reads one input per code all the same, as it was trained: a window is fed as the s
-windows that begin at its final codes (`fed`), and what the last of them predicts is drawn.
+A stride s > 1 only changes how images are drawn: slots 0..s-1 of every window are final, so T / s
+calls are enough. The trunk still reads one input per code, as in training: a window is fed as the s
+windows that begin at its final codes (`fed`), and the next window is drawn from the last output.
 
 Shapes: B batch, T image tokens, N windows, k slots, s stride, S sub-tokens.
 """
@@ -35,31 +35,28 @@ class Windows:
             )
         if not 1 <= self.stride <= self.size:
             raise UserError(
-                f"stride={self.stride} must be between 1 and the window size k={self.size}, or positions would be left out"
+                f"stride={self.stride} must be between 1 and the window size k={self.size}: a larger one would skip positions"
             )
 
     @property
     def count(self) -> int:
-        """Number of windows N: every position is in slots 0..stride-1 of exactly one."""
+        """Number of windows N: each position is in slots 0..stride-1 of exactly one of them."""
         return -(-self.tokens // self.stride)
 
     @property
     def stages(self) -> int:
-        """How many times a position is predicted, the first draft included."""
+        """How many times a position is predicted, including its first draft."""
         return -(-self.size // self.stride)
 
     def shrunk(self, size: int, stride: int = 1) -> "Windows":
-        """The same positions with only the first `size` slots, and with this stride; 0 keeps all
-        slots.
-        """
+        """The same positions with only the first `size` slots (0: all) and this stride."""
         if size > self.size:
             raise UserError(f"window={size} is larger than the model's k={self.size}")
         return replace(self, size=size or self.size, stride=stride)
 
     def fed(self, windows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the trunk reads of windows [B, n, k, S]: for each its own codes as windows that
-        begin at its final ones, [B, n s, k, S]; and how many slots of each are known, int64 [n s],
-        None for all.
+        """The trunk's inputs for windows [B, n, k, S]: one window beginning at each of their final
+        codes, [B, n s, k, S], and the number of known slots in each, int64 [n s] (None: all).
         """
         if self.stride == 1:
             return windows, None
@@ -79,8 +76,8 @@ class Windows:
         return self.positions(device) < self.tokens
 
     def gather(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, S] -> windows [B, N, k, S]; padding repeats the last code and must be masked
-        by `valid`.
+        """Codes [B, T, S] -> windows [B, N, k, S]; padding repeats the last code, so mask it with
+        `valid`.
         """
         assert codes.shape[1] == self.tokens, (codes.shape, self.tokens)
         return codes[:, self.positions(codes.device).clamp(max=self.tokens - 1)]
@@ -90,11 +87,10 @@ class Windows:
         return windows[:, :, : self.stride].flatten(1, 2)[:, : self.tokens]
 
     def stage_codes(self, windows: Tensor, stage: int) -> Tensor:
-        """The image as it stood at refinement `stage` (1 = first drafts .. `stages` = final), codes
-        [B, T, S].
+        """Codes [B, T, S] of the image at refinement `stage` (1 = first drafts, `stages` = final).
 
-        Position p is read from the window that saw it `stages - stage` steps before its last; near
-        the start, where no earlier window exists, from the earliest that does.
+        Position p is read from the window `stages - stage` steps before the last one that holds it,
+        or, near the start of the image, from the earliest window that holds it.
         """
         if not 1 <= stage <= self.stages:
             raise ValueError(
@@ -102,7 +98,7 @@ class Windows:
             )
         position = torch.arange(self.tokens, device=windows.device)
         window, slot = position // self.stride, position % self.stride
-        # How many earlier windows hold it.
+        # How many earlier windows hold the position.
         deepest = torch.div(self.size - 1 - slot, self.stride, rounding_mode="floor")
         back = torch.minimum(
             torch.minimum(window, deepest), torch.tensor(self.stages - stage, device=windows.device)

@@ -1,4 +1,4 @@
-"""Configuration of a Janus-Pro, from either layout, in the words of transformers' config.json."""
+"""Configuration of a Janus-Pro, from either layout, in the terms of transformers' config.json."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ from t2i.weights import count_children
 
 log = logging.getLogger(__name__)
 
-_DEFAULTS: dict = {  # a file may leave out what has transformers' default value
+_DEFAULTS: dict = {  # transformers' defaults, which a file may leave out
     "text_config": {
         "model_type": "llama",
         "vocab_size": 32000,
@@ -53,7 +53,7 @@ _DEFAULTS: dict = {  # a file may leave out what has transformers' default value
     "image_token_id": 100581,
     "tie_word_embeddings": True,
 }
-_FIXED: dict = {  # what every Janus-Pro has and these modules compute
+_FIXED: dict = {  # settings that every Janus-Pro has and our modules assume
     "text_config": {
         "model_type": "llama",
         "hidden_act": "silu",
@@ -73,7 +73,7 @@ _FIXED: dict = {  # what every Janus-Pro has and these modules compute
 _PATCHES = "model.vision_model.embeddings.patch_embedding.weight"
 _CODE_HEAD = "model.generation_head.proj_out.weight"
 _ALIGNERS = ("mlp_gelu", "linear")
-_STATED = (  # part of DeepSeek's configuration, the weight it is about, its outputs and inputs
+_STATED = (  # part of DeepSeek's configuration, the weight that it describes, outputs and inputs
     ("aligner_config", "model.aligner.fc1.weight", ("n_embed", "input_dim")),
     ("gen_aligner_config", "model.generation_aligner.fc1.weight", ("n_embed", "input_dim")),
     (
@@ -103,14 +103,14 @@ SIZES = {
         "num_attention_heads": 32,
     },
 }
-"""Language models of Janus-Pro (arXiv 2501.17811, table 1)."""
+"""Settings of Janus-Pro's language models (arXiv 2501.17811, table 1)."""
 
 PUBLISHED = {
     f"{owner}/Janus-Pro-{size}": size
     for owner in ("deepseek-ai", "deepseek-community")
     for size in SIZES
 }
-"""Hub ids whose shapes are known without a download."""
+"""Sizes of the published hub ids: their shapes are known without a download."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ class JanusShape:
     """
 
     transformers: dict = field(repr=False)
-    """The content of transformers' config.json; what it leaves out is filled in."""
+    """The content of transformers' config.json; missing settings are filled in."""
     grid: tuple[int, int] | None = None
-    """Height and width in codes; None: as many as the understanding tower has patches."""
+    """Height and width in codes; None: the understanding tower's number of patches."""
 
     def __post_init__(self):
         whole = _DEFAULTS | self.transformers
@@ -149,7 +149,7 @@ class JanusShape:
         if width % heads or (self.text.get("head_dim") or width // heads) != width // heads:
             other.append(f"text_config.head_dim is not hidden_size {width} / {heads} heads")
         if other:
-            raise UserError("no Janus-Pro has this configuration: " + "; ".join(other))
+            raise UserError("this is not a Janus-Pro configuration: " + "; ".join(other))
 
     @property
     def text(self) -> dict:
@@ -163,12 +163,12 @@ class JanusShape:
 
     @property
     def codes(self) -> dict:
-        """Settings of the image tokenizer and of what embeds and predicts its codes."""
+        """Settings of the image tokenizer and of the layers that embed and predict its codes."""
         return self.transformers["vq_config"]
 
     @property
     def _rope(self) -> dict:
-        """Settings of the rotation: `rope_parameters`, before transformers 5 `rope_scaling`."""
+        """Settings of RoPE: `rope_parameters`, or `rope_scaling` before transformers 5."""
         return (self.text.get("rope_scaling") or {}) | (self.text.get("rope_parameters") or {})
 
     @property
@@ -202,7 +202,7 @@ def published_shape(size: str) -> JanusShape:
 
 
 def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
-    """The content of config.json of a folder in either layout, in transformers' words; `weights`
+    """The content of a folder's config.json, of either layout, in transformers' terms; `weights`
     have transformers' names.
 
     Raises:
@@ -212,8 +212,8 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
     kind = stored.get("model_type")
     if kind not in ("janus", "multi_modality"):
         raise UserError(
-            f"{folder} is no Janus-Pro: config.json has model_type {kind!r}, not 'janus' (transformers) or "
-            "'multi_modality' (DeepSeek)"
+            f"{folder} is not a Janus-Pro: config.json has model_type {kind!r}, not 'janus' "
+            "(transformers) or 'multi_modality' (DeepSeek)"
         )
     try:
         config = stored if kind == "janus" else _convert(stored, weights)
@@ -221,13 +221,14 @@ def read_config(folder: Path, weights: dict[str, Tensor]) -> dict:
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        text = f"{folder}/config.json lacks a Janus-Pro setting, or has a wrong one: {error!r}"
-        raise UserError(text) from error
+        raise UserError(
+            f"{folder}/config.json lacks a Janus-Pro setting or has a wrong one: {error!r}"
+        ) from error
     return config
 
 
 def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
-    """DeepSeek's configuration says little: widths and depths are read off the weights."""
+    """Convert DeepSeek's configuration, which says little: most sizes are read off the weights."""
     _check_whole(weights)
     _check_stated(stored, weights)
     language = {k: v for k, v in stored["language_config"].items() if k != "torch_dtype"}
@@ -239,7 +240,8 @@ def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
     if vision_width != 1024:
         heads = max(1, vision_width // 64)
         log.warning(
-            "an understanding tower of width %d is not SigLIP-L: its head count is in no file, %d is assumed",
+            "the understanding tower has width %d, so it is not SigLIP-L; no file states its number of "
+            "heads: assuming %d",
             vision_width,
             heads,
         )
@@ -272,7 +274,7 @@ def _convert(stored: dict, weights: dict[str, Tensor]) -> dict:
 
 
 def _check_whole(weights: dict[str, Tensor]) -> None:
-    """UserError if what the shape is read off is not there."""
+    """UserError if weights that determine the shape are missing."""
     parts = {
         "the understanding tower (vision_model)": _PATCHES,
         "the understanding aligner (aligner)": "model.aligner.fc1.weight",
@@ -280,18 +282,18 @@ def _check_whole(weights: dict[str, Tensor]) -> None:
     }
     if missing := [part for part, key in parts.items() if key not in weights]:
         raise UserError(
-            f"the weights lack {' and '.join(missing)}: of a folder in DeepSeek's layout the shape is "
-            "read off them; take the whole folder"
+            f"the weights lack {' and '.join(missing)}, which are needed to read the shape of a model "
+            "in DeepSeek's layout; use the whole folder"
         )
 
 
 def _check_stated(stored: dict, weights: dict[str, Tensor]) -> None:
-    """UserError if the configuration states other sizes than the weights have."""
+    """UserError if the configuration's sizes differ from those of the weights."""
     other = []
     for part, weight, sizes in _STATED:
         params, shape = stored[part]["params"], weights[weight].shape if weight in weights else ()
         other += [
-            f"{part}.params.{name} is {params[name]}, and {weight} has {size}"
+            f"{part}.params.{name} is {params[name]}, but {weight} has {size}"
             for name, size in zip(sizes, shape, strict=False)
             if params.get(name, size) != size
         ]
@@ -299,35 +301,35 @@ def _check_stated(stored: dict, weights: dict[str, Tensor]) -> None:
         if (kind := stored[part]["params"].get("projector_type", "mlp_gelu")) not in _ALIGNERS:
             other.append(f"{part}.params.projector_type is {kind!r}, not {' or '.join(_ALIGNERS)}")
     if other:
-        raise UserError(f"it is not of these weights: {'; '.join(other)}; download both again")
+        raise UserError(f"does not fit the weights: {'; '.join(other)}; download both again")
 
 
 def _depth(aligner: dict) -> int:
-    """Linear layers of an aligner, as DeepSeek's configuration says it."""
+    """Number of linear layers of an aligner, from DeepSeek's configuration."""
     params = aligner["params"]
     return 1 if params.get("projector_type") == "linear" else params.get("depth", 1)
 
 
 def cut_off_ratio(hidden: int, width: int) -> float:
-    """What times `width` gives `hidden` when its fraction is cut off, as transformers does."""
+    """A ratio with int(width * ratio) == hidden, which is how transformers uses it."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def check_codes(shape: JanusShape, vq: VQConfig) -> None:
-    """UserError if the configuration states another image tokenizer than the weights hold."""
+    """UserError if the configured image tokenizer differs from the one in the weights."""
     held = vq_settings(vq)
     other = [
-        f"vq_config.{name} is {stated}, and the weights have {held[name]}"
+        f"vq_config.{name} is {stated}, but the weights have {held[name]}"
         for name in held
         if (stated := shape.codes[name]) != held[name]
     ]
     if other:
-        raise UserError(f"config.json is not of these weights: {'; '.join(other)}")
+        raise UserError(f"config.json does not fit the weights: {'; '.join(other)}")
 
 
 def vq_settings(vq: VQConfig) -> dict:
-    """The shape of an image tokenizer in transformers' words."""
+    """The shape of an image tokenizer in transformers' terms."""
     return {
         "base_channels": vq.channels,
         "channel_multiplier": list(vq.multipliers),

@@ -1,15 +1,14 @@
 """Janus-Pro as a text-to-image generator (arXiv 2501.17811; deepseek-ai/Janus, transformers'
 `models/janus`).
 
-A Llama reads [prompt | image codes]: the prompt through its own token embedding, codes through a
-table of their own and a small MLP, never through the token embedding; a separate head predicts
-codes. Three things matter for parity:
+A Llama reads [prompt | image codes]: the prompt through its token embedding, codes through a
+separate table and a small MLP. A separate head predicts codes. Three things matter for parity:
 
-- the unconditional prompt keeps BOS and begin-of-image, and its padding is attended to; only
-  padding left of a prompt is masked;
-- the image tokenizer is our `VQTokenizer`: transformers' copy does not normalise when it encodes,
-  and draws other codes;
-- the padding token's embedding is trained: it is most of the unconditional prompt.
+- the unconditional prompt keeps BOS and begin-of-image, and the padding between them is attended
+  to; only the padding left of a prompt is masked;
+- the image tokenizer is our `VQTokenizer`: transformers' copy does not normalize when encoding, so
+  it gives different codes;
+- the padding token's embedding is trained: it makes up most of the unconditional prompt.
 
 Shapes: B batch, L inputs, P prompt tokens, D width, T image tokens.
 """
@@ -43,7 +42,7 @@ _FIXED_TEXTS = (
     "Write two sentences about a red bicycle that leans against a wall.",
     "What is three times four, and how do you know?",
 )
-"""Whose continuations training on images should leave as they were."""
+"""Training on images should not change how the model continues these."""
 _MAX_PROMPT = 512
 _UNDERSTANDING = ("model.vision_model.", "model.aligner.", "lm_head.")
 
@@ -55,7 +54,7 @@ class Janus(LlamaBackbone):
     )
 
     def __init__(self, config: JanusShape, *, generation_only: bool = False):
-        """`generation_only` leaves out the understanding tower, its aligner and the text head."""
+        """`generation_only`: without the understanding tower, its aligner and the text head."""
         super().__init__(config.trunk)
         assert config.grid is not None, "settled by JanusShape"
         self.config = config
@@ -118,26 +117,26 @@ class Janus(LlamaBackbone):
     @classmethod
     def load(cls, path: str | Path, options: LoadOptions = AS_PUBLISHED) -> Self:
         """Load a published folder in DeepSeek's or transformers' layout, strictly, with its image
-        tokenizer and its prompts.
+        and prompt tokenizers.
 
         `generation_only` leaves out the understanding tower, its aligner and the text head;
-        `shapes_only` reads no data of the weights.
+        `shapes_only` reads only the shapes of the weights.
         """
         folder, config = Path(path), options.config
         if not folder.is_dir():
             raise UserError(
-                f"{folder} is not a folder: Janus-Pro is published as one "
-                "(config.json, weights, tokenizer.json)"
+                f"{folder} is not a folder: Janus-Pro is published as a folder with config.json, "
+                "weights and tokenizer.json"
             )
         weights = names.to_transformers(read_folder(folder, shapes_only=options.shapes_only))
         stored = config.transformers if config else janus_config.read_config(folder, weights)
-        # transformers' default is True, whatever the file holds
+        # A missing setting means True to transformers, whatever weights the file holds.
         without_head = names.HEAD not in weights
         tied = without_head and stored.get("tie_word_embeddings", True)
         if without_head and not (tied or options.generation_only):
             raise UserError(
                 f"{folder} lacks {names.HEAD}, and its config.json does not tie it to the embedding: "
-                "download it again, or load it for drawing alone (generation_only)"
+                "download it again, or load it only for drawing (generation_only)"
             )
         with naming(folder), reading_shape("a Janus-Pro"):
             if tied:
@@ -164,7 +163,7 @@ class Janus(LlamaBackbone):
             backbone.janus.lm_head.weight = backbone.language_model.embed_tokens.weight
         if backbone.left_out:
             log.info(
-                "not loaded: understanding tower, aligner and text head, %.2f GB that drawing "
+                "not loaded: understanding tower, aligner and text head (%.2f GB), which drawing "
                 "images does not need",
                 backbone.left_out * options.dtype.itemsize / 1e9,
             )
@@ -188,7 +187,7 @@ class Janus(LlamaBackbone):
     def save_official(self, folder: Path, dtype: torch.dtype) -> Path:
         if self.left_out:
             raise UserError(
-                "a Janus loaded with generation_only lacks a part of what a whole folder holds; load it without"
+                "a Janus loaded with generation_only lacks parts of the published folder; load it without generation_only"
             )
         weights = self.janus.state_dict() | names.vq_to_transformers(self.tokenizer.state_dict())
         weights = {name: value.detach().to("cpu", dtype) for name, value in weights.items()}
@@ -218,10 +217,10 @@ class Janus(LlamaBackbone):
         return max((len(ids) for ids in self.prompts.encode(conditions)), default=0)
 
     def caption_features(self) -> None:
-        """Captions stay text: tokenizing them costs nothing."""
+        """Returns None: captions stay text, as tokenizing takes almost no time."""
 
     def caption_notes(self, captions: Sequence[str]) -> list[list[str] | None]:
-        known = self.frozen.text_encoder is not None  # not where only shapes were read
+        known = self.frozen.text_encoder is not None  # None if only shapes were read
         return self.prompts.notes(captions) if known else super().caption_notes(captions)
 
     def encode_condition(
@@ -248,14 +247,16 @@ class Janus(LlamaBackbone):
         return head.read(h), head.vision_head
 
     def text_logits(self, ids: Tensor) -> Tensor:
-        """Logits [B, L, words] of the word after each of these ids int64 [B, L], as the published
-        model reads text.
+        """Logits [B, L, words] of the next word after each id int64 [B, L], as in the published
+        model.
 
         Raises:
             UserError: the text head was left out.
         """
         if self.left_out:
-            raise UserError("a Janus loaded with generation_only has no text head; load it without")
+            raise UserError(
+                "a Janus loaded with generation_only has no text head; load it without generation_only"
+            )
         words = self.language_model.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
         return self.janus.lm_head(self.trunk(words, positions, Condition(words[:, :0])))
@@ -268,5 +269,5 @@ class Janus(LlamaBackbone):
 
     # -- pixels ------------------------------------------------------------------------------------
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
-        """Janus cuts off where LlamaGen rounds."""
+        """Janus truncates where LlamaGen rounds."""
         return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)

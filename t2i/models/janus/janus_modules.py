@@ -1,9 +1,9 @@
 """The modules of a Janus-Pro, named as in transformers' checkpoints (and so in adapter files).
 
-The language model is a Llama: pre-norm blocks, rotation of the halves of a head, no biases. Images
-have an embedding, an MLP into the language model and a head of their own. The understanding tower,
-its aligner and the text head belong to a complete checkpoint; drawing uses none of them, and of the
-first two only the weights are kept.
+The language model is a Llama: pre-norm blocks, RoPE on the halves of a head, no biases. Image codes
+have their own embedding, MLP into the language model, and head. The understanding tower, its
+aligner and the text head are part of a complete checkpoint, but drawing does not use them; the
+first two only hold weights here.
 """
 
 import torch
@@ -64,7 +64,7 @@ class JanusBlock(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The parts of the Llama; `LlamaBackbone.trunk` runs them."""
+    """The modules of the Llama; `LlamaBackbone.trunk` runs them."""
 
     def __init__(self, config: LlamaConfig, vocab_size: int):
         super().__init__()
@@ -89,7 +89,7 @@ class Aligner(nn.Module):
 
 
 class CodeHead(nn.Module):
-    """Predicts image codes."""
+    """Predicts image codes: `vision_head(read(x))`."""
 
     def __init__(self, dim_in: int, dim: int, codes: int):
         super().__init__()
@@ -97,7 +97,7 @@ class CodeHead(nn.Module):
         self.vision_head = nn.Linear(dim, codes)
 
     def read(self, x: Tensor) -> Tensor:
-        """What `vision_head` reads."""
+        """The input of `vision_head`."""
         return F.gelu(self.proj_out(x))
 
 
@@ -132,7 +132,7 @@ def _tower_layer(dim: int, mlp_ratio: float) -> nn.ModuleDict:
 
 
 class JanusParts(nn.Module):
-    """What transformers calls `model`, without the image tokenizer."""
+    """The module that transformers calls `model`, without the image tokenizer."""
 
     def __init__(self, shape: JanusShape):
         super().__init__()
@@ -147,7 +147,7 @@ class JanusParts(nn.Module):
 
 
 class JanusModel(nn.Module):
-    """All parts, with the text head."""
+    """The complete model, with the text head."""
 
     def __init__(self, shape: JanusShape):
         super().__init__()

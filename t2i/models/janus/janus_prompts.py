@@ -1,14 +1,13 @@
-"""Janus-Pro's prompts: the chat string it was trained with, as token ids, and the unconditional
-form that guidance uses.
+"""Janus-Pro's prompts: token ids of the chat string it was trained with, and the unconditional form
+that guidance uses.
 
     <BOS><|User|>: a red fox\\n\\n<|Assistant|>:<begin_of_image>
 
-(`janus/utils/conversation.py` and `generation_inference.py` of deepseek-ai/Janus). For guidance
-every token between the first and the last becomes padding that IS attended to. Three things go
-wrong elsewhere and are settled here: ids differ between 1B and 7B and are resolved by string;
-tokenizer.json is read by the `tokenizers` library itself, because transformers 5 may put a
-tokenizer class in front of it that eats spaces; and BOS is put in front by us, exactly once,
-whether the file would add it or not.
+(`janus/utils/conversation.py` and `generation_inference.py` of deepseek-ai/Janus). In the
+unconditional form every token between the first and the last is padding that IS attended to. Three
+common mistakes are avoided here: ids differ between 1B and 7B, so they are looked up by token;
+transformers 5 may wrap tokenizer.json in a tokenizer class that drops spaces, so the `tokenizers`
+library reads it directly; and BOS is added here exactly once, whether or not the file would add it.
 
 Shapes: B prompts, P tokens of the longest.
 """
@@ -38,7 +37,7 @@ class JanusPrompts:
     """Prompts to token ids. Not a module: it has no weights.
 
     Raises:
-        UserError: the tokenizer lacks a special token of Janus, or loses spaces.
+        UserError: the tokenizer lacks a special token of Janus, or drops spaces.
     """
 
     def __init__(
@@ -52,12 +51,12 @@ class JanusPrompts:
         if tokenizer.decode(self._ids(_SPACES), skip_special_tokens=False) != _SPACES:
             raise UserError(
                 "this tokenizer does not keep spaces (transformers 5 writes such files for Janus); "
-                "take the file of the original repository"
+                "use the file from the original repository"
             )
 
     @staticmethod
     def load(folder: str | Path, max_tokens: int = 512) -> "JanusPrompts":
-        """Read tokenizer.json, and the names of BOS and EOS, from a published folder."""
+        """Read tokenizer.json and the BOS and EOS tokens from a published folder."""
         path = Path(folder) / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -78,9 +77,9 @@ class JanusPrompts:
         return prompts
 
     def check_ids(self, embeddings: int) -> None:
-        """UserError, now or of a prompt, for a token without a place among so many embeddings.
+        """UserError, here or for a later prompt, if a token's id is beyond this many embeddings.
 
-        A tokenizer may have further ones that no prompt makes.
+        Only tokens in use are checked: a tokenizer may have others that no prompt produces.
         """
         self.embeddings = embeddings
         self._check_ids([self.bos_id, self.pad_id, self.boi_id])
@@ -88,12 +87,12 @@ class JanusPrompts:
     def _check_ids(self, ids: Sequence[int]) -> None:
         if self.embeddings is not None and max(ids) >= self.embeddings:
             raise UserError(
-                f"tokenizer.json makes token {max(ids)}, but the model has {self.embeddings} "
+                f"tokenizer.json produces token {max(ids)}, but the model has {self.embeddings} "
                 "embeddings: they belong to different models"
             )
 
     def save(self, folder: Path) -> None:
-        """Write a tokenizer for transformers, one that puts BOS in front by itself (version 5)."""
+        """Write a tokenizer for transformers, which adds BOS (needed by transformers 5)."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         if tokenizer.encode("x").ids[:1] != [self.bos_id]:
             tokenizer.post_processor = TemplateProcessing(
@@ -121,29 +120,29 @@ class JanusPrompts:
         return token_id
 
     def to(self, device: torch.device | str) -> "JanusPrompts":
-        """Nothing to move."""
+        """Does nothing: there are no weights."""
         return self
 
     def weights_hash(self) -> str:
-        """SHA-256 of the tokenizer: all that an image can depend on here."""
+        """SHA-256 of the tokenizer, the only thing here that an image depends on."""
         return text_sha256(self.tokenizer.to_str())
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, from BOS to begin-of-image.
 
-        A prompt that makes more than `max_tokens` loses the end of its own text (see `notes`).
+        A prompt with more than `max_tokens` tokens loses the end of its text (see `notes`).
         """
         check_captions(prompts, "prompts")
         return [self._encode_one(prompt)[0] for prompt in prompts]
 
     def notes(self, prompts: Sequence[str]) -> list[list[str] | None]:
-        """What `encode` loses of each prompt, in fixed phrases."""
+        """Fixed phrases for what each prompt loses in `encode`."""
         check_captions(prompts, "prompts")
         cut = [f"caption cut to {self.max_tokens} tokens"]
         return [cut[: self._encode_one(prompt)[1]] for prompt in prompts]
 
     def _encode_one(self, prompt: str) -> tuple[list[int], bool]:
-        """Token ids, and whether some of the prompt was cut off."""
+        """Token ids, and whether the prompt was cut."""
         ids = self._ids(chat(prompt))
         cut = len(ids) + 1 > self.max_tokens
         if cut:
@@ -162,23 +161,23 @@ class JanusPrompts:
         own tokens.
 
         Args:
-            length: pad to so many tokens; to the longest prompt if None.
+            length: number of tokens to pad to; None: that of the longest prompt.
         """
         encoded = [torch.tensor(ids) for ids in self.encode(prompts)]
         length = max(map(len, encoded)) if length is None else length
         return left_pad(encoded, length, self.pad_id)
 
     def unconditional(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Ids of the unconditional form: padding between first and last token; the mask stays."""
+        """Ids of the unconditional form: padding between first and last token; same mask."""
         inner = mask.clone()
         inner[:, -1] = False
-        inner[:, 1:] &= mask[:, :-1]  # not the first token, which has none of its own before it
+        inner[:, 1:] &= mask[:, :-1]  # not the first token: what precedes it is padding
         inner[:, 0] = False
         return ids.masked_fill(inner, self.pad_id)
 
 
 def chat(prompt: str) -> str:
-    """The chat string of a prompt, without BOS; of an empty one as in the original code."""
+    """The chat string of a prompt, without BOS; empty prompts as in the original code."""
     text = prompt.strip()
     message = f": {text}\n\n" if text else ":"
     return f"{USER}{message}{ASSISTANT}:{BEGIN_OF_IMAGE}"

@@ -1,8 +1,9 @@
-"""Named starting points for Janus-Pro.
+"""Recipes for Janus-Pro.
 
 From its report (arXiv 2501.17811, table 2, stage III): AdamW with betas (0.9, 0.95), no weight
-decay, clipping at 1.0, batch 128, rate 4e-5 for full training; no dropout. The rates of adapters
-and codec are the usual ones for LoRA and those of our LlamaGen recipes: nobody has published any.
+decay, clipping at 1.0, batch 128, learning rate 4e-5 for full training; no dropout. No learning
+rates are published for adapters and codec: the usual ones for LoRA and those of our LlamaGen
+recipes are used.
 """
 
 from dataclasses import replace
@@ -16,11 +17,11 @@ from t2i.tuning import LoRAConfig
 
 _LIGHT_DRAFTS = presets.tuned()
 _MICRO_BATCHES = {"1B": 8, "7B": 4}
-"""By published size."""
+"""Micro-batch size by published size."""
 
 
 def recipes() -> Recipes:
-    """By name; every option can be changed on the command line."""
+    """Recipes by name; any option can be overridden on the command line."""
     found: Recipes = {}
     for size in _MICRO_BATCHES:
         name, about, lora = f"janus-pro-{size.lower()}", f"Janus-Pro {size}", _lora(size)
@@ -40,8 +41,8 @@ def recipes() -> Recipes:
 
 
 def _lora(size: str) -> TrainConfig:
-    """Adapters on the language model, image layers trained whole: Janus-Pro at 384 px by
-    transformers' copy on the hub, without its understanding tower.
+    """LoRA on the language model and full training of the image layers, at 384 px, from the hub's
+    copy in transformers' layout, without the understanding tower.
     """
     weights = f"deepseek-community/Janus-Pro-{size}"
     return TrainConfig(
@@ -70,7 +71,7 @@ def _whole(size: str, zero_stage: Literal[2, 3]) -> TrainConfig:
 
 
 def _shapes_recipes() -> Recipes:
-    """The shipped tiny Janus on the offline shapes world."""
+    """Recipes for the shipped tiny Janus on the offline shapes world."""
     lora = on_two_cores(
         TrainConfig(
             run_dir=Path("runs/shapes-janus"),

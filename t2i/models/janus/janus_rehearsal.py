@@ -1,8 +1,8 @@
 """Janus-Pro with random weights, for a rehearsal: the hub's folder in transformers' layout, in
-bf16, with a tokenizer of as many tokens.
+bf16, with a tokenizer of the published size.
 
-The tokenizer is byte-level BPE with the ids of the published one, as far as they are known: 100,000
-tokens, BOS, EOS, padding and begin-of-image behind them, end-of-image and placeholder at the end.
+The tokenizer is byte-level BPE with the published one's ids, as far as they are known: 100,000
+tokens; then BOS, EOS, padding and begin-of-image; end-of-image and the placeholder at the end.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ _LIBRARY = (
 
 
 def write(folder: Path, size: str, weights: RandomWeights) -> Written:
-    """Write the folder of a size; says how it is trained."""
+    """Write the folder of a size; return it with the recipe that trains it."""
     shape = published_shape(size)
     with torch.device("meta"):
         model, vq = Janus(shape).janus, VQTokenizer(VQConfig())
@@ -61,7 +61,7 @@ def _published_config(shape: JanusShape) -> dict:
 
 
 def byte_level(special_ids: dict[str, int]) -> Tokenizer:
-    """A tokenizer of 100,000 made-up merges of bytes, with special tokens at these ids."""
+    """A tokenizer with 100,000 made-up byte merges, and special tokens at these ids."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = list(product(letters, letters))
     triples = ((a + b, c) for a, b in pairs for c in letters)

@@ -1,10 +1,10 @@
-"""Published Janus-Pro folders: the names of weights in DeepSeek's layout and in transformers', the
-way between them, and writing a folder for transformers.
+"""Published Janus-Pro folders: converting weight names from DeepSeek's layout to transformers', and
+writing a folder for transformers.
 
 DeepSeek's repositories (`model_type: multi_modality`) name modules after
 `janus/models/modeling_vlm.py`; transformers' conversions (`model_type: janus`) after its own
-`JanusForConditionalGeneration`. Everything here works on transformers' names; the image tokenizer
-inside is handed to our `VQTokenizer`, whose names are DeepSeek's.
+`JanusForConditionalGeneration`. All code here uses transformers' names, except that the image
+tokenizer is passed to our `VQTokenizer`, which uses DeepSeek's.
 """
 
 import logging
@@ -54,12 +54,12 @@ _VQ_NAMES = (
     (".mid.1.", ".mid.attn_1."),
     (".mid.2.", ".mid.block_2."),
 )
-# transformers' drawing of images fails with a scale of 1; this one leaves logits as they are.
+# transformers' image generation fails with a scale of 1; this one leaves logits unchanged.
 _NO_GUIDANCE = 1 + 1e-9
-# A pooling head that the model does not use, and a usage counter of the tokenizer's training.
+# A pooling head that the model does not use, and a usage counter from the tokenizer's training.
 _UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.codebook_used")
-# What transformers' JanusProcessor reads besides the tokenizer; only a folder in its own layout has
-# them.
+# Files that transformers' JanusProcessor reads besides the tokenizer; only folders in
+# transformers' layout have them.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 
 
@@ -75,7 +75,9 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".attn.qkv." in name:
             for part, chunk in zip("qkv", value.chunk(3), strict=True):
                 place = name.replace(".attn.qkv.", f".self_attn.{part}_proj.")
-                renamed[place] = chunk.clone()  # files hold no tensors that share memory
+                renamed[place] = (
+                    chunk.clone()
+                )  # safetensors files cannot hold tensors that share memory
         elif key == "vision_model.vision_tower.pos_embed":
             renamed["model.vision_model.embeddings.position_embedding.weight"] = value.squeeze(0)
         else:
@@ -87,7 +89,7 @@ def _rename(key: str) -> str:
     prefix, ours = next(((a, b) for a, b in _MODULES if key.startswith(a)), ("", ""))
     rest = key[len(prefix) :]
     if prefix in ("gen_aligner.layers.", "aligner.layers."):  # Linear, GELU, Linear, GELU, ...
-        place, _, kind = rest.rpartition(".")  # or, without a place, one Linear alone
+        place, _, kind = rest.rpartition(".")  # without a place: a single Linear
         if place in ("", "0"):
             return f"{ours}fc1.{kind}"
         return f"{ours}hidden_layers.{int(place) // 2 - 1}.{kind}" if place.isdecimal() else key
@@ -104,7 +106,7 @@ def _replace(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def vq_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The image tokenizer's part of such weights, under the names of `VQTokenizer`."""
+    """The image tokenizer's part of the weights, under the names of `VQTokenizer`."""
     back = tuple((theirs, ours) for ours, theirs in _VQ_NAMES)
     return {_replace(k[len(VQ) :], back): v for k, v in weights.items() if k.startswith(VQ)}
 
@@ -122,13 +124,13 @@ def save_folder(
     prompts: JanusPrompts,
     sampling: SamplingConfig,
 ) -> None:
-    """Write what `JanusForConditionalGeneration.from_pretrained` of transformers reads:
-    configuration, weights (sharded where large), tokenizer and generation settings.
+    """Write a folder for transformers' `JanusForConditionalGeneration.from_pretrained`:
+    configuration, weights (in shards if large), tokenizer and generation settings.
 
     Args:
-        weights: every weight of the model under transformers' names, in the type to be stored.
-        config: the content of config.json, but for the type of the weights.
-        sampling: becomes the folder's default for drawing images.
+        weights: all weights of the model under transformers' names, in the dtype to store.
+        config: the content of config.json, except the dtype of the weights.
+        sampling: the folder's default settings for drawing images.
     """
     if config["tie_word_embeddings"]:  # one tensor, stored once
         weights = {name: value for name, value in weights.items() if name != HEAD}
@@ -152,11 +154,11 @@ def save_folder(
 
 
 def _drawing_settings(sampling: SamplingConfig) -> dict:
-    """Of generation_config.json."""
+    """The sampling settings in generation_config.json."""
     own = sampling.by_sub_token(1)[0]
     if own.cfg_interval != -1 or own.cfg_power:
         log.warning(
-            "transformers guides all tokens alike: cfg_interval and cfg_power are this kit's"
+            "transformers has no cfg_interval and cfg_power: the exported folder guides all tokens alike"
         )
     guidance = {"guidance_scale": max(own.cfg_scale, _NO_GUIDANCE)}
     if own.temperature == 0:
@@ -165,7 +167,7 @@ def _drawing_settings(sampling: SamplingConfig) -> dict:
         "do_sample": True,
         **guidance,
         "temperature": own.temperature,
-        "top_k": own.top_k,  # 0 has to be said, or transformers takes 50
+        "top_k": own.top_k,  # if 0 is left out, transformers uses 50
         "top_p": own.top_p,
     }
 

@@ -1,12 +1,12 @@
-"""Caption cleaning in front of the text encoder, with the results of LlamaGen's `language/t5.py`.
+"""Caption cleaning before the text encoder, with the same results as LlamaGen's `language/t5.py`.
 
-LlamaGen's text-to-image models were trained on captions cleaned by the rules of DeepFloyd IF (by
-way of PixArt-alpha), so a prompt has to pass through the same rules in training and in sampling.
-The rules were made for web captions and are not harmless: everything becomes lower case, Chinese
-characters disappear (a Chinese caption ends up empty), and so do words that look like article
-numbers ("bmw320") or file types ("png").
+LlamaGen's text-to-image models were trained on captions cleaned by the rules of DeepFloyd IF (via
+PixArt-alpha), so prompts must be cleaned by the same rules in training and sampling. The rules were
+made for web captions and are not harmless: everything becomes lower case, Chinese characters
+disappear (a Chinese caption ends up empty), and so do words that look like article numbers
+("bmw320") or file types ("png").
 
-The rules are the ordered table `_PASS`; their order matters, and the whole table is applied twice.
+The rules are the table `_PASS`. Their order matters, and the whole table is applied twice.
 """
 
 import html
@@ -30,7 +30,7 @@ CHINESE = "caption loses its Chinese characters in cleaning"
 WORDS = "caption loses words in cleaning, such as r2d2, #7 and @name do"
 _READABLE = re.compile("[a-z0-9]")
 
-# From this many hyphens and underscores on, they stand for spaces: this-is-my-cute-cat.
+# With this many hyphens and underscores or more, they stand for spaces: this-is-my-cute-cat.
 _MANY_JOINERS = 4
 
 _HOST = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
@@ -38,7 +38,7 @@ _DASHES = (
     r"[\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40"
     r"\u301C\u3030\u30A0\uFE31\uFE32\uFE58\uFE63\uFF0D]+"
 )
-_CHINESE = re.compile(r"[\u31C0-\u9FFF]+")  # CJK strokes up to the end of the unified ideographs
+_CHINESE = re.compile(r"[\u31C0-\u9FFF]+")  # from CJK strokes to the end of the unified ideographs
 _BAD_PUNCTUATION = (
     r"[#&@~()\[\]{}|\\/*"
     r"\u00AE\u2022\u00A9\u2122\u00B7\u00BA\u00BD-\u00BF\u00A1\u00A7]+"
@@ -49,9 +49,9 @@ _FILE_TYPE = r"(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 def clean_caption(text: str) -> str:
     """Clean one caption as LlamaGen does: two passes over the table of rules.
 
-    The result is lower case, on one line, without surrounding white space, and may be empty.
-    Markup that the HTML parser rejects outright (e.g. "<![x") makes the official code raise;
-    here it stays in the caption as plain text.
+    The result is a lower-case line without surrounding white space, and may be empty. Markup that
+    the HTML parser rejects (e.g. "<![x") makes the official code raise; here it stays in the
+    caption as plain text.
 
     Raises:
         UserError: `text` is not a string.
@@ -65,13 +65,11 @@ def clean_caption(text: str) -> str:
 
 
 def caption_losses(caption: str, cleaned: str, known: bool = True) -> list[str] | None:
-    """What cleaning takes from a caption, in fixed phrases; None if nothing is left that an encoder
-    could read.
+    """Fixed phrases for what cleaning removes from a caption; None if nothing readable is left.
 
     Args:
-        known: whether the encoder knows any of its words. It does not matter where there are Latin
-            letters or digits: what a small vocabulary lacks is told apart from a script that it
-            does not have.
+        known: whether the encoder knows any of its words. Ignored if Latin letters or digits are
+            left: words missing from a small vocabulary are not the same as an unknown script.
     """
     if not caption.strip():
         return []  # nothing to lose: the unconditional form
@@ -85,7 +83,7 @@ def caption_losses(caption: str, cleaned: str, known: bool = True) -> list[str] 
 
 
 def _before_rules(caption: str) -> str:
-    """A caption without what nobody means as words of it: addresses, markup, Chinese."""
+    """A caption without the parts that do not count as lost words: addresses, markup, Chinese."""
     text = _repair_characters(unquote_plus(caption))
     for step in (str.lower, _ADDRESS, _markup_to_text, partial(_CHINESE.sub, " ")):
         text = step(text)
@@ -102,10 +100,10 @@ def _replace(pattern: str, replacement: str = "") -> Callable[[str], str]:
 
 def _markup_to_text(text: str) -> str:
     if "<" not in text and "&" not in text:
-        return text  # nothing for the parser to do, and it is by far the slowest step
+        return text  # skips the parser, by far the slowest step
     try:
         with warnings.catch_warnings():
-            # Captions that look like a file name or as XML are still captions.
+            # Captions that look like a file name or XML are still captions.
             warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
             warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
             return BeautifulSoup(text, features="html.parser").text
@@ -130,7 +128,7 @@ _PASS: tuple[Callable[[str], str], ...] = (
     str.strip,
     str.lower,
     _replace("<person>", "person"),
-    # Addresses and markup. Up to here ASCII is lower case; entities can bring capitals back.
+    # Addresses and markup. From here on entities can bring back capital letters.
     _replace(rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_HOST})"),
     _replace(rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_HOST})"),
     _markup_to_text,
@@ -140,7 +138,7 @@ _PASS: tuple[Callable[[str], str], ...] = (
     _replace(_DASHES, "-"),
     _replace(r"[`\u00B4\u00AB\u00BB\u201C\u201D\u00A8]", '"'),
     _replace(r"[\u2018\u2019]", "'"),
-    # Entities that survived, numbers and files.
+    # Remaining entities, numbers and files.
     _replace("&quot;?"),
     _replace("&amp"),
     _replace(r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # IP address
@@ -160,7 +158,7 @@ _PASS: tuple[Callable[[str], str], ...] = (
     _replace(r"\b[a-zA-Z]{1,3}\d{3,15}\b"),
     _replace(r"\b[a-zA-Z]+\d+[a-zA-Z]+\b"),
     _replace(r"\b\d+[a-zA-Z]+\d+\b"),
-    # The language of web shops.
+    # Phrases of web shops.
     _replace(r"(?:worldwide\s+)?(?:free\s+)?shipping"),
     _replace(r"(?:free\s)?download(?:\sfree)?"),
     _replace(r"\bclick\b\s(?:for|on)\s\w+"),
@@ -172,7 +170,7 @@ _PASS: tuple[Callable[[str], str], ...] = (
     _replace(r"\b\s+:\s+", ": "),
     _replace(r"(\D[,./])\b", r"\1 "),
     _replace(r"\s+", " "),
-    # The two ends.
+    # Both ends of the caption.
     _replace(r"^[\"']([\w\W]+)[\"']$", r"\1"),
     _replace("^['_,:;-]"),
     _replace("['_,:+-]$"),

@@ -1,9 +1,9 @@
 """LlamaGen's GPT, class-conditional and text-conditional (arXiv 2406.06525;
 `autoregressive/models/gpt.py`).
 
-The blocks are in `blocks.py`. Text acts through the attention's values alone, since the prefix has
-neither queries nor keys there. A caption that was dropped for guidance becomes the stored
-`uncond_embedding` but keeps its own padding mask.
+The blocks are in `blocks.py`. Text acts only through the attention's values, since the prefix's
+queries and keys vanish there. A caption dropped for guidance becomes the stored `uncond_embedding`
+but keeps its own padding mask.
 
 Shapes: B batch, L inputs, P prefix, D width, T image tokens, C caption feature width.
 """
@@ -61,15 +61,14 @@ SIZES: dict[str, dict] = {
 """Published sizes; 3B has the odd head width 100."""
 
 CLASS_GUIDANCE = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
-"""Guidance of the published FID of each class-conditional size (`GETTING_STARTED.md`)."""
-
+"""Guidance scale of each class-conditional size's published FID (`GETTING_STARTED.md`)."""
 
 GRIDS = {
     **{f"c2i_{size}_{px}": (px // 16, px // 16) for size in SIZES for px in (256, 384)},
     "t2i_XL_stage1_256": (16, 16),
     "t2i_XL_stage2_512": (32, 32),
 }
-"""Grid of each published file: it has no parameters, so it cannot be read off the weights."""
+"""Grid of each published file; it cannot be read off the weights."""
 
 
 class CaptionEmbedding(nn.Module):
@@ -107,7 +106,7 @@ class GPT(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Weights for pre-training from scratch: N(0, 0.02), and a zero head."""
+        """Initialize for pre-training from scratch: N(0, 0.02), and a zero head."""
         normal_weights(self, generator)
         nn.init.zeros_(self.output.weight)
 
@@ -208,8 +207,8 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
     def encode_condition(
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
-        # A dropped caption keeps its own mask. Modules return tensors: DeepSpeed's hooks look into
-        # nothing else.
+        # A dropped caption keeps its own mask. Modules return tensors only, because DeepSpeed's
+        # hooks do not look inside other objects.
         return Condition(self.gpt.cls_embedding(prepared, drop), mask=prepared.get("mask"))
 
     # -- the model ---------------------------------------------------------------------------------

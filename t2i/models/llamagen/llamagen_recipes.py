@@ -1,9 +1,9 @@
-"""Named starting points for LlamaGen: text-to-image, ImageNet, and the offline shapes world.
+"""Recipes for LlamaGen: text-to-image, ImageNet, and the offline shapes world.
 
-`tuned` is what our own evidence recommends (docs/recipe.md): level with the control where both
-published methods fall below it. Runs of more than some 400 steps should train on own drafts alone,
-and so does `small-data`. Rates of the real sizes are not measured: those of adapters are the usual
-ones for LoRA, the others a tenth of pre-training's.
+Our own experiments recommend `tuned` (docs/recipe.md): it is level with the control, while both
+published methods fall below it. Runs of more than about 400 steps should train on own drafts only,
+as `small-data` does. The learning rates of the real sizes are not tuned: those of adapters are the
+usual ones for LoRA, the others a tenth of those in pre-training.
 """
 
 from dataclasses import replace
@@ -39,18 +39,18 @@ _IMAGENET = {
     ("XXL", 384): 8,
     ("3B", 384): 4,
 }
-"""Micro-batches by published size and resolution."""
+"""Micro-batch size by published size and resolution."""
 _IMAGENET_DATA = LabelledOptions(views="ten-crop", crop_ranges=(1.1, 1.05))
 """The views that the bases were trained on."""
 
 
 def recipes() -> Recipes:
-    """By name; every option can be changed on the command line."""
+    """Recipes by name; any option can be overridden on the command line."""
     return text_recipes() | class_recipes()
 
 
 def class_recipes() -> Recipes:
-    """Class-conditional: ImageNet, and offline classes of shapes."""
+    """Class-conditional recipes: ImageNet, and offline classes of shapes."""
     found: Recipes = {}
     for (size, resolution), micro_batch in _IMAGENET.items():
         found |= imagenet(
@@ -69,7 +69,7 @@ def class_recipes() -> Recipes:
 
 
 def text_recipes() -> Recipes:
-    """Text-to-image, and offline captioned shapes."""
+    """Text-to-image recipes, and offline ones on captioned shapes."""
     xl, shapes = "LlamaGen text-to-image XL at 256 px", "offline shapes world"
     own_shapes = replace(_shapes(presets.tuned()), data=DataOptions(), log=OWN_PICTURES, steps=None)
     found: Recipes = {}
@@ -94,7 +94,7 @@ def text_recipes() -> Recipes:
 
 
 def _shapes(method: TensorARConfig, codec_lr: float = 1e-3) -> TrainConfig:
-    """The shipped base on the offline world. All share one backbone learning rate."""
+    """The shipped base on the offline world; all methods get the same backbone learning rate."""
     return on_two_cores(
         TrainConfig(
             run_dir=Path("runs/shapes"),

@@ -1,9 +1,9 @@
 """LlamaGen with random weights in its authors' layout, for a rehearsal: text-to-image, and
 class-conditional ("c2i-B").
 
-Weights and image tokenizer are a pickle each, in fp32 under "model"; the caption encoder is
-google/flan-t5-xl's encoder half, in bf16, in shards, with a tokenizer of as many pieces. Sizes of
-which no text-to-image model was published get a config.json, which says their shape.
+Weights and image tokenizer are one fp32 pickle each, under "model". The caption encoder is the
+encoder half of google/flan-t5-xl, in bf16 shards, with a tokenizer of the published size. Sizes
+without a published text-to-image model get a config.json with their shape.
 """
 
 from dataclasses import asdict
@@ -43,7 +43,7 @@ _SENTINELS, _SHARD = 100, 10**9
 
 
 def write(folder: Path, size: str, weights: RandomWeights) -> Written:
-    """Write all files of a size; says how it is trained."""
+    """Write all files of a size; return them with the recipe that trains them."""
     if size.startswith(_OF_CLASSES):
         return _write_classes(folder, size.removeprefix(_OF_CLASSES), weights)
     tiny, stem = size == "tiny", f"t2i_{size}_stage1_256"
@@ -65,7 +65,7 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
 
 
 def _write_classes(folder: Path, size: str, weights: RandomWeights) -> Written:
-    """ImageNet's model, at the lowest resolution that there is a recipe for."""
+    """Write a class-conditional model, at the lowest resolution that has a recipe."""
     pixels = 384 if size in ("XL", "XXL", "3B") else 256
     config = LlamaGenConfig(**SIZES[size], grid=(pixels // 16, pixels // 16))
     with torch.device("meta"):
@@ -83,10 +83,8 @@ def _write_t5(folder: Path, weights: RandomWeights, changes: dict) -> None:
     config = T5Config(**{**_FLAN_T5_XL, **changes, **own})
     with torch.device("meta"):
         encoder = T5EncoderModel(config)
-    shapes = shapes_of(encoder.state_dict())
-    shapes = {
-        k: v for k, v in shapes.items() if k != "encoder.embed_tokens.weight"
-    }  # shared.weight
+    shapes = dict(shapes_of(encoder.state_dict()))
+    shapes.pop("encoder.embed_tokens.weight", None)  # stored as shared.weight
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     weights.sharded(folder, shapes, torch.bfloat16, most=_SHARD)
@@ -96,7 +94,7 @@ def _write_t5(folder: Path, weights: RandomWeights, changes: dict) -> None:
 
 
 def sentencepiece(vocab_size: int) -> Tokenizer:
-    """A tokenizer as T5's, with made-up pieces: ids, specials, spaces and end are as there."""
+    """A tokenizer like T5's (ids, special tokens, spaces, end token), with made-up pieces."""
     special = ("<pad>", "</s>", "<unk>")
     letters = (chr(code) for code in range(33, 127))
     words = ("".join(w) for n in count(1) for w in product(ascii_lowercase, repeat=n))

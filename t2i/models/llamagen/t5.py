@@ -1,8 +1,8 @@
-"""Captions as flan-t5 features: what LlamaGen's text-to-image models are conditioned on.
+"""Captions as flan-t5 features, which condition LlamaGen's text-to-image models.
 
 The encoder is frozen. A caption is cleaned (`captions.py`), cut to P tokens including the
-end-of-sequence token, encoded, and later LEFT padded to P entries, so that the caption's last
-token stands right before the first image token (LlamaGen's `language/t5.py` and `sample_t2i.py`).
+end-of-sequence token, encoded, and later LEFT padded to P entries, so that its last token directly
+precedes the first image token (LlamaGen's `language/t5.py` and `sample_t2i.py`).
 
 Shapes: B captions, P caption tokens of the image model, C feature width, n_i tokens of caption i.
 """
@@ -47,7 +47,9 @@ class T5Captions:
         max_tokens: int = 120,
     ):
         if max_tokens < 2:
-            raise UserError(f"max_tokens is {max_tokens}; a word and its end need at least 2")
+            raise UserError(
+                f"max_tokens={max_tokens} must be at least 2: a word and the end-of-sequence token"
+            )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.folder = folder
@@ -68,11 +70,12 @@ class T5Captions:
         "meta" device no weights are read.
 
         Raises:
-            UserError: a file is missing, unreadable or not a T5's, or weights do not fit (named).
+            UserError: a file is missing, unreadable or not a T5's, or weights do not fit (all are
+                named).
         """
         folder = find_folder(path_or_hub_id)
         shapes_only = torch.device(device).type == "meta"
-        model: Any = load_encoder(folder, dtype, shapes_only=shapes_only)  # its `to` is not typed
+        model: Any = load_encoder(folder, dtype, shapes_only=shapes_only)  # `to` is not typed
         tokenizer = load_tokenizer(folder, model.config.vocab_size)
         return cls(model.to(device), tokenizer, folder, max_tokens)
 
@@ -87,19 +90,19 @@ class T5Captions:
         return self
 
     def encode(self, captions: Sequence[str], clean: bool = True) -> list[Tensor]:
-        """Features [n_i, C] of each caption: its valid tokens, the last one being the end token.
+        """Features [n_i, C] of each caption: those of its tokens, the last one being the end token.
 
         n_i is at most `max_tokens` (see `notes`). Dtype and device are the encoder's. An empty
         caption is the end token alone.
 
-        A caption's features do not depend on its companions: padding is hidden exactly, and a
-        caption is padded to the next multiple of 8 of its own length whatever stands beside it.
-        What remains is rounding, since the number of captions in a matrix product may change the
-        order of its sums: none seen on CPUs (bit-identical), the last bits on GPUs.
+        A caption's features do not depend on the other captions: padding is masked exactly, and
+        each caption is padded to the next multiple of 8 of its own length. Only rounding may
+        differ, since the number of captions in a matrix product can change the order of its sums:
+        no difference was seen on CPUs, the last bits differ on GPUs.
 
         Raises:
-            UserError: `captions` is a single string or holds something else than strings, or the
-                features are not finite (float16 is too narrow for flan-t5).
+            UserError: `captions` is not a list of strings, or the features are not finite (float16
+                is too narrow for flan-t5).
         """
         most = self.max_tokens
         token_ids = [
@@ -119,7 +122,7 @@ class T5Captions:
         return [features[index] for index in range(len(token_ids))]
 
     def notes(self, captions: Sequence[str]) -> list[list[str] | None]:
-        """What `encode` loses of each caption, in fixed phrases; None if it reads nothing of it.
+        """Fixed phrases for what each caption loses in `encode`; None if nothing readable is left.
 
         Raises:
             UserError: as for `encode`.
@@ -145,7 +148,7 @@ class T5Captions:
         texts = [clean_caption(c) for c in captions] if clean else list(captions)
         return texts, self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
 
-    # Not inference_mode: such tensors cannot take part in a later backward pass.
+    # Not inference_mode: its tensors cannot be used in a later backward pass.
     @torch.no_grad()
     def _encode_rows(self, token_ids: list[list[int]], length: int) -> list[Tensor]:
         ids = torch.full((len(token_ids), length), self.tokenizer.pad_token_id)
@@ -162,21 +165,21 @@ class T5Captions:
                 f"the text encoder returned values that are not finite in {self.model.dtype}; "
                 "load it in bfloat16 or float32"
             )
-        # Copies, because a view would keep (and save) the features of all its companions.
+        # Copies, because a view would keep (and save) the features of the whole batch.
         return [f.clone() for f in valid.split([len(values) for values in token_ids])]
 
     hash_of = staticmethod(weights_hash)
-    """SHA-256 over the files of an encoder that is not loaded, by its folder or hub id."""
+    """SHA-256 over an encoder's files, by folder or hub id, without loading it."""
 
     def weights_hash(self) -> str:
         return weights_hash(self.folder)
 
     def copy_files(self, target: Path) -> None:
-        """Copy its files into a new folder, which `load` then takes."""
+        """Copy the encoder's files into a new folder that `load` accepts."""
         copy_files(self.folder, target)
 
     def cache_key(self) -> dict:
-        """What the features depend on."""
+        """Everything the features depend on."""
         return {
             "text_encoder": self.weights_hash(),
             "text_encoder_dtype": str(self.model.dtype).removeprefix("torch."),

@@ -5,13 +5,13 @@ A code of 18 bits is two sub-tokens: `pre`, the first 6 bits, and `post`, the ot
 LlamaGen's (`blocks.py`): one position per code, whose input is the sum of both sub-tokens'
 embeddings. What follows the trunk is different:
 
-- The trunk's output is not normalised. It starts a sequence [h, embedding of `pre`] of length 2,
-  for which a few more blocks of the same kind (the intra-token transformer) predict `pre` at its
-  first place and `post` at its second; the norm comes after them.
-- There the rows of the rotary table are those of the class and of the first code: zero at the first
-  place (its queries and keys vanish), no rotation at the second.
+- The trunk's output is not normalized. A few more blocks of the same kind (the intra-token
+  transformer) read the sequence [trunk output, embedding of `pre`] and predict `pre` at its first
+  place and `post` at its second. The norm comes after them.
+- These blocks use the rotary rows of the class and of the first code: zero at the first place (its
+  queries and keys vanish), no rotation at the second.
 
-TensorAR's codec sits between trunk and intra-token transformer, which then serves every slot.
+TensorAR's codec sits between the trunk and the intra-token transformer, which handles every slot.
 
 Shapes: B batch, L inputs, D width, S = 2 sub-tokens, T image tokens.
 """
@@ -44,12 +44,12 @@ _PREFIX = "transformer."
 
 @dataclass(frozen=True, kw_only=True)
 class OpenMAGVIT2Config(LlamaConfig):
-    """Shape of an Open-MAGVIT2 generator; `n_layer` are the blocks of its trunk."""
+    """Shape of an Open-MAGVIT2 generator; `n_layer` counts the blocks of its trunk."""
 
     n_intra_layer: int
-    """Blocks of the intra-token transformer."""
+    """Number of blocks of the intra-token transformer."""
     bits: tuple[int, int] = (6, 12)
-    """Bits of each sub-token."""
+    """Number of bits of each sub-token."""
 
 
 SIZES: dict[str, dict] = {
@@ -64,7 +64,8 @@ SAMPLING = {
     "L": SamplingConfig(cfg_scale=(1.9, 1.9), temperature=(1.1, 1.0)),
     "XL": SamplingConfig(cfg_scale=(1.75, 1.85), temperature=(1.1, 1.0)),
 }
-"""How the FID was drawn, per sub-token (SEED-Voken `scripts/evaluation/sample_gpu.sh`)."""
+"""Sampling settings behind the published FID, by sub-token (SEED-Voken
+`scripts/evaluation/sample_gpu.sh`)."""
 
 
 class OpenMAGVIT2GPT(nn.Module):
@@ -82,7 +83,7 @@ class OpenMAGVIT2GPT(nn.Module):
         self.head = nn.ModuleList(nn.Linear(config.dim, 2**b, bias=False) for b in config.bits)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Weights for pre-training from scratch: N(0, 0.02), and zero heads."""
+        """Initialize for pre-training from scratch: N(0, 0.02), and zero heads."""
         normal_weights(self, generator)
         for weight in self.head.parameters():
             nn.init.zeros_(weight)
@@ -125,8 +126,8 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
         size = published_size(SIZES, dim=dim, n_layer=layers)
         if not size:
             raise UserError(
-                f"an Open-MAGVIT2 generator of width {dim} with {layers} layers is no published size: "
-                "its head count is not in the weights; pass config=OpenMAGVIT2Config(...)"
+                f"an Open-MAGVIT2 generator of width {dim} with {layers} layers is not a published "
+                "size, and its head count is not in the weights; pass config=OpenMAGVIT2Config(...)"
             )
         return OpenMAGVIT2Config(
             **SIZES[size],
@@ -142,7 +143,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
         return None if size is None else OpenMAGVIT2Config(**size, grid=grid or (16, 16))
 
     def fill(self, state_dict: dict[str, Tensor], path: str | Path) -> None:
-        """The generator and, where the file holds it, its image tokenizer."""
+        """Load the generator and, if the file holds it, its image tokenizer."""
         if inside := tokenizer_part(state_dict):
             self.frozen.tokenizer = LFQTokenizer.empty(inside, path)
         load_strict(ARCheckpoint(self), state_dict, path)
@@ -164,7 +165,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
         return self.transformer.spatial_blocks
 
     def _intra_token(self, h: Tensor, earlier: Tensor) -> Tensor:
-        """Transformer inside a token: h [..., D], `earlier` [..., s] -> normed [..., 1 + s, D]."""
+        """Run the intra-token transformer: h [..., D], `earlier` [..., s] -> [..., 1 + s, D]."""
         places = [h]
         if earlier.shape[-1]:
             places.append(self.transformer.pre_emb(earlier[..., 0]))
@@ -208,7 +209,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
 
 
 class ARCheckpoint(nn.Module):
-    """What an official file holds: the generator and, unless it was left out, the tokenizer."""
+    """The content of an official file: the generator and, if present, the tokenizer."""
 
     def __init__(self, backbone: OpenMAGVIT2):
         super().__init__()

@@ -1,18 +1,18 @@
-"""Named starting points for Open-MAGVIT2 on ImageNet, and offline on classes of shapes.
+"""Recipes for Open-MAGVIT2 on ImageNet and, offline, on classes of shapes.
 
-The bases were trained on random crops along the longer side, unmirrored, encoded anew each time;
-the nearest fixed set of views is the centre and its mirror image.
+The bases were trained on random crops along the longer side, not mirrored and encoded afresh at
+every step. The closest fixed set of views is the center crop and its mirror image.
 """
 
 from t2i.training.config import BackboneOptions, LabelledOptions
 from t2i.training.recipes import Recipes, class_shapes, imagenet
 
 _MICRO_BATCHES = {"B": 16, "L": 8, "XL": 8}
-"""By published size."""
+"""Micro-batch size by published size."""
 
 
 def recipes() -> Recipes:
-    """By name; every option can be changed on the command line."""
+    """Recipes by name; any option can be overridden on the command line."""
     found: Recipes = {}
     for size, micro_batch in _MICRO_BATCHES.items():
         repo = f"TencentARC/Open-MAGVIT2-AR-{size}-256-resolution"

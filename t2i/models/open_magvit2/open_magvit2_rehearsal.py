@@ -1,4 +1,4 @@
-"""Open-MAGVIT2 with random weights in its authors' layout, for a rehearsal: one file in fp32, the
+"""Open-MAGVIT2 with random weights in its authors' layout, for a rehearsal: one fp32 file with the
 generator and its image tokenizer under "state_dict".
 """
 
@@ -16,7 +16,7 @@ SIZES = open_magvit2_model.SIZES
 
 
 def write(folder: Path, size: str, weights: RandomWeights) -> Written:
-    """Write the file of a size; says how it is trained."""
+    """Write the file of a size; return it with the recipe that trains it."""
     config = OpenMAGVIT2Config(**SIZES[size], grid=(16, 16))
     with torch.device("meta"):
         backbone = OpenMAGVIT2(config)

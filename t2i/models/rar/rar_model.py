@@ -1,19 +1,19 @@
 """RAR, class-conditional (arXiv 2411.00776; 1d-tokenizer `modeling/rar.py`), in raster order.
 
-RAR was pre-trained on random orders that were annealed to raster order for the last quarter of its
-training, so fine-tuning in raster order goes on where it ended. A ViT block with biases, per-head
-LayerNorm on queries and keys, exact GELU, no RoPE. What matters for parity:
+RAR was pre-trained on random orders, annealed to raster order for the last quarter of training, so
+fine-tuning in raster order continues where pre-training ended. The trunk is a ViT with biases,
+per-head LayerNorm on queries and keys, exact GELU and no RoPE. What matters for parity:
 
-- Two prefix entries: a learned cls token, then the class. The output at the class predicts token 0.
-- Every input is told which position it predicts: besides its own position it gets the target-aware
-  row of the next one.
+- There are two prefix entries: a learned cls token, then the class, whose output predicts token 0.
+- Every input carries the position that it predicts: besides its own position embedding, the
+  target-aware row of the next position is added to it.
 - adaLN acts on every position: its condition is the class row plus a "timestep" row of the
-  position. It also modulates the last, affine-free norm, whose two chunks are (scale, shift), while
+  position. It also modulates the last, affine-free norm. That norm's two chunks are (scale, shift);
   a block's are (shift, scale, gate) twice.
 - One embedding table holds codes, an unused mask row, the classes and the null class, in this
   order.
 - Guidance grows from 1 to its full scale along a power-cosine (`SamplingConfig.cfg_power`), with
-  other numbers for each size.
+  different settings for each size.
 
 Shapes: B batch, L inputs, P = 2 prefix, D width, H heads, K head width, T image tokens.
 """
@@ -37,7 +37,7 @@ from t2i.weights import count_children, reading_shape
 
 PREFIX = 2
 _EPS = 1e-6
-# The official tables have this many more rows than image tokens; rows past T + 1 are never used.
+# How many more rows than image tokens the official tables have; those past T + 1 are unused.
 _SPARE_POSITIONS, _SPARE_TIMESTEPS = 1024, 100
 
 
@@ -53,7 +53,7 @@ class RARConfig:
     vocab_size: int = 1024
     num_classes: int = 1000
     dropout: float = 0.1
-    """After the attention's projection and after both layers of the MLP (training only)."""
+    """Dropout after the attention's projection and both MLP layers (training only)."""
     attn_dropout: float = 0.1
 
     @property
@@ -62,7 +62,7 @@ class RARConfig:
 
     @property
     def first_class_id(self) -> int:
-        """Row of class 0 in the embedding table; the row before it is a mask token, unused here."""
+        """Row of class 0 in the embedding table; the mask row before it is not used here."""
         return self.vocab_size + 1
 
     @property
@@ -84,10 +84,10 @@ SAMPLING = {
     "XL": SamplingConfig(cfg_scale=6.9, cfg_power=1.5, temperature=1.02),
     "XXL": SamplingConfig(cfg_scale=8.0, cfg_power=1.2, temperature=1.02),
 }
-"""How the published FID of each size was sampled."""
+"""Sampling settings behind the published FID of each size."""
 
 DEMO_SAMPLING = SamplingConfig(cfg_scale=4.0)
-"""The authors' demonstration: constant guidance. Used for shapes that were never published."""
+"""The constant guidance of the authors' demo, used for shapes that were never published."""
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -176,10 +176,9 @@ class RARGPT(nn.Module):
     def forward(
         self, x_BLD: Tensor, class_BD: Tensor, positions_L: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the first block reads [B, L, D], and the adaLN condition of every position [B, L,
-        D].
+        """The first block's input and the adaLN condition of every position, [B, L, D] each.
 
-        A module's own parameters are used in its forward only: ZeRO-3 gathers them there.
+        This is a `forward` because ZeRO-3 gathers a module's own parameters only there.
         """
         x = x_BLD + self.cls_token[0].masked_fill((positions_L != 0)[..., None], 0)
         x = x + self.pos_embed[0, positions_L]
@@ -190,7 +189,7 @@ class RARGPT(nn.Module):
         return x, class_BD[:, None] + self.timesteps_embeddings[0, positions_L]
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Weights for pre-training: truncated N(0, 0.02); zero cls token, biases and adaLN."""
+        """Initialize for pre-training: truncated N(0, 0.02); zero cls token, biases and adaLN."""
         for name, parameter in self.named_parameters():
             if name == "cls_token" or name.endswith("bias") or "adaLN_modulation" in name:
                 nn.init.zeros_(parameter)
@@ -236,7 +235,7 @@ class RAR(WeightFileBackbone):
         grid = grid or (side, side)
         if grid[0] * grid[1] != tokens:
             raise UserError(
-                f"the tables hold {tokens} image tokens, which is not a grid of "
+                f"the weights have positions for {tokens} image tokens, not for a grid of "
                 f"{grid[0]} x {grid[1]}; pass {GIVE_GRID}"
             )
         return RARConfig(dim, layers, n_head, mlp_dim, grid, vocab, classes)
@@ -248,7 +247,7 @@ class RAR(WeightFileBackbone):
 
     # -- the model ---------------------------------------------------------------------------------
     def condition_ids(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Rows of the embedding table, int64 [B], for labels [B]; the null class where `drop`."""
+        """Embedding rows int64 [B] of labels [B], or of the null class where `drop`."""
         ids = labels + self.config.first_class_id
         return ids if drop is None else torch.where(drop, self.config.null_id, ids)
 
@@ -256,8 +255,7 @@ class RAR(WeightFileBackbone):
         self, prepared: dict[str, Tensor], drop: Tensor | None = None
     ) -> Condition:
         row_BD = self.gpt.embeddings(self.condition_ids(prepared["labels"], drop))
-        # The cls token is the same for all images: the trunk adds it, as it does everything that
-        # belongs to a position.
+        # The trunk adds the cls token, like everything else that depends only on the position.
         prefix = torch.stack([torch.zeros_like(row_BD), row_BD], dim=1)
         return Condition(prefix, extras={"class": row_BD})
 

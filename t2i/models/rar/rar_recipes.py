@@ -1,16 +1,16 @@
-"""Named starting points for RAR on ImageNet, and offline on classes of shapes."""
+"""Recipes for RAR on ImageNet and, offline, on classes of shapes."""
 
 from t2i.training.config import BackboneOptions, LabelledOptions
 from t2i.training.recipes import Recipes, class_shapes, imagenet
 
 _MICRO_BATCHES = {"b": 32, "l": 16, "xl": 8, "xxl": 8}
-"""By published size."""
+"""Micro-batch size by published size."""
 _DATA = LabelledOptions(views="ten-crop", crop_ranges=(1.1,))
 """The views that the bases were trained on."""
 
 
 def recipes() -> Recipes:
-    """By name; every option can be changed on the command line."""
+    """Recipes by name; any option can be overridden on the command line."""
     found: Recipes = {}
     for size, micro_batch in _MICRO_BATCHES.items():
         found |= imagenet(

@@ -1,5 +1,5 @@
-"""RAR with random weights in its authors' layout, for a rehearsal: generator and image tokenizer
-are a flat pickle each, in fp32.
+"""RAR with random weights in its authors' layout, for a rehearsal: one flat fp32 pickle each for
+the generator and the image tokenizer.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ SIZES = rar_model.SIZES
 
 
 def write(folder: Path, size: str, weights: RandomWeights) -> Written:
-    """Write the files of a size; says how it is trained."""
+    """Write the files of a size; return them with the recipe that trains them."""
     config = RARConfig(**SIZES[size])
     with torch.device("meta"):
         backbone, tokenizer = RAR(config), MaskGITVQGAN(MaskGITConfig())

@@ -1,4 +1,4 @@
-"""What the convolutional tokenizers share: the interface, loading of official weights, and blocks.
+"""The interface of convolutional tokenizers, the loading of official weights, and shared blocks.
 
 Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimension.
 """
@@ -19,23 +19,23 @@ from t2i.weights import build_empty, count_children, load_strict, naming, read_s
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Resolutions of the encoder, and backwards of the decoder; by default the published ones."""
+    """Widths of the encoder (and, in reverse, the decoder); the defaults are the published ones."""
 
     channels: int = 128
     """Channels at full resolution."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channel multiplier of each resolution; the image is halved between them."""
+    """Channel multiplier of each resolution; the resolution halves from one to the next."""
 
 
 def encoder_shape(state_dict: dict[str, Tensor], levels: str, blocks: str) -> dict:
-    """Channels, multipliers and residual blocks of an encoder, from the names of its list of levels
-    and of a level's blocks.
+    """Channels, multipliers and number of residual blocks of an encoder, given the names of its
+    list of levels and of each level's list of blocks.
 
     Raises:
-        KeyError: a key that such an encoder has is missing.
+        KeyError: a key is missing.
     """
     channels = state_dict["encoder.conv_in.weight"].shape[0]
-    # At least one, so that another family's file fails below by the name of a key.
+    # At least one, so that another family's file fails below with the name of a missing key.
     count = max(1, count_children(state_dict, f"encoder.{levels}."))
     widths = [
         state_dict[f"encoder.{levels}.{i}.{blocks}.0.conv2.weight"].shape[0] for i in range(count)
@@ -52,7 +52,7 @@ def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut, which with `of_branch` reads the second one's output."""
+    """Two convolutions and a shortcut, whose projection with `of_branch` reads their output."""
 
     def __init__(self, c_in: int, c_out: int, *, bias: bool = True, of_branch: bool = False):
         super().__init__()
@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
 def res_blocks(
     c_in: int, c_out: int, count: int, *, bias: bool = True, of_branch: bool = False
 ) -> nn.ModuleList:
-    """Residual blocks in a row, of which the first changes the width."""
+    """A list of residual blocks; the first changes the width."""
     widths = [c_in, *[c_out] * count]
     return nn.ModuleList(
         ResBlock(a, b, bias=bias, of_branch=of_branch) for a, b in pairwise(widths)
@@ -83,9 +83,9 @@ def res_blocks(
 
 
 class Level(nn.Module):
-    """One resolution: rows of blocks, one of each list, then perhaps a resampling.
+    """One resolution: blocks taken from each list in turn, then possibly a resampling.
 
-    Lists and resampling have the names of the official files.
+    Lists and resampling have the names used in the official files.
     """
 
     def __init__(self, resample: tuple[str, nn.Module] | None, **blocks: nn.ModuleList):
@@ -105,7 +105,7 @@ class Level(nn.Module):
 
 
 class UpConv(nn.Conv2d):
-    """A 3 x 3 convolution of the doubled map."""
+    """A 3 x 3 convolution of the map at twice its resolution."""
 
     def __init__(self, c: int):
         super().__init__(c, c, 3, padding=1)
@@ -115,7 +115,7 @@ class UpConv(nn.Conv2d):
 
 
 def run_stack(stack: Any, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """What an encoder or decoder is: a convolution, these blocks in turn, norm, a convolution."""
+    """Run an encoder or decoder: a convolution, these blocks, norm and SiLU, a convolution."""
     x = stack.conv_in(x)
     for block in blocks:
         x = block(x)
@@ -128,19 +128,19 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(size, dim)
 
     def vectors(self) -> Tensor:
-        """Codebook rows [V, E] as the decoder receives them."""
+        """Codebook rows [V, E] as passed to the decoder."""
         return self.embedding.weight
 
 
 class ConvTokenizer(nn.Module, ABC):
-    """Images <-> codes; parameter names are those of the official checkpoints."""
+    """Images <-> codes, with the parameter names of the official checkpoints."""
 
     config_type: ClassVar[type[Any]]
-    """Its `ConvConfig`, with a `codebook_size` and a static `from_state_dict`."""
+    """A `ConvConfig` with a `codebook_size` and a static `from_state_dict`."""
     ignored_keys: ClassVar[tuple[str, ...]] = ()
-    """Keys of official files that have no part in encoding or decoding."""
+    """Keys of official files that encoding and decoding do not use."""
     quantize: Codebook
-    """The codebook, where there is one."""
+    """The codebook, if there is one."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -148,15 +148,15 @@ class ConvTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def latents(self, pixels: Tensor) -> Tensor:
-        """What is quantised: [B, E, h, w] of pixels [B, 3, H, W] in [-1, 1]."""
+        """Latents to quantize, [B, E, h, w], of pixels [B, 3, H, W] in [-1, 1]."""
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes some."""
+        """Codes int64 [B, h, w] of pixels [B, 3, H, W] in [-1, 1]. Use fp32: bf16 changes codes."""
 
     @abstractmethod
     def decode_vectors(self, z_BEhw: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W], nominally in [-1, 1], of the vectors of codes."""
+        """Pixels [B, 3, H, W], nominally in [-1, 1], of code vectors."""
 
     @property
     def downsample(self) -> int:
@@ -168,7 +168,7 @@ class ConvTokenizer(nn.Module, ABC):
         return self.config.codebook_size
 
     def vectors_of(self, codes: Tensor) -> Tensor:
-        """What the decoder receives for codes [...]: vectors [..., E]."""
+        """The vectors [..., E] passed to the decoder for codes [...]."""
         return self.quantize.vectors()[codes]
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class ConvTokenizer(nn.Module, ABC):
         """Load an official file strictly; frozen, fp32.
 
         Raises:
-            UserError: unreadable file, another family, or keys that do not fit.
+            UserError: the file is unreadable or another family's, or has keys that do not fit.
         """
         stored = read_state_dict(path)
         state_dict = {k: v for k, v in stored.items() if k not in cls.ignored_keys}
@@ -196,9 +196,7 @@ class ConvTokenizer(nn.Module, ABC):
 
     @classmethod
     def empty(cls, state_dict: dict[str, Tensor], path: str | Path) -> Self:
-        """A frozen tokenizer of the shape that a file's weights have, where they are, to be filled
-        with them.
-        """
+        """A frozen tokenizer with the shape and device of a file's weights, ready to load them."""
         with naming(path):
             config = cls.config_type.from_state_dict(state_dict)
         device = next(iter(state_dict.values())).device

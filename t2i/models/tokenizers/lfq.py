@@ -1,10 +1,10 @@
 """The look-up-free tokenizer of Open-MAGVIT2 (arXiv 2409.04410; SEED-Voken
 `modules/diffusionmodules/improved_model.py`).
 
-There is no learned codebook: a code is the sign pattern of E latent channels, its index the pattern
-read as a binary number. Channel i is bit i, least significant first; +1 is 1, and -1 (and 0) is 0.
-The decoder's adaptive group norms take mean and standard deviation of the code vectors over the
-whole image, so every pixel depends on every code.
+There is no learned codebook: a code is the sign pattern of E latent channels, and its index is the
+pattern read as a binary number. Channel i is bit i, least significant first; positive latents give
+1, others 0. The decoder's adaptive group norms use the mean and standard deviation of the code
+vectors over the whole image, so every pixel depends on every code.
 
 Shapes: B images, H x W pixels, h x w codes, C channels, E bits.
 """
@@ -29,21 +29,21 @@ from t2i.models.tokenizers.conv_tokenizer import (
 )
 from t2i.weights import load_strict, read_state_dict, reading_shape
 
-# Where a checkpoint of the autoregressive model keeps its tokenizer.
+# Prefix of the tokenizer in a checkpoint of the autoregressive model.
 _EMBEDDED = "first_stage_model."
 _EMA = "model_ema."
 _EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
-# The discriminator and other parts of the loss, which a training of one's own saves along.
+# The discriminator and other parts of the loss, which files from your own training also hold.
 _LOSS = ("loss.", "model_ema.loss")
 
 
 def signs(indices: Tensor, bits: int) -> Tensor:
-    """Code vectors fp32 [..., E] of -1 and +1, of indices int64 [...]."""
+    """Code vectors fp32 [..., E] of -1 and +1 for indices int64 [...]."""
     return 2.0 * (indices[..., None] >> torch.arange(bits, device=indices.device) & 1) - 1
 
 
 def indices(latents: Tensor) -> Tensor:
-    """Index int64 [...] of the signs of latents [..., E]."""
+    """Indices int64 [...] of the sign patterns of latents [..., E]."""
     return ((latents > 0).long() << torch.arange(latents.shape[-1], device=latents.device)).sum(-1)
 
 
@@ -52,9 +52,9 @@ class LFQConfig(ConvConfig):
     """Shape of an LFQ tokenizer; the defaults are the published ones."""
 
     res_blocks: int = 4
-    """Residual blocks per resolution, and in the middle."""
+    """Number of residual blocks at each resolution and in the middle."""
     bits: int = 18
-    """Latent channels, each one bit of a code."""
+    """Number of latent channels, one per bit of a code."""
 
     @property
     def codebook_size(self) -> int:
@@ -71,7 +71,7 @@ class LFQConfig(ConvConfig):
 class LFQUpsample(nn.Module):
     """A convolution to four times the channels, which become 2 x 2 pixels.
 
-    The channel index is (row, column, channel), where `F.pixel_shuffle` wants (channel, row,
+    Its channels are ordered (row, column, channel); `F.pixel_shuffle` expects (channel, row,
     column).
     """
 
@@ -93,7 +93,9 @@ class AdaptiveGroupNorm(nn.Module):
         self.gamma, self.beta = nn.Linear(bits, c), nn.Linear(bits, c)
 
     def forward(self, x_BChw: Tensor, z_BEhw: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(z_BEhw.flatten(2), dim=-1)  # of a sample: divides by hw - 1
+        variance, mean = torch.var_mean(
+            z_BEhw.flatten(2), dim=-1
+        )  # sample variance: divides by hw - 1
         scale, shift = self.gamma((variance + self.norm.eps).sqrt()), self.beta(mean)
         return scale[..., None, None] * self.norm(x_BChw) + shift[..., None, None]
 
@@ -120,7 +122,7 @@ class LFQEncoder(nn.Module):
 
 
 class LFQDecoder(nn.Module):
-    """`up` and `adaptive` are stored from the finest resolution on and run the other way."""
+    """`up` and `adaptive` are stored from fine to coarse, and run from coarse to fine."""
 
     def __init__(self, cfg: LFQConfig):
         super().__init__()
@@ -158,7 +160,7 @@ class LFQTokenizer(ConvTokenizer):
         self.encoder, self.decoder = LFQEncoder(config), LFQDecoder(config)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Their signs are the code vectors."""
+        """Latents, whose signs are the code vectors."""
         return self.encoder(pixels)
 
     @torch.no_grad()
@@ -173,16 +175,15 @@ class LFQTokenizer(ConvTokenizer):
 
     @classmethod
     def load(cls, path: str | Path, *, ema: bool = False) -> "LFQTokenizer":
-        """Load an official file, frozen, fp32: a tokenizer's own (imagenet_256_L.ckpt), or the one
-        inside an AR checkpoint.
+        """Load an official file, frozen, fp32: a tokenizer file (imagenet_256_L.ckpt) or an AR
+        checkpoint, which contains a tokenizer.
 
-        A tokenizer's own file has two sets of weights. `ema` takes the averaged ones, with which
-        its reconstruction FID was measured; the configurations of the published autoregressive
-        models read the others.
+        A tokenizer file has two sets of weights. `ema` selects the averaged ones, with which its
+        reconstruction FID was measured; the published autoregressive models use the others.
 
         Raises:
-            UserError: unreadable file, another family, no averaged weights where `ema` asks for
-                them, or keys that do not fit.
+            UserError: the file is unreadable or another family's, has no averaged weights for
+                `ema`, or has keys that do not fit.
         """
         state_dict = read_state_dict(path)
         state_dict = tokenizer_part(state_dict) or state_dict
@@ -192,16 +193,18 @@ class LFQTokenizer(ConvTokenizer):
         if ema and not averaged:
             raise UserError(f"{path} has no averaged weights ({_EMA}*); load it with ema=False")
         tokenizer = cls.empty(raw, path)
-        # The name of an averaged weight has lost its dots.
+        # Averaged weights are stored under names without dots.
         names = {_EMA + name.replace(".", ""): name for name in tokenizer.state_dict()}
         averaged = {names.get(k, k): v for k, v in averaged.items()}
         parts = [(raw, path), (averaged, f"{path} (averaged weights, {_EMA}*)")]
-        for weights, source in parts if ema else reversed(parts):  # both must fit, the last stays
+        for weights, source in (
+            parts if ema else reversed(parts)
+        ):  # both must fit; the last one loaded stays
             if weights:
                 load_strict(tokenizer, weights, source)
         return tokenizer
 
 
 def tokenizer_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tokenizer in an AR checkpoint's state dict, under its own names; empty if none."""
+    """The tokenizer's part of an AR checkpoint's state dict, under its own names; empty if none."""
     return {k.removeprefix(_EMBEDDED): v for k, v in state_dict.items() if k.startswith(_EMBEDDED)}

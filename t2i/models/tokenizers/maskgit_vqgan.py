@@ -1,18 +1,17 @@
 """The MaskGIT VQGAN that RAR uses (1d-tokenizer `modeling/modules/maskgit_vqgan.py`, weights of
 TiTok's PretrainedTokenizer).
 
-A convolutional VQ-GAN without attention. What differs from LlamaGen's VQ and matters for parity:
+A convolutional VQ-GAN without attention. Differences from LlamaGen's VQ that matter for parity:
 
-- It works on pixels in [0, 1]. Here, as in the rest of the kit, pixels are in [-1, 1] on both
-  sides.
-- Where a residual block changes its width, the 1x1 shortcut is applied to the block's own output
-  and not to its input.
-- The nearest code is that of smallest Euclidean distance: neither side is normalised.
+- Its networks use pixels in [0, 1]. This class, like the rest of the kit, takes and returns pixels
+  in [-1, 1].
+- Where a residual block changes the width, the 1x1 shortcut is applied to the output of the block's
+  convolutions, not to its input.
+- The nearest code is the one at the smallest Euclidean distance: neither side is normalized.
 - Average pooling halves the resolution; most convolutions have no bias; `decoder.up` is stored from
   fine to coarse.
 
-All strides are 1 and all kernels odd, so that TensorFlow's SAME padding is an equal margin on every
-side.
+All strides are 1 and all kernels odd, so TensorFlow's SAME padding is the same on every side.
 
 Shapes: B images, H x W pixels, h x w codes, V codebook rows, E codebook dimension.
 """
@@ -40,10 +39,10 @@ from t2i.weights import reading_shape
 
 @dataclass(frozen=True)
 class MaskGITConfig(ConvConfig):
-    """Shape of the tokenizer; the defaults are the published one (16 pixels per code)."""
+    """Shape of the tokenizer; the defaults are the published shape (16 pixels per code)."""
 
     res_blocks: int = 2
-    """Residual blocks per resolution and in the middle, in the encoder and in the decoder."""
+    """Number of residual blocks at each resolution and in the middle, in encoder and decoder."""
     codebook_size: int = 1024
     codebook_dim: int = 256
 
@@ -56,7 +55,7 @@ class MaskGITConfig(ConvConfig):
             return MaskGITConfig(**shape, codebook_size=size, codebook_dim=dim)
 
 
-# The shortcut reads the branch: odd, but the published weights were trained so.
+# Unusual (`of_branch`), but the published weights were trained this way.
 _res_blocks = partial(res_blocks, bias=False, of_branch=True)
 
 
@@ -107,7 +106,7 @@ class MaskGITDecoder(nn.Module):
 
 
 class MaskGITVQGAN(ConvTokenizer):
-    """The file maskgit-vqgan-imagenet-f16-256.bin."""
+    """The tokenizer in maskgit-vqgan-imagenet-f16-256.bin."""
 
     config_type = MaskGITConfig
 
@@ -123,7 +122,7 @@ class MaskGITVQGAN(ConvTokenizer):
     def encode(self, pixels: Tensor) -> Tensor:
         z_BhwE = self.latents(pixels).permute(0, 2, 3, 1).float()
         rows_VE = self.quantize.vectors().float()
-        # |z - e|^2 without |z|^2, which is the same for all codes.
+        # |z - e|^2 without |z|^2, which is equal for all codes.
         return (rows_VE.pow(2).sum(-1) - 2 * (z_BhwE @ rows_VE.T)).argmin(-1)
 
     def decode_vectors(self, z_BEhw: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The VQ tokenizer that LlamaGen and Janus share (LlamaGen `tokenizer/tokenizer_image/vq_model.py`,
 Janus `vq_model.py`).
 
-A convolutional encoder, a codebook compared by cosine (both sides L2-normalised at every call: the
-stored rows need not be unit vectors) and a convolutional decoder. VQ-16 has channel multipliers (1,
-1, 2, 2, 4), VQ-8 (1, 2, 2, 4).
+A convolutional encoder, a codebook compared by cosine (both sides are L2-normalized at every call,
+as stored rows need not be unit vectors) and a convolutional decoder. VQ-16 has channel multipliers
+(1, 1, 2, 2, 4), VQ-8 (1, 2, 2, 4).
 
 Shapes: B images, H x W pixels, h x w codes, C channels, V codebook rows, E codebook dimension.
 """
@@ -36,7 +36,7 @@ class VQConfig(ConvConfig):
     """Shape of a VQ tokenizer; the defaults are VQ-16."""
 
     res_blocks: int = 2
-    """Residual blocks per resolution in the encoder; the decoder has one more."""
+    """Number of residual blocks at each resolution of the encoder; the decoder has one more."""
     latent_channels: int = 256
     """Channels between the convolutions and the projection to the codebook."""
     codebook_size: int = 16384
@@ -83,7 +83,7 @@ class Downsample(nn.Module):
 def _level(
     c_in: int, c_out: int, blocks: int, *, attend: bool, resample: tuple[str, nn.Module] | None
 ) -> Level:
-    """One resolution: residual blocks, with attention behind each where `attend`."""
+    """One resolution: residual blocks, each followed by attention if `attend`."""
     lists = {"res": res_blocks(c_in, c_out, blocks)}
     if attend:
         lists["attn"] = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks))
@@ -146,12 +146,12 @@ class VQDecoder(nn.Module):
 
 class UnitCodebook(Codebook):
     def vectors(self) -> Tensor:
-        """Unit-norm codebook rows [V, E], which is what the decoder receives."""
+        """Unit-norm codebook rows [V, E], as passed to the decoder."""
         return F.normalize(self.embedding.weight, dim=-1)
 
 
 class VQTokenizer(ConvTokenizer):
-    """vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model weights."""
+    """Reads vq_ds16_c2i.pt, vq_ds16_t2i.pt, vq_ds8_c2i.pt, and Janus' gen_vision_model weights."""
 
     config_type = VQConfig
     ignored_keys = ("quantize.codebook_used",)  # a usage counter of the reference's training loop
@@ -164,7 +164,7 @@ class VQTokenizer(ConvTokenizer):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Not normalised: that is the comparison's business."""
+        """Latents that are not normalized yet: `encode` does it."""
         return self.quant_conv(self.encoder(pixels))
 
     @torch.no_grad()
