@@ -84,9 +84,9 @@ class Frozen:
     text_encoder: Any = None
     """A `TextEncoder`, or None."""
     warned: set[str] = field(default_factory=set)
-    """Prompts that were warned of."""
+    """Prompts that a warning has already been logged for."""
     read_in_part: int = 0
-    """How many of these are read in part."""
+    """How many of these prompts the text encoder reads only in part."""
 
 
 @dataclass(frozen=True)
