@@ -47,23 +47,23 @@ def test_a_request():
     [
         ({"prompt": " \n"}, "the prompt is empty"),
         ({"prompt": None}, "the prompt is empty"),
-        ({"prompt": "x" * 2001}, "has 2001 characters: 2000 are allowed"),
+        ({"prompt": "x" * 2001}, "has 2001 characters: at most 2000 are allowed"),
         ({"prompt": "a\0b"}, "zero character"),
-        ({"samples": 0}, "images must be a whole number from 1 to 8, and 0 is given"),
-        ({"samples": 9}, "images must be a whole number from 1 to 8, and 9 is given"),
-        ({"samples": 2.5}, r"images must be a whole number .*2\.5 is given"),
-        ({"samples": None}, "images must be .*nothing is given"),
-        ({"samples": True}, "images must be .*True is given"),
-        ({"samples": "2"}, "images must be .*'2' is given"),
-        ({"seed": -1}, "seed must be a whole number from 0 to 2147483647, and -1"),
+        ({"samples": 0}, "images must be a whole number from 1 to 8, but 0 was given"),
+        ({"samples": 9}, "images must be a whole number from 1 to 8, but 9 was given"),
+        ({"samples": 2.5}, r"images must be a whole number .*2\.5 was given"),
+        ({"samples": None}, "images must be .*nothing was given"),
+        ({"samples": True}, "images must be .*True was given"),
+        ({"samples": "2"}, "images must be .*'2' was given"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 2147483647, but -1 was given"),
         ({"seed": 1e300}, "seed must be a whole number"),
-        ({"cfg_scale": 0.9}, "guidance must be a number from 1 to 20, and 0.9 is given"),
-        ({"cfg_scale": float("nan")}, "guidance must be a number .*nan is given"),
+        ({"cfg_scale": 0.9}, "guidance must be a number from 1 to 20, but 0.9 was given"),
+        ({"cfg_scale": float("nan")}, "guidance must be a number .*nan was given"),
         ({"temperature": -0.1}, "temperature must be a number from 0 to 2"),
-        ({"temperature": float("inf")}, "temperature must be .*inf is given"),
+        ({"temperature": float("inf")}, "temperature must be .*inf was given"),
         ({"top_k": 1025}, "top-k must be a whole number from 0 to 1024"),
-        ({"top_p": 0}, "top-p must be a number from 0.01 to 1, and 0 is given"),
-        ({"speculate": 1000}, "speculation must be one of auto, off, 2, 4, 8, 16, and is 1000"),
+        ({"top_p": 0}, "top-p must be a number from 0.01 to 1, but 0 was given"),
+        ({"speculate": 1000}, "speculation must be one of auto, off, 2, 4, 8, 16, not 1000"),
         ({"speculate": ["auto"]}, "speculation must be one of"),
     ],
 )
@@ -196,7 +196,7 @@ def test_too_little_memory_is_said(model, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(live, "draw_images", full)
-    with pytest.raises(UserError, match="no memory for 2 images at once: ask for fewer"):
+    with pytest.raises(UserError, match="not enough memory for 2 images at once: ask for fewer"):
         list(draw_live(model, read()))
 
 
@@ -287,7 +287,7 @@ def test_the_page_draws_and_refuses(tab, address, tmp_path):
     fill(tab, "prompt", PROMPT)
     fill(tab, "samples", 9)
     press(tab, "draw")
-    tab.wait(f"{SAID}.includes('images must be a whole number from 1 to 3, and 9 is given')")
+    tab.wait(f"{SAID}.includes('images must be a whole number from 1 to 3, but 9 was given')")
     assert tab.run("document.querySelector('#said [role=alert]') !== null")
     fill(tab, "samples", 2)
     fill(tab, "seed", 5)

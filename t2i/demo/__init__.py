@@ -1,3 +1,3 @@
-"""The demo page: what may be asked for (request), drawing that can be watched (live), and the page
-itself (page), which alone needs Gradio.
+"""The demo page: checking a request (request), drawing with live previews (live), and the page
+itself (page). Only the page needs Gradio.
 """

@@ -1,4 +1,4 @@
-"""Drawing that can be watched: pictures of the codes so far, then the images and their stages."""
+"""Drawing with live previews: pictures of the codes so far, then the images and their stages."""
 
 import threading
 import time
@@ -23,27 +23,27 @@ from t2i.tensorar.windows import Windows
 T = TypeVar("T")
 
 _PAUSE = 0.25
-"""Seconds between two looks, at least."""
+"""Minimum number of seconds between two previews."""
 _SHARE = 0.2
-"""Of the time that looks may take."""
+"""Share of the time that previews may take."""
 
 
 @dataclass(frozen=True)
 class RequestState:
-    """How far a request is."""
+    """The progress of a request."""
 
     images: list[Image.Image]
-    """RGB; see-through (RGBA) where nothing is drawn yet."""
+    """Finished images are RGB; previews are RGBA, transparent where nothing is drawn yet."""
     share: float
-    """Of the codes that are drawn, 0..1."""
+    """Share of the codes that are drawn, 0..1."""
     stages: tuple[tuple[Image.Image, ...], ...] = ()
-    """Of each image at the end, where the model refines."""
+    """The refinement stages of each finished image; empty if the model does not refine."""
     notes: tuple[str, ...] = ()
-    """What the model did not read of the prompt, and what the prompt lacks."""
+    """Which parts of the prompt the model did not read, and what the prompt lacks."""
 
 
 class Models:
-    """The models that may be chosen, each loaded when it is first asked for."""
+    """The models to choose from; each is loaded on first use and then kept."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class Models:
         lacking: Callable[[ModelOptions, str], str],
     ):
         """
-        where: device and type, of `ModelOptions.check`.
-        lacking: says what a prompt lacks that a model was trained with; "": nothing.
+        where: device and dtype, as returned by `ModelOptions.check`.
+        lacking: describes what the model was trained with and the prompt lacks; "" if nothing.
         """
         self.options, self.where, self.most_images = options, where, most_images
         self.lacking = lacking
@@ -66,7 +66,7 @@ class Models:
         return list(self.options)
 
     def load(self, name: str) -> TensorAR:
-        """UserError if there is no such model, or it cannot be loaded."""
+        """Return the model; UserError if there is no such model or it cannot be loaded."""
         if name not in self.options:
             raise UserError(f"there is no model {name!r:.80}: choose one of {self.names}")
         with self._lock:
@@ -80,13 +80,12 @@ class Models:
 
 
 def draw_live(model: TensorAR, request: Request, lacking: str = "") -> Iterator[RequestState]:
-    """Pictures while they are drawn, and at last the images, as launch/generate.py draws them.
-    `lacking` is a further note.
+    """Yield previews while drawing, then the finished images, the same as launch/generate.py's.
 
-    Closed before its end, it stops drawing.
+    Closing the iterator early stops the drawing. `lacking` is added to the notes.
 
     Raises:
-        UserError: the model cannot draw this prompt, or has no room for so many images.
+        UserError: the model cannot draw this prompt, or memory is too small for that many images.
     """
     prompts = parse_conditions(model.backbone, [request.prompt])
     options = DrawOptions(
@@ -116,7 +115,7 @@ def draw_live(model: TensorAR, request: Request, lacking: str = "") -> Iterator[
         drawing = draw_images(
             model, prompts, options, samples_per_prompt=samples, progress=False, watch=look
         )
-        for one in drawing:  # `look` counts them meanwhile
+        for one in drawing:  # not list(drawing): `look` reads `done` meanwhile
             done.append(one)
         stages = tuple(one.stages for one in done if one.stages)
         notes = (*_notes(model, request.prompt), *filter(None, [lacking]))
@@ -126,18 +125,18 @@ def draw_live(model: TensorAR, request: Request, lacking: str = "") -> Iterator[
         yield from reports(draw)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"there is no memory for {request.samples} images at once: ask for fewer"
+            f"there is not enough memory for {request.samples} images at once: ask for fewer"
         ) from error
 
 
 def so_far(
     model: TensorAR, geometry: Windows, windows_BNkS: Tensor, settled: int
 ) -> list[Image.Image]:
-    """Pictures (RGBA) of a batch of which so many windows are settled, see-through elsewhere."""
+    """RGBA pictures of a batch whose first `settled` windows are final, transparent elsewhere."""
     rows, columns = model.backbone.spec.grid
     done = min(settled * geometry.stride, geometry.tokens)
     place = torch.arange(geometry.tokens, device=windows_BNkS.device)
-    # The decoder looks around: below the last codes it finds the same ones again.
+    # The decoder's output depends on neighboring codes: repeat the last row below what is drawn.
     behind = done - columns + (place - done) % columns
     codes = geometry.final_codes(windows_BNkS)[:, torch.where(place < done, place, behind).clamp(0)]
     shown = (place < done).view(rows, columns).to(torch.uint8).mul(255).cpu().numpy()
@@ -156,29 +155,30 @@ def _notes(model: TensorAR, prompt: str) -> tuple[str, ...]:
 
 
 class _Closed(Exception):
-    """Nobody listens any more."""
+    """The consumer has closed the iterator."""
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """The work has, perhaps by an error."""
+    """The last item in the queue: the work has ended, with this error or without one."""
 
     error: BaseException | None
 
 
 def reports(work: Callable[[Callable[[T | None], None]], None]) -> Iterator[T]:
-    """What `work` reports, while it runs in a thread of its own; and what it raises.
+    """Run `work` in its own thread, yield what it reports, and raise what it raises.
 
-    Once this is closed, the next report ends the work; a report of None does nothing else.
+    After the iterator is closed, the next report ends the work. Reporting None yields nothing: it
+    only checks whether the iterator was closed.
     """
-    box: SimpleQueue[T | _Ended] = SimpleQueue()
+    queue: SimpleQueue[T | _Ended] = SimpleQueue()
     closed = threading.Event()
 
     def report(value: T | None) -> None:
         if closed.is_set():
             raise _Closed
         if value is not None:
-            box.put(value)
+            queue.put(value)
 
     def run() -> None:
         error: BaseException | None = None
@@ -186,13 +186,13 @@ def reports(work: Callable[[Callable[[T | None], None]], None]) -> Iterator[T]:
             work(report)
         except BaseException as raised:
             error = raised
-        box.put(_Ended(error))
+        queue.put(_Ended(error))
 
     threading.Thread(target=run, name="drawing", daemon=True).start()
     try:
-        while not isinstance(told := box.get(), _Ended):
-            yield told
+        while not isinstance(item := queue.get(), _Ended):
+            yield item
     finally:
         closed.set()
-    if told.error is not None:
-        raise told.error
+    if item.error is not None:
+        raise item.error

@@ -1,7 +1,7 @@
-"""The demo page itself, with Gradio: fields, the drawing in a queue, and nothing from outside.
+"""The demo page itself, built with Gradio: its fields, and a queue of requests to draw.
 
-What users typed is shown as text alone: in fields, or escaped. Nothing is fetched from or sent to
-anywhere: no analytics, no fonts, no share links.
+User input is only ever shown as text: in fields, or escaped. Nothing is fetched from or sent to
+other machines: no analytics, no fonts, no share links.
 """
 
 import os
@@ -18,11 +18,11 @@ from t2i.demo.request import FIELDS, OPTIONAL, SPECULATE, Limit, Request, model_
 from t2i.errors import UserError
 
 WAITING = 20
-"""Requests in the queue; one is drawn at a time."""
+"""Maximum number of requests in the queue; one is drawn at a time."""
 _SWEEP = (300, 3600)
-"""Every so many seconds, files of pictures older than so many are deleted."""
+"""Seconds between two cleanups, and the age in seconds at which they delete picture files."""
 _SMALL = 128
-"""Images of so many pixels are enlarged without smoothing."""
+"""Images up to this many pixels in height and width are enlarged without smoothing."""
 _CSS = """
 .pictures.small img { image-rendering: pixelated; }
 .pictures img { background: repeating-conic-gradient(#8884 0 25%, #8882 0 50%) 0 / 16px 16px; }
@@ -41,7 +41,7 @@ _NEW_SEED = "() => Math.floor(Math.random() * 2 ** 31)"
 
 
 class Page:
-    """The page for some models; `blocks` is Gradio's app."""
+    """The page for the given models; `blocks` is the Gradio app."""
 
     def __init__(self, models: Models):
         self.models, self.inputs = models, dict[str, Any]()
@@ -56,7 +56,7 @@ class Page:
                     self._settings(first)
             self.inputs = {name: self.inputs[name] for name in FIELDS}
             self._events()
-        # In one queue: whoever asks while another's images are drawn waits, and sees for how many.
+        # One queue for all: later users wait, and see how many requests are ahead of theirs.
         self.blocks = blocks.queue(max_size=WAITING, default_concurrency_limit=1)
 
     # -- what is on it -----------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Page:
                 list(SPECULATE),
                 value="auto",
                 label="Speculation",
-                info="codes per call of the model, guessed and checked: the same images",
+                info="codes guessed and checked per model call; the images stay the same",
             )
 
     def _results(self, first: str) -> None:
@@ -106,17 +106,18 @@ class Page:
         )  # fmt: skip
 
     def _shown(self, name: str) -> dict[str, dict[str, Any]]:
-        """What fields show of a model, by field."""
+        """The properties of each field that depend on the model, by field."""
         model, found = self.models.load(name), self.models.limits(name)
         spec, own = model.backbone.spec, model.sampling
         values: dict[str, Any] = {"samples": min(4, int(found["samples"].high)), "seed": 0}
         for option in OPTIONAL:
-            value = getattr(own, option)  # of several sub-tokens, each may have its own
+            value = getattr(own, option)  # a tuple: one value per sub-token
             values[option] = None if isinstance(value, tuple) else value
         numbers = {option: _number(limit, values[option]) for option, limit in found.items()}
-        of_text = spec.cond_kind == "text"
-        example = "a photo of a red circle" if of_text else f"0 to {spec.num_classes - 1}"
-        prompt = {"label": "Prompt" if of_text else "Class number", "placeholder": example}
+        if spec.cond_kind == "text":
+            prompt = {"label": "Prompt", "placeholder": "a photo of a red circle"}
+        else:
+            prompt = {"label": "Class number", "placeholder": f"0 to {spec.num_classes - 1}"}
         small = "small" if max(model.backbone.image_size) <= _SMALL else "large"
         return {
             **numbers,
@@ -158,7 +159,7 @@ class Page:
         )
 
     def on_model(self, name: str) -> Iterator[list]:
-        """Another model was chosen."""
+        """Update the fields for a newly chosen model."""
         try:
             shown = self._shown(name)
         except UserError as error:
@@ -170,7 +171,7 @@ class Page:
         ] + [_said(f"{name} is ready.")]
 
     def on_draw(self, name: str, *values: object) -> Iterator[tuple]:
-        """Draw was pressed."""
+        """Draw the request, updating the page as it progresses."""
         same = gr.skip()
         try:
             request = read_request(dict(zip(FIELDS, values, strict=True)), self.models.limits(name))
@@ -186,12 +187,11 @@ class Page:
 
 
 def _number(limit: Limit, value: float | None) -> dict[str, Any]:
-    """What `gr.Number` is given. Without bounds of its own, which would speak of no field."""
-    about = f"; {limit.about}" if limit.about else ""
+    """Arguments of `gr.Number`. No bounds: Gradio's own error would not name the field."""
     return {
         "value": value,
         "label": limit.name.capitalize(),
-        "info": f"{limit}{about}",
+        "info": f"{limit}; {limit.about}" if limit.about else str(limit),
         "placeholder": "the model's own",
     }
 
@@ -218,10 +218,10 @@ def _captioned(state: RequestState) -> list[tuple]:
 
 @contextmanager
 def served(make: Callable[[], Page], host: str, port: int | None) -> Iterator[str]:
-    """Serve a page meanwhile: its address. Its files are gone afterwards.
+    """Serve a page within the context and yield its address; its files are deleted at the end.
 
     Raises:
-        UserError: the port is taken, or there is no such address here.
+        UserError: the port is taken, or this machine does not have the address.
     """
     with TemporaryDirectory(prefix="t2i-demo-") as files:
         os.environ |= {"GRADIO_TEMP_DIR": files, "GRADIO_ANALYTICS_ENABLED": "False"}

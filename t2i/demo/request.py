@@ -1,6 +1,6 @@
-"""What a person asks the demo for: limits on every number, and the command that draws the same.
+"""A request to the demo: limits on every number, and the command that draws the same images.
 
-Without torch and without Gradio.
+Imports neither torch nor Gradio.
 """
 
 import shlex
@@ -12,26 +12,26 @@ from t2i.model_options import ModelOptions
 from t2i.sampling import SamplingOverrides, Speculate
 
 LONGEST_PROMPT = 2000
-"""Characters."""
+"""In characters."""
 LARGEST_SEED = 2**31 - 1
 SPECULATE: tuple[Speculate, ...] = ("auto", "off", 2, 4, 8, 16)
-"""What may be chosen."""
+"""The choices that the page offers."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a number may be."""
+    """The allowed range of a number."""
 
     name: str
-    """What the page calls it."""
+    """Its label on the page."""
     low: float
     high: float
     whole: bool = False
     about: str = ""
-    """What the page says of it."""
+    """A short explanation shown on the page."""
 
     def check(self, value: object) -> float | int:
-        """The number; UserError if it is none, or out of range."""
+        """Return the number; UserError if the value is not a number or is out of range."""
         number = None if isinstance(value, bool) or not isinstance(value, int | float) else value
         if number is not None and self.low <= number <= self.high:
             if not self.whole:
@@ -39,34 +39,36 @@ class Limit:
             if number == int(number):
                 return int(number)
         kind = "a whole number" if self.whole else "a number"
-        given = "nothing is given" if value is None else f"{value!r:.40} is given"
-        raise UserError(f"{self.name} must be {kind} from {self}, and {given}")
+        given = "nothing" if value is None else f"{value!r:.40}"
+        raise UserError(f"{self.name} must be {kind} from {self}, but {given} was given")
 
     def __str__(self) -> str:
         return f"{self.low:g} to {self.high:.15g}"
 
 
 def limits(*, most_images: int, codes: int) -> dict[str, Limit]:
-    """By option; `codes`: how many a model chooses from."""
+    """The limit of each option; `codes`: the number of codes that the model chooses from."""
     return {
         "samples": Limit("images", 1, most_images, whole=True),
         "seed": Limit("seed", 0, LARGEST_SEED, whole=True, about="the same seed, the same images"),
-        "cfg_scale": Limit("guidance", 1, 20, about="1 is without"),
-        "temperature": Limit("temperature", 0, 2, about="0 takes the most likely code"),
-        "top_k": Limit("top-k", 0, codes, whole=True, about="the k most likely codes; 0: all"),
-        "top_p": Limit("top-p", 0.01, 1, about="the likeliest codes of this probability; 1: all"),
+        "cfg_scale": Limit("guidance", 1, 20, about="1 turns it off"),
+        "temperature": Limit("temperature", 0, 2, about="0 always takes the most likely code"),
+        "top_k": Limit("top-k", 0, codes, whole=True, about="only the k most likely codes; 0: all"),
+        "top_p": Limit(
+            "top-p", 0.01, 1, about="the most likely codes of this total probability; 1: all"
+        ),
     }
 
 
 OPTIONAL = ("cfg_scale", "temperature", "top_k", "top_p")
-"""Empty, they are the model's own."""
+"""Options that use the model's own setting if their field is empty."""
 FIELDS = ("prompt", "samples", "seed", *OPTIONAL, "speculate")
-"""What `read_request` reads, by option of launch/generate.py."""
+"""What `read_request` reads, named like the options of launch/generate.py."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn, all of it checked."""
+    """What to draw; every value has been checked."""
 
     prompt: str
     samples: int
@@ -75,9 +77,9 @@ class Request:
     speculate: Speculate
 
     def command(self, model: Sequence[str], *, stages: bool = False) -> str:
-        """The command line that draws the same images; `model`: the options that name it."""
+        """The command line that draws the same images; `model`: the options that select it."""
         words: list[object] = ["python", "-m", "launch", "generate", *model]
-        dashed = self.prompt.startswith("-")  # for an option, it would be
+        dashed = self.prompt.startswith("-")  # it would be taken for an option
         words += [f"--prompt={self.prompt}"] if dashed else ["--prompt", self.prompt]
         words += ["--samples", self.samples, "--seed", self.seed]
         for name, value in vars(self.sampling).items():
@@ -88,18 +90,20 @@ class Request:
 
 
 def read_request(given: Mapping[str, object], allowed: Mapping[str, Limit]) -> Request:
-    """Of the page's fields, `FIELDS`.
+    """Check the page's `FIELDS` and build the request.
 
     Raises:
-        UserError: what is missing, of the wrong kind or out of range, by its name on the page.
+        UserError: a value is missing, of the wrong kind or out of range; names the page's label.
     """
     prompt = given["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError("the prompt is empty: say what to draw")
     if len(prompt) > LONGEST_PROMPT:
-        raise UserError(f"the prompt has {len(prompt)} characters: {LONGEST_PROMPT} are allowed")
+        raise UserError(
+            f"the prompt has {len(prompt)} characters: at most {LONGEST_PROMPT} are allowed"
+        )
     if "\0" in prompt:
-        raise UserError("the prompt has a zero character in it: leave that out")
+        raise UserError("the prompt contains a zero character: remove it")
     numbers = {
         name: limit.check(given[name])
         for name, limit in allowed.items()
@@ -108,7 +112,7 @@ def read_request(given: Mapping[str, object], allowed: Mapping[str, Limit]) -> R
     speculate = next((one for one in SPECULATE if one == given["speculate"]), None)
     if speculate is None:
         choices = ", ".join(map(str, SPECULATE))
-        raise UserError(f"speculation must be one of {choices}, and is {given['speculate']!r:.40}")
+        raise UserError(f"speculation must be one of {choices}, not {given['speculate']!r:.40}")
     own = {name: numbers[name] for name in OPTIONAL if name in numbers}
     return Request(
         prompt=prompt.strip(),
@@ -120,7 +124,7 @@ def read_request(given: Mapping[str, object], allowed: Mapping[str, Limit]) -> R
 
 
 def model_words(options: ModelOptions) -> list[str]:
-    """The command-line options that name a model, and how it is computed."""
+    """The command-line options that select a model and how it is computed."""
     usual = ModelOptions()
     words: list[str] = []
     for prefix, own, plain in (("", options, usual), ("base.", options.base, usual.base)):
