@@ -95,10 +95,8 @@ class RewardRun(loop.Run):
         if options.workers:
             self.panel.share(options.workers, options)
         super().__init__(config)
-        of = None
-        if self.step > 0:  # the model no longer has the weights of the start
-            of = build_model(config)
-        self.start = Start(self.model, of=of)
+        # A resumed model no longer has the weights of the start.
+        self.start = Start(self.model, of=build_model(config) if self.step > 0 else None)
         self.saved_step = self.step
         self.round: Round | None = None
         self.learning_mode()

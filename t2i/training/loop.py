@@ -233,15 +233,10 @@ class Run:
             # Eager, since the faster ways keep memory between sheets.
             drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")
             with self.averaged():
-                images = [
-                    drawn.image
-                    for drawn in draw_images(
-                        model, prompts, drawing, samples_per_prompt=2, progress=False
-                    )
-                ]
-            sheet = grid(
-                images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
-            )
+                drawn = draw_images(model, prompts, drawing, samples_per_prompt=2, progress=False)
+                images = [one.image for one in drawn]
+            labels = [text for prompt in prompts for text in (str(prompt), "")]
+            sheet = grid(images, columns=2, labels=labels)
             path = self.config.run_dir / "samples" / f"step_{self.step:06d}.png"
             with saving(path):
                 save_png(sheet, path)
@@ -291,10 +286,11 @@ class Run:
 
     def keep_if_best(self, metrics: dict[str, float]) -> None:
         """Save the model in run_dir/best if no earlier validation was as good."""
-        if self.config.log.keep_best and self.judged_by(metrics) < self.best_loss:
+        loss = self.judged_by(metrics)
+        if self.config.log.keep_best and loss < self.best_loss:
             self.check_weights()
-            self.best_loss = self.judged_by(metrics)
-            self.checkpoints.save_best(self.step, self.best_loss)
+            self.best_loss = loss
+            self.checkpoints.save_best(self.step, loss)
 
 
 def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
@@ -349,11 +345,9 @@ def _train(run: Run) -> Path:
                 run.save()
             if validated:  # after the checkpoint, which matters more if the disk is full
                 run.keep_if_best(metrics)
-            sheet_due = (
-                saved
-                if config.engine.zero_stage == 3
-                else _due(plan.sample_every, run.step) or done
-            )
+            sheet_due = done or _due(plan.sample_every, run.step)
+            if config.engine.zero_stage == 3:  # sheets are drawn with the checkpoint
+                sheet_due = saved
             if plan.sample_every and sheet_due and not run.stop_agreed:
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):

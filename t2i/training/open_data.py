@@ -21,16 +21,13 @@ def refuse_inside(folder: Path, options: DataOptions | LabelledOptions) -> None:
     data, so that the run could not be resumed.
     """
     for source in [options.source] if isinstance(options, DataOptions) else options.source:
+        if not source or source.partition(":")[0] in WORLDS:
+            continue
         place = Path(os.path.expanduser(source))
         if isinstance(options, LabelledOptions) and (place / options.split).is_dir():
             place /= options.split
         images = place.is_dir() and not is_llamagen_folder(place)
-        if (
-            source
-            and images
-            and source.partition(":")[0] not in WORLDS
-            and folder.resolve().is_relative_to(place.resolve())
-        ):
+        if images and folder.resolve().is_relative_to(place.resolve()):
             raise UserError(
                 f"run_dir={folder} lies in data.source={source}, so its sheets would be read as "
                 "data: give a --run-dir elsewhere"

@@ -97,8 +97,7 @@ class Checkpoints:
             try:
                 facts = read_config(folder, contents=True)["training"]
                 loss, of_data = float(facts["best_loss"]), facts.get("data_key")
-                # The loss of a run on other data, or one of -inf, would keep any model from being
-                # saved.
+                # Neither the loss of a run on other data nor -inf may keep new models from `best`.
                 return loss if math.isfinite(loss) and of_data == self.data_key else math.inf
             except (ValueError, KeyError, TypeError):  # none yet, or damaged: replace it
                 return math.inf
@@ -185,9 +184,7 @@ def _refuse_other_split(run_dir: Path, held_out: int, recorded: set[int]) -> Non
 
 
 def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
-    """UserError for settings that must not differ from those of the checkpoint in `folder`; a
-    warning for those that may.
-    """
+    """UserError if a setting differs from the checkpoint's but must not; warns if it may."""
     stored = read_config(folder, with_state=True)["training"]
     check_settings(config, stored["config"], folder)
     warn_of_rounding(config, world_size, stored, folder)

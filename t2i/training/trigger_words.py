@@ -61,9 +61,7 @@ def remind_of_trigger(checkpoint: Path | None, prompts: Sequence[str]) -> None:
 
 
 def without_trigger(checkpoint: Path | None, prompts: Sequence[str]) -> str:
-    """A warning about prompts that lack the trigger words; "" if there are none, or for a base
-    without a checkpoint (None).
-    """
+    """A warning about prompts that lack the trigger words; "" if none do, or for no checkpoint."""
     if checkpoint is None:
         return ""
     training = read_config(checkpoint)["training"]
