@@ -265,8 +265,8 @@ def test_wrong_data_is_named(base):
             train(replace(config, data=replace(config.data, **changes)))
 
     refused("no data: give --data.source", source=())
-    refused("19 classes and this", source=(str(_nineteen_classes(base.parent)),))
-    refused("may be several", source=("a", "b"))
+    refused("19 classes, but this", source=(str(_nineteen_classes(base.parent)),))
+    refused("may name several places", source=("a", "b"))
     with pytest.raises(ValueError, match=r"--log.prompts 20: class label 20 .* give others"):
         train(replace(config, log=replace(config.log, prompts=("20",))))
     with pytest.raises(ValueError, match="training on captions needs"):
@@ -286,10 +286,10 @@ def test_mistakes_end_in_one_line(base, tmp_path, monkeypatch, capsys):
     assert "name a recipe first, then its options; train_imagenet.py --help" in older
     missing = train_error(name)
     assert f"python launch/lab/pretrain_class_shapes.py --backbone {base.name}" in missing
-    assert "none is no folder" in train_error(*given, "--data.source", "none")
+    assert "none is neither a folder nor a file" in train_error(*given, "--data.source", "none")
     assert "has no sub-folders" in train_error(*given, "--data.source", "empty")
     few = train_error(*given, "--data.source", _nineteen_classes(base.parent))
-    assert "has 19 classes and this" in few
+    assert "has 19 classes, but this" in few
 
     sample_error = partial(refused, sample_imagenet, capsys, "--out", "out.npz")
     assert "checkpoint folder none does not exist" in sample_error("--ckpt", "none")

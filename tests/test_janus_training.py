@@ -193,7 +193,7 @@ def test_check_of_the_real_sizes_needs_no_files(name, tiny_world, monkeypatch, c
     train_janus.main()
     report = capsys.readouterr().out
     left = {"1b": "519,699,456", "7b": "744,098,816"}[name.split("-")[2]]
-    assert f"not loaded: {left} parameters that drawing images does not need" in report
+    assert f"not loaded: {left} parameters not needed to draw images" in report
     stage = recipes()[name][1].engine.zero_stage
     marked = [line for line in report.splitlines() if line.endswith("<- chosen")]
     assert len(marked) == 1 and f"ZeRO-{stage} on {world_size} process(es)" in marked[0]

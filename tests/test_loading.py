@@ -399,7 +399,7 @@ def test_another_codec_begins_anew(tiny_world, plain, caplog):
     config = tiny_run(tiny_world, "-", backbone__weights=str(plain), method__k=2)
     with caplog.at_level("INFO"):
         model = build_model(config)
-    assert model.config.k == 2 and "codec begins anew" in caplog.text and "k 3 -> 2" in caplog.text
+    assert model.config.k == 2 and "with a fresh codec" in caplog.text and "k 3 -> 2" in caplog.text
 
 
 def test_a_codec_checkpoint_is_no_detour(tiny_world, tmp_path):

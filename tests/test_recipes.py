@@ -104,7 +104,7 @@ def test_numbers_that_are_given_stay():
     assert (plan.save_every, plan.validate_every, plan.sample_every, plan.log_every) == (0, 0, 3, 2)
     with pytest.raises(UserError, match="fewer than the 7 usable samples"):
         plan_run(config, 7)
-    with pytest.raises(UserError, match=r"too few usable samples \(1\): one at least is"):
+    with pytest.raises(UserError, match=r"too few usable samples \(1\): at least one is held"):
         plan_run(ALL["t2i-xl-256-tuned"], 1)  # blamed an option that was not given
     assert plan_run(replace(config, steps=None), None) is None
 
@@ -137,11 +137,14 @@ def test_recipes_have_nothing_to_warn_of(name):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optim": OptimOptions(warmup_steps=100)}, "codec's rate gets to 38% of optim.codec_lr"),
-        ({"optim": OptimOptions(warmup_steps=150)}, "no less than the 150 steps"),
-        ({"optim": OptimOptions(backbone_delay_steps=150)}, "backbone's rate gets to 0%"),
+        (
+            {"optim": OptimOptions(warmup_steps=100)},
+            "codec's rate reaches only 38% of optim.codec_lr",
+        ),
+        ({"optim": OptimOptions(warmup_steps=150)}, "is not below the 150 steps"),
+        ({"optim": OptimOptions(backbone_delay_steps=150)}, "backbone's rate reaches only 0%"),
         ({"tuning": "lora"}, "unusual for adapters"),
-        ({"optim": OptimOptions(backbone_lr=0.1)}, "far above what fine-tuning"),
+        ({"optim": OptimOptions(backbone_lr=0.1)}, "far too high for fine-tuning"),
         ({"optim": OptimOptions(codec_lr=0.1)}, "codec_lr=0.1 is far above"),
         ({"log": LogOptions()}, "no checkpoint before the last of 150 steps"),
         ({"log": LogOptions(validate_every=0, sample_every=0)}, "no sample sheet and no valid"),

@@ -309,7 +309,7 @@ def test_questions_of_a_users_file():
     ]
     assert ask([RIGHT], [{"prompt": "x", "questions": questions}]) == [pytest.approx(1 / 3)]
     assert len(ask._questions(two_object("circle", "star"))) == 2, "none about the background"
-    with pytest.raises(UserError, match="questions of 'x' are not as dpg needs them"):
+    with pytest.raises(UserError, match="questions of 'x' do not have the form that dpg needs"):
         ask([RIGHT], [{"prompt": "x", "questions": [{"text": "?"}]}])
     with pytest.raises(UserError, match='neither "questions" nor'):
         ask.check([{"prompt": "x"}])
@@ -319,7 +319,7 @@ def test_questions_of_a_users_file():
         ([], "no question to ask about 'x'"),
         ([questions[0] | {"parents": [7]}], "cannot be scored.*depends on 7, which"),
         ([questions[0] | {"parents": [1]}], "cannot be scored.*depends on itself"),
-        ([questions[0] | {"parents": ["1"]}], "are no numbers"),
+        ([questions[0] | {"parents": ["1"]}], "are not numbers"),
         ([questions[0] | {"question": " "}], "question 1 has an empty text"),
     ):
         with pytest.raises(UserError, match=message):
@@ -339,8 +339,8 @@ def panel_of(function: str, **changes) -> Panel:
         ("hangs", r"hangs did not answer within 0\.2 seconds .* 2 images; prompt 'a photo"),
         ("nan", r"nan gave nan; prompt 'a photo of a circle left"),
         ("one_too_few", r"one_too_few gave 1 numbers for 2 images; prompt"),
-        ("column", r"column gave array\(\[\[1\.\], \[1\.\]\]\) instead of a number an image"),
-        ("words", r"words gave \['good', 'good'\] instead of a number an image"),
+        ("column", r"column gave array\(\[\[1\.\], \[1\.\]\]\) instead of a number per image"),
+        ("words", r"words gave \['good', 'good'\] instead of a number per image"),
     ],
 )
 def test_a_bad_reward_is_named_with_a_prompt(function, words):
@@ -394,7 +394,7 @@ def test_judges_in_processes_of_their_own():
     [
         ("no_such_module:f", "no_such_module:f cannot be imported"),
         ("reward_functions:no_such", "has no attribute 'no_such'"),
-        ("reward_functions:NO_FUNCTION", "is 3, which is no function"),
+        ("reward_functions:NO_FUNCTION", "is 3, which is not a function"),
     ],
 )
 def test_a_function_that_is_not_there(name, words):
@@ -440,14 +440,14 @@ def test_a_users_prompts(tmp_path):
     assert pool.every() == lines[:1] and pool.left_out == 1
     assert prompt_hash(known) in benchmark_hashes()
     path.write_text(json.dumps(lines[1]))
-    with pytest.raises(UserError, match=r"all 1 prompts of own\.jsonl are a benchmark's"):
+    with pytest.raises(UserError, match=r"all 1 prompts of own\.jsonl belong to a benchmark"):
         training_prompts(RewardOptions(prompts=str(path)), 0)
     path.write_text("\n")
     with pytest.raises(UserError, match=r"own\.jsonl holds no prompt"):  # not of other options
         training_prompts(RewardOptions(prompts=str(path)), 0)
-    with pytest.raises(UserError, match="is no file; give shapes, official, or"):
+    with pytest.raises(UserError, match="is not a file; give shapes, official, or"):
         training_prompts(RewardOptions(prompts="nowhere"), 0)
-    with pytest.raises(UserError, match="single_object are a benchmark's"):
+    with pytest.raises(UserError, match="single_object belong to a benchmark"):
         training_prompts(RewardOptions(tasks=("single_object",)), 0)
     with pytest.raises(UserError, match="unknown 'size'"):
         training_prompts(RewardOptions(tasks=("size",)), 0)
@@ -459,8 +459,8 @@ def test_a_users_prompts(tmp_path):
     [
         ({"functions": ()}, "functions is empty"),
         ({"functions": ("genval",)}, "'genval' is none of geneval"),
-        ({"functions": ("dpg", "dpg")}, "names one of them twice"),
-        ({"weights": (1.0, 2.0)}, "one for each of the functions"),
+        ({"functions": ("dpg", "dpg")}, "has the same function twice"),
+        ({"weights": (1.0, 2.0)}, "one weight for each of the functions"),
         ({"group": 1}, "group=1 must be at least 2"),
         ({"clip": 0.0}, "clip=0.0 must be above 0"),
         ({"seconds": 1e300}, "seconds=1e\\+300 must be above 0 .from"),

@@ -150,7 +150,7 @@ def test_janus_adapters(tiny_world):
     ("function", "step", "words"),
     [
         ("raises", 2, r"raised ConnectionError: no server .*prompt 'a photo.*Saved after step 2"),
-        ("nan", 1, r"gave nan; prompt 'a photo.*Saved after step 1 .*: --resume goes on"),
+        ("nan", 1, r"gave nan; prompt 'a photo.*Saved after step 1 .*: --resume continues"),
         ("constant", 0, "gave 0 to every image of the last 1 batches .*Nothing was learned yet"),
     ],
 )
@@ -256,7 +256,7 @@ def test_check_names_prompts_that_are_not_read(tmp_path):
         ("--steps None", "steps is not given"),
         ("--batch-size 96 --reward.group 9", "batch_size=96 must be a multiple of reward.group=9"),
         ("--ema 0 --engine.zero-stage 3", "reward fine-tuning draws in every process"),
-        ("--engine.precision autocast", "autocast draws in another precision than it learns"),
+        ("--engine.precision autocast", "autocast would draw and learn in different precisions"),
     ],
 )
 def test_what_cannot_be_is_refused(refusal, options, words):

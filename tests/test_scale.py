@@ -53,16 +53,16 @@ def test_classes_are_counted_by_view():
 @pytest.mark.parametrize(
     ("cluster", "run", "words"),
     [
-        ({"gpus": 12}, {}, "gpus=12 cannot be shared equally by machines of 8"),
+        ({"gpus": 12}, {}, "gpus=12 cannot be split equally over machines of 8"),
         ({"images": 0.5}, {}, "images=0.5 must be a whole number"),
         ({"images_per_second": 0}, {}, "images_per_second=0 must be a number above 0"),
         ({}, {"batch_size": 1024}, "batch_size=1024 cannot be split over 64 processes"),
         ({"images": 50}, {}, "fewer than the 50 usable samples"),
-        ({"gpu_memory": 0.1}, {}, r"needs \d.\d+ GB of GPU memory, and there is 0.10 GB"),
+        ({"gpu_memory": 0.1}, {}, r"needs \d.\d+ GB of GPU memory, but there is only 0.10 GB"),
         ({"node_memory": 30}, {}, "needs 32.00 GB of main memory of a machine"),
-        ({"disk": 50}, {}, r"of disk, and there is 50.00 GB: use fewer images"),
+        ({"disk": 50}, {}, r"of disk, but there is only 50.00 GB: use fewer images"),
         # 500 images are 2.3 MB of codes; two checkpoints of 0.13 GB, one being saved, the best one
-        ({"images": 500, "disk": 0.412}, {}, r"needs 0.42 GB of disk, and there is 0.41 GB"),
+        ({"images": 500, "disk": 0.412}, {}, r"needs 0.42 GB of disk, but there is only 0.41 GB"),
         (
             {"hours": 3, "images_per_second": 4000, "encoded_per_second": 100},
             {},

@@ -42,10 +42,10 @@ def test_recipes_are_as_they_are(caplog):
     [
         (
             {"data.views": "flip", "data.crop_ranges": [1.2]},
-            r"data.crop_ranges=.* data.views=flip \(ten-crop reads it\)",
+            r"data.crop_ranges=.* data.views=flip \(only ten-crop uses it\)",
         ),
-        ({"data.source": ["m.jsonl"], "data.split": "val"}, "data.split=val has .* computed"),
-        ({"data.source": ["m.jsonl"], "data.crop_ranges": [1.2]}, "data.crop_ranges=.* comp"),
+        ({"data.source": ["m.jsonl"], "data.split": "val"}, "data.split=val has .* pretokenized"),
+        ({"data.source": ["m.jsonl"], "data.crop_ranges": [1.2]}, "data.crop_ranges=.* pretok"),
     ],
 )
 def test_what_would_make_another_run_is_refused(options, message):
@@ -93,7 +93,7 @@ def test_on_the_command_line(monkeypatch, tmp_path):
     (tmp_path / "imagenet256_codes").mkdir()
     arguments = ["llamagen-b-256", "--data.source", tmp_path, "--data.views", "flip", "--check"]
     monkeypatch.setattr(sys, "argv", ["p.py", *map(str, arguments)])
-    with pytest.raises(UserError, match=r"data\.views=flip has no effect with codes that others"):
+    with pytest.raises(UserError, match=r"data\.views=flip has no effect with pretokenized"):
         imagenet_program.main()
 
 

@@ -1,8 +1,8 @@
-"""Asks the rewards, and stops a run whose reward says nothing.
+"""Calls the rewards, and stops the run if one of them fails or never varies.
 
-A reward that is broken is the usual end of such a run, and a silent one: all zeros from a judge
-that was installed wrongly look like a model that cannot learn. So every answer is looked at, and
-whatever is wrong ends in one message with the reward's name and a prompt.
+A broken reward easily goes unnoticed: all zeros from a wrongly installed judge look like a model
+that cannot learn. So every answer is checked, and any fault ends the run with one message that
+names the reward and a prompt.
 """
 
 import atexit
@@ -24,15 +24,16 @@ from t2i.reward.rewards import Entries, Images, Reward, load_rewards
 
 
 class RewardError(UserError):
-    """A reward that cannot be learned from; the model is not to blame."""
+    """A reward is broken or cannot be learned from; the model is not at fault."""
 
 
 class Panel:
-    """Some rewards with their weights.
+    """Rewards with their weights.
 
     Args:
-        seconds: what a function may take for one call.
-        constant: batches with one number for all images after which a reward counts as broken.
+        seconds: time limit for one call of a function.
+        constant: a reward counts as broken if it gives every image the same number in this many
+            successive batches.
     """
 
     def __init__(
@@ -44,29 +45,29 @@ class Panel:
         constant: int,
     ):
         self.rewards, self.weights = rewards, weights
-        self._seconds, self._most = seconds, constant
-        self._same = dict.fromkeys(weights, 0)
+        self._seconds, self._limit = seconds, constant
+        self._unvaried = dict.fromkeys(weights, 0)  # successive batches
 
     def share(self, workers: int, options: RewardOptions) -> None:
-        """From now on ask copies of the rewards in so many processes of their own, on the CPU."""
+        """From now on, call copies of the rewards in `workers` separate processes, on the CPU."""
         others = set(active_children())
         pool = get_context("spawn").Pool(workers, _load, (tuple(self.rewards), options))
-        atexit.register(pool.terminate)  # also where one of them hangs
+        atexit.register(pool.terminate)  # even if one of them hangs
         judges = [child for child in active_children() if child not in others]
         self.rewards = {name: partial(_ask_all, pool, judges, name) for name in self.rewards}
 
     def check(self, entries: Entries, names: Sequence[str] | None = None) -> None:
-        """UserError if a reward cannot judge such prompts; before anything is drawn."""
+        """UserError if a reward cannot judge these prompts; called before anything is drawn."""
         for name in self.weights if names is None else names:
             if (check := getattr(self.rewards[name], "check", None)) is not None:
                 check(entries)
 
     def judge(self, name: str, images: Images, entries: Entries) -> list[float]:
-        """One reward's numbers.
+        """One reward's values, one per image.
 
         Raises:
-            RewardError: it raised, took too long, gave another number of numbers or one that is
-                not finite.
+            RewardError: the reward raised, took too long, or did not give one finite number per
+                image.
         """
         given = self._ask(name, images, entries)
         about = _example(entries)
@@ -75,7 +76,7 @@ class Panel:
         except (TypeError, ValueError) as error:
             told = " ".join(repr(given).split())  # an array's has several lines
             raise RewardError(
-                f"reward {name} gave {told:.80} instead of a number an image ({error}){about}"
+                f"reward {name} gave {told:.80} instead of a number per image ({error}){about}"
             ) from error
         if len(values) != len(images):
             raise RewardError(
@@ -87,10 +88,10 @@ class Panel:
         return values
 
     def _ask(self, name: str, images: Images, entries: Entries) -> Any:
-        # In a thread, since nothing else ends a wait for a server or a lock; a daemon, so that the
-        # program can end although it hangs.
+        # In a thread, since a call that waits for a server or a lock cannot be interrupted; a
+        # daemon thread, so that the program can end while it hangs.
         outcome: list[Any] = [None, None]
-        # A thread begins with the first GPU and with gradients.
+        # A new thread starts with the first GPU and with gradients enabled.
         initialized = torch.cuda.is_initialized()
         gpu = torch.cuda.device(torch.cuda.current_device()) if initialized else nullcontext()
 
@@ -117,36 +118,36 @@ class Panel:
         return outcome[0]
 
     def judge_all(self, images: Images, entries: Entries) -> dict[str, list[float]]:
-        """The numbers of every reward with a weight."""
+        """The values of every reward that has a weight."""
         return {name: self.judge(name, images, entries) for name in self.weights}
 
     def total(self, values: Mapping[str, Sequence[float]]) -> list[float]:
-        """The weighted sum, an image each."""
+        """The weighted sum of the rewards for each image."""
         columns = zip(*(values[name] for name in self.weights), strict=True)
         weights = list(self.weights.values())
         return [math.fsum(w * v for w, v in zip(weights, row, strict=True)) for row in columns]
 
     def look(self, values: Mapping[str, Sequence[float]], prompts: Sequence[str]) -> None:
-        """Look at a whole batch, of all processes.
+        """Check the values of a whole batch, from all processes.
 
         Raises:
-            RewardError: a reward has given one number to all images of too many batches.
+            RewardError: a reward has given all images the same number in too many batches.
         """
         for name in self.weights:
             same = min(values[name]) == max(values[name])
-            self._same[name] = self._same[name] + 1 if same else 0
-            if self._same[name] >= self._most:
+            self._unvaried[name] = self._unvaried[name] + 1 if same else 0
+            if self._unvaried[name] >= self._limit:
                 raise RewardError(
                     f"reward {name} gave {values[name][0]:g} to every image of the last "
-                    f"{self._most} batches (reward.constant), the last one of {len(prompts)} "
+                    f"{self._limit} batches (reward.constant), the last one of {len(prompts)} "
                     f"prompts such as {prompts[0]!r:.120}: there is nothing to learn from. Either "
-                    "it is broken, or the model always, or never, does what it rewards"
+                    "the reward is broken, or the model always (or never) does what it rewards"
                 )
 
 
-# -- in processes of their own ---------------------------------------------------------------------
+# -- in separate processes -------------------------------------------------------------------------
 _loaded: dict[str, Reward] = {}
-"""Of a worker."""
+"""The rewards of a worker process."""
 
 
 def _load(names: Sequence[str], options: RewardOptions) -> None:
@@ -161,16 +162,16 @@ def _ask_one(name: str, images: Images, entries: Entries) -> list:
 def _ask_all(
     pool: Pool, judges: Sequence[BaseProcess], name: str, images: Images, entries: Entries
 ) -> list:
-    """A reward's answer, each judge asked for its share."""
+    """A reward's values, computed by all judges, each for its share of the images."""
     count = len(judges)
     shares = [range(len(images))[i::count] for i in range(min(count, len(images)))]
     asked = [(name, [images[i] for i in s], [entries[i] for i in s]) for s in shares]
     answers: list = [None] * len(images)
     answering = pool.starmap_async(_ask_one, asked)
     while not answering.ready():
-        # A pool puts another process in the place of a dead one, and waits for its answer for ever.
+        # A pool replaces a dead process, but waits forever for the dead one's answer.
         if dead := [judge.exitcode for judge in judges if judge.exitcode is not None]:
-            raise RuntimeError(f"a process that judges ended by itself (exit code {dead[0]})")
+            raise RuntimeError(f"a judging process ended unexpectedly (exit code {dead[0]})")
         answering.wait(0.2)
     for share, given in zip(shares, answering.get(), strict=True):
         if len(given) != len(share):

@@ -1,12 +1,12 @@
 """Learning from drawn images: log-probabilities, advantages, loss, and the copy of the start.
 
-The log-probability of an image is that of its final codes, each given the windows that were drawn
-before it: slots 0..stride-1 of every window. Drafts (the slots behind) are taken as they were
-drawn, like the noise that drew them: the model reads them, and what follows is conditioned on them,
-but none of them is in the image, and a reward says nothing of one that a later step replaced. To
-score them, too, would add k - 1 times as many terms of which the gradient is noise. So the
-distribution that is learned is that of the final codes given the drafts, whose ratio at the first
-update is exactly 1; that drafts stay good is watched by the held-out loss by slot.
+The log-probability of an image is that of its final codes (slots 0..stride-1 of every window), each
+given the windows drawn before it. Drafts (the later slots) are treated as given, like the noise
+they were drawn with. The model reads them, and what follows is conditioned on them, but they are
+not in the image, and the reward says nothing about a draft that a later step replaced: scoring them
+would add k - 1 times as many terms whose gradient is noise. So the learned distribution is that of
+the final codes given the drafts, and its ratio at the first update is exactly 1. The held-out loss
+by slot shows whether drafts stay good.
 
 Shapes: B images, R rows (2B with guidance: conditional rows first), N windows, n of them at once, s
 final slots of a window, S sub-tokens, V vocabulary; P prompts, G images of each.
@@ -31,21 +31,22 @@ from t2i.training.state import trained
 
 
 Distributions = tuple[Tensor, ...]
-"""Log-probabilities of all codes [B, N, s, V], fp32, of each sub-token given the drawn ones."""
+"""For each sub-token, fp32 log-probabilities of all codes [B, N, s, V], given the drawn sub-tokens
+before it."""
 
 
 @dataclass(frozen=True)
 class CodeScores:
-    """Of the final codes of drawn images, in the order of the windows."""
+    """Scores of the final codes of drawn images, in the order of the windows."""
 
     log_p: Tensor
-    """fp32 [B, N, s]; 0 where a slot is past the image."""
+    """fp32 [B, N, s]; 0 for slots past the end of the image."""
     entropy: Tensor
-    """fp32 [B, N, s] of the distribution that the code was drawn from, without a gradient."""
+    """fp32 [B, N, s], of the distribution that the code was drawn from; has no gradient."""
     valid: Tensor
-    """bool [N, s]"""
+    """bool [N, s], slots within the image."""
     divergence: Tensor
-    """fp32 [B, N, s], of the distributions `against` from these; 0 without."""
+    """fp32 [B, N, s], KL divergence of the distributions `against` from these; 0 without them."""
 
 
 def score_codes(
@@ -55,14 +56,14 @@ def score_codes(
     sampling: SamplingConfig,
     against: Distributions | None = None,
 ) -> CodeScores:
-    """What the model that drew windows [B, N, k, S] so (`SamplingConfig`, without filters) says of
-    them: teacher-forced, with guidance by two passes as in drawing.
+    """Score windows [B, N, k, S] as the model draws them with `sampling` (no filters):
+    teacher-forced, with two passes for guidance, as in drawing.
     """
     geometry, work = drawn_windows(model, sampling), partial(_score, model, sampling)
     parts = []
     for now, piece in _decoded(model, prepared, windows, sampling):
         others = None if against is None else tuple(every[:, now] for every in against)
-        if torch.is_grad_enabled():  # the logits are the most of what it would keep
+        if torch.is_grad_enabled():  # recompute logits, which would take most of the memory
             found = checkpoint(work, *piece, others, use_reentrant=False, preserve_rng_state=False)
         else:
             found = work(*piece, others)
@@ -76,7 +77,7 @@ def score_codes(
 def code_distributions(
     model: TensorAR, prepared: dict[str, Tensor], windows: Tensor, sampling: SamplingConfig
 ) -> Distributions:
-    """Whole log-distributions of what `score_codes` scores."""
+    """The whole log-distributions from which `score_codes` picks the drawn codes."""
     pieces = _decoded(model, prepared, windows, sampling)
     parts = [tuple(_log_distributions(model, sampling, *piece)) for _, piece in pieces]
     return tuple(torch.cat(subs, 1) for subs in zip(*parts, strict=True))
@@ -85,8 +86,8 @@ def code_distributions(
 def _decoded(
     model: TensorAR, prepared: dict[str, Tensor], windows: Tensor, sampling: SamplingConfig
 ) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor | None]]]:
-    """So many windows at once that their logits fit: which, and of their final slots the hidden
-    states [R, n, s, D], codes [R, n, s, S] and guidance [n, S].
+    """Yield as many windows at a time as have logits that fit in memory: their range, and for their
+    final slots the decoder's output [R, n, s, D], codes [R, n, s, S] and guidance [n, S].
     """
     backbone, stride = model.backbone, drawn_windows(model, sampling).stride
     scales_NS = guidance_table(model, sampling)
@@ -107,7 +108,7 @@ def _log_distributions(
     codes_RnsS: Tensor,
     scales_nS: Tensor | None,
 ) -> Iterator[Tensor]:
-    """Of each sub-token, [B, n, s, V]."""
+    """Yield the log-distribution of each sub-token, [B, n, s, V]."""
     settings = sampling.by_sub_token(codes_RnsS.shape[-1])
     heads = model.backbone.all_heads(d_RnsD, codes_RnsS)
     for sub, ((x, head), own) in enumerate(zip(heads, settings, strict=True)):
@@ -125,7 +126,7 @@ def _score(
     scales_nS: Tensor | None,
     against: Distributions | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, entropy and divergence [B, n, s] of codes."""
+    """Log-probability, entropy and divergence of codes, each [B, n, s]."""
     log_p, entropy, divergence = [], [], []
     found = _log_distributions(model, sampling, d_RnsD, codes_RnsS, scales_nS)
     for sub, every in enumerate(found):
@@ -143,10 +144,10 @@ _NO_SPREAD = 1e-6
 
 
 def advantages(rewards_PG: Tensor, *, by_spread: bool) -> tuple[Tensor, Tensor]:
-    """How much better than its group each image is, fp64 [P, G], and which groups have a spread at
-    all, bool [P]; the others are left out, with advantages of 0.
+    """How much better each image is than the mean of its group, fp64 [P, G]; and which groups have
+    a spread, bool [P]. The others are left out, with advantages of 0.
 
-    by_spread: over the spread of the group; else over that of all groups that have one.
+    by_spread: divide by the spread of the group; otherwise by that of all groups that have one.
     """
     off = rewards_PG - rewards_PG.mean(1, keepdim=True)
     kept = off.abs().amax(1) > _NO_SPREAD
@@ -160,7 +161,7 @@ def advantages(rewards_PG: Tensor, *, by_spread: bool) -> tuple[Tensor, Tensor]:
 # -- the loss --------------------------------------------------------------------------------------
 @dataclass
 class DrawnBatch:
-    """Some drawn images to learn from: what one forward pass reads."""
+    """Drawn images to learn from: the input of one forward pass."""
 
     windows: Tensor
     """int64 [B, N, k, S]"""
@@ -168,27 +169,27 @@ class DrawnBatch:
     advantage: Tensor
     """fp32 [B]"""
     share: Tensor
-    """fp32 [B]: of the batch's loss; 0 for an image of a group that is left out."""
+    """fp32 [B], weight of each image in the batch's loss; 0 for a group that is left out."""
     start: Tensor | Distributions
-    """fp32 [B, N, s]: log-probabilities by the model that the run started from; whole distributions
-    where that one is asked as it draws in another way.
+    """Log-probabilities by the model that the run started from, fp32 [B, N, s]; or its whole
+    distributions, if it draws with other settings than the run.
     """
     before: Tensor | None = None
-    """The same by the model that drew; None where that is the model that learns now."""
+    """Log-probabilities by the model that drew, fp32 [B, N, s]; None if it is still the same."""
 
 
 SUMS = ("loss", "entropy", "kl", "clipped", "ratio_off", "codes")
-"""What a forward pass adds up, over the codes of the images that it learns from."""
+"""Names of the sums that a forward pass returns, over the codes of the images it learns from."""
 
 
 class PolicyLoss(nn.Module):
-    """What DeepSpeed wraps: GRPO's loss of a batch, and `SUMS`.
+    """The module that DeepSpeed wraps: returns GRPO's loss of a batch, and `SUMS`.
 
-    Of each code min(r A, clip(r) A) - kl (exp(d) - d - 1), where r is the ratio of its
-    probabilities now and when it was drawn, A its image's advantage, and d = log p_start - log p
-    (an estimate of the divergence that is never negative). Where the start is asked for whole
-    distributions q, it is their divergence sum q (log q - log p) itself. Mean over the codes, and
-    over the images that are not left out.
+    A code contributes min(r A, clip(r) A) - kl (exp(d) - d - 1), to be maximized: r is the ratio of
+    its probabilities now and when it was drawn, A its image's advantage, d = log p_start - log p.
+    exp(d) - d - 1 estimates the divergence, and is never negative; if the start's whole
+    distributions q are given, the divergence itself, sum q (log q - log p), replaces it. The loss
+    is a mean over codes, and over the images that are not left out.
     """
 
     def __init__(self, model: TensorAR, sampling: SamplingConfig, *, clip: float, kl: float):
@@ -220,12 +221,12 @@ class PolicyLoss(nn.Module):
 
 # -- the start -------------------------------------------------------------------------------------
 class Start:
-    """The model as it was when the run began: weights that are trained whole are copied (in their
-    type: as many bytes as they have), and adapters, which began as the identity, are turned off.
+    """The model as it was when the run began: weights that are trained whole are copied, in their
+    own type; adapters, which began as the identity, are turned off.
     """
 
     def __init__(self, model: TensorAR, *, of: TensorAR | None = None):
-        """of: the model that has the weights of the start, if `model` has others already."""
+        """of: a model with the weights of the start, if `model` has already changed."""
         self._model = model
         source = dict((of or model).named_parameters())
         self._weights = {
@@ -240,17 +241,17 @@ class Start:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """For the duration the model computes what it did at the start."""
+        """A context in which the model computes what it did at the start."""
         backbone, parameters = self._model.backbone, dict(self._model.named_parameters())
         own = {name: parameters[name].data for name in self._weights}
         revision = backbone.revision
         with nullcontext() if backbone.lora is None else without_lora(backbone):
             for name, value in self._weights.items():
-                parameters[name].data = value  # exchanged, not copied
+                parameters[name].data = value  # swapped, not copied
             try:
                 yield
             finally:
                 for name, value in own.items():
                     parameters[name].data = value
-        # Nothing was drawn meanwhile, and all is as it was: recorded steps stay good.
+        # The weights are as before, and nothing was drawn in between: recorded steps stay valid.
         backbone.revision = revision

@@ -1,5 +1,5 @@
-"""What `--check` says of reward fine-tuning besides what it says of any run: judges are named, and
-neither loaded nor fetched.
+"""What `--check` reports for reward fine-tuning in addition to the report of any run. Judges are
+listed, but neither loaded nor fetched.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from t2i.training.start import check_start
 from t2i.training.state import trained
 
 BANDWIDTH = 2e12
-"""Bytes per second that weights are read with while drawing: an A100's; an H100 reads 3.3e12."""
+"""Assumed bytes per second at which drawing reads weights: an A100's (an H100 reads 3.3e12)."""
 
 
 def check(config: RewardConfig, world_size: int = 1) -> str:
-    """A report for people.
+    """The report as text.
 
     Raises:
-        UserError: what makes the run impossible.
+        UserError: the run is impossible.
     """
     reward = _reward_lines(config)
     if checkpoint := claim_run_dir(config):
@@ -68,7 +68,7 @@ def _unreadable(config: RewardConfig, model: TensorAR) -> Iterator[str]:
 def _drawing_lines(
     config: RewardConfig, model: TensorAR, plan: Plan | None, world_size: int
 ) -> list[str]:
-    """How images are drawn, and what that takes besides learning; `model` is on the meta device."""
+    """How images are drawn, and the memory and time it takes; `model` is on the meta device."""
     options, spec = config.reward, model.backbone.spec
     guided = options.cfg_scale != 1
     images = min(options.draw_batch, config.batch_size // world_size)

@@ -1,4 +1,4 @@
-"""The settings of reward fine-tuning, on top of those of any training run. Without torch."""
+"""The settings of reward fine-tuning, in addition to those of any run. Imports no torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,73 +11,73 @@ from t2i.training.config import TrainConfig
 BUILT_IN = ("geneval", "geneval-soft", "dpg", "clip")
 
 _MOST, _MOST_WORKERS = 1_000_000, 256
-"""Of numbers that are more than anything has a use for, before they overflow or fill memory."""
+"""Upper limits of numbers: larger ones have no use, and would overflow or fill memory."""
 
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """What is rewarded, how it is drawn, and how strongly it is learned from."""
+    """What is rewarded, how images are drawn, and how strongly the model learns from them."""
 
     functions: tuple[str, ...] = ("geneval-soft",)
-    """geneval (the verdict, 0 or 1), geneval-soft (credit for objects and colours, too), dpg
+    """geneval (the verdict, 0 or 1), geneval-soft (with partial credit for objects and colors), dpg
     (share of questions answered yes), clip (similarity of image and prompt), or your own
-    function, package.module:function, of (images, metadata) -> a number an image. None: nothing
-    is rewarded; only start_cfg_scale and start_temperature are learned.
+    package.module:function of (images, metadata) that returns a number per image. Empty: nothing is
+    rewarded; the model only learns to draw as the start does with start_cfg_scale and
+    start_temperature.
     """
     weights: tuple[float, ...] = ()
-    """Of each function in the sum; none: 1 for all."""
+    """Weight of each function in the sum; empty: 1 for all."""
     prompts: str = "shapes"
     """shapes or official (GenEval's grammar with the offline world's words or the official ones),
     or your own file: .txt, or .jsonl with "prompt" and whatever your functions read. Prompts of a
     benchmark are left out.
     """
     tasks: tuple[str, ...] = ("two_object", "counting", "colors", "position", "color_attr")
-    """GenEval tasks that prompts are made of, in turn."""
+    """GenEval tasks that prompts are taken from, in turn."""
     group: int = 8
-    """Images of a prompt, which are compared with each other; batch_size / group prompts a step."""
+    """Images per prompt, compared with each other; a step has batch_size / group prompts."""
     cfg_scale: float = 1.0
-    """Guidance of what is drawn, scored and trained; 1 is off and halves the work."""
+    """Guidance in drawing, scoring and training; 1 turns it off and halves the work."""
     temperature: float = 1.0
-    """Of what is drawn, scored and trained."""
+    """Temperature in drawing, scoring and training."""
     updates: int = 1
-    """Optimizer steps on a batch of images; with 1 the ratio is 1 and nothing is ever clipped."""
+    """Optimizer steps on each batch of images; with 1 the ratio is always 1 and never clipped."""
     clip: float = 0.2
-    """The ratio of an image code's probabilities counts from 1 - clip to 1 + clip only."""
+    """The ratio of a code's new and old probability is clipped to 1 - clip .. 1 + clip."""
     kl: float = 0.02
-    """Weight of the distance to the start, in nats per code."""
+    """Weight of the divergence from the start (in nats per code) in the loss."""
     start_cfg_scale: float | None = None
-    """Guidance of the start, in that distance; None: cfg_scale. With it, the model learns to draw
+    """Guidance of the start in that divergence; None: cfg_scale. With it, the model learns to draw
     unguided what the start draws guided, at half the work.
     """
     start_temperature: float | None = None
-    """Temperature of the start, in that distance; None: temperature."""
+    """Temperature of the start in that divergence; None: temperature."""
     by_spread: bool = True
-    """Divide advantages by the spread of their group (GRPO), not by the mean spread of all."""
+    """Divide advantages by the spread of their group (GRPO); otherwise by that of all groups."""
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
-    """Who finds objects for geneval; auto: by the prompts."""
+    """The object detector for geneval; auto: the one that suits the prompts."""
     detector_weights: Path | None = None
-    """Weights of the detector (CLIP's beside it), if they are not to be downloaded."""
+    """Local weights of the detector, with CLIP's next to them; None: download them if needed."""
     answerer: Literal["auto", "mplug", "blip-vqa", "vlm", "shapes"] = "auto"
-    """Who answers questions for dpg; auto: by the prompts."""
+    """The model that answers questions for dpg; auto: the one that suits the prompts."""
     answerer_weights: str | None = None
-    """Folder or hub id of these weights."""
+    """Folder or hub id of the answerer's weights."""
     workers: int = 0
-    """Processes that judge, on the CPU, for each process that draws; 0: it judges by itself, with
+    """Judging processes, on the CPU, for each drawing process; 0: each drawing process judges, with
     the judges' weights on its own device.
     """
     seconds: float = 600.0
-    """A function that takes longer for a batch stops the run."""
+    """Stop the run if a function takes longer than this for a batch."""
     constant: int = 5
-    """A function that gives one number to all images of so many batches stops the run."""
+    """Stop the run if a function gives all images one number in this many successive batches."""
     draw_batch: int = 64
-    """Images that a process draws at once; another number changes rounding, and nothing else."""
+    """Images that a process draws at once; changes results only by rounding."""
     watch: tuple[str, ...] = ("geneval", "dpg")
-    """Built-in functions whose own benchmark is drawn and judged at validations, rewarded or not.
-    """
+    """Built-in functions whose benchmark is drawn and judged at validations, rewarded or not."""
     watch_prompts: int = 8
-    """Prompts of each task of these benchmarks (0: all)."""
+    """Prompts per task of these benchmarks (0: all)."""
     watch_images: int = 2
-    """Images of each of these prompts; diversity needs two."""
+    """Images per prompt of these benchmarks; diversity needs two."""
 
     def __post_init__(self):
         if not self.functions and (self.teacher is None or not self.kl):
@@ -88,14 +88,14 @@ class RewardOptions:
         for name in self.functions:
             if name not in BUILT_IN and not _is_path(name):
                 raise UserError(
-                    f"reward.functions: {name!r} is none of {', '.join(BUILT_IN)}, and no "
+                    f"reward.functions: {name!r} is none of {', '.join(BUILT_IN)}, and not a "
                     "package.module:function"
                 )
         if len(set(self.functions)) < len(self.functions):
-            raise UserError(f"reward.functions={self.functions} names one of them twice")
+            raise UserError(f"reward.functions={self.functions} has the same function twice")
         if self.weights and len(self.weights) != len(self.functions):
             raise UserError(
-                f"reward.weights={self.weights} must be one for each of the functions "
+                f"reward.weights={self.weights} must have one weight for each of the functions "
                 f"{', '.join(self.functions)}"
             )
         if unknown := [name for name in self.watch if name not in BUILT_IN]:
@@ -122,7 +122,7 @@ class RewardOptions:
                     f"reward.{name}={value} must be above 0 (from 0.000001 to {_MOST:,})"
                 )
         if not self.tasks:
-            raise UserError("reward.tasks is empty: name some of GenEval's tasks")
+            raise UserError("reward.tasks is empty: give some of GenEval's tasks")
         self.sampling, self.teacher  # noqa: B018 (raise for guidance below 1)
 
     def weighted(self) -> dict[str, float]:
@@ -131,14 +131,14 @@ class RewardOptions:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How images are drawn that are learned from: without filters, which would cut off what
-        they remove from learning, too.
+        """How the images to learn from are drawn: without filters, since codes that these remove
+        could never be learned.
         """
         return SamplingConfig(cfg_scale=self.cfg_scale, temperature=self.temperature)
 
     @property
     def teacher(self) -> SamplingConfig | None:
-        """How the start draws, if not as the run does."""
+        """How the start draws, if differently from the run."""
         if self.start_cfg_scale is None and self.start_temperature is None:
             return None
         scale = self.cfg_scale if self.start_cfg_scale is None else self.start_cfg_scale
@@ -147,7 +147,7 @@ class RewardOptions:
 
     @property
     def world(self) -> str:
-        """Whose benchmarks and judges belong to the prompts."""
+        """The world whose benchmarks and judges suit the prompts."""
         return "shapes" if self.prompts == "shapes" else "official"
 
 
@@ -158,9 +158,9 @@ def _is_path(name: str) -> bool:
 
 @dataclass(frozen=True)
 class RewardConfig(TrainConfig):
-    """A run of reward fine-tuning: a training run whose batches are drawn, not read.
+    """A run of reward fine-tuning: its batches are drawn by the model, not read from data.
 
-    `data` are captioned images whose loss is watched; nothing is trained on them.
+    `data` are captioned images, used only for the held-out loss.
     """
 
     learns_from_data: ClassVar[bool] = False
@@ -169,7 +169,10 @@ class RewardConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.steps is None:
-            raise UserError("steps is not given: a run on drawn images has no passes over data")
+            raise UserError(
+                "steps is not given: epochs do not apply, since a run on drawn images makes no "
+                "passes over data; give --steps"
+            )
         if self.batch_size % self.reward.group:
             raise UserError(
                 f"batch_size={self.batch_size} must be a multiple of "
@@ -182,14 +185,17 @@ class RewardConfig(TrainConfig):
             )
         if self.engine.precision == "autocast":
             raise UserError(
-                "engine.precision=autocast draws in another precision than it learns: use fp32, or "
-                "bf16 with engine.zero_stage 1 or 2"
+                "engine.precision=autocast would draw and learn in different precisions: use fp32, "
+                "or bf16 with engine.zero_stage 1 or 2"
             )
         if self.method.k > 1 and self.method.noise == "gaussian":
-            raise UserError("method.noise=gaussian is for training on data; drafts are drawn here")
+            raise UserError(
+                "method.noise=gaussian is for training on data, but here drafts are drawn; use "
+                "another method.noise"
+            )
 
     def drawn_with(self, own: SamplingConfig) -> SamplingConfig:
-        """As it was learned, where guidance was: to guide again would apply it twice."""
+        """The run's own settings if guidance was built in: guiding again would apply it twice."""
         if self.reward.teacher is not None:
             own = self.reward.sampling
         return super().drawn_with(own)

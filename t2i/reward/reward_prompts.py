@@ -1,7 +1,7 @@
-"""The prompts of reward fine-tuning: GenEval's grammar or a file, without any benchmark's prompt.
+"""The prompts of reward fine-tuning: from GenEval's grammar or a file, without benchmark prompts.
 
-What is drawn at a step is a function of the step alone: the tasks take turns, and each goes through
-its prompts in an order of its own, all of them before any comes again.
+The prompts of a step depend only on the step and the seed: tasks take turns, and each goes through
+all its prompts in its own random order before repeating any.
 """
 
 import logging
@@ -21,20 +21,20 @@ from t2i.shapes.shapes_questions import shapes_questions
 log = logging.getLogger(__name__)
 
 _OFFICIAL_SEED, _PER_TASK = 1_000_003, 3000
-"""What GenEval's own generator is started with, and asked for: another stream than its 553."""
+"""Seed of GenEval's generator (not that of its 553 prompts), and prompts drawn per task."""
 
 
 @dataclass(frozen=True)
 class PromptPool:
-    """Entries by task, in the order of their first turn."""
+    """Prompt entries by task, in the order in which tasks take turns."""
 
     tasks: dict[str, list[dict]]
     seed: int
     left_out: int
-    """Prompts of a benchmark that were taken out."""
+    """Number of prompts removed because a benchmark has them."""
 
     def at(self, step: int, count: int) -> list[dict]:
-        """The `count` entries of a step."""
+        """The entries of a step that draws `count` prompts."""
         turns = list(self.tasks.values())
         found = []
         for place in range(step * count, (step + 1) * count):
@@ -50,13 +50,13 @@ class PromptPool:
 
 
 def prompt_hash(prompt: str) -> str:
-    """Of a prompt's words: neither case nor spaces count."""
+    """A hash of a prompt's words, ignoring case and spacing."""
     return text_sha256(" ".join(prompt.lower().split()))
 
 
 @lru_cache
 def benchmark_hashes() -> frozenset[str]:
-    """Of GenEval's 553 prompts, and of all that the shapes world's benchmarks ask for."""
+    """Hashes of GenEval's 553 prompts, and of all prompts of the shapes world's benchmarks."""
     held_out = [entry for entry in every_prompt() if is_held_out(entry)]
     entries = [*official_prompts(), *benchmark_prompts(), *held_out]
     prompts = [*(entry["prompt"] for entry in entries), *shapes_questions().prompts.values()]
@@ -67,8 +67,7 @@ def training_prompts(options: RewardOptions, seed: int) -> PromptPool:
     """The prompts that a run may draw.
 
     Raises:
-        UserError: there is no such task or file, or nothing is left once the benchmarks' prompts
-            are out.
+        UserError: unknown task or file, or no prompts are left without those of benchmarks.
     """
     if options.prompts in ("shapes", "official"):
         found = {task: _of_task(task, options.prompts) for task in options.tasks}
@@ -76,8 +75,8 @@ def training_prompts(options: RewardOptions, seed: int) -> PromptPool:
         path = Path(options.prompts)
         if not path.is_file():
             raise UserError(
-                f"reward.prompts={options.prompts} is no file; give shapes, official, or a .txt or "
-                ".jsonl file"
+                f"reward.prompts={options.prompts} is not a file; give shapes, official, or a .txt "
+                "or .jsonl file"
             )
         found = {path.name: read_prompts((), path)}
     hashes = benchmark_hashes()
@@ -87,8 +86,8 @@ def training_prompts(options: RewardOptions, seed: int) -> PromptPool:
     }
     if empty := [task for task, entries in kept.items() if not entries]:
         raise UserError(
-            f"reward.prompts: all {len(found[empty[0]])} prompts of {empty[0]} are a benchmark's, "
-            "and none is left to learn from; leave it out"
+            f"reward.prompts: all {len(found[empty[0]])} prompts of {empty[0]} belong to a "
+            "benchmark, so none is left to learn from; leave it out"
         )
     left_out = sum(len(found[task]) - len(kept[task]) for task in found)
     return PromptPool(kept, seed, left_out)

@@ -1,7 +1,7 @@
-"""Named starting points of reward fine-tuning, made of the families' controls.
+"""The recipes of reward fine-tuning, derived from the families' control recipes.
 
-The shapes recipe's numbers are measured (docs/reward.md). Those of real sizes are the field's:
-rates of 1e-6 (full) and 3e-5 to 1e-4 (adapters), groups of 8, a weak pull to the start.
+The numbers of the shapes recipe were measured (docs/reward.md). Those for real sizes are usual in
+the field: rates of 1e-6 (full) and 3e-5 to 1e-4 (adapters), groups of 8, a weak pull to the start.
 """
 
 from dataclasses import fields, replace
@@ -18,7 +18,7 @@ _LOG = LogOptions(
     log_every=1, validate_every=None, sample_every=None, save_every=None, at_start=True
 )
 _HARD = ("two_object", "counting", "position", "color_attr")
-"""Tasks that the shipped bases do not always do."""
+"""Tasks at which the shipped bases sometimes fail."""
 _OFFICIAL_PROMPTS = (
     "a photo of a red bus and a blue bench",
     "a photo of three dogs",
@@ -28,7 +28,7 @@ _OFFICIAL_PROMPTS = (
 
 
 def recipes() -> RewardRecipes:
-    """By name; every option can be changed on the command line."""
+    """Recipe name -> (one-line description, settings)."""
     llamagen, janus = llamagen_recipes.recipes(), janus_recipes.recipes()
     shapes = _on_shapes(llamagen["shapes-control"][1], "shapes-reward", rate=1e-4)
     guided = replace(
@@ -49,7 +49,7 @@ def recipes() -> RewardRecipes:
         _real(janus["janus-pro-1b-control"][1], "janus-pro-1b-reward", rate=3e-5),
         train_image_layers=False,
     )
-    # The text head stays, so that what training does to it is watched.
+    # Load the text head, so that `watch/text_kl` can show what training does to it.
     janus_1b = replace(janus_1b, backbone=replace(janus_1b.backbone, generation_only=False))
     xl = _real(llamagen["t2i-xl-256-control"][1], "t2i-xl-256-reward", rate=1e-6)
     return {

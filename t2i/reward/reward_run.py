@@ -1,8 +1,8 @@
 """A run of reward fine-tuning: a training run whose step draws, judges and learns.
 
-What a step draws is a function of the seed, the step and the weights, so that a resumed run draws
-the same. Rewards, advantages and what is left out are computed of the whole batch in every process,
-from the same numbers.
+The images of a step depend only on the seed, the step and the weights, so a resumed run draws the
+same. Every process computes rewards, advantages and dropped groups of the whole batch, from the
+same numbers.
 """
 
 import math
@@ -41,27 +41,27 @@ from t2i.training.engine import set_rates, start_processes
 from t2i.training.start import build_model, check_start, start_facts
 
 _DRAWN = 31
-"""Number of the stream of random numbers that images are drawn with."""
+"""Number of the random stream that images are drawn with."""
 _SHEET_GROUPS = 8
-"""Groups whose best and worst image are shown."""
+"""Number of groups whose best and worst images are shown."""
 
 
 @dataclass
 class Round:
-    """A step's images in this process, and what the whole batch amounts to."""
+    """A step's images in this process, and the rewards of the whole batch."""
 
     entries: list[dict]
-    """Of the step's prompts, one for each group."""
+    """The step's prompts, one per group."""
     mine: list[tuple[int, int]]
-    """This process's images: number of the prompt and of the image."""
+    """This process's images: number of the prompt, and of the image in its group."""
     drawn: list[Drawn]
     values: dict[str, list[float]]
-    """Of every reward, for every image of the batch."""
+    """Values of each reward for every image of the batch."""
     rewards_PG: Tensor
-    """fp64, the weighted sums."""
+    """fp64, the weighted sums of the rewards."""
     advantages_PG: Tensor
     kept_P: Tensor
-    """Which groups have a spread."""
+    """Groups whose rewards differ, the only ones to learn from."""
 
 
 def _reward_metrics(found: Round) -> dict[str, float]:
@@ -95,10 +95,8 @@ class RewardRun(loop.Run):
         if options.workers:
             self.panel.share(options.workers, options)
         super().__init__(config)
-        of = None
-        if self.step > 0:  # the model has gone on from the start
-            of = build_model(config)
-        self.start = Start(self.model, of=of)
+        # A resumed model no longer has the weights of the start.
+        self.start = Start(self.model, of=build_model(config) if self.step > 0 else None)
         self.saved_step = self.step
         self.round: Round | None = None
         self.learning_mode()
@@ -113,7 +111,7 @@ class RewardRun(loop.Run):
         return PolicyLoss(self.model, options.sampling, clip=options.clip, kl=options.kl)
 
     def learning_mode(self) -> None:
-        """Nothing is dropped out: what is learned from is scored as it was drawn."""
+        """Turn dropout off, so that images are scored by the model that drew them."""
         self.model.eval()
 
     # -- a step ------------------------------------------------------------------------------------
@@ -136,7 +134,7 @@ class RewardRun(loop.Run):
         seconds = [later - earlier for earlier, later in pairwise(times)]
         names = ("drawing", "judging", "learning")
         means = dict(zip(SUMS, (totals / totals[-1].clamp(min=1)).tolist(), strict=True))
-        learned = totals[-1] > 0  # else no image says anything of these
+        learned = totals[-1] > 0  # else all groups are dropped, and there are no means
         return {
             **(_reward_metrics(found) if config.reward.functions else {}),
             **{f"policy/{name}": means[name] for name in SUMS[1:-1] if learned},
@@ -147,7 +145,7 @@ class RewardRun(loop.Run):
         }
 
     def _draw(self) -> tuple[list[dict], list[tuple[int, int]], list[Drawn]]:
-        """This process's share of the step's images."""
+        """Draw this process's share of the step's images: prompts, its images' numbers, images."""
         config, options, processes = self.config, self.config.reward, self.processes
         entries = self.pool.at(self.step, config.prompts_per_step)
         share = config.batch_size // processes.world_size
@@ -160,10 +158,10 @@ class RewardRun(loop.Run):
         return entries, mine, drawn
 
     def _judge(self, entries: list[dict], mine: list[tuple[int, int]], drawn: list[Drawn]) -> Round:
-        """Every reward of every image, and the advantages.
+        """Compute every reward of every image, and the advantages.
 
         Raises:
-            RewardError: there is something wrong with a reward; in every process.
+            RewardError: a reward is broken, in any process.
         """
         images, asked = [one.image for one in drawn], [entries[p] for p, _ in mine]
         shares = together(self.processes, lambda: self.panel.judge_all(images, asked))
@@ -177,23 +175,23 @@ class RewardRun(loop.Run):
 
     @torch.no_grad()
     def _batches(self, found: Round) -> Iterator[DrawnBatch]:
-        """The images to learn from, with what the start says of them."""
+        """The images to learn from, with the start's log-probabilities or distributions."""
         config, device = self.config, self.processes.device
         prompts, backbone = [entry["prompt"] for entry in found.entries], self.model.backbone
         prepared = backbone.prepare(prompts, backbone.prefix_length(prompts))
         image = torch.tensor(found.mine)
         windows = torch.stack([one.windows for one in found.drawn])
         gains = found.advantages_PG[image[:, 0], image[:, 1]].float()
-        # DeepSpeed takes the mean over all passes of all processes, each of which has as many, with
-        # images or without: what comes of it is the mean over the images kept.
+        # DeepSpeed takes the mean over all passes of all processes, which have equally many, some
+        # without images. These shares turn it into the mean over the kept images.
         count = config.batch_size // config.engine.micro_batch
         teacher = config.reward.teacher
-        # A guided start has something to say of every image, whatever its reward.
+        # A guided start is learned from on every image, whatever its reward.
         kept_P = found.kept_P if teacher is None else torch.ones_like(found.kept_P)
         kept = kept_P[image[:, 0]].float()
         share = kept * count / max(1, int(kept_P.sum()) * config.reward.group)
         for rows in kept.nonzero()[:, 0].tensor_split(count // self.processes.world_size):
-            # Every process takes every pass; one without an image of its own weighs nothing.
+            # Every process must take every pass; without an image of its own, one of weight 0.
             weighs = len(rows) > 0
             rows = rows if weighs else torch.tensor([0])
             of = image[rows, 0].to(device)
@@ -235,35 +233,35 @@ class RewardRun(loop.Run):
 
     # -- around the steps --------------------------------------------------------------------------
     def train_step(self) -> dict[str, float]:
-        """As in any run; what is wrong with a reward does not cost the steps before."""
+        """A step as in any run; saves the run first if a reward is broken."""
         try:
             return super().train_step()
         except RewardError as error:
             raise RewardError(f"{error}. {self._rescue()}") from error
 
     def _rescue(self) -> str:
-        """Save what is not saved yet: no weight has been touched since the last step."""
+        """Save the run, whose weights have not changed since the last step; returns a message."""
         if self.step == 0:
             return "Nothing was learned yet"
         folder = self.config.run_dir / "checkpoints" / f"step_{self.step:06d}"
         if self.step > self.saved_step:
             folder = self.save()
-        return f"Saved after step {self.step} ({folder}): --resume goes on from there"
+        return f"Saved after step {self.step} ({folder}): --resume continues from there"
 
     def save(self) -> Path:
         self.saved_step = self.step
         return super().save()
 
     def validate(self) -> dict[str, float]:
-        """The held-out losses, and what `t2i.reward.reward_watch` looks at."""
+        """The held-out losses, and the metrics of `t2i.reward.reward_watch`."""
         found = super().validate()
         with self.averaged():
             found |= self.watcher(self.model) | text_kl(self.model, self.start)
         return found
 
     def judged_by(self, metrics: dict[str, float]) -> float:
-        """The rewards on their own benchmarks (all that are watched, if nothing is rewarded), less
-        is better; else the held-out loss.
+        """The negative weighted sum of the rewards on their watched benchmarks (of all watched ones
+        if nothing is rewarded); the held-out loss if none is watched.
         """
         options = self.config.reward
         weights = options.weighted() or dict.fromkeys(options.watch, 1.0)
@@ -275,14 +273,14 @@ class RewardRun(loop.Run):
         return -math.fsum(scores) if scores else super().judged_by(metrics)
 
     def sample_sheet(self) -> None:
-        """The fixed prompts, and the best and worst images of groups that the last step drew."""
+        """Draw the fixed prompts, and show the best and worst images of the last step's groups."""
         super().sample_sheet()
         if self.processes.is_main and self.round is not None:
             self._group_sheet(self.round)
 
     def _group_sheet(self, found: Round) -> None:
         group, images, labels = self.config.reward.group, [], []
-        whole = len(found.drawn) // group  # the groups that are all this process's
+        whole = len(found.drawn) // group  # groups drawn entirely by this process
         spread = [p for p in range(whole) if found.kept_P[p]][:_SHEET_GROUPS]
         for prompt in spread:
             values = found.rewards_PG[prompt]

@@ -1,5 +1,5 @@
-"""What a reward does not ask for: other benchmarks, diversity, and what a model that also writes
-says of fixed texts. Drawn as the run draws, at fixed prompts and random numbers.
+"""Metrics that are not rewarded: other benchmarks, diversity, and how a model that also writes
+continues fixed texts. Images are drawn as in the run, with fixed prompts and random numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from t2i.tensorar.model import TensorAR
 
 
 def benchmark_of(name: str, world: str, per_task: int) -> list[dict]:
-    """The entries that a built-in reward is watched on, `per_task` of each task; 0: all."""
+    """The benchmark entries on which a built-in reward is watched: `per_task` per task (0: all)."""
     if name == "dpg":
         if world == "shapes":
             graph = shapes_questions()
@@ -46,7 +46,7 @@ class WatchedBenchmarks:
     """Draws and judges the benchmarks of `reward.watch`; every process does its share.
 
     Raises:
-        UserError: a judge cannot answer what a benchmark asks.
+        UserError: a judge cannot judge a benchmark's prompts.
     """
 
     def __init__(self, config: RewardConfig, panel: Panel, processes: Processes):
@@ -55,7 +55,7 @@ class WatchedBenchmarks:
         self._entries: dict[str, list[dict]] = {}
         by_benchmark: dict[str, str] = {}
         for name in options.watch:
-            kind = "dpg" if name == "dpg" else "geneval"  # one set of images for all but dpg
+            kind = "dpg" if name == "dpg" else "geneval"  # all but dpg share one set of images
             first = by_benchmark.setdefault(kind, name)
             if first == name:
                 self._entries[name] = benchmark_of(name, options.world, options.watch_prompts)
@@ -64,7 +64,7 @@ class WatchedBenchmarks:
             panel.check(self._entries[name], [name])
 
     def __call__(self, model: TensorAR) -> dict[str, float]:
-        """Mean rewards, and of the first benchmark the diversity."""
+        """Mean rewards, and the diversity of images of the first benchmark."""
         found: dict[str, float] = {}
         drawn: dict[int, Any] = {}
         for name, entries in self._entries.items():
@@ -89,9 +89,7 @@ class WatchedBenchmarks:
         return list(draw_images(model, prompts, drawing, jobs=mine, progress=False))
 
     def _diversity(self, images: list, model: TensorAR) -> dict[str, float]:
-        """Of two images of a prompt the share of codes that differ, and how many of a prompt's
-        images are distinct.
-        """
+        """`diversity` of images drawn by all processes."""
         mine = [
             (one.prompt_index, model.windows.final_codes(one.windows[None])[0]) for one in images
         ]
@@ -103,8 +101,8 @@ class WatchedBenchmarks:
 
 
 def diversity(by_prompt: Mapping[int, list[Tensor]]) -> dict[str, float]:
-    """Of the codes [T, S] of each prompt's images: the mean share that differs between two, and the
-    mean share of images that are unlike all before them.
+    """Given the codes [T, S] of each prompt's images: the mean share of codes that differ between
+    two of them, and the mean share of distinct images.
     """
     pairs = [
         float((a != b).any(-1).float().mean())
@@ -121,21 +119,22 @@ def diversity(by_prompt: Mapping[int, list[Tensor]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Drift:
-    """How a model that also writes continues a text, against how it did before."""
+    """How the next-word distributions of a model that also writes changed on a text."""
 
     words: int
+    """Number of positions."""
     kl: float
-    """From before, the mean over positions, nats."""
+    """Divergence of the distributions before from those after, mean over positions, nats."""
     entropy: float
-    """Of the distributions before, nats."""
+    """Entropy of the distributions before, mean over positions, nats."""
     changed: float
-    """Share of positions where the likeliest word is another."""
+    """Share of positions at which another word is now the likeliest."""
     largest: float
-    """Change of a logit."""
+    """Largest absolute change of a logit."""
 
 
 def drift(before: Tensor, after: Tensor) -> Drift:
-    """Of logits [L, words]."""
+    """The drift between two sets of logits [L, vocabulary] on the same text."""
     before, after = before.float(), after.float()
     log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
     p = log_p.exp()
@@ -150,7 +149,7 @@ def drift(before: Tensor, after: Tensor) -> Drift:
 
 @torch.no_grad()
 def text_kl(model: TensorAR, start: Start) -> dict[str, float]:
-    """The drift from the start in the backbone's fixed texts; nothing where it does not write."""
+    """The drift from the start on the backbone's fixed texts; {} if it does not write."""
     now = model.backbone.fixed_text_logits()
     if now is None:
         return {}
@@ -161,7 +160,7 @@ def text_kl(model: TensorAR, start: Start) -> dict[str, float]:
 
 
 def together(processes: Processes, work: Callable[[], Any]) -> list:
-    """What every process made, by rank; one that raises RewardError makes all raise it."""
+    """Every process's result of `work`, by rank; if one raises RewardError, all do."""
     made, wrong = None, None
     try:
         made = work()

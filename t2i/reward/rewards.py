@@ -1,5 +1,5 @@
-"""The judges of reward fine-tuning, by name: each a function of images and metadata that gives a
-number an image. A user's own is a plain function, named as package.module:function.
+"""The rewards, by name: each is a function of images and metadata that returns a number per image.
+Users give their own function as package.module:function.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +22,17 @@ from t2i.shapes.shapes_questions import ANY_SHAPE, PLAIN_BACKGROUND, questions_o
 
 Images = Sequence[Image.Image]
 Entries = Sequence[Mapping[str, Any]]
-"""An image's metadata: its "prompt" at least."""
+"""Metadata of each image, with at least its "prompt"."""
 Reward = Callable[[Images, Entries], Sequence[float]]
 
 PARTIAL = 0.5
-"""What an image whose verdict is wrong can get at most, of `soft_credit`."""
+"""The most that `soft_credit` gives to an image whose verdict is wrong."""
 
 
 def load_rewards(
     names: Sequence[str], options: RewardOptions, device: torch.device
 ) -> dict[str, Reward]:
-    """The functions of these names, ready to be called; what two of them need is loaded once.
+    """Load the functions with these names; a detector that two of them need is loaded once.
 
     Raises:
         UserError: weights are missing or damaged, or there is no such function.
@@ -65,7 +65,7 @@ def _answerer(options: RewardOptions, device: torch.device) -> Answerer:
 
 
 def own_function(name: str) -> Reward:
-    """What package.module:function names.
+    """Import a user's package.module:function.
 
     Raises:
         UserError: there is no such module, or no such function in it.
@@ -79,7 +79,7 @@ def own_function(name: str) -> Reward:
             "Python's path: PYTHONPATH=FOLDER"
         ) from error
     if not callable(found):
-        raise UserError(f"reward.functions: {name} is {found!r:.80}, which is no function")
+        raise UserError(f"reward.functions: {name} is {found!r:.80}, which is not a function")
     return found
 
 
@@ -91,7 +91,7 @@ class GenEvalReward:
         self.detector, self.soft = detector, soft
 
     def check(self, entries: Entries) -> None:
-        """UserError for metadata that is not GenEval's, or that the detector cannot name."""
+        """UserError for metadata that is not GenEval's, or has classes unknown to the detector."""
         for place, entry in enumerate(entries):
             check_vocabulary(check_schema(entry, f"prompt {place}"), self.detector)
 
@@ -115,12 +115,12 @@ def soft_credit(
     colors_of: Callable[[str, Sequence[int]], Sequence[str]],
     options: RuleOptions | None = None,
 ) -> float:
-    """1 for GenEval's verdict; otherwise `PARTIAL` times the mean over the required objects of what
-    is right about each: half for being there as often as asked for, half for its colour.
+    """1 if GenEval's verdict is correct; otherwise `PARTIAL` times the mean credit of the required
+    objects. An object gets half of its credit for the right count, half for the right color (all of
+    it for the count if no color is required).
 
-    A relation earns nothing unless it is right: two objects that stand wrongly earn what they earn
-    by being there. Where several are asked for, or a number is excluded, an object counts only in
-    the exact number.
+    A wrong relation earns nothing, but its objects still get their own credit. If the required
+    count is above 1, or a count is excluded, only the exact count earns credit.
     """
 
     def holds(part: dict) -> bool:
@@ -145,19 +145,19 @@ def soft_credit(
 
 # -- DPG-Bench -------------------------------------------------------------------------------------
 class DPGReward:
-    """Share of a prompt's questions that are answered with yes, as DPG-Bench counts: a yes is void
-    without what it depends on.
+    """Share of a prompt's questions that are answered yes, as DPG-Bench counts: a yes does not
+    count if a question it depends on is answered no.
 
-    The questions are metadata's own, [{"tuple", "question", "parents"}] or `Question`s, or follow
-    from GenEval metadata.
+    The questions are in the metadata ([{"tuple", "question", "parents"}] or `Question`s), or are
+    derived from GenEval metadata.
     """
 
     def __init__(self, answerer: Answerer, *, own: bool):
-        """own: the prompts are the shapes world's, of which two more things are asked."""
+        """own: whether the prompts are the shapes world's, which has two further questions."""
         self.answerer, self.own = answerer, own
 
     def check(self, entries: Entries) -> None:
-        """UserError for metadata without questions, or with some that cannot be answered."""
+        """UserError for metadata without questions, or with questions that cannot be answered."""
         checked = getattr(self.answerer, "check", lambda questions: None)
         for entry in entries:
             checked(self._questions(entry))
@@ -189,7 +189,7 @@ class DPGReward:
 
 
 def _given_questions(prompt: str, given: Any) -> list[Question]:
-    """Metadata's own; UserError if they cannot be asked and scored."""
+    """The questions in an entry's metadata; UserError if they cannot be asked and scored."""
     try:
         asked = [
             q if isinstance(q, Question) else _question(prompt, number, q)
@@ -197,7 +197,7 @@ def _given_questions(prompt: str, given: Any) -> list[Question]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the questions of {prompt!r:.80} are not as dpg needs them: "
+            f"the questions of {prompt!r:.80} do not have the form that dpg needs: "
             f'[{{"tuple": ..., "question": ..., "parents": [...]}}] ({error!r})'
         ) from error
     if problems := item_problems(asked):
@@ -210,26 +210,26 @@ def _question(prompt: str, number: int, given: Mapping) -> Question:
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise TypeError(f"question {number} has an empty text, or none")
     if not all(isinstance(parent, int) for parent in parents):
-        raise TypeError(f"parents {parents!r} of question {number} are no numbers")
-    # DPG-Bench's own files say 0 for none.
+        raise TypeError(f"parents {parents!r} of question {number} are not numbers")
+    # DPG-Bench's files write 0 for no parent.
     return Question(prompt, prompt, number, tuple(p for p in parents if p != 0), *texts)
 
 
 def _of_shapes(question: Question) -> bool:
-    """Whether it is asked of the shapes world's images alone."""
+    """Whether a question makes sense only for images of the shapes world."""
     return f"({ANY_SHAPE}," in question.tuple or PLAIN_BACKGROUND in question.tuple
 
 
 # -- CLIP ------------------------------------------------------------------------------------------
 class ClipReward:
-    """Cosine similarity of image and prompt by OpenAI's CLIP ViT-L/14, GenEval's for colours."""
+    """Cosine similarity of image and prompt by OpenAI's CLIP ViT-L/14 (GenEval's color judge)."""
 
     def __init__(self, clip: Any, tokenizer: Callable, device: torch.device):
         self.clip, self.tokenizer, self.device = clip.to(device).eval(), tokenizer, device
 
     @classmethod
     def load(cls, weights: Path | None, device: torch.device) -> "ClipReward":
-        """The published weights, from beside the detector's, the cache or the net."""
+        """Load the published weights, from next to the detector's, the cache or the network."""
         from geneval.colors import load_clip, load_tokenizer
 
         beside = weights if weights is None or weights.is_dir() else weights.parent

@@ -1,6 +1,6 @@
-"""A moving average of the trained weights: the model that is validated, drawn with and saved.
+"""A moving average of the trained weights: validation, drawing and checkpoints use it.
 
-Training itself goes on with the weights of the last step.
+Training itself continues from the weights of the last step.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ class Average:
     """The average of a model's trained weights, in fp32, the same in every process.
 
     Args:
-        decay: share of the average that stays at each step; less during the first steps.
+        decay: share of the average kept at each step; lower during the first steps.
 
     Attributes:
-        weights: by parameter name; an earlier average is put there to go on with it.
+        weights: by parameter name; a resumed run sets the stored average here.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -30,7 +30,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step (1 is the first)."""
+        """Update the average with the weights after a step (1 is the first)."""
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, p in self._parameters.items():
             self.weights[name].lerp_(p.float(), 1 - decay)
@@ -38,7 +38,7 @@ class Average:
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """For the duration the model has the average as its weights."""
+        """Give the model the averaged weights for the duration of the context."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._copy(self.weights)
         try:

@@ -36,22 +36,22 @@ class Batch:
     prepared: dict[str, Tensor]
     """Conditions, as `Backbone.prepare` gives them."""
     keys: Tensor
-    """int64 [B], of the noise."""
+    """int64 [B], random keys of the noise."""
     drop: Tensor | None
     """bool [B], samples that lose their condition."""
     progress: float
     """Share of the run that is done."""
     indices: Tensor
-    """int64 [B], of the samples in their set."""
+    """int64 [B], positions of the samples in the data set."""
 
 
 def noise_and_drop(keys: Tensor, condition_dropout: float) -> tuple[Tensor, Tensor]:
-    """Of samples with keys int64 [...]: keys of their noise, and whether the condition goes."""
+    """For samples with keys int64 [...]: keys of their noise, and whether to drop the condition."""
     return fold(keys, _NOISE), uniforms(fold(keys, _DROP), 1)[..., 0] < condition_dropout
 
 
 def stored_data_key(config: TrainConfig) -> str | None:
-    """The key of the data that a run to be resumed was trained on, by its newest checkpoint."""
+    """The key of the data a resumed run was trained on, from its newest checkpoint."""
     for folder in reversed(run_checkpoints(config.run_dir) if config.resume else []):
         with suppress(UserError):
             return read_config(folder)["training"]["data_key"]
@@ -81,7 +81,7 @@ class TrainingData:
         processes: Processes,
         source: Source | None = None,
     ):
-        """source: captioned images that are open already; opened now if None."""
+        """source: captioned images that are already open; None: open them now."""
         self.config, self.backbone, self.processes = config, backbone, processes
         expected = stored_data_key(config)
         self.store = store = encode_examples(config, backbone, processes, source, expected)
@@ -100,14 +100,14 @@ class TrainingData:
         return self.store.key
 
     def held_out_conditions(self, count: int) -> list[str | int]:
-        """Captions or classes of the first held-out samples, each once: prompts for sheets."""
+        """The first distinct captions or classes of held-out samples, as prompts for sheets."""
         found = (self.store.condition(index) for index in self.validation.tolist())
         return list(islice(dict.fromkeys(found), count))
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """This rank's part of an optimizer step.
 
-        A sample's noise and dropout depend on its place in the run alone.
+        A sample's noise and condition dropout depend only on its place in the run.
         """
         config, processes = self.config, self.processes
         share = config.batch_size // processes.world_size
@@ -123,26 +123,26 @@ class TrainingData:
     def validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's part of the held-out set: fixed samples with fixed noise, nothing dropped.
 
-        Every rank gets the same number of batches, since under ZeRO-3 each forward pass is
-        collective; those with False only fill up and are not to be counted.
+        Every rank gets the same number of batches, since each forward pass is collective under
+        ZeRO-3. Batches marked False are padding and must not be counted.
         """
         size, world_size = self.config.engine.micro_batch, self.processes.world_size
         of_ranks = [self.validation[rank::world_size] for rank in range(world_size)]
         mine = of_ranks[self.processes.rank]
-        for start in range(0, len(of_ranks[0]), size):  # the first has no fewer than others
-            counted = start < len(mine)  # there may be fewer samples than processes
+        for start in range(0, len(of_ranks[0]), size):  # rank 0 has the most samples
+            counted = start < len(mine)
             indices = mine[start : start + size] if counted else self.validation[:1]
             yield self._on_device(indices, make_keys(0, indices), None, None), counted
 
     def names(self, indices: Tensor) -> str:
-        """Samples by their names and numbers in the set, for a message."""
+        """Names and numbers of samples, for a message."""
         return shorten([f"{self.store.name(i)} (number {i})" for i in indices.tolist()], most=8)
 
     def load(self, indices: Tensor, choice: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes int64 [B, T, S] and conditions as `Backbone.prepare` gives them, on any device.
 
-        `choice` int64 [B] are random numbers that choose among several captions or views of an
-        image; the first if None.
+        `choice` int64 [B]: random numbers that choose among several captions or views of an image;
+        None: the first one.
         """
         store, backbone = self.store, self.backbone
         codes = store.codes(indices, choice)

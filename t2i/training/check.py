@@ -1,9 +1,9 @@
-"""The pre-flight: look at settings, data and model, and say what a run would do and when, without
-training.
+"""The pre-flight check: examine settings, data and model, and report what a run would do and when,
+without training.
 
-Cheap mistakes come first: run folder, DeepSpeed JSON, batch and data are looked at before any
-model. Parameter counts, memory and work come from the shapes of the model that would be trained,
-built without data: for a published size nothing is fetched or read. Nothing is written.
+Run folder, DeepSpeed JSON, batch and data are checked before any model, so that simple mistakes
+show first. Parameter counts, memory and work come from the model's shapes, on the meta device: for
+a published size nothing is fetched or read. Nothing is written.
 """
 
 import re
@@ -48,18 +48,18 @@ from t2i.training.settings import plain, settings_of
 from t2i.training.start import build_model
 from t2i.training.trigger_words import refuse_lost_words
 
-_CARDS = (24, 40, 80)  # GB of common cards, where this machine has none
+_CARDS = (24, 40, 80)  # GB of memory of common cards, to compare with if this machine has none
 
 
 # -- before the work -------------------------------------------------------------------------------
 def look_before_work(
     config: TrainConfig, world_size: int, checkpoint: Path | None
 ) -> tuple[Source | None, int | None]:
-    """Cheap mistakes, named before anything is fetched, loaded or encoded; training calls it, too.
+    """Refuse simple mistakes before anything is fetched, loaded or encoded. Training calls it, too.
 
-    Returns the opened source of captioned images, and its number of samples, usable or not, where
-    that is known. A resumed run (with a `checkpoint`) stands on its own checkpoint: what its first
-    weights were called does not matter any more.
+    Returns the opened source of captioned images (None for classes), and its number of samples,
+    usable or not, if known. A resumed run loads its own `checkpoint`: its original weights are not
+    checked.
     """
     _refuse_no_text(config)
     choose_tracker(config.log.tracker)
@@ -86,7 +86,7 @@ def look_before_work(
 
 
 def _refuse_no_text(config: TrainConfig) -> None:
-    """UserError for a name that is not UTF-8, as files may have it: config.json cannot hold it."""
+    """UserError for a file name that is not UTF-8, since config.json cannot hold it."""
     for option, value in leaves(plain(config)).items():
         for text in value if isinstance(value, list) else [value]:
             try:
@@ -98,8 +98,8 @@ def _refuse_no_text(config: TrainConfig) -> None:
 
 
 def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
-    """The sheets' prompts as the backbone takes them; empty: those of held-out samples."""
-    # A text encoder that is still to be fetched counts as there.
+    """The sheets' prompts as the backbone takes them; empty: use those of held-out samples."""
+    # A text encoder that has not been fetched yet counts as present.
     to_fetch = config.backbone.text_encoder is not None and backbone.frozen.text_encoder is None
     captions = isinstance(config.data, DataOptions) and backbone.spec.cond_kind == "text"
     if not (to_fetch and captions):
@@ -108,15 +108,15 @@ def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
         refuse_lost_words(backbone, config.data)
     try:
         return parse_conditions(backbone, sheet_prompts(config))
-    except UserError as error:  # they may be the recipe's, which its user never typed
+    except UserError as error:  # the prompts may be the recipe's, so name the option
         raise UserError(
-            f"--log.prompts {shorten(sheet_prompts(config))}: {error}; give others, or --log.prompts "
-            "alone for those of held-out samples"
+            f"--log.prompts {shorten(sheet_prompts(config))}: {error}; give others, or an empty "
+            "--log.prompts to use those of held-out samples"
         ) from error
 
 
 def sheet_prompts(config: TrainConfig) -> list[str]:
-    """The prompts that were given for the sample sheets, with the trigger words."""
+    """The configured prompts of the sample sheets, with the trigger words."""
     if isinstance(config.data, DataOptions):
         return [config.data.with_trigger(prompt) for prompt in config.log.prompts]
     return list(config.log.prompts)
@@ -128,16 +128,16 @@ def check(
     world_size: int = 1,
     more: Callable[[TensorAR, Plan | None], dict[str, list[str]]] | None = None,
 ) -> str:
-    """A report for people.
+    """The report as text.
 
-    more: further lines by title, from the model on the meta device.
+    more: makes further sections (lines by title) from the model on the meta device and the plan.
     """
     checkpoint = claim_run_dir(settings_of(config, "t2i.check"))
     source, total = look_before_work(config, world_size, checkpoint)
     refuse_changed_files(config, source)
     model = build_model(config, device="meta", resumed=checkpoint)
     prompts = look_at_model(model.backbone, config)
-    parameter_groups(model, config)  # raises where nothing would be trained
+    parameter_groups(model, config)  # raises if nothing would be trained
     survey, otherwise = None, "train all the same"
     if isinstance(config.data, LabelledOptions):
         survey, total, lines, warnings = _labelled(config.data, model.backbone)
@@ -145,13 +145,13 @@ def check(
         assert source is not None
         survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
     plan = plan_run(config, total)
-    if survey is not None and survey.seen == total:  # all were looked at
+    if survey is not None and survey.seen == total:  # every sample was checked
         try:
             plan = plan_run(config, survey.usable)
             if plan is not None and isinstance(config.data, DataOptions):
                 same = torch.tensor(survey.pictures)
                 split_indices(survey.usable, plan.held_out, config.seed, same)
-        except UserError as error:  # the report still says what is skipped, and why
+        except UserError as error:  # still report which samples are skipped, and why
             warnings.append(f"training would end at once: {error}")
             otherwise = "end at once"
     size, too_much = size_report(model, config, plan, world_size)
@@ -182,7 +182,7 @@ def check(
 def _captioned(
     options: DataOptions, source: Source, total: int | None, backbone: Backbone
 ) -> tuple[DataReport, list[str], list[str]]:
-    """What was found, lines on the data, and warnings."""
+    """A survey of the first samples, the report's lines on the data, and warnings."""
     size = image_size(backbone)
     rules = ImageRules(size, small=options.small_images)
     survey, usable = survey_source(
@@ -210,7 +210,7 @@ def _captioned(
 
 
 def _about_samples(survey: DataReport, size: int) -> Iterator[str]:
-    """On the samples that were looked at, and on files that belong to no sample."""
+    """Warnings about the samples that were checked, and about files that belong to no sample."""
     around = Counter(line["reason"] for line in survey.skipped if line["index"] is None)
     for reason, keys in survey.keys.items():
         advice = ""
@@ -227,7 +227,7 @@ def _about_samples(survey: DataReport, size: int) -> Iterator[str]:
 
 
 def _about_prompts(prompts: Sequence[str | int], backbone: Backbone) -> Iterator[str]:
-    """On prompts of the sheets of which the model would read nothing."""
+    """Warnings about sheet prompts that hold no text the model can read."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     for text, lost in zip(texts, backbone.caption_notes(texts), strict=True):
         if lost is None:
@@ -237,7 +237,7 @@ def _about_prompts(prompts: Sequence[str | int], backbone: Backbone) -> Iterator
 def _labelled(
     options: LabelledOptions, backbone: Backbone
 ) -> tuple[DataReport | None, int, list[str], list[str]]:
-    """What was found of images, their number (or of their codes), lines on them, and warnings."""
+    """A survey of the images (None for codes), how many there are, lines on them, and warnings."""
     opened = open_labelled(options, backbone.spec)
     source = f"source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
@@ -281,9 +281,9 @@ def _batch_lines(config: TrainConfig, plan: Plan | None, world_size: int) -> lis
 
 
 def _when_lines(config: TrainConfig, plan: Plan | None) -> list[str]:
-    """First sheet, validation and checkpoint, and the course of the rates."""
+    """When the run validates, draws sheets and saves, and how the learning rates develop."""
     if plan is None:
-        return ["the number of steps follows from the data, which are counted when the run starts"]
+        return ["the number of steps depends on the data, which are counted when the run starts"]
     steps, first = plan.steps, "at step 0 and " if config.log.at_start else ""
 
     def every(count: int) -> str:
@@ -312,7 +312,7 @@ def _when_lines(config: TrainConfig, plan: Plan | None) -> list[str]:
 def size_report(
     model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """On parameters, memory and work: lines by title, and warnings."""
+    """Parameters, memory and work: lines by title, and warnings."""
     logits = readable_size(logit_bytes(model, config, gpu=torch.cuda.is_available()))
     backbone = model.backbone
     chosen = config.engine.zero_stage
@@ -325,8 +325,7 @@ def size_report(
     if backbone.left_out:
         saved = readable_size(backbone.left_out * weight_bytes(config))
         parameters += [
-            f"not loaded: {backbone.left_out:,} parameters that drawing images does not need, "
-            f"{saved}"
+            f"not loaded: {backbone.left_out:,} parameters not needed to draw images, {saved}"
         ]
     cost = estimate(model, config, world_size, samples=None if plan is None else plan.samples)
     fits, warnings = _fits(cost)
@@ -346,7 +345,7 @@ def size_report(
 
 
 def _parameter_lines(model: TensorAR) -> list[str]:
-    """Total and trainable parameters by part."""
+    """Total and trained parameters by part."""
     parts = {
         **model.backbone.parts(),
         **({"codec": (model.codec,)} if model.codec is not None else {}),
@@ -381,7 +380,9 @@ def _cost_lines(cost: Cost, logits: str) -> list[str]:
 
 
 def _fits(cost: Cost) -> tuple[str, list[str]]:
-    """Whether it fits this machine's card, or which of the common ones; a warning if none."""
+    """A line on whether the run fits this machine's card, or else which common cards it fits; and a
+    warning if it fits none.
+    """
     need = readable_size(cost.total)
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())

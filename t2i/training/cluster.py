@@ -1,4 +1,4 @@
-"""A cluster that a run is planned for. Without torch: programs show it in their --help."""
+"""The cluster that a run is planned for. Imports no torch, so that --help is fast."""
 
 import math
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ class Cluster:
     """Machines and data."""
 
     gpus: int = 64
-    """Processes, one each."""
+    """GPUs in total; each runs one process."""
     gpus_per_node: int = 8
-    """Of a machine."""
+    """GPUs in one machine."""
     gpu_memory: float = 80.0
-    """GB of a GPU."""
+    """Memory of one GPU, in GB."""
     node_memory: float = 1000.0
-    """GB of main memory of a machine, for all its processes."""
+    """Main memory of one machine, in GB, shared by all its processes."""
     disk: float | None = None
-    """GB that cache and checkpoints may take, one that is being saved included; None: any."""
+    """Disk space for cache and checkpoints (including one being saved), in GB; None: no limit."""
     images: float = 1e8
     """Usable samples, such as 100e6."""
     caption_tokens: int = 40
-    """Of a caption, where its features are cached."""
+    """Tokens of an average caption, if caption features are cached."""
     images_per_second: float | None = None
-    """Of all GPUs together in training; None: from the work, at a third of an A100's peak."""
+    """Training speed of all GPUs together; None: computed at a third of an A100's peak."""
     encoded_per_second: float | None = None
-    """Images that one GPU turns into codes in a second; None: that time is left out."""
+    """Images that one GPU encodes per second; None: encoding time is not counted."""
     hours: float | None = None
-    """Refuse a run that takes longer, encoding included where its speed is given."""
+    """Refuse a run that takes longer, including encoding if its speed is given; None: no limit."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -39,8 +39,8 @@ class Cluster:
             raise UserError(f"images={self.images} must be a whole number")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise UserError(
-                f"gpus={self.gpus} cannot be shared equally by machines of {self.gpus_per_node}; "
-                f"use a multiple of it, or give --gpus-per-node"
+                f"gpus={self.gpus} cannot be split equally over machines of {self.gpus_per_node}; "
+                "use a multiple of it, or give --gpus-per-node"
             )
 
     @property

@@ -1,8 +1,8 @@
-"""What a training run is: frozen dataclasses that `tyro` turns into command-line options.
+"""The settings of a training run: frozen dataclasses that `tyro` turns into command-line options.
 
-Numbers that suit a run only if they grow with it (how many samples are held out, how long the rates
-warm up, how often something is written) may be None: they are then settled from the data and the
-steps, see `t2i.training.run_plan`. The named recipes are in `t2i/models/*/*_recipes.py`.
+Numbers that should grow with the run (held-out samples, warm-up steps, steps between outputs) may
+be None: `t2i.training.run_plan` then derives them from the data and the number of steps. The named
+recipes are in `t2i/models/*/*_recipes.py`.
 """
 
 import re
@@ -23,32 +23,32 @@ from t2i.tuning import LoRAConfig, Tuning
 
 @dataclass(frozen=True)
 class BackboneOptions(BaseOptions):
-    """Which pre-trained model to start from."""
+    """The pre-trained model to start from."""
 
     family: str = "llamagen"
-    """Of a published weight file."""
+    """Model family of a published weight file."""
     weights: str = "shapes"
     """Official weight file, backbone folder, "shapes" (the shipped offline base), owner/repo:file
     on the hub, or an earlier run.
     """
     generation_only: bool = False
-    """Leave unloaded what drawing does not need: Janus-Pro's understanding tower and text head."""
+    """Do not load what drawing does not need: Janus-Pro's understanding tower and text head."""
 
 
 _MOST_SAMPLES, _MOST_EPOCHS = 1_048_576, 1e9
-"""Of a step, whose samples are listed; and of a run."""
+"""Limits on the samples of a step (they are listed in memory) and on a run's epochs."""
 _CAPTION = "{caption}"
-_AROUND = " \t\r\n,.;:"  # trigger words
+_AROUND = " \t\r\n,.;:"  # stripped from trigger words
 
 
 @dataclass(frozen=True)
 class _AnyData:
-    """What captioned images and images of classes have in common."""
+    """Options shared by captioned images and images of classes."""
 
     validation_samples: int | None = None
-    """Held out for the validation loss, never trained on; None: 4 % (`t2i.training.run_plan`)."""
+    """Samples held out for the validation loss and never trained on; None: 4 %, from 8 to 256."""
     cache_dir: Path = Path("cache")
-    """Where codes and text features are kept; reused by every run on the same data."""
+    """Folder of cached codes and text features, shared by all runs on the same data."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class DataOptions(_AnyData, CaptionedImages):
     """Captioned images."""
 
     max_samples: int | None = None
-    """Use the first so many samples only."""
+    """Use only this many samples, from the start; None: all."""
     trigger: str | None = None
-    """Words before every caption ("drawn by xyz"), or around it ("{caption}, drawn by xyz")."""
+    """Words put before every caption ("drawn by xyz") or around it ("{caption}, drawn by xyz")."""
     small_images: Literal["skip", "upscale"] = "skip"
-    """What to do with images that are smaller than the model's."""
+    """What to do with images smaller than the model's."""
     views: Literal["centre", "flip"] = "centre"
-    """The centre of each image, or (flip) each time either that or its mirror image; not for
-    captions that say left or right, nor for images with writing.
+    """centre: the center crop of each image; flip: at random that or its mirror image. Do not flip
+    images with writing, or whose captions say left or right.
     """
 
     def __post_init__(self):
@@ -79,7 +79,7 @@ class DataOptions(_AnyData, CaptionedImages):
             )
 
     def with_trigger(self, caption: str) -> str:
-        """A caption with the trigger words, as the model reads it; as it is if it has them."""
+        """The caption with the trigger words added, unless it already has them."""
         if self.trigger is None:
             return caption
         words = re.escape(max(self.trigger.split(_CAPTION), key=len).strip(_AROUND))
@@ -94,29 +94,31 @@ class LabelledOptions(_AnyData):
     """Images of classes, for class-conditional backbones."""
 
     source: tuple[str, ...] = ()
-    """Folder with train/<class>/, or codes: LlamaGen's folders (one a crop range), RAR's .jsonl."""
+    """A folder with train/<class>/, or codes: LlamaGen's folders (one per crop range), or RAR's
+    .jsonl.
+    """
     split: str = "train"
-    """Sub-folder that is read."""
+    """Sub-folder of the source to read."""
     views: Literal["ten-crop", "flip"] = "ten-crop"
-    """Which crops are encoded: five per crop range, or the centre; each mirrored, too."""
+    """ten-crop encodes five crops per crop range, flip only the center crop; each also mirrored."""
     crop_ranges: tuple[float, ...] = (1.1, 1.05)
-    """Ten-crop: sides of the squares that are cropped, relative to the image size."""
+    """For ten-crop: side of the square that is cropped, relative to the model's image size."""
 
     def __post_init__(self):
-        # As `t2i.data.images.Views`, which imports torch.
+        # The same check as in `t2i.data.images.Views`, which imports torch.
         if not self.crop_ranges or not 1 <= min(self.crop_ranges) <= max(self.crop_ranges) <= 10:
             raise UserError(f"data.crop_ranges={self.crop_ranges} must be factors from 1 to 10")
 
 
 _MOST_RATE, _LEAST_CLIP = 1e12, 1e-12
-"""Of a rate, decay or delay, and of a gradient's norm: what is far beyond overflows in PyTorch."""
+"""Limits on rates, decay and delay, and on `grad_clip`: PyTorch overflows far beyond them."""
 _WARMUP_SHARE, _MOST_WARMUP = 0.03, 2000
 
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW. Codec: linear warm-up and decay to zero; backbone: constant after its delay, by
-    default.
+    """AdamW. The codec's rate warms up and decays to zero, both linearly; by default the backbone's
+    stays constant after its delay and warm-up.
     """
 
     codec_lr: float = 1e-3
@@ -124,43 +126,41 @@ class OptimOptions:
     backbone_lr: float = 5e-5
     """Learning rate of the backbone (or of its adapters)."""
     warmup_steps: int | None = 0
-    """Steps over which both rates rise from zero; None is 3 % of the run's."""
+    """Steps over which both rates rise from zero; None: 3 % of the run, at most 2,000."""
     backbone_delay_steps: int = 0
-    """Steps for which the backbone is frozen while the codec starts to learn."""
+    """Steps at the start during which the backbone is frozen and only the codec learns."""
     backbone_falls: bool = False
     """Let the backbone's rate fall to zero over the run, as the codec's does."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
     weight_decay: float = 0.05
-    """On matrices only."""
+    """AdamW's weight decay, applied to matrices only."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient."""
+    """The gradient is scaled down to this norm if it is larger."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if (
-                name not in ("betas", "grad_clip") and not 0 <= (value or 0) <= _MOST_RATE
-            ):  # nor NaN
-                raise UserError(
-                    f"optim.{name}={value} must be a number, and not negative (at most "
-                    f"{_MOST_RATE:g})"
-                )
+            if name in ("betas", "grad_clip"):
+                continue
+            if not 0 <= (value or 0) <= _MOST_RATE:  # nor NaN
+                raise UserError(f"optim.{name}={value} must be a number from 0 to {_MOST_RATE:g}")
         if not self.grad_clip >= _LEAST_CLIP:  # nor NaN
             raise UserError(f"optim.grad_clip={self.grad_clip} must be at least {_LEAST_CLIP:g}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
 
     def warmup(self, steps: int) -> int:
-        """Warm-up steps of a run of so many steps."""
+        """Warm-up steps of a run of `steps` steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return min(_MOST_WARMUP, round(_WARMUP_SHARE * steps))
 
     def codec_rate(self, step: int, steps: int) -> float:
-        """Codec learning rate at a step of a run."""
+        """The codec's learning rate at a step of a run of `steps` steps."""
         return self.codec_lr * self._warm(step, steps) * (1 - step / steps)
 
     def backbone_rate(self, step: int, steps: int) -> float:
-        """Backbone learning rate at a step of a run."""
+        """The backbone's learning rate at a step of a run of `steps` steps."""
         if step < self.backbone_delay_steps:
             return 0.0
         left = 1 - step / steps if self.backbone_falls else 1.0
@@ -175,35 +175,35 @@ class EngineOptions:
     """DeepSpeed and precision."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What ZeRO shards over the processes: 1 optimizer, 2 and gradients, 3 and weights."""
+    """What ZeRO shards over the processes: 1 the optimizer; 2 also gradients; 3 also weights."""
     precision: Literal["fp32", "autocast", "bf16"] = "fp32"
-    """autocast multiplies in bf16 and keeps fp32 weights; bf16 has those in the optimizer only."""
+    """autocast: fp32 weights, products in bf16; bf16: fp32 weights only in the optimizer."""
     micro_batch: int = 32
-    """Samples per process and forward pass; the rest of the batch is accumulated."""
+    """Samples per process and forward pass; gradients are accumulated over the whole batch."""
     gradient_checkpointing: bool = False
     """Recompute the trunk's blocks in the backward pass to save memory."""
     codec_checkpointing: bool = False
-    """Recompute input encoder and output decoder alone: less memory for little time."""
+    """Recompute only the input encoder and output decoder: saves some memory at little cost."""
     compile: bool = False
-    """Fuse the operations of the trunk's blocks by torch.compile, which takes a minute at first."""
+    """Compile the trunk's blocks with torch.compile, which takes about a minute at the start."""
     deepspeed_config: Path | None = None
     """JSON with further "zero_optimization" settings, such as launch/zero3_offload.json."""
 
 
 @dataclass(frozen=True)
 class LogOptions:
-    """What is written while training; `metrics.jsonl` always is."""
+    """What a run writes while training, besides `metrics.jsonl`, and how often."""
 
     log_every: int | None = 10
-    """Steps between lines of metrics (0: only with validations; None: by the run's length)."""
+    """Steps between lines of metrics (0: only at validations; None: by the run's length)."""
     validate_every: int | None = 100
-    """Steps between validations (0: only at the end; None: ten times in a run)."""
+    """Steps between validations (0: only at the end; None: ten per run)."""
     sample_every: int | None = 100
-    """Steps between sheets (0: none; None: ten in a run); under ZeRO-3 at each checkpoint."""
+    """Steps between sample sheets (0: none; None: ten per run); ZeRO-3: at each checkpoint."""
     save_every: int | None = 1000
-    """Steps between checkpoints (0: only at the end; None: five in a run)."""
+    """Steps between checkpoints (0: only at the end; None: five per run)."""
     at_start: bool = False
-    """Also validate and draw a sheet before the first step: what the base does by itself."""
+    """Also validate and draw a sheet before the first step, to show the untrained base."""
     keep_last: int = 2
     """Newest checkpoints to keep; older ones are deleted."""
     keep_best: bool = True
@@ -214,11 +214,11 @@ class LogOptions:
         "a photo of a green star left of a blue ring",
         "a photo of a yellow heart and a black cross",
     )
-    """Fixed prompts or class ids of the sheets; none: of the first four held-out images."""
+    """Fixed prompts or class ids of the sheets; empty: those of the first four held-out images."""
     control: Path | None = None
-    """Run folder of the control, whose curves this run's page shows beside its own."""
+    """Run folder of the control; this run's page shows its curves next to its own."""
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
-    """A further tracker; auto is TensorBoard if it is installed."""
+    """Where metrics are also sent; auto: TensorBoard if it is installed."""
     project: str = "tensorar"
     """Project name for wandb."""
 
@@ -236,16 +236,16 @@ class TrainConfig:
     """A training run."""
 
     learns_from_data: ClassVar[bool] = True
-    """Whether the steps read `data`, or it is only validated on."""
+    """Whether steps train on `data`; otherwise it is used only for validation."""
     run_dir: Path = Path("runs/train")
-    """Everything the run writes goes here."""
+    """Folder for everything the run writes."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     method: TensorARConfig = field(default_factory=TensorARConfig)
     tuning: Tuning = "full"
     """Train the whole backbone, only the codec, or LoRA adapters (and the codec)."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_image_layers: bool = False
-    """With "lora" or "codec", train the layers that embed and predict image codes, too."""
+    """With tuning lora or codec, also train the layers that embed and predict image codes."""
     data: tyro.conf.AvoidSubcommands[DataOptions | LabelledOptions] = field(
         default_factory=DataOptions
     )
@@ -253,28 +253,30 @@ class TrainConfig:
     engine: EngineOptions = field(default_factory=EngineOptions)
     log: LogOptions = field(default_factory=LogOptions)
     sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
-    """Sampling of the sheets, and the checkpoint's default."""
+    """How the sheets are sampled, and how the checkpoint samples by default."""
     batch_size: int = 256
     """Samples per optimizer step, over all processes."""
     epochs: float = 20.0
-    """Passes over the data; `steps` wins if it is given. A recipe's own steps give way to them."""
+    """Passes over the data; ignored if steps is given, but given alone it replaces the recipe's
+    steps.
+    """
     steps: int | None = None
-    """Optimizer steps."""
+    """Optimizer steps; None: computed from epochs."""
     condition_dropout: float = 0.1
-    """Share of samples that are trained without their caption or class, for guidance."""
+    """Share of samples trained without their caption or class, as guidance needs."""
     token_dropout: float = 0.1
     """Element dropout on the trunk's input embeddings."""
     ema: float = 0.0
-    """Decay of a moving average of the trained weights, which is what is saved then (0: none)."""
+    """Decay of a moving average of the trained weights, saved in their place (0: no average)."""
     seed: int = 0
-    """Codec initialisation, data order, noise and dropout."""
+    """Seed of codec initialization, data order, noise and dropout."""
     resume: bool = False
-    """Go on from the newest complete checkpoint in run_dir."""
+    """Continue from the newest complete checkpoint in run_dir."""
     check: bool = False
-    """Look at data, model and settings, print what would happen, and train nothing."""
+    """Check data, model and settings, print what would happen, and exit without training."""
 
     def drawn_with(self, own: SamplingConfig) -> SamplingConfig:
-        """How the checkpoint draws by default, of the model's own settings."""
+        """The checkpoint's default sampling settings, given the model's own."""
         return self.sampling.apply(own)
 
     def __post_init__(self):
@@ -294,7 +296,7 @@ class TrainConfig:
             )
         if self.train_image_layers and self.tuning == "full":
             raise UserError(
-                "train_image_layers is for tuning lora or codec: full trains them anyway"
+                "train_image_layers is for tuning lora or codec: tuning full trains them anyway"
             )
         adapters = [f"lora.{k}={getattr(self.lora, k)}" for k in given_options(self.lora)]
         if adapters and self.tuning != "lora":
@@ -304,15 +306,15 @@ class TrainConfig:
             )
         if engine.precision == "bf16" and engine.zero_stage == 0:
             raise UserError(
-                "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes a stray optimizer "
+                "bf16 needs engine.zero_stage >= 1 (DeepSpeed's stage 0 takes an extra optimizer "
                 "step)"
             )
         if not 0 <= self.ema < 1:
-            raise UserError(f"ema={self.ema} must be in [0, 1); 0.999 is usual, 0 is none")
+            raise UserError(f"ema={self.ema} must be in [0, 1); 0.999 is usual, 0 turns it off")
         for name, wanted in (("engine.compile", engine.compile), ("ema", self.ema)):
             if wanted and engine.zero_stage == 3:
                 raise UserError(
-                    f"{name} needs whole weights in every process: it cannot be with "
+                    f"{name} needs whole weights in every process: it cannot be combined with "
                     "engine.zero_stage=3, which shards them; use at most 2"
                 )
         if not 0 <= self.condition_dropout < 1 or not 0 <= self.token_dropout < 1:
@@ -322,6 +324,6 @@ class TrainConfig:
             )
         if self.log.sample_every and not all(p.strip() for p in self.log.prompts):
             raise UserError(
-                "log.prompts is empty or has an empty prompt; log.sample_every=0 draws no sample "
-                "sheets"
+                "log.prompts has an empty prompt; remove it, or set log.sample_every=0 to draw no "
+                "sample sheets"
             )

@@ -1,7 +1,7 @@
 """DeepSpeed: processes, the engine, and what differs between ZeRO stages.
 
-The DeepSpeed configuration is built from our own; a JSON file may only add to "zero_optimization",
-so that nothing can disagree.
+The DeepSpeed configuration is built from the run's settings; a JSON file may only add to
+"zero_optimization", so that the two cannot contradict each other.
 """
 
 import os
@@ -25,10 +25,10 @@ from t2i.training.config import TrainConfig
 
 
 def start_processes() -> Processes:
-    """Join the process group that the launcher describes, or be the only process.
+    """Join the process group that the launcher describes, or run as the only process.
 
-    Works without a GPU and without a compiler; DS_ACCELERATOR=cpu in the environment keeps it off a
-    GPU that is there.
+    Works without a GPU and without a compiler. With DS_ACCELERATOR=cpu in the environment an
+    existing GPU is not used.
     """
     cuda = _choose_accelerator()
     launcher.adopt_launcher()
@@ -37,8 +37,8 @@ def start_processes() -> Processes:
 
     deepspeed.utils.logger.setLevel("WARNING")
     if not cuda:
-        # Otherwise the CPU accelerator compiles a shared-memory extension at first start (a minute,
-        # and a compiler).
+        # Otherwise the CPU accelerator compiles a shared-memory extension at its first start, which
+        # needs a compiler and takes a minute.
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     device = local_gpu() if cuda else torch.device("cpu")
     if not dist.is_initialized():
@@ -50,7 +50,7 @@ def start_processes() -> Processes:
 
 
 def _choose_accelerator() -> bool:
-    """Whether it is a GPU; DeepSpeed decides when it is imported."""
+    """Choose the device before DeepSpeed is imported, which fixes it; True for a GPU."""
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -92,7 +92,7 @@ def _zero_settings(path: Path, stage: int) -> dict:
     if others:
         raise UserError(
             f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this "
-            "program's options"
+            "program's options for the rest"
         )
     settings = content.get("zero_optimization", {})
     _choose_accelerator()
@@ -105,12 +105,12 @@ def _zero_settings(path: Path, stage: int) -> dict:
 
 
 def _check_zero_options(settings: dict, stage: int, path: Path) -> None:
-    """UserError names the first key or value that DeepSpeed does not know, with the likeliest name.
+    """UserError for the first key or value that DeepSpeed does not know; suggests the closest key.
 
-    By itself it ignores such a key at any level, or crashes late on it.
+    DeepSpeed itself ignores unknown keys, or fails on them late.
     """
-    # The class that DeepSpeed reads this part of its JSON with; the JSON is documented, the class
-    # says it for this version.
+    # DeepSpeed parses this part of its JSON with this class, so it lists what the installed version
+    # accepts.
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -140,7 +140,7 @@ def _check_names(settings: dict, kind: Any, where: str, path: Path) -> None:
 
 
 def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
-    """Trainable parameters by part and weight decay; the schedule finds a group by its "part"."""
+    """Trainable parameters grouped by part and weight decay; `set_rates` reads a group's "part"."""
     parts: dict[str, nn.Module] = {"backbone": model.backbone}
     if model.codec is not None:
         parts["codec"] = model.codec
@@ -160,12 +160,12 @@ def parameter_groups(model: TensorAR, config: TrainConfig) -> list[dict]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context of forward passes; does nothing unless the precision is "autocast"."""
+    """The context for forward passes; does nothing unless the precision is "autocast"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
 
 
 class TrainingLoss(nn.Module):
-    """What DeepSpeed wraps: a forward pass that returns plain tensors, as its hooks need them."""
+    """The module that DeepSpeed wraps; its hooks need a forward pass that returns plain tensors."""
 
     def __init__(self, model: TensorAR, precision: str):
         super().__init__()
@@ -187,7 +187,7 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes, los
     import deepspeed
 
     if config.engine.precision == "bf16":
-        model.bfloat16()  # DeepSpeed casts parameters only, and buffers would not fit them
+        model.bfloat16()  # DeepSpeed casts only parameters, which then would not match the buffers
     model.backbone.sharded = config.engine.zero_stage == 3
     groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
@@ -201,7 +201,7 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes, los
 
 
 def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, float]:
-    """Set the learning rates of a step; a pure function of the step."""
+    """Set and return the learning rates of a step, which depend only on the step."""
     rates = {
         "codec": config.optim.codec_rate(step, steps),
         "backbone": config.optim.backbone_rate(step, steps),
@@ -212,11 +212,10 @@ def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, f
 
 
 def grad_norm(engine) -> Tensor | None:
-    """Norm of the gradient over all processes, for the step that `engine.step` is about to take;
-    None if only that tells.
+    """Norm of the gradient over all processes before `engine.step`; None if it is known only after.
 
-    ZeRO shards gradients and tells the norm afterwards; without it they are whole, and DeepSpeed
-    keeps no norm.
+    ZeRO shards gradients and reports their norm after the step. Without ZeRO the gradients are
+    whole, and DeepSpeed does not compute the norm.
     """
     if engine.zero_optimization_stage() > 0:
         return None
@@ -227,7 +226,7 @@ def grad_norm(engine) -> Tensor | None:
 
 @contextmanager
 def whole_weights(module: nn.Module, stage: int) -> Iterator[None]:
-    """Under ZeRO-3, gather all weights for the duration; every rank must enter."""
+    """Gather all weights while the context is open (under ZeRO-3); every rank must enter it."""
     if stage < 3:
         yield
         return

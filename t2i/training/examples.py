@@ -1,6 +1,6 @@
-"""What a run is trained on: images that were encoded once, each with its captions or its class.
+"""The examples that a run is trained on: images encoded once, each with its captions or class.
 
-All processes encode them together, and a run that was killed goes on where it stopped.
+All processes share the encoding; after a kill it continues where it stopped.
 
 Shapes: B samples, T image tokens, S sub-tokens.
 """
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 IMAGES_PER_SHARD = 1024
 _AT_ONCE = {DataOptions: 32, LabelledOptions: 64}  # views per call of the image tokenizer
-_LINES_PER_SHARD = 8192  # of codes that others computed, one view each
+_LINES_PER_SHARD = 8192  # for pretokenized codes, one view each
 
 
 def encode_examples(
@@ -37,12 +37,12 @@ def encode_examples(
     source: Source | None = None,
     expected_key: str | None = None,
 ) -> CodeStore | LlamaGenCodes:
-    """A run's data as codes, with the captions or the class of each; every process calls it and
-    does its share.
+    """Encode a run's data, or open them if encoded already; every process calls it and does its
+    share.
 
     Args:
-        source: captioned images that are open already; opened now if None.
-        expected_key: of the data that a resumed run was trained on.
+        source: captioned images that are already open; None: open them now.
+        expected_key: the key of the data that a resumed run was trained on.
     """
     options = config.data
     check_backbone(backbone, options)
@@ -61,7 +61,7 @@ def encode_examples(
         )
         store = CodeStore(folder)
         if processes.is_main:
-            _say_what_is_odd(store)
+            _warn_of_skipped(store)
     backbone.spec.check_codes(store.codes([0]))
     return store
 
@@ -69,7 +69,7 @@ def encode_examples(
 def _encoding(
     backbone: Backbone, source: Source, options: DataOptions | LabelledOptions
 ) -> Encoding:
-    """How a source of images, or of codes, becomes a store."""
+    """How a source of images or codes is turned into a store."""
     if isinstance(source, JsonlCodes):
         return Encoding(lambda codes: codes, None, shard_size=_LINES_PER_SHARD)
 
@@ -110,14 +110,14 @@ def views_of(options: DataOptions | LabelledOptions) -> Views:
 
 
 def encoded_at_once(options: DataOptions | LabelledOptions, samples: int | None) -> int:
-    """Views per call of the image tokenizer; None samples are more than that."""
+    """Views per call of the image tokenizer; samples: of the whole data set, None if unknown."""
     views, most = views_of(options).count, _AT_ONCE[type(options)]
     whole = max(1, most // views) * views
     return whole if samples is None else min(whole, views * samples)
 
 
-def _say_what_is_odd(store: CodeStore) -> None:
-    """Warn about images that are not used, and captions that are not what their authors wrote."""
+def _warn_of_skipped(store: CodeStore) -> None:
+    """Warn about images that are not used, and captions that were changed by cleaning."""
     report = store.manifest["report"]
     if report["lines"]:
         where = f"more in {store.folder / 'report.json'} and skipped.jsonl"
@@ -127,7 +127,7 @@ def _say_what_is_odd(store: CodeStore) -> None:
 
 def check_backbone(backbone: Backbone, options: DataOptions | LabelledOptions) -> None:
     """UserError if this backbone cannot be trained on such data."""
-    backbone.tokenizer  # noqa: B018 (raises where there is none)
+    backbone.tokenizer  # noqa: B018 (raises if there is none)
     if isinstance(options, DataOptions):
         backbone.caption_features()
     elif backbone.spec.cond_kind != "class":
@@ -137,7 +137,7 @@ def check_backbone(backbone: Backbone, options: DataOptions | LabelledOptions) -
 
 
 def image_size(backbone: Backbone) -> int:
-    """Side in pixels of the (square) images that the backbone draws."""
+    """Side in pixels of the backbone's images, which must be square."""
     height, width = backbone.image_size
     if height != width:
         raise UserError(f"training needs square images, this backbone has {height} x {width}")

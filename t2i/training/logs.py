@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, and TensorBoard or wandb if asked."""
+"""Logging of a run's metrics: `metrics.jsonl`, and TensorBoard or wandb if configured."""
 
 import json
 import logging
@@ -14,16 +14,16 @@ from t2i.training.settings import plain
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-"""Name of a run's file of numbers."""
+"""Name of a run's file of metrics."""
 
 
 class MetricsLog:
-    """Appends one JSON line per call; only the main process has one.
+    """Appends one JSON line per call; exists only in the main process.
 
-    A resumed run first drops the lines of steps that it will do again.
+    A resumed run first drops the lines of steps that it will repeat.
 
     Attributes:
-        validated: what was recorded of the step that is gone on from, if it was validated.
+        validated: the metrics of the step that the run resumes from, if it was validated.
     """
 
     def __init__(self, config: TrainConfig, start_step: int):
@@ -51,7 +51,7 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, but for what a kill or a power cut left of some."""
+    """The lines of a run's metrics.jsonl, skipping lines cut short by a kill or power cut."""
     rows, path = [], Path(run_dir) / METRICS
     with reading(path):
         content = path.read_bytes()
@@ -66,7 +66,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def choose_tracker(name: str) -> str:
-    """Resolve "auto" to TensorBoard if that is there; UserError if a package asked for is not."""
+    """The tracker to use: "auto" is TensorBoard if installed; UserError for a missing package."""
     if name == "auto":
         return "tensorboard" if find_spec("tensorboard") else "none"
     if name != "none" and not find_spec(name):

@@ -1,4 +1,4 @@
-"""The training run: build, step, validate, sample, save; `train` does it all."""
+"""The training run: build, step, validate, draw sheets, save. `train` runs all of it."""
 
 import math
 import signal
@@ -52,14 +52,14 @@ from t2i.training.watch import PeerWatch
 
 _ONE_REQUEST_SECONDS = 2.0
 BEST_BY = "validation/own_drafts/slot0"
-"""The loss that says which model is the best: of the final codes, with the model's own drafts."""
+"""The loss that decides which model is best: of the final codes, with the model's own drafts."""
 
 
 class Run:
-    """A run in progress: everything that the steps share."""
+    """A run in progress: all state shared by its steps."""
 
     shown = "train/loss"
-    """The metric beside the bar."""
+    """The metric shown next to the progress bar."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -94,7 +94,7 @@ class Run:
         self.checkpoints = run_state.Checkpoints(self.engine, self.model, config, processes, *facts)
         self.best_loss = self.checkpoints.best_loss()
         self.seconds = self.waited = 0.0
-        """Of this process's steps, and how many of them it waited for data."""
+        """Time spent in this process's steps, and the part of it spent waiting for data."""
         if processes.is_main:
             if checkpoint is not None:
                 run_state.set_aside_damaged(config.run_dir, checkpoint)
@@ -104,17 +104,17 @@ class Run:
             self.metrics = MetricsLog(config, self.step)
 
     def facts(self, checkpoint: Path | None) -> dict:
-        """What checkpoints say of this kind of run alone; those that a resumed one stands on are
-        compared. The main process is asked.
+        """Further facts that this kind of run stores in its checkpoints, compared with those in
+        `checkpoint` if the run is resumed. Called in the main process.
         """
         return {}
 
     def loss_module(self) -> nn.Module:
-        """What DeepSpeed wraps."""
+        """The module that DeepSpeed wraps."""
         return TrainingLoss(self.model, self.config.engine.precision)
 
     def learning_mode(self) -> None:
-        """The mode that steps are taken in."""
+        """Put the model into the mode in which steps are taken."""
         self.model.train()
 
     def _place_helpers(self) -> None:
@@ -131,8 +131,7 @@ class Run:
     def _train_step(self) -> dict[str, float]:
         config, started = self.config, time.perf_counter()
         rates = set_rates(self.engine, config, self.step, self.plan.steps)
-        # Dropout is the one user of torch's global generator: seeding it per step makes resume
-        # exact.
+        # Only dropout uses torch's global generator: seeding it per step makes resuming exact.
         torch.manual_seed(int(make_keys(config.seed, self.step, self.processes.rank)) & (2**63 - 1))
         parts: list[tuple[Tensor, SlotLosses]] = []
         for batch in self._timed(self.data.micro_batches(self.step)):
@@ -156,14 +155,14 @@ class Run:
         }
 
     def _count_step(self, norm: Tensor | None) -> Tensor | float | None:
-        """Call it after a step; returns the norm of its gradient, as soon as anything tells."""
+        """Count a step that was taken; returns the norm of its gradient, None if unknown."""
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
         return self.engine.get_global_grad_norm() if norm is None else norm
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; adds up how long the steps wait for them."""
+        """Yield the same batches, and add the time spent waiting for them to `self.waited`."""
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
@@ -176,7 +175,7 @@ class Run:
         """The losses of the whole batch, on the CPU.
 
         Raises:
-            NotFiniteError: a loss is not finite, or the norm of the gradient, where it is known.
+            NotFiniteError: a loss is not finite, or the norm of the gradient, if known, is not.
         """
         k, losses = self.config.method.k, [part for _, part in parts]
         sums = reduce(add, (p.sums for p in losses))
@@ -188,8 +187,9 @@ class Run:
         return total
 
     def _agree(self, sums: Tensor, norm: Tensor | None) -> tuple[Tensor, bool]:
-        """Some numbers added up over all processes, on the CPU, and whether these and the norm are
-        finite. Requests to stop travel with them: a signal reaches processes at different steps.
+        """Numbers summed over all processes, on the CPU, and whether they and all norms are finite.
+
+        Also agrees on `stop_agreed`, since a signal may reach the processes at different steps.
         """
         bad = sums.new_tensor(0.0) if norm is None else (~norm.isfinite()).to(sums)
         stop = sums.new_tensor(float(self.stop_requested))
@@ -200,7 +200,9 @@ class Run:
     def _refuse_batch(
         self, parts: list[tuple[Tensor, SlotLosses]], total: SlotLosses, step: int
     ) -> NoReturn:
-        """NotFiniteError names the step, and the samples without a finite loss (or all of them)."""
+        """Raise NotFiniteError with the step and the samples whose loss is not finite (if there are
+        none, all of the batch).
+        """
         finite = bool(total.sums.isfinite().all())
         named = [i for i, losses in parts if not losses.sums.isfinite().all()]
         if not self.processes.any(bool(named)):
@@ -224,21 +226,17 @@ class Run:
         return metrics
 
     def sample_sheet(self) -> None:
-        """Draw the fixed prompts with the fixed seed, a row each, in the main process."""
+        """Draw the fixed prompts with the fixed seed, one row each, in the main process."""
         self.check_weights()
         if self.processes.is_main:
             prompts, model = self.prompts, self._whole_model().eval()
-            drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")  # nothing is kept
+            # Eager, since the faster ways keep memory between sheets.
+            drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")
             with self.averaged():
-                images = [
-                    drawn.image
-                    for drawn in draw_images(
-                        model, prompts, drawing, samples_per_prompt=2, progress=False
-                    )
-                ]
-            sheet = grid(
-                images, columns=2, labels=[p for prompt in prompts for p in (str(prompt), "")]
-            )
+                drawn = draw_images(model, prompts, drawing, samples_per_prompt=2, progress=False)
+                images = [one.image for one in drawn]
+            labels = [text for prompt in prompts for text in (str(prompt), "")]
+            sheet = grid(images, columns=2, labels=labels)
             path = self.config.run_dir / "samples" / f"step_{self.step:06d}.png"
             with saving(path):
                 save_png(sheet, path)
@@ -246,7 +244,7 @@ class Run:
         self.processes.barrier()
 
     def first_look(self) -> None:
-        """What the base does by itself: losses, and a sheet (but not under ZeRO-3)."""
+        """Validate before the first step, and draw a sheet (except under ZeRO-3)."""
         metrics = self.validate()
         if self.plan.sample_every and self.config.engine.zero_stage < 3:
             self.sample_sheet()
@@ -255,7 +253,7 @@ class Run:
             refresh_run_page(self.config.run_dir)
 
     def _whole_model(self) -> TensorAR:
-        """A model that one process can draw with: under ZeRO-3 the checkpoint just written."""
+        """A model that one process can draw with: under ZeRO-3, the checkpoint just written."""
         if self.config.engine.zero_stage < 3:
             return self.model
         dtype = next(self.model.parameters()).dtype
@@ -263,7 +261,7 @@ class Run:
         return from_pretrained(folder, dtype=dtype, device=self.processes.device)
 
     def check_weights(self) -> None:
-        """NotFiniteError if a trained weight is not finite; every rank calls it, before any use."""
+        """NotFiniteError if a trained weight is not finite; every rank calls it before any use."""
         with whole_weights(self.model, self.config.engine.zero_stage):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             finite = all(bool(p.isfinite().all()) for p in trained)
@@ -274,24 +272,25 @@ class Run:
             )
 
     def averaged(self) -> AbstractContextManager[None]:
-        """For the duration the model has the averaged weights, if there are any."""
+        """A context in which the model has the averaged weights, if there are any."""
         return nullcontext() if self.average is None else self.average.applied()
 
     def save(self) -> Path:
-        """Write a checkpoint folder, and delete the oldest ones."""
+        """Write a checkpoint folder and delete the oldest ones."""
         self.check_weights()
         return self.checkpoints.save(self.step)
 
     def judged_by(self, metrics: dict[str, float]) -> float:
-        """Of a validation's metrics the one that says which model is the best: the lowest."""
+        """The number in a validation's metrics by which models are compared; lower is better."""
         return metrics[BEST_BY]
 
     def keep_if_best(self, metrics: dict[str, float]) -> None:
-        """Write the model beside the checkpoints if no validation found a better one."""
-        if self.config.log.keep_best and self.judged_by(metrics) < self.best_loss:
+        """Save the model in run_dir/best if no earlier validation was as good."""
+        loss = self.judged_by(metrics)
+        if self.config.log.keep_best and loss < self.best_loss:
             self.check_weights()
-            self.best_loss = self.judged_by(metrics)
-            self.checkpoints.save_best(self.step, self.best_loss)
+            self.best_loss = loss
+            self.checkpoints.save_best(self.step, loss)
 
     def catch_up(self) -> None:
         """What a kill after the checkpoint, at the same step, left undone."""
@@ -300,19 +299,18 @@ class Run:
 
 
 def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
-    """Run (or resume) a training of this kind; returns the last checkpoint folder.
+    """Start or resume a run of this kind; returns its last checkpoint folder.
 
     Raises:
         UserError: something in the configuration or the data is wrong, run_dir is in use, the disk
-            is full, or config.check is set, which `t2i.check` is for.
-        NotFiniteError: loss, gradient or weights are not finite any more; no such checkpoint is
-            written.
-        Stopped: on request (Ctrl-C, SIGTERM, SIGHUP), after a checkpoint; a KeyboardInterrupt.
+            is full, or config.check is set (call `t2i.check` instead).
+        NotFiniteError: loss, gradient or weights are no longer finite; they are not saved.
+        Stopped: on request (Ctrl-C, SIGTERM, SIGHUP), after saving; it is a KeyboardInterrupt.
     """
     if settings_of(config, "t2i.train").check:
         raise UserError(
-            "check=True asks for a look at a run, and t2i.train trains: print(t2i.check(config)) "
-            "says what would happen; leave check out to train"
+            "check=True is for checking a run, but t2i.train trains: use print(t2i.check(config)) "
+            "to see what would happen, or leave check out to train"
         )
     with run_state.owned(config, start_processes()):
         return _train(kind(config))
@@ -343,7 +341,7 @@ def _train(run: Run) -> Path:
             if run.processes.is_main:
                 shown = {run.shown.rpartition("/")[2]: f"{metrics[run.shown]:.3f}"}
                 shown["images_s"] = f"{rate:.1f}"
-                bar.set_postfix(shown, refresh=False)  # by itself it would redraw at every step
+                bar.set_postfix(shown, refresh=False)  # update() redraws, but not at every step
                 bar.update()
                 if validated or _due(plan.log_every, run.step):
                     memory = {"memory_gb": peak_gb(run.processes.device)}
@@ -351,44 +349,41 @@ def _train(run: Run) -> Path:
             saved = done or run.stop_agreed or _due(plan.save_every, run.step)
             if saved:
                 run.save()
-            if validated:  # after the checkpoint: should the disk be full, that one matters more
+            if validated:  # after the checkpoint, which matters more if the disk is full
                 run.keep_if_best(metrics)
-            sheet_due = (
-                saved
-                if config.engine.zero_stage == 3
-                else _due(plan.sample_every, run.step) or done
-            )
+            sheet_due = done or _due(plan.sample_every, run.step)
+            if config.engine.zero_stage == 3:  # sheets are drawn with the checkpoint
+                sheet_due = saved
             if plan.sample_every and sheet_due and not run.stop_agreed:
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
                 refresh_run_page(config.run_dir)
     if run.step < plan.steps:
-        raise Stopped(f"saved after step {run.step}; the same with --resume goes on")
+        raise Stopped(f"saved after step {run.step}; the same command with --resume continues")
     return run_checkpoints(config.run_dir)[-1]
 
 
 def healthy_norm(norm: Tensor | float | None) -> bool:
-    """Whether it is unknown, or a number; DeepSpeed says -1 for one that is none."""
+    """Whether the norm is finite or unknown (None); DeepSpeed reports -1 for one that is not."""
     return norm is None or 0 <= float(norm) < math.inf
 
 
 def _due(every: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens at this one."""
+    """Whether an event that happens every `every` steps (0: never) happens at this step."""
     return every > 0 and step % every == 0
 
 
 @contextmanager
 def _stop_on_signals(run: Run) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal ask for a checkpoint after this step; a second Ctrl-C
-    ends at once.
+    """Ctrl-C, SIGTERM and a closed terminal save after the current step and stop the run; a second
+    Ctrl-C ends it at once.
     """
-
     asked = math.inf
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
-        # A terminal's Ctrl-C reaches launcher and ranks, and the launcher passes it on: that is one
-        # request.
+        # Ctrl-C in a terminal reaches a rank twice, directly and passed on by the launcher: signals
+        # so close together count as one request.
         if number == signal.SIGINT and time.monotonic() > asked + _ONE_REQUEST_SECONDS:
             raise KeyboardInterrupt
         asked = min(asked, time.monotonic())

@@ -1,10 +1,9 @@
-"""How much memory a run needs, from shapes alone: nothing here holds a weight or computes a number
-of a model.
+"""How much memory a run needs, computed from shapes alone.
 
-State (weights, gradients, optimizer) follows from the parameter counts. Activations are counted:
-one forward pass runs on PyTorch's "meta" device, where tensors have shapes and no data, and what
-autograd would keep for the backward pass is added up. So the count holds for every family, and for
-whatever the method's settings are. Fused attention, as GPUs have it, is assumed.
+State (weights, gradients, optimizer) follows from the parameter counts. Activations are counted by
+one forward pass on PyTorch's "meta" device, where tensors have shapes but no data: the sizes of all
+tensors that autograd saves for the backward pass are added up. This works for every family and all
+settings of the method. Fused attention, as on GPUs, is assumed.
 """
 
 from dataclasses import dataclass
@@ -26,57 +25,57 @@ from t2i.training.engine import deepspeed_config
 from t2i.training.examples import encoded_at_once
 
 _PROMPT_TOKENS = 128
-"""Prefix that is assumed where it varies with the caption."""
+"""Assumed prefix length if it varies with the caption."""
 _WIDE_MAPS = (4, 6)
-"""The tokenizer's widest feature maps that live at once, on a GPU and on a CPU, whose convolutions
-convert their input and their output."""
+"""How many of the tokenizer's widest feature maps exist at once on a GPU and on a CPU (where
+convolutions convert their input and output)."""
 _BUCKET = 5 * 10**8
-"""DeepSpeed's reduce_bucket_size, in numbers."""
+"""DeepSpeed's default reduce_bucket_size, in numbers (not bytes)."""
 _LIVE = 10**9
-"""DeepSpeed's stage3_max_live_parameters: so many are not given back after they were gathered."""
+"""DeepSpeed's default stage3_max_live_parameters: how many gathered parameters are not released."""
 FLOPS = 1e14
-"""Operations per second that the time is reckoned with: a third of an A100's peak in bf16."""
+"""Assumed floating-point operations per second: a third of an A100's peak in bf16."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes on the fullest device, and work."""
+    """Bytes on the fullest device, and the work per sample."""
 
     state: float
     """Weights, gradients and optimizer at the chosen ZeRO stage."""
     bucket: float
-    """Gradients until they are reduced, where they are gathered for it, and what ZeRO-3 gathers."""
+    """Gradients waiting to be reduced, the buffers for that, and weights gathered by ZeRO-3."""
     frozen: float
     """Image tokenizer and text encoder."""
     kept: float
-    """What autograd keeps of one forward pass."""
+    """What autograd keeps from one forward pass."""
     passing: float
-    """The largest things of a moment: a block's recomputation, logits' gradients, own drafts."""
+    """The largest temporary tensors: a block's recomputation, logits' gradients, own drafts."""
     stepping: float
-    """What the optimizer's step holds for a moment, when nothing of the pass is left."""
+    """Temporary memory of the optimizer's step, when the pass has been freed."""
     encoding: float
-    """Weights, helpers and feature maps while data are encoded, before there is an optimizer."""
+    """Weights, frozen parts and feature maps while data are encoded, before training."""
     flops: float
-    """Floating-point operations per sample of a training step, attention's own left out."""
+    """Floating-point operations per sample of a training step, without those of attention."""
 
     @property
     def total(self) -> float:
-        """The peak, with a tenth more for what the allocator and the libraries take."""
+        """The peak, plus a tenth for the allocator and the libraries."""
         moment = max(self.bucket + self.kept + self.passing, self.stepping)
         return 1.1 * max(self.state + self.frozen + moment, self.encoding)
 
 
 def weight_bytes(config: TrainConfig) -> int:
-    """Bytes of a weight in the forward pass."""
+    """Bytes per weight in the forward pass."""
     return 2 if config.engine.precision == "bf16" else 4
 
 
 def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: int) -> float:
-    """Bytes of weights, gradients and optimizer on one of the processes."""
+    """Bytes of weights, gradients and optimizer in one process."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weight, grad = weight_bytes(config), 4
-    # Two moments, and an fp32 copy: without ZeRO of bf16 weights alone, with it of any.
+    # Two moments, and an fp32 copy of the weights, which ZeRO also makes of fp32 weights.
     optimizer = 8 if weight == 4 and stage == 0 else 12
     shards = [world_size if stage >= least else 1 for least in (3, 2, 1)]
     average = 4 * trained if config.ema else 0
@@ -85,7 +84,7 @@ def state_bytes(model: TensorAR, config: TrainConfig, world_size: int, stage: in
 
 
 def logit_bytes(model: TensorAR, config: TrainConfig, *, gpu: bool) -> int:
-    """fp32 logits of a forward pass that exist at once."""
+    """Bytes of the fp32 logits of a forward pass that exist at once."""
     batch, vocab = config.engine.micro_batch, max(model.backbone.spec.subvocabs)
     slots, count = model.windows.size, model.windows.count
     if config.engine.zero_stage == 3:  # the head is called as a layer
@@ -101,10 +100,10 @@ def estimate(
     samples: int | None = None,
     gpu: bool | None = None,
 ) -> Cost:
-    """What one process needs. `model`, on the meta device, is cast to the type it computes in.
+    """What one process needs. Casts `model` (on the meta device) to the type it computes in.
 
-    samples: of the whole data set, where it may be smaller than what is encoded at once.
-    gpu: whether it is for a GPU; None: whether there is one here.
+    samples: in the whole data set, which may be smaller than one encoding batch; None: unknown.
+    gpu: whether the run uses a GPU; None: whether this machine has one.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     state = state_bytes(model, config, world_size, config.engine.zero_stage)
@@ -122,12 +121,12 @@ def estimate(
         length = prompt_length(model.backbone) + model.windows.count - 1
         inputs = config.engine.micro_batch * length * row
         kept, passing = outside + layers * inputs, (kept - outside) / layers
-    # Backward is a forward for the inputs' gradients and one for the weights', which frozen ones
-    # have not; recomputation is one more, and so is the pass that draws own drafts.
+    # The backward pass costs as much as two forward passes: for gradients of the inputs and of the
+    # weights (few with adapters). Recomputation adds one, and so does drawing own drafts.
     drawing = config.method.own_drafts if config.method.k > 1 else 0
     passes = (2 if config.tuning == "lora" else 3) + recompute + drawing
     logits = logit_bytes(model, config, gpu=gpu)
-    # Themselves, their log-probabilities, the gradient in the head's type; or own drafts.
+    # Logits, log-probabilities, and the gradient in the head's type; or own drafts.
     passing += max(2.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
@@ -142,12 +141,12 @@ def estimate(
 def _optimizer_bytes(
     model: TensorAR, config: TrainConfig, world_size: int, gpu: bool
 ) -> tuple[float, float]:
-    """Beyond the state: in the backward pass, and in the optimizer's step.
+    """Bytes beyond the state: in the backward pass, and in the optimizer's step.
 
-    Measured on a CPU with DeepSpeed 0.19.8, one process, in bytes a trained number: beside weights
-    and optimizer the backward pass takes 8 under ZeRO-1 and 2, of which 4 are the state's
-    gradients, and under ZeRO-3 16 in fp32 and 12 in bf16. The step, AdamW being fused, computes in
-    place; in fp32 it flattens the gradients first.
+    Measured on a CPU with DeepSpeed 0.19.8 and one process, in bytes per trained parameter: besides
+    weights and optimizer the backward pass takes 8 under ZeRO-1 and 2, of which 4 are the state's
+    gradients, and under ZeRO-3 16 in fp32 and 12 in bf16. The step of fused AdamW works in place;
+    in fp32 the gradients are flattened first.
     """
     stage, width = config.engine.zero_stage, weight_bytes(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -155,7 +154,7 @@ def _optimizer_bytes(
     settings = deepspeed_config(config, world_size)["zero_optimization"]
     bucket = settings.get("reduce_bucket_size", _BUCKET)
     waiting = min(bucket, trained)  # gradients, until a bucket is full
-    # A GPU's bucket is taken whole, of a CPU's memory only what is written to.
+    # On a GPU a bucket is allocated in full; on a CPU only memory that is written to counts.
     buffers = (2 if settings.get("overlap_comm") else 1) * (bucket if gpu and stage else waiting)
     backward = buffers * (4 if stage == 1 else width)
     if stage == 3:
@@ -172,7 +171,7 @@ def _tokenizer(backbone: Backbone) -> ConvTokenizer:
 
 
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
-    """What drawing own drafts holds at once: logits, their shares, and the shares' sums."""
+    """Bytes held at once to draw own drafts: logits, probabilities, and their cumulative sums."""
     drafts = config.method.k - 1
     if not drafts:
         return 0
@@ -183,7 +182,7 @@ def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
 
 
 def prompt_length(backbone: Backbone) -> int:
-    """Prefix tokens, as far as they are known before the captions are."""
+    """Number of prefix tokens, or an assumed number if it depends on the caption."""
     return min(backbone.spec.prefix_tokens, _PROMPT_TOKENS)
 
 
@@ -198,7 +197,7 @@ def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
 
 
 def _inputs(model: TensorAR, config: TrainConfig) -> tuple[Tensor, Condition, Tensor]:
-    """Of a forward pass."""
+    """The inputs of a forward pass, without data."""
     batch, spec = config.engine.micro_batch, model.backbone.spec
     shape = (batch, spec.num_tokens, len(spec.subvocabs))
     codes = torch.zeros(shape, dtype=torch.long, device="meta")
@@ -206,8 +205,8 @@ def _inputs(model: TensorAR, config: TrainConfig) -> tuple[Tensor, Condition, Te
 
 
 def _kept(model: TensorAR, config: TrainConfig, *, recompute: bool) -> int:
-    """Bytes that autograd keeps of a forward pass, less what is computed again."""
-    weights = [p.untyped_storage() for p in model.parameters()]
+    """Bytes that autograd keeps from a forward pass, without those of recomputed blocks."""
+    weights = [p.untyped_storage() for p in model.parameters()]  # held, so that ids stay unique
     known = {id(storage) for storage in weights}
     seen: dict[int, torch.UntypedStorage] = {}
 
@@ -225,19 +224,16 @@ def _kept(model: TensorAR, config: TrainConfig, *, recompute: bool) -> int:
 
 
 def _operations(model: TensorAR, config: TrainConfig) -> int:
-    """Of a forward pass."""
+    """Floating-point operations of a forward pass."""
     counter = FlopCounterMode(display=False)
-    with (
-        torch.no_grad(),
-        counter,
-        _FusedAttention(),
-    ):  # with a gradient the loss would compute its own
+    # With gradients the loss would compute its own in the forward pass, which would count, too.
+    with torch.no_grad(), counter, _FusedAttention():
         model(*_inputs(model, config))
     return counter.get_total_flops()
 
 
 def _condition(backbone: Backbone, batch: int) -> Condition:
-    """An encoded condition without data; of a text, of the length that is assumed."""
+    """An encoded condition without data; for text, of the length that `prompt_length` gives."""
     spec = backbone.spec
     if spec.cond_kind == "class":
         return backbone.encode_condition(backbone.prepare([0] * batch))
@@ -248,7 +244,7 @@ def _condition(backbone: Backbone, batch: int) -> Condition:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention that keeps its inputs and output, as GPUs' kernels do, and no matrix of weights."""
+    """Makes attention keep only its inputs and output, as GPU kernels do, and no weight matrix."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:

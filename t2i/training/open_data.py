@@ -1,4 +1,4 @@
-"""Where a run's data come from: what `--data.source` names, opened; nothing is encoded yet."""
+"""Open a run's data, as `--data.source` names them; nothing is encoded yet."""
 
 import os
 from dataclasses import fields
@@ -17,29 +17,26 @@ from t2i.worlds import WORLDS, open_world
 
 
 def refuse_inside(folder: Path, options: DataOptions | LabelledOptions) -> None:
-    """UserError if a run folder lies where images are read: its sheets would become part of the
-    data, which are others then when the run is resumed.
+    """UserError if a run folder lies inside the data's folder: its sheets would become part of the
+    data, so that the run could not be resumed.
     """
     for source in [options.source] if isinstance(options, DataOptions) else options.source:
+        if not source or source.partition(":")[0] in WORLDS:
+            continue
         place = Path(os.path.expanduser(source))
         if isinstance(options, LabelledOptions) and (place / options.split).is_dir():
             place /= options.split
         images = place.is_dir() and not is_llamagen_folder(place)
-        if (
-            source
-            and images
-            and source.partition(":")[0] not in WORLDS
-            and folder.resolve().is_relative_to(place.resolve())
-        ):
+        if images and folder.resolve().is_relative_to(place.resolve()):
             raise UserError(
-                f"run_dir={folder} lies in data.source={source}, so that its sheets would be read "
-                "as data: give a --run-dir elsewhere"
+                f"run_dir={folder} lies in data.source={source}, so its sheets would be read as "
+                "data: give a --run-dir elsewhere"
             )
 
 
 # -- captions --------------------------------------------------------------------------------------
 def open_data(options: DataOptions) -> Source:
-    """Captioned images, not yet encoded; UserError says what is wrong with them."""
+    """Open captioned images; UserError says what is wrong with them."""
     if not options.source:
         raise UserError(
             "no data: give --data.source (a folder, parquet, webdataset tars or a hub id)"
@@ -57,23 +54,23 @@ def open_data(options: DataOptions) -> Source:
 
 
 def _refuse_without_effect(options: DataOptions, world: str) -> None:
-    """UserError for an option of how files are read, where there are none."""
+    """UserError for options on reading files if the source is a world, which has none."""
     of_files = {f.name for f in fields(CaptionedImages)} - {"source"}
     if given := [name for name in given_options(options) if name in of_files]:
         told = ", ".join(f"data.{name}={getattr(options, name)}" for name in given)
         raise UserError(
-            f"{told} has no effect on {world}, which is drawn and not read: leave it out"
+            f"{told} has no effect on {world}, which is drawn, not read from files: leave it out"
         )
 
 
 # -- classes ---------------------------------------------------------------------------------------
 def holds_codes(source: str | Path) -> bool:
-    """Whether a source of classes is codes that others computed, and no images."""
+    """Whether a source of classes holds pretokenized codes instead of images."""
     return is_llamagen_folder(Path(source)) or Path(source).suffix == ".jsonl"
 
 
 def labelled_sources(options: LabelledOptions) -> list[Path]:
-    """What data.source names: one place, or several folders of LlamaGen's codes."""
+    """The paths in data.source: one of any kind, or several folders of LlamaGen's codes."""
     sources = [Path(source) for source in options.source]
     if not sources:
         raise UserError(
@@ -82,35 +79,35 @@ def labelled_sources(options: LabelledOptions) -> list[Path]:
         )
     if len(sources) > 1 and not all(is_llamagen_folder(source) for source in sources):
         raise UserError(
-            "data.source: only folders of LlamaGen's codes may be several, not "
+            "data.source may name several places only if all are folders of LlamaGen's codes, not "
             + ", ".join(map(str, sources))
         )
     if not sources[0].exists():
-        raise UserError(f"data.source: {sources[0]} is no folder and no file")
+        raise UserError(f"data.source: {sources[0]} is neither a folder nor a file")
     if sources[0].is_dir() and not is_llamagen_folder(sources[0]):
-        find_classes(sources[0], options.split)  # says what is wrong with it
+        find_classes(sources[0], options.split)  # raises if something is wrong with it
     return sources
 
 
 def open_labelled(
     options: LabelledOptions, spec: BackboneSpec
 ) -> LabelledFolder | LlamaGenCodes | JsonlCodes:
-    """Images of classes or their codes, whatever data.source names. Encodes nothing."""
+    """Open images of classes, or their codes, as named by data.source."""
     sources = labelled_sources(options)
     if is_llamagen_folder(sources[0]):
         return LlamaGenCodes(*sources)
     if sources[0].suffix == ".jsonl":
         if len(spec.subvocabs) > 1:
             raise UserError(
-                f"{sources[0]} has one number per code, {spec.family} has {len(spec.subvocabs)}: "
-                "give the images"
+                f"{sources[0]} has one number per code, but {spec.family} has "
+                f"{len(spec.subvocabs)}: give the images instead"
             )
         return JsonlCodes(sources[0], vocab=spec.subvocabs[0], num_classes=spec.num_classes)
     images = LabelledFolder(sources[0], options.split)
     if len(images.classes) != spec.num_classes:
         raise UserError(
-            f"{images.name} has {len(images.classes)} classes and this {spec.family} backbone "
-            f"{spec.num_classes}: labels are positions of the sorted folder names, so all classes "
-            "must be there (an empty folder will do)"
+            f"{images.name} has {len(images.classes)} classes, but this {spec.family} backbone has "
+            f"{spec.num_classes}: a label is a position in the sorted folder names, so every class "
+            "needs a folder (an empty one will do)"
         )
     return images

@@ -2,8 +2,8 @@
 
 The ImageNet recipe is the paper's (arXiv 2505.16324): batch 256, 20 epochs, AdamW (0.9, 0.95),
 weight decay 0.05, clipping at 1.0, 10 % of the classes dropped, token dropout 0.1, the codec's rate
-falling to 0, a lower constant one for the backbone. Both rates are lost in all copies of the paper:
-those here are our choice, a tenth of the usual pre-training rates for the backbone.
+falling to 0, a lower constant one for the backbone. Both rates are lost in all copies of the paper.
+The ones here are our choice; the backbone's is a tenth of the usual pre-training rate.
 """
 
 import os
@@ -32,7 +32,7 @@ from t2i.training.config import (
 
 C = TypeVar("C", bound=TrainConfig)
 Recipes = dict[str, tuple[str, TrainConfig]]
-"""By name: what it is, in one line, and the settings."""
+"""Recipe name -> (one-line description, settings)."""
 
 OWN_PICTURES = LogOptions(
     log_every=None,
@@ -42,29 +42,29 @@ OWN_PICTURES = LogOptions(
     at_start=True,
     prompts=(),
 )
-"""Everything by the run's length, and sheets of the captions of held-out pictures."""
+"""Outputs as often as the run's length suggests, and sheets of held-out captions."""
 _CLASSES = ("207", "360", "387", "974", "88", "979", "417", "279")
-"""Of the sheets: the examples of LlamaGen's demo."""
+"""Class ids of the sheets: the examples of LlamaGen's demo."""
 METHODS = {
     "tuned": (presets.tuned(), "light drafts, half of them its own"),
     "iclr2026": (presets.iclr2026(), "ICLR 2026 method"),
     "arxiv2505": (presets.arxiv2505(), "arXiv v1 method"),
     "control": (presets.base(), "the base fine-tuned as usual"),
 }
-"""How a recipe's name ends: the method, and what it is; of classes, tuned goes without saying."""
+"""Ending of a recipe's name -> (method, description); class recipes have no ending for tuned."""
 _CLASS_SHAPES = Path("runs/class-shapes")
-"""Where the offline classes are looked for."""
+"""Folder of the offline classes."""
 _MAIN_OPTIONS = (
     *("data.source", "data.caption_column", "data.validation_samples"),
     *("run_dir", "resume", "check", "backbone.weights", "batch_size", "epochs", "steps", "seed"),
     *("engine.micro_batch", "engine.zero_stage", "method.k", "optim.codec_lr", "optim.backbone_lr"),
     *("log.prompts", "log.sample_every", "log.save_every"),
 )
-"""What --help shows of a recipe."""
+"""The options of a recipe that --help shows."""
 
 
 def small_data(config: TrainConfig, name: str) -> TrainConfig:
-    """For some hundred to some thousand pictures, on one GPU: adapters, ten passes."""
+    """For a few hundred to a few thousand pictures on one GPU: adapters, ten passes."""
     return replace(
         config,
         run_dir=Path(f"runs/{name}"),
@@ -73,14 +73,14 @@ def small_data(config: TrainConfig, name: str) -> TrainConfig:
         train_image_layers=False,
         optim=replace(config.optim, codec_lr=3e-4, backbone_lr=1e-4, warmup_steps=None),
         engine=replace(config.engine, zero_stage=1),
-        log=replace(config.log, keep_last=5),  # the best one need not be the last
+        log=replace(config.log, keep_last=5),  # the best may be an earlier one
         batch_size=32,
         epochs=10.0,
     )
 
 
 def on_two_cores(config: TrainConfig) -> TrainConfig:
-    """For the offline world: small batches, a few minutes."""
+    """For the offline world on two CPU cores: small batches, a few minutes."""
     return replace(
         config,
         engine=EngineOptions(micro_batch=32),
@@ -92,7 +92,7 @@ def on_two_cores(config: TrainConfig) -> TrainConfig:
 
 
 def bf16(micro_batch: int, zero_stage: Literal[1, 2, 3] = 2) -> EngineOptions:
-    """For real sizes on GPUs."""
+    """The engine for models of real size on GPUs."""
     return EngineOptions(zero_stage, "bf16", micro_batch, gradient_checkpointing=True)
 
 
@@ -105,7 +105,7 @@ def imagenet(
     micro_batch: int,
     gradient_checkpointing: bool,
 ) -> Recipes:
-    """A published class-conditional model with each method; the micro-batch fits into 80 GB."""
+    """Recipes of a published class-conditional model, one per method; micro_batch fits 80 GB."""
     config = TrainConfig(
         backbone=backbone,
         data=data,
@@ -117,7 +117,7 @@ def imagenet(
 
 
 def class_shapes(family: str) -> Recipes:
-    """The offline classes of `launch/lab/pretrain_class_shapes.py` with each method."""
+    """Recipes of the offline classes (`launch/lab/pretrain_class_shapes.py`), one per method."""
     config = TrainConfig(
         backbone=BackboneOptions(family=family, weights=str(_CLASS_SHAPES / family)),
         data=LabelledOptions(
@@ -145,7 +145,7 @@ def recipes_for(data: type[DataOptions] | type[LabelledOptions]) -> Recipes:
     found: Recipes = {}
     for family in FAMILIES:
         module = f"t2i.models.{family}.{family}_recipes"
-        if find_spec(module) is not None:  # a family need not bring any
+        if find_spec(module) is not None:  # a family may have none
             found |= import_module(module).recipes()
     return {name: recipe for name, recipe in found.items() if isinstance(recipe[1].data, data)}
 
@@ -154,11 +154,11 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
     """The training run of a named recipe, for `t2i.train`.
 
     Args:
-        options: by their names on the command line, as {"steps": 20, "data.source": "my_images"};
+        options: by their command-line names, such as {"steps": 20, "data.source": "my_images"};
             {"data": {"source": "my_images"}} is the same. "~/" is the home folder, as in a shell.
 
     Raises:
-        UserError: there is no such recipe or option, or a value that it cannot have.
+        UserError: unknown recipe or option, or a value that is not allowed.
     """
     recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
     if name not in recipes:
@@ -168,8 +168,8 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
 
 
 def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
-    """Settings with some of them changed; "part.option" is one of a part, and so is what a mapping
-    has for a part.
+    """Settings with some of them changed: "part.option" changes an option of a part, and so does a
+    mapping given for the part.
     """
     known = {f.name: getattr(config, f.name) for f in fields(config)}
     own: dict[str, Any] = {}
@@ -192,7 +192,7 @@ def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _at_home(value: Any) -> Any:
-    """Names of files as the command line has them: texts, and "~/a" is no folder named "~"."""
+    """Paths as strings, with a leading "~/" expanded, as on the command line."""
     if isinstance(value, list | tuple):
         return type(value)(map(_at_home, value))
     if not isinstance(value, str | Path):
@@ -201,14 +201,14 @@ def _at_home(value: Any) -> Any:
 
 
 def _settle_options(config: C, own: C) -> C:
-    """See `unread_options.settle_options`, which imports torch; own: the recipe."""
+    """`unread_options.settle_options`, imported late since it imports torch; own: the recipe."""
     from t2i.training.unread_options import settle_options
 
     return settle_options(config, own)
 
 
 def _program_of(name: str) -> str | None:
-    """The program that has a family's recipe of this name."""
+    """The program that offers the recipe of this name."""
     if name in recipes_for(LabelledOptions):
         return "launch/train_imagenet.py"
     _, found = recipes_for(DataOptions).get(name, (None, None))
@@ -222,21 +222,22 @@ def run_recipe(
     look: Callable[[C, int], str] | None = None,
     main: Sequence[str] = (),
 ) -> None:
-    """What every `launch/train_*.py` does: parse a named recipe with overrides; check it or train.
+    """The body of every `launch/train_*.py`: parse a recipe with overrides, and check or train it.
 
-    The main process alone reports.
+    Only the main process prints.
 
     Args:
-        run: what trains; `t2i.training.loop.train` if None.
-        look: what --check prints, for so many processes; `t2i.training.check.check` if None.
-        main: options that --help shows besides those of all.
+        run: trains; None: `t2i.training.loop.train`.
+        look: returns the report of --check for a number of processes; None:
+            `t2i.training.check.check`.
+        main: options that --help shows in addition to the common ones.
     """
     main = (*_MAIN_OPTIONS, *main)
     config = cli.parse_recipe(recipes, description, main, _program_of, _settle_options)
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(
-            f"{base} is not there yet: "
+            f"{base} does not exist yet; make it with "
             f"python launch/lab/pretrain_class_shapes.py --backbone {base.name}"
         )
     if config.check:
@@ -253,4 +254,4 @@ def run_recipe(
         print(f"checkpoint: {folder}\nrun page:   {config.run_dir / 'index.html'}")
         if isinstance(config.data, DataOptions) and config.data.trigger:
             prompt = config.data.with_trigger("your prompt")
-            print(f"trained with trigger words; draw with them: --prompt {prompt!r}")
+            print(f"trained with trigger words; use them in prompts: --prompt {prompt!r}")

@@ -1,5 +1,5 @@
-"""A run's page, RUN/index.html, which any browser shows offline: curves of all numbers that the run
-has logged (and of its control's), sheets over time, settings.
+"""A run's page, RUN/index.html, which any browser shows offline: curves of all metrics logged by
+the run (and by its control), sheets over time, settings.
 """
 
 import html
@@ -30,7 +30,7 @@ _LOSSES = (
     (r"validation/own_drafts/.*", "Held-out loss of drafts, the model's own as input", _NATS),
     (r"validation/noised_truth/.*", "Held-out loss of drafts, noised truth as input", _NATS),
 )
-"""Metrics that are explained, first on the page: pattern of their names, title, unit."""
+"""Charts that come first on the page: pattern of the metrics' names, title, unit."""
 _MACHINERY = (
     (r"train/grad_norm", "Norm of the gradient", "before it is clipped"),
     (r"lr/.*", "Learning rates", "of this step"),
@@ -39,9 +39,9 @@ _MACHINERY = (
     (r"data_wait", "Waiting for data", "share of the steps' time"),
     (r"memory_gb", "Peak memory", "GB of the main process"),
 )
-"""The same, last on the page, and drawn from 0. All others stand between."""
+"""Charts that come last on the page, with an axis from 0. All others come between."""
 _MOST_POINTS = 400
-"""A curve of more is drawn as means of neighbours."""
+"""A curve with more points is drawn as means of neighbors."""
 
 
 def refresh_run_page(run_dir: str | Path) -> None:
@@ -53,7 +53,7 @@ def refresh_run_page(run_dir: str | Path) -> None:
 
 
 def write_run_page(run_dir: str | Path) -> Path:
-    """Write or rewrite the page of a run as it stands."""
+    """Write (or rewrite) the page of a run."""
     run_dir = Path(run_dir)
     rows, config = read_metrics(run_dir), read_object(run_dir / "config.json")
     control = (config.get("log") or {}).get("control")
@@ -77,7 +77,7 @@ def write_run_page(run_dir: str | Path) -> Path:
 
 
 def _facts(rows: Sequence[dict], config: Mapping, run_dir: Path) -> dict[str, str]:
-    """How far the run is, and what a step takes."""
+    """How far the run has come, and how long a step takes."""
     steps = (config.get("plan") or {}).get("steps")
     step = rows[-1]["step"] if rows else 0
     facts = {"step": f"{step:,}" + (f" of {steps:,}" if steps else "")}
@@ -100,10 +100,10 @@ def _last(rows: Sequence[dict], name: str) -> float | None:
 
 # -- curves ----------------------------------------------------------------------------------------
 def metric_charts(rows: Sequence[dict], control: Sequence[dict] = ()) -> list[Chart]:
-    """A chart for each group of metrics, with the control's curves of the same names dashed.
+    """One chart per group of metrics, with the control's curves of the same names dashed.
 
-    What is explained above goes together as it says; of other metrics those whose names differ in
-    a last number ("x0", "x1") or in what follows a second slash ("a/b/c", "a/b/d").
+    `_LOSSES` and `_MACHINERY` define groups. Other metrics share a chart if their names differ only
+    in a final number ("x0", "x1") or in what follows a second slash ("a/b/c", "a/b/d").
     """
     own, other = _curves(rows), _curves(control)
     groups: dict[tuple[int, str, str], list[str]] = {}
@@ -125,7 +125,7 @@ def metric_charts(rows: Sequence[dict], control: Sequence[dict] = ()) -> list[Ch
 
 
 def _group(name: str) -> tuple[int, str, str]:
-    """The chart of a metric: its place, title and unit."""
+    """The chart that a metric belongs to: its place on the page, title and unit."""
     for first, known in ((0, _LOSSES), (len(_LOSSES) + 1, _MACHINERY)):
         for order, (words, title, unit) in enumerate(known, start=first):
             if re.fullmatch(words, name):
@@ -134,13 +134,13 @@ def _group(name: str) -> tuple[int, str, str]:
 
 
 def _kind(name: str) -> str:
-    """What a metric shares with those that are drawn beside it."""
+    """The part of a metric's name that is the same for all metrics in its chart."""
     parent, _, last = name.rpartition("/")
     return parent if "/" in parent else f"{parent}/{re.sub(r'[0-9]+$', '', last)}".lstrip("/")
 
 
 def _curves(rows: Sequence[dict]) -> dict[str, tuple[Point, ...]]:
-    """Every metric that is a number, against steps."""
+    """The points (step, value) of every metric, without values that are not finite numbers."""
     curves: dict[str, list[Point]] = {}
     for row in rows:
         for name, value in row.items():
@@ -151,7 +151,7 @@ def _curves(rows: Sequence[dict]) -> dict[str, tuple[Point, ...]]:
 
 
 def _thinned(points: Sequence[Point]) -> tuple[Point, ...]:
-    """At most `_MOST_POINTS` points: means of neighbours, at the last one's step."""
+    """At most `_MOST_POINTS` points: means of neighbors, at the step of the last one."""
     size = -(-len(points) // _MOST_POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return tuple((part[-1][0], fmean(y for _, y in part)) for part in parts)
@@ -159,7 +159,7 @@ def _thinned(points: Sequence[Point]) -> tuple[Point, ...]:
 
 # -- sheets ----------------------------------------------------------------------------------------
 def _sheets_html(run_dir: Path, config: Mapping) -> str:
-    """What the run drew, with a slider over time for each kind of sheet."""
+    """The run's sheets, with a slider over time for each kind."""
     prompts = "".join(f"<li>{html.escape(str(p))}</li>" for p in config.get("sheet_prompts") or ())
     listed = f"<details><summary>Prompts</summary><ul>{prompts}</ul></details>"
     return _slider_html(run_dir, "", "Samples at fixed prompts and seed", listed) + _slider_html(
@@ -168,7 +168,7 @@ def _sheets_html(run_dir: Path, config: Mapping) -> str:
 
 
 def _slider_html(run_dir: Path, ending: str, title: str, below: str) -> str:
-    """A section of the sheets step_NUMBER + ending; nothing where there are none."""
+    """A section with the sheets named step_NUMBER + ending; "" if there are none."""
     named = re.compile(rf"step_(\d+){ending}")
     sheets = sorted((run_dir / "samples").glob("*.png"))
     frames = [

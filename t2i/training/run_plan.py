@@ -1,12 +1,12 @@
-"""What a run does when, in numbers, and what of it will not make sense.
+"""A run's plan (steps, held-out samples, how often it writes), and warnings about its settings.
 
-The numbers are settled from the settings, the number of samples and nothing else: a run that goes
-on with another number of processes has the same plan.
+The plan depends only on the settings and the number of samples: a run resumed with another number
+of processes has the same plan.
 
-A setting that is a number is taken as it is. One that is None follows the run's length:
+A setting that is a number is used as it is. If it is None, it follows the run's length:
 
-- held out: 4 % of the samples, 8 to 256 of them, but never more than a fifth (more only where
-  one picture has more samples than that: they are held out together);
+- held out: 4 % of the samples, 8 to 256 of them, but at most a fifth (exceeded only if one
+  picture has more samples than that, since these are held out together);
 - warm-up: 3 % of the steps, at most 2,000 (`OptimOptions.warmup`);
 - validations and sample sheets: ten in a run, checkpoints: five; at least one in 1,000 steps
   (checkpoints: 2,000);
@@ -21,15 +21,17 @@ from t2i.errors import UserError
 from t2i.training.config import TrainConfig
 
 PUBLISHED_K = 8
-"""The largest window that the papers report; it was the best by less than its repeats' spread."""
+"""The largest window in the papers; its lead was smaller than the spread of repeated runs."""
 _LONG = 400
-"""Steps from which docs/recipe.md finds own drafts alone better than half of them."""
+"""Steps above which docs/recipe.md found own drafts alone better than own drafts half of the time.
+"""
 _FEW = 25
-"""Adapters trained on 36 pictures were at their best after 27 steps (docs/tutorial.md)."""
+"""Warn below this number of steps: adapters trained on 36 pictures were best after 27 steps
+(docs/tutorial.md)."""
 _PASSES = 20
-"""Those steps were six passes; adapters trained for 60 had learned the pictures by heart."""
+"""Warn above this number of passes: those 27 steps were six; after 60 the adapters had overfit."""
 _SHORT = 50
-"""A run of fewer steps needs nothing before its end."""
+"""A run with fewer steps needs no checkpoint or sheet before its end."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Plan:
     """A run in numbers; stored in its config.json."""
 
     samples: int | None
-    """Usable samples; None where nobody has counted them yet."""
+    """Usable samples; None if not counted yet."""
     held_out: int
-    """0 where nobody has counted them yet; before the data are split, the least number."""
+    """0 if samples are not counted yet; the least number before the data are split."""
     steps: int
     warmup_steps: int
     log_every: int
@@ -60,9 +62,9 @@ def plan_run(
     config: TrainConfig, samples: int | None, held_out: int | None = None
 ) -> Plan | None: ...
 def plan_run(config: TrainConfig, samples: int | None, held_out: int | None = None) -> Plan | None:
-    """The numbers of a run on so many usable samples; None if these and the steps are unknown.
+    """The plan of a run on `samples` usable samples; None if neither these nor the steps are known.
 
-    held_out: how many of them are, where the data are split already.
+    held_out: the number of held-out samples, if the data are already split.
     """
     if held_out is None:
         held_out = 0 if samples is None else least_held_out(config, samples)
@@ -89,13 +91,13 @@ def _every(given: int | None, steps: int, *, times: int, most: int) -> int:
 
 
 def least_held_out(config: TrainConfig, samples: int) -> int:
-    """How many of so many usable samples are held out, unless one picture has several."""
+    """How many of the usable samples are held out (more if one picture has several of them)."""
     count = config.data.validation_samples
     if count is None:
         if samples < 2:
             raise UserError(
-                f"the data has too few usable samples ({samples}): one at least is held out, and the "
-                "others are trained on"
+                f"the data has too few usable samples ({samples}): at least one is held out, and at "
+                "least one more is needed to train on"
             )
         return max(1, min(max(round(0.04 * samples), 8), 256, samples // 5))
     if not 1 <= count < samples:
@@ -108,7 +110,7 @@ def least_held_out(config: TrainConfig, samples: int) -> int:
 
 # -- warnings --------------------------------------------------------------------------------------
 def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
-    """On steps, cadence and rates."""
+    """Warnings about steps, cadence and learning rates."""
     yield from _about_data(config, plan)
     yield from _about_rates(config, plan)
     log = config.log
@@ -116,7 +118,7 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
         if not 0 < plan.save_every < plan.steps:
             yield (
                 f"no checkpoint before the last of {plan.steps} steps: a kill loses everything; "
-                f"give a smaller --log.save-every"
+                "give a smaller --log.save-every"
             )
         sheets, validations = plan.sample_every, plan.validate_every
         looks = (sheets if 0 < sheets < plan.steps else 0) or (0 < validations < plan.steps)
@@ -139,7 +141,7 @@ def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
     if plan.held_out > max(64, 0.1 * plan.samples):
         yield (
             f"{plan.held_out / plan.samples:.0%} of the data are held out (data.validation_samples="
-            f"{plan.held_out} of {plan.samples}); 2 to 5 % will do"
+            f"{plan.held_out} of {plan.samples}); 2 to 5 % are enough"
         )
     if config.batch_size > plan.training:
         yield (
@@ -154,19 +156,19 @@ def _about_data(config: TrainConfig, plan: Plan) -> Iterator[str]:
 
 
 def about_few_pictures(config: TrainConfig, plan: Plan) -> Iterator[str]:
-    """What may disappoint with adapters and some dozens of pictures: worth a note, no fault."""
+    """Notes (not warnings) on what may disappoint with adapters and a few dozen pictures."""
     if config.tuning != "lora" or not plan.training:
         return
     if config.steps is None and plan.steps < _FEW:
         yield (
-            f"{plan.steps} steps hardly move adapters; a smaller --batch-size (and "
-            "--engine.micro-batch) takes more steps over the same pictures"
+            f"{plan.steps} steps hardly change adapters; a smaller --batch-size (and "
+            "--engine.micro-batch) gives more steps over the same pictures"
         )
     passes = plan.steps * config.batch_size / plan.training
     if passes > _PASSES:
         yield (
-            f"{passes:.0f} passes over {plan.training} training samples: so few are learned by "
-            f"heart before that; fewer --epochs, or validate often and use {config.run_dir}/best"
+            f"{passes:.0f} passes over only {plan.training} training samples will overfit; give "
+            f"fewer --epochs, or validate often and use {config.run_dir}/best"
         )
 
 
@@ -175,13 +177,13 @@ def _about_rates(config: TrainConfig, plan: Plan) -> Iterator[str]:
     peaks = peak_rates(config, plan)
     if plan.warmup_steps >= steps:
         yield (
-            f"optim.warmup_steps={plan.warmup_steps} is no less than the {steps} steps of the run: "
-            "no rate gets to its peak"
+            f"optim.warmup_steps={plan.warmup_steps} is not below the {steps} steps of the run: "
+            "no rate reaches its peak"
         )
     for part, given in (("codec", optim.codec_lr), ("backbone", optim.backbone_lr)):
         if part in peaks and peaks[part][0] < 0.8 * given and plan.warmup_steps < steps:
             yield (
-                f"the {part}'s rate gets to {peaks[part][0] / given:.0%} of "
+                f"the {part}'s rate reaches only {peaks[part][0] / given:.0%} of "
                 f"optim.{part}_lr={given:g}: "
                 "shorten --optim.warmup-steps or --optim.backbone-delay-steps, or train longer"
             )
@@ -190,40 +192,40 @@ def _about_rates(config: TrainConfig, plan: Plan) -> Iterator[str]:
     rate = optim.backbone_lr
     if config.tuning == "lora" and not 3e-5 <= rate <= 3e-3:
         yield (
-            f"optim.backbone_lr={rate:g} is unusual for adapters; 1e-4 is, with 3e-5 to 3e-3 "
-            "around it"
+            f"optim.backbone_lr={rate:g} is unusual for adapters; 1e-4 is usual, 3e-5 to 3e-3 are "
+            "possible"
         )
     if config.tuning == "full" and rate > 1e-3:
         yield (
-            f"optim.backbone_lr={rate:g} is far above what fine-tuning a whole model stands (1e-5 "
-            "to 1e-4)"
+            f"optim.backbone_lr={rate:g} is far too high for fine-tuning a whole model (1e-5 to "
+            "1e-4 is usual)"
         )
     if config.method.k > 1 and optim.codec_lr > 2e-2:
-        yield f"optim.codec_lr={optim.codec_lr:g} is far above what was ever tried (1e-4 to 3e-3)"
+        yield f"optim.codec_lr={optim.codec_lr:g} is far above any rate tried so far (1e-4 to 3e-3)"
 
 
 def peak_rates(config: TrainConfig, plan: Plan) -> dict[str, tuple[float, int]]:
-    """The highest rate of each trained part and the (first) step that has it."""
+    """The highest learning rate of each trained part, and the first step that has it."""
     optim, steps = config.optim, plan.steps
     rates = {}
     if config.method.k > 1:
         rates["codec"] = lambda step: optim.codec_rate(step, steps)
     if config.tuning != "codec" or config.train_image_layers:
         rates["backbone"] = lambda step: optim.backbone_rate(step, steps)
-    # Both only fall, or stay, once the warm-up and the delay are over; before, what rises while it
-    # falls as well is highest in the middle of the run.
+    # After warm-up and delay both rates only fall or stay. During the warm-up a rate that also
+    # falls (a parabola over the whole run) is highest in the middle of the run.
     turns = (0, optim.backbone_delay_steps, plan.warmup_steps, (steps - 1) // 2, steps // 2)
-    looked_at = sorted({min(step, steps - 1) for step in turns})
-    best = {part: max(looked_at, key=rate) for part, rate in rates.items()}
+    candidates = sorted({min(step, steps - 1) for step in turns})
+    best = {part: max(candidates, key=rate) for part, rate in rates.items()}
     return {part: (rates[part](step), step) for part, step in best.items()}
 
 
 def about_window(config: TrainConfig, logits: str) -> Iterator[str]:
-    """On the size of the window."""
+    """A warning about a window larger than any in the papers; logits: their size in memory."""
     k = config.method.k
     if k > PUBLISHED_K:
         yield (
-            f"method.k={k} is beyond everything that was tried (2 to {PUBLISHED_K}): head, loss "
-            f"and codec work on {k} times as many codes, {logits} of logits in each pass, and most "
+            f"method.k={k} is beyond every window tried so far (2 to {PUBLISHED_K}): head, loss and "
+            f"codec work on {k} times as many codes, with {logits} of logits in each pass, and most "
             "drafts are far from what they predict"
         )

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: model folder and resumable training state in one folder per step, complete
+"""Checkpoints of a run: one folder per step with the model and the training state, either complete
 or absent.
 
     run_dir/checkpoints/step_000100/            as in t2i.checkpoint, plus
     run_dir/checkpoints/step_000100/training_state/   as in t2i.training.state
     run_dir/best/                               the model with the lowest held-out loss, alone
 
-Noise, data order, dropout and learning rates are functions of the step, so the step is all the
-state that is ours.
+Noise, data order, dropout and learning rates are functions of the step, so no other state of the
+loop needs saving.
 """
 
 import logging
@@ -32,24 +32,24 @@ from t2i.training.batches import TrainingData
 from t2i.training.config import TrainConfig
 from t2i.training.engine import whole_weights
 from t2i.training.run_plan import least_held_out
-from t2i.training.settings import check_settings, plain, say_what_differs, state_facts
+from t2i.training.settings import check_settings, plain, state_facts, warn_of_rounding
 from t2i.training.state import StoredState, write_state
 
 log = logging.getLogger(__name__)
 
 _OVERWRITTEN = ("config.json", "index.html", "checkpoints", BEST)
-"""What a run writes over or clears away in its folder."""
+"""What a run overwrites or deletes in its folder."""
 
 
 @dataclass
 class Checkpoints:
-    """What writes the checkpoints of a run; every rank calls its methods.
+    """Writes the checkpoints of a run; every rank calls its methods.
 
     Attributes:
-        steps: of the whole run.
+        steps: number of steps of the whole run.
         data_key: identifies the data's content.
-        average: its weights are the saved model's, where there is one.
-        facts: what else they say of the run.
+        average: if given, the saved model has its weights.
+        facts: further facts about the run to store in checkpoints.
     """
 
     engine: Any
@@ -66,7 +66,7 @@ class Checkpoints:
         self._state = state_facts(self.config, self.processes.world_size)
 
     def save(self, step: int) -> Path:
-        """Save after so many steps, and delete the oldest ones.
+        """Save after step `step`, and delete the oldest checkpoints.
 
         Raises:
             UserError: the disk is full.
@@ -84,26 +84,26 @@ class Checkpoints:
             for old in run_checkpoints(self.config.run_dir)[: -self.config.log.keep_last]:
                 try:
                     shutil.rmtree(old)
-                except OSError as error:  # such as one that is open elsewhere, on NFS
+                except OSError as error:  # for example a file that is open elsewhere, on NFS
                     log.warning("%s is left as it is: it cannot be deleted (%s)", old, error)
         self.processes.barrier()
         return folder
 
     def save_best(self, step: int, loss: float) -> None:
-        """Save the model alone, as the best one so far."""
+        """Save the model, without training state, as the best one so far."""
         self._write(self.config.run_dir / BEST, {"step": step, "best_loss": loss})
 
     def best_loss(self) -> float:
-        """Of the best model that was saved; infinite without one."""
+        """The loss of the best model saved so far; infinite if there is none."""
 
         def read() -> float:
             folder = self.config.run_dir / BEST
             try:
                 facts = read_config(folder, contents=True)["training"]
                 loss, of_data = float(facts["best_loss"]), facts.get("data_key")
-                # Put there of another run, or as nothing is lower than: no model would be kept.
+                # Neither the loss of a run on other data nor -inf may keep new models from `best`.
                 return loss if math.isfinite(loss) and of_data == self.data_key else math.inf
-            except (ValueError, KeyError, TypeError):  # none yet, or damaged: the next one counts
+            except (ValueError, KeyError, TypeError):  # none yet, or damaged: replace it
                 return math.inf
 
         return self.processes.on_main(read)
@@ -111,7 +111,7 @@ class Checkpoints:
     def _write(
         self, folder: Path, facts: dict, rest: Callable[[Path], None] = lambda partial: None
     ) -> None:
-        """A checkpoint folder, whole or not at all; `rest` writes what ranks share."""
+        """Write a whole checkpoint folder or none; `rest` writes the files that ranks share out."""
         config, processes = self.config, self.processes
         average = nullcontext() if self.average is None else self.average.applied()
         training = {
@@ -133,7 +133,7 @@ class Checkpoints:
                     training=training,
                 )
 
-        # What fails in one process is raised by all: none waits for another that has ended.
+        # A failure in one process is raised by all, so that none waits for one that has ended.
         with ExitStack() as stack:
             partial = processes.on_main(lambda: stack.enter_context(new_checkpoint(folder)))
             with average, whole_weights(self.model, config.engine.zero_stage):
@@ -143,7 +143,7 @@ class Checkpoints:
 
 
 def advice(run_dir: Path) -> str:
-    """What to do with a run that went wrong, which checkpoint is left included."""
+    """Advice for a run whose numbers are not finite, naming the newest checkpoint."""
     found = run_checkpoints(run_dir)
     left = f"the newest healthy checkpoint is {found[-1]}" if found else "there is no checkpoint"
     return f"{left}. Lower the learning rates, or train in fp32"
@@ -152,17 +152,17 @@ def advice(run_dir: Path) -> str:
 def resumed_state(
     model: TensorAR, config: TrainConfig, folder: Path, data: TrainingData
 ) -> StoredState:
-    """The training state to go on from (see also `check_resumable`); its weights are in the model
-    then.
+    """The training state to resume from (see also `check_resumable`); copies its weights into the
+    model.
     """
-    assert data.plan.samples is not None, "the data are there"
-    # Once the least number was recorded, also where images with several captions made it more.
+    assert data.plan.samples is not None, "the data are open"
+    # Older versions recorded the least number, even if images with several captions raised it.
     recorded = {data.plan.held_out, least_held_out(config, data.plan.samples)}
     _refuse_other_split(config.run_dir, data.plan.held_out, recorded)
     if read_config(folder)["training"]["data_key"] != data.key:
         raise UserError(
             f"cannot resume {folder}: the data set has changed since (files were added, removed or "
-            "edited, or this version reads it otherwise), and with it the held-out split and the "
+            "edited, or this version reads it differently), and with it the held-out split and the "
             "order; start a new run_dir"
         )
     state = StoredState(folder / TRAINING_STATE, model)
@@ -171,32 +171,32 @@ def resumed_state(
 
 
 def _refuse_other_split(run_dir: Path, held_out: int, recorded: set[int]) -> None:
-    """UserError if the run held out other samples than it would now: an older version settled
-    their number otherwise. recorded: the numbers that mean the same.
+    """UserError if the run held out other samples than it would now, since an older version chose
+    their number differently. recorded: the numbers that mean the same split.
     """
     try:
         plan = read_object(run_dir / "config.json").get("plan")
-    except UserError:  # the checkpoints stand without it
+    except UserError:  # checkpoints can be resumed without it
         return
     before = plan.get("held_out", held_out) if isinstance(plan, dict) else held_out
     if before not in recorded:
         raise UserError(
-            f"cannot resume {run_dir}: it held out {before} samples, and {held_out} would be held "
-            "out now, so that it would train on some of those that it is judged by; start a new "
-            f"run_dir from its weights, with --backbone.weights {run_dir}"
+            f"cannot resume {run_dir}: it held out {before} samples, but now {held_out} would be "
+            "held out, and it would train on samples that it is validated on; start a new run_dir "
+            f"from its weights, with --backbone.weights {run_dir}"
         )
 
 
 def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
-    """UserError names the settings that differ from those of the run in `folder`."""
+    """UserError if a setting differs from the checkpoint's but must not; warns if it may."""
     stored = read_config(folder, with_state=True)["training"]
     check_settings(config, stored["config"], folder)
-    say_what_differs(config, world_size, stored, folder)
+    warn_of_rounding(config, world_size, stored, folder)
 
 
 @contextmanager
 def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
-    """Hold the run folder for this run alone. Every process calls it."""
+    """Reserve the run folder for this run. Every process calls it."""
     with ExitStack() as stack:
 
         def take() -> None:
@@ -205,7 +205,7 @@ def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
             refuse_in_checkpoint(config.run_dir, "run_dir")
             stack.enter_context(owning(config.run_dir, "run folder"))
             _refuse_foreign(config.run_dir)
-            # After a kill in the middle of a save.
+            # A kill in the middle of a save leaves partial folders.
             left = (config.run_dir / "checkpoints").glob("step_*.*")
             saved = {path.with_suffix("") for path in left if path.suffix in (PARTIAL, REPLACED)}
             for folder in (config.run_dir / BEST, *saved):
@@ -225,12 +225,12 @@ def _is_run(run_dir: Path) -> bool:
 
 
 def _refuse_foreign(run_dir: Path) -> None:
-    """UserError if a run would overwrite or delete what no run has written."""
+    """UserError if a run would overwrite or delete files that no run has written."""
     paths = [] if _is_run(run_dir) else [run_dir / name for name in _OVERWRITTEN]
     if found := [p.name for p in paths if p.is_file() or (p.is_dir() and any(p.iterdir()))]:
         raise UserError(
-            f"{run_dir} holds {', '.join(found)}, which a run would overwrite or delete, and nothing "
-            "there says that a run wrote it; give another --run-dir"
+            f"{run_dir} holds {', '.join(found)}, which a run would overwrite or delete, and does "
+            "not look like a run folder; give another --run-dir"
         )
 
 
@@ -239,8 +239,8 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
     Writes nothing.
 
     Raises:
-        UserError: run_dir has a run and --resume is not given, or --resume is given and there is
-            nothing to resume; it cannot be written to.
+        UserError: run_dir holds a run and --resume is not given; there is nothing to resume; or
+            run_dir cannot be written to.
     """
     refuse_in_checkpoint(config.run_dir, "run_dir")
     for inside in ("", "checkpoints", "samples"):
@@ -257,13 +257,14 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
         return None
     if run_checkpoints(config.run_dir) or (config.run_dir / "metrics.jsonl").exists():
         raise UserError(
-            f"{config.run_dir} already holds a run; give --resume to go on, or another --run-dir"
+            f"{config.run_dir} already holds a run; give --resume to continue it, or another "
+            "--run-dir"
         )
     return None
 
 
 def set_aside_damaged(run_dir: Path, newest: Path) -> None:
-    """Rename the damaged checkpoints after the one that is resumed from, so that none counts."""
+    """Rename the damaged checkpoints newer than the one resumed from, so that they are ignored."""
     found = step_folders(run_dir)
     for folder in found[found.index(newest) + 1 :]:
         damaged = folder.with_name(folder.name + ".damaged")

@@ -1,5 +1,5 @@
-"""A run on a cluster that is not there yet, on data that nobody has fetched: how long, how large,
-and what about it is impossible. From settings and shapes alone; nothing is read or written.
+"""Plan a run on a cluster and data that need not exist yet: how long it takes, how much memory and
+disk it needs, and what makes it impossible. Needs settings and shapes; reads and writes no files.
 """
 
 import math
@@ -18,21 +18,21 @@ from t2i.training.run_plan import about_settings, plan_run
 from t2i.training.start import build_model
 
 _LINE_BYTES = 320
-"""Of a sample's line in a shard's .jsonl: index, name, a caption of two sentences."""
+"""Bytes of a sample's line in a shard's .jsonl: index, name, a caption of two sentences."""
 _ORDER_BYTES = 24
-"""A sample in each process's memory: its number among those trained on, and the orders of two
-passes and of the split."""
+"""Bytes per sample in each process: its number among those trained on, and the orders of two passes
+and of the split."""
 _SORTING_BYTES = 40
-"""A captioned sample while every process looks for equal images, before training."""
+"""Bytes per captioned sample while every process looks for equal images, before training."""
 
 
 def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
-    """A report for people."""
+    """The plan as text; UserError if the cluster cannot run it."""
     samples = int(cluster.images)
     accumulated = deepspeed_config(config, cluster.gpus)["gradient_accumulation_steps"]
     plan = plan_run(config, samples)
     model = build_model(config, device="meta")
-    parameter_groups(model, config)  # raises where nothing would be trained
+    parameter_groups(model, config)  # raises if nothing would be trained
     disk, saved = _cache_bytes(config, cluster, model, samples), checkpoint_bytes(model, config)
     cost = estimate(model, config, cluster.gpus, samples=samples, gpu=True)
     work = cost.flops * plan.steps * config.batch_size
@@ -40,7 +40,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     seconds = plan.steps * config.batch_size / rate
     captioned = isinstance(config.data, DataOptions)
     resident = samples * (_SORTING_BYTES if captioned else _ORDER_BYTES)
-    # While one is saved, the oldest is still there; the best model has no state.
+    # While one is saved, the oldest still exists; the best model has no training state.
     best = saved[0] if config.log.keep_best else 0
     all_saved = sum(saved) * (config.log.keep_last + 1) + best
     _refuse_more(
@@ -60,7 +60,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
         of_it = "" if encoding is None else f" ({readable_time(encoding)} of it to encode the data)"
         raise UserError(
             f"the run takes {readable_time(in_all)}{of_it}, more than {cluster.hours:g} hours: give "
-            f"fewer --epochs or --steps, or more --gpus"
+            "fewer --epochs or --steps, or more --gpus"
         )
     said = "as given" if cluster.images_per_second else "computed from the work, not measured"
     sections = {
@@ -105,17 +105,17 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
 
 
 def _refuse_more(needs: dict[str, tuple[float, float, str]]) -> None:
-    """UserError for what needs more bytes than there are GB, with what to do."""
+    """UserError if a need exceeds what there is; needs: name -> (bytes, available GB, advice)."""
     for what, (needed, there, advice) in needs.items():
         if needed > there * 1e9:
             raise UserError(
-                f"the run needs {readable_size(needed)} of {what}, and there is "
+                f"the run needs {readable_size(needed)} of {what}, but there is only "
                 f"{readable_size(there * 1e9)}: {advice}"
             )
 
 
 def checkpoint_bytes(model: TensorAR, config: TrainConfig) -> tuple[float, float]:
-    """Bytes of a checkpoint's model, and of its training state in all processes together."""
+    """Bytes of a checkpoint's model, and of its training state (of all processes together)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     codec = 0 if model.codec is None else sum(p.numel() for p in model.codec.parameters())
     backbone, whole = model.backbone, trained
@@ -123,7 +123,7 @@ def checkpoint_bytes(model: TensorAR, config: TrainConfig) -> tuple[float, float
     if holds_all_weights(config.tuning, backbone.source):
         adapters = trained - codec if config.tuning == "lora" else 0
         whole = codec + adapters + sum(t.numel() for t in plain_weights(backbone).values())
-    # Of the state: each weight, both moments and, if there is one, the average, in fp32.
+    # The state: each weight, both moments and, if used, the moving average, in fp32.
     return whole * weight_bytes(config), trained * (16 if config.ema else 12)
 
 
@@ -149,7 +149,7 @@ def _shard_lines(cluster: Cluster, samples: int, size: float) -> list[str]:
 
 
 def _encoding_seconds(cluster: Cluster, samples: int, views: int) -> float | None:
-    """None where nobody said how fast that is."""
+    """Seconds to encode all samples; None if the speed is not given."""
     if cluster.encoded_per_second is None:
         return None
     return samples * views / (cluster.encoded_per_second * cluster.gpus)

@@ -1,6 +1,6 @@
-"""What a resumed run may do otherwise: the options in these groups, by their or their part's name.
+"""Which settings a resumed run may change, as groups of names of options or of parts.
 
-With another value of any other option the run would be another one.
+A change of any other option would make it a different run, and is refused.
 """
 
 import json
@@ -16,21 +16,21 @@ from t2i.training.engine import deepspeed_config
 log = logging.getLogger(__name__)
 
 ROUNDING = ("engine.zero_stage", "engine.precision", "engine.micro_batch", "engine.compile")
-"""May change, as the number of processes may: the same sums, added or rounded otherwise."""
+"""May change, like the number of processes: they affect only rounding. A change is warned of."""
 APPLIED = ("optim", "steps", "epochs", "sampling")
-"""May change for a reason, but not unnoticed; the new value holds from the next step on."""
+"""May change with a warning; the new value applies from the next step on."""
 FREE = (
     *("run_dir", "log", "resume", "check", "data.cache_dir"),
     *("engine.gradient_checkpointing", "engine.codec_checkpointing"),
     *("reward.seconds", "reward.constant", "reward.workers"),
     *("reward.watch", "reward.watch_prompts", "reward.watch_images"),
     *("reward.detector_weights", "reward.answerer_weights"),
-    # Names of files, which may have moved: what is in them is compared, not where they are.
+    # Files, which may have moved: their content is compared, not their place.
     *("data.source", "backbone.weights", "backbone.tokenizer", "backbone.text_encoder"),
     "engine.deepspeed_config",
 )
-"""May change without a word: nothing that is computed depends on them, but for the DeepSpeed file,
-which `say_what_differs` compares.
+"""May change silently: results do not depend on them. (The content of the DeepSpeed file matters,
+and `warn_of_rounding` compares it.)
 """
 
 
@@ -45,7 +45,7 @@ def settings_of(config: TrainConfig, caller: str) -> TrainConfig:
 
 
 def plain(config: TrainConfig) -> dict:
-    """The settings as JSON gives them back."""
+    """The settings as plain JSON values."""
     return json.loads(json.dumps(asdict(config), default=str))
 
 
@@ -54,10 +54,9 @@ def _in(group: tuple[str, ...], name: str) -> bool:
 
 
 def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
-    """UserError if a setting differs without which the run is another one; a warning for those that
-    may be changed.
+    """UserError if a setting differs that must not change; a warning for those in `APPLIED`.
 
-    `stored` may lack options that it was written before.
+    `stored` may lack options that are newer than the run.
     """
     before = leaves(stored)
     changed = {
@@ -70,9 +69,9 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
             f"cannot resume {where} with other settings ({'; '.join(others)}); start a new run_dir"
         )
     began, weights = before.get("backbone.weights"), config.backbone.weights
-    if weights != began and not Path(weights).exists():  # of a file here the hash is compared
+    if weights != began and not Path(weights).exists():  # a local file's hash is compared instead
         log.warning(
-            "resuming %s with its own weights, which began as %s, and not with %s",
+            "resuming %s with its own weights, which began as %s, not with %s",
             *(where, began, weights),
         )
     if changed:
@@ -80,7 +79,7 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
 
 
 def state_facts(config: TrainConfig, world_size: int) -> dict:
-    """What the bits of a run depend on besides its settings, for `say_what_differs`."""
+    """What the rounding of a run's numbers depends on, to be stored for `warn_of_rounding`."""
     own = leaves(plain(config))
     zero = deepspeed_config(config, world_size)["zero_optimization"]
     return {
@@ -90,8 +89,8 @@ def state_facts(config: TrainConfig, world_size: int) -> dict:
     }
 
 
-def say_what_differs(config: TrainConfig, world_size: int, stored: dict, where: Path) -> None:
-    """A warning if other processes, or another engine, go on from a checkpoint."""
+def warn_of_rounding(config: TrainConfig, world_size: int, stored: dict, where: Path) -> None:
+    """Warn if a run is resumed with another number of processes or other engine settings."""
     before, now = stored.get("state") or {}, state_facts(config, world_size)
     if changes := [
         f"{name}: {before.get(name)} -> {now.get(name)}"
@@ -99,8 +98,8 @@ def say_what_differs(config: TrainConfig, world_size: int, stored: dict, where: 
         if before.get(name) != now.get(name)
     ]:
         log.warning(
-            "resuming %s with %s: the same samples in the same order, and not bit for bit the same "
-            "numbers",
+            "resuming %s with %s: the same samples in the same order, but the numbers will not be "
+            "bit for bit the same",
             where,
             "; ".join(changes),
         )

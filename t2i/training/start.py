@@ -43,16 +43,16 @@ log = logging.getLogger(__name__)
 def build_model(
     config: TrainConfig, *, device: str = "cpu", resumed: Path | None = None
 ) -> TensorAR:
-    """The backbone with a fresh codec (and adapters), with exactly the chosen parameters trainable.
+    """The backbone with a fresh codec (and adapters); only the chosen parameters are trainable.
 
-    Where the weights are an earlier run's, its codec is taken, too. A `resumed` run stands on its
-    own checkpoint.
+    If the weights are an earlier run's, its codec is used, too. `resumed`: the run's own checkpoint
+    to load instead.
     """
     options = config.backbone
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     earlier = resumed or options.weights
     if is_checkpoint(earlier):
-        # The base may lie elsewhere than when the run began; its hash proves that it is the same.
+        # The base may have moved since the run began; its hash proves that it is the same.
         base = options.weights if resumed and _is_local_base(options.weights) else None
         backbone = start_from(
             earlier, options, resumed=resumed is not None, base=base, device=device, dtype=dtype
@@ -73,13 +73,13 @@ def build_model(
     backbone.compile_blocks = config.engine.compile
     model.recompute_codec = config.engine.codec_checkpointing
     model.sampling = config.drawn_with(model.sampling)
-    check_sampling(model, model.sampling)  # before the first sheet, which may come after hours
+    check_sampling(model, model.sampling)  # now, since the first sheet may come hours later
     model.trained = trained_parts(config.tuning, config.train_image_layers)
     return model
 
 
 def _trained_whole(backbone: Backbone, config: TrainConfig) -> Sequence[nn.Module]:
-    """The backbone's modules of which every parameter is trained."""
+    """The backbone's modules that are trained whole."""
     if config.tuning == "full":
         return backbone.trained_modules()
     return tuple(backbone.image_layers().values()) if config.train_image_layers else ()
@@ -97,14 +97,14 @@ def start_from(
     """The backbone of a checkpoint as the base of a new run: changed weights, merged adapters,
     sampling settings.
 
-    The new run's checkpoints hold all of these weights: they do not need the old folder, only the
-    base's other files.
+    The new run's checkpoints will hold all of these weights: they do not need the old folder, only
+    the base's other files.
 
     Args:
         folder: checkpoint, run or export folder.
-        options: where the base's tokenizer and text encoder are now, and what is left out.
-        resumed: it is the new run's own checkpoint: its adapters are left out, since training goes
-            on with them.
+        options: where the base's tokenizer and text encoder are now, and what is not loaded.
+        resumed: whether the checkpoint is the run's own. Its adapters are then not merged, since
+            their training continues.
         base: where the base's weights are now.
     """
     folder = choose_checkpoint(folder)
@@ -112,8 +112,8 @@ def start_from(
     family = config["backbone"].get("family")
     if family not in (None, options.family) and not resumed:
         raise UserError(
-            f"backbone.family={options.family}, and {folder} is of the family {family}: train on it "
-            "with a recipe of that family"
+            f"backbone.family={options.family}, but {folder} is of the family {family}: use a "
+            "recipe of that family"
         )
     source = moved(
         stored_source(config, folder),
@@ -125,7 +125,7 @@ def start_from(
     if base is not None:
         prove(expand_folder(source))
     merged = config.get("tuning") == "lora" and not resumed
-    exact = torch.float32 if merged else dtype  # bf16 would round the adapters away
+    exact = torch.float32 if merged else dtype  # in bf16 rounding would lose the adapters' changes
     backbone = load_stored_backbone(
         folder, config, source, adapter=merged, device=torch.device(device), dtype=exact
     )
@@ -147,7 +147,7 @@ def start_from(
 
 
 def start_facts(config: TrainConfig) -> dict[str, str]:
-    """The weights that a new run starts from: where they lie, and a hash of what they are."""
+    """The weights that a new run starts from: their place, and a hash of their content."""
     weights = config.backbone.weights
     if not is_checkpoint(weights):
         files = base_files(**asdict(config.backbone))
@@ -160,23 +160,23 @@ def start_facts(config: TrainConfig) -> dict[str, str]:
 
 
 def check_start(config: TrainConfig, folder: Path) -> None:
-    """UserError if a run whose start is still asked is to go on with another one."""
+    """UserError if a run that compares itself with its start is resumed with another start."""
     before = read_config(folder)["training"].get("start")
     if isinstance(before, dict) and before.get("sha256") != start_facts(config)["sha256"]:
         raise UserError(
-            f"cannot resume {folder} with backbone.weights={config.backbone.weights}: the run is "
-            f"held to the weights that it began with, which were others ({before.get('weights')}); "
-            "give those, wherever they are now"
+            f"cannot resume {folder} with backbone.weights={config.backbone.weights}: the run needs "
+            f"the weights that it began with ({before.get('weights')}), and these are different; "
+            "give the original ones, wherever they are now"
         )
 
 
 def _is_local_base(weights: str) -> bool:
-    """Whether it is base weights here: no shipped base, name on the hub, or earlier run."""
+    """Whether these are local base weights: not a shipped base, a name on the hub, or a run."""
     return weights not in shipped_bases() and Path(weights).exists() and not is_checkpoint(weights)
 
 
 def _take_codec(model: TensorAR, folder: str | Path) -> None:
-    """Copy a checkpoint's codec into a model if its shape is the same; a log line says if not."""
+    """Copy a checkpoint's codec into a model if its shape is the same, or else log the changes."""
     folder = find_checkpoint(folder)
     method = stored_part(read_config(folder), "method", TensorARConfig, folder)
     if model.codec is None or method.k == 1:
@@ -187,6 +187,6 @@ def _take_codec(model: TensorAR, folder: str | Path) -> None:
         for name in shape
         if getattr(method, name) != getattr(model.config, name)
     ]:
-        log.info("the codec begins anew: that of %s is another (%s)", folder, ", ".join(changes))
+        log.info("starting with a fresh codec: %s has another (%s)", folder, ", ".join(changes))
     elif next(model.parameters()).device.type != "meta":
         load_strict(model.codec, read_state_dict(folder / CODEC), folder / CODEC)

@@ -1,10 +1,10 @@
-"""The training state of a run: of every trained parameter its exact weight and AdamW's moments.
+"""The training state of a run: the exact weight and AdamW's moments of every trained parameter.
 
-    training_state/00000_of_00002_000.safetensors    of process 0 of 2, its first file
+    training_state/00000_of_00002_000.safetensors    first file of process 0 of 2
 
-Everything is stored whole, in fp32, under the parameter's name. So a state fits any number of
-processes, any ZeRO stage and any precision, and nothing in it can be run, as in a pickle. The
-parameters are dealt out to the processes, which write their shares at the same time.
+All tensors are stored whole, in fp32, under the parameter's name, so a state fits any number of
+processes, any ZeRO stage and any precision; and unlike a pickle it cannot run code. The parameters
+are divided among the processes, which write their shares at the same time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,13 +23,13 @@ from t2i.weights import save_weights
 
 WEIGHT, STEP, AVERAGE = "weight", "step", "average"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's own names."""
+"""The names in AdamW's state."""
 _FILE_BYTES = 1 << 30
-"""A process holds so much of its share in memory at a time."""
+"""A process writes a file when it holds this much of its share in memory."""
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a state is about, by name."""
+    """The trained parameters, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -37,7 +37,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def write_state(
     engine, model: nn.Module, average: dict[str, Tensor], folder: Path, processes: Processes
 ) -> None:
-    """Write a folder of a checkpoint; every process calls it.
+    """Write the training state of a checkpoint to a folder; every process calls it.
 
     Args:
         engine: DeepSpeed's, after at least one step.
@@ -45,7 +45,7 @@ def write_state(
 
     Raises:
         NotFiniteError: a moment of the optimizer is not finite.
-        UserError: the disk is full. Every process raises what one of them met.
+        UserError: the disk is full. If one process fails, all of them raise.
     """
     part: dict[str, Tensor] = {}
     files, bad, full = 0, "", ""
@@ -54,18 +54,18 @@ def write_state(
         nonlocal files, full
         name = f"{processes.rank:05d}_of_{processes.world_size:05d}_{files:03d}.safetensors"
         try:
-            with saving(str(folder.parent).removesuffix(PARTIAL)):  # the name it will have
+            with saving(str(folder.parent).removesuffix(PARTIAL)):  # messages give the final name
                 folder.mkdir(exist_ok=True)
                 if part and not full:
                     save_weights(folder / name, part)
         except UserError as error:
-            full = str(error)  # and on, for the others count on this process's shards
+            full = str(error)  # but continue: other processes need this one's shards
         part.clear()
         files += 1
 
     _link(engine, trained(model).values())
     for number, (name, p) in enumerate(trained(model).items()):
-        whole = dict(_whole(engine, p))  # of shards: all processes take part
+        whole = dict(_whole(engine, p))  # collective: all processes take part
         if average:
             whole[AVERAGE] = average[name]
         if number % processes.world_size != processes.rank:
@@ -83,13 +83,13 @@ def write_state(
 
 
 def _whole(engine, p: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-    """A parameter's weight, moments and count of steps, gathered from all processes."""
+    """A parameter's weight, moments and number of steps, gathered from all processes."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     state = _adamw(engine).state
     if engine.zero_optimization_stage() == 0:
         yield WEIGHT, p.detach()
-        if p in state:  # or it has had no gradient yet
+        if p in state:  # else it has had no gradient yet
             yield from ((kind, state[p][kind]) for kind in (*MOMENTS, STEP))
         return
     yield WEIGHT, safe_get_full_fp32_param(p)
@@ -103,24 +103,24 @@ def _adamw(engine) -> torch.optim.AdamW:
 
 
 def _link(engine, parameters: Iterable[Any]) -> None:
-    """Tell parameters where their moments are: under ZeRO-1 and 2 DeepSpeed does it at the first
-    step, and of the first group of parameters alone.
+    """Link parameters to their moments: under ZeRO-1 and 2 DeepSpeed does so only at the first
+    step, and only for the first group of parameters.
     """
     if engine.zero_optimization_stage() not in (1, 2):
         return
     optimizer = _adamw(engine)
     for p in parameters:
-        if (mapping := p._hp_mapping) is not None:  # or it is other processes' alone
+        if (mapping := p._hp_mapping) is not None:  # else only other processes have shards of it
             (shard,) = optimizer.param_groups[mapping.param_group_index]["params"]
             mapping.set_optim_state_fragment(shard, optimizer.state[shard])
 
 
 # -- reading ---------------------------------------------------------------------------------------
 class StoredState:
-    """A state on disk; a tensor is read when it is asked for.
+    """A state on disk, whose tensors are read when needed.
 
     Raises:
-        UserError: it is none, or is of other parameters than the model's trained ones.
+        UserError: it is missing or damaged, or its parameters are not the model's trained ones.
     """
 
     def __init__(self, folder: Path, model: nn.Module):
@@ -134,7 +134,7 @@ class StoredState:
             raise UserError(f"{folder} cannot be read ({error}); copy it again") from error
         if not self._where:
             raise UserError(
-                f"{folder.parent} was saved by an older version, whose training cannot go on here; "
+                f"{folder.parent} was saved by an older version and cannot be resumed by this one; "
                 f"start a new run_dir from its weights, with --backbone.weights {folder.parent}"
             )
         shapes = {name: tuple(p.shape) for name, p in self._parameters()}
@@ -146,8 +146,7 @@ class StoredState:
         if stored != shapes:
             other = {name for name, _ in stored.items() ^ shapes.items()}
             raise UserError(
-                f"{folder} is of other trained parameters than this model's: "
-                f"{shorten(sorted(other))}"
+                f"{folder} does not match this model's trained parameters: {shorten(sorted(other))}"
             )
 
     def _parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -159,10 +158,10 @@ class StoredState:
 
     @torch.no_grad()
     def load_weights(self) -> None:
-        """Copy the weights into the model, which no engine has wrapped yet."""
+        """Copy the weights into the model, before an engine wraps it."""
         for name, p in self._parameters():
             weight = self._get(name, WEIGHT)
-            assert weight is not None, "compared above"
+            assert weight is not None, "names are compared in __init__"
             p.copy_(weight)
 
     def average(self) -> dict[str, Tensor]:
@@ -175,7 +174,7 @@ class StoredState:
 
     @torch.no_grad()
     def load_optimizer(self, engine) -> None:
-        """Set the moments, and the exact weights of which bf16 is a rounding; every process."""
+        """Set the moments and, under ZeRO, the exact fp32 weights; every process calls it."""
         if engine.zero_optimization_stage() == 0:
             self._load_whole(_adamw(engine))
         else:
@@ -187,13 +186,13 @@ class StoredState:
                 continue
             moments = {kind: self._get(name, kind) for kind in MOMENTS}
             own = {kind: value.to(p) for kind, value in moments.items() if value is not None}
-            optimizer.state[p] = {STEP: step.to(p.device), **own}  # fused steps read it there
+            optimizer.state[p] = {STEP: step.to(p.device), **own}  # fused AdamW needs STEP there
 
     def _load_shards(self, engine) -> None:
         optimizer, sharded = _adamw(engine), engine.optimizer
         steps = [step for name, _ in self._parameters() if (step := self._get(name, STEP))]
         step = max(steps, default=torch.tensor(0.0))
-        # DeepSpeed would make the moments at the first step.
+        # Make the moments now, which DeepSpeed would do at the first step.
         flat = [p for group in optimizer.param_groups for p in group["params"]]
         for shard in getattr(sharded, "fp32_partitioned_groups_flat", flat):  # ZeRO-3's name
             empty = {kind: torch.zeros_like(shard, requires_grad=False) for kind in MOMENTS}
@@ -215,7 +214,7 @@ def _set_share(p: nn.Parameter, value: Tensor, kind: str) -> None:
         else:
             utils.safe_set_full_optimizer_state(p, value, kind)
         return
-    # ZeRO-3's shares are of one size, the last one filled up, which the calls above cannot do.
+    # ZeRO-3's shares have one size (the last is padded), which the calls above do not handle.
     size = p.ds_tensor.numel()
     padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
     share = padded.narrow(0, size * dist.get_rank(), size)

@@ -1,5 +1,5 @@
-"""The trigger words that a model is trained with: whether it reads them, and what those who draw
-with it are told.
+"""The trigger words that a model is trained with: check that it can read them, and remind users who
+draw with it.
 """
 
 import logging
@@ -19,23 +19,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRIGGER = "trigger"
-"""Among the facts of an export, whose run is not stored."""
+"""Key of the words in an export, which does not store the run's settings."""
 
 
 def refuse_lost_words(backbone: "Backbone", options: DataOptions) -> None:
-    """UserError names the trigger words that never get to the text encoder: LlamaGen's cleaning of
-    captions takes whole words out, and the run would teach, and be drawn with, nothing.
+    """UserError for trigger words that never reach the text encoder: LlamaGen's caption cleaning
+    removes some words, and training on them would have no effect.
     """
     if options.trigger is None:
         return
     read = _words(backbone.as_read(options.with_trigger("a picture")))
     if lost := [word for word in _words(options.with_trigger("")) if word not in read]:
         raise UserError(
-            f"data.trigger={options.trigger!r}: the cleaning of captions that this "
-            f"{backbone.spec.family} model was trained with takes {', '.join(map(repr, lost))} out, "
-            "so that its text encoder would never read it. Plain words of Latin letters stay, made "
-            "up or not ('drawn by xyz'); letters mixed with digits, @names, <tags>, file types and "
-            "Chinese may go"
+            f"data.trigger={options.trigger!r}: this {backbone.spec.family} model's cleaning of "
+            f"captions takes {', '.join(map(repr, lost))} out, so its text encoder would never read "
+            "it. Use plain words of Latin letters, made up or not ('drawn by xyz'): letters mixed "
+            "with digits, @names, <tags>, file types and Chinese may be removed"
         )
 
 
@@ -45,7 +44,7 @@ def _words(text: str) -> list[str]:
 
 
 def trigger_of(training: dict) -> str | None:
-    """The trigger words in a checkpoint's facts about its training, or an export's."""
+    """The trigger words in what a checkpoint or an export stores about its training."""
     of_run = training.get("config", {}).get("data", {}).get("trigger")
     return of_run or training.get(TRIGGER)
 
@@ -56,13 +55,13 @@ def with_trigger(training: dict, prompt: str) -> str:
 
 
 def remind_of_trigger(checkpoint: Path | None, prompts: Sequence[str]) -> None:
-    """Say, once, that prompts lack the words."""
+    """Log a warning if prompts lack the trigger words."""
     if lacking := without_trigger(checkpoint, prompts):
         log.warning(lacking)
 
 
 def without_trigger(checkpoint: Path | None, prompts: Sequence[str]) -> str:
-    """What to say of prompts that lack the words; "": nothing, and of a base by itself (None)."""
+    """A warning about prompts that lack the trigger words; "" if none do, or for no checkpoint."""
     if checkpoint is None:
         return ""
     training = read_config(checkpoint)["training"]

@@ -1,8 +1,7 @@
-"""Options that a run does not read beside its other settings: pointed out, and refused where the
-run would be another one than was asked for.
+"""Options that have no effect with a run's other settings: a warning, or a refusal if the run would
+not be what the user asked for.
 
-What a recipe says is nobody's wish: only what differs from it, and from the option's own default,
-was given.
+Only options that differ from both the recipe and their own default count as given by the user.
 """
 
 import logging
@@ -21,45 +20,46 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=TrainConfig)
 _Unread = Iterator[tuple[set[str], str]]
-"""Options that are not read, and beside which setting."""
+"""Pairs of options that are not read, and the setting that is the reason."""
 
 
 def settle_options(config: C, recipe: C) -> C:
-    """What is run when this was made of a recipe: epochs that are given alone count, and not the
-    recipe's steps.
+    """The settings to run, given those made from a recipe: if only epochs were given, they replace
+    the recipe's steps. Warns of options without effect.
 
     Raises:
-        UserError: names options which the run would not read, and would be another one without.
+        UserError: an option has no effect, and the user probably expects one.
     """
     before, now = leaves(plain(recipe)), leaves(plain(config))
     given = [name for name in given_options(config) if now.get(name) != before.get(name)]
-    for told in _told(given, now, _contradicted(config, given)):
-        raise UserError(f"{told}; leave it out")
+    for text in _without_effect(given, now, _refused(config, given)):
+        raise UserError(f"{text}; leave it out")
     if "epochs" in given and config.steps == recipe.steps:
         config = replace(config, steps=None)
-    for told in _told(given, now, _idle(config)):
-        log.warning(told)
+    for text in _without_effect(given, now, _warned_of(config)):
+        log.warning(text)
     return config
 
 
-def _told(given: list[str], values: dict, unread: _Unread) -> Iterator[str]:
+def _without_effect(given: list[str], values: dict, unread: _Unread) -> Iterator[str]:
+    """A message for each group of unread options of which the user gave some."""
     for names, why in unread:
         if parts := [f"{name}={values[name]}" for name in given if name in names]:
             yield f"{', '.join(parts)} has no effect with {why}"
 
 
-def _contradicted(config: TrainConfig, given: list[str]) -> _Unread:
+def _refused(config: TrainConfig, given: list[str]) -> _Unread:
     data, of_base = config.data, {"backbone.grid", "backbone.text_encoder_dtype"}
-    if of_base & {*given} and is_checkpoint(config.backbone.weights):  # which reads all of it
-        yield of_base, f"backbone.weights={config.backbone.weights}, which says it itself"
+    if of_base & {*given} and is_checkpoint(config.backbone.weights):  # last: may hash files
+        yield of_base, f"backbone.weights={config.backbone.weights}, which has its own"
     if isinstance(data, LabelledOptions) and any(map(holds_codes, data.source)):
-        yield {"data.views", "data.crop_ranges", "data.split"}, "codes that others computed"
+        yield {"data.views", "data.crop_ranges", "data.split"}, "pretokenized codes"
     elif isinstance(data, LabelledOptions) and data.views == "flip":
-        yield {"data.crop_ranges"}, "data.views=flip (ten-crop reads it)"
+        yield {"data.crop_ranges"}, "data.views=flip (only ten-crop uses it)"
 
 
-def _idle(config: TrainConfig) -> _Unread:
-    """Scripts give all options to every recipe, and the control gets those of drafts, too."""
+def _warned_of(config: TrainConfig) -> _Unread:
+    """Not refused, since scripts pass the same options to every recipe, including the control's."""
     if config.method.k == 1:
         of_method = {f"method.{name}" for name in vars(config.method)} - {"method.k"}
         drafts = {"sampling.draft_temperature", "sampling.renoise"}
@@ -71,4 +71,4 @@ def _idle(config: TrainConfig) -> _Unread:
     if config.steps is not None:
         yield {"epochs"}, f"steps={config.steps}"
     if config.log.tracker != "wandb":
-        yield {"log.project"}, f"log.tracker={config.log.tracker} (it is wandb's)"
+        yield {"log.project"}, f"log.tracker={config.log.tracker} (only wandb uses it)"

@@ -1,8 +1,8 @@
 """The held-out loss by slot, with two kinds of input: noised truth (what training sees) and the
 model's own drafts.
 
-In training a draft is the truth with probability 1 - b; in sampling it is a guess. The loss on own
-drafts is therefore the honest one: it is what the model can do with what it will really be fed.
+In training a draft is the truth with probability 1 - b; in sampling it is the model's guess. The
+loss on own drafts is therefore the one that predicts how well the model draws.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Validation:
 
 
 def batch_losses(model: TensorAR, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sums and counts by slot of both kinds of input, [2, 2, k]; the windows of own drafts."""
+    """Sums and counts by slot for both kinds of input [2, 2, k]; the windows of own drafts."""
     condition = model.backbone.encode_condition(batch.prepared)
     noised = model.noised_windows(batch.codes, batch.keys)
     own = model.own_draft_windows(batch.codes, condition, batch.keys)
@@ -46,7 +46,7 @@ def batch_losses(model: TensorAR, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def validate(model: TensorAR, data: TrainingData) -> Validation:
-    """Both held-out losses, the same on any number of processes; keeps the model's mode."""
+    """Both held-out losses, equal for any number of processes; restores the model's mode."""
     was_training = model.training
     model.eval()
     total = torch.zeros(2, 2, model.config.k)

@@ -1,7 +1,7 @@
-"""Processes of a run watch each other: if one is frozen, or gone with its machine, the run ends.
+"""The processes of a run watch each other: if one freezes, or its machine is gone, the run ends.
 
-The others would wait for it in an exchange of gradients, for as long as the library's limit of half
-an hour. (One that dies is noticed by the launcher.)
+Otherwise the others would wait for it while exchanging gradients, until the communication library
+gives up after half an hour. (The launcher notices a process that dies.)
 """
 
 import logging
@@ -19,15 +19,15 @@ from t2i.processes import Processes
 log = logging.getLogger(__name__)
 
 _SECONDS = 1.0
-"""Between two looks."""
+"""Time between two looks."""
 _IN_A_STEP, _ELSEWHERE = 20, 900
-"""Looks without a sign of life. Saving may keep a process from giving one; a step does not."""
+"""Looks without a sign of life before the run ends; saving may block signs for long, a step not."""
 
 
 class PeerWatch:
-    """Counts signs of life of the next process, in a small server in the first one.
+    """Watches the next process's signs of life, counted in a small server in the first process.
 
-    Looks are counted, not seconds: a machine that sleeps wakes up with all its processes.
+    Limits are numbers of looks, not seconds, so that a machine may sleep and wake up again.
     """
 
     def __init__(self, processes: Processes):
@@ -55,7 +55,7 @@ class PeerWatch:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """While a step is taken, a sign of life is due soon."""
+        """Apply the short limit while a step is taken."""
         self._limit = _IN_A_STEP
         try:
             yield
@@ -67,7 +67,7 @@ class PeerWatch:
         return (self._processes.rank + 1) % self._processes.world_size
 
     def _look(self) -> None:
-        """Give a sign of life, and look for one; waits for as long as the first process does not
+        """Give a sign of life and look for the next process's; blocks while the server does not
         answer.
         """
         before = -1
@@ -81,6 +81,7 @@ class PeerWatch:
             self._looks, before = self._looks + 1, count
 
     def _judge(self) -> None:
+        """End the run if the server does not answer, or the next process gives no sign of life."""
         unanswered, before = 0, -1
         while not self._over.is_set():
             time.sleep(_SECONDS)
@@ -90,7 +91,7 @@ class PeerWatch:
                 rank = self._next if self._silent > self._limit else 0
                 log.error(
                     "process %d has given no sign of life for %g seconds: it is frozen, or its "
-                    "machine is gone. The run ends; --resume goes on from the newest checkpoint",
+                    "machine is gone. The run ends; --resume continues from the newest checkpoint",
                     rank,
                     self._limit * _SECONDS,
                 )
