@@ -298,7 +298,7 @@ def test_bad_prompts(generate_fails, tmp_path):
     for name in ("prompts.json", "prompts.CSV"):  # a line of these would be drawn as a prompt
         path = tmp_path / name
         path.write_text("prompt\na circle")
-        assert "is not read; give one prompt a line" in generate_fails("--prompt-file", path)
+        assert "files cannot be read; give a .txt file" in generate_fails("--prompt-file", path)
     path = tmp_path / "prompts.JSONL"
     path.write_text('"a circle"')
     assert f"{path} line 1 has no text" in generate_fails("--prompt-file", path)

@@ -1,8 +1,8 @@
-"""Standard errors and differences by bootstrap over prompts: the images of one prompt are
-correlated, so prompts are what is redrawn.
+"""Standard errors and differences by bootstrap over prompts. The images of one prompt are
+correlated, so whole prompts are redrawn.
 
-Two models are given the same resampled prompts, so that what a prompt's difficulty adds to both
-scores cancels and small differences become visible. Differences are B - A.
+Both models get the same resampled prompts: the difficulty of a prompt, which affects both scores,
+cancels, and small differences become visible. Differences are B - A.
 
 Shapes: P prompts, R resamples.
 """
@@ -19,11 +19,12 @@ from t2i.errors import UserError
 
 _RESAMPLES = 1000
 Groups = Mapping[str, Mapping[str, Sequence[float]]]
-"""Group (such as a task, or a category) -> prompt -> its values (of its images, or answers)."""
+"""Group (such as a task or a category) -> prompt -> its values, one per image or answer."""
 
 
 def resampled_means(totals: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Means over images of 1,000 draws of P prompts with replacement; float64 [R].
+    """Draw P prompts with replacement, 1,000 times; returns each draw's mean over images,
+    float64 [R].
 
     totals: float [P], the sum over each prompt's images; counts: int [P], their number (>= 1).
     The standard deviation of the result is the standard error of `totals.sum() / counts.sum()`.
@@ -40,7 +41,7 @@ def resampled_means(totals: np.ndarray, counts: np.ndarray, rng: np.random.Gener
 class PromptMean:
     """A mean over all values of all prompts.
 
-    stderr: None where a single prompt gives no idea of the spread.
+    stderr: None for a single prompt, which does not show the spread.
     """
 
     mean: float
@@ -53,9 +54,9 @@ class PromptMean:
 def mean_over_prompts(
     prompts: Sequence[Sequence[float]], name: str | None = None, *, seed: int = 0
 ) -> tuple[PromptMean, np.ndarray]:
-    """The mean of every prompt's values, and its resampled means [R].
+    """The mean over all values of all prompts, and its resampled means [R].
 
-    name: of what the mean is of; each has random numbers of its own.
+    name: what is averaged; each name has its own random numbers.
     """
     totals, counts = np.array([sum(v) for v in prompts]), np.array([len(v) for v in prompts])
     rng = np.random.default_rng(seed if name is None else [seed, zlib.crc32(name.encode())])
@@ -67,9 +68,9 @@ def mean_over_prompts(
 
 @dataclass(frozen=True)
 class Difference:
-    """One group's means, and their difference with its bootstrap standard error and 95 % interval.
+    """One group's means; the bootstrap standard error and 95 % interval of their difference.
 
-    The last three are None where a single prompt gives no idea of the spread.
+    stderr, low and high are None for a single prompt, which does not show the spread.
     """
 
     a: float
@@ -85,13 +86,13 @@ class Difference:
 
 
 def paired_differences(a: Groups, b: Groups) -> tuple[Difference, dict[str, Difference]]:
-    """The difference overall (the unweighted mean of the groups) and by group.
+    """The overall difference (between the unweighted means of the groups), and that of each group.
 
     Raises:
-        UserError: the two were not asked the same prompts.
+        UserError: the two results are not about the same prompts.
     """
     of_a, of_b = ({(g, p) for g in groups for p in groups[g]} for groups in (a, b))
-    # A prompt may be in several groups, and counts once.
+    # A prompt that is in several groups is counted once.
     in_a, in_b = ({prompt for _, prompt in pairs} for pairs in (of_a, of_b))
     if of_a != of_b or not of_a:
         raise UserError(
@@ -101,7 +102,7 @@ def paired_differences(a: Groups, b: Groups) -> tuple[Difference, dict[str, Diff
         )
     by_group, drawn = {}, []
     for name in a:
-        # The same draws for both: they have the same name and prompts.
+        # Both get the same draws, because they have the same name and prompts.
         (mean_a, means_a), (mean_b, means_b) = (
             mean_over_prompts([values[prompt] for prompt in sorted(values)], name)
             for values in (a[name], b[name])

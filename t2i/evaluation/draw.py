@@ -1,8 +1,8 @@
-"""The resumable drawer: prompts into a generation folder, classes into a set of numbered images.
+"""Resumable drawing: prompts into a generation folder, classes into a set of numbered images.
 
-Images are drawn in batches that are fixed by the request, always with the same rows in the same
-places: whatever was interrupted before, and however many processes share the work, an image comes
-out of the same matrix products. Where they go, and which are there, is a `Place`'s to say.
+The request alone decides which images form a batch and in which order, so an image comes out of the
+same matrix products after any interruption and with any number of processes. A `Place` knows where
+images go and which exist already.
 """
 
 import logging
@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 
 _MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights", "method"}
 _CODES = 1
-"""In place of a sample index; an image's class comes from the key without it, its codes with."""
+"""Used as the sample index: an image's class is drawn from the key without it, its codes from the
+key with it.
+"""
 
 
 def fill(
@@ -49,11 +51,12 @@ def fill(
     *,
     progress: bool = True,
 ) -> None:
-    """Draw what a claimed place lacks; every process calls it and does every n-th batch.
+    """Draw the images that a claimed place lacks. Every process calls this and draws every n-th
+    batch.
 
     Args:
-        batches: of jobs. A batch may be filled up with repeats of a job, which are written once.
-        draw: all images of a batch.
+        batches: jobs by batch. A batch may be padded with repeats of a job, which is written once.
+        draw: draws all images of a batch.
     """
     processes = place.processes
     share = batches[processes.rank :: processes.world_size]
@@ -80,10 +83,10 @@ def _claim(
     *,
     compared: set[str],
 ) -> DrawOptions:
-    """Claim a place for so many batches of images; returns how all of them are drawn.
+    """Claim a place for this number of batches; returns the options to draw all of them with.
 
-    Whoever goes on with it, or helps, takes speculation that is left to the kit from what was
-    recorded, and so draws in the same matrix products.
+    If the kit chooses the speculation ("auto"), a resumed run and the other processes use the
+    recorded choice, so that they draw with the same matrix products.
     """
     speed, ahead = choose_run(model, options, batches, options.batch_size)
     auto = asked_ahead(model, options) == "auto"
@@ -109,11 +112,11 @@ def draw_prompts(
     *,
     show_steps: bool = False,
 ) -> None:
-    """Draw what a generation folder lacks of these images; every process calls it.
+    """Draw those of these images that a generation folder lacks; every process calls this.
 
     Args:
-        entries: all prompts, whichever are drawn; the index in it is the prompt's number.
-        show_steps: let the progress bar count the steps of each batch, instead of all images.
+        entries: all prompts, not only those to draw; a prompt's number is its index here.
+        show_steps: let the progress bar count the steps of each batch instead of all images.
 
     Raises:
         UserError: the folder holds images of other prompts, settings or weights.
@@ -122,11 +125,11 @@ def draw_prompts(
     place = GenerationFolder(folder, entries, processes, stages=count_stages(model, options))
     settings = generation_settings(model, entries, options)
     batches = _batches(jobs, options.batch_size)
-    for batch in batches:  # the last one is filled up: all come out of the same matrix shapes
+    for batch in batches:  # the last one is padded, so that all have the same matrix shapes
         batch += [batch[-1]] * (options.batch_size - len(batch))
     options = _claim(place, settings, model, options, len(batches), compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
-    _say_what_is_alike(model, options, any(sample for _, sample in jobs))
+    _warn_if_alike(model, options, any(sample for _, sample in jobs))
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, prompts, options, jobs=batch, progress=show_steps)
@@ -134,46 +137,49 @@ def draw_prompts(
     fill(place, batches, draw, progress=not show_steps)
 
 
-def _say_what_is_alike(model: TensorAR, options: DrawOptions, repeats: bool) -> None:
-    """repeats: whether there are several images of one condition."""
+def _warn_if_alike(model: TensorAR, options: DrawOptions, repeats: bool) -> None:
+    """Warn if all images of a condition will be the same.
+
+    repeats: whether a condition has several images.
+    """
     sampling = options.sampling or model.sampling
     if repeats and sampling.is_greedy and not sampling.renoise:
         log.warning("temperature=0: all samples of a prompt, or class, are the same image")
 
 
 def check_prompts(folder: Path, entries: Sequence[dict], seed: int) -> None:
-    """UserError for what `draw_prompts` would refuse, as far as it is known without a model."""
+    """Raise what `draw_prompts` would raise, as far as that is known without a model."""
     known = {"prompts": prompts_digest(entries), "seed": seed}
     GenerationFolder(folder, entries).check(known)
 
 
 def count_stages(model: TensorAR, options: DrawOptions) -> int:
-    """Refinement stages that are kept of an image; 0 if none are asked for."""
+    """How many refinement stages of an image are kept; 0 if none are asked for."""
     geometry = drawn_windows(model, options.sampling or model.sampling)
     return geometry.stages if options.stages else 0
 
 
 def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> dict:
-    """All that decides what the images of prompts are, as JSON would give it back."""
+    """Everything that determines the images of prompts, as JSON values."""
     settings = image_settings(model, options) | {"kit_version": __version__}
     return {"prompts": prompts_digest(entries), **settings}
 
 
 def request_hash(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> str:
-    """A short name for all that must match in a folder of images."""
+    """A short hash of all settings that must match within a folder of images."""
     settings = generation_settings(model, entries, options)
-    # What is empty as a rule is left out: the names of folders of before stay.
-    told = {key: settings[key] for key in _MUST_MATCH if settings[key] != {}}
-    return json_sha256(told)[:8]
+    # Empty settings are left out, so that folders keep the names they had before a setting existed.
+    present = {key: settings[key] for key in _MUST_MATCH if settings[key] != {}}
+    return json_sha256(present)[:8]
 
 
 def prompts_digest(entries: Sequence[dict]) -> dict:
-    """Number of the prompts, and SHA-256 of all their metadata."""
+    """The number of prompts, and the SHA-256 of all their metadata."""
     return {"count": len(entries), "sha256": json_sha256(list(entries))}
 
 
 def image_settings(model: TensorAR, options: DrawOptions) -> dict:
-    """What any image depends on besides its condition and its key."""
+    """The settings that any image depends on, besides its condition and its key."""
     return {
         "seed": options.seed,
         "sampling": asdict(options.sampling or model.sampling),
@@ -186,7 +192,7 @@ def image_settings(model: TensorAR, options: DrawOptions) -> dict:
 
 
 def _unusual_method(model: TensorAR, sampling: SamplingConfig) -> dict:
-    """What images depend on of the method, and the weights do not show; nothing as a rule."""
+    """Settings of the method that change images and do not show in the weights; usually none."""
     method, names = model.config, ["residual"] if model.config.residual == "all" else []
     if sampling.renoise:
         names += ["noise", "schedule", "noise_floor"]
@@ -194,7 +200,9 @@ def _unusual_method(model: TensorAR, sampling: SamplingConfig) -> dict:
 
 
 def weights_hashes(model: TensorAR) -> dict[str, str]:
-    """SHA-256 of the weights in memory: of the model, and of the frozen parts of its images."""
+    """SHA-256 of the weights in memory: the model's, and those of the frozen parts that images
+    depend on.
+    """
     frozen = model.backbone.frozen
     hashes = {"model": state_dict_sha256(model.state_dict())}
     if isinstance(frozen.tokenizer, nn.Module):
@@ -214,19 +222,19 @@ def draw_classes(
     *,
     progress: bool = True,
 ) -> Path:
-    """Draw the images that `out` (.npz or a folder) lacks; every process calls it.
+    """Draw the images that `out` (.npz or a folder) lacks; every process calls this.
 
     An image depends on its number, the seed and the settings; its class and its codes come from
     different random streams. Returns `out` when it is complete.
 
     Raises:
-        UserError: not a class-conditional model, or `out` holds images of other settings.
+        UserError: the model is not class-conditional, or `out` holds images of other settings.
         TimeoutError: another process stopped.
     """
     spec, side = model.backbone.spec, images.image_size
     if spec.cond_kind != "class":
         raise UserError(
-            f"this {spec.family} model draws captions, not classes: launch/generate.py draws them"
+            f"this {spec.family} model draws from captions, not classes: use launch/generate.py"
         )
     size = model.backbone.image_size if side is None else (side, side)
     options = replace(options, size=size)
@@ -245,7 +253,7 @@ def draw_classes(
     batches = numbered_batches(images.count, options.batch_size)
     compared = set(settings)
     options = _claim(place, settings, model, options, len(batches), compared=compared)
-    _say_what_is_alike(model, options, len({*classes}) < images.count)
+    _warn_if_alike(model, options, len({*classes}) < images.count)
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:
         return draw_images(model, classes, options, jobs=batch, progress=False)
@@ -255,20 +263,20 @@ def draw_classes(
 
 
 def numbered_place(out: Path, count: int, processes: Processes = ALONE) -> Place:
-    """The place that a name stands for: an .npz, or else a folder of PNGs."""
+    """The place for a path: an array if it ends in .npz, else a folder of PNGs."""
     return (ImageArray if out.suffix == ".npz" else NumberedImages)(out, count, processes)
 
 
 def numbered_batches(count: int, size: int) -> list[list[Job]]:
-    """The batches of images that have a number; the last one may be shorter."""
+    """The batches of numbered images; the last one may be shorter."""
     return _batches([(number, _CODES) for number in range(count)], size)
 
 
 def sample_labels(count: int, num_classes: int, *, balanced: bool, seed: int) -> Tensor:
-    """The class of every image, int64 [count]; it depends on its number and these arguments alone.
+    """The class of every image, int64 [count]; depends on its number and these arguments alone.
 
-    Balanced classes have counts that differ by one at most. They come in random order, not sorted:
-    the Inception Score of sorted images is wrong.
+    The counts of balanced classes differ by at most one. Classes come in random order, because the
+    Inception Score of sorted images is wrong.
     """
     keys = make_keys(seed, torch.arange(count))
     if not balanced:

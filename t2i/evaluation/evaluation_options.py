@@ -1,4 +1,4 @@
-"""What is to be drawn and judged, as programs can be told it. Without torch."""
+"""The options of programs that draw and judge images. Does not import torch."""
 
 import sys
 from collections.abc import Sequence
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassImages:
-    """Which images to draw of a class-conditional model."""
+    """Which images to draw with a class-conditional model."""
 
     count: int = 50_000
     """Number of images; the protocol has 50,000."""
     labels: Literal["balanced", "random"] = "balanced"
-    """As many images of every class (as for RAR, Open-MAGVIT2), or at random (as for LlamaGen)."""
+    """balanced: the same number of images for every class (as RAR and Open-MAGVIT2 do); random:
+    classes drawn at random (as LlamaGen does).
+    """
     image_size: int | None = None
-    """Side in pixels (256 for the published FID of 384 px models); the model's own if not given."""
+    """Side of an image in pixels (256 for the published FID of 384 px models); the model's own size
+    if not given.
+    """
 
     def __post_init__(self):
         check_counts(count=self.count)
@@ -36,14 +40,15 @@ class ClassImages:
 
 @dataclass(frozen=True)
 class Scope:
-    """How much of a benchmark is asked for."""
+    """How much of a benchmark to run."""
 
     samples: int = 4
     """Images per prompt."""
     limit: int | None = None
-    """Only so many prompts, spread evenly over all; the result is marked PARTIAL."""
+    """Use only this many prompts, spread evenly over all; the result is marked PARTIAL."""
     allow_incomplete: bool = False
-    """Report what is there if images are missing or unreadable; the result is marked INCOMPLETE."""
+    """If images are missing or unreadable, report on the others; the result is marked INCOMPLETE.
+    """
 
     def __post_init__(self):
         check_counts(samples=self.samples)
@@ -51,20 +56,21 @@ class Scope:
             check_counts(limit=self.limit)
 
     def select(self, count: int) -> list[int]:
-        """Indices of the prompts that are asked for."""
+        """Indices of the prompts to use."""
         wanted = min(self.limit or count, count)
         return [i * count // wanted for i in range(wanted)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions(DrawingModelOptions):
-    """What to judge: a model (its images are drawn first), or images that are there."""
+    """What to judge: a model (its images are drawn first), or existing images."""
 
     images: Path | None = None
-    """Instead of a model, a folder of images in GenEval's layout (00000/samples/00000.png ...)."""
+    """Judge this folder of images in GenEval's layout (00000/samples/00000.png ...) instead of a
+    model.
+    """
     out: Path | None = None
-    """Folder for all that comes of it; outputs/<benchmark>/<name of the model> if not given (of a
-    run: RUN-step_N).
+    """Output folder; outputs/<benchmark>/<name of the model> if not given (RUN-step_N for a run).
     """
     scope: tyro.conf.OmitArgPrefixes[Scope] = field(default_factory=Scope)
 
@@ -79,13 +85,13 @@ class BenchmarkOptions(DrawingModelOptions):
             self.refuse_drawing()
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
-        """As for any model; and whether there are images, where they are to be judged."""
+        """Check the model's options, or that the images exist; returns device and dtype."""
         if self.images is None:
             return super().check()
         from t2i.loading import pick_device
 
         if not self.images.exists():
-            raise UserError(f"{self.images} does not exist; --images is a folder that holds images")
+            raise UserError(f"{self.images} does not exist; --images must be a folder of images")
         return pick_device(self.device, self.dtype)
 
 
@@ -109,7 +115,7 @@ def parse(
     """A benchmark program's command line: `compare A B`, or what to judge.
 
     Args:
-        main: options of this benchmark that --help shows, besides those of all.
+        main: this benchmark's options that --help shows, besides those of all benchmarks.
     """
     if sys.argv[1:2] == ["compare"]:
         return cli.parse(CompareOptions, description, 1)

@@ -1,12 +1,12 @@
 """What refinement does to codes and to the model's predictions, in numbers.
 
-Of drawn images: how often codes change from stage to stage, and how far a draft's distribution is
-from the final code's. Two draws differ often, even of one distribution: so beside the agreement of
-codes stands what two draws of the final distribution would agree, and the total variation, which
-does not depend on luck. Of images with known codes: loss and entropy by slot.
+For drawn images: how often codes change from stage to stage, and how far a draft's distribution is
+from the final code's. Two draws often differ even when they come from one distribution. The
+agreement of codes is therefore reported together with the agreement expected of two draws from the
+final distribution, and with the total variation, which does not depend on luck. For images with
+known codes: loss and entropy by slot.
 
-Shapes: B images, R rows (2B with guidance), T positions, N windows, n of them at once, k slots, S
-sub-tokens, V vocabulary.
+Shapes: B images, T positions, N windows, n of them at once, k slots, S sub-tokens, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,12 +30,14 @@ PLAIN = SamplingConfig()
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of every slot, in nats; summed over sub-tokens."""
+    """A model's predictions for every slot, in nats, summed over sub-tokens."""
 
     log_probs: Tensor
-    """Of given codes, fp32 [B, N, k]."""
+    """Log-probabilities of the given codes, fp32 [B, N, k]."""
     entropies: Tensor
-    """fp32 [B, N, k]; of a sub-token given the earlier ones of the given code."""
+    """fp32 [B, N, k]; each sub-token's entropy is conditioned on the earlier ones of the given
+    code.
+    """
 
 
 @torch.no_grad()
@@ -47,10 +49,11 @@ def predict(
     sampling: SamplingConfig = PLAIN,
     gaussian_keys: Tensor | None = None,
 ) -> Predictions:
-    """How codes [B, N, k, S] would be drawn with these settings, once the model has read the
-    windows [B, N, k, S]: in one pass, with the distributions of drawing step by step.
+    """Predict codes [B, N, k, S] with these settings, given the windows [B, N, k, S] as input.
+
+    One pass; the distributions are those of drawing step by step.
     """
-    assert not sampling.renoise, "what is fed back is what was drawn"
+    assert not sampling.renoise, "the model must read its drafts as they were drawn"
     backbone, stride, slots = model.backbone, sampling.stride, windows.shape[2]
     scales_NS = guidance_table(model, sampling)
     condition = encode_rows(backbone, prepared, guided=scales_NS is not None)
@@ -74,7 +77,7 @@ def predict(
 
 
 def _facts(logits: Tensor, codes: Tensor, rule: SubTokenSampling) -> Tensor:
-    """Log-probability of codes [...], and entropy, by logits [..., V] and a rule: [..., 2]."""
+    """Log-probability of codes [...] and entropy under logits [..., V] and a rule: [..., 2]."""
     scores, there = candidates(logits, rule)
     log_p = scores.log_softmax(-1)
     own = log_p.masked_fill(there != codes[..., None], -torch.inf).amax(-1)
@@ -83,14 +86,14 @@ def _facts(logits: Tensor, codes: Tensor, rule: SubTokenSampling) -> Tensor:
 
 # -- means over images -----------------------------------------------------------------------------
 def means(values: Tensor) -> dict[str, list[float]]:
-    """Of values [B, x]: means over images, and their standard errors (none of one image)."""
+    """Means of values [B, x] over images, and their standard errors (empty for one image)."""
     values, images = values.double(), len(values)
     errors = values.std(0) / images**0.5 if images > 1 else values.new_zeros(0)
     return {"mean": values.mean(0).tolist(), "stderr": errors.tolist()}
 
 
 def by_slot(values_BNk: Tensor, geometry: Windows) -> Tensor:
-    """Means over the windows of each image, where a slot holds a position: [B, k]."""
+    """Means over each image's windows, [B, k], leaving out slots without a position."""
     valid_Nk = geometry.valid(values_BNk.device)
     return values_BNk.masked_fill(~valid_Nk, 0).sum(1) / valid_Nk.sum(0)
 
@@ -99,7 +102,7 @@ def by_slot(values_BNk: Tensor, geometry: Windows) -> Tensor:
 def of_drawn(
     model: TensorAR, drawn: Sequence[Drawn], sampling: SamplingConfig, batch_size: int
 ) -> dict:
-    """Facts about images that this model has drawn with these settings."""
+    """Entropies and stage statistics of images that this model drew with these settings."""
     geometry = drawn_windows(model, sampling)
     length = model.backbone.prefix_length([one.prompt for one in drawn])
     windows, log_probs, entropies = [], [], []
@@ -119,16 +122,16 @@ def of_drawn(
 
 
 def of_stages(windows: Tensor, log_probs: Tensor, geometry: Windows) -> dict:
-    """Of drawn windows [B, N, k, S], and the log-probabilities [B, N, k] of the final codes in all
-    slots: over positions that went through all stages.
+    """Statistics by stage, from drawn windows [B, N, k, S] and the log-probabilities [B, N, k] of
+    the final codes in all slots, over positions that went through all stages:
 
-    - flipped, agreeing: as `stage_changes` has them;
-    - two_draws: what two draws of the final code's distribution would agree;
-    - total_variation: of the distributions of stage r and of the final code, 1/2 sum |q - p|. The
-      final code x is a draw of p, so it is estimated by the mean of max(0, 1 - q(x) / p(x)).
+    - flipped, agreeing: see `stage_changes`;
+    - two_draws: how often two draws from the final code's distribution would agree;
+    - total_variation: 1/2 sum |q - p| between the distributions q of stage r and p of the final
+      code x. Since x is a draw from p, it is estimated by the mean of max(0, 1 - q(x) / p(x)).
     """
     q = [stage[..., 0] for stage in _stages(log_probs[..., None].double(), geometry)]
-    # Rounding may put a code that was drawn just beyond a filter: then it tells nothing.
+    # Rounding can put a drawn code just outside a filter; such a code is counted as no distance.
     moved = [(1 - (draft - q[-1]).exp()).nan_to_num(0.0) for draft in q[:-1]]
     far = [share.clamp(min=0).mean(1) for share in moved]
     changes = {name: means(shares) for name, shares in stage_changes(windows, geometry).items()}
@@ -139,9 +142,8 @@ def of_stages(windows: Tensor, log_probs: Tensor, geometry: Windows) -> dict:
 
 
 def stage_changes(windows: Tensor, geometry: Windows) -> dict[str, Tensor]:
-    """By image, [B, stages - 1], over positions that went through all stages: the share of codes
-    that differ between stage r and r + 1 ("flipped"), and that are the final code at stage r
-    ("agreeing").
+    """Shares of codes by image, [B, stages - 1], over positions that went through all stages:
+    "flipped" differ between stages r and r + 1, "agreeing" are the final code at stage r already.
     """
     codes = _stages(windows, geometry)
     flipped = [(a != b).any(-1).double().mean(1) for a, b in pairwise(codes)]
@@ -150,15 +152,16 @@ def stage_changes(windows: Tensor, geometry: Windows) -> dict[str, Tensor]:
 
 
 def _stages(values_BNkx: Tensor, geometry: Windows) -> list[Tensor]:
-    """What stands at each stage, [B, positions, x] each, where a position went through all."""
+    """The values at each stage, [B, positions, x], of positions that went through all stages."""
     drafted = _drafted(geometry)
     return [geometry.stage_codes(values_BNkx, r + 1)[:, drafted] for r in range(geometry.stages)]
 
 
 def _drafted(geometry: Windows) -> Tensor:
-    """The positions, bool [T], that went through all stages: not the first ones, which no earlier
-    window drafted, and where the stride does not divide the window not those that the earliest
-    such window ends before.
+    """Which positions went through all stages, bool [T].
+
+    The first positions did not, because no earlier window drafted them. If the stride does not
+    divide the window's size, some others did not, because the earliest window ends before them.
     """
     position = torch.arange(geometry.tokens)
     window, slot = position // geometry.stride, position % geometry.stride
@@ -168,12 +171,12 @@ def _drafted(geometry: Windows) -> Tensor:
 
 # -- images with known codes -----------------------------------------------------------------------
 Known = dict[str, dict[str, Tensor]]
-"""What is read as drafts -> loss and entropy -> means over the windows of each image, [B, k]."""
+"""Kind of drafts in the input -> "loss" or "entropy" -> means over each image's windows, [B, k]."""
 
 
 def of_known(model: TensorAR, batches: Iterable) -> Known:
-    """Loss and entropy by slot, given the true codes before it and drafts of two kinds: as in
-    validation (`t2i.training.validation`). Batches are those of training.
+    """Loss and entropy by slot, given the true codes before a window and drafts of two kinds, as in
+    validation (`t2i.training.validation`). Batches are training batches.
     """
     found: dict[str, dict[str, list[Tensor]]] = {}
     for batch in batches:
@@ -184,10 +187,10 @@ def of_known(model: TensorAR, batches: Iterable) -> Known:
         truth = model.windows.gather(batch.codes)
         for kind, windows in inputs.items():
             noise = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
-            said = predict(model, batch.prepared, windows, truth, gaussian_keys=noise)
+            predicted = predict(model, batch.prepared, windows, truth, gaussian_keys=noise)
             kept = found.setdefault(kind, {"loss": [], "entropy": []})
-            kept["loss"].append(by_slot(-said.log_probs, model.windows).cpu())
-            kept["entropy"].append(by_slot(said.entropies, model.windows).cpu())
+            kept["loss"].append(by_slot(-predicted.log_probs, model.windows).cpu())
+            kept["entropy"].append(by_slot(predicted.entropies, model.windows).cpu())
     return {
         kind: {name: torch.cat(parts) for name, parts in kept.items()}
         for kind, kept in found.items()
@@ -203,21 +206,22 @@ def known_means(known: Known) -> dict[str, dict[str, dict[str, list[float]]]]:
 
 
 def loss_difference(a: Known, b: Known) -> dict[str, list[float]]:
-    """Loss of final codes (slot 0, own drafts) of a, less that of b on the same images."""
+    """The loss of final codes (slot 0, own drafts) of a minus that of b, on the same images."""
     return means((a["own_drafts"]["loss"] - b["own_drafts"]["loss"][:, :1])[:, :1])
 
 
 @torch.no_grad()
 def repairs(model: TensorAR, control: TensorAR, batches: Iterable) -> dict[str, float]:
-    """A position's last draft, and the code drawn next, against the truth. Both models draw every
-    position once, from the true codes before it, with equal luck; the control sees no draft.
+    """Compare each position's last draft, and the code drawn after it, with the truth. Both models
+    draw every position once, from the true codes before it, with the same random numbers; the
+    control sees no draft. Returns shares:
 
     - draft_right: drafts that are the true code;
-    - corrected: of the wrong drafts, those whose final code is right;
-    - spoilt: of the right drafts, those whose final code is wrong;
-    - control_corrected, control_spoilt: the same of the control's codes.
+    - corrected: wrong drafts whose final code is right;
+    - spoilt: right drafts whose final code is wrong;
+    - control_corrected, control_spoilt: the same for the control's codes.
 
-    A share of nothing (where no draft was right) is left out.
+    A share with nothing to count (such as spoilt, if no draft was right) is left out.
     """
     assert model.config.k > 1, "needs drafts"
     counts = torch.zeros(2, 2, 2)  # draft right, model right, control right

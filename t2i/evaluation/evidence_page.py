@@ -3,7 +3,7 @@
 OUT/index.html      the page
 OUT/evidence.json   all its numbers
 OUT/charts/         each chart as .svg and .png
-OUT/sheets/         what was drawn, at every refinement stage
+OUT/sheets/         the drawn images at every refinement stage
 """
 
 import html
@@ -20,12 +20,12 @@ _KINDS = {"own_drafts": "own drafts", "noised_truth": "noised truth"}
 def write_evidence(
     out: Path, evidence: dict, course: Sequence[Chart], sheets: Sequence[tuple[str, str]]
 ) -> Path:
-    """Write all of it; returns the page.
+    """Write the page, its numbers and its charts; returns the page's path.
 
     Args:
-        evidence: what evidence.json shall hold.
-        course: further charts, of the training run.
-        sheets: pictures in OUT by refinement stage, and what each is called.
+        evidence: the content of evidence.json.
+        course: additional charts, of the training run.
+        sheets: pictures in OUT by refinement stage, each with its caption.
     """
     write_json(out / "evidence.json", evidence)
     charts = list(_charts(evidence))
@@ -115,18 +115,18 @@ def _series(name: str, found: dict[str, list[float]], tint: int = 0, *, first: i
     return Series(name, points, tint, errors=tuple(found["stderr"]), dots=True)
 
 
-def _level(name: str, found: dict[str, list[float]], beside: Series) -> list[Series]:
-    """A control's slots, dashed; where it has only one, as a level over all slots of the other."""
+def _level(name: str, found: dict[str, list[float]], model: Series) -> list[Series]:
+    """A control's slots, dashed; a single slot is drawn as a level over all slots of the model."""
     means, tint = found["mean"], 7
-    if len(means) > 1 or len(beside.points) == 1:
+    if len(means) > 1 or len(model.points) == 1:
         return [Series(name, _series(name, found).points, tint, dashed=True, dots=True)]
-    ends = (beside.points[0][0], beside.points[-1][0])
+    ends = (model.points[0][0], model.points[-1][0])
     return [Series(f"{name}, slot 0", tuple((x, means[0]) for x in ends), tint, dashed=True)]
 
 
 # -- tables ----------------------------------------------------------------------------------------
 def _numbers(evidence: dict) -> tuple[list[str], list[list[str]]]:
-    """All means with their standard errors: a row each."""
+    """The table of all means with their standard errors, one per row: its head and rows."""
     rows = []
     for who in ("model", "control"):
         facts = evidence[who]

@@ -1,8 +1,8 @@
-"""A static page of what went wrong: every failed image with what the judge saw and why it said no.
+"""A static page of failures: every failed image, with what the judge saw and why it failed.
 
-The page is a folder that can be moved, zipped or put on a web server: index.html (styles and script
-inside) and pictures/ with copies of the images of at most `_SIDE` pixels, named by content. It
-needs no network, and JavaScript only for filter and zoom.
+The page is a folder that can be moved, zipped or put on a web server: index.html (with styles and
+script inline) and pictures/, copies of the images with at most `_SIDE` pixels a side, named by
+their content. It needs no network, and JavaScript only for filtering and zooming.
 """
 
 import html
@@ -25,14 +25,14 @@ from t2i.pages import html_page
 
 _SIDE = 512
 _OWN = re.compile(r"[0-9a-f]{16}\.(webp|png)")
-"""Names of the pictures that a gallery writes: only those are removed."""
+"""Names of the pictures that a gallery writes; nothing else is removed."""
 _PIXEL_ART = 160
-"""Images of fewer pixels a side are kept without loss, and shown with square pixels."""
+"""Images of at most this many pixels a side are stored losslessly and shown with square pixels."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A labelled rectangle in the image's pixels; `tint` indexes `TINTS`, round and round."""
+    """A labeled rectangle in the image's pixels; `tint` indexes `TINTS`, modulo their number."""
 
     label: str
     corners: tuple[float, float, float, float]
@@ -42,18 +42,18 @@ class Box:
 
 @dataclass(frozen=True)
 class Card:
-    """What the page says about one image."""
+    """What the page shows about one image."""
 
     section: str
-    """What it is shown under, such as the score that it belongs to."""
+    """The section it is shown in, such as the score it belongs to."""
     title: str
     reasons: Sequence[str]
-    """Each one's lines after its first are shown as details of it."""
+    """The lines after a reason's first are shown as its details."""
     boxes: Sequence[Box] = ()
     note: str = ""
     """One line below the title."""
     tags: Sequence[str] = ()
-    """Scores that it counts against, where not its section: what the page is filtered by."""
+    """The scores it counts against, by which the page is filtered; its section if empty."""
 
     @property
     def filters(self) -> Sequence[str]:
@@ -62,19 +62,19 @@ class Card:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A card, and the image that it is about."""
+    """A card and its image."""
 
     card: Card
     name: str
     image: Path
     sha256: str
     overlay: Path
-    """A transparent picture to lay over the image; need not exist."""
+    """A transparent picture to lay over the image; the file need not exist."""
 
 
 def write_gallery(folder: Path, results: dict, exhibits: Sequence[Exhibit]) -> Path:
-    """Write FOLDER/index.html and its pictures; those of earlier runs that it does not show are
-    removed.
+    """Write FOLDER/index.html and its pictures, and remove pictures of earlier runs that are no
+    longer shown.
 
     Args:
         results: the content of results.json.
@@ -122,7 +122,7 @@ def _header_html(results: dict, failed: int) -> str:
 
 
 def _scores_html(results: dict, filters: dict[str, int]) -> str:
-    """All scores as bars with their standard errors; two columns for each way to count."""
+    """All scores as bars with their standard errors; two columns for each way of counting."""
     ways, by_name = by_way([Score(**score) for score in results["scores"].values()])
     rows = []
     if len(ways) > 1:
@@ -216,7 +216,7 @@ def _reason_html(reason: str) -> str:
 
 
 def _box_html(box: Box, size: tuple[int, int]) -> str:
-    """A rectangle in percent of the image, with its label where there is room."""
+    """A rectangle in percent of the image, with its label placed where there is room."""
     x0, y0, x1, y1 = (c / size[i % 2] for i, c in enumerate(box.corners))
     place = f"left:{x0:.2%};top:{y0:.2%};width:{x1 - x0:.2%};height:{y1 - y0:.2%}"
     sides = (" inside" if y0 < 0.1 else "") + (" right" if x0 > 0.55 else "")
@@ -225,7 +225,7 @@ def _box_html(box: Box, size: tuple[int, int]) -> str:
 
 
 def _copy_image(exhibit: Exhibit, pictures: Path) -> tuple[Path, tuple[int, int]]:
-    """The picture's file and the original's size in pixels."""
+    """Copy an image; returns the copy and the original's size in pixels."""
     path = pictures / f"{exhibit.sha256[:16]}.webp"
     image = load_image(exhibit.image)
     size = image.size

@@ -1,13 +1,13 @@
 """GenEval's folder layout, which every evaluator here reads and writes.
 
-    OUT/00000/metadata.jsonl         the prompt's line
+    OUT/00000/metadata.jsonl         the prompt's metadata, one line
     OUT/00000/samples/00000.png      sample 0 of prompt 0
     OUT/00000/stages/00000_1.png     its refinement stages, if asked for
     OUT/00000/stages/00000.json      their codes
     OUT/grid.png                     all samples, one row per prompt (launch/generate.py)
     OUT/generation.json              how the images were drawn (t2i.evaluation.places)
 
-Nothing that an evaluator would read goes unnoticed (`Inventory`).
+`Inventory` checks a folder for everything that an evaluator would read.
 """
 
 import codecs
@@ -36,7 +36,8 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
     """Entries with at least a "prompt", from the command line and from a text or .jsonl file.
 
     Raises:
-        UserError: no prompt at all, an unreadable file, or a bad line or prompt, which is named.
+        UserError: no prompt at all, an unreadable file, or a bad line or prompt (the message says
+            which).
     """
     check_captions(prompts, "--prompt")
     entries = [{"prompt": p} for p in prompts]
@@ -46,8 +47,8 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
         suffix = path.suffix.lower()
         if suffix in (".json", ".csv", ".tsv"):
             raise UserError(
-                f"prompt file {path}: {suffix} is not read; give one prompt a line as .txt, or "
-                'one {"prompt": "..."} a line as .jsonl'
+                f"prompt file {path}: {suffix} files cannot be read; give a .txt file with one "
+                'prompt per line, or a .jsonl file with one {"prompt": "..."} per line'
             )
         parse = _parse_json_line if suffix == ".jsonl" else _parse_text_line
         entries += [
@@ -98,12 +99,12 @@ def sample_file(prompt_index: int, sample_index: int) -> str:
 
 
 def stage_file(prompt_index: int, sample_index: int, stage: int) -> str:
-    """The file of an image's refinement stage, from 1."""
+    """The file of an image's refinement stage; stages count from 1."""
     return f"{prompt_folder(prompt_index)}/stages/{sample_index:05d}_{stage}.png"
 
 
 def codes_file(prompt_index: int, sample_index: int) -> str:
-    """The file of the codes of an image's stages: a JSON list [stages][T][S]."""
+    """The file with the codes of an image's stages: a JSON list [stages][T][S]."""
     return f"{prompt_folder(prompt_index)}/stages/{sample_index:05d}.json"
 
 
@@ -133,14 +134,14 @@ def load_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: {error}") from error
     except MemoryError:
         raise
-    except Exception as error:  # damaged files make Pillow's parsers raise nearly anything
+    except Exception as error:  # for damaged files, Pillow's parsers raise nearly anything
         refuse_pointers(path)
         raise UserError(f"{path} is not a readable image ({error})") from error
 
 
 def read_generation(folder: Path) -> dict | None:
-    """How a folder's images were drawn; None where something else has written them, or a file of
-    this name.
+    """How a folder's images were drawn; None if the file is missing or was written by something
+    else.
     """
     path = folder / GENERATION_FILE
     known = read_json(path) if path.is_file() else None
@@ -151,22 +152,22 @@ def read_generation(folder: Path) -> dict | None:
 
 
 def refuse_other_images(out: Path, entries: Sequence[dict]) -> None:
-    """UserError if the folder holds images of other prompts, which a judge would count."""
+    """UserError if the folder holds images of other prompts, which a judge would count as these."""
     for folder in sorted(out.glob("[0-9]" * 5)):
         index, path = int(folder.name), folder / "metadata.jsonl"
         if not path.is_file():
             continue
         known, wanted = read_json(path), entries[index] if index < len(entries) else None
         if known != wanted:
-            was, now = _told_apart(known, wanted)
+            was, now = _differing(known, wanted)
             raise UserError(
                 f"{out} holds images of other prompts ({folder.name}: {was} there, {now} now); "
                 "give another --out, or delete it"
             )
 
 
-def _told_apart(known: object, wanted: dict | None) -> tuple[str, str]:
-    """Two prompts' entries by their words, or by what else differs."""
+def _differing(known: object, wanted: dict | None) -> tuple[str, str]:
+    """The first difference between two entries, for a message: the prompts, or another value."""
     entries = [entry if isinstance(entry, dict) else {"prompt": entry} for entry in (known, wanted)]
     keys = [k for k in entries[0] | entries[1] if entries[0].get(k) != entries[1].get(k)]
     key = "prompt" if "prompt" in keys or not keys else keys[0]
@@ -178,11 +179,11 @@ def _told_apart(known: object, wanted: dict | None) -> tuple[str, str]:
 def write_sheets(
     out: Path, entries: Sequence[dict], *, samples_per_prompt: int, stages: int = 0
 ) -> list[Path]:
-    """Sheets of the images in a folder: grid.png, a row for each prompt, and stages.png, a row for
-    each first sample.
+    """Write sheets of a folder's images: grid.png with a row per prompt, and stages.png with a row
+    per first sample.
 
     Args:
-        stages: refinement stages of an image; 0 draws no second sheet.
+        stages: refinement stages of an image; 0 writes no stages.png.
     """
     jobs = [(p, s) for p in range(len(entries)) for s in range(samples_per_prompt)]
     jobs = jobs[:_MAX_GRID_IMAGES]
@@ -199,32 +200,32 @@ def write_sheets(
     return written
 
 
-# -- what is there against what should be ----------------------------------------------------------
+# -- found and expected images ---------------------------------------------------------------------
 @dataclass
 class Inventory:
     """The images of a generation folder, and what is wrong with it.
 
-    No image ever counts as a wrong one because it is not there.
+    A missing image is never counted as a wrong one.
     """
 
     folder: Path
     expected: int
-    """Images that there should be."""
+    """The number of images that the folder should hold."""
     found: dict[int, dict[int, Path]] = field(default_factory=dict)
     """Prompt index -> sample index -> file."""
     missing: list[str] = field(default_factory=list)
     """Expected images without a file."""
     problems: list[str] = field(default_factory=list)
-    """What would be judged as something else (extra samples, other prompts); always refused."""
+    """What would be judged wrongly (extra samples, other prompts); always refused."""
     unread: list[str] = field(default_factory=list)
-    """Names that no evaluator of this layout reads; they are left alone."""
+    """Names that no evaluator of this layout reads; they are ignored."""
 
     def name(self, prompt_index: int, sample: int) -> str:
-        """What an image is called in results: its file within the folder."""
+        """An image's name in results: its path within the folder."""
         return self.found[prompt_index][sample].relative_to(self.folder).as_posix()
 
     def check(self, *, allow_missing: bool) -> None:
-        """UserError names what forbids judging."""
+        """UserError if the folder cannot be judged; the message names the reasons."""
         if self.problems:
             raise UserError(f"{self.folder} cannot be judged: {shorten(self.problems, '; ')}")
         if not any(self.found.values()):
@@ -246,7 +247,7 @@ class Inventory:
     def numbered(
         self, folder: Path, pattern: str, is_kind: Callable[[Path], bool]
     ) -> dict[int, Path]:
-        """Children by number; other names go to `unread`, repetitions to `problems`."""
+        """A folder's children by number; other names go to `unread`, repetitions to `problems`."""
         children: dict[int, Path] = {}
         for child in sorted(folder.iterdir()) if folder.is_dir() else ():
             match = re.fullmatch(pattern, child.name)
@@ -271,15 +272,15 @@ class Inventory:
 def take_inventory(
     folder: Path, entries: Sequence[dict], selected: Sequence[int], samples: int
 ) -> Inventory:
-    """Look at names and metadata (images are opened when they are judged).
+    """Check names and metadata; the images themselves are opened when they are judged.
 
     Args:
-        entries: all prompts of the benchmark; folders of prompts that are not `selected` are
+        entries: all prompts of the benchmark. Folders of prompts that are not `selected` are
             allowed.
         samples: images per prompt.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist.
     """
     if not folder.is_dir():
         raise UserError(f"image folder {folder} does not exist (or is a file)")
@@ -295,7 +296,7 @@ def take_inventory(
     for index in selected:
         images = {}
         if index in folders:
-            inventory.numbered(folders[index], r"(?!)", Path.is_file)  # names what is not read
+            inventory.numbered(folders[index], r"(?!)", Path.is_file)  # collects unread names
             images = inventory.numbered(folders[index] / "samples", r"(\d+)\.png", Path.is_file)
         more += [images.pop(sample) for sample in sorted(set(images) - set(range(samples)))]
         inventory.missing += [sample_file(index, s) for s in range(samples) if s not in images]
@@ -316,6 +317,6 @@ def _metadata_problem(folder: Path, entry: dict) -> str | None:
     except UserError as error:
         return f"{folder.name}/metadata.jsonl cannot be read ({error})"
     if known != entry:
-        was, wanted = _told_apart(known, entry)
+        was, wanted = _differing(known, entry)
         return f"{folder.name} holds images of {was} instead of {wanted}"
     return None

@@ -1,11 +1,11 @@
-"""The stage that judges: one verdict per image, kept in small files that are whole or absent.
+"""The judging stage: one verdict per image, kept in small files that are complete or absent.
 
-    OUT/verdicts/<key>/judge.json                 who judged what; the key is a hash of it
+    OUT/verdicts/<key>/judge.json                 judge and prompts; the key is a hash of both
     OUT/verdicts/<key>/00000.jsonl                one line per image of prompt 0
-    OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery, if it says so
+    OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery (optional)
 
-A verdict carries the SHA-256 of the image file that it is about: it is repeated if and only if the
-image has changed.
+A verdict records the SHA-256 of its image file; an image is judged again if and only if it has
+changed.
 """
 
 import json
@@ -36,20 +36,20 @@ class Judged:
     """A judge's answer about one image."""
 
     row: dict
-    """JSON-able; it becomes the image's line in results.jsonl."""
+    """JSON values; they become the image's line in results.jsonl."""
     overlay: Image.Image | None = None
-    """What the judge saw, as a transparent picture of the image's size."""
+    """What the judge saw: a transparent picture of the image's size."""
 
 
 class Judge(Protocol):
-    """What gives verdicts."""
+    """Gives verdicts on images."""
 
     def identity(self) -> dict:
-        """What a verdict depends on besides image and prompt: weights by hash, "versions"."""
+        """What a verdict depends on besides image and prompt: weights by hash, and "versions"."""
         ...
 
     def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
-        """The verdict on an RGB image, which is called `filename` in the results."""
+        """The verdict on an RGB image; `filename` is its name in the results."""
         ...
 
 
@@ -61,11 +61,11 @@ class Verdicts:
         self.folder = out / "verdicts" / json_sha256(self.about)[:12]
 
     def overlay(self, prompt_index: int, sample: int) -> Path:
-        """Where the overlay of an image is, if it has one."""
+        """The file of an image's overlay; it exists only if the judge gave one."""
         return self.folder / "overlays" / f"{prompt_index:05d}_{sample:05d}.png"
 
     def read(self, prompt_index: int) -> dict[int, dict]:
-        """Lines of a prompt by sample: {sample, sha256, row} or {sample, sha256, unreadable}."""
+        """A prompt's lines by sample: {sample, sha256, row} or {sample, sha256, unreadable}."""
         path = self._file(prompt_index)
         if not path.is_file():
             return {}
@@ -90,7 +90,7 @@ class Verdicts:
 def judge_images(
     judge: Judge, inventory: Inventory, verdicts: Verdicts, processes: Processes
 ) -> None:
-    """Judge what has no verdict yet; every process takes every n-th prompt and calls this."""
+    """Judge the images without a verdict. Every process calls this and takes every n-th prompt."""
     if processes.is_main:
         writable_folder(verdicts.folder)
         write_json(verdicts.folder / "judge.json", verdicts.about)
@@ -118,7 +118,9 @@ def judge_images(
 
 
 def _answer(judge: Judge, index: int, path: Path, overlay: Path, name: str) -> dict:
-    """A verdict as recorded; its overlay is written before it, so that a verdict implies it."""
+    """Judge an image; returns what to record. The overlay is written first, so that a recorded
+    verdict always has its overlay.
+    """
     try:
         image = load_image(path)
     except UserError as error:
@@ -132,7 +134,7 @@ def _answer(judge: Judge, index: int, path: Path, overlay: Path, name: str) -> d
 
 @dataclass(frozen=True)
 class JudgedImage:
-    """A recorded verdict and the image that it is about."""
+    """A recorded verdict, and which image it is about."""
 
     prompt_index: int
     sample: int
@@ -141,7 +143,10 @@ class JudgedImage:
 
 
 def collect(inventory: Inventory, verdicts: Verdicts) -> tuple[list[JudgedImage], list[str]]:
-    """Verdicts in the order of prompts and samples, and what is unreadable; after all judged."""
+    """All verdicts in the order of prompts and samples, and the errors of unreadable images.
+
+    Call it after every image has been judged.
+    """
     judged, unreadable = [], []
     for index, images in sorted(inventory.found.items()):
         lines = verdicts.read(index)
@@ -152,6 +157,6 @@ def collect(inventory: Inventory, verdicts: Verdicts) -> tuple[list[JudgedImage]
                 unreadable.append(lines[sample]["unreadable"])
             else:
                 line = lines[sample]
-                row = line["row"] | {"filename": name}  # it may have another name since
+                row = line["row"] | {"filename": name}  # the file may have been renamed since
                 judged.append(JudgedImage(index, sample, line["sha256"], row))
     return judged, unreadable

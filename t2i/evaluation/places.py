@@ -1,13 +1,13 @@
-"""Places for drawn images: what they hold already, and what their images depend on.
+"""Places for drawn images: which images they hold, and which settings these depend on.
 
     OUT/00000/samples/00000.png   a generation folder (t2i.evaluation.generation_folder)
     OUT/000000.png                a folder of numbered PNGs
     OUT.npz                       one array `arr_0` uint8 [N, H, W, 3], as ADM's evaluator reads it
 
-What images depend on is written beside them before the first one (generation.json, settings.json,
-OUT.npz.json), and compared before another is added: all are of one model, one seed and one way to
-draw, or the place is refused by name. An image is there whole or not at all (for an .npz: a batch,
-in OUT.npz.parts), so a run that was killed goes on with what is missing, and any number of
+The settings are written next to the images before the first one (generation.json, settings.json,
+OUT.npz.json), and compared before more are added, so that all images of a place come from the same
+model, seed and sampling settings. An image is written completely or not at all (in an .npz: a
+batch, in OUT.npz.parts). A killed run therefore resumes with the missing images, and any number of
 processes give the same files.
 """
 
@@ -55,22 +55,22 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def _is_other(path: Path) -> bool:
-    """Whether a file of a generation folder is an image that is not one of its sheets."""
+    """Whether a file in a generation folder is an image other than its sheets."""
     return is_image(path) and path.name not in SHEETS
 
 
 class Place(ABC):
-    """Where images are drawn to."""
+    """Where drawn images are written."""
 
     def __init__(self, out: Path, record: Path, processes: Processes):
-        """record: the file that says what the images depend on."""
+        """record: the file with the settings that the images depend on."""
         self.out, self.record, self.processes = out, record, processes
 
     def check(self, known: dict) -> None:
-        """UserError for what `claim` would refuse, as far as it is known before a model is loaded.
+        """Raise what `claim` would raise, as far as that is known before a model is loaded.
 
         Args:
-            known: the settings that are known by then.
+            known: the settings that are known already.
         """
         refuse_in_checkpoint(self.out, "--out")
         writable_folder(self.record.parent, make=False)
@@ -78,18 +78,17 @@ class Place(ABC):
             refuse_others(read_json(self.record), known, images=self.images, compared=set(known))
 
     def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
-        """Record the settings of new images, or compare them with those of the images that are
-        there; every process calls it. Returns what is recorded.
+        """Record the settings of new images, or compare them with those of the existing images;
+        every process calls this. Returns the recorded settings.
 
-        A record without any image is of a run that was stopped before its first: it is replaced.
+        A record without images is left by a run that stopped before its first one; it is replaced.
 
         Args:
-            about: facts that are recorded, but not compared.
-            compared: the keys of the settings that images depend on; all of them if None.
+            about: facts that are recorded but not compared.
+            compared: the settings that images depend on; all of them if None.
 
         Raises:
-            UserError: the place holds images of other settings, or of unknown ones, or it cannot
-                be written.
+            UserError: the place holds images of other or unknown settings, or cannot be written.
             TimeoutError: the main process stopped.
         """
         settings, compared = settings | {"about": about}, compared or set(settings)
@@ -111,32 +110,32 @@ class Place(ABC):
     def _begin(self, settings: dict) -> None:
         if self.is_occupied():
             raise UserError(
-                f"{self.images} holds files without {self.record.name}, so nobody can say how they "
-                "were drawn; give another --out"
+                f"{self.images} holds files without {self.record.name}, so it is not known how "
+                "they were drawn; give another --out"
             )
         writable_folder(self.record.parent)
         write_json(self.record, settings)
 
     @property
     def images(self) -> Path:
-        """The file or folder that holds what is there."""
+        """The file or folder that holds the existing images."""
         return self.out
 
     @abstractmethod
     def is_occupied(self) -> bool:
-        """Whether images, or anything else but the record, are in the place."""
+        """Whether the place holds anything besides the record."""
 
     @abstractmethod
     def missing(self, batch: Sequence[Job]) -> set[Job]:
-        """Which images of a batch are not there; after `claim`."""
+        """The images of a batch that the place lacks; call `claim` first."""
 
     @abstractmethod
     def write(self, images: Sequence[Drawn]) -> None:
-        """Add the images of a batch that were missing."""
+        """Add the missing images of a batch."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Wait until all processes have added theirs; every process calls it."""
+        """Wait until all processes have added their images; every process calls this."""
 
 
 class GenerationFolder(Place):
@@ -145,7 +144,7 @@ class GenerationFolder(Place):
     def __init__(
         self, out: Path, entries: Sequence[dict], processes: Processes = ALONE, *, stages: int = 0
     ):
-        """entries: all prompts. stages: refinement stages to keep of an image."""
+        """entries: all prompts. stages: how many refinement stages of an image to keep."""
         super().__init__(out, out / GENERATION_FILE, processes)
         self.entries, self.stages = entries, stages
 
@@ -160,11 +159,11 @@ class GenerationFolder(Place):
     def _begin(self, settings: dict) -> None:
         stopped, children = self.record.is_file(), sorted(self.out.glob("*"))
         if not stopped and (others := [path.name for path in children if _is_other(path)]):
-            told = "%s holds other images (%s, ...), among which sheets and folders are written"
-            log.warning(told, self.out, others[0])
+            text = "%s holds other images (%s, ...); sheets and folders are written next to them"
+            log.warning(text, self.out, others[0])
         super()._begin(settings)
         for metadata in self.out.glob("[0-9]*/metadata.jsonl") if stopped else ():
-            metadata.unlink()  # of the run that drew nothing
+            metadata.unlink()  # left by the run that drew nothing
             with suppress(OSError):
                 metadata.parent.rmdir()
 
@@ -172,7 +171,7 @@ class GenerationFolder(Place):
         return {job for job in batch if not self._has(job)}
 
     def _has(self, job: Job) -> bool:
-        """Whether there is a readable file of an image, and as many stages as are asked for."""
+        """Whether an image is there and readable, with as many stages as are asked for."""
         path = self.out / sample_file(*job)
         staged = [stage_file(*job, self.stages), codes_file(*job)] if self.stages else []
         if not all(file.is_file() for file in (path, *(self.out / name for name in staged))):
@@ -185,7 +184,7 @@ class GenerationFolder(Place):
         return True
 
     def write_prompts(self, indices: Sequence[int]) -> None:
-        """Write the metadata of these prompts; the main process does."""
+        """Write the metadata of these prompts (in the main process)."""
         if self.processes.is_main:
             for index in indices:
                 write_prompt(self.out, index, self.entries[index])
@@ -199,19 +198,19 @@ class GenerationFolder(Place):
             save_png(drawn.image, self.out / sample_file(*drawn.job))
 
     def finish(self) -> None:
-        # Not by waiting for files: one that is damaged is there before it is drawn again.
+        # Waiting for files would not do: a damaged one exists before it is drawn again.
         self.processes.barrier()
 
 
 class NumberedImages(Place):
-    """So many images by number: PNGs in a folder."""
+    """A given number of images: PNGs in a folder, named by number."""
 
     def __init__(self, out: Path, count: int, processes: Processes = ALONE):
         super().__init__(out, out / "settings.json", processes)
         self.count = count
 
     def is_occupied(self) -> bool:
-        # Not the record, nor what it is written to before it has its name.
+        # The record does not count, nor the temporary file that becomes the record.
         names = (path.name for path in self.out.glob("[!.]*"))
         return any(not name.startswith(self.record.name) for name in names)
 
@@ -230,8 +229,8 @@ class NumberedImages(Place):
 
 
 class ImageArray(Place):
-    """So many images by number: one array in an .npz, and until all are there a file for each batch
-    in OUT.npz.parts.
+    """A given number of images: one array in an .npz. Until all are drawn, a file per batch in
+    OUT.npz.parts.
     """
 
     def __init__(self, out: Path, count: int, processes: Processes = ALONE):
@@ -251,17 +250,17 @@ class ImageArray(Place):
         return self.out.exists() or any(self._folder.glob("*.npy"))
 
     def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
-        """As for any place; the settings hold the images' "size" and the "batch_size"."""
+        """See `Place.claim`; the settings must hold the images' "size" and the "batch_size"."""
         recorded = super().claim(settings, about, compared=compared)
         self._size, self._rows = settings["size"], settings["batch_size"]
         return recorded
 
     def _part(self, first: int) -> Path:
-        """The file of the batch that begins with this number."""
+        """The file of the batch whose first image has this number."""
         return self._folder / f"{first:08d}.npy"
 
     def missing(self, batch: Sequence[Job]) -> set[Job]:
-        # Asked in this order: parts are removed when OUT is there.
+        # The order matters: parts are removed once OUT exists.
         done = self._part(batch[0][0]).exists() or self.out.exists()
         return set() if done else set(batch)
 
@@ -289,9 +288,9 @@ class ImageArray(Place):
 
 
 def _pack(parts: Sequence[Path], shape: tuple[int, ...], out: Path) -> None:
-    """An uncompressed .npz of one uint8 array; its bytes depend on the array alone."""
-    for left in out.parent.glob(f"{out.name}.*.tmp"):  # gigabytes, if this was killed before
-        left.unlink()
+    """Write one uint8 array as an uncompressed .npz; its bytes depend on the array alone."""
+    for leftover in out.parent.glob(f"{out.name}.*.tmp"):  # gigabytes, if this was killed before
+        leftover.unlink()
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with replacing(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         member = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
@@ -301,13 +300,13 @@ def _pack(parts: Sequence[Path], shape: tuple[int, ...], out: Path) -> None:
                 target.write(np.load(part).data)
 
 
-# -- what images depend on -------------------------------------------------------------------------
+# -- comparing settings ----------------------------------------------------------------------------
 def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]) -> None:
-    """UserError names what differs between recorded settings and those of now.
+    """UserError, naming the differences, if the current settings are not the recorded ones.
 
     Args:
         images: the folder or file of the images.
-        compared: the keys that are looked at.
+        compared: the keys to compare.
     """
     known = before if isinstance(before, dict) else {}
     changes = _changes(before, now, compared)
@@ -315,7 +314,7 @@ def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]
         changes.insert(0, f"{_who(known)} there, {_who(now)} now")
     if changes:
         raise UserError(
-            f"{images} holds images drawn otherwise ({'; '.join(changes)}); "
+            f"{images} holds images drawn with other settings ({'; '.join(changes)}); "
             "give another --out, or delete it"
         )
 
@@ -331,7 +330,7 @@ def _changes(before: object, now: dict, compared: set[str]) -> list[str]:
 
 
 def _who(settings: dict) -> str:
-    """The model, as its program recorded it."""
+    """The model's name, as the program that drew with it recorded it."""
     about = settings.get("about", {})
     return about.get("checkpoint") or about.get("backbone", {}).get("weights") or "another model"
 

@@ -1,8 +1,8 @@
-"""What a benchmark run leaves for people and programs: results.json, results.jsonl and report.md;
-and two of them compared.
+"""The result files of a benchmark run (results.json, results.jsonl and report.md), and the
+comparison of two runs.
 
-A results file explains itself: scores with standard errors, how many images they rest on and which
-are missing, who judged (weights by hash), how the images were drawn, and with which versions.
+results.json is self-describing: scores with standard errors, how many images they rest on and which
+are missing, the judge (weights by hash), how the images were drawn, and library versions.
 """
 
 import json
@@ -29,18 +29,18 @@ class Score:
 
     name: str
     mean: float | None
-    """None where nothing is left to count."""
+    """None if there is nothing to count."""
     stderr: float | None
-    """Bootstrap over prompts; None where there are too few of them to say."""
+    """Bootstrap over prompts; None if there are too few prompts."""
     images: int
     prompts: int
     headline: bool = False
     way: str = ""
-    """Which way to count, for a benchmark with several; their columns stand side by side."""
+    """The way of counting, for a benchmark with several; their columns are shown side by side."""
 
     @property
     def key(self) -> str:
-        """What the number is called where it stands alone."""
+        """The score's full name, for use outside a table."""
         return f"{self.name} ({self.way})" if self.way else self.name
 
 
@@ -67,7 +67,7 @@ class Coverage:
         return "; ".join(parts) or "complete"
 
     def check(self, *, allow_incomplete: bool) -> None:
-        """UserError names unreadable images, unless they are allowed, or where none was judged."""
+        """UserError, naming unreadable images, if they are not allowed or no image was judged."""
         if self.unreadable and not (allow_incomplete and self.judged):
             raise UserError(
                 f"{len(self.unreadable)} of {self.expected} images cannot be judged: "
@@ -77,7 +77,7 @@ class Coverage:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this kit and the packages that scores may depend on."""
+    """Versions of Python, this kit and the packages that scores may depend on."""
     found = {"python": platform.python_version(), "t2i": __version__}
     for package in _PACKAGES:
         try:
@@ -88,13 +88,15 @@ def versions() -> dict[str, str]:
 
 
 def image_source(out: Path, images: Path) -> str:
-    """How results name their images: within the output folder (which may be moved), or absolute."""
+    """The images' folder as results record it: relative if within the output folder (which may be
+    moved), else absolute.
+    """
     out, images = out.resolve(), images.resolve()
     return str(images.relative_to(out) if images.is_relative_to(out) else images)
 
 
 def write_results(out: Path, results: dict, rows: Sequence[dict]) -> None:
-    """Write the three files; results.json, which says that there is a result, comes last."""
+    """Write the three files; results.json comes last, because it marks the result as finished."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_text(out / ROWS_FILE, "".join(lines))
     write_text(out / REPORT_FILE, markdown(results))
@@ -114,10 +116,10 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
 
 
 def read_whole_results(out: Path) -> tuple[dict, list[dict]]:
-    """The same, of a results.json with all that a benchmark writes.
+    """Like `read_results`; also checks that results.json has what a benchmark writes.
 
     Raises:
-        UserError: the folder holds no finished results, or something else's.
+        UserError: the folder holds no finished results, or they are not a benchmark's.
     """
     results, rows = read_results(out)
     kinds = {"benchmark": str, "label": str, "decimals": int, "scores": dict, "judge": dict}
@@ -131,7 +133,7 @@ def read_whole_results(out: Path) -> tuple[dict, list[dict]]:
 
 
 def table(results: dict) -> str:
-    """A markdown table of the scores, with what they must not be taken for, and their legend."""
+    """The scores as a markdown table, with the status if incomplete, and their legend."""
     scores = [Score(**score) for score in results["scores"].values()]
     flag = "" if results["status"] == "complete" else f"**{results['status']}**\n\n"
     title = f"{results['benchmark']}: {results['label']}"
@@ -139,7 +141,7 @@ def table(results: dict) -> str:
 
 
 def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
-    """A markdown table under `title` (who judged what): a line a name, columns a way to count."""
+    """A markdown table headed `title`: one line per name, columns for each way of counting."""
     ways, rows = by_way(scores)
     columns = "".join(f" {way or 'mean'} | ± | images | prompts |" for way in ways)
     lines = []
@@ -159,20 +161,20 @@ def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
 
 
 def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
-    """`score_table` where markdown is rendered: names, which others have given, stay text."""
+    """`score_table` for rendered markdown; names, which may come from users' files, are escaped."""
     names = (re.sub(r"[^\w .,:-]", lambda found: f"&#{ord(found[0])};", s.name) for s in scores)
     shown = [replace(score, name=name) for score, name in zip(scores, names, strict=True)]
     return score_table(shown, title, digits)
 
 
 def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
-    """A table; `head` has the columns' names between bars."""
+    """A markdown table; `head` holds the column names between bars."""
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def by_way(scores: Sequence[Score]) -> tuple[list[str], dict[str, dict[str, Score]]]:
-    """The ways to count, and name -> way -> score; all in order of first appearance."""
+    """The ways of counting, and name -> way -> score; all in order of first appearance."""
     rows: dict[str, dict[str, Score]] = {}
     for score in scores:
         rows.setdefault(score.name, {})[score.way] = score
@@ -201,15 +203,15 @@ def markdown(results: dict) -> str:
 def compare_folders(
     a: Path, b: Path, groups_of: Callable[[list[dict]], Groups], *, mean_of_groups: bool = True
 ) -> str:
-    """A markdown table of B against A; both are output folders of one benchmark.
+    """A markdown table of B against A; both are output folders of the same benchmark.
 
     Args:
-        groups_of: the benchmark's rows as groups.
-        mean_of_groups: whether the groups' unweighted mean is a score of the benchmark, to be
-            printed first.
+        groups_of: turns the benchmark's rows into groups.
+        mean_of_groups: whether the groups' unweighted mean is a score of the benchmark, which is
+            then printed first.
 
     Raises:
-        UserError: a folder has no results, or the two are of other benchmarks, judges or prompts.
+        UserError: a folder has no results, or their benchmarks, judges or prompts differ.
     """
     results_a, rows_a = read_whole_results(a)
     results_b, rows_b = read_whole_results(b)
@@ -223,7 +225,7 @@ def compare_folders(
         groups = groups_of(rows_a), groups_of(rows_b)
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{a} and {b} hold results of {results_a['benchmark']}: its own program compares them"
+            f"{a} and {b} hold results of {results_a['benchmark']}: compare them with its program"
         ) from error
     overall, by_group = paired_differences(*groups)
     digits = results_a["decimals"]
@@ -243,14 +245,16 @@ def compare_folders(
         lines.append(_line(f"**{name}**" if headline else name, difference, digits))
     legend = (
         f"A: {a}\nB: {b}\n± and interval: paired bootstrap over prompts; "
-        "* where the interval leaves out 0."
+        "* if the interval excludes 0."
     )
     columns = f"| {head} | A | B | B - A | ± | 95 % interval | prompts |"
     return "\n".join([f"{legend}\n", *notes, markdown_table(columns, lines)])
 
 
 def _who(results: dict) -> dict:
-    """What must be equal for numbers to be comparable: the judge, whatever its code's versions."""
+    """Benchmark and judge, which must be equal for comparable numbers; library versions are left
+    out.
+    """
     judge = {key: value for key, value in results["judge"].items() if key != "versions"}
     return {"benchmark": results["benchmark"], **judge}
 

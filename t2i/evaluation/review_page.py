@@ -1,11 +1,11 @@
-"""A page on which people compare models by looking: prompts as rows, models as columns.
+"""A page for comparing models by eye: prompts as rows, models as columns.
 
-    REVIEW/index.html        the page: no server, no network; pictures are loaded when they are seen
+    REVIEW/index.html        the page: no server, no network; loads pictures as they scroll into view
     REVIEW/columns/<name>/   a generation folder for each column that was drawn for the page
-    REVIEW/brought/<n>-<name>/   and of each that lay elsewhere, linked or copied, so that REVIEW
-                             can be moved, and given away, as a whole
+    REVIEW/brought/<n>-<name>/   and for each column from elsewhere, linked or copied, so that
+                             REVIEW can be moved or shared as a whole
 
-What the page knows is JSON in it, and is only ever shown as text: a prompt may hold anything.
+The page's data is embedded JSON and only ever shown as text, because a prompt may contain anything.
 """
 
 import math
@@ -36,10 +36,10 @@ from t2i.sampling import SamplingConfig
 COLUMNS, BROUGHT = "columns", "brought"
 _SAMPLE = re.compile(r"samples/(\d+)\.png")
 _OTHERS = re.compile(r"metadata\.jsonl|stages/\d{5,}(_\d+\.png|\.json)")
-"""Of a prompt's folder: as judges read samples, and as this kit names the rest."""
+"""Names within a prompt's folder: samples as judges read them, the rest as this kit names them."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 ByImage = dict[Job, dict]
-"""(prompt's number, sample) -> {"share": passed, 0..1, "why": sentences}."""
+"""(prompt's number, sample) -> {"share": of checks passed, 0..1, "why": sentences}."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Column:
     """A generation folder."""
     verdicts: ByImage
     judge: str = ""
-    """Who gave the verdicts."""
+    """The judge that gave the verdicts."""
 
     def folders(self) -> dict[int, Path]:
-        """Number of a prompt -> its folder, in order.
+        """Prompt's number -> its folder, in order.
 
         Raises:
             UserError: two have the same number (0 and 00000).
@@ -66,10 +66,10 @@ class Column:
         return dict(sorted(found.items()))
 
     def prompts(self) -> list[dict]:
-        """Their metadata, in order.
+        """The prompts' metadata, in order.
 
         Raises:
-            UserError: metadata are damaged, or gone.
+            UserError: metadata is damaged or missing.
         """
         found = []
         for folder in self.folders().values():
@@ -81,7 +81,10 @@ class Column:
         return found
 
     def files(self, rows: Sequence[int]) -> dict[str, Path]:
-        """Name in the layout -> file, of all that the page shows, if its rows are called so."""
+        """Name in the layout -> file, for everything the page shows.
+
+        rows: the number that the page gives to each prompt.
+        """
         found: dict[str, Path] = {}
         for row, folder in zip(rows, self.folders().values(), strict=True):
             found |= {f"{prompt_folder(row)}/{k}": v for k, v in _files_of(folder).items()}
@@ -90,11 +93,11 @@ class Column:
 
 
 def open_column(name: str, folder: Path) -> Column:
-    """Images that are there: a generation folder, or the output of a benchmark, whose verdicts come
-    with them (also where the folder is its images).
+    """A column of existing images: a generation folder, or a benchmark's output folder or its
+    images, with their verdicts.
 
     Raises:
-        UserError: it is neither.
+        UserError: the folder is neither.
     """
     try:
         images, verdicts, judge = _with_verdicts(folder)
@@ -102,8 +105,8 @@ def open_column(name: str, folder: Path) -> Column:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"the results of {folder} are not as a benchmark writes them ({error!r}); judge it "
-            "again, or delete them to look at the images alone"
+            f"the results of {folder} are not in the form that a benchmark writes ({error!r}); "
+            "judge it again, or delete them to see the images alone"
         ) from error
     column = Column(name, images, verdicts, judge)
     there = column.folders().values() if images.is_dir() else ()
@@ -113,7 +116,7 @@ def open_column(name: str, folder: Path) -> Column:
 
 
 def _with_verdicts(folder: Path) -> tuple[Path, ByImage, str]:
-    """Images, what was said of them, and who said it."""
+    """The folder of images, their verdicts, and the judge."""
     images, results, rows = folder, dict[str, Any](), list[dict]()
     if (folder / RESULTS_FILE).is_file():
         results, rows = read_results(folder)
@@ -127,13 +130,13 @@ def _with_verdicts(folder: Path) -> tuple[Path, ByImage, str]:
 
 
 def _job_of(name: str) -> Job:
-    """The prompt's and the sample's number of an image that results name."""
+    """The prompt's and the sample's number, from an image's name in results."""
     prompt, _, sample = name.removesuffix(".png").split("/")
     return int(prompt), int(sample)
 
 
 def _verdict(row: dict) -> dict:
-    """Of a row of GenEval's results (correct or not), or of DPG-Bench's (answers to questions)."""
+    """The verdict in a row of GenEval's results (correct or not) or DPG-Bench's (answers)."""
     if "correct" in row:
         return {"share": float(row["correct"]), "why": row["reason"].splitlines()}
     passed = [q["passed"] for q in row["questions"]]
@@ -142,26 +145,26 @@ def _verdict(row: dict) -> dict:
 
 
 def check_columns(columns: Sequence[tuple[str, Path]], prompts: Sequence[list[dict]]) -> None:
-    """UserError for columns (name, folder) of the same name, or of different prompts."""
+    """UserError if two columns (name, folder) have the same name or different prompts."""
     names = [name for name, _ in columns]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two columns are called {min(twice)}: give --names, one for each column")
     for (_, folder), entries in zip(columns, prompts, strict=True):
         if entries != prompts[0]:
             raise UserError(
-                f"{folder} and {columns[0][1]} hold images of other prompts: a row of the page is "
-                "one prompt"
+                f"{folder} and {columns[0][1]} hold images of other prompts; all columns of a page "
+                "must have the same prompts"
             )
 
 
 def write_review(out: Path, columns: Sequence[Column], *, title: str) -> Path:
-    """Write OUT/index.html, and bring the columns' images there if they lie elsewhere.
+    """Write OUT/index.html, and link or copy the columns' images there if they are elsewhere.
 
-    Prompts, and their numbers, are those of the first column's folder; the others must have the
-    same ones in the same order, whatever their numbers.
+    Prompts and their numbers come from the first column's folder. The others must have the same
+    prompts in the same order; their numbers may differ.
 
     Raises:
-        UserError: columns of different prompts, or two of the same name.
+        UserError: columns have different prompts, or two have the same name.
     """
     prompts = [column.prompts() for column in columns]
     check_columns([(column.name, column.folder) for column in columns], prompts)
@@ -185,7 +188,7 @@ def write_review(out: Path, columns: Sequence[Column], *, title: str) -> Path:
 
 
 def _column(out: Path, column: Column, place: Path, rows: Sequence[int]) -> dict:
-    """What the page knows of a column, whose images are in `place` under the rows' numbers."""
+    """The page's data on a column, whose images are in `place` under the rows' numbers."""
     images, grid = {}, None
     for row, own in zip(rows, column.folders(), strict=True):
         for name, path in _files_of(place / prompt_folder(row)).items():
@@ -216,27 +219,27 @@ def _column(out: Path, column: Column, place: Path, rows: Sequence[int]) -> dict
 
 
 def _bring(source: Path, files: dict[str, Path], place: Path) -> None:
-    """Link (or copy) a generation folder's images, stages and metadata into another, which holds
-    nothing else afterwards.
+    """Link (or copy) a generation folder's images, stages and metadata into another folder, which
+    holds nothing else afterwards.
 
     Args:
         files: name in `place` -> file of `source`.
 
     Raises:
-        UserError: a file is a link to something of another place that is no image.
+        UserError: a file is a link to something outside `source` that is not a PNG.
     """
     if place.resolve() == source.resolve():
-        raise UserError(f"{source} is this page's copy of other images: give those")
+        raise UserError(f"{source} is this page's copy of other images: give the original folder")
     writable_folder(place)
     for path in [path for path in place.rglob("*") if path.is_symlink() or path.is_file()]:
         if path.relative_to(place).as_posix() not in files:
-            path.unlink()  # of what was here before
+            path.unlink()  # left by an earlier page
     for name, path in files.items():
         target, real = place / name, path.resolve()
         if not real.is_relative_to(source.resolve()) and not _is_png(real):
             raise UserError(
-                f"{path} is a link to {real}, which is no PNG, and would get into a folder that is "
-                "made to be given away: delete the link, or put a copy there"
+                f"{path} is a link to {real}, which is no PNG and would be copied into a folder "
+                "that is meant to be shared: delete the link, or replace it by a copy"
             )
         if _same(real, target) and not target.is_symlink():
             continue
@@ -250,7 +253,7 @@ def _bring(source: Path, files: dict[str, Path], place: Path) -> None:
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
-    """Name in the layout -> file, of a prompt's folder.
+    """Name in the layout -> file, for a prompt's folder.
 
     Raises:
         UserError: two samples have the same number (0000.png and 00000.png).
@@ -267,7 +270,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
 def _add(found: dict, key: object, path: Path) -> None:
     first = found.setdefault(key, path)
     if first is not path:
-        raise UserError(f"{first} and {path.name} are the same number: leave one of them")
+        raise UserError(f"{first} and {path.name} are the same number: remove one of them")
 
 
 def _is_png(path: Path) -> bool:
@@ -276,7 +279,7 @@ def _is_png(path: Path) -> bool:
 
 
 def _same(path: Path, copy: Path) -> bool:
-    """Whether the copy was made of this file as it is."""
+    """Whether the copy has this file's size and modification time."""
     if not copy.exists():
         return False
     one, other = path.stat(), copy.stat()
@@ -284,7 +287,7 @@ def _same(path: Path, copy: Path) -> bool:
 
 
 def _stage_codes(path: Path) -> list:
-    """Codes [stages][T][S]; empty for an image without stages."""
+    """The codes [stages][T][S] in a file; empty if there is no file."""
     codes = read_json(path) if path.is_file() else []
     lists = isinstance(codes, list) and all(isinstance(stage, list) for stage in codes)
     if not lists or len({len(stage) for stage in codes}) > 1 or [] in codes:
@@ -293,7 +296,7 @@ def _stage_codes(path: Path) -> list:
 
 
 def _changed(before: list, after: list) -> str:
-    """Which codes differ: a bit for each, in hex digits, the first code highest."""
+    """Which codes differ: one bit per code, as hex digits, the first code in the highest bit."""
     bits = "".join("01"[a != b] for a, b in zip(before, after, strict=True))
     padded = bits + "0" * (-len(bits) % 4)
     return "".join(f"{int(padded[i : i + 4], 2):x}" for i in range(0, len(padded), 4))

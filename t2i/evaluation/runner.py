@@ -1,8 +1,8 @@
 """A benchmark from end to end: draw, judge, report.
 
-Each stage repeats nothing that is finished, so a run that was stopped at any moment is completed by
-the same call; one process and many give the same result. A benchmark brings its prompts, its judge
-and its arithmetic (`Benchmark`); all else is here.
+No stage repeats finished work, so the same call completes a run that was stopped at any moment. The
+result does not depend on the number of processes. A benchmark provides its prompts, its judge and
+its scores (`Benchmark`); everything else is here.
 
     OUT/images/                  a model's images, in GenEval's layout
     OUT/verdicts/                see t2i.evaluation.judging
@@ -51,17 +51,17 @@ log = logging.getLogger(__name__)
 
 
 class Benchmark(Judge, Protocol):
-    """What makes a benchmark, besides being a `Judge` of images."""
+    """A `Judge` of images with prompts and scores."""
 
     name: str
     label: str
-    """Which prompts and which judge: what must stand beside the numbers."""
+    """Which prompts and which judge; always shown with the numbers."""
     legend: str
-    """What the numbers mean, in a sentence or two below them."""
+    """What the numbers mean, in a sentence or two shown below them."""
     best: float
     """The best possible score."""
     decimals: int
-    """Digits to print of a score."""
+    """How many decimals of a score to print."""
 
     @property
     def entries(self) -> Sequence[dict]:
@@ -69,11 +69,11 @@ class Benchmark(Judge, Protocol):
         ...
 
     def scores(self, rows: Sequence[dict]) -> list[Score]:
-        """From all rows (see `Judged.row`) to the numbers, the headlines first."""
+        """The scores from all rows (see `Judged.row`), headline scores first."""
         ...
 
     def card(self, row: dict) -> Card | None:
-        """What the gallery shows of an image; None to leave it out."""
+        """What the gallery shows about an image; None to leave it out."""
         ...
 
 
@@ -87,18 +87,19 @@ def evaluate(
     draw: DrawOptions | None = None,
     processes: Processes = ALONE,
 ) -> dict:
-    """Judge a model, or a folder of images that anything has drawn; every process calls it.
+    """Judge a model, or a folder of images from any source; every process calls this.
 
     Args:
-        model: draws the images into OUT/images; or
+        model: draws the images into OUT/images. Give this or `images`.
         images: a folder in GenEval's layout.
-        draw: how a model draws.
+        draw: how the model draws.
 
     Returns:
         The content of results.json.
 
     Raises:
-        UserError: what is missing, unreadable, unexpected or contradictory in images or folders.
+        UserError: something in the images or folders is missing, unreadable, unexpected or
+            contradictory.
     """
     assert (model is None) != (images is None), "a model, or a folder of images"
     scope, entries = scope or Scope(), benchmark.entries
@@ -109,15 +110,15 @@ def evaluate(
         jobs = all_jobs(selected, scope.samples)
         draw_prompts(model, entries, jobs, folder, draw or DrawOptions(), processes)
 
-    def look() -> None:
+    def check() -> None:
         inventory = take_inventory(folder, entries, selected, scope.samples)
         inventory.check(allow_missing=scope.allow_incomplete)
         if inventory.unread:
             log.warning("%s: names that are not read: %s", folder, shorten(inventory.unread))
-        read_generation(folder)  # a damaged one is named before the work
+        read_generation(folder)  # raises for a damaged file before any image is judged
         claim_output(out, folder)
 
-    processes.on_main(look)
+    processes.on_main(check)
     inventory = take_inventory(folder, entries, selected, scope.samples)
     verdicts = Verdicts(out, benchmark.identity(), prompts_digest(entries))
     judge_images(benchmark, inventory, verdicts, processes)
@@ -128,8 +129,8 @@ def evaluate(
 
 
 def look_at_names(folder: Path, entries: Sequence[dict], scope: Scope, out: Path) -> None:
-    """UserError, before a judge is loaded, for a folder of images that cannot be judged, or an
-    output folder that is not theirs.
+    """Before a judge is loaded: UserError if a folder of images cannot be judged, or the output
+    folder holds the results of other images.
     """
     selected = scope.select(len(entries))
     inventory = take_inventory(folder, entries, selected, scope.samples)
@@ -138,7 +139,7 @@ def look_at_names(folder: Path, entries: Sequence[dict], scope: Scope, out: Path
 
 
 def claim_output(out: Path, images: Path) -> None:
-    """Make the output folder before any work is done for it.
+    """Make the output folder, before any work is done.
 
     Raises:
         UserError: it cannot be written, or holds the results of other images.
@@ -203,24 +204,24 @@ def run(
     build: Callable[[Processes], Benchmark],
     arrange: Callable[[Path, Processes], Callable[[], Path]] | None = None,
 ) -> None:
-    """Draw, judge and report; the main process prints the table and where to look.
+    """Draw, judge and report; the main process prints the table and where the results are.
 
     Args:
-        where: device and type that the model draws with, as `options.check` tells.
-        name: of the benchmark, as in its default output folder.
+        where: device and dtype that the model draws with, from `options.check`.
+        name: the benchmark's name in its default output folder.
         entries: the benchmark's prompts.
-        build: makes the benchmark, its judge on the process's device; called before anything is
-            drawn, so that wrong weights are found early.
-        arrange: given OUT and the processes, looks at the images of `options.images` and returns
-            what brings them into the common layout, and gives their folder; every process calls
-            both. They are in that layout already if None.
+        build: makes the benchmark, with its judge on the process's device. Called before anything
+            is drawn, so that wrong weights are found early.
+        arrange: given OUT and the processes, checks the images of `options.images` and returns a
+            function that copies them into the common layout and returns their folder; every
+            process calls both. None if the images are in that layout already.
     """
     device, dtype = where
     out, images = options.out or default_out(options, name), options.images
     processes = join_processes(device)
     with ExitStack() as held:
 
-        def claim() -> None:  # one launch holds the folder: its main process for all of them
+        def claim() -> None:  # the main process holds the folder for all processes of this launch
             held.enter_context(owning(out, "output folder"))
             remove_leftovers(out)
             if images is None:
@@ -234,10 +235,10 @@ def run(
         if images is not None and arrange is not None:
             copy = arrange(out, processes)
         model, draw = None, None
-        if images is None:  # a model that cannot be asked is named before a judge is fetched
+        if images is None:  # refuse an unsuitable model before a judge is downloaded
             model = options.load(processes.device, dtype)
             if model.backbone.spec.cond_kind != "text":
-                raise UserError(f"{options.source} draws classes, but {name} asks with captions")
+                raise UserError(f"{options.source} draws classes, but {name} needs captions")
             draw = options.drawing(model)
         benchmark = build(processes)
         images = images if copy is None else copy()
@@ -257,7 +258,7 @@ def run(
 
 
 def default_out(options: BenchmarkOptions, name: str) -> Path:
-    """outputs/<benchmark>/ and the name of the model, or of the folder that holds the images."""
+    """outputs/<benchmark>/<name of the model, or of the folder that holds the images>."""
     if options.images is None:
         return Path("outputs") / name / options.name()
     folder = options.images.resolve()
@@ -265,7 +266,9 @@ def default_out(options: BenchmarkOptions, name: str) -> Path:
 
 
 def is_shapes_world(options: BenchmarkOptions) -> bool:
-    """Whether the model (also of images that are there) is made from a shipped base, of shapes."""
+    """Whether the model, or the one that drew the given images, is made from a shipped base of the
+    shapes world.
+    """
     if options.images is not None:
         generation = read_generation(options.images) or {}
         base = generation.get("about", {}).get("backbone", {})
