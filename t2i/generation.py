@@ -30,28 +30,28 @@ from t2i.tensorar.windows import Windows
 log = logging.getLogger(__name__)
 
 SPECULATION_PAYS = {"eager": 12, "compiled": 8}
-"""Windows of one image at once that a call draws, by speed, where that is left to the kit: on a
-CPU, of models that predict one code a step (docs/fewer_steps.md); elsewhere it was not seen to pay.
-It is a rule, and not timed at hand, so that a command draws the same bits every time.
+"""Windows of an image drawn per call with `speculate="auto"`, by speed. Used on a CPU, for one image
+at a time and models that predict one code a step (docs/fewer_steps.md); no gain was seen elsewhere.
+It is a fixed rule, not a timing at run time, so that a command draws the same bits every time.
 """
 
 _MOST_WARNINGS = 20
-"""Prompts that are listed as read in part: of thousands, more would hide everything else."""
+"""Most warnings about prompts read only in part: more would hide everything else in the log."""
 _MOST_IMAGES = 10_000_000
-"""That are listed: a gigabyte of pairs of numbers."""
+"""Most images per request: their list of jobs takes about a gigabyte."""
 
 Job = tuple[int, int]
-"""Prompt index and sample index: with the seed, all that an image's random numbers depend on."""
+"""Prompt index and sample index. An image's random numbers depend only on these and the seed."""
 
 OnWindow = Callable[[Sequence[Job], Tensor, int], None]
-"""Is told, for every window that is settled, which images are being drawn, all their windows
-[B, N, k, S] as they are by then (to be read and left alone), and how many of these are settled.
+"""Called each time a window is settled, with the jobs of the batch, the current state of all their
+windows [B, N, k, S] (read only: do not modify) and the number of windows settled.
 """
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image that was drawn."""
+    """One drawn image."""
 
     prompt_index: int
     sample_index: int
@@ -60,9 +60,9 @@ class Drawn:
     windows: Tensor
     """All windows, int64 [N, k, S]."""
     stages: tuple[Image.Image, ...] = ()
-    """The image at refinement stage 1 .. last, if asked for."""
+    """The image at refinement stage 1 .. last, if requested."""
     stage_codes: Tensor | None = None
-    """The codes of these, int64 [stages, T, S]."""
+    """The codes of `stages`, int64 [stages, T, S]."""
 
     @property
     def job(self) -> Job:
@@ -70,10 +70,10 @@ class Drawn:
 
 
 def all_jobs(prompts: Iterable[int], samples: int) -> list[Job]:
-    """So many samples of each of these prompt indices, prompt by prompt.
+    """List the jobs for `samples` images of each prompt index, prompt by prompt.
 
     Raises:
-        UserError: more than can be listed.
+        UserError: too many images for one request.
     """
     prompts = list(prompts)
     if len(prompts) * samples > _MOST_IMAGES:
@@ -97,14 +97,14 @@ def draw_images(
     """Draw images one batch at a time, in the order of `jobs`.
 
     An image's random numbers depend on (seed, prompt index, sample index) only. Every batch has the
-    same number of rows, the last one filled up: within a request larger than a batch, all images
-    are computed in the same matrix shapes, so that sharding it changes no bit. Between batch sizes
-    rounding differs, as it does everywhere.
+    same number of rows (the last one is padded), so that all images of a request larger than a
+    batch are computed with the same matrix shapes, and sharding the request changes no bit.
+    Different batch sizes round differently.
 
     Args:
         prompts: captions, or class ids for a class-conditional backbone.
         jobs: `samples_per_prompt` of every prompt if None.
-        watch: may look at images while they are drawn, or raise to end the drawing.
+        watch: called while images are drawn (see `OnWindow`); may raise to stop drawing.
     """
     options = options or DrawOptions()
     check_request(model, prompts, samples_per_prompt)
@@ -113,8 +113,8 @@ def draw_images(
     jobs = all_jobs(range(len(prompts)), samples_per_prompt) if jobs is None else list(jobs)
     _warn_of_prompts(model.backbone, [prompts[p] for p in sorted({p for p, _ in jobs})])
     batch_size = max(1, min(options.batch_size, len(jobs)))
-    # Of all prompts, not of a batch's or this process's: padding is masked, but it moves the
-    # rounding.
+    # The length for all prompts, not only this batch's or process's: padding is masked, but its
+    # length affects rounding.
     length = model.backbone.prefix_length(prompts)
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     steps = len(batches) * geometry.count
@@ -139,7 +139,7 @@ def draw_images(
 
 
 def _on_step(batch: Sequence[Job], bar: Any, watch: OnWindow | None) -> Callable[[Tensor], None]:
-    """What `sample_windows` calls: moves the progress bar, and lets `watch` look."""
+    """A callback for `sample_windows` that advances the progress bar and calls `watch`."""
     settled = 0
 
     def told(windows: Tensor) -> None:
@@ -153,7 +153,7 @@ def _on_step(batch: Sequence[Job], bar: Any, watch: OnWindow | None) -> Callable
 
 
 def asked_ahead(model: TensorAR, options: DrawOptions) -> Speculate:
-    """The options' speculation, else the model's own."""
+    """The `speculate` setting of the options or, if they have none, of the model."""
     asked = model.speculate if options.speculate is None else options.speculate
     check_speculate(asked)
     return asked
@@ -162,8 +162,8 @@ def asked_ahead(model: TensorAR, options: DrawOptions) -> Speculate:
 def choose_run(
     model: TensorAR, options: DrawOptions, batches: int, images: int
 ) -> tuple[Speed, int]:
-    """How so many batches of so many images are drawn: speed, and windows of each image that a call
-    draws (0: one).
+    """Choose how to draw `batches` batches of `images` images: the speed, and the number of windows
+    of each image drawn per call (0 means one, without speculation).
     """
     device = model.backbone.device
     sampling = options.sampling or model.sampling
@@ -181,7 +181,7 @@ def choose_run(
 def check_request(
     model: TensorAR, prompts: Sequence[str | int], samples_per_prompt: int = 1
 ) -> None:
-    """UserError names the argument of `generate` that is of the wrong kind."""
+    """UserError if an argument of `generate` is of the wrong kind."""
     if isinstance(model, Backbone):
         raise UserError(
             "generate needs a TensorAR model, and got a backbone by itself: "
@@ -203,7 +203,7 @@ def check_request(
 
 
 def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
-    """Say once for each prompt what the backbone does not read of it."""
+    """Warn, once for each prompt, about the parts of it that the backbone does not read."""
     if backbone.spec.cond_kind != "text":
         return
     captions = [str(prompt) for prompt in prompts]
@@ -222,7 +222,7 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
 
 
 def parse_conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
-    """What was typed, as `prepare` takes it: captions, or class ids; UserError for neither."""
+    """Convert typed prompts to what `prepare` takes: captions or class ids; UserError if invalid."""
     if backbone.spec.cond_kind == "text":
         check_captions(texts, "prompts")
         return list(texts)
@@ -264,7 +264,7 @@ def generate(
 def to_images(
     model: TensorAR, codes: Tensor, size: tuple[int, int] | None = None
 ) -> list[Image.Image]:
-    """Codes [B, T, S] -> PIL images, of the model's own (height, width) if none is given."""
+    """Codes [B, T, S] -> PIL images, of size (height, width); None: the model's own size."""
     pixels = model.backbone.decode_images(codes, size).cpu().numpy()
     return [Image.fromarray(array) for array in pixels]
 
@@ -277,7 +277,7 @@ def stage_codes(geometry: Windows, windows: Tensor) -> Tensor:
 def _staged(
     model: TensorAR, geometry: Windows, windows: Tensor, size: tuple[int, int] | None
 ) -> list[tuple[tuple[Image.Image, ...], Tensor]]:
-    """Per image, its picture at every refinement stage, and the codes of these."""
+    """For each image: its pictures at every refinement stage, and their codes [stages, T, S]."""
     codes = stage_codes(geometry, windows)
     pictures = [to_images(model, stage, size) for stage in codes.unbind(1)]
     return list(zip(zip(*pictures, strict=True), codes.cpu(), strict=True))

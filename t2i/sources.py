@@ -51,27 +51,27 @@ class BackboneSource:
     text_encoder: str | None = None
     text_encoder_dtype: str = "float32"
     grid: tuple[int, int] | None = None
-    """Height and width in codes, where neither config nor the file's name tells them."""
+    """Height and width in codes, if neither the config nor the file name gives them."""
     config: dict | None = None
-    """Shape of the backbone, as its family's config dataclass has it."""
+    """Shape of the backbone: the fields of its family's config dataclass."""
     sampling: dict = field(default_factory=dict)
     """Settings that differ from the family's defaults."""
     sha256: str | None = None
     """Hash of the weight file, or over the weight files of a folder."""
     tokenizer_sha256: str | None = None
-    """Hash of the image tokenizer's file, where it has one."""
+    """Hash of the image tokenizer's file, if there is one."""
     text_encoder_sha256: str | None = None
     """Hash over the text encoder's files, or of the family's `prompt_file`."""
     generation_only: bool = False
-    """Only what drawing images needs was loaded."""
+    """Whether only the parts needed to draw images were loaded."""
     started_from: str | None = None
-    """Checkpoint that a run began with: its own checkpoints hold all of the backbone's weights."""
+    """Checkpoint that the run started from. The run's checkpoints then hold all backbone weights."""
     shipped_base: str | None = None
-    """Shipped base that an export was made from; its name is not in `weights` any more."""
+    """Shipped base that an export was made from; `weights` no longer names it."""
 
 
 def resolve(source: str | Path, *, folder: bool = False) -> Path:
-    """The local path of a source; what is on the hub is downloaded into its cache.
+    """The local path of a source. Files on the hub are downloaded into the hub's cache.
 
     Args:
         folder: the source is a folder ("owner/repo"), not a file ("owner/repo:file").
@@ -99,7 +99,7 @@ def check_named(source: str | Path, *, folder: bool = False) -> None:
 
 
 def _on_hub(text: str, folder: bool) -> bool:
-    """Whether it is written like a file, or a folder, on the hub."""
+    """Whether the text has the form of a hub file ("owner/repo:file") or folder ("owner/repo")."""
     repo, _, filename = text.partition(":")
     return repo.count("/") == 1 and all(repo.split("/")) and bool(filename) != folder
 
@@ -113,7 +113,7 @@ def _nowhere(text: str, folder: bool) -> UserError:
 
 
 def lasting(source: str | Path) -> str:
-    """A source as a checkpoint can store it: a local path holds from any working directory."""
+    """A source as a checkpoint stores it: local paths become absolute."""
     if str(source) in shipped_bases():
         if (Path(source) / "config.json").is_file():
             log.warning(namesake(str(source), "the base that the kit ships"))
@@ -122,8 +122,8 @@ def lasting(source: str | Path) -> str:
 
 
 def absolute(path: str | Path) -> Path:
-    """A path for any working directory. A link to a file keeps its own name, which says the file's
-    format and shape: what it leads to may be named by a hash (the hub's cache, DVC).
+    """The absolute path. A link to a file keeps its own name, which tells the file's format and
+    shape: the link's target may be named by a hash (the hub's cache, DVC).
     """
     path = Path(path)
     return path.parent.resolve() / path.name if path.is_file() else path.resolve()
@@ -153,7 +153,7 @@ def shipped_bases() -> list[str]:
 
 
 def family_of(source: str | Path) -> str:
-    """The family that a shipped base, a backbone folder or a published folder says it is of."""
+    """The family named by the config.json of a shipped base, backbone folder or published folder."""
     path = _folder(source) / "config.json"
     stored = read_object(path) if path.is_file() else {}
     if isinstance(stored.get("family"), str):
@@ -173,7 +173,7 @@ def _folder(source: str | Path) -> Path:
 
 
 def expand_folder(source: BackboneSource) -> BackboneSource:
-    """Fill in what a backbone folder's config.json says; what the caller gave wins."""
+    """Fill in missing fields from a backbone folder's config.json; fields already set win."""
     family, path, weights = find_family(source.family), _folder(source.weights), source.weights
     stored: dict = {}
     files: dict[str, str] = {}
@@ -196,7 +196,7 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
 
 
 def _read_backbone_folder(path: Path, family: Family) -> dict:
-    """What config.json of a backbone folder says; nothing if it is a published folder itself."""
+    """The content of a backbone folder's config.json; empty for a folder as published."""
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is not a backbone folder: it has no config.json "
@@ -230,7 +230,7 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
 
 # -- what the files were ---------------------------------------------------------------------------
 def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
-    """A checkpoint folder's source with the SHA-256 of its files; those that it has are kept."""
+    """A checkpoint folder's source with missing SHA-256 hashes filled in."""
     files = expand_folder(beside(source, folder))
     missing = {n: f.sha256 for n, f in _FILES.items() if getattr(source, f.sha256) is None}
     found: dict[str, Any] = {of: _file_hash(files, name) for name, of in missing.items()}
@@ -238,14 +238,14 @@ def with_hashes(source: BackboneSource, folder: Path) -> BackboneSource:
 
 
 def weights_sha256(source: BackboneSource) -> str:
-    """SHA-256 of a base's weights, wherever they lie."""
+    """SHA-256 of a base's weights."""
     found = source.sha256 or _file_hash(expand_folder(source), "weights")
     assert found is not None, "every base has weights"
     return found
 
 
 def _file_hash(files: BackboneSource, name: str) -> str | None:
-    """SHA-256 of one of the files of an expanded source; None where there is none."""
+    """SHA-256 of one of an expanded source's files; None if it has no such file."""
     family = find_family(files.family)
     if name == "weights":
         return stored_sha256(resolve(files.weights, folder=family.published_as_folder))
@@ -260,7 +260,7 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
     """Compare an expanded source's files with its recorded hashes.
 
     Args:
-        weights: the weight file, too.
+        weights: whether to check the weight file, too.
 
     Raises:
         UserError: a file is not the one that the checkpoint was trained with.
@@ -282,7 +282,7 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
 
 # -- where the files are now -----------------------------------------------------------------------
 def beside(source: BackboneSource, folder: Path) -> BackboneSource:
-    """The source of a checkpoint folder whose base lies relative to it (an export's)."""
+    """A checkpoint folder's source, with paths relative to the folder (exports) made absolute."""
     given = {name: getattr(source, name) or "" for name in _FILES}
     inside = {name: path for name, path in given.items() if path.startswith("..")}
     found: dict[str, Any] = {name: str(absolute(folder / path)) for name, path in inside.items()}
@@ -296,12 +296,12 @@ def moved(
     tokenizer: str | Path | None = None,
     text_encoder: str | Path | None = None,
 ) -> BackboneSource:
-    """A checkpoint's source with its files where they are now.
+    """A checkpoint's source, with the paths of files that have moved updated.
 
     Args:
-        base: the weight file, or the folder that the files moved to: each is then found by its
-            name, or by the end of its old path. What lies beside a weight file is found, too. Files
-            that still are where they were stay.
+        base: the weight file, or the folder that the files moved to, in which each is found by
+            its name or the end of its old path. Files next to a given weight file are found, too.
+            A tokenizer or text encoder that still exists at its old path keeps it.
         tokenizer: the image tokenizer's file.
         text_encoder: the text encoder's folder or hub id.
     """
@@ -328,7 +328,7 @@ def moved(
 
 
 def _helper(given: str | Path | None, stored: str | None, root: Path | None) -> str | None:
-    """A file beside the weights: the given one, else the stored one, or where `root` has it now."""
+    """The tokenizer or text encoder: the given one, else the stored one, searched under `root`."""
     if given is not None:
         return lasting(given)
     if stored is None or root is None or Path(stored).exists():
@@ -337,14 +337,14 @@ def _helper(given: str | Path | None, stored: str | None, root: Path | None) -> 
 
 
 def _under(root: Path, stored: str) -> Path | None:
-    """What lies under the folder by the longest end of a stored path, or hub name."""
+    """The path under `root` that matches the longest end of a stored path or hub name, if any."""
     parts = [part for part in Path(stored.replace(":", "/")).parts if part != "/"]
     ends = (absolute(root.joinpath(*parts[i:])) for i in range(len(parts)))
     return next((end for end in ends if end.exists()), None)
 
 
 def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
-    """UserError that names each local file that is gone; `weights`: the backbone's count, too."""
+    """UserError naming each local file that is gone (with `weights`, the weight file, too)."""
     gone = [
         f"{path} ({file.what}: {file.option})"
         for name, file in _FILES.items()
