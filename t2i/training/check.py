@@ -1,9 +1,8 @@
 """The pre-flight check: examine settings, data and model, and report what a run would do and when,
 without training.
 
-Run folder, DeepSpeed JSON, batch and data are checked before any model, so that simple mistakes
-show first. Parameter counts, memory and work come from the model's shapes, on the meta device: for
-a published size nothing is fetched or read. Nothing is written.
+Run folder, DeepSpeed JSON, batch and data are checked first. Parameter counts, memory and work come
+from the model's shapes, on the meta device; for a published size nothing is fetched or read.
 """
 
 import re
