@@ -30,8 +30,8 @@ from t2i.tensorar.windows import Windows
 log = logging.getLogger(__name__)
 
 SPECULATION_PAYS = {"eager": 12, "compiled": 8}
-"""Windows of an image drawn per call with `speculate="auto"`, by speed. Used on a CPU, for one image
-at a time and models that predict one code a step (docs/fewer_steps.md); no gain was seen elsewhere.
+"""Windows of an image drawn per call with `speculate="auto"`, by speed. Used on a CPU for single
+images of models that predict one code a step (docs/fewer_steps.md); no gain was seen elsewhere.
 It is a fixed rule, not a timing at run time, so that a command draws the same bits every time.
 """
 
@@ -222,7 +222,7 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
 
 
 def parse_conditions(backbone: Backbone, texts: Sequence[str]) -> list[str | int]:
-    """Convert typed prompts to what `prepare` takes: captions or class ids; UserError if invalid."""
+    """Convert typed prompts to captions or class ids, for `prepare`; UserError if invalid."""
     if backbone.spec.cond_kind == "text":
         check_captions(texts, "prompts")
         return list(texts)

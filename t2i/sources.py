@@ -65,7 +65,7 @@ class BackboneSource:
     generation_only: bool = False
     """Whether only the parts needed to draw images were loaded."""
     started_from: str | None = None
-    """Checkpoint that the run started from. The run's checkpoints then hold all backbone weights."""
+    """Checkpoint that the run started from. Its own checkpoints then hold all backbone weights."""
     shipped_base: str | None = None
     """Shipped base that an export was made from; `weights` no longer names it."""
 
@@ -153,7 +153,7 @@ def shipped_bases() -> list[str]:
 
 
 def family_of(source: str | Path) -> str:
-    """The family named by the config.json of a shipped base, backbone folder or published folder."""
+    """The family named in the config.json of a shipped base, backbone or published folder."""
     path = _folder(source) / "config.json"
     stored = read_object(path) if path.is_file() else {}
     if isinstance(stored.get("family"), str):

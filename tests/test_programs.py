@@ -331,7 +331,7 @@ def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
         text = refused(sample_imagenet, capsys, *ckpt, "--out", tmp_path / "a.npz")
         assert f"image set {tmp_path / 'a.npz'} is {mine}" in text
         text = refused(sample_imagenet, capsys, *ckpt, "--out", tmp_path / "b.npz")
-        assert "draws captions, not classes" in text, "a neighbour does not mind"
+        assert "draws from captions, not classes" in text, "a neighbour does not mind"
 
 
 def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monkeypatch):
