@@ -4,14 +4,14 @@
     backbone = t2i.load_backbone("llamagen", "c2i_B_256.pt", tokenizer="vq_ds16_c2i.pt")
     model = t2i.attach(backbone, t2i.presets.iclr2026())   # equal to the base model until trained
     config = t2i.recipe("shapes-tuned", {"run_dir": "runs/mine", "steps": 100})
-    print(t2i.check(config))                               # what would happen; trains nothing
+    print(t2i.check(config))                               # what training would do; trains nothing
     folder = t2i.train(config)
     model = t2i.from_pretrained("runs/mine")               # a checkpoint, run or export folder
-    model = t2i.load_model("shapes")                       # any of these, or a base by itself
+    model = t2i.load_model("shapes")                       # any of these, or a base model
     images = t2i.generate(model, ["a photo of a red circle"], seed=0, samples_per_prompt=4)
     t2i.grid(images, columns=2).save("sheet.png")
 
-Names are resolved on first use, so that importing the package costs nothing.
+Names are resolved on first use, so that importing the package is fast.
 """
 
 from importlib import import_module

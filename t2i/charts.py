@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TINTS = ("#e5484d", "#3b82f6", "#22a06b", "#d97706", "#8b5cf6", "#0ea5b7", "#db2777", "#65748b")
-"""Colours that are told apart on white and on black, taken round and round."""
+"""Colors that can be told apart on white and on black, used cyclically."""
 _WIDTH, _PLOT_HEIGHT = 440, 190
 _LEFT, _RIGHT, _TOP, _BELOW = 54, 14, 48, 44
-"""Room around the plot."""
+"""Margins around the plot."""
 _FONT, _LETTER, _ROW = 13, 7.6, 18
-"""Size of text, about how wide a letter of it is, and the height of a row of the legend."""
+"""Font size, approximate width of a letter, and height of a row of the legend."""
 _PNG_SCALE = 2
 
 Point = tuple[float, float]
@@ -34,11 +34,11 @@ class Series:
 
     name: str
     points: tuple[Point, ...]
-    """By x."""
+    """In order of x."""
     tint: int = 0
-    """Index of its colour."""
+    """Index of its color in `TINTS`."""
     dashed: bool = False
-    """Of what is compared with."""
+    """Marks a baseline for comparison."""
     errors: tuple[float, ...] = ()
     """Standard error of each point."""
     dots: bool = False
@@ -47,12 +47,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is shown against what."""
+    """A line chart: its labels and lines."""
 
     title: str
     x_label: str
     y_label: str
-    """With its unit."""
+    """Including the unit."""
     series: tuple[Series, ...]
     """At least one, none of them empty."""
     from_zero: bool = False
@@ -61,7 +61,7 @@ class Chart:
 
 # -- layout ----------------------------------------------------------------------------------------
 class _Frame:
-    """Where a chart's numbers lie in the picture."""
+    """Maps a chart's numbers to positions in the image."""
 
     def __init__(self, chart: Chart):
         xs = [x for series in chart.series for x, _ in series.points]
@@ -91,13 +91,13 @@ def _errors(series: Series) -> tuple[float, ...]:
 
 
 def _widened(low: float, high: float, share: float) -> tuple[float, float]:
-    """A range with some room at both ends, and never empty."""
+    """The range with a margin at both ends; never empty."""
     room = share * (high - low) or (0 if high > low else 0.5 * abs(low) or 0.5)
     return low - room, high + room
 
 
 def _legend_places(series: Sequence[Series]) -> Iterator[tuple[float, int]]:
-    """Where each name begins: across, and in which row."""
+    """For each series, the x position and the row at which its entry begins."""
     x, row = float(_LEFT), 0
     for one in series:
         width = 24 + _LETTER * len(one.name)
@@ -193,7 +193,7 @@ class _PngPen:
 
 
 def _dashes(points: Sequence[Point], length: float) -> Iterator[list[Point]]:
-    """Every second piece of so much length along a line."""
+    """Every other piece of a line that is cut into pieces of this length."""
     done = 0.0
     for (ax, ay), (bx, by) in pairwise(points):
         whole = math.hypot(bx - ax, by - ay)
@@ -205,10 +205,10 @@ def _dashes(points: Sequence[Point], length: float) -> Iterator[list[Point]]:
             done, at = done + end - at, end
 
 
-# -- what is written -------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 def svg(chart: Chart, *, alone: bool = False) -> str:
-    """The chart as an SVG element, in the colour of the text around it; `alone`, as a file, it is
-    dark on white.
+    """The chart as an SVG element, in the color of the surrounding text; with `alone`, for a
+    separate file, dark on white.
     """
     frame, pen = _Frame(chart), _SvgPen()
     _draw(chart, frame, pen)
@@ -222,7 +222,7 @@ def svg(chart: Chart, *, alone: bool = False) -> str:
 
 
 def reading(chart: Chart) -> dict:
-    """What a page has to know to tell the numbers under a pointer, as JSON."""
+    """The data with which a page shows the numbers under the pointer, JSON-compatible."""
     frame = _Frame(chart)
     return {
         "x": [frame.x0, frame.x1],
@@ -234,7 +234,7 @@ def reading(chart: Chart) -> dict:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure of matplotlib as SVG, which changes with what is shown only."""
+    """Write a matplotlib figure as SVG: the same figure always gives the same bytes."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": path.stem}):

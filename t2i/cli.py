@@ -1,4 +1,4 @@
-"""What all programs share: options, help, logging, and one clear message for a user's mistake."""
+"""Shared by all programs: options, help, logging, and a clear message for a user's mistake."""
 
 import errno
 import logging
@@ -38,9 +38,9 @@ def parse(
 
     Args:
         description: the module's docstring; its examples stay lines in the help.
-        skip: so many words of the command line are not for it.
-        main: fields that --help shows, in their class's order ("data.source" for one of a nested
-            class); --help-all shows all. Without it --help does.
+        skip: number of leading command-line words to ignore.
+        main: fields that --help shows, in their class's order ("data.source" for a field of a
+            nested class); --help-all shows all fields. If empty, --help shows all, too.
     """
     return _parsed(default, _arguments()[skip:], description, main)
 
@@ -56,8 +56,8 @@ def parse_recipe(
 
     Args:
         main: as in `parse`, for the help of a recipe.
-        program_of: which other program has a recipe of this name.
-        settle: called with what was made of a recipe, and the recipe; gives what is meant.
+        program_of: returns the other program that has a recipe of this name, or None.
+        settle: called with the parsed config and the recipe; returns the config to use.
     """
     given, program = _arguments() or ["--help"], Path(sys.argv[0]).name
     name = given[0]
@@ -109,17 +109,15 @@ def _parsed(
 
 def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) -> None:
     """UserError for an option of several values that is given twice."""
-    # The parser would drop the first ones without a word.
+    # The parser would silently drop all but the last.
     names = [a.partition("=")[0].replace("_", "-") for a in given if a.startswith("--")]
     for name in _lists(config):
         if (count := names.count(name)) > 1:
-            raise UserError(
-                f"{name} is given {count} times: give it once, with all values behind it"
-            )
+            raise UserError(f"{name} is given {count} times: give it once, followed by all values")
 
 
 def _refuse_dashes(given: Sequence[str]) -> None:
-    """UserError for words that begin with "-" and a letter, which would be taken for an option."""
+    """UserError for a value that begins with "-" and a letter: it would be taken for an option."""
     option = ""
     for word in given:
         name, equals, _ = word.partition("=")
@@ -133,9 +131,8 @@ def _refuse_dashes(given: Sequence[str]) -> None:
 
 
 def _refuse_blanks(config: "DataclassInstance | type", given: Sequence[str]) -> None:
-    """UserError for an option of one value that is given nothing."""
-    # An empty path would be the working directory: so a shell variable that is not set would put
-    # a run there.
+    """UserError for a single-value option with an empty value."""
+    # An empty path means the working directory: an unset shell variable would put a run there.
     lists = set(_lists(config))
     for option, following in pairwise([*given, None]):
         name, equals, own = (option or "").partition("=")
@@ -144,13 +141,13 @@ def _refuse_blanks(config: "DataclassInstance | type", given: Sequence[str]) -> 
             continue
         if name.replace("_", "-") not in lists:
             raise UserError(
-                f"{name} is given nothing: leave it out, or say what it is (a shell variable that "
-                "is not set is nothing)"
+                f"{name} has an empty value: leave the option out, or give it a value (is a shell "
+                "variable not set?)"
             )
 
 
 def _lists(config: "DataclassInstance | type", prefix: str = "--") -> Iterator[str]:
-    """Options of a config (or its class) that take any number of values."""
+    """The options of a config (or config class) that take any number of values."""
     kind = config if isinstance(config, type) else type(config)
     hints, marked = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for f in fields(config):
@@ -165,8 +162,8 @@ def _lists(config: "DataclassInstance | type", prefix: str = "--") -> Iterator[s
 
 
 def _refuse_nan(config: "DataclassInstance", prefix: str = "") -> None:
-    """UserError for a number that is none."""
-    # NaN passes every comparison with a limit, and shows only in what comes of it.
+    """UserError for NaN in a numeric setting."""
+    # NaN would slip through the checks of limits, and show only in the results.
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value) and not isinstance(value, type):
@@ -176,19 +173,19 @@ def _refuse_nan(config: "DataclassInstance", prefix: str = "") -> None:
 
 
 def _help_text(description: str) -> str:
-    """A docstring for the parser's help."""
-    # The parser joins lines unless they are indented: so commands are.
+    """A docstring, prepared for the parser's help."""
+    # The parser joins lines that are not indented, so commands are indented.
     lines: list[str] = []
     for line in description.splitlines():
-        goes_on = lines and lines[-1].startswith(" ") and lines[-1].endswith("\\")
-        lines.append(f"  {line}" if line.startswith(_COMMANDS) or goes_on else line)
+        continues = lines and lines[-1].startswith(" ") and lines[-1].endswith("\\")
+        lines.append(f"  {line}" if line.startswith(_COMMANDS) or continues else line)
     return "\n".join(lines)
 
 
 def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
-    """A subclass of a config class, for help alone: only the fields `names` are shown and parsed.
+    """A subclass of a config class, only for help: it shows and parses only the fields `names`.
 
-    Its defaults are the values of `default`, if that is given.
+    Its defaults are the values of `default`, if given.
     """
     hints = get_type_hints(kind, include_extras=True)
     own: dict[str, Any] = {}
@@ -199,7 +196,7 @@ def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
         below = [n.removeprefix(f"{f.name}.") for n in names if n.startswith(f"{f.name}.")]
         if below:
             shown = _showing(type(value), below, value)
-            markers = getattr(hints[f.name], "__metadata__", ())  # of the parser
+            markers = getattr(hints[f.name], "__metadata__", ())  # tyro's
             hints[f.name] = Annotated[(shown, *markers)] if markers else shown
             value = shown()
         elif f.name not in names:
@@ -211,9 +208,9 @@ def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
 
 
 def _arguments() -> list[str]:
-    # DeepSpeed's launcher appends --local_rank=N; the environment says the same.
+    # DeepSpeed's launcher appends --local_rank=N, which is in the environment as well.
     given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    # Shells expand "--run-dir ~/a" and not "--run-dir=~/a", which would make a folder named "~".
+    # Shells expand "--run-dir ~/a" but not "--run-dir=~/a", which would create a folder named "~".
     home = os.path.expanduser("~")
     return [
         re.sub(r"^(--[\w.-]+=)?~(?=/)", lambda found: (found[1] or "") + home, a) for a in given
@@ -221,7 +218,7 @@ def _arguments() -> list[str]:
 
 
 def _quiet_libraries() -> None:
-    """No progress bars for reading files from disk; downloads keep theirs."""
+    """Turn off progress bars for reading files from disk, but not for downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -233,13 +230,15 @@ def _quiet_libraries() -> None:
 def _log_plainly() -> None:
     out = sys.stdout
     if isinstance(out, TextIOWrapper) and (out.errors == "strict" or out.encoding != "utf-8"):
-        out.reconfigure(errors="backslashreplace")  # a locale may know neither é nor ±
+        out.reconfigure(errors="backslashreplace")  # the locale may lack é and ±
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also raises what it logs
-    # Pillow's, of large images, which the kit counts and names itself.
+    logging.getLogger("datasets").setLevel(
+        logging.CRITICAL
+    )  # it also raises the errors that it logs
+    # Pillow's warning about large images: the kit counts and reports these itself.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit of")
 
 
@@ -248,13 +247,13 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program: a user's mistake (UserError), Ctrl-C, SIGTERM and a closed terminal end in a
-    message alone.
+    """Run a program: a user's mistake (UserError), Ctrl-C, SIGTERM and a closed terminal end it
+    with a message only.
 
-    Anything else keeps its traceback; where memory was too small, advice comes below it.
+    Other errors keep their traceback, followed by advice if memory ran out.
     """
     try:
-        # SIGTERM and a closed terminal end like Ctrl-C; a training run has handlers of its own.
+        # SIGTERM and a closed terminal act like Ctrl-C; training installs its own handlers.
         with handling(stop_signals(), _terminate):
             _log_plainly()
             _refuse_lost_folder()
@@ -287,7 +286,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _refuse_lost_folder() -> None:
-    """UserError where the working directory is no more: imports would fail in many ways."""
+    """UserError if the working directory was deleted: imports would fail in obscure ways."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
@@ -297,9 +296,9 @@ def _refuse_lost_folder() -> None:
 
 
 def _no_memory(error: Exception) -> str | None:
-    """What to say where memory was too small for what was asked; None for another error."""
+    """The message for an error that means too little memory; None for other errors."""
     of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
-    # On the CPU torch raises a RuntimeError like any other.
+    # On the CPU torch raises a plain RuntimeError.
     if not isinstance(error, MemoryError | of_torch) and "allocate memory" not in str(error):
         return None
     reason = str(error).strip().partition("\n")[0][:200]
@@ -311,8 +310,9 @@ def _no_memory(error: Exception) -> str | None:
 
 
 def _output_is_read(end: str = "") -> bool:
-    """Whether what was printed, and this, finds its reader, who may have left (| head), or room:
-    if not, nothing more is printed, nor complained of. Results are in files of their own.
+    """Flush stdout, with `end` appended; False if its reader has quit (| head) or the disk is full.
+
+    Further output is then discarded silently: results are in files, not on stdout.
     """
     try:
         print(end=end, flush=True)
@@ -325,8 +325,8 @@ def _output_is_read(end: str = "") -> bool:
 
 
 def _leave_processes() -> None:
-    """Leave the group of several processes in order."""
-    # An end with a connection open can abort, and hide the exit code.
-    group = sys.modules.get("torch.distributed")  # never imported for this alone
+    """Leave the process group cleanly."""
+    # Exiting with a connection open can abort the process, and hide its exit code.
+    group = sys.modules.get("torch.distributed")  # not imported just for this
     if group and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         group.destroy_process_group()

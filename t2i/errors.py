@@ -1,4 +1,4 @@
-"""How the kit tells a user's mistake from a bug of its own, and what messages have in common."""
+"""Exceptions that tell a user's mistake from a bug in the kit, and helpers for error messages."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -7,23 +7,23 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something that the caller gave cannot be used: what was given, what is allowed, what to do.
+    """The caller's input cannot be used. Says what was given, what is allowed and what to do.
 
-    Programs end in its message alone, which says all; docstrings name it where it matters when it
-    comes. Every other exception is taken for a bug and keeps its traceback.
+    Programs print only the message and exit. Docstrings mention it where callers need to know. All
+    other exceptions count as bugs and keep their traceback.
     """
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """A training run's loss, gradient or weights are no numbers: its settings cannot be used."""
+    """A training run's loss, gradient or weights are not finite: its settings cannot be used."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A training run was stopped on request, and has saved."""
+    """A training run was stopped on request, after saving a checkpoint."""
 
 
 def choose_one(name: object, names: Iterable[str]) -> str:
-    """The end of a message about a name that there is not: the nearest one, and all of them."""
+    """The end of a message about an unknown name: the closest known name, and all known names."""
     known = list(names)
     nearest = get_close_matches(str(name), known, 1)
     perhaps = f"perhaps you meant {nearest[0]}; " if nearest else ""
@@ -31,8 +31,8 @@ def choose_one(name: object, names: Iterable[str]) -> str:
 
 
 def nearest_path(path: str | Path) -> str:
-    """The end of a message about a path that there is not: what it may have meant; or nothing."""
-    home = os.path.expanduser(path)  # which a shell does, and Python does not
+    """The end of a message about a missing path: the path that may be meant, or ""."""
+    home = os.path.expanduser(path)  # shells expand ~, Python does not
     if str(path).startswith("~") and os.path.exists(home):
         return f"; perhaps you meant {home}"
     there, rest = Path(path), list[str]()

@@ -1,4 +1,4 @@
-"""Settings dataclasses: read from JSON that others may have written, and overridden by options."""
+"""Settings dataclasses: read from JSON of any origin, and overridden by options."""
 
 import ast
 import inspect
@@ -36,24 +36,23 @@ def read_object(path: str | Path) -> dict:
     """A file's JSON object."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, and holds {content!r:.80}")
+        raise UserError(f"{path} must hold a JSON object, but holds {content!r:.80}")
     return content
 
 
 def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = None) -> S:
-    """A settings dataclass of what JSON says.
+    """A settings dataclass from parsed JSON.
 
     Args:
-        where: the file (and part of it) that it was read from, for messages.
-        defaults: what JSON leaves out; the class's own defaults if None.
+        where: the file (and part of it) that holds the JSON, for messages.
+        defaults: supplies the settings that are missing; if None, the class's defaults do.
 
     Raises:
-        UserError: it is no JSON object, a setting is not known here (it may change what weights
-            mean, so it is not passed over), is missing, has another type, or a value that the class
-            refuses.
+        UserError: `values` is not a JSON object, or a setting is unknown (never ignored: it may
+            change what weights mean), missing, of the wrong type, or refused by the class.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{where} must be a JSON object of settings, and is {values!r:.80}")
+        raise UserError(f"{where} must be a JSON object of settings, but is {values!r:.80}")
     if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
         raise UserError(
             f"{where} has settings that this version ({__version__}) of the kit does not know: "
@@ -71,7 +70,7 @@ def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = 
 
 
 def _converted(value: object, hint: object, where: str) -> object:
-    """The value as the type has it: JSON has no tuples, no paths, and no dataclasses."""
+    """The value converted to its type: JSON has no tuples, paths or dataclasses."""
     kinds = (hint, *get_args(hint))
     if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
         value = tuple(value)
@@ -101,7 +100,7 @@ def _fits(value: object, hint: object) -> bool:
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if hint in (None, NoneType):
         return value is None
-    if hint in (int, float):  # a truth value is neither, and NaN is no number
+    if hint in (int, float):  # neither bool nor NaN
         number = isinstance(value, int) or (hint is float and isinstance(value, float))
         return number and not isinstance(value, bool) and value == value
     kind = origin or hint
@@ -109,7 +108,7 @@ def _fits(value: object, hint: object) -> bool:
 
 
 def leaves(settings: Mapping, part: str = "") -> dict[str, object]:
-    """Every one of nested settings by its full name, such as "optim.betas"."""
+    """Nested settings, flattened to full names such as "optim.betas"."""
     found: dict[str, object] = {}
     for name, value in settings.items():
         inner = isinstance(value, Mapping)
@@ -119,7 +118,7 @@ def leaves(settings: Mapping, part: str = "") -> dict[str, object]:
 
 # -- overrides -------------------------------------------------------------------------------------
 def given_options(options: "DataclassInstance") -> list[str]:
-    """Dotted names of the options that are not as they are by themselves."""
+    """Dotted names of the options that differ from their defaults."""
     found = []
     for own in fields(options):
         value = getattr(options, own.name)
@@ -135,7 +134,7 @@ def given_options(options: "DataclassInstance") -> list[str]:
 def all_optional(settings: type) -> Callable[[type[C]], type[C]]:
     """Class decorator: adds every field of a settings class, None by default, with its docstring.
 
-    So a command line can change settings of which the rest is known later.
+    This lets a command line override single settings whose other values are known only later.
     """
     hints, docs = get_type_hints(settings), _field_docs(settings)
     optional = {

@@ -1,7 +1,7 @@
-"""Files and folders, for every part of the kit: whole-or-nothing writes, checks before the work,
-one owner a folder, waiting for other processes.
+"""Files and folders, for every part of the kit: atomic writes, checks before the work begins,
+locks on folders, waiting for other processes.
 
-Nothing here knows what a file is about.
+Nothing here depends on what a file contains.
 """
 
 import codecs
@@ -29,7 +29,7 @@ from t2i.lfs import refuse_pointers
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
 PARTIAL, REPLACED = ".t2i-partial", ".t2i-old"
-"""Ends of names of folders, which are cleared away, and so must not be what people name theirs."""
+"""Name endings of temporary folders. Folders named so get deleted: users must not use them."""
 _OF_FILES = (".png", ".jpg", ".npy", ".npz", ".html", ".json", ".pt", ".safetensors", ".zip")
 _POLL_SECONDS = 0.2
 
@@ -37,7 +37,7 @@ _POLL_SECONDS = 0.2
 # -- writing, whole or not at all ------------------------------------------------------------------
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it takes the final name when the block ends.
+    """A temporary name next to `path` to write to; it takes the final name when the block ends.
 
     A reader sees the old file or the new one, also after a power cut. Several processes may write
     the same file at once.
@@ -46,7 +46,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with saving(path):
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            temporary.touch()  # as the umask lets it be
+            temporary.touch()  # with the umask's permissions
             mode = temporary.stat().st_mode
             yield temporary
             _finish(temporary, mode)
@@ -57,10 +57,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` to write to; it takes the final name when the block ends.
+    """A fresh folder next to `folder` to write to; it takes the final name when the block ends.
 
-    Whatever goes wrong before, it is removed. Its name is `partial_folder(folder)`, so that several
-    processes can write to it; one of them holds it.
+    If the block fails, the fresh folder is removed. Its name is `partial_folder(folder)`, so that
+    other processes can write to it, too; only one of them may enter this context.
     """
     folder = Path(folder)
     partial, old = partial_folder(folder), _old_folder(folder)
@@ -82,20 +82,20 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder if there is one; of a link to one, the link."""
+    """Remove a folder if it exists; if it is a link, only the link."""
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where `replacing_folder` has a folder written."""
+    """The temporary folder that `replacing_folder` writes to."""
     return folder.with_name(folder.name + PARTIAL)
 
 
 def settle_folder(folder: Path) -> None:
-    """Clear up what a kill left of `replacing_folder`: a half-written folder goes, and one whose
-    successor had not taken its name yet comes back.
+    """Clean up after `replacing_folder` was killed: remove a half-written folder, and restore the
+    old one if the new one had not replaced it yet.
     """
     old = _old_folder(folder)
     if old.exists() and not folder.exists():
@@ -109,7 +109,7 @@ def _old_folder(folder: Path) -> Path:
 
 
 def _finish(path: Path, mode: int) -> None:
-    """Force a file to the disk, with the rights in `mode`: libraries write for the owner alone."""
+    """Force a file to disk, with the permissions in `mode`: libraries may set the owner's only."""
     there = path.stat().st_mode
     if missing := mode & 0o666 & ~there:
         path.chmod(there | missing)
@@ -134,10 +134,10 @@ def write_json(path: str | Path, content: object) -> Path:
 
 @contextmanager
 def saving(what: str | Path) -> Iterator[None]:
-    """While something is written: no room and no permission are for the user to fix.
+    """Within it, a full disk or missing permission becomes a UserError that names `what`.
 
     Other errors keep their traceback. Libraries wrap the system's error (torch in a RuntimeError,
-    safetensors in its own class), so the words are looked at, too.
+    safetensors in its own class), so the error's text is checked, too.
 
     Raises:
         UserError: the disk is full, a quota is reached, or the place cannot be written to.
@@ -153,8 +153,8 @@ def saving(what: str | Path) -> Iterator[None]:
         raise UserError(f"cannot write {what}: {reason}") from error
 
 
-# torch's zip writer and numpy know no reason where a write came back short: they say "unexpected
-# pos", "file write failed" or "100 requested and 60 written".
+# torch's zip writer and numpy do not report why a write was incomplete: they say "unexpected pos",
+# "file write failed" or "100 requested and 60 written".
 _FULL = (
     *("No space left", "quota exceeded", "os error 28"),
     *("unexpected pos", "file write failed"),
@@ -176,14 +176,15 @@ def _forbidden(error: Exception) -> str | None:
     if getattr(error, "errno", None) == errno.EROFS:
         return "the file system is read-only. Choose another place"
     if getattr(error, "errno", None) == errno.EFBIG or "os error 27" in str(error):
-        return "the file is larger than the file system or a limit of the user's allows"
+        return "the file is larger than the file system or a user limit allows"
     return None
 
 
 def remove_leftovers(folder: str | Path, before: float = math.inf) -> None:
-    """Remove what `replacing` left below a folder when its process was killed before this time.
+    """Remove the temporary files below a folder that killed processes left in `replacing`, if older
+    than `before` (seconds since the epoch).
 
-    Only the folder's owner may do so.
+    Only the process that owns the folder may call it.
     """
     for path in Path(folder).rglob("*.tmp"):
         with suppress(FileNotFoundError):  # another process has just finished it
@@ -194,11 +195,10 @@ def remove_leftovers(folder: str | Path, before: float = math.inf) -> None:
 # -- reading ---------------------------------------------------------------------------------------
 @contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """While something that the user named is read: if it is not there, the user has to fix it.
+    """Within it, failing to open a file that the user named becomes a UserError.
 
     Raises:
-        UserError: there is no such file, it is of another kind (a folder), or permission is
-            missing.
+        UserError: the file does not exist, is a folder, or may not be read.
     """
     try:
         yield
@@ -214,12 +214,12 @@ def read_json(path: str | Path) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         refuse_pointers(Path(path))
-        text = f"{path} is damaged or not JSON ({error}); copy or make it again"
+        text = f"{path} is damaged or not JSON ({error}); copy it again or recreate it"
         raise UserError(text) from error
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
-    """The objects of a JSON Lines file; empty lines are passed over."""
+    """The objects of a JSON Lines file; empty lines are skipped."""
     with reading(path):
         content = Path(path).read_bytes()
     try:
@@ -253,52 +253,50 @@ def text_sha256(text: str) -> str:
 
 
 def json_sha256(content: object) -> str:
-    """SHA-256 of what can be said in JSON, with sorted keys."""
+    """SHA-256 of a JSON-compatible object, with sorted keys."""
     return text_sha256(json.dumps(content, sort_keys=True))
 
 
 def namesake(name: str, meaning: str) -> str | None:
-    """A sentence where a name with a meaning of its own is also that of a file here, else None.
+    """A warning if a file here has the same name as something that the kit ships, else None.
 
     The rule everywhere: a bare name means what the kit ships, `./name` the file or folder.
     """
     if not Path(name).exists():
         return None
-    return (
-        f"{name!r} is taken for {meaning}; write './{name}' for the one of that name in this folder"
-    )
+    return f"{name!r} is taken for {meaning}; write './{name}' for the file or folder of that name"
 
 
 # -- before the work -------------------------------------------------------------------------------
 def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
-    """Make a folder if there is none, and prove that files can be written there.
+    """Create a folder if it does not exist, and check that files can be written there.
 
-    To be asked before the work whose result goes there. Without `make` nothing is written: where
-    the folder is not there yet, it is proved that it could be made.
+    Call it before the work whose results go there. With `make=False` no folder is created: if it
+    does not exist, check that it could be created.
 
     Raises:
-        UserError: it is a file (or new, and named as one), or cannot be made or written to.
+        UserError: it is a file (or new, with a file's ending), or cannot be created or written to.
     """
     folder = there = Path(folder)
     if folder.suffix.lower() in _OF_FILES and not folder.exists():
-        raise UserError(f"{folder} is to be a folder, and is named as a file; give another name")
+        raise UserError(f"{folder} must be a folder, but has the name of a file; give another name")
     try:
         if lost := [p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()]:
-            link = f"{lost[0]} is a link to {os.readlink(lost[0])}, which leads nowhere"
+            link = f"{lost[0]} is a link to {os.readlink(lost[0])}, which does not exist"
             raise UserError(f"cannot write to {folder}: {link}")
         while not make and not there.exists() and there != there.parent:
             there = there.parent
         there.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=there):
             pass
-    except OSError as error:  # whatever it is, it is about a place that the user chose
+    except OSError as error:  # whatever the reason, the user chose this place
         text = f"cannot write to {folder}: {error.strerror}. Choose another place"
         raise UserError(text) from error
     return folder
 
 
 def writable_file(path: str | Path) -> Path:
-    """Prove that a file can be written (again); makes its folder.
+    """Check that a file can be written or overwritten; create its folder if needed.
 
     Raises:
         UserError: it is a folder, or its folder cannot be written to.
@@ -315,12 +313,12 @@ def writable_file(path: str | Path) -> Path:
 def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     """Hold a folder, or a file in it, for one program at a time.
 
-    The lock goes with the process, however that ends. A folder that was made for it goes again if
-    nothing was put there.
+    The lock is released when the process ends, however it ends. A folder that was created for the
+    lock is removed again if it is still empty.
 
     Args:
-        what: what is held, for the message: "run folder", ...
-        name: of the file; the folder as a whole if empty.
+        what: the kind of thing held, for the message: "run folder", ...
+        name: the file's name; if empty, the whole folder is held.
 
     Raises:
         UserError: another process holds it, or it cannot be written to.
@@ -330,12 +328,12 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     held = f".{name}" if name else ""
     lock, owner = FileLock(folder / f"{held}{_LOCK}", timeout=0), folder / f"{held}{_OWNER}"
     try:
-        with saving(folder):  # a lock that someone else may write, and we may not
+        with saving(folder):  # the lock file may belong to another user
             lock.acquire()
     except Timeout as error:
         raise UserError(
             f"{what} {folder / name} is in use by {_owner(owner)}: "
-            "wait until it has ended, or give another place"
+            "wait for it to end, or choose another place"
         ) from error
     try:
         write_json(owner, {"host": socket.gethostname(), "process": os.getpid()})
@@ -345,7 +343,7 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
         left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         if made and left == [Path(lock.lock_file).name]:
             Path(lock.lock_file).unlink()
-            with suppress(OSError):  # a parent that others use, too
+            with suppress(OSError):  # a parent that is not empty
                 for path in made:
                     path.rmdir()
         lock.release()
@@ -355,15 +353,15 @@ def _owner(path: Path) -> str:
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
         return f"process {owner['process']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):  # just taken, or just left
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or just removed
         return "another process"
 
 
 def wait_for(paths: Sequence[Path], patience: float) -> None:
-    """Wait until all of these files, which other processes make, exist.
+    """Wait until all of these files, which other processes write, exist.
 
     Raises:
-        TimeoutError: none appeared for `patience` seconds.
+        TimeoutError: no further file appeared for `patience` seconds.
     """
     waiting = list(paths)
 
@@ -375,14 +373,14 @@ def wait_for(paths: Sequence[Path], patience: float) -> None:
 
 
 def wait_until_none(missing: Callable[[], Sequence[Path]], patience: float, what: str = "") -> None:
-    """Wait until nothing is missing of what other processes make.
+    """Wait until other processes have produced everything that is missing.
 
     Args:
-        missing: what is still missing; asked again and again.
-        what: of these files, for the message, such as "the hash of ".
+        missing: returns what is still missing; called repeatedly.
+        what: prefix of a path in the error message, such as "the hash of ".
 
     Raises:
-        TimeoutError: for `patience` seconds nothing came that had been missing.
+        TimeoutError: there was no progress for `patience` seconds.
     """
     still = missing()
     deadline = time.monotonic() + patience
@@ -391,7 +389,7 @@ def wait_until_none(missing: Callable[[], Sequence[Path]], patience: float, what
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"waited {patience:g} s for {what}{still[0]} without progress ({fewest} missing): "
-                "another process has stopped. Start again to go on"
+                "another process has stopped. Start again to resume"
             )
         time.sleep(_POLL_SECONDS)
         still = missing()

@@ -18,7 +18,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """EXIF orientation applied, alpha dropped without blending, mode RGB.
 
     Raises:
-        UserError: more than 8 bits a channel, which the official judges have no rule for.
+        UserError: more than 8 bits per channel, which the official judges do not define.
     """
     if image.mode.startswith(_DEEP_MODES):
         raise UserError(f"an image of mode {image.mode} cannot be judged: convert it to 8-bit RGB")
@@ -26,12 +26,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write a PNG through a temporary name, making the folder if need be."""
+    """Write a PNG through a temporary name, creating its folder if needed."""
     return save_image(image, path, format="PNG")
 
 
 def save_image(image: Image.Image, path: str | Path, **options) -> Path:
-    """The same in any format; options are those of `Image.save`."""
+    """Like `save_png`, in any format; options as in `Image.save`."""
     path = Path(path)
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,16 +47,15 @@ def grid(
     labels: Sequence[str] | None = None,
     cell: int | None = None,
 ) -> Image.Image:
-    """Images row by row on white, each with a line of text below it if labels are given: one PIL
-    image, RGB.
+    """One RGB image that shows images row by row on white, each with its label, if any, below it.
 
     Args:
-        columns: images in a row; as many as make the sheet about square if None.
-        labels: one for each image; "" leaves a place empty.
+        columns: images per row; if None, the sheet is about square.
+        labels: one for each image; "" for no label.
         cell: side of a cell in pixels; small images are enlarged without smoothing.
     """
     if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
-        raise UserError(f"grid needs a list of PIL images, and got {images!r:.80}")
+        raise UserError(f"grid needs a list of PIL images, but got {images!r:.80}")
     if not images:
         raise UserError("a grid needs at least one image")
     if columns is not None and columns < 1:

@@ -1,8 +1,8 @@
-"""What started this process: nothing, or torchrun, deepspeed, srun or mpirun as one of several.
+"""The launcher (torchrun, deepspeed, srun, mpirun), if any, that started this process.
 
-torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are the ones that
-everything else reads; deepspeed sets them, too. `adopt_launcher` gives them to a process of srun or
-mpirun. Without torch, so that a parser can ask.
+All other code reads torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
+deepspeed sets them, too, and `adopt_launcher` sets them for srun and mpirun. Does not import torch,
+so that argument parsing stays fast.
 """
 
 import logging
@@ -23,7 +23,7 @@ from t2i.errors import UserError
 log = logging.getLogger(__name__)
 
 _SECONDS = 1.0
-"""Between two looks at whether the launcher is still there."""
+"""Seconds between checks that the launcher is still running."""
 
 _MPI = (
     *(
@@ -32,28 +32,30 @@ _MPI = (
     ),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""Rank and size, of all and on this machine, by Open MPI, MVAPICH, and MPICH or Intel MPI."""
+"""Variables for rank and size, globally and on this machine, of Open MPI, MVAPICH, and MPICH or
+Intel MPI.
+"""
 
 _watching = False
 _command: list[str] = []
-"""Of the launcher, kept for when it is gone."""
+"""The launcher's command line, kept for when it has ended."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One of several processes, by the words of its launcher."""
+    """One of several processes, as its launcher describes it."""
 
     rank: int
     size: int
     local_rank: int
     host: str | None
-    """Of rank 0; None if all are on one machine."""
+    """The machine of rank 0; None if all processes are on one machine."""
     job: int
-    """A number that the processes of one launch share, and others probably do not."""
+    """A number that the processes of one launch share; other launches probably have another."""
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one of its launcher that talks to the user."""
+    """Whether this is rank 0, the process that prints messages for the user."""
     adopt_launcher()
     return os.environ.get("RANK", "0") == "0"
 
@@ -81,10 +83,10 @@ def adopt_launcher() -> None:
 
 
 def settle_group() -> None:
-    """Set torchrun's variables in the only process, which nothing started as one of several.
+    """Set torchrun's variables in a process that no launcher started as one of several.
 
     Raises:
-        UserError: some are there, as a shell may keep them, that describe no process of a group.
+        UserError: some are set (left over in the shell, say) and describe no process of a group.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -162,9 +164,9 @@ def _number(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-# -- requests to stop -----------------------------------------------------------------------------
+# -- requests to stop ------------------------------------------------------------------------------
 def stop_signals() -> list[signal.Signals]:
-    """SIGTERM, and that of a terminal that is closed unless it is ignored (nohup)."""
+    """SIGTERM, and SIGHUP (the terminal was closed), without those that are ignored (nohup)."""
     numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
     return [n for n in dict.fromkeys(numbers) if signal.getsignal(n) != signal.SIG_IGN]
 
@@ -173,8 +175,8 @@ def stop_signals() -> list[signal.Signals]:
 def handling(
     numbers: Iterable[signal.Signals], handler: Callable[[int, object], None]
 ) -> Iterator[None]:
-    """For the duration these signals are handled so; nothing changes outside the main thread, where
-    Python takes no handlers.
+    """Handle these signals with `handler` within the block. Does nothing outside the main thread,
+    where Python allows no handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -187,19 +189,19 @@ def handling(
             signal.signal(number, earlier)
 
 
-# -- a launcher that goes --------------------------------------------------------------------------
+# -- when the launcher ends ------------------------------------------------------------------------
 def watch_launcher() -> None:
-    """Get SIGTERM when the launcher is gone without having passed one on.
+    """Send this process SIGTERM when the launcher ends without having forwarded one.
 
-    `deepspeed` passes none on when it is stopped or killed. Without a launcher nothing is watched:
-    a parent that is a shell may go (nohup).
+    `deepspeed` forwards no signal when it is stopped or killed. Without a launcher nothing is
+    watched: the parent is a shell, which may end (nohup).
     """
     global _watching, _command
     parents = _launchers()
     if _watching or not parents:
         return
     _watching = True
-    if not any(names[0] in os.environ for names in _MPI):  # their daemon's says nothing
+    if not any(names[0] in os.environ for names in _MPI):  # the parent is a daemon, not mpirun
         _command = _command_line(parents[-1])
 
     def watch() -> None:
@@ -212,7 +214,7 @@ def watch_launcher() -> None:
 
 
 def resume_command() -> str:
-    """What goes on with the run of this process, as a line for a shell."""
+    """The shell command that resumes this process's run."""
     words = _command or _command_line(os.getpid()) or [sys.executable, *sys.argv]
     return shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
 
@@ -223,7 +225,7 @@ def _command_line(process: int) -> list[str]:
 
 
 def _launchers(count: int | None = None) -> list[int]:
-    """Ids of the launcher, and of its own parent where a signal to that one is not passed on."""
+    """Process ids of the launcher and, if its parent forwards no signals, of that parent."""
     parent = os.getppid()
     if count is None:
         # deepspeed starts deepspeed.launcher.launch, which starts the ranks.

@@ -1,4 +1,4 @@
-"""Files that Git LFS has not fetched: in their place lies a note of a few lines."""
+"""Detects files that Git LFS has not fetched: it leaves a short pointer file instead."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from t2i.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs"
-"""How the note begins that Git LFS puts in a file's place until the file is fetched."""
+"""The first bytes of a Git LFS pointer file."""
 
 
 def refuse_pointers(*paths: Path) -> None:
-    """UserError names files that Git LFS has not fetched; to be asked where one cannot be read."""
+    """UserError if one is a Git LFS pointer; call it after failing to read one of these files."""
     for path in paths:
         with suppress(OSError, ValueError), path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:

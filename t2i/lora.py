@@ -1,4 +1,4 @@
-"""LoRA on the trunk's linear layers, with PEFT and in its adapter folders."""
+"""LoRA on the trunk's linear layers, with PEFT and its adapter folders."""
 
 import copy
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 _PEFT_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 _OTHERWISE = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
-"""PEFT's settings that change what the same weights do; off in the kit's adapters."""
+"""PEFT settings that change what the same weights compute; off in the kit's adapters."""
 
 
 def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
-    """Freeze the backbone and inject adapters (by the seed), the identity until trained."""
+    """Freeze the backbone and inject adapters, initialized by the seed; no effect until trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     backbone.requires_grad_(False)
-    # Anchored at the end: PEFT wants the whole module name to match.
+    # PEFT matches the pattern against whole module names.
     peft_config = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT only divides it, so a float works
         lora_dropout=config.dropout,
         target_modules=rf".*{backbone.lora_targets}",
         bias="none",
@@ -63,7 +63,7 @@ def adapter_state_dict(
 def _image_layer_names(backbone: Backbone) -> list[str]:
     """The layers that embed and predict image codes, by the names that an adapter file uses."""
     layers = [
-        part  # PEFT does not replace a list, only what is in it
+        part  # PEFT replaces a list's items, not the list
         for layer in backbone.image_layers().values()
         for part in (layer if isinstance(layer, torch.nn.ModuleList) else (layer,))
     ]
@@ -77,8 +77,8 @@ def _image_layer_names(backbone: Backbone) -> list[str]:
 def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool = False) -> None:
     """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors).
 
-    `image_layers`: these were trained as a whole; they are PEFT's `modules_to_save`, so that PEFT
-    loads them, too.
+    `image_layers`: the image layers were fully trained; they become PEFT's `modules_to_save`, so
+    that PEFT loads them, too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole = _image_layer_names(backbone) if image_layers else None
@@ -97,8 +97,8 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
         raise UserError(f"{settings} lacks {', '.join(lacking)}; copy it again")
     if other := [f"{name}={stored[name]}" for name in _OTHERWISE if stored.get(name)]:
         raise UserError(
-            f"{settings}: {', '.join(other)} makes other adapters than the kit's, which have plain "
-            "A and B of one rank and scale; merge these with PEFT"
+            f"{settings}: {', '.join(other)} is not supported: the kit's adapters are plain A and "
+            "B of one rank and scale; merge this adapter with PEFT"
         )
     names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
     own = {ours: stored[theirs] for theirs, ours in names.items() if theirs in stored}
@@ -109,14 +109,14 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
 
 
 def plain_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The backbone's own weights under official names, also behind adapters."""
+    """The backbone's weights without adapters, under official names."""
     weights = backbone.official_state_dict().items()
     return {k.replace(".base_layer.", "."): v for k, v in weights if "lora_" not in k}
 
 
 @contextmanager
 def without_lora(backbone: Backbone) -> Iterator[None]:
-    """The backbone without its adapters, for the duration."""
+    """Switch the backbone's adapters off within the block."""
     _enable(backbone, False)
     try:
         yield
@@ -137,11 +137,11 @@ def merge_lora(backbone: Backbone) -> None:
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, layer.get_base_layer())
     backbone.lora = None
-    vars(backbone.lora_root).pop("peft_config", None)  # PEFT's note that there are adapters
+    vars(backbone.lora_root).pop("peft_config", None)  # PEFT's mark of adapters
 
 
 def _adapted_layers(backbone: Backbone) -> "list[tuple[str, BaseTunerLayer]]":
-    """PEFT's layers that stand in front of the backbone's, by name."""
+    """PEFT's layers that wrap the backbone's, with their names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(n, m) for n, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]

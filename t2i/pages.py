@@ -1,6 +1,4 @@
-"""The frame of the pages that people look at, and what they are made of: one file that needs no
-server and no network.
-"""
+"""Building blocks of HTML pages: each page is one file that needs no server or network."""
 
 import html
 import json
@@ -14,7 +12,7 @@ _ASSETS = Path(__file__).parent / "assets" / "pages"
 
 
 def html_page(title: str, body: str, *, name: str, styles: str = "") -> str:
-    """A page with the common style, then assets/pages/NAME.css, and at its end NAME.js.
+    """A page with the common style and assets/pages/NAME.css, and NAME.js at its end.
 
     Args:
         title: plain text.
@@ -46,24 +44,24 @@ def _read(name: str) -> str:
 
 
 def embedded_json(name: str, content: object) -> str:
-    """JSON within a page, which its script finds as the element of this name."""
+    """JSON for a page, in an element whose id is `name`: the page's script reads it there."""
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script id="{name}" type="application/json">{data}</script>'
 
 
-# -- what report.js brings to life -----------------------------------------------------------------
+# -- made interactive by report.js -----------------------------------------------------------------
 def chart_html(chart: Chart) -> str:
-    """A chart whose numbers are told under the pointer, or with the arrow keys."""
+    """A chart that shows its numbers under the pointer, or with the arrow keys."""
     data = html.escape(json.dumps(reading(chart), separators=(",", ":")))
     return f'<figure class="chart" tabindex="0" data-reading="{data}">{svg(chart)}<output></output></figure>'
 
 
 def frames_html(frames: Sequence[tuple[str, str]], about: str) -> str:
-    """Pictures in the same place, the last one first, with a slider through them.
+    """Images shown in one place, with a slider to move through them; begins with the last.
 
     Args:
         frames: file (relative to the page) and label of each.
-        about: what the slider goes through, such as "step".
+        about: what the slider selects, such as "step".
     """
     shown = [(quote(file), label) for file, label in frames]
     data, (last, label) = html.escape(json.dumps(shown)), shown[-1]
@@ -76,7 +74,7 @@ def frames_html(frames: Sequence[tuple[str, str]], about: str) -> str:
 
 
 def facts_html(facts: Mapping[str, str]) -> str:
-    """A row of numbers that matter, each under its name."""
+    """A row of key facts, each under its name."""
     cells = [
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
         for name, value in facts.items()
@@ -85,7 +83,7 @@ def facts_html(facts: Mapping[str, str]) -> str:
 
 
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text in cells; the first of a row is its name."""
+    """A table of plain text; the first cell of each row is its heading."""
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = [
         f"<tr><th>{html.escape(row[0])}</th>"

@@ -1,4 +1,4 @@
-"""This process among all that a launcher (torchrun, deepspeed, srun, mpirun) started."""
+"""This process and the others that a launcher (torchrun, deepspeed, srun, mpirun) started."""
 
 import os
 from collections.abc import Callable
@@ -20,12 +20,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all.
+    """This process and its group.
 
     Attributes:
-        rank: its number. Work that is split by index goes to the process with rank index %
-            world_size.
-        patience: seconds to wait for what other processes write, without any progress of theirs.
+        rank: number of this process. Work split by index goes to rank index % world_size.
+        patience: seconds to wait for other processes while they make no progress.
     """
 
     rank: int = 0
@@ -39,7 +38,7 @@ class Processes:
 
     @property
     def share(self) -> str:
-        """What a progress bar, which knows of this process only, says about the others."""
+        """A note for progress bars, which count only the work of this process."""
         return f" (1 of {self.world_size} shares)" if self.world_size > 1 else ""
 
     def barrier(self) -> None:
@@ -47,27 +46,27 @@ class Processes:
             dist.barrier()
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process; every one calls it."""
+        """Whether `here` is true in any process; all processes must call it."""
         return any(self.gather(here))
 
     def total(self, here: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, on the CPU; every one calls it."""
+        """The sum over all processes, on the CPU; all processes must call it."""
         if self.world_size > 1:
             here = here.to(self.device)
             dist.all_reduce(here)
         return here.cpu()
 
     def gather(self, here: T) -> list[T]:
-        """What every process has, by rank; every one calls it."""
+        """The values of all processes, by rank; all processes must call it."""
         everywhere = [here] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(everywhere, here)
         return everywhere
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do something in the main process alone; all get its result, or raise its UserError.
+        """Do `work` in the main process only; all return its result, or raise its UserError.
 
-        Every process calls it.
+        All processes must call it.
         """
         outcome: list = [None, None]
         if self.is_main:
@@ -88,8 +87,8 @@ ALONE = Processes()
 def join_processes(device: torch.device) -> Processes:
     """Join the launcher's processes for work that is split by index and meets at barriers only.
 
-    No tensor is ever exchanged, so gloo serves GPUs too; a process may wait for a slower one as
-    long as it takes. A group that exists already is used as it is.
+    No tensors are exchanged, so gloo works with GPUs too; a process waits for slower ones as long
+    as it takes. An existing group is used as it is.
     """
     if not dist.is_initialized():
         if launcher.world_size() == 1:
@@ -103,7 +102,7 @@ def join_processes(device: torch.device) -> Processes:
 
 def local_gpu() -> torch.device:
     """The GPU of this process, made the current one."""
-    # Slurm may show each task its own GPU only, as number 0.
+    # Slurm may show each task only its own GPU, as number 0.
     count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if count == 1:
         os.environ["LOCAL_RANK"], local = "0", 0  # DeepSpeed reads it, too
@@ -113,7 +112,7 @@ def local_gpu() -> torch.device:
 
 
 def peak_gb(device: torch.device) -> float:
-    """The most that this process has held so far: on a GPU of all its tensors, else in memory."""
+    """Peak memory of this process so far, in GB: tensors on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     # Not getrusage: its peak is inherited from the process that started this one.
@@ -121,7 +120,7 @@ def peak_gb(device: torch.device) -> float:
 
 
 def status_bytes(name: str) -> int:
-    """A size of this process that Linux tells (such as VmRSS, what it holds); 0 elsewhere."""
+    """A size in bytes from /proc/self/status (such as VmRSS, resident memory); 0 without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
     return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)

@@ -1,9 +1,9 @@
 """Matrix products in fp32 on AMD processors.
 
-torch leaves those of a CPU to Intel's MKL, which keeps AMD's processors to registers half as wide
-as they have. oneDNN, which comes with torch as well, does not, and torch hands it fp32 products
-once these *may* be rounded to bf16. oneDNN does that where a processor has matrix units for it
-(Intel's AMX), and nowhere else; products are tried before this is relied on.
+On a CPU, torch uses Intel's MKL for them, which uses only half the register width of AMD's
+processors. oneDNN, which torch also ships, uses the full width, and torch passes it fp32 products
+once they *may* be rounded to bf16. oneDNN rounds only on processors with matrix units for bf16
+(Intel's AMX); test products confirm that it does not round here.
 """
 
 from collections.abc import Iterator
@@ -16,21 +16,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _SHORT = 192
-"""Inputs of a sequence up to which fused attention is a great many small products, which oneDNN is
-slow to begin.
+"""Longest sequence for which attention is computed with plain products: fused attention would start
+a great many small products, and starting one is slow in oneDNN.
 """
 _CLOSE = 1e-6
-"""Root mean square error of a product in fp32, as a share; in bf16 it is above 1e-3."""
+"""Bound on the relative root mean square error of an fp32 product; bf16 is above 1e-3."""
 
 _attention_by_products = False
-"""Within `fast_products`, with short sequences."""
+"""True within `fast_products` with short sequences."""
 
 
 @contextmanager
 def fast_products(device: torch.device, inputs: int | None = None) -> Iterator[None]:
-    """Within it products of fp32 are oneDNN's, where that is faster and as exact (on a CPU of AMD
-    with AVX-512). `inputs`: the length of sequences that attend; if they are short, attention is
-    made of such products, too.
+    """Within it, oneDNN computes fp32 products where that is faster and as exact (on AMD CPUs with
+    AVX-512). `inputs`: length of the sequences in attention; if short, attention is computed with
+    these products, too.
     """
     if device.type != "cpu" or not _pays():
         yield
@@ -47,13 +47,15 @@ def fast_products(device: torch.device, inputs: int | None = None) -> Iterator[N
 
 
 def prefers_products(device: torch.device) -> bool:
-    """Whether attention is to be made of products; torch's own heeds it where it isn't compiled."""
+    """Whether to compute attention with plain products; torch's own attention already does so,
+    except in compiled code.
+    """
     return device.type == "cpu" and _attention_by_products
 
 
 @cache
 def _pays() -> bool:
-    info = Path("/proc/cpuinfo")  # torch does not tell whose processor it is
+    info = Path("/proc/cpuinfo")  # torch does not report the vendor
     if not info.is_file() or "AuthenticAMD" not in info.read_text():
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and _as_exact()
@@ -71,7 +73,7 @@ def _handed_over() -> Iterator[None]:
 
 
 def _as_exact() -> bool:
-    """Whether oneDNN's products, with and without a transposed factor, are those of fp32."""
+    """Whether oneDNN's products, with and without a transposed factor, are exact to fp32."""
     a, b = (torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     with _handed_over():
         found = a @ b, a @ b.T, a.T @ b

@@ -1,4 +1,4 @@
-"""Progress bars, lively on a terminal, now and then in a log file; times and sizes for people."""
+"""Progress bars (redrawn rarely in log files), and readable times and sizes."""
 
 import sys
 from collections.abc import Iterable
@@ -11,12 +11,11 @@ _LOG_SECONDS = 30.0
 def progress_bar(iterable: Iterable | None = None, **options) -> tqdm:
     """A tqdm bar on stderr, with tqdm's options.
 
-    In a file every redraw stays; there a bar is redrawn every 30 seconds at most, and when it
-    closes.
+    A file keeps every redraw, so there a bar is redrawn at most every 30 seconds and on closing.
     """
-    # A notebook's stderr is no terminal either, but it shows the newest line only.
+    # A notebook's stderr is not a terminal either, but shows only the newest line.
     if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
-        # maxinterval, too: tqdm's monitor thread redraws a bar that has been quiet for so long.
+        # maxinterval, too: tqdm's monitor thread redraws a bar after this time.
         options |= {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS}
     return tqdm(iterable, **options)
 
@@ -28,5 +27,5 @@ def readable_time(seconds: float) -> str:
 
 
 def readable_size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,8 +1,8 @@
 """Random numbers that are a pure function of their key.
 
-There is no state, so no order, batch or device can change them. A counter-based generator: the key
-(seed, sample, ...) and the position of a number in its array are mixed by the finaliser of
-SplitMix64 (Steele et al., OOPSLA 2014), vectorised on int64 tensors. Training noise is keyed by
+There is no state, so no order, batch or device can change them. The generator is counter-based: the
+finalizer of SplitMix64 mixes the key (seed, sample, ...) with a number's position in its array
+(Steele et al., OOPSLA 2014), vectorized on int64 tensors. Training noise is keyed by
 (seed, position in the run), images by (seed, prompt index, sample index): the same on any batch
 split, process count or device.
 """
@@ -16,38 +16,38 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """A new tensor; int64 shifts carry the sign, and the mask makes the shift logical."""
+    """Logical shift, as a new tensor: the mask clears the sign bits that int64 shifts copy."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    # In place where the tensor is this function's: a new one for each operation is half the time.
+    # In place on this function's own tensors: allocating one per operation is half the time.
     x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
     x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
     return _shift_right(x, 31).bitwise_xor_(x)
 
 
 def _times_golden(x: Tensor) -> Tensor:
-    """Modulo 2^64, in compiled code as well.
+    """Multiply by the golden-ratio constant modulo 2^64, in compiled code as well.
 
-    Where a compiler knows the numbers (of `arange`, say) it would multiply signed ones in C++ or
-    Python's endless ones: the one overflows as it likes, the other is not cut off. That it does not
-    see through the `or`, which changes nothing, keeps the product a tensor's.
+    A compiler that knows the values (such as those of `arange`) would multiply them as signed C++
+    integers (overflow is undefined) or as Python integers (no wrap-around). The `or` changes no
+    value, but the compiler cannot see through it, so the product stays a tensor operation.
     """
     return x.bitwise_or(0) * _GOLDEN
 
 
 def fold(keys: Tensor, *values: int | Tensor) -> Tensor:
-    """New keys int64 of keys int64 and further integers, each broadcast against the keys."""
+    """New int64 keys from int64 keys and further integers, each broadcast against the keys."""
     for value in values:
-        if isinstance(value, int):  # filled in where the keys are: nothing is copied there
+        if isinstance(value, int):  # created on the keys' device: nothing is copied to it
             value = torch.full((), value, dtype=torch.long, device=keys.device)
         keys = _mix((keys ^ _mix(_times_golden(value.to(keys.device)) + 1)) + _GOLDEN)
     return keys
 
 
 def make_keys(seed: int, *values: int | Tensor) -> Tensor:
-    """Keys int64 of a stream: `make_keys(seed, prompt, samples)` gives one per sample."""
+    """The int64 keys of streams: `make_keys(seed, prompt, samples)` gives one key per sample."""
     shape = torch.broadcast_shapes(*(torch.as_tensor(v).shape for v in values)) if values else ()
     return fold(torch.full(shape, seed, dtype=torch.long), *values)
 
@@ -69,11 +69,11 @@ def normals(keys: Tensor, *shape: int) -> Tensor:
 
 
 def gumbels(keys: Tensor, counters: Tensor) -> Tensor:
-    """fp32 standard Gumbel numbers [..., n]: of the stream of each key int64 [...], the numbers
-    that `counters` int64 [..., n] names.
+    """fp32 standard Gumbel numbers [..., n]: those at positions `counters`, int64 [..., n], in the
+    stream of each key, int64 [...].
     """
     bits = _mix(keys[..., None] + _times_golden(counters + 1))
-    # All 63 bits, never 0: the largest of many numbers comes from near 0, and has to be exact.
+    # All 63 bits, never 0: the largest numbers come from units near 0 and must be exact.
     unit = _shift_right(bits, 1).bitwise_or_(1).float().mul_(2.0**-63)
     return unit.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
 

@@ -1,4 +1,4 @@
-"""What of a backbone is trained. Without torch, so that programs can name their options at once."""
+"""Which part of a backbone is trained. Does not import torch, so that --help is fast."""
 
 from dataclasses import dataclass
 from typing import Literal

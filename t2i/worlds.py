@@ -1,13 +1,13 @@
-"""Worlds that bring their own data, prompts and exact judges, by name; one is shipped, "shapes".
+"""Worlds by name: each has its own data, prompts and exact judges. The kit ships one, "shapes".
 
-A world is a module, named here alone. It offers
+A world is a module that is named only here. It offers
 
     open_source(text)    the data source that `--data.source` names ("shapes", "shapes:5000")
     every_prompt()       GenEval metadata of all its prompts
-    benchmark_prompts()  of those that a score is about
-    open_detector()      the detector that GenEval judges its images with
+    benchmark_prompts()  the subset of these that is scored
+    open_detector()      the detector for judging its images with GenEval
     questions()          its DPG-Bench question graph
-    open_judge()         who answers these questions
+    open_judge()         the judge that answers these questions
 """
 
 from importlib import import_module
@@ -17,5 +17,5 @@ WORLDS = {"shapes": "t2i.shapes.world"}
 
 
 def open_world(name: str) -> ModuleType:
-    """The world of a name in `WORLDS`."""
+    """The module of the world with this name in `WORLDS`."""
     return import_module(WORLDS[name])

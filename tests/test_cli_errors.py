@@ -79,7 +79,7 @@ def test_missing_data(train_fails, tmp_path):
     folder = tmp_path / "nothing"
     assert "File name too long: aaa" in train_fails("--data.source", "a" * 5000)
     assert f"{folder} does not exist" in train_fails("--data.source", folder)
-    assert "--data.source is given nothing" in train_fails("--data.source", "")
+    assert "--data.source has an empty value" in train_fails("--data.source", "")
 
 
 def test_no_captions(train_fails, tmp_path):
@@ -170,10 +170,12 @@ def test_numbers_that_are_none(train_fails, option, value, message):
 def test_an_option_that_is_given_nothing(train_fails, generate_fails):
     """As --run-dir "$RUN" does where RUN is not set: the run was put into the working directory."""
     for nothing in ("", " ", "\n"):
-        assert "--run-dir is given nothing: leave it out" in train_fails("--run-dir", nothing)
-        assert "--run_dir is given nothing" in train_fails(f"--run_dir={nothing}")
-        assert "--out is given nothing" in generate_fails("--prompt", "a", "--out", nothing)
-    assert "--steps is given nothing" in train_fails("--steps", "")
+        assert "--run-dir has an empty value: leave the option out" in train_fails(
+            "--run-dir", nothing
+        )
+        assert "--run_dir has an empty value" in train_fails(f"--run_dir={nothing}")
+        assert "--out has an empty value" in generate_fails("--prompt", "a", "--out", nothing)
+    assert "--steps has an empty value" in train_fails("--steps", "")
 
 
 def test_a_run_folder_among_the_pictures(train_fails, tiny_world):
@@ -324,7 +326,7 @@ def test_bad_options(generate_fails):
 def test_values_that_would_get_lost(generate_fails, train_fails):
     """Cases 19, 27: of two --prompt the parser keeps the last; NaN passes every comparison."""
     twice = generate_fails("--prompt", "a circle", "--prompt", "a square")
-    assert "--prompt is given 2 times: give it once, with all values behind it" in twice
+    assert "--prompt is given 2 times: give it once, followed by all values" in twice
     assert "--log.prompts is given 2 times" in train_fails("--log.prompts", "a", "--log.prompts=b")
     assert "steps=0 must" in train_fails("--steps", 3, "--steps", 0)  # of one value the last holds
     assert "sampling.temperature=nan must" in generate_fails(

@@ -244,7 +244,7 @@ def test_ranks_share_the_work_and_give_the_same_cache(tmp_path, stream):
 
 
 def test_a_missing_rank_is_noticed(tmp_path):
-    with pytest.raises(TimeoutError, match=r"shard_00001\.safetensors .* Start again to go on"):
+    with pytest.raises(TimeoutError, match=r"shard_00001\.safetensors .* Start again to resume"):
         build(make_samples(), tmp_path, processes=Processes(0, 2, patience=0.1))
     rest = Encoder()
     folder = build(make_samples(), tmp_path, images=rest)

@@ -145,7 +145,7 @@ def test_a_link_that_leads_nowhere_is_no_place(tiny_world, plain, copied, tmp_pa
     if not resume:
         (run_dir / "metrics.jsonl").unlink()
     (run_dir / "checkpoints").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"checkpoints is a link to .*gone, which leads nowhere"):
+    with pytest.raises(UserError, match=r"checkpoints is a link to .*gone, which does not exist"):
         train(tiny_run(tiny_world, run_dir.name, resume=resume))
 
 

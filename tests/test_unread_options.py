@@ -229,7 +229,7 @@ def test_a_shipped_base_where_a_folder_has_its_name(monkeypatch, tmp_path, folde
 
 @pytest.mark.parametrize("name", ["grid.png", "images.NPY", "new/page.html"])
 def test_a_folder_with_the_name_of_a_file(monkeypatch, plain, tmp_path, name):
-    with pytest.raises(UserError, match="is to be a folder, and is named as a file"):
+    with pytest.raises(UserError, match="must be a folder, but has the name of a file"):
         draw(monkeypatch, plain, "--out", tmp_path / name)
     assert not list(tmp_path.iterdir())
     (tmp_path / "a.zip").mkdir()  # somebody has folders of such names
