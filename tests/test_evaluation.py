@@ -380,5 +380,5 @@ def test_folders_are_compared_if_they_can_be(images, tmp_path):
             compare_folders(tmp_path / "a", tmp_path / "b", groups_of)
         with pytest.raises(UserError, match=r"results.json (is not a benchmark's|must hold)"):
             claim_output(tmp_path / "b", images)
-    with pytest.raises(UserError, match="hold results of Bright: its own program compares them"):
+    with pytest.raises(UserError, match="hold results of Bright: compare them with its program"):
         compare_folders(tmp_path / "a", tmp_path / "a", by_prompt)

@@ -130,7 +130,7 @@ def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
     def message(*arguments) -> str:
         return refusal("--ckpt", shapes_ckpt, "--out", finished, *SMALL, *arguments)
 
-    assert "drawn otherwise (seed 0 there, 1 now)" in message("--seed", 1)
+    assert "drawn with other settings (seed 0 there, 1 now)" in message("--seed", 1)
     text = message("--cfg-scale", 3, "--dtype", "bfloat16")
     assert "sampling.cfg_scale 2.5 there, 3" in text and "dtype 'float32' there, 'bfloat16'" in text
     images = finished / "images"

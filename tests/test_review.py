@@ -231,8 +231,8 @@ def test_names_beside_the_layout_are_left_alone(tmp_path):
     [
         ("images/00001/metadata.jsonl", '["a"]', "has no text under"),
         ("images/00001/metadata.jsonl", '{"tag": "x"}', "has no text under"),
-        ("results.json", '{"label": "x"}', "not as a benchmark writes them"),
-        ("results.jsonl", '{"filename": 1}', "not as a benchmark writes them"),
+        ("results.json", '{"label": "x"}', "not in the form that a benchmark writes"),
+        ("results.jsonl", '{"filename": 1}', "not in the form that a benchmark writes"),
         ("results.jsonl", '["x"]', "holds no finished results"),
         ("images/00000/stages/00000.json", '{"a": 1}', "holds no codes"),
         ("images/00000/stages/00000.json", "[[[0]], [[0], [1]]]", "holds no codes"),

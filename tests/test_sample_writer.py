@@ -216,7 +216,7 @@ def test_images_of_other_settings_are_not_continued(out):
     with pytest.raises(Killed):
         write(out, Draw(dies_at=2))
     before = folder_content(out.parent)
-    with pytest.raises(ValueError, match=r"drawn otherwise \(seed 0 there, 1 now\)"):
+    with pytest.raises(ValueError, match=r"drawn with other settings \(seed 0 there, 1 now\)"):
         write(out, settings={"seed": 1})
     with pytest.raises(ValueError, match=r"batch_size 3 there, 4 now"):
         write(out, batch_size=4)
@@ -239,7 +239,7 @@ def test_a_run_that_was_stopped_before_its_first_image_claims_nothing(out):
     write(out, settings={"seed": 1})
     late.join()
     assert others[0]["seed"] == 1 and read_json(out.parent / _record(out))["seed"] == 1
-    with pytest.raises(ValueError, match=r"drawn otherwise \(seed 1 there, 0 now\)"):
+    with pytest.raises(ValueError, match=r"drawn with other settings \(seed 1 there, 0 now\)"):
         write(out)
 
 

@@ -1,6 +1,6 @@
 """A page for comparing models by eye: prompts as rows, models as columns.
 
-    REVIEW/index.html        the page: no server, no network; loads pictures as they scroll into view
+    REVIEW/index.html        the page: no server, no network; images load as they scroll into view
     REVIEW/columns/<name>/   a generation folder for each column that was drawn for the page
     REVIEW/brought/<n>-<name>/   and for each column from elsewhere, linked or copied, so that
                              REVIEW can be moved or shared as a whole
