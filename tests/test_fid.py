@@ -230,7 +230,7 @@ def test_a_stored_mean_is_not_rounded(tmp_path):
         ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "mu must hold finite numbers"),
         (
             {"mu": np.array(["a"] * 4), "sigma": np.eye(4)},
-            "mu must hold finite numbers, and is <U1",
+            "mu must hold finite numbers; its type is <U1",
         ),
     ],
 )

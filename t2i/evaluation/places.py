@@ -336,7 +336,7 @@ def _who(settings: dict) -> str:
 
 
 def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted names and values of nested settings, as JSON would give them back."""
+    """The dotted names and JSON values of nested settings."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

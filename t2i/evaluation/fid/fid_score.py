@@ -1,22 +1,22 @@
 """FID, sFID, Inception Score, precision and recall of a set of images, as OpenAI's ADM evaluator
 computes them.
 
-The numbers that papers print for class-conditional ImageNet at 256 pixels: 50,000 samples against
-`VIRTUAL_imagenet256_labeled.npz`, whose stored statistics (of the whole training set) serve FID and
-sFID, and whose 10,000 images precision and recall. Any other .npz or folder of images can be the
-reference; then the statistics are those of its images. All scores depend on the number of samples,
-so those of fewer images are marked and have to be asked for.
+These are the numbers that papers report for class-conditional ImageNet at 256 pixels: 50,000
+samples against `VIRTUAL_imagenet256_labeled.npz`. FID and sFID use its stored statistics (of the
+whole training set), precision and recall its 10,000 images. Any other .npz or folder of images can
+be the reference; its statistics are then computed from its images. All scores depend on the number
+of samples, so scores of fewer images must be requested explicitly, and are marked.
 
     network, digest = load_inception()
     results = score_images("samples.npz", "VIRTUAL_imagenet256_labeled.npz", network, digest)
 
-An .npz may bring its statistics along, as the official reference does: `mu` and `sigma` of the
-pooled features, `mu_s` and `sigma_s` of the spatial ones. Then those count, and its images only
-serve the scores that compare image by image.
+Like the official reference, an .npz may contain statistics: `mu` and `sigma` of the pooled
+features, `mu_s` and `sigma_s` of the spatial ones. They are then used instead of computed ones, and
+its images serve only the scores that compare image by image.
 
-The Inception Score depends on the order of the images. An .npz is scored in the order of the file,
-as the evaluator does; a folder, whose paths often are in the order of the classes, is shuffled with
-a fixed seed. The results hold both.
+The Inception Score depends on the order of the images. An .npz is scored in file order, as the
+evaluator does; a folder, whose paths are often sorted by class, is shuffled with a fixed seed. The
+results hold both scores.
 """
 
 import hashlib
@@ -59,21 +59,20 @@ log = logging.getLogger(__name__)
 
 PROTOCOL_IMAGES = 50_000
 _SETS = ("samples", "reference")
-_SORTED_BELOW = (
-    0.9  # of the shuffled score; chance alone moves parts of 5,000 images by a hundredth
-)
+_SORTED_BELOW = 0.9
+"""Share of the shuffled score below which images seem sorted; chance moves it by about 0.01."""
 
 
 # -- features --------------------------------------------------------------------------------------
 class MeasuredSet(NamedTuple):
-    """One side of a comparison; None for what a file of statistics alone does not give."""
+    """One side of a comparison; None for what a file with only statistics does not provide."""
 
     pool: Statistics
     spatial: Statistics | None
     features: Tensor | None
     """Pooled features float32 [N, 2048], in the order of the set."""
     about: dict
-    """Where it came from, how many images it has, and hashes."""
+    """Where the set came from, how many images it has, and hashes."""
 
 
 def measure(
@@ -86,8 +85,8 @@ def measure(
     """Features and statistics of an .npz file or a folder of images, on the network's device.
 
     Raises:
-        UserError: neither images nor statistics of this network in it; an unreadable image, which
-            is named.
+        UserError: it holds neither images nor statistics of this network, or an image is
+            unreadable (the message names it).
     """
     path = Path(path)
     device = network.fc.weight.device
@@ -102,7 +101,7 @@ def measure(
     features, pixels_sha256 = _extract_all(images, network, batch_size, description)
     about |= {"images": images.count, "left_out": images.left_out, "pixels_sha256": pixels_sha256}
     about["statistics"] = "computed from the images" if stored is None else "stored in the file"
-    if stored is not None:  # the pixels' hash does not cover them
+    if stored is not None:  # the hash of the pixels does not cover stored statistics
         about["sha256"] = file_sha256(path)
     pool, spatial = stored or map(feature_statistics, features)
     return MeasuredSet(pool, spatial, features.pool, about)
@@ -130,7 +129,7 @@ def _extract_all(
 
 
 def has_statistics(path: str | Path) -> bool:
-    """Whether this is an .npz with statistics in it."""
+    """Whether this is an .npz file that contains statistics."""
     path = Path(path)
     return path.is_file() and "mu" in npz_arrays(path)
 
@@ -139,7 +138,8 @@ def _stored_statistics(path: Path, device: torch.device) -> tuple[Statistics, St
     pool = read_statistics(path, "mu", "sigma", device)
     if len(pool.mean) != POOL_WIDTH:
         raise UserError(
-            f"{path}: mu has {len(pool.mean)} features, this network has {POOL_WIDTH}; they are of another network"
+            f"{path}: mu has {len(pool.mean)} features, this network has {POOL_WIDTH}; the "
+            "statistics are of another network"
         )
     spatial = (
         read_statistics(path, "mu_s", "sigma_s", device) if "mu_s" in npz_arrays(path) else None
@@ -153,12 +153,12 @@ def read_statistics(
     """Statistics stored in an .npz under these two names.
 
     Raises:
-        UserError: one of them is missing, or they do not belong together.
+        UserError: one is missing or not finite, or their shapes do not fit.
     """
     arrays = [read_npz_array(path, name) for name in (mean, covariance)]
     for name, array in zip((mean, covariance), arrays, strict=True):
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise UserError(f"{path}: {name} must hold finite numbers, and is {array.dtype}")
+            raise UserError(f"{path}: {name} must hold finite numbers; its type is {array.dtype}")
     mean_D, covariance_DD = (torch.from_numpy(array).to(device) for array in arrays)
     if mean_D.dim() != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
         raise UserError(
@@ -178,22 +178,22 @@ def score_images(
     batch_size: int = 64,
     allow_fewer: bool = False,
 ) -> dict:
-    """All five scores of the samples (an .npz or a folder), as the content of a results file that
-    explains itself.
+    """All five scores of the samples (an .npz or a folder), as the content of a self-describing
+    results file.
 
     Args:
-        reference: an .npz with images, statistics or both, or a folder of images. Scores that it
-            cannot give are None.
+        reference: an .npz with images, statistics or both, or a folder of images. Scores for which
+            it lacks data are None.
         network, weights_hash: as `load_inception` returns them.
-        batch_size: images at once; another size changes rounding, and nothing else.
-        allow_fewer: score fewer than 50,000 samples, under the status PARTIAL.
+        batch_size: images at once; affects nothing but rounding.
+        allow_fewer: score fewer than 50,000 samples, with the status PARTIAL.
 
     Raises:
-        UserError: as `check_inputs`; statistics of another network; an unreadable image, by name.
+        UserError: see `check_inputs`; statistics of another network; an unreadable image (named).
     """
     check_counts(batch_size=batch_size)
     images = check_inputs(samples, reference, allow_fewer=allow_fewer)
-    # The samples first: they are newer than a reference, and more often damaged.
+    # The samples come first: they are newer than a reference, and more often damaged.
     measured, against = (
         measure(path, network, batch_size=batch_size, description=name)
         for path, name in ((samples, "samples"), (reference, "reference"))
@@ -228,14 +228,17 @@ def score_images(
 
 
 def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: bool) -> ImageSet:
-    """The samples, opened; UserError if they are too few, or one of the sets or the reference's
-    statistics cannot be used.
+    """Open the samples.
+
+    Raises:
+        UserError: there are too few, or one of the sets or the reference's statistics is unusable.
     """
     images = open_images(samples)
     if images.count < PROTOCOL_IMAGES and not allow_fewer:
         raise UserError(
-            f"{samples} holds {images.count:,} images, the protocol has {PROTOCOL_IMAGES:,}, and the scores depend on that; "
-            "make more, or give --allow-fewer for scores that are marked PARTIAL"
+            f"{samples} holds {images.count:,} images, the protocol has {PROTOCOL_IMAGES:,}, and "
+            "the scores depend on the number; draw more, or give --allow-fewer for scores that are "
+            "marked PARTIAL"
         )
     sets, least = [images], 2
     if not has_statistics(reference) or "arr_0" in npz_arrays(Path(reference)):
@@ -261,7 +264,7 @@ def refuse_other_scores(out: Path, samples: Path, reference: Path) -> None:
 
 
 def table(results: dict) -> str:
-    """The scores as a markdown table, with the status when it is not the protocol's."""
+    """The scores as a markdown table, with the status unless it is "complete"."""
     names = {
         "fid": "FID",
         "sfid": "sFID",
@@ -297,7 +300,7 @@ def _inception_scores(features: Tensor, weight: Tensor) -> dict[str, dict]:
 
 
 def _status(count: int, weights_hash: str) -> str:
-    """ "complete", or why these numbers must not stand beside published ones."""
+    """ "complete", or why these numbers must not be compared with published ones."""
     parts = []
     if count != PROTOCOL_IMAGES:
         kind = "PARTIAL" if count < PROTOCOL_IMAGES else "OTHER PROTOCOL"

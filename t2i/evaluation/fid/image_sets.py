@@ -1,10 +1,9 @@
-"""Sets of images to be judged, read one batch at a time: an .npz with `arr_0`, as ADM's evaluator
+"""Sets of images to score, read one batch at a time: an .npz with `arr_0`, as ADM's evaluator
 takes it, or a folder.
 
-50,000 images of 256 x 256 pixels are 9.8 GB, so an .npz is read straight from its zip member, in
-file order. Of a folder all images below it are read, sorted by path; in a folder that this kit
-generated (`00000/samples/00000.png`) only the samples, not the contact sheets and refinement stages
-beside them.
+50,000 images of 256 x 256 pixels are 9.8 GB, so an .npz is streamed from its zip member, in file
+order. For a folder, all images below it are read, sorted by path; if this kit generated it
+(`00000/samples/00000.png`), only the samples, not the sheets and refinement stages next to them.
 """
 
 import re
@@ -24,10 +23,10 @@ from t2i.errors import UserError
 from t2i.lfs import refuse_pointers
 
 _SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
-_RECORDS = ("generation.json", "settings.json")  # what drawing leaves in a folder of images
+_RECORDS = ("generation.json", "settings.json")  # written by drawing into a folder of images
 _IMAGES_MEMBER = "arr_0.npy"
 _LARGEST_ARRAY = 1 << 30
-"""Bytes of what is read at once, such as statistics; images are read one by one."""
+"""Limit in bytes for arrays that are read at once, such as statistics; images are streamed."""
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)
 
 
@@ -35,7 +34,7 @@ class NpzImages:
     """The images `arr_0` uint8 [N, H, W, 3] of an .npz file.
 
     Raises:
-        UserError: no such file, not an .npz, no `arr_0`, or an array of another kind.
+        UserError: the file does not exist, is not an .npz, or has no `arr_0` of this kind.
     """
 
     kind = "npz"
@@ -47,7 +46,8 @@ class NpzImages:
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or order or not all(shape):
             layout = "Fortran order " if order else ""
             raise UserError(
-                f"{path}: arr_0 is {layout}{dtype} {list(shape)}; images must be uint8 [N, H, W, 3] in C order"
+                f"{path}: arr_0 is {layout}{dtype} {list(shape)}; images must be uint8 "
+                "[N, H, W, 3] in C order"
             )
         self.shape = tuple(shape[1:])
         self.count = shape[0]
@@ -62,7 +62,9 @@ class NpzImages:
                 count = min(size, self.count - start)
                 data = file.read(count * bytes_per_image)
                 if len(data) < count * bytes_per_image:
-                    raise UserError(f"{self.path} ends before image {start + count}: it is cut")
+                    raise UserError(
+                        f"{self.path} ends before image {start + count}: it is truncated"
+                    )
                 yield list(np.frombuffer(data, np.uint8).reshape(count, *self.shape))
 
 
@@ -70,7 +72,7 @@ class FolderImages:
     """Every image below a folder, sorted by path.
 
     Raises:
-        UserError: no such folder, no image in it, or images of several generations (models, seeds,
+        UserError: the folder holds no image, or images of several generations (models, seeds,
             settings).
     """
 
@@ -86,8 +88,8 @@ class FolderImages:
         if len(records) > 1:
             names = ", ".join(str(record.relative_to(path)) for record in records[:4])
             raise UserError(
-                f"{path} holds {len(records)} sets of generated images ({names} ...): they must not be scored as one; "
-                "give one of them"
+                f"{path} holds {len(records)} sets of generated images ({names} ...): they must "
+                "not be scored as one; give one of them"
             )
         samples = [f for f in found if _SAMPLE.search(f.relative_to(path).as_posix())]
         self.files = samples or found
@@ -95,10 +97,10 @@ class FolderImages:
         self.count = len(self.files)
 
     def batches(self, size: int) -> Iterator[list[np.ndarray]]:
-        """uint8 images [H, W, 3], at most `size` at a time; the next ones are decoded meanwhile.
+        """uint8 images [H, W, 3], at most `size` at a time; the next batch is decoded meanwhile.
 
         Raises:
-            UserError: an image cannot be read; nothing is left out silently.
+            UserError: an image cannot be read.
         """
         for _, images in load_ahead(iter(self.files), _read_image, size):
             yield images
@@ -111,7 +113,7 @@ def open_images(path: str | Path) -> ImageSet:
     """The images of an .npz file or of a folder.
 
     Raises:
-        UserError: neither, or nothing usable in it; the message says what was looked for.
+        UserError: it is neither, or holds no usable images.
     """
     path = Path(path)
     if path.is_dir():
@@ -122,7 +124,7 @@ def open_images(path: str | Path) -> ImageSet:
 
 
 def npz_arrays(path: Path) -> set[str]:
-    """The names of the arrays in an .npz file; UserError if it is none."""
+    """The names of the arrays in an .npz file; UserError if it is not one."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
@@ -132,7 +134,7 @@ def npz_arrays(path: Path) -> set[str]:
 
 
 def read_npz_array(path: Path, name: str) -> np.ndarray:
-    """One array of an .npz file; pickled objects, and what unpacks to gigabytes, are refused."""
+    """One array of an .npz file; refuses pickled objects and arrays that unpack to gigabytes."""
     try:
         with zipfile.ZipFile(path) as archive:
             if (size := archive.getinfo(f"{name}.npy").file_size) > _LARGEST_ARRAY:
@@ -168,7 +170,7 @@ def _open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether it is in Fortran order, and dtype of the .npy that the file begins with."""
+    """Read a .npy header: shape, whether in Fortran order, and dtype."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)

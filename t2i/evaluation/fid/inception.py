@@ -1,13 +1,12 @@
-"""The Inception network of 2015 that FID is defined by, in torch, and TensorFlow 1's way of
-resizing for it.
+"""The Inception network of 2015 that defines FID, in torch, with TensorFlow 1's resize.
 
 OpenAI's ADM evaluator (openai/guided-diffusion, evaluations/evaluator.py) runs a frozen TensorFlow
-graph: resize to 299 pixels, scale to [-1, 1], Inception-v3, and reads two layers: `pool_3` (2048
-numbers) for FID, the Inception Score, precision and recall, and the first seven channels of
+graph: it resizes to 299 pixels, scales to [-1, 1], runs Inception-v3 and reads two layers: `pool_3`
+(2048 numbers) for FID, the Inception Score, precision and recall, and the first seven channels of
 `mixed_6/conv` for sFID. The graph's weights are public in torch's format
-(`pt_inception-2015-12-05`); that graph differs from today's Inception-v3 in three things: average
-pools leave the padding out, the last block pools by maximum, and there are 1,008 classes, whose
-bias the Inception Score leaves out.
+(`pt_inception-2015-12-05`). The graph differs from today's Inception-v3 in three ways: average
+pools exclude the padding, the last block uses max pooling, and there are 1,008 classes (whose bias
+the Inception Score leaves out).
 
 Shape legend: B = images, H, W = pixels, C = channels.
 """
@@ -39,13 +38,13 @@ PUBLISHED = PublishedFile(
     names=(_NAME,),
     hashes=("6726825d",),
     cache="fid",
-    advice="give its place as --inception-weights; "
-    f"'--inception-weights {RANDOM}' tries everything but the numbers",
+    advice="give its path as --inception-weights; "
+    f"'--inception-weights {RANDOM}' tests everything except the numbers",
 )
 
 
 class FrozenNorm(nn.Module):
-    """Batch norm with stored statistics, without the step counter that few copies have."""
+    """Batch norm with stored statistics, without the step counter, which few weight files have."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -63,16 +62,14 @@ class FrozenNorm(nn.Module):
 
 
 class InceptionFeatures(NamedTuple):
-    """What the evaluator reads of B images: float32 [B, 2048] and [B, 7 * 17 * 17]."""
+    """The features that the evaluator uses, of B images: float32 [B, 2048] and [B, 7 * 17 * 17]."""
 
     pool: Tensor
     spatial: Tensor
 
 
 class Inception(Inception3):
-    """Today's network with the three differences; module names are the keys of the published
-    weights.
-    """
+    """Today's Inception-v3 with the three differences; module names match the published weights."""
 
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
@@ -81,19 +78,19 @@ class Inception(Inception3):
                 self.set_submodule(name, FrozenNorm(module.num_features))
 
     def forward(self, x_BCHW: Tensor) -> InceptionFeatures:
-        """Features of images float32 [B, 3, 299, 299] in 0..255, as `tf1_resize` gives them."""
+        """Features of images float32 [B, 3, 299, 299] in 0..255, as `tf1_resize` returns them."""
         x = (x_BCHW - 128) / 128
         spatial = x.new_empty(0)
         for name, layer in self.named_children():
             if name == "avgpool":
                 break
             y = layer(x)
-            if hasattr(layer, "branch_pool"):  # the last of its branches
+            if hasattr(layer, "branch_pool"):  # replace the output of this branch, the last one
                 pooled = layer.branch_pool(_pool(x, by_maximum=name == "Mixed_7c"))
                 y = torch.cat([y[:, : -pooled.shape[1]], pooled], dim=1)
             x = y
             if name == "Mixed_6d":
-                spatial = flatten_spatial(x)  # the 1x1 branch, `mixed_6/conv`, comes first
+                spatial = flatten_spatial(x)  # `mixed_6/conv` is the 1x1 branch, which comes first
         return InceptionFeatures(x.mean(dim=(2, 3)), spatial)
 
 
@@ -111,13 +108,13 @@ def flatten_spatial(x_BCHW: Tensor, channels: int = SPATIAL_CHANNELS) -> Tensor:
 def tf1_resize(images_BHWC: Tensor, size: int = INPUT_SIZE) -> Tensor:
     """TensorFlow 1's bilinear resize: uint8 [B, H, W, 3] -> float32 [B, 3, size, size] in 0..255.
 
-    Output pixel i samples the input at i * in / out, not at the pixel's centre, and there is no
-    antialiasing; no mode of `interpolate` does the same.
+    Output pixel i samples the input at i * in / out, not at the pixel's center, and without
+    antialiasing; no mode of `interpolate` does this.
     """
     x_BCHW = images_BHWC.movedim(-1, 1).float()
     for axis in (3, 2):
         length = x_BCHW.shape[axis]
-        # All in float32, as TensorFlow computes it.
+        # All in float32, as in TensorFlow.
         where = torch.arange(size, device=x_BCHW.device, dtype=torch.float32) * float(
             np.float32(length) / np.float32(size)
         )
@@ -147,10 +144,10 @@ def load_inception(
     """The network in eval mode, and the SHA-256 of its weight file.
 
     Args:
-        weights: the published file, or a folder that holds it; None looks in the cache
-            (`T2I_CACHE`, or ~/.cache/t2i) and downloads it there; "random" draws fixed random
-            weights, with which every step can be tried offline, and whose scores compare with
-            nothing else. The hash then is "random".
+        weights: the published file, or a folder that holds it. None uses the cache (`T2I_CACHE`, or
+            ~/.cache/t2i), and downloads the file there if needed. "random" uses fixed random
+            weights, to test every step offline: the scores are comparable only with each other,
+            and the hash is "random".
 
     Raises:
         UserError: the file does not exist, is not the published one, or cannot be downloaded.
@@ -169,7 +166,7 @@ def load_inception(
 
 
 def _randomize(network: Inception) -> None:
-    """He's uniform distribution for the layers; a value depends on its name and place alone."""
+    """Fill layers from He's uniform distribution; a value depends on its name and position only."""
     with torch.no_grad():
         for name, value in network.named_parameters():
             if value.dim() > 1:

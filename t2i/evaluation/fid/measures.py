@@ -1,20 +1,20 @@
-"""The scores of two sets of features, with the conventions of ADM's evaluator.
+"""Scores computed from two sets of features, with the conventions of ADM's evaluator.
 
 As in openai/guided-diffusion, evaluations/evaluator.py:
 
-- Fréchet distance: the mean is kept in float32, the covariance in float64 with N - 1. The square
-  root of the product of covariances is only needed by its trace, which is the sum of the square
-  roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2): no general matrix square root, and
-  no complex numbers.
+- Fréchet distance: the mean is kept in float32, the covariance in float64 with N - 1. Only the
+  trace of the square root of the product of covariances is needed. It is the sum of the square
+  roots of the eigenvalues of the symmetric matrix S1^(1/2) S2 S1^(1/2), so no general matrix square
+  root and no complex numbers are involved.
 - Inception Score: softmax(features @ weight) without the bias, in consecutive parts of 5,000
-  images, of which a shorter last one counts like the others.
+  images; a shorter last part counts like the others.
 - Precision and recall (Kynkäänniemi et al., NeurIPS 2019): every image has a ball around it whose
-  radius is the distance to its third neighbour. Precision is the share of samples that lie in a
-  reference's ball, recall the share of references that lie in a sample's ball. Squared distances
-  are computed in half precision, in blocks of 10,000 x 10,000 images, and a block is repeated in
-  single precision if anything in it overflows. That shifts the scores by about 0.001, so it is done
-  here, too: every operation is rounded to half precision, with products summed in single precision
-  as GPUs do.
+  radius is the distance to its third neighbor. Precision is the share of samples that lie in a
+  reference's ball, recall the share of references that lie in a sample's ball. The evaluator
+  computes squared distances in half precision, in blocks of 10,000 x 10,000 images, and repeats a
+  block in single precision if anything in it overflows. That shifts the scores by about 0.001, so
+  it is reproduced here: every operation is rounded to half precision, with products summed in
+  single precision as on GPUs.
 
 Shape legend: N, M = images of either set, D = features, K = classes.
 """
@@ -29,15 +29,15 @@ from torch import Tensor
 from t2i.errors import UserError
 
 SPLIT_SIZE = 5000
-_ROWS = 4096  # rows in float64 at once
+_ROWS = 4096  # rows converted to float64 at once
 NEIGHBOUR = 3
-_BLOCK = 10_000  # images; a part of the definition, since overflow is decided by block
+_BLOCK = 10_000  # images; part of the definition, because overflow is detected per block
 
 Distances = Callable[[Tensor, Tensor], Tensor]
 
 
 class Statistics(NamedTuple):
-    """Mean float32 [D] (a stored one as it is) and covariance float64 [D, D] of features."""
+    """Mean float32 [D] (of any type if read from a file) and covariance float64 [D, D]."""
 
     mean: Tensor
     covariance: Tensor
@@ -62,8 +62,8 @@ def feature_statistics(features_ND: Tensor) -> Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64, at least 0 whatever the rounding;
-    singular covariances are fine.
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64, never below 0 through rounding;
+    covariances may be singular.
 
     Raises:
         UserError: statistics of different widths, or values that are not finite.
@@ -80,7 +80,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     trace_of_root = eigenvalues.clamp_min(0).sqrt().sum()
     traces = a.covariance.trace() + b.covariance.trace()
-    # In this order NaN, of numbers too large, stays one.
+    # In this argument order, `max` keeps NaN, the result of numbers that are too large.
     return max(float(difference.dot(difference) + traces - 2 * trace_of_root), 0.0)
 
 
@@ -95,7 +95,7 @@ def class_probabilities(features_ND: Tensor, weight_KD: Tensor) -> Tensor:
 
 
 class InceptionScore(NamedTuple):
-    """Mean over the parts, and their standard deviation (None for a single part)."""
+    """The mean over the parts, and their standard deviation (None for a single part)."""
 
     mean: float
     deviation: float | None
@@ -104,7 +104,7 @@ class InceptionScore(NamedTuple):
 def inception_score(probabilities_NK: Tensor, split_size: int = SPLIT_SIZE) -> InceptionScore:
     """exp(mean KL(p(class | image) || p(class))) of consecutive parts of `split_size` images.
 
-    Order matters: a part of a set that is sorted by class holds few classes, and scores low.
+    Order matters: if the images are sorted by class, a part holds few classes and scores low.
     """
     parts = []
     for part in probabilities_NK.split(split_size):
@@ -118,7 +118,7 @@ def inception_score(probabilities_NK: Tensor, split_size: int = SPLIT_SIZE) -> I
 # -- precision and recall --------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Manifold:
-    """By image: squared radii float32, and whether it lies in a ball of the other set."""
+    """Each image's squared radius (float32), and whether it lies in a ball of the other set."""
 
     reference_radii: Tensor
     sample_radii: Tensor
@@ -152,7 +152,7 @@ def full_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
 
 
 def official_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
-    """Squared distances float32 [N, M] of a block: half precision, or single if it overflows."""
+    """Squared distances float32 [N, M] of a block; half precision, or single if that overflows."""
     distances = half_distances(u_ND, v_MD)
     return distances.float() if distances.isfinite().all() else full_distances(u_ND, v_MD)
 
@@ -160,10 +160,10 @@ def official_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
 def squared_radii(
     features_ND: Tensor, distances: Distances = official_distances, neighbour: int = NEIGHBOUR
 ) -> Tensor:
-    """Squared distance [N] of every image to its third (or other) neighbour among the others.
+    """Squared distance [N] of every image to its third (or given) neighbor in the same set.
 
     Raises:
-        UserError: a set that has no such neighbour.
+        UserError: the set is too small to have such a neighbor.
     """
     if len(features_ND) <= neighbour:
         raise UserError(
@@ -175,7 +175,7 @@ def squared_radii(
         for columns in features_ND.split(_BLOCK):
             block = distances(rows, columns)
             nearest.append(block.topk(min(neighbour + 1, len(columns)), largest=False).values)
-        # The smallest of all is the image itself.
+        # The nearest of all is the image itself.
         radii.append(torch.cat(nearest, 1).topk(neighbour + 1, largest=False).values[:, -1])
     return torch.cat(radii)
 
