@@ -1,13 +1,14 @@
-"""The paper's ablation table on the offline shapes world: one command, gone on with where it ended.
+"""The paper's ablation table on the offline shapes world; the same command resumes it.
 
-Every row changes one thing of the ICLR 2026 method; all runs start from one base, with equal data,
-steps and rates, as does the control, the base without TensorAR. Printed as the paper prints it,
-with two measures: a distance between drawn and true scenes in place of FID (lower is better), and
-GenEval's score by the exact detector in place of IS. Each is a mean over seeds, ± its standard
-error (of scores the larger of two, over seeds and over prompts).
+Each row changes one aspect of the ICLR 2026 method. All runs, including the control (the base
+without TensorAR), start from the same base and use the same data, steps and learning rates. The
+table is laid out as in the paper, with two measures: a distance between drawn and true scenes
+instead of FID (lower is better), and GenEval's score by the exact detector instead of IS. Each
+number is a mean over seeds ± its standard error (for scores the larger of the errors over seeds
+and over prompts).
 
     python launch/ablate.py --base runs/bases/1m --out runs/ablation
-    python launch/ablate.py --tiny                # in some minutes on a CPU: that it runs, no more
+    python launch/ablate.py --tiny            # checks in a few minutes on a CPU that it runs
 """
 
 import sys
@@ -29,23 +30,23 @@ class Ablation:
     """What to run."""
 
     out: Path = Path("runs/ablation")
-    """Codes, results.jsonl and table.md."""
+    """Folder for the codes, results.jsonl and table.md."""
     base: str = "shapes"
-    """Folder of the base that all runs start from, or the shipped one."""
+    """Folder of the base that all runs start from; "shapes" is the shipped one."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Training seeds; they seed the sampling as well."""
+    """Training seeds, also used for sampling."""
     steps: int = 1500
     """Optimizer steps of each run."""
     batch_size: int = 32
-    """Samples of a step."""
+    """Samples per step."""
     images: int = 48_000
     """Scenes to train on."""
     samples: int = 8
     """Images for each of 120 prompts."""
     minutes: float = 1e9
-    """Begin no run after so long."""
+    """Start no further run after this many minutes."""
     at_once: int = 4
-    """Runs that share a GPU."""
+    """Runs that share the GPU at the same time."""
     workers: int = 2
     """Processes that draw scenes and judge images."""
     device: str = "auto"
@@ -92,11 +93,11 @@ ROWS = {
     "drafts in training": {"noised truth": "iclr2026", "own": "own drafts"},
     "without TensorAR": {"": "control, falling rate"},
 }
-"""The table: by row, what its cells are called, and their arms in launch/lab/long_arms.py."""
+"""Rows of the table; each maps the names of its cells to arms of launch/lab/long_arms.py."""
 
 
 def table(lines: list[dict]) -> str:
-    """Rows of the ablation; the paper's default has its own mark."""
+    """The ablation as a markdown table; the paper's default is marked with *."""
     found: dict[str, list[dict]] = {}
     for line in lines:
         found.setdefault(line["arm"], []).append(line)

@@ -1,12 +1,13 @@
-"""Look into a checkpoint: what refinement changes, what the drafts are worth, and what they cost.
+"""Analyze a checkpoint: what refinement changes, how good the drafts are, and what they cost.
 
 python launch/analyze.py --ckpt runs/mine
-# beside the base fine-tuned as usual for the same steps
+# compared with the base fine-tuned as usual for the same steps
 python launch/analyze.py --ckpt runs/mine --control runs/control --out outputs/analysis
 
-Flip rate by stage; how far drafts are from the final codes, as codes and as distributions; loss and
-entropy by slot on the images that the run held out; parameters and operations against the base. One
-page that needs no server, its charts as SVG and PNG, its numbers as JSON.
+Shows the flip rate by stage; how far drafts are from the final codes, as codes and as
+distributions; loss and entropy by slot on the run's held-out images; parameters and operations
+compared with the base. Writes one page that needs no server, its charts as SVG and PNG, and its
+numbers as JSON.
 """
 
 import sys
@@ -34,46 +35,47 @@ if TYPE_CHECKING:
 
 _MAIN = ("ckpt", "control", "prompt", "prompt_file", "samples", "held_out", "data", "out")
 _ON_SHEET = 8
-"""Images of which the page shows every stage."""
+"""Number of images whose stages the page shows."""
 _NOTES = (
-    "Means are over images, ± is their standard error: over images, not over seeds of training.",
+    "Means are over images, and ± is the standard error over images, not over training seeds.",
     "Stage 1 is a code's first draft, the last stage is the final code; only positions that went "
     "through all stages count.",
-    "Drafts and final codes are drawn with noise of their own: two draws of the same distribution "
-    "often differ, too. So agreement is to be read beside that of two draws of the final "
-    "distribution, and total variation (0: the same distribution, 1: nothing in common) tells how "
+    "Drafts and final codes are drawn with independent noise, so even two draws from the same "
+    "distribution often differ. Compare agreement with that of two draws from the final "
+    "distribution. Total variation (0: the same distribution, 1: nothing in common) tells how "
     "much refinement changes the model's prediction.",
-    "Total variation, and the entropy as drawn, are of the distributions that codes were drawn "
-    "from, with guidance, temperature and filters; loss and entropy of held-out images are the "
-    "model's own, without them.",
-    "Own drafts: the model reads its own samples behind the true codes, as in drawing. Noised "
-    "truth: it reads the truth with training's noise, and can copy some of it.",
+    "Total variation and the entropy as drawn describe the distributions that codes were drawn "
+    "from, with guidance, temperature and filters; loss and entropy of held-out images describe "
+    "the model's own distributions, without them.",
+    "Own drafts: after each true code the model reads drafts that it sampled itself, as when it "
+    "draws. Noised truth: the drafts are true codes with training's noise, so the model can copy "
+    "some of them.",
 )
 _NO_RENOISE = "renoise changes drafts after they are drawn: analyze with --renoise 0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeConfig(DrawingModelOptions):
-    """Which model, and what it is looked at with."""
+    """Which model to analyze, and on which prompts and images."""
 
     control: str | None = None
-    """A checkpoint to compare with, best the base fine-tuned as usual for the same steps."""
+    """Checkpoint to compare with, ideally the base fine-tuned as usual for the same steps."""
     prompt: tuple[str, ...] = ()
-    """One or more prompts or class ids; if none are given, those of held-out images, or of the
-    run's sheets.
+    """Prompts or class ids; if none are given, those of the run's held-out images or of its sample
+    sheets.
     """
     prompt_file: Path | None = None
-    """One prompt per line, or .jsonl with a "prompt" in every line."""
+    """File with one prompt per line, or .jsonl with a "prompt" in every line."""
     prompts: int = 8
-    """How many of the run's, where none are given."""
+    """Number of the run's prompts to use when no prompts are given."""
     samples: int = 4
     """Images per prompt."""
     held_out: int = 64
-    """Of the images that the run held out, so many at most; 0 for none."""
+    """Largest number of the run's held-out images to use; 0 for none."""
     data: str | None = None
-    """Where the run's data are now, if they have moved (--data.source of the training)."""
+    """Where the training data (--data.source) are now, if they have moved since the run."""
     out: Path = Path("outputs/analysis")
-    """Folder of the page and its files."""
+    """Folder for the page and its files."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,7 +100,7 @@ def main() -> None:
     wheres = {who: own.check() for who, own in options.items()}
     from t2i.evaluation.evidence_page import write_evidence
 
-    _typed(config)  # a file that cannot be read is named before the work
+    _typed(config)  # reports an unreadable prompt file before any work
     with owning(config.out, "analysis folder"):
         remove_leftovers(config.out)
         models = {who: own.load(*wheres[who]) for who, own in options.items()}
@@ -115,7 +117,7 @@ def examine(
     options: "dict[str, DrawingModelOptions]",
     models: "dict[str, TensorAR]",
 ) -> "tuple[dict, list[Drawn]]":
-    """All numbers of the page, and the images that the model has drawn for them."""
+    """All numbers of the page, and the images that the model drew for them."""
     from launch.measure.cost import FORMULAS, cost_of
     from t2i.evaluation.evidence import known_means, loss_difference, of_drawn, of_known
 
@@ -139,7 +141,7 @@ def examine(
             "known": known_means(known[who]),
         }
     if "stages" not in facts["model"]["drawn"]:
-        missing.append("refinement stages: with these settings the model draws every code once")
+        missing.append("refinement stages: with these settings every code is drawn only once")
     found = {
         "name": options["model"].name(),
         **facts,
@@ -161,23 +163,32 @@ def examine(
 
 
 def _unlike(options: "dict[str, DrawingModelOptions]", models: "dict[str, TensorAR]"):
-    """What makes the control none of the same steps; UserError if it is of other codes."""
+    """Reasons why the comparison with a control is missing or unfair.
+
+    Raises:
+        UserError: the control draws other codes, so there is nothing to compare.
+    """
     if "control" not in models:
         yield "a control: give --control (the base fine-tuned as usual for the same steps)"
         return
     own, other = (models[who].backbone.spec for who in ("model", "control"))
     if (own.subvocabs, own.grid, own.cond_kind) != (other.subvocabs, other.grid, other.cond_kind):
-        raise UserError("the control draws other codes: it must be of the same base")
+        raise UserError(
+            "the control draws other codes: give a --control that was trained from the same base"
+        )
     steps = [options[who].about(models[who]).get("step") for who in ("model", "control")]
     if steps[0] != steps[1]:
-        yield f"a control of the same steps: {steps[0]} steps here, {steps[1]} there"
+        yield (
+            "a control trained for the same steps: the model has "
+            f"{steps[0]} steps, the control {steps[1]}"
+        )
 
 
 # -- the run's own data ----------------------------------------------------------------------------
 def _held_out(
     config: AnalyzeConfig, options: DrawingModelOptions, model: "TensorAR", missing: list[str]
 ) -> "tuple[TrainingData | None, list[Batch]]":
-    """What the run held out; if it cannot be had, `missing` says why."""
+    """The run's held-out images; if they cannot be had, adds the reason to `missing`."""
     if config.held_out == 0:
         missing.append("loss and entropy of held-out images: --held-out 0")
         return None, []
@@ -193,10 +204,10 @@ def _held_out(
 def _run_data(
     config: AnalyzeConfig, options: DrawingModelOptions, model: "TensorAR"
 ) -> "TrainingData":
-    """The data of the run that wrote a checkpoint, split as it had them.
+    """The data of the run that wrote a checkpoint, with the run's own split.
 
     Raises:
-        UserError: no run is known, its data are not there, or they have changed since.
+        UserError: no run is known, or its data are missing or have changed since.
     """
     from t2i.training.batches import TrainingData
     from t2i.training.engine import start_processes
@@ -210,18 +221,20 @@ def _run_data(
     if data.key != _training(options)["data_key"]:
         raise UserError(
             f"the data set {run.data.source} has changed since the run (files were added, removed "
-            "or edited): what was held out is not known"
+            "or edited), so it is not known which images were held out"
         )
     return data
 
 
 def _training(options: DrawingModelOptions) -> dict:
-    """What a checkpoint says about its run; UserError if there was none."""
+    """The checkpoint's record of its run; UserError if no run wrote it."""
     from t2i.checkpoint_folders import read_config
 
     known = read_config(options.checkpoint)["training"] if options.checkpoint else {}
     if "config" not in known or "data_key" not in known:
-        raise UserError(f"{options.source} is no checkpoint of a run: nothing tells its data")
+        raise UserError(
+            f"{options.source} is not the checkpoint of a run, so its training data are not known"
+        )
     return known
 
 
@@ -242,7 +255,7 @@ def _prompts(
     model: "TensorAR",
     data: "TrainingData | None",
 ) -> list[str | int]:
-    """Those that were given; else of held-out images; else of the run's sheets."""
+    """The given prompts, or those of held-out images, or those of the run's sample sheets."""
     from t2i.generation import parse_conditions
     from t2i.training.check import sheet_prompts
     from t2i.training.trigger_words import remind_of_trigger
@@ -262,7 +275,7 @@ def _prompts(
 
 
 def _typed(config: AnalyzeConfig) -> list[str]:
-    """The prompts that were given."""
+    """The prompts given on the command line, if any."""
     from t2i.evaluation.generation_folder import read_prompts
 
     if not config.prompt and config.prompt_file is None:
@@ -279,7 +292,7 @@ def _draw(model: "TensorAR", prompts: list[str | int], drawing, samples: int) ->
 
 
 def _write_sheets(out: Path, drawn: "list[Drawn]") -> list[tuple[str, str]]:
-    """What was drawn at every stage, a sheet each: file in `out`, and its label."""
+    """Save a sheet of images for every stage; returns each file's path in `out` and its label."""
     from t2i.imaging import grid, save_png
 
     by_prompt = {one.prompt_index: one for one in reversed(drawn)}
@@ -293,7 +306,7 @@ def _write_sheets(out: Path, drawn: "list[Drawn]") -> list[tuple[str, str]]:
 
 
 def _course(options: "dict[str, DrawingModelOptions]") -> "list[Chart]":
-    """Curves of the run that the checkpoint lies in, and of the control's."""
+    """Training curves of the model's run and of the control's run."""
     from t2i.training.logs import METRICS, read_metrics
     from t2i.training.run_page import metric_charts
 
@@ -306,7 +319,7 @@ def _course(options: "dict[str, DrawingModelOptions]") -> "list[Chart]":
 
 
 def _repairs(model: "TensorAR", control: "TensorAR | None", batches: "list[Batch]") -> dict | None:
-    """Of the last draft: whether refinement repairs or spoils, beside the control's luck."""
+    """How often refinement repairs or spoils the last draft; None without a control or drafts."""
     from t2i.evaluation.evidence import repairs
 
     if control is None or not batches or model.config.k == 1:

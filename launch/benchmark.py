@@ -1,5 +1,5 @@
-"""How fast codes are drawn and training steps are made here, and in how much memory: presets, ways
-of running the steps and peers, in turns inside one run, beside what the hardware allows.
+"""Measure drawing and training on this machine: time and memory of presets, of ways to run the
+steps and of peers, taking turns within one run, compared with what the hardware allows.
 
     python launch/benchmark.py                                # the shapes base, in two minutes
     # a published shape with random weights, against peers
@@ -48,48 +48,51 @@ class SpeedBenchmark:
     """What to measure."""
 
     what: tyro.conf.Positional[tuple[What, ...]] = ("sampling", "training")
-    """Drawing codes, training steps, or how cost grows with work."""
+    """Drawing codes, training steps, or how the cost grows with the amount of work."""
     shapes: tuple[str, ...] = ("shapes",)
-    """Models, see above."""
+    """Models, from the list above."""
     methods: tuple[str, ...] = ("base", "iclr2026")
-    """Presets to compare; ratios are to the first."""
+    """Presets to compare; ratios are relative to the first."""
     dtypes: tuple[Dtype, ...] = ("fp32",)
-    """Of drawing: weights and cache; of training: fp32 weights, bf16 under autocast."""
+    """For drawing, the dtype of weights and cache; in training weights are always fp32, and bf16
+    means autocast.
+    """
     images: tuple[int, ...] = (16,)
     """Images drawn at once."""
     speeds: tuple[str, ...] = ()
-    """Ways of running the steps (eager, compiled, graphs, auto); none: eager, and graphs on a
-    GPU."""
+    """Ways to run the steps (eager, compiled, graphs, auto); if none are given, eager, and also
+    graphs on a GPU.
+    """
     peers: tuple[str, ...] = ()
-    """Others to compare with, see above."""
+    """Other implementations to compare with, from the list above."""
     llamagen: Path | None = None
-    """A checkout of LlamaGen's repository, for its peers."""
+    """Checkout of LlamaGen's repository, which its peers need."""
     guidance: float = 2.0
     """Scale of classifier-free guidance; 1: none."""
     top_k: int = 2000
-    """Codes that may be drawn; 0: all."""
+    """Number of likeliest codes to draw from; 0: all."""
     steps: int = 32
-    """Steps of an image that are timed, around its middle; 0: all."""
+    """Steps to time per image, around its middle; 0: all."""
     decode: bool = False
-    """Also time the way from codes to pixels."""
+    """Also time the decoding of codes to pixels."""
     batch: int = 32
-    """Samples of a training step."""
+    """Samples per training step."""
     naive: bool = False
-    """Also train with the loss of all logits at once, and blocks of plain operations."""
+    """Also train with a loss that holds all logits at once, and with blocks of plain operations."""
     recompute: bool = False
     """Train with gradient checkpointing."""
     compiled: bool = False
     """Also train with the trunk's blocks compiled."""
     rounds: int = 4
-    """Turns of each contender."""
+    """Number of turns that each contender takes."""
     memory: bool = True
-    """Also measure peak memory, each in a process of its own."""
+    """Also measure peak memory, each contender in its own process."""
     bandwidth: float | None = None
-    """GB/s of this machine; measured by a copy if not given."""
+    """Memory bandwidth of this machine in GB/s; measured by a copy if not given."""
     tflops: float | None = None
     """TFLOP/s of this machine; measured by matrix products if not given."""
     minutes: float = 0
-    """No group of contenders is begun after so long; 0: no limit."""
+    """Start no further group of contenders after this many minutes; 0: no limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None
     """Also write STEM.json, STEM.md and (where matplotlib is installed) STEM.svg."""
@@ -99,11 +102,11 @@ class SpeedBenchmark:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.images or min(self.images) < 1:
-            raise UserError(f"images={self.images} must be numbers of at least 1")
+            raise UserError(f"images={self.images} must be one or more numbers of at least 1")
 
 
 def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -> Iterator[tuple]:
-    """(kind of rows, what it is, function that measures it) in order."""
+    """Yield (kind of rows, description, function that measures them) for each group."""
     from launch.measure import scaling, timed_sampling, timed_training
     from t2i.sampling import Speed
 
@@ -164,7 +167,9 @@ def _peers(config: SpeedBenchmark) -> tuple[str, ...]:
         if name not in PEERS:
             raise UserError(f"peer {name!r} must be one of {', '.join(PEERS)}, or all")
         if name.startswith("llamagen") and config.llamagen is None:
-            raise UserError(f"peer {name} needs --llamagen DIR, a checkout of LlamaGen")
+            raise UserError(
+                f"peer {name} needs --llamagen DIR, a checkout of LlamaGen's repository"
+            )
     return config.peers
 
 
@@ -203,7 +208,7 @@ def main() -> None:
     begun = time.time()
     for kind, what, work in groups(config, device, machine):
         if config.minutes and time.time() - begun > 60 * config.minutes:
-            log.info("%s: not begun, %g minutes were over", what, config.minutes)
+            log.info("%s: not started, %g minutes are over", what, config.minutes)
             continue
         log.info("%s: %s", kind, what)
         try:
@@ -220,7 +225,7 @@ def main() -> None:
 
 
 def _add(rows: dict[str, list[dict]], kind: str, found: list[dict] | tuple) -> None:
-    """New rows among those of their kind; scaling brings fits along."""
+    """Add new rows to those of their kind; scaling also returns fits."""
     if isinstance(found, tuple):
         found, fits = found
         rows.setdefault("fits", []).extend(fits)

@@ -1,10 +1,10 @@
-"""A page on which models draw while you watch, in the browser, with Gradio.
+"""Serve a web page (with Gradio) on which models draw while you watch.
 
 python launch/demo.py
 python launch/demo.py --ckpt runs/mine runs/mine/best shapes
 
-Needs the extra "demo" (pip install gradio) and no network: it serves this machine alone unless
---host names another address, and sends nothing anywhere.
+Needs the extra "demo" (pip install gradio) and no network: only this machine can open the page
+unless --host names another address, and nothing is sent anywhere.
 """
 
 import sys
@@ -27,23 +27,25 @@ _MAIN = ("ckpt", "base.weights", "host", "port", "most_images")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Which models, and where the page is."""
+    """Which models to serve, and at which address."""
 
     ckpt: tuple[str, ...] = ()
-    """Checkpoint, run or export folders, or shapes, shapes-janus; shapes if nothing is given."""
+    """Checkpoint, run or export folders, or the shipped bases shapes and shapes-janus; shapes if
+    nothing is given.
+    """
     base: BaseOptions = field(default_factory=BaseOptions)
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: str = "auto"
-    """float32, bfloat16, or auto (bfloat16 on a GPU); of the models."""
+    """Dtype of the models: float32, bfloat16, or auto (bfloat16 on a GPU)."""
     speed: Speed = "auto"
-    """How the steps are run, see launch/generate.py."""
+    """How to run the drawing steps, see launch/generate.py."""
     host: str = _LOCAL
-    """Address to serve; 0.0.0.0 is everyone who reaches this machine."""
+    """Address to listen on; 0.0.0.0 lets everyone who can reach this machine open the page."""
     port: int | None = None
-    """Port of the page; the first free one from 7860 if not given."""
+    """Port of the page; the first free one from 7860 on if not given."""
     most_images: int = 8
-    """Images that may be asked for at once."""
+    """Largest number of images in one request."""
 
     def __post_init__(self):
         check_counts(most_images=self.most_images)
@@ -51,7 +53,7 @@ class DemoConfig:
             raise UserError(f"port={self.port} must be from 1 to 65535")
 
     def models(self) -> dict[str, ModelOptions]:
-        """Each model by the name that was typed."""
+        """The options of each model, by the name given for it."""
         from t2i.sources import shipped_bases
 
         given = ("shapes",) if not self.ckpt and self.base.weights is None else self.ckpt
@@ -79,7 +81,7 @@ def main() -> None:
     models = Models(options, wheres[0], config.most_images, _lacking)
     models.load(models.names[0])
     with served(lambda: Page(models), config.host, config.port) as address:
-        print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+        print(f"open {address} in a browser; Ctrl-C stops the demo", flush=True)
         Event().wait()
 
 

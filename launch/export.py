@@ -1,4 +1,4 @@
-"""Merge a checkpoint into a folder that stands alone, for transformers and the hub, with TensorAR's
+"""Merge a checkpoint into a self-contained folder for transformers and the hub, with TensorAR's
 codec and a model card.
 
 python launch/export.py --ckpt runs/mine --out exported --prompt "a red bus in the rain" \\
@@ -26,15 +26,15 @@ class ExportProgram(ExportOptions):
 
     push_to_hub: str | None = None
     """Also upload the folder to this repository (owner/name); needs a login (`hf auth login`). If
-    --out is complete, it is only uploaded.
+    --out already holds the finished export, it is only uploaded.
     """
     private: bool = False
-    """Create that repository as a private one."""
+    """Make the repository private when it is created."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.private and self.push_to_hub is None:
-            raise UserError("--private needs --push-to-hub: give both, or leave it out")
+            raise UserError("--private needs --push-to-hub: give both, or leave out --private")
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     if repo is not None:
         prepare_upload(repo, private=config.private)
     if done:
-        print(f"{config.out} is the export of {config.ckpt}: uploading it as it is")
+        print(f"{config.out} already holds the export of {config.ckpt}: uploading it unchanged")
     else:
         export(config)
         print(f"exported to {config.out}")

@@ -1,8 +1,8 @@
-"""FID, sFID, Inception Score, precision and recall of generated images, as ADM's evaluator computes
-them.
+"""FID, sFID, Inception Score, precision and recall of generated images, computed as by ADM's
+evaluator.
 
 python launch/fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
-# two folders of images
+# compare two folders of images
 python launch/fid.py --samples outputs/mine --reference my_images --allow-fewer
 """
 
@@ -22,17 +22,17 @@ class FidConfig:
     """What to compare."""
 
     samples: Path
-    """An .npz with arr_0, or any folder of images (of a generation folder, its samples)."""
+    """An .npz with arr_0, or any folder of images (of a generation folder, the samples)."""
     reference: Path
     """ADM's reference .npz, any other .npz with images or statistics, or a folder of images."""
     out: Path = Path("outputs/fid/results.json")
-    """Where the scores are written, with all that they depend on."""
+    """File for the scores and all that they depend on."""
     inception_weights: str | None = None
     """pt_inception-2015-12-05-6726825d.pth; downloaded if not given. "random" is for trials."""
     allow_fewer: bool = False
-    """Score fewer than 50,000 samples; the result says so."""
+    """Allow fewer than 50,000 samples; the result says so."""
     batch_size: int = 64
-    """Images at once."""
+    """Images per batch."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 
@@ -47,7 +47,7 @@ def main() -> None:
     from t2i.files import writable_file, write_json
     from t2i.loading import pick_device
 
-    # All that can be told at once, before a download and an hour of work.
+    # Everything that can be checked quickly, before a download and an hour of work.
     device, _ = pick_device(config.device, "float32")
     check_inputs(config.samples, config.reference, allow_fewer=config.allow_fewer)
     writable_file(config.out)

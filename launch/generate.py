@@ -1,4 +1,4 @@
-"""Draw images of prompts, into the GenEval folder layout with a contact sheet.
+"""Draw images from prompts into GenEval's folder layout, with a contact sheet.
 
 python launch/generate.py --ckpt runs/shapes --prompt "a photo of a red circle" --samples 4
 # a base that the kit ships
@@ -8,8 +8,8 @@ python launch/generate.py --base.family llamagen \\
     --base.tokenizer peizesun/llamagen_t2i:vq_ds16_t2i.pt \\
     --base.text-encoder google/flan-t5-xl --prompt "a bus"
 
-Every request has a folder of its own unless --out names one: the same request goes on where it
-stopped, and another model, seed or prompt never gets into it.
+Without --out, every request gets its own folder: repeating the same request resumes it where it
+stopped, and a request with another model, seed or prompt never writes into it.
 """
 
 import sys
@@ -35,7 +35,9 @@ class GenerateConfig(DrawingModelOptions):
     prompt: tuple[str, ...] = ()
     """One or more prompts (class ids for a class-conditional model)."""
     prompt_file: Path | None = None
-    """One prompt per line, or .jsonl with a "prompt" in every line (such as GenEval's metadata)."""
+    """File with one prompt per line, or .jsonl with a "prompt" in every line (such as GenEval's
+    metadata).
+    """
     out: Path | None = None
     """Folder for 00000/samples/00000.png ... and grid.png; outputs/<model>-<hash of the request> if
     not given.

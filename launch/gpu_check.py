@@ -1,13 +1,14 @@
-"""What only a GPU can show, in one command of at most eight minutes, the most valuable first.
+"""Check correctness and speed on a GPU, in one command of at most eight minutes, with the most
+valuable parts first.
 
 Every result is written to --out at once (`results.jsonl`; `report.md` after each part), so a run
-that is cut off keeps what it has; a part that fails is recorded and the rest goes on. Exit code 1
-says that something computes other numbers than the official code, or than itself another way. It
-needs a clone with its tests (the golden data are there), pytest and peft, but neither deepspeed nor
-datasets.
+that is cut off keeps its results so far. A part that fails is recorded and the others still run.
+Exit code 1 means that something computes different numbers than the official code, or than the
+kit itself when it computes them another way. It needs a clone with its tests (they hold the golden
+data), pytest and peft, but neither deepspeed nor datasets.
 
     python launch/gpu_check.py --out runs/gpu-check
-    # on a CPU, in a minute
+    # a trial on a CPU, in a minute
     python launch/gpu_check.py --out runs/rehearsal --tiny
     python launch/gpu_check.py --out runs/gpu-check --parts sampling training
 """
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# The golden cases, and how they are read.
+# For the golden cases and the functions that read them.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from launch.measure import formulas
@@ -44,17 +45,17 @@ log = logging.getLogger("gpu_check")
 
 @dataclass(frozen=True)
 class CheckPart:
-    """A question and the time that its answer may take."""
+    """One part of the check: its rows, its time limit and what it measures."""
 
     rows: "Callable[[torch.device, bool], Rows]"
-    """Of the device and "tiny"; a row with "ok" is a check."""
+    """Takes the device and `tiny`; rows with "ok" are checks, others are measurements."""
     seconds: float
-    """No further row is begun after so long."""
+    """No further row is started after this many seconds."""
     about: str
 
 
 def _of(module: str, name: str) -> "Callable[[torch.device, bool], Rows]":
-    """A function of the laboratory, which is imported when it is called: it takes seconds."""
+    """A function of launch/lab whose module is imported only when called: that takes seconds."""
 
     def rows(device: "torch.device", tiny: bool) -> "Rows":
         return getattr(import_module(f"launch.lab.{module}"), name)(device, tiny)
@@ -67,7 +68,7 @@ PARTS = {
         _of("gpu_parity", "golden"),
         75,
         "Official outputs of tiny checkpoints: largest difference of teacher-forced and of cached "
-        "logits beside the largest logit, greedy codes (share equal).",
+        "logits next to the largest logit, greedy codes (share equal).",
     ),
     "tokenizers": CheckPart(
         _of("gpu_parity", "tokenizers"),
@@ -94,23 +95,23 @@ PARTS = {
     "compiled_training": CheckPart(
         _of("gpu_speed", "compiled_training_rows"),
         60,
-        "As training, with and without compiled blocks.",
+        "Like training, with and without compiled blocks.",
     ),
     "same_codes": CheckPart(
         _of("gpu_parity", "same_codes"),
         60,
-        "Greedy codes in fp32, by graphs and compiled against eager (share equal); where one "
-        "differs first, by how much eager preferred its own (the largest such gap of logits): "
-        "fusing changes rounding, and one code changes those after it.",
+        "Greedy codes in fp32, by graphs and compiled against eager (share equal). Where an image "
+        "first differs, by how much eager preferred its own code (the largest such gap of logits): "
+        "fusing changes rounding, and one different code changes those after it.",
     ),
     "compiled": CheckPart(
-        _of("gpu_speed", "compiled_rows"), 60, "As sampling, compiled against graphs."
+        _of("gpu_speed", "compiled_rows"), 60, "Like sampling, compiled against graphs."
     ),
     "kernels": CheckPart(
         _of("gpu_kernels", "kernel_rows"),
         100,
-        "What a step of drawing consists of, by torch's profiler: kernels a step, how long the "
-        "device is busy with them and how much of the step it is idle; then the longest of them.",
+        "What a drawing step consists of, by torch's profiler: kernels per step, how long the "
+        "device is busy with them and how much of the step it is idle; then the longest kernels.",
     ),
 }
 
@@ -122,11 +123,11 @@ class Check:
     out: Path
     """Folder for results.jsonl and report.md; earlier ones in it are replaced."""
     parts: tuple[str, ...] = tuple(PARTS)
-    """Which parts, in their order."""
+    """Parts to run; they always run in the default order."""
     minutes: float = 8
-    """No part is begun after so long, and no row of one."""
+    """Start no further part, and no further row of one, after this many minutes."""
     tiny: bool = False
-    """A rehearsal at sizes that mean nothing, also on a CPU."""
+    """Only try the check out, at sizes whose numbers mean nothing; also runs on a CPU."""
 
     def __post_init__(self):
         for name in self.parts:
@@ -135,7 +136,7 @@ class Check:
 
 
 class Record:
-    """Rows of results, on disk as soon as they are there."""
+    """Rows of results, each written to disk at once."""
 
     def __init__(self, folder: Path, machine: dict[str, str]):
         self.folder, self.machine = writable_folder(folder), machine
@@ -169,7 +170,7 @@ def _text(value: object) -> str:
 
 
 def run_part(name: str, device: "torch.device", tiny: bool, end: float, record: Record) -> None:
-    """All rows of a part until its time or the whole run's is over; what goes wrong is one, too."""
+    """Record the rows of a part, and its failures, until its time or the whole run's is over."""
     import torch
 
     start = time.time()
@@ -196,7 +197,7 @@ def main() -> None:
     import torch
 
     if not torch.cuda.is_available() and not config.tiny:
-        raise UserError("PyTorch sees no GPU here; --tiny rehearses on the CPU")
+        raise UserError("PyTorch sees no GPU here; --tiny tries the check out on the CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     machine = {

@@ -1,5 +1,5 @@
-"""Plan a run on a cluster that is not there yet: steps, hours, shards, checkpoints, memory and
-disk, from settings and shapes alone; what is impossible is refused.
+"""Plan a run on a cluster before you have it: steps, hours, shards, checkpoints, memory and disk,
+computed from settings and shapes alone. A run that is impossible is refused.
 
 python launch/plan.py t2i-xl-256-tuned --gpus 64 --images 100e6 --images-per-second 4000
 python launch/plan.py janus-pro-7b-full-zero3 --gpus 64 --images 100e6 --epochs 1 --disk 20000
@@ -32,9 +32,9 @@ _MAIN = (
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A cluster, and what is trained on it."""
+    """A cluster and the run to train on it."""
 
-    # Without these two names in front of the options, and with those of their parts.
+    # name="" leaves these two names out of the option names.
     cluster: Annotated[Cluster, tyro.conf.arg(name="")] = field(default_factory=Cluster)
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 

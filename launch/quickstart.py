@@ -1,11 +1,11 @@
-"""The whole kit in ten minutes on two CPU cores, offline, on the shapes world.
+"""Run the whole kit in ten minutes on two CPU cores, offline, on the shapes world.
 
 Builds a data set, fine-tunes the shipped base as usual (the control) and with TensorAR for the same
-number of steps in the same data order, samples held-out prompts from all three, judges them with
-GenEval's rules and an exact detector, and writes to --out:
+number of steps in the same data order, draws held-out prompts with all three, judges the images
+with GenEval's rules and an exact detector, and writes to --out:
 
     comparison.png   base, control and TensorAR at the same seeds, and TensorAR's refinement stages
-    results.json     scores with standard errors and held-out losses by slot
+    results.json     scores with standard errors, and held-out losses by slot
     geneval/<name>/  images, verdicts, report and failure gallery of each model
     <recipe>/        each run: metrics.jsonl, sample sheets, index.html, checkpoint
 
@@ -34,11 +34,11 @@ class Quickstart:
     """What to run."""
 
     out: Path = Path("runs/quickstart")
-    """Folder for everything; a finished run in it is kept and not repeated."""
+    """Folder for everything; finished runs in it are not repeated."""
     recipes: tuple[str, ...] = ("shapes-tuned",)
     """Recipes to compare with the control."""
     control: str = "shapes-control"
-    """Recipe of the control, and of the base that all start from."""
+    """Recipe of the control, which also determines the base that is judged."""
     steps: int = 200
     """Optimizer steps of each run."""
     images: int = 3000
@@ -48,7 +48,7 @@ class Quickstart:
     samples: int = 4
     """Images per benchmark prompt."""
     seed: int = 0
-    """Seed of training, and of sampling."""
+    """Seed of training and sampling."""
 
 
 def main() -> None:
@@ -56,13 +56,13 @@ def main() -> None:
     from t2i.files import owning
 
     for name in (config.control, *config.recipes):
-        run_config(config, name)  # named wrongly, it is refused before any work
+        run_config(config, name)  # refuses an unknown recipe before any work
     with owning(config.out, "quickstart folder"):
         compare(config)
 
 
 def compare(config: Quickstart) -> None:
-    """Fine-tune, judge, and write everything to an existing folder."""
+    """Fine-tune and judge the models, and write everything to the existing folder `config.out`."""
     from t2i.files import write_json
     from t2i.loading import attach, load_backbone
     from t2i.shapes.fine_tuning import fine_tuned, held_out_losses
@@ -73,7 +73,7 @@ def compare(config: Quickstart) -> None:
 
     started = time.time()
     written, kept = write_dataset(config.out / "data", config.images, seed=FINE_TUNING_SEED)
-    print(f"[1/3] data set: {written} images drawn, {kept} there already")
+    print(f"[1/3] data set: {written} images drawn, {kept} already there")
     base_options = run_config(config, config.control).backbone
     backbone = load_backbone(
         base_options.family,
@@ -119,7 +119,7 @@ def run_config(config: Quickstart, name: str):
 
 
 def scores_of(model, name: str, metadata: list[dict], config: Quickstart) -> dict[str, dict]:
-    """GenEval by `geneval/run.py`'s own code, with files and gallery: its scores by name."""
+    """A model's GenEval scores by name; writes files and gallery, as `geneval/run.py` does."""
     from geneval.detectors import load_detector
     from geneval.geneval_benchmark import GenEval
     from t2i.evaluation.evaluation_options import Scope
@@ -137,7 +137,7 @@ def scores_of(model, name: str, metadata: list[dict], config: Quickstart) -> dic
 
 
 def write_comparison(models: dict, config: Quickstart) -> None:
-    """The same prompts and seeds by every model, then the stages of the last one."""
+    """Draw the same prompts and seeds with every model, then show the stages of the last one."""
     from t2i.generation import draw_images, generate
     from t2i.imaging import grid, save_png
     from t2i.sampling import DrawOptions

@@ -1,12 +1,13 @@
-"""Walk the whole way at real size before the real weights are there: files in the official layout
-with random weights, then load, pre-flight, training, resume, drawing, export and reload, by the
-real programs, each measured.
+"""Run the whole pipeline at real size before you have the real weights: write files with random
+weights in the official layout, then load, pre-flight, train, resume, draw, export and reload with
+the real programs, measuring each.
 
 python launch/rehearse.py llamagen XL
 python launch/rehearse.py janus 7B --holes                  # names and shapes only, hardly any disk
 python launch/rehearse.py rar B --stages write check-lora train-lora --keep
 
---out gets results.json and table.md after every stage; the same command goes on where it stopped.
+Writes results.json and table.md to --out after every stage; the same command resumes where it
+stopped.
 """
 
 import json
@@ -50,7 +51,7 @@ STAGES = {
     "train-full": "two steps of all weights, a checkpoint",
     "resume-full": "a third, resumed",
 }
-"""In their order; the part behind the hyphen is how the model is tuned."""
+"""All stages in order; the part after the hyphen is the kind of tuning (lora or full)."""
 OF_JUDGES = ("write", "judge", "judge-again")
 HOLES = ("write", "check-lora", "check-full")
 """Stages that read no weights."""
@@ -63,12 +64,12 @@ _NEEDS = {
 }
 _PROMPT, _CLASS = "a red fox in the snow", "207"
 _HEADROOM = 0.85
-"""Share of the free memory that a stage may be predicted to take."""
+"""A stage runs only if its predicted memory is at most this share of the free memory."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What is rehearsed."""
+    """What to rehearse."""
 
     model: tyro.conf.Positional[ModelName]
     """Family of the model, or a benchmark's judge."""
@@ -77,23 +78,23 @@ class Rehearsal:
     out: Path | None = None
     """Folder for results and files; runs/rehearsal/MODEL-SIZE if not given."""
     stages: tuple[str, ...] = ()
-    """Some of the stages only; all that fit into memory if none are given."""
+    """Stages to run; all that fit into memory if none are given."""
     holes: bool = False
-    """Write files without their numbers, and do what reads names and shapes alone."""
+    """Write sparse files without weights, and run only the stages that read names and shapes."""
     keep: bool = False
-    """Keep weights, runs and export; otherwise they are deleted in the end."""
+    """Keep weights, runs and export; otherwise they are deleted at the end."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of training; a CPU without instructions for bf16 takes ten times as long with it."""
+    """Precision of training; bf16 takes ten times as long on a CPU without bf16 instructions."""
     codes: int = 16
-    """Draw so many codes of one image."""
+    """Number of codes to draw of one image."""
     minutes: float = 30.0
-    """A stage that takes longer is stopped."""
+    """Time limit of a stage in minutes; a stage that takes longer is stopped."""
     memory: float | None = None
-    """GB that a stage may take; what is free, less some, if not given."""
+    """GB that a stage may take; 85 % of the free memory if not given."""
 
     @property
     def folder(self) -> Path:
-        """Where everything is written."""
+        """Folder for everything that is written."""
         return self.out or Path("runs/rehearsal") / f"{self.model}-{self.size}"
 
 
@@ -114,10 +115,10 @@ def main() -> None:
 
 
 def _known_rows(out: Path) -> dict:
-    """What a rehearsal in this folder has found so far.
+    """The results so far of the rehearsal in this folder.
 
     Raises:
-        UserError: it holds something else, of which data/ or runs/ would be deleted.
+        UserError: the folder holds other files, and the rehearsal would delete its data/ or runs/.
     """
     from t2i.fields import read_object
 
@@ -127,14 +128,14 @@ def _known_rows(out: Path) -> dict:
     if others or not rows.keys() <= STAGES.keys():
         raise UserError(
             f"{out} holds {shorten(others) or path.name}, which no rehearsal wrote; a rehearsal "
-            "deletes its files at the end, so give it a folder of its own"
+            "deletes its files at the end, so give it its own folder"
         )
     return rows
 
 
 # -- the stages ------------------------------------------------------------------------------------
 class Stages:
-    """The stages of a rehearsal, each a process of its own, and what they took."""
+    """The stages of a rehearsal, each run in its own process and measured."""
 
     def __init__(self, config: Rehearsal):
         self.config, self.out = config, config.folder.resolve()
@@ -142,14 +143,14 @@ class Stages:
         self.rows: dict[str, dict] = _known_rows(self.out)
 
     def run(self) -> list[str]:
-        """All that is asked for and not done; returns the stages that failed."""
+        """Run the requested stages that are not done yet; returns those that failed."""
         from t2i.files import write_json, write_text
         from t2i.rehearsal.rehearsal_report import summary, table
 
         config, failed = self.config, []
         of_kind = OF_JUDGES if config.model in JUDGES else set(STAGES) - set(OF_JUDGES[1:])
         wanted = set(config.stages or STAGES) & set(HOLES if config.holes else of_kind)
-        write_json(self.out / "results.json", self.rows)  # the folder is a rehearsal's from now on
+        write_json(self.out / "results.json", self.rows)  # marks the folder as a rehearsal's
         (self.out / "logs").mkdir(exist_ok=True)
         for name in self._todo(wanted):
             print(f"{name}: {STAGES[name]} ...", flush=True)
@@ -165,7 +166,7 @@ class Stages:
         return failed
 
     def _todo(self, wanted: set[str]) -> list[str]:
-        """What is not done; and what it needs, where the files were deleted in the end."""
+        """The stages to run, including the ones whose files they need and that were deleted."""
         todo = {name for name in wanted if not self.rows.get(name, {}).get("done")}
         if todo and not self.base.exists():
             for name in reversed(STAGES):
@@ -190,18 +191,18 @@ class Stages:
             PYTHONPATH=str(ROOT),
             HF_HUB_OFFLINE="1",
             T2I_CACHE=str(self.out / "cache" / "hashes"),
-            MALLOC_MMAP_THRESHOLD_="131072",  # what is freed is given back, not kept
+            MALLOC_MMAP_THRESHOLD_="131072",  # return freed memory to the system at once
         )
         row: dict = {"done": found.code == 0, **asdict(found)}
         if place is not None and found.code == 0:
-            saved = run_checkpoints(place)[-1:] or [place]  # of a run its newest checkpoint alone
+            saved = run_checkpoints(place)[-1:] or [place]  # of a run, only the newest checkpoint
             row["bytes"] = sum(p.stat().st_size for p in saved[0].rglob("*") if p.is_file())
         if kind == "check" and found.code == 0:
             row["predicted"] = predictions(found.output)
         return row
 
     def _impossible(self, name: str) -> str:
-        """Why a stage is not tried; "" if it is."""
+        """Why a stage cannot run; "" if it can."""
         if name != "write" and not self.base.exists():
             return "the files are not written"
         if name in _NEEDS and not self.rows.get(_NEEDS[name], {}).get("done"):
@@ -221,7 +222,7 @@ class Stages:
     def _command(self, name: str) -> list[str]:
         kind, _, tuning = name.partition("-")
         if kind in ("check", "train", "resume"):
-            # Two, since the optimizer's moments are made in the first.
+            # Two steps, because the first one allocates the optimizer's moments.
             steps = {"check": ["--steps=2", "--check"], "resume": ["--steps=3", "--resume"]}
             return self._training(tuning, *steps.get(kind, ["--steps=2"]))
         run = str(self.out / "runs" / "lora")
@@ -236,7 +237,7 @@ class Stages:
         return [sys.executable, "-c", self._python(kind)]
 
     def _python(self, kind: str) -> str:
-        """What a user would type into Python."""
+        """The stage as Python code that a user would type."""
         config = self.config
         if kind == "write":
             arguments = f"{config.model!r}, {config.size!r}, {str(self.out)!r}, {config.holes}"
@@ -265,7 +266,7 @@ class Stages:
         return self._written.library.replace("FOLDER", repr(str(self.export))) or own
 
     def _training(self, tuning: str, *more: str) -> list[str]:
-        """The training program on four pictures, one a step, one held out."""
+        """The training command: four images, one per step, one of them held out."""
         written = self._written
         options = [f"--backbone.{k.replace('_', '-')}={v}" for k, v in written.base.items()]
         options += ["--data.views=flip"] if written.classes else []

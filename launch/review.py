@@ -1,13 +1,13 @@
-"""Compare models by looking: one page with prompts as rows and models as columns.
+"""Compare models' images side by side: one page with prompts as rows and models as columns.
 
 python launch/review.py --ckpt runs/mine --against shapes --prompt-file prompts.txt
-# beside the base that it was trained from, with all refinement stages
+# next to the base that it was trained from, with all refinement stages
 python launch/review.py --ckpt runs/mine --with-base --prompt "a photo of two stars"
-# images that are there, with the verdicts of a benchmark
+# images that already exist, with the verdicts of a benchmark
 python launch/review.py --images outputs/geneval/base outputs/geneval/mine
 
-The page needs no server: zoom, refinement stages, which codes each stage changed, notes, and blind
-votes that can be saved and loaded. What is drawn already is not drawn again.
+The page needs no server. It offers zoom, refinement stages, which codes each stage changed, notes,
+and blind votes that can be saved and loaded. Images that exist already are not drawn again.
 """
 
 import sys
@@ -33,41 +33,43 @@ _MAIN = ("ckpt", "against", "with_base", "images", "names", "prompt", "prompt_fi
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewConfig(DrawingModelOptions):
-    """Which models, and what they draw."""
+    """Which models to compare, and on which prompts."""
 
     against: tuple[str, ...] = ()
     """Further models, each a column: checkpoint, run or export folders, or shapes, shapes-janus."""
     with_base: bool = False
-    """Also a column of the base that --ckpt was trained from."""
+    """Add a column for the base that --ckpt was trained from."""
     images: tuple[Path, ...] = ()
-    """Further columns that are drawn already: folders in GenEval's layout, or outputs of
+    """Further columns whose images already exist: folders in GenEval's layout, or outputs of
     geneval/run.py or dpg_bench/run.py, with their verdicts.
     """
     names: tuple[str, ...] = ()
     """Titles of the columns, in the order --ckpt, base, --against, --images."""
     prompt: tuple[str, ...] = ()
-    """One or more prompts; those of the first of --images if none are given."""
+    """One or more prompts; those of the first --images folder if none are given."""
     prompt_file: Path | None = None
-    """One prompt per line, or .jsonl with a "prompt" in every line."""
+    """File with one prompt per line, or .jsonl with a "prompt" in every line."""
     samples: int = 4
     """Images per prompt."""
     stages: bool = True
     """Also draw every refinement stage of models that refine."""
     out: Path = Path("outputs/review")
-    """Folder of the page and of what is drawn for it."""
+    """Folder for the page and the images drawn for it."""
 
     def __post_init__(self):
         super().__post_init__()
         check_counts(samples=self.samples)
         if self.with_base and self.ckpt is None:
-            raise UserError("--with-base is the base of --ckpt, and no --ckpt is given")
+            raise UserError(
+                "--with-base adds the base of --ckpt, and no --ckpt is given: give both"
+            )
         if self.source is None and not self.images and not self.against:
             raise UserError("nothing to show: give --ckpt, --against or --images")
         if self.source is None and not self.against:
             self.refuse_drawing(("prompt", "prompt_file", "samples", "stages"))
 
     def models(self) -> Iterator[DrawingModelOptions]:
-        """Each model that is to draw, in the order of the columns."""
+        """The models that draw, in the order of the columns."""
         own = {f.name: getattr(self, f.name) for f in fields(DrawingModelOptions)}
         first = DrawingModelOptions(**own)
         if self.source is not None:
@@ -78,17 +80,19 @@ class ReviewConfig(DrawingModelOptions):
             yield replace(first, ckpt=name, base=BaseOptions())
 
     def _own_base(self, trained: DrawingModelOptions) -> BaseOptions:
-        """What the checkpoint says that it was trained from."""
+        """The base that a checkpoint was trained from, as the checkpoint records it."""
         from t2i.checkpoint import stored_source
         from t2i.checkpoint_folders import is_checkpoint, read_config
 
         if trained.checkpoint is None:
-            raise UserError(f"{self.ckpt} is a base by itself: --with-base needs something trained")
+            raise UserError(
+                f"{self.ckpt} is itself a base: --with-base needs a --ckpt that was trained from one"
+            )
         source = stored_source(read_config(trained.checkpoint), trained.checkpoint)
         if self.base.weights is None and is_checkpoint(source.weights):
             raise UserError(
-                f"the base of {self.ckpt} is the export {source.weights}, which is fine-tuned itself "
-                "and does not hold what it was trained from: leave out --with-base"
+                f"the base of {self.ckpt} is the export {source.weights}, which is itself fine-tuned "
+                "and does not contain its own base: leave out --with-base"
             )
         moved = {
             k: v for k in ("weights", "tokenizer", "text_encoder") if (v := getattr(self.base, k))
@@ -111,7 +115,7 @@ def main() -> None:
         raise UserError(f"{len(titles)} names for {len(folders)} columns: give one for each")
     columns = list(zip(titles, folders, strict=True))
     entries = _entries(config) if models else []
-    # Whatever does not belong together is named before anything is drawn.
+    # Columns that do not belong together are reported before anything is drawn.
     there = [open_column(*pair).prompts() for pair in columns[len(places) :]]
     check_columns(columns, [*[entries] * len(places), *there])
     with owning(config.out, "review folder"):
@@ -126,7 +130,7 @@ def main() -> None:
 
 
 def _place_names(models: Sequence[DrawingModelOptions]) -> list[str]:
-    """A folder name for each model: its own, and digits of where it lies if others share it."""
+    """A folder name for each model: its name, plus digits of its path's hash if others share it."""
     names = [model.name() for model in models]
     own = [json_sha256(str(model.checkpoint or model.source))[:6] for model in models]
     return [
@@ -136,7 +140,7 @@ def _place_names(models: Sequence[DrawingModelOptions]) -> list[str]:
 
 
 def _entries(config: ReviewConfig) -> list[dict]:
-    """The prompts that were given, or else those of the first images."""
+    """The given prompts, or else those of the first images folder."""
     from t2i.evaluation.generation_folder import read_prompts
     from t2i.evaluation.review_page import open_column
 
@@ -152,7 +156,7 @@ def _draw(
     entries: list[dict],
     place: Path,
 ) -> None:
-    """Draw what a column lacks."""
+    """Draw the images that a column still lacks."""
     from t2i.evaluation import draw
     from t2i.generation import all_jobs
     from t2i.training.trigger_words import remind_of_trigger

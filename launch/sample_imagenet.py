@@ -1,4 +1,4 @@
-"""Draw the 50,000 images of an ImageNet evaluation from a class-conditional model, for
+"""Draw the 50,000 images of an ImageNet evaluation with a class-conditional model, for
 `launch/fid.py`.
 
 python launch/sample_imagenet.py --ckpt runs/rar-b-256 --out outputs/rar-b.npz
@@ -8,8 +8,8 @@ python launch/sample_imagenet.py --base.family rar --base.weights yucornetto/RAR
     --base.tokenizer fun-research/TiTok:maskgit-vqgan-imagenet-f16-256.bin \\
     --out outputs/rar-b-base.npz
 
-Each family and size is drawn as its authors did for their FID, unless options say otherwise. A
-run that was killed goes on where it stopped.
+By default each family and size uses the sampling settings that its authors used for their FID. The
+same command resumes a killed run where it stopped.
 """
 
 import sys
@@ -37,10 +37,10 @@ class ClassConfig(DrawingModelOptions):
     """What to draw, and with which model."""
 
     out: Path
-    """A name ending in .npz, or a folder for PNGs."""
+    """File to write (a name ending in .npz), or a folder for PNGs."""
     images: tyro.conf.OmitArgPrefixes[ClassImages] = field(default_factory=ClassImages)
     seed: int = 0
-    """An image depends on the seed and its number."""
+    """Seed of drawing; each image depends on the seed and on its own number only."""
     batch_size: int = 64
     """Images drawn at once, per process."""
 

@@ -1,5 +1,5 @@
-"""Reward fine-tuning (GRPO): the model draws, GenEval, DPG-Bench, CLIP or your own function judges,
-and it learns from what was better than the rest.
+"""Reward fine-tuning (GRPO): the model draws images; GenEval, DPG-Bench, CLIP or your own function
+judges them; the model learns from the images that scored better than others of their prompt.
 
 python launch/train_reward.py shapes-reward                            # offline, CPU or one GPU
 python launch/train_reward.py shapes-reward --backbone.weights runs/mine --data.source my_images
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def train(config: RewardConfig) -> Path:
-    """Run (or resume) it; returns the last checkpoint folder."""
+    """Run or resume a reward run; returns the last checkpoint folder."""
     from t2i.reward.reward_run import RewardRun
     from t2i.training import loop
 
@@ -37,7 +37,7 @@ def train(config: RewardConfig) -> Path:
 
 
 def check(config: RewardConfig, world_size: int) -> str:
-    """What --check prints."""
+    """The text that --check prints."""
     from t2i.reward.reward_check import check as look
 
     return look(config, world_size)

@@ -188,7 +188,8 @@ def test_what_is_missing_is_said(shapes_ckpt, tiny_world, plain, tmp_path, capsy
     program(run, "--ckpt", shapes_ckpt, *few)
     found = read_json(tmp_path / "a" / "evidence.json")
     assert found["model"]["known"] == {} and found["model"]["drawn"]["stages"]["flipped"]["mean"]
-    assert "nothing tells its data" in found["missing"][1] and "--control" in found["missing"][0]
+    assert "not the checkpoint of a run" in found["missing"][1]
+    assert "--control" in found["missing"][0]
     printed = capsys.readouterr()
     assert printed.err.count("missing: ") == 2 and "look at" in printed.out
     assert "<b>" not in (tmp_path / "a" / "index.html").read_text()
@@ -216,7 +217,7 @@ def test_one_stage_has_no_drafts(shapes_ckpt, tmp_path, settings):
     few = ("--prompt", "x", "--samples", 1, "--held-out", 0, "--out", tmp_path / "a")
     program(run, "--ckpt", ckpt or shapes_ckpt, *few, *others)
     found = read_json(tmp_path / "a" / "evidence.json")
-    assert any("draws every code once" in line for line in found["missing"])
+    assert any("every code is drawn only once" in line for line in found["missing"])
     assert (found["cost"]["codec_parameters"] == 0) == (ckpt is not None)
     assert "Flip rate" not in (tmp_path / "a" / "index.html").read_text()
 

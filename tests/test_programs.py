@@ -108,7 +108,7 @@ def test_one_command_for_all_programs(capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("launch.lab", "launch.ablate"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "launch.lab", None)  # as in a wheel
-    assert "t2i ablate is run in a clone" in refused(commands, capsys, "ablate")
+    assert "t2i ablate only runs in a clone" in refused(commands, capsys, "ablate")
 
 
 @dataclass(frozen=True)

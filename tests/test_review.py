@@ -274,7 +274,7 @@ def test_the_program_draws_what_is_missing(tmp_path, shapes_ckpt, monkeypatch):
 def test_what_cannot_be_shown(refusal):
     assert "give --ckpt, --against or --images" in refusal("--prompt", "x")
     assert "no --ckpt is given" in refusal("--with-base", "--against", "shapes", "--prompt", "x")
-    assert "needs something trained" in refusal("--with-base", "--ckpt", "shapes", "--prompt", "x")
+    assert "is itself a base" in refusal("--with-base", "--ckpt", "shapes", "--prompt", "x")
     assert "does not exist" in refusal(
         "--ckpt", "shapes", "--against", "runs/gone", "--prompt", "x"
     )
@@ -284,7 +284,7 @@ def test_an_export_has_no_base_of_its_own(tmp_path, refusal, shapes_ckpt):
     """The answer was to give it as --ckpt, as it was."""
     out = export(ExportOptions(Path(shapes_ckpt), tmp_path / "out"))
     message = refusal("--ckpt", out, "--with-base", "--prompt", "x")
-    assert "does not hold what it was trained from" in message
+    assert "does not contain its own base" in message
 
 
 def test_options_of_models_are_refused_where_none_draws(tmp_path, refusal):
