@@ -92,7 +92,7 @@ def test_parquet_files_with_other_columns(tmp_path, streaming):
     write_parquet(tmp_path / "1.parquet", {"text": CAPTIONS, "image": image_structs()})
     assert levels(open_source(tmp_path, streaming=streaming)) == [0, 1, 2] * 2
     write_parquet(tmp_path / "2.parquet", rows | {"score": [1, 2, 3]})
-    words = r"2\.parquet and 0\.parquet have not the same columns \(score in one only\)"
+    words = r"2\.parquet and 1\.parquet do not have the same columns \(score in one only\)"
     with pytest.raises(UserError, match=words):
         open_source(tmp_path, streaming=streaming)
 

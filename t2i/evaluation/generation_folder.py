@@ -55,7 +55,7 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
             parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()
         ]
         if not entries:
-            raise UserError(f"prompt file {path} holds no prompt; give one a line")
+            raise UserError(f"prompt file {path} holds no prompt; give one per line")
     if not entries or any(not e["prompt"].strip() for e in entries):
         raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE, none of them empty")
     return entries

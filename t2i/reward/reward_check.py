@@ -52,10 +52,10 @@ def _reward_lines(config: RewardConfig) -> list[str]:
 
 
 def _unreadable(config: RewardConfig, model: TensorAR) -> Iterator[str]:
-    """On own prompts of which the model would read nothing."""
-    pool = training_prompts(config.reward, config.seed)
+    """A line on the prompts of a user's file that have no text the encoder can read."""
     if config.reward.world == "shapes" or config.reward.prompts == "official":
         return
+    pool = training_prompts(config.reward, config.seed)
     prompts = [entry["prompt"] for entries in pool.tasks.values() for entry in entries]
     notes = model.backbone.caption_notes(prompts)
     if lost := [text for text, found in zip(prompts, notes, strict=True) if found is None]:

@@ -8,7 +8,7 @@ streaming, the library keeps an Arrow copy of the data in its own cache folder.
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,13 @@ def _columns(path: Path) -> set[str] | None:
 
 
 def _refuse_different(root: Path, columns: dict[Path, set[str]]) -> None:
-    """UserError if files have not all the same columns: the library stops where it reads the first
-    other one, which is in mid-run where it streams, and does not name it.
+    """UserError if the files do not all have the same columns: the library would stop at the first
+    different one, in mid-run when streaming, without naming it.
     """
-    first = next(iter(columns), None)
-    for path, found in columns.items():
-        if first is not None and (other := found ^ columns[first]):
+    for (before, expected), (path, found) in pairwise(columns.items()):
+        if other := found ^ expected:
             raise UserError(
-                f"{root}: {path.name} and {first.name} have not the same columns "
+                f"{root}: {path.name} and {before.name} do not have the same columns "
                 f"({shorten(sorted(other), most=5)} in one only); give files of one kind by name, such "
                 f"as '{root}/a*.parquet', or write them with the same columns"
             )
