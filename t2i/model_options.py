@@ -116,9 +116,9 @@ class ModelOptions:
         folder = Path(self.source)
         if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
             raise UserError(
-                f"checkpoint folder {self.ckpt} does not exist (or is a file), and no base is shipped "
-                f"under this name (but {', '.join(shipped_bases())}); a published base is given as "
-                f"--base.weights{nearest_path(folder)}"
+                f"there is no checkpoint folder {self.ckpt} and no shipped base of this name (those "
+                f"are {', '.join(shipped_bases())}); give a published base as --base.weights"
+                f"{nearest_path(folder)}"
             )
         if self.ckpt is None and is_checkpoint(self.source):
             raise UserError(f"{self.source} is a checkpoint, and no base: give it as --ckpt")
