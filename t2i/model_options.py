@@ -116,9 +116,9 @@ class ModelOptions:
         folder = Path(self.source)
         if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
             raise UserError(
-                f"there is no checkpoint folder {self.ckpt} and no shipped base of this name (those "
-                f"are {', '.join(shipped_bases())}); give a published base as --base.weights"
-                f"{nearest_path(folder)}"
+                f"checkpoint folder {self.ckpt} does not exist, and no shipped base has this name "
+                f"(those are {', '.join(shipped_bases())}); give a published base as "
+                f"--base.weights{nearest_path(folder)}"
             )
         if self.ckpt is None and is_checkpoint(self.source):
             raise UserError(f"{self.source} is a checkpoint, and no base: give it as --ckpt")
