@@ -209,7 +209,7 @@ def test_a_run_that_trains_on_does_not_change_the_model_meanwhile(plain, tmp_pat
     ("options", "message"),
     [
         (ModelOptions(), "give --ckpt .* or --base.weights"),
-        (ModelOptions(ckpt="shapez"), "shapez does not exist .*shapes, shapes-janus"),
+        (ModelOptions(ckpt="shapez"), "shapez does not exist, .*shapes, shapes-janus"),
         (ModelOptions(ckpt="shapes", device="cuda"), "found no GPU"),
         (ModelOptions(base=BaseOptions(weights="none.pt")), "none.pt is not a file"),
         (ModelOptions(base=BaseOptions("rar", "none.bin")), "none.bin is not a file"),
