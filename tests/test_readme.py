@@ -1,4 +1,4 @@
-"""Every command of the README exists and parses, and the quickstart runs end to end."""
+"""Every command and option of the README and docs exists, and the quickstart runs end to end."""
 
 import re
 import shlex
@@ -16,13 +16,19 @@ IS_SCRIPT = re.compile(r"(launch|geneval|dpg_bench|examples)/.*\.py").fullmatch
 
 
 SHORTHANDS = re.compile(r'^(\w+)="(.*)"$', flags=re.M).findall
+OPTIONS = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w").findall
+OPTIONS_OF_OTHERS = {"--code-path", "--kill-on-bad-exit", "--nproc-per-node"}
+OPTIONS_OF_OTHERS |= {"--num-gpus", "--sort"}
+
+
+def pages() -> str:
+    every = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return "".join(page.read_text() for page in every)
 
 
 def readme_commands() -> list[list[str]]:
     """Arguments of each command that runs a script of ours, in the blocks of README and docs."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    text = "".join(page.read_text() for page in pages)
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", pages(), flags=re.S)
     for name, words in SHORTHANDS("\n".join(blocks)):
         blocks = [
             re.sub(rf"^{name}=.*$", "", b, flags=re.M).replace(f"${name} ", f"{words} ")
@@ -72,6 +78,21 @@ def test_readme_command_parses(command, monkeypatch):
     with pytest.raises(Parsed):
         import_module(command[0].removesuffix(".py").replace("/", ".")).main()
     assert parsed["config"] is not None
+
+
+def test_options_in_the_text_exist(monkeypatch, capsys):
+    """Options outside of whole commands; commands are parsed above."""
+    text = re.sub(r"```.*?```", "", pages(), flags=re.S)
+    spans = re.findall(r"`[^`]*`", text)
+    mentioned = {name.replace("_", "-") for span in spans for name in OPTIONS(span)}
+    commands = sorted([*readme_commands(), ["launch/gpu_check.py"]], reverse=True)
+    programs = {script: [w for w in rest[:1] if w[0] != "-"] for script, *rest in commands}
+    for script, recipe in programs.items():
+        monkeypatch.setattr(sys, "argv", [script, *recipe, "--help-all"])
+        with pytest.raises(SystemExit):
+            import_module(script.removesuffix(".py").replace("/", ".")).main()
+    known = set(OPTIONS(capsys.readouterr().out))
+    assert mentioned - known - OPTIONS_OF_OTHERS == set()
 
 
 def test_readme_has_commands():
