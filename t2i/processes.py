@@ -85,10 +85,10 @@ ALONE = Processes()
 
 
 def join_processes(device: torch.device) -> Processes:
-    """Join the launcher's processes for work that is split by index and meets at barriers only.
+    """Join the launcher's processes for work that is split by index.
 
-    No tensors are exchanged, so gloo works with GPUs too; a process waits for slower ones as long
-    as it takes. An existing group is used as it is.
+    They exchange Python objects only, so gloo works with GPUs too; a process waits for slower ones
+    as long as it takes. An existing group is used as it is.
     """
     if not dist.is_initialized():
         if launcher.world_size() == 1:

@@ -1,4 +1,4 @@
-"""Training with compiled blocks computes the same, from one compilation for all of them."""
+"""Training with compiled blocks gives the same results, with one compilation for all blocks."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def step(model: TensorAR, compiled: bool) -> tuple[torch.Tensor, list[torch.Tens
 @pytest.mark.skipif(bool(compiler_lacks(CPU)), reason="no C++ compiler")
 @pytest.mark.parametrize("handed_over", [False, True])
 def test_compiled_blocks_train_alike(backbone, monkeypatch, handed_over):
-    torch.compiler.reset()  # more than a few shapes in a process would run uncompiled
+    torch.compiler.reset()  # after a few shapes in one process, torch stops compiling
     model = TensorAR(backbone, presets.iclr2026()).train().requires_grad_(True)
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
@@ -47,7 +47,7 @@ def test_compiled_blocks_train_alike(backbone, monkeypatch, handed_over):
     )
     monkeypatch.setattr(blocks, "_compiled_block", lambda: backend)
     step(model, True)
-    assert len(compiled) == 1, "for both blocks"
+    assert len(compiled) == 1, "one compilation for both blocks"
     monkeypatch.undo()
     monkeypatch.setattr(products, "_pays", lambda: handed_over)
     with fast_products(CPU, 16):
@@ -55,6 +55,6 @@ def test_compiled_blocks_train_alike(backbone, monkeypatch, handed_over):
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_not_of_sharded_weights():
+def test_compiled_blocks_are_refused_with_sharded_weights():
     with pytest.raises(UserError, match="needs whole weights in every process"):
         TrainConfig(engine=EngineOptions(compile=True, zero_stage=3))

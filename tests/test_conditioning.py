@@ -85,8 +85,8 @@ def test_left_padding_refuses(features, message):
 # -- encoding -----------------------------------------------------------------
 
 
-def test_features_are_those_of_a_fixed_length_batch(encoder):
-    """LlamaGen's way: all captions padded and cut to the token limit by the tokenizer."""
+def test_features_equal_those_of_a_fixed_length_batch(encoder):
+    """LlamaGen lets the tokenizer pad and cut all captions to the token limit."""
     captions = [*CAPTIONS, "a " * 40]
     batch = AutoTokenizer.from_pretrained(encoder.folder)(
         [c.strip() for c in captions],
@@ -103,7 +103,7 @@ def test_features_are_those_of_a_fixed_length_batch(encoder):
         torch.testing.assert_close(features, row[mask.bool()], atol=1e-5, rtol=0)
 
 
-def test_features_do_not_depend_on_companions(encoder):
+def test_features_do_not_depend_on_the_batch(encoder):
     captions = [*CAPTIONS, "", "star"] * 12  # more than one pass, several lengths
     together = encoder.encode(captions)
     for caption, features in zip(captions, together, strict=True):
@@ -124,8 +124,8 @@ def test_cleaning_is_optional(encoder):
     assert len(encoder.encode(["RED star"], clean=False)[0]) == 3
 
 
-def test_notes_name_what_is_lost_of_captions(encoder):
-    """Case 14: a caption of which nothing is left, one that is cut, one with unknown words."""
+def test_notes_say_what_a_caption_loses(encoder):
+    """Case 14: captions that are emptied by cleaning, cut, or have unknown words."""
     long = "a photo of a red circle and a blue star and a green ring"
     assert encoder.notes(["", " ", *CAPTIONS[:2]]) == [[], [], [], []]
     assert encoder.notes(["a zebra", "zebra"]) == [[UNKNOWN], [UNKNOWN]]
@@ -142,7 +142,7 @@ def test_notes_name_what_is_lost_of_captions(encoder):
 
 
 def test_a_lone_surrogate_is_refused_by_name(encoder):
-    """Case 15, for prompts; data sets lose it when they are read."""
+    """Case 15, for prompts. (In data sets, reading removes it.)"""
     for use in (encoder.encode, encoder.notes):
         with pytest.raises(UserError, match=r"'a \\ud83d' contains a lone surrogate"):
             use(["a \ud83d"])
@@ -316,7 +316,7 @@ def test_tiny_vocabulary(folder, tmp_path):
 
 
 def test_tiny_features_tell_which_colour_belongs_to_which_shape(encoder):
-    """The mean over a caption is all that LlamaGen's image tokens see of a layer."""
+    """The mean over a caption is all that LlamaGen's image tokens get from a layer."""
     first, swapped = (f.mean(0) for f in encoder.encode(CAPTIONS[:2]))
     assert (first - swapped).norm() > 0.1 * first.norm()  # 0.02 with T5's own initialisation
 

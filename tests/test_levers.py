@@ -1,4 +1,4 @@
-"""The options beyond the papers: each does what its help says, and leaves the rest alone."""
+"""The options beyond the papers: each does what its help says, and nothing else."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_own_drafts_grow_with_progress():
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_detached_drafts_do_not_pull_on_the_trunk(detach):
+def test_detached_drafts_give_the_trunk_no_gradient(detach):
     model = open_gates(fresh(detach=detach, slot_weights=(1e-9, 1.0)))
     codes = tiny_codes(model.backbone, BATCH, 16)
     condition = model.backbone.encode_condition(tiny_prepared(model.backbone, BATCH))
@@ -71,8 +71,8 @@ def test_detached_drafts_do_not_pull_on_the_trunk(detach):
     ],
     ids=str,
 )
-def test_drafts_may_differ_but_reach_the_image_only_through_the_encoder(options):
-    """With closed gates the image is the base's; with open ones it is another."""
+def test_draft_options_reach_the_image_only_through_the_encoder(options):
+    """With closed gates the image is the base's; with open gates it differs."""
     model = fresh()
     plain, other = sample(model), sample(model, **options)
     size = options.get("window", 4)

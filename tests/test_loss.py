@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss: value, slot by slot, and every gradient; no logits are kept."""
+"""The chunked loss equals the naive loss (value, sums by slot, every gradient) and keeps no logits."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from t2i.tensorar.model import TensorAR
 BATCH = 3
 KEYS = make_keys(0, torch.arange(BATCH))
 EXACT, BF16 = 1e-5, 5e-2
-"""Largest relative differences of gradients; in bf16 each is a sum of rounded numbers."""
+"""Largest relative differences of gradients; in bf16 they are sums of rounded numbers."""
 
 
 def naive_loss(model: TensorAR, codes: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,14 +36,14 @@ def gradients(model: TensorAR) -> dict[str, Tensor]:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("form", ["whole", rare("frozen"), "wrapped", "bf16"])
 @pytest.mark.parametrize("k", [rare(1), rare(4), 5])
-def test_loss_in_chunks_is_the_loss(backbone, k, form, recompute, monkeypatch):
+def test_chunked_loss_equals_the_naive_loss(backbone, k, form, recompute, monkeypatch):
     model = open_gates(
         TensorAR(backbone, presets.iclr2026(k=k, slot_weights=(1.0, 0.5, 0.25)))
     ).eval()
     backbone.gradient_checkpointing = recompute
     for limit, value in (("LOGITS_AT_ONCE", 96), ("ROWS_AT_ONCE", 7), ("LOGITS_OF_A_SAMPLE", 40)):
         monkeypatch.setattr(loss, limit, value)
-    if form == "wrapped":  # as PEFT's layers are, and those that ZeRO-3 has sharded
+    if form == "wrapped":  # as PEFT's layers are, and layers sharded by ZeRO-3
         backbone.sharded = True
     if form == "frozen":
         for layer in backbone.image_layers().values():
@@ -70,13 +70,14 @@ def test_loss_in_chunks_is_the_loss(backbone, k, form, recompute, monkeypatch):
         with torch.no_grad():
             unkept = model(codes, condition, windows)
     assert not kept
-    exact = 1e-3 if form == "bf16" else EXACT  # products of other shapes round otherwise
+    exact = 1e-3 if form == "bf16" else EXACT  # products of other shapes round differently
     for losses in (found, unkept):
         torch.testing.assert_close(losses.loss.detach(), expected.detach(), rtol=exact, atol=0)
         torch.testing.assert_close(losses.sums, sums.detach(), rtol=exact, atol=exact)
     now = gradients(model)
     assert now.keys() == whole.keys()
-    # Gradients that are zero but for rounding, as that of a bias of all keys, are next to nothing.
+    # Gradients that are zero except for rounding (such as that of the keys' bias) are not compared
+    # relative to their own size.
     least = (1e-2 if form == "bf16" else 1e-3) * max(value.norm() for value in whole.values())
     for name, value in now.items():
         difference = (value - whole[name]).norm() / (whole[name].norm() + least)
@@ -97,8 +98,8 @@ def test_a_frozen_head_gets_no_gradient():
     assert not each[0].requires_grad
 
 
-def test_slot_zero_shares_no_product_with_drafts(monkeypatch):
-    """Its rows are the base model's, and so are its bits."""
+def test_slot_zero_is_computed_apart_from_drafts(monkeypatch):
+    """Its chunks hold the same rows as in the base model, so its results are the same bit for bit."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 20)
     monkeypatch.setattr(loss, "ROWS_AT_ONCE", 1)
     chunks = loss._chunks([6, 10], loss.rows_at_once(20, gpu=False))

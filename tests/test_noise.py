@@ -54,7 +54,7 @@ def some_windows(batch, count=16):
 
 
 @pytest.mark.parametrize("corrupt", [categorical, codebook, bits])
-def test_noise_depends_on_the_sample_alone(corrupt):
+def test_noise_depends_on_the_samples_key_only(corrupt):
     windows, keys = some_windows(5), make_keys(3, torch.arange(5))
     noised = corrupt(windows, keys)
     assert torch.equal(noised, torch.cat([corrupt(windows[:2], keys[:2]), noised[2:]]))
@@ -105,8 +105,10 @@ def test_codebook_noise_against_algorithm_2():
             assert noised[b, i, j, s] == F.cosine_similarity(mixed[None], table).argmax()
 
 
-def test_bit_noise_draws_every_bit_anew():
-    """A bit flips with probability b/2, by itself; strength 1 leaves nothing of the code."""
+def test_bit_noise_flips_each_bit_independently():
+    """A bit flips with probability b/2, independently of the others; strength 1 leaves nothing of
+    the code.
+    """
     windows = torch.tensor([45, 2718]).expand(100, 50, 4, 2)
     strengths = torch.tensor([0.0, 0.3, 0.7, 1.0])
     noised = corrupt_bits(windows, strengths, (64, 4096), make_keys(0, torch.arange(100)))
@@ -123,7 +125,7 @@ def test_bit_noise_draws_every_bit_anew():
 
 
 @pytest.mark.parametrize("kind", ["bits", "vectors"])
-def test_the_backbone_decides_what_codebook_noise_is(kind):
+def test_codebook_noise_is_chosen_by_the_backbone(kind):
     backbone = tiny_open_magvit2() if kind == "bits" else tiny_llamagen("class")
     model = TensorAR(backbone, presets.arxiv2505())
     codes, keys = tiny_codes(backbone, 2, 16), make_keys(0, torch.arange(2))

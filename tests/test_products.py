@@ -1,4 +1,6 @@
-"""fp32 products that are handed to oneDNN: only where they stay fp32's, and not for good."""
+"""fp32 matrix products are handed to oneDNN only where they keep fp32 precision, and only within
+`fast_products`.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def settings() -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("inputs, fused", [(64, False), (192, False), (193, True), (576, True)])
-def test_products_are_handed_over_within_and_no_longer(monkeypatch, inputs, fused):
+def test_products_are_handed_over_only_within_the_context(monkeypatch, inputs, fused):
     monkeypatch.setattr(products, "_pays", lambda: True)
     before = settings()
     with pytest.raises(KeyError), fast_products(CPU, inputs):
@@ -29,15 +31,15 @@ def test_products_are_handed_over_within_and_no_longer(monkeypatch, inputs, fuse
 
 
 @pytest.mark.parametrize("device, pays", [("cpu", False), ("cuda", True), ("meta", True)])
-def test_elsewhere_nothing_is_changed(monkeypatch, device, pays):
+def test_nothing_changes_where_it_does_not_pay(monkeypatch, device, pays):
     monkeypatch.setattr(products, "_pays", lambda: pays)
     before = settings()
     with fast_products(torch.device(device), 64):
         assert settings() == before
 
 
-def test_products_that_would_be_rounded_are_found(monkeypatch):
-    """As where a processor multiplies in bf16: oneDNN would make use of what it is allowed."""
+def test_rounded_products_are_detected(monkeypatch):
+    """On a processor that multiplies in bf16, oneDNN would use the permission to round."""
     matmul = torch.Tensor.__matmul__
 
     def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -49,8 +51,8 @@ def test_products_that_would_be_rounded_are_found(monkeypatch):
     assert not products._as_exact()
 
 
-def test_compiled_attention_is_made_of_products_too(monkeypatch):
-    """torch's own switch is not heeded there."""
+def test_compiled_attention_uses_products_too(monkeypatch):
+    """torch.compile ignores torch's own switch for fused attention."""
     monkeypatch.setattr(products, "_pays", lambda: True)
     q, k, v = torch.randn(3, 2, 4, 6, 8)
     plain, called = attend(q, k, v, None, None, 0), []
@@ -69,8 +71,8 @@ def test_compiled_attention_is_made_of_products_too(monkeypatch):
     assert called and F.scaled_dot_product_attention not in called
 
 
-def test_who_hands_products_over(monkeypatch, tiny_world):
-    """Steps of training, and of drawing while they are compiled."""
+def test_training_and_compilation_hand_products_over(monkeypatch, tiny_world):
+    """Training steps do, and drawing steps only while they are compiled."""
     monkeypatch.setattr(products, "_pays", lambda: True)
     seen, own = [], Run._train_step
     monkeypatch.setattr(Run, "_train_step", lambda run: seen.append(settings()[0]) or own(run))
@@ -85,10 +87,10 @@ def test_who_hands_products_over(monkeypatch, tiny_world):
     seen.clear()
     run(None, None, 4)
     run(None, None, 5)
-    assert seen == ["bf16", before], "what is compiled then packs its weights; the rest is MKL's"
+    assert seen == ["bf16", before], "compiling packs the weights; later calls use MKL"
 
 
-def test_where_it_is_used_products_are_those_of_fp32():
+def test_handed_over_products_have_fp32_precision():
     a, b = (torch.randn(300, 70, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     a, b = a.requires_grad_(), b.requires_grad_()
     exact = a.double() @ b.double().T

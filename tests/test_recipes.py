@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from helpers import tiny_janus
@@ -152,6 +153,10 @@ def test_recipes_have_nothing_to_warn_of(name):
         ({"batch_size": 2048}, "more than the 1920 training samples"),
         ({"data": DataOptions(validation_samples=260)}, "13% of the data are held out"),
         ({"steps": 600}, "own drafts alone"),
+        (
+            {"log": LogOptions(control=Path("runs/nowhere"))},
+            "log.control=runs/nowhere does not exist",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_said(changes, words):

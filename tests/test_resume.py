@@ -205,6 +205,19 @@ def test_a_kill_before_the_best_model_is_kept(tiny_world, monkeypatch):
     assert (best["step"], best["best_loss"]) == (2, 1.0)
 
 
+@pytest.mark.parametrize("stage", [0, rare(3)])
+def test_the_sheet_of_the_step_where_a_run_stopped(tiny_world, stage):
+    """It was never drawn; under ZeRO-3 there is one with each regular checkpoint."""
+    name = f"sheets-stopped-{stage}"
+    options = {"log__sample_every": 1, "log__save_every": 1, "engine__zero_stage": stage}
+    options |= {"batch_size": 4, "log__prompts": ("a red circle",)}
+    with pytest.raises(Stopped), before_step(0, lambda run: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tiny_run(tiny_world, name, steps=2, **options))
+    train(tiny_run(tiny_world, name, steps=2, resume=True, **options))
+    sheets = sorted((tiny_world / "runs" / name / "samples").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step_000001.png", "step_000002.png"]
+
+
 def test_resume_without_a_checkpoint(tiny_world, monkeypatch):
     with pytest.raises(ValueError, match="holds no run; start without --resume"):
         train(tiny_run(tiny_world, "never-started", resume=True))

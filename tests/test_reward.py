@@ -221,8 +221,6 @@ def test_the_start_is_what_the_run_began_with(tuning):
         add_lora(backbone, LoRAConfig(rank=2))
     model = open_gates(TensorAR(backbone, TensorARConfig(k=2))).eval()
     batch, start = batch_of(model), Start(model)
-    size = sum(p.numel() for p in (model.codec if tuning == "lora" else model).parameters())
-    assert start.bytes == 4 * size
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

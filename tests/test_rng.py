@@ -1,11 +1,11 @@
-"""Random numbers: plausible, independent of batch and order, and the same for ever."""
+"""Random numbers: well distributed, independent of batch and order, and never changing."""
 
 import pytest
 import torch
 
 from t2i.rng import fold, gumbels, integers, make_keys, normals, uniforms
 
-# The first two rows were also computed with Python's integers.
+# The keys and uniforms were also computed with Python's integers.
 FIXED_KEYS = [5609551638696251041, 4116032926249438170]
 FIXED_UNIFORMS = [
     [0.4422959089279175, 0.18835699558258057],

@@ -1,4 +1,4 @@
-"""Filters, guidance, draws and the loop: what an image may and may not depend on."""
+"""Filters, guidance, draws and the sampling loop, and what an image may depend on."""
 
 import pytest
 import torch
@@ -54,8 +54,8 @@ def test_filters_by_hand():
     assert kept(logits, temperature=0.5, top_p=0.55) == [1], "temperature comes before top-p"
 
 
-def test_codes_that_are_as_likely_come_in_order():
-    """Whichever crosses top-p, in a batch of any shape."""
+def test_equally_likely_codes_are_kept_in_order():
+    """When ties cross top-p, the lower codes are kept, in a batch of any shape."""
     logits = torch.zeros(3, 5000)
     _, codes = candidates(logits, SubTokenSampling(top_p=0.5))
     assert torch.equal(codes, torch.arange(5000).expand(3, -1))
@@ -69,7 +69,7 @@ def test_temperature_scales_and_zero_is_greedy():
 
 
 def chi_square(counts, expected):
-    """Over its degrees of freedom; codes of probability 0 must not have been drawn."""
+    """Chi-square over its degrees of freedom; asserts that no code of probability 0 was drawn."""
     assert (counts[expected == 0] == 0).all()
     counts, expected = counts[expected > 0], expected[expected > 0]
     return float(((counts - expected) ** 2 / expected).sum() / (len(counts) - 1))
@@ -84,7 +84,7 @@ def chi_square(counts, expected):
     ids=str,
 )
 def test_draws_follow_the_softmax_distribution(settings):
-    """And a temperature that is 5 % off is noticed."""
+    """The test has the power to notice a temperature that is 5 % off."""
     n, rule = 200_000, SubTokenSampling(**settings)
     logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(0))
     logits[7], logits[8] = -torch.inf, logits[9]
@@ -96,9 +96,9 @@ def test_draws_follow_the_softmax_distribution(settings):
     assert chi_square(wrong.bincount(minlength=40).float(), expected) > 10
 
 
-def test_rare_codes_are_as_rare_as_they_should_be():
-    """A large vocabulary, of which 16 codes together are drawn four times in a thousand. Twice as
-    often, or a fifth as often, would be noticed (in 97 of 100 cases).
+def test_rare_codes_are_drawn_at_their_probability():
+    """In a large vocabulary, 16 codes together have a probability of 0.004. Drawing them twice or a
+    fifth as often would be noticed in 97 of 100 cases.
     """
     n, vocab, share = 10_000, 4096, 4e-3
     p = torch.full((vocab,), (1 - share) / (vocab - 16))
@@ -224,8 +224,9 @@ def test_noise_belongs_to_the_position():
 
 
 def surprise(model, rows):
-    """How often a code was drawn, and how often its last draft came true, against the model's own
-    predictions given all that it had read: chi-square over its degrees of freedom, and a z-score.
+    """Compares two counts with the model's own predictions given all that it had read: how often
+    each code was drawn (chi-square over its degrees of freedom), and how often a final code equals
+    its last draft (z-score).
     """
     prepared = tiny_prepared(model.backbone, 1)
     prepared = {name: value.expand(rows, *value.shape[1:]) for name, value in prepared.items()}
@@ -243,7 +244,9 @@ def surprise(model, rows):
 
 
 def test_sequences_follow_the_models_own_distribution(model, monkeypatch):
-    """Also where drafts are read; with the noise of the final code they come true too often."""
+    """Also when the model reads drafts. If drafts shared the noise of the final code, they would
+    come true too often.
+    """
     counts, agreed = surprise(model, 400)
     assert counts < 1.2 and abs(agreed) < 3.5
 
@@ -272,7 +275,7 @@ def test_refinement_stages_and_progress(model):
     assert not torch.equal(stages[0], stages[-1])
 
 
-def test_a_stride_that_leaves_positions_out(model):
+def test_a_stride_above_the_window_size_is_refused(model):
     prepared, keys = tiny_prepared(model.backbone, 1), make_keys(0, torch.arange(1))
     for config in (SamplingConfig(stride=5), SamplingConfig(stride=3, window=2)):
         with pytest.raises(UserError, match=r"stride=. must be between 1 and the window size k="):
@@ -288,7 +291,7 @@ def test_training_mode_is_refused():
         sample_windows(model, {"labels": torch.zeros(1)}, make_keys(0, 0), SamplingConfig())
 
 
-def test_of_equal_codes_the_lower_ones_stay_whatever_the_batch():
+def test_top_k_keeps_the_lower_of_equal_codes_in_any_batch():
     logits = torch.tensor([0.5, -1.0, 2.0, 0.5, -0.0, 0.0, 0.5, -torch.inf])
     assert likeliest(logits, 6).tolist() == [2, 0, 3, 6, 4, 5]
     many = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).bfloat16().float()

@@ -1,4 +1,6 @@
-"""Windows that are settled several at once are those that are drawn one by one."""
+"""Speculation, which settles several windows per trunk call, draws exactly the windows that are
+drawn one by one.
+"""
 
 import sys
 from dataclasses import replace
@@ -41,7 +43,7 @@ METHODS = {
 
 
 def calls_of(model, work):
-    """What `work()` returns, and how often the trunk was run on image codes."""
+    """The result of `work()`, and the number of trunk calls on image codes during it."""
     lengths, trunk = [], model.backbone.trunk
 
     def counted(x, *rest):
@@ -68,7 +70,9 @@ IN_BRIEF = {
     ("tensorar", "drafts"): ("open_magvit2",),
     ("tensorar", "stride"): ("rar",),
 }
-"""What the usual tests have: every backbone and every setting that is no part of another."""
+"""What the default suite covers: every backbone, and every setting not contained in another. All
+other combinations are slow tests.
+"""
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ IN_BRIEF = {
     indirect=["backbone"],
 )
 def test_the_same_windows_in_fewer_calls(backbone, method, config):
-    """Drafts included, whatever is guessed."""
+    """All slots agree, drafts included, for any number of windows guessed ahead."""
     model = open_gates(TensorAR(backbone, METHODS[method]).eval())
     if model.windows.size < max(CONFIGS[config].window, CONFIGS[config].stride):
         pytest.skip("the base has no window to shrink, or to leap over")
@@ -98,9 +102,9 @@ def test_the_same_windows_in_fewer_calls(backbone, method, config):
 
 @pytest.mark.parametrize(("temperature", "right"), [(1.0, True), (1.05, False)])
 def test_sequences_follow_the_models_own_distribution(temperature, right):
-    """Whole images of a tiny model, judged by its predictions at temperature 1; one that is 5 % off
-    is noticed: log-likelihood against its expectation, in standard errors, and code by code
-    chi-square over its degrees of freedom.
+    """Whole images of a tiny model are judged by its predictions at temperature 1, in two ways:
+    log-likelihood minus its expectation, in standard errors, and code by code the chi-square over
+    its degrees of freedom. A temperature that is 5 % off is noticed.
     """
     model, rows = TensorAR(tiny_llamagen("class"), presets.base()).eval(), 1500
     prepared = {"labels": torch.zeros(rows, dtype=torch.long)}
@@ -123,8 +127,8 @@ def test_sequences_follow_the_models_own_distribution(temperature, right):
 
 
 @pytest.mark.parametrize("method", ["base", "tensorar"])
-def test_guesses_cost_calls_and_nothing_else(method, monkeypatch):
-    """None but the true windows' are ever as few as there can be."""
+def test_wrong_guesses_cost_calls_but_change_nothing(method, monkeypatch):
+    """Only guessing the true windows needs the least possible number of calls."""
     model = open_gates(TensorAR(tiny_llamagen("text"), METHODS[method]).eval())
     config = CONFIGS["guided-filters"]
     expected = draw(model, config, 0)
@@ -149,7 +153,9 @@ def test_every_window_is_settled_once():
 
 
 def test_first_guesses():
-    """Of a 3 x 4 image: the code above, in the first row the last one; drafts move on."""
+    """In a 3 x 4 image a guess is the code above, or in the first row the previous code; a draft
+    becomes the guess of the next slot up.
+    """
 
     def guesses(geometry, first, ahead):
         windows = torch.arange(13 * geometry.size).view(1, 13, geometry.size, 1)
@@ -167,7 +173,7 @@ def test_first_guesses():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes", "shapes-janus"])
 def test_the_same_images_in_fewer_calls_on_the_shipped_bases(name, monkeypatch):
-    """A code that differs is a tie within rounding, and few calls are enough."""
+    """Any code that differs must be a tie within rounding; the calls must be below 0.6 per code."""
     monkeypatch.setattr(fewer_steps, "PROMPTS", fewer_steps.PROMPTS[:3])
     model = t2i.load_model(name, device="cpu", dtype="float32")
     plain, steps = fewer_steps.courses(model, model.sampling, 0)
@@ -178,8 +184,8 @@ def test_the_same_images_in_fewer_calls_on_the_shipped_bases(name, monkeypatch):
     assert sum(map(len, calls)) < 0.6 * sum(map(len, steps))
 
 
-def test_a_wrong_code_is_no_tie(backbone, monkeypatch):
-    """By how much it loses is what the noise and the distribution at its place say."""
+def test_a_wrong_code_does_not_count_as_a_tie(backbone, monkeypatch):
+    """The gap of a wrong code is computed from the noise and the distribution at its place."""
     monkeypatch.setattr(
         fewer_steps,
         "conditions",
@@ -214,8 +220,8 @@ def test_settings():
 # -- how many windows a call draws ----------------------------------------------------------------
 
 
-def test_auto_is_a_rule():
-    """The same for the same request, whatever else the machine does."""
+def test_auto_depends_on_the_request_only():
+    """The same request gets the same answer, whatever else the machine is doing."""
     model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
 
     def chosen(images, model=model, **options):
@@ -225,13 +231,13 @@ def test_auto_is_a_rule():
     assert [chosen(n, speed="compiled")[1] for n in (1, 2, 64)] == [8, 0, 0]
     assert chosen(2, speed="compiled", sampling=SamplingConfig(renoise=0.5)) == ("compiled", 0)
     assert chosen(1, speculate="off") == ("eager", 0) and chosen(64, speculate=3)[1] == 3
-    assert chosen(1, speculate=10**12)[1] == 16, "an image has no more; room is made for all"
+    assert chosen(1, speculate=10**12)[1] == 16, "capped at the image's 16 windows"
     refining = TensorAR(tiny_llamagen("class"), presets.iclr2026()).eval()
     assert chosen(1, refining)[1] == 0, "not measured with windows of several codes"
 
 
-def test_a_folder_keeps_to_what_was_chosen(tmp_path, monkeypatch):
-    """Whoever goes on with it, or helps, draws as it was begun."""
+def test_a_folder_keeps_its_speculation(tmp_path, monkeypatch):
+    """A process that continues the folder, or helps to fill it, draws as the first one did."""
     model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
     entries = [{"prompt": str(i)} for i in range(8)]
 
@@ -254,9 +260,9 @@ def test_a_folder_keeps_to_what_was_chosen(tmp_path, monkeypatch):
         fill(8, speculate=8)
 
 
-def test_codes_that_are_drawn_apart():
-    """With stride 1 they are those that are drawn one by one; with 2 the second of a window has its
-    own distribution, and does not depend on the first.
+def test_codes_drawn_independently():
+    """With stride 1 they equal codes drawn one by one. With stride 2 the second code of a window
+    has the right marginal distribution, but does not depend on the first.
     """
     model, rows = TensorAR(tiny_llamagen("class"), presets.base()).eval(), 4000
     model.sampling = SamplingConfig(cfg_scale=1.5, top_k=3)
@@ -286,7 +292,7 @@ def test_codes_that_are_drawn_apart():
     assert change[seen].mean() < 2.5, "the same share of images has each code there"
 
 
-def test_the_pages_strides_are_made_from_its_results(monkeypatch, tmp_path):
+def test_the_stride_table_of_the_docs_is_made_from_its_results(monkeypatch, tmp_path):
     folder = Path(__file__).resolve().parents[1] / "docs" / "fewer_steps" / "strides"
     where = ("--results", folder / "results.jsonl", "--out", tmp_path)
     monkeypatch.setattr(sys, "argv", ["strides_report.py", *map(str, where)])
@@ -295,8 +301,8 @@ def test_the_pages_strides_are_made_from_its_results(monkeypatch, tmp_path):
     assert (tmp_path / "curve.svg").stat().st_size > 5000
 
 
-def test_strides_of_other_settings_are_other_results(monkeypatch):
-    """With other bases, steps or samples what is there is not taken for done."""
+def test_strides_with_other_settings_are_run_again(monkeypatch):
+    """Results with another base, or other steps or samples, do not count as done."""
     monkeypatch.setattr(
         strides, "trained", lambda *_: TensorAR(tiny_llamagen("text"), presets.base())
     )

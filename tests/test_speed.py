@@ -1,4 +1,6 @@
-"""Eager, compiled and recorded steps draw the same codes; a step is one that can be recorded."""
+"""Eager, compiled and recorded steps draw the same codes, and every step can be recorded (as a CUDA
+graph).
+"""
 
 import copy
 import gc
@@ -46,20 +48,23 @@ COPIES = {"lift_fresh", "lift_fresh_copy"}
 
 
 class NoSync(TorchDispatchMode):
-    """Fails where a step would wait for the device, or copy something to it."""
+    """Fails if a step waits for the device, or copies something to it."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         kwargs = kwargs or {}
         assert name not in WAITS | COPIES, function
-        if name in ("_to_copy", "scalar_tensor"):  # a type may change, a number be filled in there
+        if name in (
+            "_to_copy",
+            "scalar_tensor",
+        ):  # to change a type, or to fill in a number, is fine
             assert (kwargs.get("device") is None) == (name == "_to_copy"), (function, kwargs)
         return function(*args, **kwargs)
 
 
 class Tape(NoSync):
-    """Operations in the order in which they were done, on the tensors that they were done with.
-    Numbers of Python's are in it as they were.
+    """Records operations and their tensors in order. Python numbers are frozen into it, as in a
+    CUDA graph.
     """
 
     def __init__(self):
@@ -72,7 +77,7 @@ class Tape(NoSync):
         return result
 
     def replay(self):
-        again = {}  # what an operation made then: what it makes now
+        again = {}  # from each recorded result to the one of this replay
         for function, args, kwargs, then in self.done:
             given = tree_map_only(torch.Tensor, lambda x: again.get(x, x), (args, kwargs))
             now = function(*given[0], **given[1])
@@ -81,7 +86,7 @@ class Tape(NoSync):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Stands in for CUDA graphs: operations on a tape, which is played again."""
+    """Replaces CUDA graphs by a tape that is replayed; returns the tapes recorded so far."""
     traces = []
 
     def do_and_record(work, pool, device):
@@ -106,7 +111,7 @@ def recorded(monkeypatch):
     indirect=["backbone"],
 )
 def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
-    """Also for a second batch of the same shape, which runs what was recorded for the first."""
+    """A second batch of the same shape replays what was recorded for the first."""
     model = small(backbone)
     expected = [draw(model, config, seed=seed, speed="eager") for seed in (0, 1)]
     assert not torch.equal(*expected)
@@ -123,13 +128,13 @@ def test_recorded_steps_draw_the_same(backbone, config, recorded, monkeypatch):
     [n if n in ("llamagen_text", "open_magvit2") else rare(n) for n in BACKBONES],
     indirect=True,
 )
-def test_recorded_leaps_draw_the_same(backbone, recorded):
-    """Whatever the second batch settles in a call."""
+def test_recorded_speculation_draws_the_same(backbone, recorded):
+    """Even if the second batch settles other numbers of windows per call."""
     model = small(backbone)
     expected = [draw(model, seed=seed, speed="eager") for seed in (0, 1)]
     for seed in (0, 1):
         assert torch.equal(draw(model, seed=seed, speculate=4), expected[seed])
-    assert len(recorded) == 2, "one for each length of the cache that is read"
+    assert len(recorded) == 2, "one recording per cache length that is read"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,7 @@ def test_a_step_never_waits_for_the_device(backbone, preset, config, name, specu
             wrong()
 
 
-def test_what_is_held_follows_shape_settings_and_weights(recorded):
+def test_recordings_are_dropped_when_shape_settings_or_weights_change(recorded):
     model = small(tiny_llamagen("text"))
     draw(model)
     held = model.held.content
@@ -190,10 +195,10 @@ def test_what_is_held_follows_shape_settings_and_weights(recorded):
     sample_windows(model, prepared, keys, SamplingConfig(), speed="graphs")
     flipped = {name: value.flip(0) for name, value in prepared.items()}
     sample_windows(model, flipped, keys + 1, SamplingConfig(), speed="graphs")
-    assert all(map(torch.equal, given, before)), "what was given is not written to"
+    assert all(map(torch.equal, given, before)), "inputs are not written to"
 
 
-def test_adapters_that_are_switched_off_are_not_drawn_with(recorded):
+def test_recordings_follow_adapters_being_switched_off_and_on(recorded):
     model = small(tiny_llamagen("text"))
     base = draw(model)
     add_lora(model.backbone, LoRAConfig(rank=4), seed=0)
@@ -208,12 +213,12 @@ def test_adapters_that_are_switched_off_are_not_drawn_with(recorded):
     assert torch.equal(draw(model), adapted)
 
 
-def test_what_is_held_does_not_hold_the_model(recorded):
+def test_recordings_do_not_keep_the_model_alive(recorded):
     model = small(tiny_llamagen("text"))
     draw(model)
     assert model.held.content is not None
     gone = weakref.ref(model)
-    gc.disable()  # a circle would need it
+    gc.disable()  # which alone could free a reference cycle
     try:
         del model
         assert gone() is None
@@ -222,7 +227,7 @@ def test_what_is_held_does_not_hold_the_model(recorded):
 
 
 def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_path):
-    """Chosen from all its steps, not from a batch's."""
+    """The speed is chosen from the number of steps of the whole request, not of one batch."""
     asked = []
     monkeypatch.setattr(
         generation, "choose", lambda speed, device, n: asked.append((speed, n)) or "eager"
@@ -236,8 +241,8 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
     assert asked == [("auto", 2 * 16), *[("eager", 16)] * 2]
 
 
-def test_attention_compiles_where_numbers_of_heads_vary():
-    """As they do once a second shape is compiled for."""
+def test_attention_compiles_with_a_varying_number_of_heads():
+    """torch.compile treats it as varying once a second shape is compiled."""
     generator = torch.Generator().manual_seed(0)
     compiled = torch.compile(attend, backend="eager", fullgraph=True, dynamic=True)
     q_BHLK, k_BHLK = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (4, 2))
@@ -258,8 +263,8 @@ def test_attention_compiles_where_numbers_of_heads_vary():
     ],
 )
 def test_compiled_steps_draw_the_same(settings, speculate, monkeypatch):
-    """From one compilation for all lengths that are read and for further batches; weights that were
-    changed in place, unseen by autograd, are drawn with. The next model has its own.
+    """One compilation serves all cache lengths and further batches. Weights that were changed in
+    place through `.data`, unseen by autograd, take effect.
     """
     monkeypatch.setattr(KVCache, "BUCKET_ON_A_CPU", 8)
     model, config = small(tiny_llamagen("text")), replace(GUIDED, **settings)

@@ -1,4 +1,6 @@
-"""The method's promises: equal to the base until trained, causal, cached = teacher-forced."""
+"""The method's promises: equal to the base until trained, causal, cached steps equal to teacher
+forcing.
+"""
 
 import math
 
@@ -49,8 +51,8 @@ def codes_of(model, batch=BATCH) -> torch.Tensor:
 
 
 def predict(model, windows, seed=1, stride=1):
-    """Teacher-forced logits [B, N, k, sum of V]; later sub-tokens are given earlier ones that do
-    not depend on the windows.
+    """Teacher-forced logits [B, N, k, sum of V]. The earlier sub-tokens that later ones are
+    predicted from do not depend on the windows.
     """
     given = tiny_codes(model.backbone, *windows.shape[:3], seed=seed)
     with torch.no_grad():
@@ -63,7 +65,7 @@ def predict(model, windows, seed=1, stride=1):
 
 @pytest.fixture(scope="module")
 def base_images():
-    """Images of a base model, drawn once for each backbone and settings."""
+    """Images of a base model, drawn once per backbone and settings."""
     drawn = {}
 
     def images(base, config):
@@ -85,7 +87,7 @@ IN_BRIEF = {
     ("iclr2026", 4): BACKBONES,
     ("arxiv2505", 4): ("llamagen_class", "janus", "open_magvit2"),
 }
-"""What the usual tests have of every backbone, preset and k."""
+"""The backbones that the default suite tests, by (preset, k); the others are slow tests."""
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_attached_model_is_the_base_bit_for_bit(backbone, preset, k, base_images
 
 
 def test_bf16(backbone):
-    """bf16 moves teacher-forced logits by less than docs/imagenet.md states, and samples."""
+    """bf16 changes teacher-forced logits by less than docs/imagenet.md states, and sampling works."""
     model = trained(backbone)
     windows = model.noised_windows(codes_of(model), KEYS)
     exact = predict(model, windows)
@@ -152,7 +154,7 @@ def test_drafts_start_near_uniform(backbone, preset):
 
 
 def test_training_can_leave_the_base(backbone):
-    """At first the gates and the draft slots have gradients; behind open gates everything has."""
+    """At the start the gates and draft slots have gradients; with open gates everything has."""
     model = attach(backbone)
     codes = codes_of(model)
     for gates_open in (False, True):
@@ -209,7 +211,7 @@ def test_no_output_depends_on_later_windows(backbone, k, stride):
 
 @pytest.mark.parametrize("preset", ["iclr2026", "arxiv2505"])
 def test_no_output_depends_on_codes_outside_its_inputs(backbone, preset):
-    """Position p is first seen by input window p - k + 1, which predicts window p - k + 2."""
+    """Position p first enters through input window p - k + 1, which predicts window p - k + 2."""
     model = trained(backbone, preset, k=4)
     codes = codes_of(model)
     before = predict(model, model.noised_windows(codes, KEYS))
@@ -234,9 +236,9 @@ def test_slots_past_the_end_have_no_influence(backbone, k, stride):
 
 
 @pytest.mark.parametrize("stride", [2, 3])
-def test_with_a_stride_an_attached_model_starts_as_the_base_does(backbone, stride):
-    """Slot 0 is the base's own prediction from all final codes, and not only from those in slot 0;
-    untrained drafts behind them are not read.
+def test_with_a_stride_an_attached_model_starts_as_the_base(backbone, stride):
+    """Slot 0 gives the base's own prediction from all final codes, not only from those in slot 0;
+    the untrained drafts after them have no influence.
     """
     base, model = attach(backbone, "base"), attach(backbone, k=4)
     config = SamplingConfig(cfg_scale=2.0, top_k=20, stride=stride)
@@ -251,11 +253,11 @@ def test_with_a_stride_an_attached_model_starts_as_the_base_does(backbone, strid
     state = prefill(model, tiny_prepared(backbone, BATCH), config)[1]
     assert state.cache.length == condition_of(model).prefix.shape[1] + stride * (
         windows.shape[1] - 1
-    ), "one entry for every code that is fed"
+    ), "one cache entry per code fed"
 
 
-def test_with_a_stride_a_window_is_fed_as_one_for_each_final_code(backbone):
-    """What a trained model reads of them is what it read in training, as far as it is known."""
+def test_with_a_stride_a_window_is_fed_once_per_final_code(backbone):
+    """A trained model reads the same inputs as in training, except for slots not yet known."""
     model = trained(backbone, k=4)
     codes = codes_of(model)
     windows = model.windows.shrunk(4, 2).gather(codes)
@@ -272,7 +274,7 @@ def test_with_a_stride_a_window_is_fed_as_one_for_each_final_code(backbone):
 
 
 def test_drafts_are_read(backbone):
-    """Open gates: a draft moves the next window's prediction, also that of slot 0."""
+    """With open gates, a draft changes the whole prediction of the next window, slot 0 included."""
     model = trained(backbone, k=2)
     windows = model.windows.gather(codes_of(model))
     changed = windows.clone()
@@ -313,7 +315,9 @@ def test_loss_against_a_loop(backbone, k):
 
 
 def test_gaussian_noise(backbone):
-    """Slot 0's embedding stays clean, the others get variance 0.1, codes stay as they are."""
+    """Slot 0's embedding stays clean, the other slots get noise of variance 0.1; codes are
+    unchanged.
+    """
     model = trained(backbone, noise="gaussian", k=4)
     codes = codes_of(model)
     windows = model.noised_windows(codes, KEYS)
@@ -396,7 +400,7 @@ def own_drafts(model, codes, keys=KEYS, passes=1, rows=None):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_own_drafts_hold_no_truth_but_slot_0(backbone, passes):
+def test_own_drafts_hold_the_true_code_in_slot_0_only(backbone, passes):
     model = trained(backbone, k=4)
     codes, p = codes_of(model), 6
     changed = codes.clone()
@@ -421,7 +425,9 @@ def test_own_drafts_depend_on_their_own_key(backbone):
 
 
 def test_own_drafts_follow_the_models_distribution():
-    """The first window's draft is drawn from the prefix's output: many keys, one distribution."""
+    """Drawn with many keys, the first window's draft follows the distribution predicted from the
+    prefix.
+    """
     model = trained(tiny_llamagen("class"), k=2)
     codes = codes_of(model)
     rows = list(range(BATCH)) * 300

@@ -33,7 +33,7 @@ def test_final_codes_invert_gather(windows):
 
 
 def test_stage_codes_against_a_loop(windows):
-    """Position p is drafted by every window that holds it; the last one is stage `stages`."""
+    """Every window that holds position p drafts it; the last of them is stage `stages`."""
     drawn = torch.arange(windows.count * windows.size).view(1, windows.count, windows.size, 1)
     for stage in range(1, windows.stages + 1):
         expected = []

@@ -235,10 +235,6 @@ class Start:
             if "lora_" not in name
         }
 
-    @property
-    def bytes(self) -> int:
-        return sum(value.nbytes for value in self._weights.values())
-
     @contextmanager
     def applied(self) -> Iterator[None]:
         """A context in which the model computes what it did at the start."""

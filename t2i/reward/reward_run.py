@@ -37,7 +37,7 @@ from t2i.reward.rewards import load_rewards
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
 from t2i.training import loop, run_state
-from t2i.training.engine import set_rates, start_processes
+from t2i.training.engine import healthy_norm, set_rates, start_processes
 from t2i.training.start import build_model, check_start, start_facts
 
 _DRAWN = 31
@@ -128,7 +128,7 @@ class RewardRun(loop.Run):
         for _ in range(config.reward.updates):
             totals, norm = self._update(batches)
         total_norm = self._count_step(norm)
-        if not loop.healthy_norm(total_norm):
+        if not healthy_norm(total_norm):
             self._refuse("gradient", self.step)
         times.append(time.perf_counter())
         seconds = [later - earlier for earlier, later in pairwise(times)]

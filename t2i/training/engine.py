@@ -4,6 +4,7 @@ The DeepSpeed configuration is built from the run's settings; a JSON file may on
 "zero_optimization", so that the two cannot contradict each other.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -222,6 +223,11 @@ def grad_norm(engine) -> Tensor | None:
     return nn.utils.get_total_norm(
         [p.grad for p in engine.module.parameters() if p.grad is not None]
     )
+
+
+def healthy_norm(norm: Tensor | float | None) -> bool:
+    """Whether the norm is finite or unknown (None); DeepSpeed reports -1 for one that is not."""
+    return norm is None or 0 <= float(norm) < math.inf
 
 
 @contextmanager

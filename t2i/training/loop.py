@@ -38,6 +38,7 @@ from t2i.training.engine import (
     TrainingLoss,
     autocast,
     grad_norm,
+    healthy_norm,
     set_rates,
     start_engine,
     start_processes,
@@ -225,6 +226,18 @@ class Run:
             )
         return metrics
 
+    def checkpoint_due(self) -> bool:
+        return self.step == self.plan.steps or _due(self.plan.save_every, self.step)
+
+    def sheet_due(self) -> bool:
+        every, done = self.plan.sample_every, self.step == self.plan.steps
+        with_checkpoint = self.config.engine.zero_stage == 3  # which the sheet is drawn with
+        due = self.checkpoint_due() if with_checkpoint else _due(every, self.step)
+        return every > 0 and (done or due)
+
+    def sheet_path(self) -> Path:
+        return self.config.run_dir / "samples" / f"step_{self.step:06d}.png"
+
     def sample_sheet(self) -> None:
         """Draw the fixed prompts with the fixed seed, one row each, in the main process."""
         self.check_weights()
@@ -237,9 +250,8 @@ class Run:
                 images = [one.image for one in drawn]
             labels = [text for prompt in prompts for text in (str(prompt), "")]
             sheet = grid(images, columns=2, labels=labels)
-            path = self.config.run_dir / "samples" / f"step_{self.step:06d}.png"
-            with saving(path):
-                save_png(sheet, path)
+            with saving(self.sheet_path()):
+                save_png(sheet, self.sheet_path())
             self.learning_mode()
         self.processes.barrier()
 
@@ -293,9 +305,12 @@ class Run:
             self.checkpoints.save_best(self.step, loss)
 
     def catch_up(self) -> None:
-        """What a kill after the checkpoint, at the same step, left undone."""
+        """Do what a stop or a kill after the checkpoint, at the same step, left undone."""
         if found := self.processes.on_main(lambda: self.metrics.validated):
             self.keep_if_best(found)
+        drawn = self.processes.on_main(self.sheet_path().is_file)
+        if self.step > 0 and self.sheet_due() and not drawn:
+            self.sample_sheet()
 
 
 def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
@@ -333,9 +348,8 @@ def _train(run: Run) -> Path:
     with bar, _stop_on_signals(run), run.watch:
         while run.step < plan.steps and not run.stop_agreed:
             metrics = run.train_step()
-            done = run.step == plan.steps
             rate = (run.step - first) * config.batch_size / (time.perf_counter() - started)
-            validated = done or _due(plan.validate_every, run.step)
+            validated = run.step == plan.steps or _due(plan.validate_every, run.step)
             if validated:
                 metrics |= run.validate()
             if run.processes.is_main:
@@ -346,26 +360,18 @@ def _train(run: Run) -> Path:
                 if validated or _due(plan.log_every, run.step):
                     memory = {"memory_gb": peak_gb(run.processes.device)}
                     run.metrics.log(run.step, metrics | {"images_per_s": rate} | memory)
-            saved = done or run.stop_agreed or _due(plan.save_every, run.step)
+            saved = run.stop_agreed or run.checkpoint_due()
             if saved:
                 run.save()
             if validated:  # after the checkpoint, which matters more if the disk is full
                 run.keep_if_best(metrics)
-            sheet_due = done or _due(plan.sample_every, run.step)
-            if config.engine.zero_stage == 3:  # sheets are drawn with the checkpoint
-                sheet_due = saved
-            if plan.sample_every and sheet_due and not run.stop_agreed:
+            if run.sheet_due() and not run.stop_agreed:  # resuming draws it
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
                 refresh_run_page(config.run_dir)
     if run.step < plan.steps:
         raise Stopped(f"saved after step {run.step}; the same command with --resume continues")
     return run_checkpoints(config.run_dir)[-1]
-
-
-def healthy_norm(norm: Tensor | float | None) -> bool:
-    """Whether the norm is finite or unknown (None); DeepSpeed reports -1 for one that is not."""
-    return norm is None or 0 <= float(norm) < math.inf
 
 
 def _due(every: int, step: int) -> bool:

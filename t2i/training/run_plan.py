@@ -127,6 +127,11 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
                 "no sample sheet and no validation before the end; give a smaller "
                 "--log.sample-every and --log.validate-every"
             )
+    if log.control is not None and not log.control.is_dir():
+        yield (
+            f"log.control={log.control} does not exist: the run's page shows that run's curves only "
+            "once it does"
+        )
     method = config.method
     if 0 < method.own_drafts < 1 and not method.anneal and plan.steps > _LONG and method.k > 1:
         yield (

@@ -3,6 +3,7 @@ disk it needs, and what makes it impossible. Needs settings and shapes; reads an
 """
 
 import math
+from collections.abc import Iterator
 
 from t2i.checkpoint import holds_all_weights
 from t2i.errors import UserError
@@ -14,7 +15,7 @@ from t2i.training.config import DataOptions, TrainConfig
 from t2i.training.engine import deepspeed_config, parameter_groups
 from t2i.training.examples import IMAGES_PER_SHARD, views_of
 from t2i.training.memory import FLOPS, estimate, weight_bytes
-from t2i.training.run_plan import about_settings, plan_run
+from t2i.training.run_plan import Plan, about_settings, plan_run
 from t2i.training.start import build_model
 
 _LINE_BYTES = 320
@@ -29,33 +30,64 @@ _SORTING_BYTES = 40
 def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     """The plan as text; UserError if the cluster cannot run it."""
     samples = int(cluster.images)
-    accumulated = deepspeed_config(config, cluster.gpus)["gradient_accumulation_steps"]
     plan = plan_run(config, samples)
     model = build_model(config, device="meta")
     parameter_groups(model, config)  # raises if nothing would be trained
-    disk, saved = _cache_bytes(config, cluster, model, samples), checkpoint_bytes(model, config)
     cost = estimate(model, config, cluster.gpus, samples=samples, gpu=True)
-    work = cost.flops * plan.steps * config.batch_size
-    rate = cluster.images_per_second or cluster.gpus * FLOPS / cost.flops
-    seconds = plan.steps * config.batch_size / rate
+    cached, saved = _cache_bytes(config, cluster, model, samples), checkpoint_bytes(model, config)
+    # While one is saved, the oldest still exists; the best model has no training state.
+    kept = sum(saved) * (config.log.keep_last + 1) + (saved[0] if config.log.keep_best else 0)
     captioned = isinstance(config.data, DataOptions)
     resident = samples * (_SORTING_BYTES if captioned else _ORDER_BYTES)
-    # While one is saved, the oldest still exists; the best model has no training state.
-    best = saved[0] if config.log.keep_best else 0
-    all_saved = sum(saved) * (config.log.keep_last + 1) + best
+    on_node = cluster.per_node * resident
+    few = "use fewer processes on one"
     _refuse_more(
         {
             "GPU memory": (cost.total, cluster.gpu_memory, "lower --engine.micro-batch"),
-            "main memory of a machine": (
-                cluster.per_node * resident,
-                cluster.node_memory,
-                "use fewer processes on one",
-            ),
-            "disk": (disk + all_saved, cluster.disk or math.inf, "use fewer images"),
+            "main memory of a machine": (on_node, cluster.node_memory, few),
+            "disk": (cached + kept, cluster.disk or math.inf, "use fewer images"),
         }
     )
-    encoding = _encoding_seconds(cluster, samples, views_of(config.data).count)
-    in_all = seconds + (encoding or 0)
+    sections = {
+        "steps": _step_lines(config, cluster, plan),
+        "time": _time_lines(config, cluster, plan, cost.flops),
+        "code cache": _shard_lines(cluster, samples, cached),
+        "a checkpoint": [
+            f"model {readable_size(saved[0])}, training state {readable_size(saved[1])} "
+            f"({readable_size(saved[1] / cluster.gpus)} a process)",
+            f"every {plan.save_every or plan.steps:,} steps; the last {config.log.keep_last} are "
+            f"kept{' and the best model' * config.log.keep_best}: {readable_size(kept)} while one "
+            "more is saved",
+        ],
+        "memory": [
+            f"{readable_size(cost.total)} on a GPU (computed from shapes, with a tenth more)",
+            f"{readable_size(resident)} of main memory in each process for order and split, "
+            f"{readable_size(on_node)} on a machine",
+        ],
+    }
+    if warnings := [*_about_shards(cluster, samples), *about_settings(config, plan)]:
+        sections["warnings"] = warnings
+    return "\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
+
+
+def _step_lines(config: TrainConfig, cluster: Cluster, plan: Plan) -> list[str]:
+    accumulated = deepspeed_config(config, cluster.gpus)["gradient_accumulation_steps"]
+    passes = plan.steps * config.batch_size / (plan.training or 1)
+    return [
+        f"{plan.samples:,} images, {plan.held_out} of them held out",
+        f"{config.batch_size} a step = {config.engine.micro_batch} a pass x {accumulated} "
+        f"accumulated x {cluster.gpus} GPUs on {cluster.nodes} machine(s)",
+        f"{plan.steps:,} steps = {passes:.2f} passes over the data",
+    ]
+
+
+def _time_lines(config: TrainConfig, cluster: Cluster, plan: Plan, flops: float) -> list[str]:
+    """flops: of training on one image. UserError if the run takes longer than allowed."""
+    images = plan.steps * config.batch_size
+    rate = cluster.images_per_second or cluster.gpus * FLOPS / flops
+    training = images / rate
+    encoding = _encoding_seconds(cluster, views_of(config.data).count)
+    in_all = training + (encoding or 0)
     if cluster.hours is not None and in_all > 3600 * cluster.hours:
         of_it = "" if encoding is None else f" ({readable_time(encoding)} of it to encode the data)"
         raise UserError(
@@ -63,45 +95,22 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
             "fewer --epochs or --steps, or more --gpus"
         )
     said = "as given" if cluster.images_per_second else "computed from the work, not measured"
-    sections = {
-        "steps": [
-            f"{samples:,} images, {plan.held_out} of them held out",
-            f"{config.batch_size} a step = {config.engine.micro_batch} a pass x {accumulated} "
-            f"accumulated x {cluster.gpus} GPUs on {cluster.nodes} machine(s)",
-            f"{plan.steps:,} steps = {plan.steps * config.batch_size / (plan.training or 1):.2f} "
-            "passes over the data",
-        ],
-        "time": [
-            f"training    {readable_time(seconds)} at {rate:,.0f} images/s ({said}); "
-            f"work {work:.2g} operations",
-            "encoding    not known: give --encoded-per-second"
-            if encoding is None
-            else f"encoding    {readable_time(encoding)}, once, before training",
-        ],
-        "code cache": _shard_lines(cluster, samples, disk),
-        "a checkpoint": [
-            f"model {readable_size(saved[0])}, training state {readable_size(saved[1])} "
-            f"({readable_size(saved[1] / cluster.gpus)} a process)",
-            f"every {plan.save_every or plan.steps:,} steps; the last {config.log.keep_last} are "
-            f"kept{' and the best model' * bool(best)}: {readable_size(all_saved)} while one more is "
-            "saved",
-        ],
-        "memory": [
-            f"{readable_size(cost.total)} on a GPU (computed from shapes, with a tenth more)",
-            f"{readable_size(resident)} of main memory in each process for order and split, "
-            f"{readable_size(cluster.per_node * resident)} on a machine",
-        ],
-    }
-    warnings, shards = list(about_settings(config, plan)), -(-samples // IMAGES_PER_SHARD)
+    return [
+        f"training    {readable_time(training)} at {rate:,.0f} images/s ({said}); "
+        f"work {flops * images:.2g} operations",
+        "encoding    not known: give --encoded-per-second"
+        if encoding is None
+        else f"encoding    {readable_time(encoding)}, once, before training",
+    ]
+
+
+def _about_shards(cluster: Cluster, samples: int) -> Iterator[str]:
+    shards = -(-samples // IMAGES_PER_SHARD)
     if shards < cluster.gpus:
-        warnings.insert(
-            0,
+        yield (
             f"{samples:,} images are {shards} shards: {cluster.gpus - shards} of {cluster.gpus} "
-            "processes encode nothing",
+            "processes encode nothing"
         )
-    if warnings:
-        sections["warnings"] = warnings
-    return "\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
 
 
 def _refuse_more(needs: dict[str, tuple[float, float, str]]) -> None:
@@ -148,8 +157,8 @@ def _shard_lines(cluster: Cluster, samples: int, size: float) -> list[str]:
     ]
 
 
-def _encoding_seconds(cluster: Cluster, samples: int, views: int) -> float | None:
-    """Seconds to encode all samples; None if the speed is not given."""
+def _encoding_seconds(cluster: Cluster, views: int) -> float | None:
+    """Seconds to encode all images; None if the speed is not given."""
     if cluster.encoded_per_second is None:
         return None
-    return samples * views / (cluster.encoded_per_second * cluster.gpus)
+    return int(cluster.images) * views / (cluster.encoded_per_second * cluster.gpus)
