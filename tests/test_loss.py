@@ -1,4 +1,4 @@
-"""The chunked loss equals the naive loss (value, sums by slot, every gradient) and keeps no logits."""
+"""The chunked loss equals the naive loss (value, sums by slot, gradients) and keeps no logits."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_a_frozen_head_gets_no_gradient():
 
 
 def test_slot_zero_is_computed_apart_from_drafts(monkeypatch):
-    """Its chunks hold the same rows as in the base model, so its results are the same bit for bit."""
+    """Its chunks hold the same rows as in the base model, so its results have the same bits."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 20)
     monkeypatch.setattr(loss, "ROWS_AT_ONCE", 1)
     chunks = loss._chunks([6, 10], loss.rows_at_once(20, gpu=False))

@@ -127,7 +127,7 @@ def test_attached_model_is_the_base_bit_for_bit(backbone, preset, k, base_images
 
 
 def test_bf16(backbone):
-    """bf16 changes teacher-forced logits by less than docs/imagenet.md states, and sampling works."""
+    """bf16 changes teacher-forced logits by less than docs/imagenet.md states; sampling works."""
     model = trained(backbone)
     windows = model.noised_windows(codes_of(model), KEYS)
     exact = predict(model, windows)
