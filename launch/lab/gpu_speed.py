@@ -56,8 +56,9 @@ def sampling_rows(device: torch.device, tiny: bool) -> Rows:
     yield {"shape": "copy, matrix products"}, lambda: row
     if tiny:
         for shape in TINY:
-            peers = ("cat-cache", "transformers")
-            yield _sampling_work(shape, 2, ("eager",), peers, device, machine, 8)
+            yield _sampling_work(
+                shape, 2, ("eager",), ("cat-cache", "transformers"), device, machine, 8
+            )
         return
     for shape, images, speeds, peers in SAMPLED:
         yield _sampling_work(shape, images, speeds, peers, device, machine, 64)
