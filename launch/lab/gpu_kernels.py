@@ -1,12 +1,11 @@
-"""The part "kernels" of `gpu_check.py`: what the GPU does during a drawing step, and how long it
-idles.
+"""A part of `gpu_check.py`: what the GPU does during a drawing step, and how long it is idle.
 
 At its fastest, a step would only read its weights. The rest of its time goes into many small
 kernels and the gaps between them; torch's profiler shows which kernels.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 
@@ -27,9 +26,7 @@ WAYS: tuple[tuple[str, Speed, bool], ...] = (
     ("compiled", "compiled", False),
     ("compiled, frozen weights", "compiled", True),
 )
-"""Name, how steps are run, and whether the compiler freezes weights: it may then merge matrix
-products that have the same input.
-"""
+"""Name, how steps are run, and whether the compiler may merge products that have one input."""
 SHOWN = 15
 """How many kernels get a row, the longest first."""
 
@@ -48,9 +45,11 @@ def _kernels(
     """A row for the step, then rows for its kernels. The first `count` steps of an image warm up;
     the next `count` are timed, then drawn again and profiled.
     """
+    from torch._inductor import config
+
     torch.compiler.reset()
     model = attached(open_backbone(shape, torch.bfloat16, device), "base")
-    with torch.no_grad(), _freezing(freeze):
+    with torch.no_grad(), config.patch({"freezing": True}) if freeze else nullcontext():
         drawing, run = _new_drawing(model, speed)
         restart = partial(_steps_from_start, model, drawing, run)
         _do(restart(), 2 * count)  # compiles and records
@@ -63,17 +62,11 @@ def _kernels(
     return _profile_rows(profiled, device, count, taken)
 
 
-def _freezing(freeze: bool) -> AbstractContextManager:
-    from torch._inductor import config
-
-    return config.patch({"freezing": True}) if freeze else nullcontext()
-
-
 def _new_drawing(model: TensorAR, speed: Speed) -> tuple[Drawing, Run]:
     settings = SamplingConfig(cfg_scale=2.0, top_k=2000)
     condition = encode_rows(model.backbone, made_up(model.backbone, SMALL), guided=True)
-    scales, keys = guidance_table(model, settings), torch.arange(SMALL)
-    keys = keys.to(model.backbone.device)
+    scales = guidance_table(model, settings)
+    keys = torch.arange(SMALL, device=model.backbone.device)
     return begin(model, condition, scales, keys, settings, speed, 0)
 
 
@@ -89,9 +82,7 @@ def _do(steps: Iterator[int], count: int) -> None:
 
 
 def _profile_rows(profiled: profile, device: torch.device, count: int, taken: float) -> list[dict]:
-    """The rows of `_kernels`: `taken` is the seconds per step; on a CPU, operations are listed
-    instead of kernels.
-    """
+    """The rows of `_kernels`, for steps of `taken` seconds; a CPU has operations as kernels."""
     on_gpu = device.type == "cuda"
     kind, time = ("CUDA", "self_device_time_total") if on_gpu else ("CPU", "self_cpu_time_total")
     found = [

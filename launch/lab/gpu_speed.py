@@ -21,7 +21,9 @@ Rows = Iterator[tuple[dict, Callable[[], dict | list[dict]]]]
 METHODS = ("base", "iclr2026")
 LARGE, SMALL = 64, 8
 """Numbers of images drawn at once."""
-SAMPLED: tuple[tuple[str, int, tuple[Speed, ...], tuple[str, ...]], ...] = (
+Sampled = tuple[tuple[str, int, tuple[Speed, ...], tuple[str, ...]], ...]
+"""Each: shape, images at once, ways of running the steps, peers."""
+SAMPLED: Sampled = (
     ("llamagen-B", SMALL, ("graphs", "eager"), ("cat-cache", "transformers")),
     ("llamagen-XL", LARGE, ("graphs",), ()),
     ("janus-1B", SMALL, ("graphs",), ()),
@@ -37,8 +39,12 @@ SAMPLED: tuple[tuple[str, int, tuple[Speed, ...], tuple[str, ...]], ...] = (
     ("open-magvit2-B", SMALL, ("graphs",), ()),
     ("janus-7B", LARGE, ("graphs",), ()),
 )
-"""Shape, images at once, ways of running the steps, peers; the most informative first."""
-COMPILED = (("llamagen-B", SMALL), ("llamagen-XL", SMALL), ("llamagen-B", LARGE))
+"""The most informative first."""
+COMPILED: Sampled = (
+    ("llamagen-B", SMALL, ("graphs", "compiled"), ()),
+    ("llamagen-XL", SMALL, ("graphs", "compiled"), ()),
+    ("llamagen-B", LARGE, ("graphs", "compiled"), ()),
+)
 TRAINED = {"llamagen-B": 32, "llamagen-XL": 32, "janus-1B": 8}
 """Shapes, each with its number of samples per step."""
 TRAINED_COMPILED = ("llamagen-XL", "llamagen-B")
@@ -54,38 +60,25 @@ def known_machine(device: torch.device, tiny: bool) -> tuple[Machine, dict]:
 def sampling_rows(device: torch.device, tiny: bool) -> Rows:
     machine, row = known_machine(device, tiny)
     yield {"shape": "copy, matrix products"}, lambda: row
-    if tiny:
-        for shape in TINY:
-            yield _sampling_work(
-                shape, 2, ("eager",), ("cat-cache", "transformers"), device, machine, 8
-            )
-        return
-    for shape, images, speeds, peers in SAMPLED:
-        yield _sampling_work(shape, images, speeds, peers, device, machine, 64)
+    rehearsed: Sampled = tuple((s, 2, ("eager",), ("cat-cache", "transformers")) for s in TINY)
+    yield from _sampled(rehearsed if tiny else SAMPLED, device, machine, 8 if tiny else 64)
 
 
 def compiled_rows(device: torch.device, tiny: bool) -> Rows:
     machine, _ = known_machine(device, tiny)
-    if tiny:
-        yield _sampling_work("tiny-class", 2, ("eager",), (), device, machine, 8)
-        return
-    for shape, images in COMPILED:
-        yield _sampling_work(shape, images, ("graphs", "compiled"), (), device, machine, 64)
+    rehearsed: Sampled = (("tiny-class", 2, ("eager",), ()),)
+    yield from _sampled(rehearsed if tiny else COMPILED, device, machine, 8 if tiny else 64)
 
 
-def _sampling_work(
-    shape: str,
-    images: int,
-    speeds: tuple[Speed, ...],
-    peers: tuple[str, ...],
-    device: torch.device,
-    machine: Machine,
-    timed: int,
-) -> tuple[dict, Callable[[], list[dict]]]:
-    """One element of `Rows`, for drawing; `timed` steps are timed."""
-    group = Group(shape, "bf16", images, METHODS, speeds, peers, steps=timed, rounds=4)
-    about = {"shape": shape, "images": images}
-    return about, lambda: [_short(row) for row in timed_sampling.measure(group, device, machine)]
+def _sampled(cases: Sampled, device: torch.device, machine: Machine, timed: int) -> Rows:
+    """Rows of `timed` steps of each case."""
+    for shape, images, speeds, peers in cases:
+        group = Group(shape, "bf16", images, METHODS, speeds, peers, steps=timed, rounds=4)
+        yield {"shape": shape, "images": images}, partial(_draw, group, device, machine)
+
+
+def _draw(group: Group, device: torch.device, machine: Machine) -> list[dict]:
+    return [_short(row) for row in timed_sampling.measure(group, device, machine)]
 
 
 def training_rows(device: torch.device, tiny: bool) -> Rows:

@@ -122,10 +122,9 @@ def draw(
     way: dict,
     batch: int,
 ) -> DrawnImages:
-    """Draw all images of the benchmark, in batches of this size.
+    """Draw all images, each with its key, in batches of one size.
 
     prepared: the conditions of every caption.
-    keys: one for each image.
     way: changes to the model's own sampling settings, and options of `long_ways.draw`.
     """
     extra = {name: way[name] for name in ("noise", "again") if name in way}

@@ -69,13 +69,11 @@ class Method(Objective):
 
 
 class SharedNoise(Method):
-    """Own drafts that share the noise of their position's final code. The noise is drawn given that
-    the true code has the largest log p + G under slot 0's prediction (Maddison et al. 2014, A*
-    sampling, top down). A draft has the largest log p + G under its own slot's prediction and the
-    same noise.
+    """Own drafts that share the noise of their position's final code. It is drawn given that the
+    true code has the largest log p + G under slot 0's prediction (Maddison et al. 2014, A*
+    sampling, top down).
 
-    Drafts thus keep their own distribution, but tell more about the true code than the codes before
-    it do.
+    So drafts keep their own distribution, yet tell more of the true code than the past does.
     """
 
     def windows(self, model: TensorAR, batch: Batch, condition: Condition) -> Tensor:
@@ -157,9 +155,7 @@ def read_context(model: TensorAR, condition: Condition, context_BTS: Tensor) -> 
 def losses(
     model: TensorAR, batch: Batch, h_BND: Tensor, weights_k: Tensor | None = None
 ) -> WindowLosses:
-    """The cross entropy of the true codes, from the hidden states that predict their windows; slots
-    have the method's weights by default.
-    """
+    """The cross entropy of the true codes, from the hidden states that predict their windows."""
     device = batch.codes.device
     if weights_k is None:
         weights_k = filled(model.config.weights(), device)
@@ -215,9 +211,9 @@ class CleanTargets(Objective):
 
 
 class Regressions(Objective):
-    """reAR (arXiv 2510.04450): noisy context; in addition, an early layer's states must recover the
-    codebook vector of the true code at the position that was read, and a late layer's must predict
-    the next code's.
+    """reAR (arXiv 2510.04450): noisy context, and two regressions to codebook vectors: an early
+    layer's states must give the vector of the true code at the position just read, a late layer's
+    that of the next code.
     """
 
     def __init__(self, model: TensorAR, most: float):

@@ -34,8 +34,7 @@ def draw(
 ) -> Tensor:
     """Windows int64 [B, N, k, 1] of images.
 
-    noise: what shares its noise at a position: "drafts", or "all" (also the final code); "":
-        nothing.
+    noise: "drafts": the drafts of a position share their noise; "all": the final code does, too.
     again: share of each image's codes to draw again, the least likely ones.
     """
     if noise:

@@ -79,8 +79,7 @@ class GridWorld:
 
     def _loaded(self, weights: str) -> Backbone:
         backbone = load_backbone("llamagen", weights, device=self.device, dtype="float32")
-        backbone.requires_grad_(True)
-        return backbone
+        return backbone.requires_grad_(True)
 
     # -- a run -------------------------------------------------------------------------------------
     def do(self, run: LongRun, stream: torch.cuda.Stream | None) -> None:
@@ -197,9 +196,7 @@ class GridWorld:
     def _step_away(
         self, run: LongRun, config: TrainConfig, held: Tensor, stream: torch.cuda.Stream | None
     ) -> None:
-        """Train the control briefly on its own samples, and examine models that step away from the
-        result (Neon).
-        """
+        """Examine steps from the control away from what its own samples teach it (Neon)."""
         started = time.time()
         steps = min(AWAY_STEPS, self.grid.steps)
         config = replace(config, steps=steps, optim=replace(config.optim, backbone_falls=False))
