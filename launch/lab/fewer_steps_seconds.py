@@ -42,14 +42,13 @@ class Redrawing:
         prepared, keys = requests(model, self.images)
         scales, subs = guidance_table(model, config), len(model.backbone.spec.subvocabs)
         self.batches = []
-        for rows in torch.arange(self.images).split(batch):
-            own = {name: value[rows] for name, value in prepared.items()}
-            with torch.no_grad():
-                condition = encode_rows(model.backbone, own, guided=scales is not None)
-            key = keys[rows].to(model.backbone.device)
-            self.batches.append((condition, key, noise_keys(key, windows, subs)))
-        condition, key, _ = self.batches[0]
         with torch.no_grad():
+            for rows in torch.arange(self.images).split(batch):
+                own = {name: value[rows] for name, value in prepared.items()}
+                condition = encode_rows(model.backbone, own, guided=scales is not None)
+                key = keys[rows].to(model.backbone.device)
+                self.batches.append((condition, key, noise_keys(key, windows, subs)))
+            condition, key, _ = self.batches[0]
             self.drawing, self.run = begin(
                 model, condition, scales, key, config, study.speed, way.ahead
             )

@@ -21,9 +21,9 @@ Rows = Iterator[tuple[dict, Callable[[], dict | list[dict]]]]
 METHODS = ("base", "iclr2026")
 LARGE, SMALL = 64, 8
 """Numbers of images drawn at once."""
-Sampled = tuple[tuple[str, int, tuple[Speed, ...], tuple[str, ...]], ...]
-"""Each: shape, images at once, ways of running the steps, peers."""
-SAMPLED: Sampled = (
+Cases = tuple[tuple[str, int, tuple[Speed, ...], tuple[str, ...]], ...]
+"""For drawing, each: shape, images at once, ways of running the steps, peers."""
+SAMPLED: Cases = (
     ("llamagen-B", SMALL, ("graphs", "eager"), ("cat-cache", "transformers")),
     ("llamagen-XL", LARGE, ("graphs",), ()),
     ("janus-1B", SMALL, ("graphs",), ()),
@@ -40,7 +40,7 @@ SAMPLED: Sampled = (
     ("janus-7B", LARGE, ("graphs",), ()),
 )
 """The most informative first."""
-COMPILED: Sampled = (
+COMPILED: Cases = (
     ("llamagen-B", SMALL, ("graphs", "compiled"), ()),
     ("llamagen-XL", SMALL, ("graphs", "compiled"), ()),
     ("llamagen-B", LARGE, ("graphs", "compiled"), ()),
@@ -60,18 +60,18 @@ def known_machine(device: torch.device, tiny: bool) -> tuple[Machine, dict]:
 def sampling_rows(device: torch.device, tiny: bool) -> Rows:
     machine, row = known_machine(device, tiny)
     yield {"shape": "copy, matrix products"}, lambda: row
-    rehearsed: Sampled = tuple((s, 2, ("eager",), ("cat-cache", "transformers")) for s in TINY)
+    rehearsed: Cases = tuple((s, 2, ("eager",), ("cat-cache", "transformers")) for s in TINY)
     yield from _sampled(rehearsed if tiny else SAMPLED, device, machine, 8 if tiny else 64)
 
 
 def compiled_rows(device: torch.device, tiny: bool) -> Rows:
     machine, _ = known_machine(device, tiny)
-    rehearsed: Sampled = (("tiny-class", 2, ("eager",), ()),)
+    rehearsed: Cases = (("tiny-class", 2, ("eager",), ()),)
     yield from _sampled(rehearsed if tiny else COMPILED, device, machine, 8 if tiny else 64)
 
 
-def _sampled(cases: Sampled, device: torch.device, machine: Machine, timed: int) -> Rows:
-    """Rows of `timed` steps of each case."""
+def _sampled(cases: Cases, device: torch.device, machine: Machine, timed: int) -> Rows:
+    """The rows of these cases, from `timed` steps each."""
     for shape, images, speeds, peers in cases:
         group = Group(shape, "bf16", images, METHODS, speeds, peers, steps=timed, rounds=4)
         yield {"shape": shape, "images": images}, partial(_draw, group, device, machine)

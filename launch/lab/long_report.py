@@ -60,7 +60,7 @@ class LongReport:
 
 
 class Lines:
-    """Result lines, found by base, arm and seed."""
+    """Result lines by base, arm and seed."""
 
     def __init__(self, lines: list[dict]):
         self.found: dict[tuple[str, str], dict[int, dict]] = {}

@@ -56,7 +56,7 @@ class GridWorld:
             if grid.workers
             else ThreadPoolExecutor(1)
         )
-        self.judged: list[list[tuple[list[Future], dict]]] = []
+        self.unjudged: list[list[tuple[list[Future], dict]]] = []
         """By run, result lines that wait for verdicts; those of a run are written together."""
         folders = [base.partition("=")[::2] for base in grid.bases]
         self.backbones = {name: self._loaded(weights) for name, weights in folders}
@@ -158,18 +158,18 @@ class GridWorld:
                 line["changes"] = {name: v.mean(0).tolist() for name, v in changes.items()}
             answers = long_judge.ask_verdicts(drawing, self.benchmark, self.pool)
             lines.append((answers, line | ({} if way else facts)))
-        self.judged.append(lines)
+        self.unjudged.append(lines)
         self.write_down(wait=not self.grid.workers)  # without processes, waiting loses no time
 
     def write_down(self, wait: bool = False) -> None:
         """Write the lines whose verdicts are complete; callers hold `eager` while runs go on."""
-        waiting, self.judged = self.judged, []
+        waiting, self.unjudged = self.unjudged, []
         for lines in waiting:
             if wait or all(answer.done() for answers, _ in lines for answer in answers):
                 done = [line | long_judge.score(answers, self.benchmark) for answers, line in lines]
                 append(self.grid.out, done, ("base", "arm", "seed", "score", "seconds"))
             else:
-                self.judged.append(lines)
+                self.unjudged.append(lines)
 
     def close(self) -> None:
         """Wait for all verdicts and write the remaining lines."""
@@ -178,7 +178,7 @@ class GridWorld:
 
     # -- away from own samples ---------------------------------------------------------------------
     def _weights_path(self, run: LongRun, name: str) -> Path:
-        """The file for the trained backbone of the arm `name`."""
+        """The file of the backbone that the arm `name` trained."""
         folder = self.grid.out / "weights"
         folder.mkdir(parents=True, exist_ok=True)
         settings = json_sha256(self.grid.trained())[:8]
@@ -196,7 +196,7 @@ class GridWorld:
     def _step_away(
         self, run: LongRun, config: TrainConfig, held: Tensor, stream: torch.cuda.Stream | None
     ) -> None:
-        """Examine steps from the control away from what its own samples teach it (Neon)."""
+        """Train the control on its own samples, and examine steps the opposite way (Neon)."""
         started = time.time()
         steps = min(AWAY_STEPS, self.grid.steps)
         config = replace(config, steps=steps, optim=replace(config.optim, backbone_falls=False))
