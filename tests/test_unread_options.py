@@ -138,7 +138,7 @@ def test_a_recipe_that_holds_out_more_than_there_is():
     ("options", "message"),
     [
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"seeds": (0, 0)}, r"seeds=\(0, 0\) must be different ones"),
+        ({"seeds": (0, 0)}, r"seeds=\(0, 0\): give at least one seed"),
         ({"seeds": (-1,)}, "seed=-1 must be between"),
         ({"minutes": -1.0}, r"minutes=-1\.0 must not be negative"),
     ],

@@ -1,10 +1,10 @@
-"""What TensorAR's codec costs, computed from shapes: parameters, and operations of a pass.
+"""The cost of TensorAR's codec, computed from shapes: parameters, and operations per pass.
 
     python launch/lab/codec_cost.py
 
-A pass is over one image, as in training (its forward part) and, summed over the steps, in drawing.
-Training does three (the backward pass counts as two), and one more, without gradient, for the share
-of samples that read own drafts.
+A pass is a forward pass over one image, as in training; all drawing steps of an image together need
+as many operations. A training step needs three times as many (the backward pass counts as two), and
+one more pass, without gradients, for the share of samples that read own drafts.
 """
 
 import sys
@@ -22,16 +22,16 @@ SHAPES = {
     "LlamaGen-XL 384": "llamagen-XL-384",
     "LlamaGen-XXL 384": "llamagen-XXL-384",
 }
-"""Published sizes, by their names in launch/measure/shapes.py."""
+"""Published sizes, with their names in launch/measure/shapes.py."""
 
 
 @dataclass(frozen=True)
 class CodecCost:
-    """There is nothing to choose."""
+    """This program has no options."""
 
 
 def cost_table() -> str:
-    """A row for each size and window."""
+    """A markdown table with a row for each size and method."""
     from launch.measure.cost import cost_of
     from launch.measure.shapes import outline
     from t2i.evaluation.results import markdown_table
@@ -50,9 +50,9 @@ def cost_table() -> str:
             cost = cost_of(TensorAR(backbone, config).eval())
             size, codec = cost["base_parameters"], cost["codec_parameters"]
             added = f"+{codec / size:.1%}" if codec else ""
-            done, of_base = cost["operations"], cost["base_operations"]
-            told = [f"{(size + codec) / 1e6:.0f} M", added, f"{done / 1e9:.0f}"]
-            rows.append([name, method, *told, f"{done / of_base:.2f}"])
+            operations, of_base = cost["operations"], cost["base_operations"]
+            cells = [f"{(size + codec) / 1e6:.0f} M", added, f"{operations / 1e9:.0f}"]
+            rows.append([name, method, *cells, f"{operations / of_base:.2f}"])
     head = "| model | method | parameters | added | GFLOP of a pass | to the base's |"
     return markdown_table(head, rows)
 

@@ -1,10 +1,10 @@
-"""What speculation brings on the shipped bases: calls per code, where guesses come true, how often
+"""What speculation gains on the shipped bases: calls per code, where guesses are right, how often
 rounding changes a code, and seconds per image. docs/fewer_steps.md shows the results.
 
 python launch/lab/fewer_steps.py calls                  # OUT/calls.json and acceptance.svg
 python launch/lab/fewer_steps.py calls --dtype bfloat16 # OUT/calls_bfloat16.json
 python launch/lab/fewer_steps.py seconds --bases shapes --batches 1 4   # best on one thread
-python launch/lab/fewer_steps.py seconds --strides 1 2 4                # with a codec as well
+python launch/lab/fewer_steps.py seconds --strides 1 2 4                # also with a codec
 python launch/lab/fewer_steps.py seconds --device cuda --speed graphs   # OUT/seconds_graphs.json
 """
 
@@ -51,35 +51,38 @@ class Study:
     """What to measure."""
 
     part: tyro.conf.Positional[Literal["calls", "seconds"]]
-    """Calls and codes, which depend on no machine, or seconds."""
+    """calls: calls and codes, which depend on no machine; seconds: time per call and per image."""
     bases: tuple[str, ...] = ("shapes", "shapes-janus")
-    """Shipped bases, or checkpoint folders; of `seconds` also published shapes, such as
-    llamagen-XL, with random weights: what a call takes, not how many there are.
+    """Shipped bases or checkpoint folders. `seconds` also takes published shapes such as
+    llamagen-XL, with random weights: they show how long a call takes, not how many are needed.
     """
     ahead: tuple[int, ...] = (4, 8, 16)
-    """Windows that a call draws."""
+    """Numbers of windows per call to try."""
     batches: tuple[int, ...] = (1, 4, 16, 64)
-    """Images at once, of `seconds`."""
+    """Numbers of images drawn at once (`seconds` only)."""
     strides: tuple[int, ...] = ()
-    """Of `seconds`: draw so, too, with an untrained codec of windows as large as the largest."""
+    """Strides to try as well, with an untrained codec whose k is the largest of them (`seconds`
+    only).
+    """
     speed: Speed = "eager"
-    """How steps are run, of `seconds`; compiled compiles each contender first."""
+    """How steps are run (`seconds` only); recording or compiling is not timed."""
     device: str = "cpu"
     """auto, cpu or cuda."""
     dtype: str = "float32"
+    """Type of the weights."""
     rounds: int = 3
-    """Of `seconds`: contenders take turns, and the fastest of each counts."""
+    """How often each contender draws each batch; the fastest time counts (`seconds` only)."""
     most_calls: int = 0
-    """Of `seconds`: stop an image after so many calls; 0: never."""
+    """Stop each batch after this many calls; 0: draw whole images (`seconds` only)."""
     out: Path = Path("docs/fewer_steps")
-    """Folder of the results."""
+    """Folder for the results."""
 
 
 # -- calls and codes -------------------------------------------------------------------------------
 
 
 def conditions(model: "TensorAR", rows: int) -> "tuple[dict[str, Tensor], Tensor]":
-    """Of so many images, prompts in turn: what is prepared, and keys."""
+    """Prepared conditions and keys of this many images; the prompts repeat."""
     import torch
 
     from t2i.rng import make_keys
@@ -92,8 +95,8 @@ def conditions(model: "TensorAR", rows: int) -> "tuple[dict[str, Tensor], Tensor
 def courses(
     model: "TensorAR", config: "SamplingConfig", ahead: int
 ) -> "tuple[Tensor, list[list[int]]]":
-    """Windows of an image of every prompt, and of each the window that was settled last after
-    every call that it needed.
+    """The windows of one image per prompt, and for each image the last settled window after each
+    call that it needed.
     """
     import torch
 
@@ -117,31 +120,28 @@ def courses(
 def first_difference(
     model: "TensorAR", config: "SamplingConfig", plain: "Tensor", other: "Tensor"
 ) -> dict | None:
-    """Where windows [B, N, k, S] first differ from those drawn one by one for the same conditions,
-    and by how much the code that was drawn there beats the other: a tie within rounding is no
-    fault. None if they are equal.
+    """Where windows [B, N, k, S] first differ from those drawn one by one (`plain`), and by how
+    much the plain code's score exceeds the other's: near 0 it is a tie that rounding decided. None
+    if they are equal.
     """
-    different = (plain != other).flatten(1).nonzero()
+    different = (plain != other).nonzero()
     if not len(different):
         return None
-    row, place = different[0].tolist()
-    _, slots, subs = plain.shape[1:]
-    window, slot, sub = place // (slots * subs), place // subs % slots, place % subs
-    at = (row, window, slot, sub)
-    said = scores_at(model, config, plain, at)
+    row, window, slot, sub = at = tuple(different[0].tolist())
+    scores = scores_at(model, config, plain, at)
     return {
         "row": row,
         "window": window,
         "slot": slot,
         "sub_token": sub,
-        "gap": float(said[plain[at]] - said[other[at]]),
+        "gap": float(scores[plain[at]] - scores[other[at]]),
     }
 
 
 def scores_at(
     model: "TensorAR", config: "SamplingConfig", windows: "Tensor", at: tuple[int, int, int, int]
 ) -> "Tensor":
-    """log p + G of every code at (row, window, slot, sub-token), given what came before: [V]."""
+    """log p + G of every code at (row, window, slot, sub-token), given the codes before it: [V]."""
     import torch
 
     from t2i.rng import gumbels
@@ -154,7 +154,7 @@ def scores_at(
         window_logits,
     )
 
-    assert config.renoise == 0, "drafts are taken to be fed back as they are"
+    assert config.renoise == 0, "drafts must be fed back as they were drawn"
     row, window, slot, sub = at
     prepared, keys = conditions(model, len(windows))
     scales, geometry = guidance_table(model, config), drawn_windows(model, config)
@@ -176,27 +176,28 @@ def scores_at(
 
 
 def calls_of(model: "TensorAR", config: "SamplingConfig", ahead: int, plain: "Tensor") -> dict:
-    """A row of the table: with standard errors over prompts."""
+    """A row of the table, with standard errors over prompts."""
     from t2i.tensorar.sampler import drawn_windows
 
     windows, ends = courses(model, config, ahead)
     geometry = drawn_windows(model, config)
-    count, codes = geometry.count, geometry.final_codes
     per_code = [len(own) / geometry.tokens for own in ends]
-    # In every call the last window that it settles was not guessed, or guessed wrong.
-    guessed = [1 - sum(place in own for own in ends) / len(ends) for place in range(count)]
+    # All windows that a call settles were guessed right, except its last.
+    missed = [sum(place in own for own in ends) for place in range(geometry.count)]
+    different = geometry.final_codes(windows) != geometry.final_codes(plain)
     return {
         "ahead": ahead,
         "calls_per_code": statistics.mean(per_code),
         "stderr": statistics.stdev(per_code) / len(per_code) ** 0.5,
-        "guessed_right_by_position": [round(share, 4) for share in guessed],
-        "codes_that_differ": int((codes(windows) != codes(plain)).any(-1).sum()),
-        "images_that_differ": int((codes(windows) != codes(plain)).flatten(1).any(1).sum()),
+        "guessed_right_by_position": [round(1 - images / len(ends), 4) for images in missed],
+        "codes_that_differ": int(different.any(-1).sum()),
+        "images_that_differ": int(different.flatten(1).any(1).sum()),
         "first_difference": first_difference(model, config, plain, windows),
     }
 
 
 def study_calls(study: Study) -> Iterator[dict]:
+    """The rows of the table of calls."""
     from t2i.checkpoint import load_model
 
     for base in study.bases:
@@ -213,21 +214,20 @@ def study_calls(study: Study) -> Iterator[dict]:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Calls per code against windows a call, and where guesses come true."""
+    """Plot calls per code against windows per call, and where guesses are right."""
     from matplotlib.figure import Figure
 
     from t2i.charts import save_figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     curve, places = figure.subplots(1, 2)
-    kinds = list(dict.fromkeys((row["base"], row["cfg_scale"]) for row in rows))
-    for kind in kinds:
-        own = [row for row in rows if (row["base"], row["cfg_scale"]) == kind]
-        label = f"{kind[0]}, guidance {kind[1]:g}"
+    for base, scale in dict.fromkeys((row["base"], row["cfg_scale"]) for row in rows):
+        own = [row for row in rows if (row["base"], row["cfg_scale"]) == (base, scale)]
+        label = f"{base}, guidance {scale:g}"
         calls = [row["calls_per_code"] for row in own]
         errors = [row["stderr"] for row in own]
         curve.errorbar([row["ahead"] for row in own], calls, errors, marker="o", label=label)
-        if kind[1] > 1:
+        if scale > 1:
             places.plot(own[-1]["guessed_right_by_position"], label=label)
     curve.set(xlabel="codes a call (W)", ylabel="calls per code", ylim=(0, 1))
     curve.set_xscale("log", base=2)

@@ -1,5 +1,5 @@
-"""What a call and an image take, one by one, with speculation and with strides: the `seconds` of
-`fewer_steps.py`.
+"""Time per call and per image: one code per call, with speculation, and with strides (the part
+`seconds` of `fewer_steps.py`).
 """
 
 import time
@@ -19,14 +19,15 @@ class Way(NamedTuple):
     """How an image is drawn."""
 
     k: int
-    """Codes of a window; 1: no codec is attached."""
+    """Codes per window; 1: no codec is attached."""
     stride: int = 1
     ahead: int = 0
+    """Windows per call by speculation; 0: no speculation."""
 
 
 class Redrawing:
-    """Images, codes only, that are drawn again and again in batches, at least `PROMPTS` of them:
-    recorded or compiled once.
+    """Images (codes only) that are drawn again and again, batch by batch, with steps that are
+    recorded or compiled once: as many full batches as the prompts fill, and at least one.
     """
 
     def __init__(self, model: "TensorAR", batch: int, study: Study, way: Way):
@@ -41,34 +42,35 @@ class Redrawing:
         prepared, keys = requests(model, self.images)
         scales, subs = guidance_table(model, config), len(model.backbone.spec.subvocabs)
         self.batches = []
-        for rows in torch.arange(self.images).split(batch):
-            own = {name: value[rows] for name, value in prepared.items()}
-            with torch.no_grad():
-                condition = encode_rows(model.backbone, own, guided=scales is not None)
-            key = keys[rows].to(model.backbone.device)
-            self.batches.append((condition, key, noise_keys(key, windows, subs)))
-        condition, key, _ = self.batches[0]
         with torch.no_grad():
+            for rows in torch.arange(self.images).split(batch):
+                own = {name: value[rows] for name, value in prepared.items()}
+                condition = encode_rows(model.backbone, own, guided=scales is not None)
+                key = keys[rows].to(model.backbone.device)
+                self.batches.append((condition, key, noise_keys(key, windows, subs)))
+            condition, key, _ = self.batches[0]
             self.drawing, self.run = begin(
                 model, condition, scales, key, config, study.speed, way.ahead
             )
 
     def draw(self, number: int, most: int) -> tuple[int, float, float]:
-        """All calls of a batch, or so many of them: their number, processor seconds, seconds."""
+        """Draw batch `number`, with `most` calls at most (0: all). Returns the number of calls,
+        processor seconds and wall-clock seconds.
+        """
         from t2i.tensorar.sampler import whole_run
 
         start, calls = (time.process_time(), time.perf_counter()), 0
         self.drawing.refill(*self.batches[number])
-        # The first to be told is the prefix's call.
+        # The prefix's call comes first and is number 0, so it is not counted.
         for calls, _ in enumerate(whole_run(self.model, self.drawing, self.run)):
-            if calls == most > 0:  # 0: all
+            if calls == most > 0:
                 break
         self.drawing.windows_BNkS.sum().item()  # waits for a GPU
         return calls, time.process_time() - start[0], time.perf_counter() - start[1]
 
 
 def requests(model: "TensorAR", images: int) -> "tuple[dict[str, Tensor], Tensor]":
-    """`conditions` of so many images; of a shape with random weights, made up."""
+    """The `conditions` of this many images, or made-up ones if the model has no text encoder."""
     import torch
 
     from launch.measure.shapes import made_up
@@ -95,7 +97,7 @@ def opened(name: str, study: Study) -> "TensorAR":
 
 
 def study_seconds(study: Study) -> Iterator[dict]:
-    """Rows of the table."""
+    """The rows of the table of seconds."""
     from t2i.generation import choose_run
     from t2i.sampling import DrawOptions
     from t2i.tensorar import presets
@@ -123,22 +125,22 @@ def study_seconds(study: Study) -> Iterator[dict]:
             for way, (calls, processor, wall) in least_of_rounds(works, study).items():
                 images = works[way].images
                 row: dict = way._asdict() | {"images": images, "calls": calls}
-                row |= {"ms_per_call": 1e3 * wall / calls}
-                row |= {"processor_ms_per_call": 1e3 * processor / calls}
+                row["ms_per_call"] = 1e3 * wall / calls
+                row["processor_ms_per_call"] = 1e3 * processor / calls
                 if not study.most_calls:
-                    row |= {"s_per_image": wall / images}
-                    row |= {"processor_s_per_image": processor / images}
+                    row["s_per_image"] = wall / images
+                    row["processor_s_per_image"] = processor / images
                 yield about | row
 
 
 def least_of_rounds(
     works: dict[Way, Redrawing], study: Study
 ) -> dict[Way, tuple[int, float, float]]:
-    """Of each: calls, processor seconds and seconds of all its batches, the least of several rounds
-    for each batch. One batch after another is drawn by all.
+    """For each way, the calls, processor seconds and wall-clock seconds of all its batches, using
+    the fastest of several rounds for each batch. All ways draw a batch before the next one begins.
 
-    Not step by step, as `launch.measure.turns` does: how many calls a batch takes depends on how
-    many of its guesses come true.
+    They do not take turns step by step as in `launch.measure.turns`, because how many calls a batch
+    needs depends on how many guesses are right.
     """
     least: dict[Way, list[tuple[int, float, float]]] = {way: [] for way in works}
     for i in range(len(next(iter(works.values())).batches)):

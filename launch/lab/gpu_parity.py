@@ -1,4 +1,6 @@
-"""Parts of `gpu_check.py`: are numbers here those of the official code, and the same every way?"""
+"""Parts of `gpu_check.py` that check numbers: do they equal the official code's, and do different
+ways of computing them agree?
+"""
 
 import json
 from collections.abc import Callable
@@ -31,8 +33,8 @@ from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
 LOGITS, PIXELS = 1e-4, 5e-4  # the golden tests' tolerances, fp32
-BF16 = 0.08  # largest difference of logits in bf16, as a share of the largest logit
-GAP = 2e-3  # between logits that rounding may swap, fp32
+BF16 = 0.08  # largest allowed difference of logits in bf16, as a share of the largest logit
+GAP = 2e-3  # largest gap between two logits whose order rounding may change, fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -42,16 +44,16 @@ GREEDY = SamplingConfig(temperature=0.0)
 
 @dataclass
 class Golden:
-    """A tiny official checkpoint with what the official code made of it."""
+    """A tiny official checkpoint and what the official code computed with it."""
 
     backbone: Backbone
     prepared: dict[str, Tensor]
     codes: Tensor
-    """Codes [B, T, S] for the teacher-forced logits."""
+    """The codes [B, T, S] that `logits` were computed from."""
     logits: dict[bool, tuple[Tensor, ...]]
-    """By "drop": of each sub-token [B, T, V_s]."""
+    """Teacher-forced logits of each sub-token [B, T, V_s], by whether the condition was dropped."""
     greedy: list[tuple[SamplingConfig, Tensor]]
-    """Settings and the codes [B, T, S] they give."""
+    """Sampling settings and the codes [B, T, S] drawn with them."""
 
 
 def _stored(case: GoldenCase, name: str) -> bool:
@@ -61,7 +63,7 @@ def _stored(case: GoldenCase, name: str) -> bool:
 def _forced(
     case: GoldenCase, *, null: str = "null", parts: tuple[str, ...] = ("",)
 ) -> dict[bool, tuple[Tensor, ...]]:
-    """Stored teacher-forced logits of each sub-token, by whether the condition was dropped."""
+    """`Golden.logits` as the case stores them."""
     return {
         drop: tuple(case.expected(f"tf_logits_{part}{null if drop else 'cond'}") for part in parts)
         for drop in (False, True)
@@ -150,7 +152,9 @@ FAMILIES = {
 
 
 def golden(device: torch.device, tiny: bool) -> Rows:
-    """Each golden checkpoint in fp32 and bf16, where one rounding changes all codes that follow."""
+    """Compare each golden checkpoint in fp32 and bf16. In bf16, greedy codes need not be equal: one
+    code that rounding changes also changes those after it.
+    """
     for family, read in FAMILIES.items():
         for parameter in helpers.golden_cases(family):
             case = parameter.values[0]
@@ -183,6 +187,7 @@ def compare(read, case: GoldenCase, device: torch.device, dtype: str) -> dict:
 
 
 def difference(ours, expected) -> float:
+    """The largest absolute difference."""
     return max((a.cpu() - b).abs().max().item() for a, b in zip(ours, expected, strict=True))
 
 
@@ -197,11 +202,7 @@ def greedy(model: TensorAR, prepared: dict[str, Tensor], run: SamplingConfig) ->
 
 
 def drawn(
-    model: TensorAR,
-    prepared: dict,
-    keys: Tensor,
-    run: SamplingConfig,
-    speed: Speed = "eager",
+    model: TensorAR, prepared: dict, keys: Tensor, run: SamplingConfig, speed: Speed = "eager"
 ) -> Tensor:
     return model.windows.final_codes(sample_windows(model, prepared, keys, run, speed=speed))
 
@@ -210,7 +211,7 @@ def drawn(
 
 
 def tokenizers(device: torch.device, tiny: bool) -> Rows:
-    """Each golden image tokenizer in fp32, as it is always used."""
+    """Compare each golden image tokenizer, in fp32, which tokenizers always use."""
     for family, read in TOKENIZERS.items():
         for parameter in helpers.golden_cases(family):
             case = parameter.values[0]
@@ -256,7 +257,7 @@ TOKENIZERS = {
 }
 
 
-# -- one thing, several ways -----------------------------------------------------------------------
+# -- the same numbers in several ways --------------------------------------------------------------
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "llamagen class": lambda: helpers.tiny_llamagen("class"),
@@ -272,7 +273,7 @@ SHIPPED: dict[str, Callable[[], Backbone]] = {
 
 
 def identities(device: torch.device, tiny: bool) -> Rows:
-    """Each kind of backbone, tiny with random weights, and the shipped bases, in fp32 and bf16."""
+    """Check a tiny random model of each kind, and the shipped bases, in fp32 and bf16."""
     for name, build in (BACKBONES if tiny else BACKBONES | SHIPPED).items():
         for dtype in DTYPES:
             about = {"backbone": name, "dtype": dtype}
@@ -287,7 +288,7 @@ def several_ways(
     base, refined = (TensorAR(backbone, m()).eval() for m in (presets.base, presets.iclr2026))
     prepared = {
         k: v.to(device, DTYPES[dtype] if v.is_floating_point() else None)
-        for k, v in _conditions(backbone, batch).items()
+        for k, v in helpers.tiny_prepared(backbone, batch).items()
     }
     codes = helpers.tiny_codes(backbone, batch, backbone.spec.num_tokens).to(device)
     with torch.device(device):
@@ -316,7 +317,7 @@ def several_ways(
 
 
 def same_codes(device: torch.device, tiny: bool) -> Rows:
-    """Shipped bases and a published shape, by every way of running the steps that is there."""
+    """Check shipped bases and a published shape with every way of running steps on this device."""
     builds = SHIPPED | {"LlamaGen-B": lambda: open_backbone("llamagen-B", DTYPES["fp32"], device)}
     if tiny:
         builds = {"llamagen class": BACKBONES["llamagen class"]}
@@ -330,11 +331,13 @@ def same_codes(device: torch.device, tiny: bool) -> Rows:
 def by_speed(
     build: Callable[[], Backbone], device: torch.device, speed: Speed, batch: int = 4
 ) -> dict:
-    """Two batches one after another, so that what was recorded is used again."""
+    """Compare greedy codes at this speed with eager ones. Each batch is drawn twice, so that what
+    was recorded or compiled is used again.
+    """
     torch.compiler.reset()
     backbone = build().to(device, DTYPES["fp32"])
     base, refined = (TensorAR(backbone, m()).eval() for m in (presets.base, presets.iclr2026))
-    prepared = {k: v.to(device) for k, v in _conditions(backbone, batch).items()}
+    prepared = {k: v.to(device) for k, v in helpers.tiny_prepared(backbone, batch).items()}
     keys = torch.zeros(batch, dtype=torch.long)
     found: dict = {}
     for k, model in ((1, base), (4, refined)):
@@ -349,9 +352,8 @@ def by_speed(
 def preference(
     base: TensorAR, prepared: dict, codes: Tensor, others: Tensor, device: torch.device
 ) -> float:
-    """How much the base prefers codes [B, T, 1] where others differ first: largest gap of logits.
-
-    An untrained TensorAR predicts what its base does.
+    """Where `others` first differ from codes [B, T, 1], by how much the base prefers `codes`: the
+    largest gap of logits over images. (An untrained TensorAR predicts the same as its base.)
     """
     with torch.device(device):
         (logits,) = helpers.teacher_forced(base, prepared, codes)
@@ -359,9 +361,3 @@ def preference(
     first = differ & (differ.cumsum(1) == 1)
     picked = [logits.gather(-1, c)[..., 0] for c in (codes, others)]
     return (picked[0] - picked[1])[first].abs().max().item() if first.any() else 0.0
-
-
-def _conditions(backbone: Backbone, batch: int) -> dict[str, Tensor]:
-    if backbone.frozen.text_encoder is not None:
-        return backbone.prepare([helpers.JANUS_PROMPTS[i % 3] for i in range(batch)])
-    return helpers.tiny_prepared(backbone, batch)

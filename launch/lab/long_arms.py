@@ -1,4 +1,4 @@
-"""The arms of `long_grid.py`: what is trained on, and how."""
+"""The arms of `long_grid.py`: what each one trains, and how."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 BASE, CONTROL, FALLING = "base", "control", "control, falling rate"
 _MOST = 0.4
-"""Largest share of a sample's context that is changed: about what the nearest draft suffers."""
+"""Largest share of a sample's codes that noise replaces: about the noise of the nearest draft."""
 _OWN = 0.5
-"""The same of a model's own samples."""
+"""Largest share of a sample's codes that the model's own samples replace."""
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,27 @@ class LongArm:
     name: str
     method: TensorARConfig
     trained: bool = True
-    """False: the base as it is."""
+    """False: examine the base without training it."""
     falls: bool = True
-    """The backbone's rate falls to zero, as the codec's always does."""
+    """Let the backbone's learning rate fall to zero, as the codec's always does."""
     optim: dict = field(default_factory=dict)
     """Further overrides of `OptimOptions`."""
     objective: str = "method"
     """A name in `_objectives`."""
     control: str = FALLING
-    """The arm that it is compared with: it shares all but the idea."""
+    """The arm to compare with, which differs only in the idea that is tried."""
     ways: dict[str, dict] = field(default_factory=dict)
-    """Further ways of drawing from its result, by name: changes to the base's own sampling, and
-    options of `long_ways.draw`.
+    """Further ways of drawing from the trained model, by name: changes to the base's own sampling
+    settings, and options of `long_ways.draw`.
     """
     away: tuple[float, ...] = ()
-    """Begin with the control's result, train briefly on own samples, and step away from what comes
-    of it by these weights (Neon, arXiv 2510.03597).
+    """If given: start from the trained control, train it briefly on its own samples, and step away
+    from the result, with each of these step sizes (Neon, arXiv 2510.03597).
     """
 
 
 def _objectives() -> dict[str, Callable[["TensorAR"], "Objective"]]:
+    """Functions that make an objective, by name."""
     from launch.lab import long_objectives as o
 
     return {
@@ -60,7 +61,7 @@ def _objectives() -> dict[str, Callable[["TensorAR"], "Objective"]]:
 
 
 def objective(name: str, model: "TensorAR") -> "Objective":
-    """What is trained on, by name."""
+    """A new objective of this name."""
     return _objectives()[name](model)
 
 
@@ -134,13 +135,13 @@ _ABLATION = (
 )
 
 
-# -- short runs: every rate but the codec's stays as it is -----------------------------------------
+# -- short runs: only the codec's learning rate falls ----------------------------------------------
 def _short(name: str, method: TensorARConfig, **changes) -> LongArm:
     return LongArm(name, method, falls=False, control=CONTROL, **changes)
 
 
 def _tuned(name: str, *, ways: dict | None = None, optim: dict | None = None, **method) -> LongArm:
-    """The tuned preset with a faster codec; the levers of the grid are changes to it."""
+    """The tuned preset with a higher codec rate and these changes to it."""
     return _short(name, presets.tuned(**method), optim=_FAST | (optim or {}), ways=ways or {})
 
 
@@ -176,7 +177,9 @@ _LEVERS = (
 )
 _DEEP: dict[str, Any] = {"depth": 2, "mlp": True, "slot_weights": (1.0, 1.0), "detach": True}
 _LONGER = (
-    *(_short(CONTROL, _BASE), _tuned("tuned"), _tuned("own drafts only", own_drafts=1.0)),
+    _short(CONTROL, _BASE),
+    _tuned("tuned"),
+    _tuned("own drafts only", own_drafts=1.0),
     _tuned("deep codec, full weights, detached", ways={"window 1": {"window": 1}}, **_DEEP),
 )
 
@@ -188,4 +191,4 @@ LONG_GRIDS: dict[str, tuple[tuple[LongArm, ...], ...]] = {
     "ablation": (_ABLATION,),
     "check": ((_CORE[1], _CORE[3]),),
 }
-"""Arms by stage: a stage begins when the one before is done with all seeds."""
+"""The arms of each grid, by stage: all seeds of a stage come before the next stage."""

@@ -1,12 +1,11 @@
-"""The shapes world as codes that lie on the device, for `long_steps.py`.
+"""The shapes world as codes on the device, for `long_steps.py`.
 
-Scenes are drawn and encoded once; a run's batches, with the keys of their noise, are those of
-`t2i.training.batches` for the same seed, worked out for all steps beforehand.
+Scenes are drawn and encoded once. A run's batches and noise keys are computed in advance for all
+steps; for the same seed they equal those of `t2i.training.batches`.
 
-Shapes: n samples, T codes of an image, R steps, B samples of a step, P prefix.
+Shapes: n samples, T codes of an image, R steps, B samples of a step.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +24,7 @@ from t2i.training.batches import Batch, noise_and_drop
 from t2i.training.config import TrainConfig
 
 HELD_OUT_ROWS = 256
-"""Held-out samples that pass the model at once."""
+"""Held-out samples per batch."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +34,28 @@ class EncodedScenes:
     codes_nT: Tensor
     """int64"""
     captions_n: Tensor
-    """int64, rows of `prepared`"""
+    """Each sample's row of `prepared`, int64."""
     prepared: dict[str, Tensor]
-    """Every caption of the world as the backbone reads it."""
+    """The prepared conditions of every caption of the world."""
 
     def rows(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Codes [B, T, 1] and conditions of some samples."""
+        """Codes [B, T, 1] and conditions of the samples with these indices."""
         captions = self.captions_n[indices]
         return self.codes_nT[indices][..., None], {k: v[captions] for k, v in self.prepared.items()}
 
 
 def every_caption_prepared(backbone: Backbone) -> dict[str, Tensor]:
-    """Every caption of the world, on the backbone's device, in the order of `every_caption`."""
+    """The conditions of every caption of the world, in the order of `every_caption`, on the
+    backbone's device.
+    """
     captions = every_caption()
     parts = [backbone.prepare(captions[i : i + 512]) for i in range(0, len(captions), 512)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def drawn_scenes(backbone: Backbone, tokenizer: Path, count: int, folder: Path, workers: int):
+def drawn_scenes(
+    backbone: Backbone, tokenizer: Path, count: int, folder: Path, workers: int
+) -> EncodedScenes:
     """Scenes 0..count-1 of the fine-tuning world; their codes are kept in the folder."""
     device = backbone.device
     recipe = CaptionBase(
@@ -70,26 +73,26 @@ class Order:
 
     scenes: EncodedScenes
     samples_RB: Tensor
-    """int64, of the scenes"""
+    """Indices of scenes, int64."""
     keys_RB: Tensor
-    """int64, of the noise"""
+    """Keys of the noise, int64."""
     drop_RB: Tensor
-    """bool, captions that are dropped"""
+    """Whether the caption is dropped, bool."""
 
     def batch(self, step: Tensor) -> Batch:
-        """The batch of a step, int64 [1] on the device; its progress is a number there, too."""
+        """The batch of a step (int64 [1] on the device)."""
         samples, keys, drop = (
             table.index_select(0, step)[0]
             for table in (self.samples_RB, self.keys_RB, self.drop_RB)
         )
         codes, prepared = self.scenes.rows(samples)
-        # A tensor, which adds and multiplies like a number and stays on the device.
+        # A tensor used like a number, so that nothing is read back from the device.
         progress = cast("float", step[0] / len(self.samples_RB))
         return Batch(codes, prepared, keys, drop, progress, samples)
 
 
 def order(scenes: EncodedScenes, config: TrainConfig, train: Tensor) -> Order:
-    """The batches of `config.steps` steps over these samples, as `TrainingData` has them."""
+    """The batches of `config.steps` steps over the samples `train`, equal to `TrainingData`'s."""
     device, steps, size = scenes.codes_nT.device, config.steps, config.batch_size
     assert steps is not None
     position_RB = torch.arange(steps * size).view(steps, size)
@@ -104,8 +107,8 @@ def _positions(steps: int, size: int, count: int, seed: int) -> Tensor:
     return torch.tensor(found).view(steps, size)
 
 
-def held_out_batches(scenes: EncodedScenes, held_out: Tensor) -> Sequence[Batch]:
-    """The held-out samples with fixed noise, nothing dropped."""
+def held_out_batches(scenes: EncodedScenes, held_out: Tensor) -> list[Batch]:
+    """The held-out samples in batches, with fixed noise keys and no dropped captions."""
     device, batches = scenes.codes_nT.device, []
     for indices in held_out.split(HELD_OUT_ROWS):
         codes, prepared = scenes.rows(indices.to(device))

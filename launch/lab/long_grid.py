@@ -1,15 +1,15 @@
-"""A grid of fine-tunings on the shapes world, several at once on one GPU; a JSON line for each
-result.
+"""Run a grid of fine-tunings on the shapes world, several at once on one GPU, and write a JSON line
+for each result.
 
-Data, loss, order and optimizer are those of the kit's own loop (`long_steps.py`), but a step is one
-recorded graph, so that 3,000 steps of a small model take seconds. What is in OUT/results.jsonl is
-not done again.
+Data, loss, batch order and optimizer are those of the kit's own training loop, but a step is one
+recorded CUDA graph (`long_steps.py`), so 3,000 steps of a small model take seconds. Runs whose
+results are in OUT/results.jsonl are skipped.
 
     python launch/lab/long_grid.py long --bases 1m=runs/bases/1m 7m=runs/bases/7m --minutes 5
     python launch/lab/long_grid.py levers --bases 1m=runs/bases/1m --steps 100 --images 3000
     python launch/lab/long_report.py                 # tables and plot
 
-On a CPU it does the same, slowly.
+It also runs on a CPU, but slowly.
 """
 
 import sys
@@ -42,17 +42,17 @@ class LongGrid:
     grid: Positional[str]
     """Name of a grid in launch/lab/long_arms.py."""
     out: Path = Path("runs/long")
-    """Codes and results.jsonl."""
+    """Folder for results.jsonl, the scenes' codes and the weights of controls."""
     bases: tuple[str, ...] = ("7m=shapes",)
-    """Base models to start from, name=folder; all have one image tokenizer."""
+    """Base models to start from, each as name=folder; all must have the same image tokenizer."""
     arms: tuple[str, ...] = ()
-    """Only these arms of the grid."""
+    """Arms of the grid to run; default: all of them."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Training seeds; they seed the sampling as well."""
+    """Training seeds, also used for sampling."""
     steps: int = 3000
     """Optimizer steps of each run."""
     batch_size: int = 32
-    """Samples of a step."""
+    """Samples per step."""
     images: int = 48_000
     """Scenes to train on."""
     held_out: int = 1024
@@ -64,13 +64,13 @@ class LongGrid:
     draw_batch: int = 960
     """Images drawn at once."""
     precision: Literal["fp32", "autocast"] = "autocast"
-    """Of training."""
+    """Precision of training; autocast computes in bf16."""
     at_once: int = 4
-    """Runs that share the GPU; on a CPU one."""
+    """Runs that share the GPU at the same time; on a CPU always one."""
     workers: int = 2
-    """Processes that draw scenes and judge images."""
+    """Processes that draw scenes and judge images; 0: do both in this process."""
     minutes: float = 1e9
-    """Begin no run after so long."""
+    """Start no further run after this many minutes."""
     device: str = "auto"
     """auto, cpu or cuda."""
     record: bool = True
@@ -82,14 +82,14 @@ class LongGrid:
         for seed in self.seeds:
             check_seed(seed)
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
-            raise UserError(f"seeds={self.seeds} must be different ones, and at least one")
+            raise UserError(f"seeds={self.seeds}: give at least one seed, and none of them twice")
         if min(self.workers, self.minutes) < 0:
             raise UserError(
                 f"workers={self.workers} and minutes={self.minutes} must not be negative"
             )
 
     def trained(self) -> list:
-        """What a trained model depends on, besides its arm and seed."""
+        """The settings that a trained model depends on, besides base, arm and seed."""
         return [self.steps, self.batch_size, self.images, self.held_out, self.precision]
 
 
@@ -103,7 +103,7 @@ class LongRun:
     seed: int
 
     def config(self, grid: LongGrid) -> TrainConfig:
-        """The settings of the kit's own loop."""
+        """The run's settings for the kit's own training loop."""
         recipe = text_recipes()["shapes-control"][1]
         optim = replace(recipe.optim, backbone_falls=self.arm.falls, **self.arm.optim)
         return replace(
@@ -120,7 +120,7 @@ class LongRun:
     def key(self, grid: LongGrid) -> str:
         """Identifies the result by everything that it depends on."""
         arm = asdict(replace(self.arm, control=""))
-        # Without what older results do not say: they keep their keys.
+        # Newer fields are left out at their defaults, so that older results keep their keys.
         arm = {k: v for k, v in arm.items() if (k, v) not in (("trained", True), ("ways", {}))}
         given = [arm, *grid.trained(), grid.prompts_per_task, grid.samples]
         return f"{self.base}/{self.arm.name}/{self.seed}/{json_sha256(given)[:8]}"
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def do_what_is_left(grid: LongGrid) -> None:
-    """Do the runs of which there is no result."""
+    """Do the runs that have no result yet."""
     runs = planned(grid)
     writable_folder(grid.out)
     done = {line["key"] for line in results(grid.out)}
@@ -142,10 +142,10 @@ def do_what_is_left(grid: LongGrid) -> None:
 
 
 def planned(grid: LongGrid) -> list[LongRun]:
-    """All runs, the most telling first; and each base as it is.
+    """All runs of the grid, the most informative first.
 
     Raises:
-        UserError: there is no such grid or arm.
+        UserError: there is no such grid or arm, or a base is not name=folder.
     """
     if grid.grid not in LONG_GRIDS:
         raise UserError(f"unknown grid {grid.grid!r}; choose one of {', '.join(LONG_GRIDS)}")
@@ -157,7 +157,7 @@ def planned(grid: LongGrid) -> list[LongRun]:
         )
     bases = [base.partition("=") for base in grid.bases]
     if not all(weights for _, _, weights in bases):
-        raise UserError(f"bases={grid.bases}: write name=folder")
+        raise UserError(f"bases={grid.bases}: write each as name=folder")
     return [
         LongRun(base, weights, arm, seed)
         for stage in stages
@@ -169,7 +169,7 @@ def planned(grid: LongGrid) -> list[LongRun]:
 
 
 def do(runs: list[LongRun], grid: LongGrid) -> None:
-    """Do the runs, several at once, until time is up."""
+    """Do the runs, several at once, until time is up; UserError at the end if some failed."""
     from launch.lab.long_world import GridWorld
 
     end = time.time() + 60 * grid.minutes
@@ -186,7 +186,7 @@ def do(runs: list[LongRun], grid: LongGrid) -> None:
                 run = queue.pop(0)
             try:
                 world.do(run, stream)
-            except Exception:  # leaves the others alone
+            except Exception:  # the other runs go on
                 failed.append(f"{run.base}, {run.arm.name}, seed {run.seed}")
                 print(f"FAILED: {failed[-1]}", flush=True)
                 traceback.print_exc()
@@ -199,9 +199,9 @@ def do(runs: list[LongRun], grid: LongGrid) -> None:
         thread.join()
     world.close()
     if queue:
-        print(f"time is up: {len(queue)} runs were not begun", flush=True)
+        print(f"time is up: {len(queue)} runs were not started", flush=True)
     if failed:
-        raise UserError(f"{len(failed)} runs failed, as told above: {', '.join(failed)}")
+        raise UserError(f"{len(failed)} runs failed (errors above): {', '.join(failed)}")
 
 
 if __name__ == "__main__":

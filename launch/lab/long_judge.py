@@ -1,6 +1,6 @@
-"""What the models of `long_grid.py` draw, and what is said of it: GenEval's verdicts by the exact
-detector, in processes of their own, and distances to true scenes of the same prompts in features of
-the image tokenizer; further the held-out losses, and how drafts compare to final codes.
+"""Examining the models of `long_grid.py`. What they draw gets GenEval's verdicts by the exact
+detector, in separate processes, and is compared with true scenes of the same prompts by features of
+the image tokenizer. On held-out scenes: the losses, and how drafts compare with final codes.
 
 Shapes: n images, P prompts, F features, B batch, N windows, k slots, V vocabulary.
 """
@@ -38,32 +38,32 @@ from t2i.training.batches import Batch
 from t2i.training.validation import Validation, batch_losses
 
 _AT_ONCE = 32
-"""Images that a process judges, or scenes that it draws, at once."""
+"""Images that a process judges, or scenes that it draws, per task."""
 _POOLED = 2
-"""Features are the encoder's channels, averaged over so many parts of height and of width."""
+"""Features are the encoder's channels, averaged over a grid of 2 x 2 parts of the image."""
 
 
 @dataclass(frozen=True)
 class JudgedPrompts:
-    """Prompts, true scenes of them, and how many images of each are drawn."""
+    """Prompts with true scenes of them; `n` counts images, prompt by prompt."""
 
     metadata: list[dict]
+    """One entry per prompt."""
+    entries: list[dict]
+    """One entry per image."""
     samples: int
+    """Images per prompt."""
     captions_n: Tensor
-    """Of every image, prompt by prompt: its caption's number in `every_caption`."""
+    """The number of each image's caption in `every_caption`."""
     jobs: tuple[Tensor, Tensor]
-    """Of every image, prompt index and sample index."""
+    """Prompt index and sample index of each image."""
     truth_nF: Tensor
+    """Features of the true scenes."""
     truth: Statistics
-
-    @property
-    def entries(self) -> list[dict]:
-        """The metadata of every image."""
-        return [entry for entry in self.metadata for _ in range(self.samples)]
 
 
 def true_scenes(entries: Sequence[dict], first: int) -> np.ndarray:
-    """A scene for each entry, uint8 [n, H, W, 3]; `first` is the number of the first one."""
+    """A true scene for each entry, uint8 [n, H, W, 3]; entries are numbered from `first`."""
     scenes = [
         arrange(random.Random(f"shapes truth {first + i}"), entry)
         for i, entry in enumerate(entries)
@@ -74,19 +74,19 @@ def true_scenes(entries: Sequence[dict], first: int) -> np.ndarray:
 def open_benchmark(
     tokenizer: VQTokenizer, per_task: int, samples: int, pool: Executor
 ) -> JudgedPrompts:
-    """The shapes world's prompts with their truth; the tokenizer is on the device."""
+    """The shapes world's prompts with true scenes, on the tokenizer's device."""
     metadata = benchmark_prompts(0, per_task)
     entries = [entry for entry in metadata for _ in range(samples)]
     starts = range(0, len(entries), _AT_ONCE)
     drawn = list(pool.map(true_scenes, [entries[i : i + _AT_ONCE] for i in starts], starts))
     numbers = {caption: i for i, caption in enumerate(every_caption())}
     truth = features(tokenizer, np.concatenate(drawn))
-    device = truth.device
     jobs = torch.cartesian_prod(torch.arange(len(metadata)), torch.arange(samples)).view(-1, 2)
     return JudgedPrompts(
         metadata=metadata,
+        entries=entries,
         samples=samples,
-        captions_n=torch.tensor([numbers[e["prompt"]] for e in entries], device=device),
+        captions_n=torch.tensor([numbers[e["prompt"]] for e in entries], device=truth.device),
         jobs=(jobs[:, 0], jobs[:, 1]),
         truth_nF=truth,
         truth=feature_statistics(truth),
@@ -95,7 +95,7 @@ def open_benchmark(
 
 @torch.no_grad()
 def features(tokenizer: VQTokenizer, images_nHWC: np.ndarray) -> Tensor:
-    """fp32 [n, F] of uint8 images, by the tokenizer's encoder before its codebook."""
+    """Features fp32 [n, F] of uint8 images, from the tokenizer's encoder (before the codebook)."""
     device, parts = next(tokenizer.parameters()).device, []
     for i in range(0, len(images_nHWC), 512):
         channels = tokenizer.encoder(to_pixels(images_nHWC[i : i + 512], device))
@@ -105,7 +105,7 @@ def features(tokenizer: VQTokenizer, images_nHWC: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class DrawnImages:
-    """What a model drew of a benchmark."""
+    """A model's images for all prompts of a benchmark."""
 
     windows_nNkS: Tensor
     geometry: Windows
@@ -122,9 +122,10 @@ def draw(
     way: dict,
     batch: int,
 ) -> DrawnImages:
-    """Draw all images, each by its key, in batches of one size; `prepared` has every caption.
+    """Draw all images, each with its key, in batches of one size.
 
-    way: changes to the model's own sampling, and options of `long_ways.draw`.
+    prepared: the conditions of every caption.
+    way: changes to the model's own sampling settings, and options of `long_ways.draw`.
     """
     extra = {name: way[name] for name in ("noise", "again") if name in way}
     settings = replace(model.sampling, **{n: v for n, v in way.items() if n not in extra})
@@ -148,7 +149,7 @@ def judged(images: np.ndarray, entries: Sequence[dict]) -> list[bool]:
 
 
 def ask_verdicts(drawing: DrawnImages, benchmark: JudgedPrompts, pool: Executor) -> list[Future]:
-    """Have the images judged by the processes of a pool."""
+    """Have a pool's processes judge the images; `score` reads the answers."""
     entries = benchmark.entries
     return [
         pool.submit(judged, drawing.images[i : i + _AT_ONCE], entries[i : i + _AT_ONCE])
@@ -157,17 +158,17 @@ def ask_verdicts(drawing: DrawnImages, benchmark: JudgedPrompts, pool: Executor)
 
 
 def score(answers: Sequence[Future], benchmark: JudgedPrompts) -> dict:
-    """What `scores` says of such verdicts, once they are there."""
+    """The `scores` of the verdicts; waits for them."""
     verdicts = [verdict for answer in answers for verdict in answer.result()]
     return scores(verdicts, benchmark.metadata, benchmark.samples)
 
 
 # -- pictures as a whole ---------------------------------------------------------------------------
 def likeness(drawing: DrawnImages, benchmark: JudgedPrompts, tokenizer: VQTokenizer) -> dict:
-    """How drawn images compare to true ones of the same prompts.
+    """Compare drawn images with true ones of the same prompts, by their features.
 
-    distance: Fréchet's, between the features of all; precision and recall: as in `measures`;
-    spread: mean distance between images of a prompt, relative to true ones'.
+    distance: Fréchet distance; precision and recall: as in `measures`; spread: mean distance
+    between images of the same prompt, as a multiple of that between true ones.
     """
     drawn_nF, each = features(tokenizer, drawing.images), benchmark.samples
     manifold = compare_manifolds(benchmark.truth_nF, drawn_nF, full_distances)
@@ -190,36 +191,37 @@ def _spread(features_nF: Tensor, each: int) -> float:
 # -- held out --------------------------------------------------------------------------------------
 @torch.no_grad()
 def held_out(model: TensorAR, batches: Sequence[Batch]) -> dict:
-    """The held-out losses by slot, as `t2i.training.validation` has them, and what drafts know."""
-    total, known = torch.zeros(2, 2, model.config.k), []
+    """The held-out losses by slot, as in `t2i.training.validation`, and `drafts_and_finals`."""
+    total, drafts = torch.zeros(2, 2, model.config.k), []
     for batch in batches:
         losses, own = batch_losses(model, batch)
         total += losses
         if model.config.k > 1:
-            known.append(drafts_and_finals(model, batch, own))
+            drafts.append(drafts_and_finals(model, batch, own))
     found: dict = {"losses": Validation(*(total[:, 0] / total[:, 1]).tolist()).metrics()}
-    if known:
-        found["drafts"] = {name: v.mean(0).tolist() for name, v in _together(known).items()}
+    if drafts:
+        found["drafts"] = {
+            name: torch.stack([part[name] for part in drafts]).mean(0).tolist()
+            for name in drafts[0]
+        }
     return found
 
 
-def _together(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-
-
 def drafts_and_finals(model: TensorAR, batch: Batch, windows: Tensor) -> dict[str, Tensor]:
-    """With windows of own drafts as input, by slot 1 .. k-1, over positions that went through all
-    slots: the total variation between what is predicted of a position there and in slot 0; and how
-    often a draft, drawn from the former, is the true code. Both are [k - 1].
+    """How predictions for a position in slots 1 .. k-1 compare with its final prediction in slot 0.
+
+    Windows of own drafts are the input, and positions that went through all slots count. For each
+    draft slot, [k - 1]: "total_variation" between the two predictions, and "right", how often a
+    draft drawn from its prediction is the true code.
     """
     condition, k = model.backbone.encode_condition(batch.prepared), model.config.k
     d_BNkD = model.decode_slots(model.hidden(condition, windows))
     p_BNkV = model.backbone.next_logits(d_BNkD, windows[..., :0]).softmax(-1)
     truth_BN = batch.codes[..., 0]
     final = p_BNkV[:, k:, 0]
-    far, right = [], []
+    variation, right = [], []
     for j in range(1, k):
         of_draft = p_BNkV[:, k - j : len(truth_BN[0]) - j, j]
-        far.append((of_draft - final).abs().sum(-1).mean() / 2)
+        variation.append((of_draft - final).abs().sum(-1).mean() / 2)
         right.append(of_draft.gather(-1, truth_BN[:, k:, None]).mean())
-    return {"total_variation": torch.stack(far), "right": torch.stack(right)}
+    return {"total_variation": torch.stack(variation), "right": torch.stack(right)}

@@ -1,11 +1,11 @@
-"""The tables and the plot of docs/recipe.md, from the results of `launch/lab/long_grid.py`.
+"""Make the tables and the plot of docs/recipe.md from the results of `launch/lab/long_grid.py`.
 
     python launch/lab/long_report.py --results docs/recipe/presets/results.jsonl \\
         --out docs/recipe/presets
 
-Every arm is compared with the control that shares its steps, data and rates, seed by seed and
-prompt by prompt. A standard error of a score is the larger of two, over seeds and over prompts; all
-others are over seeds.
+Every arm is compared with the control that has the same steps, data and rates, for the same seeds
+and prompts. A score's standard error is the larger of those over seeds and over prompts; all other
+standard errors are over seeds.
 
 Shapes: R seeds, P prompts.
 """
@@ -28,10 +28,25 @@ from t2i.files import read_json_lines, writable_folder, write_text
 
 _OWN, _NOISED = "validation/own_drafts/slot0", "validation/noised_truth/slot0"
 _NUMBERS = (
-    *(("distance", "distance", 1, 2), ("recall", "recall", 1, 3), ("spread", "spread", 1, 3)),
-    *(("loss on own drafts (mnat)", _OWN, 1000, 1), ("on noised truth (mnat)", _NOISED, 1000, 1)),
+    ("distance", "distance", 1, 2),
+    ("recall", "recall", 1, 3),
+    ("spread", "spread", 1, 3),
+    ("loss on own drafts (mnat)", _OWN, 1000, 1),
+    ("on noised truth (mnat)", _NOISED, 1000, 1),
 )
-"""Columns of the main table: head, name in a line or of a held-out loss, scale and digits."""
+"""Further columns of the main table: head, `number`'s name, scale, digits."""
+_DRAFTS = (
+    ("total variation to the final distribution, slots 1 .. k-1", "drafts", "total_variation"),
+    ("draft right", "drafts", "right"),
+    ("flipped between stages", "changes", "flipped"),
+    ("stages that agree with the final", "changes", "agreeing"),
+    ("last draft right", "repairs", "draft_right"),
+    ("corrected", "repairs", "corrected"),
+    ("by the control", "repairs", "control_corrected"),
+    ("spoilt", "repairs", "spoilt"),
+    ("by the control", "repairs", "control_spoilt"),
+)
+"""Further columns of the table of drafts: head, and where a line has the numbers."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +54,13 @@ class LongReport:
     """What to read and where to write."""
 
     results: Path = Path("runs/long/results.jsonl")
-    """Lines of `launch/lab/long_grid.py`."""
+    """Result lines of `launch/lab/long_grid.py`."""
     out: Path = Path("runs/long-report")
     """Folder for tables.md and differences.svg."""
 
 
 class Lines:
-    """Result lines by base and arm; each a dictionary by seed."""
+    """Result lines by base, arm and seed."""
 
     def __init__(self, lines: list[dict]):
         self.found: dict[tuple[str, str], dict[int, dict]] = {}
@@ -56,7 +71,7 @@ class Lines:
         return sorted({base for base, _ in self.found})
 
     def arms(self, base: str) -> dict[str, list[dict]]:
-        """Lines of each arm by seed, in the order in which arms were done."""
+        """The lines of each arm, sorted by seed; arms are in the order in which they were run."""
         return {
             arm: [line for _, line in sorted(by_seed.items())]
             for (of, arm), by_seed in self.found.items()
@@ -64,7 +79,7 @@ class Lines:
         }
 
     def pairs(self, base: str, arm: str) -> list[tuple[dict, dict]]:
-        """Lines of the seeds that the arm and its control share; none of a control."""
+        """The arm's line and its control's for each seed that has both; empty for a control."""
         ours = self.found[base, arm]
         name = next(iter(ours.values()))["control"]
         control = self.found.get((base, name), {}) if name != arm else {}
@@ -72,7 +87,7 @@ class Lines:
 
 
 def gain(pairs: list[tuple[dict, dict]]) -> Estimate | None:
-    """Of the score against the control."""
+    """The arm's score minus its control's; None if there is no pair."""
     if not pairs:
         return None
     ours, control = zip(*pairs, strict=True)
@@ -80,18 +95,18 @@ def gain(pairs: list[tuple[dict, dict]]) -> Estimate | None:
 
 
 def number(line: dict, name: str) -> float:
-    """Of a line, or a held-out loss; NaN if there is none."""
+    """The number or held-out loss of this name in a line; NaN if the line has neither."""
     return line.get(name, line.get("losses", {}).get(name, float("nan")))
 
 
 def difference(pairs: list[tuple[dict, dict]], name: str, scale: float = 1) -> Estimate:
-    """Of such a number against the control."""
+    """The arm's `number` minus its control's."""
     return over_seeds([scale * (number(a, name) - number(b, name)) for a, b in pairs])
 
 
 def main_table(lines: Lines, base: str) -> str:
-    """One row per arm: the score, and numbers as differences to its control, of controls as they
-    are.
+    """One row per arm: its score, and its numbers as differences from its control's; a control's
+    own numbers are shown as they are.
     """
     head = ["arm", "seeds", "score", "score less its control's", *(n[0] for n in _NUMBERS)]
     rows = []
@@ -103,14 +118,14 @@ def main_table(lines: Lines, base: str) -> str:
         for _, name, scale, digits in _NUMBERS:
             values = [scale * number(line, name) for line in own]
             found = difference(pairs, name, scale) if pairs else over_seeds(values)
-            told = found.told(digits, signed=bool(pairs))
-            cells.append("" if np.isnan(found.mean) else told)
+            cell = found.told(digits, signed=bool(pairs))
+            cells.append("" if np.isnan(found.mean) else cell)
         rows.append(cells)
     return table(head, rows)
 
 
 def task_table(lines: Lines, base: str) -> str:
-    """Scores by task, means over seeds."""
+    """Scores by task, as means over seeds."""
     arms = lines.arms(base)
     tags = list(next(iter(arms.values()))[0]["tags"])
     rows = [
@@ -121,50 +136,39 @@ def task_table(lines: Lines, base: str) -> str:
 
 
 def draft_table(lines: Lines, base: str) -> str:
-    """What drafts know, how codes change from stage to stage, and whether changes repair: of the
-    last draft, wrong ones whose final code is right, and right ones whose final code is wrong.
+    """What drafts know, how codes change from stage to stage, and whether the changes help: the
+    shares of wrong last drafts that are corrected and of right ones that are spoilt.
     """
-    head = [
-        *("arm", "loss on noised truth less on own drafts (mnat)", "losses of slots 1 .. k-1"),
-        "total variation to the final distribution, slots 1 .. k-1",
-        *("draft right", "flipped between stages", "stages that agree with the final"),
-        *("last draft right", "corrected", "by the control", "spoilt", "by the control"),
-    ]
+    head = ["arm", "loss on noised truth less on own drafts (mnat)", "losses of slots 1 .. k-1"]
     rows = []
-    for arm, found in lines.arms(base).items():
-        own = [x for x in found if _drafts(x)]
+    for arm, by_seed in lines.arms(base).items():
+        own = [line for line in by_seed if _draft_losses(line)]
         if not own:
             continue
         trust = over_seeds([1000 * (number(x, _NOISED) - number(x, _OWN)) for x in own])
-        cells = [arm, trust.told(1, signed=True), _each([_drafts(x) for x in own], ".2f")]
-        for part, name, how in (
-            *(("drafts", "total_variation", ".3f"), ("drafts", "right", ".1%")),
-            *(("changes", "flipped", ".1%"), ("changes", "agreeing", ".1%")),
-            *(("repairs", "draft_right", ".1%"), ("repairs", "corrected", ".1%")),
-            *(("repairs", "control_corrected", ".1%"), ("repairs", "spoilt", ".1%")),
-            ("repairs", "control_spoilt", ".1%"),
-        ):
+        cells = [arm, trust.told(1, signed=True), _each([_draft_losses(x) for x in own], ".2f")]
+        for _, part, name in _DRAFTS:
             found = [x[part][name] for x in own if name in (x.get(part) or {})]
-            cells.append(_each(found, how))
+            cells.append(_each(found, ".3f" if name == "total_variation" else ".1%"))
         rows.append(cells)
-    return table(head, rows)
+    return table(head + [column for column, _, _ in _DRAFTS], rows)
 
 
-def _drafts(line: dict) -> list[float]:
-    """Held-out losses of the slots behind the first."""
+def _draft_losses(line: dict) -> list[float]:
+    """Held-out losses of slots 1 .. k-1 on own drafts."""
     named = sorted(line.get("losses", {}).items())
     return [loss for name, loss in named if "/own_drafts/" in name and name != _OWN]
 
 
 def _each(by_seed: list, how: str) -> str:
-    """Means over seeds, of numbers or of lists of them."""
+    """Means over seeds, formatted; each seed has a number or a list of them."""
     means = np.atleast_1d(np.mean(by_seed, axis=0)) if by_seed else ()
     return " / ".join(f"{mean:{how}}" for mean in means)
 
 
 def correlation_table(lines: Lines) -> str:
-    """Rank correlation of the loss on own drafts and the score: of runs, and of their differences
-    to their control, since a seed holds out images of its own.
+    """Rank correlation of the loss on own drafts with the score, over runs and over differences
+    from the controls (needed because each seed holds out other images).
     """
     rows = []
     for base in lines.bases():
@@ -192,15 +196,15 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """In markdown, without columns in which nothing stands."""
+    """A markdown table without its empty columns."""
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    told = [[row[i] for i in kept] for row in rows]
-    return markdown_table(f"| {' | '.join(head[i] for i in kept)} |", told) if rows else "none"
+    cells = [[row[i] for i in kept] for row in rows]
+    return markdown_table(f"| {' | '.join(head[i] for i in kept)} |", cells) if rows else "none"
 
 
 def plot_gains(lines: Lines, path: Path) -> None:
-    """By base and arm, sampled in the base's own way: score less the control's, with one (thick)
-    and two standard errors.
+    """Plot the score minus the control's by base and arm (drawn with the base's own settings), with
+    one (thick) and two standard errors.
     """
     from matplotlib.figure import Figure
 

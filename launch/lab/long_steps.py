@@ -1,10 +1,9 @@
-"""A training step for small models on a GPU: all of it recorded as one CUDA graph and replayed.
+"""Training small models on a GPU: a whole step is recorded as one CUDA graph and replayed.
 
-Loss, batches, rates, clipping and optimizer are those of `t2i.training`
-(`tests/test_long_grid.py` compares the losses); what is left out is what costs time where a model
-is small: the launch of every kernel from Python, data that is moved step by step, validation and
-checkpoints on the way. On a CPU the same step runs as it is. Several runs share a GPU well, each
-on a stream of its own (`long_grid.py`).
+Loss, batches, rates, clipping and optimizer are those of `t2i.training` (`tests/test_long_grid.py`
+compares the losses). It omits what takes most of a small model's time: launching every kernel from
+Python, moving data at every step, validation and checkpoints. On a CPU the same step runs eagerly.
+Several runs can share a GPU, each on its own stream (`long_grid.py`).
 """
 
 from collections.abc import Callable
@@ -21,21 +20,20 @@ from t2i.training.config import TrainConfig
 from t2i.training.engine import autocast, parameter_groups
 
 WARM_UP = 3
-"""Steps that are done as they are before one is recorded."""
+"""Steps that run eagerly before one is recorded."""
 
 
 class Objective(nn.Module):
-    """What is trained on; may bring layers of its own, which learn at the codec's rate."""
+    """A training loss. It may have layers, which learn at the codec's rate."""
 
     def forward(self, model: TensorAR, batch: Batch) -> WindowLosses:
         raise NotImplementedError
 
 
 class Trainer:
-    """One run in progress. It does not look whether losses are finite: `losses_Rk` has them.
+    """One training run. Nothing checks that losses are finite: callers find them in `losses_Rk`.
 
-    stream: of a GPU, where its steps are recorded and replayed; without one they are done as they
-    are.
+    stream: the GPU stream to record and replay steps on; without one they run eagerly.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class Trainer:
         self._replay: Callable[[], None] | None = None
 
     def run(self, count: int) -> None:
-        """Do, or on a GPU ask for, so many more steps, no further than the last."""
+        """Run this many more steps, up to the last; on a GPU, launch them without waiting."""
         count = min(count, self.steps - self.done)
         self.done += count
         if self.stream is None:
@@ -93,7 +91,9 @@ class Trainer:
                 self._replay()
 
     def _recorded(self) -> Callable[[], None]:
-        """A step, recorded and not done. Not by `torch.cuda.graph`, which waits for all streams."""
+        """Record a step without running it; returns its replay. `torch.cuda.graph` is not used
+        because it waits for all streams.
+        """
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         graph.capture_begin(capture_error_mode="thread_local")
@@ -118,7 +118,7 @@ class Trainer:
         self.index.add_(1)
 
     def end(self) -> TensorAR:
-        """The trained model, without what training needed."""
+        """The trained model in eval mode; frees gradients and the recorded step."""
         if self.stream is not None:
             self.stream.synchronize()
         self._replay = None

@@ -1,6 +1,6 @@
-"""Ways of drawing that `long_grid.py` tries and the kit does not have: drafts that share their
-noise, with each other or with the final code too, and codes that are drawn again once all of them
-are there.
+"""Ways of drawing that `long_grid.py` tries and the kit does not have: drafts of a position that
+share their noise, with each other or also with the final code, and codes that are drawn again once
+the image is complete.
 
 Shapes: B images, R rows (2B with guidance), T codes, N windows, k slots, D width, V vocabulary.
 """
@@ -18,9 +18,9 @@ from t2i.tensorar.drawing import noise_keys, pick, rules
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.windows import Windows
 
-_DRAFTS, _AGAIN = 4000, 4001  # streams of an image's noise, besides those of the kit
+_DRAFTS, _AGAIN = 4000, 4001  # noise streams of an image that the kit does not use
 _COLD = 0.5
-"""Temperature of what is drawn again."""
+"""Temperature of the codes that are drawn again."""
 
 
 def draw(
@@ -34,8 +34,8 @@ def draw(
 ) -> Tensor:
     """Windows int64 [B, N, k, 1] of images.
 
-    noise: what has one noise at a position: "drafts"; "all", the final code too; "": nothing.
-    again: share of each image's codes that is drawn again, the least likely ones.
+    noise: "drafts": the drafts of a position share their noise; "all": the final code does, too.
+    again: share of each image's codes to draw again, the least likely ones.
     """
     if noise:
         scales = sampler.guidance_table(model, settings)
@@ -51,7 +51,7 @@ def draw(
 
 
 def shared_noise(keys_B: Tensor, windows: Windows, noise: Literal["drafts", "all"]) -> Tensor:
-    """Keys int64 [N, B, k, 1] of the noise of every slot; final codes have that of the kit."""
+    """Noise keys int64 [N, B, k, 1] of every slot; those of final codes are the kit's."""
     assert noise in ("drafts", "all"), noise
     keys = noise_keys(keys_B, windows, 1)
     positions_Nk = windows.positions(keys_B.device).clamp(max=windows.tokens - 1)
@@ -73,8 +73,10 @@ def drawn_again(
     windows: Tensor,
     share: float,
 ) -> Tensor:
-    """Windows with other final codes where those are least likely to a model that reads, before
-    each position, the codes in front of it and the window behind it: what it draws there, colder.
+    """The windows, with the least likely final codes drawn again at a lower temperature.
+
+    To judge and redraw a code, the model reads the final codes before it and the rest of the last
+    window: the code itself and k - 2 codes after it.
     """
     geometry = model.windows
     codes_BT1 = geometry.final_codes(windows)

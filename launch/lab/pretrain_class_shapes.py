@@ -2,13 +2,14 @@
 
     python launch/lab/pretrain_class_shapes.py --backbone rar --out runs/class-shapes
 
-    runs/class-shapes/images/train/<class>/000000.png ...    one shape in one colour: its class
+    runs/class-shapes/images/train/<class>/000000.png ...    one shape in one color: its class
     runs/class-shapes/rar/                                   the base, in official layouts
 
-A class of the folder is shape x colour, named as in ImageNet (n00000000 ...). The tokenizer is
-trained first, then the generator from random weights by the kit's own training loop, with k = 1.
-Nothing of it is shipped: a few minutes on one core make it again. What was killed goes on, the
-generator at its newest checkpoint; what is finished is kept, and only with the same recipe.
+Each class is one shape in one color, named as in ImageNet (n00000000 ...). The tokenizer is trained
+first, then the generator, with k = 1 from random weights, by the kit's own training loop. Nothing
+of this is shipped, because making it takes only a few minutes on one core. After an interruption
+the same command keeps what is finished and resumes the generator from its newest checkpoint;
+another recipe in the same folder is refused.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Pre-train a tiny offline base that draws captions: image tokenizer, then generator.
 
-The LlamaGen base and its T5-style text encoder in `t2i/assets/shapes` were made so, and with
---family janus the Janus in `t2i/assets/shapes-janus`. What is finished is kept. Bases may share one
-image tokenizer:
+This program made the LlamaGen base with its T5-style text encoder in `t2i/assets/shapes` and, with
+--family janus, the Janus in `t2i/assets/shapes-janus`. Running the command again keeps what is
+finished. Bases may share an image tokenizer:
 
     python launch/lab/pretrain_shapes.py --out runs/shapes-base
     python launch/lab/pretrain_shapes.py --out runs/shapes-1m --dim 128 --layers 4 \\
@@ -10,15 +10,15 @@ image tokenizer:
     python launch/lab/pretrain_shapes.py --family janus --out runs/shapes-janus-base \\
         --tokenizer t2i/assets/shapes/vq.pt
 
-A GPU with some CPU cores beside it makes a larger one in minutes; OUT/partial is what there is if
-it is stopped:
+With a GPU and several CPU cores, a larger base takes minutes; if the command is interrupted,
+OUT/partial holds the base as last saved:
 
     python launch/lab/pretrain_shapes.py --out runs/shapes-7m --tokenizer t2i/assets/shapes/vq.pt \\
         --dim 256 --layers 8 --workers 16 --scenes 2000000 --minutes 6 \\
         --gpt-steps 1000000 --gpt-batch 512 --gpt-lr 1.5e-3 --compile
 
-OUT/constant_rate is the base before its rate fell (published bases are of that kind);
-OUT/scores.json scores both on the quickstart's prompts.
+OUT/constant_rate holds the base as it was before its learning rate fell (published bases are like
+that); OUT/scores.json holds the scores of both on the quickstart's prompts.
 """
 
 import sys
