@@ -273,7 +273,7 @@ def test_shards_of_a_family_that_publishes_one_file(tmp_path):
     with pytest.raises(t2i.UserError, match="is not the weight file that the checkpoint"):
         t2i.from_pretrained(folder)
     shard.unlink()
-    with pytest.raises(t2i.UserError, match=f"names {shard.name}, which is not there"):
+    with pytest.raises(t2i.UserError, match=f"names {shard.name}, which is missing"):
         load_backbone("rar", index)
 
 
