@@ -200,7 +200,7 @@ def asking_hub(what: str, advice: str = "") -> Iterator[None]:
         if not isinstance(error, OSError) and library not in _HUB_LIBRARIES:
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        reason = "no connection to the hub, or no answer from it" if hub_is_away() else reason
+        reason = "no connection to the hub, or no answer" if hub_is_away() else reason
         raise UserError(f"{what} ({reason}). {advice}".rstrip()) from error
 
 

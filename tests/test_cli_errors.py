@@ -357,7 +357,7 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(plain, copy)
     os.truncate(copy / "backbone.safetensors", 1000)
-    assert "backbone.safetensors is missing or has not" in message(copy)
+    assert "backbone.safetensors is missing or does not have" in message(copy)
     (copy / "manifest.json").unlink()
     assert "manifest.json is missing" in message(copy)
 

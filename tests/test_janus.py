@@ -379,7 +379,7 @@ def test_other_models_and_broken_folders_are_refused(copy, tmp_path):
     )
     with pytest.raises(ValueError, match=r"names model-2.safetensors, which is missing"):
         Janus.load(copy)
-    with pytest.raises(ValueError, match=r"holds no weights: neither model\.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no weights: it has no model\.safetensors"):
         Janus.load(tmp_path)
 
 

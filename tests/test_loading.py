@@ -318,7 +318,7 @@ def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
     ("damage", "message"),
     [
         (lambda c: c.pop("method"), "method is None"),
-        (lambda c: c.update(method=7), "is not what a checkpoint has: method is 7"),
+        (lambda c: c.update(method=7), "is not a checkpoint's config.json: method is 7"),
         (lambda c: c["method"].update(k="4"), "k is '4', which is not of the type int"),
         (lambda c: c["method"].update(slot_weights=[]), "slot_weights"),
         (lambda c: c.update(tuning="most"), "tuning is 'most'"),
@@ -354,7 +354,7 @@ def test_whatever_can_draw_is_loaded(tiny_world, plain):
     file = tiny_world / "base" / "gpt.pt"
     for source, options, message in (
         (file, {}, "does not say which family it is of: give one of llamagen"),
-        (tiny_world / "base", {"base": file}, "is no checkpoint"),
+        (tiny_world / "base", {"base": file}, "is not a checkpoint"),
         ("nowhere", {}, "is not a file, a folder, a shipped base"),
         ("my models/x:gpt.pt", {"family": "rar"}, "the hub did not give gpt.pt of my models/x"),
         (tiny_world / "data", {}, "does not say which family"),
