@@ -351,9 +351,7 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
         assert re.search(r"/checkpoints/step_\d{6} is one", message(above))
     assert "is not a complete checkpoint folder" in message(tiny_world / "data")
     as_base = generate_fails("--prompt", "a circle", "--ckpt", plain, "--base.family", "rar")
-    assert (
-        f"--base.family is for a published base: {plain} says it itself (llamagen, and" in as_base
-    )
+    assert f"--base.family is for a published base: {plain} has its own (llamagen, not" in as_base
     copy = tmp_path / "copy"
     shutil.copytree(plain, copy)
     os.truncate(copy / "backbone.safetensors", 1000)
@@ -364,7 +362,7 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
 
 def test_a_checkpoint_is_no_base(fails, plain):
     message = fails(generate, "--prompt", "a circle", "--base.weights", plain)
-    assert f"{plain} is a checkpoint, and no base: give it as --ckpt" in message
+    assert f"{plain} is a checkpoint, not a base: give it as --ckpt" in message
     encoder = ("--ckpt", plain, "--base.text-encoder", "a/b/c")
     assert "a hub folder written owner/repo" in fails(generate, "--prompt", "a circle", *encoder)
 
