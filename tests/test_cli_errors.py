@@ -249,7 +249,7 @@ def test_backbone_that_reads_no_captions(train_fails, tiny_world, tmp_path):
     assert "needs a text-to-image backbone with its text encoder" in message
     vq = tiny_world / "base" / "vq.pt"
     message = train_fails("--backbone.weights", tmp_path, "--backbone.tokenizer", vq)
-    assert "tokenizer has 64 codes and the llamagen backbone 48" in message
+    assert "tokenizer has 64 codes, but the llamagen backbone has 48" in message
 
 
 def test_check_finds_what_training_would(train_fails):

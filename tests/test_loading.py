@@ -306,11 +306,15 @@ def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
     other = LlamaGen(config)
     torch.save({"model": other.official_state_dict()}, tmp_path / "wide.pt")
     given = {"text_encoder": folder / "text_encoder"}
-    with pytest.raises(t2i.UserError, match=r"gives features of width \d+, and .*wide\.pt reads"):
+    with pytest.raises(
+        t2i.UserError, match=r"produces features of width \d+, but .*wide\.pt needs"
+    ):
         load_backbone("llamagen", tmp_path / "wide.pt", config=config, **given)
     classes = tiny_llamagen("class")
     torch.save({"model": classes.official_state_dict()}, tmp_path / "classes.pt")
-    with pytest.raises(t2i.UserError, match=r"classes\.pt draws classes and reads no captions"):
+    with pytest.raises(
+        t2i.UserError, match=r"classes\.pt draws classes and does not read captions"
+    ):
         load_backbone("llamagen", tmp_path / "classes.pt", config=classes.config, **given)
 
 
@@ -353,7 +357,7 @@ def test_whatever_can_draw_is_loaded(tiny_world, plain):
     assert [family_of(n) for n in ("shapes", "shapes-janus")] == ["llamagen", "janus"]
     file = tiny_world / "base" / "gpt.pt"
     for source, options, message in (
-        (file, {}, "does not say which family it is of: give one of llamagen"),
+        (file, {}, "does not name its family: give one of llamagen"),
         (tiny_world / "base", {"base": file}, "is not a checkpoint"),
         ("nowhere", {}, "is not a file, a folder, a shipped base"),
         ("my models/x:gpt.pt", {"family": "rar"}, "the hub did not give gpt.pt of my models/x"),
