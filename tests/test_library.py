@@ -161,7 +161,7 @@ def test_the_machine_decides(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert pick_device() == (torch.device("cuda"), torch.bfloat16)
     assert pick_device("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
-    with pytest.raises(t2i.UserError, match=r"PyTorch found 2 GPU\(s\), from cuda:0"):
+    with pytest.raises(t2i.UserError, match=r"PyTorch found 2 GPU\(s\), numbered from cuda:0"):
         pick_device("cuda:2")
     placed = {}
     monkeypatch.setattr(loading, "load_source", lambda source, **k: placed.update(k))

@@ -176,15 +176,15 @@ def test_sampling_settings_change_only_what_they_name(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": 3}, "weights is 3, which is not of the type str"),
-        ({"family": ["rar"]}, "family is .*not of the type str"),
-        ({"config": "large"}, "config is 'large', which is not of the type dict"),
+        ({"weights": 3}, "weights is 3, but must be of type str"),
+        ({"family": ["rar"]}, "family is .*must be of type str"),
+        ({"config": "large"}, "config is 'large', but must be of type dict"),
         ({"config": {"dim": 32}}, "lacks n_layer"),
         ({"config": {"width": 32}}, "does not know: width"),
         ({"sampling": {"top_k": "many"}}, "top_k is 'many', which is not of the type"),
         ({"sampling": {"topk": 1}}, "does not know: topk"),
         ({"sampling": {"top_p": 7.0}}, r"top_p=7\.0 in \(0, 1\]"),
-        ({"sampling": []}, "sampling is .*not of the type dict"),
+        ({"sampling": []}, "sampling is .*must be of type dict"),
         ({"sampilng": {"top_k": 1}}, "has sampilng, which is none of family, weights"),
     ],
 )
@@ -361,7 +361,7 @@ def test_whatever_can_draw_is_loaded(tiny_world, plain):
         (tiny_world / "base", {"base": file}, "is not a checkpoint"),
         ("nowhere", {}, "is not a file, a folder, a shipped base"),
         ("my models/x:gpt.pt", {"family": "rar"}, "the hub did not give gpt.pt of my models/x"),
-        (tiny_world / "data", {}, "does not say which family"),
+        (tiny_world / "data", {}, "does not name its family"),
     ):
         with pytest.raises(t2i.UserError, match=message):
             load_model(source, **options)

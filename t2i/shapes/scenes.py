@@ -1,4 +1,4 @@
-"""The shapes world: flat coloured shapes on a plain ground, drawn and captioned offline.
+"""The shapes world: flat colored shapes on a plain ground, drawn and captioned offline.
 
 Everything is a pure function of (seed, index): what is in a scene, where it stands and what its
 prompt says. Geometry is in whole units of 1/64 of the image side, so that at 64 px (and its
@@ -51,7 +51,7 @@ _POLYGONS: dict[str, Outline] = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: class, colour, box centre (x, y) and box side, in units; y points down."""
+    """One shape: class, color, box centre (x, y) and box side, in units; y points down."""
 
     shape: str
     color: str
@@ -93,7 +93,7 @@ def arrange(rng: random.Random, metadata: dict) -> Scene:
     rng.shuffle(free)
     kinds = []
     for item in include:
-        # Objects of one class share a colour; different classes never do.
+        # Objects of one class share a color; different classes never do.
         kinds += [(item["class"], item.get("color") or free.pop())] * item["count"]
     relation = next((item["position"][0] for item in include if "position" in item), None)
     boxes = _place(rng, len(kinds), relation)
@@ -192,7 +192,7 @@ CLASSES = tuple(
     for shape in ("circle", "square", "triangle", "cross")
     for color in tuple(PALETTE)[:5]
 )
-"""What a class id means in images by class: one shape in one colour."""
+"""What a class id means in images by class: one shape in one color."""
 
 
 def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:

@@ -1,12 +1,12 @@
 """An analytic detector for the shapes world, behind the interface of GenEval's Mask2Former.
 
 It inverts the renderer of `t2i.shapes.scenes`: how much of each pixel is covered by which palette
-colour, connected regions of one colour, and for each region the shape whose template (the
+color, connected regions of one color, and for each region the shape whose template (the
 renderer's own mask, slid by a pixel and scaled by a few) overlaps it best. The best intersection
 over union, passed through a logistic curve, is the score. Clean, slightly blurred or slightly
 noisy shapes score near 1; broken or merged ones fall below GenEval's thresholds.
 
-Shapes: H x W image, K palette colours, C shape classes, P template canvas side.
+Shapes: H x W image, K palette colors, C shape classes, P template canvas side.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from t2i.shapes.shapes_prompts import COLORS, SHAPES
 
 # Sides of a region that can be an object; the world's own are 14 to 30 units.
 SMALLEST, LARGEST = 9 / UNITS, 40 / UNITS
-SECOND_COLOR = 0.2  # a region is split when another colour holds this share of it
+SECOND_COLOR = 0.2  # a region is split when another color holds this share of it
 # score = logistic((IoU - IOU_MIDDLE) / IOU_WIDTH): IoU 0.77 -> 0.3, IoU 0.83 -> 0.9.
 IOU_MIDDLE, IOU_WIDTH = 0.79, 0.02
 SHIFTS = (-1, 0, 1)  # pixels
@@ -68,7 +68,7 @@ class ShapesDetector:
     def classify_colors(
         self, image: Image.Image | np.ndarray, class_name: str, detections: Detections
     ) -> list[str]:
-        """The palette colour nearest to the median colour inside each detection's mask."""
+        """The palette color nearest to the median color inside each detection's mask."""
         pixels = _pixels(image)
         assert detections.masks is not None
         palette = np.array(list(PALETTE.values()), dtype=np.float32)
@@ -94,12 +94,12 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _color_regions(pixels: np.ndarray) -> list[np.ndarray]:
-    """Masks (bool [H, W]) of the connected regions of one palette colour."""
+    """Masks (bool [H, W]) of the connected regions of one palette color."""
     color, coverage = _unmix(pixels)
     inside = coverage > 0.5
-    labels = np.zeros_like(color)  # 0 is background, 1 + k is palette colour k
+    labels = np.zeros_like(color)  # 0 is background, 1 + k is palette color k
     for blob in _components(inside.astype(int)):
-        # A few pixels' wrong colour (edges, noise) must not tear a shape apart: only colours
+        # A few pixels' wrong color (edges, noise) must not tear a shape apart: only colors
         # that hold a good part of the blob count, and its other pixels join the largest of them.
         part = np.bincount(color[blob], minlength=len(PALETTE)) / blob.sum()
         major = np.flatnonzero(part >= min(SECOND_COLOR, part.max()))
@@ -108,9 +108,9 @@ def _color_regions(pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def _unmix(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each pixel as a mix of the background and one palette colour.
+    """Each pixel as a mix of the background and one palette color.
 
-    Returns the colour's index (int [H, W]) and its share (float [H, W], 0..1). A pixel on a red
+    Returns the color's index (int [H, W]) and its share (float [H, W], 0..1). A pixel on a red
     edge is half red here; by plain distance it would be pink.
     """
     ground = np.array(BACKGROUND, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The shapes world's language: GenEval's prompt grammar over eight shapes and eight colours.
+"""The shapes world's language: GenEval's prompt grammar over eight shapes and eight colors.
 
 Held-out convention: a fifth of all `position` and `color_attr` prompts (by CRC-32 of the prompt)
 is never drawn for training scenes, and `benchmark_prompts` draws these two tags from that fifth
@@ -25,7 +25,7 @@ from geneval.prompts import (
 )
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "heart", "ring")
-# Eight of GenEval's ten colours: white is lost on a light background, and brown is what an
+# Eight of GenEval's ten colors: white is lost on a light background, and brown is what an
 # autoencoder makes of the edge between orange and black.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 HELD_OUT_TAGS = ("position", "color_attr")

@@ -1,18 +1,18 @@
 """The shapes world's DPG-Bench: a question graph in its schema, and the judge that answers it.
 
-60 prompts: eight of each of the shapes world's GenEval tasks, and twelve denser ones (two coloured
-shapes in a relation, a counted and coloured pair beside a third shape, three coloured shapes). The
+60 prompts: eight of each of the shapes world's GenEval tasks, and twelve denser ones (two colored
+shapes in a relation, a counted and colored pair beside a third shape, three colored shapes). The
 propositions follow from what a prompt asks for; `shapes_questions.csv` is the output of
 `graph_csv`. The judge reads a proposition (a question's `tuple`), not its words, and answers by the
 exact detector and GenEval's rules.
 
-A prompt's propositions (parents in brackets; a relation of coloured shapes hangs on their colours,
-which hang on the shapes, so that a missing shape takes its colour and its relation along):
+A prompt's propositions (parents in brackets; a relation of colored shapes hangs on their colors,
+which hang on the shapes, so that a missing shape takes its color and its relation along):
 
 entity - whole (circle)
 attribute - color (circle, red)                  [entity]  "(circle, red, ==2)" for two of them
 other - count (circle, ==2)                      [entity]
-relation - spatial (star, left of, circle)       [both colours, else both entities]
+relation - spatial (star, left of, circle)       [both colors, else both entities]
 other - count (shape, ==3), global - (plain background)
 """
 
@@ -116,7 +116,7 @@ def _propositions(entry: dict) -> Iterator[tuple[tuple[int, ...], str, str]]:
     """(parents, tuple, question), numbered from 1 in this order."""
     include, number = entry["include"], 0
     entity: list[int] = []  # per object: the number of its entity
-    latest: list[int] = []  # per object: the number of its colour, or else of its entity
+    latest: list[int] = []  # per object: the number of its color, or else of its entity
     for item in include:
         shape, count = item["class"], item["count"]
         many = count > 1

@@ -3,13 +3,13 @@
 It is saved in the layout of google/flan-t5-xl (config.json, model.safetensors, tokenizer.json), so
 `T5Captions.load` takes one like the other and everything behind it is exercised for real.
 
-Not every base trains these weights, hence one departure from T5's initialisation. With it alone,
+Not every base trains these weights, hence one departure from T5's initialization. With it alone,
 attention hardly sees word order, and "a red circle and a blue star" is encoded as the same bag of
 words as "a blue circle and a red star"; LlamaGen cannot repair that, because its image tokens
 average over the caption. So head h starts with a bias towards the word h + 1 places back, which
 makes the features random n-gram features. With an MLP per token, their mean, and an MLP behind
-that, trained on color_attr prompts of the shapes world, all colours of 99 % of the held-out prompts
-are read back (d_model 128; plain initialisation with d_model 64: 15 %).
+that, trained on color_attr prompts of the shapes world, all colors of 99 % of the held-out prompts
+are read back (d_model 128; plain initialization with d_model 64: 15 %).
 """
 
 from collections.abc import Iterable
