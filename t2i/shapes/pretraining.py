@@ -26,8 +26,8 @@ _IDLE_STEPS = 25  # between replacements of unused codes
 
 
 class Descent:
-    """AdamW with a learning rate that warms up, stays constant and, unless `constant`, falls to zero
-    over the last 40 % of the run.
+    """AdamW with a learning rate that warms up, stays constant and, unless `constant`, falls to
+    zero over the last 40 % of the run.
     """
 
     def __init__(
