@@ -212,10 +212,7 @@ def load_stored_backbone(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Backbone:
-    """The backbone of a checkpoint folder.
-
-    adapter: load its LoRA adapter; if False, the backbone is the one the adapter was trained on.
-    """
+    """The backbone of a checkpoint folder, with its LoRA adapter unless `adapter` is False."""
     tuning, changed = config["tuning"], folder / _BACKBONE
     holds_all = holds_all_weights(tuning, source)
     replaces_base = holds_all and not find_family(source.family).published_as_folder
@@ -272,10 +269,8 @@ def load_model(
         )
     if base is not None:
         raise UserError(f"{source} is not a checkpoint, so it has no other base: leave out base")
-    family = family or family_of(source)
-    files = base_files(
-        family, source, tokenizer=tokenizer, text_encoder=text_encoder, generation_only=True
-    )
+    helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    files = base_files(family or family_of(source), source, **helpers, generation_only=True)
     return load_base(files, device, dtype)
 
 

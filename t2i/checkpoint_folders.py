@@ -152,15 +152,15 @@ def choose_checkpoint(folder: str | Path) -> Path:
     found, best = find_checkpoint(folder), Path(folder) / BEST
     if found.parent != Path(folder) / "checkpoints":
         return found
-    beside = ""
+    note = ""
     try:
         facts = read_config(best)["training"]
         if found.name != f"step_{facts['step']:06d}":
-            beside = f"; the best in validation was step {facts['step']}: {best}"
-            beside += f" (loss {facts['best_loss']:.3f})"
+            note = f"; the best in validation was step {facts['step']}: {best}"
+            note += f" (loss {facts['best_loss']:.3f})"
     except (ValueError, KeyError, TypeError):  # missing or damaged: it is only mentioned here
         pass
-    log.info("%s: using its newest checkpoint, %s%s", folder, found.name, beside)
+    log.info("%s: using its newest checkpoint, %s%s", folder, found.name, note)
     return found
 
 

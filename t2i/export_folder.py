@@ -207,9 +207,7 @@ def _score_rows(path: Path) -> list[str]:
     rows = []
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
-        if "mean" not in values:
-            raise UserError(f'{path}: the score {name!r} has no number under "mean"')
-        mean, stderr = (values.get(key) for key in ("mean", "stderr"))
+        mean, stderr = values.get("mean", ""), values.get("stderr")
         numbers = [number for number in (mean, stderr) if number is not None]
         if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
             raise UserError(f'{path}: the score {name!r} has no number under "mean" or "stderr"')

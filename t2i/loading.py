@@ -14,14 +14,7 @@ from t2i.models.base import Backbone, LoadOptions
 from t2i.models.blocks import LlamaConfig
 from t2i.models.families import find_family
 from t2i.sampling import SamplingConfig
-from t2i.sources import (
-    BackboneSource,
-    base_files,
-    check_named,
-    expand_folder,
-    prove,
-    resolve,
-)
+from t2i.sources import BackboneSource, base_files, check_named, expand_folder, prove, resolve
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256, stored_sha256
@@ -173,31 +166,35 @@ def load_source(
     if backbone.frozen.tokenizer is not None:
         _check_codes(backbone)
         backbone.frozen.tokenizer.to(device)
-    if encoder_class is not None and files.text_encoder is not None:
-        if backbone.spec.cond_kind == "class":
-            raise UserError(
-                f"{files.weights} draws classes and does not read captions: leave out the text "
-                f"encoder {files.text_encoder}"
-            )
-        encoder = encoder_class.load(
-            files.text_encoder,
-            max_tokens=backbone.spec.prefix_tokens,
-            dtype=DTYPES[files.text_encoder_dtype],
-            device=device,
-        )
-        if encoder.dim != backbone.caption_width:
-            raise UserError(
-                f"the text encoder {files.text_encoder} produces features of width {encoder.dim}, "
-                f"but {files.weights} needs {backbone.caption_width}: they do not belong together"
-            )
-        backbone.frozen.text_encoder = encoder
+    if files.text_encoder is not None:
+        backbone.frozen.text_encoder = _load_text_encoder(encoder_class, backbone, files, device)
     return backbone.to(device)
 
 
+def _load_text_encoder(
+    encoder_class: Any, backbone: Backbone, files: BackboneSource, device: torch.device | str
+) -> Any:
+    if backbone.spec.cond_kind == "class":
+        raise UserError(
+            f"{files.weights} draws classes and does not read captions: leave out the text encoder "
+            f"{files.text_encoder}"
+        )
+    encoder = encoder_class.load(
+        files.text_encoder,
+        max_tokens=backbone.spec.prefix_tokens,
+        dtype=DTYPES[files.text_encoder_dtype],
+        device=device,
+    )
+    if encoder.dim != backbone.caption_width:
+        raise UserError(
+            f"the text encoder {files.text_encoder} produces features of width {encoder.dim}, but "
+            f"{files.weights} needs {backbone.caption_width}: they do not belong together"
+        )
+    return encoder
+
+
 def _check_shape(config: Any, where: str) -> None:
-    """UserError for impossible sizes. (Sizes that differ from a file's fail when its keys are
-    compared.)
-    """
+    """UserError for impossible sizes; sizes that only differ from a file's fail when it is read."""
     for field in fields(config):
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -223,9 +220,7 @@ def _check_shape(config: Any, where: str) -> None:
 
 
 def _local_helpers(files: BackboneSource) -> BackboneSource:
-    """The files without a tokenizer and text encoder that are not local; UserError if one could not
-    be fetched either.
-    """
+    """The files without helpers that are not local; UserError if one could not be fetched."""
 
     def local(path: str | None, *, folder: bool = False) -> str | None:
         if path is None or Path(path).exists():
@@ -247,9 +242,7 @@ def _check_codes(backbone: Backbone) -> None:
 
 
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
-    """Put a new codec around a backbone; until it is trained, the model equals the base bit for
-    bit.
-    """
+    """Put a new codec around a backbone; equal to the base, bit for bit, until it is trained."""
     if not isinstance(backbone, Backbone):
         raise UserError(
             f"attach needs a backbone, but got {backbone!r:.80}: "

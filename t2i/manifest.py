@@ -23,10 +23,8 @@ class DamagedError(UserError):
 
 
 def refuse_in_checkpoint(place: str | Path, option: str) -> None:
-    """UserError if `place` lies where a run keeps its checkpoints: anything written there would be
-    lost when the run deletes or replaces the folder.
-
-    option: the option that gave the place, for the message.
+    """UserError if `place`, given by `option`, lies where a run keeps its checkpoints: anything
+    written there would be lost when the run deletes or replaces the folder.
     """
     path = Path(os.path.realpath(place))
     for folder in (path, *path.parents):

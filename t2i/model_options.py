@@ -1,6 +1,4 @@
-"""Options for the model that a program draws with or exports. Does not import torch, so that --help
-is fast.
-"""
+"""Options for the model that a program draws with or exports. Without torch, for a fast --help."""
 
 import logging
 import re
@@ -43,9 +41,7 @@ class BaseOptions:
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the caption encoder's features."""
     grid: tuple[int, int] | None = None
-    """Height and width of an image in codes, for a renamed weight file: its content does not
-    specify them.
-    """
+    """Height and width of an image in codes; only needed for a weight file that was renamed."""
 
     def check_beside(self, checkpoint: Path) -> None:
         """UserError for options that contradict what a checkpoint stores about its base."""
@@ -100,10 +96,7 @@ class ModelOptions:
         return choose_checkpoint(self.ckpt)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
-        """Check everything that can be checked without loading the model.
-
-        Returns:
-            The device and type to use.
+        """The device and type to use, after all checks that do not need the model to be loaded.
 
         Raises:
             UserError: no model is given, it does not exist or is incomplete, or there is no such

@@ -97,9 +97,7 @@ class SamplingConfig:
         return max(_numbers(self.temperature)) == 0
 
     def by_sub_token(self, count: int) -> "tuple[SubTokenSampling, ...]":
-        """The settings of each of `count` sub-tokens; UserError if a setting has another number of
-        values.
-        """
+        """The settings of each of `count` sub-tokens; UserError if a tuple has another length."""
         settings = vars(self)
         given = {n: v for n in _PER_SUB_TOKEN if isinstance(v := settings[n], tuple)}
         for name, values in given.items():

@@ -221,9 +221,7 @@ def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
 
 @contextmanager
 def reading_shape(what: str) -> Iterator[None]:
-    """Turn a missing key, met while inferring a shape from weights, into the UserError that they
-    are not `what`.
-    """
+    """Turn a missing key, while inferring a shape, into the UserError that this is not `what`."""
     try:
         yield
     except KeyError as error:
@@ -318,16 +316,15 @@ def _compare(
     refuse_misfits(problems, f"{source} does not fit {what}")
 
 
-def refuse_misfits(problems: Mapping[str, Sequence[str]], headline: str) -> None:
-    """UserError with the headline and, by kind of problem, the keys that do not fit, if any."""
+def refuse_misfits(problems: Mapping[str, Sequence[str]], title: str) -> None:
+    """UserError with the title and, by kind of problem, the keys that do not fit, if any."""
     if any(problems.values()):
         lines = [
             f"  {kind} ({len(keys)}): {shorten_keys(keys)}"
             for kind, keys in problems.items()
             if keys
         ]
-        question = "Is it the right family, size and file?"
-        raise UserError("\n".join([f"{headline}:", *lines, question]))
+        raise UserError("\n".join([f"{title}:", *lines, "Is it the right family, size and file?"]))
 
 
 def shorten_keys(keys: Sequence[str]) -> str:
@@ -335,7 +332,7 @@ def shorten_keys(keys: Sequence[str]) -> str:
     return shorten(keys, most=_MOST_KEYS)
 
 
-def check_loading(info: dict, headline: str, without_effect: Callable[[str], object]) -> None:
+def check_loading(info: dict, title: str, without_effect: Callable[[str], object]) -> None:
     """`refuse_misfits` for transformers' loading report, ignoring keys `without_effect`."""
     problems = {
         "missing": info["missing_keys"],
@@ -343,7 +340,7 @@ def check_loading(info: dict, headline: str, without_effect: Callable[[str], obj
         "mis-shaped": [key for key, *_ in info["mismatched_keys"]],
     }
     counted = {k: sorted(key for key in v if not without_effect(key)) for k, v in problems.items()}
-    refuse_misfits(counted, headline)
+    refuse_misfits(counted, title)
 
 
 def stored_sha256(path: Path) -> str:

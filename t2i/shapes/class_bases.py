@@ -1,6 +1,4 @@
-"""Trains tiny class-conditional bases of several families from scratch: images, image tokenizer,
-generator.
-"""
+"""Trains tiny class-conditional bases from scratch: images, image tokenizer, generator."""
 
 from collections.abc import Iterator
 from dataclasses import asdict

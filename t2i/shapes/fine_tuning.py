@@ -1,6 +1,4 @@
-"""Fine-tunes, validates, draws and judges on the shapes world: for the quickstart, experiments and
-tiny bases.
-"""
+"""Fine-tunes, validates, draws and judges on the shapes world (quickstart, experiments, bases)."""
 
 import shutil
 from collections.abc import Sequence
@@ -66,9 +64,7 @@ def examine(
     sampling: SamplingConfig | None = None,
     batch_size: int = 48,
 ) -> Examined:
-    """Draw images for the prompts and judge them with GenEval's rules and the exact detector; the
-    images are not kept.
-    """
+    """Draw images for these prompts and judge them by GenEval's rules with the exact detector."""
     prompts = [entry["prompt"] for entry in metadata]
     options = DrawOptions(seed, sampling, batch_size=batch_size)
     drawn = list(draw_images(model, prompts, options, samples_per_prompt=samples))
