@@ -52,10 +52,9 @@ class BaseOptions:
             value, own = getattr(self, name), stored.get(name)
             own = tuple(own) if isinstance(own, list) else own
             if value not in (getattr(type(self), name), own):
-                told = f"not {value}" if own is None else f"{own}, not {value}"
                 raise UserError(
-                    f"--base.{name.replace('_', '-')} is for a published base: {checkpoint} has "
-                    f"its own ({told}); leave out the option"
+                    f"--base.{name.replace('_', '-')} is for a published base: {checkpoint} uses "
+                    f"{own or 'its own'}, not {value}; leave out the option"
                 )
 
 
@@ -72,7 +71,7 @@ class ModelOptions:
     """Type of the model that draws: float32, bfloat16, or auto (bfloat16 on a GPU)."""
     speed: Speed = "auto"
     """How drawing steps are run: eager, graphs (CUDA), compiled (takes a minute first), or auto
-    (the fastest for the number of images); images are the same up to rounding.
+    (graphs if they pay for the number of steps, else eager). Images are the same up to rounding.
     """
     speculate: Speculate = "auto"
     """Codes (TensorAR: windows) of each image to draw per call of the model, all but one from

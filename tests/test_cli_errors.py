@@ -351,7 +351,7 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
         assert re.search(r"/checkpoints/step_\d{6} is one", message(above))
     assert "is not a complete checkpoint folder" in message(tiny_world / "data")
     as_base = generate_fails("--prompt", "a circle", "--ckpt", plain, "--base.family", "rar")
-    assert f"--base.family is for a published base: {plain} has its own (llamagen, not" in as_base
+    assert f"--base.family is for a published base: {plain} uses llamagen, not rar" in as_base
     copy = tmp_path / "copy"
     shutil.copytree(plain, copy)
     os.truncate(copy / "backbone.safetensors", 1000)
