@@ -36,14 +36,12 @@ def loaded(folder: Path) -> TensorAR:
     return from_pretrained(folder, device=start_processes().device, dtype=torch.float32)
 
 
-def held_out(run: TrainConfig, model: TensorAR) -> TrainingData:
-    """The run's data. Its held-out part depends only on data and seed: all methods share it."""
-    return TrainingData(run, model.backbone, start_processes())
-
-
 def held_out_losses(run: TrainConfig, model: TensorAR) -> dict[str, float]:
-    """Held-out losses by slot, with the noised truth and with the model's own drafts as input."""
-    return validate(model, held_out(run, model)).metrics()
+    """Held-out losses by slot, with the noised truth and with the model's own drafts as input.
+
+    What a run holds out depends only on data and seed, so all methods share it.
+    """
+    return validate(model, TrainingData(run, model.backbone, start_processes())).metrics()
 
 
 @dataclass(frozen=True)

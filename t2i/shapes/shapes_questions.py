@@ -30,15 +30,7 @@ from PIL import Image, ImageFilter
 
 from dpg_bench.questions import COLUMNS, Question, QuestionGraph, read_questions
 from geneval.detector import Detections
-from geneval.prompts import (
-    NUMBER_WORDS,
-    RELATIONS,
-    TAGS,
-    entry_of,
-    plural,
-    wanted,
-    with_article,
-)
+from geneval.prompts import NUMBER_WORDS, RELATIONS, TAGS, entry_of, plural, wanted, with_article
 from geneval.rules import RuleOptions, decide
 from t2i.errors import UserError
 from t2i.shapes.scenes import BACKGROUND, UNITS
