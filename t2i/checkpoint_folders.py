@@ -1,6 +1,4 @@
-"""Finds checkpoint folders and checks that they are complete (`t2i.checkpoint` documents their
-content).
-"""
+"""Finds checkpoint folders and checks that they are complete (`t2i.checkpoint` has the layout)."""
 
 import logging
 import os

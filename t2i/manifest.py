@@ -84,9 +84,7 @@ def _check_files(folder: Path, with_state: bool, contents: bool) -> None:
             continue
         raise DamagedError(f"{path} {what}; copy the folder again")
     if contents and any(sha256 is None for _, sha256 in files.values()):
-        log.warning(
-            "%s has no checksums (an older version wrote it): only sizes were compared", folder
-        )
+        log.warning("%s has no checksums (an older version wrote it): sizes were compared", folder)
 
 
 def listed_weights(folder: Path) -> dict[str, str | None]:

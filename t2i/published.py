@@ -287,9 +287,7 @@ class PublishedFile:
             f"{self.advice}"
         )
         if is_offline_mode():
-            raise UserError(
-                f"the {self.title} is not on this machine and HF_HUB_OFFLINE is set. {advice}"
-            )
+            raise UserError(f"the {self.title} is missing, and HF_HUB_OFFLINE is set. {advice}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):

@@ -48,9 +48,7 @@ def parse_shapes(text: str) -> ShapesSource | None:
     if name != NAME:
         return None
     if colon and (not re.fullmatch("[0-9]{1,15}", count) or int(count) < 1):
-        raise UserError(
-            f"data source {text!r}: write shapes, or shapes:N for N scenes (at least 1)"
-        )
+        raise UserError(f"data source {text!r}: write shapes or shapes:N for N scenes, at least 1")
     source = ShapesSource(int(count) if colon else DEFAULT_SCENES)
     if said := namesake(text, "the scenes that the kit draws"):
         source.remarks.append(said)
