@@ -1,16 +1,16 @@
-"""Checkpoint folders: everything a model needs to be loaded again.
+"""Checkpoint folders: everything needed to load a model again.
 
 config.json            method, backbone source (with hash), tuning mode, sampling defaults, kit
                        version, training facts
 codec.safetensors      TensorAR's own weights (absent for k = 1)
-adapter/               a PEFT folder, when LoRA was used; it holds the image layers, too, where they
-                       were trained
-backbone.safetensors   what changed of the backbone itself, under official names: all of it, or its
-                       image layers
-manifest.json          name, size and SHA-256 of every file (see `t2i.manifest`); it is written
-                       last, and a folder without it is incomplete
-training_state/        what resume needs (see `t2i.training.run_state`); may be deleted from a model
-                       that is finished
+adapter/               a PEFT folder, if LoRA was used; also holds the image layers if they were
+                       trained
+backbone.safetensors   the backbone weights that training changed, under official names: all of
+                       them, or the image layers
+manifest.json          name, size and SHA-256 of every file (see `t2i.manifest`); written last: a
+                       folder without it is incomplete
+training_state/        what resuming needs (see `t2i.training.run_state`); may be deleted once
+                       training is finished
 """
 
 from collections.abc import Iterator
@@ -66,15 +66,16 @@ def save_pretrained(
     """Write a checkpoint folder, whole or not at all.
 
     Args:
-        tuning: which weights differ from the base: all of the backbone, none ("codec"), or the
-            adapters.
-        image_layers: the layers that embed and predict image codes differ, too.
-        sampling: what `generate` uses by default; the model's or backbone's own settings if None.
-        training: facts about the run, stored as they are.
+        tuning: which of the backbone's weights differ from the base: all ("full"), none ("codec"),
+            or only by adapters ("lora").
+        image_layers: whether the layers that embed and predict image codes differ, too.
+        sampling: default settings for `generate`; the model's own if None.
+        training: facts about the run, stored unchanged.
     """
     if model.backbone.source is None:
         raise UserError(
-            "this backbone was not loaded by load_backbone, so a checkpoint could not name its base"
+            "this backbone was not loaded by load_backbone, so a checkpoint could not name its base; "
+            "load it with load_backbone(family, source)"
         )
     with new_checkpoint(Path(folder)) as partial:
         write_model(
@@ -90,7 +91,7 @@ def save_pretrained(
 
 @contextmanager
 def new_checkpoint(folder: Path) -> Iterator[Path]:
-    """A fresh folder for the files of a checkpoint; the manifest is written when the block ends."""
+    """An empty folder for a checkpoint's files; the manifest is written when the block ends."""
     with replacing_folder(folder) as partial:
         yield partial
         write_manifest(partial)
@@ -105,9 +106,9 @@ def write_model(
     sampling: SamplingConfig | None = None,
     training: dict | None = None,
 ) -> None:
-    """Write all files but the manifest into a folder; arguments as in `save_pretrained`."""
+    """Write all files except the manifest into a folder; arguments as in `save_pretrained`."""
     backbone = model.backbone
-    assert backbone.source is not None, "looked at before"
+    assert backbone.source is not None, "checked by the caller"
     backbone.source = with_hashes(backbone.source, folder)
     if model.codec is not None:
         save_weights(folder / CODEC, model.codec.state_dict())
@@ -152,22 +153,22 @@ def from_pretrained(
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
 ) -> TensorAR:
-    """Load a checkpoint folder (or a run's newest, or an export), in eval mode.
+    """Load a checkpoint folder, a run folder's newest checkpoint or an export, in eval mode.
 
     Args:
         base: where the base is now, if it moved: its weight file, or the folder that its files
             moved to (weights, image tokenizer and text encoder are found there by their names and
-            proven by their hashes).
+            checked by their hashes).
         tokenizer: where the image tokenizer is now.
         text_encoder: where the text encoder is now.
-        generation_only: whether to leave out what drawing images does not need; as in training if
-            None.
-        device: "auto" is a GPU where there is one, else the CPU.
+        generation_only: whether to leave out parts that drawing images does not need; as in
+            training if None.
+        device: "auto" is a GPU if there is one, else the CPU.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
-        UserError: no complete checkpoint, a file of the base is gone or another (each is named), or
-            no such device.
+        UserError: no complete checkpoint, files of the base are missing or have changed (each is
+            named), or no such device.
     """
     device, dtype = pick_device(device, dtype)
     folder = choose_checkpoint(folder)
@@ -187,18 +188,18 @@ def from_pretrained(
 
 
 def trained_parts(tuning: Tuning, image_layers: bool) -> str:
-    """What a run trains, in words."""
+    """The parts that a run trains, in words."""
     own = {"full": ["backbone"], "lora": ["LoRA"], "codec": []}[tuning]
     return " + ".join([*own, *(["image layers"] if image_layers else []), "codec"])
 
 
 def stored_source(config: dict, folder: Path) -> BackboneSource:
-    """The base that a checkpoint's config.json names, by an absolute path if it is local."""
+    """The base that a checkpoint's config.json names, with absolute paths for local files."""
     return beside(stored_part(config, "backbone", BackboneSource, folder), folder)
 
 
 def stored_part(config: dict, name: str, cls: type[S], folder: Path) -> S:
-    """A part of config.json; UserError for a setting that is not known here."""
+    """A part of config.json as an object; UserError for a setting that this version lacks."""
     return from_json(cls, config[name], f"{folder}/config.json: {name}")
 
 
@@ -211,11 +212,11 @@ def load_stored_backbone(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Backbone:
-    """The backbone of a checkpoint folder; without the adapter: what that was trained on."""
+    """The backbone of a checkpoint folder, with its LoRA adapter unless `adapter` is False."""
     tuning, changed = config["tuning"], folder / _BACKBONE
     holds_all = holds_all_weights(tuning, source)
     replaces_base = holds_all and not find_family(source.family).published_as_folder
-    # A base folder, and some weight files, bring the image tokenizer.
+    # A base folder and some weight files also provide the image tokenizer.
     refuse_gone(source, folder, weights=not replaces_base or source.tokenizer is None)
     tuned = changed if replaces_base else None
     backbone = load_source(source, weights=tuned, dtype=dtype, device=device)
@@ -237,23 +238,24 @@ def load_model(
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
 ) -> TensorAR:
-    """A model to draw with, in eval mode: something trained, or a base by itself (k = 1), without
-    what drawing images does not need.
+    """Load a trained model or a plain base (k = 1) for drawing images, in eval mode.
+
+    Parts that drawing images does not need are left out.
 
     Args:
         source: a checkpoint, run or export folder; a shipped base ("shapes"); a backbone folder; a
             published weight file or folder, or its name on the hub ("owner/repo:file",
             "owner/repo").
-        family: of a published base; a checkpoint, a shipped base and a backbone folder say it
-            themselves.
+        family: the family of a published base; checkpoints, shipped bases and backbone folders name
+            their own.
         base: where a checkpoint's base is now, if it moved (see `from_pretrained`).
-        tokenizer: image tokenizer of a base, or where a checkpoint's is now.
-        text_encoder: caption encoder of a base, or where a checkpoint's is now.
-        device: "auto" is a GPU where there is one, else the CPU.
+        tokenizer: image tokenizer of a base, or where a checkpoint's tokenizer is now.
+        text_encoder: caption encoder of a base, or where a checkpoint's encoder is now.
+        device: "auto" is a GPU if there is one, else the CPU.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
-        UserError: it is none of these, a part is missing, or `base` is given for a base.
+        UserError: the source is none of these, a part is missing, or `base` is given for a base.
     """
     if is_checkpoint(source):
         return from_pretrained(
@@ -266,18 +268,16 @@ def load_model(
             dtype=dtype,
         )
     if base is not None:
-        raise UserError(f"{source} is no checkpoint, so it has no other base: leave out base")
-    family = family or family_of(source)
-    files = base_files(
-        family, source, tokenizer=tokenizer, text_encoder=text_encoder, generation_only=True
-    )
+        raise UserError(f"{source} is not a checkpoint, so it has no other base: leave out base")
+    helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    files = base_files(family or family_of(source), source, **helpers, generation_only=True)
     return load_base(files, device, dtype)
 
 
 def load_base(
     files: BackboneSource, device: torch.device | str, dtype: torch.dtype | str
 ) -> TensorAR:
-    """A base by itself, to draw with (k = 1), in eval mode."""
+    """Load a plain base (k = 1) for drawing images, in eval mode."""
     device, dtype = pick_device(device, dtype)
     backbone = load_source(files, device=device, dtype=dtype)
     return attach(backbone, TensorARConfig(k=1))

@@ -1,6 +1,4 @@
-"""Checkpoint folders: which one is meant, and whether it is whole (`t2i.checkpoint` says what is in
-one).
-"""
+"""Finds checkpoint folders and checks that they are complete (`t2i.checkpoint` has the layout)."""
 
 import logging
 import os
@@ -18,27 +16,27 @@ from t2i.tuning import Tuning
 log = logging.getLogger(__name__)
 
 EXPORTED = "tensorar"
-"""Name of the checkpoint folder within an export, whose base is given relative to it."""
+"""Name of the checkpoint folder within an export; it refers to its base by a relative path."""
 BEST = "best"
-"""Folder of the model with the lowest held-out loss, within a run folder."""
+"""Folder, within a run folder, of the model with the lowest held-out loss."""
 CODEC = "codec.safetensors"
-"""File of TensorAR's own weights."""
+"""File with TensorAR's own weights."""
 _SECTIONS = ("backbone", "method", "sampling", "training")
 _FACTS = {"kit_version": str, "image_layers": bool}
 _RUN_FACTS = {"step": int, "data_key": str, "config": dict, "state": dict}
-"""What resuming reads of "training"."""
+"""Entries of "training" that resuming needs, with their types."""
 
 
 def read_config(folder: str | Path, *, with_state: bool = False, contents: bool = False) -> dict:
     """The config.json of a complete checkpoint folder.
 
     Args:
-        with_state: also ask for the files that resume needs.
-        contents: compare checksums, not only sizes: reads every file.
+        with_state: also require the files that resuming needs.
+        contents: compare checksums, not only sizes; this reads every file.
 
     Raises:
-        UserError: no such folder, not a checkpoint, incomplete, a file is not what was written, or
-            a way of training that is no more.
+        UserError: no such folder, not a checkpoint, incomplete, a file has changed, or it was
+            trained in a way that is no longer supported.
     """
     folder = Path(folder)
     with reading(folder):
@@ -46,31 +44,31 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
     if not is_folder:
         hint = nearest_path(folder)
         if str(folder) in shipped_bases():
-            hint = "; that is a shipped base, and a trained model is wanted here"
+            hint = "; that is a shipped base, but a trained model is needed here"
         raise UserError(f"checkpoint folder {folder} does not exist (or is a file){hint}")
     check_files(folder, with_state=with_state, contents=contents)
     path = folder / "config.json"
     try:
         config = read_object(path)
     except UserError as error:
-        raise DamagedError(f"{path} is not what a checkpoint has: {error}") from error
+        raise DamagedError(f"{path} is not a checkpoint's config.json: {error}") from error
     wrong = [name for name in _SECTIONS if not isinstance(config.get(name), dict)]
     if config.get("tuning") not in get_args(Tuning):
         wrong.append("tuning")
     wrong += [n for n, of in _FACTS.items() if not isinstance(config.get(n, False), of)]
     if wrong:
         raise DamagedError(
-            f"{path} is not what a checkpoint has: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
+            f"{path} is not a checkpoint's config.json: {wrong[0]} is {config.get(wrong[0])!r:.80}; "
             "copy the folder again"
         )
-    # Once a stride was trained: one input of the trunk for so many codes.
+    # Older versions could train with a stride: one trunk input for several codes.
     of_run = config["training"].get("config")
     if isinstance(of_run, dict) and isinstance(of_run.get("method"), dict):
         of_run["method"].pop("stride", None)
     if (stride := config["method"].pop("stride", 1)) != 1:
         raise UserError(
-            f"{folder} was trained with method.stride={stride}, one input of the trunk for {stride} "
-            "codes, which is no more: train it again without, and draw with --stride"
+            f"{folder} was trained with method.stride={stride} (one trunk input for {stride} codes), "
+            "which is no longer supported: train again without a stride, and draw with --stride"
         )
     if with_state:
         _check_run(folder, config["training"])
@@ -78,16 +76,16 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
 
 
 def _check_run(folder: Path, facts: dict) -> None:
-    """What resuming reads is there, and the folder's name says when it was saved."""
+    """UserError unless the facts that resuming needs are there and the folder's name fits them."""
     for name, kind in _RUN_FACTS.items():
         right = isinstance(facts.get(name), kind) and (name != "step" or facts[name] > 0)
         if not right and (name in facts or name != "state"):
             raise DamagedError(
-                f"{folder / 'config.json'} is not what a run's checkpoint has: training.{name} is "
+                f"{folder / 'config.json'} is not that of a run's checkpoint: training.{name} is "
                 f"{facts.get(name)!r:.80}; copy the folder again"
             )
     named = re.fullmatch(r"step_(\d+)", folder.name)
-    # By their names the newest is found, and the oldest are deleted.
+    # The names decide which checkpoint is the newest, and which old ones are deleted.
     if named and int(named[1]) != facts["step"]:
         raise UserError(
             f"{folder} was saved after step {facts['step']}: rename it to "
@@ -101,7 +99,7 @@ def run_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def step_folders(run_dir: str | Path) -> list[Path]:
-    """Folders by the names of checkpoints, which may be incomplete, oldest first."""
+    """Folders named like a run's checkpoints, complete or not, oldest first."""
     place = Path(run_dir) / "checkpoints"
     with reading(place):
         names = os.listdir(place) if place.is_dir() else []
@@ -111,12 +109,12 @@ def step_folders(run_dir: str | Path) -> list[Path]:
 
 
 def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | None:
-    """The newest checkpoint of a run whose files are what was written; None if it has none.
+    """The newest healthy checkpoint of a run; None if the run has no checkpoints.
 
-    Goes back from a damaged one with a warning that names the file.
+    Skips damaged ones, with a warning that names the damaged file.
 
     Raises:
-        DamagedError: all are damaged.
+        DamagedError: all checkpoints are damaged.
     """
     damage = None
     for folder in reversed(step_folders(run_dir)):
@@ -135,10 +133,10 @@ def newest_healthy(run_dir: str | Path, *, with_state: bool = False) -> Path | N
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The folder itself, the newest healthy checkpoint of a run, or the one within an export.
+    """The folder itself, or a run's newest healthy checkpoint, or the one within an export.
 
     Raises:
-        DamagedError: it is a run folder, and all its checkpoints are damaged.
+        DamagedError: it is a run folder whose checkpoints are all damaged.
     """
     if found := newest_healthy(folder):
         return found
@@ -148,26 +146,26 @@ def find_checkpoint(folder: str | Path) -> Path:
 
 
 def choose_checkpoint(folder: str | Path) -> Path:
-    """As `find_checkpoint`; of a run, a log line says which it is, and where the best model is."""
+    """Like `find_checkpoint`; for a run, also logs the one chosen and where the best model is."""
     found, best = find_checkpoint(folder), Path(folder) / BEST
     if found.parent != Path(folder) / "checkpoints":
         return found
-    beside = ""
+    note = ""
     try:
         facts = read_config(best)["training"]
         if found.name != f"step_{facts['step']:06d}":
-            beside = f"; the best at its validations was step {facts['step']}: {best}"
-            beside += f" (loss {facts['best_loss']:.3f})"
-    except (ValueError, KeyError, TypeError):  # none, or damaged, which is of no concern here
+            note = f"; the best in validation was step {facts['step']}: {best}"
+            note += f" (loss {facts['best_loss']:.3f})"
+    except (ValueError, KeyError, TypeError):  # missing or damaged: it is only mentioned here
         pass
-    log.info("%s: its newest checkpoint, %s%s", folder, found.name, beside)
+    log.info("%s: using its newest checkpoint, %s%s", folder, found.name, note)
     return found
 
 
 def is_checkpoint(source: str | Path) -> bool:
-    """Whether this is a checkpoint, run or export folder (perhaps a damaged one), and not a base.
+    """Whether this is a checkpoint, run or export folder (perhaps a damaged one), not a base.
 
-    The bare name of a shipped base is that base, also where a folder here has this name.
+    The bare name of a shipped base always means that base, even if a folder has the same name.
     """
     folder = Path(source)
     with reading(source):

@@ -1,14 +1,14 @@
-"""From a checkpoint to a folder that stands alone, with a model card.
+"""Exports a checkpoint as a self-contained folder with a model card.
 
-OUT/             the base, adapters merged, with all that training changed: what its authors publish
-                 where that is a folder, else a backbone folder (config.json, model.pt,
+OUT/             the base with everything that training changed, adapters merged: in its authors'
+                 layout if they publish a folder, else a backbone folder (config.json, model.pt,
                  tokenizer.safetensors, text_encoder/)
-OUT/tensorar/    a checkpoint folder with the codec; its base is the folder above, wherever that is
+OUT/tensorar/    a checkpoint folder with the codec; its base is its parent folder
 OUT/samples/     images drawn with both, and grid.png
 OUT/README.md    the model card: recipe, scores, samples, how to load it
 
-Nothing in it names a place on the machine that wrote it. One thing may stay outside: a text encoder
-that came from the hub is named by its hub id, and not copied.
+Nothing in it refers to a path on the machine that wrote it. One part may be left out: a text
+encoder from the hub is named by its hub id, not copied.
 """
 
 import json
@@ -44,9 +44,10 @@ from t2i.weights import refuse_not_finite, save_weights
 log = logging.getLogger(__name__)
 
 _TOKENIZER, _TEXT_ENCODER = "tokenizer.safetensors", "text_encoder"
-_ABOVE = ".."  # where an export's checkpoint has its base
-_GO_ON = (
-    "A login: `hf auth login`; offline: HF_HUB_OFFLINE. The same command again goes on from here"
+_ABOVE = ".."  # the base of an export's checkpoint
+_HUB_ADVICE = (
+    "Log in with `hf auth login`; HF_HUB_OFFLINE must not be set. Running the same command again "
+    "continues from here"
 )
 
 
@@ -70,8 +71,7 @@ def export(options: ExportOptions) -> Path:
         device="cpu",
         dtype=torch.float32,
     )
-    # What is wrong with one is named before the work.
-    parse_conditions(model.backbone, options.prompt)
+    parse_conditions(model.backbone, options.prompt)  # reports invalid prompts before the work
     kind = model.backbone.spec.cond_kind
     remind_of_trigger(checkpoint, options.prompt)
     with owning(out.parent, "export", out.name), replacing_folder(out) as partial:
@@ -83,7 +83,7 @@ def export(options: ExportOptions) -> Path:
         del model
         grid = None
         if options.prompt:
-            # What a user of the folder gets.
+            # Draw with the exported files, as a user of the folder will.
             drawn = from_pretrained(partial / EXPORTED, device=where, dtype=precision)
             entries = [{"prompt": prompt} for prompt in options.prompt]
             folder, count = partial / "samples", options.samples
@@ -102,7 +102,7 @@ def export(options: ExportOptions) -> Path:
 
 
 def is_exported(checkpoint: Path, out: Path) -> bool:
-    """Whether a folder is this checkpoint's complete export, or is yet to be made.
+    """Whether `out` is this checkpoint's complete export; False if it does not exist.
 
     Raises:
         UserError: it holds something else, or there is no such checkpoint.
@@ -115,17 +115,17 @@ def is_exported(checkpoint: Path, out: Path) -> bool:
         facts = read_config(out / EXPORTED).get("training")
         if isinstance(facts, dict) and facts.get("exported_from") == _fingerprint(checkpoint):
             return True
-    raise UserError(f"{out} exists; export to a new folder (it is no export of {checkpoint})")
+    raise UserError(f"{out} exists; export to a new folder (it is not an export of {checkpoint})")
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    """Tells checkpoints apart without a path."""
+    """Identifies a checkpoint without its path."""
     return file_sha256(checkpoint / MANIFEST) + file_sha256(checkpoint / "config.json")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that the exported model consists of."""
+    """A part of the exported model."""
 
     name: str
     place: str
@@ -138,19 +138,19 @@ class Part:
 
 
 def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
-    """The merged base into `folder`, and in it the checkpoint folder with the codec."""
+    """Write the merged base to `folder`, and the checkpoint folder with the codec inside it."""
     backbone = model.backbone
-    assert backbone.source is not None, "of a checkpoint"
+    assert backbone.source is not None, "it comes from a checkpoint"
     files, base = expand_folder(backbone.source), backbone.source.weights
-    # The base by itself, in this kit or another, draws with the checkpoint's settings: a model that
-    # was trained without guidance must not get it because the first base had it.
+    # The exported base alone also draws with the checkpoint's settings: a model trained without
+    # guidance must not use guidance because its original base did.
     own = model.sampling.of_base()
     backbone.spec = replace(backbone.spec, sampling=own)
-    backbone.to(dtype)  # in place: a converted copy would be half as much again
+    backbone.to(dtype)  # in place: a converted copy would take half as much memory again
     advice = "they are too large for this type; choose --dtype bfloat16 or float32"
     refuse_not_finite(backbone.official_state_dict(), f"this model in {dtype}", advice)
     weights = backbone.save_official(folder, dtype)
-    place = "all files but those below"  # where the authors' layout is a folder
+    place = "all files except those below"  # if the authors' layout is a folder
     if weights != folder:
         place = weights.name
         write_json(folder / "config.json", _backbone_folder(model, files, weights, folder))
@@ -179,7 +179,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
 
 
 def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
-    """Write a base's other files; returns the config.json that makes it a backbone folder."""
+    """Write a base's other files; returns the content of the backbone folder's config.json."""
     frozen = model.backbone.frozen
     content = {"family": files.family, "weights": weights.name}
     if frozen.tokenizer is not None:
@@ -200,21 +200,19 @@ def _size(path: Path) -> int:
 
 
 def _score_rows(path: Path) -> list[str]:
-    """Table rows of a results file: `scores` maps names to numbers, or to {"mean", "stderr"}."""
+    """Table rows for a results file, whose `scores` maps names to numbers or {"mean", "stderr"}."""
     results = read_object(path)
     if not isinstance(results.get("scores"), dict):
         raise UserError(f"{path} is not a results file with scores")
     rows = []
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
-        if "mean" not in values:
-            raise UserError(f"{path}: the score {name!r} has no number under mean")
-        mean, stderr = (values.get(key) for key in ("mean", "stderr"))
+        mean, stderr = values.get("mean", ""), values.get("stderr")
         numbers = [number for number in (mean, stderr) if number is not None]
         if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-            raise UserError(f"{path}: the score {name!r} has no number under mean (or stderr)")
+            raise UserError(f'{path}: the score {name!r} has no number under "mean" or "stderr"')
         where = results.get("benchmark", path.stem)
-        shown = "-" if mean is None else f"{mean:.3f}"  # nothing was there to count
+        shown = "-" if mean is None else f"{mean:.3f}"  # None: nothing was scored
         spread = "" if mean is None or stderr is None else f" ± {stderr:.3f}"
         rows.append(f"| {where} | {name} | {shown}{spread} | {results.get('status', '')} |")
     return rows
@@ -231,13 +229,13 @@ def model_card(
 ) -> str:
     """README.md of an export, from a checkpoint's config.json and its `BackboneSpec.cond_kind`.
 
-    asked: the prompt of the sample call.
+    asked: the prompt in the example call.
     """
     source, training = config["backbone"], config["training"]
     family, draws_classes = find_family(source["family"]), cond_kind == "class"
     run = training.get("config", {})
     base = source["weights"]
-    if {*Path(base).parts} == {_ABOVE}:  # of an export, which does not tell what it was made from
+    if {*Path(base).parts} == {_ABOVE}:  # an export, which does not record its original base
         base = source.get("shipped_base") or "an export of this kit"
     pipeline = "unconditional-image-generation" if draws_classes else "text-to-image"
     head = [f"pipeline_tag: {pipeline}", "tags: [tensorar, autoregressive]"]
@@ -258,7 +256,7 @@ def model_card(
         "precision": run.get("engine", {}).get("precision"),
         "kit version": config["kit_version"],
     }
-    call = f"[{asked or 0}]"  # of every class there is at least the first
+    call = f"[{asked or 0}]"  # class 0 always exists
     if not draws_classes:
         call = f"[{json.dumps(asked or with_trigger(training, _PROMPT), ensure_ascii=False)}]"
     lines = ["---", *head, "---", "", f"# {source['family']} with TensorAR", ""]
@@ -274,7 +272,7 @@ def model_card(
     )
     lines += ["", "## Files", "", *(f"- {part}" for part in parts)] if parts else []
     lines += ["", "## Use", "", "```python", *_usage(family, call), "```", ""]
-    lines += ["The licence of the base model applies.", ""]
+    lines += ["The license of the base model applies.", ""]
     return "\n".join(lines)
 
 
@@ -284,8 +282,6 @@ _ABOUT = (
     f"folder itself is the fine-tuned base model; `{EXPORTED}/` holds TensorAR's input encoder and "
     "output decoder."
 )
-
-
 _PROMPT = "a photo of a red circle"
 
 
@@ -294,7 +290,7 @@ def _listed(settings: dict) -> str:
 
 
 def _public_name(source: str) -> str:
-    """A name that may be published: of what lies on this machine, the last part of its path."""
+    """A name that may be published: for a local path, only its last part."""
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
     return absolute(source).name if local or Path(source).exists() else source
 
@@ -308,7 +304,7 @@ def _trained(config: dict) -> str:
 
 
 def _usage(family: Family, asked: str) -> list[str]:
-    """How to load the folder and ask for images, with this kit; and how to load it without."""
+    """Code that loads the folder and draws images with this kit, and code to load it without."""
     kit = [
         "from huggingface_hub import snapshot_download",
         "import t2i",
@@ -321,12 +317,12 @@ def _usage(family: Family, asked: str) -> list[str]:
 
 # -- the hub ---------------------------------------------------------------------------------------
 def prepare_upload(repo: str, *, private: bool = False) -> None:
-    """Create the repository if need be: what stands in the way of an upload is found before the
-    work.
+    """Create the repository if needed, so that anything that prevents an upload is found before
+    the export.
     """
     from huggingface_hub import HfApi
 
-    with asking_hub(f"cannot write to {repo} on the hub", _GO_ON):
+    with asking_hub(f"cannot write to {repo} on the hub", _HUB_ADVICE):
         HfApi().create_repo(repo, private=private, exist_ok=True)
 
 
@@ -334,9 +330,9 @@ def push_to_hub(folder: Path, repo: str) -> str:
     """Upload an export to a repository that exists (`prepare_upload`). Returns its address.
 
     Raises:
-        UserError: the upload did not succeed; the folder is as it was.
+        UserError: the upload failed; the folder is unchanged.
     """
     from huggingface_hub import HfApi
 
-    with asking_hub(f"{folder} is complete, but could not be uploaded to {repo}", _GO_ON):
+    with asking_hub(f"{folder} is complete, but could not be uploaded to {repo}", _HUB_ADVICE):
         return str(HfApi().upload_folder(folder_path=folder, repo_id=repo))

@@ -125,8 +125,8 @@ def draw_images(
             rows = batch + [batch[-1]] * (batch_size - len(batch))
             prepared = model.backbone.prepare([prompts[p] for p, _ in rows], length)
             keys = make_keys(options.seed, *torch.tensor(rows).T)
-            look = _on_step(batch, bar, watch)
-            windows = sample_windows(model, prepared, keys, sampling, look, speed, speculate)
+            on_step = _on_step(batch, bar, watch)
+            windows = sample_windows(model, prepared, keys, sampling, on_step, speed, speculate)
             windows = windows[: len(batch)]
             images = to_images(model, geometry.final_codes(windows), options.size)
             staged = (
@@ -142,14 +142,14 @@ def _on_step(batch: Sequence[Job], bar: Any, watch: OnWindow | None) -> Callable
     """A callback for `sample_windows` that advances the progress bar and calls `watch`."""
     settled = 0
 
-    def told(windows: Tensor) -> None:
+    def advance(windows: Tensor) -> None:
         nonlocal settled
         settled += 1
         bar.update()
         if watch is not None:
             watch(batch, windows[: len(batch)], settled)
 
-    return told
+    return advance
 
 
 def asked_ahead(model: TensorAR, options: DrawOptions) -> Speculate:
@@ -181,15 +181,15 @@ def choose_run(
 def check_request(
     model: TensorAR, prompts: Sequence[str | int], samples_per_prompt: int = 1
 ) -> None:
-    """UserError if an argument of `generate` is of the wrong kind."""
+    """UserError if an argument of `generate` has the wrong type."""
     if isinstance(model, Backbone):
         raise UserError(
-            "generate needs a TensorAR model, and got a backbone by itself: "
+            "generate needs a TensorAR model, but got a plain backbone: "
             "wrap it in t2i.attach(backbone, t2i.presets.base())"
         )
     if not isinstance(model, TensorAR):
         raise UserError(
-            f"generate needs a model, and got {model!r:.80}: "
+            f"generate needs a model, but got {model!r:.80}: "
             "load one with t2i.from_pretrained(folder)"
         )
     if isinstance(prompts, str | int):
@@ -215,7 +215,7 @@ def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:
         if lost is not None:
             backbone.frozen.read_in_part += 1
             if backbone.frozen.read_in_part == _MOST_WARNINGS + 1:
-                log.warning("further prompts that are read in part are not listed")
+                log.warning("further prompts that are only read in part are not listed")
             if backbone.frozen.read_in_part > _MOST_WARNINGS:
                 continue
         log.warning(f"prompt {prompt!r:.200}: {said}")
@@ -243,16 +243,16 @@ def generate(
     """Draw images of prompts: PIL images, RGB, prompt by prompt.
 
     Args:
-        model: of `t2i.from_pretrained`, or a base in `t2i.attach(backbone, t2i.presets.base())`.
+        model: from `t2i.from_pretrained`, or a base: `t2i.attach(backbone, t2i.presets.base())`.
         prompts: captions, or class ids for a class-conditional backbone.
-        seed: an image depends on (seed, prompt index, sample index) alone.
+        seed: an image depends only on (seed, prompt index, sample index).
         samples_per_prompt: images of each prompt.
         sampling: how codes are drawn; the model's own settings (`model.sampling`) if None.
         batch_size: images drawn at once.
         progress: show a bar.
 
     Raises:
-        UserError: an argument is of the wrong kind or out of range.
+        UserError: an argument has the wrong type or is out of range.
     """
     options = DrawOptions(seed, sampling, batch_size)
     drawn = draw_images(

@@ -1,4 +1,4 @@
-"""From sources (`t2i.sources`) to models: a backbone, and TensorAR around it."""
+"""Loads backbones from sources (`t2i.sources`), and puts TensorAR around them."""
 
 import math
 import re
@@ -14,14 +14,7 @@ from t2i.models.base import Backbone, LoadOptions
 from t2i.models.blocks import LlamaConfig
 from t2i.models.families import find_family
 from t2i.sampling import SamplingConfig
-from t2i.sources import (
-    BackboneSource,
-    base_files,
-    check_named,
-    expand_folder,
-    prove,
-    resolve,
-)
+from t2i.sources import BackboneSource, base_files, check_named, expand_folder, prove, resolve
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256, stored_sha256
@@ -32,10 +25,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def pick_device(
     device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> tuple[torch.device, torch.dtype]:
-    """Resolve "auto": a GPU in bfloat16 where there is one, else the CPU in float32.
+    """Resolve "auto": a GPU in bfloat16 if there is one, else the CPU in float32.
 
     Raises:
-        UserError: there is no such device or type, or no GPU here.
+        UserError: there is no such device or type, or no GPU on this machine.
     """
     name = str(device)
     if name == "auto":
@@ -59,16 +52,16 @@ def _check_gpu(name: str) -> None:
         why = (
             "this PyTorch is built for CPUs only: install the build for your CUDA (pytorch.org)"
             if torch.version.cuda is None
-            else "look at nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
+            else "check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
         )
         raise UserError(
-            f"device {name!r} is asked for, but PyTorch found no GPU on this machine ({why}); "
+            f"device {name!r} was requested, but PyTorch found no GPU on this machine ({why}); "
             "cpu or auto works without one"
         )
     number = torch.device(name).index or 0
     if number >= (count := torch.cuda.device_count()):
         raise UserError(
-            f"device {name!r} is asked for, but PyTorch found {count} GPU(s), from cuda:0"
+            f"device {name!r} was requested, but PyTorch found {count} GPU(s), numbered from cuda:0"
         )
 
 
@@ -92,11 +85,12 @@ def load_backbone(
             checkpoints hold their own.
         text_encoder: folder or hub id of the caption encoder (LlamaGen text-to-image:
             google/flan-t5-xl).
-        config: the family's config dataclass, for shapes that were never published; or the grid
-            alone, (height, width) in codes, where only that is missing: it is not in the weights,
-            and a renamed file does not tell.
-        device: "auto" is a GPU where there is one, else the CPU; "meta" builds the shapes alone:
-            no file is fetched for a published name, and of a local one names and shapes are read.
+        config: the family's config dataclass, for shapes that were never published; or only the
+            grid, (height, width) in codes, for a renamed weight file: the grid is known from the
+            published file name, not from the weights.
+        device: "auto" is a GPU if there is one, else the CPU; "meta" builds only the shapes:
+            nothing is fetched for a published name, and only names and shapes are read from a local
+            file.
         dtype: "auto" is bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
@@ -107,7 +101,7 @@ def load_backbone(
     grid = config if isinstance(config, tuple) else None
     if not (config is None or isinstance(config, wanted) or _is_grid(config)):
         raise UserError(
-            f"config must be a {wanted.__name__}, or a grid (height, width), and is {config!r:.80}"
+            f"config must be a {wanted.__name__} or a grid (height, width), but is {config!r:.80}"
         )
     shape = asdict(config) if isinstance(config, wanted) else None
     helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
@@ -126,16 +120,17 @@ def load_source(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Load a `BackboneSource`: `load_backbone` for what checkpoints and programs say of a base.
+    """Load a backbone from a `BackboneSource`, as checkpoints store it and programs build it.
 
-    On the "meta" device a published size needs no file; what is not local of its tokenizer and text
-    encoder is left out.
+    On the "meta" device a published size needs no file; its tokenizer and text encoder are left out
+    unless they are local files.
 
     Args:
-        source: also says how captions' features are computed (`text_encoder_dtype`: LlamaGen's were
-            in "bfloat16", whatever the backbone's type is), and whether to leave out what drawing
-            images does not need (`generation_only`: Janus-Pro's understanding tower and text head).
-        weights: what replaces the weight file (fine-tuned weights of a checkpoint folder).
+        source: also sets the precision of caption features (`text_encoder_dtype`: LlamaGen's own
+            were computed in "bfloat16", whatever the backbone's type), and whether to leave out
+            parts that drawing images does not need (`generation_only`: Janus-Pro's understanding
+            tower and text head).
+        weights: used instead of the source's weight file (fine-tuned weights of a checkpoint).
     """
     if source.text_encoder_dtype not in DTYPES:
         raise UserError(
@@ -171,29 +166,35 @@ def load_source(
     if backbone.frozen.tokenizer is not None:
         _check_codes(backbone)
         backbone.frozen.tokenizer.to(device)
-    if encoder_class is not None and files.text_encoder is not None:
-        if backbone.spec.cond_kind == "class":
-            raise UserError(
-                f"{files.weights} draws classes and reads no captions: leave out the text encoder "
-                f"{files.text_encoder}"
-            )
-        encoder = encoder_class.load(
-            files.text_encoder,
-            max_tokens=backbone.spec.prefix_tokens,
-            dtype=DTYPES[files.text_encoder_dtype],
-            device=device,
-        )
-        if encoder.dim != backbone.caption_width:
-            raise UserError(
-                f"the text encoder {files.text_encoder} gives features of width {encoder.dim}, and "
-                f"{files.weights} reads {backbone.caption_width}: they do not belong together"
-            )
-        backbone.frozen.text_encoder = encoder
+    if files.text_encoder is not None:
+        backbone.frozen.text_encoder = _load_text_encoder(encoder_class, backbone, files, device)
     return backbone.to(device)
 
 
+def _load_text_encoder(
+    encoder_class: Any, backbone: Backbone, files: BackboneSource, device: torch.device | str
+) -> Any:
+    if backbone.spec.cond_kind == "class":
+        raise UserError(
+            f"{files.weights} draws classes and does not read captions: leave out the text encoder "
+            f"{files.text_encoder}"
+        )
+    encoder = encoder_class.load(
+        files.text_encoder,
+        max_tokens=backbone.spec.prefix_tokens,
+        dtype=DTYPES[files.text_encoder_dtype],
+        device=device,
+    )
+    if encoder.dim != backbone.caption_width:
+        raise UserError(
+            f"the text encoder {files.text_encoder} produces features of width {encoder.dim}, but "
+            f"{files.weights} needs {backbone.caption_width}: they do not belong together"
+        )
+    return encoder
+
+
 def _check_shape(config: Any, where: str) -> None:
-    """UserError for sizes that no model has; where a file holds other ones, its keys tell."""
+    """UserError for impossible sizes; sizes that only differ from a file's fail when it is read."""
     for field in fields(config):
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -207,10 +208,10 @@ def _check_shape(config: Any, where: str) -> None:
     if isinstance(config, LlamaConfig):
         if not config.rope_base > 0:
             raise UserError(f"{where}: rope_base={config.rope_base} must be above 0")
-        if config.head_dim % 4:  # half for each axis of the image, in pairs
+        if config.head_dim % 4:  # half of it for each axis of the image, in pairs
             raise UserError(
-                f"{where}: dim / n_head = {config.head_dim} must be a multiple of 4, as rows and "
-                "columns are told apart by rotating pairs"
+                f"{where}: dim / n_head = {config.head_dim} must be a multiple of 4, as rotary "
+                "embeddings use pairs for rows and for columns"
             )
         if heads % config.kv_heads:
             raise UserError(
@@ -219,7 +220,7 @@ def _check_shape(config: Any, where: str) -> None:
 
 
 def _local_helpers(files: BackboneSource) -> BackboneSource:
-    """Without helpers that would have to be fetched; UserError if one is nothing that could be."""
+    """The files without helpers that are not local; UserError if one could not be fetched."""
 
     def local(path: str | None, *, folder: bool = False) -> str | None:
         if path is None or Path(path).exists():
@@ -235,26 +236,28 @@ def _check_codes(backbone: Backbone) -> None:
     codes = math.prod(backbone.spec.subvocabs)
     if backbone.tokenizer.codebook_size != codes:
         raise UserError(
-            f"the image tokenizer has {backbone.tokenizer.codebook_size} codes and the "
-            f"{backbone.spec.family} backbone {codes}: they do not belong together"
+            f"the image tokenizer has {backbone.tokenizer.codebook_size} codes, but the "
+            f"{backbone.spec.family} backbone has {codes}: they do not belong together"
         )
 
 
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
-    """Put a fresh codec around a backbone; bit for bit the base model until it is trained."""
+    """Put a new codec around a backbone; equal to the base, bit for bit, until it is trained."""
     if not isinstance(backbone, Backbone):
         raise UserError(
-            f"attach needs a backbone, and got {backbone!r:.80}: "
+            f"attach needs a backbone, but got {backbone!r:.80}: "
             "load one with t2i.load_backbone(family, source)"
         )
     if not isinstance(config, TensorARConfig):
-        raise UserError(f"config is {config!r:.80}: give one of t2i.presets, as iclr2026()")
+        raise UserError(
+            f"config is {config!r:.80}: give one of t2i.presets, such as t2i.presets.iclr2026()"
+        )
     return TensorAR(backbone, config, seed=seed).eval()
 
 
 def tokenizer_hash(backbone: Backbone) -> str:
-    """SHA-256 of the image tokenizer's weights (or of its own file), for cache keys."""
-    assert backbone.source is not None, "of load_backbone"
+    """SHA-256 of the image tokenizer's file, or of its weights if it has none, for cache keys."""
+    assert backbone.source is not None, "set by load_backbone"
     files = expand_folder(backbone.source)
     if files.tokenizer is not None:
         return stored_sha256(resolve(files.tokenizer))

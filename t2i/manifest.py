@@ -14,17 +14,17 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
 _OF_RUN = ("checkpoints", "best")
-"""Folders in a run's own that it deletes from, or replaces."""
+"""Folders within a run folder that the run itself replaces or deletes from."""
 _LOADED = ("config.json", "codec.safetensors", "backbone.safetensors", "adapter/*")
 
 
 class DamagedError(UserError):
-    """A checkpoint folder is incomplete, or a file of it is not what was written."""
+    """A checkpoint folder is incomplete, or one of its files has changed."""
 
 
 def refuse_in_checkpoint(place: str | Path, option: str) -> None:
-    """UserError if something is to be written where a run keeps its checkpoints: it would go with
-    the folder, which the run deletes or replaces as a whole.
+    """UserError if `place`, given by `option`, lies where a run keeps its checkpoints: anything
+    written there would be lost when the run deletes or replaces the folder.
     """
     path = Path(os.path.realpath(place))
     for folder in (path, *path.parents):
@@ -33,13 +33,13 @@ def refuse_in_checkpoint(place: str | Path, option: str) -> None:
             (run_dir / "metrics.jsonl").is_file() or any(run_dir.glob(f"checkpoints/*/{MANIFEST}"))
         ):
             raise UserError(
-                f"{option} {place} lies in {folder}, which a training run keeps for its checkpoints "
-                "and deletes or replaces as a whole: give a place elsewhere"
+                f"{option} {place} lies in {folder}, where a training run keeps its checkpoints and "
+                "which it deletes or replaces as a whole: choose another folder"
             )
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file of a folder that is otherwise finished."""
+    """Write the manifest of a folder whose other files are all finished."""
     files = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
@@ -52,11 +52,11 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
-    """Compare a folder with its manifest: the sizes, and the contents if asked for.
+    """Compare a folder with its manifest: file sizes and, with `contents`, checksums.
 
     Raises:
-        DamagedError: names the file that is missing, cut short, changed, not listed, or not within
-            the folder.
+        DamagedError: names the file that is missing, cut short, changed, not listed, or outside the
+            folder.
     """
     with reading(folder):
         _check_files(folder, with_state, contents)
@@ -65,7 +65,7 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
 def _check_files(folder: Path, with_state: bool, contents: bool) -> None:
     files = _read(folder)
     if with_state and not any(name.startswith(f"{TRAINING_STATE}/") for name in files):
-        raise DamagedError(f"{folder / TRAINING_STATE} is missing: nothing can resume from it")
+        raise DamagedError(f"{folder / TRAINING_STATE} is missing: no run can resume from it")
     for pattern in (*_LOADED, f"{TRAINING_STATE}/**/*") if with_state else _LOADED:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and path.relative_to(folder).as_posix() not in files:
@@ -75,26 +75,26 @@ def _check_files(folder: Path, with_state: bool, contents: bool) -> None:
         if name.startswith(f"{TRAINING_STATE}/") and not with_state:
             continue
         if not _is_inside(path, folder):
-            what = f"is not within the checkpoint folder: its {MANIFEST} or a link leads out"
+            what = f"is not within the checkpoint folder: its {MANIFEST} or a link points outside"
         elif not path.is_file() or path.stat().st_size != size:
-            what = f"is missing or has not the {size} bytes that the manifest says"
+            what = f"is missing or does not have the {size} bytes that the manifest states"
         elif contents and sha256 is not None and remembered_sha256(path) != sha256:
-            what = "is damaged: its SHA-256 is not what the manifest says"
+            what = "is damaged: its SHA-256 is not the one in the manifest"
         else:
             continue
         raise DamagedError(f"{path} {what}; copy the folder again")
     if contents and any(sha256 is None for _, sha256 in files.values()):
-        log.warning("%s has no checksums (an older version wrote it): only sizes count", folder)
+        log.warning("%s has no checksums (an older version wrote it): sizes were compared", folder)
 
 
 def listed_weights(folder: Path) -> dict[str, str | None]:
-    """SHA-256 by name of the files of a checkpoint that hold weights, as its manifest says."""
+    """SHA-256 by name of a checkpoint's weight files, according to its manifest."""
     files = _read(folder).items()
     return {name: sha256 for name, (_, sha256) in files if name.endswith(".safetensors")}
 
 
 def _read(folder: Path) -> dict[str, tuple[int, str | None]]:
-    """Size and hash by name; older versions wrote the size alone."""
+    """Size and hash by file name, from the manifest; older versions wrote only the size."""
     path = folder / MANIFEST
     if not path.is_file():
         below = [p for way in ("step_*", "*/checkpoints/step_*") for p in folder.glob(way)]
@@ -102,14 +102,14 @@ def _read(folder: Path) -> dict[str, tuple[int, str | None]]:
         hint = f"; {whole[-1]} is one" if whole else ""
         raise DamagedError(
             f"{folder} is not a complete checkpoint folder: {MANIFEST} is missing "
-            "(a base model is loaded with load_backbone; a run that stopped while saving leaves "
-            f"an earlier step){hint}"
+            "(load a base model with load_backbone; after a run that stopped while saving, use an "
+            f"earlier step){hint}"
         )
     try:
         found = {name: _entry(entry) for name, entry in read_object(path)["files"].items()}
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
-            f"{path} is no list of files with their sizes ({error}); copy the folder again"
+            f"{path} is not a list of files with their sizes ({error}); copy the folder again"
         ) from error
     if "config.json" not in found:
         raise DamagedError(f"{path} does not list config.json; copy the folder again")
@@ -127,8 +127,8 @@ def _entry(entry: object) -> tuple[int, str | None]:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file is within the folder, also if links are followed."""
-    # The hub's cache links to a folder of blobs of its own.
+    """Whether a file is still within the folder once links are followed."""
+    # In the hub's cache, files are links to its folder of blobs.
     home = folder.resolve()
     homes = [home, *(p.parent / "blobs" for p in home.parents if p.name == "snapshots")]
     return any(path.resolve().is_relative_to(h) for h in homes)

@@ -1,4 +1,4 @@
-"""Which model a program draws with or exports, and how. Without torch, as --help needs it."""
+"""Options for the model that a program draws with or exports. Without torch, for a fast --help."""
 
 import logging
 import re
@@ -26,25 +26,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """A published base by itself; beside --ckpt: where the files of its base are now."""
+    """A published base model or, with --ckpt, where the files of the checkpoint's base are now."""
 
     family: FamilyName | None = None
-    """Of a published weight file; folders say it themselves."""
+    """Model family of a published weight file; folders name their own."""
     weights: str | None = None
     """Official weight file or folder, backbone folder, or a name on the hub (owner/repo:file,
-    owner/repo). Beside --ckpt also the folder to which all files of the base moved.
+    owner/repo). With --ckpt also the folder to which all files of the base moved.
     """
     tokenizer: str | None = None
-    """Image tokenizer weights (folders and Open-MAGVIT2's files bring their own)."""
+    """Image tokenizer weights (folders and Open-MAGVIT2's files include their own)."""
     text_encoder: str | None = None
-    """Caption encoder of LlamaGen: folder or hub id (a backbone folder brings its own)."""
+    """Caption encoder of LlamaGen: folder or hub id (a backbone folder includes its own)."""
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of its features."""
+    """Precision of the caption encoder's features."""
     grid: tuple[int, int] | None = None
-    """Height and width of an image in codes, of a renamed weight file: nothing in it tells them."""
+    """Height and width of an image in codes; only needed for a weight file that was renamed."""
 
     def check_beside(self, checkpoint: Path) -> None:
-        """UserError for what is said of a base beside a checkpoint, which says it itself."""
+        """UserError for options that contradict what a checkpoint stores about its base."""
         from t2i.checkpoint_folders import read_config
 
         stored = read_config(checkpoint)["backbone"]
@@ -52,43 +52,42 @@ class BaseOptions:
             value, own = getattr(self, name), stored.get(name)
             own = tuple(own) if isinstance(own, list) else own
             if value not in (getattr(type(self), name), own):
-                told = f"not {value}" if own is None else f"{own}, and not {value}"
                 raise UserError(
-                    f"--base.{name.replace('_', '-')} is for a published base: {checkpoint} "
-                    f"says it itself ({told}); give no other, or leave it out"
+                    f"--base.{name.replace('_', '-')} is for a published base: {checkpoint} uses "
+                    f"{own or 'its own'}, not {value}; leave out the option"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Something trained, or a base by itself; and what it is computed on."""
+    """A trained model or a plain base, and the device it runs on."""
 
     ckpt: str | None = None
     """Checkpoint, run (its newest checkpoint) or export folder, or shapes, shapes-janus."""
     base: BaseOptions = field(default_factory=BaseOptions)
     device: str = "auto"
-    """cpu, cuda, or auto."""
+    """cpu, cuda, or auto (a GPU if there is one)."""
     dtype: str = "auto"
-    """float32, bfloat16, or auto (bfloat16 on a GPU); of the model that draws."""
+    """Type of the model that draws: float32, bfloat16, or auto (bfloat16 on a GPU)."""
     speed: Speed = "auto"
-    """How images are drawn: eager, graphs (CUDA), compiled (a minute first), or auto, what pays for
-    so many; they are the same up to rounding.
+    """How drawing steps are run: eager, graphs (CUDA), compiled (takes a minute first), or auto
+    (graphs if they pay for the number of steps, else eager). Images are the same up to rounding.
     """
     speculate: Speculate = "auto"
-    """Draw so many codes (TensorAR: windows) of each image per call of the model, all but one from
-    guesses; what was guessed wrong is drawn again, so images are the same up to rounding. off: one;
-    auto: 12 (compiled: 8) for one image at a time of a model without TensorAR on a CPU, else one.
+    """Codes (TensorAR: windows) of each image to draw per call of the model, all but one from
+    guesses; wrong guesses are drawn again, so images are the same up to rounding. off: one; auto:
+    12 (compiled: 8) if a model without TensorAR draws one image at a time on a CPU, else one.
     """
 
     @property
     def source(self) -> str | None:
-        """What is drawn with, as it was typed."""
+        """The model to draw with, as typed."""
         return self.ckpt or self.base.weights
 
     @cached_property
     def checkpoint(self) -> Path | None:
-        """The checkpoint folder that `ckpt` stands for; None for a base by itself."""
-        # Found once: a run that is still training may write a newer one in the meantime.
+        """The checkpoint folder that `ckpt` refers to; None for a plain base."""
+        # Found only once: a run that is still training may write a newer one in the meantime.
         from t2i.checkpoint_folders import choose_checkpoint, is_checkpoint
 
         if self.ckpt is None or not is_checkpoint(self.ckpt):
@@ -96,11 +95,11 @@ class ModelOptions:
         return choose_checkpoint(self.ckpt)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
-        """Device and type, after all that can be told without loading.
+        """The device and type to use, after all checks that do not need the model to be loaded.
 
         Raises:
-            UserError: no model is given, there is none of this name, it is incomplete; there is no
-                such device or type.
+            UserError: no model is given, it does not exist or is incomplete, or there is no such
+                device or type.
         """
         from t2i.checkpoint_folders import find_checkpoint, is_checkpoint, read_config
         from t2i.loading import pick_device
@@ -121,17 +120,18 @@ class ModelOptions:
                 f"--base.weights{nearest_path(folder)}"
             )
         if self.ckpt is None and is_checkpoint(self.source):
-            raise UserError(f"{self.source} is a checkpoint, and no base: give it as --ckpt")
+            raise UserError(f"{self.source} is a checkpoint, not a base: give it as --ckpt")
         if self.ckpt is not None and self.base.weights is not None and self.checkpoint is None:
             raise UserError(
-                f"{self.ckpt} is no checkpoint, so it has no other base: leave out --base.weights"
+                f"{self.ckpt} is not a checkpoint, so it has no other base: leave out "
+                "--base.weights"
             )
         if self.base.text_encoder is not None:
             check_named(self.base.text_encoder, folder=True)
         for given in filter(None, (self.source, self.base.tokenizer)):
             on_hub = given.partition(":")[0].count("/") == 1
             if not (on_hub or Path(given).exists() or given in shipped_bases()):
-                resolve(given)  # says what it could have been
+                resolve(given)  # raises an error that lists what it could have been
         if self.checkpoint is not None:
             self.base.check_beside(self.checkpoint)
         elif self.source in shipped_bases():
@@ -144,7 +144,7 @@ class ModelOptions:
         return where
 
     def load(self, device: "torch.device | str", dtype: "torch.dtype | str") -> "TensorAR":
-        """The model in eval mode, without what drawing images does not need."""
+        """Load the model in eval mode, without parts that drawing images does not need."""
         from t2i.checkpoint import load_base, load_model
         from t2i.sources import base_files, family_of
 
@@ -166,13 +166,13 @@ class ModelOptions:
         model.speed, model.speculate = self.speed, self.speculate
         frozen, spec = model.backbone.frozen, model.backbone.spec
         if frozen.tokenizer is None:
-            raise UserError(f"{self.source} brings no image tokenizer: give --base.tokenizer")
+            raise UserError(f"{self.source} includes no image tokenizer: give --base.tokenizer")
         if spec.cond_kind == "text" and frozen.text_encoder is None:
-            raise UserError(f"{self.source} brings no caption encoder: give --base.text-encoder")
+            raise UserError(f"{self.source} includes no caption encoder: give --base.text-encoder")
         return model
 
     def name(self) -> str:
-        """The model's name in that of a folder: run and step, the export, or the base's file."""
+        """A name of the model for folder names: run and step, the export, or the base's file."""
         from t2i.checkpoint_folders import BEST, EXPORTED
         from t2i.sources import absolute
 
@@ -188,11 +188,11 @@ class ModelOptions:
         return folder.parent.name if folder.name == EXPORTED else folder.name
 
     def about(self, model: "TensorAR") -> dict[str, Any]:
-        """What files of results say about the model."""
+        """Facts about the model for results files."""
         from t2i.checkpoint_folders import read_config
 
         if self.checkpoint is None:
-            assert model.backbone.source is not None, "of load_backbone"
+            assert model.backbone.source is not None, "set by load_backbone"
             return {"kit_version": __version__, "backbone": asdict(model.backbone.source)}
         config = read_config(self.checkpoint)
         facts = {key: config[key] for key in ("kit_version", "tuning", "method", "backbone")}
@@ -205,7 +205,7 @@ class DrawingModelOptions(ModelOptions):
     """A model, and how a program draws with it."""
 
     seed: int = 0
-    """An image depends on (seed, prompt index, sample index) alone."""
+    """Random seed. An image depends only on the seed, its prompt index and its sample index."""
     batch_size: int = 16
     """Images drawn at once, per process."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
@@ -216,27 +216,28 @@ class DrawingModelOptions(ModelOptions):
         DrawOptions(self.seed, batch_size=self.batch_size)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
-        """As for any model; and whether the sampling settings are possible."""
+        """Like `ModelOptions.check`, and UserError for sampling settings that no model takes."""
         self.sampling.check()
         return super().check()
 
     def refuse_drawing(self, more: tuple[str, ...] = ()) -> None:
-        """UserError for options that say how a model draws, where none does.
+        """UserError if options about drawing are given although no model draws.
 
         Args:
-            more: further such options of this program.
+            more: further options of this program that are about drawing.
         """
         given = [name for name in given_options(self) if name.partition(".")[0] in _DRAWING + more]
         if given:
             typed = [name.removeprefix("sampling.").replace("_", "-") for name in given]
             names = ", ".join(f"--{name}" for name in typed)
-            raise UserError(f"{names}: of a model that draws, and none is given; leave it out")
+            raise UserError(f"{names}: needs a model that draws, but none is given; leave it out")
 
     def drawing(self, model: "TensorAR", *, among_others: bool = False) -> DrawOptions:
-        """How this model is to draw; UserError for settings that it cannot be drawn with.
+        """The settings to draw with this model; UserError if it cannot be drawn with them.
 
         Args:
-            among_others: further models have the same options, which need not be of use to all.
+            among_others: other models share these options, so do not warn about those without
+                effect on this one.
         """
         from t2i.tensorar.sampler import check_sampling, drawn_windows
 
@@ -252,31 +253,31 @@ _DRAWING = ("base", "dtype", "speed", "speculate", "seed", "batch_size", "sampli
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export."""
+    """The checkpoint to export, and how."""
 
     ckpt: Path
     """Checkpoint folder, or a run folder (its newest checkpoint)."""
     out: Path
-    """New folder; adapters are merged into the base in it."""
+    """New folder for the export."""
     base: BaseOptions = field(default_factory=BaseOptions)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the stored weights; adapters are merged in float32."""
+    """Type of the stored weights; adapters are merged into the base in float32 first."""
     prompt: tuple[str, ...] = ()
     """Prompts to draw for the model card (class ids for a class-conditional model)."""
     samples: int = 2
     """Images per prompt."""
     device: str = "auto"
-    """Where to draw them: cpu, cuda, or auto."""
+    """Device that draws the images: cpu, cuda, or auto."""
     results: tuple[Path, ...] = ()
-    """results.json files of benchmarks, for the model card."""
+    """Benchmark results (results.json files) for the model card."""
 
     def __post_init__(self):
         check_counts(samples=self.samples)
         moved = ("weights", "tokenizer", "text_encoder")
         if other := [name for name in given_options(self.base) if name not in moved]:
             names = ", ".join(f"--base.{name.replace('_', '-')}" for name in other)
-            raise UserError(f"{names}: the checkpoint says it itself; leave it out")
+            raise UserError(f"{names}: the checkpoint has its own; leave it out")
         if self.samples != ExportOptions.samples and not self.prompt:
             raise UserError("--samples needs a --prompt to draw: give one, or leave it out")
         if not all(prompt.strip() for prompt in self.prompt):
-            raise UserError("one of --prompt is empty; without any, no samples are drawn")
+            raise UserError("a --prompt is empty; to draw no samples, leave out --prompt")

@@ -1,10 +1,10 @@
-"""Files that others published: fetched from the hub or an address, proven, and known by their hash.
+"""Published files: fetches them from the hub or a URL, and identifies them by their hash.
 
-A file that a benchmark is defined by is used only if its hash is the published one, so that a wrong
-or damaged file never turns into scores. A download is proven under a temporary name: what is killed
-or cut short leaves nothing that is taken for the file.
+A file that defines a benchmark is used only if its hash is the published one, so that a wrong or
+damaged file never produces scores. A download is checked under a temporary name: one that is killed
+or cut short leaves nothing that could be mistaken for the file.
 
-A file of gigabytes is hashed once, and its hash remembered in the user's cache (`KnownHashes`).
+A large file is hashed once; its hash is then kept in the user's cache (`KnownHashes`).
 """
 
 import hashlib
@@ -31,47 +31,49 @@ from t2i.progress import progress_bar
 _TIMEOUT = 60.0  # seconds without a byte
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 20.0
-_LARGE = 16 << 20  # bytes; smaller files are read faster than their entry
-_SETTLED = 2 * 10**9  # nanoseconds; a younger file may change again within one tick of its clock
-# The hub's client has changed its HTTP library twice; its errors come through as they are.
+_LARGE = 16 << 20  # bytes; hashing a smaller file is faster than looking up its hash
+# Nanoseconds. A file changed more recently may change again without its timestamps showing it.
+_SETTLED = 2 * 10**9
+# The hub's client has changed its HTTP library twice, and passes on that library's errors.
 _HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "requests")
 
 
 def cache_root() -> Path:
-    """The folder of everything that is kept for the user: `T2I_CACHE`, or `~/.cache/t2i`."""
+    """The user's cache folder: `T2I_CACHE`, or `~/.cache/t2i`."""
     return Path(os.environ.get("T2I_CACHE") or Path.home() / ".cache" / "t2i")
 
 
 # -- hashes ----------------------------------------------------------------------------------------
 def file_status(path: Path) -> list[int] | None:
-    """[size, modification time, change time]; None if there is no such file."""
+    """[size, modification time, change time] of a file; None if there is no such file."""
     try:
         status = path.stat()
-    except (OSError, ValueError):  # gone, unreadable, or no possible name
+    except (OSError, ValueError):  # gone, unreadable, or not a possible name
         return None
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 class KnownHashes:
-    """Hashes of files, kept in a JSON file; nowhere if that is None.
+    """Known hashes of files, kept in a JSON file, or only in memory if `place` is None.
 
-    A hash counts while the file has the same place, size and times. The time of change (ctime)
-    cannot be set by `cp -p` or `touch -r`, so a file that was overwritten is read again even if its
-    date was put back.
+    A hash is valid while the file's path, size and timestamps stay the same. The change time
+    (ctime) cannot be set by `cp -p` or `touch -r`, so an overwritten file is hashed again even if
+    its modification time was restored.
     """
 
     def __init__(self, place: Path | None):
         self.place = place
         try:
             content = json.loads(place.read_text(encoding="utf-8")) if place else {}
-        except (OSError, ValueError):  # there is none, or it is damaged: files are read again
+        except (OSError, ValueError):  # missing or damaged: files are hashed again
             content = {}
         self._entries: dict[str, list] = content if isinstance(content, dict) else {}
 
     def get(self, path: Path, status: list[int], *, just_now: bool = False) -> str | None:
-        """The hash of a file that is as it was.
+        """The hash of a file whose status has not changed since; None if unknown.
 
-        just_now: also of one that changed so shortly before that it may change again unseen.
+        just_now: accept it even if the file had changed so shortly before it was hashed that it
+            could have changed again unnoticed.
         """
         entry = self._entries.get(os.path.abspath(path))
         if entry is None or entry[:3] != status:
@@ -79,18 +81,18 @@ class KnownHashes:
         return entry[4] if just_now or entry[3] - status[2] > _SETTLED else None
 
     def put(self, path: Path, status: list[int], seen: int, digest: str) -> None:
-        """Remember a hash of a file whose status was `seen` at this time, before it was read."""
+        """Remember the hash of a file that had this status at time `seen`, before it was read."""
         self._entries[os.path.abspath(path)] = [*status, seen, digest]
 
     def save(self) -> None:
         if self.place is not None:
-            with suppress(OSError, UserError):  # without it files are read again, and no more
+            with suppress(OSError, UserError):  # unsaved, it only means hashing files again
                 self.place.parent.mkdir(parents=True, exist_ok=True)
                 write_text(self.place, json.dumps(self._entries))
 
 
 def remembered_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as lower-case hex; a large unchanged file is read only once."""
+    """SHA-256 of a file, as lower-case hex; a large file is read only once while unchanged."""
     target = Path(path).resolve()
     if target.parent.name == "blobs" and len(target.name) == 64:
         return target.name  # the hub's cache names large files by their hash
@@ -107,7 +109,7 @@ def remembered_sha256(path: str | Path) -> str:
 
 
 def hashes_by_name(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of several files."""
+    """SHA-256 of each file, by file name."""
     return {path.name: remembered_sha256(path) for path in paths}
 
 
@@ -122,13 +124,13 @@ def files_sha256(paths: Iterable[Path]) -> str:
 # -- the hub ---------------------------------------------------------------------------------------
 @cache
 def hub_is_away() -> bool:
-    """Whether the hub cannot be reached, or does not answer. It is tried once, before the hub's own
-    client is used, which would retry for half a minute at every file, or for seven minutes.
+    """Whether the hub cannot be reached or does not answer. Checked once, before the hub's own
+    client is used: that would retry for half a minute or more for every file.
     """
     from huggingface_hub import HfApi, is_offline_mode
 
     if is_offline_mode() or {"http", "https", "all"} & urllib.request.getproxies().keys():
-        return False  # the client knows, or a proxy finds the hub's address
+        return False  # the client handles this itself, or a proxy resolves the hub's address
     hub = urlsplit(HfApi().endpoint)
     host, port = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
     try:
@@ -147,50 +149,49 @@ def hub_is_away() -> bool:
                 link.recv(1)
         except TimeoutError:
             return True
-        except OSError:  # something is there, and its client may know how to talk to it
+        except OSError:  # something is there, and the hub's client may be able to talk to it
             return False
     return False
 
 
 def fetch_folder(hub_id: str, patterns: Sequence[str] | None = None, *, advice: str) -> Path:
-    """The local copy of what is not a folder here, fetched if it is not in the hub's cache.
+    """The local copy of a hub repository, fetched if it is not in the hub's cache.
 
     Args:
-        patterns: of the files to fetch; all of them if None.
-        advice: what the error's message says to do.
+        patterns: file name patterns of the files to fetch; all files if None.
+        advice: what to do, for the error message.
     """
     from huggingface_hub import snapshot_download
 
     wanted = None if patterns is None else list(patterns)
-    said = f"{advice}{nearest_path(hub_id)}"
-    with asking_hub(f"{hub_id} is neither a folder here nor a model of the hub", said):
-        away = hub_is_away()  # then what was fetched before will do
+    advice = f"{advice}{nearest_path(hub_id)}"
+    with asking_hub(f"{hub_id} is neither a local folder nor a model on the hub", advice):
+        away = hub_is_away()  # if so, use what was fetched earlier
         return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=away))
 
 
 def fetch_model(
     hub_id: str, settings: Sequence[str], weights: Sequence[str], *, advice: str
 ) -> Path:
-    """The local copy of a model of the hub: settings, and the first kind of weights that it has."""
+    """The local copy of a model on the hub: its settings and the first kind of weights it has."""
     for pattern in weights:
         wanted = [*settings, pattern, f"{pattern}.index.json"]
         folder = fetch_folder(hub_id, wanted, advice=advice)
         if any(folder.glob(pattern)):
             return folder
-    raise UserError(f"the hub's {hub_id} holds none of {', '.join(weights)}")
+    raise UserError(f"{hub_id} on the hub has none of {', '.join(weights)}")
 
 
 @contextmanager
 def asking_hub(what: str, advice: str = "") -> Iterator[None]:
-    """While the hub is asked: what it refuses, or what fails without a network, is the user's to
-    mend.
+    """Turn errors of requests to the hub into a UserError.
 
     Args:
-        what: went wrong then, for the message.
+        what: what went wrong if a request fails, for the message.
         advice: what to do.
 
     Raises:
-        UserError: the hub refused, did not answer, or cannot have a thing of this name.
+        UserError: the hub refused, did not answer, or cannot have anything of this name.
     """
     try:
         yield
@@ -206,7 +207,7 @@ def asking_hub(what: str, advice: str = "") -> Iterator[None]:
 # -- files of a benchmark --------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ProvenFile:
-    """A file that passed the check, and its hash (hex)."""
+    """A file that passed the hash check, and its hash (hex)."""
 
     path: Path
     digest: str
@@ -217,12 +218,12 @@ class PublishedFile:
     """A file at a public address.
 
     Attributes:
-        title: what messages call it, without an article.
-        names: what the file may be called; a download gets the first.
-        hashes: first hex digits of the hash of each version that is accepted.
+        title: what messages call the file, without an article.
+        names: accepted file names; a download gets the first.
+        hashes: first hex digits of the hash of each accepted version.
         cache: name of its folder in the cache.
-        advice: what else to do without a network, as "give it with --this-option".
-        digest: computes the hash, hex.
+        advice: the alternative to downloading, such as "give it with --this-option".
+        digest: computes the hash (hex).
     """
 
     title: str
@@ -235,26 +236,26 @@ class PublishedFile:
 
     @property
     def cache_folder(self) -> Path:
-        """Where downloads are kept: a folder of `T2I_CACHE`, or of `~/.cache/t2i`."""
+        """Where downloads of this file are kept."""
         return cache_root() / self.cache
 
     def given(self, path: Path) -> ProvenFile:
-        """The file at `path`, or in the folder `path` under one of its names."""
+        """The file at `path`, or under one of its names if `path` is a folder; checked."""
         if path.is_dir():
             held = self._held_by(path)
             if held is None:
                 raise UserError(f"{path} holds no {self.title}: looked for {', '.join(self.names)}")
             path = held
         elif not path.exists():
-            raise UserError(f"{path} does not exist: give the {self.title} or its folder")
+            raise UserError(f"{path} does not exist: give the {self.title} or the folder it is in")
         return self._prove(path)
 
     def find(self, folder: Path | None = None) -> ProvenFile:
-        """The file in `folder` or the cache, or else downloaded into the cache.
+        """The file in `folder` or the cache, else downloaded into the cache; checked.
 
         Raises:
-            UserError: what was found is another file, or it cannot be downloaded; the message says
-                what to put where.
+            UserError: a different file was found, or it cannot be downloaded; the message says what
+                to put where.
         """
         for place in (folder, self.cache_folder):
             if place is not None and (held := self._held_by(place)):
@@ -271,21 +272,22 @@ class PublishedFile:
             digest = self.digest(path)
         if not digest.startswith(self.hashes):
             raise UserError(
-                f"{path} is not the published {self.title}: its hash is {digest}, which should "
-                f"begin with {' or '.join(self.hashes)}. It is damaged or another file; delete it, "
-                f"or fetch {self.url} again"
+                f"{path} is not the published {self.title}: its hash is {digest}, but should "
+                f"begin with {' or '.join(self.hashes)}. It is damaged or a different file; delete "
+                f"it, or download {self.url} again"
             )
         return ProvenFile(path, digest)
 
     def _download(self, path: Path) -> None:
-        """Fetch the file, unless another process has done so meanwhile."""
+        """Download the file, unless another process has done so in the meantime."""
         from huggingface_hub import is_offline_mode
 
         advice = (
-            f"Elsewhere, download {self.url} and copy it to {path.parent} here; or {self.advice}"
+            f"Download {self.url} on another machine and copy it to {path.parent} here; or "
+            f"{self.advice}"
         )
         if is_offline_mode():
-            raise UserError(f"the {self.title} is not here and HF_HUB_OFFLINE is set. {advice}")
+            raise UserError(f"the {self.title} is missing, and HF_HUB_OFFLINE is set. {advice}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
@@ -295,7 +297,7 @@ class PublishedFile:
                     size = _fetch(self.url, temporary)
                     if not self.digest(temporary).startswith(self.hashes):
                         raise UserError(
-                            f"{self.url} gave {size} bytes that are not the published "
+                            f"the {size} bytes downloaded from {self.url} are not the published "
                             f"{self.title}. {advice}"
                         )
         except (OSError, http.client.HTTPException) as error:  # no network, disk full, ...
@@ -303,7 +305,7 @@ class PublishedFile:
 
 
 def _fetch(url: str, path: Path) -> int:
-    """Write what the address gives; returns the number of bytes."""
+    """Download a URL to a file; returns the number of bytes."""
     request = urllib.request.Request(url, headers={"User-Agent": "t2i"})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply, open(path, "wb") as file:
         size = reply.headers.get("Content-Length")

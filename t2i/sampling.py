@@ -1,4 +1,4 @@
-"""How codes and images are drawn: the settings, and what overrides them. Without torch."""
+"""Settings for drawing codes and images, and overrides for them. Does not import torch."""
 
 import logging
 import math
@@ -11,49 +11,46 @@ from t2i.fields import all_optional
 log = logging.getLogger(__name__)
 
 Speed = Literal["auto", "eager", "compiled", "graphs"]
-"""How the steps are run (`t2i.tensorar.speed`); no image depends on it but for rounding."""
-
-_MOST_ROWS = 65_536
-"""Of a batch that is drawn: it is filled up to its size."""
-_MOST_COUNT = 1_000_000_000
-"""Of anything else: more steps, samples or pixels than anybody has a use for."""
-
+"""How drawing steps are run (`t2i.tensorar.speed`); images are the same up to rounding."""
 Speculate = int | Literal["auto", "off"]
-"""Windows of each image that a call of the model draws, all but one from guesses; off (or 0): one;
-auto: what `docs/fewer_steps.md` found to pay. No image depends on it but for rounding.
+"""Windows of each image to draw per call of the model, all but one from guesses; off (or 0): one;
+auto: the number that `docs/fewer_steps.md` found to pay. Images are the same up to rounding.
 """
 
-
+_MOST_ROWS = 65_536
+"""Largest batch size for drawing: batches are padded to their full size."""
+_MOST_COUNT = 1_000_000_000
+"""Largest number of anything else: more steps, samples or pixels than anyone can use."""
 _MOST_GUIDANCE = 1000
-"""Far more than draws anything, and far from where numbers overflow and images are noise."""
+"""Far more than any useful guidance, and far less than where numbers overflow into noise."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How codes are drawn. Of several numbers, each is for one sub-token of a code."""
+    """How codes are drawn. A setting with several numbers has one for each sub-token of a code."""
 
     cfg_scale: float | tuple[float, ...] = 1.0
     """Classifier-free guidance: null + scale * (cond - null); 1 is off and halves the work."""
     cfg_interval: int = -1
     """Guide only the first cfg_interval + 2 image tokens (LlamaGen's option); -1: all."""
     cfg_power: float = 0.0
-    """Let guidance grow along a power-cosine (RAR's option), the later the higher; 0: constant."""
+    """Exponent of a power-cosine along which guidance grows (RAR's option); 0: constant."""
     temperature: float | tuple[float, ...] = 1.0
-    """0 takes the most likely code."""
+    """Sampling temperature; 0 takes the most likely code."""
     top_k: int | tuple[int, ...] = 0
     """Keep the k most likely codes (and ties); 0 keeps all."""
     top_p: float | tuple[float, ...] = 1.0
     """Keep the smallest set of codes whose probability exceeds p; 1 keeps all."""
     window: int = 0
-    """Slots that a TensorAR model predicts and feeds back per step; 0 is all k."""
+    """Slots that a TensorAR model predicts and feeds back per step; 0: all k."""
     stride: int = 1
-    """Codes that a step of a TensorAR model makes final: an image takes so many times fewer steps,
-    and all but the first of them are drawn without knowing each other.
+    """Codes that a TensorAR model makes final per step: an image takes this many times fewer steps,
+    but the codes of a step are drawn independently of each other.
     """
     draft_temperature: float = 1.0
-    """Factor on the temperature of the drafts; 0 takes the most likely."""
+    """Temperature of drafts, as a factor on `temperature`; 0 takes the most likely code."""
     renoise: float = 0.0
-    """Corrupt drafts before they are fed back, with this share of the training noise's strength."""
+    """Corrupt drafts that are fed back, at this fraction of the training noise's strength."""
 
     def __post_init__(self):
         for name in _PER_SUB_TOKEN:
@@ -65,7 +62,7 @@ class SamplingConfig:
         scales = _numbers(self.cfg_scale)
         if min(scales) < 1 or max(scales) > _MOST_GUIDANCE:
             raise UserError(
-                f"cfg_scale={self.cfg_scale} must be at least 1 (1 is without guidance), and at most "
+                f"cfg_scale={self.cfg_scale} must be at least 1 (no guidance) and at most "
                 f"{_MOST_GUIDANCE}"
             )
         if self.cfg_interval < -1:
@@ -90,17 +87,17 @@ class SamplingConfig:
             raise UserError(f"renoise={self.renoise} must be from 0 to 1")
 
     def of_base(self) -> "SamplingConfig":
-        """Without what only windows have: how the base draws by itself."""
+        """The settings for drawing with the base alone: those about windows become defaults."""
         usual = SamplingConfig()
         return replace(self, **{name: getattr(usual, name) for name in _OF_WINDOWS})
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every code is the most likely one."""
+        """Whether the most likely code is always taken."""
         return max(_numbers(self.temperature)) == 0
 
     def by_sub_token(self, count: int) -> "tuple[SubTokenSampling, ...]":
-        """The settings of each of `count` sub-tokens; UserError if numbers are missing for some."""
+        """The settings of each of `count` sub-tokens; UserError if a tuple has another length."""
         settings = vars(self)
         given = {n: v for n in _PER_SUB_TOKEN if isinstance(v := settings[n], tuple)}
         for name, values in given.items():
@@ -128,26 +125,28 @@ _OF_WINDOWS = ("window", "stride", "draft_temperature", "renoise")
 
 
 def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
-    """One number or several, as a tuple; an empty one as a value that no setting allows."""
+    """One or several numbers, as a tuple; for an empty tuple, a number that no setting allows."""
     return (value if isinstance(value, tuple) else (value,)) or (-1.0,)
 
 
 @all_optional(SamplingConfig)
 class SamplingOverrides:
-    """Each setting as in `SamplingConfig`; None keeps the model's own."""
+    """Overrides for the settings of `SamplingConfig`; None keeps the model's own value."""
 
     def apply(self, own: SamplingConfig) -> SamplingConfig:
-        """The model's own settings with these in their place."""
+        """The model's own settings with these overrides."""
         return replace(own, **{k: v for k, v in vars(self).items() if v is not None})
 
     def check(self) -> None:
-        """UserError for a value that no model takes, before one is loaded."""
+        """UserError for a value that no model accepts, before a model is loaded."""
         self.apply(SamplingConfig())
 
     def look_for_unread(self, settings: SamplingConfig, drafts: bool) -> None:
-        """Warns of options that change nothing beside the settings that they became part of.
+        """Warn about overrides that have no effect.
 
-        drafts: whether the model draws drafts with them.
+        Args:
+            settings: the model's settings with these overrides.
+            drafts: whether the model draws drafts with them.
         """
         usual = vars(SamplingConfig())
         given = {n: v for n, v in vars(self).items() if v is not None and v != usual[n]}
@@ -156,11 +155,11 @@ class SamplingOverrides:
             return ", ".join(f"{name}={given[name]}" for name in names if name in given)
 
         if not drafts and (of_drafts := told("draft_temperature", "renoise")):
-            log.warning("%s has no effect with k=1 (or --window 1): nothing is drafted", of_drafts)
+            log.warning("%s has no effect with k=1 (or --window 1): there are no drafts", of_drafts)
         if max(_numbers(settings.cfg_scale)) == 1 and (guided := told("cfg_interval", "cfg_power")):
-            log.warning("%s has no effect with cfg_scale=1, which is without guidance", guided)
+            log.warning("%s has no effect with cfg_scale=1 (no guidance)", guided)
         if settings.is_greedy and (filters := told("top_k", "top_p")):
-            log.warning("%s has no effect with temperature=0: the likeliest code is taken", filters)
+            log.warning("%s has no effect with temperature=0 (takes the likeliest code)", filters)
 
 
 @dataclass(frozen=True)
@@ -171,17 +170,17 @@ class DrawOptions:
     sampling: SamplingConfig | None = None
     """How codes are drawn; the model's own settings if None."""
     batch_size: int = 16
-    """Images of a batch; another size changes rounding, and nothing else."""
+    """Images per batch; it affects only rounding."""
     stages: bool = False
     """Also keep every refinement stage."""
     speed: Speed | None = None
-    """How steps are run; the model's own (`model.speed`) if None."""
+    """How steps are run; the model's own setting (`model.speed`) if None."""
     speculate: Speculate | None = None
-    """Windows of each image that a call draws; the model's own (`model.speculate`) if None."""
+    """Windows of each image to draw per call; the model's own (`model.speculate`) if None."""
     size: tuple[int, int] | None = None
-    """Height and width that images are resized to; the model's own if None."""
+    """Height and width to resize images to; the model's own size if None."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Facts about the model that are recorded beside the images, but not compared."""
+    """Facts about the model to record with the images; not compared when drawing is resumed."""
 
     def __post_init__(self):
         if self.sampling is not None and not isinstance(self.sampling, SamplingConfig):
@@ -195,25 +194,25 @@ class DrawOptions:
 
 
 def check_seed(seed: int) -> None:
-    """UserError if random numbers cannot be made from it."""
+    """UserError if the random number generator does not accept this seed."""
     check_whole(seed=seed)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed} must be between 0 and 2**63 - 1")
 
 
 def check_speculate(speculate: Speculate) -> None:
-    """UserError if so many windows cannot be drawn at once."""
+    """UserError if this is not a possible `speculate` setting."""
     if speculate == "auto" or speculate == "off":
         return
     whole = isinstance(speculate, int) and not isinstance(speculate, bool)
     if not whole or speculate < 0 or speculate == 1:
         raise UserError(
-            f"speculate={speculate!r:.80} must be auto, off, or at least 2 windows a call"
+            f"speculate={speculate!r:.80} must be auto, off, or at least 2 windows per call"
         )
 
 
 def check_counts(most: int = _MOST_COUNT, **values: int | None) -> None:
-    """UserError for one of these that is given and no whole number from 1 to `most`."""
+    """UserError if one of the values is neither None nor a whole number from 1 to `most`."""
     for name, value in values.items():
         if value is not None:
             check_whole(**{name: value})
@@ -224,7 +223,7 @@ def check_counts(most: int = _MOST_COUNT, **values: int | None) -> None:
 
 
 def check_whole(**values: int) -> None:
-    """UserError for one of these that is not a whole number."""
+    """UserError if one of the values is not a whole number."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{name}={value!r:.80} must be a whole number")

@@ -153,7 +153,7 @@ def shipped_bases() -> list[str]:
 
 
 def family_of(source: str | Path) -> str:
-    """The family named in the config.json of a shipped base, backbone or published folder."""
+    """The family that the config.json of a shipped base, backbone or published folder names."""
     path = _folder(source) / "config.json"
     stored = read_object(path) if path.is_file() else {}
     if isinstance(stored.get("family"), str):
@@ -162,10 +162,8 @@ def family_of(source: str | Path) -> str:
         if stored.get("model_type") in find_family(name).model_types:
             return name
     if not Path(source).exists() and str(source).count("/") != 1:
-        resolve(source)  # says what it could have been
-    raise UserError(
-        f"{source} does not say which family it is of: give one of {', '.join(FAMILIES)}"
-    )
+        resolve(source)  # raises an error that lists what it could have been
+    raise UserError(f"{source} does not name its family: give one of {', '.join(FAMILIES)}")
 
 
 def _folder(source: str | Path) -> Path:
@@ -200,7 +198,7 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is not a backbone folder: it has no config.json "
-            "(a weight file is given by its own path)"
+            "(give a weight file by its own path)"
         )
     stored = read_object(path / "config.json")
     if "family" not in stored and family.published_as_folder:
@@ -211,7 +209,7 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
         if name not in stored:
             raise UserError(
                 f"{path} is not a backbone folder: config.json has no {name!r} "
-                "(a checkpoint or run folder is loaded with from_pretrained)"
+                "(load a checkpoint or run folder with from_pretrained)"
             )
     if strange := sorted(stored.keys() - kinds.keys()):
         raise UserError(
@@ -221,7 +219,7 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
         if not isinstance(stored.get(name, kind()), kind):
             raise UserError(
                 f"{path / 'config.json'}: {name} is {stored[name]!r:.80}, "
-                f"which is not of the type {kind.__name__}"
+                f"but must be of type {kind.__name__}"
             )
     if stored["family"] != family.name:
         raise UserError(f"{path} holds a {stored['family']} backbone, not {family.name}")

@@ -1,9 +1,9 @@
-"""Reading published weight files safely and loading them strictly.
+"""Reads published weight files safely and loads them strictly.
 
-Every checkpoint of every family passes through `read_state_dict` (dialects of the file) and
-`load_strict` (which names each key that does not fit). Pickles are only read with
-`weights_only=True`; the one class allowed inside besides tensors is `argparse.Namespace`, which
-LlamaGen's own training scripts store next to the weights.
+Every checkpoint of every family passes through `read_state_dict` (which handles the variants of
+file formats) and `load_strict` (which names each key that does not fit). Pickles are only read with
+`weights_only=True`; the one class allowed besides tensors is `argparse.Namespace`, which LlamaGen's
+own training scripts store next to the weights.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from t2i.files import read_json, reading
 from t2i.lfs import refuse_pointers
 from t2i.published import files_sha256, remembered_sha256
 
-# The key under which a training script nests its weights, in the order in which LlamaGen's samplers
-# look for them; averages are read where there is nothing else.
+# Keys under which training scripts nest the weights, in the order in which LlamaGen's samplers look
+# for them; averages ("ema") are read only if there is nothing else.
 _NESTING_KEYS = ("model", "module", "state_dict", "ema")
-# What some files carry along and no model learns: tables, masks, and caches of sampling.
+# Tensors in some files that are computed, not learned: tables, masks, and sampling caches.
 _COMPUTED = (
     "freqs_cis",
     "causal_mask",
@@ -36,31 +36,31 @@ _COMPUTED = (
     "k_cache",
     "v_cache",
     "inv_freq",
-    "n_averaged",  # PyTorch's AveragedModel counts its updates
+    "n_averaged",  # the number of updates, from PyTorch's AveragedModel
 )
-# What torch.compile (of the whole, or of blocks), FSDP and its checkpointing put into names.
+# Parts that torch.compile (of the model or its blocks), FSDP and its checkpointing add to names.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _DDP = re.compile(r"^(module\.)+")
-_MOST_NESTED = 4  # one within another, as mPLUG's own loader takes them
-_MOST_KEYS = 40
+_MOST_NESTED = 4  # levels of nesting; mPLUG's own loader accepts as many
+_MOST_KEYS = 40  # listed in a message
 
-_INDEX = ".index.json"  # how the name of an index of shards ends
+_INDEX = ".index.json"  # end of the name of a shard index
 _UNPICKLER = "WeightsUnpickler error:"
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """A weight file (.safetensors, a .pt/.pth/.bin pickle, or the .index.json of shards beside it)
-    as a flat state dict on the CPU.
+    """Read a weight file (.safetensors, a .pt/.pth/.bin pickle, or the .index.json next to its
+    shards) as a flat state dict on the CPU.
 
-    The file is mapped into memory, so that nothing is read before it is used, and weights that are
-    copied into a model are not there twice. (Pickles of before torch 1.6 cannot be mapped.)
+    The file is memory-mapped: tensors are read when they are used, and weights copied into a model
+    do not take up memory twice. (Pickles from before torch 1.6 cannot be mapped.)
 
     Understands `{"model" | "module" | "state_dict" | "ema": {...}}`, consolidated FSDP files (the
-    state dict at top level), files of LlamaGen's own training (with an argparse namespace inside)
-    and what `torch.compile`, DDP or FSDP put into names. Tables, masks and caches that were saved
-    along are left out.
+    state dict at top level), files from LlamaGen's own training (with an argparse namespace inside)
+    and the parts that `torch.compile`, DDP and FSDP add to names. Leaves out tables, masks and
+    caches.
 
     Raises:
         UserError: the file is missing, truncated, not a weight file, or holds objects that are
@@ -68,12 +68,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder, or no usual file" if path.exists() else "does not exist"
+        what = "is a folder or a special file" if path.exists() else "does not exist"
         raise UserError(f"weight file {path} {what}; check the path")
     if path.name.endswith(_INDEX):
-        return _together(_shards(path))
+        return _read_all(_shards(path))
     with reading(f"weight file {path}"), open(path, "rb"):
-        pass  # without permission libraries say that it is damaged
+        pass  # the libraries below report a file without read permission as damaged
     try:
         if _is_safetensors(path):
             content = load_file(path)
@@ -87,7 +87,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its name, or by its content: a hub's cache and habit give it other names."""
+    """Whether a file is safetensors, judged by its name or, as names vary, its content."""
     if path.suffix == ".safetensors":
         return True
     with open(path, "rb") as file:
@@ -98,7 +98,7 @@ def _is_safetensors(path: Path) -> bool:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     refuse_pointers(path)
-    # PyTorch also advises to execute what is in the file: only what is wrong is quoted.
+    # Quote only the fault: PyTorch goes on to suggest running the code inside the file.
     text = str(error).rpartition(_UNPICKLER)[2].partition("Please use")[0].strip()
     reason = text.split("\n")[0][:300] or type(error).__name__
     return UserError(
@@ -108,7 +108,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The weight files of a folder in transformers' layout: one, or the shards of an index."""
+    """The weight files of a folder in transformers' layout: one file, or an index's shards."""
     folder = Path(folder)
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
@@ -119,13 +119,13 @@ def weight_files(folder: str | Path) -> list[Path]:
         if (folder / index).is_file():
             return _shards(folder / index)
     raise UserError(
-        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, "
-        "nor an index of their shards"
+        f"{folder} holds no weights: it has no model.safetensors, no pytorch_model.bin and no "
+        "index of their shards"
     )
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files beside an index that its weights are in."""
+    """The weight files that an index names, which are next to it."""
     folder = index.parent
     try:
         names = set(read_json(index)["weight_map"].values())
@@ -134,18 +134,19 @@ def _shards(index: Path) -> list[Path]:
     if strange := sorted(str(n) for n in names if Path(str(n)).name != n):
         raise UserError(f"{index} names {', '.join(strange)}, which is not within the folder")
     if missing := sorted(n for n in names if not (folder / n).is_file()):
-        raise UserError(
-            f"{index} names {', '.join(missing)}, which is not there; download it again"
-        )
+        raise UserError(f"{index} names {', '.join(missing)}, which is missing; download it again")
     return [folder / name for name in sorted(names)]
 
 
 def read_folder(folder: str | Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """All weights of a folder (see `weight_files`); `shapes_only`: on the meta device, unread."""
-    return _together(weight_files(folder), shapes_only=shapes_only)
+    """Read all weights of a folder (see `weight_files`).
+
+    shapes_only: return them on the meta device, without reading their data.
+    """
+    return _read_all(weight_files(folder), shapes_only=shapes_only)
 
 
-def _together(paths: Sequence[Path], *, shapes_only: bool = False) -> dict[str, Tensor]:
+def _read_all(paths: Sequence[Path], *, shapes_only: bool = False) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for path in paths:
         part = _read_shapes(path) if shapes_only else read_state_dict(path)
@@ -156,7 +157,7 @@ def _together(paths: Sequence[Path], *, shapes_only: bool = False) -> dict[str, 
 
 
 def _read_shapes(path: Path) -> dict[str, Tensor]:
-    if not _is_safetensors(path):  # pickles are mapped: their data is not read either
+    if not _is_safetensors(path):  # pickles are mapped, so this does not read their data either
         return {k: v.to("meta") for k, v in read_state_dict(path).items()}
     try:
         with safe_open(path, framework="pt") as file:
@@ -167,7 +168,7 @@ def _read_shapes(path: Path) -> dict[str, Tensor]:
 
 
 def _learned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what is computed."""
+    """The state dict without its computed tensors."""
     return {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in _COMPUTED}
 
 
@@ -177,8 +178,8 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
             content = _within(content)
     if not _is_state_dict(content):
         raise UserError(
-            f"weight file {path} holds no state dict (looked at top level, under "
-            f"{', '.join(_NESTING_KEYS)}, and for the only one under another name)"
+            f"weight file {path} holds no state dict (looked at the top level, under "
+            f"{', '.join(_NESTING_KEYS)}, and for a single one under any other name)"
         )
     named: dict[str, Tensor] = {}
     for key, value in content.items():
@@ -189,7 +190,7 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _within(content: dict) -> dict:
-    """What a dict holds under a usual key, else its only state dict; itself if it has none."""
+    """The dict under a usual key, else the only state dict in it, else the dict itself."""
     for key in _NESTING_KEYS:
         if isinstance(content.get(key), dict):
             return content[key]
@@ -206,21 +207,21 @@ def _is_state_dict(content: object) -> bool:
 
 
 def _unwrapped(name: str) -> str:
-    """A weight's name without what parallel training and compiling put into it."""
+    """A weight's name without the parts that parallel training and compiling add."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    return _DDP.sub("", name)  # averages of a DDP model have it twice
+    return _DDP.sub("", name)  # averages of a DDP model have the prefix twice
 
 
 def count_children(state_dict: dict[str, Tensor], prefix: str) -> int:
-    """Length of the stored list of modules with this prefix (it ends with a dot); 0 without any."""
+    """Length of a stored module list, given its prefix (which ends with a dot); 0 if none."""
     places = {k.removeprefix(prefix).split(".")[0] for k in state_dict if k.startswith(prefix)}
     return 1 + max((int(place) for place in places if place.isdecimal()), default=-1)
 
 
 @contextmanager
 def reading_shape(what: str) -> Iterator[None]:
-    """While a shape is read off weights: a missing key is the UserError that they are no `what`."""
+    """Turn a missing key, while inferring a shape, into the UserError that this is not `what`."""
     try:
         yield
     except KeyError as error:
@@ -229,7 +230,7 @@ def reading_shape(what: str) -> Iterator[None]:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """A UserError says first which file it is about."""
+    """Put the file's path in front of a UserError's message."""
     try:
         yield
     except UserError as error:
@@ -241,7 +242,7 @@ def build_empty(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> M:
-    """A module in eval mode, for `load_strict`; no time is spent on initial weights."""
+    """Build a module in eval mode for `load_strict`, without initializing its weights."""
     with torch.device("meta"):
         module = build().to(dtype)
     return module.to_empty(device=device).eval()
@@ -250,13 +251,12 @@ def build_empty(
 def load_strict(
     module: nn.Module, state_dict: dict[str, Tensor], source: str | Path, *, assign: bool = False
 ) -> None:
-    """Copy `state_dict` into `module`, which must have exactly these keys and shapes.
+    """Copy `state_dict` into `module`, which must have exactly the same keys and shapes.
 
-    `assign` uses its tensors themselves.
+    assign: use the given tensors themselves instead of copying them.
 
     Raises:
-        UserError: names every key that is missing, unexpected or mis-shaped, or holds numbers that
-            are not finite.
+        UserError: names every key that is missing, unexpected, mis-shaped or not finite.
     """
     _compare(module.state_dict(), state_dict, type(module).__name__, source)
     module.load_state_dict(state_dict, strict=True, assign=assign)
@@ -267,7 +267,7 @@ def load_strict(
 def copy_weights(
     target: dict[str, Tensor], state_dict: dict[str, Tensor], source: str | Path
 ) -> None:
-    """The same with some of a backbone's tensors, by name, as the target."""
+    """Like `load_strict`, into some of a backbone's tensors (by name) instead of a module."""
     _compare(target, state_dict, "this backbone", source)
     for name, tensor in target.items():
         tensor.copy_(state_dict[name])
@@ -278,10 +278,10 @@ def copy_weights(
 def refuse_not_finite(
     weights: dict[str, Tensor],
     source: str | Path,
-    advice: str = "it is damaged, or of a training that went wrong; take another file",
+    advice: str = "it is damaged, or the training went wrong; use another file",
 ) -> None:
-    """UserError names weights that are infinite or no numbers: they draw noise in silence."""
-    # The extremes are found many times faster than by asking every number.
+    """UserError naming the weights that are infinite or NaN: they would silently draw noise."""
+    # Checking only the extremes is many times faster than checking every number.
     read = {k: v for k, v in weights.items() if v.is_floating_point() and v.numel()}
     bad = [
         name
@@ -297,7 +297,7 @@ def refuse_not_finite(
 def _compare(
     expected: dict[str, Tensor], state_dict: dict[str, Tensor], what: str, source: str | Path
 ) -> None:
-    """UserError names every key that differs."""
+    """UserError naming every key that differs."""
     problems = {
         "missing": [k for k in expected if k not in state_dict],
         "unexpected": [k for k in state_dict if k not in expected],
@@ -306,8 +306,8 @@ def _compare(
             for k, v in expected.items()
             if k in state_dict and state_dict[k].shape != v.shape
         ],
-        # Such as quantised ones, which are no weights without their scales.
-        "of a type that is no weight's": [
+        # Quantized weights, for example, mean nothing without their scales.
+        "not floating-point": [
             f"{k} ({state_dict[k].dtype})"
             for k, v in expected.items()
             if k in state_dict and v.is_floating_point() > state_dict[k].is_floating_point()
@@ -316,36 +316,36 @@ def _compare(
     refuse_misfits(problems, f"{source} does not fit {what}")
 
 
-def refuse_misfits(problems: Mapping[str, Sequence[str]], said: str) -> None:
-    """UserError lists keys that do not fit, by kind, below what is said of them; none: no error."""
+def refuse_misfits(problems: Mapping[str, Sequence[str]], title: str) -> None:
+    """UserError with the title and, by kind of problem, the keys that do not fit, if any."""
     if any(problems.values()):
         lines = [
             f"  {kind} ({len(keys)}): {shorten_keys(keys)}"
             for kind, keys in problems.items()
             if keys
         ]
-        raise UserError("\n".join([f"{said}:", *lines, "Is it the right family, size and file?"]))
+        raise UserError("\n".join([f"{title}:", *lines, "Is it the right family, size and file?"]))
 
 
 def shorten_keys(keys: Sequence[str]) -> str:
-    """The first of many keys, for a message."""
+    """The first keys of a list, for a message."""
     return shorten(keys, most=_MOST_KEYS)
 
 
-def check_loading(info: dict, said: str, without_effect: Callable[[str], object]) -> None:
-    """`refuse_misfits` by the report of transformers' loading, but for keys `without_effect`."""
+def check_loading(info: dict, title: str, without_effect: Callable[[str], object]) -> None:
+    """`refuse_misfits` for transformers' loading report, ignoring keys `without_effect`."""
     problems = {
         "missing": info["missing_keys"],
         "unexpected": info["unexpected_keys"],
         "mis-shaped": [key for key, *_ in info["mismatched_keys"]],
     }
     counted = {k: sorted(key for key in v if not without_effect(key)) for k, v in problems.items()}
-    refuse_misfits(counted, said)
+    refuse_misfits(counted, title)
 
 
 def stored_sha256(path: Path) -> str:
-    """SHA-256 of a weight file; of a folder, or an index of shards, over the hashes of its weight
-    files in the order of their names.
+    """SHA-256 of a weight file; for a folder or a shard index, over the names and hashes of its
+    weight files, in the order of their names.
     """
     if path.is_dir():
         return files_sha256(weight_files(path))
@@ -353,7 +353,7 @@ def stored_sha256(path: Path) -> str:
 
 
 def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of weights in memory."""
+    """SHA-256 over the names, types, shapes and bytes of weights in memory."""
     digest = hashlib.sha256()
     for name, value in sorted(state_dict.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -362,5 +362,5 @@ def state_dict_sha256(state_dict: dict[str, Tensor]) -> str:
 
 
 def save_weights(path: str | Path, state_dict: dict[str, Tensor]) -> None:
-    """Write safetensors, wherever and however the tensors lie in memory."""
+    """Write a safetensors file, whatever the tensors' devices and memory layouts."""
     save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, path)

@@ -29,11 +29,11 @@ def test_incomplete_folders_are_refused(tiny_world, plain, tmp_path):
 
     damaged("manifest.json is missing", lambda folder: (folder / "manifest.json").unlink())
     damaged("damaged or not JSON", cut("manifest.json"))
-    damaged("codec.safetensors is missing or has not", cut("codec.safetensors"))
+    damaged("codec.safetensors is missing or does not have", cut("codec.safetensors"))
     damaged("backbone.safetensors is missing", lambda f: (f / "backbone.safetensors").unlink())
     with pytest.raises(ValueError, match="does not exist"):
         t2i.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="that is a shipped base, and a trained model is wanted"):
+    with pytest.raises(ValueError, match="that is a shipped base, but a trained model is needed"):
         checkpoint_folders.read_config("shapes")
 
 
@@ -69,7 +69,7 @@ def test_a_stride_that_was_trained_is_refused(plain, tmp_path):
         if stride == 1:
             assert t2i.from_pretrained(folder).config == t2i.from_pretrained(plain).config
     for read in (t2i.from_pretrained, checkpoint_folders.read_config):
-        with pytest.raises(UserError, match=r"trained with method.stride=2, .* draw with --stride"):
+        with pytest.raises(UserError, match=r"trained with method.stride=2 .* draw with --stride"):
             read(folder)
 
 

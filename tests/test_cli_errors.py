@@ -249,7 +249,7 @@ def test_backbone_that_reads_no_captions(train_fails, tiny_world, tmp_path):
     assert "needs a text-to-image backbone with its text encoder" in message
     vq = tiny_world / "base" / "vq.pt"
     message = train_fails("--backbone.weights", tmp_path, "--backbone.tokenizer", vq)
-    assert "tokenizer has 64 codes and the llamagen backbone 48" in message
+    assert "tokenizer has 64 codes, but the llamagen backbone has 48" in message
 
 
 def test_check_finds_what_training_would(train_fails):
@@ -351,20 +351,18 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
         assert re.search(r"/checkpoints/step_\d{6} is one", message(above))
     assert "is not a complete checkpoint folder" in message(tiny_world / "data")
     as_base = generate_fails("--prompt", "a circle", "--ckpt", plain, "--base.family", "rar")
-    assert (
-        f"--base.family is for a published base: {plain} says it itself (llamagen, and" in as_base
-    )
+    assert f"--base.family is for a published base: {plain} uses llamagen, not rar" in as_base
     copy = tmp_path / "copy"
     shutil.copytree(plain, copy)
     os.truncate(copy / "backbone.safetensors", 1000)
-    assert "backbone.safetensors is missing or has not" in message(copy)
+    assert "backbone.safetensors is missing or does not have" in message(copy)
     (copy / "manifest.json").unlink()
     assert "manifest.json is missing" in message(copy)
 
 
 def test_a_checkpoint_is_no_base(fails, plain):
     message = fails(generate, "--prompt", "a circle", "--base.weights", plain)
-    assert f"{plain} is a checkpoint, and no base: give it as --ckpt" in message
+    assert f"{plain} is a checkpoint, not a base: give it as --ckpt" in message
     encoder = ("--ckpt", plain, "--base.text-encoder", "a/b/c")
     assert "a hub folder written owner/repo" in fails(generate, "--prompt", "a circle", *encoder)
 

@@ -206,7 +206,7 @@ def test_weights_that_do_not_fit_are_named(broken, edit, message):
 
 
 def test_unusable_folders_are_refused(broken, tmp_path):
-    with pytest.raises(ValueError, match="neither a folder here nor"):
+    with pytest.raises(ValueError, match="neither a local folder nor"):
         T5Captions.load(tmp_path / "absent")
     (broken / "tokenizer.json").rename(broken / "kept")
     with pytest.raises(ValueError, match=r"tokenizer\.json or spiece\.model"):

@@ -166,7 +166,7 @@ def test_a_config_that_is_none(plain, tmp_path, content):
     (folder / "config.json").write_text(content)
     (folder / "manifest.json").unlink()
     write_manifest(folder)
-    with pytest.raises(UserError, match=r"config.json is not what a checkpoint has"):
+    with pytest.raises(UserError, match=r"config.json is not a checkpoint's config.json"):
         t2i.from_pretrained(folder)
 
 

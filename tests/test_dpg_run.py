@@ -274,7 +274,7 @@ def test_more_mistakes_are_named(drawn, tmp_path, refusal, monkeypatch):
     shapes = ("--questions", "shapes", *out)
     assert "does not exist" in refusal("--images", tmp_path / "nowhere", *shapes)
     weights = ("--judge", "mplug", "--judge-weights", tmp_path / "nowhere")
-    assert "is neither a folder here nor a model" in refusal(
+    assert "is neither a local folder nor a model" in refusal(
         "--images", drawn / "images", *shapes, *weights, *FEW
     )
     assert "give either --ckpt" in refusal(*shapes)
@@ -285,7 +285,7 @@ def test_a_judge_that_is_missing_is_named_before_images_are_copied(grids, tmp_pa
     some = ("--images", grids, "--questions", "shapes", "--limit", 2, "--resolution", 64)
     out = tmp_path / "out"
     some += ("--out", out, "--judge", "mplug", "--judge-weights", tmp_path / "nowhere")
-    assert "is neither a folder here nor a model" in refusal(*some)
+    assert "is neither a local folder nor a model" in refusal(*some)
     assert not out.exists()
     (grids / "single_object0.png").unlink()
     assert "1 of 2 images are missing: single_object0.png" in refusal(*some)

@@ -271,9 +271,9 @@ def test_places_are_looked_at_before_the_work(shapes_ckpt, tmp_path, capsys):
     arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--prompt", "a", "--samples", 0)
     assert "samples=0 must be at least 1" in refused(program, capsys, *arguments)
     arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--prompt", "a", " ")
-    assert "one of --prompt is empty" in refused(program, capsys, *arguments)
+    assert "a --prompt is empty" in refused(program, capsys, *arguments)
     arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--base.grid", 4, 4)
-    assert "--base.grid: the checkpoint says it itself" in refused(program, capsys, *arguments)
+    assert "--base.grid: the checkpoint has its own" in refused(program, capsys, *arguments)
     for score in ('"x"', "NaN", '{"mean": 1, "stderr": "x"}'):
         (results := tmp_path / "results.json").write_text(f'{{"scores": {{"a": {score}}}}}')
         arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--results", results)

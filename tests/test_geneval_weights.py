@@ -138,7 +138,7 @@ def test_the_hubs_checkpoint_is_an_approximation(tiny_models, tmp_path):
     assert identity["weights"]["model.safetensors"] == file_sha256(folder / "model.safetensors")
     with pytest.raises(ValueError, match="no folder"):
         load_detector("mask2former-hf", weights=golden.CHECKPOINT)
-    with pytest.raises(ValueError, match=r"neither a folder here nor(.|\n)*--detector-weigh"):
+    with pytest.raises(ValueError, match=r"neither a local folder nor(.|\n)*--detector-weigh"):
         load_detector("mask2former-hf")
 
 

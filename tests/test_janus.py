@@ -377,9 +377,9 @@ def test_other_models_and_broken_folders_are_refused(copy, tmp_path):
     index.write_text(
         json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     )
-    with pytest.raises(ValueError, match=r"names model-2.safetensors, which is not there"):
+    with pytest.raises(ValueError, match=r"names model-2.safetensors, which is missing"):
         Janus.load(copy)
-    with pytest.raises(ValueError, match=r"holds no weights: neither model\.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no weights: it has no model\.safetensors"):
         Janus.load(tmp_path)
 
 

@@ -49,7 +49,7 @@ def test_of_thousands_of_prompts_those_read_in_part_are_not_all_listed(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert sum("the encoder does not know" in line for line in said) == most
     assert said[most:] == [
-        "further prompts that are read in part are not listed",
+        "further prompts that are only read in part are not listed",
         "prompt '\u7ea2': has no text the encoder can read",
     ]
 
@@ -62,7 +62,7 @@ def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("runs/mine", [1]), {}, "generate needs a model, and got 'runs/mine'"),
+        (("runs/mine", [1]), {}, "generate needs a model, but got 'runs/mine'"),
         ((None, 3), {}, "prompts must be a list: generate"),
         ((None, "a dog"), {}, "prompts must be a list: generate"),
         ((None, [1]), {"sampling": {"top_k": 3}}, "sampling is .*give a t2i.SamplingConfig"),
@@ -161,7 +161,7 @@ def test_the_machine_decides(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert pick_device() == (torch.device("cuda"), torch.bfloat16)
     assert pick_device("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
-    with pytest.raises(t2i.UserError, match=r"PyTorch found 2 GPU\(s\), from cuda:0"):
+    with pytest.raises(t2i.UserError, match=r"PyTorch found 2 GPU\(s\), numbered from cuda:0"):
         pick_device("cuda:2")
     placed = {}
     monkeypatch.setattr(loading, "load_source", lambda source, **k: placed.update(k))

@@ -176,15 +176,15 @@ def test_sampling_settings_change_only_what_they_name(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": 3}, "weights is 3, which is not of the type str"),
-        ({"family": ["rar"]}, "family is .*not of the type str"),
-        ({"config": "large"}, "config is 'large', which is not of the type dict"),
+        ({"weights": 3}, "weights is 3, but must be of type str"),
+        ({"family": ["rar"]}, "family is .*must be of type str"),
+        ({"config": "large"}, "config is 'large', but must be of type dict"),
         ({"config": {"dim": 32}}, "lacks n_layer"),
         ({"config": {"width": 32}}, "does not know: width"),
         ({"sampling": {"top_k": "many"}}, "top_k is 'many', which is not of the type"),
         ({"sampling": {"topk": 1}}, "does not know: topk"),
         ({"sampling": {"top_p": 7.0}}, r"top_p=7\.0 in \(0, 1\]"),
-        ({"sampling": []}, "sampling is .*not of the type dict"),
+        ({"sampling": []}, "sampling is .*must be of type dict"),
         ({"sampilng": {"top_k": 1}}, "has sampilng, which is none of family, weights"),
     ],
 )
@@ -273,7 +273,7 @@ def test_shards_of_a_family_that_publishes_one_file(tmp_path):
     with pytest.raises(t2i.UserError, match="is not the weight file that the checkpoint"):
         t2i.from_pretrained(folder)
     shard.unlink()
-    with pytest.raises(t2i.UserError, match=f"names {shard.name}, which is not there"):
+    with pytest.raises(t2i.UserError, match=f"names {shard.name}, which is missing"):
         load_backbone("rar", index)
 
 
@@ -306,11 +306,15 @@ def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
     other = LlamaGen(config)
     torch.save({"model": other.official_state_dict()}, tmp_path / "wide.pt")
     given = {"text_encoder": folder / "text_encoder"}
-    with pytest.raises(t2i.UserError, match=r"gives features of width \d+, and .*wide\.pt reads"):
+    with pytest.raises(
+        t2i.UserError, match=r"produces features of width \d+, but .*wide\.pt needs"
+    ):
         load_backbone("llamagen", tmp_path / "wide.pt", config=config, **given)
     classes = tiny_llamagen("class")
     torch.save({"model": classes.official_state_dict()}, tmp_path / "classes.pt")
-    with pytest.raises(t2i.UserError, match=r"classes\.pt draws classes and reads no captions"):
+    with pytest.raises(
+        t2i.UserError, match=r"classes\.pt draws classes and does not read captions"
+    ):
         load_backbone("llamagen", tmp_path / "classes.pt", config=classes.config, **given)
 
 
@@ -318,7 +322,7 @@ def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
     ("damage", "message"),
     [
         (lambda c: c.pop("method"), "method is None"),
-        (lambda c: c.update(method=7), "is not what a checkpoint has: method is 7"),
+        (lambda c: c.update(method=7), "is not a checkpoint's config.json: method is 7"),
         (lambda c: c["method"].update(k="4"), "k is '4', which is not of the type int"),
         (lambda c: c["method"].update(slot_weights=[]), "slot_weights"),
         (lambda c: c.update(tuning="most"), "tuning is 'most'"),
@@ -353,11 +357,11 @@ def test_whatever_can_draw_is_loaded(tiny_world, plain):
     assert [family_of(n) for n in ("shapes", "shapes-janus")] == ["llamagen", "janus"]
     file = tiny_world / "base" / "gpt.pt"
     for source, options, message in (
-        (file, {}, "does not say which family it is of: give one of llamagen"),
-        (tiny_world / "base", {"base": file}, "is no checkpoint"),
+        (file, {}, "does not name its family: give one of llamagen"),
+        (tiny_world / "base", {"base": file}, "is not a checkpoint"),
         ("nowhere", {}, "is not a file, a folder, a shipped base"),
         ("my models/x:gpt.pt", {"family": "rar"}, "the hub did not give gpt.pt of my models/x"),
-        (tiny_world / "data", {}, "does not say which family"),
+        (tiny_world / "data", {}, "does not name its family"),
     ):
         with pytest.raises(t2i.UserError, match=message):
             load_model(source, **options)

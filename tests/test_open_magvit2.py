@@ -198,7 +198,7 @@ def test_wrong_files(tmp_path, content):
         LFQTokenizer.load(vq)
     randomize(small := LFQTokenizer(LFQConfig(32, (1, 2), 1, bits=6)))
     other = write(tmp_path / "other.ckpt", small.state_dict())
-    with pytest.raises(ValueError, match=r"tokenizer has 64 codes and the open_magvit2 .* 128"):
+    with pytest.raises(ValueError, match=r"tokenizer has 64 codes, but the open_magvit2 .* 128"):
         t2i.load_backbone("open_magvit2", path, config=CONFIG, tokenizer=other)
 
 

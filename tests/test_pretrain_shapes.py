@@ -56,7 +56,7 @@ def test_it_says_when_time_left_few_scenes(tmp_path, caplog):
     """A base that had 1,024 of 300,000 scenes learnt them by heart, and said nothing."""
     cfg = recipe(tmp_path, scenes=200)
     assert len(scene_codes(cfg, cfg.tokenizer, end=0).codes) == 64
-    assert "time left 64 of 200 scenes" in caplog.text
+    assert "time for only 64 of 200 scenes" in caplog.text
 
 
 @pytest.mark.parametrize("family", [rare("llamagen"), "janus"])

@@ -68,7 +68,7 @@ def test_another_hash_function(source, online):
 def test_a_download_of_another_file_is_refused_and_not_kept(source, cache, online):
     upload_of(source).write_bytes(b"<html>moved</html>")
     with pytest.raises(
-        ValueError, match=r"gave 18 bytes that are not the published Thing.*--thing"
+        ValueError, match=r"the 18 bytes downloaded from .* are not the published Thing.*--thing"
     ):
         source.find()
     assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == []
@@ -203,6 +203,6 @@ def test_a_hub_that_is_away_is_not_asked(at_port, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         published.fetch_folder("models/jannus", advice="Check the name")
-    assert "models/jannus is neither a folder here nor a model of the hub" in str(caught.value)
+    assert "models/jannus is neither a local folder nor a model on the hub" in str(caught.value)
     assert "(no connection to the hub, or no answer)" in str(caught.value)
     assert "perhaps you meant models/janus" in str(caught.value) and asked == [True]

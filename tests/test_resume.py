@@ -176,7 +176,7 @@ def test_the_best_model_is_kept(tiny_world, monkeypatch, caplog):
     early = tiny_world / "runs" / "early"
     with caplog.at_level(logging.INFO, "t2i.checkpoint_folders"):
         t2i.from_pretrained(early)
-    said = f"step_000002; the best at its validations was step 1: {early / 'best'} (loss 1.500)"
+    said = f"step_000002; the best in validation was step 1: {early / 'best'} (loss 1.500)"
     assert said in caplog.text
     (early / "best" / "config.json").unlink()  # of no concern to the newest one
     t2i.from_pretrained(early)

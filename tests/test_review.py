@@ -290,7 +290,7 @@ def test_an_export_has_no_base_of_its_own(tmp_path, refusal, shapes_ckpt):
 def test_options_of_models_are_refused_where_none_draws(tmp_path, refusal):
     there = _folder(tmp_path / "there", RED)
     message = refusal("--images", there, "--prompt", "x", "--cfg-scale", 3, "--samples", 2)
-    assert "--cfg-scale, --prompt, --samples: of a model that draws" in message
+    assert "--cfg-scale, --prompt, --samples: needs a model that draws" in message
 
 
 def test_what_does_not_belong_together_is_named_before_drawing(tmp_path, refusal, monkeypatch):

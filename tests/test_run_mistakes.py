@@ -159,9 +159,9 @@ def test_nothing_is_written_where_a_run_keeps_its_own(plain, copied, tiny_world,
         tiny_run(tiny_world, "cache-inside", data__cache_dir=place),
     ):
         for start in (train, check):
-            with pytest.raises(UserError, match=r"lies in .*, which a training run keeps"):
+            with pytest.raises(UserError, match=r"lies in .*, where a training run keeps"):
                 start(config)
-    with pytest.raises(UserError, match=r"lies in .*, which a training run keeps"):
+    with pytest.raises(UserError, match=r"lies in .*, where a training run keeps"):
         GenerationFolder(place, [{"prompt": "a"}]).check({})
     assert folder_content(place.parent) == before
 
@@ -248,7 +248,7 @@ def test_numbers_that_are_no_weights_are_refused(tiny_world, tmp_path, dtype):
     content = torch.load(path, weights_only=True)
     state = content.get("model", content)
     torch.save({name: value.to(dtype) for name, value in state.items()}, path)
-    with pytest.raises(UserError, match=f"no weight's .*{dtype}"):
+    with pytest.raises(UserError, match=f"not floating-point .*{dtype}"):
         t2i.load_backbone("llamagen", base)
 
 

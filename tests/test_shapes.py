@@ -200,6 +200,6 @@ def test_write_dataset_resumes_extends_and_refuses(tmp_path: Path):
     assert write_dataset(tmp_path, 6, seed=1) == (2, 4)
     assert write_dataset(tmp_path, 3, seed=1) == (0, 3)  # a smaller n takes nothing away
     assert len((tmp_path / "metadata.jsonl").read_text().splitlines()) == 6
-    with pytest.raises(ValueError, match="another data set"):
+    with pytest.raises(ValueError, match="a different data set"):
         write_dataset(tmp_path, 4, seed=2)
     assert not list(tmp_path.rglob("*.tmp"))

@@ -291,7 +291,7 @@ def test_a_file_without_permission(tmp_path, monkeypatch, weights):
 
 def test_a_folder_in_place_of_a_weight_file(tmp_path):
     """It "does not exist", said the message."""
-    with pytest.raises(UserError, match="is a folder, or no usual file"):
+    with pytest.raises(UserError, match="is a folder or a special file"):
         read_state_dict(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         read_state_dict(tmp_path / "x.pt")

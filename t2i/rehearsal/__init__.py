@@ -1,1 +1,1 @@
-"""Rehearsals at real size: official layouts with random weights, and programs measured on them."""
+"""Rehearsals at real size: random weights in official layouts, and measurements of programs."""

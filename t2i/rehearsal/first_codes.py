@@ -1,9 +1,9 @@
-"""Load a model as `launch/generate.py` does, draw the first codes of an image, and decode one.
+"""Load a model as `launch/generate.py` does, draw the first codes of an image, and decode an image.
 
 python -m t2i.rehearsal.first_codes --ckpt RUN --prompt "a red fox" --calls 16
 
 A whole image of a large model takes minutes on a CPU; a few steps of the same loop show that it
-runs, what a step takes, and (the cache has its full length) what memory it needs.
+runs, how long a step takes and, as the cache has its full length, how much memory it needs.
 """
 
 import time
@@ -17,19 +17,19 @@ from t2i.sampling import check_counts
 
 @dataclass(frozen=True, kw_only=True)
 class FirstCodes(DrawingModelOptions):
-    """What is drawn, and how much of it."""
+    """The model, what to draw with it, and how many steps."""
 
     prompt: str
     """Caption, or class id."""
     calls: int = 16
-    """Calls of the model that are timed, after a first one that is not."""
+    """Number of calls of the model to time, after a first one that is not timed."""
 
     def __post_init__(self):
         check_counts(calls=self.calls)
 
 
 class _Enough(Exception):
-    """As many codes as were asked for."""
+    """Raised to stop drawing once all calls are timed."""
 
 
 def main() -> None:
@@ -59,8 +59,8 @@ def main() -> None:
     codes = torch.arange(backbone.spec.num_tokens)[None, :, None] % sizes
     image = to_images(model, codes)[0]
     print(
-        f"{len(times)} of {model.windows.count} steps drawn, {step:.3f} s a step; decoded an image "
-        f"of {image.width} x {image.height}"
+        f"{len(times)} of {model.windows.count} steps drawn, {step:.3f} s per step; decoded an "
+        f"image of {image.width} x {image.height}"
     )
 
 

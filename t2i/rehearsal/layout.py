@@ -1,4 +1,4 @@
-"""The files of a rehearsal: each kind of model writes its own, and says how they are used."""
+"""Writes the files of a rehearsal: each kind of model writes its own and describes their use."""
 
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -9,31 +9,31 @@ from t2i.files import write_json
 
 @dataclass(frozen=True)
 class Written:
-    """A model with random weights in the layout of its authors, and how it is trained."""
+    """A model with random weights in its authors' layout, and how to train it."""
 
     side: int
-    """Pixels of an image's side."""
+    """Side of an image in pixels."""
     base: dict[str, str] = field(default_factory=dict)
     """Options of the base, without their prefix: "weights", "tokenizer", ..."""
     program: str = ""
-    """Verb of the training program; none for a judge."""
+    """Verb of the training program; "" for a judge."""
     recipe: str = ""
-    """The recipe of this size, or of the nearest published one."""
+    """The recipe for this size, or for the nearest published one."""
     classes: int = 0
-    """Number of classes; 0: it draws captions."""
+    """Number of classes; 0 if the model draws captions."""
     library: str = ""
-    """Python that loads an export from FOLDER with another library; "" if none does."""
+    """Python code that loads an export from FOLDER with another library; "" if none can."""
 
 
 JUDGES = {
     "mask2former": "geneval.detector_rehearsal",
     "mplug": "dpg_bench.mplug.mplug_rehearsal",
 }
-"""Modules of the benchmarks' judges; a family's stands in its folder."""
+"""Modules that write the benchmarks' judges; a model family's module is in its own folder."""
 
 
 def module_of(model: str) -> str:
-    """The module that writes such files."""
+    """The module that writes the files of this kind of model."""
     return JUDGES.get(model, f"t2i.models.{model}.{model}_rehearsal")
 
 
@@ -50,7 +50,7 @@ def write(model: str, size: str, out: str, holes: bool = False) -> None:
 
 
 def _write_pictures(folder: Path, written: Written) -> None:
-    """Noise of four seeds: with captions, or in folders of classes."""
+    """Write four pictures of noise, with captions or in class folders."""
     import numpy as np
     from PIL import Image
 

@@ -1,8 +1,8 @@
-"""Run a command with a bound, and measure it: time, memory, and bytes read.
+"""Runs a command with a time limit and measures its time, memory, and bytes read.
 
-Memory is the largest process's, by Linux's /proc: VmHWM is the most that was resident, pages of
-mapped files included, which the system can drop at any time; RssAnon is what the process itself
-holds (its largest value of many looks).
+Memory is that of the process that was started, from Linux's /proc: VmHWM is its peak resident
+memory, including pages of mapped files, which the system can drop at any time; RssAnon is memory
+of its own (the largest of many samples).
 """
 
 import os
@@ -13,32 +13,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_LOOK_SECONDS = 0.05
+_SAMPLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a command took."""
+    """Measurements of a command."""
 
     code: int
-    """Exit code; negative: the signal that ended it."""
+    """Exit code; if negative, the signal that ended it."""
     seconds: float
     cpu_seconds: float
-    """Of all its processes; other work on the machine changes it less than `seconds`."""
+    """CPU time of all its processes; other work on the machine affects it less than `seconds`."""
     resident: int
     """Bytes, VmHWM."""
     own: int
-    """Bytes, the most of RssAnon."""
+    """Bytes, the largest RssAnon."""
     read: int
-    """Bytes that it asked to read; what comes by way of mapped files is not in it."""
+    """Bytes that it requested to read, not counting mapped files."""
     output: str
-    """The end of what it printed."""
+    """The end of its output."""
 
 
 def run_measured(command: Sequence[str], log: Path, *, seconds: float, **env: str) -> Measured:
-    """Run a command in a process group of its own; what it prints goes to `log`.
+    """Run a command in its own process group, with its output in `log`.
 
-    After `seconds` the group is killed. `env` joins the environment.
+    After `seconds` the group is killed. `env` is added to the environment.
     """
     started, resident, own, read = time.monotonic(), 0, 0, 0
     before = os.times()
@@ -59,7 +59,7 @@ def run_measured(command: Sequence[str], log: Path, *, seconds: float, **env: st
                 read = max(read, _numbers(process.pid, "io").get("rchar", 0))
                 if time.monotonic() > started + seconds:
                     os.killpg(process.pid, signal.SIGKILL)
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_SAMPLE_SECONDS)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -73,13 +73,13 @@ def run_measured(command: Sequence[str], log: Path, *, seconds: float, **env: st
 
 
 def free_memory() -> int:
-    """Bytes that a new process can have."""
+    """Bytes of memory available to a new process."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def _numbers(pid: int, name: str) -> dict[str, int]:
-    """The numbers of one of a process's files in /proc; none if it has just ended."""
+    """The numbers in one of a process's files in /proc; empty if the process has just ended."""
     found = {}
     try:
         lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()

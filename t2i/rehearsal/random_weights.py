@@ -1,7 +1,7 @@
-"""Weight files of any size with random weights, written tensor by tensor.
+"""Writes weight files of any size with random weights, tensor by tensor.
 
-No more than one block of numbers is in memory at a time. Matrices are N(0, 0.02), as most of these
-models begin; biases are zero and other vectors one, so that what is computed stays finite.
+Only one block of numbers is in memory at a time. Matrices are N(0, 0.02), like the initial weights
+of most of these models; biases are zero and other vectors one, so that activations stay finite.
 """
 
 import json
@@ -32,9 +32,9 @@ class RandomWeights:
     """Writes weight files.
 
     Attributes:
-        holes: leave out the numbers: a file has its full size and takes hardly any disk. It serves
-            for looking at names and shapes.
-        seed: of all files together; each goes on where the last one ended.
+        holes: leave out the numbers: a file has its full size but takes hardly any disk space,
+            which is enough to check names and shapes.
+        seed: seeds all files together; each file continues the random numbers of the last one.
     """
 
     holes: bool = False
@@ -52,11 +52,12 @@ class RandomWeights:
         nest: str | None,
         tied: Mapping[str, str] | None = None,
     ) -> Path:
-        """A .pt, .bin or .ckpt file in fp32, with the weights under the key `nest`.
+        """Write a .pt, .bin or .ckpt file in fp32, with the weights under the key `nest`.
 
-        tied: names of weights that are others, by the names of those.
+        tied: for each weight that shares another weight's memory, the other's name.
         """
-        # Memory that nobody writes to is never taken, and the bytes in the file are not written.
+        # Nothing writes to these tensors, so the system never allocates their memory; skip_data
+        # leaves their bytes in the file unwritten, too.
         weights = {name: torch.empty(shape) for name, shape in shapes.items()}
         weights |= {name: weights[other] for name, other in (tied or {}).items()}
         with replacing(path) as temporary:
@@ -72,7 +73,7 @@ class RandomWeights:
         return path
 
     def safetensors(self, path: Path, shapes: Shapes, dtype: torch.dtype) -> Path:
-        """A .safetensors file."""
+        """Write a .safetensors file."""
         header: dict = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in shapes.items():
@@ -80,7 +81,7 @@ class RandomWeights:
             place = {"dtype": _SAFE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
             header[name] = place
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes
+        text += b" " * (-len(text) % 8)  # the numbers must start at a multiple of eight bytes
         with replacing(path) as temporary, open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             if self.holes:
@@ -94,7 +95,7 @@ class RandomWeights:
     def sharded(
         self, folder: Path, shapes: Shapes, dtype: torch.dtype, *, most: int = 5 * 10**9
     ) -> None:
-        """model.safetensors, or its shards with an index, in transformers' layout."""
+        """Write model.safetensors, or shards with an index, in transformers' layout."""
         shards: list[dict[str, tuple[int, ...]]] = [{}]
         size = 0
         for name, shape in shapes.items():

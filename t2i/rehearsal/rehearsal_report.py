@@ -1,4 +1,4 @@
-"""What a rehearsal measured, beside what the pre-flight had predicted."""
+"""Compares a rehearsal's measurements with the predictions of the pre-flight check."""
 
 import re
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ _MOST_OFF = 0.15
 
 
 def predictions(report: str) -> dict[str, float]:
-    """Bytes by name of what `--check` printed, its peak without the tenth for the allocator, and
-    what a checkpoint takes ("saved").
+    """Bytes by name from the output of `--check`, with its "peak" (without the extra tenth for the
+    allocator) and the size of a checkpoint ("saved").
     """
     found = {}
     for name, words in _LINES.items():
@@ -39,7 +39,7 @@ def predictions(report: str) -> dict[str, float]:
 
 
 def summary(row: Mapping) -> str:
-    """A stage in a line."""
+    """A stage's result in one line."""
     if "skipped" in row:
         return f"left out: {row['skipped']}"
     what = "" if row["done"] else f"FAILED with code {row['code']}: "
@@ -47,8 +47,8 @@ def summary(row: Mapping) -> str:
 
 
 def table(rows: Mapping[str, Mapping], about: Mapping[str, str]) -> str:
-    """Markdown; memory in GB, compared with its prediction beyond what an empty process takes.
-    What is off by more than 15 % is bold.
+    """A Markdown table, with memory in GB. Predictions are compared with the memory beyond that of
+    an empty process; differences of more than 15 % are bold.
     """
     empty = rows.get("libraries", {})
     lines = [_HEAD, "|---" * (_HEAD.count("|") - 1) + "|"]

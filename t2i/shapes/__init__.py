@@ -1,1 +1,1 @@
-"""The shapes world: everything that the kit does, offline, with scores that mean something."""
+"""The shapes world: everything in the kit runs on it offline, and its scores are meaningful."""

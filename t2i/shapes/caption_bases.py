@@ -1,8 +1,8 @@
-"""Tiny bases that draw captions, from nothing: image tokenizer, scenes as codes, generator.
+"""Trains tiny caption-conditional bases from scratch: image tokenizer, encoded scenes, generator.
 
-LlamaGen learns together with its T5-style text encoder, Janus with its own words; the image
-tokenizer may be another base's. Files have official layouts, so that a base is loaded by the same
-code as the published checkpoints.
+LlamaGen is trained together with its T5-style text encoder, Janus with its own word embeddings; the
+image tokenizer may come from another base. Files have the official layouts, so that the code that
+loads published checkpoints also loads these bases.
 """
 
 import logging
@@ -45,12 +45,12 @@ from t2i.tensorar.presets import base as base_method
 log = logging.getLogger("pretrain")
 
 LOG_SECONDS, SAVE_SECONDS = 10, 60
-_DROPPED = 0.1  # share of the captions
+_DROPPED = 0.1  # share of captions dropped in training
 _SAMPLING = {"cfg_scale": 2.5, "top_p": 0.95}
 
 
 def make_caption_base(cfg: CaptionBase) -> Path:
-    """Make what is not there yet, tokenizer, generator, scores; returns the folder of the base."""
+    """Make the tokenizer, generator and scores unless they exist; returns the base's folder."""
     start, seconds = time.time(), 60 * (cfg.minutes or float("inf"))
     cfg.out.mkdir(parents=True, exist_ok=True)
     vq = cfg.tokenizer or cfg.out / "tokenizer.pt"
@@ -67,12 +67,12 @@ def make_caption_base(cfg: CaptionBase) -> Path:
 # -- scenes ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Scenes:
-    """What the generator is trained on."""
+    """The generator's training data."""
 
     codes: Tensor
     """int32 [scenes, T]"""
     prompts: Tensor
-    """Number of each scene's prompt in `every_caption`, int64 [scenes]."""
+    """Index of each scene's prompt in `every_caption`, int64 [scenes]."""
 
 
 def every_caption() -> list[str]:
@@ -80,7 +80,7 @@ def every_caption() -> list[str]:
 
 
 def draw_scenes(seed: int, size: int, indices: Iterable[int]) -> tuple[np.ndarray, list[str]]:
-    """Images uint8 [B, H, W, 3] and prompts of these scenes; held-out prompts never come."""
+    """Images uint8 [B, H, W, 3] and prompts of these scenes; none has a held-out prompt."""
     scenes = [sample_scene(seed, int(i)) for i in indices]
     return np.stack([np.asarray(render(s, size)) for s in scenes]), [s.prompt for s in scenes]
 
@@ -91,14 +91,14 @@ def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 
 
 def drawn_scenes(cfg: CaptionBase, chunk: int) -> Iterable[tuple[np.ndarray, list[str]]]:
-    """All scenes in order, `chunk` at a time, by processes that stay a little ahead."""
+    """All scenes in order, `chunk` at a time; worker processes draw a few chunks ahead."""
     return DataLoader(
         _Chunks(cfg, chunk),
         batch_size=None,
         sampler=range(0, cfg.scenes, chunk),
         num_workers=cfg.workers,
         collate_fn=tuple,
-        # A fork of this process may hold a GPU.
+        # Not "fork": this process may already use a GPU.
         multiprocessing_context="forkserver" if cfg.workers else None,
     )
 
@@ -114,7 +114,7 @@ class _Chunks(Dataset):
 
 
 def scene_codes(cfg: CaptionBase, tokenizer: Path, end: float = float("inf")) -> Scenes:
-    """Codes and prompts of the scenes that there is time for until `end`; all of them are kept."""
+    """Codes and prompts of as many scenes as can be encoded before `end`; saved if complete."""
     path = cfg.out / f"codes-{cfg.seed}-{cfg.scenes}.npz"
     if path.exists():
         stored = dict(np.load(path))
@@ -129,7 +129,7 @@ def scene_codes(cfg: CaptionBase, tokenizer: Path, end: float = float("inf")) ->
 
 @torch.no_grad()
 def _encoded(cfg: CaptionBase, tokenizer: Path, end: float) -> dict[str, np.ndarray]:
-    """`Scenes` as uint16 arrays."""
+    """Encode scenes; returns the fields of `Scenes` as uint16 arrays."""
     device, _ = pick_device(cfg.device)
     torch.backends.cudnn.allow_tf32 = False  # it changes codes
     vq = VQTokenizer.load(tokenizer).to(device)
@@ -144,18 +144,18 @@ def _encoded(cfg: CaptionBase, tokenizer: Path, end: float) -> dict[str, np.ndar
         now = time.time()
         if now - logged > LOG_SECONDS or now > end or len(prompts) == cfg.scenes:
             rate, logged = len(prompts) / (now - start), now
-            log.info("%d of %d scenes encoded, %.0f a second", len(prompts), cfg.scenes, rate)
+            log.info("%d of %d scenes encoded, %.0f per second", len(prompts), cfg.scenes, rate)
         if now > end:
             break
     if len(prompts) < cfg.scenes / 2:
-        message = "time left %d of %d scenes, which a large model learns by heart"
+        message = "there was time for only %d of %d scenes, which a large model will memorize"
         log.warning(message, len(prompts), cfg.scenes)
     return {"codes": np.concatenate(codes), "prompts": np.array(prompts, np.uint16)}
 
 
 # -- models ----------------------------------------------------------------------------------------
 def trained_tokenizer(cfg: CaptionBase) -> VQTokenizer:
-    """A tokenizer of 1024 codes that has learned random scenes."""
+    """A tokenizer of 1024 codes, trained on random scenes."""
     torch.manual_seed(cfg.seed)
     tokenizer = VQTokenizer(VQConfig(32, (1, 1, 2, 2), 1, 64, codebook_size=1024, codebook_dim=8))
     random = np.random.default_rng(cfg.seed)
@@ -171,19 +171,19 @@ def trained_tokenizer(cfg: CaptionBase) -> VQTokenizer:
 
 @dataclass(frozen=True)
 class Learner:
-    """A generator, what reads its captions, and every caption ready to be read."""
+    """A generator in training, with its text encoder and all captions in tokenized form."""
 
     backbone: LlamaGen | Janus
     captions: dict[str, Tensor]
-    """By `every_caption`: what `condition` takes rows of."""
+    """Inputs for `condition`, with one row for each of `every_caption`."""
     text_encoder: tuple[Any, ...] = ()
-    """LlamaGen's encoder, which learns as well, and its tokenizer."""
+    """LlamaGen's encoder, which is trained as well, and its tokenizer."""
 
     def trained(self) -> nn.ModuleList:
         return nn.ModuleList([*self.backbone.trained_modules(), *self.text_encoder[:1]])
 
     def condition(self, prompts: Tensor, drop: Tensor) -> Condition:
-        """The conditions of captions by number."""
+        """The conditions of captions, given their indices in `every_caption`."""
         rows = {name: value[prompts] for name, value in self.captions.items()}
         if self.text_encoder:
             features, mask = self.text_encoder[0](**rows)[0], rows["attention_mask"]
@@ -198,13 +198,13 @@ class Learner:
 
 
 def new_learner(cfg: CaptionBase, tokenizer: VQTokenizer) -> Learner:
-    """A generator with fresh weights on the device that learns."""
+    """A generator with new weights, on the device that trains."""
     torch.manual_seed(cfg.seed + 1)
     device, _ = pick_device(cfg.device)
     build = _new_llamagen if cfg.family == "llamagen" else _new_janus
     learner = build(cfg, tokenizer, cfg.image_size // tokenizer.downsample)
     if cfg.compile:
-        for block in learner.backbone.blocks:  # one block's kernels serve all
+        for block in learner.backbone.blocks:  # all blocks share one block's kernels
             block.compile(dynamic=False)
     learner.trained().train().to(device)
     return Learner(
@@ -220,7 +220,7 @@ def _new_llamagen(cfg: CaptionBase, tokenizer: VQTokenizer, side: int) -> Learne
         folder, every_caption(), d_model=cfg.text_dim, d_ff=2 * cfg.text_dim, seed=cfg.seed
     )
     words, encoder = AutoTokenizer.from_pretrained(folder), T5EncoderModel.from_pretrained(folder)
-    # Padded on the left, as LlamaGen reads captions; T5 knows distances between words only.
+    # Padded on the left, as LlamaGen expects; T5 is unaffected, as it uses relative positions only.
     tokens = words(
         [clean_caption(caption) for caption in every_caption()],
         padding="max_length",
@@ -255,7 +255,7 @@ def _new_llamagen(cfg: CaptionBase, tokenizer: VQTokenizer, side: int) -> Learne
 
 def _new_janus(cfg: CaptionBase, tokenizer: VQTokenizer, side: int) -> Learner:
     shape = {"dim": cfg.dim, "layers": cfg.layers, "heads": cfg.dim // 32}
-    ffn_dim = 13 * cfg.dim // 6  # a gated layer as large as a plain one of about three widths
+    ffn_dim = 13 * cfg.dim // 6  # a gated layer as large as a plain one of 3.25 times the width
     backbone = build_tiny_janus(
         every_caption(), tokenizer, side=side, seed=cfg.seed, ffn_dim=ffn_dim, **shape
     )
@@ -264,9 +264,10 @@ def _new_janus(cfg: CaptionBase, tokenizer: VQTokenizer, side: int) -> Learner:
 
 # -- training --------------------------------------------------------------------------------------
 def train(cfg: CaptionBase, learner: Learner, scenes: Scenes, end: float) -> None:
-    """Train until `gpt_steps` or the time `end`, and save the base.
+    """Train for `gpt_steps` or until the time `end`, and save the base.
 
-    OUT/constant_rate is what it was before its rate fell, OUT/partial the newest of a stopped run.
+    OUT/constant_rate holds the base from before the learning rate falls, OUT/partial the latest
+    snapshot, deleted at the end.
     """
     descent = Descent(
         learner.trained(), cfg.gpt_lr, weight_decay=0.05, warm_up=50, constant=cfg.constant
@@ -293,7 +294,7 @@ def train(cfg: CaptionBase, learner: Learner, scenes: Scenes, end: float) -> Non
 
 
 def _losses(cfg: CaptionBase, learner: Learner, scenes: Scenes) -> Iterator[Tensor]:
-    """The next-code loss of one random batch after another, a tenth of the captions dropped."""
+    """Next-code losses of random batches, with a tenth of the captions dropped."""
     device = learner.backbone.device
     codes, prompts = scenes.codes.to(device), scenes.prompts.to(device)
     model = TensorAR(learner.backbone, base_method()).train()
@@ -316,9 +317,9 @@ def _snapshot(learner: Learner, folder: Path) -> None:
 
 
 def score(cfg: CaptionBase, per_tag: int = 20, samples: int = 4) -> None:
-    """OUT/scores.json: GenEval's scores of the base and of the one before its rate fell.
+    """Write OUT/scores.json: GenEval scores of the base and of its constant-rate snapshot.
 
-    By default on the quickstart's prompts and seeds.
+    The defaults give the quickstart's prompts and seeds.
     """
     metadata, scores = benchmark_prompts(seed=0, per_tag=per_tag), {}
     for name, folder in (("base", cfg.out), ("constant_rate", cfg.out / "constant_rate")):

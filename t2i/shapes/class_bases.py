@@ -1,4 +1,4 @@
-"""Tiny class-conditional bases of every family, from nothing: images, tokenizer, generator."""
+"""Trains tiny class-conditional bases from scratch: images, image tokenizer, generator."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -41,10 +41,10 @@ _SAMPLING = {"cfg_scale": 2.0}
 
 
 def make_class_base(cfg: ClassBase) -> Path:
-    """Make what is not there yet; returns the folder of the base.
+    """Make the images and the base unless they exist; returns the base's folder.
 
     Raises:
-        UserError: what is there was made with another recipe.
+        UserError: existing files were made with different settings.
     """
     writable_folder(cfg.out)
     images, base = cfg.out / "images", cfg.out / cfg.backbone
@@ -60,19 +60,19 @@ def make_class_base(cfg: ClassBase) -> Path:
 
 
 def _claim(record: Path, settings: dict) -> None:
-    """Note what a folder is made from; UserError if it was begun with something else."""
+    """Record the settings that files are made with; UserError if others are recorded already."""
     known = read_json(record) if record.exists() else settings
     if known != settings:
         raise UserError(
-            f"{record} says that this was made otherwise: {known}, and now {settings} is asked "
-            "for; give another --out, or delete it"
+            f"{record} records different settings, {known}, from those given now, {settings}: "
+            "give another --out, or delete the old files and this record"
         )
     writable_folder(record.parent)
     write_json(record, settings)
 
 
 def write_class_images(cfg: ClassBase, folder: Path) -> None:
-    """An ImageNet-style folder, train/n00000000/000000.png ...; what is there is kept."""
+    """Write an ImageNet-style folder, train/n00000000/000000.png ...; existing images are kept."""
     names = ("images_per_class", "image_size", "seed")
     _claim(folder / "recipe.json", {name: getattr(cfg, name) for name in names})
     for label in range(len(CLASSES)):
@@ -83,7 +83,7 @@ def write_class_images(cfg: ClassBase, folder: Path) -> None:
 
 
 def untrained(cfg: ClassBase, images: Path) -> Backbone:
-    """A generator with fresh weights behind a tokenizer that has learned the images."""
+    """A generator with new weights, with an image tokenizer trained on the images."""
     rules = ImageRules(cfg.image_size)
     pixels = torch.cat([rules.load(path) for path in LabelledFolder(images).paths])
     tokenizer = build_tokenizer(cfg.backbone, seed=cfg.seed)
@@ -98,7 +98,7 @@ def _batches(pixels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
 
 
 def build_tokenizer(family: str, *, seed: int = 0) -> ImageTokenizer:
-    """A small tokenizer of the family's kind with fresh weights: 512 codes, or 12 bits."""
+    """A small tokenizer of the family's type with new weights: 512 codes, or 12 bits."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"channels": 32, "multipliers": (1, 1, 1), "res_blocks": 1}
     if family == "llamagen":
@@ -111,7 +111,7 @@ def build_tokenizer(family: str, *, seed: int = 0) -> ImageTokenizer:
 
 
 def build_backbone(cfg: ClassBase, tokenizer: ImageTokenizer) -> Backbone:
-    """A generator with fresh weights, and without dropout."""
+    """A generator with new weights and without dropout."""
     side = cfg.image_size // tokenizer.downsample
     shape: dict[str, Any] = {"dim": cfg.dim, "n_layer": cfg.layers, "grid": (side, side)}
     shape |= {"n_head": max(1, cfg.dim // _HEAD), "num_classes": len(CLASSES)}
@@ -134,10 +134,10 @@ def build_backbone(cfg: ClassBase, tokenizer: ImageTokenizer) -> Backbone:
 
 
 def pretraining(cfg: ClassBase, start: Path, images: Path) -> TrainConfig:
-    """The generator's training as a run of the kit: k = 1, every weight at one rate.
+    """Settings to train the generator as a run of the kit: k = 1, all weights at the same rate.
 
-    What fine-tuning holds out is held out here, too (the first of one random order): no base has
-    seen it.
+    Holds out the same images as fine-tuning does (the first ones of the same random order), so no
+    base has seen them.
     """
     return TrainConfig(
         run_dir=cfg.out / f"{cfg.backbone}-pretraining",

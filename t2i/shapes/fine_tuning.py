@@ -1,4 +1,4 @@
-"""Fine-tune, validate, draw and judge on the shapes world: quickstart, experiments and bases."""
+"""Fine-tunes, validates, draws and judges on the shapes world (quickstart, experiments, bases)."""
 
 import shutil
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from t2i.training.validation import validate
 
 
 def fine_tuned(run: TrainConfig) -> TensorAR:
-    """The model after its run, which is done (or continued) now unless it is complete."""
+    """The model at the end of a run; the run is started or resumed unless it is complete."""
     done = run_checkpoints(run.run_dir)
     if not done:
         shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
@@ -32,27 +32,25 @@ def fine_tuned(run: TrainConfig) -> TensorAR:
 
 
 def loaded(folder: Path) -> TensorAR:
-    """A checkpoint as it was trained: on the process's device, in fp32."""
+    """Load a checkpoint as in training: on the process's device, in fp32."""
     return from_pretrained(folder, device=start_processes().device, dtype=torch.float32)
 
 
-def held_out(run: TrainConfig, model: TensorAR) -> TrainingData:
-    """The run's data; what it holds out depends on data and seed only, so all methods share it."""
-    return TrainingData(run, model.backbone, start_processes())
-
-
 def held_out_losses(run: TrainConfig, model: TensorAR) -> dict[str, float]:
-    """Loss by slot with noised truth and with own drafts as input."""
-    return validate(model, held_out(run, model)).metrics()
+    """Held-out losses by slot, with the noised truth and with the model's own drafts as input.
+
+    What a run holds out depends only on data and seed, so all methods share it.
+    """
+    return validate(model, TrainingData(run, model.backbone, start_processes())).metrics()
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What one model made of the benchmark prompts."""
+    """One model's results on the benchmark prompts."""
 
     report: geneval.Judgement
     windows: Tensor
-    """Of all images, int64 [B, N, k, S]: final codes and drafts."""
+    """Final codes and drafts of all images, int64 [B, N, k, S]."""
 
 
 def examine(
@@ -64,7 +62,7 @@ def examine(
     sampling: SamplingConfig | None = None,
     batch_size: int = 48,
 ) -> Examined:
-    """GenEval's verdicts, by the exact detector, on images drawn for them and not kept."""
+    """Draw images for these prompts and judge them by GenEval's rules with the exact detector."""
     prompts = [entry["prompt"] for entry in metadata]
     options = DrawOptions(seed, sampling, batch_size=batch_size)
     drawn = list(draw_images(model, prompts, options, samples_per_prompt=samples))

@@ -1,4 +1,4 @@
-"""Pre-training of tiny models: the optimizer of all, image tokenizers of every kind, what is kept.
+"""Parts of pre-training that all tiny bases share: optimizer, image tokenizers, saving.
 
 Shapes: B batch, H x W pixels, h x w codes, N latents of a batch, E codebook dimension.
 """
@@ -21,13 +21,13 @@ from t2i.progress import progress_bar
 
 ImageTokenizer = VQTokenizer | MaskGITVQGAN | LFQTokenizer
 CONSTANT_RATE = 0.6
-"""Share of a run before its rate falls."""
-_IDLE_STEPS = 25
+"""Share of a run before the learning rate starts to fall."""
+_IDLE_STEPS = 25  # between replacements of unused codes
 
 
 class Descent:
-    """AdamW whose rate warms up, stays, and falls to zero over the last 40 % of the run, unless it
-    is constant.
+    """AdamW with a learning rate that warms up, stays constant and, unless `constant`, falls to
+    zero over the last 40 % of the run.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Descent:
         )
 
     def step(self, loss: Tensor, done: float) -> None:
-        """Follow the gradients of a loss, clipped; `done` is the share of the run before it."""
+        """Take a step along a loss's clipped gradients; `done` is the share of the run so far."""
         self._steps += 1
         left = 1.0 if self._constant else (1 - done) / (1 - CONSTANT_RATE)
         share = min(1, self._steps / self._warm_up, left)
@@ -64,7 +64,7 @@ class Descent:
 def train_tokenizer(
     tokenizer: ImageTokenizer, batches: Iterator[Tensor], *, steps: int, lr: float
 ) -> None:
-    """Reconstruction of pixels [B, 3, H, W] with straight-through codes; frozen afterwards."""
+    """Train to reconstruct pixels [B, 3, H, W] with straight-through codes; then freeze."""
     descent = Descent(tokenizer, lr)
     codebook = None if isinstance(tokenizer, LFQTokenizer) else tokenizer.quantize
     device = next(tokenizer.parameters()).device
@@ -81,7 +81,7 @@ def train_tokenizer(
             used[codes] = True
             if step % _IDLE_STEPS == 0 and step < CONSTANT_RATE * steps:
                 _move_idle_codes(codebook.embedding.weight, latents, used)
-            # A cosine codebook stands for directions.
+            # VQTokenizer's codes are directions: it compares by cosine.
             z = F.normalize(latents, dim=1) if isinstance(tokenizer, VQTokenizer) else latents
             rows = codebook.vectors()[codes].permute(0, 3, 1, 2)
         decoded = tokenizer.decode_vectors(z + (rows - z).detach())
@@ -92,9 +92,11 @@ def train_tokenizer(
 
 
 def _code_loss(codebook: nn.Module | None, rows: Tensor, z: Tensor) -> Tensor:
-    """Draws code vectors and latents together; bits are asked to say something each (2310.05737).
+    """Pull code vectors and latents together; for bits, reward each for being balanced
+    (2310.05737).
 
-    Commitment to the signs would freeze them: with it, 60 of 256 codes came to be used here.
+    Bits have no commitment loss, which would freeze their signs: with it, only 60 of 256 codes were
+    used here.
     """
     if codebook is None:
         p = torch.sigmoid(4 * z).mean((0, 2, 3)).clamp(1e-4, 1 - 1e-4)
@@ -104,7 +106,7 @@ def _code_loss(codebook: nn.Module | None, rows: Tensor, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _move_idle_codes(table: Tensor, latents: Tensor, used: Tensor) -> None:
-    """Codes that nothing has used since the last time move onto latents [B, E, h, w] of a batch."""
+    """Move codes unused since the last call onto random latents of a batch [B, E, h, w]."""
     idle = torch.nonzero(~used).flatten()
     z_NE = latents.permute(0, 2, 3, 1).flatten(0, 2)
     picks = z_NE[torch.randperm(len(z_NE))[: len(idle)]]
@@ -127,15 +129,15 @@ def write_base(
     dtype: torch.dtype = torch.float32,
     text_encoder: Sequence[Any] = (),
 ) -> Path:
-    """A folder as `--backbone.weights` takes it, in official layouts; config.json comes last.
+    """Write a folder for `--backbone.weights`, in official layouts; config.json comes last.
 
-    text_encoder: what saves itself to its folder, the encoder and its tokenizer.
+    text_encoder: the encoder and its tokenizer, objects with `save_pretrained`.
     """
     (folder / "model").mkdir(parents=True, exist_ok=True)
     weights = backbone.save_official(folder / "model", dtype)
     content: dict[str, object] = {"family": backbone.spec.family}
     content["weights"] = str(weights.relative_to(folder))
-    if weights.is_file():  # a published folder has its tokenizers and its configuration inside
+    if weights.is_file():  # a published folder already contains tokenizers and configuration
         save_tokenizer(backbone.tokenizer, folder / "tokenizer.pt", dtype)
         content |= {"tokenizer": "tokenizer.pt", "config": asdict(backbone.config)}
     if text_encoder:

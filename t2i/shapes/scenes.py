@@ -1,9 +1,9 @@
-"""The shapes world: flat coloured shapes on a plain ground, drawn and captioned offline.
+"""The shapes world: flat colored shapes on a plain background, drawn and captioned offline.
 
-Everything is a pure function of (seed, index): what is in a scene, where it stands and what its
-prompt says. Geometry is in whole units of 1/64 of the image side, so that at 64 px (and its
-multiples) straight edges fall on pixel borders. `shapes_detector` reads the images back,
-`shapes_prompts` has the language, `shapes_source` makes data sets of them.
+Everything is a pure function of (seed, index): a scene's objects, their places and its prompt.
+Geometry is in whole units of 1/64 of the image side, so that at 64 px (and its multiples) straight
+edges fall on pixel borders. `shapes_detector` detects the shapes in images, `shapes_prompts`
+defines the language, `shapes_source` makes data sets of scenes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _POLYGONS: dict[str, Outline] = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: class, colour, box centre (x, y) and box side, in units; y points down."""
+    """One shape: class, color, box centre (x, y) and box side, in units; y points down."""
 
     shape: str
     color: str
@@ -77,9 +77,9 @@ class Scene:
 
 
 def sample_scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of the world `seed`: a tag, a training prompt of it, an arrangement.
+    """Scene number `index` of the world `seed`: a random arrangement for a random training prompt.
 
-    All tags are equally likely, then all prompts of the tag; held-out prompts never come
+    All tags are equally likely, then all prompts of the tag, except held-out ones
     (see `t2i.shapes.shapes_prompts`). Attributes that the prompt leaves open are random.
     """
     rng = random.Random(f"shapes scene {seed} {index}")
@@ -87,13 +87,13 @@ def sample_scene(seed: int, index: int) -> Scene:
 
 
 def arrange(rng: random.Random, metadata: dict) -> Scene:
-    """A random scene that fulfils `metadata` (any of the grammar's prompts)."""
+    """A random scene that satisfies `metadata` (any of the grammar's prompts)."""
     include = metadata["include"]
     free = [c for c in COLORS if c not in [item.get("color") for item in include]]
     rng.shuffle(free)
     kinds = []
     for item in include:
-        # Objects of one class share a colour; different classes never do.
+        # Objects of one class share a color; different classes never do.
         kinds += [(item["class"], item.get("color") or free.pop())] * item["count"]
     relation = next((item["position"][0] for item in include if "position" in item), None)
     boxes = _place(rng, len(kinds), relation)
@@ -125,7 +125,7 @@ def shape_mask(shape: str, width: int, height: int) -> Image.Image:
 
 @lru_cache
 def _outlines(shape: str) -> tuple[Outline, ...]:
-    """Outer outline, then a hole's if there is one, as points of the unit box (y down)."""
+    """A shape's outline, then its hole's if it has one, as points in the unit box (y down)."""
     turn = [2 * math.pi * i / 180 for i in range(180)]
     disc = tuple((0.5 + math.cos(t) / 2, 0.5 + math.sin(t) / 2) for t in turn)
     if shape == "circle":
@@ -150,7 +150,7 @@ def _fill_box(points: list[tuple[float, float]]) -> Outline:
 
 
 def _place(rng: random.Random, count: int, relation: str | None) -> list[tuple[int, int, int]]:
-    """Boxes (x, y, even size) that keep their distance; box 1 stands in `relation` to box 0."""
+    """Random boxes (x, y, even size) at least `GAP` apart, box 1 in `relation` to box 0."""
     low, high = SIZES[count]
     for _ in range(10_000):
         boxes: list[tuple[int, int, int]] = []
@@ -171,10 +171,10 @@ def _too_close(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
 
 
 def _clearly(relation: str, a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
-    """True where `a` stands in `relation` to `b` beyond dispute.
+    """Whether `a` is unambiguously in `relation` to `b`.
 
-    The judge asks for a component above 0.5 of the unit offset after taking off a tenth of the
-    summed sizes; here it is at least 0.6, and the other direction stays below 0.4.
+    GenEval's judge subtracts a tenth of the summed sizes and requires a component above 0.5 of the
+    unit offset; here it is at least 0.6, and the other direction's at most 0.4.
     """
     dx, dy = a[0] - b[0], a[1] - b[1]
     along, across = {
@@ -192,11 +192,11 @@ CLASSES = tuple(
     for shape in ("circle", "square", "triangle", "cross")
     for color in tuple(PALETTE)[:5]
 )
-"""What a class id means in images by class: one shape in one colour."""
+"""Shape and color of each class id, for class-conditional models."""
 
 
 def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
-    """Image `number` of a class, `size` pixels wide: its shape, placed and sized at random."""
+    """Image `number` of a class, `size` pixels wide: its shape at a random place and size."""
     dice = random.Random(f"class shapes {seed} {label} {number}")
     side = dice.randrange(24, 34, 2)
     x, y = (dice.randint(side // 2 + 2, 62 - side // 2) for _ in range(2))

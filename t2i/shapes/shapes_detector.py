@@ -1,12 +1,13 @@
-"""An analytic detector for the shapes world, behind the interface of GenEval's Mask2Former.
+"""An analytic detector for the shapes world, with the same interface as GenEval's Mask2Former.
 
-It inverts the renderer of `t2i.shapes.scenes`: how much of each pixel is covered by which palette
-colour, connected regions of one colour, and for each region the shape whose template (the
-renderer's own mask, slid by a pixel and scaled by a few) overlaps it best. The best intersection
-over union, passed through a logistic curve, is the score. Clean, slightly blurred or slightly
-noisy shapes score near 1; broken or merged ones fall below GenEval's thresholds.
+It inverts the renderer of `t2i.shapes.scenes`: it finds the palette color of each pixel and how
+much of the pixel it covers, then connected regions of one color, and for each region the shape
+whose template (the renderer's own mask, shifted by a pixel and resized by a few) overlaps it best.
+The best intersection over union, passed through a logistic curve, is the score. Clean, slightly
+blurred or slightly noisy shapes score near 1; broken or merged ones stay below GenEval's
+thresholds.
 
-Shapes: H x W image, K palette colours, C shape classes, P template canvas side.
+Shapes: H x W image, K palette colors, C shape classes, P template canvas side.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from t2i.errors import UserError
 from t2i.shapes.scenes import BACKGROUND, PALETTE, UNITS, shape_mask
 from t2i.shapes.shapes_prompts import COLORS, SHAPES
 
-# Sides of a region that can be an object; the world's own are 14 to 30 units.
+# Sides of a region that counts as an object; the world's own objects have 14 to 30 units.
 SMALLEST, LARGEST = 9 / UNITS, 40 / UNITS
-SECOND_COLOR = 0.2  # a region is split when another colour holds this share of it
+SECOND_COLOR = 0.2  # a region is split if another color covers this share of it
 # score = logistic((IoU - IOU_MIDDLE) / IOU_WIDTH): IoU 0.77 -> 0.3, IoU 0.83 -> 0.9.
 IOU_MIDDLE, IOU_WIDTH = 0.79, 0.02
 SHIFTS = (-1, 0, 1)  # pixels
-# Pixels: noise adds one to a region's side, blur takes one from either end of a thin tip.
+# Pixels by which a template is larger than the region: noise adds one to a region's side, blur
+# removes one from each end of a thin tip.
 GROWTH = (-1, 0, 1, 2)
 
 
@@ -68,7 +70,7 @@ class ShapesDetector:
     def classify_colors(
         self, image: Image.Image | np.ndarray, class_name: str, detections: Detections
     ) -> list[str]:
-        """The palette colour nearest to the median colour inside each detection's mask."""
+        """The palette color nearest to the median color inside each detection's mask."""
         pixels = _pixels(image)
         assert detections.masks is not None
         palette = np.array(list(PALETTE.values()), dtype=np.float32)
@@ -79,13 +81,13 @@ class ShapesDetector:
         return names
 
     def identity(self) -> dict[str, object]:
-        """It has no weights; Pillow draws its templates."""
+        """Facts for results files: the detector has no weights, and Pillow draws its templates."""
         libraries = {name: version(name) for name in ("numpy", "pillow")}
         return {"name": "shapes", "official": False, "weights": {}, "libraries": libraries}
 
 
 def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """float32 [H, W, 3], 0..255."""
+    """The image as float32 [H, W, 3], 0..255."""
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -94,13 +96,13 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _color_regions(pixels: np.ndarray) -> list[np.ndarray]:
-    """Masks (bool [H, W]) of the connected regions of one palette colour."""
+    """Masks (bool [H, W]) of the connected regions of a single palette color."""
     color, coverage = _unmix(pixels)
     inside = coverage > 0.5
-    labels = np.zeros_like(color)  # 0 is background, 1 + k is palette colour k
+    labels = np.zeros_like(color)  # 0 is background, 1 + k is palette color k
     for blob in _components(inside.astype(int)):
-        # A few pixels' wrong colour (edges, noise) must not tear a shape apart: only colours
-        # that hold a good part of the blob count, and its other pixels join the largest of them.
+        # A few pixels of a wrong color (edges, noise) must not split a shape: only colors that
+        # cover a good part of the blob count, and its other pixels get the most common color.
         part = np.bincount(color[blob], minlength=len(PALETTE)) / blob.sum()
         major = np.flatnonzero(part >= min(SECOND_COLOR, part.max()))
         labels[blob] = 1 + np.where(np.isin(color[blob], major), color[blob], part.argmax())
@@ -108,10 +110,10 @@ def _color_regions(pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def _unmix(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each pixel as a mix of the background and one palette colour.
+    """Each pixel as a mix of the background and one palette color.
 
-    Returns the colour's index (int [H, W]) and its share (float [H, W], 0..1). A pixel on a red
-    edge is half red here; by plain distance it would be pink.
+    Returns the color's index (int [H, W]) and its share (float [H, W], 0..1). A pixel on a red edge
+    is found to be half red; the nearest palette color would be pink.
     """
     ground = np.array(BACKGROUND, dtype=np.float32)
     axes_K3 = np.array(list(PALETTE.values()), dtype=np.float32) - ground
@@ -132,7 +134,7 @@ def _components(labels: np.ndarray) -> list[np.ndarray]:
 
 
 def _match(region: np.ndarray) -> tuple[str, float]:
-    """The best-fitting shape for a tight bool crop, and the intersection over union."""
+    """The best-fitting shape for a tightly cropped mask, and its intersection over union."""
     extent = max(region.shape)
     canvas = extent + 2 * (max(GROWTH) + max(SHIFTS))
     placed = np.zeros((canvas, canvas), dtype=np.float32)
@@ -149,7 +151,7 @@ def _match(region: np.ndarray) -> tuple[str, float]:
 
 @lru_cache(maxsize=128)
 def _templates(size: int, canvas: int) -> np.ndarray:
-    """Every shape at every shift as float32 rows of 0 and 1 [C * shifts, P * P]."""
+    """Every shape at every shift, as float32 rows of 0 and 1 [C * shifts, P * P]."""
     rows = []
     for shape in SHAPES:
         mask = np.asarray(shape_mask(shape, size, size)) > 127

@@ -1,9 +1,9 @@
-"""The shapes world's language: GenEval's prompt grammar over eight shapes and eight colours.
+"""The shapes world's language: GenEval's prompt grammar over eight shapes and eight colors.
 
-Held-out convention: a fifth of all `position` and `color_attr` prompts (by CRC-32 of the prompt)
-is never drawn for training scenes, and `benchmark_prompts` draws these two tags from that fifth
-only. The other four tags have few prompts (8, 56, 24 and 64), which training and benchmark share:
-there the benchmark asks for new images of known prompts.
+Held-out prompts: a fifth of all `position` and `color_attr` prompts (chosen by the CRC-32 of the
+prompt) never occurs in training scenes, and `benchmark_prompts` uses only that fifth for these two
+tags. The other four tags have few prompts (8, 56, 24 and 64), which training and benchmark share:
+for them the benchmark asks for new images of known prompts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from geneval.prompts import (
 )
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "heart", "ring")
-# Eight of GenEval's ten colours: white is lost on a light background, and brown is what an
-# autoencoder makes of the edge between orange and black.
+# Eight of GenEval's ten colors: white is invisible on a light background, and autoencoders turn the
+# edge between orange and black into brown.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 HELD_OUT_TAGS = ("position", "color_attr")
 HELD_OUT_FRACTION = 5  # one prompt in five
@@ -47,8 +47,8 @@ def training_prompts(tag: str) -> tuple[dict, ...]:
 def benchmark_prompts(seed: int = 0, per_tag: int = 20) -> list[dict]:
     """`per_tag` prompts of every tag, tag by tag, as GenEval metadata.
 
-    Prompts are unique while the grammar lasts; a tag with fewer than `per_tag` prompts is gone
-    through again in a new order, so that every tag has the same number of entries.
+    A prompt occurs again only once its tag has no others left: a tag with fewer than `per_tag`
+    prompts repeats them in a new order, so that every tag has the same number of entries.
     """
     chosen: list[dict] = []
     for tag in TAGS:

@@ -1,18 +1,18 @@
-"""The shapes world's DPG-Bench: a question graph in its schema, and the judge that answers it.
+"""The shapes world's DPG-Bench: a question graph in its schema, and a judge that answers it.
 
-60 prompts: eight of each of the shapes world's GenEval tasks, and twelve denser ones (two coloured
-shapes in a relation, a counted and coloured pair beside a third shape, three coloured shapes). The
-propositions follow from what a prompt asks for; `shapes_questions.csv` is the output of
-`graph_csv`. The judge reads a proposition (a question's `tuple`), not its words, and answers by the
-exact detector and GenEval's rules.
+60 prompts: eight of each of the shapes world's GenEval tasks, and twelve denser ones (two colored
+shapes in a relation, two shapes of one kind and color with a third shape, three colored shapes).
+The propositions follow from a prompt's metadata; `shapes_questions.csv` is the output of
+`graph_csv`. The judge reads a question's proposition (its `tuple`), not its text, and answers with
+the exact detector and GenEval's rules.
 
-A prompt's propositions (parents in brackets; a relation of coloured shapes hangs on their colours,
-which hang on the shapes, so that a missing shape takes its colour and its relation along):
+A prompt's propositions (parents in brackets; a relation of colored shapes depends on their colors,
+which depend on the shapes, so that with a missing shape its color and its relation fail, too):
 
 entity - whole (circle)
 attribute - color (circle, red)                  [entity]  "(circle, red, ==2)" for two of them
 other - count (circle, ==2)                      [entity]
-relation - spatial (star, left of, circle)       [both colours, else both entities]
+relation - spatial (star, left of, circle)       [both colors, else both entities]
 other - count (shape, ==3), global - (plain background)
 """
 
@@ -30,15 +30,7 @@ from PIL import Image, ImageFilter
 
 from dpg_bench.questions import COLUMNS, Question, QuestionGraph, read_questions
 from geneval.detector import Detections
-from geneval.prompts import (
-    NUMBER_WORDS,
-    RELATIONS,
-    TAGS,
-    entry_of,
-    plural,
-    wanted,
-    with_article,
-)
+from geneval.prompts import NUMBER_WORDS, RELATIONS, TAGS, entry_of, plural, wanted, with_article
 from geneval.rules import RuleOptions, decide
 from t2i.errors import UserError
 from t2i.shapes.scenes import BACKGROUND, UNITS
@@ -50,20 +42,20 @@ PER_TAG = 8
 PER_DENSE_KIND = 4
 ANY_SHAPE = "shape"
 PLAIN_BACKGROUND = "plain background"
-# A pixel of the ground may be this far (0..255, in each channel) from the world's ground, and this
-# share of the pixels that belong to no shape must be ground.
+# A background pixel may differ this much (0..255, in each channel) from the world's background, and
+# at least this share of the pixels outside shapes must be background.
 GROUND_TOLERANCE = 24
 GROUND_SHARE = 0.97
-EDGE = 2 / UNITS  # of the image side: soft edges around a shape count as the shape's
+EDGE = 2 / UNITS  # share of the image side: width of the soft edges that still belong to a shape
 
 
 def shapes_questions() -> QuestionGraph:
-    """The shipped graph."""
+    """The shipped question graph."""
     return read_questions(PATH)
 
 
 def shapes_prompts(seed: int = 0) -> dict[str, dict]:
-    """Item id ("colors3", "dense0") -> what the prompt asks for, as a GenEval entry."""
+    """Item id ("colors3", "dense0") -> the prompt's GenEval entry."""
     entries = {}
     drawn = benchmark_prompts(seed, PER_TAG)
     for index, entry in enumerate(drawn):
@@ -113,10 +105,10 @@ def questions_of(item: str, entry: dict) -> list[Question]:
 
 
 def _propositions(entry: dict) -> Iterator[tuple[tuple[int, ...], str, str]]:
-    """(parents, tuple, question), numbered from 1 in this order."""
+    """Yield (parents, tuple, question), numbered from 1 in this order."""
     include, number = entry["include"], 0
     entity: list[int] = []  # per object: the number of its entity
-    latest: list[int] = []  # per object: the number of its colour, or else of its entity
+    latest: list[int] = []  # per object: the number of its color, or else of its entity
     for item in include:
         shape, count = item["class"], item["count"]
         many = count > 1
@@ -150,7 +142,7 @@ def _propositions(entry: dict) -> Iterator[tuple[tuple[int, ...], str, str]]:
 
 
 def graph_csv() -> str:
-    """The graph of `shapes_prompts(0)` as the text of a DPG-Bench CSV."""
+    """The graph of `shapes_prompts(0)` in DPG-Bench's CSV format."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -175,7 +167,7 @@ def graph_csv() -> str:
 
 # -- the judge -------------------------------------------------------------------------------------
 class ShapesJudge:
-    """See `dpg_bench.answerers.Answerer`."""
+    """An exact judge; see `dpg_bench.answerers.Answerer` for the interface."""
 
     name = "shapes"
 
@@ -186,11 +178,11 @@ class ShapesJudge:
         return {"judge": self.name, "weights": None, "detector": type(self.detector).__name__}
 
     def check(self, questions: Sequence[Question]) -> None:
-        """UserError for a proposition that is not the shapes world's, before there is any image."""
+        """UserError for a proposition from outside the shapes world, before any image is drawn."""
         self.answer(Image.new("RGB", (UNITS, UNITS), BACKGROUND), questions)
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        """The true answers. Raises UserError for a proposition that is not the shapes world's."""
+        """The true answers; UserError for a proposition from outside the shapes world."""
         image = image.convert("RGB")
         detections = self.detector.detect(image)
         return [
@@ -215,7 +207,7 @@ class ShapesJudge:
         return decide(entry, detections, colors_of).correct
 
     def _geneval_entry(self, question: Question, arguments: list[str]) -> dict:
-        """The proposition as a GenEval entry: one definition of counting and of "left of"."""
+        """The proposition as a GenEval entry, so that GenEval's rules decide on all of them."""
         exclude = None
         match question.category, arguments:
             case "entity - whole", [shape]:
@@ -253,13 +245,13 @@ def _count(question: Question, text: str) -> int:
 
 def _foreign(question: Question) -> UserError:
     return UserError(
-        f"the shapes judge cannot answer {question.tuple!r}, {question.place}: it knows the shapes "
-        "world's own questions only; choose another judge"
+        f"the shapes judge cannot answer {question.tuple!r}, {question.place}: it only knows the "
+        "shapes world's own questions; choose another judge"
     )
 
 
 def has_plain_background(image: Image.Image, detections: Mapping[str, Detections]) -> bool:
-    """Whether what belongs to no detected shape is the world's plain ground."""
+    """Whether everything outside the detected shapes is the world's plain background."""
     shapes_HW = np.zeros(image.size[::-1], dtype=bool)
     for found in detections.values():
         assert found.masks is not None

@@ -1,7 +1,7 @@
 """The shapes world as data: captioned scenes, as a source or as a folder.
 
-`--data.source shapes` (or shapes:5000 for so many scenes) draws them as they are read. A folder of
-that name is given as `./shapes`.
+`--data.source shapes` (or shapes:5000 for 5000 scenes) draws scenes as they are read. To use a
+folder of that name, write `./shapes`.
 """
 
 import json
@@ -42,13 +42,13 @@ def parse_shapes(text: str) -> ShapesSource | None:
     """The source that "shapes" or "shapes:N" names; None for anything else.
 
     Raises:
-        UserError: N is no positive number.
+        UserError: N is not a positive number.
     """
     name, colon, count = text.partition(":")
     if name != NAME:
         return None
     if colon and (not re.fullmatch("[0-9]{1,15}", count) or int(count) < 1):
-        raise UserError(f"data source {text!r}: write shapes or shapes:N with N scenes, at least 1")
+        raise UserError(f"data source {text!r}: write shapes or shapes:N for N scenes, at least 1")
     source = ShapesSource(int(count) if colon else DEFAULT_SCENES)
     if said := namesake(text, "the scenes that the kit draws"):
         source.remarks.append(said)
@@ -58,13 +58,13 @@ def parse_shapes(text: str) -> ShapesSource | None:
 def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> tuple[int, int]:
     """Write scenes 0..n-1 of world `seed` as an image folder; return (images written, kept).
 
-    Layout of the datasets library's "imagefolder": `images/*.png` and `metadata.jsonl` with the
+    The layout is the datasets library's "imagefolder": `images/*.png` and `metadata.jsonl` with the
     columns file_name, text (the prompt) and metadata (the GenEval entry as a JSON string, for
-    scoring). metadata.jsonl comes last, and images that are there are kept: a stopped call is
-    continued, a finished one repeated at no cost, a larger `n` extends the folder, and a smaller
-    one takes nothing away.
+    scoring). Existing images are kept and metadata.jsonl is written last, so that a repeated call
+    continues one that was stopped; a larger `n` extends the folder, a smaller one removes nothing.
 
-    Raises UserError where the folder holds another data set.
+    Raises:
+        UserError: the folder holds a different data set.
     """
     check_counts(n=n)
     folder = Path(folder)
@@ -80,7 +80,7 @@ def write_dataset(folder: str | Path, n: int, seed: int = 0, size: int = 64) -> 
         shared = min(len(present), n)
         if present[:shared] != rows[:shared]:
             raise UserError(
-                f"{folder} holds another data set than seed {seed} at {size} px: "
+                f"{folder} holds a different data set, not seed {seed} at {size} px: "
                 "give another folder or delete this one"
             )
         rows += present[shared:]

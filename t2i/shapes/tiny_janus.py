@@ -1,8 +1,8 @@
-"""A tiny Janus with random weights in the published layout: where the offline base starts from.
+"""A tiny Janus with random weights in the published layout, from which the offline base is trained.
 
-Its tokenizer is byte-level BPE with DeepSeek's special tokens, as the real one, so that everything
-in front of the model is exercised for real. The understanding tower is there, as small as can be,
-so that the folder is a complete Janus for transformers.
+Its tokenizer is byte-level BPE with DeepSeek's special tokens, like the real one, so that all code
+before the model runs as with the real one. It has a minimal understanding tower, so that the folder
+is a complete Janus for transformers.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from t2i.models.tokenizers.vq import VQConfig, VQTokenizer
 
 
 def build_tokenizer(prompts: Iterable[str], *, vocab_size: int = 512) -> Tokenizer:
-    """Byte-level BPE, a function of its arguments: merges from the prompts, bytes for the rest."""
+    """Byte-level BPE with merges learned from the prompts; a function of its arguments only."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,9 +51,11 @@ class LanguageShape:
 def build_tiny_janus(
     prompts: Iterable[str], tokenizer: VQTokenizer, *, side: int, seed: int = 0, **shape: int
 ) -> Janus:
-    """A random Janus that draws `side` x `side` codes of this image tokenizer.
+    """A Janus with random weights that draws `side` x `side` codes of this image tokenizer.
 
-    prompts: whose words it knows. shape: what differs from `LanguageShape`.
+    Args:
+        prompts: texts that its word tokenizer is trained on.
+        shape: fields of `LanguageShape` that differ from the defaults.
     """
     sizes = LanguageShape(**shape)
     assert isinstance(tokenizer.config, VQConfig)
@@ -96,7 +98,7 @@ def build_tiny_janus(
 
 @torch.no_grad()
 def initialize(backbone: Janus, tokenizer: VQTokenizer, generator: torch.Generator) -> None:
-    """N(0, 0.02) for matrices, as Llama's authors do; codes start as the image tokenizer's."""
+    """N(0, 0.02) for matrices, as in Llama; code embeddings start as the image tokenizer's."""
     for name, parameter in backbone.janus.named_parameters():
         if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.02, generator=generator)

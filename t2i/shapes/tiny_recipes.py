@@ -1,4 +1,4 @@
-"""How the tiny bases of the shapes world are made: what their programs ask for, without torch."""
+"""Settings for making the tiny bases of the shapes world. Does not import torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from t2i.errors import UserError
 from t2i.sampling import check_counts
 
 PIXELS_PER_CODE = 4
-"""Of every tiny image tokenizer: the side of a code."""
+"""Side of the image area that a code covers, for every tiny image tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CaptionBase:
     tokenizer: Path | None = None
     """Finished image tokenizer to use instead of training one."""
     scenes: int = 96000
-    """Captioned scenes for the GPT: each about twice, or large models learn them by heart."""
+    """Captioned scenes for the GPT: each is seen about twice, as large models memorize repeats."""
     gpt_steps: int = 3000
     gpt_batch: int = 64
     gpt_lr: float = 2e-3
@@ -36,19 +36,19 @@ class CaptionBase:
     """Width of the GPT (its heads are 32 wide)."""
     layers: int = 6
     caption_tokens: int = 16
-    """Longest caption of LlamaGen; Janus has no limit."""
+    """Longest caption in tokens, for LlamaGen; Janus has no limit."""
     text_dim: int = 128
     """Width of LlamaGen's text encoder."""
     minutes: float | None = None
-    """End scenes (after a third of it) and training after so long, if not ended before."""
+    """Time limit for all of it, of which encoding scenes may take a third; none by default."""
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0
-    """Processes that draw scenes; 0 draws them in this one."""
+    """Number of processes that draw scenes; 0 draws them in the main process."""
     compile: bool = False
-    """Compile the GPT's blocks: half a minute that pays on a GPU."""
+    """Compile the GPT's blocks: takes half a minute, and pays on a GPU."""
     constant: bool = False
-    """Never let the rate fall: the base is of the kind that is published, and nothing is scored."""
+    """Keep the learning rate constant, as for published bases; nothing is scored then."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ClassBase:
     """Folder for the images and the base of each family."""
     images_per_class: int = 200
     image_size: int = 24
-    """Side in pixels, 4 of which make a code."""
+    """Side of the images in pixels, a multiple of 4 (a code covers 4 x 4 pixels)."""
     tokenizer_steps: int = 800
     tokenizer_lr: float = 4e-3
     """Peak learning rate."""

@@ -1,15 +1,15 @@
 """A tiny random T5 encoder with a word tokenizer: the text encoder of the offline shapes world.
 
 It is saved in the layout of google/flan-t5-xl (config.json, model.safetensors, tokenizer.json), so
-`T5Captions.load` takes one like the other and everything behind it is exercised for real.
+that `T5Captions.load` and all code after it run as with the real one.
 
-Not every base trains these weights, hence one departure from T5's initialisation. With it alone,
+Not every base trains these weights, hence one departure from T5's initialization. With that alone,
 attention hardly sees word order, and "a red circle and a blue star" is encoded as the same bag of
 words as "a blue circle and a red star"; LlamaGen cannot repair that, because its image tokens
 average over the caption. So head h starts with a bias towards the word h + 1 places back, which
-makes the features random n-gram features. With an MLP per token, their mean, and an MLP behind
-that, trained on color_attr prompts of the shapes world, all colours of 99 % of the held-out prompts
-are read back (d_model 128; plain initialisation with d_model 64: 15 %).
+turns the features into random n-gram features. A probe (an MLP per token, their mean, another MLP)
+trained on color_attr prompts of the shapes world recovers all colors of 99 % of the held-out
+prompts (d_model 128; plain initialization with d_model 64: 15 %).
 """
 
 from collections.abc import Iterable
@@ -26,19 +26,19 @@ from t2i.models.llamagen.captions import clean_caption
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2 as in T5
 
 _LOOK_BACK_BIAS = 8.0  # added to an attention logit; the content logits have a spread of about 1
-_EXACT_DISTANCES = 7  # T5 with 32 buckets tells distances up to 7 apart exactly
+_EXACT_DISTANCES = 7  # T5 with 32 buckets has a bucket for each distance up to 7
 
 
 @dataclass(frozen=True)
 class T5Shape:
-    """Sizes of a tiny encoder, by the names of `T5Config`."""
+    """Sizes of a tiny encoder, with `T5Config`'s names."""
 
     d_model: int = 128
     num_layers: int = 2
     num_heads: int = 4
     d_ff: int = 256
     vocab_size: int = 4096
-    """At most so many tokens, the three special ones included."""
+    """Maximum number of tokens, including the three special ones."""
 
 
 def build_tiny_t5(
@@ -47,13 +47,13 @@ def build_tiny_t5(
     """Write a T5 encoder (gated GELU as in flan-t5) and its tokenizer to `folder` and return it.
 
     The vocabulary holds the most frequent words and punctuation marks of the cleaned `captions`;
-    any other word becomes <unk>. The files are a function of the arguments alone.
+    any other word becomes <unk>. The files depend only on the arguments.
 
     Args:
-        shape: what differs from `T5Shape`.
+        shape: fields of `T5Shape` that differ from the defaults.
 
     Raises:
-        UserError: `captions` hold no word, or `d_model` is not a multiple of `num_heads`.
+        UserError: `captions` contain no word, or `d_model` is not a multiple of `num_heads`.
     """
     sizes = T5Shape(**shape)
     if sizes.d_model % sizes.num_heads:
@@ -84,7 +84,7 @@ def _word_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     tokenizer.train_from_iterator(map(clean_caption, captions), trainer)
     if tokenizer.get_vocab_size() == len(special):
         raise UserError(
-            "the captions hold no word to build a vocabulary from; pass the training captions"
+            "the captions contain no word to build a vocabulary from; pass the training captions"
         )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, special.index(EOS))]
@@ -96,8 +96,9 @@ def _word_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 @torch.no_grad()
 def _look_back(model: T5EncoderModel) -> None:
-    # The table [buckets, heads] of the first layer serves all layers; bucket n < 8 is "n back".
-    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"  # as in files
+    """Bias each attention head towards the word a fixed distance back (see the docstring above)."""
+    # All layers share the first layer's table [buckets, heads]; bucket n < 8 means "n back".
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     table = model.get_parameter(name)
     for head in range(table.shape[1]):
         table[1 + head % _EXACT_DISTANCES, head] += _LOOK_BACK_BIAS

@@ -1,4 +1,4 @@
-"""What the shapes world offers to training and to the benchmarks; see `t2i.worlds`."""
+"""The shapes world's interface to training and benchmarks; see `t2i.worlds`."""
 
 from t2i.shapes.shapes_detector import ShapesDetector as open_detector
 from t2i.shapes.shapes_prompts import benchmark_prompts, every_prompt
