@@ -28,7 +28,7 @@ if not __package__:  # run from a clone, without installation
 from t2i import cli
 from t2i.charts import Chart, Series, save_chart
 from t2i.errors import UserError
-from t2i.files import owning, read_json, write_json
+from t2i.files import owning, read_json, write_json, write_text
 from t2i.reward import reward_recipes
 from t2i.reward.reward_options import RewardConfig
 from t2i.training.config import DataOptions, TrainConfig
@@ -332,7 +332,7 @@ def _name(setting: str, seed: int) -> str:
 def collect(options: RewardGrid) -> str:
     """Write all runs into one file, plot them, and return a table of them."""
     runs = [read_json(path) for path in sorted(options.out.glob("*-seed*.json"))]
-    (options.out / "reward_grid.json").write_text(json.dumps(runs), encoding="utf-8")
+    write_text(options.out / "reward_grid.json", json.dumps(runs))
     for name, chart in curves(runs).items():
         if chart.series:
             save_chart(chart, options.out / name)

@@ -78,10 +78,10 @@ def main() -> None:
         for name in chosen:
             if name in rows and not options.again:
                 continue
-            rows[name] = _row(name, *every[name], world)
+            row = rows[name] = _row(name, *every[name], world)
             with (out / "results.jsonl").open("a") as file:
-                file.write(json.dumps(rows[name]) + "\n")
-            print(_line(rows[name]), flush=True)
+                file.write(json.dumps(row) + "\n")
+            print(f"{row['verdict']:<8}{name:<26}{row['seen']}", flush=True)
         rows = {name: rows[name] for name in every if name in rows}
         write_text(out / "table.md", table(list(rows.values()), options.seed))
     print(f"\n{out / 'table.md'}")
@@ -108,10 +108,6 @@ def _row(name: str, fault: str, case, world) -> dict:
     good = outcome.held and outcome.same is not False
     took = round(time.monotonic() - begin, 1)
     return row | asdict(outcome) | {"verdict": "held" if good else "FAILED", "took": took}
-
-
-def _line(row: dict) -> str:
-    return f"{row['verdict']:<8}{row['case']:<26}{row['seen']}"
 
 
 def table(rows: list[dict], seed: int) -> str:

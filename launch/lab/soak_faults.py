@@ -66,7 +66,7 @@ def kills(world: World, count: int, processes: int) -> Outcome:
             time.sleep(moments.random() * 1.5)
         saving, alive = _saving(run_dir, begin), run.alive()
         run.kill()
-        if not alive:  # it finished before the kill
+        if not alive:  # the run had finished before it could be killed
             assert run_dir.exists() and newest_step(run_dir) > 0, run.text()[-2000:]
             same.append(fingerprint(run_dir) == expected)
             fresh(world, name)

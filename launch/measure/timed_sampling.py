@@ -19,7 +19,7 @@ from launch.measure.turns import (
     Times,
     in_turns,
     quartiles,
-    ratios,
+    ratio_columns,
     seconds,
 )
 from t2i.generation import choose_run
@@ -146,10 +146,8 @@ def _numbers(found: Times, reference: Times, schedule: Schedule, images: int) ->
         "ms_per_step": 1e3 * middle,
         "ms_quartiles": [1e3 * low, 1e3 * high],
         "images_per_s": images / (middle * schedule.image),
+        **ratio_columns(found.per_step, reference.per_step),
     }
-    if shared := ratios(found.per_step, reference.per_step):
-        low, middle, high = quartiles(shared)
-        row |= {"ratio": middle, "ratio_quartiles": [low, high]}
     if found.first is not None:
         row["first_s"] = found.first
     return row | {"ms_by_round": [1e3 * taken for taken in found.per_step]}

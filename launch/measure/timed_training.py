@@ -10,7 +10,7 @@ from torch import Tensor
 from launch.measure.peak_memory import peak_gb
 from launch.measure.roofline import Machine, forward_flops, random_codes
 from launch.measure.shapes import attached, made_up, need_tokenizer, open_backbone, outline
-from launch.measure.turns import alike_in_turns, quartiles, ratios
+from launch.measure.turns import alike_in_turns, quartiles, ratio_columns
 from t2i.models import lean
 from t2i.models.conditions import Condition
 from t2i.models.llamagen.llamagen_recipes import text_recipes
@@ -170,11 +170,9 @@ def measure(
             "images_per_s": group.batch / middle,
             "flops": work,
             "mfu": work / middle / machine.rates[group.dtype],
+            **ratio_columns(found.per_step, reference.per_step),
+            "s_by_round": found.per_step,
         }
-        if shared := ratios(found.per_step, reference.per_step):
-            low, middle, high = quartiles(shared)
-            row |= {"ratio": middle, "ratio_quartiles": [low, high]}
-        row["s_by_round"] = found.per_step
         rows.append(row)
     complete = [row for row in rows if memory and "error" not in row]
     for row in complete:

@@ -236,3 +236,11 @@ def ratios(values: list[float], reference: list[float]) -> list[float]:
     """Ratios for the rounds that both did (one that runs out of memory stops early)."""
     both = min(len(values), len(reference))
     return [a / b for a, b in zip(values[:both], reference[:both], strict=True)]
+
+
+def ratio_columns(values: list[float], reference: list[float]) -> dict:
+    """Median and quartiles of the ratios, for a row; {} if no round was shared."""
+    if not (shared := ratios(values, reference)):
+        return {}
+    low, middle, high = quartiles(shared)
+    return {"ratio": middle, "ratio_quartiles": [low, high]}
