@@ -1,12 +1,12 @@
 """Reward fine-tuning on the shapes world with several settings and seeds, compared with supervised
 fine-tuning for the same time, from the same start and scored on the same prompts and seeds.
 
-Each run is a process: it scores the start, trains for --minutes, and scores the model again every
---every minutes: GenEval on the quickstart's prompts, which are never trained on, drawn as in
-training (unguided) and as the model is used (guided); DPG-Bench; held-out loss; diversity. On a CPU
-minutes are processor time, which other programs do not lengthen. --out gets a file for each run,
-and one for all. The same command again resumes interrupted runs at their last scores; with more
---minutes it also continues finished ones.
+Each run is a process, which scores the start, trains, and scores the model again at regular times:
+GenEval on the quickstart's prompts, which are never trained on, drawn as in training (unguided) and
+as the model is used (guided); DPG-Bench; held-out loss; diversity. On a CPU, minutes are processor
+time, which other programs do not lengthen. --out gets a file for each run, and one for all. The
+same command again resumes interrupted runs at their last scores, and with more --minutes also
+continues finished ones.
 
     python launch/lab/reward_grid.py --grid recipe --seeds 3 --minutes 60 --out runs/reward
     python launch/lab/reward_grid.py --grid rates --processes 5 --minutes 2.5 --out runs/rates

@@ -2,7 +2,7 @@
 
 python launch/lab/score_class_shapes.py outputs/rar-base.npz outputs/rar-control.npz \\
     outputs/rar-tuned.npz --sheet outputs/rar.png
-# also score what the tokenizer can show at best
+# also score the tokenizer alone
 python launch/lab/score_class_shapes.py outputs/rar-base.npz --base runs/class-shapes/rar
 
 The .npz files come from `launch/sample_imagenet.py`. All must be drawn for the same classes in the

@@ -55,6 +55,7 @@ class Strides:
     """What to train and how to score it."""
 
     part: tyro.conf.Positional[Literal["ideal", "trained"]]
+    """Draw from the base as the best possible multi-token model would, or train codecs and draw."""
     base: str = "shapes"
     """Shipped base, or a folder with a base; `trained` needs a LlamaGen."""
     out: Path = Path("runs/strides")
@@ -272,7 +273,7 @@ def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[d
             yield {"key": key, **about, **line, "calls_per_code": calls} | taken
 
 
-# -- all -------------------------------------------------------------------------------------------
+# -- trained codecs --------------------------------------------------------------------------------
 
 
 def arm_lines(
