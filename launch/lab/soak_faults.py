@@ -114,7 +114,7 @@ def full_save(world: World, count: int) -> Outcome:
         name, run_dir = f"full-save-{count}", world.folder / "disk" / "run"
         words = world.words(name, run_dir=run_dir, log_keep_best=False)
         run = launched(world, name, words, by="process" if count == 1 else "torchrun")
-        ended, said, before = run.codes() == [1], run.said(_NO_ROOM), newest_step(run_dir)
+        ended, said, before = run.codes() == [1], run.last_line(_NO_ROOM), newest_step(run_dir)
         healthy = newest_healthy(run_dir) is not None and not any(run_dir.rglob(f"*{PARTIAL}"))
         grow(20 * one)
         train(world, name, resume=True, count=count, run_dir=run_dir).end_with(0)
@@ -130,7 +130,7 @@ def full_cache(world: World) -> Outcome:
         name, cache = "full-cache", world.folder / "disk" / "cache"
         fresh(world, name)
         run = train(world, name, data_cache_dir=cache)
-        ended, said = run.codes() == [1], run.said(_NO_ROOM)
+        ended, said = run.codes() == [1], run.last_line(_NO_ROOM)
         torn = list(cache.rglob("*.tmp"))
         grow(64 << 20)
         train(world, name, data_cache_dir=cache).end_with(0)
@@ -157,7 +157,11 @@ def full_evaluation(world: World) -> Outcome:
     draw("roomy-evaluation", roomy).end_with(0)
     with small_disk(world, 4096 * 24) as grow:
         run = draw("full-evaluation", disk)
-        ended, said, kept = run.codes() == [1], run.said(_NO_ROOM), len(list(disk.rglob("*.png")))
+        ended, said, kept = (
+            run.codes() == [1],
+            run.last_line(_NO_ROOM),
+            len(list(disk.rglob("*.png"))),
+        )
         grow(64 << 20)
         draw("full-evaluation-2", disk).end_with(0)
         same = (disk / result).read_bytes() == (roomy / result).read_bytes()
@@ -191,7 +195,7 @@ def damaged(world: World, how: Callable[[Path], None]) -> Outcome:
     run = train(world, name, resume=True)
     run.end_with(0)
     said = str(newest) in run.text() and f"going back to {before}" in run.text()
-    return Outcome(run.said("passed over"), said, same=fingerprint(run_dir) == expected)
+    return Outcome(run.last_line("passed over"), said, same=fingerprint(run_dir) == expected)
 
 
 # -- values that are not finite --------------------------------------------------------------------
@@ -237,7 +241,7 @@ def not_finite(world: World, what: str, value: float) -> Outcome:
 
     run = train(world, name, inject=inject)
     run.end_with(1)
-    said = run.said("not finite")
+    said = run.last_line("not finite")
     named = f"step {bad_step}" in said and ".png" in said if what == "loss" else bool(said)
     held = named and newest_step(run_dir) == bad_step - SAVE_EVERY
     return Outcome(said, held, same=finish(world, name))
@@ -253,10 +257,10 @@ def second_run(world: World) -> Outcome:
     words, clock, refused = world.words(name), Clock(), True
     for more in ([], ["--resume"]):
         other = fork(world, f"{name}-other", [*words, *more])
-        refused &= other.codes(clock) == [1] and "in use" in other.said("error:")
+        refused &= other.codes(clock) == [1] and "in use" in other.last_line("error:")
     first.end_with(0)
     same = fingerprint(run_dir) == reference(world, 1)
-    return Outcome(other.said("error:"), refused, clock.seconds / 2, same)
+    return Outcome(other.last_line("error:"), refused, clock.seconds / 2, same)
 
 
 def cases(kill_count: int) -> dict[str, tuple[str, Case]]:

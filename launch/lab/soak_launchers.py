@@ -81,7 +81,9 @@ def one_of_two(world: World, by: str, rank: int, number: signal.Signals) -> Outc
     os.kill(process, number)
     frozen = process if number == signal.SIGSTOP else None
     seconds, gone = ended(world, run, run_dir, frozen)
-    words = run.said("has given no sign of life") or run.said("exitcode", "exits with return code")
+    words = run.last_line("has given no sign of life") or run.last_line(
+        "exitcode", "exits with return code"
+    )
     held = gone and seconds < 60 and newest_step(run_dir) >= SAVE_EVERY
     return Outcome(words or "ended", held, seconds, finish(world, name, 2))
 
@@ -124,4 +126,4 @@ def silent_hub(world: World) -> Outcome:
         clock = Clock()
         run = launched(world, "silent-hub", words, by="process", env=env)
         codes = run.codes(clock)
-    return Outcome(run.said("error:"), codes == [1], clock.seconds)
+    return Outcome(run.last_line("error:"), codes == [1], clock.seconds)

@@ -103,7 +103,7 @@ class Started:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def said(self, *words: str) -> str:
+    def last_line(self, *words: str) -> str:
         """The last line with one of these words, without folder and host name; "" if none."""
         lines = [line for line in self.text().splitlines() if any(w in line for w in words)]
         place = str(self.log.parents[1])
