@@ -120,7 +120,7 @@ def test_textbook_loops_draw_our_codes(cond):
     book = Textbook(backbone, encode_rows(backbone, of.prepared, guided=True), of.sampling)
     codes = book.appending(nothing)
     assert torch.equal(codes, ours(of)) and len(codes.unique()) > 3
-    assert all(torch.equal(book.anew(codes[:, :t]), codes[:, t, None]) for t in (0, 1, 9))
+    assert all(torch.equal(book.recomputing(codes[:, :t]), codes[:, t, None]) for t in (0, 1, 9))
 
 
 def test_transformers_image_loop_draws_our_codes():
@@ -215,6 +215,21 @@ def test_a_step_changes_only_what_it_trains():
     )
     after = opened.models["base"].backbone.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(after, backbone, strict=True))
+
+
+def test_a_step_that_does_not_fit_leaves_the_others_numbers(monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    measured = []
+    monkeypatch.setattr(timed_training.NaiveStep, "__call__", full)
+    monkeypatch.setattr(
+        timed_training, "peak_gb", lambda work, group, name, _: measured.append(name)
+    )
+    group = training_group("base", naive=True, rounds=1)
+    own, naive = timed_training.measure(group, CPU, MACHINE, memory=True)
+    assert own["s_per_step"] > 0 and own["state_gb"] > 0 and measured == ["base"]
+    assert "out of memory" in naive["error"] and "state_gb" not in naive
 
 
 # -- what the hardware allows ----------------------------------------------------------------------

@@ -310,11 +310,11 @@ def test_strides_with_other_settings_are_run_again(monkeypatch):
     monkeypatch.setattr(strides, "scored", lambda *_: {})
     study = strides.Strides("trained")
     control = next(strides.arms(study))
-    (line,) = strides.do(study, control, 0, None, set())
-    assert not list(strides.do(study, control, 0, None, {line["key"]}))
+    (line,) = strides.arm_lines(study, control, 0, None, set())
+    assert not list(strides.arm_lines(study, control, 0, None, {line["key"]}))
     for other in ({"base": "b"}, {"steps": 2}, {"samples": 3}, {"codec_lr": 1.0}):
         again = replace(study, **other)
-        assert len(list(strides.do(again, control, 0, None, {line["key"]}))) == 1, other
+        assert len(list(strides.arm_lines(again, control, 0, None, {line["key"]}))) == 1, other
 
 
 def test_a_stride_is_compared_with_the_same_seeds_drawn_code_by_code():
@@ -335,3 +335,5 @@ def test_a_stride_is_compared_with_the_same_seeds_drawn_code_by_code():
     assert strides_report.gain(every[0], every) is None
     assert "| b | refined | 2 | 2 | 0.50 |" in strides_report.table(every)
     assert every[1].losses() == "1.00 / 0.50"
+    del every[0].lines[1]  # a study that is not finished
+    assert strides_report.gain(every[1], every).mean == -0.5

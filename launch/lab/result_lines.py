@@ -1,5 +1,5 @@
-"""What a study of many runs leaves in OUT/results.jsonl, a line for each result, by whose key it is
-not done again; and what is said of it: means with standard errors.
+"""The results of studies with many runs: OUT/results.jsonl, one line per result (a study that is
+started again skips those), and their means with standard errors.
 
 Shapes: R seeds, P prompts.
 """
@@ -15,17 +15,19 @@ import numpy as np
 from t2i.files import read_json_lines
 
 TASKS = 6
-"""Of the benchmark; their prompts stand one after the other, as many of each."""
+"""Tasks of the benchmark; its prompts are sorted by task, the same number for each."""
 
 
 def results(out: Path) -> list[dict]:
-    """All lines."""
+    """All result lines in the folder; none if it has no results.jsonl."""
     path = out / "results.jsonl"
     return read_json_lines(path) if path.exists() else []
 
 
 def append(out: Path, lines: Sequence[dict], shown: Sequence[str]) -> None:
-    """Add lines together, and print what is shown of them; other processes may do so, too."""
+    """Append the lines, and print their `shown` fields. A lock keeps the lines together if other
+    processes append to the file as well.
+    """
     with open(out / "results.jsonl", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("".join(json.dumps(line, default=str) + "\n" for line in lines))
@@ -34,23 +36,26 @@ def append(out: Path, lines: Sequence[dict], shown: Sequence[str]) -> None:
 
 
 def scores(verdicts: Sequence[bool], metadata: Sequence[dict], each: int) -> dict:
-    """Score, by task, and how many of `each` images of a prompt are right."""
+    """The score, its value for each task, and how many of the `each` images per prompt are correct.
+
+    `verdicts` lists a prompt's images one after another, in the order of `metadata`.
+    """
     correct = [int(sum(verdicts[i : i + each])) for i in range(0, len(verdicts), each)]
     tags: dict[str, list[float]] = {}
     for entry, count in zip(metadata, correct, strict=True):
         tags.setdefault(entry["tag"], []).append(count / each)
-    means = {tag: float(np.mean(rates)) for tag, rates in tags.items()}
+    means = {tag: float(np.mean(shares)) for tag, shares in tags.items()}
     return {"score": float(np.mean(list(means.values()))), "tags": means, "correct": correct}
 
 
 def rates(lines: Sequence[dict]) -> np.ndarray:
-    """Shares of images that are right, of a line for each seed: [R, P]."""
+    """Shares of correct images [R, P], from one line per seed."""
     return np.array([x["correct"] for x in lines]) / lines[0]["settings"]["samples"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error (NaN where one seed tells none)."""
+    """A mean and its standard error (NaN: unknown, as there is only one seed)."""
 
     mean: float
     error: float
@@ -66,8 +71,8 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def estimate(rates_RP: np.ndarray, tasks: int = TASKS) -> Estimate:
-    """Of prompts' rates, or differences of them, with the larger of two standard errors: over
-    training seeds, and over prompts (stratified by task, of the mean over seeds).
+    """Mean of the prompts' rates, or of differences between rates, with the larger of two standard
+    errors: over training seeds, and over prompts (of the mean over seeds, stratified by task).
     """
     by_task = rates_RP.mean(0).reshape(tasks, -1)
     over_prompts = np.sqrt((by_task.var(1, ddof=1) / by_task.shape[1]).sum()) / tasks

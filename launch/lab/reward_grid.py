@@ -1,12 +1,12 @@
-"""Settings and seeds of reward fine-tuning on the shapes world, and supervised fine-tuning of the
-same time, from the same start, scored on the same prompts and seeds.
+"""Reward fine-tuning on the shapes world with several settings and seeds, compared with supervised
+fine-tuning for the same time, from the same start and scored on the same prompts and seeds.
 
-Each run is a process: it scores the start, learns so many minutes, and scores again, every --every
-minutes: GenEval on the quickstart's prompts, which are never trained on, drawn as it learns
-(unguided) and as the model is used (guided); DPG-Bench; held-out loss; diversity. On a CPU minutes
-are those of the processor, whatever else the machine does. --out gets a file of each run, and of
-all together. A run that was ended, or is to last longer, goes on from its last scores by the same
-command again.
+Each run is a process, which scores the start, trains, and scores the model again at regular times:
+GenEval on the quickstart's prompts, which are never trained on, drawn as in training (unguided) and
+as the model is used (guided); DPG-Bench; held-out loss; diversity. On a CPU, minutes are processor
+time, which other programs do not lengthen. --out gets a file for each run, and one for all. The
+same command again resumes interrupted runs at their last scores, and with more --minutes also
+continues finished ones.
 
     python launch/lab/reward_grid.py --grid recipe --seeds 3 --minutes 60 --out runs/reward
     python launch/lab/reward_grid.py --grid rates --processes 5 --minutes 2.5 --out runs/rates
@@ -28,7 +28,7 @@ if not __package__:  # run from a clone, without installation
 from t2i import cli
 from t2i.charts import Chart, Series, save_chart
 from t2i.errors import UserError
-from t2i.files import owning, read_json, write_json
+from t2i.files import owning, read_json, write_json, write_text
 from t2i.reward import reward_recipes
 from t2i.reward.reward_options import RewardConfig
 from t2i.training.config import DataOptions, TrainConfig
@@ -38,9 +38,9 @@ _ONE_WAY = {
     "ema": 0.0,
     "reward.tasks": ("two_object", "counting", "colors", "position", "color_attr"),
 }
-"""The first grid's settings, of which each other one changes something."""
+"""What the settings of the grid `rates` have in common."""
 _AS_USED = {"sampling.cfg_scale": 2.5, "sampling.top_p": 0.95}
-"""The base's own settings, which guided scores are drawn with."""
+"""The base's default sampling, with which guided scores are drawn."""
 SUPERVISED = "supervised"
 GRIDS: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {"recipe": {}, SUPERVISED: {}},
@@ -65,8 +65,9 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "no pull": _ONE_WAY | {"reward.kl": 0.0},
     },
 }
-"""By name: settings by name, each options that differ from the recipe. "base" names another recipe,
-with its own steps; "after" the setting whose run of the same seed is gone on with.
+"""For each grid its settings, and for each setting the options that differ from the recipe. "base"
+names another recipe to change, which keeps its own steps; "after" names the setting whose run with
+the same seed is continued.
 """
 _KEPT = ("reward/", "policy/", "train/", "seconds/")
 
@@ -76,37 +77,39 @@ class RewardGrid:
     """What to run."""
 
     out: Path = Path("runs/reward-grid")
-    """Folder of what is written."""
+    """Folder for all results."""
     grid: str = "recipe"
-    """Which settings: recipe, guided, ways or rates."""
+    """Which settings to run: recipe, guided, ways or rates."""
     recipe: str = "shapes-reward"
-    """Recipe that they change."""
+    """Recipe that the settings change."""
     control: str = "shapes-control"
-    """Recipe of supervised fine-tuning."""
+    """Recipe for supervised fine-tuning."""
     images: int = 6400
-    """Fresh scenes: what it reads, and whose held-out part all runs are watched on."""
+    """Number of fresh scenes: supervised runs train on them, and the held-out loss of every run is
+    measured on their held-out part.
+    """
     weights: str = ""
     """Model to start from; empty: the recipe's."""
     seeds: int = 2
-    """Runs of each setting."""
+    """Runs per setting."""
     processes: int = 1
     """Runs at the same time."""
     minutes: float = 5.0
-    """Of learning, in each run; scoring comes on top."""
+    """Training time of each run, without scoring."""
     every: float = 10.0
-    """Minutes from scores to scores."""
+    """Training minutes between scores."""
     steps: int = 100_000
-    """At most; a setting with a recipe of its own has that one's."""
+    """Largest number of steps of a run; settings with their own recipe use that recipe's."""
     prompts: int = 20
-    """Of each task, that score a model."""
+    """Prompts of each task to score a model with."""
     samples: int = 4
-    """Images of each of these."""
+    """Images per prompt."""
     draw_batch: int = 96
-    """Images that are drawn at once to score it."""
+    """Images drawn at once for scoring."""
     one: str = ""
-    """For the program itself: the setting of one run."""
+    """Used by the program itself: run only this setting, in this process."""
     seed: int = 0
-    """For the program itself: its seed."""
+    """Used by the program itself: the seed of that run."""
 
 
 def main() -> None:
@@ -121,7 +124,7 @@ def main() -> None:
 
 # -- one run ---------------------------------------------------------------------------------------
 def rewarded(options: RewardGrid) -> RewardConfig:
-    """The recipe with the setting's changes."""
+    """The recipe with the changes of the setting `options.one`."""
     changes = GRIDS[options.grid][options.one]
     config = reward_recipes.recipes()[changes.get("base", options.recipe)][1]
     parts: dict[str, dict[str, Any]] = {"reward": {"watch": ()}}
@@ -139,13 +142,14 @@ def rewarded(options: RewardGrid) -> RewardConfig:
 
 
 def configured(options: RewardGrid) -> TrainConfig:
-    """The run of this setting and seed."""
+    """The configuration of the run with setting `options.one` and seed `options.seed`."""
     from t2i.checkpoint_folders import find_checkpoint
     from t2i.training.recipes import recipes_for
 
     config: TrainConfig = rewarded(options)
     assert isinstance(config.data, DataOptions), "captioned scenes"
-    data = replace(config.data, source=f"shapes:{options.images}")  # the same is held out of it
+    # Also for runs that only draw: the same scenes are held out in all of them.
+    data = replace(config.data, source=f"shapes:{options.images}")
     weights = options.weights or config.backbone.weights
     if options.one == SUPERVISED:
         config = replace(recipes_for(DataOptions)[options.control][1], steps=options.steps)
@@ -162,7 +166,7 @@ def configured(options: RewardGrid) -> TrainConfig:
 
 
 def run_one(options: RewardGrid) -> None:
-    """Score, learn, score, learn ..., or go on with that."""
+    """Train and score in turn, from the start or from the last scores."""
     from t2i.imaging import save_png
     from t2i.reward.reward_run import RewardRun
     from t2i.training import run_state
@@ -173,7 +177,7 @@ def run_one(options: RewardGrid) -> None:
     path, config = options.out / f"{name}.json", configured(options)
     found = read_json(path) if path.is_file() else {}
     steps = config.steps
-    assert steps is not None, "of a run on drawn images or fresh scenes"
+    assert steps is not None, "a run on drawn images or fresh scenes has a number of steps"
     if found and (found["minutes"] >= options.minutes or found["steps"] >= steps):
         return
     config = replace(config, resume=found.get("steps", 0) > 0)
@@ -208,7 +212,7 @@ def run_one(options: RewardGrid) -> None:
 
 
 def _start_scores(options: RewardGrid, score: "Scorer") -> dict:
-    """Of the model that all runs in this folder start from."""
+    """Scores of the model that all runs in this folder start from; measured only once."""
     from t2i.imaging import save_png
 
     path = options.out / "start.json"
@@ -220,23 +224,23 @@ def _start_scores(options: RewardGrid, score: "Scorer") -> dict:
 
 
 def _before(options: RewardGrid, setting: str) -> str | None:
-    """The setting whose run this one's goes on from, if any."""
+    """The setting whose run this setting continues, if any."""
     return GRIDS[options.grid][setting].get("after")
 
 
 def _work(options: RewardGrid, setting: str) -> Path:
-    """Folder of a run."""
+    """Run folder of a setting with this process's seed."""
     return options.out / "work" / _name(setting, options.seed)
 
 
 def _seconds(run) -> float:
-    """The processor's, which others on the machine do not lengthen; the clock's beside a GPU."""
+    """Processor time, which other programs do not lengthen; wall-clock time if a GPU is used."""
     on_cpu = run.processes.device.type == "cpu"
     return time.process_time() if on_cpu else time.perf_counter()
 
 
 class Scorer:
-    """Scores of a run's model as it is, and a sheet of images of its prompts."""
+    """Scores a run's model in its present state, and draws a sheet of images."""
 
     def __init__(self, run, options: RewardGrid):
         import torch
@@ -247,7 +251,7 @@ class Scorer:
         from t2i.shapes.shapes_prompts import benchmark_prompts
 
         self.run, self.options = run, options
-        config = replace(rewarded(options), seed=0)  # the same images of every run
+        config = replace(rewarded(options), seed=0)  # every run draws the same images
         watched = replace(config.reward, watch=("dpg",), watch_prompts=0, cfg_scale=1.0)
         self.config = replace(config, reward=replace(watched, draw_batch=options.draw_batch))
         rewards = load_rewards(("dpg",), watched, torch.device("cpu"))
@@ -282,12 +286,11 @@ class Scorer:
 
 # -- all runs --------------------------------------------------------------------------------------
 def run_all(options: RewardGrid) -> None:
-    """Every setting with every seed, so many at the same time; what is done is kept."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    """Run every setting with every seed, `options.processes` at a time, and print the table."""
     waiting = [(name, seed) for seed in range(options.seeds) for name in GRIDS[options.grid]]
     running: dict[tuple[str, int], subprocess.Popen] = {}
     failed = []
-    with owning(options.out, "grid of rewards"):
+    with owning(options.out, "reward grid"):
         while waiting or running:
             busy = {*waiting, *running}
             ready = [
@@ -327,9 +330,9 @@ def _name(setting: str, seed: int) -> str:
 
 
 def collect(options: RewardGrid) -> str:
-    """All runs into one file, and a table of them."""
+    """Write all runs into one file, plot them, and return a table of them."""
     runs = [read_json(path) for path in sorted(options.out.glob("*-seed*.json"))]
-    (options.out / "reward_grid.json").write_text(json.dumps(runs), encoding="utf-8")
+    write_text(options.out / "reward_grid.json", json.dumps(runs))
     for name, chart in curves(runs).items():
         if chart.series:
             save_chart(chart, options.out / name)
@@ -347,8 +350,8 @@ def collect(options: RewardGrid) -> str:
 
 
 def curves(runs: list[dict]) -> dict[str, Chart]:
-    """Every run's unguided score against its minutes, and the mean reward of what it drew, of ten
-    steps at a time.
+    """Charts by file name: each run's unguided score against minutes, and the mean reward of its
+    last ten steps against images drawn.
     """
     settings = list(dict.fromkeys(run["setting"] for run in runs))
     scores, rewards = [], []
@@ -360,14 +363,12 @@ def curves(runs: list[dict]) -> dict[str, Chart]:
         values = [row["reward/mean"] for row in run["rows"] if "reward/mean" in row]
         means = [fmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
         points = tuple(((i + 1) * run["batch_size"], mean) for i, mean in enumerate(means))
-        if points:  # supervised runs draw nothing
+        if points:  # none: supervised runs draw no images
             rewards.append(Series(name, points[4:] or points, color))
     title, axis = "Unseen prompts, unguided", "minutes of one core"
     return {
         "scores": Chart(title, axis, "GenEval", tuple(scores)),
-        "rewards": Chart(
-            "Reward", "images drawn", "mean of what is drawn, over ten steps", tuple(rewards)
-        ),
+        "rewards": Chart("Reward", "images drawn", "mean over ten steps", tuple(rewards)),
     }
 
 

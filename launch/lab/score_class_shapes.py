@@ -1,12 +1,12 @@
-"""Score images of the classes of shapes: how many show their class and nothing else, exactly.
+"""Score images of the shapes classes: how many show their class and nothing else.
 
 python launch/lab/score_class_shapes.py outputs/rar-base.npz outputs/rar-control.npz \\
     outputs/rar-tuned.npz --sheet outputs/rar.png
-# and what the tokenizer loses
+# also score the tokenizer alone
 python launch/lab/score_class_shapes.py outputs/rar-base.npz --base runs/class-shapes/rar
 
-The .npz files are those of `launch/sample_imagenet.py`. All must have been drawn for the same
-classes in the same order, so that image i of one can be compared with image i of another.
+The .npz files come from `launch/sample_imagenet.py`. All must be drawn for the same classes in the
+same order, so that image i of one file can be compared with image i of another.
 """
 
 import math
@@ -29,9 +29,9 @@ from t2i.shapes.scenes import CLASSES, class_image
 from t2i.shapes.shapes_detector import ShapesDetector
 
 _SAME = ("count", "labels", "seed")
-_TOKENIZED = 20  # images of each class that are encoded and decoded,
-_NEW = 1_000_000  # from this number on: no base has seen them
-_SHEET_COLORS = 128  # a third of the bytes, and no visible difference
+_TOKENIZED = 20  # images of each class to encode and decode
+_NEW = 1_000_000  # number of the first of them: no base was trained on images from here on
+_SHEET_COLORS = 128  # saves two thirds of the bytes without a visible difference
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,18 @@ class ScoreConfig:
     """What to score."""
 
     samples: tyro.conf.Positional[tuple[Path, ...]]
-    """.npz files of launch/sample_imagenet.py; the others are compared with the first."""
+    """.npz files from launch/sample_imagenet.py; all are compared with the first."""
     base: Path | None = None
-    """Base whose tokenizer is scored as well, on new images: the ceiling of all scores."""
+    """Base whose tokenizer is also scored, on new images: an upper limit for the other scores."""
     sheet: Path | None = None
-    """PNG with an image of every class, one row for each file."""
+    """PNG to write, with an image of every class: one row per file."""
     out: Path = Path("outputs/class-shapes/results.json")
-    """Where the scores are written."""
+    """JSON file for the scores."""
 
 
 def verdicts_on(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether images uint8 [N, H, W, 3] show their class: bool [N, 3], both, shape and colour.
-
-    An image with no object or with several has neither.
+    """Whether images uint8 [N, H, W, 3] show their class: bool [N, 3] for shape and color together,
+    shape, and color. All three are False for an image with no object or with several.
     """
     detector, verdicts = ShapesDetector(), np.zeros((len(images), 3), dtype=bool)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -68,7 +67,7 @@ def verdicts_on(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished file."""
+    """Images uint8 [N, H, W, 3], class ids int64 [N] and settings of a finished .npz file."""
     from t2i.evaluation.draw import sample_labels
     from t2i.evaluation.fid.image_sets import open_images
     from t2i.files import read_json
@@ -76,11 +75,15 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
     record = path.with_name(path.name + ".json")
     if path.suffix != ".npz" or not record.exists():
         raise UserError(
-            f"{path} is no .npz of launch/sample_imagenet.py (with its settings in {record.name})"
+            f"{path} is no .npz of launch/sample_imagenet.py, which writes the settings next to it "
+            f"({record.name})"
         )
     opened, settings = open_images(path), read_json(record)
     if settings["classes"] != len(CLASSES):
-        raise UserError(f"{path} has images of {settings['classes']} classes, not of the shapes")
+        raise UserError(
+            f"{path} has images of {settings['classes']} classes; "
+            f"give files drawn for the {len(CLASSES)} classes of shapes"
+        )
     images = np.stack(next(opened.batches(opened.count)))
     balanced = settings["labels"] == "balanced"
     labels = sample_labels(
@@ -90,7 +93,7 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
 
 
 def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
-    """New images, which no training has seen, after the base's tokenizer; and their class ids."""
+    """New images, encoded and decoded by the base's tokenizer, and their class ids."""
     import torch
 
     from t2i import load_backbone
@@ -98,7 +101,9 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
     from t2i.sources import family_of
 
     if not (base / "config.json").exists():
-        raise UserError(f"{base} is no base of launch/lab/pretrain_class_shapes.py")
+        raise UserError(
+            f"{base} is no base of launch/lab/pretrain_class_shapes.py: it has no config.json"
+        )
     backbone = load_backbone(family_of(base), base, device="cpu")
     labels = np.arange(len(CLASSES)).repeat(_TOKENIZED)
     side = backbone.image_size[0]
@@ -109,7 +114,9 @@ def tokenized(base: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row(verdicts: np.ndarray, first: np.ndarray | None = None) -> dict:
-    """Shares with standard errors, and how much more than the first file's, image by image."""
+    """Shares of correct images and, if `first` is given, the gain over that file, image by image;
+    both with standard errors.
+    """
     share, n = verdicts.mean(axis=0), len(verdicts)
     result = {
         "n": n,
@@ -142,7 +149,7 @@ def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:
     missing = sorted(set(range(len(CLASSES))) - set(labels.tolist()))
     if missing:
         raise UserError(
-            f"a sheet needs an image of every class; of class {missing[0]} there is none"
+            f"--sheet needs an image of every class, but class {missing[0]} has none: draw more images"
         )
     return [Image.fromarray(images[labels.tolist().index(c)]) for c in range(len(CLASSES))]
 
@@ -157,7 +164,10 @@ def main() -> None:
     read = {str(path): read_samples(path) for path in config.samples}
     same = [{name: settings[name] for name in _SAME} for *_, settings in read.values()]
     if any(other != same[0] for other in same):
-        raise UserError(f"the files were drawn for other classes: {same}; draw them alike")
+        raise UserError(
+            f"the files were drawn for other classes or with other seeds: {same}; "
+            "draw all with the same count, labels and seed"
+        )
     if config.sheet is not None:
         cells = [
             cell for images, labels, _ in read.values() for cell in one_of_each(images, labels)

@@ -1,11 +1,12 @@
-"""Faults on purpose: kill, stop, freeze, fill up and damage runs, and look at what is left.
+"""Inject faults into training: kill, stop and freeze runs, fill disks, damage files, and check what
+is left.
 
-A tiny model is trained through the command line again and again. After every fault the run goes on
-with --resume, and must then equal an undisturbed one bit for bit. What is in results.jsonl of the
-folder is not done again; the same seed gives the same moments.
+Each case trains a tiny model through the command line and causes a fault. The run is then continued
+with --resume, and must end bit for bit like an undisturbed one. Cases that are in the folder's
+results.jsonl are skipped. The same seed places random faults at the same moments.
 
-    python launch/lab/soak.py                        # all: half an hour on two cores
-    python launch/lab/soak.py --only kills full      # of these names, or that begin so
+    python launch/lab/soak.py                        # all cases: half an hour on two cores
+    python launch/lab/soak.py --only kills full      # cases by name, or by the start of their names
     python launch/lab/soak.py --family janus
     python launch/lab/soak.py --list
 """
@@ -24,69 +25,72 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError
-from t2i.files import owning, read_json_lines, write_text
+from t2i.files import owning, write_text
 
 _LONGEST = 160
-"""Characters of a cell of the table."""
+"""Largest number of characters in a cell of the table."""
 
 
 @dataclass(frozen=True)
 class SoakOptions:
-    """Which faults, and where."""
+    """Which faults to inject, and where."""
 
     out: Path | None = None
-    """The tiny world, its runs, results.jsonl and table.md; runs/soak/FAMILY if not given."""
+    """Folder for model, data, runs, results.jsonl and table.md; default: runs/soak/FAMILY."""
     family: Literal["llamagen", "janus", "open_magvit2", "rar"] = "llamagen"
-    """Of the model that is trained."""
+    """Family of the model to train."""
     only: tuple[str, ...] = ()
-    """Cases of these names; what is none's name stands for all that begin so. All if empty."""
+    """Cases to run; a word that is no case's name selects all that begin with it. Empty: all."""
     kills: int = 27
-    """Of the run that is killed."""
+    """How often the case `kills` kills its run."""
     seed: int = 0
-    """Of the random moments."""
+    """Seed for the random moments."""
     patience: float = 120.0
-    """Seconds after which a run that was told to end counts as hanging."""
+    """Seconds after which a run that should end counts as hanging."""
     again: bool = False
-    """Do the cases once more that are done."""
+    """Repeat cases that have a result already."""
     list: bool = False
-    """Name the cases and do nothing."""
+    """Only list the cases."""
 
 
 def main() -> None:
     options = cli.parse(SoakOptions, __doc__)
     from launch.lab import soak_faults, soak_world
+    from launch.lab.result_lines import results
 
     every = soak_faults.cases(options.kills)
     begins = tuple(name for name in options.only if name not in every)
     chosen = [n for n in every if not options.only or n in options.only or n.startswith(begins)]
     if not chosen:
-        raise UserError(f"--only {' '.join(options.only)}: the cases are {', '.join(every)}")
+        raise UserError(
+            f"--only {' '.join(options.only)} selects no case; the cases are {', '.join(every)}"
+        )
     if options.list:
         print("\n".join(f"{name:<24}{every[name][0]}" for name in chosen))
         return
     out = options.out or Path("runs/soak") / options.family
     with owning(out, "soak folder"):
-        soak_faults.imports()
+        soak_faults.import_for_forks()
         world = soak_world.build_world(
             out.resolve(), options.family, options.seed, options.patience
         )
-        path = out / "results.jsonl"
-        rows = {row["case"]: row for row in (read_json_lines(path) if path.exists() else [])}
+        rows = {row["case"]: row for row in results(out)}
         for name in chosen:
             if name in rows and not options.again:
                 continue
-            rows[name] = _row(name, *every[name], world)
-            with path.open("a") as file:
-                file.write(json.dumps(rows[name]) + "\n")
-            print(_line(rows[name]), flush=True)
+            row = rows[name] = _row(name, *every[name], world)
+            with (out / "results.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{row['verdict']:<8}{name:<26}{row['seen']}", flush=True)
         rows = {name: rows[name] for name in every if name in rows}
         write_text(out / "table.md", table(list(rows.values()), options.seed))
     print(f"\n{out / 'table.md'}")
     if failed := [name for name, row in rows.items() if row["verdict"] == "FAILED"]:
-        raise UserError(f"not as promised: {', '.join(failed)}")
+        raise UserError(f"cases that failed: {', '.join(failed)}")
 
 
 def _row(name: str, fault: str, case, world) -> dict:
+    """Run a case and return its line for results.jsonl."""
     from launch.lab.soak_processes import end_launched
     from launch.lab.soak_world import Skipped
 
@@ -96,7 +100,7 @@ def _row(name: str, fault: str, case, world) -> dict:
         outcome = case(world)
     except Skipped as reason:
         return row | {"verdict": "skipped", "seen": str(reason)}
-    except Exception as error:  # a broken promise, in most cases
+    except Exception as error:  # in most cases, training broke a promise
         traceback.print_exc()
         return row | {"verdict": "FAILED", "seen": f"{type(error).__name__}: {error}"[:500]}
     finally:
@@ -106,12 +110,8 @@ def _row(name: str, fault: str, case, world) -> dict:
     return row | asdict(outcome) | {"verdict": "held" if good else "FAILED", "took": took}
 
 
-def _line(row: dict) -> str:
-    return f"{row['verdict']:<8}{row['case']:<26}{row['seen']}"
-
-
 def table(rows: list[dict], seed: int) -> str:
-    """All results as Markdown."""
+    """A Markdown table of all results."""
     import deepspeed
     import torch
 

@@ -1,4 +1,4 @@
-"""The faults of `soak.py`: each ends in a finished run, compared with an undisturbed one."""
+"""The faults of `soak.py`. Each case finishes its run and compares it with an undisturbed one."""
 
 import os
 import shutil
@@ -44,13 +44,12 @@ GENEVAL = ROOT / "geneval" / "run.py"
 _NO_ROOM = "no space is left on the disk"
 SAMPLE_IMAGENET = ROOT / "launch" / "sample_imagenet.py"
 
-
 Case = Callable[[World], Outcome]
 
 
 # -- kills -----------------------------------------------------------------------------------------
 def kills(world: World, count: int, processes: int) -> Outcome:
-    """SIGKILL at random moments, a third of them in the middle of a save, until so many came."""
+    """SIGKILL the run `count` times at random moments, a third of them during a save."""
     name = f"killed-{processes}"
     expected, run_dir = reference(world, processes), fresh(world, name)
     moments, facts, same = world.moments(name), {"in a save": 0, "before step 1": 0}, []
@@ -62,12 +61,12 @@ def kills(world: World, count: int, processes: int) -> Outcome:
             _wait(world, run, partial(_saving, run_dir, begin))
             time.sleep(moments.random() * 0.03)
         else:
-            if moments.random() > 0.3:  # or in the start
+            if moments.random() > 0.3:  # otherwise during the start
                 _wait(world, run, partial(_stepped, run_dir, steps_logged(run_dir)))
             time.sleep(moments.random() * 1.5)
         saving, alive = _saving(run_dir, begin), run.alive()
         run.kill()
-        if not alive:
+        if not alive:  # the run had finished before it could be killed
             assert run_dir.exists() and newest_step(run_dir) > 0, run.text()[-2000:]
             same.append(fingerprint(run_dir) == expected)
             fresh(world, name)
@@ -90,7 +89,7 @@ def _wait(world: World, run: Started, condition: Callable[[], bool]) -> None:
 
 
 def _saving(run_dir: Path, begin: float) -> bool:
-    """Whether a folder is being written; what earlier kills left does not count."""
+    """Whether a checkpoint is being written; partial folders from before `begin` do not count."""
     for unfinished in run_dir.rglob(f"*{PARTIAL}"):
         with suppress(FileNotFoundError):
             if unfinished.stat().st_mtime > begin:
@@ -108,14 +107,14 @@ def _bytes(folder: Path) -> int:
 
 
 def full_save(world: World, count: int) -> Outcome:
-    """The disk fills up while a checkpoint is written, by one process or by two of `torchrun`."""
+    """The disk fills up while one process, or two under `torchrun`, write a checkpoint."""
     expected = reference(world, count)
     one = _bytes(run_checkpoints(world.run_dir(f"undisturbed-{count}"))[-1])
     with small_disk(world, int(2.5 * one)) as grow:
         name, run_dir = f"full-save-{count}", world.folder / "disk" / "run"
         words = world.words(name, run_dir=run_dir, log_keep_best=False)
         run = launched(world, name, words, by="process" if count == 1 else "torchrun")
-        ended, said, before = run.codes() == [1], run.said(_NO_ROOM), newest_step(run_dir)
+        ended, said, before = run.codes() == [1], run.last_line(_NO_ROOM), newest_step(run_dir)
         healthy = newest_healthy(run_dir) is not None and not any(run_dir.rglob(f"*{PARTIAL}"))
         grow(20 * one)
         train(world, name, resume=True, count=count, run_dir=run_dir).end_with(0)
@@ -131,7 +130,7 @@ def full_cache(world: World) -> Outcome:
         name, cache = "full-cache", world.folder / "disk" / "cache"
         fresh(world, name)
         run = train(world, name, data_cache_dir=cache)
-        ended, said = run.codes() == [1], run.said(_NO_ROOM)
+        ended, said = run.codes() == [1], run.last_line(_NO_ROOM)
         torn = list(cache.rglob("*.tmp"))
         grow(64 << 20)
         train(world, name, data_cache_dir=cache).end_with(0)
@@ -140,7 +139,7 @@ def full_cache(world: World) -> Outcome:
 
 
 def full_evaluation(world: World) -> Outcome:
-    """The disk fills up while images are drawn, and judged where they are of captions."""
+    """The disk fills up while images are drawn (and judged, if the model draws captions)."""
     reference(world, 1)
     words = ["--ckpt", str(world.run_dir("undisturbed-1"))]
     if world.model.classes:
@@ -158,7 +157,11 @@ def full_evaluation(world: World) -> Outcome:
     draw("roomy-evaluation", roomy).end_with(0)
     with small_disk(world, 4096 * 24) as grow:
         run = draw("full-evaluation", disk)
-        ended, said, kept = run.codes() == [1], run.said(_NO_ROOM), len(list(disk.rglob("*.png")))
+        ended, said, kept = (
+            run.codes() == [1],
+            run.last_line(_NO_ROOM),
+            len(list(disk.rglob("*.png"))),
+        )
         grow(64 << 20)
         draw("full-evaluation-2", disk).end_with(0)
         same = (disk / result).read_bytes() == (roomy / result).read_bytes()
@@ -183,7 +186,7 @@ def _no_manifest(folder: Path) -> None:
 
 
 def damaged(world: World, how: Callable[[Path], None]) -> Outcome:
-    """The newest checkpoint is damaged: the run goes back to the one before, and says so."""
+    """The newest checkpoint is damaged: the run resumes from the one before, and says so."""
     expected, name = reference(world, 1), f"damaged{how.__name__}"
     run_dir = fresh(world, name)
     shutil.copytree(world.run_dir("undisturbed-1"), run_dir)
@@ -192,13 +195,13 @@ def damaged(world: World, how: Callable[[Path], None]) -> Outcome:
     run = train(world, name, resume=True)
     run.end_with(0)
     said = str(newest) in run.text() and f"going back to {before}" in run.text()
-    return Outcome(run.said("passed over"), said, same=fingerprint(run_dir) == expected)
+    return Outcome(run.last_line("passed over"), said, same=fingerprint(run_dir) == expected)
 
 
-# -- numbers that are none -------------------------------------------------------------------------
+# -- values that are not finite --------------------------------------------------------------------
 def not_finite(world: World, what: str, value: float) -> Outcome:
-    """One step's caption features (or its loss, where there are none), or the optimizer's moments,
-    are no numbers.
+    """Put the non-finite `value` into one step's caption features (into its loss if the model takes
+    no captions) or into the optimizer's moments.
     """
     name, bad_step = f"{what}-{value}", 2 * SAVE_EVERY
     run_dir = fresh(world, name)
@@ -238,7 +241,7 @@ def not_finite(world: World, what: str, value: float) -> Outcome:
 
     run = train(world, name, inject=inject)
     run.end_with(1)
-    said = run.said("not finite")
+    said = run.last_line("not finite")
     named = f"step {bad_step}" in said and ".png" in said if what == "loss" else bool(said)
     held = named and newest_step(run_dir) == bad_step - SAVE_EVERY
     return Outcome(said, held, same=finish(world, name))
@@ -246,7 +249,7 @@ def not_finite(world: World, what: str, value: float) -> Outcome:
 
 # -- others ----------------------------------------------------------------------------------------
 def second_run(world: World) -> Outcome:
-    """A second run in a folder in use, a new one and a resumed one, is refused at once."""
+    """A second run, new or resumed, is refused at once while another uses its folder."""
     name = "in-use"
     run_dir = fresh(world, name)
     first = train(world, name)
@@ -254,14 +257,14 @@ def second_run(world: World) -> Outcome:
     words, clock, refused = world.words(name), Clock(), True
     for more in ([], ["--resume"]):
         other = fork(world, f"{name}-other", [*words, *more])
-        refused &= other.codes(clock) == [1] and "in use" in other.said("error:")
+        refused &= other.codes(clock) == [1] and "in use" in other.last_line("error:")
     first.end_with(0)
     same = fingerprint(run_dir) == reference(world, 1)
-    return Outcome(other.said("error:"), refused, clock.seconds / 2, same)
+    return Outcome(other.last_line("error:"), refused, clock.seconds / 2, same)
 
 
 def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
-    """By name: what happens, in words, and what does it."""
+    """By name, each case's description and the function that runs it."""
     signals = {
         f"{by}-{number.name}": (f"{number.name} to {who}", partial(stopped, by=by, number=number))
         for by, who in (
@@ -284,7 +287,7 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
             ("deepspeed", 1, signal.SIGSTOP, "freezes"),
         )
     }
-    no_number = "a loss that is not finite"
+    bad_loss = "a loss that is not finite"
     nan, inf = float("nan"), float("inf")
     return {
         "kills": (
@@ -301,8 +304,8 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
             "newest checkpoint without manifest",
             partial(damaged, how=_no_manifest),
         ),
-        "loss-nan": (f"{no_number} (nan)", partial(not_finite, what="loss", value=nan)),
-        "loss-inf": (f"{no_number} (inf)", partial(not_finite, what="loss", value=inf)),
+        "loss-nan": (f"{bad_loss} (nan)", partial(not_finite, what="loss", value=nan)),
+        "loss-inf": (f"{bad_loss} (inf)", partial(not_finite, what="loss", value=inf)),
         "moments": (
             "optimizer moments not finite",
             partial(not_finite, what="moments", value=inf),
@@ -324,8 +327,8 @@ def cases(kill_count: int) -> dict[str, tuple[str, Case]]:
     }
 
 
-def imports() -> None:
-    """What the forked programs import, once."""
+def import_for_forks() -> None:
+    """Import once what all forked programs need."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     import deepspeed  # noqa: F401

@@ -1,4 +1,4 @@
-"""Signals, dying and freezing processes, and a silent hub, for `soak.py`."""
+"""Faults of `soak.py`: signals, processes that die or freeze, and a silent hub."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def ended(
 ) -> tuple[float, bool]:
     """Seconds until the run and all its processes have ended, and whether they did in time.
 
-    A process that is to stay `frozen` may be woken up by others on this machine.
+    The process `frozen` is stopped again and again, since others on this machine may wake it up.
     """
     clock = Clock()
     alive: list[int] = []
@@ -52,7 +52,7 @@ def ended(
 
 # -- requests to stop, and processes that die or freeze --------------------------------------------
 def stopped(world: World, by: str, number: signal.Signals) -> Outcome:
-    """A signal to the process, or to its launcher alone."""
+    """A signal to the process, or to its launcher only."""
     name = f"{by}-{number.name}"
     run_dir, count = fresh(world, name), 1 if by == "process" else 2
     run = launched(world, name, world.words(name), by=by)
@@ -62,14 +62,17 @@ def stopped(world: World, by: str, number: signal.Signals) -> Outcome:
     saved, logged = newest_step(run_dir), steps_logged(run_dir)
     said = "--resume" in run.text()
     held = gone and 0 < saved == logged and said
-    seen = f"saved at the step it was at ({saved}), "
-    seen = seen if saved == logged else f"saved {saved} of {logged} steps, "
-    seen += ("" if said else "no ") + "resume command, " + ("" if gone else "some ") + "all ended"
-    return Outcome(seen.replace("some all", "not all"), held, seconds, finish(world, name, count))
+    seen = (
+        f"saved at the step it was at ({saved})"
+        if saved == logged
+        else f"saved {saved} of {logged} steps"
+    )
+    seen += f", {'' if said else 'no '}resume command, {'' if gone else 'not '}all ended"
+    return Outcome(seen, held, seconds, finish(world, name, count))
 
 
 def one_of_two(world: World, by: str, rank: int, number: signal.Signals) -> Outcome:
-    """A process dies (SIGKILL) or freezes (SIGSTOP) under a launcher; the other one ends."""
+    """One of two processes dies (SIGKILL) or freezes (SIGSTOP) under a launcher: the other ends."""
     name = f"{by}-rank{rank}-{number.name}"
     run_dir = fresh(world, name)
     run = launched(world, name, world.words(name), by=by)
@@ -78,14 +81,15 @@ def one_of_two(world: World, by: str, rank: int, number: signal.Signals) -> Outc
     os.kill(process, number)
     frozen = process if number == signal.SIGSTOP else None
     seconds, gone = ended(world, run, run_dir, frozen)
-    words = run.said("has given no sign of life")
-    words = words or run.said("exitcode", "exits with return code")
+    words = run.last_line("has given no sign of life") or run.last_line(
+        "exitcode", "exits with return code"
+    )
     held = gone and seconds < 60 and newest_step(run_dir) >= SAVE_EVERY
     return Outcome(words or "ended", held, seconds, finish(world, name, 2))
 
 
 def dead_encoder(world: World) -> Outcome:
-    """One of two processes dies while the data are encoded: the store is finished the next time."""
+    """One of two processes dies while data are encoded: the next run completes the store."""
     name, cache = "dead-encoder", world.folder / "cache-of-dead-encoder"
     run_dir = fresh(world, name)
     shutil.rmtree(cache, ignore_errors=True)
@@ -112,7 +116,7 @@ def dead_encoder(world: World) -> Outcome:
 
 
 def silent_hub(world: World) -> Outcome:
-    """A hub that takes connections and never answers."""
+    """A hub that accepts connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(64)
@@ -122,4 +126,4 @@ def silent_hub(world: World) -> Outcome:
         clock = Clock()
         run = launched(world, "silent-hub", words, by="process", env=env)
         codes = run.codes(clock)
-    return Outcome(run.said("error:"), codes == [1], clock.seconds)
+    return Outcome(run.last_line("error:"), codes == [1], clock.seconds)

@@ -1,5 +1,5 @@
-"""The tiny models that `soak.py` trains, one of a family: base, pictures, program and recipe. Tests
-train those of captions, too.
+"""The tiny models that `soak.py` trains, one per family: base, images, program and recipe. Tests
+also train those that draw captions.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from t2i.models.tokenizers.vq import VQTokenizer
 
 Fill = Callable[["nn.Module"], object]
-"""Gives a module its weights."""
+"""Sets a module's weights."""
 TINY: dict[str, Any] = {
     **{"dim": 64, "n_layer": 2, "n_head": 2, "ffn_dim": 128, "vocab_size": 64, "grid": (4, 4)},
     **{"cond": "text", "caption_tokens": 12, "caption_dim": 32},
-    **{"resid_dropout": 0.0, "ffn_dropout": 0.0},  # drawn anew for every split
+    **{"resid_dropout": 0.0, "ffn_dropout": 0.0},  # dropout would differ for every batch split
 }
-"""Shape of a LlamaGen whose training takes seconds."""
+"""A LlamaGen so small that training takes seconds."""
 _WORDS = "a photo of two three red green blue circle square star left right above below"
 _PICTURES = 60
 
@@ -31,14 +31,14 @@ class SoakModel:
     """How the model of a family is made and trained."""
 
     program: str
-    """In launch/."""
+    """File name in launch/."""
     recipe: str
     write_base: Callable[[Path], object]
     write_data: Callable[[Path], object]
     on_hub: str = "somebody/model:weights.pt"
-    """How its weights could be called there."""
+    """A name that its weights could have on the hub."""
     classes: bool = False
-    """It draws classes, not captions."""
+    """Draws classes, not captions."""
 
 
 def _scenes(folder: Path) -> None:
@@ -48,7 +48,7 @@ def _scenes(folder: Path) -> None:
 
 
 def _fill(module: "nn.Module") -> None:
-    """Random weights."""
+    """Set random weights."""
     from torch import nn
 
     for parameter in module.parameters():
@@ -56,9 +56,7 @@ def _fill(module: "nn.Module") -> None:
 
 
 def write_llamagen(folder: Path, fill: Fill = _fill, **settings: object) -> Path:
-    """A LlamaGen as `--backbone.weights` takes it: 4x4 codes of 8 pixels, without dropout of its
-    own.
-    """
+    """Write a LlamaGen folder for `--backbone.weights`: 4x4 codes of 8 pixels, no dropout."""
     import torch
 
     from t2i.models.llamagen.llamagen_model import LlamaGen, LlamaGenConfig
@@ -77,7 +75,7 @@ def write_llamagen(folder: Path, fill: Fill = _fill, **settings: object) -> Path
 
 
 def write_janus(folder: Path, fill: Fill | None = None) -> Path:
-    """A Janus folder in transformers' layout, of the same images."""
+    """Write a Janus folder in transformers' layout, for images of the same size."""
     import torch
 
     from t2i.shapes.tiny_janus import build_tiny_janus
@@ -103,7 +101,7 @@ def _tiny_vq() -> "VQTokenizer":
 
 
 def _of_classes(family: str) -> SoakModel:
-    """A family of ImageNet, on twenty classes of shapes: 6x6 codes of 4 pixels."""
+    """A class-conditional family, on twenty classes of shapes: 6x6 codes of 4 pixels."""
 
     def write_base(folder: Path) -> None:
         from t2i.shapes.class_bases import build_backbone, build_tokenizer
@@ -135,4 +133,4 @@ MODELS = {
     "open_magvit2": _of_classes("open_magvit2"),
     "rar": _of_classes("rar"),
 }
-"""Janus trains adapters and its image layers, the others every weight."""
+"""By family. Janus trains adapters and its image layers, the others all weights."""

@@ -1,4 +1,4 @@
-"""Processes of `soak.py`'s runs: forked with everything imported, or started as a user does."""
+"""Processes for `soak.py`'s runs: forked with all imports done, or started as by a user."""
 
 import os
 import runpy
@@ -21,12 +21,13 @@ _LAUNCHED: list["Started"] = []
 
 # -- time ------------------------------------------------------------------------------------------
 class Clock:
-    """Seconds that this process ran: while a machine sleeps, or pauses everything, none pass."""
+    """Counts seconds, except while the machine sleeps or pauses this process."""
 
     def __init__(self) -> None:
         self.seconds, self._last = 0.0, time.monotonic()
 
-    def look(self) -> float:
+    def tick(self) -> float:
+        """Wait 5 ms and return the seconds counted so far."""
         time.sleep(0.005)
         now = time.monotonic()
         self.seconds += min(now - self._last, 0.5)
@@ -35,11 +36,11 @@ class Clock:
 
 
 def wait_until(condition: Callable[[], bool], patience: float, clock: Clock | None = None) -> bool:
-    """Whether it came true in time."""
+    """Wait until the condition holds, at most `patience` seconds; whether it does."""
     clock = clock or Clock()
     limit = clock.seconds + patience
     while not condition():
-        if clock.look() > limit:
+        if clock.tick() > limit:
             return False
     return True
 
@@ -47,16 +48,17 @@ def wait_until(condition: Callable[[], bool], patience: float, clock: Clock | No
 # -- starting --------------------------------------------------------------------------------------
 @dataclass
 class Started:
-    """Processes of one run, and what they say."""
+    """The processes of one run, and their output."""
 
     ids: list[int]
     log: Path
     patience: float
-    """Seconds after which they count as hanging."""
+    """Seconds after which the processes count as hanging."""
     process: subprocess.Popen | None = None
+    """The process if it was not forked from this one; `ids` holds its id."""
 
     def codes(self, clock: Clock | None = None) -> list[int] | None:
-        """Exit codes; None, and all are killed, if it takes too long."""
+        """Wait and return the exit codes; None if that takes too long: then all are killed."""
         found: dict[int, int] = {}
 
         def all_ended() -> bool:
@@ -71,7 +73,7 @@ class Started:
         return [found[i] for i in self.ids]
 
     def end_with(self, code: int) -> None:
-        """Wait for it; an AssertionError with its last words if a process ends otherwise."""
+        """Wait for the run; AssertionError with the end of its output if an exit code differs."""
         codes = self.codes()
         assert codes == [code] * len(self.ids), f"{codes}: {self.text()[-2000:]}"
 
@@ -101,8 +103,8 @@ class Started:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def said(self, *words: str) -> str:
-        """The last line with one of these words, without names of the place and the machine."""
+    def last_line(self, *words: str) -> str:
+        """The last line with one of these words, without folder and host name; "" if none."""
         lines = [line for line in self.text().splitlines() if any(w in line for w in words)]
         place = str(self.log.parents[1])
         last = lines[-1].strip() if lines else ""
@@ -118,9 +120,9 @@ def fork(
     program: Path | None = None,
     inject: Callable[[], object] = lambda: None,
 ) -> Started:
-    """So many processes that run a program together, forked from this one: imports are done.
+    """Fork `count` processes, with all imports done, that run a program together.
 
-    `inject` is called in each of them before the program.
+    `inject` is called in each of them before the program starts.
     """
     log, port, ids = world.log(name), free_port(), []
     log.write_text("")
@@ -134,7 +136,7 @@ def fork(
 
 
 def _become(program: Path, words: Sequence[str], log: Path, inject: Callable) -> None:
-    """In a forked child: run the program and leave."""
+    """In a forked child: run the program and exit."""
     code = 1
     try:
         with open(log, "a") as file:
@@ -164,7 +166,7 @@ def launched(
     program: Path | None = None,
     env: dict[str, str] | None = None,
 ) -> Started:
-    """A run as a user starts it: by itself, or two processes by "torchrun" or "deepspeed"."""
+    """Start a run as a user does: one process, or two under "torchrun" or "deepspeed"."""
     launcher = {
         "process": "",
         "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2",
@@ -179,21 +181,23 @@ def launched(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_hear_signals,
+            preexec_fn=_reset_signals,
         )
     started = Started([process.pid], log, world.most, process)
     _LAUNCHED.append(started)
     return started
 
 
-def _hear_signals() -> None:
-    """Signals that the soak ignores, started with `nohup` or in the background, are not ignored."""
+def _reset_signals() -> None:
+    """Let the run receive signals that this process ignores because it was started with `nohup` or
+    in the background.
+    """
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
 
 def end_launched() -> None:
-    """Leave no launcher behind when the soak is stopped; ranks notice that theirs is gone."""
+    """Kill all launchers that still run. Their ranks notice it and end."""
     for started in _LAUNCHED:
         if started.alive():
             started.kill()
@@ -206,7 +210,7 @@ def free_port() -> int:
 
 
 def processes_of(run_dir: Path, rank: int | None = None) -> list[int]:
-    """Processes with the run folder among their arguments; of one rank alone if given."""
+    """Ids of processes that have the run folder among their arguments; only `rank`'s if given."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -229,14 +233,14 @@ def train(
     inject: Callable[[], object] = lambda: None,
     **options: object,
 ) -> Started:
-    """A run of the training program by forked processes; `options` are those of `World.words`."""
+    """Train in forked processes; `options` as in `World.words`."""
     words = [*world.words(name, **options), *(["--resume"] if resume else [])]
     log = f"{name}-resumed" if resume else name
     return fork(world, log, words, count=count, inject=inject)
 
 
 def reference(world: World, count: int) -> dict[str, str]:
-    """The fingerprint of an undisturbed run by so many processes, made once."""
+    """The fingerprint of an undisturbed run by `count` processes, which is trained only once."""
     name = f"undisturbed-{count}"
     run_dir = world.run_dir(name)
     if not (run_dir / "finished").exists():
@@ -246,11 +250,11 @@ def reference(world: World, count: int) -> dict[str, str]:
 
 
 def finish(world: World, name: str, count: int = 1) -> bool:
-    """Go on with a run to its end; whether it is then the undisturbed one."""
+    """Resume a run to its end; whether it then equals the undisturbed one."""
     train(world, name, resume=True, count=count).end_with(0)
     return fingerprint(world.run_dir(name)) == reference(world, count)
 
 
 def wait_for_step(world: World, run: Started, run_dir: Path, step: int = 1) -> None:
-    """Until a run has logged so many steps."""
+    """Wait until a run has logged at least `step` steps."""
     assert wait_until(lambda: steps_logged(run_dir) >= step, world.most), run.text()[-2000:]

@@ -1,4 +1,4 @@
-"""One run done in many ways, for `soak.py`: the losses stay what they are."""
+"""Cases of `soak.py` that train the same run in many ways: its losses must stay the same."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from launch.lab.soak_world import Outcome, World, fresh
 from t2i.files import read_json_lines, write_json
 
 _FP32 = (
-    # stage, processes, micro-batch, what is offloaded
+    # ZeRO stage, processes, micro-batch, offloaded parts
     *((0, 1, 8, ""), (0, 1, 1, ""), (1, 1, 4, ""), (2, 1, 2, ""), (3, 1, 4, "")),
     *((0, 2, 4, ""), (1, 2, 2, ""), (2, 2, 4, ""), (3, 2, 2, ""), (2, 4, 1, ""), (3, 4, 2, "")),
     *((2, 2, 4, "optimizer"), (3, 2, 4, "optimizer param")),
@@ -20,18 +20,19 @@ _NO_DROPOUT: dict[str, Any] = {"token_dropout": 0.0, "ema": 0.0, "steps": STEPS}
 
 
 def _losses(run_dir: Path) -> list[float]:
-    """Every loss of a run, in order."""
+    """All losses that a run logged, in order."""
     rows = read_json_lines(run_dir / "metrics.jsonl")
     losses = ("train/loss", "train/slot", "validation/")
     return [v for row in rows for k, v in sorted(row.items()) if k.startswith(losses)]
 
 
 def _distance(a: list[float], b: list[float]) -> float:
-    """The largest relative difference."""
+    """Largest relative difference of `a` from `b`."""
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
 def _offload(world: World, parts: str) -> dict[str, Any]:
+    """Options that offload these parts ("optimizer", "param") to the CPU."""
     if not parts:
         return {}
     zero = {f"offload_{part}": {"device": "cpu"} for part in parts.split()}
@@ -41,7 +42,7 @@ def _offload(world: World, parts: str) -> dict[str, Any]:
 
 
 def grid(world: World) -> Outcome:
-    """Stages, processes, micro-batches, offloading, precisions: the same losses."""
+    """Vary stages, processes, micro-batches, offloading and precision, and compare the losses."""
     found: dict[str, float] = {}
     name = "grid"
     expected: list[float] = []
@@ -56,15 +57,17 @@ def grid(world: World) -> Outcome:
             expected = expected or losses
             way = f"{precision} ZeRO-{stage} x{count} micro {micro} {parts}".strip()
             found[way] = _distance(losses, expected)
-    most = {p: max(v for k, v in found.items() if k.startswith(p)) for p in ("fp32", "bf16", "aut")}
-    held = most["fp32"] < 1e-5 and most["bf16"] < 0.05 and most["aut"] < 0.05
+    most = {
+        p: max(v for k, v in found.items() if k.startswith(p)) for p in ("fp32", "bf16", "autocast")
+    }
+    held = most["fp32"] < 1e-5 and most["bf16"] < 0.05 and most["autocast"] < 0.05
     seen = f"{len(_FP32)} ways in fp32 within {most['fp32']:.1g}, "
-    seen += f"bf16 within {most['bf16']:.1g}, autocast within {most['aut']:.1g} (relative)"
+    seen += f"bf16 within {most['bf16']:.1g}, autocast within {most['autocast']:.1g} (relative)"
     return Outcome(seen, held, facts={k: float(f"{v:.2g}") for k, v in found.items()})
 
 
 def chain(world: World) -> Outcome:
-    """A run that other numbers of processes, under other stages, go on with again and again."""
+    """A run that is resumed four times, with other numbers of processes and other ZeRO stages."""
     name, options = "chain", _NO_DROPOUT | {"log_save_every": 2}
     for run_name in ("chain-whole", name):
         fresh(world, run_name)

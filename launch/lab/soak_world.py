@@ -1,4 +1,4 @@
-"""The small world of `soak.py`: a tiny base, pictures, runs of both, and how they are compared."""
+"""The small world of `soak.py`: a tiny base, images, runs on them, and comparisons of runs."""
 
 import json
 import random
@@ -20,7 +20,7 @@ STEPS, SAVE_EVERY = 40, 5
 
 
 class Skipped(Exception):
-    """This machine, or this user, cannot do it."""
+    """The case cannot run on this machine or as this user."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class World:
     model: SoakModel
     seed: int
     patience: float
-    """Seconds after which a run that was told to end counts as hanging."""
+    """Seconds after which a run that should end counts as hanging."""
 
     @property
     def most(self) -> float:
@@ -40,25 +40,25 @@ class World:
 
     @property
     def program(self) -> Path:
-        """What trains the model."""
+        """The program that trains the model."""
         return ROOT / "launch" / self.model.program
 
     def moments(self, case: str) -> random.Random:
-        """Where a case takes its random moments from."""
+        """Generator of a case's random moments."""
         return random.Random(f"{self.seed} {case}")
 
     def run_dir(self, name: str) -> Path:
         return self.folder / "runs" / name
 
     def log(self, name: str) -> Path:
-        """Where a run's output goes."""
+        """File for a run's output."""
         path = self.folder / "logs" / f"{name}.log"
         path.parent.mkdir(exist_ok=True)
         return path
 
     def words(self, name: str, **options: object) -> list[str]:
-        """The command line of a run, but for the program; `data_source=` is --data.source, and
-        `log_keep_best=False` --log.no-keep-best.
+        """The arguments of a run's command line. In `options`, `data_source=` means --data.source,
+        and `log_keep_best=False` means --log.no-keep-best.
         """
         own: dict[str, object] = {
             "backbone_weights": self.folder / "base",
@@ -93,21 +93,22 @@ class World:
 
 @dataclass
 class Outcome:
-    """What a fault did."""
+    """The result of a case."""
 
     seen: str
-    """How the run ended, in its own words or in ours."""
+    """How the run ended: a line of its output, or a description."""
     held: bool
-    """Everything that was promised is true."""
+    """Whether every promise was kept."""
     seconds: float | None = None
     """From the fault to the end of all processes."""
     same: bool | None = None
-    """The finished run equals an undisturbed one bit for bit; None where nothing is trained."""
+    """Whether the finished run equals an undisturbed one bit for bit; None: nothing to compare."""
     facts: dict = field(default_factory=dict)
+    """Further numbers for results.jsonl."""
 
 
 def build_world(folder: Path, family: str, seed: int, patience: float) -> World:
-    """Make what is not there yet."""
+    """Write the base and the data that the folder lacks."""
     model = MODELS[family]
     if not (folder / "base" / "config.json").exists():
         model.write_base(folder / "base")
@@ -117,6 +118,7 @@ def build_world(folder: Path, family: str, seed: int, patience: float) -> World:
 
 
 def fresh(world: World, name: str) -> Path:
+    """A run's folder, removed if it exists."""
     run_dir = world.run_dir(name)
     shutil.rmtree(run_dir, ignore_errors=True)
     return run_dir
@@ -134,7 +136,9 @@ def steps_logged(run_dir: Path) -> int:
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:
-    """Hashes of the files of the newest checkpoint and of the best model, and all metrics."""
+    """Hashes of all files of the newest checkpoint and the best model, and all metrics but measured
+    ones.
+    """
     found = {}
     for folder in (run_checkpoints(run_dir)[-1], run_dir / "best"):
         for name, entry in read_json(folder / MANIFEST)["files"].items():
@@ -150,10 +154,10 @@ def fingerprint(run_dir: Path) -> dict[str, str]:
 
 @contextmanager
 def small_disk(world: World, size: int) -> Iterator[Callable[[int], object]]:
-    """A file system of so many bytes at `world.folder`/disk, and how to make it larger.
+    """Mount a file system of `size` bytes at `world.folder`/disk; yields a function to resize it.
 
     Raises:
-        Skipped: this user may not mount one.
+        Skipped: this user cannot mount file systems.
     """
     place = world.folder / "disk"
     place.mkdir(exist_ok=True)

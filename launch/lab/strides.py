@@ -1,16 +1,16 @@
-"""Quality against calls: what drawing several codes at once does to images.
+"""Quality against calls: what drawing several codes per call does to images.
 
-`ideal` trains nothing: it draws from the base as the best possible multi-token model would, each
-code of a window from its exact distribution given what came before the window, independently of the
-others: with endless training a stride without refinement would come to this.
+`ideal` trains nothing: it draws from the base as the best possible multi-token model would. Each
+code of a window follows its exact distribution given everything before the window, independently of
+the window's other codes. A stride without refinement would reach this with endless training.
 
-`trained` attaches a codec to a base and trains both, for every window size and seed: `refined`
-learns to read its own drafts; `multi-token` sees noise in their place and is drawn without any: no
-more slots than are final. Each model then draws GenEval's prompts at every stride. The control is
-the base, trained as long.
+`trained` attaches a codec to a base and trains both, for every window size and seed. `refined`
+learns to read its own drafts. `multi-token` is trained on noise instead of drafts and draws none:
+all slots that it draws are final. Each model then draws GenEval's prompts at every stride. The
+control is the base, trained for as many steps.
 
-A JSON line for each result; what is in OUT/results.jsonl is not done again. docs/fewer_steps.md
-shows the results.
+Each result is a JSON line in OUT/results.jsonl; results that are there already are skipped.
+docs/fewer_steps.md shows them.
 
 python launch/lab/strides.py ideal --seeds 0                      # minutes on a processor
 python launch/lab/strides.py trained --device cuda --workers 15 --scenes 100000 --steps 400 \\
@@ -47,54 +47,59 @@ if TYPE_CHECKING:
     from t2i.tensorar.model import TensorAR
 
 _HELD_OUT = 64
+"""Scenes for the held-out loss."""
 
 
 @dataclass(frozen=True)
 class Strides:
-    """What to train, and how it is examined."""
+    """What to train and how to score it."""
 
     part: tyro.conf.Positional[Literal["ideal", "trained"]]
+    """Draw from the base as the best possible multi-token model would, or train codecs and draw."""
     base: str = "shapes"
-    """Shipped base, or a folder of one; `trained` takes a LlamaGen."""
+    """Shipped base, or a folder with a base; `trained` needs a LlamaGen."""
     out: Path = Path("runs/strides")
     """Folder of results.jsonl."""
     sizes: tuple[int, ...] = (2, 4, 8)
     """Window sizes k."""
     strides: tuple[int, ...] = (1, 2, 4)
-    """Those up to k are drawn."""
+    """Codes that a call makes final; each model draws with the strides up to its k."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of training; they seed the images as well."""
+    """Training seeds, also used for drawing."""
     steps: int = 300
     """Optimizer steps of each run."""
     batch: int = 32
-    """Samples of a step."""
+    """Samples per step."""
     scenes: int = 10000
-    """Scenes to learn from, of a world that the base has not seen."""
+    """Scenes to train on; the base has not seen them."""
     codec_lr: float = 3e-3
-    """Falls to zero, as the backbone's does."""
+    """Learning rate of the codec; it falls to zero, like the backbone's."""
     backbone_lr: float = 1e-4
+    """Learning rate of the backbone."""
     prompts_per_task: int = 20
     """Benchmark prompts for each of GenEval's six tasks."""
     samples: int = 2
     """Images per benchmark prompt."""
     ahead: int = 8
-    """Windows a call of the speculation whose calls are counted."""
+    """Windows per call of the speculative drawing whose calls are counted."""
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0
-    """Processes that draw scenes; 0 draws them in this one."""
+    """Processes that render scenes; 0: the main process renders them."""
 
     def of(self, names: Iterable[str]) -> dict:
-        """These settings: what a result depends on."""
+        """The settings with these names."""
         return {name: getattr(self, name) for name in names}
 
 
 JUDGED = ("base", "prompts_per_task", "samples")
+"""Settings that every result depends on."""
 TRAINED = ("ahead", "steps", "batch", "scenes", "codec_lr", "backbone_lr")
+"""Further settings that results of `trained` depend on."""
 
 
 def arms(study: Strides) -> Iterator[LongArm]:
-    """What is trained, and the strides and windows that it is drawn with."""
+    """What to train, and the strides and windows to draw it with."""
 
     def arm(name: str, method: TensorARConfig, ways: Iterable[tuple[int, int]]) -> LongArm:
         options = {str((s, w)): {"stride": s, "window": w} for s, w in ways}
@@ -102,7 +107,7 @@ def arms(study: Strides) -> Iterator[LongArm]:
         return LongArm(name, method, optim=rates, ways=options)
 
     yield arm("control", presets.base(), [(1, 0)])
-    # Drafts become codes here, so they weigh as much as slot 0; the trunk is kept from their pull.
+    # Drafts become codes here, so they weigh as much as slot 0, but they do not train the trunk.
     shared = {"depth": 2, "mlp": True, "slot_weights": (1.0,), "detach": True}
     for k in study.sizes:
         method = presets.iclr2026(k=k, own_drafts=1.0, **shared)
@@ -112,20 +117,22 @@ def arms(study: Strides) -> Iterator[LongArm]:
 
 
 def draw_scenes(study: Strides, model: "TensorAR") -> "EncodedScenes":
-    """Those to learn from and, behind them, those that are held out."""
+    """The scenes to train on, followed by the held-out ones."""
     from launch.lab.long_data import drawn_scenes
     from t2i.sources import BackboneSource, expand_folder
 
     family = model.backbone.spec.family
     tokenizer = expand_folder(BackboneSource(family, study.base)).tokenizer
     if family != "llamagen" or tokenizer is None:
-        raise UserError(f"base={study.base}: a LlamaGen with its image tokenizer is trained here")
+        raise UserError(
+            f"base={study.base} must be a LlamaGen with its image tokenizer: `trained` trains no other"
+        )
     count = study.scenes + _HELD_OUT
     return drawn_scenes(model.backbone, Path(tokenizer), count, study.out, study.workers)
 
 
 def trained(study: Strides, arm: LongArm, seed: int, scenes: "EncodedScenes") -> "TensorAR":
-    """The base with a fresh codec, after its run."""
+    """The base with a new codec, both trained."""
     import torch
 
     from launch.lab.long_arms import objective
@@ -145,7 +152,7 @@ def trained(study: Strides, arm: LongArm, seed: int, scenes: "EncodedScenes") ->
 
 
 def held_out_loss(model: "TensorAR", scenes: "EncodedScenes") -> list[float]:
-    """Cross entropy by slot of scenes that were not learnt from, with own drafts as input."""
+    """Cross entropy of each slot on the held-out scenes, with the model's own drafts as input."""
     import torch
 
     from launch.lab.long_data import held_out_batches
@@ -159,7 +166,7 @@ def held_out_loss(model: "TensorAR", scenes: "EncodedScenes") -> list[float]:
 
 
 def scored(study: Strides, model: "TensorAR", seed: int, sampling: "SamplingConfig") -> dict:
-    """GenEval's score of images, and the calls that they need."""
+    """GenEval's score of the model's images, and calls per code with and without speculation."""
     from launch.lab.fewer_steps import courses
     from t2i.shapes.fine_tuning import examine
     from t2i.shapes.shapes_prompts import benchmark_prompts
@@ -189,10 +196,10 @@ def scored(study: Strides, model: "TensorAR", seed: int, sampling: "SamplingConf
 def drawn_apart(
     model: "TensorAR", prepared: "dict[str, Tensor]", keys: "Tensor", stride: int
 ) -> "Tensor":
-    """Codes [B, T, S] of a base, of which those of a window know nothing of each other.
+    """Codes [B, T, S] drawn from a base, the codes of a window independently of each other.
 
-    Code j of a window is drawn after j others that were drawn for it alone, with noise of their
-    own, and are then forgotten: so it follows its distribution given what came before the window.
+    Before code j of a window, the j codes before it are drawn separately, with other noise, and
+    then discarded. So it follows its distribution given everything before the window.
     """
     import torch
 
@@ -236,6 +243,7 @@ def drawn_apart(
 
 
 def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[dict]:
+    """A line for every seed and stride that is not `done`."""
     import torch
 
     import geneval
@@ -265,13 +273,13 @@ def study_ideal(study: Strides, model: "TensorAR", done: set[str]) -> Iterator[d
             yield {"key": key, **about, **line, "calls_per_code": calls} | taken
 
 
-# -- all -------------------------------------------------------------------------------------------
+# -- trained codecs --------------------------------------------------------------------------------
 
 
-def do(
+def arm_lines(
     study: Strides, arm: LongArm, seed: int, scenes: "EncodedScenes", done: set[str]
 ) -> Iterator[dict]:
-    """A line for every way of drawing that has none."""
+    """A line for every way of drawing the arm that is not `done`."""
     settings = study.of((*JUDGED, *TRAINED))
     about = {"arm": arm.name, "k": arm.method.k, "seed": seed, "settings": settings}
     keys = {way: json.dumps(about | {"way": way}) for way in arm.ways}
@@ -293,7 +301,7 @@ def study_trained(study: Strides, model: "TensorAR", done: set[str]) -> Iterator
     scenes = draw_scenes(study, model)
     for seed in study.seeds:
         for arm in arms(study):
-            yield from do(study, arm, seed, scenes, done)
+            yield from arm_lines(study, arm, seed, scenes, done)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The table and the curve of docs/fewer_steps.md, from the results of `launch/lab/strides.py`.
+"""Make the table and the curve of docs/fewer_steps.md from the results of `launch/lab/strides.py`.
 
 python launch/lab/strides_report.py --results docs/fewer_steps/strides/results.jsonl \\
     --out docs/fewer_steps/strides
@@ -26,14 +26,14 @@ class StridesReport:
     """What to read and where to write."""
 
     results: Path = Path("runs/strides/results.jsonl")
-    """Lines of `launch/lab/strides.py`."""
+    """Results of `launch/lab/strides.py`."""
     out: Path = Path("runs/strides-report")
     """Folder for table.md and curve.svg."""
 
 
 @dataclass(frozen=True)
 class DrawnWay:
-    """One way of drawing one model, over its seeds."""
+    """One way of drawing one model, with a result line for each seed."""
 
     base: str
     arm: str
@@ -43,20 +43,22 @@ class DrawnWay:
     def mean(self, name: str) -> float:
         return float(np.mean([line[name] for line in self.lines if name in line] or [np.nan]))
 
-    def rates(self) -> np.ndarray:
-        """[seeds, prompts]"""
-        return np.array([np.array(x["correct"]) / x["study"]["samples"] for x in self.lines])
-
     def score(self) -> Estimate:
-        return estimate(self.rates())
+        return estimate(shares(self.lines))
 
     def losses(self) -> str:
-        """Of slots, nats per code."""
+        """Losses of the slots in nats per code, means over seeds."""
         found = [line["losses"] for line in self.lines if "losses" in line]
         return " / ".join(f"{loss:.2f}" for loss in np.mean(found, axis=0)) if found else ""
 
 
+def shares(lines: Sequence[dict]) -> np.ndarray:
+    """Shares of correct images [seeds, prompts]."""
+    return np.array([np.array(x["correct"]) / x["study"]["samples"] for x in lines])
+
+
 def drawn_ways(lines: Sequence[dict]) -> list[DrawnWay]:
+    """Group result lines; of several for the same seed the last one counts."""
     found: dict[tuple[str, str, int], dict[int, dict]] = {}
     for line in lines:
         kind = line["study"]["base"], line["arm"], line["stride"]
@@ -65,16 +67,16 @@ def drawn_ways(lines: Sequence[dict]) -> list[DrawnWay]:
 
 
 def gain(way: DrawnWay, every: Sequence[DrawnWay]) -> Estimate | None:
-    """Of the score against the control, or where nothing is trained the base, drawn code by code;
-    by seed and prompt.
+    """Gain in score, paired by seed and prompt, over the control (for `ideal`, the base) drawn code
+    by code; None for that way itself, or if they share no seed.
     """
     arm = "ideal" if way.arm == "ideal" else "control"
     for other in every:
         if (other.base, other.arm, other.stride) != (way.base, arm, 1) or other is way:
             continue
-        seeds = [[line["seed"] for line in one.lines] for one in (way, other)]
-        assert seeds[0] == seeds[1], "every way was drawn with every seed"
-        return estimate(way.rates() - other.rates())
+        control = {line["seed"]: line for line in other.lines}
+        if ours := [line for line in way.lines if line["seed"] in control]:
+            return estimate(shares(ours) - shares([control[line["seed"]] for line in ours]))
     return None
 
 
@@ -98,7 +100,7 @@ def table(every: Sequence[DrawnWay]) -> str:
 
 
 def plot(every: Sequence[DrawnWay], path: Path) -> None:
-    """Score against calls per code, a panel for each base; exact speculation beside them."""
+    """Plot scores against calls per code, a panel per base, with exact speculation to compare."""
     from matplotlib.figure import Figure
 
     bases = list(dict.fromkeys(one.base for one in every))

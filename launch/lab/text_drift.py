@@ -1,13 +1,14 @@
-"""Does a Janus that was tuned for drawing still read as before? LoRA touches the language model, so
-its text logits change: this prints by how much, on fixed texts, with the adapters on and off.
+"""How much does fine-tuning for drawing change Janus as a reader of text? LoRA adapts the language
+model, so its text logits change, too. This program measures the change on fixed texts, adapters on
+against adapters off.
 
     python launch/train_janus.py shapes-janus-lora --run-dir runs/janus
     python launch/lab/text_drift.py --ckpt runs/janus
 
-For each text: the mean over its positions of KL(before || after) in nats, beside the entropy of
-what was predicted before; the share of positions where the likeliest word is another; and the
-largest change of a logit. KL far below the entropy, and few other words, say that text is read as
-before; benchmarks of understanding say more.
+For each text it prints KL(before || after) in nats and, for comparison, the entropy of the
+predictions before (both are means over positions), the share of positions where the likeliest word
+changed, and the largest change of a logit. A KL far below the entropy and few changed words mean
+that the model reads text as before; benchmarks of understanding tell more.
 """
 
 import sys
@@ -41,17 +42,17 @@ class TextDrift:
     """What to compare."""
 
     ckpt: Path
-    """A run with LoRA on Janus, or a checkpoint folder of one."""
+    """A run of Janus with LoRA, or a checkpoint folder of such a run."""
     texts: Path | None = None
-    """File with a text a line, instead of the built-in ones."""
+    """File with one text per line, instead of the built-in ones."""
     out: Path | None = None
-    """Write the numbers there, as JSON."""
+    """JSON file to write the numbers to; none if not given."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
 
 def drift_of(backbone: "Backbone", text: str) -> "Drift":
-    """With the backbone's adapters on, against off."""
+    """How much the backbone's adapters change its predictions on a text."""
     import torch
 
     from t2i.lora import without_lora
@@ -59,7 +60,7 @@ def drift_of(backbone: "Backbone", text: str) -> "Drift":
     from t2i.reward.reward_watch import drift
 
     assert isinstance(backbone, Janus)
-    # As a question to Janus: without the begin-of-image that asks for a picture.
+    # Encoded like a question to Janus: without the final begin-of-image token.
     ids = torch.tensor([backbone.prompts.encode([text])[0][:-1]], device=backbone.device)
     with torch.no_grad():
         after = backbone.text_logits(ids)[0]
@@ -75,7 +76,7 @@ def main() -> None:
     model = from_pretrained(config.ckpt, device=config.device, dtype="float32")
     backbone = model.backbone
     if backbone.spec.family != "janus" or backbone.lora is None:
-        raise UserError(f"{config.ckpt} is no run with LoRA on Janus")
+        raise UserError(f"{config.ckpt} is no run of Janus with LoRA: give such a run to --ckpt")
     own = config.texts
     texts = TEXTS if own is None else own.read_text(encoding="utf-8").splitlines()
     found = {text: drift_of(backbone, text) for text in texts if text.strip()}

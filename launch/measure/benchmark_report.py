@@ -1,4 +1,4 @@
-"""Results of a benchmark for programs (JSON) and people (markdown, a plot)."""
+"""Write the results of a benchmark as JSON, Markdown and a plot."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac", "#1a
 _PEERS = "Peers: " + "; ".join(f"{name}: {about}" for name, about in PEERS.items()) + "."
 NOTES = {
     "sampling": " ".join([formulas.TURNS, formulas.DRAWING, formulas.FLOOR, _PEERS]),
-    "decoding": "The image tokenizer's part, in fp32.",
+    "decoding": "The image tokenizer alone, in fp32.",
     "training": " ".join([formulas.TURNS, formulas.TRAINING, formulas.MFU]),
     "scaling": formulas.SCALING,
     "fits": formulas.FITS,
@@ -51,14 +51,12 @@ _COLUMNS = {
     "residual": ("residual", "{:.0%}"),
     "error": ("error", "{}"),
 }
-"""Title and format of what a table shows of a row."""
-
-
+"""Titles and formats of a table's columns, by the keys of a row."""
 _SPREAD = {"ms_per_step": "ms_quartiles", "s_per_step": "s_quartiles"}
 
 
 def about(device: torch.device, command: str) -> dict[str, Any]:
-    """The machine, the software, and how it was started."""
+    """The machine, the software, and the command line."""
     card = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
         "command": command,
@@ -74,7 +72,7 @@ def about(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
+    """The processor's name as the system gives it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -82,15 +80,15 @@ def cpu_name() -> str:
 
 
 def markdown(results: dict) -> str:
-    """Tables of all rows."""
+    """A report with tables of all rows."""
     info, machine = results["about"], results["machine"]
-    can = [f"{machine['bandwidth'] / 1e9:.3g} GB/s"]
-    can += [f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine["rates"].items()]
+    speeds = [f"{machine['bandwidth'] / 1e9:.3g} GB/s"]
+    speeds += [f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine["rates"].items()]
     lines = [
         f"`{info['command']}`",
         "",
         f"{info['device']}, torch {info['versions']['torch']}, {info['date']}; "
-        f"{', '.join(can)} ({machine['source']}).",
+        f"{', '.join(speeds)} ({machine['source']}).",
     ]
     for name, note in NOTES.items():
         if rows := results["rows"].get(name):
@@ -117,7 +115,7 @@ def _cell(row: dict, key: str) -> str:
 
 
 def write(results: dict, stem: Path) -> None:
-    """STEM.json and STEM.md; STEM.svg with `plot`."""
+    """Write STEM.json and STEM.md."""
     write_json(stem.with_suffix(".json"), results)
     write_text(stem.with_suffix(".md"), markdown(results))
 
@@ -126,7 +124,7 @@ def write(results: dict, stem: Path) -> None:
 
 
 def plot(results: dict, path: Path) -> bool:
-    """A panel for every group; False where matplotlib is not installed."""
+    """Plot a panel for every group; False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -148,34 +146,34 @@ def plot(results: dict, path: Path) -> bool:
 
 
 def _panels(rows: dict[str, list[dict]]) -> list[tuple]:
-    """Title, function that draws, rows."""
+    """Title, drawing function and rows of every panel."""
     panels: list[tuple] = []
     groups: dict[tuple, list[dict]] = {}
     for row in rows.get("sampling", []):
         if "ms_per_step" in row:
             groups.setdefault((row["shape"], row["dtype"]), []).append(row)
-    for (shape, dtype), of in groups.items():
-        several = len({row["images"] for row in of}) > 1
-        title = f"{shape}, {dtype}: ms a step"
-        panels.append((title, _lines if several else _bars("ms_per_step", "ms_quartiles"), of))
+    for (shape, dtype), own in groups.items():
+        several = len({row["images"] for row in own}) > 1
+        title = f"{shape}, {dtype}: ms per step"
+        panels.append((title, _lines if several else _bars("ms_per_step"), own))
     groups = {}
     for row in rows.get("training", []):
         if "s_per_step" in row:
             groups.setdefault((row["shape"], row["dtype"], row["batch"]), []).append(row)
-    for (shape, dtype, batch), of in groups.items():
-        title = f"{shape}, {dtype}, batch {batch}: s a training step"
-        panels.append((title, _bars("s_per_step", "s_quartiles"), of))
+    for (shape, dtype, batch), own in groups.items():
+        title = f"{shape}, {dtype}, batch {batch}: s per training step"
+        panels.append((title, _bars("s_per_step"), own))
     grown = [row for row in rows.get("scaling", []) if "seconds" in row]
     for name in dict.fromkeys(row["variable"] for row in grown):
-        of = [row for row in grown if row["variable"] == name]
-        panels.append((f"seconds as {name} grows", _growth, of))
+        own = [row for row in grown if row["variable"] == name]
+        panels.append((f"seconds as {name} grows", _growth, own))
     return panels
 
 
-def _bars(value: str, quartiles: str):
+def _bars(value: str):
     def draw(axis, rows: list[dict]) -> None:
         for place, row in enumerate(rows):
-            low, high = row[quartiles]
+            low, high = row[_SPREAD[value]]
             error = [[row[value] - low], [high - row[value]]]
             peer = row["contender"] in PEERS or row["contender"].endswith("naive")
             axis.barh(place, row[value], xerr=error, color=COLORS[7 if peer else 3])
@@ -189,19 +187,19 @@ def _bars(value: str, quartiles: str):
 
 def _lines(axis, rows: list[dict]) -> None:
     for name, color in zip(dict.fromkeys(row["contender"] for row in rows), cycle(COLORS)):
-        of = [row for row in rows if row["contender"] == name]
-        x = [row["images"] for row in of]
-        axis.plot(x, [row["ms_per_step"] for row in of], "o-", color=color, label=name, ms=3)
-        if all("floor_ms" in row for row in of):
-            axis.plot(x, [row["floor_ms"] for row in of], ":", color=color)
+        own = [row for row in rows if row["contender"] == name]
+        x = [row["images"] for row in own]
+        axis.plot(x, [row["ms_per_step"] for row in own], "o-", color=color, label=name, ms=3)
+        if all("floor_ms" in row for row in own):
+            axis.plot(x, [row["floor_ms"] for row in own], ":", color=color)
     axis.set(xscale="log", yscale="log", xlabel="images at once (dotted: floor)")
     axis.legend(fontsize=6)
 
 
 def _growth(axis, rows: list[dict]) -> None:
     for work, color in zip(dict.fromkeys(row["work"] for row in rows), cycle(COLORS)):
-        of = [row for row in rows if row["work"] == work]
-        x = [row["x"] for row in of]
-        axis.plot(x, [row["seconds"] for row in of], "o-", color=color, label=work)
+        own = [row for row in rows if row["work"] == work]
+        x = [row["x"] for row in own]
+        axis.plot(x, [row["seconds"] for row in own], "o-", color=color, label=work)
     axis.set(xscale="log", yscale="log", xlabel=rows[0]["variable"])
     axis.legend(fontsize=7)

@@ -1,6 +1,4 @@
-"""What TensorAR costs against its base: parameters and operations, by formulas and as counted."""
-
-from dataclasses import asdict, dataclass
+"""Parameters and operations of TensorAR and of its base, by formulas and as counted."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,56 +9,37 @@ from t2i.tensorar.model import TensorAR
 
 FORMULAS = (
     "Parameters of input encoder and output decoder: 2 x depth x block + (2 k + 3) D, where a block "
-    "is 4 D^2 + 2 D, and 3 D h + D more with an MLP (h = 8 round(D / 3)); 2 D less without residual.",
+    "has 4 D^2 + 2 D, with an MLP 3 D h + D more (h = 8 round(D / 3)); without residual 2 D less.",
     "Operations (2 for a multiplication and an addition) of a teacher-forced pass over one image, "
-    "counted by torch's FlopCounterMode, with 16 prefix tokens where the prefix varies. Drawing "
-    "with guidance does it twice; a training step's backward pass counts as two.",
-    "Of these, input encoder and output decoder, by formula: N windows x (blocks' a(1, k) + blocks' "
-    "a(k, 1)), where q queries that read m entries cost a(q, m) = 4 m D^2 + 2 q D^2 + "
-    "4 q (m + q) D, in blocks after the first 6 q D^2 more, with an MLP 6 q D h more.",
-    "The head's: N k x those of one slot, which are counted.",
+    "counted by torch's FlopCounterMode, with 16 prefix tokens if the prefix length varies. Drawing "
+    "with guidance takes twice as many; a backward pass in training counts as two forward passes.",
+    "Of these, input encoder and output decoder take, by formula, N windows x the sum of "
+    "a(1, k) + a(k, 1) over blocks, where q queries that read m entries take a(q, m) = 4 m D^2 + "
+    "2 q D^2 + 4 q (m + q) D, in all blocks but the first 6 q D^2 more, with an MLP 6 q D h more.",
+    "The head takes N k x the operations for one slot, which are counted.",
 )
-"""What the numbers of `ModelCost` are, in words."""
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """Of one model. `FORMULAS` says how it is reckoned."""
-
-    base_parameters: int
-    codec_parameters: int
-    """Counted."""
-    codec_by_formula: int
-    base_operations: int
-    operations: int
-    """Counted, of base and model."""
-    codec_operations: int
-    """By formula."""
-    head_operations: int
-    base_head_operations: int
+"""What the numbers of `cost_of` mean, in words."""
 
 
 def cost_of(model: TensorAR) -> dict[str, int]:
-    """A model's `ModelCost`, as JSON."""
+    """Parameters and operations of a model, its base and its codec (as counted and by formula)."""
     codec = 0 if model.codec is None else sum(p.numel() for p in model.codec.parameters())
     base = TensorAR(model.backbone, presets.base()).eval()
     head, count = _head_flops(model), model.windows.count
-    return asdict(
-        ModelCost(
-            base_parameters=sum(p.numel() for p in model.backbone.parameters()),
-            codec_parameters=codec,
-            codec_by_formula=codec_parameters(model),
-            base_operations=forward_flops(base),
-            operations=forward_flops(model),
-            codec_operations=codec_operations(model),
-            head_operations=head * count * model.config.k,
-            base_head_operations=head * base.windows.count,
-        )
-    )
+    return {
+        "base_parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "codec_parameters": codec,
+        "codec_by_formula": codec_parameters(model),
+        "base_operations": forward_flops(base),
+        "operations": forward_flops(model),
+        "codec_operations": codec_operations(model),
+        "head_operations": head * count * model.config.k,
+        "base_head_operations": head * base.windows.count,
+    }
 
 
 def codec_parameters(model: TensorAR) -> int:
-    """By formula."""
+    """Parameters of the codec, by formula."""
     c, d = model.config, model.backbone.spec.dim
     if model.codec is None:
         return 0
@@ -70,7 +49,7 @@ def codec_parameters(model: TensorAR) -> int:
 
 
 def codec_operations(model: TensorAR) -> int:
-    """Of a teacher-forced pass over one image, by formula."""
+    """Operations of the codec in a teacher-forced pass over one image, by formula."""
     c, d = model.config, model.backbone.spec.dim
     if model.codec is None:
         return 0

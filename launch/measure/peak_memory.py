@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, each in a process of its own."""
+"""Peak memory of a piece of work, measured in a separate process."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from t2i.processes import status_bytes
 
 
 def peak_gb(work: Callable[..., object], *arguments: object) -> float:
-    """Peak GB of a fresh process that does the work, and gives back at once what is freed."""
+    """Peak GB of a fresh process that does the work and returns freed memory at once."""
     context = multiprocessing.get_context("spawn")
     giving_back = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc's; read when the process starts
     with (

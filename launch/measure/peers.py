@@ -1,6 +1,6 @@
-"""What others do with the same shape: textbook loops, transformers' `generate`, LlamaGen's own.
+"""Other implementations of the same shapes: textbook loops, transformers and LlamaGen's own.
 
-Nothing of LlamaGen is here: its code is imported from a checkout that the user names.
+No code of LlamaGen is copied here: it is imported from a checkout that the user names.
 """
 
 import sys
@@ -25,10 +25,10 @@ from t2i.sampling import SamplingConfig
 from t2i.tensorar.sampler import encode_rows
 
 PEERS = {
-    "no-cache": "textbook loop that computes all earlier codes again (one step a turn)",
+    "no-cache": "textbook loop that recomputes all earlier codes (one step per turn)",
     "cat-cache": "textbook loop that appends to its keys and values",
-    "transformers": "transformers' generate: a Llama of equal shape with random weights and as many "
-    "rows, each sampled by itself; for Janus its own image loop on the same weights",
+    "transformers": "transformers' generate: a Llama of the same shape with random weights and as "
+    "many rows, each sampled separately; for Janus, its own image loop on the same weights",
     "transformers-static": "the same Llama with transformers' static cache",
     "llamagen": "LlamaGen's own generate on the same weights (--llamagen)",
     "llamagen-compiled": "the same with its --compile (reduce-overhead)",
@@ -37,7 +37,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is drawn: the same for all contenders of a group."""
+    """What to draw: the same for all contenders of a group."""
 
     backbone: Backbone
     prepared: dict[str, Tensor]
@@ -56,7 +56,7 @@ class Task:
 
 
 def open_peer(name: str, task: Task) -> Contender | None:
-    """A contender by its name; None where this shape has none of it."""
+    """A contender by name; None if there is none for this shape."""
     if isinstance(task.backbone, Janus) and name == "transformers":
         return _janus(task)
     if isinstance(task.backbone, LlamaGen):
@@ -77,7 +77,7 @@ def _textbook(task: Task) -> Textbook:
 def _no_cache(task: Task) -> Contender:
     book, device = _textbook(task), task.backbone.device
     codes = torch.randint(book.config.vocab_size, (task.images, book.tokens), device=device)
-    return Single(lambda index: book.anew(codes[:, :index]), device)
+    return Single(lambda index: book.recomputing(codes[:, :index]), device)
 
 
 def _cat_cache(task: Task) -> Contender:
@@ -89,7 +89,7 @@ def _cat_cache(task: Task) -> Contender:
 
 @contextmanager
 def _ticking(module: nn.Module, tick: Tick) -> Iterator[None]:
-    """A tick before every pass of a module."""
+    """Call `tick` before every pass of a module."""
     handle = module.register_forward_pre_hook(lambda *_: tick())
     try:
         yield
@@ -98,6 +98,7 @@ def _ticking(module: nn.Module, tick: Tick) -> Iterator[None]:
 
 
 def _placed(model: nn.Module, backbone: Backbone) -> Any:
+    """The model in eval mode, on the backbone's device and in its dtype."""
     first = next(backbone.parameters())
     return model.to(first.device, first.dtype).eval()
 
@@ -136,8 +137,8 @@ def _llama(task: Task, cache: str | None = None) -> Contender:
 
 
 def transformers_janus(backbone: Janus) -> Any:
-    """transformers' own model with a backbone's weights (what drawing codes does not read of it
-    stays random).
+    """transformers' own model with a backbone's weights. Parts that drawing codes does not use stay
+    random.
     """
     from transformers import JanusConfig, JanusForConditionalGeneration
 
@@ -149,13 +150,12 @@ def transformers_janus(backbone: Janus) -> Any:
 
 def _janus(task: Task) -> Contender:
     assert isinstance(task.backbone, Janus)
-    model = transformers_janus(task.backbone)
-    draw = partial(draw_janus, model, task)
+    draw = partial(draw_janus, transformers_janus(task.backbone), task)
     return Loop(draw, task.backbone.device)
 
 
 def draw_janus(model: Any, task: Task, tick: Tick) -> Tensor:
-    """Codes [B, T] by transformers' image loop."""
+    """Draw codes [B, T] with transformers' image loop."""
     from transformers import GenerationConfig
 
     words = task.backbone.frozen.text_encoder
@@ -176,7 +176,7 @@ def draw_janus(model: Any, task: Task, tick: Tick) -> Tensor:
 
 
 class _Counted:
-    """LlamaGen's model as its `generate` uses it, with a tick before every pass."""
+    """LlamaGen's model, wrapped for its `generate`, with a tick before every pass."""
 
     def __init__(self, model: Any, call: Callable, tick: Tick):
         self._model, self._call, self._tick = model, call, tick
@@ -202,13 +202,13 @@ def _llamagen(task: Task, *, compiled: bool = False) -> Contender | None:
 
 
 def check_llamagen(folder: Path) -> None:
-    """UserError if its code is not there."""
+    """UserError unless the folder has LlamaGen's code."""
     if not (folder / "autoregressive" / "models" / "gpt.py").is_file():
         raise UserError(f"--llamagen {folder} is no checkout of LlamaGen's repository")
 
 
 def _import_llamagen(folder: Path) -> tuple[Any, Any]:
-    """Its modules of the model and of drawing."""
+    """LlamaGen's modules for the model and for drawing."""
     check_llamagen(folder)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
@@ -235,7 +235,7 @@ def llamagen_model(gpt: Any, backbone: LlamaGen) -> Any:
 
 
 def draw_llamagen(generate: Any, model: Any, call: Callable, task: Task, tick: Tick) -> Tensor:
-    """Codes [B, T] by LlamaGen's `generate`."""
+    """Draw codes [B, T] with LlamaGen's `generate`."""
     sampling, greedy = task.sampling, task.sampling.temperature == 0
     return generate.generate(
         _Counted(model, call, tick),

@@ -1,5 +1,5 @@
-"""What the hardware allows: the least time of a step from bytes and operations (in words:
-`formulas.py`), and what this machine can do of each.
+"""What the hardware allows: the shortest possible time of a step, from its bytes and operations
+(`formulas.py` explains them) and from this machine's rates.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from t2i.tensorar.model import TensorAR
 
 @dataclass(frozen=True)
 class Machine:
-    """What this device can do."""
+    """Measured or given rates of a device."""
 
     bandwidth: float
     """Bytes per second that a copy reads and writes."""
@@ -29,7 +29,7 @@ class Machine:
 def measured(
     device: torch.device, dtypes: dict[str, torch.dtype], *, tiny: bool = False
 ) -> Machine:
-    """By a copy and matrix products; best of six."""
+    """Measure a machine; `tiny` sizes are fast, and their numbers mean nothing."""
     on_gpu = device.type == "cuda"
     size = 1 << (20 if tiny else 30 if on_gpu else 28)
     side = 256 if tiny else 8192 if on_gpu else 2048
@@ -43,23 +43,25 @@ def known(
     bandwidth: float | None,
     tflops: float | None,
 ) -> Machine:
-    """Measured, but for what is given in GB/s and TFLOP/s."""
+    """The machine as measured, except for a given bandwidth (GB/s) or rate (TFLOP/s)."""
     found = measured(device, dtypes, tiny=bandwidth is not None and tflops is not None)
     given = {"bandwidth": bandwidth, "tflops": tflops}
-    said = [f"{name} given" for name, value in given.items() if value is not None]
+    notes = [f"{name} given" for name, value in given.items() if value is not None]
     return Machine(
         found.bandwidth if bandwidth is None else 1e9 * bandwidth,
         found.rates if tflops is None else dict.fromkeys(dtypes, 1e12 * tflops),
-        ", ".join([found.source, *said]) if said else found.source,
+        ", ".join([found.source, *notes]),
     )
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes per second, read and written."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / _best(lambda: target.copy_(source), device)
 
 
 def matmul_rate(device: torch.device, side: int, dtype: torch.dtype) -> float:
+    """Operations per second of a product of square matrices."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / _best(lambda: a @ b, device)
 
@@ -69,20 +71,21 @@ def _best(work: Callable[[], object], device: torch.device) -> float:
 
 
 def multiplied(model: nn.Module) -> int:
-    """Parameters that every input meets: all but tables, of which it reads a row."""
+    """Parameters that every input is multiplied by: all except tables, of which it reads a row."""
     tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     return sum(p.numel() for p in model.parameters()) - tables
 
 
 @torch.no_grad()
 def forward_flops(model: TensorAR) -> int:
-    """Operations of a teacher-forced pass over one image, attention's counted as plain products."""
+    """Operations of a teacher-forced pass over one image, with attention as plain products."""
     backbone = model.backbone
     condition = backbone.encode_condition(made_up(backbone, 1))
     codes = random_codes(backbone, 1)
-    plain = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # fused kernels are not counted
+    # The counter misses fused attention kernels.
+    plain = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The counter would follow views of them to a graph that is not there.
+    # Otherwise the counter follows views of them to an autograd graph that does not exist.
     model.requires_grad_(False)
     with FlopCounterMode(display=False) as counter, plain:
         model(codes, condition, model.windows.gather(codes))
@@ -93,13 +96,13 @@ def forward_flops(model: TensorAR) -> int:
 
 @torch.no_grad()
 def prefix_length(model: TensorAR) -> int:
-    """Prefix tokens of what is measured."""
+    """Prefix tokens of the conditions that are measured."""
     backbone = model.backbone
     return backbone.encode_condition(made_up(backbone, 1)).prefix.shape[1]
 
 
 def random_codes(backbone: Backbone, batch: int) -> Tensor:
-    """Codes [B, T, S] that mean nothing."""
+    """Random codes [B, T, S]."""
     spec, device = backbone.spec, backbone.device
     shape = (batch, spec.num_tokens)
     return torch.stack([torch.randint(v, shape, device=device) for v in spec.subvocabs], -1)
@@ -107,7 +110,7 @@ def random_codes(backbone: Backbone, batch: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a step moves and computes."""
+    """The bytes that a step must at least move, and the operations that it must do."""
 
     bytes: float
     flops: float
@@ -117,7 +120,7 @@ class Floor:
 
 
 def step_floor(model: TensorAR, rows: int, before: float) -> Floor:
-    """Of a step with so many codes before it, on average."""
+    """The floor of a step with `before` codes before it, which may be an average."""
     cache = model.backbone.new_cache(rows, 1)
     first = [layer[:, :, 0] for layer in (*cache.keys, *cache.values)]
     entry = sum(layer.numel() * layer.element_size() for layer in first)

@@ -1,7 +1,7 @@
-"""Cost against work: time and memory as codes, slots, images and parameters grow, one at a time.
+"""How time and memory grow with codes, slots, images and parameters, varied one at a time.
 
-The model is a class-conditional LlamaGen of a small shape with random weights, in fp32; other codes
-than published ones are a matter of its grid.
+The model is a small class-conditional LlamaGen with random weights, in fp32; its grid sets the
+number of codes.
 """
 
 import math
@@ -25,13 +25,13 @@ from t2i.tensorar.sampler import sample_windows
 
 @dataclass(frozen=True)
 class Point:
-    """What is drawn or trained."""
+    """What to draw or train."""
 
     side: int = 16
-    """Codes in a row; the square of it are an image."""
+    """Codes per row and rows per image."""
     k: int = 4
     images: int = 4
-    """Drawn at once, with guidance; or samples of a training step."""
+    """Images drawn at once, with guidance, or samples per training step."""
     dim: int = 256
     layers: int = 6
 
@@ -44,7 +44,7 @@ class Point:
         return TensorAR(backbone, method).eval()
 
     def work(self, variable: str, model: TensorAR) -> int:
-        """How much there is of what is varied."""
+        """The amount of the varied quantity."""
         return {
             "T": self.side**2,
             "k": self.k,
@@ -54,7 +54,7 @@ class Point:
 
 
 def points(base: Point, *, tiny: bool = False) -> dict[str, list[Point]]:
-    """By what is varied."""
+    """Points to measure, by the varied quantity."""
     shapes = [(128, 4), (256, 6), (384, 8), (512, 12)]
     return {
         "T": [replace(base, side=n) for n in ((4, 6, 8) if tiny else (8, 12, 16, 24))],
@@ -65,7 +65,7 @@ def points(base: Point, *, tiny: bool = False) -> dict[str, list[Point]]:
 
 
 def drawing(model: TensorAR, images: int):
-    """Draws images as a user's program would."""
+    """A function that draws images as a user's program would."""
     speed, speculate = choose_run(model, DrawOptions(), 1, images)
     prepared = made_up(model.backbone, images)
     keys, settings = torch.arange(images), SamplingConfig(cfg_scale=2.0)
@@ -83,16 +83,17 @@ WORKS = {"drawing": drawing, "training": training}
 
 
 def measure(
-    variable: str, of: Sequence[Point], device: torch.device, *, rounds: int, memory: bool
+    variable: str, series: Sequence[Point], device: torch.device, *, rounds: int, memory: bool
 ) -> tuple[list[dict], list[dict]]:
-    """Rows of the points, which take turns in every round, and rows of the fits."""
+    """Rows of the points, which take turns in every round, and rows of the fits to them."""
     rows = []
     for work, prepare in WORKS.items():
-        models = [point.model(device) for point in of]
-        sizes = [str(point.work(variable, model)) for point, model in zip(of, models, strict=True)]
-        runs = [prepare(model, point.images) for model, point in zip(models, of, strict=True)]
-        times = alike_in_turns(dict(zip(sizes, runs, strict=True)), device, rounds)
-        for point, (size, found) in zip(of, times.items(), strict=True):
+        runs = {}
+        for point in series:
+            model = point.model(device)
+            runs[str(point.work(variable, model))] = prepare(model, point.images)
+        times = alike_in_turns(runs, device, rounds)
+        for point, (size, found) in zip(series, times.items(), strict=True):
             row: dict = {"variable": variable, "work": work, "x": int(size)}
             if found.error is not None:
                 rows.append(row | {"error": found.error})
@@ -112,24 +113,25 @@ def _once(work: str, point: Point, device: str) -> None:
 
 
 def _fits(rows: list[dict]) -> list[dict]:
-    """A row for every work and cost."""
+    """A row for every work and cost that all points have."""
     found = []
     for work in WORKS:
-        of = [row for row in rows if row["work"] == work]
+        own = [row for row in rows if row["work"] == work]
         for cost in ("seconds", "peak_gb"):
-            if all(row.get(cost, 0) > 0 for row in of):
+            if all(row.get(cost, 0) > 0 for row in own):
                 exponent, factor, residual = power_law(
-                    [row["x"] for row in of], [row[cost] for row in of]
+                    [row["x"] for row in own], [row[cost] for row in own]
                 )
-                about = {"variable": of[0]["variable"], "work": work, "cost": cost}
-                found.append(
-                    {**about, "exponent": exponent, "factor": factor, "residual": residual}
-                )
+                about = {"variable": own[0]["variable"], "work": work, "cost": cost}
+                fit = {"exponent": exponent, "factor": factor, "residual": residual}
+                found.append(about | fit)
     return found
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """Exponent b and factor a of y = a x^b, and the residuals' root mean square (logarithms)."""
+    """Exponent b and factor a of the fit y = a x^b, and the residuals' root mean square (of
+    logarithms).
+    """
     lx, ly = ([math.log(v) for v in values] for values in (x, y))
     mean_x, mean_y = sum(lx) / len(lx), sum(ly) / len(ly)
     spread = sum((v - mean_x) ** 2 for v in lx)

@@ -1,5 +1,5 @@
-"""The models that are measured: shipped bases, and published shapes with random weights, on whose
-values speed does not depend.
+"""The models to measure: shipped bases, and published shapes with random weights (speed does not
+depend on their values).
 """
 
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 
 PROMPT_TOKENS = 16
-"""Prefix where it varies with the prompt."""
+"""Prefix length for families in which it depends on the prompt."""
 SHIPPED = {"shapes": "llamagen", "shapes-janus": "janus"}
 """Family of each shipped base."""
 PUBLISHED = {
@@ -37,7 +37,7 @@ PUBLISHED = {
     **{f"open-magvit2-{size}": ("open_magvit2", f"AR_256_{size}") for size in OPEN_MAGVIT2_SIZES},
     **{f"rar-{size}": ("rar", f"rar_{size.lower()}") for size in RAR_SIZES},
 }
-"""Family of each published shape, and a name by which it is known there."""
+"""Family of each published shape, and a source name that the family knows."""
 _TINY: dict = {"dim": 32, "n_layer": 2, "n_head": 2, "grid": (4, 4), "ffn_dim": 64}
 
 
@@ -74,11 +74,11 @@ TINY: dict[str, Callable[[], Backbone]] = {
     "tiny-open-magvit2": _tiny_open_magvit2,
     "tiny-rar": _tiny_rar,
 }
-"""For rehearsals: their numbers mean nothing."""
+"""Shapes for tests and tryouts; their numbers mean nothing."""
 
 
 def check_shapes(names: tuple[str, ...]) -> None:
-    """UserError for a name that no shape has."""
+    """UserError if a name is unknown."""
     known = (*SHIPPED, *PUBLISHED, *TINY)
     for name in names:
         if name not in known:
@@ -90,7 +90,7 @@ def _shipped(name: str, device: torch.device) -> Backbone:
 
 
 def outline(name: str) -> Backbone:
-    """A shape with its image tokenizer's, without weights (a tiny one may have some)."""
+    """A model and its image tokenizer without weights (a tiny one may have some)."""
     if name in SHIPPED:
         return _shipped(name, torch.device("meta"))
     if name in TINY:
@@ -100,14 +100,14 @@ def outline(name: str) -> Backbone:
         return backbone
     family, source = PUBLISHED[name]
     found = find_family(family).backbone_class.outline(source, LoadOptions(generation_only=True))
-    assert found is not None, "a published name"
+    assert found is not None, "every published name has an outline"
     return found
 
 
 def open_backbone(
     name: str, dtype: torch.dtype, device: torch.device, *, tokenizer: bool = False
 ) -> Backbone:
-    """A shipped base, or a shape with random weights; with its image tokenizer if asked for."""
+    """A shipped base, or a shape with random weights; with its image tokenizer on request."""
     if name in SHIPPED:
         backbone = _shipped(name, device).to(dtype)
     else:
@@ -120,7 +120,7 @@ def open_backbone(
 
 
 def filled(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> Backbone:
-    """A model with random weights, made where they are used."""
+    """The model with random weights, created on the device."""
     backbone = backbone.to(dtype).to_empty(device=device)
     _fill(backbone)
     return backbone.eval()
@@ -137,17 +137,17 @@ def _fill(module: nn.Module) -> None:
 
 
 def attached(backbone: Backbone, method: str) -> TensorAR:
-    """A preset of the method around it."""
+    """The backbone with TensorAR attached, by a preset of the method."""
     return TensorAR(backbone, presets.method(method)).eval()
 
 
 def made_up(backbone: Backbone, images: int) -> dict[str, Tensor]:
-    """Conditions that mean nothing, in the type of the weights."""
+    """Made-up conditions in the dtype of the weights."""
     prepared = backbone.made_up_conditions(images, PROMPT_TOKENS)
     dtype = next(backbone.parameters()).dtype
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in prepared.items()}
 
 
 def need_tokenizer(methods: Iterable[str]) -> bool:
-    """Whether a preset's noise asks for code vectors."""
+    """Whether a preset's noise needs the tokenizer's code vectors."""
     return any(presets.method(name).noise == "codebook" for name in methods)

@@ -1,7 +1,7 @@
-"""LlamaGen's GPT as a textbook has it, on the same weights: what our sampler is measured against.
+"""A textbook version of LlamaGen's GPT on the same weights, for comparison with the kit's sampler.
 
-A second, plain implementation that shares nothing with ours but the weights and the table of
-angles: the drawing loop without a cache, and the one that appends to its keys and values.
+It shares only the weights and the table of angles with the kit, and has two ways of drawing:
+without a cache, and with a cache of keys and values that is appended to.
 
 Shapes: R rows (conditional ones first), L inputs, P prefix, D width, H heads, K width of a head.
 """
@@ -25,7 +25,7 @@ class Textbook:
     """Draws with a LlamaGen's weights."""
 
     def __init__(self, backbone: LlamaGen, condition: Condition, sampling: SamplingConfig):
-        """`condition`: of all rows."""
+        """`condition` holds all rows."""
         self.config, self.sampling = backbone.config, sampling
         self.weights = backbone.official_state_dict()
         self.prefix, self.mask = condition.prefix, condition.mask
@@ -37,8 +37,8 @@ class Textbook:
         unit = x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + self.config.norm_eps)
         return unit.type_as(x) * self.weights[name]
 
-    def _turned(self, x: Tensor, start: int) -> Tensor:
-        """Queries or keys [R, L, H, K] by the angles of their positions."""
+    def _rotated(self, x: Tensor, start: int) -> Tensor:
+        """Queries or keys [R, L, H, K], rotated by the angles of their positions."""
         cos, sin = self.rope[start : start + x.shape[1], None].unbind(-1)
         a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
@@ -58,7 +58,7 @@ class Textbook:
         heads = self.config.n_head
         qkv = F.linear(x, self.weights[f"layers.{layer}.attention.wqkv.weight"])
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
-        q, k, v = (t.transpose(1, 2) for t in (self._turned(q, start), self._turned(k, start), v))
+        q, k, v = (t.transpose(1, 2) for t in (self._rotated(q, start), self._rotated(k, start), v))
         if past is not None:
             if start:
                 k, v = (torch.cat(pair, 2) for pair in zip(past[layer], (k, v), strict=True))
@@ -70,7 +70,7 @@ class Textbook:
         return F.linear(out, self.weights[f"layers.{layer}.attention.wo.weight"])
 
     def logits(self, x: Tensor, past: Past | None = None, start: int = 0) -> Tensor:
-        """Guided fp32 logits [B, V] of what follows the inputs [R, L, D], the first at `start`."""
+        """Guided fp32 logits [B, V] after inputs [R, L, D], the first at position `start`."""
         for layer in range(self.config.n_layer):
             name = f"layers.{layer}"
             x = x + self._attend(self._norm(x, f"{name}.attention_norm.weight"), layer, past, start)
@@ -92,7 +92,7 @@ class Textbook:
         return x.repeat(len(self.prefix) // len(codes), 1, 1)
 
     def pick(self, logits: Tensor) -> Tensor:
-        """One code [B, 1] of each row."""
+        """Pick a code for each row: [B, 1]."""
         if self.sampling.temperature == 0:
             return logits.argmax(-1, keepdim=True)
         top_k = self.sampling.top_k
@@ -104,8 +104,9 @@ class Textbook:
 
     @torch.no_grad()
     def appending(self, tick: Callable[[], None]) -> Tensor:
-        """Draw images, keys and values appended step by step: codes [B, T]."""
-        past: Past = [(self.prefix, self.prefix)] * self.config.n_layer  # replaced by the first
+        """Draw codes [B, T], appending keys and values at each step."""
+        # Placeholders, which the first step replaces.
+        past: Past = [(self.prefix, self.prefix)] * self.config.n_layer
         x, start, codes = self.prefix, 0, []
         for _ in range(self.tokens):
             codes.append(self.pick(self.logits(x, past, start)))
@@ -115,6 +116,6 @@ class Textbook:
         return torch.cat(codes, 1)
 
     @torch.no_grad()
-    def anew(self, codes: Tensor) -> Tensor:
-        """The code [B, 1] after codes [B, t], everything computed again."""
+    def recomputing(self, codes: Tensor) -> Tensor:
+        """Draw the code [B, 1] after codes [B, t], recomputing all keys and values."""
         return self.pick(self.logits(torch.cat([self.prefix, self._embed(codes)], 1)))

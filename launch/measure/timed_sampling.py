@@ -1,4 +1,4 @@
-"""How fast codes are drawn: presets and ways of running their steps, and peers, in turns."""
+"""How fast codes are drawn, by presets at several speeds and by peers, taking turns."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from launch.measure.turns import (
     Times,
     in_turns,
     quartiles,
-    ratios,
+    ratio_columns,
     seconds,
 )
 from t2i.generation import choose_run
@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Group:
-    """Images that all contenders draw, in turns."""
+    """Images that all contenders draw, taking turns."""
 
     shape: str
     dtype: str
@@ -41,7 +41,7 @@ class Group:
     speeds: tuple[Speed, ...]
     peers: tuple[str, ...] = ()
     steps: int = 0
-    """Steps of an image that are timed, around its middle; 0: all."""
+    """Steps to time per image, around its middle; 0: all."""
     rounds: int = 8
     guidance: float = 2.0
     top_k: int = 2000
@@ -49,7 +49,7 @@ class Group:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its contenders."""
+        """Names of the contenders."""
         ours = [f"{method} {speed}" for method in self.methods for speed in self.speeds]
         return (*ours, *self.peers)
 
@@ -58,7 +58,7 @@ class Group:
         return SamplingConfig(cfg_scale=self.guidance, top_k=self.top_k)
 
     def only(self, name: str) -> "Group":
-        """With one contender."""
+        """The group with one contender."""
         if name in PEERS:
             return replace(self, methods=(), peers=(name,))
         method, _, chosen = name.partition(" ")
@@ -67,7 +67,7 @@ class Group:
 
 
 class OpenGroup:
-    """A group with its models."""
+    """A group's models and contenders, loaded."""
 
     def __init__(self, group: Group, device: torch.device):
         torch.manual_seed(0)
@@ -80,9 +80,9 @@ class OpenGroup:
         self.contenders: dict[str, Contender] = {}
         """By name."""
         self.models: dict[str, TensorAR] = {}
-        """Of ours: each its own around the one backbone, since it keeps what was recorded."""
+        """The kit's contenders. All share one backbone, but each keeps its own recorded steps."""
         self.runs: dict[str, dict] = {}
-        """How the steps of ours are run."""
+        """How the steps of the kit's contenders are run."""
         for method, speed in product(group.methods, group.speeds):
             self._add(method, speed)
         for name in group.peers:
@@ -113,7 +113,7 @@ def measure(
     group: Group, device: torch.device, machine: Machine, *, memory: bool = False
 ) -> list[dict]:
     """A row for every contender; ratios are to the first."""
-    torch.compiler.reset()  # more than a few shapes in a process would run uncompiled
+    torch.compiler.reset()  # after a few shapes in one process, torch would stop compiling
     opened = OpenGroup(group, device)
     schedule = opened.schedule
     times = in_turns(opened.contenders, schedule)
@@ -146,10 +146,8 @@ def _numbers(found: Times, reference: Times, schedule: Schedule, images: int) ->
         "ms_per_step": 1e3 * middle,
         "ms_quartiles": [1e3 * low, 1e3 * high],
         "images_per_s": images / (middle * schedule.image),
+        **ratio_columns(found.per_step, reference.per_step),
     }
-    if shared := ratios(found.per_step, reference.per_step):
-        low, middle, high = quartiles(shared)
-        row |= {"ratio": middle, "ratio_quartiles": [low, high]}
     if found.first is not None:
         row["first_s"] = found.first
     return row | {"ms_by_round": [1e3 * taken for taken in found.per_step]}
@@ -171,7 +169,7 @@ def _draw_for_memory(group: Group, device: str) -> None:
 
 
 def decode_row(shape: str, images: int, device: torch.device, rounds: int = 5) -> dict:
-    """Codes to pixels, apart from drawing them; in fp32, as always."""
+    """Time of decoding codes to pixels alone; in fp32, as always."""
     backbone = open_backbone(shape, torch.float32, device, tokenizer=True)
     work = torch.no_grad()(partial(backbone.decode_images, random_codes(backbone, images)))
     work()

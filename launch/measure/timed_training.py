@@ -1,4 +1,4 @@
-"""Training steps: time, peak memory and the share of the hardware's rate, in turns."""
+"""Training steps, taking turns: time, peak memory and the share of the hardware's rate."""
 
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -9,14 +9,8 @@ from torch import Tensor
 
 from launch.measure.peak_memory import peak_gb
 from launch.measure.roofline import Machine, forward_flops, random_codes
-from launch.measure.shapes import (
-    attached,
-    made_up,
-    need_tokenizer,
-    open_backbone,
-    outline,
-)
-from launch.measure.turns import alike_in_turns, quartiles, ratios
+from launch.measure.shapes import attached, made_up, need_tokenizer, open_backbone, outline
+from launch.measure.turns import alike_in_turns, quartiles, ratio_columns
 from t2i.models import lean
 from t2i.models.conditions import Condition
 from t2i.models.llamagen.llamagen_recipes import text_recipes
@@ -25,14 +19,14 @@ from t2i.training.config import EngineOptions, TrainConfig
 from t2i.training.memory import estimate
 
 NAIVE = " naive"
-"""Ends the name of a contender that is written as one does it first."""
+"""End of the name of a contender with the obvious, unoptimized loss and blocks."""
 COMPILED = " compiled"
-"""Ends the name of one whose blocks are compiled."""
+"""End of the name of a contender with compiled blocks."""
 
 
 @dataclass(frozen=True)
 class TrainingGroup:
-    """Steps that contenders do in turns, on one backbone."""
+    """Training steps that contenders do in turns, on one backbone."""
 
     shape: str
     dtype: str
@@ -40,23 +34,23 @@ class TrainingGroup:
     batch: int
     methods: tuple[str, ...]
     naive: bool = False
-    """Each method also as one writes it first."""
+    """Also measure each method with a loss that holds all logits, and plain blocks."""
     recompute: bool = False
-    """Gradient checkpointing."""
+    """Use gradient checkpointing."""
     rounds: int = 5
     compiled: bool = False
-    """Each method also with compiled blocks."""
+    """Also measure each method with compiled blocks."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its contenders."""
+        """Names of the contenders."""
         chosen = (("", True), (COMPILED, self.compiled), (NAIVE, self.naive))
         ends = [end for end, wanted in chosen if wanted]
         return tuple(method + end for method in self.methods for end in ends)
 
 
 def method_of(name: str) -> str:
-    """A contender's method."""
+    """The method of a contender, from its name."""
     return name.removesuffix(NAIVE).removesuffix(COMPILED)
 
 
@@ -87,7 +81,7 @@ class TrainingStep:
         model.backbone.compile_blocks = self.compiled
         with torch.autocast(self.codes.device.type, torch.bfloat16, enabled=self.autocast):
             condition = model.backbone.encode_condition(self.prepared)
-            windows = model.training_windows(self.codes, condition, self.keys)  # own drafts, too
+            windows = model.training_windows(self.codes, condition, self.keys)  # may draw drafts
             loss = self.loss(condition, windows)
         loss.backward()
         self.optimizer.step()
@@ -95,8 +89,8 @@ class TrainingStep:
 
 
 class NaiveStep(TrainingStep):
-    """The same loss from all logits at once, and blocks of plain operations, as one writes it
-    first.
+    """The same step in its obvious form: a loss from all logits at once, and blocks of plain
+    operations.
     """
 
     def __call__(self) -> None:
@@ -111,16 +105,16 @@ class NaiveStep(TrainingStep):
             model.config.weights(), device=codes.device
         )
         losses = [
-            F.cross_entropy(of_all.flatten(0, 2), targets[..., s].flatten(), reduction="none")
-            for s, of_all in enumerate(logits)
+            F.cross_entropy(own.flatten(0, 2), targets[..., s].flatten(), reduction="none")
+            for s, own in enumerate(logits)
         ]
         per_slot = torch.stack(losses).sum(0).view(targets.shape[:3])
         return (per_slot * weight).sum() / (len(codes) * weight.sum())
 
 
 class OpenTraining:
-    """A group with its models: one backbone, and one optimizer, which leaves alone what has no
-    gradient.
+    """A group's contenders, loaded: they share one backbone and one optimizer, which skips
+    parameters without a gradient.
     """
 
     def __init__(self, group: TrainingGroup, names: tuple[str, ...], device: torch.device):
@@ -151,8 +145,8 @@ class OpenTraining:
 def measure(
     group: TrainingGroup, device: torch.device, machine: Machine, *, memory: bool = False
 ) -> list[dict]:
-    """A row for every contender; ratios are to the first. On a GPU `memory` is measured in this
-    process, and costs nothing.
+    """A row for every contender; ratios are to the first. On a GPU, `memory` is measured in this
+    process and takes hardly any time.
     """
     torch.compiler.reset()
     opened = OpenTraining(group, group.names, device)
@@ -176,24 +170,23 @@ def measure(
             "images_per_s": group.batch / middle,
             "flops": work,
             "mfu": work / middle / machine.rates[group.dtype],
+            **ratio_columns(found.per_step, reference.per_step),
+            "s_by_round": found.per_step,
         }
-        if shared := ratios(found.per_step, reference.per_step):
-            low, middle, high = quartiles(shared)
-            row |= {"ratio": middle, "ratio_quartiles": [low, high]}
-        row["s_by_round"] = found.per_step
         rows.append(row)
-    for row in rows if memory else []:
+    complete = [row for row in rows if memory and "error" not in row]
+    for row in complete:
         row["state_gb"] = _state_gb(opened, row["contender"])
         if device.type == "cuda":
             row["peak_gb"] = _peak_here(opened.steps[row["contender"]])
     del opened
-    for row in rows if memory and device.type != "cuda" else []:
+    for row in complete if device.type != "cuda" else []:
         row["peak_gb"] = peak_gb(_train_for_memory, group, row["contender"], device.type)
     return rows
 
 
 def _state_gb(opened: OpenTraining, name: str) -> float:
-    """Of weights and optimizer."""
+    """GB of weights and optimizer."""
     state, tensors = opened.steps[name].optimizer.state, []
     for weight in opened.models[method_of(name)].parameters():
         tensors += [weight, *state.get(weight, {}).values()]
@@ -201,7 +194,7 @@ def _state_gb(opened: OpenTraining, name: str) -> float:
 
 
 def _peak_here(step: TrainingStep) -> float:
-    """GB of a step on this GPU."""
+    """Peak GB of a step on this GPU."""
     step()
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -215,8 +208,8 @@ def _train_for_memory(group: TrainingGroup, name: str, device: str) -> None:
 
 
 def estimated_gb(group: TrainingGroup, method: str) -> float:
-    """What `--check` expects the peak of a training step to be, without image tokenizer and text
-    encoder, and without the tenth that it adds.
+    """The peak GB that `--check` expects for a training step, without image tokenizer, text encoder
+    and the tenth that it adds.
     """
     model = attached(outline(group.shape).to("meta"), method)
     cost = estimate(model, _settings(group, model), 1)

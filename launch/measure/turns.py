@@ -1,9 +1,9 @@
-"""Contenders in turns: each does a few steps of an image, then the next does the same ones.
+"""Contenders take turns: each does a few steps of an image, then the next does the same steps.
 
-Whatever else the machine does hits all of them, and a ratio compares the same steps of the same
-round. A contender draws in a thread of its own, which stands still between its turns: so whole
-programs that know nothing of turns (transformers' `generate`, LlamaGen's) can be stopped between
-two steps, at the middle of an image as well as at its start.
+So other load on the machine affects all of them, and a ratio compares the same steps in the same
+round. Each contender draws in its own thread, which is paused between its turns. So even programs
+that know nothing of turns (`generate` of transformers and of LlamaGen) can be paused between any
+two steps of an image.
 """
 
 import statistics
@@ -18,12 +18,12 @@ import torch
 
 
 def waiting(device: torch.device) -> Callable[[], None]:
-    """What waits for all work that was started on a device."""
+    """A function that waits for all work that was started on a device."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long the work takes, with all that it starts on the device."""
+    """How long the work takes, including everything that it starts on the device."""
     wait = waiting(device)
     wait()
     start = time.perf_counter()
@@ -33,40 +33,40 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 Tick = Callable[[], None]
-"""What a drawing loop calls once a step."""
+"""A function that a drawing loop calls once per step."""
 
 
 class Contender(Protocol):
-    """Something that does steps."""
+    """Something whose steps are timed."""
 
     def warm_up(self, whole: int, steps: int) -> float | None:
-        """Do the steps before those that are timed; seconds of a first image of `whole` steps, if
-        it was drawn.
+        """Do the `steps` before the timed ones. Returns the seconds of a first image of `whole`
+        steps, if one was drawn.
         """
 
     def turn(self, first: int, steps: int) -> float:
-        """Seconds per step of steps `first` and following."""
+        """Do the next `steps`, of which the first is step `first`: seconds per step."""
 
     def close(self) -> None:
-        """Let go of what is held."""
+        """Release all resources."""
 
 
 class _Stopped(BaseException):
-    """Ends a loop from within."""
+    """Raised within a drawing loop to end it."""
 
 
 class Loop:
     """A contender that draws image after image by `draw(tick)`.
 
-    With `records` it draws one whole image before all others, in which it compiles or records what
-    later ones use.
+    With `records` it first draws a whole image, during which it compiles or records what later
+    images use.
     """
 
     def __init__(
         self, draw: Callable[[Tick], object], device: torch.device, *, records: bool = False
     ):
         self.draw, self.wait, self.records = draw, waiting(device), records
-        self._go, self._stood = Semaphore(0), Semaphore(0)
+        self._go, self._paused = Semaphore(0), Semaphore(0)
         self._left, self._end, self._stop = 0, 0.0, False
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, daemon=True)
@@ -74,17 +74,17 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            self._stand()
+            self._wait_for_turn()
             while True:
                 self.draw(self._tick)
         except _Stopped:
             pass
-        except BaseException as error:  # handed to whoever gave the turn
+        except BaseException as error:  # `turn` raises it in the caller's thread
             self._error = error
         finally:
-            self._stood.release()
+            self._paused.release()
 
-    def _stand(self) -> None:
+    def _wait_for_turn(self) -> None:
         self._go.acquire()
         if self._stop:
             raise _Stopped
@@ -94,8 +94,8 @@ class Loop:
         if self._left == 0:
             self.wait()
             self._end = time.perf_counter()
-            self._stood.release()
-            self._stand()
+            self._paused.release()
+            self._wait_for_turn()
 
     def warm_up(self, whole: int, steps: int) -> float | None:
         first = self.turn(0, whole) * whole if self.records else None
@@ -108,7 +108,7 @@ class Loop:
         self.wait()
         start = time.perf_counter()
         self._go.release()
-        self._stood.acquire()
+        self._paused.acquire()
         if self._error is not None:
             raise self._error
         return (self._end - start) / steps
@@ -120,7 +120,7 @@ class Loop:
 
 
 class Single:
-    """A contender that can do any one step by itself: it does the middle one of each turn."""
+    """A contender that can do any single step: in each turn it does the middle one."""
 
     def __init__(self, step: Callable[[int], object], device: torch.device):
         self.step, self.device = step, device
@@ -137,12 +137,12 @@ class Single:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which steps are timed."""
+    """Which steps to time."""
 
     image: int
-    """Steps of an image."""
+    """Steps per image."""
     steps: int
-    """Timed steps, around the middle; all of an image at most."""
+    """Steps to time, around the middle of the image; at most all of them."""
     rounds: int
 
     @property
@@ -151,42 +151,44 @@ class Schedule:
 
     @property
     def first(self) -> int:
-        """The first timed step. What comes before it in its image warms up."""
+        """The first timed step. The steps before it warm up."""
         return (self.image - self.per_turn * self.rounds) // 2
 
     @property
     def warm_up(self) -> int:
-        """Steps before the first timed one, at least a turn."""
+        """Steps before the first timed one, at least as many as a turn has."""
         return self.first if self.first >= self.per_turn else self.first + self.image
 
     @property
     def middle(self) -> float:
-        """Codes before a timed step, on average."""
+        """Steps before a timed step, on average."""
         return self.first + self.per_turn * self.rounds / 2
 
 
 @dataclass
 class Times:
-    """What became of one contender."""
+    """The times of one contender."""
 
     per_step: list[float] = field(default_factory=list)
-    """Seconds a step, of every round."""
+    """Seconds per step, for every round."""
     first: float | None = None
-    """Seconds of a first whole image, where it was drawn."""
+    """Seconds for a first whole image, if one was drawn."""
     error: str | None = None
-    """Why it did not come to an end."""
+    """Why it did not finish."""
 
 
 def in_turns(contenders: Mapping[str, Contender], schedule: Schedule) -> dict[str, Times]:
-    """Time them round after round; one whose memory does not suffice is left out from there on."""
+    """Time the contenders round by round; one that runs out of memory leaves the later rounds."""
     times = {name: Times() for name in contenders}
     running = dict(contenders)
     try:
-        warm_all_up(running, schedule, times)
+        for name, one in list(running.items()):
+            with _dropped_if_out_of_memory(name, running, times):
+                times[name].first = one.warm_up(schedule.image, schedule.warm_up)
         for number in range(schedule.rounds):
             start = schedule.first + number * schedule.per_turn
             for name, one in list(running.items()):
-                with _fitting(name, running, times):
+                with _dropped_if_out_of_memory(name, running, times):
                     times[name].per_step.append(one.turn(start, schedule.per_turn))
     finally:
         for one in running.values():
@@ -194,19 +196,10 @@ def in_turns(contenders: Mapping[str, Contender], schedule: Schedule) -> dict[st
     return times
 
 
-def warm_all_up(
-    running: dict[str, Contender], schedule: Schedule, times: Mapping[str, Times]
-) -> None:
-    """What each does before its first turn."""
-    for name, one in list(running.items()):
-        with _fitting(name, running, times):
-            times[name].first = one.warm_up(schedule.image, schedule.warm_up)
-
-
 def alike_in_turns(
     works: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, Times]:
-    """Time works whose steps are all alike: one to warm up, then one in every round."""
+    """Time work whose steps are all alike: one step to warm up, then one in every round."""
 
     def single(work: Callable[[], object]) -> Single:
         return Single(lambda _: work(), device)
@@ -216,10 +209,10 @@ def alike_in_turns(
 
 
 @contextmanager
-def _fitting(
+def _dropped_if_out_of_memory(
     name: str, running: dict[str, Contender], times: Mapping[str, Times]
 ) -> Iterator[None]:
-    """One that needs more memory than there is goes no further."""
+    """Within it, running out of memory ends the contender and is noted in its times."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -240,6 +233,14 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def ratios(values: list[float], reference: list[float]) -> list[float]:
-    """Of the rounds that both did: one that ran out of memory stopped early."""
+    """Ratios for the rounds that both did (one that runs out of memory stops early)."""
     both = min(len(values), len(reference))
     return [a / b for a, b in zip(values[:both], reference[:both], strict=True)]
+
+
+def ratio_columns(values: list[float], reference: list[float]) -> dict:
+    """Median and quartiles of the ratios, for a row; {} if no round was shared."""
+    if not (shared := ratios(values, reference)):
+        return {}
+    low, middle, high = quartiles(shared)
+    return {"ratio": middle, "ratio_quartiles": [low, high]}
