@@ -45,7 +45,7 @@ RULES = InputRules(
 
 
 def state_dict(style: str = "v2") -> dict[str, torch.Tensor]:
-    """The checkpoint's weights under mmdet 2.x's or 3.x's names."""
+    """The checkpoint's weights, under the names of mmdet 2.x or 3.x."""
     weights = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
     if style == "v2":
         return weights
@@ -55,6 +55,6 @@ def state_dict(style: str = "v2") -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(path: Path, weights: dict[str, torch.Tensor], **meta) -> Path:
-    """An mmdet checkpoint file."""
+    """Write them as an mmdet checkpoint file."""
     torch.save({"meta": meta, "state_dict": weights}, path)
     return path

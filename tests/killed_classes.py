@@ -1,13 +1,13 @@
-"""Run by test_class_shapes.py: programs for classes, as one process and as two, killed in the
-middle of their work.
+"""Run by test_class_shapes.py: programs for class-conditional models, as one process and as two,
+killed in the middle of their work.
 
     python tests/killed_classes.py BASE OUT
 
-BASE is a base of launch/lab/pretrain_class_shapes.py with its images beside it. Processes are
-forked from this one, which imports what they need once (most of their time otherwise); each has the
-environment that torchrun would give it, and is killed by SIGKILL. In OUT, `<program>-whole` holds
-what one process leaves that nobody disturbs, `<program>-<processes>` what the killed ones and then
-a last run leave, and kills.json how many died.
+BASE is a base of launch/lab/pretrain_class_shapes.py, with its images in the same folder. Processes
+are forked from this one, so that imports, which would take most of the time, happen once; each has
+the environment that torchrun would give it, and is killed by SIGKILL. In OUT, `<program>-whole`
+holds the output of one undisturbed process, `<program>-<processes>` that of the killed ones and a
+last run, and kills.json how many died.
 """
 
 import json
@@ -33,7 +33,7 @@ MOMENTS = (2, 7)
 
 
 def arguments(program, base: Path, out: Path) -> list[str]:
-    """Of a run whose work takes some tenths of a second."""
+    """The options of a run whose work takes some tenths of a second."""
     if program is sample_imagenet:
         options = f"--base.family rar --base.weights {base} --count 40 --batch-size 4 --out {out}/images.npz"
     else:
@@ -46,7 +46,7 @@ def arguments(program, base: Path, out: Path) -> list[str]:
 
 
 def start(program, words: list[str], count: int) -> list[int]:
-    """The ids of so many processes that run a program together."""
+    """Start this many processes of one program; returns their ids."""
 
     def run() -> None:
         sys.argv = words
@@ -57,7 +57,7 @@ def start(program, words: list[str], count: int) -> list[int]:
 
 def main(base: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    examples.IMAGES_PER_SHARD = 8  # or the few images were one shard
+    examples.IMAGES_PER_SHARD = 8  # otherwise the few images would be one shard
     kills = {}
     for program in (sample_imagenet, train_imagenet):
         name = Path(program.__file__).stem
@@ -71,7 +71,9 @@ def main(base: Path, out: Path) -> None:
 
 
 def kill(ids: list[int], folder: Path, pieces: int) -> bool:
-    """Kill processes when so many pieces of work are done; whether they were still alive."""
+    """Kill the processes once this many pieces of work are done; returns whether they were still
+    alive.
+    """
     alive = os.WEXITED | os.WNOHANG | os.WNOWAIT
     marks = ("*.parts/*.npy", "shard_*.safetensors")
     while sum(len(list(folder.glob(f"**/{mark}"))) for mark in marks) < pieces:

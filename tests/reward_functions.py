@@ -1,4 +1,4 @@
-"""Rewards as users write them, good and bad ones, by the name that a run knows them by."""
+"""Rewards as users write them, good and bad ones, given to runs by name."""
 
 import os
 import time
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def brightness(images, metadata):
-    """How much brighter an image is in its left half."""
+    """How much brighter the left half of each image is."""
     assert len(images) == len(metadata) and all("prompt" in entry for entry in metadata)
     pixels = np.array([np.asarray(image, dtype=float) / 255 for image in images])
     middle = pixels.shape[2] // 2

@@ -16,7 +16,7 @@ from t2i.training.loop import train
 
 
 def flip(path: Path, place: float = 0.5) -> None:
-    """Flip a bit, in the middle of the file or elsewhere."""
+    """Flip a bit, by default in the middle of the file."""
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 4
     path.write_bytes(content)
@@ -35,9 +35,9 @@ def test_every_file_is_listed_with_its_checksum(plain):
         }
 
 
-def test_what_a_kill_in_a_save_left_is_cleared_up(plain, copied, tiny_world):
-    """A half-written checkpoint stayed for good unless that step was saved again; the best model
-    was lost if the kill fell between its two renames.
+def test_remains_of_a_killed_save_are_cleared_up(plain, copied, tiny_world):
+    """A half-written checkpoint used to stay for good unless that step was saved again; the best
+    model was lost if the kill fell between its two renames.
     """
     run_dir = copied(plain, "killed-in-save").parents[1]
     best = folder_content(run_dir / "best")
@@ -59,20 +59,20 @@ def test_what_a_kill_in_a_save_left_is_cleared_up(plain, copied, tiny_world):
 )
 @pytest.mark.parametrize("place", [0.02, 0.5, 0.98])
 def test_a_flipped_bit_is_noticed(plain, copied, tiny_world, file, place):
-    """Case 3: in any file, the state of the training included."""
+    """Case 3: in any file, the training state included."""
     folder = copied(plain, f"flipped-{file.strip('*')}-{place}")
     path = next(folder.rglob(file))
     flip(path, place)
     with pytest.raises(UserError, match=f"no healthy checkpoint.*{path.name} is damaged"):
         train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
     if file == "0*.safetensors":
-        t2i.from_pretrained(folder)  # does not read it
+        t2i.from_pretrained(folder)  # loading does not read it
         return
     with pytest.raises(UserError, match=f"{path.name} is damaged"):
         t2i.from_pretrained(folder)
 
 
-def test_a_damaged_checkpoint_makes_resume_go_back(two_saved, tiny_world, caplog):
+def test_resume_skips_a_damaged_checkpoint(two_saved, tiny_world, caplog):
     """Case 3: to the newest healthy one, with a warning; the run then ends as it would have."""
     run_dir = shutil.copytree(two_saved, tiny_world / "runs" / "goes-back")
     first, last = checkpoint_folders.run_checkpoints(run_dir)
@@ -85,8 +85,8 @@ def test_a_damaged_checkpoint_makes_resume_go_back(two_saved, tiny_world, caplog
     assert [row["step"] for row in metrics(tiny_world, run_dir.name)] == [1, 2, 3]
 
 
-def test_a_damaged_checkpoint_makes_sampling_go_back(two_saved, tmp_path, caplog):
-    """Case 3: of a run folder; a folder that was given by name is refused."""
+def test_sampling_skips_a_damaged_checkpoint(two_saved, tmp_path, caplog):
+    """Case 3: given a run folder; a damaged checkpoint folder given by name is refused."""
     run_dir = shutil.copytree(two_saved, tmp_path / "run")
     first, last = checkpoint_folders.run_checkpoints(run_dir)
     assert checkpoint_folders.find_checkpoint(run_dir) == last
@@ -116,8 +116,8 @@ def test_a_damaged_checkpoint_makes_sampling_go_back(two_saved, tmp_path, caplog
         "\x00\x01",
     ],
 )
-def test_a_manifest_that_is_none(plain, tmp_path, content):
-    """Case 3: counts as damaged."""
+def test_an_invalid_manifest(plain, tmp_path, content):
+    """Case 3: an invalid manifest counts as damage."""
     folder = shutil.copytree(plain, tmp_path / "copy")
     (folder / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest.json.* copy the folder again"):
@@ -126,7 +126,7 @@ def test_a_manifest_that_is_none(plain, tmp_path, content):
 
 @pytest.mark.parametrize("name", ["../config.json", "/etc/hostname", "adapter/../../x", "a\\b"])
 def test_a_manifest_that_leads_outside(plain, tmp_path, name):
-    """Case 3: is refused, whatever is there."""
+    """Case 3: paths outside the checkpoint are refused, whatever they hold."""
     folder = shutil.copytree(plain, tmp_path / "copy")
     with edited(folder / "manifest.json") as manifest:
         manifest["files"][name] = 1
@@ -135,7 +135,7 @@ def test_a_manifest_that_leads_outside(plain, tmp_path, name):
 
 
 def test_a_link_that_leads_outside(plain, tmp_path):
-    """Case 3: is refused, but for the links that the hub's cache is made of."""
+    """Case 3: links are refused, except for those that the hub's cache consists of."""
     folder = shutil.copytree(plain, tmp_path / "copy")
     (folder / "codec.safetensors").rename(tmp_path / "codec")
     (folder / "codec.safetensors").symlink_to(tmp_path / "codec")
@@ -151,7 +151,7 @@ def test_a_link_that_leads_outside(plain, tmp_path):
 
 
 def test_a_file_that_is_not_listed_is_not_read(plain, tmp_path):
-    """Case 3: weights that the manifest does not know of."""
+    """Case 3: weights that the manifest does not list."""
     folder = shutil.copytree(plain, tmp_path / "copy")
     with edited(folder / "manifest.json") as manifest:
         del manifest["files"]["codec.safetensors"]
@@ -160,8 +160,8 @@ def test_a_file_that_is_not_listed_is_not_read(plain, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"tuning": "full", "backbone": 3}', "{"])
-def test_a_config_that_is_none(plain, tmp_path, content):
-    """Case 3: also where the manifest fits it."""
+def test_an_invalid_config(plain, tmp_path, content):
+    """Case 3: an invalid config.json is refused, even if the manifest matches it."""
     folder = shutil.copytree(plain, tmp_path / "copy")
     (folder / "config.json").write_text(content)
     (folder / "manifest.json").unlink()

@@ -1,5 +1,5 @@
-"""Case 4: launchers. What srun and mpirun say is understood, and a launcher that is stopped or
-killed takes no step with it.
+"""Case 4: launchers. The variables of srun and mpirun are understood, and stopping or killing a
+launcher loses no step.
 """
 
 import os
@@ -23,7 +23,9 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture
 def adopted(monkeypatch):
-    """Gives torchrun's variables as they are set in a process with these of another launcher."""
+    """The torchrun variables that are set in a process that has these variables of another
+    launcher.
+    """
 
     def adopt(**variables: object) -> dict[str, str]:
         with monkeypatch.context() as patch:
@@ -43,7 +45,7 @@ def adopted(monkeypatch):
     return adopt
 
 
-def test_tasks_of_srun_are_one_launch(adopted):
+def test_srun_tasks_are_one_launch(adopted):
     step = {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 1, "SLURM_STEP_NUM_TASKS": 4, "SLURM_PROCID": 3}
     alone = {"SLURM_LOCALID": 3, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_NODELIST": "n1"}
     assert adopted(**step, **alone) == {
@@ -70,7 +72,7 @@ def test_tasks_of_srun_are_one_launch(adopted):
         ("r1-n[5]", "r1-n5"),
     ],
 )
-def test_the_first_machine_of_slurms_list(hosts, first):
+def test_the_first_machine_of_a_slurm_list(hosts, first):
     assert launcher._first_host(hosts) == first
 
 
@@ -78,7 +80,7 @@ def test_the_first_machine_of_slurms_list(hosts, first):
     "variables",
     [
         {},
-        {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 4},  # a shell of salloc
+        {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 4},  # a shell under salloc
         {"SLURM_PROCID": 0, "SLURM_NTASKS": 4, "ENVIRONMENT": "BATCH"},  # a batch script's shell
         {"SLURM_PROCID": 0, "SLURM_NTASKS": 4, "SLURM_STEP_NUM_TASKS": 1},  # srun --pty bash
         {"SLURM_PROCID": 0},
@@ -110,7 +112,7 @@ def test_a_single_process_stays_alone(adopted, variables):
     ],
     ids=lambda v: next(iter(v)),
 )
-def test_processes_of_mpirun_are_one_launch(adopted, variables):
+def test_mpirun_processes_are_one_launch(adopted, variables):
     got = adopted(**variables)
     assert (got["RANK"], got["WORLD_SIZE"], got["LOCAL_RANK"]) == ("1", "2", "1")
     assert got["MASTER_ADDR"] == "127.0.0.1"
@@ -128,8 +130,8 @@ def test_a_launch_that_cannot_be_understood_is_refused(adopted):
     assert adopted(RANK=0, OMPI_COMM_WORLD_RANK=1) == {"RANK": "0"}, "torchrun's win"
 
 
-def test_the_command_that_goes_on(monkeypatch):
-    """The launcher's words, as a shell takes them; --resume once."""
+def test_the_command_that_resumes(monkeypatch):
+    """The launcher's command, quoted for a shell, with --resume once."""
     monkeypatch.setattr(launcher, "_command", ["torchrun", "train.py", "--log.prompts", "a b"])
     assert launcher.resume_command() == "torchrun train.py --log.prompts 'a b' --resume"
     monkeypatch.setattr(launcher, "_command", ["train.py", "--resume"])
@@ -138,7 +140,7 @@ def test_the_command_that_goes_on(monkeypatch):
     assert "python" in launcher.resume_command().split()[0], "this process's own"
 
 
-def test_only_the_main_process_does_it_and_all_hear_of_it():
+def test_work_on_the_main_process_reaches_all():
     def wrong() -> None:
         raise UserError("wrong")
 
@@ -163,7 +165,7 @@ def wait_for(condition, seconds: float = 120) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
-    """SIGTERM to `deepspeed` ends that process alone: its ranks notice, save and end."""
+    """SIGTERM to `deepspeed` ends only that process; its ranks notice, save and end."""
     run_dir = tiny_world / "runs" / "deepspeed-stopped"
     port = str(23000 + os.getpid() % 5000)
     endless = ("--log.tracker", "none", "--steps", "100000")
@@ -190,7 +192,9 @@ def test_a_stopped_deepspeed_launcher_lets_the_run_save(tiny_world, plain):
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [1, 0])
 def test_a_frozen_process_ends_the_others(frozen):
-    """With words that name it. Rank 0 holds the server that signs of life are given to."""
+    """The message names the frozen process. Rank 0 is special: it holds the server that the signs
+    of life go to.
+    """
     code = f"""if True:
         import os, signal, time
         import torch
@@ -202,7 +206,7 @@ def test_a_frozen_process_ends_the_others(frozen):
             here = join_processes(torch.device("cpu"))
             with watch.PeerWatch(here) as peers, peers.step():
                 time.sleep(1)
-                while here.rank == {frozen}:  # whoever wakes it up
+                while here.rank == {frozen}:  # also if something wakes it up
                     os.kill(os.getpid(), signal.SIGSTOP)
                 time.sleep(60)
         cli.run(main)"""
@@ -224,9 +228,9 @@ def test_a_frozen_process_ends_the_others(frozen):
     assert f"process {frozen} has given no sign of life for 2 seconds" in err
 
 
-def test_tasks_of_srun_join(tmp_path):
-    """Two processes with Slurm's variables alone: one of them is the main one, and its mistakes are
-    known to both.
+def test_srun_tasks_join(tmp_path):
+    """Two processes that have only Slurm's variables join: one is the main process, and both learn
+    of its mistakes.
     """
     code = """if True:
         import os, torch
@@ -273,7 +277,7 @@ def test_tasks_of_srun_join(tmp_path):
     ],
 )
 def test_variables_that_describe_no_process_are_named(monkeypatch, kept):
-    """As a shell may have kept them: tracebacks from PyTorch's and DeepSpeed's start."""
+    """Variables left over in a shell used to give tracebacks from PyTorch and DeepSpeed."""
     monkeypatch.setattr(os, "environ", dict(kept))
     with pytest.raises(UserError, match=rf"RANK={kept['RANK']}, .*MASTER_ADDR=.* unset RANK"):
         launcher.settle_group()

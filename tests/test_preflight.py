@@ -1,5 +1,5 @@
-"""Cases 14, 21, 23, 28: the pre-flight looks at data first, needs no files, and says what a run
-costs and what is wrong.
+"""Cases 14, 21, 23, 28: --check examines data first, needs no files, and says what a run costs and
+what is wrong.
 """
 
 import json
@@ -26,7 +26,7 @@ from t2i.training.start import build_model
 
 
 def test_a_warning_means_not_ready(tiny_world, tmp_path):
-    """Cases 21, 28: the report says "ready" only if nothing is wrong."""
+    """Cases 21, 28: the report says "ready" only if there are no warnings."""
     quiet = tiny_run(tiny_world, "new", steps=4, data__validation_samples=None)
     assert check(quiet).endswith("ready: the same command without --check trains")
     wide = replace(quiet, method=replace(quiet.method, k=16))
@@ -36,8 +36,8 @@ def test_a_warning_means_not_ready(tiny_world, tmp_path):
 
 
 def test_captions_that_come_out_empty(tmp_path, monkeypatch):
-    """Case 14, in the pre-flight: also where the text encoder has yet to be fetched."""
-    # It takes seconds, and has tests of its own.
+    """Case 14: --check reports them, even if the text encoder has yet to be fetched."""
+    # It takes seconds, and has its own tests.
     monkeypatch.setattr("t2i.training.check.size_report", lambda *_: ({}, []))
     folder = write_dataset_of_captions(tmp_path, "一只红色的圆", count=12, size=256)
     data = DataOptions(source=str(folder))
@@ -77,8 +77,8 @@ def write_dataset_of_captions(folder, caption: str, *, count: int, size: int):
     return folder / "data"
 
 
-def test_what_is_skipped_is_not_counted(tiny_world, tmp_path):
-    """Of a small folder all samples are looked at, and the plan still counted what it skips."""
+def test_skipped_samples_are_not_counted(tiny_world, tmp_path):
+    """All samples of a small folder are checked, but the plan used to count the skipped ones."""
     folder = write_dataset_of_captions(tmp_path, "a red circle", count=10, size=32)
     for i in range(4):
         (folder / f"{i}.png").write_bytes(b"")
@@ -88,8 +88,10 @@ def test_what_is_skipped_is_not_counted(tiny_world, tmp_path):
     assert "2 of 6 samples held out" in said and "over 4 training samples" in said
 
 
-def test_what_is_beyond_the_bound_is_not_looked_at(tiny_world, tmp_path):
-    """Case 28: broken samples that the run does not use made it "not ready"."""
+def test_samples_beyond_the_limit_are_not_checked(tiny_world, tmp_path):
+    """Case 28: broken samples beyond max_samples, which the run does not use, used to make it "not
+    ready".
+    """
     folder = write_dataset_of_captions(tmp_path, "a red circle", count=10, size=32)
     for i in range(6, 10):
         (folder / f"{i}.png").write_bytes(b"")
@@ -101,7 +103,7 @@ def test_what_is_beyond_the_bound_is_not_looked_at(tiny_world, tmp_path):
 # -- the pre-flight's order, and what it needs -----------------------------------------------------
 @pytest.fixture
 def no_files(monkeypatch):
-    """Fetching from the hub and reading weights fail."""
+    """Makes fetching from the hub and reading weights fail."""
 
     def refuse(*arguments, **options):
         raise AssertionError(f"asked for {arguments}")
@@ -129,8 +131,8 @@ def no_files(monkeypatch):
     ],
 )
 def test_data_come_before_the_model(look, changes, words, no_files, tmp_path):
-    """Case 23: weights were fetched, and a data set encoded, before a missing source or an
-    impossible split was named.
+    """Case 23: weights used to be fetched, and a data set encoded, before a missing source or an
+    impossible split was reported.
     """
     config = replace(ALL["t2i-xl-256-small-data"], run_dir=tmp_path / "run", **changes)
     with pytest.raises(UserError, match=words):
@@ -140,8 +142,8 @@ def test_data_come_before_the_model(look, changes, words, no_files, tmp_path):
 
 @pytest.mark.parametrize("look", [check, train])
 def test_classes_come_before_the_model(look, no_files, tmp_path):
-    """Case 23: images that do not lie in folders of classes are named before the model is fetched,
-    in training too.
+    """Case 23: images that are not in class folders are reported before the model is fetched, in
+    training too.
     """
     folder = write_dataset_of_captions(tmp_path, "a dog", count=2, size=8)
     config = ALL["rar-b"]
@@ -194,14 +196,14 @@ def test_published_class_models_need_no_files(name, resolution, no_files):
         *(("rar-l", "L"), ("rar-xl", "XL"), ("rar-xxl", "XXL")),
     ],
 )
-def test_the_other_published_sizes_have_an_outline(name, size, no_files):
+def test_every_published_size_has_its_shapes(name, size, no_files):
     base = ALL[name].backbone
     family_class = find_family(base.family).backbone_class
     known = import_module(family_class.__module__).SIZES
     assert family_class.outline(base.weights).spec.dim == known[size]["dim"]
 
 
-def test_outlines_have_the_shapes_of_real_files(backbone, tmp_path):
+def test_expected_shapes_match_real_files(backbone, tmp_path):
     if backbone.spec.family == "janus":
         pytest.skip("tests/test_janus_training.py compares it")
     outline = type(backbone).outline("unheard-of", LoadOptions(config=backbone.config))
@@ -212,7 +214,7 @@ def test_outlines_have_the_shapes_of_real_files(backbone, tmp_path):
 
 # -- memory ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_activations_are_what_autograd_keeps(tiny_world, tuning, monkeypatch):
+def test_activations_match_what_autograd_keeps(tiny_world, tuning, monkeypatch):
     monkeypatch.setattr(codec, "_attend_shared", codec._attend)  # as on a GPU
     config = tiny_run(tiny_world, "-", tuning=tuning)
     counted = estimate(build_model(config, device="meta"), config, world_size=1)
@@ -239,9 +241,8 @@ def test_activations_are_what_autograd_keeps(tiny_world, tuning, monkeypatch):
 
 
 def test_a_step_of_all_weights_at_real_size():
-    """Measured on RAR-B, full, ZeRO-2, bf16, micro-batch 1, on a CPU: 7.2 GB beyond an empty
-    process in a step that has the optimizer's moments; on LlamaGen-L with its frozen parts 11.3 and
-    12.3 GB in fp32.
+    """Measured on a CPU beyond an empty process, in a step with optimizer moments: RAR-B, full,
+    ZeRO-2, bf16, micro-batch 1: 7.2 GB; LlamaGen-L with its frozen parts in fp32: 11.3 and 12.3 GB.
     """
     config = ALL["rar-b"]
     engine, data = replace(config.engine, micro_batch=1), replace(config.data, views="flip")
@@ -253,14 +254,16 @@ def test_a_step_of_all_weights_at_real_size():
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_zero_trains_a_copy_of_fp32_weights_too(tiny_world, stage):
-    """It was left out of what fp32 takes: 0.36 GB of Janus-Pro-1B's LoRA, 3.1 GB of all of XL."""
+    """The estimate for fp32 used to leave it out: 0.36 GB for Janus-Pro-1B with LoRA, 3.1 GB for XL
+    with all weights.
+    """
     config = tiny_run(tiny_world, f"copy-{stage}", engine__zero_stage=stage)
     run = Run(config)
     own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
     updated = [p for group in run.engine.optimizer.param_groups for p in group["params"]]
     copied = sum(p.numel() for p in updated if p.untyped_storage().data_ptr() not in own)
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    assert copied == pytest.approx(trained if stage else 0, rel=1e-3), "filled up to be aligned"
+    assert copied == pytest.approx(trained if stage else 0, rel=1e-3), "up to padding for alignment"
     counted = estimate(build_model(config, device="meta"), config, world_size=1).state
     total = sum(p.numel() for p in run.model.parameters())
     assert counted == pytest.approx(4 * total + (4 + 8) * trained + 4 * copied, rel=1e-3)
@@ -274,13 +277,17 @@ def test_zero_gathers_gradients(tiny_world):
     small = bucket(True)
     assert 0 < small < 4e6 and small % 4 == 0
     assert bucket(True, engine__zero_stage=2) == 4 * 500_000_000
-    assert bucket(False, engine__zero_stage=2) == small, "of a CPU's memory what is written to"
+    assert bucket(False, engine__zero_stage=2) == small, (
+        "on a CPU only memory that is written to counts"
+    )
     for stage in (1, 2):  # in bf16, and in ZeRO-1's fp32
         assert bucket(False, engine__zero_stage=stage, engine__precision="bf16") == small
-    assert bucket(False, engine__zero_stage=3) == 3 * small, "gradients, and weights that it keeps"
+    assert bucket(False, engine__zero_stage=3) == 3 * small, (
+        "gradients, and weights that it keeps gathered"
+    )
 
 
-def test_what_changes_memory(tiny_world):
+def test_settings_that_change_memory(tiny_world):
     def cost(**changes):
         config = tiny_run(tiny_world, "-", **changes)
         return estimate(build_model(config, device="meta"), config, world_size=1)
@@ -296,7 +303,7 @@ def test_what_changes_memory(tiny_world):
 
 
 def test_work_counts_gradients_of_trained_weights_alone(tiny_world):
-    """The pass back has a product for the inputs' gradients, and one for the weights'."""
+    """A backward pass has one product for the inputs' gradients and one for the weights'."""
     config = tiny_run(tiny_world, "-", tuning="lora")
     model = build_model(config, device="meta")
     frozen, trained = (
@@ -306,7 +313,7 @@ def test_work_counts_gradients_of_trained_weights_alone(tiny_world):
     assert frozen == pytest.approx(2 / 3 * trained)
 
 
-def test_whether_a_rate_falls_is_said(tiny_world):
+def test_the_report_says_whether_a_rate_falls(tiny_world):
     for falls, course in ((False, "then stays"), (True, "then falls to 0 at the end")):
         report = check(tiny_run(tiny_world, "new", steps=4, optim__backbone_falls=falls))
         rate = next(line for line in report.splitlines() if "backbone rate" in line)
@@ -315,7 +322,7 @@ def test_whether_a_rate_falls_is_said(tiny_world):
 
 # -- DeepSpeed's JSON ------------------------------------------------------------------------------
 def test_the_kits_own_deepspeed_file_is_found_from_any_folder(tmp_path, monkeypatch):
-    """By the name that pages give it; a file of that name here comes first."""
+    """It is found by the name that the docs use; a local file of that name has precedence."""
     monkeypatch.chdir(tmp_path)
     path = Path("launch/zero3_offload.json")
     config = TrainConfig(engine=replace(TrainConfig().engine, deepspeed_config=path, zero_stage=3))
@@ -339,7 +346,7 @@ def test_the_kits_own_deepspeed_file_is_found_from_any_folder(tmp_path, monkeypa
     ],
 )
 def test_misspelt_deepspeed_keys(settings, words, tmp_path):
-    """Case 28: DeepSpeed's own reader passes them over, or fails after all is encoded."""
+    """Case 28: DeepSpeed's own reader ignores them, or fails after all data are encoded."""
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": settings}))
     config = TrainConfig(engine=replace(TrainConfig().engine, deepspeed_config=path, zero_stage=3))

@@ -1,4 +1,4 @@
-"""Training by two processes, under both launchers and each ZeRO stage, is that of one."""
+"""Training by two processes, under both launchers and each ZeRO stage, equals training by one."""
 
 import shutil
 
@@ -34,8 +34,8 @@ SCRIPT = str(ROOT / "tests" / "two_ranks.py")
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_world, plain):
-    """Two processes with torchrun's variables: runs named ranks-*, and two that another number of
-    processes goes on with.
+    """Runs of two processes with torchrun's variables: those named ranks-*, and two that change the
+    number of processes half-way.
     """
     with pytest.raises(Killed), before_step(1, kill):
         train(tiny_run(tiny_world, "one-then-two", log__save_every=1))
@@ -48,7 +48,9 @@ def two_ranks(tiny_world, plain):
 
 @pytest.fixture(scope="module")
 def rare_ranks(tiny_world, plain):
-    """The stages that `two_ranks` leaves out, and both launchers."""
+    """Runs of two processes with the stages that `two_ranks` leaves out, and under both
+    launchers.
+    """
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     launch(*torchrun, SCRIPT, str(tiny_world), "rare")
     options = (*plain_options(tiny_world, "ranks-deepspeed"), "--engine.zero-stage", "2")
@@ -69,7 +71,7 @@ def made_by(usual, unusual) -> list:
 @pytest.mark.parametrize(
     ("fixture", "name"), made_by(("zero2",), ("zero0", "zero1", "zero3", "deepspeed"))
 )
-def test_two_ranks_do_what_one_does(fixture, name, request):
+def test_two_processes_train_as_one(fixture, name, request):
     root = request.getfixturevalue(fixture)
     got, expected = (metrics(root, run) for run in (f"ranks-{name}", "plain"))
     assert_same_metrics(got, expected, SAME_SUM)
@@ -82,7 +84,9 @@ def test_zero3_saves_whole_adapters_and_draws_sheets(two_ranks):
     folder = checkpoint_folders.find_checkpoint(two_ranks / "runs" / "ranks-zero3-lora")
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 5, "two matrices for each of five layers in two blocks"
-    assert all(v.numel() > 0 and v.abs().max() > 0 for v in adapter.values()), "lora_B left zero"
+    assert all(v.numel() > 0 and v.abs().max() > 0 for v in adapter.values()), (
+        "lora_B is still zero"
+    )
     assert len(list((two_ranks / "runs" / "one-then-two" / "samples").glob("*.png"))) == 1
 
 
@@ -95,7 +99,9 @@ def janus_alone(tiny_world):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ranks-janus-zero2", "ranks-janus-zero3"])
 def test_janus_adapters_under_zero(rare_ranks, name, janus_alone):
-    """Two ranks do what one does, the adapters are saved whole, and merging changes nothing."""
+    """Two processes give the same as one, the adapters are saved whole, and merging them changes
+    nothing.
+    """
     root = rare_ranks
     assert_same_metrics(metrics(root, name), metrics(root, "ranks-janus-alone"), SAME_SUM)
     folder = checkpoint_folders.find_checkpoint(root / "runs" / name)
@@ -116,8 +122,10 @@ def test_janus_adapters_under_zero(rare_ranks, name, janus_alone):
 
 
 @pytest.mark.parametrize("name", ["two-then-one", "one-then-two"])
-def test_another_number_of_processes_goes_on(two_ranks, name):
-    """Under another stage, too: the same samples in the same order, and the same optimizer."""
+def test_another_number_of_processes_continues(two_ranks, name):
+    """The other number of processes, also under another stage, continues with the same samples in
+    the same order and the same optimizer state.
+    """
     assert_same_metrics(metrics(two_ranks, name), metrics(two_ranks, "plain"), SAME_SUM)
     folder = checkpoint_folders.find_checkpoint(two_ranks / "runs" / name)
     expected = checkpoint_folders.find_checkpoint(two_ranks / "runs" / "plain")
@@ -127,7 +135,9 @@ def test_another_number_of_processes_goes_on(two_ranks, name):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_parameters_that_cannot_be_halved(two_ranks, stage):
-    """A fresh engine goes on from their state as the old one does; ZeRO-3 fills up shares."""
+    """ZeRO-3 pads the shares of odd-sized parameters; a fresh engine still continues from such a
+    state as the old one would.
+    """
     folders = [two_ranks / f"odd-{stage}" / name for name in ("first", "second", "other")]
     first, second, other = (
         {k: v for file in sorted(folder.iterdir()) for k, v in load_file(file).items()}
@@ -139,7 +149,7 @@ def test_parameters_that_cannot_be_halved(two_ranks, stage):
 
 
 @pytest.mark.slow
-def test_four_processes_do_what_one_does(tiny_world, plain):
+def test_four_processes_train_as_one(tiny_world, plain):
     options = plain_options(tiny_world, "ranks-four")
     script = ("--standalone", "--nproc_per_node", "4", str(ROOT / "launch" / "train_llamagen.py"))
     launch("-m", "torch.distributed.run", *script, *options, "--engine.zero-stage", "2")
@@ -152,7 +162,7 @@ def test_a_signal_to_one_rank_stops_all(two_ranks):
 
 
 def test_a_full_disk_of_one_rank_ends_both(two_ranks):
-    """The other one waited for it, until the launcher killed it in the middle of its save."""
+    """The other process used to wait until the launcher killed it in the middle of its save."""
     said = [(two_ranks / f"full-{rank}.txt").read_text() for rank in (0, 1)]
     assert "step_000001: no space is left on the disk" in said[0] and said[0] == said[1]
     assert not list((two_ranks / "runs" / "ranks-full" / "checkpoints").iterdir())

@@ -1,5 +1,5 @@
-"""Cases 21, 22: recipes that follow the run's length, controls and small-data recipes, trigger
-words, and the first hour of docs/first_hour.md on the offline base.
+"""Cases 21, 22: recipes that adapt to the run's length, controls and small-data recipes, trigger
+words, and docs/first_hour.md on the offline base.
 """
 
 import json
@@ -41,7 +41,7 @@ REAL = [name for name in ALL if "shapes" not in name]
 
 # -- recipes ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["shapes-tuned", "shapes-control"])
-def test_the_quickstarts_numbers_are_what_they_were(name):
+def test_the_quickstart_keeps_its_numbers(name):
     config = ALL[name]
     numbers = asdict(plan_run(config, 3000))
     assert numbers == {
@@ -63,8 +63,8 @@ def test_the_quickstarts_numbers_are_what_they_were(name):
 
 
 def test_2000_pictures_with_the_xl_recipe():
-    """Case 21: 13 % were held out, 100 of 136 steps warmed up, and nothing was written before the
-    end.
+    """Case 21: 13 % used to be held out, 100 of 136 steps warmed up, and nothing was written before
+    the end.
     """
     plan = plan_run(config := ALL["t2i-xl-256-tuned"], 2000)
     assert plan.held_out == 80 and plan.steps == 150 and plan.warmup_steps == 4
@@ -76,7 +76,7 @@ def test_2000_pictures_with_the_xl_recipe():
 
 @pytest.mark.parametrize("falls", [False, True])
 def test_the_highest_rate_is_found_without_trying_every_step(falls):
-    """A delay of a billion steps took as many tries."""
+    """A delay of a billion steps used to take a billion tries."""
     cases = [(s, w, d) for s in (1, 2, 5, 8) for w in (0, 1, 3, 20) for d in (0, 2, 6, 10)]
     for steps, warmup, delay in [*cases, (10**9, 10**8, 10**8)]:
         optim = OptimOptions(warmup_steps=warmup, backbone_delay_steps=delay, backbone_falls=falls)
@@ -96,7 +96,7 @@ def test_held_out_share(samples, held_out):
     assert plan_run(ALL["t2i-xl-256-tuned"], samples).held_out == held_out
 
 
-def test_numbers_that_are_given_stay():
+def test_given_numbers_are_kept():
     data = DataOptions(source="x", validation_samples=7)
     log = LogOptions(save_every=0, validate_every=0, sample_every=3, log_every=2)
     config = TrainConfig(data=data, log=log, steps=5000, optim=OptimOptions(warmup_steps=9))
@@ -106,12 +106,14 @@ def test_numbers_that_are_given_stay():
     with pytest.raises(UserError, match="fewer than the 7 usable samples"):
         plan_run(config, 7)
     with pytest.raises(UserError, match=r"too few usable samples \(1\): at least one is held"):
-        plan_run(ALL["t2i-xl-256-tuned"], 1)  # blamed an option that was not given
+        plan_run(ALL["t2i-xl-256-tuned"], 1)  # used to blame an option that was not given
     assert plan_run(replace(config, steps=None), None) is None
 
 
 def test_every_family_has_its_control_and_the_recommended_recipe():
-    """Case 22: XL and Janus had no control, and the README's recipe was one that loses to it."""
+    """Case 22: XL and Janus had no control, and the README recommended a recipe that loses to its
+    control.
+    """
     for base in ("shapes", "t2i-xl-256", "shapes-janus", "janus-pro-1b", "janus-pro-7b"):
         assert ALL[f"{base}-control"].method == presets.base()
         small = ALL[f"{base}-small-data"]
@@ -130,7 +132,7 @@ def test_every_family_has_its_control_and_the_recommended_recipe():
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_recipes_have_nothing_to_warn_of(name):
+def test_recipes_give_no_warnings(name):
     assert list(about_settings(ALL[name], plan_run(ALL[name], 2000))) == []
 
 
@@ -159,7 +161,7 @@ def test_recipes_have_nothing_to_warn_of(name):
         ),
     ],
 )
-def test_what_makes_no_sense_is_said(changes, words):
+def test_settings_that_make_no_sense_give_warnings(changes, words):
     """Cases 21, 28."""
     config = replace(ALL["t2i-xl-256-tuned"], **changes)
     found = list(about_settings(config, plan_run(config, 2000)))
@@ -181,7 +183,7 @@ def test_trigger_words(trigger, caption, told):
     assert DataOptions(trigger=trigger).with_trigger(caption) == told
 
 
-def test_triggers_reach_every_caption_and_the_caches_key():
+def test_triggers_reach_every_caption_and_the_cache_key():
     plain = open_data(DataOptions(source="shapes:3"))
     source = open_data(DataOptions(source="shapes:3", trigger="xyz"))
     assert source[1].captions == [f"xyz, {plain[1].captions[0]}"] == list(source)[1].captions
@@ -194,7 +196,9 @@ def test_triggers_reach_every_caption_and_the_caches_key():
 
 
 def test_a_trigger_hides_nothing_of_the_source(tmp_path):
-    """Cases 10, 13: with trigger words, too, content is part of the key, and remarks are said."""
+    """Cases 10, 13: with trigger words, too, the data's content is part of the cache key and
+    remarks are reported.
+    """
     for name in ("train", "bus"):
         write_dataset(tmp_path / name, 1)
     (tmp_path / "bus" / "gone.png").symlink_to("nowhere")
@@ -212,7 +216,7 @@ def test_a_trigger_hides_nothing_of_the_source(tmp_path):
         ("<sks>", "'sks'"),
         ("xyz123", "'xyz123'"),
         ("tok1234", "'tok1234'"),
-        ("ohwx2024", None),  # four letters: no article number
+        ("ohwx2024", None),  # four letters: not an article number
         ("p3rson", "'p3rson'"),
         ("{caption}, by z8k", "'z8k'"),
         ("m0n3t style", "'m0n3t'"),
@@ -223,8 +227,8 @@ def test_a_trigger_hides_nothing_of_the_source(tmp_path):
         ("#ohwx, l'été", None),
     ],
 )
-def test_trigger_words_that_the_cleaning_takes_out_are_refused(trigger, lost, tiny_world):
-    """The run said that it was trained with words that no encoder had ever read."""
+def test_trigger_words_removed_by_cleaning_are_refused(trigger, lost, tiny_world):
+    """A run used to record trigger words that no encoder had ever read."""
     config = tiny_run(tiny_world, "lost-words", data__trigger=trigger)
     if lost is None:
         check(config)
@@ -243,8 +247,8 @@ def test_janus_reads_every_trigger_word():
 # -- the first hour --------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
-    """Cases 9, 19, 21, 23: 30 own pictures -> --check -> train -> draw -> judge -> export, as
-    docs/first_hour.md has it.
+    """Cases 9, 19, 21, 23: 30 pictures -> --check -> train -> draw -> evaluate -> export, as in
+    docs/first_hour.md.
     """
     monkeypatch.chdir(tmp_path)
 
@@ -277,7 +281,7 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     training = read_config(run_checkpoints(run)[-1])["training"]
     assert training["config"]["data"]["trigger"] == "drawn by xyz"
 
-    for prompt in prompts[:2]:  # one after the other, into folders of their own
+    for prompt in prompts[:2]:  # two prompts in a row go into separate folders
         enter(draw_program, "--ckpt", str(run), "--prompt", prompt, "--samples", "1")
     few = ["--limit", "1", "--samples", "1"]
     enter(geneval_run, "--ckpt", str(run), *few)
@@ -293,7 +297,7 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
     assert judged == ["mine", "shapes-small-data-step_000003"]
 
 
-def test_given_prompts_get_the_trigger_and_the_base_is_looked_at_once(tiny_world):
+def test_given_prompts_get_the_trigger_and_the_base_is_drawn_once(tiny_world):
     log = replace(OWN_PICTURES, prompts=("a photo of two squares",), save_every=0)
     config = replace(tiny_run(tiny_world, "looked", steps=2, data__trigger="red"), log=log)
     run = loop.Run(config)
@@ -304,8 +308,10 @@ def test_given_prompts_get_the_trigger_and_the_base_is_looked_at_once(tiny_world
     assert stored["sheet_prompts"] == ["red, a photo of two squares"]
 
 
-def test_what_a_notebook_may_give(tmp_path):
-    """A path as such; and a recipe's name in place of its settings says what is wanted."""
+def test_what_a_notebook_may_pass(tmp_path):
+    """A path object is accepted; a recipe's name instead of its settings gets a message that says
+    what to pass.
+    """
     assert recipe("shapes-control", {"data.source": tmp_path}).data.source == str(tmp_path)
     assert recipe("rar-b", {"data.source": [tmp_path]}).data.source == (str(tmp_path),)
     for start, name in ((train, "t2i.train"), (check, "t2i.check")):

@@ -1,4 +1,6 @@
-"""Rehearsals at real size: the files that are written, what is measured, and the stages' order."""
+"""Rehearsals at real size: the files that are written, what is measured, and the order of the
+stages.
+"""
 
 import json
 import sys
@@ -55,8 +57,10 @@ def check_numbers(found):
     assert not found["a.bias"].any() and (found["norm.weight"] == 1).all()
 
 
-def test_holes_take_no_disk(tmp_path):
-    """A published size on a full disk: names and shapes are there, and the whole length."""
+def test_sparse_files_take_no_disk(tmp_path):
+    """Files of a published size have names, shapes and full length, but take no space, so a full
+    disk is enough.
+    """
     weights, shapes = RandomWeights(holes=True), {"big": (4096, 65536)}
     for path in (
         weights.pickle(tmp_path / "x.pt", shapes, nest="model"),
@@ -87,7 +91,7 @@ def test_janus_tokenizer_has_the_published_ids(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A tiny LlamaGen, written as the published sizes are."""
+    """A tiny LlamaGen, written in the way the published sizes are."""
     out = tmp_path_factory.mktemp("rehearsal")
     layout.write("llamagen", "tiny", str(out))
     return out
@@ -103,8 +107,8 @@ def test_a_written_model_loads(tiny):
     assert len(list((tiny / "data").glob("*.png"))) == 4
 
 
-def test_shapes_of_a_local_model_are_told_without_reading_it(tiny, monkeypatch):
-    """A pre-flight on local files read all of them, text encoder and all."""
+def test_shapes_of_a_local_model_are_known_without_reading_it(tiny, monkeypatch):
+    """--check on local files used to read all of them, the text encoder included."""
     base = json.loads((tiny / "base" / "rehearsal.json").read_text())["base"]
     whole = t2i.load_backbone("llamagen", **{"source": base.pop("weights"), **base})
 
@@ -130,7 +134,7 @@ def test_a_command_is_measured(tmp_path):
 
 
 def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path):
-    command = ["sh", "-c", "sleep 600 & echo $!; wait"]  # of which one starts at once
+    command = ["sh", "-c", "sleep 600 & echo $!; wait"]  # it starts one at once
     found = run_measured(command, tmp_path / "log", seconds=1)
     assert found.code == -9 and found.seconds < 30
     status = Path(f"/proc/{int(found.output)}/stat")
@@ -153,7 +157,9 @@ run folder
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run the stages without their commands; returns what was run, and a function that does so."""
+    """Run the stages without their commands; returns what was run, and a function to run them
+    again.
+    """
     ran: list[str] = []
 
     def measure(command, log, *, seconds, **env):
@@ -185,14 +191,14 @@ def test_all_stages_once(run, tmp_path):
     assert ran == [n for n in STAGES if n not in of_judges | {"reload"}]
     rows = json.loads((tmp_path / "results.json").read_text())
     assert rows["train-full"]["bytes"] > 5
-    assert (tmp_path / "base").exists(), "kept for the next try"
+    assert (tmp_path / "base").exists(), "kept for the next attempt"
     fails.clear()
     assert start(memory=100.0) == [] and ran == ["export", "reload"]
     assert not (tmp_path / "base").exists() and not (tmp_path / "runs").exists()
     assert start(memory=100.0) == [] and not ran
     (tmp_path / "results.json").write_text(json.dumps({"export": rows["export"] | {"done": True}}))
     assert start(memory=100.0, stages=("reload",)) == []
-    assert ran == ["write", "train-lora", "export", "reload"], "the files are gone"
+    assert ran == ["write", "train-lora", "export", "reload"], "the files were deleted"
 
 
 def test_classes_of_llamagen_are_written_as_published(tmp_path):
@@ -205,7 +211,7 @@ def test_classes_of_llamagen_are_written_as_published(tmp_path):
     assert backbone.spec.cond_kind == "class" and backbone.spec.grid == (16, 16)
 
 
-def test_what_does_not_fit_is_not_tried(run, tmp_path):
+def test_stages_that_do_not_fit_are_skipped(run, tmp_path):
     ran, _, start = run
     assert start(memory=3.0) == []
     assert ran[-1] == "check-full" and "train-lora" not in ran
@@ -215,7 +221,7 @@ def test_what_does_not_fit_is_not_tried(run, tmp_path):
     assert "left out: needs 3.5 GB" in (tmp_path / "table.md").read_text()
 
 
-def test_memory_is_compared_beyond_an_empty_process_and_what_is_far_off_is_bold():
+def test_memory_is_compared_beyond_an_empty_process_and_large_errors_are_bold():
     said = predictions(REPORT)
     assert said["peak"] == 2e9 + 5e8 + 1e9 + 22e6 and said["saved"] == 2e9
     row = {"done": True, "seconds": 1, "cpu_seconds": 1, "resident": 1e9, "own": 1e9, "read": 0}
@@ -228,7 +234,9 @@ def test_memory_is_compared_beyond_an_empty_process_and_what_is_far_off_is_bold(
     line = table(rows, STAGES).splitlines()[-1]
     assert "| 3.52 GB | +10% |" in line and line.endswith("| 2.40 GB | **+20%** |")
     rows["libraries"] = row | {"done": False, "code": 1}
-    assert "| 3.52 GB |  |" in table(rows, STAGES).splitlines()[-1], "compared with half a process"
+    assert "| 3.52 GB |  |" in table(rows, STAGES).splitlines()[-1], (
+        "not compared without the memory of an empty process"
+    )
 
 
 def test_wrong_names(capsys, monkeypatch):
@@ -242,19 +250,21 @@ def test_wrong_names(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_tiny_model_goes_the_whole_way(tmp_path, monkeypatch):
+def test_a_tiny_model_passes_all_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", f"rehearse.py llamagen tiny --out {tmp_path} --codes 4 --keep".split()
     )
     rehearse.main()
     rows = json.loads((tmp_path / "results.json").read_text())
     assert all(row["done"] for row in rows.values()) and len(rows) == len(STAGES) - 2
-    assert rows["hash-again"]["read"] < rows["hash"]["read"] + 100_000  # programs read a little
+    assert (
+        rows["hash-again"]["read"] < rows["hash"]["read"] + 100_000
+    )  # starting a program reads a little
 
 
 # -- sizes -----------------------------------------------------------------------------------------
 def test_published_files_have_their_published_sizes(tmp_path):
-    """reference figures: AR_256_B.ckpt 1.83 GB, rar_b.bin 1,043,822,726 bytes, flan-t5-xl's encoder
+    """Reference figures: AR_256_B.ckpt 1.83 GB, rar_b.bin 1,043,822,726 bytes, flan-t5-xl's encoder
     half 1,223,527,424 parameters.
     """
     from t2i.models.rar.rar_model import RAR, RARConfig
@@ -268,8 +278,8 @@ def test_published_files_have_their_published_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data/mine.png", "results.json"])
-def test_a_folder_of_something_else_is_no_place(tmp_path, name):
-    """`--out .`: data/, runs/ and cache/ of the working directory were deleted in the end."""
+def test_a_folder_in_other_use_is_refused(tmp_path, name):
+    """`--out .` used to delete data/, runs/ and cache/ of the working directory."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"scores": {}}')
     with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which no rehearsal wrote"):

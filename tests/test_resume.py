@@ -1,4 +1,6 @@
-"""A run goes on as if it had not been stopped, and what is kept of it beside its checkpoints."""
+"""A resumed run equals one that was never stopped; and what a run keeps next to its checkpoints:
+averages, the best model, sheets.
+"""
 
 import logging
 import os
@@ -41,7 +43,7 @@ EXACT = 0.0
 # -- resume ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", [signal.SIGTERM, rare(signal.SIGINT), rare(signal.SIGHUP)])
 def test_stop_and_resume_changes_no_bit(tiny_world, number):
-    if number == signal.SIGHUP:  # ignored where the tests outlive their terminal
+    if number == signal.SIGHUP:  # which is ignored if the tests outlive their terminal
         signal.signal(number, signal.SIG_DFL)
     names = [f"{name}-{number.name}" for name in ("whole", "halves", "no-dropout")]
     options = {"steps": 6, "batch_size": 8, "token_dropout": 0.1, "condition_dropout": 0.3}
@@ -49,7 +51,7 @@ def test_stop_and_resume_changes_no_bit(tiny_world, number):
     saved = pytest.raises(Stopped, match="saved after step 3")
     with saved, before_step(2, lambda run: os.kill(os.getpid(), number)):
         train(tiny_run(tiny_world, names[1], **options))
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler goes with the run"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the run removes its handler"
     resumed = train(tiny_run(tiny_world, names[1], resume=True, **options))
     assert_same_metrics(*(metrics(tiny_world, name) for name in names[:2]), EXACT)
     assert_same_weights(weights(whole), weights(resumed))
@@ -59,7 +61,7 @@ def test_stop_and_resume_changes_no_bit(tiny_world, number):
     )
 
 
-def test_resume_wants_the_same_run(tiny_world, plain):
+def test_resume_refuses_another_run(tiny_world, plain):
     def refused(message: str, **changes):
         with pytest.raises(ValueError, match=message):
             train(tiny_run(tiny_world, "plain", **{"resume": True, **changes}))
@@ -72,27 +74,29 @@ def test_resume_wants_the_same_run(tiny_world, plain):
     assert train(tiny_run(tiny_world, "plain", resume=True)) == plain, "nothing left to do"
 
 
-def test_resume_wants_the_same_data(tiny_world, tmp_path, monkeypatch):
+def test_resume_refuses_changed_data(tiny_world, tmp_path, monkeypatch):
     write_dataset(tmp_path / "data", 40, size=32)
     config = tiny_run(tiny_world, "grown", data__source=str(tmp_path / "data"))
     train(replace(config, steps=1))
     write_dataset(tmp_path / "data", 41, size=32)
     changes = r"the data set has changed since .* 1 file was edited \(metadata\.jsonl\), 1 file was added \("
-    for start in (train, check):  # which had said that the run would train
+    for start in (train, check):  # the check used to say that the run would train
         with pytest.raises(ValueError, match=changes):
             start(replace(config, resume=True))
     monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
-    with pytest.raises(ValueError, match=r"changed since .*data: 1 file was added"):  # names alone
+    with pytest.raises(
+        ValueError, match=r"changed since .*data: 1 file was added"
+    ):  # compared by names only
         check(replace(config, resume=True))
     write_dataset(tmp_path / "again", 40, size=32)
     data = replace(config.data, source=f"{tmp_path}/again")
     before = sorted(tiny_world.glob("cache/**"))
     assert "the same command without --check" in check(replace(config, resume=True, data=data))
-    assert sorted(tiny_world.glob("cache/**")) == before, "a look writes nothing"
+    assert sorted(tiny_world.glob("cache/**")) == before, "checking writes nothing"
 
 
-def test_resume_knows_data_by_their_content(tiny_world, tmp_path):
-    """Case 10: touched, copied elsewhere, named otherwise: the same data."""
+def test_resume_identifies_data_by_content(tiny_world, tmp_path):
+    """Case 10: data that were touched, copied elsewhere or renamed are the same data."""
     write_dataset(tmp_path / "data", 20, size=32)
     config = tiny_run(tiny_world, "data_moved", data__source=str(tmp_path / "data"))
     train(replace(config, steps=1))
@@ -106,7 +110,7 @@ def test_resume_knows_data_by_their_content(tiny_world, tmp_path):
 
 
 def test_a_state_of_an_older_version_is_refused(tiny_world, plain, copied):
-    """It held DeepSpeed's own files."""
+    """An older version's training state held DeepSpeed's own files (pickles)."""
     folder = copied(plain)
     (state,) = (folder / "training_state").iterdir()
     state.rename(state.with_name("mp_rank_00_model_states.pt"))
@@ -117,8 +121,8 @@ def test_a_state_of_an_older_version_is_refused(tiny_world, plain, copied):
         train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
 
 
-def test_a_run_goes_on_under_any_stage(tiny_world, caplog):
-    """Each step under another one, with another split: the same losses, and averages."""
+def test_a_run_resumes_under_any_stage(tiny_world, caplog):
+    """Each step is taken under another ZeRO stage and split, with the same losses and averages."""
     options = {"steps": 5, "batch_size": 8, "log__save_every": 1, "ema": 0.5}
     whole = train(tiny_run(tiny_world, "one-stage", **options))
     changed = ({"engine__zero_stage": 2}, {"engine__zero_stage": 1, "engine__micro_batch": 8})
@@ -135,7 +139,7 @@ def test_a_run_goes_on_under_any_stage(tiny_world, caplog):
 
 
 # -- the average, and the best ---------------------------------------------------------------------
-def test_the_average_is_what_is_saved_and_validated(tiny_world, plain):
+def test_the_average_is_saved_and_validated(tiny_world, plain):
     options = {"steps": 3, "ema": 0.5, "log__save_every": 1, "log__keep_last": 3}
     last = train(tiny_run(tiny_world, "averaged", **options))
     folders = run_checkpoints(last.parents[1])
@@ -146,7 +150,7 @@ def test_the_average_is_what_is_saved_and_validated(tiny_world, plain):
         average = decay * average + (1 - decay) * state["codec.encoder.slots"]
         saved = load_file(folder / "codec.safetensors")["encoder.slots"]
         torch.testing.assert_close(saved, average)
-    assert_same_weights(raw[-1], state_of(plain, "weight"))  # training itself is what it was
+    assert_same_weights(raw[-1], state_of(plain, "weight"))  # averaging does not change training
     model = t2i.from_pretrained(last)
     own = validate(model, TrainingData(tiny_run(tiny_world, "-"), model.backbone, ALONE)).metrics()
     logged = metrics(tiny_world, "averaged")[-1]
@@ -178,7 +182,7 @@ def test_the_best_model_is_kept(tiny_world, monkeypatch, caplog):
         t2i.from_pretrained(early)
     said = f"step_000002; the best in validation was step 1: {early / 'best'} (loss 1.500)"
     assert said in caplog.text
-    (early / "best" / "config.json").unlink()  # of no concern to the newest one
+    (early / "best" / "config.json").unlink()  # damage there does not concern the newest one
     t2i.from_pretrained(early)
     losses = iter([9.0] * 5)
     train(tiny_run(tiny_world, "none-kept", log__keep_best=False, **options))
@@ -186,7 +190,9 @@ def test_the_best_model_is_kept(tiny_world, monkeypatch, caplog):
 
 
 def test_a_kill_before_the_best_model_is_kept(tiny_world, monkeypatch):
-    """Between the checkpoint and the best model of one step: the best one was forgotten."""
+    """A kill between the checkpoint and the best model of the same step used to lose the best
+    model.
+    """
     losses = iter([3.0, 1.0, 2.0, 1.5])
     monkeypatch.setattr(Run, "validate", lambda _: {BEST_BY: next(losses)})
     options = {"log__validate_every": 1, "log__save_every": 1, "batch_size": 4}
@@ -207,7 +213,9 @@ def test_a_kill_before_the_best_model_is_kept(tiny_world, monkeypatch):
 
 @pytest.mark.parametrize("stage", [0, rare(3)])
 def test_the_sheet_of_the_step_where_a_run_stopped(tiny_world, stage):
-    """It was never drawn; under ZeRO-3 there is one with each regular checkpoint."""
+    """Resuming draws it; it used to be left out. Under ZeRO-3 sheets belong to the regular
+    checkpoints.
+    """
     name = f"sheets-stopped-{stage}"
     options = {"log__sample_every": 1, "log__save_every": 1, "engine__zero_stage": stage}
     options |= {"batch_size": 4, "log__prompts": ("a red circle",)}

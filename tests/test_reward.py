@@ -1,4 +1,6 @@
-"""Reward fine-tuning: what is drawn is what is scored and trained, and judges are not trusted."""
+"""Reward fine-tuning: the images drawn are the ones scored and trained on; bad rewards are
+noticed.
+"""
 
 import json
 import math
@@ -49,8 +51,8 @@ BRIGHT = "reward_functions:brightness"
 
 # -- what is drawn is what is scored ---------------------------------------------------------------
 def drawn_and_logged(model: TensorAR, prepared: dict, sampling: SamplingConfig, monkeypatch):
-    """Windows, and the log-probabilities [B, N, s] of their final codes by the logits that the
-    sampler drew them from.
+    """Windows, and the log-probabilities [B, N, s] of their final codes under the logits they were
+    sampled from.
     """
     plain_pick, steps, subs = sampler.pick, [], len(model.backbone.spec.subvocabs)
 
@@ -72,7 +74,7 @@ def drawn_and_logged(model: TensorAR, prepared: dict, sampling: SamplingConfig, 
 @pytest.mark.parametrize(("k", "stride"), [(1, 1), (3, 1), (4, 3)])
 @pytest.mark.parametrize("make", [lambda: tiny_llamagen("text"), tiny_janus, tiny_open_magvit2])
 def test_the_ratio_is_1_at_the_first_update(make, k, stride, sampling, monkeypatch):
-    """Log-probabilities of the sampler, step by step from its cache, and teacher-forced: with
+    """Log-probabilities from the sampler (step by step, cached) equal the teacher-forced ones: with
     guidance, drafts, strides that do not divide the image, and several sub-tokens.
     """
     model = open_gates(TensorAR(make(), TensorARConfig(k=k))).eval()
@@ -83,12 +85,12 @@ def test_the_ratio_is_1_at_the_first_update(make, k, stride, sampling, monkeypat
     ratio = (scored.log_p - drawn).exp()
     assert (ratio - 1).abs().max() < 1e-4
     assert scored.log_p.grad_fn is not None and not scored.entropy.requires_grad
-    assert drawn.std() > 0.1, "or all would be equal"
+    assert drawn.std() > 0.1, "otherwise everything would be equal"
     other = score_codes(model, prepared, windows, SamplingConfig(2.0, stride=stride))
     assert ((other.log_p - drawn).exp() - 1).abs().max() > 0.01, "other settings would be noticed"
 
 
-def test_parts_of_the_logits_change_nothing(monkeypatch):
+def test_chunking_the_logits_changes_nothing(monkeypatch):
     model = TensorAR(tiny_llamagen("text"), TensorARConfig(k=1)).eval()
     prepared = tiny_prepared(model.backbone, 4)
     windows = sampler.sample_windows(
@@ -127,8 +129,8 @@ def batch_of(model: TensorAR, **changes) -> DrawnBatch:
 
 
 def test_the_loss_is_the_policy_gradient():
-    """Of advantage times log-probability, of the images that are kept; the pull adds nothing at the
-    start.
+    """That of advantage times log-probability, over the images that are kept; at the start the pull
+    adds nothing.
     """
     model = TensorAR(tiny_llamagen("text"), TensorARConfig(k=1)).eval()
     batch = batch_of(model)
@@ -143,7 +145,7 @@ def test_the_loss_is_the_policy_gradient():
             torch.testing.assert_close(got[name], p.grad, msg=name)
     found = dict(zip(policy.SUMS, (sums / sums[-1]).tolist(), strict=True))
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["clipped"] == 0
-    assert 0 < found["entropy"] < np.log(48) and sums[-1] == 3 * 16, "one has no share"
+    assert 0 < found["entropy"] < np.log(48) and sums[-1] == 3 * 16, "one image has no weight"
 
 
 def test_a_step_makes_the_better_images_likelier():
@@ -161,7 +163,9 @@ def test_a_step_makes_the_better_images_likelier():
 
 
 def test_clipping_and_the_pull():
-    """A ratio outside the clip earns nothing more; away from the start the pull has a gradient."""
+    """A ratio outside the clip range gains nothing more; away from the start the pull has a
+    gradient.
+    """
     model = TensorAR(tiny_llamagen("text"), TensorARConfig(k=1)).eval()
     batch = batch_of(model)
     far = replace(batch, before=batch.start - 1.0, advantage=torch.ones(4), share=torch.ones(4) / 4)
@@ -180,8 +184,8 @@ def test_clipping_and_the_pull():
 
 @pytest.mark.parametrize("make", [lambda: tiny_llamagen("text"), tiny_open_magvit2])
 def test_a_guided_start_pulls_by_whole_distributions(make):
-    """It is the mean, over what the start would draw guided, of how much likelier that is for it;
-    it falls along its gradient, and is 0 where the run draws as the start does.
+    """The pull is the mean, over what the start would draw guided, of how much likelier the start
+    makes it. It falls along its gradient, and is 0 if the run draws as the start does.
     """
     model = open_gates(TensorAR(make(), TensorARConfig(k=3))).eval()
     batch, guided = batch_of(model), SamplingConfig(3.0, temperature=0.8)
@@ -215,7 +219,9 @@ def test_a_guided_start_pulls_by_whole_distributions(make):
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_the_start_is_what_the_run_began_with(tuning):
-    """Also behind adapters, with a codec that is trained whole; afterwards the model is back."""
+    """Also with adapters and a fully trained codec; afterwards the model has its own weights
+    again.
+    """
     backbone = tiny_janus()
     if tuning == "lora":
         add_lora(backbone, LoRAConfig(rank=2))
@@ -237,7 +243,7 @@ def test_the_start_is_what_the_run_began_with(tuning):
 
 # -- rewards ---------------------------------------------------------------------------------------
 def seen(*objects) -> tuple:
-    """Detections and colours of (name, centre x, centre y, colour)."""
+    """Detections and colours, from (name, centre x, centre y, colour)."""
     found: dict[str, list] = {}
     for name, x, y, color in objects:
         found.setdefault(name, []).append(([x - 5, y - 5, x + 5, y + 5], color))
@@ -261,7 +267,7 @@ CATS = [("cat", 20 * i, 50, "red") for i in range(1, 5)]
     [
         (LEFT, [CAT, DOG], 1),
         (LEFT, [CAT], 0.25),
-        (SWAPPED, [CAT, DOG], 0.5),  # what two_object would give for a half: nothing for the place
+        (SWAPPED, [CAT, DOG], 0.5),  # half of two_object; the position adds nothing
         (two_object("cat", "dog"), [CAT, DOG], 1),
         (two_object("cat", "dog"), [DOG], 0.25),
         (two_object("cat", "bus"), [], 0),
@@ -286,13 +292,13 @@ WRONG = picture(("circle", "red", 48, 32, 20), ("square", "blue", 16, 32, 20))
 
 
 def test_rewards_of_pictures():
-    """All built-in ones of the shapes world, and a user's own; the verdict is GenEval's."""
+    """All built-in rewards of the shapes world, and a user's own; the verdict is GenEval's."""
     entry = position("circle", "left of", "square")
     names = ("geneval", "geneval-soft", "dpg", BRIGHT)
     rewards = load_rewards(names, RewardOptions(), CPU)
     found = {name: list(rewards[name]([RIGHT, WRONG], [entry] * 2)) for name in names}
     assert found["geneval"] == [1, 0] and found["geneval-soft"] == [1, 0.5]
-    assert found["dpg"] == [1, pytest.approx(4 / 5)], "the relation fails of five questions"
+    assert found["dpg"] == [1, pytest.approx(4 / 5)], "of five questions, the relation fails"
     assert found[BRIGHT] == list(brightness([RIGHT, WRONG], [entry] * 2))
     verdicts = geneval.score([RIGHT, WRONG], [entry] * 2, ShapesDetector()).verdicts
     assert found["geneval"] == [float(v.correct) for v in verdicts]
@@ -306,12 +312,14 @@ def test_questions_of_a_users_file():
         {"tuple": "attribute - color (circle, red)", "question": "Is it red?", "parents": [2]},
     ]
     assert ask([RIGHT], [{"prompt": "x", "questions": questions}]) == [pytest.approx(1 / 3)]
-    assert len(ask._questions(two_object("circle", "star"))) == 2, "none about the background"
+    assert len(ask._questions(two_object("circle", "star"))) == 2, (
+        "no question about the background"
+    )
     with pytest.raises(UserError, match="questions of 'x' do not have the form that dpg needs"):
         ask([RIGHT], [{"prompt": "x", "questions": [{"text": "?"}]}])
     with pytest.raises(UserError, match='neither "questions" nor'):
         ask.check([{"prompt": "x"}])
-    own = [questions[0] | {"parents": [0]}, *questions[1:]]  # as DPG-Bench says "none"
+    own = [questions[0] | {"parents": [0]}, *questions[1:]]  # DPG-Bench's way to write "none"
     assert ask([RIGHT], [{"prompt": "x", "questions": own}]) == [pytest.approx(1 / 3)]
     for wrong, message in (
         ([], "no question to ask about 'x'"),
@@ -348,14 +356,14 @@ def test_a_bad_reward_is_named_with_a_prompt(function, words):
 
 
 def test_rewards_keep_no_gradients():
-    """They run in a thread, which begins with gradients on."""
+    """They run in a thread, where gradients are on by default."""
     asks = {"asks": lambda images, _: [float(torch.is_grad_enabled())]}
     panel = Panel(asks, {"asks": 1.0}, seconds=30.0, constant=3)
     assert panel.judge_all([RIGHT], [position("circle", "left of", "square")]) == {"asks": [0.0]}
 
 
 def test_a_soft_reward_counts_once_by_its_benchmark():
-    """Also where both are watched."""
+    """Even if both are watched."""
     options = RewardOptions(functions=("geneval-soft",), watch=("geneval", "geneval-soft"))
     run = SimpleNamespace(config=SimpleNamespace(reward=options))
     metrics = {"watch/geneval": 0.5, "watch/geneval-soft": 0.75}
@@ -371,8 +379,10 @@ def test_a_constant_reward_stops_after_some_batches():
 
 
 @pytest.mark.slow
-def test_judges_in_processes_of_their_own():
-    """Two give the numbers that one gives, in the images' order; what is wrong there is said."""
+def test_judges_in_separate_processes():
+    """Two processes give the same numbers as one, in the order of the images; errors inside are
+    reported.
+    """
     names = ("geneval-soft", BRIGHT, "reward_functions:raises", "reward_functions:dies")
     rewards = load_rewards(names, RewardOptions(), CPU)
     panel = Panel(rewards, dict.fromkeys(names[:2], 1.0), seconds=120, constant=3)
@@ -395,12 +405,12 @@ def test_judges_in_processes_of_their_own():
         ("reward_functions:NO_FUNCTION", "is 3, which is not a function"),
     ],
 )
-def test_a_function_that_is_not_there(name, words):
+def test_a_missing_reward_function(name, words):
     with pytest.raises(UserError, match=words):
         own_function(name)
 
 
-def test_missing_weights_are_said_before_anything_is_drawn(tmp_path, monkeypatch):
+def test_missing_weights_are_reported_before_drawing(tmp_path, monkeypatch):
     options = RewardOptions(prompts="official", detector_weights=tmp_path)
     with pytest.raises(UserError, match="mask2former"):
         load_rewards(("geneval",), options, CPU)
@@ -408,7 +418,7 @@ def test_missing_weights_are_said_before_anything_is_drawn(tmp_path, monkeypatch
 
 # -- prompts ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("words", ["shapes", "official"])
-def test_prompts_are_none_of_a_benchmark(words):
+def test_training_prompts_are_not_those_of_a_benchmark(words):
     pool = training_prompts(RewardOptions(prompts=words), 0)
     asked = {entry["prompt"] for entry in pool.every()}
     benchmarks = [*official_prompts(), *benchmark_prompts(), *benchmark_prompts(seed=7)]
@@ -417,15 +427,15 @@ def test_prompts_are_none_of_a_benchmark(words):
     assert not asked & held_out and not asked & set(shapes_questions().prompts.values())
     assert pool.left_out > 100 and len(asked) > 1000
     if words == "shapes":
-        assert len(pool.tasks["counting"]) == 4, "of 24, of which the benchmark has 20"
+        assert len(pool.tasks["counting"]) == 4, "24 less the benchmark's 20"
 
 
-def test_turns_and_orders_of_prompts():
+def test_the_order_of_prompts():
     pool = training_prompts(RewardOptions(tasks=("counting", "position")), 0)
     drawn = [entry for step in range(4) for entry in pool.at(step, 4)]
     assert [entry["tag"] for entry in drawn] == ["counting", "position"] * 8
     counted = [entry["prompt"] for entry in drawn[::2]]
-    assert len(set(counted[:4])) == len(set(counted[4:])) == 4, "all before any comes again"
+    assert len(set(counted[:4])) == len(set(counted[4:])) == 4, "each once before any repeats"
     assert drawn == [entry for step in range(2) for entry in pool.at(step, 8)]
     assert drawn != [e for s in range(4) for e in replace(pool, seed=1).at(s, 4)]
 
@@ -441,7 +451,7 @@ def test_a_users_prompts(tmp_path):
     with pytest.raises(UserError, match=r"all 1 prompts of own\.jsonl belong to a benchmark"):
         training_prompts(RewardOptions(prompts=str(path)), 0)
     path.write_text("\n")
-    with pytest.raises(UserError, match=r"own\.jsonl holds no prompt"):  # not of other options
+    with pytest.raises(UserError, match=r"own\.jsonl holds no prompt"):
         training_prompts(RewardOptions(prompts=str(path)), 0)
     with pytest.raises(UserError, match="is not a file; give shapes, official, or"):
         training_prompts(RewardOptions(prompts="nowhere"), 0)

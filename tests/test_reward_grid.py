@@ -1,4 +1,4 @@
-"""The grid of reward fine-tuning: supervised runs beside it, and what was ended goes on."""
+"""The grid of reward fine-tuning: its supervised runs, and continuing runs that have ended."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from t2i.files import read_json
 
 
 @pytest.mark.slow
-def test_runs_are_scored_alike_and_go_on(tiny_world, tmp_path):
+def test_runs_are_scored_alike_and_continue(tiny_world, tmp_path):
     common = {"out": tmp_path, "grid": "recipe", "weights": str(tiny_world / "base")}
     common |= {"images": 192, "prompts": 1, "samples": 1, "minutes": 1e-6, "every": 1e-6}
     taught = RewardGrid(**common, one="recipe")
@@ -17,7 +17,7 @@ def test_runs_are_scored_alike_and_go_on(tiny_world, tmp_path):
         run_one(options)
     found = read_json(tmp_path / "recipe-seed0.json")
     control = read_json(tmp_path / f"{SUPERVISED}-seed0.json")
-    assert found["steps"] == control["steps"] == 1, "what is done is not done again"
+    assert found["steps"] == control["steps"] == 1, "finished steps are not repeated"
     assert found["scores"][0] == control["scores"][0] == read_json(tmp_path / "start.json")
     assert found["scores"][0].keys() < found["scores"][1].keys()
     run_one(replace(taught, minutes=1000.0, every=1000.0, steps=2))
@@ -29,8 +29,8 @@ def test_runs_are_scored_alike_and_go_on(tiny_world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_setting_goes_on_where_another_ended(tiny_world, tmp_path):
-    """With its time and scores, from its weights."""
+def test_a_setting_continues_another(tiny_world, tmp_path):
+    """A setting continues from another one's weights, with its time and scores."""
     common = {"out": tmp_path, "grid": "guided", "weights": str(tiny_world / "base")}
     common |= {"images": 192, "prompts": 1, "samples": 1, "every": 1e-6}
     run_one(RewardGrid(**common, minutes=1e-6, one="guided"))

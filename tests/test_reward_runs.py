@@ -1,5 +1,5 @@
-"""Runs of reward fine-tuning: they learn, resume bit for bit, share the work, and end in order
-when a reward does not do its part.
+"""Reward runs: they learn, resume bit for bit, share the work between processes, and end in order
+if a reward fails.
 """
 
 from dataclasses import replace
@@ -51,7 +51,7 @@ def plain(tiny_world):
 
 
 def test_what_a_run_writes(tiny_world):
-    """Metrics of every kind, sheets with the best and worst of groups, and a page of it all."""
+    """Metrics of every kind, sheets with the best and worst of groups, and its page."""
     config = tiny_reward_run(tiny_world, "reward-page", method__k=1)
     learn(replace(config, log=replace(config.log, sample_every=2)))
     rows = metrics(tiny_world, "reward-page")
@@ -67,13 +67,15 @@ def test_what_a_run_writes(tiny_world):
     ]
     page = write_run_page(folder).read_text()
     plain, groups = page.split("Best and worst of groups")
-    assert "step_000002_groups" in groups and "step_000002_groups" not in plain, "a slider each"
+    assert "step_000002_groups" in groups and "step_000002_groups" not in plain, (
+        "one slider for each kind"
+    )
     assert "reward/mean" in page and "Seconds of a step" in page
 
 
 @pytest.mark.slow
 def test_it_learns(tiny_world):
-    """What is rewarded grows, by more than chance moves the mean of a step."""
+    """The rewarded quantity grows by more than the standard error of a step's mean."""
     config = tiny_reward_run(
         tiny_world,
         "reward-learns",
@@ -89,7 +91,7 @@ def test_it_learns(tiny_world):
 
 
 def test_what_is_learned_is_in_the_checkpoint(tiny_world, plain):
-    """It loads as any checkpoint, with another model than the base's, and codec and trunk moved."""
+    """It loads like any checkpoint, and both codec and trunk differ from the base's."""
     model = t2i.from_pretrained(plain)
     base = t2i.load_backbone("llamagen", tiny_world / "base").state_dict()
     own = model.backbone.state_dict()
@@ -105,8 +107,10 @@ def test_what_is_learned_is_in_the_checkpoint(tiny_world, plain):
         ("lora", LORA | {"method__k": 1, "reward__start_cfg_scale": 3.0}),
     ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(tiny_world, plain, name, changes):
-    """The same weights and metrics, though no checkpoint holds the start that it is pulled to."""
+def test_a_killed_run_resumes_bit_for_bit(tiny_world, plain, name, changes):
+    """The same weights and metrics, although no checkpoint holds the start that the run is pulled
+    to.
+    """
     run_dir = f"reward-killed-{name}"
     changes = {"reward__kl": 0.3, "batch_size": 8} | changes
     whole = learn(tiny_reward_run(tiny_world, f"reward-whole-{name}", **changes))
@@ -121,9 +125,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_world, plain, name, changes):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tiny_world, plain):
-    """The same rewards and advantages of the same images, under ZeRO-2; each draws
-    two of the groups.
+def test_two_processes_train_as_one(tiny_world, plain):
+    """The same rewards and advantages for the same images, under ZeRO-2; each process draws two of
+    the groups.
     """
     launch(str(ROOT / "tests" / "reward_ranks.py"), str(tiny_world))
     got, expected = (metrics(tiny_world, f"reward-{name}") for name in ("ranks", "plain"))
@@ -135,7 +139,7 @@ def test_two_processes_do_what_one_does(tiny_world, plain):
 
 
 def test_janus_adapters(tiny_world):
-    """Adapters alone, with drafts: what it says of text is watched, and the base stays."""
+    """Adapters with drafts: the predictions for text are watched, and the base does not change."""
     watched = {"reward__watch": ("geneval", "dpg"), "batch_size": 8}
     changes = janus(tiny_world, **LORA, method__k=2, **watched)
     folder = learn(tiny_reward_run(tiny_world, "reward-janus", **changes, reward__watch_prompts=1))
@@ -155,7 +159,7 @@ def test_janus_adapters(tiny_world):
     ],
 )
 def test_a_reward_that_breaks_costs_nothing(tiny_world, function, step, words):
-    """The run ends in one message, with all steps before it in a checkpoint that resumes."""
+    """The run ends with one message, and a checkpoint with all previous steps resumes."""
     name = f"reward-{function}"
     config = tiny_reward_run(tiny_world, name, reward__constant=1)
     good = config.reward.functions[0]
@@ -175,7 +179,9 @@ def test_a_reward_that_breaks_costs_nothing(tiny_world, function, step, words):
 
 
 def test_groups_without_spread_are_left_out(tiny_world, monkeypatch):
-    """They are counted, and where all are, no weight moves; but a guided start teaches by them."""
+    """They are counted. If all groups are left out no weight moves, except that a guided start
+    still teaches.
+    """
     flat = {"reward__constant": 9, "optim__weight_decay": 0.0}
     config = tiny_reward_run(tiny_world, "reward-flat", **flat)
     monkeypatch.setattr("reward_functions.brightness", lambda images, metadata: [1.0] * len(images))
@@ -190,8 +196,8 @@ def test_groups_without_spread_are_left_out(tiny_world, monkeypatch):
     assert max(float((own[name] - base[name]).abs().max()) for name in base) > 1e-4
 
 
-def test_passes_without_an_image_weigh_nothing(tiny_world, monkeypatch):
-    """Of small micro-batches there are more passes than images in the groups that are kept."""
+def test_passes_without_an_image_have_no_weight(tiny_world, monkeypatch):
+    """With small micro-batches there are more passes than images in the kept groups."""
     plain = reward_functions.brightness
 
     def of_the_first_group(images, metadata):
@@ -205,13 +211,13 @@ def test_passes_without_an_image_weigh_nothing(tiny_world, monkeypatch):
         own[micro] = weights(learn(tiny_reward_run(tiny_world, name, **options)))
         row = metrics(tiny_world, name)[0]
         assert row["reward/dropped_groups"] == 0.75 and row["policy/entropy"] > 0
-    # A first step of AdamW goes by the gradients' signs, which rounding turns where they are 0.
+    # AdamW's first step follows the signs of the gradients, which rounding may flip near 0.
     off = torch.cat([(own[1][name] - value).flatten().abs() for name, value in own[4].items()])
     assert (off > 1e-4).float().mean() < 0.02
 
 
 def test_guidance_is_learned_without_any_reward(tiny_world, monkeypatch):
-    """Nothing is judged; what is drawn unguided comes nearer to what the start draws guided."""
+    """Nothing is judged; unguided images come closer to what the start draws with guidance."""
     options = {"reward__functions": (), "reward__start_cfg_scale": 3.0, "reward__kl": 1.0}
     config = tiny_reward_run(
         tiny_world, "guided", **options, reward__watch=(), steps=8, optim__backbone_lr=1e-3
@@ -227,7 +233,7 @@ def test_guidance_is_learned_without_any_reward(tiny_world, monkeypatch):
 
 # -- recipes and the program -----------------------------------------------------------------------
 @pytest.mark.parametrize("name", [n if n.startswith("shapes") else rare(n) for n in recipes()])
-def test_check_looks_at_every_recipe(name, tmp_path):
+def test_check_of_every_recipe(name, tmp_path):
     config = recipes()[name][1]
     data = replace(config.data, source=config.data.source or "shapes:40", validation_samples=8)
     if "shapes" not in name:
@@ -259,7 +265,7 @@ def test_check_names_prompts_that_are_not_read(tmp_path):
         ("--engine.precision autocast", "autocast would draw and learn in different precisions"),
     ],
 )
-def test_what_cannot_be_is_refused(refusal, options, words):
+def test_impossible_settings_are_refused(refusal, options, words):
     assert words in refusal("shapes-reward", *options.split())
 
 

@@ -1,5 +1,5 @@
-"""Mistakes around the folder of a run: a place that is not its own, checkpoints under other names,
-links that lead nowhere, options that would do nothing.
+"""Mistakes with a run's folder: places that belong to something else, renamed checkpoints, dangling
+links; and options that would do nothing.
 """
 
 import json
@@ -27,7 +27,9 @@ from t2i.training.recipes import recipe
 
 
 def rewrite(folder: Path, **facts) -> None:
-    """Change what a checkpoint says of its run, and its manifest with it; None removes."""
+    """Change facts in the config.json of a checkpoint, and update its manifest; None removes a
+    fact.
+    """
     with edited(folder / "config.json") as config:
         known = config["training"] | facts
         config["training"] = {k: v for k, v in known.items() if v is not None}
@@ -47,17 +49,21 @@ def rewrite(folder: Path, **facts) -> None:
         ({"step": -5}, r"training\.step is -5"),
     ],
 )
-def test_a_checkpoint_that_says_nothing_of_its_run(plain, copied, tiny_world, facts, named):
-    """Tracebacks; and a run that began at step -5."""
+def test_a_checkpoint_without_facts_about_its_run_is_refused(
+    plain, copied, tiny_world, facts, named
+):
+    """These used to end in tracebacks, or in a run that began at step -5."""
     folder = copied(plain, f"says-{named.strip('^')[-9:-3]}-{len(named)}")
     rewrite(folder, **facts)
     with pytest.raises(UserError, match=named):
         train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
-    t2i.from_pretrained(folder)  # a model all the same
+    t2i.from_pretrained(folder)  # it still loads as a model
 
 
-def test_a_checkpoint_under_another_name_is_not_gone_on_from(plain, copied, tiny_world):
-    """It stayed the newest by its name: what was trained after it was not found, and deleted."""
+def test_a_renamed_checkpoint_is_refused(plain, copied, tiny_world):
+    """Renamed to a later step, it stayed the newest one: later work was not found, and was
+    deleted.
+    """
     folder = copied(plain)
     folder.rename(folder.with_name("step_000010"))
     config = tiny_run(tiny_world, folder.parents[1].name, steps=4, resume=True)
@@ -69,7 +75,7 @@ def test_a_checkpoint_under_another_name_is_not_gone_on_from(plain, copied, tiny
 def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
     tiny_world, monkeypatch, caplog
 ):
-    """On NFS, while another program reads it: "Directory not empty"."""
+    """On NFS deleting fails with "Directory not empty" while another program reads the folder."""
 
     def busy(folder, ignore_errors=False):
         if not ignore_errors:
@@ -84,29 +90,31 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
 @pytest.mark.parametrize(
     "facts", [{"best_loss": float("nan")}, {"data_key": "other", "best_loss": -1.0}]
 )
-def test_a_best_model_that_is_none_of_the_runs_is_replaced(plain, copied, tiny_world, facts):
-    """NaN is lower than nothing, and so stayed the best for good."""
+def test_a_best_model_with_a_bad_loss_is_replaced(plain, copied, tiny_world, facts):
+    """A best loss of NaN used to stay the best for good, since no loss is lower."""
     run_dir = copied(plain, f"best-{'-'.join(facts)}").parents[1]
     rewrite(run_dir / "best", **facts)
     train(tiny_run(tiny_world, run_dir.name, steps=4, resume=True))
     assert json.loads((run_dir / "best" / "config.json").read_text())["training"]["step"] == 4
 
 
-def test_a_run_that_held_out_others_is_refused(plain, copied, tiny_world, monkeypatch):
-    """Of an older version, whose number depended on the processes."""
+def test_a_run_that_held_out_another_number_is_refused(plain, copied, tiny_world, monkeypatch):
+    """In older versions the number of held-out samples depended on the number of processes."""
     run_dir = copied(plain).parents[1]
     with edited(run_dir / "config.json") as config:
         config["plan"]["held_out"] = 12
     config = tiny_run(tiny_world, run_dir.name, steps=4, resume=True)
     with pytest.raises(UserError, match="it held out 12 samples, but now 9 would be held out"):
         train(config)
-    # The least number was recorded once, where images with several captions made it more.
+    # Once the minimum was recorded, although images with several captions made it more.
     monkeypatch.setattr("t2i.training.run_state.least_held_out", lambda *_: 12)
     train(config)
 
 
 def test_without_permission_the_folder_is_named(plain, monkeypatch):
-    """PermissionError, as root never sees it; and an unreadable checkpoints/ counted as none."""
+    """A PermissionError, which root never gets, is simulated; an unreadable checkpoints/ used to
+    count as empty.
+    """
     stat = Path.stat
 
     def forbidden(path, **options):
@@ -138,8 +146,10 @@ def test_a_folder_in_place_of_the_metrics_is_named(plain, copied, tiny_world):
 
 # -- places ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_link_that_leads_nowhere_is_no_place(tiny_world, plain, copied, tmp_path, resume):
-    """A disk that is not mounted: the run trained to its end, and then could not save."""
+def test_a_dangling_link_is_refused_as_a_run_folder(tiny_world, plain, copied, tmp_path, resume):
+    """With a link to a disk that is not mounted, a run used to train to its end and then fail to
+    save.
+    """
     run_dir = copied(plain, f"link-{resume}").parents[1]
     shutil.rmtree(run_dir / "checkpoints")
     if not resume:
@@ -150,8 +160,10 @@ def test_a_link_that_leads_nowhere_is_no_place(tiny_world, plain, copied, tmp_pa
 
 
 @pytest.mark.parametrize("inside", ["best/other", "checkpoints", "checkpoints/step_000003/x"])
-def test_nothing_is_written_where_a_run_keeps_its_own(plain, copied, tiny_world, inside):
-    """It went with the folder, at the next better model or the next checkpoint but one."""
+def test_no_output_into_the_folders_a_run_replaces(plain, copied, tiny_world, inside):
+    """Such output used to be deleted with the folder, at the next better model or the next
+    checkpoint but one.
+    """
     place = copied(plain, f"inside-{len(inside)}").parents[1] / inside
     before = folder_content(place.parent)
     for config in (
@@ -166,20 +178,22 @@ def test_nothing_is_written_where_a_run_keeps_its_own(plain, copied, tiny_world,
     assert folder_content(place.parent) == before
 
 
-def test_a_project_of_others_is_a_place(plain, tmp_path):
-    """Files of these names are common; and a checkpoint copied elsewhere is its owner's."""
+def test_folders_of_other_projects_are_accepted(plain, tmp_path):
+    """Files of these names are common in other projects; and a checkpoint copied elsewhere is its
+    owner's.
+    """
     for name in ("manifest.json", "config.json"):
         (tmp_path / name).write_text("{}")
     refuse_in_checkpoint(tmp_path / "runs" / "mine", "run_dir")
     refuse_in_checkpoint(shutil.copytree(plain, tmp_path / "copy") / "images", "--out")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    refuse_in_checkpoint(tmp_path / "loop" / "x", "--out")  # said elsewhere
+    refuse_in_checkpoint(tmp_path / "loop" / "x", "--out")  # reported elsewhere
 
 
 @pytest.mark.parametrize("name", ["config.json", "best/mine.txt", "checkpoints/mine.txt"])
-def test_a_run_takes_no_folder_of_others(tiny_world, tmp_path, name):
-    """`--run-dir` of a backbone folder: its config.json was overwritten; a folder of one's own that
-    is named best was deleted.
+def test_a_run_refuses_a_folder_in_other_use(tiny_world, tmp_path, name):
+    """A `--run-dir` that was a backbone's folder had its config.json overwritten, and the user's
+    own folder named best was deleted.
     """
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"family": "llamagen"}')
@@ -190,13 +204,15 @@ def test_a_run_takes_no_folder_of_others(tiny_world, tmp_path, name):
     assert (tmp_path / name).read_text() == '{"family": "llamagen"}'
 
 
-def test_replacing_a_folder_leaves_what_people_named_so(tmp_path):
-    """`model.old` beside `--out model`, or `best.old` in a run, were deleted."""
+def test_replacing_a_folder_keeps_foreign_folders_of_similar_names(tmp_path):
+    """The user's own `model.old` next to `--out model`, or `best.old` in a run, used to be
+    deleted.
+    """
     for name in ("model.old", "model.partial", "elsewhere"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").touch()
     (tmp_path / "model").symlink_to("elsewhere")
-    for _ in range(2):  # a link was set aside, and stood in the way the next time
+    for _ in range(2):  # a link that was set aside used to be in the way the next time
         with replacing_folder(tmp_path / "model") as partial:
             (partial / "file").touch()
     assert sorted(folder_content(tmp_path)) == [
@@ -206,8 +222,10 @@ def test_replacing_a_folder_leaves_what_people_named_so(tmp_path):
 
 # -- options ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("option", [{"grid": (4, 4)}, {"text_encoder_dtype": "bfloat16"}])
-def test_what_a_checkpoint_says_itself_is_not_said_beside_it(plain, option):
-    """It was not read, without a word. What a recipe says of published bases is nobody's wish."""
+def test_options_that_a_checkpoint_settles_itself_are_refused(plain, option):
+    """Such options used to be ignored silently. Those that a recipe sets for published bases do not
+    count as given by the user.
+    """
     start = {"backbone.weights": str(plain)}
     assert recipe("t2i-xl-256-small-data", start).backbone.text_encoder_dtype == "bfloat16"
     (name, value), *_ = option.items()
@@ -222,8 +240,10 @@ def test_a_recipe_of_another_family_is_refused(plain, tiny_world):
             start(config)
 
 
-def test_a_reward_run_is_held_to_its_own_start(plain, copied, tiny_world, tmp_path):
-    """The distance to the start was measured from another model, if another was named."""
+def test_a_reward_run_resumes_with_its_own_start_only(plain, copied, tiny_world, tmp_path):
+    """If another start was named on resuming, the distance to the start used to be measured from
+    that one.
+    """
     other = copied(plain).parents[1]
     with edited(other / "checkpoints" / plain.name / "manifest.json") as manifest:
         manifest["files"]["codec.safetensors"]["sha256"] = None
@@ -241,8 +261,10 @@ def test_a_reward_run_is_held_to_its_own_start(plain, copied, tiny_world, tmp_pa
 
 # -- weights ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
-def test_numbers_that_are_no_weights_are_refused(tiny_world, tmp_path, dtype):
-    """Quantised weights without their scales were taken as they were: a model of noise."""
+def test_quantised_weights_are_refused(tiny_world, tmp_path, dtype):
+    """Quantised weights without their scales used to be loaded as they were, which gave a model of
+    noise.
+    """
     base = shutil.copytree(tiny_world / "base", tmp_path / "base")
     path = base / json.loads((base / "config.json").read_text())["weights"]
     content = torch.load(path, weights_only=True)
@@ -256,8 +278,8 @@ def test_numbers_that_are_no_weights_are_refused(tiny_world, tmp_path, dtype):
     ("setting", "value"),
     [("use_rslora", True), ("alpha_pattern", {".*": 64}), ("lora_alpha", None)],
 )
-def test_adapters_that_work_otherwise_are_refused(tiny_world, setting, value):
-    """They were applied as if the setting was not there."""
+def test_unsupported_kinds_of_adapters_are_refused(tiny_world, setting, value):
+    """They used to be applied as if the setting were absent."""
     name = f"adapters-{setting}"
     folder = train(tiny_run(tiny_world, name, tuning="lora", lora__rank=2, steps=1))
     with edited(folder / "adapter" / "adapter_config.json") as config:
@@ -270,8 +292,10 @@ def test_adapters_that_work_otherwise_are_refused(tiny_world, setting, value):
         t2i.from_pretrained(folder)
 
 
-def test_images_depend_on_what_weights_do_not_show_of_the_method(plain):
-    """Models with the same weights and another schedule drew into one folder, renoised."""
+def test_a_request_depends_on_the_settings_of_the_method(plain):
+    """Models with the same weights and different noise schedules used to share one folder of images
+    drawn with renoise.
+    """
     model, own = t2i.from_pretrained(plain), SamplingConfig()
 
     def named(sampling: SamplingConfig, **method) -> str:
@@ -283,7 +307,14 @@ def test_images_depend_on_what_weights_do_not_show_of_the_method(plain):
     assert named(renoised) != named(renoised, schedule="linear")
     model.config = TensorARConfig(k=3)
     settings = generation_settings(model, [{"prompt": "a"}], DrawOptions(sampling=own))
-    names = ("prompts", "seed", "sampling", "noise", "dtype", "weights")  # of before
+    names = (
+        "prompts",
+        "seed",
+        "sampling",
+        "noise",
+        "dtype",
+        "weights",
+    )  # the keys of earlier versions
     assert named(own) == json_sha256({name: settings[name] for name in names})[:8]
 
 

@@ -110,7 +110,7 @@ def tab(browser, page):
     assert browser.errors == []
 
 
-def test_facts_and_words(tab, page):
+def test_facts_and_texts(tab, page):
     facts = dict(
         zip(tab.run(seen("dt", "e.textContent")), tab.run(seen("dd", "e.textContent")), strict=True)
     )
@@ -123,7 +123,7 @@ def test_facts_and_words(tab, page):
     assert tab.run(seen("li", "e.textContent")) == [EVIL]
 
 
-def test_charts_tell_their_numbers(tab):
+def test_charts_show_numbers_on_hover(tab):
     first = "document.querySelector('.chart')"
     assert tab.run(f"{first}.querySelectorAll('polyline[stroke-dasharray]').length") == 2, (
         "and its legend"
@@ -163,7 +163,7 @@ def test_on_a_phone_and_in_the_dark(tab):
         assert tab.run(WIDTH) <= 375
 
 
-def test_a_run_without_anything_yet(tmp_path):
+def test_a_run_without_metrics(tmp_path):
     write_text(tmp_path / "metrics.jsonl", "")
     write_json(tmp_path / "config.json", {"log": {"control": str(tmp_path / "later")}})
     written = write_run_page(tmp_path).read_text()
@@ -171,6 +171,8 @@ def test_a_run_without_anything_yet(tmp_path):
 
 
 def test_a_label_of_any_length_is_cut():
-    """A prompt of a hundred thousand letters took minutes: one was cut off at a time."""
+    """A prompt of 100,000 letters used to take minutes, since letters were removed one at a
+    time.
+    """
     sheet = grid([Image.new("RGB", (8, 8))], columns=1, labels=["a red circle " * 10_000])
     assert sheet.width < 200

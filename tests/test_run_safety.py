@@ -1,5 +1,5 @@
-"""Cases 1, 2, 5-7 and 26: what a run does with numbers that are none, with a full disk, with other
-runs beside it, and with settings that change on the way.
+"""Cases 1, 2, 5-7 and 26: what a run does with non-finite numbers, a full disk, other runs in its
+folder, and settings that change on resuming.
 """
 
 import errno
@@ -57,7 +57,7 @@ def staged(root: Path, name: str, stage: str, **changes) -> TrainConfig:
     ],
 )
 def test_the_state_of_every_stage_is_read(tiny_world, stage):
-    """Case 1: a run goes on bit for bit under every stage; case 6: with the new settings."""
+    """Case 1: a run resumes bit for bit under every stage; case 6: with the new settings."""
     names = [f"{stage}-whole", f"{stage}-halves"]
     options = {"steps": 4, "batch_size": 4, "token_dropout": 0.1}
     whole = train(staged(tiny_world, names[0], stage, **options))
@@ -83,8 +83,8 @@ def test_the_state_of_every_stage_is_read(tiny_world, stage):
 @pytest.mark.parametrize("stage", ["zero0", "zero2-offload", rare("zero3-lora")])
 @pytest.mark.parametrize("own_drafts", [0.0, 1.0])
 def test_a_run_that_diverges_names_step_and_samples(tiny_world, stage, own_drafts):
-    """Case 2: judged after each update and before anything is saved; own drafts of such a model are
-    no IndexError.
+    """Case 2: weights are checked after each update and before anything is saved. Own drafts of a
+    diverged model give no IndexError.
     """
     name = f"diverged-{stage}-{own_drafts:g}"
     options = {"optim__backbone_lr": 1e9, "optim__codec_lr": 1e9, "method__own_drafts": own_drafts}
@@ -98,7 +98,7 @@ def test_a_run_that_diverges_names_step_and_samples(tiny_world, stage, own_draft
         assert all(value.isfinite().all() for value in weights(folder).values())
 
 
-def test_a_gradient_that_is_no_number_is_noticed_at_once(tiny_world, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_noticed_at_once(tiny_world, monkeypatch):
     """Case 2: the loss of that step is finite; its samples are named as in their source."""
     run = Run(tiny_run(tiny_world, "bad-gradient"))
     run.model.train()
@@ -111,8 +111,8 @@ def test_a_gradient_that_is_no_number_is_noticed_at_once(tiny_world, monkeypatch
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2-bf16"])
 def test_only_the_samples_with_a_bad_loss_are_named(tiny_world, stage):
-    """Case 2: features that are no numbers, say; the other passes' samples are not blamed, and no
-    weight is touched.
+    """Case 2: only the samples of a pass with a non-finite loss (from NaN features, say) are named,
+    and no weight is updated.
     """
     run = Run(staged(tiny_world, f"bad-sample-{stage}", stage))
     load, bad = run.data.load, []
@@ -135,8 +135,8 @@ def test_only_the_samples_with_a_bad_loss_are_named(tiny_world, stage):
 
 
 @pytest.mark.parametrize("action", [Run.save, Run.sample_sheet])
-def test_weights_that_are_no_numbers_are_not_saved_and_not_drawn_with(tiny_world, action):
-    """Case 2: whatever made them so."""
+def test_weights_that_are_not_finite_are_not_saved_nor_drawn_with(tiny_world, action):
+    """Case 2: whatever made them non-finite."""
     run = Run(tiny_run(tiny_world, f"bad-weights-{action.__name__}"))
     with torch.no_grad():
         run.model.codec.encoder.slots[0, 0] = float("inf")
@@ -146,7 +146,7 @@ def test_weights_that_are_no_numbers_are_not_saved_and_not_drawn_with(tiny_world
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2-bf16"])
-def test_moments_that_are_no_numbers_are_not_saved(tiny_world, stage):
+def test_moments_that_are_not_finite_are_not_saved(tiny_world, stage):
     run = Run(staged(tiny_world, f"bad-moments-{stage}", stage))
     run.model.train()
     run.train_step()
@@ -158,7 +158,7 @@ def test_moments_that_are_no_numbers_are_not_saved(tiny_world, stage):
 
 
 def test_validation_of_a_diverged_model_says_so(tiny_world):
-    """Case 2: its own drafts are codes, and the loss tells."""
+    """Case 2: own drafts of such a model are still valid codes, so the loss has to show it."""
     run = Run(tiny_run(tiny_world, "bad-validation"))
     with torch.no_grad():
         run.model.codec.encoder.slots.fill_(float("nan"))
@@ -168,8 +168,8 @@ def test_validation_of_a_diverged_model_says_so(tiny_world):
 
 # -- 5: one run in a folder ------------------------------------------------------------------------
 def test_a_second_run_in_a_folder_is_refused_by_name(tiny_world):
-    """Case 5: at once, before a model is loaded; a fresh one and a resumed one; the folder is free
-    again afterwards.
+    """Case 5: at once, before a model is loaded, whether fresh or resumed; the folder is free again
+    afterwards.
     """
     config = tiny_run(tiny_world, "in-use", backbone__weights="not even there")
     with owning(config.run_dir, "run folder"):
@@ -182,13 +182,13 @@ def test_a_second_run_in_a_folder_is_refused_by_name(tiny_world):
         train(config)
     with pytest.raises(UserError, match="not even there"):
         train(replace(config, run_dir=tiny_world / "runs" / "never"))
-    assert not (tiny_world / "runs" / "never").exists(), "nor is anything left of a refused run"
+    assert not (tiny_world / "runs" / "never").exists(), "a refused run leaves nothing"
     train(tiny_run(tiny_world, "in-use", steps=1))
 
 
 # -- 6: settings that change -----------------------------------------------------------------------
 def test_every_name_in_the_groups_is_an_option():
-    """Case 6: of a run on captions, on classes or by reward."""
+    """Case 6: for runs on captions, on classes and by reward."""
     configs = (TrainConfig(), TrainConfig(data=LabelledOptions()), RewardConfig(steps=1))
     own = {name for config in configs for name in leaves(settings.plain(config))}
     for name in (*settings.ROUNDING, *settings.APPLIED, *settings.FREE):
@@ -196,7 +196,7 @@ def test_every_name_in_the_groups_is_an_option():
 
 
 def test_changed_settings_are_announced_one_by_one(plain, copied, tiny_world, caplog):
-    """Case 6: by the option's name; what must not change is refused by the option's name, too."""
+    """Case 6: by option name; changes that are not allowed are refused by option name, too."""
     folder = copied(plain)
     name = folder.parents[1].name
     config = tiny_run(tiny_world, name, resume=True, optim__weight_decay=0.9, log__keep_last=1)
@@ -207,8 +207,8 @@ def test_changed_settings_are_announced_one_by_one(plain, copied, tiny_world, ca
 
 
 def test_files_that_moved_are_compared_by_content(plain, copied, tiny_world, tmp_path, caplog):
-    """Case 6: the base and DeepSpeed's settings from elsewhere are the same run, another base is
-    not.
+    """Case 6: the same base and DeepSpeed settings at another path are the same run; another base
+    is not.
     """
     folder = copied(plain)
     name = folder.parents[1].name
@@ -217,10 +217,12 @@ def test_files_that_moved_are_compared_by_content(plain, copied, tiny_world, tmp
     assert train(config) == folder
     (folder.parents[1] / "metrics.jsonl").write_bytes(b'{"step": 1}\nno\n\0\0\n[1]\n{"step": 2')
     assert train(replace(config, backbone=BackboneOptions(weights="shapes"))) == folder
-    assert [row["step"] for row in read_metrics(folder.parents[1])] == [1], "damage is passed over"
+    assert [row["step"] for row in read_metrics(folder.parents[1])] == [1], (
+        "damaged lines are skipped"
+    )
     assert "its own weights, which began as" in caplog.text and "not with shapes" in caplog.text
     gone = replace(config, backbone=BackboneOptions(weights="runs/gone"))
-    assert train(gone) == folder and "3 steps" in check(gone), "--check refused it"
+    assert train(gone) == folder and "3 steps" in check(gone), "--check used to refuse it"
     zero = tmp_path / "zero.json"
     zero.write_text("{}")
     assert train(replace(config, engine=replace(config.engine, deepspeed_config=zero))) == folder
@@ -239,7 +241,7 @@ def test_files_that_moved_are_compared_by_content(plain, copied, tiny_world, tmp
 # -- 7: the disk -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("writer", ["state", "safetensors", "manifest"])
 def test_a_full_disk_leaves_the_newest_checkpoint(two_saved, tiny_world, monkeypatch, writer):
-    """Case 7: one line, nothing half-written, and the run goes on once there is room."""
+    """Case 7: one line, nothing half-written, and the run continues once there is room."""
     run_dir = shutil.copytree(two_saved, tiny_world / "runs" / f"full-{writer}")
     before = folder_content(run_dir / "checkpoints")
     config = tiny_run(tiny_world, run_dir.name, steps=4, resume=True)
@@ -268,7 +270,7 @@ def test_a_full_disk_leaves_the_newest_checkpoint(two_saved, tiny_world, monkeyp
 
 
 def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_path):
-    """Case 7: before a model is loaded or an image encoded; a check makes no folder."""
+    """Case 7: before a model is loaded or an image encoded; --check makes no folder."""
     (tmp_path / "file").write_text("mine")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
         config = tiny_run(tiny_world, run_dir, backbone__weights="not even there")
@@ -289,8 +291,10 @@ def test_a_run_folder_that_cannot_be_written_is_noticed_first(tiny_world, tmp_pa
 
 
 @pytest.mark.parametrize("what", ["deepspeed", "settings", "folder"])
-def test_what_goes_while_a_run_is_on(tiny_world, tmp_path, caplog, what):
-    """None of it ends the run, which lost its steps since the last checkpoint."""
+def test_files_that_disappear_during_a_run(tiny_world, tmp_path, caplog, what):
+    """Losing one of these files during a run does not end it; it used to, with all steps since the
+    last checkpoint.
+    """
     options = tmp_path / "zero.json"
     options.write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
     name = f"gone-{what}"
@@ -315,22 +319,26 @@ def test_what_goes_while_a_run_is_on(tiny_world, tmp_path, caplog, what):
 
 @pytest.mark.parametrize("look", [check, train])
 def test_a_name_that_is_not_utf8_is_refused_first(tiny_world, look):
-    """All was encoded before config.json could not be written."""
+    """It used to be noticed only after all data were encoded, when config.json could not be
+    written.
+    """
     config = tiny_run(tiny_world, "no-text", data__source=os.fsdecode(b"bilder_\xe4"))
     with pytest.raises(UserError, match=r"data.source='bilder_\\udce4' is not UTF-8: rename"):
         look(config)
     assert not config.run_dir.exists()
 
 
-def test_a_thread_trains(tiny_world):
-    """Handlers of signals belong to the main thread: there it ended after all was encoded."""
+def test_training_in_a_thread(tiny_world):
+    """Only the main thread may set signal handlers: in another one, a run used to end after all
+    data were encoded.
+    """
     config = tiny_run(tiny_world, "in-a-thread", steps=1, batch_size=4)
     (folder,) = in_threads(lambda _: train(config), [0])
     assert folder.name == "step_000001"
 
 
 def test_own_drafts_are_drawn_without_dropout(tiny_world):
-    """Case 26: in training, too; the mode stays, and with it the dropout of the step itself."""
+    """Case 26: in training, too; the mode is restored, so that the step itself has dropout."""
     run = Run(tiny_run(tiny_world, "draft-mode", method__own_drafts=1.0, token_dropout=0.5))
     model = run.model.train()
     batch = next(run.data.micro_batches(0))
@@ -342,4 +350,4 @@ def test_own_drafts_are_drawn_without_dropout(tiny_world):
     assert not model.training
     assert all(torch.equal(d, drafts[0]) for d in drafts)
     losses = [model.train()(batch.codes, condition, drafts[0]).sums for _ in range(2)]
-    assert not torch.equal(*losses), "dropout is on where it belongs"
+    assert not torch.equal(*losses), "the step itself has dropout"

@@ -1,4 +1,4 @@
-"""Plans for a cluster: numbers that can be checked by hand, and what is refused."""
+"""Plans for a cluster: figures that can be checked by hand, and what is refused."""
 
 import sys
 from dataclasses import replace
@@ -71,7 +71,7 @@ def test_classes_are_counted_by_view():
         ({"hours": 2, "images_per_second": 4000}, {}, "takes 2.8 hours, more than 2 hours"),
     ],
 )
-def test_what_contradicts_itself_is_refused(cluster, run, words):
+def test_contradicting_facts_are_refused(cluster, run, words):
     steps = {"batch_size": 2048, "steps": 20_000}
     with pytest.raises(UserError, match=words):
         planned("shapes-tuned", run=steps | run, **cluster)
@@ -83,7 +83,9 @@ def test_fewer_shards_than_processes():
 
 
 def test_the_program_takes_the_options_of_the_training_program(capsys, monkeypatch):
-    """It knew none of a part, such as the one that its own advice named."""
+    """It used to know no option of the config's parts, not even the one that its own message
+    recommended.
+    """
 
     def enter(*options: str) -> str:
         monkeypatch.setattr(sys, "argv", ["plan.py", *options])
@@ -106,11 +108,14 @@ def test_the_program_takes_the_options_of_the_training_program(capsys, monkeypat
         {"engine__precision": "bf16", "engine__zero_stage": 2},
         {"tuning": "lora", "engine__precision": "bf16", "engine__zero_stage": 1},
         {"engine__zero_stage": 1, "ema": 0.9},
-        {"tuning": "lora", "backbone__weights": "plain"},  # of an earlier run, which holds all
+        {
+            "tuning": "lora",
+            "backbone__weights": "plain",
+        },  # a run's checkpoint, which holds all weights
         rare({"tuning": "codec", "backbone__weights": "plain", "train_image_layers": True}),
     ],
 )
-def test_checkpoints_have_the_size_that_was_said(changes, tiny_world, plain):
+def test_checkpoints_have_the_planned_size(changes, tiny_world, plain):
     if "backbone__weights" in changes:
         changes = changes | {"backbone__weights": str(plain)}
     name = "size-" + "-".join(str(value).replace("/", "_") for value in changes.values())

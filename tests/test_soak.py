@@ -1,4 +1,4 @@
-"""The soak script: its table, and a case that it does once."""
+"""The soak script: its table, and running each case only once."""
 
 import json
 import signal
@@ -13,7 +13,7 @@ from launch.lab.soak_processes import launched
 from launch.lab.soak_world import World
 
 
-def test_a_table_shows_what_held_and_what_did_not():
+def test_the_table_shows_passed_and_failed_cases():
     row = {"case": "a", "fault": "f", "date": "2026-01-02", "took": 1.0, "facts": {}}
     held = row | {"seen": "x | y", "seconds": 1.6, "same": True, "verdict": "held"}
     failed = row | {"seen": "z", "seconds": None, "same": False, "verdict": "FAILED"}
@@ -40,8 +40,8 @@ def test_every_kind_of_fault_has_a_case():
         assert kind.lower() in words.lower(), kind
 
 
-def test_a_soak_in_the_background_starts_runs_that_hear_signals(tmp_path):
-    """Children inherit what `nohup` and a shell's `&` ignore: SIGHUP, SIGINT."""
+def test_runs_of_a_soak_in_the_background_receive_signals(tmp_path):
+    """Children inherit the signals that `nohup` and a shell's `&` ignore: SIGHUP, SIGINT."""
     program = tmp_path / "program.py"
     program.write_text("import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -56,12 +56,12 @@ def test_a_soak_in_the_background_starts_runs_that_hear_signals(tmp_path):
 
 
 @pytest.mark.slow
-def test_cases_are_done_once(tmp_path):
+def test_cases_are_run_once(tmp_path):
     for _ in range(2):
         more = ("--only", "damage_flip", "kills", "--kills", "3")
         launch("launch/lab/soak.py", "--out", str(tmp_path), *more)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["case"] for row in rows] == ["kills", "damage_flip"], "and not kills-two"
+    assert [row["case"] for row in rows] == ["kills", "damage_flip"], "kills-two is not run"
     assert all(row["verdict"] == "held" and row["same"] is True for row in rows)
     assert rows[0]["facts"]["kills"] == 3 and "passed over" in rows[1]["seen"]
     assert "bit-flipped" in (tmp_path / "table.md").read_text()

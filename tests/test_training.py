@@ -1,6 +1,4 @@
-"""Training runs in one process: splits, ZeRO stages, tuning modes, schedules and validation
-do exactly what they should.
-"""
+"""Training runs in one process: splits, ZeRO stages, tuning modes, schedules and validation."""
 
 import json
 import shutil
@@ -120,7 +118,7 @@ def test_other_methods_train(tiny_world, method):
 
 # -- tuning modes ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("tuning", ["full", "codec", "lora"])
-def test_tuning_modes_change_what_they_say(tiny_world, tuning):
+def test_tuning_modes_train_only_their_weights(tiny_world, tuning):
     run = Run(tiny_run(tiny_world, f"mode-{tuning}", tuning=tuning))
     base = t2i.load_backbone("llamagen", tiny_world / "base")
     folder, reloaded = saved_after_two_steps(run)
@@ -141,7 +139,7 @@ def test_tuning_modes_change_what_they_say(tiny_world, tuning):
 
 
 def _wrapped(name: str, state_dict: dict) -> str:
-    """The name that a base weight has once LoRA wraps its layer."""
+    """The name of a base weight once LoRA has wrapped its layer."""
     inner = name.removesuffix(".weight") + ".base_layer.weight"
     return inner if f"backbone.gpt.{inner}" in state_dict else name
 
@@ -224,7 +222,7 @@ def test_ranks_share_the_batches(tiny_world, plain):
     assert 0 < torch.cat([b.drop for b in whole]).sum() < 16
     held_out = [[(b.keys, counted) for b, counted in d.validation_batches()] for d in (one, *ranks)]
     counted = [torch.cat([keys for keys, counted in rank if counted]) for rank in held_out]
-    assert len(held_out[1]) == len(held_out[2]), "or ZeRO-3 would wait for ever"
+    assert len(held_out[1]) == len(held_out[2]), "otherwise ZeRO-3 would hang"
     assert set(counted[0].tolist()) == set(torch.cat(counted[1:]).tolist())
     assert [len(keys) for keys in counted] == [9, 5, 4]
     train_set, validation_set = set(one.train.tolist()), set(one.validation.tolist())
@@ -232,7 +230,7 @@ def test_ranks_share_the_batches(tiny_world, plain):
 
 
 def test_the_held_out_samples_are_the_same_on_any_number_of_processes(tiny_world, plain):
-    """Also on more processes than samples are held out, which a run may be resumed on."""
+    """A run may be resumed on more processes than there are held-out samples."""
     config = tiny_run(tiny_world, "-", engine__micro_batch=1, data__validation_samples=None)
     backbone = t2i.load_backbone("llamagen", tiny_world / "base")
     one, *ranks = (
@@ -248,7 +246,7 @@ def test_the_held_out_samples_are_the_same_on_any_number_of_processes(tiny_world
 
 
 def test_the_plan_counts_what_is_really_held_out(tiny_world, tmp_path):
-    """Three pictures with twenty captions each: all twenty of one are held out."""
+    """Three pictures have twenty captions each: all twenty captions of one picture are held out."""
     write_dataset(tmp_path / "data", 3, size=32)
     rows = read_json_lines(tmp_path / "data" / "metadata.jsonl")
     lines = [json.dumps(row | {"text": f"{row['text']} {i}"}) for i in range(20) for row in rows]
@@ -286,7 +284,7 @@ def test_validation(tiny_world, plain):
     for size in (4, 8):
         resized = replace(config, engine=replace(config.engine, micro_batch=size))
         losses.append(validate(model, TrainingData(resized, model.backbone, ALONE)))
-    assert model.training, "validation leaves the mode as it was"
+    assert model.training, "validation restores the mode"
     assert losses[0].own_drafts == pytest.approx(losses[1].own_drafts, rel=SAME_SUM)
     assert losses[0].noised_truth == pytest.approx(losses[1].noised_truth, rel=SAME_SUM)
     assert losses[0].own_drafts != pytest.approx(losses[0].noised_truth, rel=1e-3)
@@ -300,7 +298,7 @@ def test_validation(tiny_world, plain):
 
 
 # -- what is written -------------------------------------------------------------------------------
-def test_a_run_leaves_its_page(tiny_world):
+def test_a_run_writes_its_page(tiny_world):
     options = {"log__sample_every": 2, "log__validate_every": 2, "log__log_every": 2}
     train(tiny_run(tiny_world, "page", steps=5, batch_size=4, **options))
     run_dir = tiny_world / "runs" / "page"

@@ -1,5 +1,5 @@
-"""Options that would have no effect beside the others are refused, and nothing that a recipe says
-by itself is.
+"""Options that have no effect with the others are refused or pointed out, but never those that a
+recipe sets itself.
 """
 
 import logging
@@ -27,7 +27,7 @@ from t2i.training.run_plan import about_settings, plan_run
 from t2i.training.unread_options import settle_options
 
 
-def test_recipes_are_as_they_are(caplog):
+def test_recipes_load_without_complaint(caplog):
     for _, own in recipes_for(LabelledOptions).values():
         assert settle_options(own, own) == own
         settle_options(replace(own, method=t2i.presets.base()), own)
@@ -48,7 +48,7 @@ def test_recipes_are_as_they_are(caplog):
         ({"data.source": ["m.jsonl"], "data.crop_ranges": [1.2]}, "data.crop_ranges=.* pretok"),
     ],
 )
-def test_what_would_make_another_run_is_refused(options, message):
+def test_options_that_would_mean_another_run_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         recipe("rar-b", options)
 
@@ -72,8 +72,8 @@ def test_what_would_make_another_run_is_refused(options, message):
         ("shapes-tuned", {"log.project": "mine"}, "log.project=mine has no effect"),
     ],
 )
-def test_what_a_run_does_not_read_is_pointed_out(name, options, message, caplog):
-    """A script gives all options to every recipe: that ends no run."""
+def test_unread_options_give_a_warning(name, options, message, caplog):
+    """Only a warning: scripts give the same options to every recipe."""
     assert recipe(name, options)
     assert message in caplog.text
     caplog.clear()
@@ -81,7 +81,7 @@ def test_what_a_run_does_not_read_is_pointed_out(name, options, message, caplog)
     assert not caplog.text
 
 
-def test_epochs_that_are_given_alone_count(caplog):
+def test_epochs_alone_replace_the_recipes_steps(caplog):
     config = recipe("shapes-control", {"epochs": 2.0})
     assert (config.steps, config.epochs) == (None, 2)
     assert recipe("shapes-control", {"epochs": 2.0, "steps": 7}).steps == 7
@@ -89,7 +89,7 @@ def test_epochs_that_are_given_alone_count(caplog):
 
 
 def test_on_the_command_line(monkeypatch, tmp_path):
-    """Of LlamaGen's codes no views are cut, and none are left out by a split."""
+    """LlamaGen's codes are not cut into views, and no split leaves any of them out."""
     (tmp_path / "imagenet256_codes").mkdir()
     arguments = ["llamagen-b-256", "--data.source", tmp_path, "--data.views", "flip", "--check"]
     monkeypatch.setattr(sys, "argv", ["p.py", *map(str, arguments)])
@@ -98,7 +98,7 @@ def test_on_the_command_line(monkeypatch, tmp_path):
 
 
 def test_codes_of_another_size_before_the_run(tmp_path):
-    """--check says what the run would, after it has loaded the model."""
+    """--check gives the same error as the run does after it has loaded the model."""
     for part, values in (("codes", np.zeros((1, 2, 256), int)), ("labels", np.zeros(1, int))):
         (tmp_path / f"imagenet256_{part}").mkdir()
         for i in range(20):
@@ -110,13 +110,13 @@ def test_codes_of_another_size_before_the_run(tmp_path):
         check(recipe("llamagen-b-384", options))
 
 
-def test_what_does_not_learn():
+def test_a_part_that_does_not_learn():
     config = recipe("shapes-control", {"optim.backbone_lr": 0.0})
     warnings = list(about_settings(config, plan_run(config, 3000)))
     assert "optim.backbone_lr=0: the backbone does not learn" in warnings
 
 
-def test_a_prompt_of_which_nothing_is_read(tmp_path):
+def test_a_sheet_prompt_without_readable_text(tmp_path):
     options = {"data.source": "shapes:600", "run_dir": str(tmp_path / "run")}
     message = "log.prompts '\u7ea2' has no text the encoder can read"
     prompts = {"log.prompts": ["\u7ea2", "a red circle"]}
@@ -125,7 +125,7 @@ def test_a_prompt_of_which_nothing_is_read(tmp_path):
 
 
 def test_a_recipe_that_holds_out_more_than_there_is():
-    """The number may be the recipe's: another one is said, which always works."""
+    """The number may be the recipe's, so the message names a value that always works."""
     with pytest.raises(
         UserError, match=r"validation_samples=256 .* --data\.validation-samples None"
     ):
@@ -143,8 +143,8 @@ def test_a_recipe_that_holds_out_more_than_there_is():
         ({"minutes": -1.0}, r"minutes=-1\.0 must not be negative"),
     ],
 )
-def test_a_grid_of_nothing(options, message):
-    """Refused at once, and not after the scenes have been encoded."""
+def test_an_empty_grid(options, message):
+    """Refused at once, not only after the scenes have been encoded."""
     with pytest.raises(UserError, match=message):
         Ablation(**options).grid()
 
@@ -162,14 +162,14 @@ def test_a_grid_of_nothing(options, message):
         ({"window": 1}, {"renoise": 0.5}, ""),
     ],
 )
-def test_sampling_that_changes_nothing_is_pointed_out(given, own, message, caplog):
+def test_sampling_options_without_effect_give_a_warning(given, own, message, caplog):
     overrides = SamplingOverrides(**given)
     overrides.look_for_unread(overrides.apply(SamplingConfig(**own)), drafts=False)
     assert message in caplog.text and bool(caplog.text) == bool(message)
 
 
 @pytest.mark.parametrize("given", [{"renoise": 0.5}, {"draft_temperature": 0.0}])
-def test_options_of_drafts_where_none_are_drawn(given, caplog):
+def test_draft_options_without_drafts(given, caplog):
     overrides, (name, value) = SamplingOverrides(**given), *given.items()
     settings = overrides.apply(SamplingConfig())
     overrides.look_for_unread(settings, drafts=True)
@@ -178,8 +178,10 @@ def test_options_of_drafts_where_none_are_drawn(given, caplog):
     assert f"{name}={value} has no effect with k=1" in caplog.text
 
 
-def test_a_model_among_others(plain, caplog):
-    """A page of several models has one set of options: those of drafts are for some of them."""
+def test_draft_options_for_some_of_several_models(plain, caplog):
+    """A page of several models has one set of options, and those about drafts concern only some of
+    the models.
+    """
     options = DrawingModelOptions(
         ckpt=str(plain), sampling=SamplingOverrides(renoise=0.5, window=1)
     )
@@ -206,10 +208,12 @@ def test_greedy_samples_are_alike(monkeypatch, plain, tmp_path, caplog):
     assert a == b
 
 
-def test_images_of_others_in_the_folder(monkeypatch, plain, tmp_path, caplog):
-    """Pictures to train on, say: the sheets become part of them."""
+def test_a_folder_with_other_images(monkeypatch, plain, tmp_path, caplog):
+    """Sheets must not be written among the user's images (to train on, say), or they become part of
+    the data.
+    """
     (tmp_path / "mine.JPG").write_bytes(b"x")
-    for _ in range(2):  # the second time its own sheets are there
+    for _ in range(2):  # the second time, its own sheets are there
         draw(monkeypatch, plain, "--samples", 1, "--out", tmp_path)
     told = [message for message in caplog.messages if "holds other images" in message]
     assert len(told) == 1 and "(mine.JPG, ...)" in told[0]
@@ -218,7 +222,7 @@ def test_images_of_others_in_the_folder(monkeypatch, plain, tmp_path, caplog):
 
 @pytest.mark.parametrize("folder", ["shapes", "shapes/images"])
 def test_a_shipped_base_where_a_folder_has_its_name(monkeypatch, tmp_path, folder, caplog):
-    """It was taken for a checkpoint that is not complete."""
+    """The folder used to be taken for an incomplete checkpoint."""
     (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     DrawingModelOptions(ckpt="shapes").check()
@@ -232,7 +236,7 @@ def test_a_folder_with_the_name_of_a_file(monkeypatch, plain, tmp_path, name):
     with pytest.raises(UserError, match="must be a folder, but has the name of a file"):
         draw(monkeypatch, plain, "--out", tmp_path / name)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "a.zip").mkdir()  # somebody has folders of such names
+    (tmp_path / "a.zip").mkdir()  # some users have folders with such names
     assert writable_folder(tmp_path / "a.zip") == tmp_path / "a.zip"
 
 
@@ -251,14 +255,14 @@ def test_exports(monkeypatch, capsys, tmp_path, options, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_words_that_begin_like_an_option(monkeypatch):
+def test_prompts_that_begin_like_an_option(monkeypatch):
     for given in (["--prompt", "a", "-a red circle"], ["--prompt", "--a\tb"]):
         monkeypatch.setattr(sys, "argv", ["generate.py", *given])
         with pytest.raises(
             UserError, match=r"begins with '-', as options do: write --prompt='-.*--pro"
         ):
             cli.parse(generate.GenerateConfig, "")
-    for word in ("- a red circle", "-5 degrees outside", "-1/2 cup"):  # are no options
+    for word in ("- a red circle", "-5 degrees outside", "-1/2 cup"):  # not options
         monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt", word])
         assert cli.parse(generate.GenerateConfig, "").prompt == (word,)
     monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt=-a red circle", "--seed", "3"])

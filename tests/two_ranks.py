@@ -1,12 +1,11 @@
-"""Run by test_ranks.py: trainings of two processes, one after another, because importing PyTorch
-and DeepSpeed is what takes long. By itself it forks the two behind its imports.
+"""Run by test_ranks.py: training runs by two processes, one after another, because importing
+PyTorch and DeepSpeed takes longest. Without torchrun it imports them once and forks both processes.
 
     python tests/two_ranks.py FOLDER
     torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER rare
 
-FOLDER is a `tiny_world` with the run "plain". It trains under the ZeRO stages that users share a
-model with, draws, and stops a run by a signal that only one rank gets; "rare" is the other stages,
-and Janus.
+FOLDER is a `tiny_world` with the run "plain". It trains under the ZeRO stages that shard a
+model, draws, and stops a run by a signal to one rank only; "rare" adds the other stages and Janus.
 """
 
 import errno
@@ -37,8 +36,8 @@ DRAWN = ("plain", "ranks-zero2", "ranks-zero3-lora")
 
 
 def zero3(root: Path) -> dict:
-    """DeepSpeed keeps small parameters whole by default, which would hide errors with sharded ones
-    in a tiny model.
+    """By default DeepSpeed keeps small parameters whole, which in a tiny model would hide errors
+    with sharded ones.
     """
     settings = root / "zero3.json"
     content = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -82,7 +81,9 @@ def full_disk(root: Path) -> None:
 
 
 def odd_sizes(root: Path, stage: int) -> None:
-    """A state of parameters that two processes cannot halve: a fresh engine goes on with it."""
+    """A training state with parameters that two processes cannot halve, and a fresh engine that
+    continues from it.
+    """
 
     def started():
         model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
