@@ -351,7 +351,7 @@ def test_wrong_weights_are_refused(tmp_path, random_network, monkeypatch):
     with pytest.raises(ValueError, match=r"missing .*Conv2d_1a_3x3"):
         inception.load_inception(path)
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set.*download https.*--inception-w"):
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set.*Download https.*--inception-w"):
         inception.load_inception()
     (tmp_path / "cache" / "fid").mkdir(parents=True)
     path.rename(tmp_path / "cache" / "fid" / path.name)
