@@ -1,4 +1,4 @@
-"""Judges other than mPLUG, as tiny random models, and what `load_answerer` says to mistakes."""
+"""Judges other than mPLUG, as tiny random models, and what `load_answerer` says about mistakes."""
 
 import shutil
 
@@ -133,7 +133,7 @@ def chat(chat_folder):
 
 @torch.no_grad()
 def blip_margin(judge, image, text):
-    """log P(yes) - log P(no) by the library's own generation, one question at a time."""
+    """log P(yes) - log P(no) from the library's own generation, one question at a time."""
     inputs = judge.processor(images=image, text=text, return_tensors="pt")
     made = judge.model.generate(
         **inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
@@ -142,9 +142,11 @@ def blip_margin(judge, image, text):
     return (made.logits[0][0, yes] - made.logits[0][0, no]).item()
 
 
-def test_blip_says_what_its_own_generation_prefers(blip):
+def test_blip_agrees_with_the_librarys_generation(blip):
     margins = torch.tensor([[blip_margin(blip, i, t) for t in QUESTIONS] for i in IMAGES])
-    assert margins.flatten().sort().values.diff().min() > 1e-4  # image and question both matter
+    assert (
+        margins.flatten().sort().values.diff().min() > 1e-4
+    )  # both image and question make a difference
     bias = blip.model.text_decoder.cls.predictions.decoder.bias
     before = bias.clone()
     for border in (margins.flatten().sort().values[[5, 15, 25]] - 5e-5).tolist():
@@ -184,7 +186,7 @@ def test_identities_name_judge_and_weights(blip, chat, chat_folder):
     assert "{}" in chat.identity()["request"]
 
 
-def test_weights_that_are_not_there(blip_folder, tmp_path):
+def test_missing_weights(blip_folder, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -212,8 +214,8 @@ def test_unknown_judges_and_folders():
             load_answerer(name)
 
 
-def test_a_model_that_is_not_for_chats_is_named(chat_folder, tmp_path):
-    """It was found at the first image, after all had been drawn."""
+def test_a_model_without_a_chat_template_is_refused(chat_folder, tmp_path):
+    """It used to be noticed at the first answer, after all images had been drawn."""
     folder = shutil.copytree(chat_folder, tmp_path / "base")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template"):

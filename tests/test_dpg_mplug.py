@@ -47,7 +47,7 @@ def penalised(*probabilities):
     return pytest.approx(log_prob / ((5 + length) / 6) ** 0.6, abs=1e-4)
 
 
-def test_the_best_beam_ends_the_search_and_the_others_count_as_they_are():
+def test_the_search_ends_with_the_best_beam_and_keeps_the_others_as_they_are():
     table = {(START,): (0.01, 0.6, 0.38, 0.01), (START, A): (0.01, 0.01, 0.01, 0.97)}
     assert search(table) == [
         ([START, A, END], penalised(0.6, 0.97)),
@@ -55,9 +55,9 @@ def test_the_best_beam_ends_the_search_and_the_others_count_as_they_are():
     ]
 
 
-def test_a_beam_that_ended_without_being_the_best_goes_on_past_its_end():
+def test_an_ended_beam_that_is_not_the_best_continues_past_its_end():
     table = {
-        (START,): (0.01, 0.59, 0.01, 0.39),  # the end is second best
+        (START,): (0.01, 0.59, 0.01, 0.39),  # the end comes second
         (START, A): (0.01, 0.97, 0.01, 0.01),
         (START, END): (0.01, 0.01, 0.97, 0.01),
         (START, A, A): (0.01, 0.01, 0.01, 0.97),
@@ -84,15 +84,15 @@ def test_no_end_before_the_least_length():
 
 
 def test_length_penalty_is_undone_between_steps():
-    # 0.61 * 0.55 is less than 0.36, but two tokens are held to a lower mark than one.
+    # 0.61 * 0.55 is less than 0.36, but the length penalty is milder on two tokens than on one.
     table = {(START,): (0.01, 0.61, 0.02, 0.36), (START, A): (0.01, 0.01, 0.43, 0.55)}
     assert search(table)[0] == ([START, A, END], penalised(0.61, 0.55))
     table |= {(START, A): (0.01, 0.97, 0.01, 0.01), (START, A, A): (0.01, 0.01, 0.01, 0.97)}
     assert search(table)[0] == ([START, A, A, END], penalised(0.61, 0.97, 0.97))
 
 
-def test_a_token_without_any_probability_comes_after_a_forbidden_end():
-    """As in the reference, whose forbidden end has -1e20, and whose softmax has real zeros."""
+def test_a_token_of_probability_0_ranks_below_a_forbidden_end():
+    """As in the reference, where a forbidden end has -1e20 and the softmax has real zeros."""
 
     def next_logits(tokens, origin):
         return torch.tensor([[[-200.0, 0.0, -200.0, 5.0]] * 2])
@@ -126,7 +126,7 @@ def test_identity_names_weights_and_hash(judge):
 
 
 def test_a_judge_with_another_configuration_is_another_judge(tmp_path, judge):
-    """Its verdicts were taken for those of the same weights under the old configuration."""
+    """Its verdicts used to count as those of the same weights under the old configuration."""
     folder = copy_with(tmp_path, lambda weights: None)
     config = json.loads((folder / "config_bert.json").read_text())
     (folder / "config_bert.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
@@ -145,7 +145,7 @@ def test_real_size():
     with torch.device("meta"):
         model = MPlug(MPlugConfig())
     count = sum(p.numel() for p in model.parameters())
-    # 589.4 M in the reference's layout, which counts the output matrix beside the word embedding.
+    # 589.4 M in the reference's layout, which counts the output matrix and the word embedding.
     assert count + 30522 * 768 == pytest.approx(589.4e6, rel=1e-3)
     vision = model.visual_encoder["visual"]
     assert sum(p.numel() for p in vision.parameters()) == pytest.approx(304.2e6, rel=1e-3)
@@ -183,7 +183,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         MPlug.load(copy_with(tmp_path, change))
 
 
-def test_what_the_network_does_not_use_may_be_absent(tmp_path, judge):
+def test_unused_weights_may_be_absent(tmp_path, judge):
     def drop(weights):
         for key in list(weights):
             twin = "_m." in key
@@ -197,7 +197,7 @@ def test_what_the_network_does_not_use_may_be_absent(tmp_path, judge):
 
 
 def test_weights_may_be_nested_twice(tmp_path, judge):
-    """As the reference unwraps them: "model", then "module"."""
+    """The reference unwraps "model", then "module"."""
     folder = copy_with(tmp_path, lambda weights: None)
     content = torch.load(folder / "pytorch_model.bin", weights_only=True)
     torch.save({"model": content}, folder / "pytorch_model.bin")
@@ -206,8 +206,8 @@ def test_weights_may_be_nested_twice(tmp_path, judge):
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_there_may_be_fewer_layers_than_fusion_would_use(tmp_path):
-    """The reference then uses all that there are."""
+def test_there_may_be_fewer_fusion_layers(tmp_path):
+    """The reference then uses all layers that there are."""
 
     def drop(weights):
         layer = "model.fusion_encoder.encoder.layer."

@@ -1,4 +1,4 @@
-"""Question files: what is read and refused, and how the official file gets into the cache."""
+"""Question files: which are read or refused, and how the official file gets into the cache."""
 
 import logging
 from dataclasses import replace
@@ -72,12 +72,12 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path, rows, message):
         read_questions(write(tmp_path, rows))
 
 
-def test_a_child_may_stand_before_its_parent(tmp_path):
+def test_a_child_may_come_before_its_parent(tmp_path):
     rows = changed(0, 3, "2")
     assert read_questions(write(tmp_path, rows)).questions[0].parents == (2,)
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_hold_no_questions(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_questions(tmp_path / "absent.csv")
     with pytest.raises(ValueError, match="no column tuple"):
@@ -94,7 +94,7 @@ def test_git_blob_hash():
     assert git_blob_sha1(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
-def test_the_official_file_is_taken_with_its_oddities(tmp_path, monkeypatch, caplog):
+def test_oddities_of_the_official_file_are_accepted(tmp_path, monkeypatch, caplog):
     path = write(tmp_path, changed(1, 3, "2"))
     monkeypatch.setattr(questions, "OFFICIAL_BLOB", git_blob_sha1(path.read_bytes()))
     with caplog.at_level(logging.WARNING):
@@ -105,7 +105,7 @@ def test_the_official_file_is_taken_with_its_oddities(tmp_path, monkeypatch, cap
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A file of ours, taken for the official one; the rest of the network is silent."""
+    """A local file that stands in for the official one; there is no other network."""
     path = write(tmp_path)
     blob = git_blob_sha1(path.read_bytes())
     monkeypatch.setattr(questions, "OFFICIAL_BLOB", blob)
@@ -116,7 +116,7 @@ def published(tmp_path, monkeypatch):
     return path
 
 
-def test_fetched_once_and_proven(tmp_path, published):
+def test_the_file_is_fetched_once_and_verified(tmp_path, published):
     assert load_questions("official").is_official
     published.unlink()
     assert len(load_questions("official").questions) == 5  # from the cache
@@ -126,7 +126,7 @@ def test_fetched_once_and_proven(tmp_path, published):
         load_questions("official")
 
 
-def test_offline_message_says_what_to_do(published):
+def test_the_offline_message_says_what_to_do(published):
     published.unlink()
     with pytest.raises(ValueError, match=r"cannot be downloaded.*--questions PATH.*shapes"):
         load_questions("official")

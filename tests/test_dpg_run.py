@@ -34,7 +34,7 @@ from t2i.imaging import save_png
 from t2i.shapes.shapes_questions import PATH, shapes_questions
 
 FEW = ("--limit", "4", "--samples", "2")
-# Two batches, the last one not full; hot enough that the base errs.
+# Two batches, the last one not full; a temperature at which the base makes mistakes.
 SMALL = (*FEW, "--batch-size", "5", "--temperature", "3")
 
 
@@ -48,7 +48,7 @@ def drawn(shapes_ckpt, tmp_path_factory):
 
 @pytest.fixture
 def folder(drawn, tmp_path):
-    """The drawn images as four of each of two prompts, in the common layout."""
+    """The drawn images, as four images each of two prompts in the common layout."""
     images = [load_image(drawn / "images" / row["filename"]) for row in result_rows(drawn)]
     entries = DPGBench(shapes_questions(), load_answerer("shapes")).entries
     for place, index in enumerate(Scope(limit=2).select(60)):
@@ -60,7 +60,7 @@ def folder(drawn, tmp_path):
 
 @pytest.fixture
 def grids(folder, tmp_path):
-    """The same in the official form: a grid a prompt."""
+    """The same images in the official layout: one grid per prompt."""
     for path in folder.iterdir():
         images = [load_image(p) for p in sorted(path.glob("samples/*.png"))]
         grid = Image.new("RGB", (128, 128))
@@ -87,7 +87,9 @@ def test_results_show_both_ways_to_count_and_the_judge(drawn):
     names = {"attribute", "attribute - color", "entity", "global -", "other - count"}
     assert {f"{n} ({w})" for n in names for w in ways} <= set(content["scores"])
     corrected, official = (content["scores"][f"entity ({w})"] for w in ("corrected", "official"))
-    assert (corrected["images"], official["images"]) == (8, 3), "the first prompt's is dropped"
+    assert (corrected["images"], official["images"]) == (8, 3), (
+        "the first prompt's image is dropped"
+    )
     text = (drawn / "report.md").read_text()
     head = f"| DPG-Bench: {content['label']} | official | ± | images | prompts | corrected |"
     assert head in text and content["legend"] in text and "PARTIAL" in text
@@ -132,7 +134,7 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(drawn, shapes_ckpt, tmp_path):
+def test_two_processes_give_the_same_as_one(drawn, shapes_ckpt, tmp_path):
     assert_two_do_what_one_does(run, drawn, tmp_path / "out", "--ckpt", shapes_ckpt, *SMALL)
 
 
@@ -171,7 +173,7 @@ def test_grids_and_single_files_give_the_same_numbers(folder, grids, tmp_path, m
     assert not any("images/00030" in name for name in changed)
 
 
-def test_one_image_a_prompt_is_said_so(grids, tmp_path, refusal):
+def test_one_image_per_prompt_is_reported(grids, tmp_path, refusal):
     images = ("--images", grids, "--questions", "shapes", "--limit", 2, "--out", tmp_path / "out")
     text = refusal(*images)
     assert "single_object0.png (128 x 128 px) may be one image (then say --samples 1)" in text
@@ -181,8 +183,8 @@ def test_one_image_a_prompt_is_said_so(grids, tmp_path, refusal):
     assert load_image(tmp_path / "out/images/00000/samples/00000.png").size == (128, 128)
 
 
-def test_images_of_another_format_are_told_which_is_read(grids, tmp_path, refusal, caplog):
-    """The layout of GenEval was asked for, which nobody had in mind."""
+def test_images_of_another_format_are_refused(grids, tmp_path, refusal, caplog):
+    """The message used to ask for GenEval's layout, which was not what the user meant."""
     for path in grids.iterdir():
         path.rename(path.with_suffix(".jpg"))
     some = ("--questions", "shapes", "--limit", 2, "--resolution", 64, "--out", tmp_path / "out")
@@ -191,7 +193,7 @@ def test_images_of_another_format_are_told_which_is_read(grids, tmp_path, refusa
     assert "names that are not read" in caplog.text and "single_object0.jpg" in caplog.text
 
 
-def test_what_is_wrong_with_flat_files_is_named(grids, tmp_path, refusal, caplog):
+def test_mistakes_in_flat_files(grids, tmp_path, refusal, caplog):
     some = ("--images", grids, "--questions", "shapes", "--limit", 2)
     grid = (*some, "--resolution", 64, "--out", tmp_path / "out")
     assert "holds images of 64 px, not of 32 px" in refusal(*grid[:-3], 32, *grid[-2:])
@@ -224,7 +226,7 @@ def test_what_is_wrong_with_flat_files_is_named(grids, tmp_path, refusal, caplog
     assert "holds the images of unknown origin" in refusal("--images", other, *grid[2:])
 
 
-def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path, refusal):
+def test_mistakes_in_folders(folder, tmp_path, refusal):
     some = ("--images", folder, "--questions", "shapes", "--limit", 2, "--out", tmp_path / "out")
     path = folder / sample_file(0, 1)
     os.truncate(path, 100)
@@ -257,9 +259,7 @@ def test_drawn_images_are_not_mixed_with_copied_ones(drawn, grids, shapes_ckpt, 
         ("global - (plain background)", "global - (blue sky)", "line 4 (item single_object0, proposition 3)"),
     ],
 )  # fmt: skip
-def test_a_bad_row_is_named_before_anything_is_drawn(
-    old, new, message, shapes_ckpt, tmp_path, refusal
-):
+def test_a_bad_row_is_reported_before_drawing(old, new, message, shapes_ckpt, tmp_path, refusal):
     path = tmp_path / "questions.csv"
     path.write_text(PATH.read_text().replace(old, new, 1))
     out = tmp_path / "out"
@@ -267,7 +267,7 @@ def test_a_bad_row_is_named_before_anything_is_drawn(
     assert not (out / "images").exists()
 
 
-def test_more_mistakes_are_named(drawn, tmp_path, refusal, monkeypatch):
+def test_more_mistakes(drawn, tmp_path, refusal, monkeypatch):
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     out = ("--out", tmp_path / "out")
     assert "--questions PATH" in refusal("--images", tmp_path, *out)
@@ -280,8 +280,8 @@ def test_more_mistakes_are_named(drawn, tmp_path, refusal, monkeypatch):
     assert "give either --ckpt" in refusal(*shapes)
 
 
-def test_a_judge_that_is_missing_is_named_before_images_are_copied(grids, tmp_path, refusal):
-    """And what is wrong with their names before a judge is loaded."""
+def test_a_missing_judge_is_reported_before_images_are_copied(grids, tmp_path, refusal):
+    """And wrong file names are reported before a judge is loaded."""
     some = ("--images", grids, "--questions", "shapes", "--limit", 2, "--resolution", 64)
     out = tmp_path / "out"
     some += ("--out", out, "--judge", "mplug", "--judge-weights", tmp_path / "nowhere")
@@ -291,7 +291,7 @@ def test_a_judge_that_is_missing_is_named_before_images_are_copied(grids, tmp_pa
     assert "1 of 2 images are missing: single_object0.png" in refusal(*some)
 
 
-def test_other_questions_about_the_same_prompts_are_asked_anew(drawn, tmp_path):
+def test_changed_questions_are_asked_again(drawn, tmp_path):
     path = tmp_path / "questions.csv"
     path.write_text(PATH.read_text().replace("single_object0,a photo of a ring,ring,3", "single_object0,a photo of a ring,ring,4"))  # fmt: skip
     out = shutil.copytree(drawn, tmp_path / "out")
@@ -316,7 +316,7 @@ def test_the_official_judge_answers_any_questions(drawn, tmp_path, capsys):
 
 # -- comparison ------------------------------------------------------------------------------------
 class YesMan:
-    """A judge that agrees to everything, or to nothing."""
+    """A judge that says yes to everything, or no to everything."""
 
     def __init__(self, says="yes", name="yes-man"):
         self.says, self.name = says, name
@@ -338,7 +338,7 @@ def test_compare_prints_paired_differences_of_one_judge(drawn, tmp_path, capsys,
         mean = f"{results(drawn)['scores'][f'overall ({way})']['mean']:.2f}"
         assert line.startswith(f"| **overall ({way})** | {mean} | {mean} | +0.00 | 0.00 |")
     assert "| attribute - color (corrected) |" in printed and "**A: PARTIAL" in printed
-    assert "| **overall** |" not in printed, "a mean of categories is no score of DPG-Bench"
+    assert "| **overall** |" not in printed, "the mean over categories is not a DPG-Bench score"
     assert "judged by shapes" in printed
     scope = Scope(samples=2, limit=4)
     bench = DPGBench(shapes_questions(), YesMan(), questions="shapes")
@@ -362,7 +362,7 @@ def test_the_same_weights_are_the_same_judge_wherever_they_are():
 
 # -- the page --------------------------------------------------------------------------------------
 def row_of(answers: dict[int, str], item="dense0") -> dict:
-    """A row about an item's image; what is not in `answers` is a yes."""
+    """A row about an item's image; questions not in `answers` are answered yes."""
     graph = shapes_questions()
     small = QuestionGraph(tuple(graph.items[item]), blob="")
     judge = YesMan()

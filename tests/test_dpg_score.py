@@ -1,4 +1,4 @@
-"""DPG-Bench's score: cases by hand, standard errors, and what is refused."""
+"""DPG-Bench's score: cases checked by hand, standard errors, and what is refused."""
 
 import numpy as np
 import pytest
@@ -31,19 +31,19 @@ def test_zero_spreads_to_grandchildren():
     assert raw == {1: 0, 2: 1, 3: 1, 4: 1}
 
 
-def test_a_child_before_its_parent_sees_the_answer_as_it_was_given():
+def test_a_child_before_its_parent_uses_the_original_answer():
     rows = questions("a", (), (1,), (2,))
     in_order, _ = score_image(rows, said("nyy"))
     child_first, _ = score_image([rows[2], rows[0], rows[1]], said("nyy"))
     assert (in_order, child_first) == (0, 1 / 3)
 
 
-def test_one_of_several_parents_is_enough_to_fail():
+def test_one_failed_parent_is_enough_to_fail():
     assert score_image(questions("a", (), (), (1, 2)), said("yny"))[0] == 1 / 3
 
 
 @pytest.mark.parametrize("answer", ["Yes", "yes.", " yes", "yes yes", "2", ""])
-def test_only_yes_to_the_letter_counts(answer):
+def test_only_a_literal_yes_counts(answer):
     assert score_image(questions("a", ()), {"1": answer})[0] == 0
 
 
@@ -59,7 +59,7 @@ def test_both_ways_to_count():
     assert "| global - | 0.00 | - | 1 | 1 | 50.00 | - | 2 | 1 |" in format_scores(report, "mplug")
 
 
-def test_nothing_is_left_of_a_prompt_whose_only_row_is_dropped():
+def test_a_prompt_whose_only_row_is_dropped_has_no_score():
     report = score(graph_of(questions("a", ())), {"a": [said("y")] * 4})
     assert report.official.overall.mean is None and report.official.l1 == {}
     assert report.official.skipped == {"a": "its only question is dropped"}
@@ -103,11 +103,11 @@ def test_standard_errors_cluster_by_prompt():
         corrected = score(*random_answers(rng, 200, per_image)).corrected
         assert corrected.overall.stderr == pytest.approx(corrected.l1["entity"].stderr, rel=0.1)
         errors.append(corrected.overall.stderr)
-    # Analytic: 100 sqrt(p (1 - p) / n), with 12 independent answers a prompt against 3.
+    # Analytic: 100 sqrt(p (1 - p) / n), with 12 or 3 independent answers per prompt.
     assert errors == pytest.approx([50 / 2400**0.5, 50 / 600**0.5], rel=0.15)
 
 
-def test_standard_errors_depend_on_the_seed_and_not_on_the_order():
+def test_standard_errors_depend_on_the_seed_but_not_on_the_order():
     graph, answers = random_answers(np.random.default_rng(1), 20, True)
     backwards = dict(reversed(answers.items()))
     first, second = score(graph, answers, seed=3), score(graph, backwards, seed=3)

@@ -34,19 +34,19 @@ def draw(item, seed=0):
 
 
 def picture(*objects):
-    """An image of (shape, color, x, y), sides of 16 units."""
+    """An image with (shape, color, x, y) each, sides of 16 units."""
     return render(Scene(tuple(SceneObject(*o, 16) for o in objects), "", "", {}))
 
 
 def said(judge, image, item):
-    """Tuples of the propositions of an item that do not hold."""
+    """Tuples of an item's propositions that do not hold."""
     rows = GRAPH.items[item]
     answers = judge.answer(image, rows)
     assert set(answers) <= {"yes", "no"}
     return [row.tuple for row, answer in zip(rows, answers, strict=True) if answer == "no"]
 
 
-def test_the_shipped_file_is_what_the_code_makes():
+def test_the_shipped_file_equals_what_the_code_makes():
     assert PATH.read_text(encoding="utf-8") == graph_csv()
 
 
@@ -64,7 +64,7 @@ def test_the_graph_covers_attributes_relations_counts_and_globals():
         for parent in question.parents
         if GRAPH.items[question.item][parent - 1].parents
     ]
-    assert chained, "no grandchildren: cascades would go untested"
+    assert chained, "without grandchildren, cascades would not be tested"
     assert len(GRAPH.items) == 60
 
 
@@ -112,21 +112,21 @@ STAR, RING = ("star", "blue", 50, 12), ("ring", "green", 12, 12)
         ),
     ],
 )
-def test_what_does_not_hold(judge, objects, wrong):
+def test_propositions_that_do_not_hold(judge, objects, wrong):
     rows = questions_of("x", DENSE)
     answers = judge.answer(picture(*objects), rows)
     no = [row.tuple for row, answer in zip(rows, answers, strict=True) if answer == "no"]
     assert sorted(found.split(" - ")[1].split(",")[0].rstrip(")") for found in no) == sorted(wrong)
 
 
-def test_shapes_are_counted_when_they_are_sure(judge, monkeypatch):
+def test_only_confident_shapes_are_counted(judge, monkeypatch):
     found = {"ring": Detections([[0, 0, 8, 8]] * 3, [0.95, 0.91, 0.5])}
     monkeypatch.setattr(judge.detector, "detect", lambda image: found)
     rows = [Question("x", "", n, (), f"other - count (shape, =={n})", "") for n in (1, 2, 3)]
     assert judge.answer(picture(STAR), rows) == ["no", "yes", "no"]
 
 
-def test_a_missing_parent_takes_its_children_along(judge):
+def test_a_missing_parent_fails_its_children(judge):
     rows = questions_of("x", DENSE)
     by_tuple = {row.tuple.split("(")[0]: row for row in rows if "ring" in row.tuple}
     assert by_tuple["attribute - color "].parents == (by_tuple["entity - whole "].proposition,)

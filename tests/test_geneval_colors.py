@@ -28,7 +28,7 @@ from geneval.object_names import OBJECT_NAMES
 
 ROOT = golden_folder("geneval_colors")
 CONFIG = json.loads((ROOT / "config.json").read_text())
-# Other backgrounds and whole images are options of the official script that GenEval does not use.
+# The official script also has other backgrounds and whole images, which GenEval does not use.
 OBJECTS = [o for o in json.loads((ROOT / "objects.json").read_text()) if not o["options"]]
 CLASSIFICATION = json.loads((ROOT / "classification.json").read_text())
 
@@ -124,7 +124,7 @@ def test_quick_gelu_is_required():
 
 
 def test_a_class_is_judged_crop_by_crop():
-    """More crops than one batch holds give what each crop alone gives."""
+    """More crops than fit into one batch give the same as each crop alone."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
     x0, y0 = rng.integers(0, 60, 20), rng.integers(0, 40, 20)
@@ -139,7 +139,7 @@ def test_a_class_is_judged_crop_by_crop():
 
 
 def test_the_class_name_counts():
-    """Texts differ by class, and the classifier of one class is not kept for another."""
+    """Texts differ by class, so one class's classifier is not reused for another."""
     classifier = ColorClassifier(tiny_clip(), load_tokenizer())
     image, box = Image.new("RGB", (20, 20), "red"), Detections([[0, 0, 20, 20]], [1])
     for name in ("dog", "cat"):

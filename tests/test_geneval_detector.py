@@ -102,7 +102,7 @@ def test_golden_detections(detector, case):
     off_boxes = 0
     for index, label in enumerate(expected["labels"]):
         detections = found[classes[label]]
-        # Equal scores have no order: of the detections with this score, the one most alike.
+        # Equal scores have no order: take the most similar detection with this score.
         alike = np.abs(detections.scores - expected["scores"][index]) <= SCORES
         differing = (detections.masks != masks[index]).sum(axis=(1, 2)) + ~alike * height * width
         match = differing.argmin()
@@ -114,7 +114,7 @@ def test_golden_detections(detector, case):
 
 
 @pytest.mark.parametrize("tag", ["single_object", "counting"])
-def test_the_judge_keeps_what_the_official_one_keeps(detector, tag):
+def test_the_judge_keeps_the_same_detections_as_the_official_one(detector, tag):
     threshold = 0.9 if tag == "counting" else 0.3
     for case in CASES:
         kept = decide({"tag": tag, "prompt": ""}, detector.detect(image_of(case)), None).details
@@ -125,13 +125,13 @@ def test_the_judge_keeps_what_the_official_one_keeps(detector, tag):
 
 
 def certain(details, threshold):
-    """Scores that are not within the tolerance of the threshold, per class."""
+    """Scores whose distance to the threshold exceeds the tolerance, per class."""
     scores = {name: np.array([row[4] for row in rows]) for name, rows in details.items()}
     far = {name: s[s > threshold + SCORES] for name, s in scores.items()}
     return {name: s for name, s in far.items() if len(s)}
 
 
-def test_a_wrong_patch_merging_order_is_seen(monkeypatch, tmp_path):
+def test_a_wrong_patch_merging_order_is_noticed(monkeypatch, tmp_path):
     monkeypatch.setattr(mmdet_weights, "_merge_pixel_by_pixel", lambda tensor: tensor)
     path = write_checkpoint(tmp_path / "wrong.pth", state_dict())
     wrong = Mask2FormerDetector(load_mmdet(path, SHAPE), classes=CONFIG["classnames"], rules=RULES)
@@ -183,7 +183,7 @@ def test_weights_of_another_model_are_named(name, message, tmp_path):
 
 
 class LossHistory:
-    """Something of a training framework, left in a checkpoint's metadata."""
+    """An object of a training framework, left in a checkpoint's metadata."""
 
     restored = 0
 
@@ -203,8 +203,8 @@ def test_foreign_objects_in_the_metadata_are_not_built(tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
-def test_the_order_of_pads_and_enlargements():
-    """A mask that fills the unpadded part fills the image; the padding never shows."""
+def test_masks_are_enlarged_and_cropped_in_the_right_order():
+    """A mask that fills the unpadded part fills the image; the padding is never visible."""
     logits = torch.full((1, 8, 8), -5.0)
     logits[:, :, :6] = 5.0  # stride 4: 24 of 32 columns are image
     _, boxes, scores, masks = read_instances(

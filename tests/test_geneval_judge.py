@@ -34,7 +34,7 @@ def verdict_of(case, **options):
 
 
 def unordered(reason):
-    """A reason with two relations in alphabetical order: the official code joins a set."""
+    """A reason with its two relations sorted: the official code joins a set."""
     return re.sub(
         r"found (.+) and (.+) target",
         lambda m: "found {} and {} target".format(*sorted(m.groups())),
@@ -98,7 +98,7 @@ def test_relative_position_is_antisymmetric():
 
 
 def rows_of(rates, per_prompt=4):
-    """Rows of prompts that have the given numbers of correct images."""
+    """Rows of prompts that have these numbers of correct images."""
     return [
         {"tag": tag, "metadata": f"{tag} {prompt}", "correct": image < right}
         for tag, rights in rates.items()
@@ -112,7 +112,7 @@ def test_standard_errors_cluster_by_prompt():
     independent = rows_of({"colors": rng.binomial(4, 0.5, 200)})
     clustered = rows_of({"colors": 4 * rng.binomial(1, 0.5, 200)})
     errors = [summarize(rows, seed=1).tags["colors"].stderr for rows in (independent, clustered)]
-    # Analytic: sqrt(p (1 - p) / n) with n = 800 images against n = 200 prompts.
+    # Analytic: sqrt(p (1 - p) / n), with n = 800 images or n = 200 prompts.
     assert errors == pytest.approx([0.25**0.5 / 800**0.5, 0.25**0.5 / 200**0.5], rel=0.12)
 
 
@@ -132,7 +132,7 @@ def test_one_prompt_has_no_standard_error():
 
 
 class OneDog:
-    """A detector that always sees one brown dog."""
+    """A detector that always detects one brown dog."""
 
     classes = ("dog", "cat")
     colors = ("brown", "black")
@@ -165,7 +165,7 @@ def test_score_takes_images_prompt_by_prompt():
         (2, {"class": "cow"}, "cow"),
     ],
 )
-def test_score_says_what_does_not_fit(images, wanted, message):
+def test_score_refuses_arguments_that_do_not_fit(images, wanted, message):
     metadata = [entry("dog"), entry("cat", **wanted)]
     with pytest.raises(ValueError, match=message):
         geneval.score([Image.new("RGB", (8, 8))] * images, metadata, OneDog())
@@ -183,7 +183,7 @@ def test_score_says_what_does_not_fit(images, wanted, message):
     ],
 )
 def test_metadata_that_cannot_be_judged(wanted):
-    """It was an IndexError after all images were drawn, or no image could ever be right."""
+    """It used to be an IndexError after all images were drawn, or no image could ever be right."""
     good = {"class": "dog", "count": 1}
     include = [good, good | {"position": ["left of", 0]}]
     check_schema({"tag": "position", "prompt": "a", "include": include}, "prompt 0")

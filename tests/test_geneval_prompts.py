@@ -1,4 +1,4 @@
-"""GenEval's prompts against the SHA-256 of the official files, also for other seeds."""
+"""GenEval's prompts against the SHA-256 of the official files, for other seeds, too."""
 
 import hashlib
 import json
@@ -45,6 +45,6 @@ def test_other_seeds(case):
     assert sha256(prompts) == case["generation_prompts_sha256"]
 
 
-def test_a_callers_change_stays_with_the_caller():
+def test_changes_by_a_caller_do_not_reach_others():
     official_prompts()[0]["include"][0]["count"] = 9
     assert official_prompts()[0]["include"][0]["count"] == 1

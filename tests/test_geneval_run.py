@@ -1,5 +1,5 @@
-"""`geneval/run.py` on the shipped shapes base: its numbers, kills, processes, mistakes, and its
-page in a real browser.
+"""`geneval/run.py` on the shipped shapes base: its figures, kills, processes, mistakes, and its
+page in a browser.
 """
 
 import json
@@ -87,7 +87,7 @@ def test_a_folder_of_images_gives_the_same_numbers(finished, tmp_path):
         for name, data in folder_content(finished).items()
         if not name.startswith("images/")
     }
-    kept.pop("results.json"), kept.pop("report.md")  # they name the folder
+    kept.pop("results.json"), kept.pop("report.md")  # these two contain the name of the folder
     assert {name: folder_content(tmp_path / "out")[name] for name in kept} == kept
 
 
@@ -110,12 +110,12 @@ def test_a_killed_run_completes_with_the_same_result_and_repeats_nothing(
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(finished, shapes_ckpt, tmp_path):
+def test_two_processes_give_the_same_as_one(finished, shapes_ckpt, tmp_path):
     assert_two_do_what_one_does(run, finished, tmp_path / "out", "--ckpt", shapes_ckpt, *SMALL)
 
 
-def test_a_base_by_itself_is_judged(tmp_path):
-    """Case 25: what the kit ships, from the command line."""
+def test_a_base_is_judged(tmp_path):
+    """Case 25: a shipped base can be evaluated from the command line."""
     out = tmp_path / "out"
     program(run, "--ckpt", "shapes", "--limit", 1, "--samples", 1, "--out", out)
     content = results(out)
@@ -138,7 +138,7 @@ def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
     assert folder_content(finished) == before
 
 
-def test_a_repaired_folder_goes_on(finished, shapes_ckpt, tmp_path, caplog):
+def test_a_repaired_folder_continues(finished, shapes_ckpt, tmp_path, caplog):
     out = tmp_path / "out"
     for name, data in folder_content(finished).items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def test_a_repaired_folder_goes_on(finished, shapes_ckpt, tmp_path, caplog):
 
 
 class SeesOneBench:
-    """Stands in for the photo detector, whose weights are downloaded."""
+    """Replaces the photo detector, whose weights would have to be downloaded."""
 
     classes, colors = OBJECT_NAMES, COLORS
 
@@ -187,14 +187,14 @@ def test_photos_are_judged_on_the_official_prompts(tmp_path, monkeypatch):
     assert [row["correct"] for row in rows] == [True, False, False]
 
 
-def test_mistakes_are_named(refusal, finished, shapes_ckpt, tiny_world, tmp_path):
+def test_mistakes_are_reported(refusal, finished, shapes_ckpt, tiny_world, tmp_path):
     out = ("--out", tmp_path / "out")
     assert "give either --ckpt" in refusal(*out)
     assert "give either --ckpt" in refusal("--ckpt", "a", "--images", "b", *out)
     assert "nowhere does not exist" in refusal("--ckpt", tmp_path / "nowhere", *out)
     drawn = ("--images", finished / "images", "--cfg-scale", 5, "--seed", 7, "--base.family", "rar")
     named = "--base.family, --seed, --cfg-scale: needs a model that draws"
-    assert named in refusal(*drawn, *out), "options were ignored without a word"
+    assert named in refusal(*drawn, *out), "these options used to be ignored silently"
     assert "nowhere does not exist" in refusal(
         "--images", tmp_path / "nowhere", "--prompts", "shapes", *out
     )
@@ -258,7 +258,7 @@ def test_compare_prints_paired_differences(finished, tmp_path, capsys):
 def test_the_gallery_works_in_a_browser(finished, tmp_path):
     failed = [row for row in result_rows(finished) if not row["correct"]]
     gallery = tmp_path / "moved"
-    (finished / "gallery").rename(gallery)  # it must not need what lies around it
+    (finished / "gallery").rename(gallery)  # the gallery must not need files outside it
     try:
         with open_browser(tmp_path / "profile") as page:
             page.open(gallery / "index.html")

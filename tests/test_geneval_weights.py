@@ -1,4 +1,4 @@
-"""Weight files found, proven and loaded by name; what a user without a network is told."""
+"""Weight files are found, verified and loaded by name; messages for users without a network."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ TINY_CLIP = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache of our own."""
+    """An empty cache for this test."""
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "geneval"
 
@@ -42,7 +42,7 @@ def test_addresses_names_and_hashes_agree():
     assert CLIP.url.split("/")[-2:] == [CLIP.hashes[0], CLIP.names[0]]
 
 
-def test_wrong_files_are_named(tmp_path):
+def test_wrong_files_are_refused(tmp_path):
     path = tmp_path / "upload.bin"
     path.write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"upload.bin is not the published Mask2Former") as error:
@@ -98,7 +98,7 @@ def test_the_official_detector_end_to_end(tiny_models, cache):
         assert torch.equal(value, weights[key]), key
 
 
-def test_clips_archive_is_loaded_whole(tiny_models):
+def test_the_archive_of_clip_is_loaded_completely(tiny_models):
     torch.manual_seed(1)
     model = open_clip.CLIP(**TINY_CLIP)
     path = tiny_models / "other.pt"
@@ -143,7 +143,7 @@ def test_the_hubs_checkpoint_is_an_approximation(tiny_models, tmp_path):
 
 
 def test_the_hubs_layout_of_older_versions(tmp_path):
-    """The hub's file holds constant tables, and lacks weights that have no part in the outputs."""
+    """The hub's file holds constant tables, and lacks weights that do not affect the outputs."""
     model = load_mmdet(golden.CHECKPOINT, golden.SHAPE)
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
