@@ -215,7 +215,7 @@ def write_members(path, members):
 
 # -- 18: links and names ---------------------------------------------------------------------------
 def test_odd_files_are_passed_over_by_name(tmp_path):
-    """Case 18: broken links, loops, pipes, sockets, names that are no text, empty files."""
+    """Case 18: broken links, loops, pipes, sockets, names that are not text, empty files."""
     data = tmp_path / "data"
     sidecars(data, 1)
     sidecars(tmp_path / "linked", 1)
