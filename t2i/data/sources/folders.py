@@ -48,8 +48,7 @@ _HASH = re.compile("[0-9a-f]{30,}")
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Every file below the folder, sorted, and (name, reason) of what looks like data but is not
-    read.
+    """Every file below the folder, sorted, and (name, reason) of what is left out.
 
     Links to files and folders are followed, but every folder is read only once, and none that
     contains this one: loops end. Hidden files and folders (and `_OF_SYSTEMS`) are left out, with a
@@ -260,7 +259,7 @@ class SidecarFolder(Source):
         self._images = images
         captions = [path for path in files if _is_caption_file(path)]
         strange = {path for path in captions if not _may_be_caption(path.resolve())}
-        self._texts = _match(images, [path for path in captions if path not in strange])
+        self._texts = _match_captions(images, [path for path in captions if path not in strange])
         bare = {p for image, text in self._texts.items() if text is None for p in _stems(image)}
         texts = [path for path in files if path.suffix.lower() in _TEXTS and path not in strange]
         beside = [path for path in texts if path.with_suffix("") in bare]
@@ -316,16 +315,17 @@ class SidecarFolder(Source):
         return make_sample(index, str(path.relative_to(self._folder)), path, self._texts[path])
 
 
-def _match(images: Sequence[Path], captions: Sequence[Path]) -> dict[Path, Path | None]:
+def _match_captions(images: Sequence[Path], captions: Sequence[Path]) -> dict[Path, Path | None]:
     """image -> its caption file; None if it has none."""
     usual = {path.with_suffix(""): path for path in captions}
     accented = {
         composed(str(stem)): path for stem, path in usual.items() if not str(stem).isascii()
     }
-    stems = {path: path.with_suffix("") for path in images}
-    return {
-        path: usual.get(stem) or accented.get(composed(str(stem))) for path, stem in stems.items()
-    }
+    found = {}
+    for image in images:
+        stem = image.with_suffix("")
+        found[image] = usual.get(stem) or accented.get(composed(str(stem)))
+    return found
 
 
 def _may_be_caption(target: Path) -> bool:
