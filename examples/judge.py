@@ -25,11 +25,9 @@ from torch import Tensor, nn
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from examples.new_base import read_pictures
 from t2i import cli
-from t2i.data.captioned import CaptionedImages
-from t2i.data.data_report import read_samples
-from t2i.data.images import ImageRules, center_crop, to_pixels
-from t2i.data.sources.open_source import open_source
+from t2i.data.images import center_crop, to_pixels
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import load_image
 from t2i.files import owning, read_json_lines, write_json
@@ -114,17 +112,9 @@ def judge(options: Options) -> None:
 
 # -- pictures --------------------------------------------------------------------------------------
 def read_captioned(sources: Sequence[str], base: Backbone, style: str) -> Pictures:
-    """All pictures of some data sets."""
-    found = []
-    for source in map(open_source, map(CaptionedImages, sources)):
-        rules = ImageRules(base.image_size[0], small="upscale")
-        report, usable = read_samples(source, source, rules, lambda *found: found)
-        print(f"{source.name}: {report.describe()}")
-        found += usable
-    if not found:
-        raise UserError(f"no picture of {', '.join(sources)} can be used")
-    pixels = torch.cat([views for _, views in found])
-    return _pictures(pixels, [sample.captions[0] for sample, _ in found], base, style)
+    """All usable pictures of some data sets."""
+    pixels, captions = read_pictures(sources, base.image_size[0])
+    return _pictures(pixels, [own[0] for own in captions], base, style)
 
 
 def read_drawn(folder: Path, base: Backbone, style: str) -> Pictures:
@@ -135,7 +125,7 @@ def read_drawn(folder: Path, base: Backbone, style: str) -> Pictures:
         images += [load_image(file) for file in files]
         captions += [read_json_lines(prompt / "metadata.jsonl")[0]["prompt"]] * len(files)
     if not images:
-        raise UserError(f"{folder} has no images: give an output folder of launch/generate.py")
+        raise UserError(f"{folder} has no images: give a folder of launch/generate.py")
     pixels = [to_pixels(center_crop(image, base.image_size[0])) for image in images]
     return _pictures(torch.stack(pixels), captions, base, style)
 
@@ -218,16 +208,12 @@ def moved(pixels: Tensor, most: int = 2) -> Tensor:
 def verdicts_on(
     model: Classifier, pictures: Pictures, things: list[str], styles: list[str]
 ) -> dict[str, float]:
-    """How often the judge recognizes what the captions say, and, as chance level, what those of
-    other pictures say.
-    """
+    """How often the judge's answers match the captions or, as chance level, those of others."""
     says_thing, says_style = model(pictures.pixels)
     wanted = torch.tensor([things.index(t) for t in pictures.things])
     five = says_thing.topk(min(5, len(things))).indices
     style = torch.tensor([styles.index(s) for s in pictures.styles])
-    others = (
-        wanted[None, :] != wanted[:, None]
-    )  # all pairs of a picture and the caption of another thing
+    others = wanted[None, :] != wanted[:, None]  # pairs of a picture and another thing's caption
     hits = (five[:, :1] == wanted[None, :])[others]
     right = (five[:, 0] == wanted).float()
     by_prompt = torch.stack([right[wanted == t].mean() for t in wanted.unique()])

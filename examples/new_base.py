@@ -87,7 +87,8 @@ def make_base(options: Options) -> Path:
     from t2i.shapes.pretraining import write_base
     from t2i.shapes.tiny_t5 import build_tiny_t5
 
-    pixels, captions = read_pictures(options.pictures, options.size)
+    pixels, of_pictures = read_pictures(options.pictures, options.size)
+    captions = [caption for own in of_pictures for caption in own]
     print(f"{len(pixels)} pictures, {len(set(captions))} captions")
     if options.tokenizer is None:
         tokenizer = trained_tokenizer(pixels, options)
@@ -145,7 +146,7 @@ def trained_tokenizer(pixels, options: Options):
 
 
 def read_pictures(sources: Sequence[str], size: int):
-    """All pictures as float32 [N, 3, size, size] in [-1, 1], and all their captions."""
+    """All usable pictures as float32 [N, 3, size, size] in [-1, 1], and each one's captions."""
     import torch
 
     from t2i.data.captioned import CaptionedImages
@@ -161,8 +162,7 @@ def read_pictures(sources: Sequence[str], size: int):
         found += usable
     if not found:
         raise UserError(f"no picture of {', '.join(sources)} can be used")
-    captions = [caption for sample, _ in found for caption in sample.captions]
-    return torch.cat([views for _, views in found]), captions
+    return torch.cat([views for _, views in found]), [sample.captions for sample, _ in found]
 
 
 if __name__ == "__main__":

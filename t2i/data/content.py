@@ -29,9 +29,7 @@ _NAMED = 3
 
 
 def hash_files(
-    files: Sequence[tuple[str, Path]],
-    cache_dir: Path,
-    processes: Processes = ALONE,
+    files: Sequence[tuple[str, Path]], cache_dir: Path, processes: Processes = ALONE
 ) -> Contents:
     """Hash the files of a data set, each given as (name in the data set, path).
 
@@ -93,8 +91,13 @@ def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:
 
 
 def _count(names: list[str], what: str) -> str:
-    first = ", ".join(map(printable, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
-    return f"{len(names)} {'file was' if len(names) == 1 else 'files were'} {what} ({first})"
+    verb = "file was" if len(names) == 1 else "files were"
+    return f"{len(names)} {verb} {what} ({first_names(list(map(printable, names)))})"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three names, followed by ", ..." if there are more."""
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def printable(text: str) -> str:

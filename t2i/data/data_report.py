@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from t2i.data.content import first_names
 from t2i.data.images import UNFETCHED, ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
 from t2i.data.store import sample_line
@@ -22,7 +23,6 @@ from t2i.files import write_text
 T = TypeVar("T")
 
 _KEYS_PER_REASON = 100
-_NAMED = 3
 _LONGEST_NAME = 120
 
 CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
@@ -165,10 +165,7 @@ def _listing(found: dict[str, list[str]], advice: Callable[[str], str] = lambda 
     """'3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
     parts = []
     for what, keys in found.items():
-        different = list(dict.fromkeys(keys))
-        names = ", ".join(map(short_name, different[:_NAMED])) + (
-            ", ..." if len(different) > _NAMED else ""
-        )
+        names = first_names(list(map(short_name, dict.fromkeys(keys))))
         parts.append(f"{len(keys)} {what} ({names}{advice(what)})")
     return ", ".join(parts)
 

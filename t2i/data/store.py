@@ -269,11 +269,8 @@ class CodeStore:
 
     def codes(self, indices: Numbers, choice: Numbers | None = None) -> Tensor:
         """Codes int64 [B, T, S] of one view of each image."""
-        rows = [
-            shard.codes(row, chosen % self.views)
-            for (shard, row), chosen in self._chosen(indices, choice)
-        ]
-        return torch.stack(rows)
+        chosen = self._chosen(indices, choice)
+        return torch.stack([shard.codes(row, pick % self.views) for shard, row, pick in chosen])
 
     def features(
         self, indices: Numbers, max_tokens: int, choice: Numbers | None = None
@@ -282,9 +279,7 @@ class CodeStore:
         if not self.with_text:
             raise ValueError(f"{self.folder} was built without text features")
         chosen = self._chosen(indices, choice)
-        return [
-            shard.features(row, pick // self.views, max_tokens) for (shard, row), pick in chosen
-        ]
+        return [shard.features(row, pick // self.views, max_tokens) for shard, row, pick in chosen]
 
     def condition(self, index: int, choice: int = 0) -> str | int:
         """A sample's class, or the caption that `features` encodes for the same choice."""
@@ -320,10 +315,16 @@ class CodeStore:
 
     def _chosen(
         self, indices: Numbers, choice: Numbers | None
-    ) -> Iterator[tuple[tuple[ShardReader, int], int]]:
-        where = torch.as_tensor(indices).tolist()
-        chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
-        return zip(map(self._locate, where), chosen, strict=True)
+    ) -> Iterator[tuple[ShardReader, int, int]]:
+        for index, pick in with_choices(indices, choice):
+            yield *self._locate(index), pick
+
+
+def with_choices(indices: Numbers, choice: Numbers | None) -> Iterator[tuple[int, int]]:
+    """Each index with its choice, 0 by default."""
+    where = torch.as_tensor(indices).tolist()
+    chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
+    return zip(where, chosen, strict=True)
 
 
 def _storable(feature: Tensor, caption: str) -> Tensor:

@@ -56,7 +56,7 @@ def _refuse_unread(wanted: CaptionedImages) -> None:
     if given := [name for name in given_options(wanted) if name in ("config_name", "revision")]:
         listing = ", ".join(f"data.{name}={getattr(wanted, name)}" for name in given)
         raise UserError(
-            f"{listing}: only for data on the hub, but {wanted.source} is on this machine; leave it out"
+            f"{listing}: only for data on the hub, not for {wanted.source}; leave it out"
         )
 
 
@@ -168,13 +168,13 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         )
     if split != "train":
         raise UserError(f"{where} has no sub-folder for the split {split!r}")
-    remarks = []
+    found = _Found(folder, files, left_out)
     if named := [name for name in sorted(parts) if split_of_folder(name)]:
-        remarks = [
+        found.remarks.append(
             f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
             f"since {why}; give {where / (of_split or named)[0]} to use it alone"
-        ]
-    return _Found(folder, files, left_out, remarks)
+        )
+    return found
 
 
 def _tables_of_split(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from t2i.data.content import content_key
 from t2i.data.samples import Sample, Source
-from t2i.data.store import Numbers
+from t2i.data.store import Numbers, with_choices
 from t2i.errors import UserError
 from t2i.files import reading
 from t2i.lfs import refuse_pointers
@@ -92,10 +92,8 @@ class LlamaGenCodes:
 
     def codes(self, indices: Numbers, choice: Numbers | None = None) -> Tensor:
         """Codes int64 [B, T, 1] of one view of each image: the chosen one, modulo their number."""
-        where = torch.as_tensor(indices).tolist()
-        chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
         rows = []
-        for index, pick in zip(where, chosen, strict=True):
+        for index, pick in with_choices(indices, choice):
             folder, view = self._views[pick % self.views]
             rows.append(self._read(folder, self._numbers[index])[view].astype(np.int64))
         return torch.from_numpy(np.stack(rows))[..., None]

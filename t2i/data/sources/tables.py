@@ -20,14 +20,7 @@ import pyarrow.parquet as pq
 from t2i.data.captioned import CaptionedImages
 from t2i.data.content import content_key, printable
 from t2i.data.images import RemoteFile
-from t2i.data.samples import (
-    Sample,
-    Source,
-    choose_caption,
-    choose_column,
-    make_sample,
-    read_field,
-)
+from t2i.data.samples import Sample, Source, choose_caption, choose_column, make_sample, read_field
 from t2i.data.sources.folders import OUTSIDE, leads_out, name_below
 from t2i.errors import UserError, shorten
 from t2i.lfs import refuse_pointers
