@@ -123,7 +123,7 @@ def test_splits_by_other_names(tmp_path):
         assert captions(open_source(tmp_path, split=split)) == [["val2017"]]
     write_images(tmp_path / "train_station", 1)
     (tmp_path / "train_station" / "0.txt").write_text("x")
-    assert "since they are not all named as splits" in open_source(tmp_path).remarks[0]
+    assert "since not all of them are named like splits" in open_source(tmp_path).remarks[0]
     for name in ("training-0", "testing-0"):
         write_tar(tmp_path / "tars" / f"{name}.tar", {"a.png": picture(0), "a.txt": name})
     assert captions(open_source(tmp_path / "tars")) == [["training-0"]]

@@ -122,9 +122,11 @@ def _find_files(source: str, split: str) -> _Found:
         if name not in files
     ]
     if not files:
+        problem = "is not a file" if names else "does not exist"
+        near = "" if names else nearest_path(os.path.expanduser(source))
         raise UserError(
-            f"{source} {'is not a file' if names else 'does not exist'}. Give a folder, .parquet "
-            f"or .tar files, or a hub id such as owner/name{'' if names else nearest_path(os.path.expanduser(source))}"
+            f"{source} {problem}. Give a folder, .parquet or .tar files, or a hub id such as "
+            f"owner/name{near}"
         )
     if split != "train":
         raise UserError(f"split {split!r}: files given by name have no splits")
@@ -135,7 +137,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     """The files of a split.
 
     A folder is divided into splits if it holds no data itself and each of its sub-folders that
-    holds data is named as a split: `train` next to `val` is a split, `train` next to `bus` a class.
+    holds data is named like a split: `train` next to `val` is a split, `train` next to `bus` a class.
     If all data are in a single sub-folder of another name, this rule is applied to that one.
     Parquet and tar files are assigned to splits by their own paths.
     """
@@ -160,7 +162,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     if own is not None:
         why = f"{printable(own.name)} is next to them"
     else:
-        why = "none is named train" if divided else "they are not all named as splits"
+        why = "none is named train" if divided else "not all of them are named like splits"
     if split != "train" and of_split:
         raise UserError(
             f"the sub-folders of {where} are not used as splits, since {why}; give "
