@@ -137,7 +137,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     """The files of a split.
 
     A folder is divided into splits if it holds no data itself and each of its sub-folders that
-    holds data is named like a split: `train` next to `val` is a split, `train` next to `bus` a class.
+    holds data is named like a split: `train` is a split next to `val`, but a class next to `bus`.
     If all data are in a single sub-folder of another name, this rule is applied to that one.
     Parquet and tar files are assigned to splits by their own paths.
     """
